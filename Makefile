@@ -1,0 +1,59 @@
+# Every target sets up what it needs: `make demo` or `make test` alone is enough on a fresh machine.
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV        := .venv
+BIN         := $(VENV)/bin
+STAMP       := $(VENV)/.complete
+UNFINISHED  := .venv.unfinished
+PYTHON      ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$python -c 'import ensurepip, venv, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& { echo $$python; break; }; done)
+PIP         := $(BIN)/python -m pip --disable-pip-version-check
+PIP_INSTALL := $(PIP) install $(if $(CI),-qq --progress-bar off) -c constraints.txt
+WORKERS     ?= 2
+PYTEST      := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: help setup demo test test-all lint fmt bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## Create .venv with the pinned dependencies and this project, editable
+
+# The marker outlives a Ctrl-C, so that the next run starts from an empty environment and not from half of one.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer with its venv module is needed (set PYTHON=...)" >&2; exit 1; }
+	@if test -e $(UNFINISHED) || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then rm -rf $(VENV); fi
+	@touch $(UNFINISHED)
+	@echo "Setting up $(VENV) (only when pyproject.toml or constraints.txt changed)"
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) hatchling editables
+	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@rm -f $(UNFINISHED) && touch $@
+
+demo: setup ## Compile examples/gpt.tfg, train it for three minutes, compare it with exact attention
+	$(BIN)/python examples/demo.py
+
+test: setup ## Run the tests (PYTEST_ARGS="..." for more options, WORKERS=0 for one process)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-all: setup ## Run the tests and the wide grids marked slow
+	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
+
+lint: setup ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: setup ## Format the sources and apply the safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## Measure the attention kernels against exact attention
+	$(BIN)/python benchmarks/attention.py $(BENCH_ARGS)
+
+clean: ## Remove the environment, generated files and caches
+	rm -rf $(VENV) $(UNFINISHED) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
