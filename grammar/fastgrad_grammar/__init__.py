@@ -1,1 +1,1 @@
-"""The `.tfg` language: sources, positions, the parser, diagnostics, the formatter and the standard library."""
+"""The `.tfg` language: sources, parser, diagnostics, formatter and the standard library."""

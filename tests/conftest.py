@@ -1,0 +1,71 @@
+"""What all tests share: thread limits, a deterministic hypothesis, and golden files.
+
+A golden file holds an output exactly as it is expected. `pytest --update-golden` writes the files anew, to be
+read in the diff before they are committed; under `CI` the option is an error: no build blesses its own output.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Read by torch when it is first imported, and inherited by the commands that tests start: two workers with
+# two threads each would fight over two cores.
+_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, _THREADS)
+
+settings.register_profile(
+    "deterministic",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("deterministic")
+
+Golden = Callable[[Path, str], None]
+"""`golden(path, text)`: fail with a diff unless the file at `path` holds exactly `text`."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write the golden files from the present output"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--update-golden") and os.environ.get("CI"):
+        raise pytest.UsageError(
+            "--update-golden is refused under CI: golden files are updated and reviewed by hand"
+        )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Compare with a golden file, or write it under `--update-golden`."""
+    update = bool(request.config.getoption("--update-golden"))
+
+    def compare(path: Path, text: str) -> None:
+        if update:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8", newline="")
+            return
+        if not path.exists():
+            pytest.fail(f"no golden file {path}; write it with: pytest --update-golden", pytrace=False)
+        expected = path.read_bytes().decode("utf-8")
+        if text != expected:
+            lines = difflib.unified_diff(
+                expected.splitlines(keepends=True),
+                text.splitlines(keepends=True),
+                str(path),
+                "the present output",
+            )
+            pytest.fail(f"output differs from its golden file\n{''.join(lines)}", pytrace=False)
+
+    return compare
