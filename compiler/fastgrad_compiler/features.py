@@ -1,11 +1,12 @@
-"""The packed monomial features of polynomial attention: `p(q . k) = phi(q)^T W phi(k)` (docs/mathematics.md, section 2).
+"""Packed monomial features, `p(q . k) = phi(q)^T W phi(k)` (docs/mathematics.md, section 2).
 
-phi holds the `rank(d, degree)` monomials of degree at most `degree` in d variables, without weights. Level j, the
-monomials of degree j, is ordered by first (smallest) index, so those of level j-1 whose indices are all at least i are
-a contiguous suffix of that level, and level j is d slice products. Everything that walks this layout, here and in the
-emitted kernels, walks `blocks`.
+phi holds the `rank(d, degree)` monomials of degree at most `degree` in d variables, without weights. Level j,
+the monomials of degree j, is ordered by first (smallest) index, so those of level j-1 whose indices are all
+at least i are a contiguous suffix of that level, and level j is d slice products. Everything that walks this
+layout, here and in the emitted kernels, walks `blocks`.
 
-Pure Python, so that planning needs neither numpy nor torch; `features` and `features_vjp` are the reference for tests.
+Pure Python, so that planning needs neither numpy nor torch; `features` and `features_vjp` are the reference
+for tests.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Block:
 
     Args:
         level: degree of the monomials in `target`, at least 2.
-        index: which of the d variables multiplies `source`, and so the smallest index of every monomial in `target`.
+        index: which of the d variables multiplies `source`, and so the smallest index of every monomial in
+            `target`.
         source: rows `[start, stop)` of level - 1; a suffix of that level.
         target: rows `[start, stop)` of level; as long as `source`.
     """
@@ -45,7 +47,7 @@ def rank(d: int, degree: int) -> int:
 
 @cache
 def levels(d: int, degree: int) -> tuple[tuple[int, int], ...]:
-    """Rows `[start, stop)` of each level 0..degree: level 0 is row 0 (the constant 1), level 1 is rows 1..d (x)."""
+    """Rows `[start, stop)` of each level 0..degree: row 0 is the constant 1, rows 1..d are x."""
     _check(d, degree)
     ends = [comb(d + j, j) for j in range(degree + 1)]
     return tuple(zip([0, *ends], ends, strict=False))
@@ -72,7 +74,7 @@ def blocks(d: int, degree: int) -> tuple[Block, ...]:
 
 @cache
 def multinomial(d: int, degree: int) -> tuple[float, ...]:
-    """`|a|! / (a_0! ... a_(d-1)!)` for the exponents a of each row: the weight of its monomial in `(x . y)^|a|`."""
+    """Weight of each row in `(x . y)^|a|`: `|a|! / (a_0! ... a_(d-1)!)`, a being its exponents."""
     counts = [1] * rank(d, degree)
     leading = [1] * len(counts)  # exponent of a row's smallest index
     own = {(1, i): 1 + i for i in range(d)}  # where the rows with smallest index i begin in a level
@@ -119,9 +121,10 @@ def features(x: NDArray[float64], degree: int) -> NDArray[float64]:
 
 
 def features_vjp(x: NDArray[float64], cotangent: NDArray[float64], degree: int) -> NDArray[float64]:
-    """Pull a cotangent of phi, shape (rank, tokens), back to x, shape (d, tokens): the blocks walked backwards.
+    """Pull a cotangent of phi, (rank, tokens), back to x, (d, tokens): the blocks walked backwards.
 
-    It costs two multiply-adds a row, where the Khatri-Rao form of arXiv 2408.13233 costs about `degree` times more.
+    It costs two multiply-adds a row, where the Khatri-Rao form of arXiv 2408.13233 costs about `degree` times
+    more.
     """
     import numpy as np
 
@@ -137,7 +140,7 @@ def features_vjp(x: NDArray[float64], cotangent: NDArray[float64], degree: int) 
 
 
 def exponents(d: int, degree: int) -> tuple[tuple[int, ...], ...]:
-    """The variable indices of each row's monomial in ascending order: `()` for row 0, `(0, 0, 3)` for x_0^2 x_3."""
+    """Variable indices of each row's monomial, ascending: `()` for row 0, `(0, 0, 3)` for x_0^2 x_3."""
     rows: list[tuple[int, ...]] = [(), *((i,) for i in range(d) if degree)]
     for block in blocks(d, degree):
         rows.extend((block.index, *rows[source]) for source in range(*block.source))
