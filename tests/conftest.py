@@ -1,7 +1,7 @@
 """What all tests share: thread limits, a deterministic hypothesis, and golden files.
 
 A golden file holds an output exactly as it is expected. `pytest --update-golden` writes the files anew, to be
-read in the diff before they are committed; under `CI` it is an error, so that no build blesses its own output.
+read in the diff before they are committed; under `CI` it is an error: no build blesses its own output.
 """
 
 from __future__ import annotations
