@@ -6,8 +6,7 @@ p', which the backward pass uses. Three families:
     taylor     sum of s^j / j!
     minimax    least eps of its degree, by Remez exchange; its derivative is poor
     balanced   the integral of the minimax polynomial of one degree less, with the constant that makes eps
-    least:
-               eps_prime is the least possible, eps is 2 to 3 times the minimax one
+               least: eps_prime is the least of its degree, eps at most 3 times the minimax one
 
 Every fit is computed as a small correction to the Taylor polynomial, in Chebyshev polynomials of s / R: all
 quantities are then relative to the Taylor remainder, so that nothing is lost for small R or high degrees.
@@ -21,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import exp, factorial, inf, isfinite
+from math import exp, factorial, inf, isfinite, log
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 from fastgrad_compiler.rational import count_real_roots, sign_at, values
@@ -39,6 +38,8 @@ FAMILIES: tuple[Family, ...] = get_args(Family)
 MAX_DEGREE = 20
 
 _UNIT = 2.0**-53
+_WIDEST = 53 * log(2) / 2  # beyond, e^-R is less than one rounding error of e^R
+_UNDERFLOW = 1e-200  # below, the Taylor remainder on the range is nothing, whatever the family
 _EXCHANGES = 60
 _LEVELLED = 1e-9  # relative spread of the error's extrema at which an exchange has converged
 _SPREAD = 1e-2  # largest spread accepted where rounding stops an exchange before that
@@ -93,7 +94,7 @@ def fit(family: Family, degree: int, bound: float) -> Polynomial:
 
     Raises:
         ValueError: unknown family; degree outside 0..MAX_DEGREE; bound negative or not finite.
-        PrecisionError: float64 cannot represent it; from about bound 10 on, depending on the degree.
+        PrecisionError: float64 cannot represent it: bounds over 18.3, and high degrees from about 12 on.
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown polynomial family {family!r}; choose one of {', '.join(FAMILIES)}")
@@ -101,8 +102,11 @@ def fit(family: Family, degree: int, bound: float) -> Polynomial:
         raise ValueError(f"degree must lie in 0..{MAX_DEGREE}, not {degree}")
     if not (isfinite(bound) and bound >= 0):
         raise ValueError(f"the bound of the logits must be finite and not negative, not {bound}")
+    if bound > _WIDEST:
+        raise _precision(family, degree, bound)
     bound = float(bound)
-    correction, level = _CORRECTIONS[family](degree, bound) if bound else _taylor(degree, bound)
+    correct = _CORRECTIONS[family] if bound ** (degree + 1) > _UNDERFLOW else _taylor
+    correction, level = correct(degree, bound)
     coefficients = tuple(
         1.0 / factorial(j) + coefficient for j, coefficient in enumerate(_unscaled(correction, bound))
     )
@@ -138,7 +142,7 @@ def errors(coefficients: Sequence[float], bound: float) -> Errors:
 
     Args:
         coefficients: ascending, in the monomial basis.
-        bound: R >= 0.
+        bound: R, in 0..700.
     """
     derivative = tuple(j * value for j, value in enumerate(coefficients))[1:] or (0.0,)
     return Errors(_relative_error(tuple(coefficients), bound), _relative_error(derivative, bound))
@@ -168,8 +172,7 @@ def _precision(family: str, degree: int, bound: float) -> PrecisionError:
     )
 
 
-# --- errors
-# -------------------------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------
 
 
 def _relative_error(coefficients: tuple[float, ...], bound: float) -> float:
@@ -189,19 +192,21 @@ def _relative_error(coefficients: tuple[float, ...], bound: float) -> float:
 def _extrema(correction: Array, degree: int, bound: float) -> Array:
     """Where p e^-s - 1 can be extremal, in t = s / bound, ascending from -1 to 1.
 
-    p is the Taylor polynomial plus `correction` (ascending, in powers of t). The Taylor part of p' - p is its
-    last term, and the whole is scaled by that, so that neither small bounds nor high degrees underflow. Real
-    parts of complex roots are returned as well: one more point at which the error is evaluated can only be
-    right.
+    p is the Taylor polynomial plus `correction` (ascending, in powers of t); the Taylor part of p' - p is
+    minus its last term. Real parts of complex roots are returned as well: one more point at which the error
+    is evaluated can only be right.
     """
     import numpy as np
 
     if degree == 0:
         return np.array([-1.0, 1.0])
     slope = np.append(correction[1:] * np.arange(1, degree + 1), 0.0) / bound
-    residual = (slope - correction) * (factorial(degree) / bound**degree)
-    residual[-1] -= 1.0
-    roots = np.polynomial.chebyshev.chebroots(_to_chebyshev(degree) @ residual)
+    residual = slope - correction
+    residual[-1] -= bound**degree / factorial(degree)
+    residual = _to_chebyshev(degree) @ residual
+    largest = np.abs(residual).max()
+    chebyshev = np.polynomial.chebyshev.chebtrim(residual / (largest or 1.0), tol=_UNDERFLOW)
+    roots = np.polynomial.chebyshev.chebroots(chebyshev)
     inside = roots.real[np.abs(roots.real) < 1.0]
     return np.concatenate(([-1.0], np.sort(inside), [1.0]))
 
@@ -223,8 +228,7 @@ def taylor_remainder(points: Array, degree: int) -> Array:
     return result
 
 
-# --- families
-# -----------------------------------------------------------------------------------------------------
+# --- families ------------------------------------------------------------------------
 
 
 class _Fit(NamedTuple):
@@ -300,8 +304,7 @@ _CORRECTIONS: dict[Family, Callable[[int, float], _Fit]] = {
 }
 
 
-# --- bases
-# --------------------------------------------------------------------------------------------------------
+# --- bases ---------------------------------------------------------------------------
 
 
 def _unscaled(correction: Array, bound: float) -> list[float]:
