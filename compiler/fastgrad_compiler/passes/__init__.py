@@ -1,0 +1,1 @@
+"""Passes over the program: each a function Program -> Program, with its rule table."""
