@@ -1,0 +1,53 @@
+"""Errors in the user's input as data; rendering lives in `render`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from fastgrad_grammar.codes import CODES
+from fastgrad_grammar.source import Span
+
+
+@dataclass(frozen=True)
+class Note:
+    """A related place, shown under the main one; without a span it is a line of text."""
+
+    message: str
+    span: Span | None = None
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """One thing that is wrong (or worth a warning) in the user's input.
+
+    `code` is a key of `codes.CODES`; `message` is the headline; `label` stands behind the caret;
+    `span` is None only where no text is at fault (a file that cannot be read, a command-line value).
+    """
+
+    code: str
+    message: str
+    span: Span | None = None
+    label: str = ""
+    notes: tuple[Note, ...] = ()
+    help: tuple[str, ...] = ()
+    severity: str = "error"  # "error" or "warning"
+
+    def __post_init__(self) -> None:
+        if self.code not in CODES:
+            raise ValueError(f"unknown diagnostic code {self.code}")
+
+
+class TfgError(Exception):
+    """The user's input is wrong: carries every diagnostic found in one run."""
+
+    def __init__(self, diagnostics: Iterable[Diagnostic]) -> None:
+        self.diagnostics = tuple(diagnostics)
+        super().__init__("\n".join(f"[{d.code}] {d.message}" for d in self.diagnostics))
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, for "did you mean" (None where nothing is near)."""
+    matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None

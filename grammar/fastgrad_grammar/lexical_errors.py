@@ -1,0 +1,127 @@
+"""What to say about text that no token of the language matches."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from fastgrad_grammar.diagnostics import Diagnostic
+from fastgrad_grammar.source import Source, Span
+
+_BAD_NUMBER = re.compile(r"\d[\w.]*")
+_BAD_STRING = re.compile(r'"[^\n]*')
+_BAD_NAME = re.compile(r"\w+")
+_STRANGE_RUN = re.compile(r"[^\x00-\x7f]+")
+
+_REPLACEMENTS = {
+    "\N{LEFT DOUBLE QUOTATION MARK}": '"',
+    "\N{RIGHT DOUBLE QUOTATION MARK}": '"',
+    "\N{DOUBLE LOW-9 QUOTATION MARK}": '"',
+    "\N{LEFT-POINTING DOUBLE ANGLE QUOTATION MARK}": '"',
+    "\N{RIGHT-POINTING DOUBLE ANGLE QUOTATION MARK}": '"',
+    "\N{EN DASH}": "-",
+    "\N{EM DASH}": "-",
+    "\N{MINUS SIGN}": "-",
+    "\N{MULTIPLICATION SIGN}": "*",
+    "\N{MIDDLE DOT}": "*",
+    "\N{DIVISION SIGN}": "/",
+    "\N{LESS-THAN OR EQUAL TO}": "<=",
+    "\N{GREATER-THAN OR EQUAL TO}": ">=",
+    "\N{NOT EQUAL TO}": "!=",
+    "\N{RIGHTWARDS ARROW}": "->",
+    "\N{HORIZONTAL ELLIPSIS}": "..",
+    "\N{NO-BREAK SPACE}": " ",
+    "\N{IDEOGRAPHIC SPACE}": " ",
+    "\N{FULLWIDTH COMMA}": ",",
+    "\N{FULLWIDTH SEMICOLON}": ";",
+    "\N{FULLWIDTH LEFT PARENTHESIS}": "(",
+    "\N{FULLWIDTH RIGHT PARENTHESIS}": ")",
+}
+_HELP = {
+    "!": "negation is written `not`; unequal is `!=`",
+    "&": "write `and`",
+    "|": "write `or`",
+    "^": "there is no power operator; write a product, such as x * x",
+    "'": 'strings stand in double quotes, as in "layers.*"',
+    "`": 'strings stand in double quotes, as in "layers.*"',
+    "\\": "a line goes on by itself inside brackets and behind an operator",
+    "$": "values from outside are declared with `param` and set with `--set name=value`",
+}
+
+
+def explain_character(source: Source, offset: int) -> tuple[Diagnostic, int]:
+    """The diagnostic for what stands at `offset`, and where lexing goes on behind it."""
+    text = source.text
+    char = text[offset]
+    if char.isascii() and char.isdigit():
+        return _number(source, offset)
+    if char == '"':
+        return _string(source, offset)
+    if char == "_" or char.isalpha():
+        return _name(source, offset)
+    end = offset + 1
+    if not char.isascii() and char not in _REPLACEMENTS:
+        run = _STRANGE_RUN.match(text, offset)
+        end = run.end() if run else end
+    return Diagnostic(
+        "FG104",
+        f"unexpected character {_describe(char)}",
+        Span(source, offset, end),
+        help=_character_help(char),
+    ), end
+
+
+def _character_help(char: str) -> tuple[str, ...]:
+    if char in _REPLACEMENTS:
+        plain = _REPLACEMENTS[char]
+        return (f"write `{plain}`" if plain.strip() else "use a plain space",)
+    return (_HELP[char],) if char in _HELP else ()
+
+
+def _describe(char: str) -> str:
+    point = f"U+{ord(char):04X}"
+    if char.isascii() and char.isprintable():
+        return f"`{char}`"
+    name = unicodedata.name(char, "").lower()
+    return f"{point} ({name})" if name else point
+
+
+def _number(source: Source, offset: int) -> tuple[Diagnostic, int]:
+    match = _BAD_NUMBER.match(source.text, offset)
+    end = match.end() if match else offset + 1
+    span = Span(source, offset, end)
+    return Diagnostic(
+        "FG120",
+        f"malformed number `{_short(span.text)}`",
+        span,
+        help=("numbers look like 64, 65_536, 0.5 or 1e-3",),
+    ), end
+
+
+def _string(source: Source, offset: int) -> tuple[Diagnostic, int]:
+    match = _BAD_STRING.match(source.text, offset)
+    end = match.end() if match else offset + 1
+    return Diagnostic(
+        "FG105",
+        "string is never closed",
+        Span(source, offset, offset + 1),
+        "opened here",
+        help=('add the closing `"`; a string ends on the line where it begins',),
+    ), end
+
+
+def _name(source: Source, offset: int) -> tuple[Diagnostic, int]:
+    match = _BAD_NAME.match(source.text, offset)
+    end = match.end() if match else offset + 1
+    span = Span(source, offset, end)
+    odd = next((char for char in span.text if not char.isascii()), source.text[offset])
+    return Diagnostic(
+        "FG104",
+        f"unexpected character {_describe(odd)} in `{_short(span.text)}`",
+        span,
+        help=("names are made of the letters a to z and A to Z, digits and `_`",),
+    ), end
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."

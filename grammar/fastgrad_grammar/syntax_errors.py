@@ -1,0 +1,509 @@
+"""What to say where the parser meets a token that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import lark
+
+from fastgrad_grammar.diagnostics import Diagnostic, Note, nearest
+from fastgrad_grammar.layout import ITEM_KEYWORDS, OPERATORS, STATEMENT_KEYWORDS, Layout
+from fastgrad_grammar.source import Span
+
+KEYWORDS = (
+    ITEM_KEYWORDS
+    | STATEMENT_KEYWORDS
+    | {"AS", "IN", "IF", "ELSE", "AND", "OR", "NOT", "TRUE", "FALSE", "NONE"}
+)
+
+_ITEM_WORDS = ("use", "param", "dim", "block", "model", "objective", "budget")
+_STATEMENT_WORDS = ("weight", "buffer", "repeat", "if", "return")
+
+_FOREIGN = {
+    "def": "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
+    "fn": "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
+    "func": "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
+    "class": "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
+    "let": "write x = ..., without `let`",
+    "var": "write x = ..., without `var`",
+    "const": "a compile-time constant is `param name = value`",
+    "for": "a repetition is `repeat i in count { ... }`, with a count known at compile time",
+    "while": "a repetition is `repeat i in count { ... }`, with a count known at compile time",
+    "import": 'write `use std`, or `use "path.tfg" as name`',
+    "from": 'write `use std`, or `use "path.tfg" as name`',
+    "elif": "write `else if`",
+    "lambda": "there are no functions as values; declare a `block`",
+    "with": "",
+    "assert": "",
+    "print": "",
+    "pass": "an empty body is `{ }`",
+}
+_FOREIGN_CONSTANTS = {"True": "true", "False": "false", "None": "none"}
+_COMPOUND = frozenset({"PLUS", "MINUS", "STAR", "SLASH", "FLOOR", "PERCENT", "MATMUL"})
+
+
+@dataclass(frozen=True)
+class Situation:
+    """An unexpected token: where it is, what would have been accepted, and what it stands in."""
+
+    layout: Layout
+    index: int
+    start: int  # index of the first token of the item, statement or entry
+    accepted: frozenset[str]
+    level: int  # how many braces are open
+
+    @property
+    def token(self) -> lark.Token:
+        """The token that does not fit."""
+        return self.layout.tokens[self.index]
+
+    def near(self, offset: int) -> lark.Token | None:
+        """The token `offset` places from the unexpected one, if it belongs to the same text."""
+        place = self.index + offset
+        return self.layout.tokens[place] if 0 <= place < len(self.layout.tokens) else None
+
+    def kind(self, offset: int) -> str:
+        """The type of that token, "" beyond the ends."""
+        token = self.near(offset)
+        return token.type if token is not None else ""
+
+    def word(self, offset: int) -> str:
+        """The text of that token, "" beyond the ends."""
+        token = self.near(offset)
+        return str(token) if token is not None else ""
+
+    @property
+    def at_start(self) -> bool:
+        """Whether the token is the first of its item, statement or entry."""
+        return self.index == self.start
+
+    @cached_property
+    def head(self) -> str:
+        """The type of the first token of the item, statement or entry."""
+        return self.layout.tokens[self.start].type
+
+    @property
+    def span(self) -> Span:
+        """Where the token stands; a line end is the place behind the last token."""
+        return self.layout.span(self.token)
+
+    @cached_property
+    def opening(self) -> lark.Token | None:
+        """The innermost parenthesis or square bracket of this statement that is still open."""
+        stack: list[lark.Token] = []
+        for token in self.layout.tokens[self.start : self.index]:
+            if token.type in ("LPAR", "LSQB", "LBRACE"):
+                stack.append(token)
+            elif token.type in ("RPAR", "RSQB", "RBRACE") and stack:
+                stack.pop()
+        return stack[-1] if stack and stack[-1].type != "LBRACE" else None
+
+
+def explain(case: Situation) -> Diagnostic:
+    """The diagnostic of the first rule that knows the mistake, else what was found and what was expected."""
+    for rule in _RULES:
+        diagnostic = rule(case)
+        if diagnostic is not None:
+            return diagnostic
+    return _unexpected(case)
+
+
+# ---------------------------------------------------------------- rules, most specific first
+
+
+def _item_inside(case: Situation) -> Diagnostic | None:
+    if not (case.at_start and case.level and case.token.type in ITEM_KEYWORDS):
+        return None
+    return Diagnostic(
+        "FG111",
+        f"`{case.token}` inside braces",
+        case.span,
+        "belongs to the top level of the file",
+        help=("move it out of the braces",),
+    )
+
+
+def _statement_outside(case: Situation) -> Diagnostic | None:
+    if not case.at_start or case.level:
+        return None
+    span, token = case.span, case.token
+    if token.type in STATEMENT_KEYWORDS | {"IF"}:
+        return Diagnostic(
+            "FG111", f"`{token}` outside a block", span, "belongs into the body of a `block` or a `model`"
+        )
+    if token.type == "NAME" and case.kind(1) == "ASSIGN":
+        return Diagnostic(
+            "FG111",
+            f"`{token} = ...` outside a block",
+            span,
+            "belongs into the body of a `block` or a `model`",
+            help=(f"a compile-time constant of the file is `param {token} = ...`",),
+        )
+    return None
+
+
+def _foreign_word(case: Situation) -> Diagnostic | None:
+    """`def`, `for`, `let x = ...`: a name at the start of a line that is no name here."""
+    for offset in (0, -1):
+        word = case.word(offset)
+        if word in _FOREIGN and case.index + offset == case.start and case.kind(offset + 1) != "ASSIGN":
+            token = case.layout.tokens[case.index + offset]
+            hint = _FOREIGN[word]
+            return Diagnostic(
+                "FG118",
+                f"`{word}` is not a word of this language",
+                case.layout.span(token),
+                help=(hint,) if hint else (),
+            )
+    return None
+
+
+def _foreign_operator(case: Situation) -> Diagnostic | None:
+    """`x ** 2`, `x += y`, `x...`: two tokens that touch."""
+    before = case.near(-1)
+    if before is None or before.end_pos != case.token.start_pos:
+        return None
+    both = case.layout.span(before).to(case.span)
+    pair = (before.type, case.token.type)
+    if pair == ("STAR", "STAR"):
+        return Diagnostic(
+            "FG118",
+            "`**` is not an operator of this language",
+            both,
+            help=("write a product, such as x * x",),
+        )
+    if pair[0] in _COMPOUND and pair[1] == "ASSIGN":
+        target = case.word(-2) or "x"
+        return Diagnostic(
+            "FG118",
+            f"`{both.text}` is not an operator of this language",
+            both,
+            help=(f"write {target} = {target} {before} ...",),
+        )
+    if pair == ("ELLIPSIS", "DOT"):
+        return Diagnostic(
+            "FG118", "`...` is not used here", both, help=("all leading dimensions are written `..`",)
+        )
+    return None
+
+
+def _number_and_point(case: Situation) -> Diagnostic | None:
+    """`1.` and `.5`."""
+    before, after = case.near(-1), case.near(1)
+    if case.token.type != "DOT":
+        return None
+    if after is not None and after.type == "INT" and after.start_pos == case.token.end_pos:
+        span = case.span.to(case.layout.span(after))
+        return Diagnostic("FG120", f"malformed number `{span.text}`", span, help=(f"write 0{span.text}",))
+    if before is not None and before.type == "INT" and before.end_pos == case.token.start_pos:
+        span = case.layout.span(before).to(case.span)
+        return Diagnostic("FG120", f"malformed number `{span.text}`", span, help=(f"write {span.text}0",))
+    return None
+
+
+def _attribute(case: Situation) -> Diagnostic | None:
+    """`x.shape`; only `.T` exists."""
+    if case.token.type == "DOT" and case.kind(1) == "NAME":
+        name, first = case.near(1), case.token
+    elif case.kind(-1) == "NAME" and case.kind(-2) == "DOT":
+        name, first = case.near(-1), case.layout.tokens[case.index - 2]
+    else:
+        return None
+    assert name is not None
+    span = case.layout.span(first).to(case.layout.span(name))
+    hint = (
+        "write `.T` for the transpose"
+        if name.lower() in ("t", "mt", "transpose")
+        else (f"operations are called as functions: {name}(x, ...)")
+    )
+    return Diagnostic(
+        "FG117",
+        f"unknown attribute `.{name}`",
+        span,
+        "the only attribute is `.T`; `a.b(...)` calls block b of module a",
+        help=(hint,),
+    )
+
+
+def _keyword_as_name(case: Situation) -> Diagnostic | None:
+    token = case.token
+    if token.type not in KEYWORDS or "NAME" not in case.accepted:
+        return None
+    if case.at_start and case.kind(1) != "ASSIGN":
+        return None
+    stands_as_name = case.kind(1) in ("ASSIGN", "COLON", "COMMA", "RPAR", "LPAR", "AT_MOST", "IN") or (
+        not {"INT", "STRING"} & case.accepted
+    )
+    if not stands_as_name:
+        return None
+    return Diagnostic(
+        "FG107",
+        f"`{token}` is a keyword and cannot be a name",
+        case.span,
+        "expected a name",
+        help=(f"choose another name, such as {token}_",),
+    )
+
+
+def _keyword_statement_name(case: Situation) -> Diagnostic | None:
+    """`model = 3` or `weight = x`: the keyword was accepted, the `=` behind it was not."""
+    before = case.near(-1)
+    if before is None or before.type not in KEYWORDS or case.index - 1 != case.start:
+        return None
+    if case.token.type not in ("ASSIGN", "COLON", "AT_MOST") or "NAME" not in case.accepted:
+        return None
+    return Diagnostic(
+        "FG107",
+        f"`{before}` is a keyword and cannot be a name",
+        case.layout.span(before),
+        "expected a name",
+        help=(f"choose another name, such as {before}_",),
+    )
+
+
+def _equals(case: Situation) -> Diagnostic | None:
+    if case.token.type == "EQUAL" and "ASSIGN" in case.accepted and not {"EQUAL"} & case.accepted:
+        return Diagnostic("FG108", "`==` compares; a value is given with `=`", case.span, "expected `=`")
+    if case.token.type == "ASSIGN" and "EQUAL" in case.accepted:
+        return Diagnostic(
+            "FG108", "`=` gives a value; values are compared with `==`", case.span, "expected `==`"
+        )
+    return None
+
+
+def _missing_arrow(case: Situation) -> Diagnostic | None:
+    if case.accepted != {"ARROW"}:
+        return None
+    word = case.word(0) if case.token.type != "_NL" else ""
+    found = f", not `{word}`" if word else ""
+    return Diagnostic(
+        "FG116",
+        f"a `{case.layout.tokens[case.start]}` says what it returns",
+        case.span,
+        f"expected `->`{found}",
+        help=("write `-> float[...]` between `)` and `{`",),
+    )
+
+
+def _missing_use_name(case: Situation) -> Diagnostic | None:
+    if case.head != "USE" or case.accepted != {"AS"}:
+        return None
+    return Diagnostic(
+        "FG122",
+        "a file is used under a name",
+        case.layout.span(case.layout.tokens[case.index - 1]),
+        "expected `as NAME` behind the path",
+        help=(f"write use {case.word(-1)} as name",),
+    )
+
+
+def _bare_expression(case: Situation) -> Diagnostic | None:
+    """`f(x)` or `a, b = f(x)` where a statement is expected."""
+    tokens = case.layout.tokens
+    if not case.level or case.index != case.start + 1 or case.head not in ("NAME", "AT", "EXACT"):
+        return None
+    if "ASSIGN" not in case.accepted or "AT_MOST" in case.accepted:
+        return None
+    name = tokens[case.start]
+    if case.token.type == "COMMA":
+        return Diagnostic(
+            "FG101",
+            "several names need parentheses",
+            case.layout.span(name).to(case.span),
+            "expected `(`",
+            help=(f"write ({name}, ...) = f(x)",),
+        )
+    if (
+        case.token.type not in ("LPAR", "DOT", "_NL", "LSQB", "TRANSPOSE")
+        and case.token.type not in OPERATORS
+    ):
+        return None
+    return Diagnostic(
+        "FG121",
+        "a statement that gives no name to its value has no effect",
+        case.layout.span(name),
+        "expected `name = ...` or `return ...`",
+        help=(f"write x = {name}... or return {name}...",),
+    )
+
+
+def _colon_for_brace(case: Situation) -> Diagnostic | None:
+    if case.token.type != "COLON" or "LBRACE" not in case.accepted:
+        return None
+    return Diagnostic(
+        "FG118", "a body stands in braces, not behind `:`", case.span, "expected `{`", help=("write { ... }",)
+    )
+
+
+def _constant_spelling(case: Situation) -> Diagnostic | None:
+    return (
+        None
+        if case.word(0) not in _FOREIGN_CONSTANTS
+        else Diagnostic(
+            "FG118", f"`{case.word(0)}` is written `{_FOREIGN_CONSTANTS[case.word(0)]}` here", case.span
+        )
+    )
+
+
+def _unclosed_line(case: Situation) -> Diagnostic | None:
+    """A new line begins inside parentheses where only `,` or `)` fits: the parenthesis was forgotten."""
+    opening = case.opening
+    if opening is None or case.token.type not in ("NAME", "IF", "BROKEN"):
+        return None
+    before = case.near(-1)
+    text = case.layout.source.text
+    if before is None or "\n" not in text[before.end_pos : case.token.start_pos]:
+        return None
+    closing = ")" if opening.type == "LPAR" else "]"
+    return Diagnostic(
+        "FG102",
+        f"`{opening}` is never closed",
+        case.layout.span(opening),
+        "opened here",
+        (Note(f"`{closing}` should stand before this", case.span),),
+        (f"add the missing `{closing}`, or a `,`",),
+    )
+
+
+def _misspelt_keyword(case: Situation) -> Diagnostic | None:
+    """`blok f(...)` and `retrun x`."""
+    words = _STATEMENT_WORDS if case.level else _ITEM_WORDS
+    if not case.level and case.at_start and case.token.type == "NAME":
+        token = case.token
+    elif (
+        case.level
+        and case.index == case.start + 1
+        and case.head == "NAME"
+        and case.token.type in ("NAME", "LPAR")
+    ):
+        token = case.layout.tokens[case.start]
+    else:
+        return None
+    near = nearest(str(token), words)
+    if near is None or "AT_MOST" in case.accepted:
+        return None
+    return Diagnostic(
+        "FG101",
+        f"unexpected `{_shorten(token)}`",
+        case.layout.span(token),
+        "not a keyword",
+        help=(f"did you mean {near}?",),
+    )
+
+
+_RULES: tuple[Callable[[Situation], Diagnostic | None], ...] = (
+    _item_inside,
+    _foreign_word,
+    _statement_outside,
+    _misspelt_keyword,
+    _foreign_operator,
+    _number_and_point,
+    _attribute,
+    _keyword_as_name,
+    _keyword_statement_name,
+    _equals,
+    _missing_arrow,
+    _missing_use_name,
+    _bare_expression,
+    _colon_for_brace,
+    _unclosed_line,
+)
+
+
+# ---------------------------------------------------------------- the general message
+
+_VALUE_STARTS = frozenset({"NAME", "INT", "LPAR"})
+_WORDS = {
+    "_NL": "the end of the line",
+    "NAME": "a name",
+    "STRING": "a string",
+    "INT": "a number",
+    "$END": "the end of the file",
+    "OPTIONAL": "`?`",
+    "TRANSPOSE": "`.T`",
+}
+_SYMBOLS = {
+    "LPAR": "(",
+    "RPAR": ")",
+    "LSQB": "[",
+    "RSQB": "]",
+    "LBRACE": "{",
+    "RBRACE": "}",
+    "COMMA": ",",
+    "COLON": ":",
+    "SEMICOLON": ";",
+    "ARROW": "->",
+    "ASSIGN": "=",
+    "AT_MOST": "<=",
+    "ELLIPSIS": "..",
+    "AS": "as",
+    "IN": "in",
+    "ELSE": "else",
+    "IF": "if",
+    "PERCENT": "%",
+    "EXACT": "exact",
+    "AT": "at",
+}
+_SELDOM = frozenset({"AT", "EXACT", "TRANSPOSE", "DOT", "AS", "OPTIONAL"})
+
+
+def _unexpected(case: Situation) -> Diagnostic:
+    found = _describe_found(case)
+    expected = describe_expected(case.accepted, case.level)
+    notes: tuple[Note, ...] = ()
+    opening = case.opening
+    if opening is not None and opening is not case.near(-1) and {"RPAR", "RSQB"} & case.accepted:
+        notes = (Note(f"inside this `{opening}`", case.layout.span(opening)),)
+    help_: tuple[str, ...] = ()
+    if case.at_start and case.token.type in OPERATORS:
+        help_ = ("an expression goes on behind an operator: end the line before with it, or use parentheses",)
+    return Diagnostic("FG101", f"unexpected {found}", case.span, f"expected {expected}", notes, help_)
+
+
+def _describe_found(case: Situation) -> str:
+    token = case.token
+    if token.type == "_NL":
+        return "end of line" if case.index + 1 < len(case.layout.tokens) else "end of file"
+    if token.type == "RBRACE" and token.start_pos == token.end_pos:
+        return "end of file"
+    if token.type in KEYWORDS:
+        return f"keyword `{token}`"
+    return f"string {_shorten(token)}" if token.type == "STRING" else f"`{_shorten(token)}`"
+
+
+def _shorten(token: str) -> str:
+    return token if len(token) <= 40 else f"{token[:37]}..."
+
+
+def describe_expected(accepted: frozenset[str], level: int) -> str:
+    """Accepted token types in the words of the language: "`,`, `)` or an operator"."""
+    left = set(accepted)
+    words: list[str] = []
+    if left >= ITEM_KEYWORDS:
+        return "use, param, dim, block, model, objective or budget"
+    if left >= STATEMENT_KEYWORDS:
+        return "a statement (name = ..., weight, buffer, repeat, if, return) or `}`"
+    if left >= _VALUE_STARTS:
+        words.append("an expression")
+        left -= _VALUE_STARTS | {"FLOAT", "STRING", "TRUE", "FALSE", "NONE", "NOT", "MINUS", "AT", "EXACT"}
+    if left >= {"PLUS", "STAR"}:
+        words.append("an operator")
+        left -= OPERATORS - {"COMMA", "ASSIGN", "ARROW"}
+        left -= {"IF", "LPAR", "LSQB"}
+    if "NAME" in left:
+        left -= _SELDOM
+    left -= {"TRANSPOSE", "DOT", "FLOAT"}
+    words = [_word(kind) for kind in sorted(left, key=_order)] + words
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _word(kind: str) -> str:
+    if kind in _WORDS:
+        return _WORDS[kind]
+    return f"`{_SYMBOLS.get(kind, kind.lower())}`"
+
+
+def _order(kind: str) -> tuple[bool, str]:
+    return kind == "_NL", _SYMBOLS.get(kind, kind)
