@@ -1,0 +1,220 @@
+"""Attention kernels of the torch target: a specification, its emitted source, and the loaded function.
+
+A kernel is what docs/mathematics.md describes in sections 2 to 5, written out for one (d, dv, polynomial, mask, near field):
+constants and block table unrolled, absent cases left out. The text is a Jinja template's, so that what is
+emitted can be read before it is emitted; buffers, checks and the exact fallback are the files of `runtime`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from fastgrad_compiler.features import blocks, rank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RUNTIME = Path(__file__).parent.parent / "runtime"
+RUNTIME_FILES: tuple[Path, ...] = tuple(
+    RUNTIME / name for name in ("attention_op.py", "exact_attention.py", "polynomial_features.py")
+)
+RUNTIME_PACKAGE = "fastgrad_compiler.runtime"
+UNROLLED_BLOCKS = 160  # a longer table is emitted as the loop that makes it
+NAME_PLACEHOLDER = "attention_" + "0" * 12
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """What an attention kernel depends on.
+
+    Args:
+        d: width of q and k.
+        dv: width of v.
+        coefficients: of the polynomial p(s), s = scale * q.k, by ascending power; its degree is at least 1.
+        causal: query i sees the keys up to i.
+        padding: a key padding mask is an input.
+        near: block size w; pairs whose blocks of w tokens are the same or touch weigh exp(t) instead of p(s).
+        near_d: width of separate queries and keys for t, already scaled; None: t = scale * q.k.
+        scale: of the logits.
+        chunk: tokens handled at a time; None: chosen here. The function does not depend on it.
+
+    Raises:
+        ValueError: a width, a block or a chunk below 1, no coefficient beyond the constant, near_d without near.
+    """
+
+    d: int
+    dv: int
+    coefficients: tuple[float, ...]
+    causal: bool = False
+    padding: bool = False
+    near: int | None = None
+    near_d: int | None = None
+    scale: float = 1.0
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {"d": self.d, "dv": self.dv, "near": self.near, "near_d": self.near_d, "chunk": self.chunk}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"an attention kernel needs {name} >= 1, not {size}")
+        if len(self.coefficients) < 2:
+            raise ValueError("an attention kernel needs a polynomial of degree 1 at least")
+        if self.near_d is not None and self.near is None:
+            raise ValueError("near_d is the width of a near field's queries and keys: give `near` too")
+
+    @property
+    def degree(self) -> int:
+        """Degree of the polynomial."""
+        return len(self.coefficients) - 1
+
+
+def choose_chunk(spec: KernelSpec) -> int:
+    """Tokens at a time: enough to hide the interpreter behind the products, few enough for cache and triangle.
+
+    In a near field a chunk divides the block size w where a divisor of useful size exists: then a window is near
+    throughout, and nothing in it needs the polynomial.
+    """
+    if spec.chunk is not None:
+        return spec.chunk
+    r = rank(spec.d, spec.degree)
+    chunk = 128 if r <= 512 else 256
+    if spec.near is None:
+        return chunk if spec.causal else 256
+    divisors = [size for size in range(SMALLEST_NEAR_CHUNK, chunk + 1) if spec.near % size == 0]
+    return max(divisors, default=max(1, chunk // spec.near) * spec.near if spec.near < chunk else chunk)
+
+
+SMALLEST_NEAR_CHUNK = 32
+
+
+@cache
+def emit_kernel(spec: KernelSpec) -> str:
+    """The kernel's source: deterministic, `ruff format` leaves it unchanged; imports torch and RUNTIME_FILES."""
+    text = _render(spec, NAME_PLACEHOLDER)
+    return text.replace(NAME_PLACEHOLDER, _name(text))
+
+
+def kernel_name(spec: KernelSpec) -> str:
+    """`attention_` and twelve hexadecimal digits of a hash of the emitted text: file, module and operation."""
+    return _name(_render(spec, NAME_PLACEHOLDER))
+
+
+def _name(text: str) -> str:
+    return "attention_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@cache
+def load_kernel(spec: KernelSpec) -> Callable[..., Tensor]:
+    """The `attention` function of the emitted module, which is executed once a process.
+
+    attention(q, k, v, near_q=None, near_k=None, mask=None, *, exact_below=0): q [.., H, n, d], k [.., Hk, m, d],
+    v [.., Hk, m, dv] -> [.., H, n, dv], in the dtype of v; ValueError on wrong shapes.
+    """
+    name = f"{RUNTIME_PACKAGE}.{kernel_name(spec)}"
+    module = sys.modules.get(name) or _execute(name, emit_kernel(spec))
+    function: Callable[..., Tensor] = module.attention
+    return function
+
+
+def _execute(name: str, text: str) -> ModuleType:
+    """A module of the run-time package from text, whose lines tracebacks, inspect and torch.compile can find."""
+    filename = f"<{name}>"
+    module = ModuleType(name)
+    module.__package__, module.__file__ = RUNTIME_PACKAGE, filename
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    sys.modules[name] = module
+    exec(compile(text, filename, "exec"), module.__dict__)
+    return module
+
+
+@cache
+def _render(spec: KernelSpec, name: str) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+        autoescape=False,
+    )
+    return environment.get_template("attention.py.j2").render(name=name, **_context(spec))
+
+
+def _context(spec: KernelSpec) -> dict[str, object]:
+    """What the template asks for; flags name the cases of docs/mathematics.md, sections 3 to 5."""
+    tile = choose_chunk(spec)
+    dense = spec.causal or spec.near is not None
+    mixed = spec.near is not None and spec.near % tile != 0
+    folded = tuple(c * spec.scale**power for power, c in enumerate(spec.coefficients))
+    table = blocks(spec.d, spec.degree)
+    return {
+        "title": _title(spec),
+        "specification": f"d = {spec.d}, dv = {spec.dv}, degree {spec.degree}",
+        "local": "near_q.near_k" if spec.near_d else "SCALE q.k",
+        "d": spec.d,
+        "dv": spec.dv,
+        "degree": spec.degree,
+        "rank": rank(spec.d, spec.degree),
+        "coefficients": list(map(float, folded)),
+        "scale": float(spec.scale),
+        "causal": spec.causal,
+        "padding": spec.padding,
+        "near": spec.near,
+        "near_d": spec.near_d,
+        "separate": spec.near_d is not None,
+        "tile": tile,
+        "dense": dense,
+        "mixed": mixed,
+        "suffix": spec.near is not None and not spec.causal,
+        "needs_inf": spec.near is not None and (mixed or spec.causal or spec.padding),
+        "polynomial_scores": dense and (mixed or spec.near is None),
+        "states": 4 if spec.near is not None and not spec.causal else 2,
+        "window": _window_expression(spec),
+        "unrolled": len(table) <= UNROLLED_BLOCKS,
+        "blocks": [(b.level, b.index, *b.source, *b.target) for b in table],
+        "horner": _horner(folded),
+        "horner_slope": _horner(tuple(power * c for power, c in enumerate(folded))[1:]),
+    }
+
+
+def _title(spec: KernelSpec) -> str:
+    parts = [f"Polynomial attention, degree {spec.degree}"]
+    if spec.causal:
+        parts.append("causal")
+    if spec.padding:
+        parts.append("with a padding mask")
+    if spec.near is not None:
+        parts.append(f"exact in blocks of {spec.near} tokens")
+    return ", ".join(parts)
+
+
+def _window_expression(spec: KernelSpec) -> str:
+    if spec.near is not None:
+        return "TILE + 2 * NEAR" if spec.causal else "TILE + 3 * NEAR"
+    return "TILE" if spec.causal else "0"
+
+
+def _horner(coefficients: tuple[float, ...]) -> str:
+    """In-place statements that evaluate the polynomial of `scores` into `out`."""
+    if len(coefficients) == 1:
+        return f"out.fill_({float(coefficients[0])!r})"
+    *rest, last = map(float, coefficients)
+    chain = f"torch.mul(scores, {last!r}, out=out)"
+    lines = []
+    for position, coefficient in enumerate(reversed(rest)):
+        chain += f".add_({coefficient!r})"
+        if position < len(rest) - 1:
+            lines.append(chain)
+            chain = "out.mul_(scores)"
+    lines.append(chain)
+    return "\n    ".join(lines)
