@@ -102,7 +102,7 @@ def flops(
     keys = n if m is None else m
     if causal and keys != n:
         raise ValueError(f"causal attention needs as many keys as queries, not {keys} for {n}")
-    if min(n, keys, d, dv, chunk, near or 1) < 1:
+    if min(n, keys, d, dv, chunk, 1 if near is None else near) < 1:
         raise ValueError("n, m, d, dv, chunk and near must be at least 1")
     if degree is None:
         pairs = n * keys  # times 2 flops, or, causal, half of the pairs times 2 flops each way

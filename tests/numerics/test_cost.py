@@ -1,0 +1,118 @@
+"""The cost model against a count of the products of a plain implementation, and its break-even length."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+
+from fastgrad_compiler.cost import Flops, break_even, cost, flops, state_bytes
+from fastgrad_compiler.features import rank
+
+
+def matmul(rows: int, inner: int, columns: int) -> int:
+    return 2 * rows * inner * columns
+
+
+def counted_causal(n: int, d: int, dv: int, degree: int, chunk: int) -> Flops:
+    """Walk the chunks of docs/mathematics.md, sections 3 and 4, and add up their matrix products."""
+    r, width = rank(d, degree), dv + 1
+    forward = backward = 0
+    for _ in range(n // chunk):
+        forward += matmul(chunk, d, chunk) + matmul(chunk, chunk, width)  # p(Q K^T), times V~
+        forward += matmul(r, chunk, width) + matmul(chunk, r, width)  # Z += phi(K) V~; phi(Q)^T W Z
+        backward += matmul(chunk, d, chunk)  # Q K^T again
+        backward += matmul(chunk, width, chunk) * 2  # dA = U~ V~^T; dV = A~^T U~
+        backward += matmul(chunk, chunk, d) * 2  # dQ = dS K; dK = dS^T Q
+        backward += matmul(r, chunk, width) + matmul(chunk, width, r)  # Z again; the cotangent of phi(q)
+        backward += matmul(r, chunk, width)  # Y
+        backward += matmul(chunk, r, width) + matmul(chunk, width, r)  # dV; the cotangent of phi(k)
+    return Flops(forward, backward)
+
+
+@pytest.mark.parametrize(("d", "dv", "degree", "chunk"), [(16, 64, 2, 64), (4, 4, 3, 16), (1, 7, 0, 8)])
+def test_causal_flops_are_those_of_the_products(d: int, dv: int, degree: int, chunk: int) -> None:
+    n = 8 * chunk
+    assert flops(n=n, d=d, dv=dv, degree=degree, chunk=chunk) == counted_causal(n, d, dv, degree, chunk)
+
+
+def test_formulas_of_the_documentation_per_token() -> None:
+    d, dv, n, c, r = 16, 64, 4096, 64, 153
+    found = flops(n=n, d=d, dv=dv, degree=2, chunk=c)
+    assert found.forward == n * (4 * r * (dv + 1) + 2 * c * (d + dv + 1))
+    assert found.backward == n * (10 * r * (dv + 1) + 2 * c * (3 * d + 2 * (dv + 1)))
+    exact = flops(n=n, d=d, dv=dv, degree=None)
+    assert (exact.forward, exact.backward) == (n * n * (d + dv), n * n * (3 * d + 2 * dv))
+    assert exact.total == exact.forward + exact.backward
+
+
+def test_without_a_mask() -> None:
+    d, dv, n, m, r = 8, 16, 100, 700, 45
+    found = flops(n=n, m=m, d=d, dv=dv, degree=2, causal=False)
+    assert found.forward == matmul(r, m, dv + 1) + matmul(n, r, dv + 1)
+    assert found.backward == 3 * matmul(r, m, dv + 1) + 2 * matmul(n, r, dv + 1)
+    exact = flops(n=n, m=m, d=d, dv=dv, degree=None, causal=False)
+    assert exact.forward == matmul(n, d, m) + matmul(n, m, dv)
+    assert exact.backward == 3 * matmul(n, d, m) + 2 * matmul(n, m, dv)
+
+
+def test_near_field() -> None:
+    d, dv, n, w = 16, 64, 1024, 32
+    causal = flops(n=n, d=d, dv=dv, degree=2, near=w)
+    assert causal == flops(n=n, d=d, dv=dv, degree=2, chunk=2 * w)
+    both = flops(n=n, d=d, dv=dv, degree=2, near=w, causal=False)
+    plain = flops(n=n, d=d, dv=dv, degree=2, causal=False)
+    assert both.forward == 2 * plain.forward + n * 2 * 3 * w * (d + dv + 1)
+    assert both.backward == 2 * plain.backward + n * 2 * 3 * w * (3 * d + 2 * (dv + 1))
+
+
+def test_a_chunk_longer_than_the_sequence_holds_the_sequence() -> None:
+    assert flops(n=10, d=4, dv=4, degree=2, chunk=64) == flops(n=10, d=4, dv=4, degree=2, chunk=10)
+
+
+def test_break_even_of_the_documentation() -> None:
+    """About 550, 3,400 and 17,000 by the state alone; a chunk of one token adds two."""
+    lengths = [break_even(d=16, dv=64, degree=degree, chunk=1) for degree in (2, 3, 4)]
+    assert lengths == pytest.approx([550, 3400, 17000], rel=0.02)
+    assert [break_even(d=16, dv=64, degree=degree) for degree in (2, 3, 4)] == [674, 3574, 17352]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("near", [None, 1, 16])
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_break_even_is_the_least_length(causal: bool, near: int | None, chunk: int) -> None:
+    for d, dv, degree in product((1, 4, 16), (1, 16), (0, 1, 2)):
+        found = break_even(d=d, dv=dv, degree=degree, chunk=chunk, near=near, causal=causal)
+
+        def pays(n: int, d: int = d, dv: int = dv, degree: int = degree) -> bool:
+            polynomial = flops(n=n, d=d, dv=dv, degree=degree, chunk=chunk, near=near, causal=causal)
+            return polynomial.total <= flops(n=n, d=d, dv=dv, degree=None, causal=causal).total
+
+        assert found >= 1
+        assert not any(pays(n) for n in range(1, found))
+        assert all(pays(found + more) for more in range(20))
+
+
+def test_cost_gathers_both_ways() -> None:
+    found = cost(n=16384, d=16, dv=64, degree=2)
+    assert found.rank == 153
+    assert found.polynomial == flops(n=16384, d=16, dv=64, degree=2)
+    assert found.exact == flops(n=16384, d=16, dv=64, degree=None)
+    assert found.break_even == break_even(d=16, dv=64, degree=2)
+    assert found.state_bytes == state_bytes(d=16, dv=64, degree=2) == 153 * 65 * 4
+    assert state_bytes(d=16, dv=64, degree=2, itemsize=8) == 153 * 65 * 8
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"n": 8, "m": 9}, "as many keys as queries, not 9 for 8"),
+        ({"n": 0}, "must be at least 1"),
+        ({"n": 8, "near": 0}, "must be at least 1"),
+        ({"n": 8, "chunk": 0}, "must be at least 1"),
+    ],
+)
+def test_sizes_that_make_no_sense(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        flops(d=4, dv=4, degree=2, **sizes)
