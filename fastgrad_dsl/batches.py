@@ -1,0 +1,75 @@
+"""What a model takes, and random batches of it for measuring without data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastgrad_compiler.dim import Dim
+from fastgrad_compiler.graph import Graph, Node, Program
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ID_OPERATIONS = {"embedding": 1, "cross_entropy": 1, "one_hot": 0}  # op -> which of its inputs holds ids
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor that a model or its objective takes; ids of an int tensor are less than `below`."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+    below: int = 2
+
+
+def model_inputs(program: Program) -> tuple[Input, ...]:
+    """The inputs of the model, in order."""
+    graph = program.flatten()
+    return tuple(_input(graph, node) for node in graph.inputs)
+
+
+def target_inputs(program: Program) -> tuple[Input, ...]:
+    """What the objective takes beyond the model's results; empty without an objective."""
+    if program.objective is None:
+        return ()
+    graph = program.flatten(program.objective)
+    results = len(program[program.main].outputs)
+    return tuple(_input(graph, node) for node in graph.inputs[results:])
+
+
+def random_batch(inputs: Sequence[Input], dims: Mapping[str, int], seed: int = 0) -> tuple[Tensor, ...]:
+    """Gaussian floats, uniform ids, and masks that are true for a random leading part of each row (at least one)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    batch = []
+    for tensor in inputs:
+        shape = tuple(dim.evaluate(dims) for dim in tensor.shape)
+        if tensor.dtype == "int":
+            batch.append(torch.randint(tensor.below, shape, generator=generator))
+        elif tensor.dtype == "bool":
+            lengths = torch.randint(1, shape[-1] + 1, (*shape[:-1], 1), generator=generator)
+            batch.append(torch.arange(shape[-1]) < lengths)
+        else:
+            batch.append(torch.randn(shape, generator=generator))
+    return tuple(batch)
+
+
+def _input(graph: Graph, node: Node) -> Input:
+    limits = [limit for user in graph.users[node.name] if (limit := _id_limit(graph, node, user))]
+    return Input(node.name, node.tensor.dtype, node.tensor.shape, min(limits, default=2))
+
+
+def _id_limit(graph: Graph, node: Node, user: Node) -> int | None:
+    """How many ids `user` has, where it reads `node` as ids."""
+    place = ID_OPERATIONS.get(user.op)
+    if place is None or user.inputs[place] != node.name:
+        return None
+    if user.op == "embedding":
+        return graph[user.inputs[0]].tensor.shape[0].constant
+    if user.op == "cross_entropy":
+        return graph[user.inputs[0]].tensor.shape[-1].constant
+    return Dim.of(user["classes"]).constant  # type: ignore[arg-type]  # shapes has checked that it is one

@@ -1,0 +1,295 @@
+"""Measured errors of a compiled model: of each attention alone, by its effect on the whole, and of the whole.
+
+A dispatch mode watches the attention operations that a forward and a backward pass run. It compares each with
+exact attention on the same inputs, and it can make chosen ones exact, which shows what one attention does to the
+model's output and gradients. With all of them exact the model is the exact model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgrad_compiler.certificates import (
+    key_gradient_bound,
+    output_bound,
+    query_gradient_bound,
+    value_gradient_bound,
+)
+
+ALWAYS_EXACT = 2**62  # as `exact_below`: every length is below it
+Objective = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is known of a polynomial attention before any data: its path, eps, eps' and the logits' scale."""
+
+    path: str
+    eps: float
+    eps_prime: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class AttentionErrors:
+    """Relative L2 errors of one attention on a batch; gradients are those of q, k and v (largest of the three).
+
+    `output`, `gradient`: measured, on the inputs that it really got, against exact softmax in float64.
+    `output_bound`, `gradient_bound`: proved for these inputs (docs/mathematics.md, section 7), as a share of the
+    same norms. `output_effect`, `gradient_effect`: estimates of its part in the model's error: how far the model's
+    output, and all weights' gradients, move when this attention alone is made exact.
+    """
+
+    path: str
+    output: float
+    gradient: float
+    output_bound: float
+    gradient_bound: float
+    output_effect: float
+    gradient_effect: float
+
+
+@dataclass(frozen=True)
+class ModelErrors:
+    """Relative L2 errors of the whole model on a batch against the exact model with the same weights.
+
+    The estimates add up the effects of the attentions (first order, no cancellation assumed). `loss` is the
+    compiled model's and `exact_loss` the exact one's (None without an objective).
+    """
+
+    output: float
+    gradient: float
+    output_estimate: float
+    gradient_estimate: float
+    loss: float | None
+    exact_loss: float | None
+    weight_gradients: Mapping[str, float]
+    attentions: tuple[AttentionErrors, ...]
+
+
+@dataclass
+class _Call:
+    """One attention's inputs and output in a forward pass, and its local errors as they become known."""
+
+    inputs: tuple[Any, ...]
+    out: Tensor
+    output: float = 0.0
+    output_bound: float = 0.0
+    gradient: float = 0.0
+    gradient_bound: float = 0.0
+
+
+@dataclass
+class _Attentions(TorchDispatchMode):
+    """Watches the attention operations of one forward and backward pass, in order; `exact` are made exact."""
+
+    exact: frozenset[int] = frozenset()
+    compare: Sequence[Served] = ()
+    calls: list[_Call] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = str(func)
+        if not name.startswith("fastgrad.attention_"):
+            return func(*args, **(kwargs or {}))
+        if "_backward" in name:
+            return self._backward(func, args)
+        return self._forward(func, args)
+
+    def _forward(self, func: Any, args: tuple[Any, ...]) -> Any:
+        index = len(self.calls)
+        inputs, exact_below = args[:6], args[6]
+        result = func(*inputs, ALWAYS_EXACT if index in self.exact else exact_below)
+        call = _Call(inputs, result[0])
+        self.calls.append(call)
+        if self.compare:
+            reference = func(*_double(inputs), ALWAYS_EXACT)[0]
+            call.output = relative_error(result[0], reference)
+            call.output_bound = _output_bound(self.compare[index], inputs[2], reference)
+        return result
+
+    def _backward(self, func: Any, args: tuple[Any, ...]) -> Any:
+        out, exact_below = args[7], args[10]
+        index = next(i for i, call in enumerate(self.calls) if call.out.data_ptr() == out.data_ptr())
+        gradients = func(*args[:10], ALWAYS_EXACT if index in self.exact else exact_below)
+        if self.compare:
+            call, served = self.calls[index], self.compare[index]
+            cotangent, *inputs = _double(args[:7])
+            forward = getattr(
+                torch.ops.fastgrad, func._schema.name.split("::")[1].removesuffix("_backward")
+            ).default
+            reference = func(cotangent, *inputs, *forward(*inputs, ALWAYS_EXACT), ALWAYS_EXACT)
+            errors = [relative_error(g, r) for g, r in zip(gradients, reference, strict=True) if r.numel()]
+            call.gradient = max(errors)
+            call.gradient_bound = _gradient_bound(served, cotangent, inputs, reference)
+        return gradients
+
+
+def measure_errors(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    objective: Objective | None,
+    served: Sequence[Served],
+    *,
+    progress: Callable[[str], None] = lambda what: None,
+) -> ModelErrors:
+    """Compare a compiled model with itself made exact, on one batch.
+
+    `served` are the polynomial attentions in the order in which the model runs them. Without an objective,
+    gradients are those of a fixed random projection of the output. Runs 2 + len(served) forward and backward
+    passes; `progress` is told of each.
+    """
+    progress("the compiled model")
+    watched = _Attentions(compare=served)
+    output, gradients, loss = _pass(model, inputs, targets, objective, watched)
+    progress("the exact model")
+    everywhere = _Attentions(exact=frozenset(range(len(served))))
+    exact_output, exact_gradients, exact_loss = _pass(model, inputs, targets, objective, everywhere)
+    attentions = []
+    for index, attention in enumerate(served):
+        progress(attention.path)
+        moved = _Attentions(exact=frozenset({index}))
+        moved_output, moved_gradients, _ = _pass(model, inputs, targets, objective, moved)
+        call = watched.calls[index]
+        attentions.append(
+            AttentionErrors(
+                path=attention.path,
+                output=call.output,
+                gradient=call.gradient,
+                output_bound=call.output_bound,
+                gradient_bound=call.gradient_bound,
+                output_effect=relative_error(moved_output, output),
+                gradient_effect=_joint_error(moved_gradients, gradients),
+            )
+        )
+    return ModelErrors(
+        output=relative_error(output, exact_output),
+        gradient=_joint_error(gradients, exact_gradients),
+        output_estimate=sum(a.output_effect for a in attentions),
+        gradient_estimate=sum(a.gradient_effect for a in attentions),
+        loss=loss,
+        exact_loss=exact_loss,
+        weight_gradients={
+            name: relative_error(gradient, exact_gradients[name]) for name, gradient in gradients.items()
+        },
+        attentions=tuple(attentions),
+    )
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """||value - reference|| / ||reference|| in float64; 0 where both vanish."""
+    reference = reference.double()
+    size, difference = reference.norm().item(), (value.double() - reference).norm().item()
+    return 0.0 if difference == 0.0 else difference / size if size else math.inf
+
+
+def _joint_error(values: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> float:
+    """The relative error of all weights' gradients as one vector."""
+    difference = sum(
+        (values[name].double() - r.double()).square().sum().item() for name, r in references.items()
+    )
+    size = sum(r.double().square().sum().item() for r in references.values())
+    return 0.0 if difference == 0.0 else math.sqrt(difference / size) if size else math.inf
+
+
+def _pass(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    objective: Objective | None,
+    mode: _Attentions,
+) -> tuple[Tensor, dict[str, Tensor], float | None]:
+    """Output (several are flattened into one), weights' gradients and loss of one evaluation pass."""
+    training = model.training
+    model.eval()
+    parameters = dict(model.named_parameters())
+    with mode:
+        results = model(*inputs)
+        outputs = results if isinstance(results, tuple) else (results,)
+        if objective is None:
+            scalar = sum((_projection(out) * out).sum() for out in outputs)
+        else:
+            scalar = objective(*outputs, *targets)
+        found = torch.autograd.grad(scalar, list(parameters.values()), allow_unused=True)
+    model.train(training)
+    gradients = {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
+    }
+    joined = (
+        outputs[0].detach() if len(outputs) == 1 else torch.cat([out.detach().flatten() for out in outputs])
+    )
+    return joined, gradients, None if objective is None else scalar.item()
+
+
+def _projection(output: Tensor) -> Tensor:
+    """A fixed random cotangent, for models without an objective."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(output.shape, generator=generator).to(output)
+
+
+def _double(tensors: Iterable[Any]) -> list[Any]:
+    return [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors]
+
+
+def _value_range(v: Tensor) -> Tensor:
+    """max - min of each column of v over the keys: [batch, kv heads, 1, dv]."""
+    return v.double().amax(-2, keepdim=True) - v.double().amin(-2, keepdim=True)
+
+
+def _output_bound(served: Served, v: Tensor, reference: Tensor) -> float:
+    """The certificate of the output on these values, as a share of the output's norm."""
+    groups = reference.shape[1] // v.shape[1]
+    per_row = output_bound(served.eps, _value_range(v)).repeat_interleave(groups, 1)
+    total = per_row.expand_as(reference).norm().item()
+    return _share(total, reference)
+
+
+def _gradient_bound(
+    served: Served, cotangent: Tensor, inputs: Sequence[Any], reference: Sequence[Tensor]
+) -> float:
+    """The certificates of all gradients on these inputs, the largest as a share of its gradient's norm.
+
+    Near logits of their own get the same bound: it is one of the whole row of dS, near and far.
+    """
+    q, k, v, near_q, near_k = inputs[:5]
+    heads = k.shape[1]
+    eps, eps_prime = served.eps, served.eps_prime
+
+    def of_groups(per_head: Tensor) -> float:
+        """Query heads that share a key head add up, by the triangle inequality."""
+        return per_head.unflatten(1, (heads, -1)).sum(2).norm().item()
+
+    value_range = _value_range(v).repeat_interleave(q.shape[1] // heads, 1)
+    omega = (cotangent.abs() * value_range).sum(-1)  # at least max_j dO_i.v_j - min_j dO_i.v_j
+    shares = [_share(of_groups(value_gradient_bound(eps, cotangent.norm(dim=-1).sum(-1))), reference[2])]
+    pairs = [(q * served.scale, k * served.scale, reference[0], reference[1])]
+    if near_q is not None:
+        pairs.append((near_q, near_k, reference[3], reference[4]))
+    for queries, keys, dq, dk in pairs:
+        largest = keys.norm(dim=-1).amax(-1, keepdim=True).repeat_interleave(q.shape[1] // heads, 1)
+        of_queries = (query_gradient_bound(eps, eps_prime, omega, 1.0) * largest).norm().item()
+        of_keys = key_gradient_bound(eps, eps_prime, (omega * queries.norm(dim=-1)).sum(-1))
+        shares += [_share(of_queries, dq), _share(of_groups(of_keys), dk)]
+    return max(shares)
+
+
+def _share(bound: float, reference: Tensor) -> float:
+    size = reference.double().norm().item()
+    return bound / size if size else (0.0 if bound == 0.0 else math.inf)

@@ -1,0 +1,73 @@
+"""Byte-level text for language models: a file, its split, its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+
+VALIDATION_SHARE = 0.1  # the end of the text is held out: neighbouring windows would otherwise leak
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A text as bytes, split into a head to train on and a held-out tail; uint8[length] each."""
+
+    train: Tensor
+    validation: Tensor
+
+    def batch(self, tokens: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Inputs and next-byte targets, int64 [batch, tokens] each, from random places to train on."""
+        starts = torch.randint(self.train.numel() - tokens, (batch,), generator=generator)
+        return _windows(self.train, starts.tolist(), tokens)
+
+    def validation_batches(self, tokens: int, batch: int, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """At most `limit` batches of the held-out part, always the same ones, in order."""
+        places = list(range(0, self.validation.numel() - tokens, tokens))
+        for first in range(0, min(len(places), limit * batch), batch):
+            yield _windows(self.validation, places[first : first + batch], tokens)
+
+
+def load_text(path: Path, tokens: int) -> TextData:
+    """Read any file as bytes for windows of `tokens`.
+
+    Raises TfgError FG411 where the file cannot be read, FG412 where a part is too short for one window.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise TfgError(
+            [Diagnostic("FG411", f"cannot read the text {path}: {error.strerror or error}")]
+        ) from None
+    data = (
+        torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if content
+        else torch.empty(0, dtype=torch.uint8)
+    )
+    held_out = int(data.numel() * VALIDATION_SHARE)
+    text = TextData(data[: data.numel() - held_out], data[data.numel() - held_out :])
+    if min(text.train.numel(), text.validation.numel()) < tokens + 1:
+        needed = int((tokens + 1) / VALIDATION_SHARE) + 1
+        raise TfgError(
+            [
+                Diagnostic(
+                    "FG412",
+                    f"{path} has {data.numel()} bytes, too few for windows of {tokens} tokens",
+                    help=(
+                        f"a tenth is held out for validation, so at least {needed} bytes are needed",
+                        "give a longer text or a smaller --seq",
+                    ),
+                )
+            ]
+        )
+    return text
+
+
+def _windows(data: Tensor, starts: list[int], tokens: int) -> tuple[Tensor, Tensor]:
+    rows = torch.stack([data[start : start + tokens + 1] for start in starts]).long()
+    return rows[:, :-1], rows[:, 1:]
