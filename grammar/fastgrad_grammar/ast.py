@@ -10,11 +10,6 @@ from typing import TypeAlias
 
 from fastgrad_grammar.source import Span
 
-
-def _span() -> Span:
-    return field(compare=False, repr=False)  # type: ignore[no-any-return]  # dataclasses.field is typed as its default
-
-
 # ---------------------------------------------------------------- names and types
 
 
@@ -23,7 +18,7 @@ class Name:
     """An identifier where it is declared, or a parameter's name in a call."""
 
     text: str
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class TensorType:
 
     dtype: str
     dims: tuple[Expr, ...]
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class ValueType:
 
     name: str
     optional: bool
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 # ---------------------------------------------------------------- expressions
@@ -52,7 +47,7 @@ class Literal:
     """An int, float, bool, str or none; 1, 1.0 and true are three different literals."""
 
     value: int | float | bool | str | None
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Literal):
@@ -68,7 +63,7 @@ class Ref:
     """A name used as a value."""
 
     name: str
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class Unary:
 
     op: str
     operand: Expr
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class Binary:
     op: str
     left: Expr
     right: Expr
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class Conditional:
     condition: Expr
     then: Expr
     otherwise: Expr
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -105,18 +100,18 @@ class Transpose:
     """`x.T`, the last two dimensions."""
 
     operand: Expr
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One place of an index: `a:b` with optional ends, a single `index`, or `..` (all leading dims: `ellipsis`)."""
+    """One place of an index: `a:b` with optional ends, a single `index`, or `..` (`ellipsis`: all leading dims)."""
 
     start: Expr | None
     stop: Expr | None
     index: Expr | None
     ellipsis: bool
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ class Index:
 
     operand: Expr
     slices: tuple[Slice, ...]
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -133,7 +128,7 @@ class Tuple:
     """`(a, b)`: several results in `return (a, b)`, or axes as in `permute(x, (0, 2, 1))`."""
 
     items: tuple[Expr, ...]
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,7 @@ class Argument:
     value: Expr
     name: Name | None
     value_side: bool = field(compare=False)
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,7 @@ class Call:
     function: Name
     arguments: tuple[Argument, ...]
     label: Name | None
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 Expr: TypeAlias = Literal | Ref | Unary | Binary | Conditional | Transpose | Index | Tuple | Call
@@ -169,7 +164,7 @@ class Assign:
 
     targets: tuple[Name, ...]
     value: Expr
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -179,7 +174,7 @@ class Weight:
     name: Name
     type: TensorType
     init: Call | None
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -189,7 +184,7 @@ class Buffer:
     name: Name
     type: TensorType
     init: Expr | None
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -199,7 +194,7 @@ class Repeat:
     index: Name
     count: Expr
     body: tuple[Statement, ...]
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -209,7 +204,7 @@ class If:
     condition: Expr
     then: tuple[Statement, ...]
     otherwise: tuple[Statement, ...]
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -217,7 +212,7 @@ class Return:
     """`return expr`."""
 
     value: Expr
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 Statement: TypeAlias = Assign | Weight | Buffer | Repeat | If | Return
@@ -232,7 +227,7 @@ class Use:
 
     name: Name
     path: str | None
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -242,7 +237,7 @@ class Param:
     name: Name
     type: ValueType | None
     value: Expr
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -252,7 +247,7 @@ class DimDecl:
     name: Name
     at_most: Expr | None
     multiple_of: Expr | None
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -261,7 +256,7 @@ class TensorParam:
 
     name: Name
     type: TensorType
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -271,7 +266,7 @@ class ValueParam:
     name: Name
     type: ValueType
     default: Expr | None
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -284,7 +279,7 @@ class BlockDecl:
     values: tuple[ValueParam, ...]
     results: tuple[TensorType, ...]
     body: tuple[Statement, ...]
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -294,7 +289,7 @@ class Objective:
     name: Name
     tensors: tuple[TensorParam, ...]
     value: Expr
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -303,7 +298,7 @@ class Limit:
 
     name: Name
     value: Expr
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -312,14 +307,14 @@ class Setting:
 
     name: Name
     value: Expr
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Exact:
     """`at "layers.5.*" exact`."""
 
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 Rule: TypeAlias = Limit | Setting | Exact
@@ -331,7 +326,7 @@ class At:
 
     pattern: Literal
     rule: Rule
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -340,7 +335,7 @@ class Budget:
 
     model: Name | None
     entries: tuple[Limit | Setting | At, ...]
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)
 
 
 Item: TypeAlias = Use | Param | DimDecl | BlockDecl | Objective | Budget
@@ -351,4 +346,4 @@ class File:
     """A whole `.tfg` file, its items in order."""
 
     items: tuple[Item, ...]
-    span: Span = _span()
+    span: Span = field(compare=False, repr=False)

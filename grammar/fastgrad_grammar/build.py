@@ -265,22 +265,16 @@ class Builder:
 
     def _if(self, tree: Tree, depth: int) -> ast.Statement:
         *branches, last = tree.children
-        pairs = list(zip(branches[0::2], branches[1::2], strict=True))
+        pairs = list(zip(branches[0::3], branches[1::3], branches[2::3], strict=True))
         if depth + len(pairs) - 1 > MAX_NESTING:
-            self._report_depth(self.span(_tree(branches[0])))
+            self._report_depth(self.span(tree))
             return ast.Return(ast.Literal(None, self.span(tree)), self.span(tree))
         otherwise = () if last is None else self.body(last, depth + len(pairs) - 1)
         whole = self.span(tree)
-        for level, (condition_tree, body) in reversed(list(enumerate(pairs, depth))):
-            condition = self.expr(condition_tree, level)
-            start = self._if_keyword(condition.span) if level > depth else whole
-            otherwise = (ast.If(condition, self.body(body, level), otherwise, start.to(whole)),)
+        for level, (keyword, condition, body) in reversed(list(enumerate(pairs, depth))):
+            span = Span(self.source, self.span(_token(keyword)).start, whole.end)
+            otherwise = (ast.If(self.expr(condition, level), self.body(body, level), otherwise, span),)
         return otherwise[0]
-
-    def _if_keyword(self, condition: Span) -> Span:
-        """The `if` before a condition (lark drops the keyword's token)."""
-        start = self.source.text.rfind("if", 0, condition.start)
-        return Span(self.source, start, start + 2)
 
     def _return(self, tree: Tree, depth: int) -> ast.Statement:
         return ast.Return(self.expr(tree.children[0], depth), self.span(tree))

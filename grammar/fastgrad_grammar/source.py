@@ -28,9 +28,13 @@ class Source:
         line = bisect_right(self._line_starts, offset)
         return line, offset - self._line_starts[line - 1] + 1
 
+    def line_start(self, number: int) -> int:
+        """The offset at which 1-based line `number` begins."""
+        return self._line_starts[number - 1]
+
     def line(self, number: int) -> str:
         """The text of 1-based line `number`, without its line end."""
-        start = self._line_starts[number - 1]
+        start = self.line_start(number)
         end = self.text.find("\n", start)
         return self.text[start : len(self.text) if end < 0 else end].rstrip("\r")
 

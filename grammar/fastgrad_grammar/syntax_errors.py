@@ -40,7 +40,6 @@ _FOREIGN = {
     "print": "",
     "pass": "an empty body is `{ }`",
 }
-_FOREIGN_CONSTANTS = {"True": "true", "False": "false", "None": "none"}
 _COMPOUND = frozenset({"PLUS", "MINUS", "STAR", "SLASH", "FLOOR", "PERCENT", "MATMUL"})
 
 
@@ -114,7 +113,7 @@ def explain(case: Situation) -> Diagnostic:
 
 
 def _item_inside(case: Situation) -> Diagnostic | None:
-    if not (case.at_start and case.level and case.token.type in ITEM_KEYWORDS):
+    if not (case.at_start and case.level and case.token.type in ITEM_KEYWORDS) or case.kind(1) == "ASSIGN":
         return None
     return Diagnostic(
         "FG111",
@@ -161,31 +160,27 @@ def _foreign_word(case: Situation) -> Diagnostic | None:
 
 
 def _foreign_operator(case: Situation) -> Diagnostic | None:
-    """`x ** 2`, `x += y`, `x...`: two tokens that touch."""
-    before = case.near(-1)
-    if before is None or before.end_pos != case.token.start_pos:
-        return None
-    both = case.layout.span(before).to(case.span)
-    pair = (before.type, case.token.type)
-    if pair == ("STAR", "STAR"):
-        return Diagnostic(
-            "FG118",
-            "`**` is not an operator of this language",
-            both,
-            help=("write a product, such as x * x",),
-        )
-    if pair[0] in _COMPOUND and pair[1] == "ASSIGN":
-        target = case.word(-2) or "x"
-        return Diagnostic(
-            "FG118",
-            f"`{both.text}` is not an operator of this language",
-            both,
-            help=(f"write {target} = {target} {before} ...",),
-        )
-    if pair == ("ELLIPSIS", "DOT"):
-        return Diagnostic(
-            "FG118", "`...` is not used here", both, help=("all leading dimensions are written `..`",)
-        )
+    """`x ** 2`, `x += y`, `x[...]`: two tokens that touch."""
+    for first in (case.index - 1, case.index):
+        pair = case.layout.tokens[max(first, 0) : first + 2]
+        if first < case.start or len(pair) < 2 or pair[0].end_pos != pair[1].start_pos:
+            continue
+        span = case.layout.span(pair[0]).to(case.layout.span(pair[1]))
+        help_ = _operator_help(pair[0], pair[1], str(case.layout.tokens[max(first - 1, 0)]))
+        if help_ is not None:
+            return Diagnostic(
+                "FG118", f"`{span.text}` is not an operator of this language", span, help=(help_,)
+            )
+    return None
+
+
+def _operator_help(first: lark.Token, second: lark.Token, target: str) -> str | None:
+    if (first.type, second.type) == ("STAR", "STAR"):
+        return "write a product, such as x * x"
+    if first.type in _COMPOUND and second.type == "ASSIGN":
+        return f"write {target} = {target} {first} ..."
+    if (first.type, second.type) == ("ELLIPSIS", "DOT"):
+        return "all leading dimensions are written `..`"
     return None
 
 
@@ -334,16 +329,6 @@ def _colon_for_brace(case: Situation) -> Diagnostic | None:
         return None
     return Diagnostic(
         "FG118", "a body stands in braces, not behind `:`", case.span, "expected `{`", help=("write { ... }",)
-    )
-
-
-def _constant_spelling(case: Situation) -> Diagnostic | None:
-    return (
-        None
-        if case.word(0) not in _FOREIGN_CONSTANTS
-        else Diagnostic(
-            "FG118", f"`{case.word(0)}` is written `{_FOREIGN_CONSTANTS[case.word(0)]}` here", case.span
-        )
     )
 
 
