@@ -196,6 +196,12 @@ class Program:
         """What each dim is declared to be a multiple of, as `Dim.divide` takes it."""
         return {dim.name: dim.multiple_of for dim in self.dims}
 
+    def flatten(self) -> Graph:
+        """The whole model as one graph whose nodes are named by their paths."""
+        from fastgrad_compiler.flatten import flatten  # flatten.py builds on this file
+
+        return flatten(self)
+
     def with_graphs(self, graphs: Iterable[Graph]) -> Program:
         """A copy with other graphs."""
         return replace(self, graphs=tuple(graphs))
