@@ -45,7 +45,9 @@ def weights(program: Program, graph: str | None = None) -> Iterator[tuple[str, N
     yield from _weights(program, graph or program.main, (), ())
 
 
-def _weights(program: Program, graph: str, scope: tuple[str, ...], indices: Indices) -> Iterator[tuple[str, Node]]:
+def _weights(
+    program: Program, graph: str, scope: tuple[str, ...], indices: Indices
+) -> Iterator[tuple[str, Node]]:
     for node in program[graph].nodes:
         if node.op in ("weight", "buffer"):
             yield path_of(scope, str(node["label"]), indices), node
@@ -88,7 +90,9 @@ class _Flat:
         self.nodes.append(replace(node, name=name, inputs=inputs))
         return name
 
-    def inline(self, graph: str, inputs: Sequence[str], scope: tuple[str, ...], indices: Indices) -> list[str]:
+    def inline(
+        self, graph: str, inputs: Sequence[str], scope: tuple[str, ...], indices: Indices
+    ) -> list[str]:
         """Append what a graph computes; the names of its results."""
         source = self.program[graph]
         names: dict[str, Names] = dict(zip((node.name for node in source.inputs), inputs, strict=True))
@@ -112,7 +116,9 @@ class _Flat:
             node = node.with_attributes(label=path_of(scope, str(node["label"]), indices))
         return self.emit(node, path_of(scope, node.name, indices), tuple(read))
 
-    def _repeat(self, node: Node, inputs: list[str], scope: tuple[str, ...], indices: Indices) -> list[list[str]]:
+    def _repeat(
+        self, node: Node, inputs: list[str], scope: tuple[str, ...], indices: Indices
+    ) -> list[list[str]]:
         """The carried values before each iteration and after the last one."""
         carried = int(str(node["carried"]))
         invariants = inputs[carried:]
@@ -121,7 +127,9 @@ class _Flat:
             states.append(self.inline(body, [*states[-1], *invariants], scope, (*indices, index)))
         return states
 
-    def _repeat_backward(self, node: Node, inputs: list[str], scope: tuple[str, ...], indices: Indices) -> list[str]:
+    def _repeat_backward(
+        self, node: Node, inputs: list[str], scope: tuple[str, ...], indices: Indices
+    ) -> list[str]:
         carried, backward = int(str(node["carried"])), backward_of(node)
         graphs = list(iterations(node))
         floats = [is_float(x.type) for x in self.program[graphs[0][1]].inputs] if graphs else []
@@ -135,7 +143,11 @@ class _Flat:
             results = self.inline(backward[body], given, scope, (*indices, index))
             cotangents = results[:kept]
             more = results[kept:]
-            sums = more if sums is None else [self._add(node, a, b, scope, indices) for a, b in zip(sums, more, strict=True)]
+            sums = (
+                more
+                if sums is None
+                else [self._add(node, a, b, scope, indices) for a, b in zip(sums, more, strict=True)]
+            )
         return [*cotangents, *(sums or [])]
 
     def _add(self, node: Node, left: str, right: str, scope: tuple[str, ...], indices: Indices) -> str:

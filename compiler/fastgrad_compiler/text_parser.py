@@ -158,7 +158,9 @@ def _lines(text: str) -> Iterator[_Line]:
         while position < len(stripped):
             match = _TOKEN.match(stripped, position)
             if match is None or match.lastgroup is None:
-                raise ValueError(f"line {number}: unexpected character {stripped[position:].strip()[0]!r}: {content.strip()}")
+                raise ValueError(
+                    f"line {number}: unexpected character {stripped[position:].strip()[0]!r}: {content.strip()}"
+                )
             if match.lastgroup == "comment":
                 line.span = _place(match["comment"])
             else:

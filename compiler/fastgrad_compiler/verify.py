@@ -33,7 +33,11 @@ Findings = Iterator[tuple[str, str]]
 def _graph_names(program: Program) -> Findings:
     if len(program.by_name) != len(program.graphs):
         yield program.name, "two graphs have one name"
-    for role, name in (("main", program.main), ("objective", program.objective), ("gradient", program.gradient)):
+    for role, name in (
+        ("main", program.main),
+        ("objective", program.objective),
+        ("gradient", program.gradient),
+    ):
         if name is not None and name not in program.by_name:
             yield program.name, f"{role} graph {name} is not there"
     if program.gradient in program.by_name:
@@ -52,8 +56,10 @@ def _nodes(program: Program) -> Findings:
                 yield place, "two nodes have one name"
             for source in node.inputs:
                 if source not in seen:
-                    yield place, f"it reads {source}, which " + (
-                        "comes later" if source in graph.by_name else "is not there"
+                    yield (
+                        place,
+                        f"it reads {source}, which "
+                        + ("comes later" if source in graph.by_name else "is not there"),
                     )
             if node.op == "input" and len(seen) >= len(graph.inputs):
                 yield place, "an input comes behind other nodes"
@@ -236,4 +242,7 @@ def _types(program: Program) -> Findings:
     for graph in program.graphs:
         for node, found in zip(graph.nodes, inferred[graph.name].nodes, strict=True):
             if node.type != found.type:
-                yield f"{graph.name}.{node.name}", f"its type is {node.type}, but {found.type} by its operands"
+                yield (
+                    f"{graph.name}.{node.name}",
+                    f"its type is {node.type}, but {found.type} by its operands",
+                )

@@ -10,13 +10,17 @@ from torch import Generator, Tensor
 
 
 @torch.no_grad()
-def normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Generator | None = None) -> Tensor:
+def normal_(
+    tensor: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Generator | None = None
+) -> Tensor:
     """Normal values."""
     return tensor.normal_(mean, std, generator=generator)
 
 
 @torch.no_grad()
-def trunc_normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Generator | None = None) -> Tensor:
+def trunc_normal_(
+    tensor: Tensor, mean: float = 0.0, std: float = 1.0, *, generator: Generator | None = None
+) -> Tensor:
     """Normal values within two standard deviations of the mean."""
     low, high = mean - 2 * std, mean + 2 * std
     return torch.nn.init.trunc_normal_(tensor, mean, std, low, high, generator=generator)
