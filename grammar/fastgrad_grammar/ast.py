@@ -105,7 +105,7 @@ class Transpose:
 
 @dataclass(frozen=True)
 class Slice:
-    """One place of an index: `a:b` with optional ends, a single `index`, or `..` (`ellipsis`: all leading dims)."""
+    """One place of an index: `a:b` with optional ends, one `index`, or `..` (`ellipsis`: leading dims)."""
 
     start: Expr | None
     stop: Expr | None

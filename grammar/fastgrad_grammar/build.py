@@ -26,7 +26,7 @@ MAX_INT = 2**63 - 1
 
 
 class Builder:
-    """Converts one parse tree; what is wrong is added to `diagnostics` and building goes on with a stand-in."""
+    """Converts one parse tree; what is wrong goes to `diagnostics`, and a stand-in takes its place."""
 
     def __init__(self, source: Source) -> None:
         self.source = source

@@ -66,7 +66,7 @@ class CommentQueue:
         return bisect_left(self._offsets, start) < bisect_left(self._offsets, end)
 
     def take_behind(self, end: int, *, skip: str = "", limit: int | None = None) -> Comment | None:
-        """Remove and return the next comment if, from `end` on, only blanks and `skip` stand before it on its line."""
+        """Remove and return the next comment if only blanks and `skip` stand between `end` and it."""
         if not self._comments:
             return None
         comment = self._comments[0]

@@ -180,7 +180,9 @@ class _Printer:
         header_end = self.skip_results(item)
         self.write(item.span.start, header_end, lambda: self.signature(head, item.tensors, item.values, tail))
         outer = self.scope
-        self.scope = Scope(outer.signatures, _tensor_names(item))
+        # A block cannot call itself: the same name in its body is an operation's.
+        others = {key: names for key, names in outer.signatures.items() if key != (None, item.name.text)}
+        self.scope = Scope(others, _tensor_names(item))
         end = self.body(header_end, item.body)
         self.scope = outer
         self.trailing_comment(end)

@@ -20,7 +20,7 @@ _DIGEST_BYTES = 32
 
 @lru_cache(maxsize=1)
 def load_grammar() -> lark.Lark:
-    """The LALR parser of tfg.lark: read from the cache where there is a good entry, else built (and cached)."""
+    """The LALR parser of tfg.lark, from the cache where there is a good entry, else built and cached."""
     text = _GRAMMAR.read_text(encoding="utf-8")
     entry = _cache_entry(text)
     return _read(entry) or _build(text, entry)

@@ -1,7 +1,7 @@
 """From characters to the tokens that the grammar reads: lexing, line ends, brackets.
 
-Brackets are matched here, in one linear scan, so that the parser's stack is bounded, a bracket that is never closed
-is reported at its opening, and one forgotten brace does not spoil the rest of the file.
+Brackets are matched here, in one linear scan, so that the parser's stack is bounded, a bracket that is never
+closed is reported at its opening, and one forgotten brace does not spoil the rest of the file.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class _LayoutBuilder:
         self._emit(token)
 
     def _close_parentheses(self, token: lark.Token) -> None:
-        """Braces, `->` and lines that start with a keyword cannot stand inside parentheses: those were not closed."""
+        """Braces, `->` and a keyword at the start of a line end parentheses: those were not closed."""
         if not self._in_parentheses():
             return
         self.layout.diagnostics.append(self._unclosed(self.open[-1], token))
@@ -186,11 +186,12 @@ class _LayoutBuilder:
 
     def _keyword_at_line_start(self, token: lark.Token) -> None:
         self._close_parentheses(token)
+        self._end_line(drop_behind=frozenset({"LBRACE"}))
         if token.type in ITEM_KEYWORDS and self.open and self.missing_braces > 0:
             self._close_braces(token)
 
     def _close_braces(self, token: lark.Token | None) -> None:
-        """Report the brace that is not closed and close all that are open, so that parsing goes on behind them."""
+        """Report the brace that is not closed, and close all that are open: parsing goes on behind them."""
         opening = self.suspect if self.suspect is not None else self.open[-1]
         self.layout.diagnostics.append(self._unclosed(opening, token))
         place = (self.layout.tokens[-1].end_pos or 0) if self.layout.tokens else 0

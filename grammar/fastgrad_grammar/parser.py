@@ -23,8 +23,9 @@ MAX_DIAGNOSTICS = 20
 def parse(source: Source) -> ast.File:
     """The syntax tree of a text; an empty text is a File without items.
 
-    Raises TfgError, and nothing else, with up to `MAX_DIAGNOSTICS` diagnostics in the order of the text: FG003 for a
-    text that is too large, FG1xx for its syntax. After an error, parsing goes on at the next line of the same body.
+    Raises TfgError, and nothing else, with up to `MAX_DIAGNOSTICS` diagnostics in the order of the text: FG003
+    for a text that is too large, FG1xx for its syntax. After an error, parsing goes on at the next line of the
+    same body.
     """
     if len(source.text) > MAX_BYTES:
         raise TfgError([too_large(source.path)])
@@ -58,7 +59,7 @@ class _Frame:
     height: int = 0
 
 
-# A correct head for what a brace may follow: put in for a broken one, so that the errors in the body are found too.
+# A sound head for what a brace may follow, put in for a broken one: so the errors in the body are found too.
 _HEADS: dict[str, tuple[str, ...]] = {
     "BLOCK": ("BLOCK", "NAME", "LPAR", "RPAR", "ARROW", "NAME", "LSQB", "RSQB"),
     "MODEL": ("MODEL", "NAME", "LPAR", "RPAR", "ARROW", "NAME", "LSQB", "RSQB"),
@@ -70,7 +71,7 @@ _SAMPLE = {"NAME": "int", "INT": "1", "TRUE": "true"}
 
 
 class _Driver:
-    """Feeds tokens to the LALR automaton; after an error it drops the broken statement and goes on behind it."""
+    """Feeds tokens to the LALR automaton; after an error it drops the statement and goes on behind it."""
 
     def __init__(self, grammar: lark.Lark, layout: Layout) -> None:
         self.layout = layout

@@ -19,7 +19,7 @@ _COLOURS = {"error": "1;31", "warning": "1;33", "note": "1;36", "help": "1;32", 
 
 
 def render(diagnostics: Iterable[Diagnostic], *, colour: bool = False) -> str:
-    """Every diagnostic as it is shown on a terminal, and a count where there is more than one; ends with a newline.
+    """Every diagnostic as a terminal shows it, and a count if there is more than one; ends with a newline.
 
     `colour` adds ANSI sequences; callers ask for it only where the text goes to a terminal.
     """

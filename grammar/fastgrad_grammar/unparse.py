@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from fastgrad_grammar import ast
 
-CONDITIONAL, OR, AND, NOT, COMPARE, SUM, PRODUCT, SIGN, POSTFIX = range(9)
-"""How tightly an expression binds; an operand that binds less tightly than its place asks for is parenthesised."""
+CONDITIONAL, OR, AND, NOT, COMPARE, SUM, PRODUCT, SIGN, POSTFIX, PARENTHESES = range(10)
+"""How tightly an expression binds; an operand that binds less tightly than its place asks for is put in
+parentheses, and everything is where its place asks for PARENTHESES."""
 
 _BINDING = {
     **dict.fromkeys(("or",), OR),
@@ -21,7 +22,7 @@ _BINDING = {
 
 @dataclass(frozen=True)
 class Scope:
-    """What decides where `;` stands in a call: the tensors of the blocks that are known, and the names of tensors."""
+    """What decides where `;` stands in a call: the tensors of known blocks, and which names are tensors."""
 
     signatures: Mapping[tuple[str | None, str], tuple[str, ...]] = field(default_factory=dict)
     tensors: frozenset[str] = frozenset()
@@ -41,9 +42,19 @@ def binding(expr: ast.Expr) -> int:
 
 
 def operand_places(expr: ast.Binary) -> tuple[int, int]:
-    """What the left and the right operand must bind at least as tightly as; comparisons do not chain."""
+    """What the left and the right operand must bind at least as tightly as; comparisons do not chain.
+
+    Parentheses that the author put around an operation, or around a call with a label, stay.
+    """
     own = _BINDING[expr.op]
-    return (own + 1 if own == COMPARE else own), own + 1
+    left = PARENTHESES if _keeps_parentheses(expr.left, expr.left.span.start > expr.span.start) else own
+    right = PARENTHESES if _keeps_parentheses(expr.right, expr.right.span.end < expr.span.end) else own + 1
+    return (own + 1 if own == COMPARE and left == own else left), right
+
+
+def _keeps_parentheses(operand: ast.Expr, written: bool) -> bool:
+    operation = isinstance(operand, ast.Unary | ast.Binary | ast.Conditional)
+    return written and (operation or (isinstance(operand, ast.Call) and operand.label is not None))
 
 
 def text(expr: ast.Expr, scope: Scope, place: int = CONDITIONAL) -> str:
@@ -131,8 +142,9 @@ def join_sides(texts: Sequence[str], values_from: int | None) -> str:
 def first_value(call: ast.Call, scope: Scope) -> int | None:
     """The index of the argument before which `;` belongs; None for no `;`.
 
-    A block whose signature is known decides. Otherwise a `;` of the author stays, and keyword arguments that are
-    plainly compile-time values (no name of a tensor in them, no call) get one. No `;` stands before the first argument.
+    A block whose signature is known decides. Otherwise a `;` of the author stays, and keyword arguments that
+    are plainly compile-time values (no name of a tensor in them, no call) get one. None stands before the
+    first argument.
     """
     arguments = call.arguments
     tensors = scope.signatures.get((call.module, call.function.text))

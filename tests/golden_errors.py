@@ -1,0 +1,62 @@
+"""What the front end says about a `.tfg` text: the source of the golden files, and what the fuzz attacks.
+
+The front end is the parser and, behind it, elaboration and the passes up to the plan: all that `fastgrad check` runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastgrad_grammar.diagnostics import TfgError
+from fastgrad_grammar.parser import parse
+from fastgrad_grammar.read import read_source
+from fastgrad_grammar.render import render
+from fastgrad_grammar.source import Source
+
+ERRORS = Path(__file__).parent / "golden" / "errors"
+"""Bad files, NAME.tfg, each beside what is said about it, NAME.out."""
+
+_ARGS = "# args:"
+
+
+def diagnose(path: Path) -> str:
+    """What `fastgrad check NAME` prints on stderr, run in the file's folder so that the bare name is shown.
+
+    The first line of the file may hold options: `# args: --set depth=x --model gpt`.
+    """
+    with contextlib.chdir(path.parent):
+        try:
+            front_end(read_source(path.name), _options(path))
+        except TfgError as error:
+            return render(error.diagnostics)
+    return ""
+
+
+def front_end(source: Source, options: Sequence[str] = ()) -> None:
+    """Run all that reads a text: raises TfgError, or nothing."""
+    parse(source)
+    names = ("fastgrad_compiler.elaborate", "fastgrad_compiler.pipeline")
+    if any(importlib.util.find_spec(name) is None for name in names):
+        return
+    elaborate, pipeline = (importlib.import_module(name) for name in names)
+    chosen = _parser().parse_args(options)
+    params = dict(text.split("=", 1) for text in chosen.set)
+    pipeline.run(elaborate.elaborate(source, model=chosen.model, params=params), until="plan")
+
+
+def _options(path: Path) -> list[str]:
+    first = path.read_bytes().split(b"\n", 1)[0].decode("utf-8", errors="replace").strip()
+    return shlex.split(first.removeprefix(_ARGS)) if first.startswith(_ARGS) else []
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--model")
+    return parser

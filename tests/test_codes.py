@@ -1,0 +1,44 @@
+"""Every diagnostic code is documented, and shown by a golden pair or a named test."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fastgrad_grammar.codes import CODES
+from tests.golden_errors import ERRORS
+
+ROOT = Path(__file__).parent.parent
+SECTIONS = dict(
+    re.findall(r"^## (FG\d+): (.+)$", (ROOT / "docs/errors.md").read_text(encoding="utf-8"), re.M)
+)
+SHOWN = set(re.findall(r"\[(FG\d+)\]", "".join(path.read_text("utf-8") for path in ERRORS.glob("*.out"))))
+
+WITHOUT_FILE = {
+    "FG001": "tests/grammar/test_read.py::test_missing_file_suggests_the_nearest_name",
+    "FG002": "tests/grammar/test_read.py::test_file_that_is_not_utf8",
+    "FG003": "tests/grammar/test_read.py::test_large_file_is_refused",
+}
+"""Codes that no text file in golden/errors can show, and the test that shows each."""
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_code_is_documented_under_its_title(code: str) -> None:
+    assert SECTIONS.get(code) == CODES[code]
+
+
+def test_no_section_documents_a_code_that_is_gone() -> None:
+    assert set(SECTIONS) <= set(CODES)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_code_is_shown_by_a_golden_pair_or_a_test(code: str) -> None:
+    if code in WITHOUT_FILE:
+        file, name = WITHOUT_FILE[code].split("::")
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert f"def {name}(" in text
+        assert f'"{code}"' in text
+    else:
+        assert code in SHOWN
