@@ -13,7 +13,7 @@ Names: TypeAlias = "str | tuple[str, ...]"
 
 
 def path_of(scope: tuple[str, ...], label: str, indices: Indices = ()) -> str:
-    """The path of a label in the graph called at `scope`, inside repeats that are at `indices`: `layers.3.attention`."""
+    """The path of a label in the graph called at `scope`, inside repeats at `indices`: `layers.3`."""
     return ".".join((*scope, label, *map(str, indices)))
 
 
@@ -41,7 +41,7 @@ def runs(repeat: Node) -> tuple[tuple[str, int], ...]:
 
 
 def weights(program: Program, graph: str | None = None) -> Iterator[tuple[str, Node]]:
-    """(path, node) of each weight and buffer that `graph` (by default main) reaches, in the order of the program."""
+    """(path, node) of each weight and buffer that `graph` (by default main) reaches, in program order."""
     yield from _weights(program, graph or program.main, (), ())
 
 
@@ -62,8 +62,9 @@ def _weights(
 def flatten(program: Program, graph: str | None = None) -> Graph:
     """One graph without `call` and `repeat` that computes what `graph` (by default main) computes.
 
-    A node's name is its path; so is the label of a weight, a buffer and a `weight_gradient`. Where two nodes would have one
-    name (a weight that a backward graph reads again, temporaries of two repeats), the later ones get `_2`, `_3`.
+    A node's name is its path; so is the label of a weight, a buffer and a `weight_gradient`. Where two
+    nodes would have one name (a weight that a backward graph reads again, temporaries of two repeats), the
+    later ones get `_2`, `_3`.
     """
     source = program[graph or program.main]
     flat = _Flat(program)

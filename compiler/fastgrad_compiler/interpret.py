@@ -1,4 +1,4 @@
-"""Runs a program on tensors, at any stage of the compiler: what a pass must preserve is measured by running before and after it."""
+"""Runs a program on tensors, at any stage: running before and after a pass shows what the pass preserves."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.flatten import backward_of, is_float, iterations, path_of
 from fastgrad_compiler.flatten import weights as program_weights
 from fastgrad_compiler.graph import Graph, Node, Program, TensorType
-from fastgrad_compiler.operations_torch import TORCH, Env, integer
+from fastgrad_compiler.operations_torch import TORCH
 from fastgrad_compiler.runtime.initialise import INITIALISERS
+from fastgrad_compiler.torch_env import Env, integer
 
 Values: TypeAlias = "Tensor | tuple[Tensor, ...]"
 
@@ -30,8 +31,9 @@ def run(
 ) -> Values:
     """The results of `graph` (by default main), a tuple where there are several.
 
-    `inputs` by name or in the order of the signature, `weights` by path. Floats are converted to `dtype` where it is given.
-    Raises ValueError where inputs or weights do not have the declared types, or a dim leaves its declared bound.
+    `inputs` by name or in the order of the signature, `weights` by path. Floats are converted to `dtype`
+    where it is given. Raises ValueError where inputs or weights do not have the declared types, or a dim
+    leaves its bound.
     """
     source = program[graph or program.main]
     return _pack(_Run.start(program, source, _in_order(source, inputs), weights, dtype).graph(source.name))
@@ -62,8 +64,9 @@ def run_gradient(
 def initial_weights(program: Program, seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Every weight and buffer by path, as its initialiser gives it.
 
-    One generator, seeded once, serves them in the order of `torch.nn.Module.named_parameters`: what a module holds itself, then
-    its children. Values are drawn in float32 and converted, so that every dtype starts from the same ones.
+    One generator, seeded once, serves them in the order of `torch.nn.Module.named_parameters`: what a
+    module holds itself, then its children. Values are drawn in float32 and converted: every dtype starts
+    from the same ones.
     """
     generator = torch.Generator().manual_seed(seed)
     nodes = dict(program_weights(program))
@@ -116,7 +119,7 @@ def _converted(tensor: Tensor, node: Node, floats: torch.dtype) -> Tensor:
 def bind_dims(program: Program, graph: Graph, inputs: Sequence[Tensor]) -> dict[str, int]:
     """The sizes of the run-time dims, from the shapes of a graph's inputs.
 
-    Raises ValueError where the number of inputs, a rank or a size does not fit, or a dim leaves its declared bound.
+    Raises ValueError where the number of inputs, a rank or a size does not fit, or a dim leaves its bound.
     """
     if len(inputs) != len(graph.inputs):
         raise ValueError(f"{graph.name} takes {len(graph.inputs)} inputs, not {len(inputs)}")
@@ -243,7 +246,7 @@ class _Run:
     def _repeat_backward(
         self, node: Node, inputs: list[Tensor], scope: tuple[str, ...], indices: tuple[int, ...]
     ) -> list[Tensor]:
-        """Forward, keeping the carried values; then the bodies' backward graphs in reverse, invariants' cotangents summed."""
+        """Forward, keeping the carried values; then backward in reverse, invariants' cotangents summed."""
         carried, backward = integer(node["carried"]), backward_of(node)
         bodies = list(iterations(node))
         count = len(self.program[bodies[0][1]].inputs)

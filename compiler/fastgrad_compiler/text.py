@@ -1,4 +1,4 @@
-"""The text form of a program: stable, one node a line, made to be read, compared line by line and parsed back.
+"""The text form of a program: stable, one node a line, made to be read, compared and parsed back.
 
     program gpt
     main gpt
@@ -12,9 +12,9 @@
         return %y
     }
 
-Inputs come first, then attributes by name: numbers by `repr`, `inf`, strings in JSON's quotes, tuples in parentheses, one Dim as
-`<n - 1>`, a tuple of Dims as `[b, n]`. Types may be left out of a text that is parsed (`shapes` infers them). A trailing comment
-`# file:line` is the node's place and is kept.
+Inputs come first, then attributes by name: numbers by `repr`, `inf`, strings in JSON's quotes, tuples in
+parentheses, one Dim as `<n - 1>`, a tuple of Dims as `[b, n]`. Types may be left out of a text that is
+parsed (`shapes` infers them). A trailing comment `# file:line` is the node's place and is kept.
 """
 
 from __future__ import annotations

@@ -118,7 +118,8 @@ class _Line:
 def parse_program(text: str) -> Program:
     """The program of a text that `print_program` wrote, or that was written by hand in its manner.
 
-    Names default: the program to "model", `main` to the first graph. ValueError with the line number on a malformed text.
+    Names default: the program to "model", `main` to the first graph. ValueError with the line number on a
+    malformed text.
     """
     lines = _lines(text)
     state = _Header()
@@ -158,9 +159,8 @@ def _lines(text: str) -> Iterator[_Line]:
         while position < len(stripped):
             match = _TOKEN.match(stripped, position)
             if match is None or match.lastgroup is None:
-                raise ValueError(
-                    f"line {number}: unexpected character {stripped[position:].strip()[0]!r}: {content.strip()}"
-                )
+                character = stripped[position:].strip()[0]
+                raise ValueError(f"line {number}: unexpected character {character!r}: {content.strip()}")
             if match.lastgroup == "comment":
                 line.span = _place(match["comment"])
             else:
@@ -391,7 +391,8 @@ def _bound(line: _Line) -> Bound:
     line.expect("norm")
     line.expect("<=")
     norm = line.number_()
-    asserted, proof = False, []
+    asserted = False
+    proof: list[str] = []
     while line.accept(","):
         if line.accept("asserted"):
             asserted = True

@@ -1,4 +1,4 @@
-"""The invariants of a program, checked after every pass. What breaks one is a bug of the compiler, not of the user's file."""
+"""The invariants of a program, checked after every pass: what breaks one is a bug of the compiler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CompilerBug(Exception):
 def verify(program: Program, after: str) -> None:
     """Check every invariant of a program that the pass `after` made.
 
-    Raises CompilerBug, which names the pass, the graph and the node. Types may be missing before `shapes` only.
+    Raises CompilerBug, which names the pass, the graph and the node. Types may be missing before `shapes`.
     """
     for check in _CHECKS:
         for place, message in check(program):
@@ -161,7 +161,8 @@ def _labels(program: Program) -> Findings:
         for node in graph.nodes:
             if node.op not in ("weight", "buffer", "call", "weight_gradient"):
                 continue
-            # a backward graph runs a callee and its backward under one label, and sends the gradient to a weight's own
+            # a backward graph runs a callee and its backward under one label, and a weight's gradient has
+            # its own
             kind = "" if graph.name in forward else _kind(node, forward)
             if (kind, node["label"]) in seen:
                 yield f"{graph.name}.{node.name}", f"label {node['label']} is taken"

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 def to_networkx(graph: Graph) -> nx.MultiDiGraph[str]:
     """Nodes by name with the attribute `node` (the Node); one edge for each input, with its `position`.
 
-    A node that reads another twice, as in `x * x`, has two edges from it. The graph's own attributes are `name` and `outputs`.
+    A node that reads another twice, as in `x * x`, has two edges from it. The view's own attributes are
+    `name` and `outputs`.
     """
     import networkx as nx
 
