@@ -7,6 +7,7 @@ costs as much as the products do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from math import prod
 
@@ -243,3 +244,22 @@ def near_and_far(
     if not causal:
         distance.abs_()
     return distance.abs() <= 1, distance > 1
+
+
+def row_maximum(local: Tensor, far: Tensor, out: Tensor) -> None:
+    """m (rows, queries, 1) from near logits (rows, queries, keys), -inf where hidden, and the sums of far weights.
+
+    The greatest near logit; at least 0 where there are far weights, so that these stay finite. A row without them may be
+    as far below 0 as it likes, where exp(t) alone would underflow. 0 for a row that sees nothing.
+    """
+    if local.shape[-1]:
+        torch.amax(local, -1, keepdim=True, out=out)
+    else:
+        out.fill_(-math.inf)
+    torch.maximum(out, torch.where(far == 0, -math.inf, 0.0), out=out)
+    out.masked_fill_(out == -math.inf, 0.0)
+
+
+def far_decay(maximum: Tensor) -> Tensor:
+    """e^-m, at most 1: m is below 0 only where there is nothing far to scale."""
+    return maximum.clamp(min=0.0).neg_().exp_()

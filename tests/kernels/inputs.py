@@ -1,0 +1,101 @@
+"""Random inputs of an attention kernel, and the comparison with the dense reference that the tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tests import dense
+
+COEFFICIENTS: dict[int, tuple[float, ...]] = {
+    1: (1.0, 0.4),
+    2: (1.0, 0.9, 0.55),
+    3: (1.0, 1.0, 0.5, 0.12),
+    4: (1.0, 1.0, 0.5, 0.16, 0.05),
+    5: (1.0, 1.0, 0.5, 0.16, 0.04, 0.01),
+    6: (1.0, 1.0, 0.5, 0.16, 0.04, 0.01, 0.002),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q, k, v, near_q, near_k that require gradients, a mask, and the gradient of the output."""
+
+    tensors: tuple[Tensor, ...]
+    mask: Tensor | None
+    cotangent: Tensor
+
+    @property
+    def near(self) -> dict[str, Tensor]:
+        """near_q and near_k by name, if there are any."""
+        return dict(zip(("near_q", "near_k"), self.tensors[3:], strict=False))
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same values in another precision."""
+        tensors = tuple(x.detach().to(dtype).requires_grad_() for x in self.tensors)
+        return Inputs(tensors, self.mask, self.cotangent.to(dtype))
+
+
+def make_inputs(
+    spec: KernelSpec,
+    n: int,
+    m: int | None = None,
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    groups: int = 1,
+    local_size: float = 2.0,
+    seed: int = 0,
+) -> Inputs:
+    """float64 inputs for a kernel: unit q and k, near logits of about +-local_size, a mask with a hidden beginning."""
+    generator = torch.Generator().manual_seed(seed)
+    m = n if m is None else m
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    q = normalize(random(batch, heads * groups, n, spec.d), dim=-1)
+    k = normalize(random(batch, heads, m, spec.d), dim=-1)
+    tensors = [q, k, random(batch, heads, m, spec.dv)]
+    if spec.near_d is not None:
+        tensors.append(local_size * normalize(random(batch, heads * groups, n, spec.near_d), dim=-1))
+        tensors.append(normalize(random(batch, heads, m, spec.near_d), dim=-1))
+    mask = None
+    if spec.padding:
+        mask = torch.rand(batch, m, generator=generator) > 0.4
+        mask[0, : m // 3] = False
+    cotangent = random(batch, heads * groups, n, spec.dv)
+    return Inputs(tuple(x.requires_grad_() for x in tensors), mask, cotangent)
+
+
+def run_kernel(spec: KernelSpec, inputs: Inputs, exact_below: int = 0) -> list[Tensor]:
+    """Output and the gradients of all inputs, of the kernel."""
+    q, k, v = inputs.tensors[:3]
+    out = load_kernel(spec)(q, k, v, **inputs.near, mask=inputs.mask, exact_below=exact_below)
+    return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
+
+
+def run_dense(spec: KernelSpec, inputs: Inputs, *, exact: bool = False) -> list[Tensor]:
+    """Output and the gradients of all inputs, of the dense reference."""
+    q, k, v = inputs.tensors[:3]
+    options = {"scale": spec.scale, "causal": spec.causal, "near": spec.near, "mask": inputs.mask}
+    if exact:
+        out = dense.softmax_attention(q, k, v, **options, **inputs.near)  # type: ignore[arg-type]
+    else:
+        out = dense.polynomial_attention(q, k, v, spec.coefficients, **options, **inputs.near)  # type: ignore[arg-type]
+    gradients = torch.autograd.grad(out, inputs.tensors, inputs.cotangent, allow_unused=True)
+    zeros = (torch.zeros_like(x) for x in inputs.tensors)
+    return [out, *(z if g is None else g for g, z in zip(gradients, zeros, strict=True))]
+
+
+def worst_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference of any tensor, relative to one plus that tensor's largest entry; nan where one is."""
+    errors = [
+        (a.detach().double() - b.detach().double()).abs().max() / (1.0 + b.detach().double().abs().max())
+        for a, b in zip(found, expected, strict=True)
+    ]
+    return float(torch.stack(errors).max())
