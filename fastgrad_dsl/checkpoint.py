@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fastgrad_dsl.files import write_atomically
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 MODEL, MOMENTS, GENERATORS = "model.", "optimiser.", "generator."
@@ -24,20 +24,6 @@ class Progress:
 
     step: int
     settings: dict[str, int | float | str | bool]
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write through a temporary file beside `path`, so that a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(
@@ -59,7 +45,7 @@ def save_checkpoint(
         "step": str(progress.step),
         "settings": json.dumps(progress.settings, sort_keys=True),
     }
-    write_bytes(path, save(contiguous, header))
+    write_atomically(path, save(contiguous, header))
 
 
 def load_checkpoint(

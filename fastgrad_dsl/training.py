@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastgrad_dsl.checkpoint import Progress, load_checkpoint, save_checkpoint, write_bytes
+from fastgrad_dsl.checkpoint import Progress, load_checkpoint, save_checkpoint
+from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.text_data import TextData
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -106,7 +107,7 @@ def train(
         first = load_checkpoint(folder / CHECKPOINT, model, optimiser, generators, settings).step
     else:
         torch.manual_seed(options.seed)
-    write_bytes(log, _kept_lines(log, first) if resume else b"")
+    write_atomically(log, _kept_lines(log, first) if resume else "")
     started = time.monotonic()
 
     def record(event: Event) -> Event:
@@ -171,10 +172,10 @@ def _optimiser(model: nn.Module, options: Options) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95))
 
 
-def _kept_lines(log: Path, step: int) -> bytes:
+def _kept_lines(log: Path, step: int) -> str:
     """The lines of an earlier run up to the checkpoint that it is resumed from."""
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    return "".join(line for line in lines if _step_of(line) <= step).encode()
+    return "".join(line for line in lines if _step_of(line) <= step)
 
 
 def _step_of(line: str) -> float:

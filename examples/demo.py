@@ -1,0 +1,153 @@
+"""The demonstration behind `make demo`: compile gpt.tfg, train it on a novel, compare it with exact attention.
+
+Everything printed at the end is measured in this run. Step times are medians of interleaved steps; peak memory is that of a process
+of its own that takes one training step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import fastgrad_dsl as fg
+from fastgrad_dsl.compiled import Compiled
+from fastgrad_dsl.language_model import TrainRequest, language_model_loss, print_sample, run
+from fastgrad_dsl.report import ReportRequest, make_report, write_json
+from fastgrad_dsl.terminal import print_plan, print_report, progress
+from fastgrad_dsl.text_data import load_text
+from fastgrad_dsl.training import Loss, Options
+
+HERE = Path(__file__).parent
+SPEC, TEXT = HERE / "gpt.tfg", HERE / "data" / "emma.txt"
+MEBIBYTE = 2**20
+TIMED_STEPS = 3
+
+
+def main() -> None:
+    """Run the whole demonstration, or (as its own subprocess) one measured step."""
+    options = _arguments()
+    if options.step:
+        print(json.dumps(_one_step(options.step, Path(options.weights), options.tokens)))
+        return
+    console = Console()
+    build, folder = Path(options.out), Path("runs/demo")
+    compiled = fg.compile(SPEC, out=build)
+    console.rule("1. the compiled model")
+    print_plan(compiled.program, str(SPEC))
+    console.rule(f"2. training at {options.tokens} tokens for {options.minutes:g} minutes")
+    training = Options(
+        tokens=options.tokens, seconds=60 * options.minutes, validate_every=25, validation_batches=2, warmup=10,
+        checkpoint_every=50, learning_rate=2e-3,
+    )  # fmt: skip
+    data = load_text(TEXT, training.tokens)
+    loss = language_model_loss(compiled, training.tokens)
+    model = compiled.module(seed=0)
+    run(console, model, loss, data, TrainRequest(TEXT, folder, training))
+    weights = build / "weights.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
+    console.rule("3. what the approximation costs, on held-out text")
+    with progress() as tell:
+        sizes = {"b": 1, "n": training.tokens}
+        result = make_report(ReportRequest(SPEC, {}, None, TEXT, weights, sizes, 0, True), tell)
+    print_report(result)
+    write_json(build / "report.json", result)
+    console.rule("4. time and memory of a training step")
+    inputs, targets = next(data.validation_batches(training.tokens, 1, 1))
+    _print_steps(console, compiled, model, loss, (inputs, targets), weights)
+    console.rule("5. what it writes")
+    print_sample(console, model, compiled.program, data, training.tokens, 200)
+    console.rule("files")
+    for what, path in (
+        ("generated code", build / "model.py"), ("plan", build / "plan.json"), ("report", build / "report.json"),
+        ("trained weights", weights), ("losses", folder / "log.jsonl"), ("checkpoint", folder / "checkpoint.safetensors"),
+    ):  # fmt: skip
+        console.print(f"{what:16s} {path}", highlight=False)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, default=3.0, help="training time")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of a sequence")
+    parser.add_argument("--out", default="build/gpt", help="folder of the compiled model")
+    parser.add_argument("--step", choices=["compiled", "exact"], help=argparse.SUPPRESS)
+    parser.add_argument("--weights", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _print_steps(
+    console: Console,
+    compiled: Compiled,
+    model: nn.Module,
+    loss: Loss,
+    batch: tuple[Tensor, Tensor],
+    weights: Path,
+) -> None:
+    """Interleaved step times of both models in this process, peak memory of each in its own."""
+    models = {"compiled": model, "exact": compiled.reference(model)}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(TIMED_STEPS):
+        for name, candidate in models.items():
+            times[name].append(_timed_step(candidate, loss, *batch))
+    for name, seconds in times.items():
+        command = [
+            sys.executable,
+            __file__,
+            "--step",
+            name,
+            "--weights",
+            str(weights),
+            "--tokens",
+            str(batch[0].shape[1]),
+        ]
+        step = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        console.print(
+            f"{name:9s} {statistics.median(seconds):7.2f} s a step, forward and backward (measured, median of {TIMED_STEPS})"
+            f"   peak memory beyond weights {step['peak'] / MEBIBYTE:6.0f} MiB (measured)",
+            highlight=False,
+        )
+    ratio = statistics.median(times["exact"]) / statistics.median(times["compiled"])
+    console.print(
+        f"the compiled step is {ratio:.1f} times as fast as the exact one (measured)", highlight=False
+    )
+
+
+def _timed_step(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> float:
+    model.zero_grad(set_to_none=True)
+    started = time.perf_counter()
+    loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+    return time.perf_counter() - started
+
+
+def _one_step(which: str, weights: Path, tokens: int) -> dict[str, int]:
+    """Peak resident memory that one step of one model adds, bytes."""
+    compiled = fg.compile(SPEC)
+    model = compiled.module(seed=0)
+    model.load_state_dict(load_file(weights))
+    if which == "exact":
+        model = compiled.reference(model)
+    loss = language_model_loss(compiled, tokens)
+    inputs, targets = next(load_text(TEXT, tokens).validation_batches(tokens, 1, 1))
+    _timed_step(model, loss, inputs[:, :64], targets[:, :64])  # one-time costs of the libraries
+    before = _peak_memory()
+    _timed_step(model, loss, inputs, targets)
+    return {"peak": _peak_memory() - before}
+
+
+def _peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    main()

@@ -1,0 +1,237 @@
+"""The `fastgrad` command. Exit status 0, 2 for an error in the user's input, 1 for a bug.
+
+PyTorch is imported only by the commands that run a model.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.read import read_source
+from fastgrad_grammar.render import render
+
+if TYPE_CHECKING:
+    from fastgrad_compiler.graph import Program
+    from fastgrad_compiler.pipeline import Stage
+
+app = typer.Typer(
+    name="fastgrad",
+    help="Compile .tfg models to PyTorch modules with almost-linear attention, and see what it costs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+File = Annotated[Path, typer.Argument(help="A .tfg file.", show_default=False)]
+Model = Annotated[
+    Optional[str], typer.Option("--model", "-m", help="Which model, where the file has several.")
+]
+Set = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="NAME=VALUE", help="Override a param; can be repeated."),
+]
+Target = Annotated[str, typer.Option(help="torch, cpp, triton or auto (by device).")]
+
+
+@app.command()
+def check(file: File, model: Model = None, set_: Set = None) -> None:
+    """Check a file: report every error, or say what each attention will be."""
+    from fastgrad_dsl.terminal import print_plan
+
+    stages = _stages(file, model, set_, until="plan")
+    print_plan(stages[-1].program, str(file))
+
+
+@app.command(name="compile")
+def compile_(
+    file: File,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    model: Model = None,
+    set_: Set = None,
+    target: Target = "auto",
+) -> None:
+    """Compile a file to a folder with a readable model.py that needs only PyTorch."""
+    import fastgrad_dsl as fg
+    from fastgrad_dsl.terminal import print_plan
+
+    compiled = fg.compile(file, params=_params(set_), model=model, target=target, out=out)
+    print_plan(compiled.program, str(file))
+    print(f"written to {out}/ (model.py, plan.json, report.json, stages/)")
+
+
+@app.command()
+def stages(
+    file: File,
+    after: Annotated[Optional[str], typer.Option(help="Only the program after this pass.")] = None,
+    model: Model = None,
+    set_: Set = None,
+) -> None:
+    """Print the program as each pass leaves it."""
+    from fastgrad_compiler.pipeline import PASSES
+    from fastgrad_compiler.text import print_program
+
+    names = ["elaborate", *(p.name for p in PASSES)]
+    if after is not None and after not in names:
+        raise TfgError([_unknown("pass", after, names)])
+    for stage in _stages(file, model, set_, until=after):
+        if after in (None, stage.name):
+            print(f"# after {stage.name} ({1000 * stage.seconds:.1f} ms)\n\n{print_program(stage.program)}")
+
+
+@app.command()
+def report(
+    where: Annotated[
+        Path, typer.Argument(metavar="DIR_OR_FILE", help="A folder that `compile` wrote, or a .tfg file.")
+    ],
+    json_: Annotated[Optional[Path], typer.Option("--json", help="Also write the report as JSON.")] = None,
+    text: Annotated[
+        Optional[Path], typer.Option(help="Measure on this text instead of random inputs.")
+    ] = None,
+    weights: Annotated[Optional[Path], typer.Option(help="A .safetensors file with trained weights.")] = None,
+    dim: Annotated[
+        Optional[list[str]],
+        typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the measured batch."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of initial weights and random inputs.")] = 0,
+    measure: Annotated[
+        bool, typer.Option(help="Run the model; without, only what is known before any data.")
+    ] = True,
+    model: Model = None,
+    set_: Set = None,
+) -> None:
+    """Show bound, estimate and measured error of each attention and of the whole model."""
+    from fastgrad_dsl.report import ReportRequest, make_report, write_json
+    from fastgrad_dsl.terminal import print_report, progress
+
+    request = ReportRequest(where, _params(set_), model, text, weights, _sizes(dim), seed, measure)
+    with progress() as tell:
+        result = make_report(request, tell)
+    if json_ is not None:
+        write_json(json_, result)
+    print_report(result)
+
+
+@app.command()
+def train(
+    file: File,
+    text: Annotated[Path, typer.Option(help="The text to learn, any file; its bytes are the tokens.")],
+    steps: Annotated[int, typer.Option(min=0, help="Optimiser steps.")] = 1000,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 1,
+    rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 1e-3,
+    clip: Annotated[float, typer.Option(min=0.0, help="Largest gradient norm.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the batches.")] = 0,
+    out: Annotated[
+        Optional[Path], typer.Option("--out", "-o", help="Folder of the run; runs/NAME by default.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the checkpoint in the run's folder.")
+    ] = False,
+    every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 100,
+    exact: Annotated[bool, typer.Option("--exact", help="Train the exact softmax model instead.")] = False,
+    sample: Annotated[int, typer.Option(min=0, help="Bytes of text to generate at the end.")] = 200,
+    model: Model = None,
+    set_: Set = None,
+    target: Target = "auto",
+) -> None:
+    """Train a byte-level language model on a text file; loss is printed and logged as JSON lines."""
+    import fastgrad_dsl as fg
+    from fastgrad_dsl.language_model import TrainRequest, train_language_model
+    from fastgrad_dsl.training import Options
+
+    compiled = fg.compile(file, params=_params(set_), model=model, target=target)
+    options = Options(
+        steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed,
+        validate_every=every, checkpoint_every=every,
+    )  # fmt: skip
+    folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
+    train_language_model(compiled, TrainRequest(text, folder, options, exact, resume, sample))
+
+
+@app.command()
+def fmt(
+    files: Annotated[list[Path], typer.Argument(help=".tfg files.", show_default=False)],
+    check_: Annotated[
+        bool, typer.Option("--check", help="Change nothing; fail if a file is not formatted.")
+    ] = False,
+) -> None:
+    """Format .tfg files in place, keeping comments."""
+    from fastgrad_dsl.files import write_atomically
+    from fastgrad_grammar.format import format_source
+
+    errors: list[Diagnostic] = []
+    unformatted = []
+    for file in files:
+        try:
+            source = read_source(file)
+            formatted = format_source(source)
+        except TfgError as error:
+            errors.extend(error.diagnostics)
+            continue
+        if formatted.encode() != file.read_bytes():
+            unformatted.append(file)
+            if not check_:
+                write_atomically(file, formatted)
+    for file in unformatted:
+        print(f"{'would format' if check_ else 'formatted'} {file}")
+    if errors:
+        raise TfgError(errors)
+    if check_ and unformatted:
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Run the command line; every error of the user's is a diagnostic on stderr and exit status 2."""
+    try:
+        app()
+    except TfgError as error:
+        sys.stderr.write(render(error.diagnostics, colour=sys.stderr.isatty()))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def _stages(file: Path, model: str | None, set_: list[str] | None, until: str | None) -> tuple[Stage, ...]:
+    from fastgrad_compiler.elaborate import elaborate
+    from fastgrad_compiler.pipeline import run
+
+    program: Program = elaborate(read_source(file), model=model, params=_params(set_))
+    return run(program, until=until)
+
+
+def _params(assignments: list[str] | None) -> dict[str, object]:
+    return dict(_split("--set", text) for text in assignments or [])
+
+
+def _sizes(assignments: list[str] | None) -> dict[str, int]:
+    sizes = {}
+    for name, value in (_split("--dim", text) for text in assignments or []):
+        if not value.isdecimal() or int(value) < 1:
+            raise TfgError(
+                [Diagnostic("FG416", f"--dim {name}={value}: a size is a whole number of at least 1")]
+            )
+        sizes[name] = int(value)
+    return sizes
+
+
+def _split(option: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        help_ = (f"write {option} {name or 'name'}=value",)
+        raise TfgError([Diagnostic("FG416", f"{option} {text}: expected NAME=VALUE", help=help_)])
+    return name.strip(), value.strip()
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> Diagnostic:
+    from fastgrad_grammar.diagnostics import nearest
+
+    near = nearest(name, known)
+    help_ = ((f"did you mean {near}?",) if near else ()) + (f"known: {', '.join(known)}",)
+    return Diagnostic("FG417", f"unknown {kind} {name}", help=help_)

@@ -1,0 +1,104 @@
+"""What the command line shows: plans and reports as tables, progress on a terminal. Views only: nothing is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastgrad_compiler.graph import Program
+from fastgrad_compiler.passes.plan import attention_table
+
+WIDTH_OF_A_FILE = 160  # where the output is no terminal
+
+
+def console(*, error: bool = False) -> Console:
+    """A console for results (stdout) or progress (stderr); no colour and a fixed width where it is no terminal."""
+    made = Console(stderr=error, highlight=False)
+    return made if made.is_terminal else Console(stderr=error, highlight=False, width=WIDTH_OF_A_FILE)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr that says what is being done; silent where stderr is no terminal."""
+    out = console(error=True)
+    if not out.is_terminal:
+        yield lambda what: None
+        return
+    with out.status("starting") as status:
+        yield lambda what: status.update(f"measuring {what}")
+
+
+def print_plan(program: Program, file: str) -> None:
+    """One line an attention: what it will be and why; equal ones of a repeat are folded."""
+    out = console()
+    table = attention_table(program)
+    out.print(Text(f"{file}: model {program.name}, {len(table)} attention{'s' if len(table) != 1 else ''}"))
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for entry in table:
+        node = entry.node
+        decision = str(node.get("decision", "exact"))
+        if decision == "polynomial":
+            decision = f"{node['family']} degree {node['degree']}"
+        place = entry.span.short_place if entry.span else ""
+        rows.setdefault((place, decision, str(node.get("why", ""))), []).append(entry.path)
+    for (place, decision, why), paths in rows.items():
+        out.print(Text(f"  {_folded(paths)}  {decision}  ({place})", style="bold"))
+        out.print(Text(f"      {why}"))
+
+
+def _folded(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]} ({len(paths)})"
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """The whole model, then a table of attentions; every number is named bound, estimate or measured."""
+    out = console()
+    out.print(Text(f"model {report['model']} ({report['source']})", style="bold"))
+    batch = report["batch"]
+    if batch is None:
+        out.print(Text("no model was run: bounds only"))
+    else:
+        sizes = ", ".join(f"{name} = {size}" for name, size in batch["dims"].items())
+        out.print(Text(f"on {batch['kind']}, {sizes}, {batch['weights']}"))
+    for line in report["summary"]:
+        out.print(Text(f"  {line}"))
+    if report["attentions"]:
+        out.print(_table(report))
+        out.print(
+            Text(
+                "relative L2 errors, smaller is better. bound: proved for this batch; estimate: how far the whole model moves "
+                "when this attention alone is made exact; measured: this attention alone against exact softmax, float64.",
+                style="dim",
+            )
+        )
+    for note in report["notes"]:
+        out.print(Text(f"note: {note}"))
+
+
+def _table(report: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("attention", "decision", "rank", "R", "eps (bound)", "exact below"):
+        table.add_column(heading, justify="left" if heading in ("attention", "decision") else "right")
+    for what in ("output", "gradient"):
+        for kind in ("bound", "estimate", "measured"):
+            table.add_column(f"{what} {kind}", justify="right")
+    for entry in report["attentions"]:
+        polynomial = entry["decision"] == "polynomial"
+        decision = f"{entry['family']} {entry['degree']}" if polynomial else "exact"
+        row = [entry["path"], decision, _number(entry["rank"]), _number(entry["bound"]), _number(entry["eps"])]
+        row.append(_number(entry["break_even"]))
+        for what in ("output", "gradient"):
+            row += [_number(entry["errors"][what][kind]) for kind in ("bound", "estimate", "measured")]
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.2g}"
