@@ -1,0 +1,290 @@
+"""The gradient graph: each graph gets a backward graph by vector-Jacobian products.
+
+The backward of a graph G takes G's inputs and a cotangent for each float result, computes G's values again
+where they are needed, and gives the cotangents of G's float inputs; a `weight_gradient` node receives the
+cotangent of each weight. A `call` becomes a call of the callee's backward, a `repeat` a `repeat_backward` and
+an `attention` a call of its backward spelled out: the gradient of a deep model is as small as the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+from fastgrad_compiler.graph import Graph, Node, Program, TensorType, Type
+from fastgrad_compiler.ops import OPS
+from fastgrad_compiler.passes.attention_backward import attention_backward
+from fastgrad_compiler.passes.builder import Builder, Value
+from fastgrad_compiler.passes.vjp_rules import BINARY, MANY, UNARY, Cotangents
+from fastgrad_compiler.verify import CompilerBug
+
+
+def derive_gradient(program: Program) -> Program:
+    """The program with a backward, `G.backward`, of each graph G that the model or the objective reaches.
+
+    `gradient` names the one of `main`. Graphs are differentiated once, however often they are called.
+    """
+    derivation = Derivation(program)
+    gradient = derivation.backward(program.main)
+    if program.objective is not None:
+        derivation.backward(program.objective)
+    return replace(program, graphs=(*program.graphs, *derivation.graphs), gradient=gradient)
+
+
+class Derivation:
+    """The backward graphs of one program, callees first, and what they were derived from."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graphs: list[Graph] = []
+        self._taken = {graph.name for graph in program.graphs}
+        self._derived: dict[object, str] = {}
+        self._has_weights: dict[str, bool] = {}
+
+    def backward(self, graph: str) -> str:
+        """The name of the backward of `graph`, derived on the first call."""
+        if graph not in self._derived:
+            self._add(graph, _differentiate(self, self.program[graph], self._free(f"{graph}.backward")))
+        return self._derived[graph]
+
+    def attention_backward(self, attention: Node, types: tuple[Type | None, ...]) -> str:
+        """The name of the graph of this attention's exact backward; equal attentions share one."""
+        key = (attention.attributes, types)
+        if key not in self._derived:
+            name = self._free("attention.backward")
+            self._add(key, attention_backward(name, attention, types, self.program.multiples))
+        return self._derived[key]
+
+    def has_weights(self, graph: str) -> bool:
+        """Whether there are weights in `graph` or in what it calls."""
+        if graph not in self._has_weights:
+            nodes = self.program[graph].nodes
+            self._has_weights[graph] = any(node.op == "weight" or self.calls_weights(node) for node in nodes)
+        return self._has_weights[graph]
+
+    def calls_weights(self, node: Node) -> bool:
+        """Whether there are weights in what this node runs."""
+        return any(map(self.has_weights, _callees(node)))
+
+    def _free(self, stem: str) -> str:
+        number, name = 1, stem
+        while name in self._taken:
+            number += 1
+            name = f"{stem}_{number}"
+        self._taken.add(name)
+        return name
+
+    def _add(self, key: object, graph: Graph) -> None:
+        self._derived[key] = graph.name
+        self.graphs.append(graph)
+
+
+def _callees(node: Node) -> Iterator[str]:
+    """The graphs that a `call` or `repeat` runs."""
+    if node.op == "call":
+        yield str(node["graph"])
+    elif node.op == "repeat":
+        yield from _body_names(node)
+
+
+def _body_names(repeat: Node) -> tuple[str, ...]:
+    bodies = repeat["bodies"]
+    runs = bodies if isinstance(bodies, tuple) else ()
+    return tuple(str(run[0]) for run in runs if isinstance(run, tuple))
+
+
+# the rules, keyed by op
+
+Rule: TypeAlias = Callable[[Derivation, Sequence[Value], Value, Sequence[Value]], Cotangents]
+"""From the cotangents of the float results of `y`, `y` and its inputs to the inputs' cotangents."""
+
+
+def _call(derivation: Derivation, gs: Sequence[Value], y: Value, xs: Sequence[Value]) -> Cotangents:
+    label = str(y["label"])
+    values = {"graph": derivation.backward(str(y["graph"])), "label": label}
+    return _spread(y.builder.emit("call", (*xs, *gs), values, name=f"_{label}_backward", type=_types(xs)), xs)
+
+
+def _attention(derivation: Derivation, gs: Sequence[Value], y: Value, xs: Sequence[Value]) -> Cotangents:
+    graph = derivation.attention_backward(y.node, tuple(x.node.type for x in xs))
+    values = {"graph": graph, "label": f"{y.name}.attention"}  # a dot: no user's call has this label
+    return _spread(
+        y.builder.emit("call", (*xs, *gs), values, name="_attention_backward", type=_types(xs)), xs
+    )
+
+
+def _poly_attention(derivation: Derivation, gs: Sequence[Value], y: Value, xs: Sequence[Value]) -> Cotangents:
+    op = "poly_attention_backward"
+    values = {key: value for key, value in y.node.attributes if key in OPS[op].attributes}
+    return _spread(y.builder.emit(op, (*xs, *gs), values, type=_types(xs)), xs)
+
+
+def _repeat(derivation: Derivation, gs: Sequence[Value], y: Value, xs: Sequence[Value]) -> Cotangents:
+    backward = tuple(derivation.backward(body) for body in _body_names(y.node))
+    values = {"bodies": y["bodies"], "backward": backward, "carried": y["carried"]}
+    return _spread(y.builder.emit("repeat_backward", (*xs, *gs), values, type=_types(xs)), xs)
+
+
+def _types(xs: Sequence[Value]) -> Type:
+    """The type of a node that gives the cotangents of `xs`: one tensor, or a tuple of any other number."""
+    types = tuple(x.node.tensor for x in xs if is_float(x.node))
+    return types[0] if len(types) == 1 else types
+
+
+def _spread(results: Value, xs: Sequence[Value]) -> Cotangents:
+    """The members of a tuple of cotangents at the places of the float inputs."""
+    parts = iter(results.builder.parts(results))
+    return [next(parts) if is_float(x.node) else None for x in xs]
+
+
+def _unary(rule: Callable[[Value, Value, Value], Value]) -> Rule:
+    return lambda derivation, gs, y, xs: (rule(gs[0], y, xs[0]),)
+
+
+def _binary(rule: Callable[[Value, Value, Value, Value], Cotangents]) -> Rule:
+    return lambda derivation, gs, y, xs: rule(gs[0], y, xs[0], xs[1])
+
+
+def _many(rule: Callable[[Value, Value, Sequence[Value]], Cotangents]) -> Rule:
+    return lambda derivation, gs, y, xs: rule(gs[0], y, xs)
+
+
+VJP: dict[str, Rule] = {
+    **{op: _unary(rule) for op, rule in UNARY.items()},
+    **{op: _binary(rule) for op, rule in BINARY.items()},
+    **{op: _many(rule) for op, rule in MANY.items()},
+    "item": lambda derivation, gs, y, xs: gs,
+    "call": _call,
+    "repeat": _repeat,
+    "attention": _attention,
+    "poly_attention": _poly_attention,
+}
+
+DECLINED: dict[str, str] = {
+    **dict.fromkeys(("input", "weight", "buffer", "constant", "fill", "arange", "sinusoid"), "has no inputs"),
+    **dict.fromkeys(("less", "less_equal", "equal", "logical_not"), "gives truth values"),
+    "one_hot": "reads whole numbers",
+    "weight_gradient": "receives a gradient",
+    **dict.fromkeys(("poly_attention_backward", "repeat_backward"), "has no second derivative"),
+}
+"""Operations through which no cotangent flows, and why."""
+
+
+# one graph
+
+LEAVES = ("input", "weight")
+
+
+class Sums:
+    """The cotangent of each result of each node of a graph, summed over the uses met so far."""
+
+    def __init__(self, build: Builder) -> None:
+        self._build = build
+        self._sums: dict[tuple[str, int], Value] = {}
+
+    def add(self, node: str, index: int, g: Value) -> None:
+        """One more use of result `index` of `node` gives `g`."""
+        known = self._sums.get((node, index))
+        self._sums[node, index] = g if known is None else known + g
+
+    def of(self, node: Node) -> list[Value]:
+        """The cotangent of each float result of `node`, zeros where no use gave one."""
+        return [
+            self._sums.get((node.name, index)) or self._build.fill(member.shape, 0.0)
+            for index, member in enumerate(_members(node.type))
+            if member.dtype == "float"
+        ]
+
+    def reach(self, node: Node) -> bool:
+        """Whether any use gave one."""
+        return any((node.name, index) in self._sums for index in range(len(_members(node.type))))
+
+    def names(self, nodes: Sequence[Node]) -> dict[str, str]:
+        """New names for the cotangents of `nodes`: `_d_x` for that of x, where they have one by operation."""
+        given = {node.name for node in self._build.nodes if node.op == "input"}
+        names: dict[str, str] = {}
+        for node in nodes:
+            total = self._sums.get((node.name, 0))
+            if total is not None and total.name not in given and total.name not in names:
+                names[total.name] = self._build.fresh(f"_d_{node.name}")
+        return names
+
+
+def is_float(node: Node) -> bool:
+    """Whether the node has a float among its results."""
+    return any(member.dtype == "float" for member in _members(node.type))
+
+
+def _members(type: Type | None) -> tuple[TensorType, ...]:
+    return (type,) if isinstance(type, TensorType) else type or ()
+
+
+def _differentiate(derivation: Derivation, graph: Graph, name: str) -> Graph:
+    build = Builder(graph.nodes, derivation.program.multiples)
+    sums = Sums(build)
+    for output in graph.outputs:
+        if is_float(graph[output]):
+            sums.add(output, 0, build.emit("input", name=f"_d_{output}", type=graph[output].type))
+    active = _active(derivation, graph)
+    forward = {node.name: Value(build, node) for node in graph.nodes}
+    for node in reversed(graph.nodes):
+        if node.name in active and node.op not in LEAVES and sums.reach(node):
+            build.span = node.span
+            inputs = [forward[source] for source in node.inputs]
+            pulled = _rule(node)(derivation, sums.of(node), forward[node.name], inputs)
+            for x, g in zip(inputs, pulled, strict=True):
+                if g is not None and x.name in active:
+                    index = int(str(node["index"])) if node.op == "item" else 0
+                    sums.add(x.name, index, g if node.op == "item" else g.fit(x.shape))
+    return _finish(graph, name, sums, build)
+
+
+def _rule(node: Node) -> Rule:
+    if node.op in DECLINED:
+        raise CompilerBug(f"no gradient through {node.op} {node.name}: it {DECLINED[node.op]}")
+    return VJP[node.op]
+
+
+def _active(derivation: Derivation, graph: Graph) -> frozenset[str]:
+    """The nodes of float values that depend on a float input or on a weight."""
+    active: set[str] = set()
+    for node in graph.nodes:
+        source = node.op in LEAVES or derivation.calls_weights(node)
+        if is_float(node) and (source or not active.isdisjoint(node.inputs)):
+            active.add(node.name)
+    return frozenset(active)
+
+
+def _finish(graph: Graph, name: str, sums: Sums, build: Builder) -> Graph:
+    """The backward graph: inputs first, unused nodes left out, cotangents named after what they belong to."""
+    build.span = graph.span
+    outputs = [sums.of(node)[0].name for node in graph.inputs if is_float(node)]
+    for node in graph.nodes:
+        if node.op == "weight":
+            build.span = node.span
+            label = {"label": node["label"]}
+            build.emit("weight_gradient", sums.of(node), label, name=f"_gradient_{node.name}")
+    names = sums.names(graph.nodes)
+    live = _live(build.nodes, outputs, {node.name for node in graph.nodes})
+    nodes = sorted((_rename(node, names) for node in live), key=lambda node: node.op != "input")
+    return Graph(name, tuple(nodes), tuple(names.get(output, output) for output in outputs), span=graph.span)
+
+
+SINKS = ("weight_gradient", "call", "repeat_backward")  # a call of a backward graph, which holds sinks
+
+
+def _live(nodes: Sequence[Node], outputs: Sequence[str], forward: set[str]) -> list[Node]:
+    """The inputs, and what an output or the gradient of a weight, here or in a callee, depends on."""
+    needed, kept = set(outputs), []
+    for node in reversed(nodes):
+        sink = node.op in SINKS and node.name not in forward
+        if sink or node.op == "input" or node.name in needed:
+            needed.update(node.inputs)
+            kept.append(node)
+    return kept[::-1]
+
+
+def _rename(node: Node, names: Mapping[str, str]) -> Node:
+    inputs = tuple(names.get(source, source) for source in node.inputs)
+    return replace(node, name=names.get(node.name, node.name), inputs=inputs)

@@ -1,0 +1,62 @@
+"""The pass `lowrank`: attention that the plan serves by a polynomial becomes `poly_attention`.
+
+Its exact backward becomes `poly_attention_backward`; both are O(n r dv) (docs/mathematics.md, sections
+3 and 4). Attention planned exact stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from fastgrad_compiler.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.ops import OPS
+from fastgrad_compiler.passes.attention_backward import BLOCK
+from fastgrad_compiler.verify import CompilerBug
+
+SERVED_ROLES = ("near_q", "near_k", "padding")
+
+
+def rewrite_low_rank(program: Program) -> Program:
+    """The program with every attention of decision "polynomial" rewritten, forward and backward.
+
+    Graphs of exact backwards that nothing calls any more are dropped. Raises CompilerBug where the plan
+    serves an attention with a window, documents or alibi by a polynomial.
+    """
+    attentions = {graph.name: _polynomial(graph) for graph in program.graphs if graph.block == BLOCK}
+    replaced = {name: node for name, node in attentions.items() if node is not None}
+    kept = [graph for graph in program.graphs if graph.name not in replaced]
+    return program.with_graphs(_rewrite(graph, replaced) for graph in kept)
+
+
+def _polynomial(backward: Graph) -> Node | None:
+    """The attention that this graph is the backward of, where a polynomial serves it."""
+    return next((node for node in backward.nodes if _is_polynomial(node)), None)
+
+
+def _is_polynomial(node: Node) -> bool:
+    return node.op == "attention" and node.get("decision") == "polynomial"
+
+
+def _rewrite(graph: Graph, replaced: Mapping[str, Node]) -> Graph:
+    return replace(graph, nodes=tuple(_rewrite_node(node, replaced) for node in graph.nodes))
+
+
+def _rewrite_node(node: Node, replaced: Mapping[str, Node]) -> Node:
+    if _is_polynomial(node):
+        return replace(node, op="poly_attention", attributes=_attributes(node, "poly_attention"))
+    if node.op == "call" and node["graph"] in replaced:
+        attention = replaced[str(node["graph"])]
+        op = "poly_attention_backward"
+        return replace(node, op=op, attributes=_attributes(attention, op))
+    return node
+
+
+def _attributes(attention: Node, op: str) -> tuple[tuple[str, Attribute], ...]:
+    """Those attributes of an attention that `op` has."""
+    roles = attention["roles"]
+    unserved = [role for role in roles if role not in SERVED_ROLES] if isinstance(roles, tuple) else []
+    if unserved or attention["window"] is not None or attention["alibi"]:
+        raise CompilerBug(f"attention {attention.name} is planned polynomial, which cannot serve its mask")
+    kept = (*OPS[op].attributes, *OPS[op].optional)
+    return tuple((key, value) for key, value in attention.attributes if key in kept)
