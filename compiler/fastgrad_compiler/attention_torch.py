@@ -154,9 +154,10 @@ def _weights(node: Node, a: _Attention) -> tuple[Tensor, Tensor]:
     s = a.scores()
     seen, near = a.visible(node, s), a.near_pairs()
     t = a.near_scores().masked_fill(~(near & seen), -math.inf)
-    damping = (-t.amax(-1, keepdim=True).clamp(min=0.0)).exp()
+    top = t.amax(-1, keepdim=True).clamp(min=0.0)
+    damping = (-top).exp()
     far = torch.where(seen & ~near, damping * _polynomial(_coefficients(node), s), torch.zeros_like(s))
-    return t.exp() * damping + far, damping
+    return (t - top).exp() + far, damping
 
 
 def _normaliser(weights: Tensor) -> Tensor:
