@@ -1,0 +1,321 @@
+"""Recognition of attention: what is the same function becomes one node, whatever its spelling; what is not stays as it is."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from fastgrad_compiler.graph import Node, Program
+from fastgrad_compiler.interpret import run
+from fastgrad_compiler.passes.attention import recognise_attention
+from fastgrad_compiler.passes.bounds import prove_bounds
+from fastgrad_compiler.passes.shapes import infer_shapes
+from fastgrad_compiler.text import parse_program
+from fastgrad_compiler.verify import verify
+
+SIZES = {"b": 2, "h": 4, "g": 2, "n": 6, "m": 5, "d": 8, "c": 3}
+
+HEADS = """
+%q = input() : float[b, 4, n, 8]
+%k = input() : float[b, 4, n, 8]
+%v = input() : float[b, 4, n, 3]
+"""
+PLAIN = """
+%q = input() : float[b, n, 8]
+%k = input() : float[b, n, 8]
+%v = input() : float[b, n, 3]
+"""
+TRANSPOSED = "%kt = permute(%k, axes = (0, 1, 3, 2))\n"
+SCORES = TRANSPOSED + "%s = matmul(%q, %kt)\n"
+END = "%p = softmax(%s, axis = -1)\n%y = matmul(%p, %v)\nreturn %y"
+
+
+def program(body: str) -> Program:
+    """A typed program of one graph, with bounds."""
+    return prove_bounds(infer_shapes(parse_program(f"graph main {{\n{body}\n}}\n")))
+
+
+def attentions(of: Program) -> list[Node]:
+    return [node for graph in of.graphs for node in graph.nodes if node.op == "attention"]
+
+
+def inputs_of(of: Program) -> dict[str, torch.Tensor]:
+    """Random inputs; every sequence keeps its first key, documents are two runs of tokens."""
+    generator = torch.Generator().manual_seed(0)
+    values = {}
+    for node in of[of.main].inputs:
+        shape = [dim.evaluate(SIZES) for dim in node.tensor.shape]
+        if node.tensor.dtype == "bool":
+            values[node.name] = torch.arange(shape[-1]).expand(shape) < torch.tensor([[3], [4]])
+        elif node.tensor.dtype == "int":
+            values[node.name] = (torch.arange(shape[-1]) >= 2).long().expand(shape)
+        else:
+            values[node.name] = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return values
+
+
+def results(of: Program) -> torch.Tensor:
+    weights = {"tau": torch.tensor([0.3, -0.5, 1.0, 2.0], dtype=torch.float64).reshape(4, 1, 1)}
+    found = run(of, inputs_of(of), weights, dtype=torch.float64)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+SPELLINGS = {
+    "scale on the scores": HEADS
+    + SCORES
+    + "%c = constant(value = 0.3)\n%u = mul(%s, %c)\n"
+    + END.replace("%s,", "%u,"),
+    "scale on q": HEADS
+    + "%c = constant(value = 0.3)\n%r = mul(%c, %q)\n"
+    + TRANSPOSED
+    + "%s = matmul(%r, %kt)\n"
+    + END,
+    "scale on k, before its transposition": HEADS
+    + "%c = constant(value = 0.3)\n%r = mul(%k, %c)\n%kt = permute(%r, axes = (0, 1, 3, 2))\n%s = matmul(%q, %kt)\n"
+    + END,
+    "scale on k, behind its transposition": HEADS
+    + TRANSPOSED
+    + "%c = constant(value = 0.3)\n%r = mul(%kt, %c)\n%s = matmul(%q, %r)\n"
+    + END,
+    "division by a computed root": HEADS
+    + SCORES
+    + "%c = constant(value = 8.0)\n%r = sqrt(%c)\n%u = div(%s, %r)\n%w = causal(%u)\n"
+    + END.replace("%s,", "%w,"),
+    "scale behind the masks": HEADS
+    + SCORES
+    + "%c = constant(value = 0.3)\n%w = causal(%s)\n%u = mul(%w, %c)\n"
+    + END.replace("%s,", "%u,"),
+    "both negated": HEADS
+    + TRANSPOSED
+    + "%r = neg(%q)\n%s = matmul(%r, %kt)\n%u = neg(%s)\n%w = causal(%u)\n"
+    + END.replace("%s,", "%w,"),
+    "padding, then causal": HEADS
+    + "%mask = input() : bool[b, n]\n"
+    + SCORES
+    + "%u = padding(%s, %mask)\n%w = causal(%u)\n"
+    + END.replace("%s,", "%w,"),
+    "causal, then padding": HEADS
+    + "%mask = input() : bool[b, n]\n"
+    + SCORES
+    + "%u = causal(%s)\n%w = padding(%u, %mask)\n"
+    + END.replace("%s,", "%w,"),
+    "window and documents": HEADS
+    + "%ids = input() : int[b, n]\n"
+    + SCORES
+    + "%u = window(%s, width = 3)\n%w = documents(%u, %ids)\n"
+    + END.replace("%s,", "%w,"),
+    "alibi": HEADS + SCORES + "%u = alibi(%s)\n%w = causal(%u)\n" + END.replace("%s,", "%w,"),
+    "two windows": HEADS
+    + SCORES
+    + "%u = window(%s, width = 2)\n%w = window(%u, width = 4)\n"
+    + END.replace("%s,", "%w,"),
+    "assume_bound outside of the mask": HEADS
+    + SCORES
+    + "%u = causal(%s)\n%w = assume_bound(%u, bound = 60.0)\n"
+    + END.replace("%s,", "%w,"),
+    "transposed scores": HEADS
+    + "%qt = permute(%q, axes = (0, 1, 3, 2))\n%r = matmul(%k, %qt)\n%s = permute(%r, axes = (0, 1, 3, 2))\n"
+    + END,
+    "softmax over queries of k q^T": HEADS
+    + "%qt = permute(%q, axes = (0, 1, 3, 2))\n%r = matmul(%k, %qt)\n%p = softmax(%r, axis = -2)\n"
+    + "%t = permute(%p, axes = (0, 1, 3, 2))\n%y = matmul(%t, %v)\nreturn %y",
+    "v^T times transposed weights": HEADS
+    + SCORES
+    + "%w = causal(%s)\n%p = softmax(%w, axis = -1)\n%t = permute(%p, axes = (0, 1, 3, 2))\n"
+    + "%vt = permute(%v, axes = (0, 1, 3, 2))\n%y = matmul(%vt, %t)\nreturn %y",
+    "heads moved and keys transposed at once": """
+%q = input() : float[b, 4, n, 8]
+%x = input() : float[b, n, 4, 8]
+%v = input() : float[b, 4, n, 3]
+%kt = permute(%x, axes = (0, 2, 3, 1))
+%s = matmul(%q, %kt)
+"""
+    + END,
+    "grouped": """
+%q = input() : float[b, 4, n, 8]
+%k0 = input() : float[b, 2, n, 8]
+%v0 = input() : float[b, 2, n, 3]
+%k = repeat_heads(%k0, times = 2)
+%v = repeat_heads(%v0, times = 2)
+"""
+    + SCORES
+    + END,
+    "grouped, normalised behind the repetition": """
+%q = input() : float[b, 4, n, 8]
+%k0 = input() : float[b, 2, n, 8]
+%v0 = input() : float[b, 2, n, 3]
+%k1 = repeat_heads(%k0, times = 2)
+%k = unit(%k1)
+%v = repeat_heads(%v0, times = 2)
+"""
+    + SCORES
+    + END,
+    "multi-query by broadcasting": """
+%q = input() : float[b, 4, n, 8]
+%k = input() : float[b, 1, n, 8]
+%v = input() : float[b, 1, n, 3]
+"""
+    + SCORES
+    + END,
+    "cross-attention": """
+%q = input() : float[b, 4, n, 8]
+%k = input() : float[b, 4, m, 8]
+%v = input() : float[b, 4, m, 3]
+%mask = input() : bool[b, m]
+"""
+    + SCORES
+    + "%w = padding(%s, %mask)\n"
+    + END.replace("%s,", "%w,"),
+    "without heads": PLAIN
+    + "%mask = input() : bool[b, n]\n%kt = permute(%k, axes = (0, 2, 1))\n%s = matmul(%q, %kt)\n"
+    + "%w = padding(%s, %mask)\n"
+    + END.replace("%s,", "%w,"),
+    "a single sequence": """
+%q = input() : float[n, 8]
+%k = input() : float[n, 8]
+%v = input() : float[n, 3]
+%kt = permute(%k, axes = (1, 0))
+%s = matmul(%q, %kt)
+%w = causal(%s)
+"""
+    + END.replace("%s,", "%w,"),
+    "exp over its sum": HEADS
+    + SCORES
+    + "%w = causal(%s)\n%e = exp(%w)\n%t = sum(%e, axes = (-1,), keepdim = true)\n%p = div(%e, %t)\n"
+    + "%y = matmul(%p, %v)\nreturn %y",
+    "exp twice": HEADS
+    + SCORES
+    + "%e = exp(%s)\n%f = exp(%s)\n%t = sum(%f, axes = (-1,), keepdim = true)\n%p = div(%e, %t)\n"
+    + "%y = matmul(%p, %v)\nreturn %y",
+    "exp less the largest": HEADS
+    + SCORES
+    + "%w = causal(%s)\n%a = amax(%w, axes = (-1,), keepdim = true)\n%z = sub(%w, %a)\n%e = exp(%z)\n"
+    + "%t = sum(%e, axes = (-1,), keepdim = true)\n%p = div(%e, %t)\n%y = matmul(%p, %v)\nreturn %y",
+    "division behind the values": HEADS
+    + SCORES
+    + "%e = exp(%s)\n%t = sum(%e, axes = (-1,), keepdim = true)\n%o = matmul(%e, %v)\n%y = div(%o, %t)\nreturn %y",
+    "learned gain for each head": HEADS
+    + '%tau = weight(init = ("zeros",), label = "tau") : float[4, 1, 1]\n%a = sigmoid(%tau)\n'
+    + SCORES
+    + "%u = mul(%s, %a)\n%w = causal(%u)\n"
+    + END.replace("%s,", "%w,"),
+    "a clamp without effect": HEADS.replace("%q =", "%q0 =").replace("%k =", "%k0 =")
+    + "%q = unit(%q0)\n%k = unit(%k0)\n"
+    + SCORES
+    + "%u = clamp(%s, low = -1.0, high = 1.5)\n"
+    + END.replace("%s,", "%u,"),
+    "a finite fill": HEADS.replace("%q =", "%q0 =").replace("%k =", "%k0 =")
+    + "%q = unit(%q0)\n%k = unit(%k0)\n"
+    + SCORES
+    + "%u = causal(%s, fill = -10000.0)\n"
+    + END.replace("%s,", "%u,"),
+    "dropout of probability 0": HEADS
+    + SCORES
+    + "%p = softmax(%s, axis = 3)\n%o = dropout(%p, p = 0.0)\n%y = matmul(%o, %v)\nreturn %y",
+    "near and far": HEADS
+    + SCORES
+    + "%c = constant(value = 0.3)\n%local = mul(%s, %c)\n%qu = unit(%q)\n%ku = unit(%k)\n"
+    + "%kut = permute(%ku, axes = (0, 1, 3, 2))\n%f = matmul(%qu, %kut)\n%two = constant(value = 2.0)\n"
+    + "%far = mul(%two, %f)\n%u = near_far(%local, %far, block = 2)\n%w = causal(%u)\n"
+    + END.replace("%s,", "%w,"),
+    "near and far the same": HEADS
+    + SCORES
+    + "%u = near_far(%s, %s, block = 2)\n%w = causal(%u)\n"
+    + END.replace("%s,", "%w,"),
+}
+
+NEAR_MISSES = {
+    "dropout on the weights": HEADS
+    + SCORES
+    + "%p = softmax(%s, axis = -1)\n%o = dropout(%p, p = 0.1)\n%y = matmul(%o, %v)\nreturn %y",
+    "weights returned as well": HEADS + SCORES + END + ", %p",
+    "scores returned as well": HEADS + SCORES + END + ", %s",
+    "softmax over the queries": HEADS + SCORES + END.replace("axis = -1", "axis = -2"),
+    "softmax over the heads": HEADS + SCORES + END.replace("axis = -1", "axis = 1"),
+    "weights scaled behind the softmax": HEADS
+    + SCORES
+    + "%p = softmax(%s, axis = -1)\n%c = constant(value = 0.5)\n%o = mul(%p, %c)\n%y = matmul(%o, %v)\nreturn %y",
+    "softcap": HEADS + SCORES + "%u = tanh(%s)\n" + END.replace("%s,", "%u,"),
+    "additive bias": HEADS
+    + "%bias = input() : float[n, n]\n"
+    + SCORES
+    + "%u = add(%s, %bias)\n"
+    + END.replace("%s,", "%u,"),
+    "sum of two products": HEADS
+    + SCORES
+    + "%qu = unit(%q)\n%s2 = matmul(%qu, %kt)\n%u = add(%s, %s2)\n"
+    + END.replace("%s,", "%u,"),
+    "a factor for each key": HEADS
+    + "%gain = input() : float[n]\n"
+    + SCORES
+    + "%u = mul(%s, %gain)\n"
+    + END.replace("%s,", "%u,"),
+    "a mask negated": HEADS + SCORES + "%u = causal(%s)\n%w = neg(%u)\n" + END.replace("%s,", "%w,"),
+    "a mask under a gain of unknown sign": HEADS
+    + '%tau = weight(init = ("zeros",), label = "tau") : float[4, 1, 1]\n'
+    + SCORES
+    + "%u = causal(%s)\n%w = mul(%u, %tau)\n"
+    + END.replace("%s,", "%w,"),
+    "the transposed mask": HEADS
+    + "%qt = permute(%q, axes = (0, 1, 3, 2))\n%r = matmul(%k, %qt)\n%u = causal(%r)\n"
+    + "%w = permute(%u, axes = (0, 1, 3, 2))\n"
+    + END.replace("%s,", "%w,"),
+    "a clamp that bites": HEADS
+    + SCORES
+    + "%u = clamp(%s, low = -1.0, high = 1.0)\n"
+    + END.replace("%s,", "%u,"),
+    "a clamp over the mask": HEADS.replace("%q =", "%q0 =").replace("%k =", "%k0 =")
+    + "%q = unit(%q0)\n%k = unit(%k0)\n"
+    + SCORES
+    + "%u = causal(%s)\n%w = clamp(%u, low = -1.0, high = 1.0)\n"
+    + END.replace("%s,", "%w,"),
+    "a fill that does not hide": HEADS
+    + SCORES
+    + "%u = causal(%s, fill = -2.0)\n"
+    + END.replace("%s,", "%u,"),
+    "exp of other scores in the sum": HEADS
+    + SCORES
+    + "%qu = unit(%q)\n%s2 = matmul(%qu, %kt)\n%e = exp(%s)\n%f = exp(%s2)\n"
+    + "%t = sum(%f, axes = (-1,), keepdim = true)\n%p = div(%e, %t)\n%y = matmul(%p, %v)\nreturn %y",
+    "alibi scaled": HEADS
+    + SCORES
+    + "%u = alibi(%s)\n%c = constant(value = 0.5)\n%w = mul(%u, %c)\n"
+    + END.replace("%s,", "%w,"),
+    "keys repeated otherwise than values": """
+%q = input() : float[b, 4, n, 8]
+%k = input() : float[b, 1, n, 8]
+%v = input() : float[b, 4, n, 3]
+"""
+    + SCORES
+    + END,
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_spelling_is_recognised_and_means_the_same(spelling: str) -> None:
+    before = program(spelling)
+    after = recognise_attention(before)
+    verify(after, "attention")
+    assert len(attentions(after)) == 1
+    left = {node.op for graph in after.graphs for node in graph.nodes}
+    assert not left & {
+        "softmax",
+        "matmul",
+        "causal",
+        "padding",
+        "window",
+        "documents",
+        "alibi",
+        "exp",
+        "near_far",
+    }
+    torch.testing.assert_close(results(after), results(before), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("spelling", NEAR_MISSES.values(), ids=NEAR_MISSES.keys())
+def test_near_miss_stays_as_it_is(spelling: str) -> None:
+    before = program(spelling)
+    assert recognise_attention(before) == before
