@@ -41,7 +41,7 @@ def target_inputs(program: Program) -> tuple[Input, ...]:
 
 
 def random_batch(inputs: Sequence[Input], dims: Mapping[str, int], seed: int = 0) -> tuple[Tensor, ...]:
-    """Gaussian floats, uniform ids, and masks that are true for a random leading part of each row (at least one)."""
+    """Gaussian floats, uniform ids, and masks that are true for a random leading part of each row (one at least)."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

@@ -90,7 +90,13 @@ def _table(report: Mapping[str, Any]) -> Table:
     for entry in report["attentions"]:
         polynomial = entry["decision"] == "polynomial"
         decision = f"{entry['family']} {entry['degree']}" if polynomial else "exact"
-        row = [entry["path"], decision, _number(entry["rank"]), _number(entry["bound"]), _number(entry["eps"])]
+        row = [
+            entry["path"],
+            decision,
+            _number(entry["rank"]),
+            _number(entry["bound"]),
+            _number(entry["eps"]),
+        ]
         row.append(_number(entry["break_even"]))
         for what in ("output", "gradient"):
             row += [_number(entry["errors"][what][kind]) for kind in ("bound", "estimate", "measured")]

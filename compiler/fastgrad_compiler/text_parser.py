@@ -142,6 +142,14 @@ def parse_program(text: str) -> Program:
     )
 
 
+def parse_dim(text: str) -> Dim:
+    """A dim from the text that `str` gives of it; ValueError for anything else."""
+    (line,) = _lines(text)
+    dim = _dim(line)
+    line.end()
+    return dim
+
+
 @dataclass
 class _Header:
     names: dict[str, str] = field(default_factory=dict)

@@ -1,0 +1,126 @@
+"""plan.json: what a compiled model takes, its budget, and for each attention the decision and where it comes from."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any
+
+from fastgrad_compiler.certificates import certificate
+from fastgrad_compiler.cost import flops
+from fastgrad_compiler.features import rank
+from fastgrad_compiler.graph import Attribute, Node, Program
+from fastgrad_compiler.passes.plan import AttentionEntry, attention_table
+from fastgrad_dsl.batches import Input, model_inputs, target_inputs
+
+FORMAT = "fastgrad-plan-1"
+
+
+def plan_document(program: Program, source: str, target: str) -> dict[str, Any]:
+    """The plan of a compiled program as plain data; deterministic."""
+    budget = program.budget
+    return {
+        "format": FORMAT,
+        "model": program.name,
+        "source": source,
+        "target": target,
+        "dims": [{"name": d.name, "at_most": d.at_most, "multiple_of": d.multiple_of} for d in program.dims],
+        "inputs": [_input(tensor) for tensor in model_inputs(program)],
+        "targets": [_input(tensor) for tensor in target_inputs(program)],
+        "budget": None
+        if budget is None
+        else {"output": budget.output, "gradient": budget.gradient, "near": budget.near},
+        "attentions": [attention_document(program, entry) for entry in attention_table(program)],
+    }
+
+
+def attention_document(program: Program, entry: AttentionEntry) -> dict[str, Any]:
+    """One attention: numbers that do not exist for it (a degree of an exact one) are None.
+
+    `bound` is R with its `proof` and whether it is only `asserted`; `flops` are per head and sequence at the longest declared
+    length; `certificate` holds the proved worst cases that need no data (docs/mathematics.md, section 7).
+    """
+    node = entry.node
+    polynomial = node.get("decision") == "polynomial" or node.op == "poly_attention"
+    eps, eps_prime = (_number(node.get(key)) if polynomial else None for key in ("eps", "eps_prime"))
+    return {
+        "path": entry.path,
+        "source": entry.span.place if entry.span else None,
+        "decision": "polynomial" if polynomial else "exact",
+        "why": node.get("why"),
+        "family": node.get("family") if polynomial else None,
+        "degree": node.get("degree") if polynomial else None,
+        "coefficients": _listed(node.get("coefficients")) if polynomial else None,
+        "rank": rank(_width(node, 0, program, entry), _whole(node["degree"])) if polynomial else None,
+        "scale": node["scale"],
+        "causal": node["causal"],
+        "near": node["near"],
+        "bound": _number(node["bound"]),
+        "asserted": node.get("asserted", False),
+        "proof": _listed(node.get("proof")),
+        "eps": eps,
+        "eps_prime": eps_prime,
+        "positive_from": _number(node.get("positive_from")) if polynomial else None,
+        "break_even": node.get("break_even") if polynomial else None,
+        "flops": _flops(program, entry, polynomial),
+        "certificate": _certificate(eps, eps_prime) if eps is not None and eps_prime is not None else None,
+    }
+
+
+def _flops(program: Program, entry: AttentionEntry, polynomial: bool) -> dict[str, Any] | None:
+    """Of both ways at the declared bound of n; None where none is declared."""
+    graph, node = program[entry.graph], entry.node
+    limits = {dim.name: dim.at_most for dim in program.dims if dim.at_most is not None}
+    lengths = [graph[name].tensor.shape[-2] for name in node.inputs[:2]]
+    if any(not length.names <= limits.keys() for length in lengths):
+        return None
+    n, m = (length.evaluate(limits) for length in lengths)
+    sizes = {"n": n, "m": m, "d": _width(node, 0, program, entry), "dv": _width(node, 2, program, entry)}
+    causal, near = bool(node["causal"]), node["near"]
+    exact = flops(**sizes, degree=None, causal=causal)
+    document: dict[str, Any] = {
+        "n": n,
+        "m": m,
+        "exact": {"forward": exact.forward, "backward": exact.backward},
+    }
+    if polynomial:
+        block = None if near is None else _whole(near)
+        cheap = flops(**sizes, degree=_whole(node["degree"]), near=block, causal=causal)
+        document["polynomial"] = {"forward": cheap.forward, "backward": cheap.backward}
+    return document
+
+
+def _certificate(eps: float, eps_prime: float) -> dict[str, float | None]:
+    worst = certificate(eps, eps_prime)
+    return {
+        "output_of_value_range": _number(worst.output),
+        "value_gradient_of_upstream": _number(worst.value_gradient),
+        "score_gradient_of_omega": _number(worst.score_gradient),
+    }
+
+
+def _input(tensor: Input) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": [str(dim) for dim in tensor.shape],
+        "below": tensor.below,
+    }
+
+
+def _width(node: Node, place: int, program: Program, entry: AttentionEntry) -> int:
+    width = program[entry.graph][node.inputs[place]].tensor.shape[-1].constant
+    assert width is not None  # recognition takes heads of a fixed width only
+    return width
+
+
+def _number(value: Attribute) -> float | None:
+    return float(value) if isinstance(value, int | float) and isfinite(value) else None
+
+
+def _whole(value: Attribute) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def _listed(value: Attribute) -> list[Attribute]:
+    return list(value) if isinstance(value, tuple) else []

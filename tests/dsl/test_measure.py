@@ -1,0 +1,95 @@
+"""Measured errors against a dense computation of the same things."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
+from fastgrad_compiler.polynomial import fit
+from fastgrad_dsl.measure import Served, measure_errors, relative_error
+from tests.dense import polynomial_attention, softmax_attention
+
+POLYNOMIALS = (fit("balanced", 2, 1.0), fit("balanced", 4, 1.0))
+SPECS = tuple(KernelSpec(d=4, dv=6, coefficients=p.coefficients, causal=True, scale=0.5) for p in POLYNOMIALS)
+SERVED = tuple(Served(f"layers.{i}", p.eps, p.eps_prime, 0.5) for i, p in enumerate(POLYNOMIALS))
+
+
+class Layer(nn.Module):
+    """Unit queries and keys times a weight, so that |0.5 q.k| <= 1."""
+
+    def __init__(self, spec: KernelSpec, dense: str | None = None) -> None:
+        super().__init__()
+        self.spec, self.dense = spec, dense
+        generator = torch.Generator().manual_seed(int(1000 * spec.coefficients[0]))
+        self.w = nn.Parameter(torch.randn(3, 6, 4, generator=generator, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (nn.functional.normalize(x @ w, dim=-1) * 2**0.5 for w in self.w[:2])
+        v = x + 0 * self.w[2].sum()
+        if self.dense is None:
+            return load_kernel(self.spec)(q, k, v)
+        if self.dense == "exact":
+            return softmax_attention(q, k, v, scale=0.5, causal=True)
+        return polynomial_attention(q, k, v, self.spec.coefficients, scale=0.5, causal=True)
+
+
+def stack(*dense: str | None) -> nn.Module:
+    return nn.Sequential(*(Layer(spec, kind) for spec, kind in zip(SPECS, dense, strict=True)))
+
+
+INPUT = torch.randn(2, 3, 33, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+TARGET = torch.randn(2, 3, 33, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def objective(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
+
+
+def outcome(model: nn.Module) -> tuple[Tensor, Tensor]:
+    output = model(INPUT)
+    gradients = torch.autograd.grad(objective(output, TARGET), list(model.parameters()))
+    return output.detach(), torch.cat([g.flatten() for g in gradients])
+
+
+def test_errors_are_those_of_a_dense_computation() -> None:
+    errors = measure_errors(stack(None, None), [INPUT], [TARGET], objective, SERVED)
+    output, gradient = outcome(stack("polynomial", "polynomial"))
+    exact_output, exact_gradient = outcome(stack("exact", "exact"))
+    assert errors.output == pytest.approx(relative_error(output, exact_output), rel=1e-6)
+    assert errors.gradient == pytest.approx(relative_error(gradient, exact_gradient), rel=1e-6)
+    assert errors.exact_loss == pytest.approx(objective(exact_output, TARGET).item(), rel=1e-9)
+    for index, mixed in enumerate([("exact", "polynomial"), ("polynomial", "exact")]):
+        moved_output, moved_gradient = outcome(stack(*mixed))
+        assert errors.attentions[index].output_effect == pytest.approx(relative_error(moved_output, output), rel=1e-6)
+        assert errors.attentions[index].gradient_effect == pytest.approx(
+            relative_error(moved_gradient, gradient), rel=1e-6
+        )
+
+
+def test_local_errors_are_of_one_attention_on_its_own_inputs() -> None:
+    errors = measure_errors(stack(None, None), [INPUT], [TARGET], objective, SERVED)
+    first = Layer(SPECS[0], "polynomial")(INPUT)
+    second = [Layer(SPECS[1], kind)(first) for kind in ("polynomial", "exact")]
+    assert errors.attentions[1].output == pytest.approx(relative_error(*second), rel=1e-6)
+    assert errors.attentions[0].path == "layers.0"
+
+
+def test_measured_errors_respect_the_bounds() -> None:
+    errors = measure_errors(stack(None, None), [INPUT], [TARGET], objective, SERVED)
+    for attention in errors.attentions:
+        assert 0 < attention.output <= attention.output_bound
+        assert 0 < attention.gradient <= attention.gradient_bound
+
+
+def test_a_bound_that_claims_too_much_is_seen() -> None:
+    claims = [Served(s.path, s.eps / 1000, s.eps_prime / 1000, s.scale) for s in SERVED]
+    errors = measure_errors(stack(None, None), [INPUT], [TARGET], objective, claims)
+    assert any(a.output > a.output_bound and a.gradient > a.gradient_bound for a in errors.attentions)
+
+
+def test_without_an_objective_gradients_are_of_a_projection() -> None:
+    errors = measure_errors(stack(None, None), [INPUT], [], None, SERVED)
+    assert errors.loss is None
+    assert 0 < errors.gradient < 1
