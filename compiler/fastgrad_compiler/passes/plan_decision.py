@@ -1,0 +1,254 @@
+"""One attention's decision: exact or a polynomial, and why; or what forbids what the budget asks for.
+
+A degree meets its caps where eps is at most `relative`, and where the certificates (docs/mathematics.md, section 7) of
+output and score gradient are at most the attention's shares of the budget. Odd degrees serve only where positivity on the
+range is proved and the range itself is not the user's word: beyond it they turn negative.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+from fastgrad_compiler.certificates import certificate
+from fastgrad_compiler.cost import break_even, flops
+from fastgrad_compiler.features import rank
+from fastgrad_compiler.graph import Node
+from fastgrad_compiler.passes.bound_proof import number
+from fastgrad_compiler.passes.plan_settings import Settings
+from fastgrad_compiler.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
+
+
+@dataclass(frozen=True)
+class Caps:
+    """What one attention may be off by: `relative` caps eps, the others its shares of the budget; None is no cap."""
+
+    relative: float | None = None
+    output: float | None = None
+    gradient: float | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether there is any."""
+        return (self.relative, self.output, self.gradient) != (None, None, None)
+
+    def missed(self, polynomial: Polynomial) -> str:
+        """The first cap that a polynomial misses, in words; empty where it meets all."""
+        proved = certificate(polynomial.eps, polynomial.eps_prime)
+        for value, cap, what in (
+            (polynomial.eps, self.relative, "eps {} exceeds relative <= {}"),
+            (proved.output, self.output, "the output's certificate {} exceeds its share {} of the budget"),
+            (proved.score_gradient, self.gradient, "the gradient's certificate {} exceeds its share {} of the budget"),
+        ):
+            if cap is not None and value > cap:
+                return what.format(number(value), number(cap))
+        return ""
+
+    def __str__(self) -> str:
+        parts = (("relative", self.relative), ("output share", self.output), ("gradient share", self.gradient))
+        return ", ".join(f"{name} <= {number(cap)}" for name, cap in parts if cap is not None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An attention with all that its decision depends on: equal cases are decided alike.
+
+    `longest` are the largest numbers of queries and keys that the file allows; `budget_near` is the budget's near field.
+    """
+
+    node: Node
+    settings: Settings
+    caps: Caps
+    family: Family
+    max_rank: int
+    d: int | None
+    dv: int | None
+    longest: tuple[int | None, int | None]
+    same_length: bool
+    budget_near: int | None
+
+    @property
+    def chosen_family(self) -> Family:
+        """The family of the rule, or the default."""
+        rule = self.settings.family
+        return cast("Family", rule.value) if rule else self.family
+
+    @property
+    def bound(self) -> float:
+        """R; only for a case that has one."""
+        return float(str(self.node["bound"]))
+
+    @property
+    def causal(self) -> bool:
+        """Whether a query sees only the keys up to its own place."""
+        return bool(self.node["causal"])
+
+    @property
+    def near(self) -> int | None:
+        """The block of the near field: the model's own, a pinned one, or the budget's."""
+        own = self.node["near"]
+        if isinstance(own, int):
+            return own
+        if self.settings.near is not None:
+            return int(str(self.settings.near.value))
+        return self.budget_near if self.same_length else None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Exact (`polynomial` None) or a polynomial, with the reason; `near` is set on the node where it is not None."""
+
+    why: str
+    polynomial: Polynomial | None = None
+    near: int | None = None
+    break_even: int | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A rule that cannot be obeyed: the code, and what is wrong. `rule` names the kind of the rule at fault."""
+
+    code: str
+    message: str
+    rule: str
+    polynomial: Polynomial | None = None
+
+
+Outcome: TypeAlias = Decision | Refusal
+
+
+def decide(case: Case) -> Outcome:
+    """The decision for a case whose rules have valid values."""
+    settings = case.settings
+    if settings.exact is not None:
+        return Decision("the budget leaves it exact")
+    if settings.asked is None and not case.caps.given:
+        return Decision("no budget asks for an approximation")
+    blocked = _blocked(case)
+    if blocked is not None:
+        return blocked
+    if settings.degree is not None:
+        return _pinned(case, int(str(settings.degree.value)))
+    return _planned(case)
+
+
+def unservable(node: Node) -> str:
+    """The mask that no polynomial serves; empty where there is none."""
+    roles = node["roles"]
+    if node["window"] is not None:
+        return "window"
+    if node["alibi"]:
+        return "alibi"
+    return "documents" if isinstance(roles, tuple) and "documents" in roles else ""
+
+
+def _blocked(case: Case) -> Outcome | None:
+    """What rules a polynomial out before its degree is thought of."""
+    node, settings = case.node, case.settings
+    asked = _kind(settings)
+    mask = unservable(node)
+    if mask:
+        text = f"a polynomial cannot serve the mask `{mask}`"
+        return Refusal("FG309", text, asked) if asked else Decision(f"{text}, which stays exact")
+    if settings.near is not None and node["near"] is not None:
+        return Refusal("FG308", f"it has a near field of its own, of block {node['near']}", "near")
+    if settings.near is not None and not case.same_length:
+        return Refusal("FG308", "queries and keys are of different sequences, so none of them are neighbours", "near")
+    if case.d is None or case.dv is None:
+        text = "the width of its queries or values is known at run time only"
+        return Refusal("FG310", text, asked) if asked else Decision(text)
+    if node["bound"] is None:
+        proof = node["proof"]
+        reasons = "; ".join(map(str, proof)) if isinstance(proof, tuple) and proof else "nothing limits its logits"
+        text = f"no bound of its logits is proved: {reasons}"
+        return Refusal("FG301", text, asked) if asked else Decision(text)
+    return None
+
+
+def _kind(settings: Settings) -> str:
+    return settings.asked.kind if settings.asked else ""
+
+
+def _pinned(case: Case, degree: int) -> Outcome:
+    """The pinned degree, if it is a polynomial that can be trusted at all and meets an explicit `relative`."""
+    family, bound = case.chosen_family, case.bound
+    found_rank = rank(case.d or 1, degree)
+    if found_rank > case.max_rank:
+        text = f"degree {degree} at width {case.d} has rank {found_rank:,}, over the limit of {case.max_rank:,}"
+        return Refusal("FG307", text, "degree")
+    try:
+        polynomial = fit(family, degree, bound)
+    except PrecisionError as error:
+        return Refusal("FG306", str(error), "degree")
+    if not polynomial.positive:
+        text = f"the {family} polynomial of degree {degree} is not positive on [-{number(bound)}, {number(bound)}]"
+        return Refusal("FG304", text, "degree", polynomial)
+    if polynomial.eps >= 1:
+        text = (
+            f"with |s| <= {number(bound)} the {family} polynomial of degree {degree} has eps {number(polynomial.eps)}:"
+            " weights may be off by their own size"
+        )
+        return Refusal("FG306", text, "degree", polynomial)
+    if case.caps.relative is not None and polynomial.eps > case.caps.relative:
+        text = f"degree {degree} has eps {number(polynomial.eps)}, over relative <= {number(case.caps.relative)}"
+        return Refusal("FG305", text, "degree", polynomial)
+    missed = case.caps.missed(polynomial)
+    note = f"; {missed}: what the report measures decides" if missed else ""
+    return _polynomial(case, polynomial, f"degree {degree} is pinned by the budget{note}")
+
+
+def _planned(case: Case) -> Outcome:
+    """The least degree that meets the caps, or exact where none does or where that is cheaper."""
+    polynomial, obstacle = search(case)
+    asked = _kind(case.settings)
+    if polynomial is None:
+        return Refusal("FG310", obstacle, asked) if asked else Decision(f"no degree serves it: {obstacle}")
+    decision = _polynomial(case, polynomial, f"degree {polynomial.degree} is the least that meets {case.caps}")
+    cheaper = "" if asked else _cheaper_exact(case, polynomial.degree, decision.near)
+    return Decision(cheaper, break_even=decision.break_even) if cheaper else decision
+
+
+def search(case: Case) -> tuple[Polynomial | None, str]:
+    """(the polynomial of least degree that meets the caps within the rank limit, else what the last one tried lacks)."""
+    obstacle = "no degree is positive on its range"
+    for degree in range(1, MAX_DEGREE + 1):
+        found_rank = rank(case.d or 1, degree)
+        if found_rank > case.max_rank:
+            return None, f"{obstacle}, and degree {degree} has rank {found_rank:,}, over the limit of {case.max_rank:,}"
+        try:
+            polynomial = fit(case.chosen_family, degree, case.bound)
+        except PrecisionError as error:
+            obstacle = str(error)
+            continue
+        if not polynomial.positive or (case.node["asserted"] and polynomial.positive_from is not None):
+            continue
+        missed = case.caps.missed(polynomial) or ("weights may vanish" if polynomial.eps >= 1 else "")
+        if not missed:
+            return polynomial, ""
+        obstacle = f"at degree {degree} {missed}"
+    return None, obstacle
+
+
+def _polynomial(case: Case, polynomial: Polynomial, why: str) -> Decision:
+    near = case.near
+    even = break_even(d=case.d or 1, dv=case.dv or 1, degree=polynomial.degree, near=near, causal=case.causal)
+    if case.node["asserted"]:
+        why += f"; |s| <= {number(case.bound)} is asserted, not proved"
+    if polynomial.positive_from is not None:
+        why += f"; positive only for logits above {number(polynomial.positive_from)}"
+    return Decision(why, polynomial, near if case.node["near"] is None else None, even)
+
+
+def _cheaper_exact(case: Case, degree: int, near: int | None) -> str:
+    """Why exact is cheaper at every allowed length; empty where it is not, or where lengths have no limit."""
+    n, m = case.longest
+    if n is None or m is None:
+        return ""
+    causal = case.causal
+    block = near if near is not None else case.near
+    exact = flops(n=n, m=m, d=case.d or 1, dv=case.dv or 1, degree=None, causal=causal).total
+    served = flops(n=n, m=m, d=case.d or 1, dv=case.dv or 1, degree=degree, near=block, causal=causal).total
+    if served <= exact:
+        return ""
+    even = break_even(d=case.d or 1, dv=case.dv or 1, degree=degree, near=block, causal=causal)
+    return f"exact is cheaper up to n = {even:,} at degree {degree}, and the file allows no more than {max(n, m):,}"

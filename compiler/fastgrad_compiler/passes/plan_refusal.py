@@ -1,0 +1,165 @@
+"""Refusals as diagnostics: where, why, and what would make the budget feasible, with numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from fastgrad_compiler.features import rank
+from fastgrad_compiler.graph import BudgetRule
+from fastgrad_compiler.passes.bound_proof import number
+from fastgrad_compiler.passes.plan_decision import Caps, Case, Refusal, search
+from fastgrad_compiler.polynomial import Polynomial, PrecisionError, fit
+from fastgrad_grammar.diagnostics import Diagnostic, Note
+
+_HALVINGS = 24  # of the interval in which the largest feasible bound is sought
+
+
+def diagnose(refusal: Refusal, case: Case, paths: Sequence[str]) -> Diagnostic:
+    """The diagnostic of one refusal for all attentions, by path, that it concerns."""
+    rule: BudgetRule | None = getattr(case.settings, refusal.rule, None)
+    more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+    notes = []
+    if case.node.span is not None and rule is not None and rule.span is not None:
+        notes.append(Note("the attention is here", case.node.span))
+    if case.node["bound"] is not None and refusal.code not in ("FG308", "FG309"):
+        notes += _range(case)
+    return Diagnostic(
+        refusal.code,
+        f'attention "{paths[0]}"{more}: {refusal.message}',
+        rule.span if rule is not None and rule.span is not None else case.node.span,
+        notes=tuple(notes),
+        help=(*_REMEDIES[refusal.code](refusal, case), f'leave it exact: at "{paths[0]}" exact'),
+    )
+
+
+def _range(case: Case) -> list[Note]:
+    word = "asserted" if case.node["asserted"] else "proved"
+    proof = case.node["proof"]
+    lines = [f"|s| <= {number(case.bound)} is {word}"]
+    return [Note(line) for line in (*lines, *(map(str, proof) if isinstance(proof, tuple) else ()))]
+
+
+def _unbounded(refusal: Refusal, case: Case) -> list[str]:
+    return [
+        "limit the logits: scores = gain * (unit(q) @ unit(k).T) keeps them within the gain; std.attention(gain = 1.0) does",
+        "limit only distant ones: near_far(q @ k.T, gain * (unit(q) @ unit(k).T); block = 64)",
+        "or assert a limit that you know: assume_bound(scores, R)",
+    ]
+
+
+def _better_degree(refusal: Refusal, case: Case) -> list[str]:
+    """A higher degree, or a smaller range at the pinned one."""
+    degree = _degree(case)
+    caps = Caps(relative=case.caps.relative)
+    found, _ = search(replace(case, caps=caps))
+    remedies = []
+    if found is not None and found.degree != degree:
+        found_rank = rank(case.d or 1, found.degree)
+        remedies.append(f"degree {found.degree} does it: eps {number(found.eps)}, rank {found_rank:,}")
+    if degree is not None:
+        remedies += _smaller_range(case, degree, lambda p: p.eps < 1 and not caps.missed(p))
+    return remedies
+
+
+def _positive_degree(refusal: Refusal, case: Case) -> list[str]:
+    degree = _degree(case) or 1
+    even = degree + 1 if degree % 2 else degree
+    remedies = []
+    polynomial = _fit(case, even, case.bound)
+    if polynomial is not None and polynomial.positive and rank(case.d or 1, even) <= case.max_rank:
+        remedies.append(
+            f"degree {even} is positive: eps {number(polynomial.eps)}, rank {rank(case.d or 1, even):,}"
+        )
+    return remedies + _smaller_range(case, degree, lambda p: p.eps < 1)
+
+
+def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
+    degree = _degree(case)
+    if degree is None:
+        return []
+    remedies = []
+    width = max((d for d in range(1, case.d or 1) if rank(d, degree) <= case.max_rank), default=None)
+    if width is not None:
+        remedies.append(f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}")
+    lower = max((g for g in range(1, degree) if rank(case.d or 1, g) <= case.max_rank), default=None)
+    polynomial = _fit(case, lower, case.bound) if lower is not None else None
+    if polynomial is not None and polynomial.positive:
+        found_rank = rank(case.d or 1, polynomial.degree)
+        remedies.append(f"degree {polynomial.degree} has rank {found_rank:,} and eps {number(polynomial.eps)}")
+    return remedies
+
+
+def _feasible(refusal: Refusal, case: Case) -> list[str]:
+    """A smaller range or narrower heads, with which some degree meets all caps."""
+    if case.d is None or case.dv is None:
+        return ["declare the widths of heads as constants"]
+    remedies = []
+    width = next((d for d in _halves(case.d) if search(replace(case, d=d))[0] is not None), None)
+    if width is not None:
+        remedies.append(f"a qk_dim of {width} affords a degree that meets the limits")
+    largest = _largest(case.bound, lambda bound: search(_with_bound(case, bound))[0] is not None)
+    return remedies + _gain(case, largest, "meets the limits")
+
+
+def _halves(width: int) -> list[int]:
+    return [width >> shift for shift in range(1, width.bit_length())]
+
+
+def _with_bound(case: Case, bound: float) -> Case:
+    return replace(case, node=case.node.with_attributes(bound=bound))
+
+
+def _near(refusal: Refusal, case: Case) -> list[str]:
+    return ["remove this rule" if case.node["near"] is None else "change the block of near_far in the model instead"]
+
+
+def _masked(refusal: Refusal, case: Case) -> list[str]:
+    return ["windows, documents and alibi stay exact: remove the mask, or this rule"]
+
+
+def _smaller_range(case: Case, degree: int, suits: Callable[[Polynomial], bool]) -> list[str]:
+    def serves(bound: float) -> bool:
+        polynomial = _fit(case, degree, bound)
+        return polynomial is not None and polynomial.positive and suits(polynomial)
+
+    return _gain(case, _largest(case.bound, serves), f"serves at degree {degree}")
+
+
+def _gain(case: Case, largest: float | None, what: str) -> list[str]:
+    if largest is None:
+        return []
+    return [f"a smaller gain: |s| <= {largest:.3g} instead of {number(case.bound)} {what}"]
+
+
+def _largest(bound: float, serves: Callable[[float], bool]) -> float | None:
+    """The largest bound below `bound` that serves, rounded down to three digits."""
+    low, high = 0.0, bound
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if serves(middle) else (low, middle)
+    rounded = float(f"{low * 0.995:.3g}")
+    return rounded if rounded > 0.01 * bound and serves(rounded) else None
+
+
+def _fit(case: Case, degree: int, bound: float) -> Polynomial | None:
+    try:
+        return fit(case.chosen_family, degree, bound)
+    except PrecisionError:
+        return None
+
+
+def _degree(case: Case) -> int | None:
+    return int(str(case.settings.degree.value)) if case.settings.degree else None
+
+
+_REMEDIES: dict[str, Callable[[Refusal, Case], list[str]]] = {
+    "FG301": _unbounded,
+    "FG304": _positive_degree,
+    "FG305": _better_degree,
+    "FG306": _better_degree,
+    "FG307": _smaller_rank,
+    "FG308": _near,
+    "FG309": _masked,
+    "FG310": _feasible,
+}
