@@ -1,7 +1,7 @@
 """The demonstration behind `make demo`: compile gpt.tfg, train it on a novel, compare it with exact attention.
 
-Everything printed at the end is measured in this run. Step times are medians of interleaved steps; peak memory is that of a process
-of its own that takes one training step.
+Everything printed at the end is measured in this run. Step times are medians of interleaved steps; peak memory is
+that of a process of its own that takes one training step.
 """
 
 from __future__ import annotations

@@ -12,9 +12,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.weights import MODEL
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
-MODEL, MOMENTS, GENERATORS = "model.", "optimiser.", "generator."
+MOMENTS, GENERATORS = "optimiser.", "generator."
 FORMAT = "fastgrad-checkpoint-1"
 
 

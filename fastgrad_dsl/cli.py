@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,11 +28,9 @@ app = typer.Typer(
 )
 
 File = Annotated[Path, typer.Argument(help="A .tfg file.", show_default=False)]
-Model = Annotated[
-    Optional[str], typer.Option("--model", "-m", help="Which model, where the file has several.")
-]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Which model, where the file has several.")]
 Set = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Override a param; can be repeated."),
 ]
 Target = Annotated[str, typer.Option(help="torch, cpp, triton or auto (by device).")]
@@ -67,7 +65,7 @@ def compile_(
 @app.command()
 def stages(
     file: File,
-    after: Annotated[Optional[str], typer.Option(help="Only the program after this pass.")] = None,
+    after: Annotated[str | None, typer.Option(help="Only the program after this pass.")] = None,
     model: Model = None,
     set_: Set = None,
 ) -> None:
@@ -88,13 +86,11 @@ def report(
     where: Annotated[
         Path, typer.Argument(metavar="DIR_OR_FILE", help="A folder that `compile` wrote, or a .tfg file.")
     ],
-    json_: Annotated[Optional[Path], typer.Option("--json", help="Also write the report as JSON.")] = None,
-    text: Annotated[
-        Optional[Path], typer.Option(help="Measure on this text instead of random inputs.")
-    ] = None,
-    weights: Annotated[Optional[Path], typer.Option(help="A .safetensors file with trained weights.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the report as JSON.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Measure on this text instead of random inputs.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="A .safetensors file with trained weights.")] = None,
     dim: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the measured batch."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights and random inputs.")] = 0,
@@ -127,7 +123,7 @@ def train(
     clip: Annotated[float, typer.Option(min=0.0, help="Largest gradient norm.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the weights and of the batches.")] = 0,
     out: Annotated[
-        Optional[Path], typer.Option("--out", "-o", help="Folder of the run; runs/NAME by default.")
+        Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/NAME by default.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the checkpoint in the run's folder.")

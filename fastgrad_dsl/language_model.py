@@ -34,7 +34,8 @@ class TrainRequest:
 def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module:
     """Train, showing losses as they come, and return the trained module.
 
-    Raises TfgError: FG411 to FG414 for the text and the checkpoint, FG415 where the spec is no byte-level language model.
+    Raises TfgError: FG411 to FG414 for the text and the checkpoint, FG415 where the spec is no byte-level language
+    model.
     """
     loss = language_model_loss(compiled, request.options.tokens)
     data = load_text(request.text, request.options.tokens)
@@ -138,7 +139,8 @@ def _loss_text(event: Event) -> str:
 
 def _line(event: Event) -> str:
     if event.validation_loss is not None:
-        return f"step {event.step:6d}  validation loss {event.validation_loss:.4f} nats per byte  {event.seconds:7.1f} s"
+        held_out = f"validation loss {event.validation_loss:.4f} nats per byte"
+        return f"step {event.step:6d}  {held_out}  {event.seconds:7.1f} s"
     return (
         f"step {event.step:6d}  loss {event.loss:.4f}  rate {event.learning_rate:.2e}"
         f"  gradient norm {event.gradient_norm:.2f}  {event.seconds:7.1f} s"

@@ -36,8 +36,8 @@ def plan_document(program: Program, source: str, target: str) -> dict[str, Any]:
 def attention_document(program: Program, entry: AttentionEntry) -> dict[str, Any]:
     """One attention: numbers that do not exist for it (a degree of an exact one) are None.
 
-    `bound` is R with its `proof` and whether it is only `asserted`; `flops` are per head and sequence at the longest declared
-    length; `certificate` holds the proved worst cases that need no data (docs/mathematics.md, section 7).
+    `bound` is R with its `proof` and whether it is only `asserted`; `flops` are per head and sequence at the longest
+    declared length; `certificate` holds the proved worst cases that need no data (docs/mathematics.md, section 7).
     """
     node = entry.node
     polynomial = node.get("decision") == "polynomial" or node.op == "poly_attention"

@@ -53,8 +53,8 @@ class Subject:
 def make_report(request: ReportRequest, tell: Tell) -> dict[str, Any]:
     """The report of a folder or a spec.
 
-    Raises TfgError: what compiling or loading finds wrong; FG416 for an unknown dim, FG411 or FG412 for the text, FG418 for weights
-    that are not this model's.
+    Raises TfgError: what compiling or loading finds wrong; FG416 for an unknown dim, FG411 or FG412 for the text,
+    FG418 for weights that are not this model's.
     """
     subject = _subject(request)
     if not request.measure:
@@ -63,7 +63,9 @@ def make_report(request: ReportRequest, tell: Tell) -> dict[str, Any]:
     kind, inputs, targets = _batch(subject.plan, request, sizes)
     model = subject.module(request.seed)
     if request.weights is not None:
-        _load_weights(model, request.weights)
+        from fastgrad_dsl.weights import load_weights
+
+        load_weights(model, request.weights)
     batch = {
         "kind": kind,
         "dims": sizes,
@@ -135,7 +137,7 @@ def _three(bound: float, estimate: float, measured: float) -> dict[str, float | 
 
 
 def _whole(plan: Mapping[str, Any], errors: ModelErrors | None) -> dict[str, Any]:
-    """The whole model. A bound is proved only where nothing is approximated: products of Lipschitz constants prove nothing useful."""
+    """The whole model. A bound is proved only where nothing is approximated: products of Lipschitz constants are vacuous."""
     exact = all(entry["decision"] == "exact" for entry in plan["attentions"])
     bound = 0.0 if exact else None
     if errors is None:
@@ -210,7 +212,7 @@ def _subject(request: ReportRequest) -> Subject:
 
 
 def _sizes(plan: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, int]:
-    """A size for every dim that a batch needs: what was given, else 1 for the first dim (the batch), else a usual length."""
+    """A size for every dim of a batch: what was given, else 1 for the first dim (the batch), else a usual length."""
     needed = [
         str(n)
         for t in (*plan["inputs"], *plan["targets"])
@@ -256,23 +258,3 @@ def _batch(
     text = load_text(request.text, tokens)
     held_out, following = next(text.validation_batches(tokens, rows, 1))
     return f"held-out text of {request.text}", (held_out,), (following,) if targets else ()
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from fastgrad_dsl.checkpoint import MODEL
-
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise TfgError([Diagnostic("FG418", f"cannot read weights {path}: {error}")]) from None
-    of_checkpoint = {name.removeprefix(MODEL): t for name, t in tensors.items() if name.startswith(MODEL)}
-    try:
-        model.load_state_dict(of_checkpoint or tensors)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise TfgError(
-            [Diagnostic("FG418", f"{path} does not hold this model's weights: {reason}")]
-        ) from None

@@ -1,4 +1,4 @@
-"""What the command line shows: plans and reports as tables, progress on a terminal. Views only: nothing is computed here."""
+"""What the command line shows: plans and reports as tables, progress on a terminal. Nothing is computed here."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ def print_report(report: Mapping[str, Any]) -> None:
         out.print(_table(report))
         out.print(
             Text(
-                "relative L2 errors, smaller is better. bound: proved for this batch; estimate: how far the whole model moves "
-                "when this attention alone is made exact; measured: this attention alone against exact softmax, float64.",
+                "relative L2 errors, smaller is better. bound: proved for this batch; estimate: how far the whole "
+                "model moves when this attention alone is made exact; measured: this attention alone against exact "
+                "softmax, in float64.",
                 style="dim",
             )
         )

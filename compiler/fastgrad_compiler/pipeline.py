@@ -1,0 +1,66 @@
+"""The passes in their order, and running them with every stage kept and verified."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastgrad_compiler.graph import Program
+from fastgrad_compiler.passes.attention import recognise_attention
+from fastgrad_compiler.passes.backward import derive_gradient
+from fastgrad_compiler.passes.bounds import prove_bounds
+from fastgrad_compiler.passes.lowrank import rewrite_low_rank
+from fastgrad_compiler.passes.plan import plan_attention
+from fastgrad_compiler.passes.shapes import infer_shapes
+from fastgrad_compiler.verify import verify
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A function Program -> Program with the name that stages and the command line show."""
+
+    name: str
+    run: Callable[[Program], Program]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The program as a pass left it, and the seconds that the pass took."""
+
+    name: str
+    program: Program
+    seconds: float
+
+
+SOURCE = "elaborate"  # the name of the stage that the passes start from
+
+PASSES: tuple[Pass, ...] = (
+    Pass("shapes", infer_shapes),
+    Pass("bounds", prove_bounds),
+    Pass("attention", recognise_attention),
+    Pass("plan", plan_attention),
+    Pass("backward", derive_gradient),
+    Pass("lowrank", rewrite_low_rank),
+)
+
+
+def run(program: Program, *, until: str | None = None) -> tuple[Stage, ...]:
+    """All stages, the elaborated program first, up to the pass `until` (None: the last).
+
+    Raises TfgError where a pass finds the user's program wanting, CompilerBug where a pass leaves an invalid one,
+    ValueError for an unknown pass.
+    """
+    names = (SOURCE, *(p.name for p in PASSES))
+    if until is not None and until not in names:
+        raise ValueError(f"unknown pass {until}: known are {', '.join(names)}")
+    stages = [Stage(SOURCE, program, 0.0)]
+    for step in PASSES:
+        if stages[-1].name == until:
+            break
+        started = time.perf_counter()
+        program = step.run(program)
+        seconds = time.perf_counter() - started
+        verify(program, after=step.name)
+        stages.append(Stage(step.name, program, seconds))
+    return tuple(stages)
