@@ -73,7 +73,7 @@ def exact_forward(
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *_padded(q, k, v), 0.0, causal, scale=scale
         )
-        return out[..., : v.shape[-1]].to(v.dtype).contiguous(), logsumexp.to(dtype), none
+        return out[..., : v.shape[-1]].to(v.dtype).contiguous(), logsumexp.to(dtype).contiguous(), none
     out = v.new_empty((*q.shape[:-1], v.shape[-1]))
     logsumexp = q.new_empty(q.shape[:-1], dtype=dtype)
     heads = k.shape[1]
@@ -110,7 +110,7 @@ def exact_backward(
     heads = k.shape[1]
     inputs = (q, k, v, near_q, near_k)
     dq, dk, dv, dnear_q, dnear_k = (
-        gradient.new_empty((0,)) if x is None else torch.zeros_like(x, dtype=dtype) for x in inputs
+        gradient.new_empty((0,)) if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs
     )
     grouped_dq = dq.unflatten(1, (heads, -1))
     gradient, out = gradient.unflatten(1, (heads, -1)), out.unflatten(1, (heads, -1))

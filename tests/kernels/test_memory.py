@@ -1,0 +1,77 @@
+"""No tensor of n * n or n * r elements is allocated, in either pass, at n = 4096."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
+from fastgrad_compiler.features import rank
+from fastgrad_compiler.runtime.exact_attention import exact_attention
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs
+
+N = 4096
+
+
+class LargestStorage(TorchDispatchMode):
+    """Records the most elements of any storage that an operation returns, inside custom operations too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return result
+
+
+def largest(run: Any, inputs: Inputs) -> LargestStorage:
+    with LargestStorage() as record:
+        out = run(inputs)
+        out.backward(inputs.cotangent.to(out.dtype))
+    return record
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        KernelSpec(16, 64, COEFFICIENTS[2], causal=True),
+        KernelSpec(16, 64, COEFFICIENTS[2], padding=True),
+        KernelSpec(16, 64, COEFFICIENTS[2], causal=True, near=64, near_d=16),
+        KernelSpec(16, 64, COEFFICIENTS[2], near=48, near_d=16),
+        KernelSpec(16, 64, COEFFICIENTS[3], causal=True),
+    ],
+    ids=["causal", "padded", "causal near", "unmasked near", "degree 3"],
+)
+def test_nothing_grows_with_length_times_rank(spec: KernelSpec) -> None:
+    inputs = make_inputs(spec, N, batch=1, heads=1).to(torch.float32)
+
+    def attend(inputs: Inputs) -> Tensor:
+        q, k, v = inputs.tensors[:3]
+        return load_kernel(spec)(q, k, v, **inputs.near, mask=inputs.mask)
+
+    record = largest(attend, inputs)
+    assert record.operations > N / 256  # it saw inside the operation
+    assert record.elements <= max(N * spec.dv, 2 * 256 * rank(spec.d, spec.degree))
+    assert record.elements < min(N * N, N * rank(spec.d, spec.degree)) / 2
+
+
+def test_nothing_of_exact_attention_is_quadratic() -> None:
+    spec = KernelSpec(16, 64, COEFFICIENTS[2], causal=True, near=64, near_d=16)
+    inputs = make_inputs(spec, N, batch=1, heads=1).to(torch.float32)
+
+    def attend(inputs: Inputs) -> Tensor:
+        q, k, v = inputs.tensors[:3]
+        return exact_attention(q, k, v, **inputs.near, causal=True, near=64)
+
+    assert largest(attend, inputs).elements <= N * N / 8

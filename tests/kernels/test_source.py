@@ -1,0 +1,126 @@
+"""The emitted text: stable under the formatter, deterministic, and imported once whatever its package."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastgrad_compiler.codegen.kernel import (
+    RUNTIME_FILES,
+    KernelSpec,
+    choose_chunk,
+    emit_kernel,
+    kernel_name,
+    load_kernel,
+)
+from fastgrad_compiler.features import blocks, weights
+from fastgrad_compiler.runtime.polynomial_features import monomial_weights
+
+from tests.kernels.inputs import COEFFICIENTS, make_inputs
+
+CASES = [
+    KernelSpec(8, 16, COEFFICIENTS[2], causal, padding, near, near_d, scale=0.25)
+    for causal, padding in itertools.product((False, True), repeat=2)
+    for near, near_d in ((None, None), (64, None), (64, 5), (7, None), (7, 5))
+]
+CASES += [KernelSpec(4, 16, tuple(0.3**j for j in range(9))), KernelSpec(200, 8, COEFFICIENTS[2], causal=True)]
+LINE_LENGTH = "110"
+
+
+def test_formatter_leaves_the_text_unchanged(tmp_path: Path) -> None:
+    for spec in CASES:
+        (tmp_path / f"{kernel_name(spec)}.py").write_text(emit_kernel(spec))
+    command = [sys.executable, "-m", "ruff", "format", "--diff", "--isolated", "--line-length", LINE_LENGTH, "."]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    lint = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E,F,W,UP,B,SIM", "."]
+    result = subprocess.run([*lint, "--line-length", LINE_LENGTH], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("spec", CASES)
+def test_text_is_bounded(spec: KernelSpec) -> None:
+    assert len(emit_kernel(spec).splitlines()) < 480 + 1
+
+
+def test_text_does_not_depend_on_the_process() -> None:
+    spec = CASES[4]
+    code = (
+        "from fastgrad_compiler.codegen.kernel import *;"
+        f"spec = {spec!r}; import hashlib; print(kernel_name(spec), hashlib.sha256(emit_kernel(spec).encode()).hexdigest())"
+    )
+    runs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONPATH": str(RUNTIME_FILES[0].parents[2]), "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(runs) == 1
+    assert kernel_name(spec) in runs.pop()
+
+
+def test_names_tell_functions_and_schedules_apart() -> None:
+    assert len({kernel_name(spec) for spec in CASES}) == len(CASES)
+    name = kernel_name(CASES[0])
+    assert name == kernel_name(KernelSpec(**{f: getattr(CASES[0], f) for f in KernelSpec.__slots__}))
+    assert name in emit_kernel(CASES[0])
+    assert len(name) == len("attention_") + 12
+
+
+@pytest.mark.parametrize(("d", "degree"), [(1, 4), (3, 1), (4, 6), (16, 3), (90, 2)])
+def test_weights_and_blocks_are_those_of_the_compiler(d: int, degree: int) -> None:
+    spec = KernelSpec(d, 2, COEFFICIENTS[degree])
+    module = sys.modules[load_kernel(spec).__module__]
+    expected = [(b.level, b.index, *b.source, *b.target) for b in blocks(d, degree)]
+    assert list(module.BLOCKS) == expected
+    assert monomial_weights(d, spec.coefficients, expected) == pytest.approx(weights(d, spec.coefficients), rel=1e-15)
+
+
+def test_copies_in_two_packages_share_their_operations(tmp_path: Path) -> None:
+    """Generated folders are packages of their own; the second one that is loaded finds the operations registered."""
+    spec = KernelSpec(3, 2, COEFFICIENTS[2], near=8, chunk=5)
+    q, k, v = make_inputs(spec, 20).tensors
+    expected = load_kernel(spec)(q, k, v)
+    for package in ("first_copy", "second_copy"):
+        folder = tmp_path / package
+        folder.mkdir()
+        (folder / "__init__.py").write_text("")
+        (folder / f"{kernel_name(spec)}.py").write_text(emit_kernel(spec))
+        for file in RUNTIME_FILES:
+            shutil.copy(file, folder)
+        name = f"{package}.{kernel_name(spec)}"
+        for part, path in ((package, folder / "__init__.py"), (name, folder / f"{kernel_name(spec)}.py")):
+            found = importlib.util.spec_from_file_location(part, path)
+            assert found is not None
+            assert found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            sys.modules[part] = module
+            found.loader.exec_module(module)
+        assert torch.equal(sys.modules[name].attention(q, k, v), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"d": 0}, {"dv": 0}, {"near": 0}, {"chunk": 0}, {"coefficients": (1.0,)}, {"near_d": 3}],
+    ids=str,
+)
+def test_impossible_specifications(options: dict) -> None:
+    with pytest.raises(ValueError, match="an attention kernel needs|near_d"):
+        KernelSpec(**{"d": 2, "dv": 2, "coefficients": COEFFICIENTS[2], **options})
+
+
+@pytest.mark.parametrize("near", [1, 16, 31, 48, 64, 97, 128, 256, 4096])
+def test_chunk_divides_the_near_block_or_is_a_multiple(near: int) -> None:
+    chunk = choose_chunk(KernelSpec(16, 64, COEFFICIENTS[2], causal=True, near=near))
+    assert near % chunk == 0 or chunk % near == 0 or near > chunk
+    assert chunk <= 256
