@@ -205,7 +205,7 @@ class Sums:
         given = {node.name for node in self._build.nodes if node.op == "input"}
         names: dict[str, str] = {}
         for node in nodes:
-            total = self._sums.get((node.name, 0))
+            total = self._sums.get((node.name, 0)) if isinstance(node.type, TensorType) else None
             if total is not None and total.name not in given and total.name not in names:
                 names[total.name] = self._build.fresh(f"_d_{node.name}")
         return names
