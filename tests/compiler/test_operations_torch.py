@@ -206,7 +206,7 @@ def test_polynomial_attention_of_a_long_series_is_softmax_attention(case: str) -
 @pytest.mark.parametrize("case", CASES)
 def test_formulas_of_the_backward_are_the_gradient(case: str) -> None:
     values = {**POLYNOMIAL, **CASES[case]}
-    inputs = attention_inputs(tuple(map(str, values["roles"])))  # type: ignore[arg-type, union-attr]
+    inputs = attention_inputs(tuple(map(str, values["roles"])))  # type: ignore[arg-type]
     floats = [x.requires_grad_() for x in inputs if x.is_floating_point()]
     cotangent = normal(2, 4, 7, 5, seed=9)
     expected = torch.autograd.grad(apply("poly_attention", *inputs, **values), floats, cotangent)

@@ -1,0 +1,178 @@
+"""Every block of the library and every example elaborates, verifies and runs; attention obeys its options."""
+
+from __future__ import annotations
+
+import math
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastgrad_compiler.attention_torch import near_mask
+from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.graph import Program
+from fastgrad_compiler.interpret import initial_weights, run
+from fastgrad_compiler.text import parse_program, print_program
+from fastgrad_compiler.verify import verify
+from fastgrad_grammar.format import format_source
+from fastgrad_grammar.read import read_source
+from fastgrad_grammar.source import Source
+from tests.examples.plain import rotate
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = sorted(Path(str(files("fastgrad_grammar").joinpath("std"))).glob("*.tfg"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.tfg"))
+
+X, MEMORY, MASK = "x: float[b, n, 24]", "memory: float[b, m, 20]", "mask: bool[b, {}]"
+TOKENS = "tokens: int[b, n]"
+USES = {
+    "layer_norm": (X, "x"),
+    "rms_norm": (X, "x; eps = 1e-5"),
+    "linear": (X, "x; 24, bias = false"),
+    "embed": (TOKENS, "tokens; 9, 24"),
+    "mlp": (X, 'x; 48, activation = "silu", bias = false'),
+    "swiglu": (X, "x; 48"),
+    "attention": (X, "x; 4"),
+    "attention_padded": (f"{X}, {MASK.format('n')}", "x, mask; 4"),
+    "cross_attention": (f"{X}, {MEMORY}", "x, memory; 4"),
+    "cross_attention_padded": (f"{X}, {MEMORY}, {MASK.format('m')}", "x, memory, mask; 4, gain = 1.0, bias = true"),
+    "transformer_layer": (X, 'x; 4, 48, causal = true, activation = "relu", rope = 10000.0'),
+    "transformer_layer_padded": (f"{X}, {MASK.format('n')}", "x, mask; 4, 48, pre_norm = true"),
+    "llama_layer": (X, "x; 4, kv_heads = 2, hidden = 48"),
+    "decoder_layer": (f"{X}, memory: float[b, m, 24], {MASK.format('m')}", "x, memory, mask; 4, 48"),
+    "gpt": (TOKENS, "tokens; vocab = 24, context = 16, width = 16, depth = 2, heads = 2, gain = 1.0, near = 2"),
+    "llama": (TOKENS, "tokens; vocab = 24, width = 16, depth = 2, heads = 4, kv_heads = 2"),
+    "bert": (f"{TOKENS}, {MASK.format('n')}", "tokens, mask; vocab = 24, context = 16, width = 16, heads = 2"),
+    "vit": ("images: float[b, 3, 16, 8]", "images; classes = 24, d = 12, depth = 2, heads = 2, size = 4"),
+    "encoder_decoder": (f"source: int[b, m], {MASK.format('m')}, target: int[b, n]",
+                        "source, mask, target; vocab = 24, width = 16, depth = 2, heads = 2, gain = 1.0, near = 2"),
+}  # fmt: skip
+SHARED = ("attend", "attend_padded")  # called by every block of attention
+
+
+def example(tensor: str, generator: torch.Generator) -> Tensor:
+    """A tensor for one parameter of a signature: b = 2, n = 7, m = 5."""
+    match = re.fullmatch(r"\w+: (\w+)\[(.*)\]", tensor)
+    assert match
+    sizes = {"b": 2, "n": 7, "m": 5}
+    shape = [sizes.get(dim) or int(dim) for dim in match[2].split(", ")]
+    if match[1] == "int":
+        return torch.randint(9, shape, generator=generator)
+    if match[1] == "bool":
+        return torch.arange(shape[1]) < torch.tensor([shape[1], 2])[:, None]
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def library_model(tensors: str, call: str, block: str) -> Program:
+    result = "float[b, 24]" if block == "vit" else "float[b, n, 24]"
+    return elaborate(
+        Source("<text>", f"use std\ndim b\ndim n <= 16\ndim m\nmodel used({tensors}) -> {result} {{\n"
+                         f"    return std.{block}({call})\n}}\n")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *EXAMPLES], ids=lambda path: path.name)
+def test_files_are_formatted(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert format_source(Source(str(path), text)) == text
+
+
+def test_the_documentation_names_every_block() -> None:
+    blocks = {
+        name
+        for path in LIBRARY
+        for name in re.findall(r"^block (\w+)", path.read_text("utf-8"), re.MULTILINE)
+    }
+    assert blocks == {*USES, *SHARED}
+    page = (ROOT / "docs" / "standard-library.md").read_text(encoding="utf-8")
+    assert [name for name in blocks if f"`{name}" not in page] == []
+
+
+@pytest.mark.parametrize("block", USES)
+def test_a_block_runs(block: str) -> None:
+    tensors, call = USES[block]
+    program = library_model(tensors, call, block)
+    verify(program, "elaborate")
+    assert parse_program(print_program(program)) == program
+    generator = torch.Generator().manual_seed(0)
+    inputs = [example(tensor, generator) for tensor in re.split(r", (?=\w+:)", tensors)]
+    result = run(program, inputs, initial_weights(program, 0, torch.float64))
+    assert isinstance(result, Tensor)
+    assert result.shape == ((2, 24) if block == "vit" else (2, 7, 24))
+    assert result.isfinite().all()
+    assert result.std() > 1e-6
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_elaborates(path: Path) -> None:
+    program = elaborate(read_source(path))
+    verify(program, "elaborate")
+    assert program.objective is not None
+    assert program.budget is not None
+    assert parse_program(print_program(program)) == program
+
+
+OPTIONS = [
+    {},
+    {"causal": True},
+    {"kv_heads": 2, "qk_dim": 8, "v_dim": 10},
+    {"gain": 1.5},
+    {"gain": 1.5, "learned": True, "rope": 100.0},
+    {"gain": 2.0, "near": 2, "causal": True, "rope": 100.0},
+    {"gain": 2.0, "near": 3},
+    {"window": 3},
+    {"window": 3, "causal": True, "bias": True},
+]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_of_attention(options: dict, padded: bool) -> None:
+    values = ", ".join(f"{key} = {str(value).lower()}" for key, value in {"heads": 4, **options}.items())
+    signature = f"{X}, {MASK.format('n')}" if padded else X
+    block, call = ("attention_padded", "x, mask; ") if padded else ("attention", "x; ")
+    program = library_model(signature, call + values, block)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        path.removeprefix(f"{block}."): torch.randn(w.shape, generator=generator, dtype=torch.float64)
+        for path, w in initial_weights(program).items()
+    }
+    x = example(X, generator)
+    mask = torch.arange(7) < torch.tensor([7, 2])[:, None] if padded else torch.ones(2, 7, dtype=torch.bool)
+    found = run(program, [x, mask][: 1 + padded], {f"{block}.{path}": w for path, w in weights.items()})
+    torch.testing.assert_close(found, attention(weights, x, mask, options), rtol=1e-11, atol=1e-11)
+
+
+def attention(weights: dict[str, Tensor], x: Tensor, mask: Tensor, options: dict) -> Tensor:
+    """Self-attention of 4 heads, by the page of the library."""
+    groups = options.get("kv_heads", 4)
+    q, k, v = (
+        (x @ weights[f"w{name}"] + weights.get(f"b{name}", 0)).unflatten(-1, (count, -1)).transpose(1, 2)
+        for name, count in (("q", 4), ("k", groups), ("v", groups))
+    )
+    if "rope" in options:
+        q, k = rotate(q, options["rope"]), rotate(k, options["rope"])
+    k, v = (each.repeat_interleave(4 // groups, 1) for each in (k, v))
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    if "gain" in options:
+        tau = next((w for path, w in weights.items() if path.endswith("tau")), torch.tensor(math.inf))
+        gain = options["gain"] * tau.sigmoid()
+        far = gain * (functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).mT)
+        near = (
+            near_mask(7, 7, options["near"], x.device)
+            if "near" in options
+            else torch.zeros(7, 7, dtype=torch.bool)
+        )
+        scores = torch.where(near, scores, far)
+    distance = torch.arange(7)[:, None] - torch.arange(7)
+    seen = mask[:, None, None]
+    if options.get("causal"):
+        seen = seen & (distance >= 0)
+    if "window" in options:
+        seen = seen & (distance.abs() < options["window"])
+    weighted = scores.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0) @ v
+    return weighted.transpose(1, 2).flatten(2) @ weights["wo"] + weights.get("bo", 0)
