@@ -1,0 +1,124 @@
+"""Building one graph: names, labels, nodes with their types and where their dims came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from fastgrad_compiler.dim import Dim
+from fastgrad_compiler.elaborate.values import Origin, Tensor, ValueProblem, check_dim
+from fastgrad_compiler.graph import Attribute, Graph, Node, TensorType, Type, attributes
+from fastgrad_grammar.source import Span
+
+MAX_RANK = 16
+
+
+class Builder:
+    """The nodes of a graph under construction.
+
+    `reserved` are names that nodes must not take; `labels` are the labels in use in this block instance, shared by the bodies of its
+    repeats; `weights` are the names of all its weights, which no call's label takes.
+    """
+
+    def __init__(self, reserved: Iterable[str] = (), labels: Iterable[str] = (), weights: Iterable[str] = ()) -> None:
+        self.nodes: list[Node] = []
+        self.inputs: list[Node] = []
+        self.labels = set(labels)
+        self.weights = frozenset(weights)
+        self._used = set(reserved)
+        self._place: dict[str, int] = {}
+        self._count: dict[str, int] = {}
+
+    # ------------------------------------------------------------ names
+
+    def unique(self, name: str) -> str:
+        """`name`, or `name_2`, `name_3` ... where it is taken."""
+        if name not in self._used:
+            self._used.add(name)
+            return name
+        count = self._count.get(name, 1) + 1
+        while f"{name}_{count}" in self._used:
+            count += 1
+        self._count[name] = count
+        self._used.add(f"{name}_{count}")
+        return f"{name}_{count}"
+
+    def label(self, wanted: str, *, weight: bool = False) -> str:
+        """A label that is not in use yet: `wanted`, or `wanted_2`, `wanted_3` ..."""
+        label, count = wanted, 1
+        while label in self.labels or (not weight and label in self.weights):
+            count += 1
+            label = f"{wanted}_{count}"
+        self.labels.add(label)
+        return label
+
+    def rename(self, tensor: Tensor, name: str) -> Tensor:
+        """Give a fresh temporary the user's name; what already has a name keeps it."""
+        if not tensor.node.startswith("_") or tensor.node not in self._place or tensor.owner is not self:
+            return tensor
+        place = self._place[tensor.node]
+        if place < len(self.nodes) - 1 and self.nodes[place].op != "item":
+            return tensor
+        new = self.unique(name)
+        self.nodes[place] = replace(self.nodes[place], name=new)
+        self._used.discard(tensor.node)
+        del self._place[tensor.node]
+        self._place[new] = place
+        return replace(tensor, node=new)
+
+    # ------------------------------------------------------------ nodes
+
+    def input(self, name: str, kind: TensorType, origins: tuple[Origin | None, ...], span: Span | None) -> Tensor:
+        """An input of the graph; its name is the caller's to keep free."""
+        self._used.add(name)
+        self.inputs.append(Node(name, "input", type=kind, span=span))
+        return Tensor(name, kind, origins, self)
+
+    def add(self, op: str, operands: Sequence[str], kind: Type, span: Span, name: str | None = None,
+            **values: Attribute) -> Node:  # fmt: skip
+        """One more node of a known type."""
+        node_name = self.unique(name or f"_{op}")
+        node = Node(node_name, op, tuple(operands), attributes(**values), kind, span=span)
+        self._place[node_name] = len(self.nodes)
+        self.nodes.append(node)
+        return node
+
+    def tensor(self, node: Node, origins: tuple[Origin | None, ...]) -> Tensor:
+        """A node with one result as a value."""
+        return Tensor(node.name, node.tensor, origins, self)
+
+    def graph(self, name: str, outputs: Sequence[str], block: str, span: Span | None) -> Graph:
+        """The finished graph."""
+        return Graph(name, (*self.inputs, *self.nodes), tuple(outputs), block, span)
+
+
+def check_size(kind: TensorType) -> None:
+    """FG219 where a tensor has more dims, or larger ones, than a model can need."""
+    if len(kind.shape) > MAX_RANK:
+        raise ValueProblem("FG219", f"a tensor of more than {MAX_RANK} dimensions")
+    for dim in kind.shape:
+        check_dim(dim)
+
+
+def trace_origins(shape: Sequence[Dim], operands: Sequence[Tensor]) -> tuple[Origin | None, ...]:
+    """Where the dims of a result came from: the operand's dim of the same size at the same place from the right, else any."""
+    found: list[Origin | None] = []
+    rank = len(shape)
+    for index, dim in enumerate(shape):
+        found.append(_same_place(dim, index - rank, operands) or _any_place(dim, operands))
+    return tuple(found)
+
+
+def _same_place(dim: Dim, axis: int, operands: Sequence[Tensor]) -> Origin | None:
+    for operand in operands:
+        if len(operand.type.shape) >= -axis and operand.type.shape[axis] == dim and operand.origins[axis]:
+            return operand.origins[axis]
+    return None
+
+
+def _any_place(dim: Dim, operands: Sequence[Tensor]) -> Origin | None:
+    for operand in operands:
+        for other, origin in zip(operand.type.shape, operand.origins, strict=True):
+            if origin is not None and other == dim:
+                return origin
+    return None
