@@ -1,9 +1,9 @@
 """Attention, recognised by structure: what `attention_pattern` matches becomes one `attention` node.
 
-The node keeps the span of the product with the values, takes its name where the user gave one, and says in `bound` and `proof`
-what is proved of its logits. Constant factors of q, of k and of the scores are one `scale`; learned ones are multiplied into q.
-Key and value heads that were repeated for grouped attention are taken as they were before. Tensors without a head axis get one.
-What nobody reads any more is removed.
+The node keeps the span of the product with the values, takes its name where the user gave one, and says in
+`bound` and `proof` what is proved of its logits. Constant factors of q, of k and of the scores are one
+`scale`; learned ones are multiplied into q. Key and value heads that were repeated for grouped attention
+are taken as they were before. Tensors without a head axis get one. What nobody reads any more is removed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def _rename(node: Node, renamed: Mapping[str, str]) -> Node:
 
 
 def _alive(nodes: list[Node], outputs: tuple[str, ...]) -> tuple[Node, ...]:
-    """Without what neither an output nor a weight's place in the state_dict needs; inputs stay, they are the signature."""
+    """Without what neither an output nor a weight's place in the state_dict needs; inputs stay, they are
+    the signature.
+    """
     needed = set(outputs)
     kept = []
     for node in reversed(nodes):
@@ -73,9 +75,7 @@ def _keep_names(graph: Graph, renamed: Mapping[str, str]) -> Graph:
         attention = _source(graph, new) if node else None
         if attention and not old.startswith("_"):
             names[attention] = old
-    nodes = tuple(
-        replace(_rename(node, names), name=names.get(node.name, node.name)) for node in graph.nodes
-    )
+    nodes = tuple(replace(_rename(node, names), name=names.get(node.name, node.name)) for node in graph.nodes)
     return replace(graph, nodes=nodes, outputs=tuple(names.get(name, name) for name in graph.outputs))
 
 
@@ -99,7 +99,9 @@ class _Pair:
 
 
 def _attention(builder: Builder, graph: Graph, root: Node, found: Match) -> str | None:
-    """Emit the attention of a match: the name of its result; None, and no node, where the operands do not fit the node."""
+    """Emit the attention of a match: the name of its result; None, and no node, where the operands do not
+    fit the node.
+    """
     start = len(builder.nodes)
     scope = _Scope(builder)
     pairs = [scope.pair(product) for product in (found.far, found.local) if product is not None]
@@ -125,7 +127,9 @@ def _with_head(value: Value) -> Value:
 
 
 def _fit(pairs: list[_Pair], value: Value, masks: Masks) -> bool:
-    """Whether these are operands of one attention: the same leading dims, key heads that divide query heads."""
+    """Whether these are operands of one attention: the same leading dims, key heads that divide query
+    heads.
+    """
     rank = len(value.shape)
     operands = [operand for pair in pairs for operand in (pair.query, pair.key)]
     if rank < 2 or any(len(operand.shape) != rank for operand in operands):

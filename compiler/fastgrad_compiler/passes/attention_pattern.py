@@ -1,8 +1,9 @@
 """Which nodes of a graph spell an attention: softmax(masks(scale * q.k)) v, read off the structure.
 
-`match` starts at the product with the values and walks inward. It follows everything that commutes with a softmax over keys:
-constants and learned factors, transpositions, masks, and softmax itself written as exp(s) / sum(exp(s)). It gives None as soon as
-a step would change the function. Every node it consumes may be read by consumed nodes only.
+`match` starts at the product with the values and walks inward. It follows everything that commutes with a
+softmax over keys: constants and learned factors, transpositions, masks, and softmax itself written as
+exp(s) / sum(exp(s)). It gives None as soon as a step would change the function. Every node it consumes may
+be read by consumed nodes only.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """Logits `scale * gains * q.k`: `left` is q, `right` is k transposed (`flipped`: left is k, right is q transposed).
+    """Logits `scale * gains * q.k`: `left` is q, `right` is k transposed (`flipped`: left is k, right is q
+    transposed).
 
     `gains` are (op, node): factors without a key axis that multiply or divide the logits.
     """
@@ -56,7 +58,9 @@ class Masks:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """An attention found in a graph, in terms of the graph's nodes; `transposed`: `value` and the root hold transposes."""
+    """An attention found in a graph, in terms of the graph's nodes; `transposed`: `value` and the root hold
+    transposes.
+    """
 
     far: Product
     local: Product | None
@@ -71,7 +75,9 @@ class Match:
 
 @dataclass(slots=True)
 class _Walk:
-    """Where the walk inward stands. `factor` is the constant by which everything outside multiplies what is inside."""
+    """Where the walk inward stands. `factor` is the constant by which everything outside multiplies what is
+    inside.
+    """
 
     graph: Graph
     masks: Masks = field(default_factory=Masks)
@@ -162,7 +168,9 @@ def match(graph: Graph, root: Node) -> Match | None:
 
 
 def _products(graph: Graph, root: Node) -> list[tuple[str, str, bool, bool]]:
-    """(weights, values, flipped, late) of each way to read the root; `late` divides by the row sum behind the product."""
+    """(weights, values, flipped, late) of each way to read the root; `late` divides by the row sum behind
+    the product.
+    """
     if root.op == "matmul":
         left, right = root.inputs
         return [(left, right, False, False), (right, left, True, False)]
@@ -214,7 +222,9 @@ def _is_key_axis(walk: _Walk, axis: object, node: Node) -> bool:
 
 
 def _same(walk: _Walk, left: str, right: str) -> bool:
-    """Whether two names compute the same, node by node; both spellings are then consumed as far as they differ."""
+    """Whether two names compute the same, node by node; both spellings are then consumed as far as they
+    differ.
+    """
     if left == right:
         return True
     one, other = walk.graph[left], walk.graph[right]
@@ -270,7 +280,10 @@ def _note_range(walk: _Walk, node: Node) -> None:
         return
     proof = node.bound.proof
     if outside != 1:
-        proof = (*proof, f"the logits are at most {number(outside)} times that: |s| is at most {number(limit)}")
+        proof = (
+            *proof,
+            f"the logits are at most {number(outside)} times that: |s| is at most {number(limit)}",
+        )
     if limit < walk.range.limit or walk.range.asserted:
         walk.range = Range(limit, node.bound.asserted, proof)
 
@@ -280,15 +293,24 @@ def _product(walk: _Walk, node: Node) -> Product:
 
 
 def _near_far(walk: _Walk, node: Node) -> tuple[Product, Product | None, int | None] | None:
-    """Both parts; the range is asked of the far one, whose nodes come last. One part twice is a plain attention
-    whose rewrite is exact nearby."""
+    """Both parts; the range is asked of the far one, whose nodes come last. One part twice is a plain
+    attention whose rewrite is exact nearby.
+    """
     if walk.flipped or not walk.near_allowed or not isinstance(block := node["block"], int):
         return None
     local, far = node.inputs
     parts = []
     for part in dict.fromkeys((local, far)):
         inner = _Walk(
-            walk.graph, walk.masks, walk.consumed, False, walk.factor, list(walk.gains), walk.positive, False, False
+            walk.graph,
+            walk.masks,
+            walk.consumed,
+            False,
+            walk.factor,
+            list(walk.gains),
+            walk.positive,
+            False,
+            False,
         )
         inner.range = walk.range
         found = _inward(inner, part)
@@ -328,7 +350,9 @@ def _transposed(walk: _Walk, node: Node) -> str | None:
 
 
 def _masked(walk: _Walk, node: Node) -> str | None:
-    """A mask commutes with a positive factor outside of it; what it does to a transposed matrix is another mask."""
+    """A mask commutes with a positive factor outside of it; what it does to a transposed matrix is another
+    mask.
+    """
     if walk.flipped or not walk.masks_allowed or not (walk.positive and walk.factor > 0):
         return None
     masks = walk.masks

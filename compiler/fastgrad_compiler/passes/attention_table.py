@@ -1,4 +1,6 @@
-"""The attentions of a program by path: one entry for each place where one runs, however few graphs hold them."""
+"""The attentions of a program by path: one entry for each place where one runs, however few graphs hold
+them.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ _ATTENTION = ("attention", "poly_attention")
 class AttentionEntry:
     """One attention of the model.
 
-    `full_path` is its calls' labels and its own name; `path` is what users are shown, the calls' labels alone where the called
-    graph holds no other attention. `d`, `dv` are the widths of queries and values, None where known at run time only;
-    `queries` and `keys` the two lengths.
+    `full_path` is its calls' labels and its own name; `path` is what users are shown, the calls' labels
+    alone where the called graph holds no other attention. `d`, `dv` are the widths of queries and values,
+    None where known at run time only; `queries` and `keys` the two lengths.
     """
 
     path: str

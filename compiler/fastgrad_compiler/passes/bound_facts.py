@@ -1,8 +1,9 @@
-"""What the bound analysis knows of a tensor: an interval of its entries and Euclidean norms along each axis.
+"""What the bound analysis knows of a tensor: an interval of its entries and Euclidean norms along each
+axis.
 
-Arithmetic is on reals: entries are finite numbers, however large, so that 0 times an unknown entry is 0. Rounding is left
-out on purpose: float arithmetic can leave a proved range by a few units of its own roundoff, where a polynomial is still
-within as many units of its proved error.
+Arithmetic is on reals: entries are finite numbers, however large, so that 0 times an unknown entry is 0.
+Rounding is left out on purpose: float arithmetic can leave a proved range by a few units of its own
+roundoff, where a polynomial is still within as many units of its proved error.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from fastgrad_compiler.graph import Bound
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """Entries in [low, high]; along axis a, Euclidean norm at most `norms[a]` (one for each axis; inf is nothing known).
+    """Entries in [low, high]; along axis a, Euclidean norm at most `norms[a]` (one for each axis; inf is
+    nothing known).
 
-    `masked`: entries may also be a mask's fill; `low`, `high` and `norms` then speak of the others, the visible ones.
-    `asserted`: some step is the user's word. `proof` takes no part in equality.
+    `masked`: entries may also be a mask's fill; `low`, `high` and `norms` then speak of the others, the
+    visible ones. `asserted`: some step is the user's word. `proof` takes no part in equality.
     """
 
     low: float
@@ -63,7 +65,9 @@ def size(dim: Dim) -> float:
 
 
 def tighten(fact: Fact, shape: Sequence[Dim]) -> Fact:
-    """Norms from entries (at most sqrt(size) times the largest) and entries from norms (each is at most any norm)."""
+    """Norms from entries (at most sqrt(size) times the largest) and entries from norms (each is at most any
+    norm).
+    """
     if fact.masked:
         return fact
     norms = tuple(

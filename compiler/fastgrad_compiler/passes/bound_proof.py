@@ -11,8 +11,33 @@ _LONGEST = 40  # characters of source text that stand for an expression without 
 
 # Operations that are not worth a sentence where they leave the numbers as they are.
 _QUIET = frozenset(
-    "reshape permute split_heads merge_heads repeat_heads concat stack slice select pad patches broadcast_to embedding"
-    " arange one_hot cast causal window padding documents near_far alibi where amax mean".split()
+    [
+        "reshape",
+        "permute",
+        "split_heads",
+        "merge_heads",
+        "repeat_heads",
+        "concat",
+        "stack",
+        "slice",
+        "select",
+        "pad",
+        "patches",
+        "broadcast_to",
+        "embedding",
+        "arange",
+        "one_hot",
+        "cast",
+        "causal",
+        "window",
+        "padding",
+        "documents",
+        "near_far",
+        "alibi",
+        "where",
+        "amax",
+        "mean",
+    ]
 )
 
 _REASONS = {
@@ -60,11 +85,13 @@ def sentence(node: Node, fact: Fact, inputs: tuple[Fact, ...]) -> str:
 
 
 def _same(fact: Fact, inputs: tuple[Fact, ...]) -> bool:
-    """The entries of the first input and rows that are no longer; permuted axes keep their norms in another place."""
+    """The entries of the first input and rows that are no longer or unknown; permuted axes keep their norms in another
+    place.
+    """
     if not inputs:
         return True
     source = inputs[0]
-    rows = max(fact.norms[-1:], default=0.0) <= max(source.norms, default=0.0)
+    rows = max(fact.norms[-1:], default=0.0) <= max(source.norms, default=0.0) or not isfinite(fact.norms[-1])
     return (fact.low, fact.high) == (source.low, source.high) and rows
 
 
@@ -88,7 +115,9 @@ def _one_sided(node: Node, fact: Fact) -> str:
 
 
 def _speaks_of_rows(node: Node, fact: Fact) -> bool:
-    """Whether the norm of rows says more than the entries: the whole row is no longer than one entry may be."""
+    """Whether the norm of rows says more than the entries: the whole row is no longer than one entry may
+    be.
+    """
     several = bool(fact.norms) and node.tensor.shape[-1].constant != 1
     return several and node.op != "softmax" and isfinite(fact.norms[-1]) and fact.norms[-1] <= fact.magnitude
 

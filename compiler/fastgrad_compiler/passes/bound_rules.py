@@ -1,8 +1,8 @@
 """BOUND: for each operation, what its inputs' bounds say of its result.
 
-A rule takes a `Step` and returns a Fact without proof; `bounds.py` adds the sentence and the premises. Every rule is sound
-for real arithmetic; a rule that knows nothing returns `unknown`. `DECLINED` names the operations that have no rule, with the
-reason.
+A rule takes a `Step` and returns a Fact without proof; `bounds.py` adds the sentence and the premises.
+Every rule is sound for real arithmetic; a rule that knows nothing returns `unknown`. `DECLINED` names the
+operations that have no rule, with the reason.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def _one_hot(step: Step) -> Fact:
 
 
 def _reshape(step: Step) -> Fact:
-    """Row-major order is kept: equal trailing dims keep their axes, the last axis may be cut or joined evenly."""
+    """Row-major order is kept: equal trailing dims keep their axes, the last axis may be cut or joined
+    evenly.
+    """
     (fact,), (source,), target = step.facts, step.shapes, step.shape
     norms = [inf] * len(target)
     for back in range(1, min(len(source), len(target)) + 1):
@@ -356,7 +358,11 @@ def _sum(step: Step) -> Fact:
 def _mean(step: Step) -> Fact:
     """A mean of vectors is no longer than the longest."""
     fact, reduced, keep = step.facts[0], _axes(step), bool(step.node["keepdim"])
-    norms = [inf if axis in reduced else norm for axis, norm in enumerate(fact.norms) if keep or axis not in reduced]
+    norms = [
+        inf if axis in reduced else norm
+        for axis, norm in enumerate(fact.norms)
+        if keep or axis not in reduced
+    ]
     return Fact(fact.low, fact.high, tuple(norms))
 
 
@@ -401,7 +407,9 @@ def _assume_bound(step: Step) -> Fact:
 
 
 def _rotary(step: Step) -> Fact:
-    """Pairs of a row are rotated: rows keep their norm; along other axes two entries mix, at most sqrt(2) of either."""
+    """Pairs of a row are rotated: rows keep their norm; along other axes two entries mix, at most sqrt(2)
+    of either.
+    """
     fact = step.facts[0]
     most = min(fact.norms[-1], sqrt(2) * fact.magnitude)
     others = tuple(sqrt(2) * norm for norm in fact.norms[:-1])
@@ -492,8 +500,26 @@ BOUND: dict[str, Rule] = {
 
 # What a mask's fill can pass through without turning into an entry that the interval denies.
 MASK_AWARE = frozenset(
-    "causal window padding documents near_far assume_bound alibi softmax exp clamp cast reshape permute slice"
-    " logical_not less less_equal equal".split()
+    [
+        "causal",
+        "window",
+        "padding",
+        "documents",
+        "near_far",
+        "assume_bound",
+        "alibi",
+        "softmax",
+        "exp",
+        "clamp",
+        "cast",
+        "reshape",
+        "permute",
+        "slice",
+        "logical_not",
+        "less",
+        "less_equal",
+        "equal",
+    ]
 )
 
 DECLINED: dict[str, str] = {
@@ -502,7 +528,7 @@ DECLINED: dict[str, str] = {
     "repeat": "the analysis enters its bodies",
     "item": "the analysis keeps a fact for each result of a node",
     **dict.fromkeys(
-        "sum_to embedding_gradient poly_attention_backward repeat_backward weight_gradient".split(),
+        ["sum_to", "embedding_gradient", "poly_attention_backward", "repeat_backward", "weight_gradient"],
         "it stands only in gradient graphs, where no bound is asked for",
     ),
     "poly_attention": "it stands only after the rewrite, where no bound is asked for",

@@ -1,8 +1,9 @@
-"""Bounds of tensors, proved from the program: intervals of entries and norms of rows, with the chain of reasons.
+"""Bounds of tensors, proved from the program: intervals of entries and norms of rows, with the chain of
+reasons.
 
-The analysis follows calls with the facts of each call site, and joins over the sites what it found of a node; a carried value
-of a `repeat` is iterated to a fixpoint, and given up where it grows. Weights and inputs are finite but unknown: whatever is
-proved here holds during training too.
+The analysis follows calls with the facts of each call site, and joins over the sites what it found of a
+node; a carried value of a `repeat` is iterated to a fixpoint, and given up where it grows. Weights and
+inputs are finite but unknown: whatever is proved here holds during training too.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ _ITERATIONS = 3  # of a carried value before it is widened
 def prove_bounds(program: Program) -> Program:
     """The program with `bound` set on every node of which something is known.
 
-    A bound holds wherever the node's graph is called. It speaks of visible entries behind a mask, and is `asserted` where it
-    rests on `assume_bound`. Types must be there.
+    A bound holds wherever the node's graph is called. It speaks of visible entries behind a mask, and is
+    `asserted` where it rests on `assume_bound`. Types must be there.
     """
     analysis = _Analysis(program)
     for root in filter(None, (program.main, program.objective)):
         analysis.enter(root, tuple(map(_untold, program[root].inputs)))
-    return program.with_graphs(_annotated(graph, analysis.found.get(graph.name, {})) for graph in program.graphs)
+    return program.with_graphs(
+        _annotated(graph, analysis.found.get(graph.name, {})) for graph in program.graphs
+    )
 
 
 def _annotated(graph: Graph, found: dict[str, Fact]) -> Graph:
@@ -45,7 +48,9 @@ def _untold(node: Node) -> Fact:
 
 
 class _Analysis:
-    """What is known so far; `found` joins the facts of each node over all contexts in which its graph was entered."""
+    """What is known so far; `found` joins the facts of each node over all contexts in which its graph was
+    entered.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -87,7 +92,9 @@ class _Analysis:
         return (_fact(graph, node, inputs),)
 
     def _repeat(self, node: Node, inputs: tuple[Fact, ...]) -> tuple[Fact, ...]:
-        """Facts that every iteration keeps: the initial ones, joined with what the bodies make of them, until stable."""
+        """Facts that every iteration keeps: the initial ones, joined with what the bodies make of them,
+        until stable.
+        """
         count = int(str(node["carried"]))
         carried, invariants = inputs[:count], inputs[count:]
         for iteration in range(2 * _ITERATIONS):
@@ -99,8 +106,12 @@ class _Analysis:
         self._bodies(node, carried, invariants)
         return carried
 
-    def _bodies(self, node: Node, carried: tuple[Fact, ...], invariants: tuple[Fact, ...]) -> tuple[Fact, ...]:
-        """The join of the carried values behind every body, each entered with what the ones before it may leave."""
+    def _bodies(
+        self, node: Node, carried: tuple[Fact, ...], invariants: tuple[Fact, ...]
+    ) -> tuple[Fact, ...]:
+        """The join of the carried values behind every body, each entered with what the ones before it may
+        leave.
+        """
         for name in body_names(node):
             carried = tuple(map(_joined, carried, self.enter(name, carried + invariants)))
         return carried
@@ -139,11 +150,15 @@ def _fact(graph: Graph, node: Node, inputs: tuple[Fact, ...]) -> Fact:
 
 
 def _keeps_masks(node: Node, inputs: tuple[Fact, ...]) -> bool:
-    """Whether the interval rule is right about inputs that hold a mask's fill; a positive factor keeps a fill a fill."""
+    """Whether the interval rule is right about inputs that hold a mask's fill; a positive factor keeps a
+    fill a fill.
+    """
     if not any(fact.masked for fact in inputs) or node.op in MASK_AWARE:
         return True
-    return node.op in ("mul", "div") and all(fact.masked or fact.low > 0 for fact in inputs) and (
-        node.op == "mul" or not inputs[1].masked
+    return (
+        node.op in ("mul", "div")
+        and all(fact.masked or fact.low > 0 for fact in inputs)
+        and (node.op == "mul" or not inputs[1].masked)
     )
 
 
@@ -161,4 +176,3 @@ def _premises(
         if replace(less, proof=(), asserted=fact.asserted) != replace(fact, masked=less.masked):
             useful.append(premise)
     return tuple(useful)
-

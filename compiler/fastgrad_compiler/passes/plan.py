@@ -1,11 +1,13 @@
-"""The plan: each attention of the model stays exact or becomes a polynomial, as the budget allows; every decision has a reason.
+"""The plan: each attention of the model stays exact or becomes a polynomial, as the budget allows; every
+decision has a reason.
 
-The budget's `output` and `gradient` are shared out equally: of L approximated attentions each may be off by 1/L of them, by its
-certificate, with the gain from an attention to the model's output taken as 1. That is an estimate; the report measures the
-whole. A rule that cannot be obeyed is refused (FG3xx). Without a budget nothing is approximated.
+The budget's `output` and `gradient` are shared out equally: of L approximated attentions each may be off by
+1/L of them, by its certificate, with the gain from an attention to the model's output taken as 1. That is
+an estimate; the report measures the whole. A rule that cannot be obeyed is refused (FG3xx). Without a
+budget nothing is approximated.
 
-A decision is an attribute of the node. Where one graph's attentions are decided differently at different places, the graph is
-cloned; equal decisions share one graph.
+A decision is an attribute of the node. Where one graph's attentions are decided differently at different
+places, the graph is cloned; equal decisions share one graph.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ def plan_attention(
 ) -> Program:
     """The program with `decision` and `why` on every attention, and the polynomial where it is one.
 
-    `family` serves where no rule names another; no polynomial has a higher rank than `max_rank`. Every target serves the same
-    plan, so `target` changes nothing yet.
+    `family` serves where no rule names another; no polynomial has a higher rank than `max_rank`. Every
+    target serves the same plan, so `target` changes nothing yet.
 
     Raises:
         TfgError: FG301-FG310, for rules that are wrong in themselves or cannot be obeyed.
@@ -73,7 +75,9 @@ def _decide_all(
                 case = _case(entry, key[2], lengths, budget, family, max_rank, sharing)
                 known[key] = decide(case), case
         found = {e.full_path: known[(e.graph, e.node.name, settings[e.full_path])] for e in entries}
-        return {path: pair[0] for path, pair in found.items()}, {path: pair[1] for path, pair in found.items()}
+        return {path: pair[0] for path, pair in found.items()}, {
+            path: pair[1] for path, pair in found.items()
+        }
 
     sharing = max(len(entries), 1)
     outcomes, cases = decided(sharing)
@@ -170,7 +174,9 @@ def _decided(node: Node, decision: Decision) -> Node:
 
 
 class _Specialiser:
-    """Copies of graphs for each way in which their attentions are decided; the first way keeps the graph's name."""
+    """Copies of graphs for each way in which their attentions are decided; the first way keeps the graph's
+    name.
+    """
 
     def __init__(self, program: Program, decisions: Mapping[str, Decision]) -> None:
         self.program = program
@@ -185,7 +191,10 @@ class _Specialiser:
         graphs: list[Graph] = []
         for graph in self.program.graphs:
             variants = self._variants.get(graph.name, {graph.nodes: graph.name})
-            graphs += (replace(graph, name=name, nodes=tuple(map(_outside, nodes))) for nodes, name in variants.items())
+            graphs += (
+                replace(graph, name=name, nodes=tuple(map(_outside, nodes)))
+                for nodes, name in variants.items()
+            )
         return self.program.with_graphs(graphs)
 
     def variant(self, name: str, scope: tuple[str, ...], indices: Indices) -> str:
@@ -245,4 +254,3 @@ def _runs(names: Iterable[str]) -> tuple[tuple[str, int], ...]:
 
 def _outside(node: Node) -> Node:
     return _decided(node, _OUTSIDE) if node.op == "attention" and node.get("decision") is None else node
-

@@ -1,8 +1,9 @@
 """One attention's decision: exact or a polynomial, and why; or what forbids what the budget asks for.
 
-A degree meets its caps where eps is at most `relative`, and where the certificates (docs/mathematics.md, section 7) of
-output and score gradient are at most the attention's shares of the budget. Odd degrees serve only where positivity on the
-range is proved and the range itself is not the user's word: beyond it they turn negative.
+A degree meets its caps where eps is at most `relative`, and where the certificates (docs/mathematics.md,
+section 7) of output and score gradient are at most the attention's shares of the budget. Odd degrees serve
+only where positivity on the range is proved and the range itself is not the user's word: beyond it they
+turn negative.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from fastgrad_compiler.polynomial import MAX_DEGREE, Family, Polynomial, Precisi
 
 @dataclass(frozen=True)
 class Caps:
-    """What one attention may be off by: `relative` caps eps, the others its shares of the budget; None is no cap."""
+    """What one attention may be off by: `relative` caps eps, the others its shares of the budget; None is
+    no cap.
+    """
 
     relative: float | None = None
     output: float | None = None
@@ -38,14 +41,22 @@ class Caps:
         for value, cap, what in (
             (polynomial.eps, self.relative, "eps {} exceeds relative <= {}"),
             (proved.output, self.output, "the output's certificate {} exceeds its share {} of the budget"),
-            (proved.score_gradient, self.gradient, "the gradient's certificate {} exceeds its share {} of the budget"),
+            (
+                proved.score_gradient,
+                self.gradient,
+                "the gradient's certificate {} exceeds its share {} of the budget",
+            ),
         ):
             if cap is not None and value > cap:
                 return what.format(number(value), number(cap))
         return ""
 
     def __str__(self) -> str:
-        parts = (("relative", self.relative), ("output share", self.output), ("gradient share", self.gradient))
+        parts = (
+            ("relative", self.relative),
+            ("output share", self.output),
+            ("gradient share", self.gradient),
+        )
         return ", ".join(f"{name} <= {number(cap)}" for name, cap in parts if cap is not None)
 
 
@@ -53,7 +64,8 @@ class Caps:
 class Case:
     """An attention with all that its decision depends on: equal cases are decided alike.
 
-    `longest` are the largest numbers of queries and keys that the file allows; `budget_near` is the budget's near field.
+    `longest` are the largest numbers of queries and keys that the file allows; `budget_near` is the
+    budget's near field.
     """
 
     node: Node
@@ -96,7 +108,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Decision:
-    """Exact (`polynomial` None) or a polynomial, with the reason; `near` is set on the node where it is not None."""
+    """Exact (`polynomial` None) or a polynomial, with the reason; `near` is set on the node where it is not
+    None.
+    """
 
     why: str
     polynomial: Polynomial | None = None
@@ -106,7 +120,9 @@ class Decision:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A rule that cannot be obeyed: the code, and what is wrong. `rule` names the kind of the rule at fault."""
+    """A rule that cannot be obeyed: the code, and what is wrong. `rule` names the kind of the rule at
+    fault.
+    """
 
     code: str
     message: str
@@ -153,13 +169,17 @@ def _blocked(case: Case) -> Outcome | None:
     if settings.near is not None and node["near"] is not None:
         return Refusal("FG308", f"it has a near field of its own, of block {node['near']}", "near")
     if settings.near is not None and not case.same_length:
-        return Refusal("FG308", "queries and keys are of different sequences, so none of them are neighbours", "near")
+        return Refusal(
+            "FG308", "queries and keys are of different sequences, so none of them are neighbours", "near"
+        )
     if case.d is None or case.dv is None:
         text = "the width of its queries or values is known at run time only"
         return Refusal("FG310", text, asked) if asked else Decision(text)
     if node["bound"] is None:
         proof = node["proof"]
-        reasons = "; ".join(map(str, proof)) if isinstance(proof, tuple) and proof else "nothing limits its logits"
+        reasons = (
+            "; ".join(map(str, proof)) if isinstance(proof, tuple) and proof else "nothing limits its logits"
+        )
         text = f"no bound of its logits is proved: {reasons}"
         return Refusal("FG301", text, asked) if asked else Decision(text)
     return None
@@ -174,7 +194,9 @@ def _pinned(case: Case, degree: int) -> Outcome:
     family, bound = case.chosen_family, case.bound
     found_rank = rank(case.d or 1, degree)
     if found_rank > case.max_rank:
-        text = f"degree {degree} at width {case.d} has rank {found_rank:,}, over the limit of {case.max_rank:,}"
+        text = (
+            f"degree {degree} at width {case.d} has rank {found_rank:,}, over the limit of {case.max_rank:,}"
+        )
         return Refusal("FG307", text, "degree")
     try:
         polynomial = fit(family, degree, bound)
@@ -190,7 +212,9 @@ def _pinned(case: Case, degree: int) -> Outcome:
         )
         return Refusal("FG306", text, "degree", polynomial)
     if case.caps.relative is not None and polynomial.eps > case.caps.relative:
-        text = f"degree {degree} has eps {number(polynomial.eps)}, over relative <= {number(case.caps.relative)}"
+        text = (
+            f"degree {degree} has eps {number(polynomial.eps)}, over relative <= {number(case.caps.relative)}"
+        )
         return Refusal("FG305", text, "degree", polynomial)
     missed = case.caps.missed(polynomial)
     note = f"; {missed}: what the report measures decides" if missed else ""
@@ -203,18 +227,25 @@ def _planned(case: Case) -> Outcome:
     asked = _kind(case.settings)
     if polynomial is None:
         return Refusal("FG310", obstacle, asked) if asked else Decision(f"no degree serves it: {obstacle}")
-    decision = _polynomial(case, polynomial, f"degree {polynomial.degree} is the least that meets {case.caps}")
+    decision = _polynomial(
+        case, polynomial, f"degree {polynomial.degree} is the least that meets {case.caps}"
+    )
     cheaper = "" if asked else _cheaper_exact(case, polynomial.degree, decision.near)
     return Decision(cheaper, break_even=decision.break_even) if cheaper else decision
 
 
 def search(case: Case) -> tuple[Polynomial | None, str]:
-    """(the polynomial of least degree that meets the caps within the rank limit, else what the last one tried lacks)."""
+    """(the polynomial of least degree that meets the caps within the rank limit, else what the last one
+    tried lacks).
+    """
     obstacle = "no degree is positive on its range"
     for degree in range(1, MAX_DEGREE + 1):
         found_rank = rank(case.d or 1, degree)
         if found_rank > case.max_rank:
-            return None, f"{obstacle}, and degree {degree} has rank {found_rank:,}, over the limit of {case.max_rank:,}"
+            return (
+                None,
+                f"{obstacle}, and degree {degree} has rank {found_rank:,}, over the limit of {case.max_rank:,}",
+            )
         try:
             polynomial = fit(case.chosen_family, degree, case.bound)
         except PrecisionError as error:

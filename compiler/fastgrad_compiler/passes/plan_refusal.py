@@ -86,7 +86,9 @@ def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
     polynomial = _fit(case, lower, case.bound) if lower is not None else None
     if polynomial is not None and polynomial.positive:
         found_rank = rank(case.d or 1, polynomial.degree)
-        remedies.append(f"degree {polynomial.degree} has rank {found_rank:,} and eps {number(polynomial.eps)}")
+        remedies.append(
+            f"degree {polynomial.degree} has rank {found_rank:,} and eps {number(polynomial.eps)}"
+        )
     return remedies
 
 
@@ -111,7 +113,11 @@ def _with_bound(case: Case, bound: float) -> Case:
 
 
 def _near(refusal: Refusal, case: Case) -> list[str]:
-    return ["remove this rule" if case.node["near"] is None else "change the block of near_far in the model instead"]
+    return [
+        "remove this rule"
+        if case.node["near"] is None
+        else "change the block of near_far in the model instead"
+    ]
 
 
 def _masked(refusal: Refusal, case: Case) -> list[str]:

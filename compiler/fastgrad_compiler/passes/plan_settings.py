@@ -44,7 +44,9 @@ def settings_of(full_path: str, rules: Iterable[BudgetRule]) -> Settings:
 
 
 def matches(pattern: str, full_path: str) -> bool:
-    """Whether a shell pattern matches a path or what it lies in: `layers.0` and `layers.*` match `layers.0.attention.y`."""
+    """Whether a shell pattern matches a path or what it lies in: `layers.0` and `layers.*` match
+    `layers.0.attention.y`.
+    """
     parts = full_path.split(".")
     return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(len(parts), 0, -1))
 
@@ -80,7 +82,9 @@ def _pattern(rule: BudgetRule, paths: Sequence[tuple[str, str]]) -> Diagnostic |
 
 def _some(paths: Sequence[str]) -> str:
     listed = [f'"{path}"' for path in paths]
-    return ", ".join(listed) if len(listed) <= 4 else f"{', '.join(listed[:2])} .. {listed[-1]} ({len(listed)})"
+    return (
+        ", ".join(listed) if len(listed) <= 4 else f"{', '.join(listed[:2])} .. {listed[-1]} ({len(listed)})"
+    )
 
 
 _VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
@@ -115,7 +119,9 @@ def _limit(budget: Budget, name: str) -> Diagnostic | None:
 
 
 def _shown(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+    )
 
 
 def _is_int(value: object) -> bool:
