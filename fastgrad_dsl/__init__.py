@@ -1,1 +1,41 @@
-"""Compile a `.tfg` description of a transformer to a PyTorch module with almost-linear attention."""
+"""fastgrad: a small language for transformers, compiled to PyTorch modules with almost-linear attention.
+
+    import fastgrad_dsl as fg
+    compiled = fg.compile("gpt.tfg")
+    model = compiled.module(seed=0)
+
+Names are imported when they are first used, so that the command line starts without PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastgrad_dsl import functional
+    from fastgrad_dsl.compiled import Compiled, compile
+    from fastgrad_dsl.loader import load
+    from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+
+__all__ = ["Compiled", "Diagnostic", "TfgError", "compile", "functional", "load"]
+
+_HOMES = {
+    "Compiled": "fastgrad_dsl.compiled",
+    "Diagnostic": "fastgrad_grammar.diagnostics",
+    "TfgError": "fastgrad_grammar.diagnostics",
+    "compile": "fastgrad_dsl.compiled",
+    "load": "fastgrad_dsl.loader",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "functional":
+        return import_module("fastgrad_dsl.functional")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

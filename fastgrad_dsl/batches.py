@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastgrad_compiler.dim import Dim
+from fastgrad_compiler.flatten import flatten
 from fastgrad_compiler.graph import Graph, Node, Program
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Input:
 
 def model_inputs(program: Program) -> tuple[Input, ...]:
     """The inputs of the model, in order."""
-    graph = program.flatten()
+    graph = flatten(program)
     return tuple(_input(graph, node) for node in graph.inputs)
 
 
@@ -35,7 +36,7 @@ def target_inputs(program: Program) -> tuple[Input, ...]:
     """What the objective takes beyond the model's results; empty without an objective."""
     if program.objective is None:
         return ()
-    graph = program.flatten(program.objective)
+    graph = flatten(program, program.objective)
     results = len(program[program.main].outputs)
     return tuple(_input(graph, node) for node in graph.inputs[results:])
 

@@ -95,7 +95,7 @@ class _Attentions(TorchDispatchMode):
     calls: list[_Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
@@ -274,7 +274,8 @@ def _gradient_bound(
 
     def of_groups(per_head: Tensor) -> float:
         """Query heads that share a key head add up, by the triangle inequality."""
-        return per_head.unflatten(1, (heads, -1)).sum(2).norm().item()
+        total: float = per_head.unflatten(1, (heads, -1)).sum(2).norm().item()
+        return total
 
     value_range = _value_range(v).repeat_interleave(q.shape[1] // heads, 1)
     omega = (cotangent.abs() * value_range).sum(-1)  # at least max_j dO_i.v_j - min_j dO_i.v_j

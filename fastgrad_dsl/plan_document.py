@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
 from fastgrad_compiler.certificates import certificate
 from fastgrad_compiler.cost import flops
-from fastgrad_compiler.features import rank
-from fastgrad_compiler.graph import Attribute, Node, Program
-from fastgrad_compiler.passes.plan import AttentionEntry, attention_table
+from fastgrad_compiler.graph import Attribute, Program
+from fastgrad_compiler.passes.attention_table import AttentionEntry, Lengths, attention_table
 from fastgrad_dsl.batches import Input, model_inputs, target_inputs
 
 FORMAT = "fastgrad-plan-1"
@@ -44,13 +44,13 @@ def attention_document(program: Program, entry: AttentionEntry) -> dict[str, Any
     eps, eps_prime = (_number(node.get(key)) if polynomial else None for key in ("eps", "eps_prime"))
     return {
         "path": entry.path,
-        "source": entry.span.place if entry.span else None,
+        "source": entry.place or None,
         "decision": "polynomial" if polynomial else "exact",
         "why": node.get("why"),
         "family": node.get("family") if polynomial else None,
         "degree": node.get("degree") if polynomial else None,
         "coefficients": _listed(node.get("coefficients")) if polynomial else None,
-        "rank": rank(_width(node, 0, program, entry), _whole(node["degree"])) if polynomial else None,
+        "rank": entry.rank if polynomial else None,
         "scale": node["scale"],
         "causal": node["causal"],
         "near": node["near"],
@@ -67,25 +67,18 @@ def attention_document(program: Program, entry: AttentionEntry) -> dict[str, Any
 
 
 def _flops(program: Program, entry: AttentionEntry, polynomial: bool) -> dict[str, Any] | None:
-    """Of both ways at the declared bound of n; None where none is declared."""
-    graph, node = program[entry.graph], entry.node
-    limits = {dim.name: dim.at_most for dim in program.dims if dim.at_most is not None}
-    lengths = [graph[name].tensor.shape[-2] for name in node.inputs[:2]]
-    if any(not length.names <= limits.keys() for length in lengths):
+    """Of both ways at the longest declared lengths; None where none is declared."""
+    node, lengths = entry.node, Lengths(program)
+    n, m = lengths.longest(entry.queries), lengths.longest(entry.keys)
+    if n is None or m is None or entry.d is None or entry.dv is None:
         return None
-    n, m = (length.evaluate(limits) for length in lengths)
-    sizes = {"n": n, "m": m, "d": _width(node, 0, program, entry), "dv": _width(node, 2, program, entry)}
-    causal, near = bool(node["causal"]), node["near"]
-    exact = flops(**sizes, degree=None, causal=causal)
-    document: dict[str, Any] = {
-        "n": n,
-        "m": m,
-        "exact": {"forward": exact.forward, "backward": exact.backward},
-    }
-    if polynomial:
-        block = None if near is None else _whole(near)
-        cheap = flops(**sizes, degree=_whole(node["degree"]), near=block, causal=causal)
-        document["polynomial"] = {"forward": cheap.forward, "backward": cheap.backward}
+    causal, near, degree = bool(node["causal"]), node["near"], node.get("degree")
+    exact = flops(n=n, m=m, d=entry.d, dv=entry.dv, degree=None, causal=causal)
+    document: dict[str, Any] = {"n": n, "m": m, "exact": asdict(exact)}
+    if polynomial and isinstance(degree, int):
+        block = near if isinstance(near, int) else None
+        cheap = flops(n=n, m=m, d=entry.d, dv=entry.dv, degree=degree, near=block, causal=causal)
+        document["polynomial"] = asdict(cheap)
     return document
 
 
@@ -107,19 +100,8 @@ def _input(tensor: Input) -> dict[str, Any]:
     }
 
 
-def _width(node: Node, place: int, program: Program, entry: AttentionEntry) -> int:
-    width = program[entry.graph][node.inputs[place]].tensor.shape[-1].constant
-    assert width is not None  # recognition takes heads of a fixed width only
-    return width
-
-
 def _number(value: Attribute) -> float | None:
     return float(value) if isinstance(value, int | float) and isfinite(value) else None
-
-
-def _whole(value: Attribute) -> int:
-    assert isinstance(value, int)
-    return value
 
 
 def _listed(value: Attribute) -> list[Attribute]:

@@ -137,7 +137,7 @@ def _three(bound: float, estimate: float, measured: float) -> dict[str, float | 
 
 
 def _whole(plan: Mapping[str, Any], errors: ModelErrors | None) -> dict[str, Any]:
-    """The whole model. A bound is proved only where nothing is approximated: products of Lipschitz constants are vacuous."""
+    """The whole model; no useful bound is proved through layers that approximate."""
     exact = all(entry["decision"] == "exact" for entry in plan["attentions"])
     bound = 0.0 if exact else None
     if errors is None:
@@ -162,11 +162,8 @@ def _summary(plan: Mapping[str, Any], errors: ModelErrors | None) -> list[str]:
         ("gradient", errors.gradient, errors.gradient_estimate),
     ):
         limit = budget.get(what)
-        verdict = (
-            ""
-            if limit is None
-            else f"; budget {limit:g}: {'kept' if measured <= limit else 'EXCEEDED'} on this batch"
-        )
+        kept = "kept" if limit is None or measured <= limit else "EXCEEDED"
+        verdict = "" if limit is None else f"; budget {limit:g}: {kept} on this batch"
         lines.append(f"{what} error {measured:.2e} (measured), {estimate:.2e} (estimate){verdict}")
     if errors.loss is not None and errors.exact_loss is not None:
         lines.append(
@@ -213,13 +210,8 @@ def _subject(request: ReportRequest) -> Subject:
 
 def _sizes(plan: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, int]:
     """A size for every dim of a batch: what was given, else 1 for the first dim (the batch), else a usual length."""
-    needed = [
-        str(n)
-        for t in (*plan["inputs"], *plan["targets"])
-        for d in t["shape"]
-        for n in sorted(parse_dim(d).names)
-    ]
-    names = list(dict.fromkeys(needed))
+    shapes = [parse_dim(dim) for tensor in (*plan["inputs"], *plan["targets"]) for dim in tensor["shape"]]
+    names = list(dict.fromkeys(name for dim in shapes for name in sorted(dim.names)))
     for name in given:
         if name not in names:
             near = nearest(name, names)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastgrad_compiler.graph import Program
-from fastgrad_compiler.passes.plan import attention_table
+from fastgrad_compiler.passes.attention_table import attention_table
 
 WIDTH_OF_A_FILE = 160  # where the output is no terminal
 
@@ -44,7 +44,7 @@ def print_plan(program: Program, file: str) -> None:
         decision = str(node.get("decision", "exact"))
         if decision == "polynomial":
             decision = f"{node['family']} degree {node['degree']}"
-        place = entry.span.short_place if entry.span else ""
+        place = node.span.short_place if node.span else ""
         rows.setdefault((place, decision, str(node.get("why", ""))), []).append(entry.path)
     for (place, decision, why), paths in rows.items():
         out.print(Text(f"  {_folded(paths)}  {decision}  ({place})", style="bold"))

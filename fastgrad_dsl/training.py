@@ -99,7 +99,7 @@ def train(
     """
     optimiser = _optimiser(model, options)
     places = torch.Generator().manual_seed(options.seed)
-    generators = {"places": places, "dropout": torch.random.default_generator}
+    generators = {"places": places, "dropout": torch.default_generator}
     settings = options.settings
     first = 0
     log = folder / LOG
@@ -155,7 +155,7 @@ def _step(
         group["lr"] = rate
     optimiser.zero_grad(set_to_none=True)
     value = loss(model(inputs), targets)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
     optimiser.step()
     return value.item(), norm.item()

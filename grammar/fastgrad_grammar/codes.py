@@ -94,6 +94,7 @@ CODES: dict[str, str] = {
     "FG418": "weights that cannot be used",
     "FG419": "folder that is no compiled model",
     "FG420": "target that is not available",
+    "FG421": "folder that cannot be written",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",

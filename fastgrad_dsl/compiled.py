@@ -1,0 +1,193 @@
+"""`compile` and what it gives: the stages of one program, its generated files, and modules made from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.graph import Program
+from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table
+from fastgrad_compiler.pipeline import Stage, run
+from fastgrad_compiler.targets import resolve_target
+from fastgrad_compiler.text import print_program
+from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.plan_document import plan_document
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.read import read_source
+from fastgrad_grammar.source import Source
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    import torch
+    from torch import Tensor, nn
+
+MANIFEST = "files.json"  # which files of a folder are ours, so that a later compile removes only those
+
+
+def compile(  # noqa: A001 - the name that users know from torch.compile, and reach as fg.compile
+    spec: str | Path,
+    *,
+    params: Mapping[str, object] | None = None,
+    model: str | None = None,
+    target: str = "auto",
+    out: str | Path | None = None,
+) -> Compiled:
+    """Compile a `.tfg` file, or source text, to a Compiled; with `out`, also write its files there.
+
+    A string with a line break is source text; any other is a path. `params` override the file's; `model` picks one of
+    several. Raises TfgError with every diagnostic that was found.
+    """
+    resolved = resolve_target(target)
+    source = Source("<text>", spec) if isinstance(spec, str) and "\n" in spec else read_source(spec)
+    stages = run(elaborate(source, model=model, params=params))
+    compiled = Compiled(source, resolved, stages)
+    if out is not None:
+        compiled.write(out)
+    return compiled
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled model. `stages` holds the program as elaborated and after each pass."""
+
+    source: Source
+    target: str
+    stages: tuple[Stage, ...]
+
+    @property
+    def program(self) -> Program:
+        """The program after the last pass."""
+        return self.stages[-1].program
+
+    @property
+    def plan(self) -> tuple[AttentionEntry, ...]:
+        """Every attention, with what was decided of it."""
+        return attention_table(self.program)
+
+    @cached_property
+    def plan_document(self) -> dict[str, Any]:
+        """plan.json as data."""
+        return plan_document(self.program, self.source.path, self.target)
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """The generated package: file name to text."""
+        from fastgrad_compiler.codegen.torch import emit_package
+
+        return emit_package(self.program, source=self.source.path)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Every file that `write` writes: path within the folder to text; deterministic."""
+        from fastgrad_dsl.report import build_report
+
+        stages = {
+            f"stages/{index:02d}-{stage.name}.txt": print_program(stage.program)
+            for index, stage in enumerate(self.stages)
+        }
+        documents = {
+            "plan.json": self.plan_document,
+            "report.json": build_report(self.plan_document, None, None),
+        }
+        texts = {name: json.dumps(document, indent=2) + "\n" for name, document in documents.items()}
+        return {**self.modules, **texts, **stages}
+
+    def write(self, folder: str | Path) -> None:
+        """Write all files, each whole or not at all, and remove those of an earlier compile that are no longer made.
+
+        Raises TfgError FG421 where the folder cannot be written.
+        """
+        path = Path(folder)
+        try:
+            stale = _written_before(path) - self.files.keys()
+            for name, text in self.files.items():
+                write_atomically(path / name, text)
+            write_atomically(path / MANIFEST, json.dumps(sorted(self.files), indent=2) + "\n")
+            for name in sorted(stale):
+                (path / name).unlink(missing_ok=True)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise TfgError([Diagnostic("FG421", f"cannot write to {path}: {reason}")]) from None
+
+    def module(self, seed: int = 0, dtype: torch.dtype | None = None) -> nn.Module:
+        """A new module with initial weights from `seed`, float32 unless `dtype` says otherwise."""
+        model: nn.Module = self._package.MODEL()
+        self._package.initialise(model, seed)
+        return model if dtype is None else model.to(dtype)
+
+    def reference(self, model: nn.Module) -> nn.Module:
+        """The exact model with the very weights of `model`: every attention is softmax, a change of one changes the other."""
+        return _with_weights_of(model, self._reference_package.MODEL())
+
+    @property
+    def loss(self) -> Callable[..., Tensor] | None:
+        """The objective of the file as a function of tensors, None where it has none."""
+        return getattr(self._package, "OBJECTIVE", None)
+
+    def report(self, model: nn.Module | None = None, batch: Sequence[Tensor] | None = None) -> dict[str, Any]:
+        """The error report (docs/mathematics.md, sections 7 and 8), measured on a batch where one is given.
+
+        `batch` holds the model's inputs, then what its objective takes beyond its results (docs/language.md). Raises
+        ValueError where only one of the two is given, or the batch has another number of tensors.
+        """
+        from fastgrad_dsl.report import build_report, measure_plan
+
+        plan = self.plan_document
+        if model is None or batch is None:
+            if model is not None or batch is not None:
+                raise ValueError("report takes a model and a batch, or neither")
+            return build_report(plan, None, None)
+        count = len(plan["inputs"])
+        if len(batch) not in (count, count + len(plan["targets"])):
+            raise ValueError(
+                f"the batch has {len(batch)} tensors; expected {count} inputs, then {len(plan['targets'])} targets"
+            )
+        errors = measure_plan(plan, model, batch[:count], batch[count:], self.loss)
+        described = {"kind": "a given batch", "dims": {}, "seed": None, "weights": "the given weights"}
+        return build_report(plan, errors, described)
+
+    @cached_property
+    def _package(self) -> ModuleType:
+        from fastgrad_dsl.loader import package_from_texts
+
+        return package_from_texts(self.modules)
+
+    @cached_property
+    def _reference_package(self) -> ModuleType:
+        from fastgrad_compiler.codegen.torch import emit_package
+        from fastgrad_dsl.loader import package_from_texts
+
+        return package_from_texts(emit_package(self.program, source=self.source.path, exact=True))
+
+
+def _with_weights_of(model: nn.Module, other: nn.Module) -> nn.Module:
+    """`other` with the parameters and buffers of `model` in place of its own."""
+    for name, parameter in model.named_parameters():
+        owner, key = _owner(other, name)
+        setattr(owner, key, parameter)
+    for name, buffer in model.named_buffers():
+        owner, key = _owner(other, name)
+        owner.register_buffer(key, buffer)
+    return other.train(model.training)
+
+
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, key = path.rpartition(".")
+    return module.get_submodule(parent), key
+
+
+def _written_before(folder: Path) -> set[str]:
+    """The files that an earlier compile wrote, as its manifest says; only names that lie inside the folder."""
+    try:
+        names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    return {
+        str(name) for name in names if ".." not in Path(str(name)).parts and not Path(str(name)).is_absolute()
+    }
