@@ -10,7 +10,14 @@ from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import Note
 from fastgrad_grammar.source import Span
 
-PYTORCH_NAMES = {"dim": "axis", "dims": "axes", "min": "low", "max": "high", "keepdims": "keepdim", "axis": "axes"}
+PYTORCH_NAMES = {
+    "dim": "axis",
+    "dims": "axes",
+    "min": "low",
+    "max": "high",
+    "keepdims": "keepdim",
+    "axis": "axes",
+}
 """Keywords of PyTorch and numpy, and what they are called here."""
 
 
@@ -29,8 +36,8 @@ def match_arguments(
 ) -> dict[str, list[ast.Expr]]:
     """The expressions given for each parameter; only `rest` can get several.
 
-    Positional arguments fill the tensors and then the values; behind a `;` they fill the values. Raises Abort after FG213 (missing),
-    FG214 (too many), FG215 (unknown name) or FG216 (wrong side of `;`).
+    Positional arguments fill the tensors and then the values; behind a `;` they fill the values. Raises Abort after
+    FG213 (missing), FG214 (too many), FG215 (unknown name) or FG216 (wrong side of `;`).
     """
     given: dict[str, list[ast.Expr]] = {}
     front = [formal.name for formal in formals]
@@ -52,7 +59,14 @@ def match_arguments(
         names = " and ".join(f"`{formal.name}`" for formal in missing)
         notes = [Note(f"{formal.name} is declared here", formal.span) for formal in missing if formal.span]
         example = next((f"write {f.name} = ..." for f in missing if not f.tensor), None)
-        reporter.fail("FG213", f"{what} needs {names}", call.function.span, "missing here", notes=notes[:2], help_=(example,))
+        reporter.fail(
+            "FG213",
+            f"{what} needs {names}",
+            call.function.span,
+            "missing here",
+            notes=notes[:2],
+            help_=(example,),
+        )
     return given
 
 

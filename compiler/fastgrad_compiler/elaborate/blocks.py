@@ -44,7 +44,9 @@ def evaluate_call(state: State, scope: Scope, call: ast.Call) -> Value:
     if module is None:
         help_ = did_you_mean(call.module, scope.module.uses)
         missing = "add `use std` to the file" if call.module == "std" else help_
-        state.reporter.fail("FG201", f"unknown file or library `{call.module}`", at, "not used here", help_=(missing,))
+        state.reporter.fail(
+            "FG201", f"unknown file or library `{call.module}`", at, "not used here", help_=(missing,)
+        )
     if name not in module.blocks:
         state.reporter.fail("FG201", f"{call.module} has no block `{name}`", call.function.span, "not found",
                             help_=(did_you_mean(name, module.blocks),))  # fmt: skip
@@ -59,7 +61,7 @@ def _call_block(state: State, scope: Scope, call: ast.Call, module: Module) -> V
     block = module.blocks[call.function.text]
     shown = f"{call.module}.{block.name.text}" if call.module else block.name.text
     builder_of(state, scope, call.span)
-    _check_callable(state, call, block, module, shown)
+    _check_callable(state, call, block, shown)
     formals = [Formal(p.name.text, True, True, p.span) for p in block.tensors]
     formals += [Formal(p.name.text, False, p.default is None, p.span) for p in block.values]
     given = match_arguments(state.reporter, call, formals, shown)
@@ -82,12 +84,12 @@ def _call_block(state: State, scope: Scope, call: ast.Call, module: Module) -> V
     return _emit_call(state, scope, call, instance, arguments)
 
 
-def _check_callable(state: State, call: ast.Call, block: ast.BlockDecl, module: Module, shown: str) -> None:
+def _check_callable(state: State, call: ast.Call, block: ast.BlockDecl, shown: str) -> None:
     if block.is_model:
         state.reporter.fail("FG240", f"{shown} is a model, only blocks can be called", call.function.span, "a model",
                             notes=(Note("declared here", block.name.span),),
                             help_=("make it a block, and a model that calls it",))  # fmt: skip
-    places = [each for _, each, _ in state.open]
+    places: list[ast.BlockDecl] = [each for _, each, _ in state.open]
     if block in places:
         first = next(index for index, each in enumerate(places) if each is block)
         cycle = " -> ".join([each.name.text for each in places[first:]] + [block.name.text])
@@ -95,7 +97,9 @@ def _check_callable(state: State, call: ast.Call, block: ast.BlockDecl, module: 
         state.reporter.fail("FG220", f"block `{block.name.text}` calls itself: {cycle}", call.span, "closes the cycle",
                             notes=notes[-4:], help_=("use repeat for layers that follow each other",))  # fmt: skip
     if len(state.open) >= MAX_DEPTH:
-        state.reporter.fail("FG241", f"blocks call each other more than {MAX_DEPTH} deep", call.span, "one too deep")
+        state.reporter.fail(
+            "FG241", f"blocks call each other more than {MAX_DEPTH} deep", call.span, "one too deep"
+        )
 
 
 def _bind_value(
@@ -106,7 +110,8 @@ def _bind_value(
     try:
         value = values.convert(value, parameter.type.name, parameter.type.optional)
     except ValueProblem as error:
-        state.reporter.fail(error.code, f"`{name.text}` of {shown}: {error.message}", expr.span, f"{values.show(value)} here",
+        message = f"`{name.text}` of {shown}: {error.message}"
+        state.reporter.fail(error.code, message, expr.span, f"{values.show(value)} here",
                             notes=(Note(f"declared as {parameter.type.span.text}", parameter.span),),
                             help_=(error.help,))  # fmt: skip
     origin = Origin(name.text, name.span)
@@ -120,7 +125,12 @@ def _bind_value(
 
 
 def _bind_dims(
-    state: State, inner: Scope, block: ast.BlockDecl, arguments: Sequence[Tensor], places: Sequence[Span], shown: str
+    state: State,
+    inner: Scope,
+    block: ast.BlockDecl,
+    arguments: Sequence[Tensor],
+    places: Sequence[Span],
+    shown: str,
 ) -> None:
     """Bind the names that stand alone as a dim of an argument; FG205 and FG209 where an argument is of another kind."""
     fixed = {p.name.text for p in block.values}
@@ -148,10 +158,14 @@ def _check_kind(state: State, parameter: ast.TensorParam, argument: Tensor, plac
     wanted, found = parameter.type, argument.type
     note = Note(f"declared as {wanted.span.text}", parameter.span)
     if len(wanted.dims) != len(found.shape):
-        state.reporter.fail("FG205", f"`{parameter.name.text}` of {shown} has {len(wanted.dims)} dimensions, not {found}",
-                            place, f"{found} here", notes=(note,))  # fmt: skip
+        message = f"`{parameter.name.text}` of {shown} has {len(wanted.dims)} dimensions, not {found}"
+        state.reporter.fail("FG205", message, place, f"{found} here", notes=(note,))  # fmt: skip
     if wanted.dtype != found.dtype:
-        hint = f"convert it with {wanted.dtype}(x)" if wanted.dtype in ("float", "int") else "compare it, as in x != 0"
+        hint = (
+            f"convert it with {wanted.dtype}(x)"
+            if wanted.dtype in ("float", "int")
+            else "compare it, as in x != 0"
+        )
         state.reporter.fail("FG209", f"`{parameter.name.text}` of {shown} is a tensor of {wanted.dtype}, not {found}",
                             place, f"{found} here", notes=(note,), help_=(hint,))  # fmt: skip
 
@@ -220,7 +234,7 @@ def make_graph(state: State, inner: Scope, block: ast.BlockDecl, arguments: Sequ
     """Elaborate a block's body with its dims and values bound in `inner`; `arguments` give types and origins."""
     name = f"{inner.module.name}.{block.name.text}" if inner.module.name else block.name.text
     name = state.graph_name(name)
-    check_names([p.name for p in (*block.tensors, *block.values)], state.reporter)
+    check_names([*(p.name for p in block.tensors), *(p.name for p in block.values)], state.reporter)
     weights = [s.name.text for s in walk(block.body) if isinstance(s, ast.Weight | ast.Buffer)]
     builder = Builder((), (), weights)
     signature = Scope(inner.module, inner.multiples, None, dict(inner.names))
@@ -259,9 +273,9 @@ def _outputs(
     found = value.items if isinstance(value, Several) else (value,)
     span = statement.value.span
     if len(found) != len(results):
-        state.reporter.fail("FG224", f"`{block.name.text}` returns {len(found)} values, not the declared {len(results)}",
-                            span, f"{len(found)} here",
-                            notes=(Note("declared here", block.results[0].span.to(block.results[-1].span)),))  # fmt: skip
+        message = f"`{block.name.text}` returns {len(found)} values, not the declared {len(results)}"
+        note = Note("declared here", block.results[0].span.to(block.results[-1].span))
+        state.reporter.fail("FG224", message, span, f"{len(found)} here", notes=(note,))
     tensors = [as_tensor(state, inner, each, span, "a result") for each in found]
     for tensor, kind, written in zip(tensors, results, block.results, strict=True):
         if tensor.type != kind:
@@ -289,13 +303,15 @@ def _emit_call(
     label = _label(state, call, builder)
     results = instance.results
     kind = results[0] if len(results) == 1 else results
-    node = emit_node(state, scope, call.span, "call", arguments, kind, graph=instance.graph or "", label=label)
+    node = emit_node(
+        state, scope, call.span, "call", arguments, kind, graph=instance.graph or "", label=label
+    )
     origins = _result_origins(results, arguments)
     if len(results) == 1:
         return Tensor(node.name, results[0], origins[0], builder)
     items: list[Value] = []
     for index, (each, origin) in enumerate(zip(results, origins, strict=True)):
-        item = builder.add("item", (node.name,), each, call.span, index=index)
+        item = builder.add("item", (node.name,), each, call.span, {"index": index})
         items.append(Tensor(item.name, each, origin, builder))
     return Several(tuple(items))
 

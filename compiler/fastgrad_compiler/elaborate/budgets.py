@@ -63,7 +63,11 @@ def budget_for(state: State, scope: Scope, model: str) -> Budget | None:
             state.reporter.error("FG232", f"budget for the unknown model `{name}`", item.model.span, "no such model",
                                  help_=(did_you_mean(item.model.text, scope.module.models),))  # fmt: skip
         if name in chosen:
-            at = item.model.span if item.model else Span(item.span.source, item.span.start, item.span.start + 6)
+            at = (
+                item.model.span
+                if item.model
+                else Span(item.span.source, item.span.start, item.span.start + 6)
+            )
             state.reporter.error("FG202", "a second budget for the same model", at, "declared again",
                                  notes=(Note("first here", chosen[name][0].span),))  # fmt: skip
             continue
@@ -95,7 +99,9 @@ def _set(budget: Budget, name: str, value: Scalar) -> Budget:
     number = value if isinstance(value, int | float) else 0
     if name == "near":
         return replace(budget, near=int(number))
-    return replace(budget, output=float(number)) if name == "output" else replace(budget, gradient=float(number))
+    return (
+        replace(budget, output=float(number)) if name == "output" else replace(budget, gradient=float(number))
+    )
 
 
 def _rule(state: State, scope: Scope, at: ast.At) -> BudgetRule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fastgrad_compiler.dim import Dim
@@ -16,11 +16,13 @@ MAX_RANK = 16
 class Builder:
     """The nodes of a graph under construction.
 
-    `reserved` are names that nodes must not take; `labels` are the labels in use in this block instance, shared by the bodies of its
-    repeats; `weights` are the names of all its weights, which no call's label takes.
+    `reserved` are names that nodes must not take; `labels` are the labels in use in this block instance, shared by the
+    bodies of its repeats; `weights` are the names of all its weights, which no call's label takes.
     """
 
-    def __init__(self, reserved: Iterable[str] = (), labels: Iterable[str] = (), weights: Iterable[str] = ()) -> None:
+    def __init__(
+        self, reserved: Iterable[str] = (), labels: Iterable[str] = (), weights: Iterable[str] = ()
+    ) -> None:
         self.nodes: list[Node] = []
         self.inputs: list[Node] = []
         self.labels = set(labels)
@@ -68,15 +70,24 @@ class Builder:
 
     # ------------------------------------------------------------ nodes
 
-    def input(self, name: str, kind: TensorType, origins: tuple[Origin | None, ...], span: Span | None) -> Tensor:
+    def input(
+        self, name: str, kind: TensorType, origins: tuple[Origin | None, ...], span: Span | None
+    ) -> Tensor:
         """An input of the graph; its name is the caller's to keep free."""
         self._used.add(name)
         self.inputs.append(Node(name, "input", type=kind, span=span))
         return Tensor(name, kind, origins, self)
 
-    def add(self, op: str, operands: Sequence[str], kind: Type, span: Span, name: str | None = None,
-            **values: Attribute) -> Node:  # fmt: skip
-        """One more node of a known type."""
+    def add(
+        self,
+        op: str,
+        operands: Sequence[str],
+        kind: Type,
+        span: Span,
+        values: Mapping[str, Attribute],
+        name: str | None = None,
+    ) -> Node:
+        """One more node of a known type, called `name` or after its operation."""
         node_name = self.unique(name or f"_{op}")
         node = Node(node_name, op, tuple(operands), attributes(**values), kind, span=span)
         self._place[node_name] = len(self.nodes)
@@ -101,7 +112,7 @@ def check_size(kind: TensorType) -> None:
 
 
 def trace_origins(shape: Sequence[Dim], operands: Sequence[Tensor]) -> tuple[Origin | None, ...]:
-    """Where the dims of a result came from: the operand's dim of the same size at the same place from the right, else any."""
+    """Where the dims of a result came from: an operand's dim of the same size, at the same place if there is one."""
     found: list[Origin | None] = []
     rank = len(shape)
     for index, dim in enumerate(shape):

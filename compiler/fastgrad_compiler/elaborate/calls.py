@@ -19,7 +19,7 @@ from fastgrad_compiler.graph import Attribute
 from fastgrad_compiler.passes.shape_errors import product
 from fastgrad_grammar import ast
 
-_TENSOR_KINDS = ("tensor", "tensors")
+_TENSORKINDS = ("tensor", "tensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,8 @@ def _apply(
     state: State, scope: Scope, call: ast.Call, operation: Operation, cache: dict[int, Value]
 ) -> Value:
     formals = [
-        Formal(p.name, p.kind in _TENSOR_KINDS, isinstance(p.default, type(NEEDED))) for p in operation.parameters
+        Formal(p.name, p.kind in _TENSORKINDS, isinstance(p.default, type(NEEDED)))
+        for p in operation.parameters
     ]
     given = match_arguments(state.reporter, call, formals, operation.name, rest=operation.rest)
     arguments: dict[str, Any] = {}
@@ -112,7 +113,7 @@ def _apply(
             missing = parameter.kind == "all_axes" or parameter.default is NEEDED
             arguments[parameter.name] = _all_axes(context) if missing else parameter.default
         else:
-            arguments[parameter.name] = _KINDS[parameter.kind](context)
+            arguments[parameter.name] = KINDS[parameter.kind](context)
     return operation.rule(_Emit(state, scope, call), arguments)
 
 
@@ -145,7 +146,9 @@ class _Argument:
         tensor = first if isinstance(first, Tensor) else first[0]
         return len(tensor.type.shape)
 
-    def fail(self, code: str, message: str, expr: ast.Expr, label: str = "", help_: str | None = None) -> NoReturn:
+    def fail(
+        self, code: str, message: str, expr: ast.Expr, label: str = "", help_: str | None = None
+    ) -> NoReturn:
         self.state.reporter.fail(code, message, expr.span, label, help_=(help_,))
 
 
@@ -221,7 +224,9 @@ def _in_range(a: _Argument, expr: ast.Expr, axis: int, rank: int) -> int:
         reach = f"its axes are {-rank} to {rank - 1}" if rank else "it is a scalar"
         first = next(iter(a.before.values()))
         tensor = first if isinstance(first, Tensor) else first[0]
-        a.fail("FG206", f"{a.operation.name} over axis {axis} of {tensor.type}: {reach}", expr, "no such axis")
+        a.fail(
+            "FG206", f"{a.operation.name} over axis {axis} of {tensor.type}: {reach}", expr, "no such axis"
+        )
     return axis if axis < 0 else axis - rank
 
 
@@ -234,7 +239,8 @@ def _named_axis(a: _Argument, expr: ast.Ref) -> int:
     places = [axis for axis in range(-a.rank, 0) if tensor.type.shape[axis] == Dim.of(size)]
     if len(places) != 1:
         why = "has no such dimension" if not places else "has several of that size"
-        a.fail("FG206", f"{a.operation.name} over {expr.name} of {tensor.type}: it {why}", expr, f"{expr.name} is {size}",
+        message = f"{a.operation.name} over {expr.name} of {tensor.type}: it {why}"
+        a.fail("FG206", message, expr, f"{expr.name} is {size}",
                "name the axis by its number, -1 for the last")  # fmt: skip
     return places[0]
 
@@ -266,7 +272,11 @@ def _shape(a: _Argument) -> tuple[Attribute, ...]:
         expressions = list(expressions[0].items)
     found: list[Dim | None] = []
     for expr in expressions:
-        rest = a.operation.name == "reshape" and isinstance(expr, ast.Unary) and expr.span.text.replace(" ", "") == "-1"
+        rest = (
+            a.operation.name == "reshape"
+            and isinstance(expr, ast.Unary)
+            and expr.span.text.replace(" ", "") == "-1"
+        )
         found.append(None if rest else dimension(a.state, a.scope, expr))
     if found.count(None) > 1:
         a.fail("FG207", "reshape infers at most one dimension from -1", expressions[-1])
@@ -282,7 +292,7 @@ def _shape(a: _Argument) -> tuple[Attribute, ...]:
     return tuple(values.normal(left if dim is None else dim) for dim in found)
 
 
-_KINDS: dict[str, Callable[[_Argument], Any]] = {
+KINDS: dict[str, Callable[[_Argument], Any]] = {
     "tensor": _tensor,
     "tensors": _tensors,
     "int": _number,

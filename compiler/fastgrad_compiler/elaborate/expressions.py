@@ -36,7 +36,11 @@ def dimension(state: State, scope: Scope, expr: ast.Expr) -> Dim:
     if isinstance(found, Dim):
         return found
     if isinstance(found, bool) or not isinstance(found, int):
-        whole = f"{values.show(found)} is not a whole number" if isinstance(found, float) else values.describe(found)
+        whole = (
+            f"{values.show(found)} is not a whole number"
+            if isinstance(found, float)
+            else values.describe(found)
+        )
         hint = "divide with // to round down" if isinstance(found, float) else None
         state.reporter.fail("FG217", f"a dimension is an int: {whole}", expr.span, f"{values.show(found)} here",
                             help_=(hint,))  # fmt: skip
@@ -136,7 +140,16 @@ def _unary(state: State, scope: Scope, expr: ast.Unary) -> Value:
         raise Abort from None
 
 
-_TENSOR_OPS = {"@": "matmul", "+": "add", "-": "sub", "*": "mul", "/": "div", "<": "less", "<=": "less_equal", "==": "equal"}
+_TENSOR_OPS = {
+    "@": "matmul",
+    "+": "add",
+    "-": "sub",
+    "*": "mul",
+    "/": "div",
+    "<": "less",
+    "<=": "less_equal",
+    "==": "equal",
+}
 _SWAPPED = {">": "less", ">=": "less_equal"}
 
 
@@ -147,7 +160,9 @@ def _binary(state: State, scope: Scope, expr: ast.Binary) -> Value:
     if isinstance(left, Tensor) or isinstance(right, Tensor) or expr.op == "@":
         return _tensor_binary(state, scope, expr, left, right)
     if isinstance(left, Several) or isinstance(right, Several):
-        state.reporter.fail("FG217", f"`{expr.op}` of {values.describe(left)} and {values.describe(right)}", expr.span)
+        state.reporter.fail(
+            "FG217", f"`{expr.op}` of {values.describe(left)} and {values.describe(right)}", expr.span
+        )
     try:
         return values.binary(expr.op, left, right, scope.multiples)
     except ValueProblem as error:
@@ -202,7 +217,9 @@ def _conditional(state: State, scope: Scope, expr: ast.Conditional) -> Value:
 
 
 def _transpose(state: State, scope: Scope, expr: ast.Transpose) -> Value:
-    operand = as_tensor(state, scope, evaluate(state, scope, expr.operand), expr.operand.span, "what `.T` turns")
+    operand = as_tensor(
+        state, scope, evaluate(state, scope, expr.operand), expr.operand.span, "what `.T` turns"
+    )
     rank = len(operand.type.shape)
     if rank < 2:
         state.reporter.fail("FG205", f"`.T` of {operand.type}: it swaps the last two dimensions", expr.span,
@@ -222,7 +239,9 @@ def _call(state: State, scope: Scope, expr: ast.Call) -> Value:
 
 
 def _index(state: State, scope: Scope, expr: ast.Index) -> Value:
-    tensor = as_tensor(state, scope, evaluate(state, scope, expr.operand), expr.operand.span, "what is indexed")
+    tensor = as_tensor(
+        state, scope, evaluate(state, scope, expr.operand), expr.operand.span, "what is indexed"
+    )
     rank, given = len(tensor.type.shape), sum(not part.ellipsis for part in expr.slices)
     ellipses = len(expr.slices) - given
     if ellipses > 1:

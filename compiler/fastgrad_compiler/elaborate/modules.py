@@ -63,7 +63,9 @@ class _Loader:
         self.reporter = reporter
         self._loaded: dict[Path, Module] = {}
 
-    def module(self, name: str, source: Source, file: ast.File, chain: tuple[tuple[Path, ast.Use | None], ...]) -> Module:
+    def module(
+        self, name: str, source: Source, file: ast.File, chain: tuple[tuple[Path, ast.Use | None], ...]
+    ) -> Module:
         module = Module(name, file.items)
         _declare(module, self.reporter)
         path = Path(source.path).resolve() if not source.path.startswith("<") else None
@@ -91,12 +93,19 @@ class _Loader:
         )
         return None
 
-    def _file(self, use: ast.Use, source: Source, chain: tuple[tuple[Path, ast.Use | None], ...]) -> Module | None:
-        shown = str(Path(source.path).parent / (use.path or "")) if not source.path.startswith("<") else use.path or ""
+    def _file(
+        self, use: ast.Use, source: Source, chain: tuple[tuple[Path, ast.Use | None], ...]
+    ) -> Module | None:
+        shown = (
+            str(Path(source.path).parent / (use.path or ""))
+            if not source.path.startswith("<")
+            else use.path or ""
+        )
         path = Path(shown).resolve()
         places = [place for place, _ in chain]
         if path in places:
-            return self._cycle(use, chain, places.index(path), path)
+            self._cycle(use, chain, places.index(path), path)
+            return None
         if path in self._loaded:
             return self._loaded[path]
         try:
@@ -119,7 +128,11 @@ class _Loader:
         self, use: ast.Use, chain: tuple[tuple[Path, ast.Use | None], ...], start: int, path: Path
     ) -> None:
         names = [place.name for place, _ in chain[start:]] + [path.name]
-        notes = [Note(f"{place.name} is on the cycle by this use", each.span) for place, each in chain[start:] if each]
+        notes = [
+            Note(f"{place.name} is on the cycle by this use", each.span)
+            for place, each in chain[start:]
+            if each
+        ]
         self.reporter.error(
             "FG234", f"files use each other in a cycle: {' -> '.join(names)}", use.span, "closes the cycle",
             notes=notes, help_=("move what both need into a third file",),
@@ -135,7 +148,7 @@ def _declare(module: Module, reporter: Reporter) -> None:
         kind = "block" if isinstance(item, ast.BlockDecl) else _VALUE_KINDS.get(type(item))
         if kind is None:
             continue
-        name: ast.Name = item.name  # type: ignore[union-attr, assignment]  # every kind of the table has a name
+        name: ast.Name = item.name  # type: ignore[union-attr]  # every kind of the table has a name
         first = seen.setdefault((kind, name.text), name.span)
         if first is not name.span:
             _twice(reporter, name, first)
@@ -146,7 +159,11 @@ _VALUE_KINDS: dict[type, str] = {ast.Param: "value", ast.DimDecl: "value"}
 
 def _twice(reporter: Reporter, name: ast.Name, first: Span) -> None:
     reporter.error(
-        "FG202", f"`{name.text}` is declared twice", name.span, "declared again", notes=(Note("first here", first),)
+        "FG202",
+        f"`{name.text}` is declared twice",
+        name.span,
+        "declared again",
+        notes=(Note("first here", first),),
     )
 
 

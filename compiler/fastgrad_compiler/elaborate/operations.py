@@ -2,19 +2,24 @@
 
 Surface of each operation (docs/language.md lists the same); `;` or `,` may stand before the compile-time values:
 
-    reshape(x, (b, n, 4, d / 4))  one entry may be -1; also reshape(x, b, n, 4)     permute(x, (0, 2, 1))   transpose(x, 1, 2)
+    reshape(x, (b, n, 4, d / 4))  one entry may be -1; also reshape(x, b, n, 4)
+    permute(x, (0, 2, 1))  transpose(x, 1, 2)
     unsqueeze(x, axis)  squeeze(x, axis)  broadcast_to(x, (b, n, d))  pad(x, axis, before, after)
     split_heads(x, heads)  merge_heads(x)  repeat_heads(x, times)  patches(image, size)
     concat(x, y, ..., axis = -1)  stack(x, y, ..., axis = 0)  zeros((n, d))  ones((n, d))  full((n, d), 0.5)
     embedding(table, ids)  one_hot(ids, classes)  positions(n)  arange(n)  float(x)  int(x)
-    exp log sqrt rsqrt tanh sigmoid relu gelu silu softplus erf abs of x; min(a, b)  max(a, b)  clamp(x, low, high)
-    where(condition, a, b)  sum mean max min of (x, axis = -1, keepdim = false): an axis, a tuple of axes, all by default
+    exp log sqrt rsqrt tanh sigmoid relu gelu silu softplus erf abs of x
+    min(a, b)  max(a, b)  clamp(x, low, high)
+    where(condition, a, b)
+    sum mean max min of (x, axis = -1, keepdim = false): an axis, a tuple of axes, all by default
     softmax(x, axis = -1)  layer_norm(x, w, b, eps = 1e-5)  rms_norm(x, w, eps = 1e-6)  unit(x)
-    causal(s)  window(s, width)  padding(s, mask)  documents(s, ids)  near_far(local, far; block = w)  assume_bound(s, bound)
-    rotary(x, base = 10000.0)  sinusoid(n, d)  alibi(s, heads)  dropout(x, p)  cross_entropy(logits, targets)  mse(a, b)
+    causal(s)  window(s, width)  padding(s, mask)  documents(s, ids)  assume_bound(s, bound)
+    near_far(local, far; block = w)
+    rotary(x, base = 10000.0)  sinusoid(n, d)  alibi(s, heads)  dropout(x, p)  cross_entropy(logits, targets)
+    mse(a, b)
 
-An axis is a number or the name of a dimension (`mean(x, axis = n)`). sqrt, rsqrt, exp, log, tanh, abs, min, max, int and float of
-compile-time numbers are compile-time numbers.
+An axis is a number or the name of a dimension (`mean(x, axis = n)`). sqrt, rsqrt, exp, log, tanh, abs, min, max, int
+and float of compile-time numbers are compile-time numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ NEEDED = _Needed()
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """`kind`: tensor, int, float, bool, dim, axis, new_axis, axes, all_axes or shape; `least` and `below` limit numbers."""
+    """`kind` is a key of `calls.KINDS`; `least` (at least), `below` and `positive` (above 0) limit numbers."""
 
     name: str
     kind: str
@@ -142,7 +147,9 @@ def _unsqueeze(emit: Emit, a: Arguments) -> Tensor:
 def _squeeze(emit: Emit, a: Arguments) -> Tensor:
     shape = list(a["x"].type.shape)
     if shape[a["axis"]] != Dim.of(1):
-        emit.refuse("FG207", f"squeeze of axis {a['axis']} of {a['x'].type}: its size is {shape[a['axis']]}, not 1")
+        emit.refuse(
+            "FG207", f"squeeze of axis {a['axis']} of {a['x'].type}: its size is {shape[a['axis']]}, not 1"
+        )
     del shape[a["axis"]]
     return emit.node("reshape", a["x"], shape=tuple(shape))
 
@@ -231,7 +238,8 @@ _OPERATIONS = (
               lambda emit, a: emit.node("padding", a["scores"], a["mask"])),
     Operation("documents", (SCORES, Parameter("ids", "tensor")),
               lambda emit, a: emit.node("documents", a["scores"], a["ids"])),
-    Operation("near_far", (Parameter("local", "tensor"), Parameter("far", "tensor"), Parameter("block", "int", least=1)),
+    Operation("near_far",
+              (Parameter("local", "tensor"), Parameter("far", "tensor"), Parameter("block", "int", least=1)),
               lambda emit, a: emit.node("near_far", a["local"], a["far"], block=a["block"])),
     Operation("assume_bound", (SCORES, Parameter("bound", "float", positive=True)),
               lambda emit, a: emit.node("assume_bound", a["scores"], bound=a["bound"])),

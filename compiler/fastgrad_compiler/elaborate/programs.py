@@ -42,7 +42,7 @@ def elaborate(
     """The program of one model of a file: typed graphs, dims, budget, objective.
 
     `model` picks one of several; `params` overrides the file's params by Python values or by command-line texts.
-    Raises TfgError with every diagnostic found: FG1xx (syntax), FG2xx (the file), FG401 to FG405 (`model` and `params`).
+    Raises TfgError with every diagnostic found: FG1xx (syntax), FG2xx (the file), FG401 to FG405 (`model`, `params`).
     """
     with _deep_recursion():
         reporter = Reporter()
@@ -103,7 +103,9 @@ def _pick(reporter: Reporter, main: Module, wanted: str | None) -> ast.BlockDecl
 # ---------------------------------------------------------------- signatures of models and objectives
 
 
-def _tensors(state: State, scope: Scope, parameters: Sequence[ast.TensorParam], builder: Builder) -> list[Tensor] | None:
+def _tensors(
+    state: State, scope: Scope, parameters: Sequence[ast.TensorParam], builder: Builder
+) -> list[Tensor] | None:
     """The inputs of a model or objective; FG211 for dims that are neither params nor declared."""
     found: list[Tensor] = []
     failed = False
@@ -191,7 +193,12 @@ def _objective(state: State, scope: Scope, model: ast.BlockDecl, main: str | Non
 
 
 def _fits(
-    state: State, scope: Scope, item: ast.Objective, tensors: Sequence[Tensor], model: ast.BlockDecl, main: str | None
+    state: State,
+    scope: Scope,
+    item: ast.Objective,
+    tensors: Sequence[Tensor],
+    model: ast.BlockDecl,
+    main: str | None,
 ) -> bool:
     """Whether the objective's first inputs are the model's results; FG231 where the only model does not fit."""
     if main is None:
@@ -234,4 +241,3 @@ def _used_dims(graphs: Sequence[Graph], dims: Mapping[str, DimInfo]) -> tuple[Di
             shape: tuple[Dim, ...] = node.tensor.shape
             names.update(name for dim in shape for name in dim.names)
     return tuple(info for name, info in dims.items() if name in names)
-

@@ -128,7 +128,7 @@ def _join(state: State, scope: Scope, statement: ast.Repeat, bodies: list[_Body]
     carried = list(dict.fromkeys(name for body in bodies for name in body.final))
     if not carried:
         state.reporter.fail("FG227", "the repeat has no effect: its body rebinds no tensor from around it",
-                            statement.span.source and statement.index.span, "nothing is carried",
+                            statement.index.span, "nothing is carried",
                             help_=("rebind a name in it, as in x = layer(x)",))  # fmt: skip
     kept = [name for body in bodies for name in body.captured if name not in carried]
     names = [*carried, *dict.fromkeys(kept)]

@@ -69,7 +69,9 @@ class State:
 def builder_of(state: State, scope: Scope, span: Span) -> None:
     """FG216 where tensors are computed outside of a block."""
     if scope.builder is None:
-        state.reporter.fail("FG216", "a tensor where a compile-time value is needed", span, "computed at run time")
+        state.reporter.fail(
+            "FG216", "a tensor where a compile-time value is needed", span, "computed at run time"
+        )
 
 
 def emit(
@@ -92,11 +94,16 @@ def emit_node(
     assert scope.builder is not None
     if kind is None:
         kind = typed(state, scope, span, op, operands, attributes)
-    return scope.builder.add(op, [tensor.node for tensor in operands], kind, span, **attributes)
+    return scope.builder.add(op, [tensor.node for tensor in operands], kind, span, attributes)
 
 
 def typed(
-    state: State, scope: Scope, span: Span, op: str, operands: Sequence[Tensor], attributes: dict[str, Attribute]
+    state: State,
+    scope: Scope,
+    span: Span,
+    op: str,
+    operands: Sequence[Tensor],
+    attributes: dict[str, Attribute],
 ) -> Type:
     """The type of a result by the shape rules, or a diagnostic."""
     try:

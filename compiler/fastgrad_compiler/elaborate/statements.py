@@ -109,8 +109,8 @@ def _weight(state: State, scope: Scope, statement: ast.Weight | ast.Buffer) -> N
                             "cannot be trained", help_=("declare it as a buffer",))  # fmt: skip
     init = initialiser(state, scope, statement, kind)
     assert scope.builder is not None  # bodies have one
-    node = scope.builder.add(what, (), kind, statement.span, name.text, init=init,
-                             label=scope.builder.label(name.text, weight=True))  # fmt: skip
+    label = scope.builder.label(name.text, weight=True)
+    node = scope.builder.add(what, (), kind, statement.span, {"init": init, "label": label}, name.text)
     origins = tuple([dim_origin(scope, expr, name) for expr in statement.type.dims])
     declared = (name.text, tuple([expr.span.text for expr in statement.type.dims]))
     tensor = Tensor(node.name, kind, origins, scope.builder, declared)

@@ -1,7 +1,7 @@
 """Compile-time values: numbers, truths, texts, `none` and dimensions, and the arithmetic on them.
 
-int / int is an int where it is exact and a float otherwise; ints stay below 2**63. A dimension whose value is known is an int;
-one that is known only at run time stays a `Dim`, which shapes take and conditions do not.
+int / int is an int where it is exact and a float otherwise; ints stay below 2**63. A dimension whose value is known is
+an int; one that is known only at run time stays a `Dim`, which shapes take and conditions do not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastgrad_grammar.source import Span
 if TYPE_CHECKING:
     from fastgrad_compiler.elaborate.builder import Builder
 
-Scalar: TypeAlias = "int | float | bool | str | None | Dim"
+Scalar: TypeAlias = "int | float | bool | str | Dim | None"
 MAX_INT = 2**63 - 1
 MAX_TERMS = 32
 MAX_DEGREE = 16
@@ -149,7 +149,9 @@ def truth(value: Scalar) -> bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, Dim):
-        raise ValueProblem("FG212", f"{value} is known at run time only, a condition is decided at compile time")
+        raise ValueProblem(
+            "FG212", f"{value} is known at run time only, a condition is decided at compile time"
+        )
     hint = "compare it, for instance with != none" if value is None or is_number(value) else None
     raise ValueProblem("FG226", f"a condition is true or false, not {describe(value)}", hint)
 
@@ -221,7 +223,8 @@ def _symbolic(op: str, left: Scalar, right: Scalar, multiples: Mapping[str, int]
     difference = (first - second).constant
     if difference is None:
         raise ValueProblem(
-            "FG212", f"`{left} {op} {right}` is known at run time only, a condition is decided at compile time"
+            "FG212",
+            f"`{left} {op} {right}` is known at run time only, a condition is decided at compile time",
         )
     result: Scalar = {"==": operator.eq, **_NUMBERS}[op](difference, 0)
     return result

@@ -25,7 +25,9 @@ class Blame:
 class ShapeError(Exception):
     """Operands that an operation does not take: `code` is FG2xx, `blame` names the sides, first cause first."""
 
-    def __init__(self, code: str, message: str, blame: Iterable[Blame] = (), help_: Iterable[str] = ()) -> None:
+    def __init__(
+        self, code: str, message: str, blame: Iterable[Blame] = (), help_: Iterable[str] = ()
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
@@ -37,8 +39,8 @@ class ShapeError(Exception):
 class Site:
     """Where a rule is asked: the operation's name, its operands' types and its attributes.
 
-    `declared` is the type that the node states itself (inputs and weights have no other); `multiples` says what run-time dims
-    are multiples of; `graphs` are the graphs that a call can name, their types known.
+    `declared` is the type that the node states itself (inputs and weights have no other); `multiples` says what
+    run-time dims are multiples of; `graphs` are the graphs that a call can name, their types known.
     """
 
     op: str
@@ -103,7 +105,9 @@ def want_rank(site: Site, index: int, least: int, most: int | None = None) -> Te
     return found
 
 
-def want_equal(site: Site, first: tuple[int, int], second: tuple[int, int], what: str, help_: str | None = None) -> None:
+def want_equal(
+    site: Site, first: tuple[int, int], second: tuple[int, int], what: str, help_: str | None = None
+) -> None:
     """The dims at two places (operand, axis) are equal; FG203 with both sides otherwise."""
     one, two = site.tensor(first[0]).shape[first[1]], site.tensor(second[0]).shape[second[1]]
     if one != two:

@@ -1,4 +1,4 @@
-"""Shape rules of everything but attention and calls: shape changes, lookups, arithmetic, reductions, masks, positions."""
+"""Shape rules of single operations: shape changes, lookups, arithmetic, reductions, normalisation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def _reshape(site: Site) -> Type:
     if product(source.shape) != product(shape):
         fail(
             "FG207",
-            f"reshape of {show(source.shape)} to {show(shape)}: {product(source.shape)} elements become {product(shape)}",
+            f"reshape of {show(source.shape)} to {show(shape)}: "
+            f"{product(source.shape)} elements become {product(shape)}",
             Blame(0, None, f"{source} here"),
         )
     return TensorType(source.dtype, shape)
@@ -106,7 +107,9 @@ def _merge_heads(site: Site) -> Type:
 def _repeat_heads(site: Site) -> Type:
     source = want_rank(site, 0, 3)
     *lead, heads, length, width = source.shape
-    return TensorType(source.dtype, (*lead, heads * dim_attribute(site, site.attributes["times"]), length, width))
+    return TensorType(
+        source.dtype, (*lead, heads * dim_attribute(site, site.attributes["times"]), length, width)
+    )
 
 
 def _same_dtype(site: Site) -> str:
@@ -190,7 +193,9 @@ def _pad(site: Site) -> Type:
 def _patches(site: Site) -> Type:
     image, size = want_rank(site, 0, 4, 4), site.integer("size")
     batch, channels, *_ = image.shape
-    rows, columns = (divide(site, axis, size, f"the image does not split into patches of {size}") for axis in (2, 3))
+    rows, columns = (
+        divide(site, axis, size, f"the image does not split into patches of {size}") for axis in (2, 3)
+    )
     return TensorType(image.dtype, (batch, rows * columns, channels * size * size))
 
 
@@ -247,7 +252,9 @@ def _one_hot(site: Site) -> Type:
 
 def _numeric(site: Site, indices: tuple[int, ...]) -> str:
     dtypes = [
-        want_dtype(site, index, "float", "int", help_="convert it with float(x), or choose with where(c, a, b)").dtype
+        want_dtype(
+            site, index, "float", "int", help_="convert it with float(x), or choose with where(c, a, b)"
+        ).dtype
         for index in indices
     ]
     return "float" if "float" in dtypes else "int"
@@ -341,102 +348,10 @@ def _normalise(site: Site) -> Type:
     for index, name in enumerate(("w", "b")[: len(site.inputs) - 1], 1):
         want_dtype(site, index, "float")
         want_rank(site, index, 1, 1)
-        text = f"{site.op} of {show(source.shape)} with {name} of {show(site.tensor(index).shape)}: the last dimensions differ"
+        own = show(site.tensor(index).shape)
+        text = f"{site.op} of {show(source.shape)} with {name} of {own}: the last dimensions differ"
         want_equal(site, (0, -1), (index, -1), text)
     return source
-
-
-# ---------------------------------------------------------------- masks on scores [.., n, m]
-
-
-def _scores(site: Site, square: bool = False) -> TensorType:
-    found = want_dtype(site, 0, "float")
-    want_rank(site, 0, 2)
-    if square:
-        text = f"{site.op} of scores {show(found.shape)}: queries and keys differ in number"
-        want_equal(site, (0, -2), (0, -1), text)
-    return found
-
-
-def _causal(site: Site) -> Type:
-    return _scores(site, square=True)
-
-
-def _window(site: Site) -> Type:
-    return _scores(site)
-
-
-def _padding(site: Site) -> Type:
-    found = _scores(site)
-    want_rank(site, 0, 3)
-    mask = want_dtype(site, 1, "bool", help_="compare it, for instance padding(s, tokens != 0)")
-    want_rank(site, 1, 2, 2)
-    for own, other in ((0, 0), (-1, 1)):
-        text = f"padding of scores {show(found.shape)} by a mask of {show(mask.shape)}"
-        want_equal(site, (0, own), (1, other), text)
-    return found
-
-
-def _documents(site: Site) -> Type:
-    found = _scores(site, square=True)
-    want_rank(site, 0, 3)
-    ids = want_dtype(site, 1, "int")
-    want_rank(site, 1, 2, 2)
-    for own, other in ((0, 0), (-1, 1)):
-        text = f"documents of scores {show(found.shape)} by ids of {show(ids.shape)}"
-        want_equal(site, (0, own), (1, other), text)
-    return found
-
-
-def _near_far(site: Site) -> Type:
-    local, far = _scores(site), want_dtype(site, 1, "float")
-    want_rank(site, 1, len(local.shape), len(local.shape))
-    for axis in range(-len(local.shape), 0):
-        text = f"near_far of {show(local.shape)} and {show(far.shape)}: axis {axis} differs"
-        want_equal(site, (0, axis), (1, axis), text)
-    return local
-
-
-def _alibi(site: Site) -> Type:
-    found = _scores(site)
-    want_rank(site, 0, 3)
-    if found.shape[-3].constant is None:
-        fail("FG212", f"alibi needs a known number of heads, not {found.shape[-3]}",
-             Blame(0, -3, f"{found.shape[-3]} here"))  # fmt: skip
-    return found
-
-
-# ---------------------------------------------------------------- position, other
-
-
-def _rotary(site: Site) -> Type:
-    found = want_dtype(site, 0, "float")
-    want_rank(site, 0, 2)
-    divide(site, -1, 2, "rotary turns pairs of entries")
-    return found
-
-
-def _sinusoid(site: Site) -> Type:
-    return TensorType("float", tuple(dim_attribute(site, site.attributes[name]) for name in ("length", "width")))
-
-
-def _cross_entropy(site: Site) -> Type:
-    logits, targets = want_dtype(site, 0, "float"), want_dtype(site, 1, "int", help_="class ids are ints")
-    want_rank(site, 0, 1)
-    want_rank(site, 1, len(logits.shape) - 1, len(logits.shape) - 1)
-    for axis in range(len(targets.shape)):
-        text = f"cross_entropy of logits {show(logits.shape)} and targets {show(targets.shape)}: axis {axis} differs"
-        want_equal(site, (0, axis), (1, axis), text)
-    return TensorType("float", ())
-
-
-def _mse(site: Site) -> Type:
-    first, second = want_dtype(site, 0, "float"), want_dtype(site, 1, "float")
-    want_rank(site, 1, len(first.shape), len(first.shape))
-    for axis in range(len(first.shape)):
-        text = f"mse of {show(first.shape)} and {show(second.shape)}: axis {axis} differs"
-        want_equal(site, (0, axis), (1, axis), text)
-    return TensorType("float", ())
 
 
 RULES: dict[str, Rule] = {
@@ -470,14 +385,4 @@ RULES: dict[str, Rule] = {
     "softmax": _softmax,
     "layer_norm": _normalise,
     "rms_norm": _normalise,
-    "causal": _causal,
-    "window": _window,
-    "padding": _padding,
-    "documents": _documents,
-    "near_far": _near_far,
-    "alibi": _alibi,
-    "rotary": _rotary,
-    "sinusoid": _sinusoid,
-    "cross_entropy": _cross_entropy,
-    "mse": _mse,
 }

@@ -21,6 +21,7 @@ from fastgrad_compiler.passes.shape_errors import (
     want_equal,
     want_rank,
 )
+from fastgrad_compiler.passes.shape_masks import MASK_RULES
 from fastgrad_compiler.passes.shape_rules import RULES, shape_attribute
 
 __all__ = ["SHAPE", "Blame", "ShapeError", "infer", "infer_node", "infer_shapes"]
@@ -37,13 +38,16 @@ def infer(
 ) -> Type:
     """The type of the result of `op`.
 
-    `declared` is the type that an input, weight or buffer states; `graphs` are the typed graphs that a call or repeat names.
+    `declared` is the type that an input, weight or buffer states; `graphs` are the typed graphs that a call or repeat
+    names.
     Raises ShapeError (codes FG203-FG209, FG212, FG217) where the operands do not fit.
     """
     return SHAPE[op](Site(op, inputs, attributes, multiples or {}, declared, graphs or {}))
 
 
-def infer_node(node: Node, inputs: tuple[Type, ...], multiples: Mapping[str, int], graphs: Mapping[str, Graph]) -> Type:
+def infer_node(
+    node: Node, inputs: tuple[Type, ...], multiples: Mapping[str, int], graphs: Mapping[str, Graph]
+) -> Type:
     """The type of a node whose operands have the types `inputs`."""
     return infer(node.op, inputs, dict(node.attributes), multiples, declared=node.type, graphs=graphs)
 
@@ -71,7 +75,9 @@ def _infer_graph(program: Program, name: str, done: dict[str, Graph]) -> None:
         try:
             types[node.name] = infer_node(node, tuple(types[i] for i in node.inputs), program.multiples, done)
         except ShapeError as error:
-            raise ShapeError(error.code, f"{name}.{node.name}: {error.message}", error.blame, error.help) from None
+            raise ShapeError(
+                error.code, f"{name}.{node.name}: {error.message}", error.blame, error.help
+            ) from None
         nodes.append(replace(node, type=types[node.name]))
     done[name] = replace(graph, nodes=tuple(nodes))
 
@@ -216,6 +222,7 @@ def _attention_backward(site: Site) -> Type:
 
 SHAPE: dict[str, Callable[[Site], Type]] = {
     **RULES,
+    **MASK_RULES,
     **dict.fromkeys(("input", "weight", "buffer"), _declared),
     "constant": _constant,
     "fill": _fill,
