@@ -24,7 +24,10 @@ def polynomial_attention(
     near_k: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Weights p(s), s = scale * q.k; exp(t) where near. q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv], mask [.., m]."""
+    """Weights p(s), s = scale * q.k; exp(t) where near.
+
+    q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv], mask [.., m]; near_q and near_k give t, already scaled.
+    """
     scores = scale * q @ _heads(k, q).mT
     weights = sum(c * scores**power for power, c in enumerate(coefficients))
     assert isinstance(weights, Tensor)

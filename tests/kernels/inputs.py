@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from tests import dense
 
 COEFFICIENTS: dict[int, tuple[float, ...]] = {

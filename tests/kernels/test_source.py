@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fastgrad_compiler.codegen.kernel import (
     RUNTIME_FILES,
     KernelSpec,
@@ -21,7 +22,6 @@ from fastgrad_compiler.codegen.kernel import (
 )
 from fastgrad_compiler.features import blocks, weights
 from fastgrad_compiler.runtime.polynomial_features import monomial_weights
-
 from tests.kernels.inputs import COEFFICIENTS, make_inputs
 
 CASES = [
@@ -29,18 +29,33 @@ CASES = [
     for causal, padding in itertools.product((False, True), repeat=2)
     for near, near_d in ((None, None), (64, None), (64, 5), (7, None), (7, 5))
 ]
-CASES += [KernelSpec(4, 16, tuple(0.3**j for j in range(9))), KernelSpec(200, 8, COEFFICIENTS[2], causal=True)]
+CASES += [
+    KernelSpec(4, 16, tuple(0.3**j for j in range(9))),
+    KernelSpec(200, 8, COEFFICIENTS[2], causal=True),
+]
 LINE_LENGTH = "110"
 
 
 def test_formatter_leaves_the_text_unchanged(tmp_path: Path) -> None:
     for spec in CASES:
         (tmp_path / f"{kernel_name(spec)}.py").write_text(emit_kernel(spec))
-    command = [sys.executable, "-m", "ruff", "format", "--diff", "--isolated", "--line-length", LINE_LENGTH, "."]
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "format",
+        "--diff",
+        "--isolated",
+        "--line-length",
+        LINE_LENGTH,
+        ".",
+    ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     lint = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E,F,W,UP,B,SIM", "."]
-    result = subprocess.run([*lint, "--line-length", LINE_LENGTH], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        [*lint, "--line-length", LINE_LENGTH], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout
 
 
@@ -53,7 +68,8 @@ def test_text_does_not_depend_on_the_process() -> None:
     spec = CASES[4]
     code = (
         "from fastgrad_compiler.codegen.kernel import *;"
-        f"spec = {spec!r}; import hashlib; print(kernel_name(spec), hashlib.sha256(emit_kernel(spec).encode()).hexdigest())"
+        f"spec = {spec!r}; import hashlib;"
+        "print(kernel_name(spec), hashlib.sha256(emit_kernel(spec).encode()).hexdigest())"
     )
     runs = {
         subprocess.run(
@@ -83,7 +99,9 @@ def test_weights_and_blocks_are_those_of_the_compiler(d: int, degree: int) -> No
     module = sys.modules[load_kernel(spec).__module__]
     expected = [(b.level, b.index, *b.source, *b.target) for b in blocks(d, degree)]
     assert list(module.BLOCKS) == expected
-    assert monomial_weights(d, spec.coefficients, expected) == pytest.approx(weights(d, spec.coefficients), rel=1e-15)
+    assert monomial_weights(d, spec.coefficients, expected) == pytest.approx(
+        weights(d, spec.coefficients), rel=1e-15
+    )
 
 
 def test_copies_in_two_packages_share_their_operations(tmp_path: Path) -> None:
@@ -115,7 +133,7 @@ def test_copies_in_two_packages_share_their_operations(tmp_path: Path) -> None:
     ids=str,
 )
 def test_impossible_specifications(options: dict) -> None:
-    with pytest.raises(ValueError, match="an attention kernel needs|near_d"):
+    with pytest.raises(ValueError, match=r"an attention kernel needs|near_d"):
         KernelSpec(**{"d": 2, "dv": 2, "coefficients": COEFFICIENTS[2], **options})
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastgrad_compiler.codegen.kernel import KernelSpec, emit_kernel, kernel_name, load_kernel
-from fastgrad_compiler.runtime.exact_attention import exact_attention
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
+from fastgrad_compiler.codegen.kernel import KernelSpec, emit_kernel, kernel_name, load_kernel
+from fastgrad_compiler.runtime.exact_attention import exact_attention
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_kernel
 
 CAUSAL = KernelSpec(3, 4, COEFFICIENTS[2], causal=True, chunk=4)
@@ -108,7 +109,9 @@ def test_compile_without_graph_breaks(exact_below: int) -> None:
         x = torch.randn(2, n, 12)
         expected, found = layer(x), compiled(x)
         torch.testing.assert_close(found, expected)
-        gradients = [torch.autograd.grad(y.square().sum(), layer.project.weight)[0] for y in (expected, found)]
+        gradients = [
+            torch.autograd.grad(y.square().sum(), layer.project.weight)[0] for y in (expected, found)
+        ]
         torch.testing.assert_close(gradients[1], gradients[0])
 
 
@@ -142,7 +145,7 @@ def test_checkpoint(reentrant: bool) -> None:
 
 
 def test_autocast() -> None:
-    """Projections run in bfloat16, q and k are float32 after `normalize`; the output follows v, weights stay float32."""
+    """Projections run in bfloat16; the output follows v; the weights and their gradients stay float32."""
     layer, x = Layer(), torch.randn(2, 21, 12)
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x)
@@ -173,7 +176,9 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
     try:
         layer, x = Layer(), torch.randn(2, 9, 12)
         expected = torch.autograd.grad(layer(x).square().sum(), layer.project.weight)[0]
-        wrapped = nn.parallel.DistributedDataParallel(layer)  # must outlive the backward pass, which it synchronises
+        wrapped = nn.parallel.DistributedDataParallel(
+            layer
+        )  # must outlive the backward pass, which it synchronises
         wrapped(x).square().sum().backward()
         torch.testing.assert_close(layer.project.weight.grad, expected)
     finally:
@@ -195,7 +200,7 @@ def _train_half(rank: int, store: str, result: str) -> None:
 @pytest.mark.slow
 def test_distributed_data_parallel_of_two(tmp_path: Path) -> None:
     store, result = str(tmp_path / "store"), str(tmp_path / "gradient.pt")
-    torch.multiprocessing.spawn(_train_half, (store, result), nprocs=2)
+    spawn(_train_half, (store, result), nprocs=2)
     layer = Layer()
     x = torch.randn(4, 9, 12, generator=torch.Generator().manual_seed(1))
     layer(x).square().mean().backward()

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from fastgrad_compiler.runtime import attention_op
-
 from tests.kernels.inputs import COEFFICIENTS, make_inputs, run_dense, run_kernel, worst_error
 
 DOUBLE = 1e-11  # float64: sums of some hundred terms of size 1, gradients of size 10

@@ -1,8 +1,8 @@
 """Attention kernels of the torch target: a specification, its emitted source, and the loaded function.
 
-A kernel is what docs/mathematics.md describes in sections 2 to 5, written out for one (d, dv, polynomial, mask, near field):
-constants and block table unrolled, absent cases left out. The text is a Jinja template's, so that what is
-emitted can be read before it is emitted; buffers, checks and the exact fallback are the files of `runtime`.
+A kernel is what docs/mathematics.md describes in sections 2 to 5, written out for one (d, dv, polynomial, mask,
+near field): constants and block table unrolled, absent cases left out. The text is a Jinja template's, so that
+what is emitted can be read before it is emitted; buffers, checks and the exact fallback are files of `runtime`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every attention kernel shares: its inputs' checks, its registration with torch.library, its work buffers' budget."""
+"""What attention kernels share: checks of their inputs, registration with torch.library, a budget of memory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _register(
         )
 
     def setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
-        ctx.save_for_backward(*inputs[:6], *output)  # type: ignore[misc]
+        ctx.save_for_backward(*inputs[:6], *output)  # type: ignore[misc, arg-type]
         ctx.attributes = inputs[6:]  # type: ignore[attr-defined]
 
     def differentiate(
@@ -195,7 +195,10 @@ def row_groups(batch: int, heads: int, row_bytes: int) -> Iterator[tuple[slice, 
 def plan_tiles(
     tile: int, groups: int, window: int, per_query: int, per_row: int, itemsize: int
 ) -> tuple[int, int]:
-    """The tile, halved until a row's work buffers fit, and their bytes: a query has `groups` heads, sees `window` keys."""
+    """The tile, halved until the work buffers of a row fit, and their bytes.
+
+    A token has `groups` queries, and each meets `window` keys one by one.
+    """
     while True:
         queries = groups * tile
         size = itemsize * (queries * (per_query + SCORE_BUFFERS * window) + per_row)

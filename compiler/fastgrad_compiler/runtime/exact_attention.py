@@ -110,7 +110,8 @@ def exact_backward(
     heads = k.shape[1]
     inputs = (q, k, v, near_q, near_k)
     dq, dk, dv, dnear_q, dnear_k = (
-        gradient.new_empty((0,)) if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device) for x in inputs
+        gradient.new_empty((0,)) if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device)
+        for x in inputs
     )
     grouped_dq = dq.unflatten(1, (heads, -1))
     gradient, out = gradient.unflatten(1, (heads, -1)), out.unflatten(1, (heads, -1))
@@ -142,7 +143,7 @@ def exact_backward(
 
 
 class _Block:
-    """Queries [first, last) of some rows, against all keys they may see; q [b, h, G, t, d], k and v [b, h, 1, m, ..]."""
+    """Queries [first, last) of some rows, and all keys they may see; q [b, h, G, t, d], k, v [b, h, 1, m, ..]."""
 
     def __init__(
         self,
@@ -161,7 +162,8 @@ class _Block:
         heads = k.shape[1]
 
         def of_queries(x: Tensor) -> Tensor:
-            return x.unflatten(1, (heads, -1))[self.index].to(dtype)
+            grouped: Tensor = x.unflatten(1, (heads, -1))
+            return grouped[self.index].to(dtype)
 
         def of_keys(x: Tensor) -> Tensor:
             return x[rows][:, :, None, : self.keys].to(dtype)

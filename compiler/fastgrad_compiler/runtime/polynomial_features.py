@@ -237,7 +237,7 @@ def add_tokens(gradient: Tensor, target: Tensor) -> None:
 def near_and_far(
     queries: range, keys: range, block: int, causal: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Two masks (queries, keys): |floor(i/w) - floor(j/w)| <= 1, and its rest, of which a causal one holds the past."""
+    """Masks (queries, keys): |floor(i/w) - floor(j/w)| <= 1, and the rest; only the past of it if causal."""
     own = torch.arange(queries.start, queries.stop, device=device).div_(block, rounding_mode="floor")
     other = torch.arange(keys.start, keys.stop, device=device).div_(block, rounding_mode="floor")
     distance = own[:, None] - other
@@ -249,8 +249,8 @@ def near_and_far(
 def row_maximum(local: Tensor, far: Tensor, out: Tensor) -> None:
     """m (rows, queries, 1) from near logits (rows, queries, keys), -inf where hidden, and the sums of far weights.
 
-    The greatest near logit; at least 0 where there are far weights, so that these stay finite. A row without them may be
-    as far below 0 as it likes, where exp(t) alone would underflow. 0 for a row that sees nothing.
+    The greatest near logit; at least 0 where there are far weights, so that these stay finite. A row without them may
+    be as far below 0 as it likes, where exp(t) alone would underflow. 0 for a row that sees nothing.
     """
     if local.shape[-1]:
         torch.amax(local, -1, keepdim=True, out=out)
