@@ -126,6 +126,7 @@ OPTIONS = [
     {"gain": 2.0, "near": 3},
     {"window": 3},
     {"window": 3, "causal": True, "bias": True},
+    {"gain": 1.5, "bias": True},  # free logits do not see the bias of k
 ]
 
 
