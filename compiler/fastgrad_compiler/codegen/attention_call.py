@@ -1,0 +1,156 @@
+"""Attention as a call: of PyTorch's own function, of the exact one with a near field, or of a kernel.
+
+Those take q [.., H, n, d], k [.., Hk, m, d] and v [.., Hk, m, dv] with the same leading dims; attention in a program may have no
+heads, or keys that are broadcast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastgrad_compiler.codegen.place import Operands, Place
+from fastgrad_compiler.codegen.writer import Expr, attribute, call, index, literal, method
+from fastgrad_compiler.dim import Dim
+from fastgrad_compiler.features import rank
+from fastgrad_compiler.graph import Node
+
+Shape = tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    value: Expr
+    shape: Shape
+
+
+def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
+    """The expression of an `attention` or `poly_attention` node."""
+    roles = node["roles"]
+    assert isinstance(roles, tuple)
+    tensors = [_Tensor(o, place.type(name).shape) for o, name in zip(operands, node.inputs, strict=True)]
+    others = {str(role): tensor for role, tensor in zip(roles, tensors[3:], strict=True)}
+    headless = len(tensors[0].shape) == 2 or (
+        len(tensors[0].shape) == 3 and ("padding" in others or "documents" in others)
+    )
+    lead = tensors[0].shape[:-2] if headless else tensors[0].shape[:-3]
+    q, k, v, *near = (
+        _lifted(place, tensor, lead, headless)
+        for tensor in (*tensors[:3], *(others[role] for role in ("near_q", "near_k") if role in others))
+    )
+    if node.op == "poly_attention" and not place.exact:
+        result = _polynomial(place, node, [q, k, v, *near], _padding(place, others, lead))
+    elif near:
+        result = _exact_near(place, node, [q, k, v, *near], _padding(place, others, lead))
+    else:
+        result = _softmax(place, node, (q, k, v), others)
+    return method(result, "squeeze", len(lead)) if headless else result
+
+
+def _lifted(place: Place, tensor: _Tensor, lead: Shape, headless: bool) -> _Tensor:
+    """With a dim of heads, and the leading dims `lead`."""
+    value, shape = tensor.value, tensor.shape
+    if headless or len(shape) == 2:
+        value = method(value, "unsqueeze", len(shape) - 2)
+        shape = (*shape[:-2], Dim.of(1), *shape[-2:])
+    if shape[:-3] != lead:
+        shape = (*lead, *shape[-3:])
+        value = method(value, "expand", *(place.dim(dim) for dim in shape))
+    return _Tensor(value, shape)
+
+
+def _padding(place: Place, others: dict[str, _Tensor], lead: Shape) -> Expr | None:
+    """The mask as kernels take it: bool [.., m]."""
+    mask = others.get("padding")
+    if mask is None or len(lead) == 1:
+        return mask and mask.value
+    whole = (*lead, mask.shape[-1])
+    spread = index(mask.value, ", ".join([":"] + ["None"] * (len(lead) - 1)))
+    return method(spread, "expand", *(place.dim(dim) for dim in whole))
+
+
+def _polynomial(place: Place, node: Node, tensors: list[_Tensor], mask: Expr | None) -> Expr:
+    coefficients = node["coefficients"]
+    assert isinstance(coefficients, tuple)
+    degree = len(coefficients) - 1
+    monomials = rank(_size(tensors[0].shape[-1]), degree)
+    error = node.get("eps")
+    limit = "" if error is None else f", within {error:.1e} of exp for |s| <= {node['bound']:g}"
+    place.remark(f"a polynomial of degree {degree}, {monomials} monomials{limit}")
+    values = [tensor.value for tensor in tensors]
+    return call(place.kernel(node), *values, mask=mask, exact_below=node.get("break_even") or 0)
+
+
+def _exact_near(place: Place, node: Node, tensors: list[_Tensor], mask: Expr | None) -> Expr:
+    return call(
+        place.exact_kernel(),
+        *(tensor.value for tensor in tensors),
+        mask=mask,
+        scale=_scale(node),
+        causal=True if node["causal"] else None,
+        near=node["near"],
+    )
+
+
+def _softmax(
+    place: Place, node: Node, tensors: tuple[_Tensor, _Tensor, _Tensor], others: dict[str, _Tensor]
+) -> Expr:
+    q, k, v = tensors
+    values = [tensor.value for tensor in tensors]
+    mask = _mask(place, node, tensors, others)
+    extra = _size(v.shape[-1]) - _size(q.shape[-1])
+    if extra:
+        place.remark("columns of zeros change no logit, and PyTorch has fused kernels for equal widths only")
+    for position in (0, 1) if extra > 0 else (2,) if extra < 0 else ():
+        values[position] = call("F.pad", values[position], f"(0, {abs(extra)})")
+    result = call(
+        "F.scaled_dot_product_attention",
+        *values,
+        attn_mask=mask,
+        is_causal=True if node["causal"] and mask is None else None,
+        scale=_scale(node),
+        enable_gqa=True if q.shape[-3] != k.shape[-3] else None,
+    )
+    return index(result, f"..., :{_size(v.shape[-1])}") if extra < 0 else result
+
+
+def _mask(
+    place: Place, node: Node, tensors: tuple[_Tensor, _Tensor, _Tensor], others: dict[str, _Tensor]
+) -> Expr | None:
+    """What attn_mask is: None where `is_causal` says it all."""
+    q, k, _ = tensors
+    heads, n, m = (place.dim(dim) for dim in (q.shape[-3], q.shape[-2], k.shape[-2]))
+    device, width = attribute(q.value, "device") if q.value.is_name else place.device(), len(q.shape)
+    visible: list[Expr] = []
+    if node["window"] is not None:
+        visible.append(call(place.helper("window_mask"), n, m, node["window"], device))
+    if "padding" in others:
+        visible.append(call(place.helper("padding_mask"), others["padding"].value, width))
+    if "documents" in others:
+        visible.append(call(place.helper("document_mask"), others["documents"].value, width))
+    if node["causal"] and (visible or node["alibi"]):
+        visible.insert(0, call(place.helper("causal_mask"), n, m, device))
+    if not visible:
+        return _alibi(place, (heads, n, m), q.value) if node["alibi"] else None
+    mask = place.bind(Expr(" & ".join(map(str, visible)), 0), "visible") if len(visible) > 1 else visible[0]
+    if not node["alibi"]:
+        return mask
+    hidden = Expr(f"~{mask}")
+    return place.bind(method(_alibi(place, (heads, n, m), q.value), "masked_fill", hidden, "-math.inf"), "bias")
+
+
+def _alibi(place: Place, sizes: tuple[Expr, Expr, Expr], like: Expr) -> Expr:
+    return call(place.helper("alibi_bias"), *sizes, like)
+
+
+def _scale(node: Node) -> Expr:
+    scale = node["scale"]
+    assert isinstance(scale, int | float)
+    return literal(float(scale))
+
+
+def _size(dim: Dim) -> int:
+    if dim.constant is None:
+        raise ValueError(f"the width {dim} of an attention is not known when it is compiled")
+    return dim.constant
+
+

@@ -1,0 +1,337 @@
+"""The table TORCH: an operation as a PyTorch expression.
+
+Model code follows the dtype of its weights: constants are Python numbers, and what is made anew is made like a tensor at hand.
+"""
+
+from __future__ import annotations
+
+from fastgrad_compiler.codegen.attention_call import emit_attention
+from fastgrad_compiler.codegen.place import Operands, Place, Rule
+from fastgrad_compiler.codegen.writer import (
+    Expr,
+    attribute,
+    binary,
+    call,
+    index,
+    literal,
+    method,
+    negative,
+    tuple_text,
+)
+from fastgrad_compiler.dim import Dim
+from fastgrad_compiler.graph import Attribute, Node
+
+def _function(function: str) -> Rule:
+    def rule(place: Place, node: Node, operands: Operands) -> Expr:
+        first = _tensor(place, node.inputs[0], operands[0])
+        return call(function, first, *operands[1:])
+
+    return rule
+
+
+def _tensor(place: Place, name: str, operand: Expr) -> Expr:
+    """The operand, as a tensor where it is a number."""
+    if not operand.number:
+        return operand
+    if place.type(name).dtype == "float":
+        return method(place.like(), "new_tensor", operand)
+    return call("torch.tensor", operand, device=place.device())
+
+
+def _arithmetic(operator: str) -> Rule:
+    def rule(place: Place, node: Node, operands: Operands) -> Expr:
+        left, right = operands
+        if node.tensor.dtype == "float":
+            left, right = _floats(place, node, operands)
+        return binary(operator, left, right)
+
+    return rule
+
+
+def _floats(place: Place, node: Node, operands: Operands) -> list[Expr]:
+    """Int tensors as floats where no float tensor is beside them: PyTorch would take its default dtype."""
+    kinds = [place.type(name).dtype for name in node.inputs]
+    tensors = [not operand.number for operand in operands]
+    if any(kind == "float" and is_tensor for kind, is_tensor in zip(kinds, tensors, strict=True)):
+        return list(operands)
+    return [_as_float(place, o) if is_tensor else o for o, is_tensor in zip(operands, tensors, strict=True)]
+
+
+def _as_float(place: Place, operand: Expr) -> Expr:
+    return method(operand, "to", attribute(place.like(), "dtype"))
+
+
+def _extreme(function: str, clamp: str) -> Rule:
+    def rule(place: Place, node: Node, operands: Operands) -> Expr:
+        left, right = operands
+        if right.number:
+            return method(_tensor(place, node.inputs[0], left), clamp, right)
+        if left.number:
+            return method(right, clamp, left)
+        return call(function, left, right)
+
+    return rule
+
+
+def _compare(operator: str) -> Rule:
+    return lambda place, node, operands: binary(
+        operator, _tensor(place, node.inputs[0], operands[0]), operands[1]
+    )
+
+
+def _where(place: Place, node: Node, operands: Operands) -> Expr:
+    condition, then, otherwise = operands
+    if then.number and otherwise.number:
+        then = _tensor(place, node.inputs[1], then)
+    return call("torch.where", _tensor(place, node.inputs[0], condition), then, otherwise)
+
+
+def _cast(place: Place, node: Node, operands: Operands) -> Expr:
+    operand = _tensor(place, node.inputs[0], operands[0])
+    match node["dtype"]:
+        case "float":
+            return _as_float(place, operand)
+        case "int":
+            return method(operand, "long")
+        case _:
+            return method(operand, "bool")
+
+
+def _clamp(place: Place, node: Node, operands: Operands) -> Expr:
+    low, high = (literal(_number(node[key])) for key in ("low", "high"))
+    limits = {
+        key: text for key, text in (("min", low), ("max", high)) if not text.text.endswith("math.inf")
+    }
+    operand = _tensor(place, node.inputs[0], operands[0])
+    return method(operand, "clamp", **limits) if limits else operand
+
+
+def _number(value: Attribute) -> float | int | bool | str | None:
+    assert not isinstance(value, tuple | Dim)
+    return value
+
+
+# ---------------------------------------------------------------- shape
+
+
+def _dims(place: Place, value: Attribute) -> list[Expr]:
+    assert isinstance(value, tuple)
+    return [place.dim(dim) for dim in value]
+
+
+def _reshape(place: Place, node: Node, operands: Operands) -> Expr:
+    return method(operands[0], "reshape", *(_dims(place, node["shape"]) or ["()"]))
+
+
+def _permute(place: Place, node: Node, operands: Operands) -> Expr:
+    axes = node["axes"]
+    assert isinstance(axes, tuple)
+    rank = len(axes)
+    places = [int(str(axis)) % rank for axis in axes]
+    moved = [axis for axis in range(rank) if places[axis] != axis]
+    if moved == [rank - 2, rank - 1]:
+        return attribute(operands[0], "mT")
+    if len(moved) == 2:
+        return method(operands[0], "transpose", *moved)
+    return method(operands[0], "permute", *places) if moved else operands[0]
+
+
+def _split_heads(place: Place, node: Node, operands: Operands) -> Expr:
+    return method(method(operands[0], "unflatten", -1, tuple_text((node["heads"], -1))), "transpose", -3, -2)
+
+
+def _merge_heads(place: Place, node: Node, operands: Operands) -> Expr:
+    return method(method(operands[0], "transpose", -3, -2), "flatten", -2)
+
+
+def _repeat_heads(place: Place, node: Node, operands: Operands) -> Expr:
+    return method(operands[0], "repeat_interleave", place.dim(node["times"]), -3)
+
+
+def _concat(place: Place, node: Node, operands: Operands) -> Expr:
+    return call("torch.cat", tuple_text(operands), node["axis"])
+
+
+def _stack(place: Place, node: Node, operands: Operands) -> Expr:
+    tensors = [_tensor(place, name, o) for name, o in zip(node.inputs, operands, strict=True)]
+    return call("torch.stack", tuple_text(tensors), node["axis"])
+
+
+def _places(place: Place, node: Node, one: str) -> str:
+    """`..., 0:4` for the last axis; what stands at `axis`, and full slices for the axes on its shorter side."""
+    rank = len(place.type(node.inputs[0]).shape)
+    axis = int(str(node["axis"])) % rank
+    if axis < rank - axis:
+        return ", ".join([":"] * axis + [one])
+    return ", ".join(["...", one] + [":"] * (rank - 1 - axis))
+
+
+def _slice(place: Place, node: Node, operands: Operands) -> Expr:
+    start, stop = place.dim(node["start"]), place.dim(node["stop"])
+    complex_bound = not (start.is_name and stop.is_name)
+    one = f"{start} : {stop}" if complex_bound else f"{'' if start.text == '0' else start}:{stop}"
+    return index(operands[0], _places(place, node, one))
+
+
+def _select(place: Place, node: Node, operands: Operands) -> Expr:
+    return index(operands[0], _places(place, node, str(place.dim(node["index"]))))
+
+
+def _pad(place: Place, node: Node, operands: Operands) -> Expr:
+    rank = len(place.type(node.inputs[0]).shape)
+    behind = rank - 1 - int(str(node["axis"])) % rank
+    widths = [literal(0)] * (2 * behind) + [place.dim(node["before"]), place.dim(node["after"])]
+    return call("F.pad", operands[0], tuple_text(widths))
+
+
+def _patches(place: Place, node: Node, operands: Operands) -> Expr:
+    return attribute(call("F.unfold", operands[0], node["size"], stride=node["size"]), "mT")
+
+
+def _broadcast_to(place: Place, node: Node, operands: Operands) -> Expr:
+    return method(_tensor(place, node.inputs[0], operands[0]), "expand", *_dims(place, node["shape"]))
+
+
+# ---------------------------------------------------------------- lookup, reduce, normalise
+
+
+def _fill(place: Place, node: Node, operands: Operands) -> Expr:
+    return method(place.like(), "new_full", tuple_text(_dims(place, node["shape"])), literal(_number(node["value"])))
+
+
+def _arange(place: Place, node: Node, operands: Operands) -> Expr:
+    return call("torch.arange", place.dim(node["stop"]), device=place.device())
+
+
+def _one_hot(place: Place, node: Node, operands: Operands) -> Expr:
+    return _as_float(place, call("F.one_hot", operands[0], place.dim(node["classes"])))
+
+
+def _reduce(name: str) -> Rule:
+    def rule(place: Place, node: Node, operands: Operands) -> Expr:
+        axes = node["axes"]
+        assert isinstance(axes, tuple)
+        if not axes:
+            return operands[0]
+        dims = axes[0] if len(axes) == 1 else tuple_text(axes)
+        return method(operands[0], name, dims, keepdim=True if node["keepdim"] else None)
+
+    return rule
+
+
+def _softmax(place: Place, node: Node, operands: Operands) -> Expr:
+    if place.safe_softmax:
+        return call(place.helper("masked_softmax"), operands[0], node["axis"])
+    return call("F.softmax", operands[0], node["axis"])
+
+
+def _width(place: Place, node: Node) -> str:
+    return tuple_text([place.dim(place.type(node.inputs[0]).shape[-1])])
+
+
+def _layer_norm(place: Place, node: Node, operands: Operands) -> Expr:
+    return call("F.layer_norm", operands[0], _width(place, node), *operands[1:], literal(_number(node["eps"])))
+
+
+def _rms_norm(place: Place, node: Node, operands: Operands) -> Expr:
+    return call("F.rms_norm", operands[0], _width(place, node), operands[1], literal(_number(node["eps"])))
+
+
+# ---------------------------------------------------------------- masks, positions, losses
+
+
+def _mask(place: Place, node: Node, operands: Operands) -> Expr:
+    fill = node.get("fill")
+    given = None if fill is None or fill == float("-inf") else literal(_number(fill))
+    width = [node["width"]] if node.op == "window" else []
+    return call(place.helper(node.op), *operands, *width, fill=given)
+
+
+def _near_far(place: Place, node: Node, operands: Operands) -> Expr:
+    return call(place.helper("near_far"), *operands, node["block"])
+
+
+def _alibi(place: Place, node: Node, operands: Operands) -> Expr:
+    return call(place.helper("alibi"), operands[0])
+
+
+def _rotary(place: Place, node: Node, operands: Operands) -> Expr:
+    inverse = True if node.get("inverse") else None
+    return call(place.helper("rotary"), operands[0], literal(_number(node["base"])), inverse=inverse)
+
+
+def _sinusoid(place: Place, node: Node, operands: Operands) -> Expr:
+    return call(place.helper("sinusoid"), place.dim(node["length"]), place.dim(node["width"]), place.like())
+
+
+def _dropout(place: Place, node: Node, operands: Operands) -> Expr:
+    return call("F.dropout", operands[0], node["p"], "self.training")
+
+
+def _cross_entropy(place: Place, node: Node, operands: Operands) -> Expr:
+    logits, targets = operands
+    if len(place.type(node.inputs[0]).shape) > 2:
+        logits, targets = method(logits, "flatten", 0, -2), method(targets, "flatten")
+    return call("F.cross_entropy", logits, targets)
+
+
+TORCH: dict[str, Rule] = {
+    "reshape": _reshape,
+    "permute": _permute,
+    "split_heads": _split_heads,
+    "merge_heads": _merge_heads,
+    "repeat_heads": _repeat_heads,
+    "concat": _concat,
+    "stack": _stack,
+    "slice": _slice,
+    "select": _select,
+    "pad": _pad,
+    "patches": _patches,
+    "broadcast_to": _broadcast_to,
+    "fill": _fill,
+    "embedding": lambda place, node, operands: call("F.embedding", operands[1], operands[0]),
+    "arange": _arange,
+    "one_hot": _one_hot,
+    "add": _arithmetic("+"),
+    "sub": _arithmetic("-"),
+    "mul": _arithmetic("*"),
+    "div": _arithmetic("/"),
+    "matmul": lambda place, node, operands: binary("@", *operands),
+    "neg": lambda place, node, operands: negative(operands[0]),
+    "minimum": _extreme("torch.minimum", "clamp_max"),
+    "maximum": _extreme("torch.maximum", "clamp_min"),
+    **{name: _function(f"torch.{name}") for name in ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "abs", "erf")},
+    **{name: _function(f"F.{name}") for name in ("relu", "gelu", "silu", "softplus")},
+    "logical_not": _function("torch.logical_not"),
+    "less": _compare("<"),
+    "less_equal": _compare("<="),
+    "equal": _compare("=="),
+    "cast": _cast,
+    "clamp": _clamp,
+    "where": _where,
+    "sum": _reduce("sum"),
+    "mean": _reduce("mean"),
+    "amax": _reduce("amax"),
+    "softmax": _softmax,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "unit": lambda place, node, operands: call("F.normalize", operands[0], dim=-1, eps=literal(1e-6)),
+    **dict.fromkeys(("causal", "window", "padding", "documents"), _mask),
+    "near_far": _near_far,
+    "assume_bound": lambda place, node, operands: operands[0],
+    "rotary": _rotary,
+    "sinusoid": _sinusoid,
+    "alibi": _alibi,
+    "dropout": _dropout,
+    "cross_entropy": _cross_entropy,
+    "mse": _function("F.mse_loss"),
+    "attention": emit_attention,
+    "poly_attention": emit_attention,
+}
+
+# Written by statements, or as part of the expressions that read them.
+STRUCTURE = frozenset({"input", "weight", "buffer", "constant", "call", "repeat", "item"})
+# Only in gradient graphs, which are not emitted: PyTorch differentiates the module.
+DECLINED = frozenset(
+    {"sum_to", "embedding_gradient", "repeat_backward", "weight_gradient", "poly_attention_backward"}
+)

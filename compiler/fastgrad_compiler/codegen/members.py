@@ -1,0 +1,153 @@
+"""What a block's `__init__` makes: parameters, buffers and submodules under the labels of the `.tfg` file.
+
+A label inside a `repeat` stands for one element an iteration: a ModuleList, a ParameterList or a BufferList, or a ModuleDict or
+ParameterDict where some iterations have none; so the keys of the state_dict are the paths of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fastgrad_compiler.codegen.writer import Expr, call, literal, tuple_text
+from fastgrad_compiler.graph import Graph, Node, Program
+
+Run: TypeAlias = "tuple[int, Member | None]"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter, buffer or submodule; `value` is the expression that makes it."""
+
+    kind: str  # "parameter", "buffer" or "module"
+    value: Expr
+    init: str | None = None
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """One element for each iteration of a repeat, None where the iteration has none."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every iteration has an element."""
+        return all(member is not None for _, member in self.runs)
+
+    @property
+    def first(self) -> Leaf | Repeated:
+        """Some element."""
+        return next(member for _, member in self.runs if member is not None)
+
+    @property
+    def kind(self) -> str:
+        """`module` for lists of lists, else the kind of the elements."""
+        return "module" if isinstance(self.first, Repeated) else self.first.kind
+
+
+Member: TypeAlias = Leaf | Repeated
+
+
+def runs_of(node: Node) -> tuple[tuple[str, int], ...]:
+    """The (graph, times) of a repeat."""
+    bodies = node["bodies"]
+    assert isinstance(bodies, tuple)
+    return tuple((str(body[0]), int(str(body[1]))) for body in bodies if isinstance(body, tuple))
+
+
+def members(program: Program, graph: Graph, classes: dict[str, str]) -> dict[str, Member]:
+    """The members of a block by label, in the order of the block; those of its repeats included."""
+    found: dict[str, Member] = {}
+    for node in graph.nodes:
+        if node.op in ("weight", "buffer"):
+            found[str(node["label"])] = _tensor(node)
+        elif node.op == "call":
+            found[str(node["label"])] = Leaf("module", call(classes[str(node["graph"])]))
+        elif node.op == "repeat":
+            found.update(_repeated(program, node, classes))
+    return found
+
+
+def _tensor(node: Node) -> Leaf:
+    shape = tuple(dim.constant for dim in node.tensor.shape)
+    dtype = {"int": "torch.int64", "bool": "torch.bool"}.get(node.tensor.dtype)
+    empty = call("torch.empty", *shape, dtype=dtype) if shape else call("torch.empty", "()", dtype=dtype)
+    value = call("nn.Parameter", empty) if node.op == "weight" else empty
+    kind = "parameter" if node.op == "weight" else "buffer"
+    return Leaf(kind, value, _init_text(node))
+
+
+def _init_text(node: Node) -> str:
+    init = node["init"]
+    assert isinstance(init, tuple)
+    return tuple_text(literal(part) for part in init if isinstance(part, int | float | str))
+
+
+def _repeated(program: Program, node: Node, classes: dict[str, str]) -> dict[str, Member]:
+    bodies = [(members(program, program[name], classes), times) for name, times in runs_of(node)]
+    labels = dict.fromkeys(label for body, _ in bodies for label in body)
+    return {label: Repeated(_merged((times, body.get(label)) for body, times in bodies)) for label in labels}
+
+
+def _merged(runs: Iterator[Run]) -> tuple[Run, ...]:
+    found: list[Run] = []
+    for times, member in runs:
+        if found and found[-1][1] == member:
+            found[-1] = (found[-1][0] + times, member)
+        else:
+            found.append((times, member))
+    return tuple(found)
+
+
+_LISTS = {"module": "nn.ModuleList", "parameter": "nn.ParameterList", "buffer": "BufferList"}
+_DICTS = {"module": "nn.ModuleDict", "parameter": "nn.ParameterDict", "buffer": "BufferDict"}
+
+
+def container(member: Member, depth: int = 0) -> Expr:
+    """The expression that makes a member."""
+    if isinstance(member, Leaf):
+        return member.value
+    if not member.complete:
+        return call(_DICTS[member.kind], "{" + ", ".join(_entries(member, depth)) + "}")
+    if len(member.runs) == 1:
+        return call(_LISTS[member.kind], _generator(*member.runs[0], depth))
+    parts = [
+        f"*({_generator(times, element, depth)})" if times > 1 else str(container(_present(element), depth + 1))
+        for times, element in member.runs
+    ]
+    return call(_LISTS[member.kind], f"[{', '.join(parts)}]")
+
+
+def _generator(times: int, element: Member | None, depth: int) -> str:
+    return f"{container(_present(element), depth + 1)} for _ in range({times})"
+
+
+def _present(element: Member | None) -> Member:
+    assert element is not None
+    return element
+
+
+def _entries(member: Repeated, depth: int) -> Iterator[str]:
+    start = 0
+    for times, element in member.runs:
+        if element is not None:
+            places = [str(start)] if times == 1 else []
+            value = container(element, depth + 1)
+            if places:
+                yield f'"{start}": {value}'
+            else:
+                yield f"**{{str(i): {value} for i in range({start}, {start + times})}}"
+        start += times
+
+
+def leaf_init(member: Member) -> str | None:
+    """How the tensors of a member start, None for modules."""
+    return member.init if isinstance(member, Leaf) else leaf_init(member.first)
+
+
+def uses(member: Member, test: Callable[[Member], bool]) -> bool:
+    """Whether a member or one inside it passes a test."""
+    inner = [element for _, element in member.runs if element is not None] if isinstance(member, Repeated) else []
+    return test(member) or any(uses(element, test) for element in inner)

@@ -1,0 +1,57 @@
+"""Python names for what a program names: classes for blocks, variables for nodes, attributes for labels."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Collection, Iterable
+
+# What the generated module itself uses; a variable of the user's of that name gets an underscore behind it.
+MODULE_NAMES = frozenset({"F", "Tensor", "math", "nn", "torch"})
+LOCAL_NAMES = MODULE_NAMES | {"self", "len", "list", "print", "range", "str", "super", "tuple"}
+CLASS_NAMES = MODULE_NAMES | {"ClassVar", "BufferList", "True", "False", "None"}
+_NUMBERED = re.compile(r"(.+?)_\d+")
+
+
+def class_name(block: str) -> str:
+    """`std.rms_norm` is RmsNorm, `gpt` is Gpt."""
+    parts = block.rpartition(".")[2].split("_")
+    return "".join(part[:1].upper() + part[1:] for part in parts if part) or "Block"
+
+
+def class_names(graphs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """A class name for each (graph, block); the second instance of a block gets a 2 behind its name."""
+    taken: set[str] = set(CLASS_NAMES)
+    found: dict[str, str] = {}
+    for graph, block in graphs:
+        stem = class_name(block)
+        number, name = 1, stem
+        while name in taken:
+            number += 1
+            name = f"{stem}{number}"
+        taken.add(name)
+        found[graph] = name
+    return found
+
+
+def variable(name: str) -> str:
+    """A valid Python identifier close to `name` that hides nothing the module needs."""
+    text = re.sub(r"\W", "_", name.lstrip("_"), flags=re.ASCII) or "value"
+    if text[0].isdigit():
+        text = f"_{text}"
+    return f"{text}_" if keyword.iskeyword(text) or text in LOCAL_NAMES else text
+
+
+def base(name: str, others: Collection[str]) -> str:
+    """The user's name of a node: `x` for `x_2`, where `x` is a node too (a name bound again is numbered)."""
+    found = _NUMBERED.fullmatch(name)
+    return found.group(1) if found and found.group(1) in others else name
+
+
+def unique(stem: str, taken: Collection[str]) -> str:
+    """`stem`, or the first of `stem_2`, `stem_3` ... that is not taken."""
+    number, name = 1, stem
+    while name in taken:
+        number += 1
+        name = f"{stem}_{number}"
+    return name

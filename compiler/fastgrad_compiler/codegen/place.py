@@ -1,0 +1,48 @@
+"""What the rules of TORCH may ask of the block that they write into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
+
+from fastgrad_compiler.codegen.writer import Expr
+from fastgrad_compiler.graph import Attribute, Node, TensorType
+
+Operands: TypeAlias = Sequence[Expr]
+
+
+class Place(Protocol):
+    """A block being written."""
+
+    exact: bool  # every attention is written exact
+    safe_softmax: bool  # rows of scores may be masked as a whole
+
+    def dim(self, value: Attribute) -> Expr:
+        """A dim or an int, over the variables at hand."""
+
+    def helper(self, name: str) -> str:
+        """A function of runtime/functions.py, imported."""
+
+    def type(self, name: str) -> TensorType:
+        """The type of a node."""
+
+    def like(self) -> Expr:
+        """A float tensor at hand, whose dtype and device new tensors take."""
+
+    def device(self) -> Expr:
+        """The device of a tensor at hand."""
+
+    def kernel(self, node: Node) -> str:
+        """The function of the kernel that serves a `poly_attention`, imported."""
+
+    def exact_kernel(self) -> str:
+        """The function of runtime/exact_attention.py, imported."""
+
+    def bind(self, value: Expr, name: str) -> Expr:
+        """A local variable that holds `value`."""
+
+    def remark(self, text: str) -> None:
+        """A comment before the statement."""
+
+
+Rule: TypeAlias = Callable[[Place, Node, Operands], Expr]

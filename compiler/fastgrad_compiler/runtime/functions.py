@@ -1,0 +1,149 @@
+"""What generated modules need beyond PyTorch's own functions: positions, masks on scores, checks of shapes, lists of buffers.
+
+Scores are [.., n, m], queries by keys. Everything is made on the device and in the dtype of its inputs when it is needed, so that
+a model can move, be compiled and be exported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
+    """Raise ValueError unless the shape is `expected`, where a name stands for any size."""
+    shape = tensor.shape
+    fits = len(shape) == len(expected) and all(
+        isinstance(want, str) or size == want for size, want in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {list(shape)}, expected [{', '.join(map(str, expected))}]")
+
+
+def check_dim(name: str, size: int, place: str, at_most: int | None = None, multiple_of: int = 1) -> None:
+    """Raise ValueError where a dim breaks what the file declares of it at `place`."""
+    if at_most is not None and size > at_most:
+        raise ValueError(f"dim {name} is {size}, but {place} declares at most {at_most}")
+    if multiple_of > 1 and size % multiple_of != 0:
+        raise ValueError(f"dim {name} is {size}, but {place} declares a multiple of {multiple_of}")
+
+
+def rotary(x: Tensor, base: float, *, inverse: bool = False) -> Tensor:
+    """Turn the pairs (i, i + d/2) of x [.., n, d] by the angle position * base^(-2i/d); `inverse` turns back."""
+    n, d = x.shape[-2:]
+    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rates = torch.arange(0, d, 2, device=x.device, dtype=precision) * (-math.log(base) / d)
+    angles = torch.arange(n, device=x.device, dtype=precision).unsqueeze(-1) * rates.exp()
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    if inverse:
+        sin = -sin
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+
+
+def sinusoid(length: int, width: int, like: Tensor) -> Tensor:
+    """The positions of Vaswani et al.: [length, width], sines at even places and cosines at odd ones."""
+    precision = torch.float64 if like.dtype == torch.float64 else torch.float32
+    rates = torch.arange(0, width, 2, device=like.device, dtype=precision) * (-math.log(10000.0) / width)
+    angles = torch.arange(length, device=like.device, dtype=precision).unsqueeze(-1) * rates.exp()
+    table = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
+    return table[:, :width].to(like.dtype)
+
+
+def causal_mask(n: int, m: int, device: torch.device) -> Tensor:
+    """bool [n, m]: keys up to the query's own place."""
+    return torch.ones(n, m, dtype=torch.bool, device=device).tril()
+
+
+def window_mask(n: int, m: int, width: int, device: torch.device) -> Tensor:
+    """bool [n, m]: keys less than `width` places away."""
+    return distances(n, m, device) < width
+
+
+def document_mask(ids: Tensor, rank: int) -> Tensor:
+    """bool [b, .., n, n] of that rank: keys of the query's own document; ids [b, n]."""
+    b, n = ids.shape
+    middle = (1,) * (rank - 3)
+    return ids.view(b, *middle, n, 1) == ids.view(b, *middle, 1, n)
+
+
+def padding_mask(mask: Tensor, rank: int) -> Tensor:
+    """bool [b, .., 1, m] of that rank, from a mask [b, m] that is true for a real token."""
+    b, m = mask.shape
+    return mask.view(b, *(1,) * (rank - 2), m)
+
+
+def distances(n: int, m: int, device: torch.device) -> Tensor:
+    """|i - j|: int [n, m]."""
+    return (torch.arange(n, device=device).unsqueeze(-1) - torch.arange(m, device=device)).abs()
+
+
+def alibi_bias(heads: int, n: int, m: int, like: Tensor) -> Tensor:
+    """-slope * |i - j|: [heads, n, m], slope 2^(-8 (h + 1) / heads) for head h."""
+    slopes = torch.exp2(torch.arange(1, heads + 1, device=like.device) * (-8.0 / heads))
+    return -(slopes.view(-1, 1, 1) * distances(n, m, like.device)).to(like.dtype)
+
+
+def causal(scores: Tensor, fill: float = -math.inf) -> Tensor:
+    """Scores of later keys become `fill`."""
+    return scores.masked_fill(~causal_mask(*scores.shape[-2:], scores.device), fill)
+
+
+def window(scores: Tensor, width: int, fill: float = -math.inf) -> Tensor:
+    """Scores of keys `width` or more places away become `fill`."""
+    return scores.masked_fill(~window_mask(*scores.shape[-2:], width, scores.device), fill)
+
+
+def padding(scores: Tensor, mask: Tensor, fill: float = -math.inf) -> Tensor:
+    """Scores of keys whose mask is false become `fill`; scores [b, .., n, m], mask bool [b, m]."""
+    return scores.masked_fill(~padding_mask(mask, scores.ndim), fill)
+
+
+def documents(scores: Tensor, ids: Tensor, fill: float = -math.inf) -> Tensor:
+    """Scores of keys of other documents become `fill`; scores [b, .., n, n], ids int [b, n]."""
+    return scores.masked_fill(~document_mask(ids, scores.ndim), fill)
+
+
+def near_far(local: Tensor, far: Tensor, block: int) -> Tensor:
+    """`local` where the blocks of `block` tokens of query and key are the same or touch, `far` elsewhere."""
+    n, m = local.shape[-2:]
+    queries, keys = (torch.arange(size, device=local.device) // block for size in (n, m))
+    return torch.where((queries.unsqueeze(-1) - keys).abs() <= 1, local, far)
+
+
+def alibi(scores: Tensor) -> Tensor:
+    """Scores [.., h, n, m] with a bias that falls with the distance, at a rate of its own for each head."""
+    return scores + alibi_bias(*scores.shape[-3:], scores)
+
+
+def masked_softmax(scores: Tensor, axis: int) -> Tensor:
+    """Softmax that gives zeros where all scores are -inf."""
+    empty = (scores == -math.inf).all(axis, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(axis).masked_fill(empty, 0.0)
+
+
+class BufferList(nn.Module):
+    """Buffers by position, in the state_dict under `0`, `1` ..."""
+
+    def __init__(self, values: Iterable[Tensor]) -> None:
+        super().__init__()
+        for i, value in enumerate(values):
+            self.register_buffer(str(i), value)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.get_buffer(str(i))
+
+
+class BufferDict(nn.Module):
+    """Buffers by key."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for key, value in values.items():
+            self.register_buffer(key, value)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.get_buffer(key)
