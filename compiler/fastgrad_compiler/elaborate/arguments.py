@@ -11,7 +11,6 @@ from fastgrad_grammar.diagnostics import Note
 from fastgrad_grammar.source import Span
 
 PYTORCH_NAMES = {
-    "dim": "axis",
     "dims": "axes",
     "min": "low",
     "max": "high",
@@ -47,9 +46,7 @@ def match_arguments(
             _keyword(reporter, argument, argument.name, formals, given, what)
             continue
         queue = behind if argument.value_side else front
-        name = next((each for each in queue if each not in given), None)
-        if name is None and rest in queue:
-            name = rest
+        name = next((each for each in queue if each not in given or each == rest), None)
         if name is None:
             _too_many(reporter, call, argument, formals, what)
             continue

@@ -11,7 +11,7 @@ from fastgrad_compiler.elaborate.arguments import Formal, match_arguments
 from fastgrad_compiler.elaborate.builder import Builder, trace_origins
 from fastgrad_compiler.elaborate.calls import call_operation
 from fastgrad_compiler.elaborate.expressions import as_tensor, dimension, evaluate, scalar
-from fastgrad_compiler.elaborate.modules import Module, check_names, suggest_block
+from fastgrad_compiler.elaborate.modules import Module, suggest_block
 from fastgrad_compiler.elaborate.operations import NAMES
 from fastgrad_compiler.elaborate.reporter import Abort, did_you_mean
 from fastgrad_compiler.elaborate.scope import Binding, Scope, walk
@@ -42,6 +42,8 @@ def evaluate_call(state: State, scope: Scope, call: ast.Call) -> Value:
     module = scope.module.uses.get(call.module)
     at = Span(call.span.source, call.span.start, call.span.start + len(call.module))
     if module is None:
+        if call.module in scope.module.broken:
+            raise Abort
         help_ = did_you_mean(call.module, scope.module.uses)
         missing = "add `use std` to the file" if call.module == "std" else help_
         state.reporter.fail(
@@ -234,7 +236,6 @@ def make_graph(state: State, inner: Scope, block: ast.BlockDecl, arguments: Sequ
     """Elaborate a block's body with its dims and values bound in `inner`; `arguments` give types and origins."""
     name = f"{inner.module.name}.{block.name.text}" if inner.module.name else block.name.text
     name = state.graph_name(name)
-    check_names([*(p.name for p in block.tensors), *(p.name for p in block.values)], state.reporter)
     weights = [s.name.text for s in walk(block.body) if isinstance(s, ast.Weight | ast.Buffer)]
     builder = Builder((), (), weights)
     signature = Scope(inner.module, inner.multiples, None, dict(inner.names))
@@ -273,7 +274,8 @@ def _outputs(
     found = value.items if isinstance(value, Several) else (value,)
     span = statement.value.span
     if len(found) != len(results):
-        message = f"`{block.name.text}` returns {len(found)} values, not the declared {len(results)}"
+        count = f"{len(found)} value{'' if len(found) == 1 else 's'}"
+        message = f"`{block.name.text}` returns {count}, not the declared {len(results)}"
         note = Note("declared here", block.results[0].span.to(block.results[-1].span))
         state.reporter.fail("FG224", message, span, f"{len(found)} here", notes=(note,))
     tensors = [as_tensor(state, inner, each, span, "a result") for each in found]
@@ -322,7 +324,7 @@ def _label(state: State, call: ast.Call, builder: Builder) -> str:
     wanted = call.label
     if wanted.text in builder.labels or wanted.text in builder.weights:
         taken = "a weight" if wanted.text in builder.weights else "another call"
-        state.reporter.fail("FG228", f"the label `{wanted.text}` is taken by {taken}", wanted.span, "used again",
+        state.reporter.error("FG228", f"the label `{wanted.text}` is taken by {taken}", wanted.span, "used again",
                             help_=("choose another label: paths are made of labels",))  # fmt: skip
     return builder.label(wanted.text)
 

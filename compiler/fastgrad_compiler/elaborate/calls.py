@@ -240,7 +240,7 @@ def _named_axis(a: _Argument, expr: ast.Ref) -> int:
     if len(places) != 1:
         why = "has no such dimension" if not places else "has several of that size"
         message = f"{a.operation.name} over {expr.name} of {tensor.type}: it {why}"
-        a.fail("FG206", message, expr, f"{expr.name} is {size}",
+        a.fail("FG206", message, expr, "" if str(size) == expr.name else f"{expr.name} is {size}",
                "name the axis by its number, -1 for the last")  # fmt: skip
     return places[0]
 

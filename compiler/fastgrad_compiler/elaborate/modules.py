@@ -18,12 +18,16 @@ from fastgrad_grammar.source import Source, Span
 
 @dataclass(eq=False, slots=True)
 class Module:
-    """One namespace: a file, or the whole standard library. `name` qualifies its graphs (empty for the main file)."""
+    """One namespace: a file, or the whole standard library.
+
+    `name` qualifies its graphs (empty for the main file); `broken` are the uses that could not be loaded.
+    """
 
     name: str
     items: tuple[ast.Item, ...]
     blocks: dict[str, ast.BlockDecl] = field(default_factory=dict)
     uses: dict[str, Module] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
 
     def of(self, kind: type[ast.Item]) -> list[ast.Item]:
         """The items of one kind, in order."""
@@ -77,7 +81,9 @@ class _Loader:
                 self.reporter.error("FG202", f"`{use.name.text}` is used twice", use.name.span, "used again")
                 continue
             found = self._library(use) if use.path is None else self._file(use, source, here)
-            if found is not None:
+            if found is None:
+                module.broken.add(use.name.text)
+            else:
                 module.uses[use.name.text] = found
         return module
 
@@ -145,6 +151,7 @@ def _declare(module: Module, reporter: Reporter) -> None:
     for item in module.items:
         if isinstance(item, ast.BlockDecl):
             module.blocks.setdefault(item.name.text, item)
+            check_names([*(p.name for p in item.tensors), *(p.name for p in item.values)], reporter)
         kind = "block" if isinstance(item, ast.BlockDecl) else _VALUE_KINDS.get(type(item))
         if kind is None:
             continue

@@ -77,8 +77,10 @@ def _bodies(state: State, scope: Scope, statement: ast.Repeat, count: int) -> li
         inner.names[index] = Binding(iteration, statement.index.span, "index", origin)
         before = len(state.reporter.diagnostics)
         run_body(state, inner, statement.body)
-        if len(state.reporter.diagnostics) > before:
-            break
+        if len(state.reporter.diagnostics) > before or any(
+            name in inner.names and isinstance(inner.names[name].value, Failed) for name in changed
+        ):
+            raise Abort
         bodies.append(_Body(builder, inner.captured, _carried(state, scope, inner, statement)))
         stepped = {name: inner.names[name] for name in steps}
         outer.labels |= builder.labels

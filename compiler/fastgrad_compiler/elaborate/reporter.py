@@ -9,7 +9,7 @@ from fastgrad_grammar.diagnostics import Diagnostic, Note, TfgError, nearest
 from fastgrad_grammar.source import Span
 
 MAX_DIAGNOSTICS = 20
-_OF_THE_TEXT = frozenset({"FG201", "FG202", "FG215", "FG223", "FG225", "FG228"})
+_OF_THE_TEXT = frozenset({"FG201", "FG202", "FG215", "FG220", "FG223", "FG225", "FG228"})
 """Codes that no argument of a block's call can cause: where the block was called says nothing."""
 _SHOWN_CALLS = 3
 
@@ -71,7 +71,20 @@ class Reporter:
 
     def stop(self) -> NoReturn:
         """End the run with everything found so far."""
-        raise TfgError(self.diagnostics)
+        raise TfgError(self._in_order())
+
+    def _in_order(self) -> list[Diagnostic]:
+        """File by file as they were first met, each from its top; what has no place comes first."""
+        paths: dict[str, int] = {}
+        for found in self.diagnostics:
+            if found.span is not None:
+                paths.setdefault(found.span.source.path, len(paths))
+        return sorted(
+            self.diagnostics,
+            key=lambda found: (
+                (-1, 0) if found.span is None else (paths[found.span.source.path], found.span.start)
+            ),
+        )
 
     def check(self) -> None:
         """End the run if anything was found."""

@@ -15,7 +15,7 @@ from fastgrad_compiler.passes.shapes import Blame, ShapeError, infer
 from fastgrad_grammar import ast
 from fastgrad_grammar.source import Span
 
-MAX_STEPS = 200_000
+MAX_STEPS = 100_000
 MAX_DEPTH = 64
 MAX_REPEAT = 100_000
 

@@ -33,7 +33,7 @@ def run_body(state: State, scope: Scope, body: Sequence[ast.Statement]) -> tuple
         except Abort:
             bind_failed(scope, statement)
             returned = None
-            if isinstance(statement, ast.Return):
+            if isinstance(statement, ast.Return) and not scope.in_repeat:
                 raise
         if (returned is not None or returns((statement,))) and place + 1 < len(body):
             state.reporter.error(
@@ -46,8 +46,14 @@ def run_body(state: State, scope: Scope, body: Sequence[ast.Statement]) -> tuple
 
 
 def bind_failed(scope: Scope, statement: ast.Statement) -> None:
-    """The names that a failed statement would have bound: reading them says nothing more."""
+    """The names that a failed statement would have bound: reading them says nothing more.
+
+    What a condition or a repeat only rebinds most likely keeps its type, so that it stays as it was.
+    """
+    keep = isinstance(statement, ast.If | ast.Repeat)
     for name, span in assigned((statement,)).items():
+        if keep and name in scope.names:
+            continue
         scope.names[name] = Binding(Failed(), span, "local")
         scope.hidden.pop(name, None)
 

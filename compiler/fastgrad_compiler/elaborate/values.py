@@ -152,7 +152,8 @@ def truth(value: Scalar) -> bool:
         raise ValueProblem(
             "FG212", f"{value} is known at run time only, a condition is decided at compile time"
         )
-    hint = "compare it, for instance with != none" if value is None or is_number(value) else None
+    hint = "compare it, for instance with != 0" if is_number(value) else None
+    hint = "compare it, for instance with != none" if value is None else hint
     raise ValueProblem("FG226", f"a condition is true or false, not {describe(value)}", hint)
 
 

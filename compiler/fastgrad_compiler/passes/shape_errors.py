@@ -22,6 +22,24 @@ class Blame:
     text: str
 
 
+SURFACE: dict[str, str] = {
+    "add": "`+`",
+    "sub": "`-`",
+    "mul": "`*`",
+    "div": "`/`",
+    "neg": "unary minus",
+    "matmul": "`@`",
+    "less": "an order comparison",
+    "less_equal": "an order comparison",
+    "equal": "`==`",
+    "logical_not": "`not`",
+    "amax": "max",
+    "select": "an index",
+    "slice": "a slice",
+}
+"""How the language writes what the graph calls otherwise."""
+
+
 class ShapeError(Exception):
     """Operands that an operation does not take: `code` is FG2xx, `blame` names the sides, first cause first."""
 
@@ -83,7 +101,7 @@ def want_dtype(site: Site, index: int, *dtypes: str, help_: str | None = None) -
             help_ = "convert it with float(x)"
         fail(
             "FG209",
-            f"{site.op} takes a tensor of {' or '.join(dtypes)}, not {found}",
+            f"{SURFACE.get(site.op, site.op)} takes a tensor of {' or '.join(dtypes)}, not {found}",
             Blame(index, None, f"{found} here"),
             help_=help_,
         )
@@ -99,7 +117,7 @@ def want_rank(site: Site, index: int, least: int, most: int | None = None) -> Te
         plural = "" if count in ("1", "at least 1") else "s"
         fail(
             "FG205",
-            f"{site.op} takes a tensor of {count} dimension{plural}, not {found}",
+            f"{SURFACE.get(site.op, site.op)} takes a tensor of {count} dimension{plural}, not {found}",
             Blame(index, None, f"{rank} dimension{'' if rank == 1 else 's'} here"),
         )
     return found
