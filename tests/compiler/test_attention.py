@@ -1,8 +1,8 @@
-"""Recognition of attention: what is the same function becomes one node, whatever its spelling; what is not stays as it is."""
+"""Recognition of attention: what is the same function becomes one node, whatever its spelling; what is not
+stays as it is.
+"""
 
 from __future__ import annotations
-
-import re
 
 import pytest
 import torch
@@ -319,3 +319,118 @@ def test_spelling_is_recognised_and_means_the_same(spelling: str) -> None:
 def test_near_miss_stays_as_it_is(spelling: str) -> None:
     before = program(spelling)
     assert recognise_attention(before) == before
+
+
+def only(spelling: str) -> Node:
+    (node,) = attentions(recognise_attention(program(SPELLINGS.get(spelling, spelling))))
+    return node
+
+
+@pytest.mark.parametrize(
+    ("spelling", "scale"),
+    [
+        ("scale on the scores", 0.3),
+        ("scale on q", 0.3),
+        ("scale on k, before its transposition", 0.3),
+        ("scale on k, behind its transposition", 0.3),
+        ("division by a computed root", 8.0**-0.5),
+        ("scale behind the masks", 0.3),
+        ("both negated", 1.0),
+        ("near and far", 2.0),
+        ("causal, then padding", 1.0),
+    ],
+)
+def test_constant_factors_are_one_scale(spelling: str, scale: float) -> None:
+    assert only(spelling)["scale"] == pytest.approx(scale, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "attribute", "expected"),
+    [
+        ("padding, then causal", "causal", True),
+        ("padding, then causal", "roles", ("padding",)),
+        ("window and documents", "window", 3),
+        ("window and documents", "roles", ("documents",)),
+        ("two windows", "window", 2),
+        ("alibi", "alibi", True),
+        ("near and far", "near", 2),
+        ("near and far", "roles", ("near_q", "near_k")),
+        ("near and far the same", "near", 2),
+        ("near and far the same", "roles", ()),
+        ("near and far", "bound", 2.0),
+        ("a clamp without effect", "bound", 1.0),
+        ("assume_bound outside of the mask", "bound", 60.0),
+        ("assume_bound outside of the mask", "asserted", True),
+        ("scale on q", "bound", None),
+    ],
+)
+def test_node_says_what_was_recognised(spelling: str, attribute: str, expected: object) -> None:
+    assert only(spelling)[attribute] == expected
+
+
+def test_grouped_heads_are_taken_before_their_repetition() -> None:
+    for spelling in ("grouped", "grouped, normalised behind the repetition"):
+        after = recognise_attention(program(SPELLINGS[spelling]))
+        (node,) = attentions(after)
+        assert [after["main"][name].tensor.shape[1].constant for name in node.inputs] == [4, 2, 2]
+
+
+def test_only_the_far_part_must_be_bounded() -> None:
+    """The local logits of `near and far` are free; swapped, the far ones are."""
+    far_is_free = SPELLINGS["near and far"].replace("near_far(%local, %far", "near_far(%far, %local")
+    assert only("near and far")["bound"] == 2.0
+    assert only(far_is_free)["bound"] is None
+
+
+def test_proof_is_that_of_the_far_logits() -> None:
+    proof = only("near and far")["proof"]
+    assert isinstance(proof, tuple)
+    assert [str(line).split(":")[0] for line in proof] == [
+        "rows of qu have norm at most 1",
+        "rows of ku have norm at most 1",
+        "|f| is at most 1",
+        "|far| is at most 2",
+    ]
+
+
+def test_attention_without_a_bound_names_what_is_not_limited() -> None:
+    one_free = HEADS + "%u = unit(%q)\n" + TRANSPOSED + "%s = matmul(%u, %kt)\n" + END
+    assert only("scale on q")["proof"] == ("nothing limits the rows of q", "nothing limits the rows of k")
+    assert only(one_free)["proof"] == ("nothing limits the rows of k",)
+
+
+def test_outer_factor_counts_in_the_bound() -> None:
+    """A bound asserted below a gain is worth the gain times it; the least bound on the way is taken."""
+    gained = (
+        HEADS + SCORES + "%a = assume_bound(%s, bound = 3.0)\n%c = constant(value = -2.0)\n%u = mul(%a, %c)\n"
+    )
+    assert only(gained + END.replace("%s,", "%u,"))["bound"] == 6.0
+    limited = gained + "%w = assume_bound(%u, bound = 4.0)\n"
+    assert only(limited + END.replace("%s,", "%w,"))["bound"] == 4.0
+
+
+def test_name_and_place_are_those_of_the_result() -> None:
+    after = recognise_attention(program(SPELLINGS["without heads"]))
+    (node,) = attentions(after)
+    assert node.name == "y"
+    assert [str(after["main"][name].tensor) for name in node.inputs[:3]] == [
+        "float[b, 1, n, 8]",
+        "float[b, 1, n, 8]",
+        "float[b, 1, n, 3]",
+    ]
+
+
+def test_two_attentions_of_a_graph() -> None:
+    body = HEADS + SCORES + "%p = softmax(%s, axis = -1)\n%a = matmul(%p, %v)\n"
+    body += "%s2 = matmul(%k, %kt)\n%t = causal(%s2)\n%p2 = softmax(%t, axis = -1)\n%y = matmul(%p2, %a)\nreturn %y"
+    before = program(body)
+    after = recognise_attention(before)
+    verify(after, "attention")
+    assert [node.name for node in attentions(after)] == ["a", "y"]
+    torch.testing.assert_close(results(after), results(before), rtol=1e-12, atol=1e-13)
+
+
+def test_weights_stay_though_nothing_reads_them() -> None:
+    """A weight is a key of the state_dict: recognition may not change what a checkpoint holds."""
+    body = HEADS + '%unused = weight(init = ("zeros",), label = "unused") : float[3]\n' + SCORES + END
+    assert "unused" in recognise_attention(program(body))["main"].by_name

@@ -225,7 +225,9 @@ graph double {
 def test_calls_are_followed_with_the_facts_of_each_site() -> None:
     found = prove_bounds(infer_shapes(parse_program(CALLS)))
     first, second, inside = (found["main"]["a"].bound, found["main"]["b"].bound, found["double"]["y"].bound)
-    assert first is not None and second is not None and inside is not None
+    assert first is not None
+    assert second is not None
+    assert inside is not None
     assert close(first, -2, 2, 2)
     assert close(second, -4, 4, 4)
     assert close(inside, -4, 4, 4)  # the join over both sites

@@ -14,7 +14,9 @@ from math import isfinite
 
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import Attribute, Graph, Node, Program
-from fastgrad_compiler.passes.attention_pattern import Masks, Match, Product, factor_of, match, obstacle
+from fastgrad_compiler.passes.attention_factors import factor_of
+from fastgrad_compiler.passes.attention_pattern import Match, match
+from fastgrad_compiler.passes.attention_scores import Masks, Product, obstacle
 from fastgrad_compiler.passes.builder import Builder, Value
 
 _ROWWISE = ("unit", "rotary", "neg")  # what repeating heads commutes with

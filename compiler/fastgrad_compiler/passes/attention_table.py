@@ -5,13 +5,14 @@ them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.flatten import Indices, iterations, path_of, runs
 from fastgrad_compiler.graph import Graph, Node, Program
+from fastgrad_grammar.source import Span
 
 _ATTENTION = ("attention", "poly_attention")
 
@@ -22,7 +23,8 @@ class AttentionEntry:
 
     `full_path` is its calls' labels and its own name; `path` is what users are shown, the calls' labels
     alone where the called graph holds no other attention. `d`, `dv` are the widths of queries and values,
-    None where known at run time only; `queries` and `keys` the two lengths.
+    None where known at run time only; `queries` and `keys` the two lengths; `calls` are the places of the
+    enclosing calls, outermost first.
     """
 
     path: str
@@ -33,6 +35,7 @@ class AttentionEntry:
     dv: int | None
     queries: Dim
     keys: Dim
+    calls: tuple[Span, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def place(self) -> str:
@@ -49,7 +52,7 @@ class AttentionEntry:
 def attention_table(program: Program) -> tuple[AttentionEntry, ...]:
     """Every attention that the model runs, in program order; after `plan` their nodes say what was decided."""
     holders = _Holders(program)
-    return tuple(_entries(program, holders, program.main, (), ()))
+    return tuple(_entries(program, holders, _Where(program.main)))
 
 
 class _Holders:
@@ -72,27 +75,53 @@ class _Holders:
         return node.op in _ATTENTION
 
 
-def _entries(
-    program: Program, holders: _Holders, name: str, scope: tuple[str, ...], indices: Indices
-) -> Iterator[AttentionEntry]:
-    nodes = holders.nodes(name)
-    alone = len(nodes) == 1 and bool(scope) and not indices
+@dataclass(frozen=True)
+class _Where:
+    """A graph as it is run: the labels of the enclosing calls with their places, and the indices of
+    repeats.
+    """
+
+    graph: str
+    scope: tuple[str, ...] = ()
+    calls: tuple[Span, ...] = ()
+    indices: Indices = ()
+
+    def called(self, node: Node) -> _Where:
+        """Inside a call."""
+        scope = (*self.scope, str(node["label"]), *map(str, self.indices))
+        return _Where(str(node["graph"]), scope, (*self.calls, node.span) if node.span else self.calls)
+
+    def repeated(self, body: str, index: int) -> _Where:
+        """Inside an iteration."""
+        return _Where(body, self.scope, self.calls, (*self.indices, index))
+
+
+def _entries(program: Program, holders: _Holders, where: _Where) -> Iterator[AttentionEntry]:
+    nodes = holders.nodes(where.graph)
+    alone = len(nodes) == 1 and bool(where.scope) and not where.indices
     for node in nodes:
         if node.op == "call":
-            inner = (*scope, str(node["label"]), *map(str, indices))
-            yield from _entries(program, holders, str(node["graph"]), inner, ())
+            yield from _entries(program, holders, where.called(node))
         elif node.op == "repeat":
             for index, body in iterations(node):
-                yield from _entries(program, holders, body, scope, (*indices, index))
+                yield from _entries(program, holders, where.repeated(body, index))
         else:
-            full = path_of(scope, node.name, indices)
-            yield _entry(program[name], node, ".".join(scope) if alone else full, full)
+            yield _entry(program[where.graph], node, where, alone)
 
 
-def _entry(graph: Graph, node: Node, path: str, full: str) -> AttentionEntry:
+def _entry(graph: Graph, node: Node, where: _Where, alone: bool) -> AttentionEntry:
     query, key, value = (graph[name].tensor.shape for name in node.inputs[:3])
+    full = path_of(where.scope, node.name, where.indices)
     return AttentionEntry(
-        path, full, graph.name, node, query[-1].constant, value[-1].constant, query[-2], key[-2]
+        path=".".join(where.scope) if alone else full,
+        full_path=full,
+        graph=graph.name,
+        node=node,
+        d=query[-1].constant,
+        dv=value[-1].constant,
+        queries=query[-2],
+        keys=key[-2],
+        calls=where.calls,
     )
 
 

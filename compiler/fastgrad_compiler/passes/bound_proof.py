@@ -76,7 +76,7 @@ def number(value: float) -> str:
 
 def sentence(node: Node, fact: Fact, inputs: tuple[Fact, ...]) -> str:
     """One line of a proof; empty where the step shows nothing that its inputs did not show."""
-    if node.op in ("constant", "fill") or (node.op in _QUIET and _same(fact, inputs)):
+    if node.op in ("constant", "fill") or (_is_quiet(node, inputs) and _same(fact, inputs)):
         return ""
     if node.op == "matmul":
         return _matmul(node, fact, inputs)
@@ -84,13 +84,19 @@ def sentence(node: Node, fact: Fact, inputs: tuple[Fact, ...]) -> str:
     return f"{_claim(node, fact)}: {reason}{place(node)}"
 
 
+def _is_quiet(node: Node, inputs: tuple[Fact, ...]) -> bool:
+    """Whether the operation is of no interest in itself; so is a factor of 1."""
+    one = node.op in ("mul", "div") and inputs[1].low == inputs[1].high == 1
+    return one or node.op in _QUIET or (node.op == "mul" and inputs[0].low == inputs[0].high == 1)
+
+
 def _same(fact: Fact, inputs: tuple[Fact, ...]) -> bool:
-    """The entries of the first input and rows that are no longer or unknown; permuted axes keep their norms in another
-    place.
+    """The entries of the first input and rows that are no longer or unknown; permuted axes keep their norms
+    in another place.
     """
     if not inputs:
         return True
-    source = inputs[0]
+    source = max(inputs, key=lambda each: len(each.norms)) if len(inputs) == 2 else inputs[0]
     rows = max(fact.norms[-1:], default=0.0) <= max(source.norms, default=0.0) or not isfinite(fact.norms[-1])
     return (fact.low, fact.high) == (source.low, source.high) and rows
 
@@ -102,7 +108,9 @@ def _claim(node: Node, fact: Fact) -> str:
     if not isfinite(fact.magnitude):
         return _one_sided(node, fact)
     if fact.low == -fact.high:
-        return f"|{describe(node)}| is at most {number(fact.high)}"
+        name = describe(node)
+        size = f"entries of {name} are at most {number(fact.high)} in size"
+        return size if name.startswith("`") else f"|{name}| is at most {number(fact.high)}"
     return f"{describe(node)} lies in [{number(fact.low)}, {number(fact.high)}]"
 
 

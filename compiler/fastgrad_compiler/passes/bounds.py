@@ -15,7 +15,8 @@ from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import Graph, Node, Program, TensorType
 from fastgrad_compiler.passes.bound_facts import Fact, join, tighten, unknown, widen
 from fastgrad_compiler.passes.bound_proof import sentence
-from fastgrad_compiler.passes.bound_rules import BOUND, DECLINED, MASK_AWARE, Step
+from fastgrad_compiler.passes.bound_rules import BOUND, DECLINED, MASK_AWARE
+from fastgrad_compiler.passes.bound_step import Step
 
 _CONTEXTS = 16  # ways to enter one graph that are told apart; further ones know nothing of their inputs
 _ITERATIONS = 3  # of a carried value before it is widened

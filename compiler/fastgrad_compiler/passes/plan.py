@@ -127,7 +127,8 @@ def _with_shares(outcomes: Mapping[str, Outcome], budget: Budget, sharing: int) 
               if limit is not None]  # fmt: skip
     if not limits:
         return dict(outcomes)
-    note = f"; {' and '.join(limits)} shared equally by {sharing}, layer gains taken as 1: the report measures the whole"
+    shared = f"{' and '.join(limits)} shared equally by {sharing}, layer gains taken as 1"
+    note = f"; {shared}: the report measures the whole"
     return {
         path: replace(each, why=each.why + note) if isinstance(each, Decision) and each.polynomial else each
         for path, each in outcomes.items()
@@ -143,10 +144,7 @@ def _refusals(
         outcome = outcomes[entry.full_path]
         if isinstance(outcome, Refusal):
             grouped.setdefault((outcome, cases[entry.full_path].settings), []).append(entry)
-    return [
-        diagnose(refusal, cases[group[0].full_path], [entry.path for entry in group])
-        for (refusal, _), group in grouped.items()
-    ]
+    return [diagnose(refusal, cases[group[0].full_path], group) for (refusal, _), group in grouped.items()]
 
 
 # ---------------------------------------------------------------- decisions on nodes

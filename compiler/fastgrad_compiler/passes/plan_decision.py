@@ -138,8 +138,8 @@ def decide(case: Case) -> Outcome:
     settings = case.settings
     if settings.exact is not None:
         return Decision("the budget leaves it exact")
-    if settings.asked is None and not case.caps.given:
-        return Decision("no budget asks for an approximation")
+    if settings.degree is None and not case.caps.given:
+        return Decision("no budget asks for an approximation: it sets neither a limit nor a degree")
     blocked = _blocked(case)
     if blocked is not None:
         return blocked
@@ -282,4 +282,4 @@ def _cheaper_exact(case: Case, degree: int, near: int | None) -> str:
     if served <= exact:
         return ""
     even = break_even(d=case.d or 1, dv=case.dv or 1, degree=degree, near=block, causal=causal)
-    return f"exact is cheaper up to n = {even:,} at degree {degree}, and the file allows no more than {max(n, m):,}"
+    return f"exact is cheaper below n = {even:,} at degree {degree}, and the file allows no more than {max(n, m):,}"

@@ -7,21 +7,22 @@ from dataclasses import replace
 
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import BudgetRule
+from fastgrad_compiler.passes.attention_table import AttentionEntry
 from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_decision import Caps, Case, Refusal, search
-from fastgrad_compiler.polynomial import Polynomial, PrecisionError, fit
+from fastgrad_compiler.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
 from fastgrad_grammar.diagnostics import Diagnostic, Note
 
+_USEFUL = 0.1  # largest eps that is recommended where the budget sets none
 _HALVINGS = 24  # of the interval in which the largest feasible bound is sought
 
 
-def diagnose(refusal: Refusal, case: Case, paths: Sequence[str]) -> Diagnostic:
-    """The diagnostic of one refusal for all attentions, by path, that it concerns."""
+def diagnose(refusal: Refusal, case: Case, entries: Sequence[AttentionEntry]) -> Diagnostic:
+    """The diagnostic of one refusal for all attentions that it concerns."""
+    paths = [entry.path for entry in entries]
     rule: BudgetRule | None = getattr(case.settings, refusal.rule, None)
     more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-    notes = []
-    if case.node.span is not None and rule is not None and rule.span is not None:
-        notes.append(Note("the attention is here", case.node.span))
+    notes = _places(entries[0])
     if case.node["bound"] is not None and refusal.code not in ("FG308", "FG309"):
         notes += _range(case)
     return Diagnostic(
@@ -33,6 +34,17 @@ def diagnose(refusal: Refusal, case: Case, paths: Sequence[str]) -> Diagnostic:
     )
 
 
+def _places(entry: AttentionEntry) -> list[Note]:
+    """Where the attention stands and, where that is in the library, the call in the user's file that leads
+    there.
+    """
+    notes = [] if entry.node.span is None else [Note("the attention is here", entry.node.span)]
+    own = [span for span in entry.calls if not span.source.path.startswith("std/")]
+    if notes and own and entry.calls[-1] is not own[-1]:
+        notes.append(Note("which is called from here", own[-1]))
+    return notes
+
+
 def _range(case: Case) -> list[Note]:
     word = "asserted" if case.node["asserted"] else "proved"
     proof = case.node["proof"]
@@ -42,8 +54,8 @@ def _range(case: Case) -> list[Note]:
 
 def _unbounded(refusal: Refusal, case: Case) -> list[str]:
     return [
-        "limit the logits: scores = gain * (unit(q) @ unit(k).T) keeps them within the gain; std.attention(gain = 1.0) does",
-        "limit only distant ones: near_far(q @ k.T, gain * (unit(q) @ unit(k).T); block = 64)",
+        "limit the logits: gain * (unit(q) @ unit(k).T) never exceeds the gain; std.attention(gain = 1.0) does it",
+        "limit only distant ones: near_far(q @ k.T, gain * (unit(q) @ unit(k).T); 64)",
         "or assert a limit that you know: assume_bound(scores, R)",
     ]
 
@@ -51,27 +63,37 @@ def _unbounded(refusal: Refusal, case: Case) -> list[str]:
 def _better_degree(refusal: Refusal, case: Case) -> list[str]:
     """A higher degree, or a smaller range at the pinned one."""
     degree = _degree(case)
-    caps = Caps(relative=case.caps.relative)
-    found, _ = search(replace(case, caps=caps))
-    remedies = []
-    if found is not None and found.degree != degree:
-        found_rank = rank(case.d or 1, found.degree)
-        remedies.append(f"degree {found.degree} does it: eps {number(found.eps)}, rank {found_rank:,}")
+    caps = Caps(relative=case.caps.relative or _USEFUL)
+    remedies: list[str] = []
+    for option in (case, replace(case, settings=replace(case.settings, family=None), family="balanced")):
+        found = search(replace(option, caps=caps))[0] if not remedies else None
+        if found is not None and (found.family, found.degree) != (case.chosen_family, degree):
+            found_rank = rank(case.d or 1, found.degree)
+            family = "" if found.family == case.chosen_family else f" of family {found.family}"
+            remedies.append(
+                f"degree {found.degree}{family} does it: eps {number(found.eps)}, rank {found_rank:,}"
+            )
     if degree is not None:
-        remedies += _smaller_range(case, degree, lambda p: p.eps < 1 and not caps.missed(p))
+        remedies += _smaller_range(case, degree, lambda p: not caps.missed(p))
     return remedies
 
 
 def _positive_degree(refusal: Refusal, case: Case) -> list[str]:
+    """The next higher degree that is positive and says something, or a range on which the pinned one is."""
     degree = _degree(case) or 1
-    even = degree + 1 if degree % 2 else degree
     remedies = []
-    polynomial = _fit(case, even, case.bound)
-    if polynomial is not None and polynomial.positive and rank(case.d or 1, even) <= case.max_rank:
-        remedies.append(
-            f"degree {even} is positive: eps {number(polynomial.eps)}, rank {rank(case.d or 1, even):,}"
-        )
-    return remedies + _smaller_range(case, degree, lambda p: p.eps < 1)
+    for higher in range(degree + 1, MAX_DEGREE + 1):
+        found_rank, polynomial = rank(case.d or 1, higher), _fit(case, higher, case.bound)
+        if (
+            found_rank <= case.max_rank
+            and polynomial is not None
+            and polynomial.positive
+            and polynomial.eps <= _USEFUL
+        ):
+            eps = number(polynomial.eps)
+            remedies.append(f"degree {higher} is positive there: eps {eps}, rank {found_rank:,}")
+            break
+    return remedies + _smaller_range(case, degree, lambda p: p.eps <= _USEFUL)
 
 
 def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
