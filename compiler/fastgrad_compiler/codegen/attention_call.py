@@ -74,8 +74,8 @@ def _polynomial(place: Place, node: Node, tensors: list[_Tensor], mask: Expr | N
     degree = len(coefficients) - 1
     monomials = rank(_size(tensors[0].shape[-1]), degree)
     error = node.get("eps")
-    limit = "" if error is None else f", within {error:.1e} of exp for |s| <= {node['bound']:g}"
-    place.remark(f"a polynomial of degree {degree}, {monomials} monomials{limit}")
+    limit = "" if error is None else f"; relative error at most {error:.1e} where |s| <= {node['bound']:g}"
+    place.remark(f"a polynomial of degree {degree} instead of exp, rank {monomials}{limit}")
     values = [tensor.value for tensor in tensors]
     return call(place.kernel(node), *values, mask=mask, exact_below=node.get("break_even") or 0)
 
@@ -135,7 +135,9 @@ def _mask(
     if not node["alibi"]:
         return mask
     hidden = Expr(f"~{mask}")
-    return place.bind(method(_alibi(place, (heads, n, m), q.value), "masked_fill", hidden, "-math.inf"), "bias")
+    return place.bind(
+        method(_alibi(place, (heads, n, m), q.value), "masked_fill", hidden, "-math.inf"), "bias"
+    )
 
 
 def _alibi(place: Place, sizes: tuple[Expr, Expr, Expr], like: Expr) -> Expr:
@@ -152,5 +154,3 @@ def _size(dim: Dim) -> int:
     if dim.constant is None:
         raise ValueError(f"the width {dim} of an attention is not known when it is compiled")
     return dim.constant
-
-

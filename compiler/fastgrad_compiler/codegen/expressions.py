@@ -21,6 +21,7 @@ from fastgrad_compiler.codegen.writer import (
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import Attribute, Node
 
+
 def _function(function: str) -> Rule:
     def rule(place: Place, node: Node, operands: Operands) -> Expr:
         first = _tensor(place, node.inputs[0], operands[0])
@@ -99,9 +100,7 @@ def _cast(place: Place, node: Node, operands: Operands) -> Expr:
 
 def _clamp(place: Place, node: Node, operands: Operands) -> Expr:
     low, high = (literal(_number(node[key])) for key in ("low", "high"))
-    limits = {
-        key: text for key, text in (("min", low), ("max", high)) if not text.text.endswith("math.inf")
-    }
+    limits = {key: text for key, text in (("min", low), ("max", high)) if not text.text.endswith("math.inf")}
     operand = _tensor(place, node.inputs[0], operands[0])
     return method(operand, "clamp", **limits) if limits else operand
 
@@ -196,7 +195,9 @@ def _broadcast_to(place: Place, node: Node, operands: Operands) -> Expr:
 
 
 def _fill(place: Place, node: Node, operands: Operands) -> Expr:
-    return method(place.like(), "new_full", tuple_text(_dims(place, node["shape"])), literal(_number(node["value"])))
+    return method(
+        place.like(), "new_full", tuple_text(_dims(place, node["shape"])), literal(_number(node["value"]))
+    )
 
 
 def _arange(place: Place, node: Node, operands: Operands) -> Expr:
@@ -230,7 +231,9 @@ def _width(place: Place, node: Node) -> str:
 
 
 def _layer_norm(place: Place, node: Node, operands: Operands) -> Expr:
-    return call("F.layer_norm", operands[0], _width(place, node), *operands[1:], literal(_number(node["eps"])))
+    return call(
+        "F.layer_norm", operands[0], _width(place, node), *operands[1:], literal(_number(node["eps"]))
+    )
 
 
 def _rms_norm(place: Place, node: Node, operands: Operands) -> Expr:
@@ -300,7 +303,10 @@ TORCH: dict[str, Rule] = {
     "neg": lambda place, node, operands: negative(operands[0]),
     "minimum": _extreme("torch.minimum", "clamp_max"),
     "maximum": _extreme("torch.maximum", "clamp_min"),
-    **{name: _function(f"torch.{name}") for name in ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "abs", "erf")},
+    **{
+        name: _function(f"torch.{name}")
+        for name in ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "abs", "erf")
+    },
     **{name: _function(f"F.{name}") for name in ("relu", "gelu", "silu", "softplus")},
     "logical_not": _function("torch.logical_not"),
     "less": _compare("<"),

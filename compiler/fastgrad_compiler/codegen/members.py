@@ -6,7 +6,7 @@ ParameterDict where some iterations have none; so the keys of the state_dict are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,7 +18,7 @@ Run: TypeAlias = "tuple[int, Member | None]"
 
 @dataclass(frozen=True)
 class Leaf:
-    """One parameter, buffer or submodule; `value` is the expression that makes it."""
+    """One parameter, buffer or submodule: the expression that makes it, and how it starts."""
 
     kind: str  # "parameter", "buffer" or "module"
     value: Expr
@@ -43,8 +43,13 @@ class Repeated:
 
     @property
     def kind(self) -> str:
-        """`module` for lists of lists, else the kind of the elements."""
-        return "module" if isinstance(self.first, Repeated) else self.first.kind
+        """A list is a module, whatever it holds."""
+        return "module"
+
+    @property
+    def holds(self) -> str:
+        """The kind of the elements."""
+        return self.first.kind
 
 
 Member: TypeAlias = Leaf | Repeated
@@ -91,7 +96,7 @@ def _repeated(program: Program, node: Node, classes: dict[str, str]) -> dict[str
     return {label: Repeated(_merged((times, body.get(label)) for body, times in bodies)) for label in labels}
 
 
-def _merged(runs: Iterator[Run]) -> tuple[Run, ...]:
+def _merged(runs: Iterable[Run]) -> tuple[Run, ...]:
     found: list[Run] = []
     for times, member in runs:
         if found and found[-1][1] == member:
@@ -110,14 +115,16 @@ def container(member: Member, depth: int = 0) -> Expr:
     if isinstance(member, Leaf):
         return member.value
     if not member.complete:
-        return call(_DICTS[member.kind], "{" + ", ".join(_entries(member, depth)) + "}")
+        return call(_DICTS[member.holds], "{" + ", ".join(_entries(member, depth)) + "}")
     if len(member.runs) == 1:
-        return call(_LISTS[member.kind], _generator(*member.runs[0], depth))
+        return call(_LISTS[member.holds], _generator(*member.runs[0], depth))
     parts = [
-        f"*({_generator(times, element, depth)})" if times > 1 else str(container(_present(element), depth + 1))
+        f"*({_generator(times, element, depth)})"
+        if times > 1
+        else str(container(_present(element), depth + 1))
         for times, element in member.runs
     ]
-    return call(_LISTS[member.kind], f"[{', '.join(parts)}]")
+    return call(_LISTS[member.holds], f"[{', '.join(parts)}]")
 
 
 def _generator(times: int, element: Member | None, depth: int) -> str:
@@ -145,9 +152,3 @@ def _entries(member: Repeated, depth: int) -> Iterator[str]:
 def leaf_init(member: Member) -> str | None:
     """How the tensors of a member start, None for modules."""
     return member.init if isinstance(member, Leaf) else leaf_init(member.first)
-
-
-def uses(member: Member, test: Callable[[Member], bool]) -> bool:
-    """Whether a member or one inside it passes a test."""
-    inner = [element for _, element in member.runs if element is not None] if isinstance(member, Repeated) else []
-    return test(member) or any(uses(element, test) for element in inner)

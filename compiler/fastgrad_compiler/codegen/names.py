@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Collection, Iterable
+from functools import cache
 
 # What the generated module itself uses; a variable of the user's of that name gets an underscore behind it.
 MODULE_NAMES = frozenset({"F", "Tensor", "math", "nn", "torch"})
@@ -40,6 +41,20 @@ def variable(name: str) -> str:
     if text[0].isdigit():
         text = f"_{text}"
     return f"{text}_" if keyword.iskeyword(text) or text in LOCAL_NAMES else text
+
+
+@cache
+def _module_attributes() -> frozenset[str]:
+    from torch import nn
+
+    return frozenset(dir(nn.Module()))
+
+
+def member_access(label: str, kind: str) -> str:
+    """`self.label`; where Python or nn.Module knows another thing by that name, its entry among the members."""
+    if keyword.iskeyword(label) or label in _module_attributes():
+        return f'self._{kind}s["{label}"]'
+    return f"self.{label}"
 
 
 def base(name: str, others: Collection[str]) -> str:

@@ -102,27 +102,27 @@ class Writer:
 
     def __init__(self, indent: int = 0) -> None:
         self.lines: list[str] = []
-        self._indent = indent
+        self.indent = indent
 
     @contextmanager
     def indented(self) -> Iterator[None]:
         """Lines written inside stand one level deeper."""
-        self._indent += 1
+        self.indent += 1
         yield
-        self._indent -= 1
+        self.indent -= 1
 
     def line(self, text: str = "") -> None:
         """One line as it is."""
-        self.lines.append(f"{INDENT * self._indent}{text}" if text else "")
+        self.lines.append(f"{INDENT * self.indent}{text}" if text else "")
 
     def comment(self, text: str) -> None:
         """A comment, cut to the line length."""
-        room = LINE_LENGTH - len(INDENT) * self._indent - 2
+        room = LINE_LENGTH - len(INDENT) * self.indent - 2
         self.line("# " + (text if len(text) <= room else text[: room - 3] + "..."))
 
     def docstring(self, text: str) -> None:
         """A docstring of one paragraph, filled to the line length."""
-        room = LINE_LENGTH - len(INDENT) * self._indent
+        room = LINE_LENGTH - len(INDENT) * self.indent
         text = text.replace("\\", "\\\\").replace('"""', "'''")
         if len(text) + 6 <= room:
             self.line(f'"""{text}"""')
@@ -152,6 +152,19 @@ class Writer:
         else:
             self.line(whole)
 
+    def names(self, prefix: str, entries: Iterable[str], brackets: str = "") -> None:
+        """`prefix` and entries with commas, one a line where they do not fit on one; `brackets` are parentheses then."""
+        items = list(entries)
+        opening, closing = brackets or "()"
+        whole = ", ".join(items)
+        if self._fits(f"{prefix}{brackets[:1]}{whole}{brackets[1:]}"):
+            self.line(f"{prefix}{brackets[:1]}{whole}{brackets[1:]}")
+            return
+        self.line(f"{prefix}{opening}")
+        for item in items:
+            self.line(f"{INDENT}{item},")
+        self.line(closing)
+
     def _broken_call(self, prefix: str, function: str, arguments: tuple[str, ...], suffix: str) -> None:
         self.line(f"{prefix}{function}(")
         joined = INDENT + ", ".join(arguments)
@@ -163,7 +176,7 @@ class Writer:
         self.line(f"){suffix}")
 
     def _fits(self, text: str) -> bool:
-        return len(INDENT) * self._indent + len(text) <= LINE_LENGTH
+        return len(INDENT) * self.indent + len(text) <= LINE_LENGTH
 
     def __str__(self) -> str:
         return "\n".join(self.lines) + "\n"

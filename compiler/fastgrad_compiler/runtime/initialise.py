@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 
 @torch.no_grad()
@@ -61,3 +61,54 @@ INITIALISERS: dict[str, Callable[..., Tensor]] = {
     "constant": constant_,
 }
 """The rules by the first member of a weight's `init`; the other members are the positional arguments."""
+
+
+def initialise(model: nn.Module, seed: int = 0) -> None:
+    """Give every tensor of a generated model its initial value, in place.
+
+    One generator, seeded once, serves what a module holds itself, in the order of its INIT, then its children. Values
+    are drawn in float32 on the CPU, so that every dtype and device starts from the same ones.
+    """
+    _initialise(model, torch.Generator().manual_seed(seed), None)
+
+
+def _initialise(module: nn.Module, generator: Generator, rule: tuple[str | float, ...] | None) -> None:
+    """`rule` is what a list of tensors takes from the class that it is a member of."""
+    rules = getattr(module, "INIT", {})
+    own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    for name in [*(label for label in rules if label in own), *(name for name in own if name not in rules)]:
+        draw(own[name], rules.get(name, rule), generator)
+    for name, child in module.named_children():
+        _initialise(child, generator, rules.get(name, rule))
+
+
+@torch.no_grad()
+def draw(tensor: Tensor, rule: tuple[str | float, ...] | None, generator: Generator) -> None:
+    """Fill a tensor by a rule (name, argument...) of INITIALISERS; TypeError where it has none."""
+    if rule is None:
+        raise TypeError(f"no initial value is known for a tensor of shape {list(tensor.shape)}")
+    kind, *arguments = rule
+    tensor.copy_(INITIALISERS[str(kind)](torch.empty(tensor.shape), *arguments, generator=generator))
+
+
+def initialise(model: nn.Module, seed: int = 0) -> None:
+    """Give a generated model the weights and buffers that its classes' INIT describes, by label.
+
+    One generator, seeded once, serves a module's own tensors in the order of its INIT, then its submodules. Values are
+    drawn in float32 on the CPU and converted: every dtype and device starts from the same ones.
+    """
+    _initialise(model, (), torch.Generator().manual_seed(seed))
+
+
+def _initialise(module: nn.Module, inherited: tuple[object, ...], generator: Generator) -> None:
+    """`inherited` is the rule of a list of weights."""
+    rules: dict[str, tuple[object, ...]] = getattr(module, "INIT", {})
+    own = {**module._parameters, **module._buffers}
+    for label in [label for label in rules if label in own] or own:
+        tensor = own[label]
+        kind, *arguments = rules.get(label, inherited)
+        if tensor is not None:
+            drawn = INITIALISERS[str(kind)](torch.empty(tensor.shape), *arguments, generator=generator)
+            tensor.data.copy_(drawn)
+    for label, child in module.named_children():
+        _initialise(child, rules.get(label, inherited), generator)

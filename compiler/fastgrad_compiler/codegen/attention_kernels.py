@@ -1,0 +1,29 @@
+"""Which kernel serves a `poly_attention`."""
+
+from __future__ import annotations
+
+from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.graph import Graph, Node
+
+
+def kernel_spec(graph: Graph, node: Node) -> KernelSpec:
+    """The kernel that serves a `poly_attention`."""
+    roles = node["roles"]
+    coefficients, near = node["coefficients"], node["near"]
+    assert isinstance(roles, tuple) and isinstance(coefficients, tuple)
+    near_d = None
+    if "near_q" in roles:
+        near_d = graph[node.inputs[3 + roles.index("near_q")]].tensor.shape[-1].constant
+    d, dv = (graph[node.inputs[i]].tensor.shape[-1].constant for i in (0, 2))
+    scale = node["scale"]
+    assert d is not None and dv is not None and isinstance(scale, int | float)
+    return KernelSpec(
+        d=d,
+        dv=dv,
+        coefficients=tuple(float(c) for c in coefficients if isinstance(c, int | float)),
+        causal=bool(node["causal"]),
+        padding="padding" in roles,
+        near=near if isinstance(near, int) else None,
+        near_d=near_d,
+        scale=float(scale),
+    )

@@ -1,0 +1,177 @@
+"""What each graph must be told to make new tensors: run-time dims that no input shows, and a tensor to be like."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from fastgrad_compiler.codegen.members import runs_of
+from fastgrad_compiler.dim import Dim
+from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType
+
+_FLOAT_LIKE = frozenset({"fill", "sinusoid", "one_hot", "cast", "div"})  # made in the model's dtype
+_SHAPED = {
+    "reshape": ("shape",),
+    "broadcast_to": ("shape",),
+    "fill": ("shape",),
+    "slice": ("start", "stop"),
+    "select": ("index",),
+    "pad": ("before", "after"),
+    "arange": ("stop",),
+    "sinusoid": ("length", "width"),
+    "one_hot": ("classes",),
+    "repeat_heads": ("times",),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dim read from an input's shape: `factor` times the size of its `axis`."""
+
+    name: str
+    input: str
+    axis: int
+    factor: Fraction
+
+
+@dataclass(frozen=True)
+class Needs:
+    """`dims`: those that the graph's forward uses, in order of name; `extra`: of those, the ones its caller must give.
+
+    `makes`: whether it makes new tensors; `like`: whether its caller must give one whose dtype and device those take.
+    """
+
+    dims: tuple[str, ...]
+    extra: tuple[str, ...]
+    makes: bool
+    like: bool
+
+
+def sources(graph: Graph) -> dict[str, Source]:
+    """Where each dim that the inputs show is read."""
+    found: dict[str, Source] = {}
+    for node in graph.inputs:
+        for axis, dim in enumerate(node.tensor.shape):
+            if len(dim.terms) == 1 and len(dim.terms[0][0]) == 1:
+                ((name,), coefficient) = dim.terms[0]
+                if name not in found or (found[name].factor != 1 and coefficient == 1):
+                    found[name] = Source(name, node.name, axis, 1 / coefficient)
+    return found
+
+
+def needs(program: Program) -> dict[str, Needs]:
+    """Of every graph that the model and its objective reach."""
+    found: dict[str, Needs] = {}
+    for name in (program.main, program.objective):
+        if name is not None:
+            _visit(program, program[name], found)
+    return found
+
+
+def has_tensor(program: Program, graph: Graph) -> bool:
+    """Whether a float tensor is at hand in the graph: a float input or a weight, its own or of a block that it calls."""
+    return any(node.tensor.dtype == "float" for node in graph.inputs) or weight_path(program, graph) is not None
+
+
+def weight_path(program: Program, graph: Graph, suffix: str = "") -> str | None:
+    """An expression, behind `self.`, for some float weight of the graph."""
+    for node in graph.nodes:
+        if node.op in ("weight", "buffer") and node.tensor.dtype == "float":
+            return f"{node['label']}{suffix}"
+    for node in graph.nodes:
+        inner = None
+        if node.op == "call":
+            inner = weight_path(program, program[str(node["graph"])])
+            inner = inner and f"{node['label']}{suffix}.{inner}"
+        elif node.op == "repeat":
+            inner = weight_path(program, program[runs_of(node)[0][0]], f"{suffix}[0]")
+        if inner:
+            return inner
+    return None
+
+
+def callees(node: Node) -> tuple[str, ...]:
+    """The graphs that a node runs."""
+    if node.op == "call":
+        return (str(node["graph"]),)
+    return tuple(dict.fromkeys(name for name, _ in runs_of(node))) if node.op == "repeat" else ()
+
+
+def reachable(program: Program, root: str) -> list[Graph]:
+    """The graphs that a graph runs and itself, callees first."""
+    found: dict[str, Graph] = {}
+
+    def visit(name: str) -> None:
+        if name in found:
+            return
+        for node in program[name].nodes:
+            for callee in callees(node):
+                visit(callee)
+        found[name] = program[name]
+
+    visit(root)
+    return list(found.values())
+
+
+def _visit(program: Program, graph: Graph, found: dict[str, Needs]) -> Needs:
+    """A repeat's body is written into its owner: it needs what it needs, its inputs show nothing new."""
+    if graph.name in found:
+        return found[graph.name]
+    dims: set[str] = set()
+    makes = False
+    for node in graph.nodes:
+        dims |= {name for dim in _dims(program, graph, node) for name in dim.names}
+        makes = makes or _makes_tensor(graph, node)
+        for callee in callees(node):
+            inner = _visit(program, program[callee], found)
+            dims |= set(inner.dims if node.op == "repeat" else inner.extra)
+            makes = makes or (inner.makes if node.op == "repeat" else inner.like)
+    if graph.name == program.main:
+        dims |= _checked(program, graph)
+    extra = dims - sources(graph).keys()
+    like = makes and not has_tensor(program, graph)
+    found[graph.name] = Needs(tuple(sorted(dims)), tuple(sorted(extra)), makes, like)
+    return found[graph.name]
+
+
+def _checked(program: Program, graph: Graph) -> set[str]:
+    """The dims of the model's inputs that can be wrong: shown twice, or limited by the file."""
+    shown = Counter(name for node in graph.inputs for dim in node.tensor.shape for name in dim.names)
+    limited = {info.name for info in program.dims if info.at_most is not None or info.multiple_of > 1}
+    return {name for name, count in shown.items() if count > 1 or name in limited}
+
+
+def _makes_tensor(graph: Graph, node: Node) -> bool:
+    constants = [name for name in node.inputs if graph[name].op == "constant"]
+    return node.op in _FLOAT_LIKE or node.op == "arange" or bool(constants)
+
+
+def _dims(program: Program, graph: Graph, node: Node) -> Iterator[Dim]:
+    for key in _SHAPED.get(node.op, ()):
+        yield from _of(node[key])
+    if node.op in ("layer_norm", "rms_norm"):
+        yield graph[node.inputs[0]].tensor.shape[-1]
+    if node.op in ("attention", "poly_attention"):
+        yield from _attention_dims(graph, node)
+
+
+def _attention_dims(graph: Graph, node: Node) -> Iterator[Dim]:
+    """Lengths for masks, and leading dims where keys are broadcast."""
+    q, k = (graph[name].tensor for name in node.inputs[:2])
+    if node.op == "attention" and (node["window"] is not None or node["alibi"] or len(node.inputs) > 3):
+        yield q.shape[-2]
+        yield k.shape[-2]
+    others = [graph[name].type for name in node.inputs[1:]]
+    if any(isinstance(other, TensorType) and other.shape[:-3] != q.shape[:-3] for other in others):
+        for name in node.inputs:
+            yield from graph[name].tensor.shape
+
+
+def _of(value: Attribute) -> Iterator[Dim]:
+    if isinstance(value, Dim):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _of(part)
