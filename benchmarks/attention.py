@@ -2,17 +2,20 @@
 
     python benchmarks/attention.py [--json FILE] [--repeats 5] [--quick]
 
-Time: forward and backward, both contenders interleaved in one process, medians. SDPA gets its fast path: is_causal, and q and k
-zero-padded to the width of v, without which it falls back to a kernel that is far slower; the padding is timed.
+Time: forward and backward, both contenders interleaved in one process, medians. SDPA gets its fast path: is_causal,
+and q and k zero-padded to the width of v, without which it falls back to a kernel that is far slower; the padding
+is timed.
 
-Memory: the peak of the resident set in a fresh process for each length (Linux: the high-water mark is reset just before
-the pass), minus what was resident before, minus output and gradients. It sees every allocator, the buffers of the matrix
-library included, which a profiler of PyTorch's allocator does not. Both passes have run once at a small length before.
+Memory: the peak of the resident set in a fresh process for each length (Linux: what the allocator holds unused is
+given back and the high-water mark is reset just before the pass), minus what was resident before, minus output and
+gradients. It sees every allocator, the buffers of the matrix library included, which a profiler of PyTorch's
+allocator does not. A pass at length 2 has loaded the code before; it leaves no buffers of a size to speak of.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import shlex
@@ -24,9 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fastgrad_compiler.codegen.kernel import KernelSpec, choose_chunk, load_kernel
 from torch import Tensor
 from torch.nn.functional import normalize, pad, scaled_dot_product_attention
+
+from fastgrad_compiler.codegen.kernel import KernelSpec, choose_chunk, load_kernel
 
 COEFFICIENTS = {2: (1.0, 1.0, 0.5), 3: (1.0, 1.0, 0.5, 1 / 6), 4: (1.0, 1.0, 0.5, 1 / 6, 1 / 24)}
 HEADS, D, DV = 8, 16, 64
@@ -86,15 +90,15 @@ def compare(contenders: dict[str, Attention], n: int, repeats: int) -> dict[str,
 
 
 def break_even(degree: int, lengths: list[int], repeats: int) -> int | None:
-    """The least of the lengths from which on the kernel is faster than SDPA, forward and backward."""
+    """The first of two neighbouring lengths at which the kernel is faster than SDPA, forward and backward."""
     found = None
     for n in lengths:
         result = compare({"kernel": kernel(degree), "sdpa": sdpa}, n, repeats)
-        if result["kernel"]["total_ms"] >= result["sdpa"]["total_ms"]:
-            found = None
-        elif found is None:
-            found = n
-    return found
+        faster = result["kernel"]["total_ms"] < result["sdpa"]["total_ms"]
+        if faster and found is not None:
+            return found
+        found = n if faster else None
+    return None
 
 
 def resident(field: str) -> int:
@@ -108,8 +112,9 @@ def resident(field: str) -> int:
 def peak_memory(n: int) -> int:
     """Bytes of one pass beyond inputs, output and gradients, in this process; run it in a fresh one."""
     attention = kernel(2)
-    seconds(attention, make_inputs(512))
+    seconds(attention, make_inputs(2))
     q, k, v, cotangent = make_inputs(n)
+    ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     out = attention(q, k, v)
@@ -130,11 +135,11 @@ def measure(repeats: int, threads: int, quick: bool) -> dict[str, object]:
     memory_lengths = [4096, 16384] if quick else [4096, 16384, 65536]
     contenders = {"degree 2": kernel(2), "degree 2, near 64": kernel(2, near=64), "sdpa": sdpa}
     time_table = {n: compare(contenders, n, repeats) for n in lengths}
-    scales = {2: 128, 3: 1024, 4: 4096}  # where to look for the break-even, in steps of a quarter octave
+    scales = {2: 128, 3: 1024, 4: 6144}  # where to look for the break-even, in steps of a quarter octave
     even = {}
     for degree, first in scales.items():
-        candidates = [round(first * 2 ** (step / 4)) for step in range(2, 12)]
-        even[degree] = None if quick else break_even(degree, candidates, max(1, repeats // 2))
+        candidates = [round(first * 2 ** (step / 4)) for step in range(2, 16)]
+        even[degree] = None if quick else break_even(degree, candidates, max(1, 3 * repeats if degree == 2 else repeats // 2))
     return {
         "command": shlex.join(["python", *sys.argv]),
         "machine": platform.processor() or platform.machine(),
