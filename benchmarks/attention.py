@@ -139,7 +139,11 @@ def measure(repeats: int, threads: int, quick: bool) -> dict[str, object]:
     even = {}
     for degree, first in scales.items():
         candidates = [round(first * 2 ** (step / 4)) for step in range(2, 16)]
-        even[degree] = None if quick else break_even(degree, candidates, max(1, 3 * repeats if degree == 2 else repeats // 2))
+        even[degree] = (
+            None
+            if quick
+            else break_even(degree, candidates, max(1, 3 * repeats if degree == 2 else repeats // 2))
+        )
     return {
         "command": shlex.join(["python", *sys.argv]),
         "machine": platform.processor() or platform.machine(),
