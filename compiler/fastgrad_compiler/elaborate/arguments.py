@@ -11,6 +11,7 @@ from fastgrad_grammar.diagnostics import Note
 from fastgrad_grammar.source import Span
 
 PYTORCH_NAMES = {
+    "dim": "axis",
     "dims": "axes",
     "min": "low",
     "max": "high",

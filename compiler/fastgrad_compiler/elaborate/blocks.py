@@ -234,10 +234,11 @@ def _known(scope: Scope, name: str) -> Scalar:
 
 def make_graph(state: State, inner: Scope, block: ast.BlockDecl, arguments: Sequence[Tensor]) -> Instance:
     """Elaborate a block's body with its dims and values bound in `inner`; `arguments` give types and origins."""
+    state.step(block.span, 5)  # a graph is more work than a statement
     name = f"{inner.module.name}.{block.name.text}" if inner.module.name else block.name.text
     name = state.graph_name(name)
     weights = [s.name.text for s in walk(block.body) if isinstance(s, ast.Weight | ast.Buffer)]
-    builder = Builder((), (), weights)
+    builder = Builder(weights=weights)
     signature = Scope(inner.module, inner.multiples, None, dict(inner.names))
     results = tuple([tensor_type(state, signature, result) for result in block.results])
     inner.builder = builder

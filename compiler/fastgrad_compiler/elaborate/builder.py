@@ -13,6 +13,47 @@ from fastgrad_grammar.source import Span
 MAX_RANK = 16
 
 
+class UniqueNames:
+    """Names in use; a wanted name that is taken gets `_2`, `_3` ..."""
+
+    def __init__(self, used: Iterable[str] = ()) -> None:
+        self._used = set(used)
+        self._count: dict[str, int] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._used
+
+    def add(self, name: str) -> None:
+        """Mark a name as used."""
+        self._used.add(name)
+
+    def free(self, name: str) -> None:
+        """Give a name back."""
+        self._used.discard(name)
+
+    def take(self, wanted: str, avoid: frozenset[str] = frozenset()) -> str:
+        """`wanted`, or the first `wanted_2`, `wanted_3` ... that is neither used nor to avoid."""
+        if wanted not in self._used and wanted not in avoid:
+            self._used.add(wanted)
+            return wanted
+        count = self._count.get(wanted, 1) + 1
+        while f"{wanted}_{count}" in self._used or f"{wanted}_{count}" in avoid:
+            count += 1
+        self._count[wanted] = count
+        self._used.add(f"{wanted}_{count}")
+        return f"{wanted}_{count}"
+
+    def copy(self) -> UniqueNames:
+        """The same names, to go on from."""
+        other = UniqueNames(self._used)
+        other._count = dict(self._count)
+        return other
+
+    def merge(self, other: UniqueNames) -> None:
+        """Take over the names of another."""
+        self._used |= other._used
+
+
 class Builder:
     """The nodes of a graph under construction.
 
@@ -21,38 +62,20 @@ class Builder:
     """
 
     def __init__(
-        self, reserved: Iterable[str] = (), labels: Iterable[str] = (), weights: Iterable[str] = ()
+        self, reserved: Iterable[str] = (), labels: UniqueNames | None = None, weights: Iterable[str] = ()
     ) -> None:
         self.nodes: list[Node] = []
         self.inputs: list[Node] = []
-        self.labels = set(labels)
+        self.labels = UniqueNames() if labels is None else labels
         self.weights = frozenset(weights)
-        self._used = set(reserved)
+        self._names = UniqueNames(reserved)
         self._place: dict[str, int] = {}
-        self._count: dict[str, int] = {}
 
     # ------------------------------------------------------------ names
 
-    def unique(self, name: str) -> str:
-        """`name`, or `name_2`, `name_3` ... where it is taken."""
-        if name not in self._used:
-            self._used.add(name)
-            return name
-        count = self._count.get(name, 1) + 1
-        while f"{name}_{count}" in self._used:
-            count += 1
-        self._count[name] = count
-        self._used.add(f"{name}_{count}")
-        return f"{name}_{count}"
-
     def label(self, wanted: str, *, weight: bool = False) -> str:
-        """A label that is not in use yet: `wanted`, or `wanted_2`, `wanted_3` ..."""
-        label, count = wanted, 1
-        while label in self.labels or (not weight and label in self.weights):
-            count += 1
-            label = f"{wanted}_{count}"
-        self.labels.add(label)
-        return label
+        """A label that is not in use yet: `wanted`, or `wanted_2`, `wanted_3` ...; calls avoid weights' names."""
+        return self.labels.take(wanted, frozenset() if weight else self.weights)
 
     def rename(self, tensor: Tensor, name: str) -> Tensor:
         """Give a fresh temporary the user's name; what already has a name keeps it."""
@@ -61,9 +84,9 @@ class Builder:
         place = self._place[tensor.node]
         if place < len(self.nodes) - 1 and self.nodes[place].op != "item":
             return tensor
-        new = self.unique(name)
+        new = self._names.take(name)
         self.nodes[place] = replace(self.nodes[place], name=new)
-        self._used.discard(tensor.node)
+        self._names.free(tensor.node)
         del self._place[tensor.node]
         self._place[new] = place
         return replace(tensor, node=new)
@@ -74,7 +97,7 @@ class Builder:
         self, name: str, kind: TensorType, origins: tuple[Origin | None, ...], span: Span | None
     ) -> Tensor:
         """An input of the graph; its name is the caller's to keep free."""
-        self._used.add(name)
+        self._names.add(name)
         self.inputs.append(Node(name, "input", type=kind, span=span))
         return Tensor(name, kind, origins, self)
 
@@ -88,7 +111,7 @@ class Builder:
         name: str | None = None,
     ) -> Node:
         """One more node of a known type, called `name` or after its operation."""
-        node_name = self.unique(name or f"_{op}")
+        node_name = self._names.take(name or f"_{op}")
         node = Node(node_name, op, tuple(operands), attributes(**values), kind, span=span)
         self._place[node_name] = len(self.nodes)
         self.nodes.append(node)

@@ -67,10 +67,11 @@ def _bodies(state: State, scope: Scope, statement: ast.Repeat, count: int) -> li
     outer = scope.builder
     assert outer is not None  # repeats stand in bodies
     stepped: dict[str, Binding] = {}
-    labels = set(outer.labels)
+    labels = outer.labels.copy()
     bodies: list[_Body] = []
     for iteration in range(count if varies else 1):
-        builder = Builder(scope.tensor_names(), labels, outer.weights)
+        builder = Builder(scope.tensor_names(), labels.copy(), outer.weights)
+        state.step(statement.span, 1 + len(scope.names) // 10)
         inner = scope.inner(builder)
         inner.names.update(stepped)
         origin = Origin(index, statement.index.span)
@@ -83,7 +84,7 @@ def _bodies(state: State, scope: Scope, statement: ast.Repeat, count: int) -> li
             raise Abort
         bodies.append(_Body(builder, inner.captured, _carried(state, scope, inner, statement)))
         stepped = {name: inner.names[name] for name in steps}
-        outer.labels |= builder.labels
+        outer.labels.merge(builder.labels)
     scope.names.update(stepped)
     return bodies
 

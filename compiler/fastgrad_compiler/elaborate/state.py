@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from fastgrad_compiler.elaborate.builder import check_size, trace_origins
+from fastgrad_compiler.elaborate.builder import UniqueNames, check_size, trace_origins
 from fastgrad_compiler.elaborate.modules import Module
 from fastgrad_compiler.elaborate.reporter import Reporter
 from fastgrad_compiler.elaborate.scope import Scope
@@ -39,13 +39,13 @@ class State:
     graphs: dict[str, Graph] = field(default_factory=dict)
     instances: dict[object, Instance] = field(default_factory=dict)
     open: list[tuple[Module, ast.BlockDecl, Span]] = field(default_factory=list)
-    names: set[str] = field(default_factory=set)
+    names: UniqueNames = field(default_factory=UniqueNames)
     file_scopes: dict[Module, Scope] = field(default_factory=dict)
     steps: int = 0
 
-    def step(self, span: Span) -> None:
+    def step(self, span: Span, work: int = 1) -> None:
         """Count work; FG241 ends the run where a program grows beyond what can be meant."""
-        self.steps += 1
+        self.steps += work
         if self.steps > MAX_STEPS:
             self.reporter.error(
                 "FG241",
@@ -58,12 +58,7 @@ class State:
 
     def graph_name(self, wanted: str) -> str:
         """A graph name that is not in use: `wanted`, `wanted_2` ..."""
-        name, count = wanted, 1
-        while name in self.names:
-            count += 1
-            name = f"{wanted}_{count}"
-        self.names.add(name)
-        return name
+        return self.names.take(wanted)
 
 
 def builder_of(state: State, scope: Scope, span: Span) -> None:

@@ -35,7 +35,7 @@ def run_body(state: State, scope: Scope, body: Sequence[ast.Statement]) -> tuple
             returned = None
             if isinstance(statement, ast.Return) and not scope.in_repeat:
                 raise
-        if (returned is not None or returns((statement,))) and place + 1 < len(body):
+        if returns((statement,)) and place + 1 < len(body):
             state.reporter.error(
                 "FG223", "this statement is never reached", body[place + 1].span, "behind the return",
                 notes=(Note("returns here", statement.span),),
