@@ -252,6 +252,19 @@ def test_least_degree_is_least() -> None:
             assert all(other.eps > cap or not other.positive for other in smaller)
 
 
+def test_least_degree_takes_a_line_where_it_will_do() -> None:
+    found = polynomial.least_degree("balanced", 0.1, 1e-2)
+    assert found is not None
+    assert found.degree == 1
+
+
+def test_least_degree_passes_over_what_is_not_positive() -> None:
+    assert fit("taylor", 3, 2.0).eps <= 5.0  # but it has a root at -1.596
+    found = polynomial.least_degree("taylor", 2.0, 5.0)
+    assert found is not None
+    assert found.degree == 4
+
+
 def test_least_degree_gives_up() -> None:
     assert polynomial.least_degree("balanced", 3.0, 1e-2, max_degree=6) is None
     assert polynomial.least_degree("balanced", 25.0, 1e-2) is None
