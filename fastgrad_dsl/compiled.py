@@ -117,13 +117,12 @@ class Compiled:
 
     def module(self, seed: int = 0, dtype: torch.dtype | None = None) -> nn.Module:
         """A new module with initial weights from `seed`, float32 unless `dtype` says otherwise."""
-        model: nn.Module = self._package.MODEL()
-        self._package.initialise(model, seed)
+        model: nn.Module = self._package.MODEL(seed)
         return model if dtype is None else model.to(dtype)
 
     def reference(self, model: nn.Module) -> nn.Module:
         """The exact model with the very weights of `model`: every attention is softmax, a change of one changes the other."""
-        return _with_weights_of(model, self._reference_package.MODEL())
+        return _with_weights_of(model, self._reference_package.MODEL(None))
 
     @property
     def loss(self) -> Callable[..., Tensor] | None:

@@ -29,8 +29,7 @@ def load(folder: str | Path, *, seed: int = 0) -> nn.Module:
     """
     path = Path(folder)
     package = load_package(path)
-    model: nn.Module = package.MODEL()
-    package.initialise(model, seed)
+    model: nn.Module = package.MODEL(seed)
     weights = path / WEIGHTS
     if weights.exists():
         from fastgrad_dsl.weights import load_weights

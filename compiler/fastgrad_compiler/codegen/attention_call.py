@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastgrad_compiler.codegen.place import Operands, Place
-from fastgrad_compiler.codegen.writer import Expr, attribute, call, index, literal, method
+from fastgrad_compiler.codegen.writer import COMPARE, Expr, call, index, literal, method
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import Node
@@ -42,7 +42,7 @@ def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
     elif near:
         result = _exact_near(place, node, [q, k, v, *near], _padding(place, others, lead))
     else:
-        result = _softmax(place, node, (q, k, v), others)
+        result = _softmax(place, node, [q, k, v], others)
     return method(result, "squeeze", len(lead)) if headless else result
 
 
@@ -91,12 +91,10 @@ def _exact_near(place: Place, node: Node, tensors: list[_Tensor], mask: Expr | N
     )
 
 
-def _softmax(
-    place: Place, node: Node, tensors: tuple[_Tensor, _Tensor, _Tensor], others: dict[str, _Tensor]
-) -> Expr:
+def _softmax(place: Place, node: Node, tensors: list[_Tensor], others: dict[str, _Tensor]) -> Expr:
+    mask = _mask(place, node, tensors, others)
     q, k, v = tensors
     values = [tensor.value for tensor in tensors]
-    mask = _mask(place, node, tensors, others)
     extra = _size(v.shape[-1]) - _size(q.shape[-1])
     if extra:
         place.remark("columns of zeros change no logit, and PyTorch has fused kernels for equal widths only")
@@ -113,35 +111,33 @@ def _softmax(
     return index(result, f"..., :{_size(v.shape[-1])}") if extra < 0 else result
 
 
-def _mask(
-    place: Place, node: Node, tensors: tuple[_Tensor, _Tensor, _Tensor], others: dict[str, _Tensor]
-) -> Expr | None:
-    """What attn_mask is: None where `is_causal` says it all."""
-    q, k, _ = tensors
-    heads, n, m = (place.dim(dim) for dim in (q.shape[-3], q.shape[-2], k.shape[-2]))
-    device, width = attribute(q.value, "device") if q.value.is_name else place.device(), len(q.shape)
-    visible: list[Expr] = []
-    if node["window"] is not None:
-        visible.append(call(place.helper("window_mask"), n, m, node["window"], device))
-    if "padding" in others:
-        visible.append(call(place.helper("padding_mask"), others["padding"].value, width))
-    if "documents" in others:
-        visible.append(call(place.helper("document_mask"), others["documents"].value, width))
-    if node["causal"] and (visible or node["alibi"]):
-        visible.insert(0, call(place.helper("causal_mask"), n, m, device))
+def _mask(place: Place, node: Node, tensors: list[_Tensor], others: dict[str, _Tensor]) -> Expr | None:
+    """What attn_mask is: None where `is_causal` says it all. Queries and keys that it reads are kept in variables."""
+    window, alibi = node.get("window"), node.get("alibi")
+    masks = [role for role in ("padding", "documents") if role in others]
+    if window is None and not alibi and not masks:
+        return None
+    rank = len(tensors[0].shape)
+    visible = [call(place.helper(_MASKS[role]), others[role].value, rank) for role in masks]
+    if window is not None or alibi or node["causal"]:
+        for position, name in enumerate(("query", "key")):
+            if not tensors[position].value.is_name:
+                tensors[position] = _Tensor(place.bind(tensors[position].value, name), tensors[position].shape)
+    q, k = (tensor.value for tensor in tensors[:2])
+    if window is not None:
+        visible.insert(0, call(place.helper("window_mask"), q, k, window))
+    if node["causal"]:
+        visible.insert(0, call(place.helper("causal_mask"), q, k))
+    bias = call(place.helper("alibi_bias"), q, k) if alibi else None
     if not visible:
-        return _alibi(place, (heads, n, m), q.value) if node["alibi"] else None
-    mask = place.bind(Expr(" & ".join(map(str, visible)), 0), "visible") if len(visible) > 1 else visible[0]
-    if not node["alibi"]:
-        return mask
-    hidden = Expr(f"~{mask}")
-    return place.bind(
-        method(_alibi(place, (heads, n, m), q.value), "masked_fill", hidden, "-math.inf"), "bias"
-    )
+        return bias
+    mask = visible[0]
+    if len(visible) > 1:
+        mask = place.bind(Expr(" & ".join(map(str, visible)), COMPARE), "visible")
+    return place.bind(method(bias, "masked_fill", f"~{mask}", "-math.inf"), "bias") if bias else mask
 
 
-def _alibi(place: Place, sizes: tuple[Expr, Expr, Expr], like: Expr) -> Expr:
-    return call(place.helper("alibi_bias"), *sizes, like)
+_MASKS = {"padding": "padding_mask", "documents": "document_mask"}
 
 
 def _scale(node: Node) -> Expr:

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from fastgrad_compiler.codegen.members import runs_of
 from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType
+from fastgrad_compiler.graph import Attribute, Graph, Node, Program
 
 _FLOAT_LIKE = frozenset({"fill", "sinusoid", "one_hot", "cast", "div"})  # made in the model's dtype
 _SHAPED = {
@@ -158,13 +158,10 @@ def _dims(program: Program, graph: Graph, node: Node) -> Iterator[Dim]:
 
 
 def _attention_dims(graph: Graph, node: Node) -> Iterator[Dim]:
-    """Lengths for masks, and leading dims where keys are broadcast."""
-    q, k = (graph[name].tensor for name in node.inputs[:2])
-    if node.op == "attention" and (node["window"] is not None or node["alibi"] or len(node.inputs) > 3):
-        yield q.shape[-2]
-        yield k.shape[-2]
-    others = [graph[name].type for name in node.inputs[1:]]
-    if any(isinstance(other, TensorType) and other.shape[:-3] != q.shape[:-3] for other in others):
+    """Leading dims where keys are broadcast."""
+    q = graph[node.inputs[0]].tensor
+    others = [graph[name].tensor for name in node.inputs[1:3]]
+    if any(other.shape[:-3] != q.shape[:-3] for other in others) or len(q.shape) > 4:
         for name in node.inputs:
             yield from graph[name].tensor.shape
 

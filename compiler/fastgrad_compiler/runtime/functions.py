@@ -34,7 +34,7 @@ def check_dim(name: str, size: int, place: str, at_most: int | None = None, mult
 def rotary(x: Tensor, base: float, *, inverse: bool = False) -> Tensor:
     """Turn the pairs (i, i + d/2) of x [.., n, d] by the angle position * base^(-2i/d); `inverse` turns back."""
     n, d = x.shape[-2:]
-    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+    precision = _precision(x)
     rates = torch.arange(0, d, 2, device=x.device, dtype=precision) * (-math.log(base) / d)
     angles = torch.arange(n, device=x.device, dtype=precision).unsqueeze(-1) * rates.exp()
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -46,21 +46,26 @@ def rotary(x: Tensor, base: float, *, inverse: bool = False) -> Tensor:
 
 def sinusoid(length: int, width: int, like: Tensor) -> Tensor:
     """The positions of Vaswani et al.: [length, width], sines at even places and cosines at odd ones."""
-    precision = torch.float64 if like.dtype == torch.float64 else torch.float32
+    precision = _precision(like)
     rates = torch.arange(0, width, 2, device=like.device, dtype=precision) * (-math.log(10000.0) / width)
     angles = torch.arange(length, device=like.device, dtype=precision).unsqueeze(-1) * rates.exp()
     table = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
     return table[:, :width].to(like.dtype)
 
 
-def causal_mask(n: int, m: int, device: torch.device) -> Tensor:
-    """bool [n, m]: keys up to the query's own place."""
-    return torch.ones(n, m, dtype=torch.bool, device=device).tril()
+def causal_mask(q: Tensor, k: Tensor) -> Tensor:
+    """bool [n, m]: keys up to the query's own place; q [.., n, d], k [.., m, d]."""
+    return _lower(q.shape[-2], k.shape[-2], q.device)
 
 
-def window_mask(n: int, m: int, width: int, device: torch.device) -> Tensor:
-    """bool [n, m]: keys less than `width` places away."""
-    return distances(n, m, device) < width
+def window_mask(q: Tensor, k: Tensor, width: int) -> Tensor:
+    """bool [n, m]: keys less than `width` places away; q [.., n, d], k [.., m, d]."""
+    return _distances(q.shape[-2], k.shape[-2], q.device) < width
+
+
+def alibi_bias(q: Tensor, k: Tensor) -> Tensor:
+    """-slope * |i - j|: [h, n, m] for q [.., h, n, d], k [.., m, d]; slope 2^(-8 (i + 1) / h) for head i."""
+    return _alibi(q.shape[-3], q.shape[-2], k.shape[-2], q)
 
 
 def document_mask(ids: Tensor, rank: int) -> Tensor:
@@ -76,25 +81,14 @@ def padding_mask(mask: Tensor, rank: int) -> Tensor:
     return mask.view(b, *(1,) * (rank - 2), m)
 
 
-def distances(n: int, m: int, device: torch.device) -> Tensor:
-    """|i - j|: int [n, m]."""
-    return (torch.arange(n, device=device).unsqueeze(-1) - torch.arange(m, device=device)).abs()
-
-
-def alibi_bias(heads: int, n: int, m: int, like: Tensor) -> Tensor:
-    """-slope * |i - j|: [heads, n, m], slope 2^(-8 (h + 1) / heads) for head h."""
-    slopes = torch.exp2(torch.arange(1, heads + 1, device=like.device) * (-8.0 / heads))
-    return -(slopes.view(-1, 1, 1) * distances(n, m, like.device)).to(like.dtype)
-
-
 def causal(scores: Tensor, fill: float = -math.inf) -> Tensor:
     """Scores of later keys become `fill`."""
-    return scores.masked_fill(~causal_mask(*scores.shape[-2:], scores.device), fill)
+    return scores.masked_fill(~_lower(*scores.shape[-2:], scores.device), fill)
 
 
 def window(scores: Tensor, width: int, fill: float = -math.inf) -> Tensor:
     """Scores of keys `width` or more places away become `fill`."""
-    return scores.masked_fill(~window_mask(*scores.shape[-2:], width, scores.device), fill)
+    return scores.masked_fill(_distances(*scores.shape[-2:], scores.device) >= width, fill)
 
 
 def padding(scores: Tensor, mask: Tensor, fill: float = -math.inf) -> Tensor:
@@ -116,7 +110,25 @@ def near_far(local: Tensor, far: Tensor, block: int) -> Tensor:
 
 def alibi(scores: Tensor) -> Tensor:
     """Scores [.., h, n, m] with a bias that falls with the distance, at a rate of its own for each head."""
-    return scores + alibi_bias(*scores.shape[-3:], scores)
+    return scores + _alibi(*scores.shape[-3:], scores)
+
+
+def _precision(like: Tensor) -> torch.dtype:
+    """What positions are computed in: bfloat16 cannot tell 256 from 257."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
+
+
+def _lower(n: int, m: int, device: torch.device) -> Tensor:
+    return torch.ones(n, m, dtype=torch.bool, device=device).tril()
+
+
+def _distances(n: int, m: int, device: torch.device) -> Tensor:
+    return (torch.arange(n, device=device).unsqueeze(-1) - torch.arange(m, device=device)).abs()
+
+
+def _alibi(heads: int, n: int, m: int, like: Tensor) -> Tensor:
+    slopes = torch.exp2(torch.arange(1, heads + 1, device=like.device, dtype=_precision(like)) * (-8.0 / heads))
+    return -(slopes.view(-1, 1, 1) * _distances(n, m, like.device)).to(like.dtype)
 
 
 def masked_softmax(scores: Tensor, axis: int) -> Tensor:
