@@ -112,6 +112,10 @@ SPELLINGS = {
     + SCORES
     + "%u = window(%s, width = 2)\n%w = window(%u, width = 4)\n"
     + END.replace("%s,", "%w,"),
+    "two windows, the wide one first": HEADS
+    + SCORES
+    + "%u = window(%s, width = 4)\n%w = window(%u, width = 2)\n"
+    + END.replace("%s,", "%w,"),
     "assume_bound outside of the mask": HEADS
     + SCORES
     + "%u = causal(%s)\n%w = assume_bound(%u, bound = 60.0)\n"
@@ -227,7 +231,22 @@ SPELLINGS = {
     + END.replace("%s,", "%w,"),
 }
 
+UNIT_SCORES = (
+    HEADS.replace("%q =", "%q0 =").replace("%k =", "%k0 =") + "%q = unit(%q0)\n%k = unit(%k0)\n" + SCORES
+)
+
 NEAR_MISSES = {
+    "a fill of bounded scores that does not hide": UNIT_SCORES
+    + "%u = causal(%s, fill = -2.0)\n"
+    + END.replace("%s,", "%u,"),
+    "weights read elsewhere": HEADS
+    + SCORES
+    + "%p = softmax(%s, axis = -1)\n%o = matmul(%p, %v)\n%a = amax(%p, axes = (-1,), keepdim = true)\n"
+    + "%y = mul(%o, %a)\nreturn %y",
+    "scores read elsewhere": HEADS
+    + SCORES
+    + "%p = softmax(%s, axis = -1)\n%o = matmul(%p, %v)\n%a = amax(%s, axes = (-1,), keepdim = true)\n"
+    + "%y = mul(%o, %a)\nreturn %y",
     "dropout on the weights": HEADS
     + SCORES
     + "%p = softmax(%s, axis = -1)\n%o = dropout(%p, p = 0.1)\n%y = matmul(%o, %v)\nreturn %y",
