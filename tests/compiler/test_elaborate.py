@@ -80,6 +80,16 @@ def test_same_signature_same_graph_and_labels_count() -> None:
     assert program["scale_2"].block == "scale"
 
 
+def test_graphs_of_the_library_are_qualified_and_know_their_block() -> None:
+    program = body(
+        "x = std.rms_norm(x)\ny = std.rms_norm(x[.., 0:4])\nreturn concat(y, y, axis = -1)", "use std\n"
+    )
+    assert [(graph.name, graph.block) for graph in program.graphs[:2]] == [
+        ("std.rms_norm", "std.rms_norm"),
+        ("std.rms_norm_2", "std.rms_norm"),
+    ]
+
+
 def test_one_true_and_one_point_zero_are_different_signatures() -> None:
     before = """
 block pick(x: float[b, n, d]; k: float?) -> float[b, n, d] {

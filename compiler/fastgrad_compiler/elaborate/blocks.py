@@ -235,8 +235,8 @@ def _known(scope: Scope, name: str) -> Scalar:
 def make_graph(state: State, inner: Scope, block: ast.BlockDecl, arguments: Sequence[Tensor]) -> Instance:
     """Elaborate a block's body with its dims and values bound in `inner`; `arguments` give types and origins."""
     state.step(block.span, 5)  # a graph is more work than a statement
-    name = f"{inner.module.name}.{block.name.text}" if inner.module.name else block.name.text
-    name = state.graph_name(name)
+    shown = f"{inner.module.name}.{block.name.text}" if inner.module.name else block.name.text
+    name = state.graph_name(shown)
     weights = [s.name.text for s in walk(block.body) if isinstance(s, ast.Weight | ast.Buffer)]
     builder = Builder(weights=weights)
     signature = Scope(inner.module, inner.multiples, None, dict(inner.names))
@@ -254,7 +254,7 @@ def make_graph(state: State, inner: Scope, block: ast.BlockDecl, arguments: Sequ
         outputs = None
     if outputs is None or len(state.reporter.diagnostics) > before:
         return Instance(None, results)
-    graph = builder.graph(name, outputs, block.name.text if not inner.module.name else name, block.span)
+    graph = builder.graph(name, outputs, shown, block.span)
     state.graphs[name] = graph
     return Instance(name, results)
 

@@ -186,10 +186,25 @@ def _objective(state: State, scope: Scope, model: ast.BlockDecl, main: str | Non
                                 f"{value.type} here", help_=("take the mean: mean(...)",))  # fmt: skip
     except Abort:
         return None
+    _no_weights(state, item, builder)
     value = builder.rename(value, "loss" if item.name.text in inner.names else item.name.text)
     name = state.graph_name(item.name.text)
     state.graphs[name] = builder.graph(name, (value.node,), "", item.span)
     return name
+
+
+def _no_weights(state: State, item: ast.Objective, builder: Builder) -> None:
+    """FG231 where a block that the objective calls has weights: only the model's are trained."""
+    called = [str(node["graph"]) for node in builder.nodes if node.op == "call"]
+    known = [name for name in called if name in state.graphs]
+    if any(node.op == "weight" for graph in _reachable(state.graphs, known) for node in graph.nodes):
+        state.reporter.error(
+            "FG231",
+            "an objective has no weights, but a block that it calls does",
+            item.value.span,
+            "only the model's weights are trained",
+            help_=("let the model compute what needs weights, and return it",),
+        )
 
 
 def _fits(
