@@ -275,6 +275,23 @@ def test_typical_errors_are_smaller() -> None:
     assert gradient.item() == pytest.approx(5e-2, rel=0.5)
 
 
+@pytest.mark.parametrize(
+    ("family", "degree", "error"), [("balanced", 4, 0.18), ("balanced", 6, 0.11), ("minimax", 6, 0.064)]
+)
+def test_gaussian_scores_are_costly(family: Family, degree: int, error: float) -> None:
+    """Independent scores of standard deviation 1, fitted to their largest: the errors of docs/mathematics.md."""
+    generator = torch.Generator().manual_seed(1)
+    n = 512
+    scores = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    value, upstream = torch.randn(2, n, 64, generator=generator, dtype=torch.float64)
+    seen = torch.ones(n, n, dtype=torch.bool).tril()
+    polynomial = fit(family, degree, scores.abs().max().item())
+    exact = attend(torch.exp, scores, value, upstream, seen)
+    rough = attend(evaluate(polynomial), scores, value, upstream, seen)
+    found = (rough.output - exact.output).norm() / exact.output.norm()
+    assert found.item() == pytest.approx(error, rel=0.15)
+
+
 def test_worst_cases_without_data() -> None:
     polynomial = fit("balanced", 2, 1.0)
     found = certificates.certificate(polynomial.eps, polynomial.eps_prime)

@@ -134,6 +134,13 @@ def test_balanced_is_optimal_in_its_derivative_and_near_it_in_value(degree: int,
     assert balanced.eps_prime <= best.eps_prime * 1.02 + 1e-9
 
 
+def test_minimax_pays_with_its_derivative() -> None:
+    fits = [fit("minimax", degree, bound) for degree in range(2, 9) for bound in (0.5, 1.0, 2.0, 3.0, 4.0)]
+    ratios = [found.eps_prime / found.eps for found in fits]
+    assert 8 < min(ratios) < 9
+    assert 170 < max(ratios) < 180
+
+
 @pytest.mark.parametrize(("degree", "bound"), [(2, 1.0), (4, 2.0), (5, 3.0)])
 @pytest.mark.parametrize("shift", [-1e-3, 1e-3])
 def test_balanced_constant_is_the_best(degree: int, bound: float, shift: float) -> None:
@@ -213,6 +220,10 @@ def test_ranges_too_wide_for_float64_are_refused(family: Family) -> None:
     with pytest.raises(PrecisionError, match=r"float64 cannot hold .* degree 20 on \[-30, 30\]"):
         fit(family, 20, 30.0)
     assert isinstance(PrecisionError("x"), ValueError)
+
+
+def test_wide_ranges_are_out_of_reach() -> None:
+    assert min(fit("minimax", degree, 15.0).eps for degree in range(1, 13)) > 0.87
 
 
 @pytest.mark.parametrize("bound", [6.0, 8.0, 10.0, 12.0])
