@@ -142,11 +142,11 @@ def train(
 
     compiled = fg.compile(file, params=_params(set_), model=model, target=target)
     options = Options(
-        steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed,
+        steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
         validate_every=every, checkpoint_every=every,
     )  # fmt: skip
     folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
-    train_language_model(compiled, TrainRequest(text, folder, options, exact, resume, sample))
+    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample))
 
 
 @app.command()

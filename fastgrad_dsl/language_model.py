@@ -26,7 +26,6 @@ class TrainRequest:
     text: Path
     folder: Path
     options: Options
-    exact: bool = False
     resume: bool = False
     sample: int = 200
 
@@ -40,7 +39,7 @@ def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module
     loss = language_model_loss(compiled, request.options.tokens)
     data = load_text(request.text, request.options.tokens)
     model = compiled.module(seed=request.options.seed)
-    if request.exact:
+    if request.options.exact:
         model = compiled.reference(model)
     console = Console()
     run(console, model, loss, data, request)

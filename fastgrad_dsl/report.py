@@ -224,6 +224,15 @@ def _sizes(plan: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, int]:
         multiple = limit["multiple_of"] or 1
         usual = 1 if place == 0 else min(DEFAULT_LENGTH, limit["at_most"] or DEFAULT_LENGTH)
         sizes[name] = given.get(name, max(usual // multiple, 1) * multiple)
+        if sizes[name] > (limit["at_most"] or sizes[name]) or sizes[name] % multiple:
+            declared = (
+                f"at most {limit['at_most']}, a multiple of {multiple}"
+                if multiple > 1
+                else f"at most {limit['at_most']}"
+            )
+            raise TfgError(
+                [Diagnostic("FG416", f"--dim {name}={sizes[name]}: the spec declares {name} {declared}")]
+            )
     return sizes
 
 

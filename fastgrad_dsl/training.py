@@ -25,7 +25,7 @@ LEAST_RATE = 0.1  # the cosine ends at this share of the peak learning rate
 class Options:
     """How to train. `seconds` (None: no limit) replaces `steps` as what the schedule runs over.
 
-    steps, tokens (sequence length), batch (sequences a step), warmup, validate_every, validation_batches and
+    `exact`: the softmax model is trained. steps, tokens (sequence length), batch (sequences a step), warmup, validate_every, validation_batches and
     checkpoint_every are counts; learning_rate is the peak of AdamW's; clip bounds the gradient's norm.
     """
 
@@ -37,6 +37,7 @@ class Options:
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
+    exact: bool = False
     validate_every: int = 100
     validation_batches: int = 4
     checkpoint_every: int = 100

@@ -1,0 +1,245 @@
+"""The command line: what it prints, what it writes, and with which status it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastgrad_dsl.cli import main
+
+ROOT = Path(__file__).parent.parent.parent
+SPEC = """
+use std
+
+dim b
+dim n <= 512
+
+model tiny(tokens: int[b, n]) -> float[b, n, 256] {
+    weight table: float[256, 16] = normal(std = 0.02)
+    x = embedding(table, tokens)
+    repeat i in 2 {
+        x = x + std.attention(x; heads = 2, qk_dim = 4, causal = true, gain = 1.0) as layers
+    }
+    return x @ table.T
+}
+
+objective loss(logits: float[b, n, 256], targets: int[b, n]) = cross_entropy(logits, targets)
+
+budget {
+    at "*" degree = 2
+}
+"""
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def fastgrad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in a folder that holds tiny.tfg and text.txt; gives status, stdout and stderr."""
+    (tmp_path / "tiny.tfg").write_text(SPEC)
+    (tmp_path / "text.txt").write_bytes(bytes(range(32, 127)) * 40)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastgrad", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err
+        return int(ended.value.code or 0), output.out, output.err
+
+    return run
+
+
+def test_check_says_what_each_attention_will_be(fastgrad: Run) -> None:
+    status, out, err = fastgrad("check", "tiny.tfg")
+    assert (status, err) == (0, "")
+    assert "layers.0.attend .. layers.1.attend (2)  balanced degree 2" in out
+
+
+def test_check_reports_several_errors_without_colour(fastgrad: Run) -> None:
+    Path("bad.tfg").write_text(
+        SPEC.replace("embedding(table, tokens)", "embedding(tabel, tokens)").replace("16]", "wide]")
+    )
+    status, out, err = fastgrad("check", "bad.tfg")
+    assert (status, out) == (2, "")
+    assert "did you mean" in err
+    assert "2 errors" in err
+    assert "\x1b" not in err
+
+
+@pytest.mark.parametrize("content", ["", "\n", "# nothing\n"])
+def test_a_file_without_a_model_is_a_diagnostic(fastgrad: Run, content: str) -> None:
+    Path("empty.tfg").write_text(content)
+    status, _, err = fastgrad("check", "empty.tfg")
+    assert status == 2
+    assert "error[FG" in err
+
+
+def test_check_starts_without_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['fastgrad', 'check', 'examples/gpt.tfg']\n"
+        "from fastgrad_dsl.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'scipy', 'networkx'} & set(sys.modules), 'slow imports'\n"
+    )
+    path = ":".join(map(str, (ROOT, ROOT / "compiler", ROOT / "grammar")))
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": path}, capture_output=True
+    )
+
+
+def test_params_are_overridden_and_checked(fastgrad: Run) -> None:
+    Path("tiny.tfg").write_text("param depth = 2\n" + SPEC.replace("repeat i in 2", "repeat i in depth"))
+    assert "(3)" in fastgrad("check", "tiny.tfg", "--set", "depth=3")[1]
+    for wrong in ("depth=x", "dept=3", "depth", "=3"):
+        status, _, err = fastgrad("check", "tiny.tfg", "--set", wrong)
+        assert status == 2, wrong
+        assert "error[FG4" in err
+    assert "[FG416]" in fastgrad("check", "tiny.tfg", "--set", "depth")[2]
+
+
+def test_compile_writes_a_folder_and_keeps_what_is_not_its_own(fastgrad: Run) -> None:
+    status, _, _ = fastgrad("compile", "tiny.tfg", "-o", "build/tiny")
+    assert status == 0
+    folder = Path("build/tiny")
+    first = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"model.py", "plan.json", "report.json", "__init__.py", "stages/06-lowrank.txt"} <= first
+    (folder / "mine.txt").write_text("keep")
+    Path("tiny.tfg").write_text(SPEC.replace("degree = 2", "degree = 4"))
+    assert fastgrad("compile", "tiny.tfg", "-o", "build/tiny")[0] == 0
+    second = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    kernels = [
+        {name for name in names if name.startswith("attention_") and "op" not in name}
+        for names in (first, second)
+    ]
+    assert len(kernels[0]) == len(kernels[1]) == 1
+    assert not kernels[0] & kernels[1]
+    assert (folder / "mine.txt").read_text() == "keep"
+
+
+def test_a_folder_that_cannot_be_written_is_a_diagnostic(fastgrad: Run) -> None:
+    Path("taken").write_text("a file")
+    status, _, err = fastgrad("compile", "tiny.tfg", "-o", "taken/build")
+    assert status == 2
+    assert "[FG421]" in err
+    assert Path("taken").read_text() == "a file"
+
+
+def test_targets_that_are_not_there_are_refused(fastgrad: Run) -> None:
+    for target in ("cpp", "triton", "toorch"):
+        status, _, err = fastgrad("compile", "tiny.tfg", "-o", "build", "--target", target)
+        assert status == 2
+        assert "[FG420]" in err
+    assert not Path("build").exists()
+
+
+def test_stages_prints_the_program_after_a_pass(fastgrad: Run) -> None:
+    _, out, _ = fastgrad("stages", "tiny.tfg", "--after", "attention")
+    assert "= attention(" in out
+    assert "softmax" not in out
+    _, everything, _ = fastgrad("stages", "tiny.tfg")
+    assert [line.split()[2] for line in everything.splitlines() if line.startswith("# after")] == [
+        "elaborate", "shapes", "bounds", "attention", "plan", "backward", "lowrank",
+    ]  # fmt: skip
+    status, _, err = fastgrad("stages", "tiny.tfg", "--after", "shape")
+    assert status == 2
+    assert "[FG417]" in err
+    assert "did you mean shapes?" in err
+
+
+def test_report_of_a_spec_and_of_its_folder_agree(fastgrad: Run) -> None:
+    fastgrad("compile", "tiny.tfg", "-o", "build")
+    for where, file in (("tiny.tfg", "one.json"), ("build", "two.json")):
+        status, out, _ = fastgrad("report", where, "--dim", "n=400", "--json", file)
+        assert status == 0
+        assert "output error" in out
+    one, two = (json.loads(Path(name).read_text()) for name in ("one.json", "two.json"))
+    assert one == two
+    measured = one["whole"]["output"]["measured"]
+    assert 0 < measured < 0.1
+    for entry in one["attentions"]:
+        errors = entry["errors"]
+        assert 0 < errors["output"]["measured"] <= errors["output"]["bound"]
+        assert 0 < errors["gradient"]["measured"] <= errors["gradient"]["bound"]
+        assert errors["output"]["estimate"] > 0
+
+
+def test_report_without_measuring_knows_no_measurement(fastgrad: Run) -> None:
+    status, out, _ = fastgrad("report", "tiny.tfg", "--no-measure", "--json", "report.json")
+    assert status == 0
+    assert "bounds only" in out
+    report = json.loads(Path("report.json").read_text())
+    assert report["whole"]["output"] == {"bound": None, "estimate": None, "measured": None}
+
+
+def test_report_refuses_what_does_not_fit(fastgrad: Run) -> None:
+    Path("empty").mkdir()
+    Path("weights.safetensors").write_bytes(b"nothing")
+    for arguments, code in (
+        (["empty"], "FG419"),
+        (["tiny.tfg", "--dim", "m=3"], "FG416"),
+        (["tiny.tfg", "--dim", "n=many"], "FG416"),
+        (["tiny.tfg", "--dim", "n=600"], "FG416"),
+        (["tiny.tfg", "--text", "none.txt"], "FG411"),
+        (["tiny.tfg", "--weights", "weights.safetensors"], "FG418"),
+    ):
+        status, _, err = fastgrad("report", *arguments)
+        assert status == 2, arguments
+        assert f"[{code}]" in err, arguments
+
+
+def test_train_logs_resumes_and_writes_a_sample(fastgrad: Run) -> None:
+    options = ["train", "tiny.tfg", "--text", "text.txt", "--seq", "24", "--every", "2", "--sample", "8"]
+    status, out, _ = fastgrad(*options, "--steps", "4", "-o", "run")
+    assert status == 0
+    assert "validation loss" in out
+    assert ">>>" in out
+    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert fastgrad(*options, "--steps", "4", "-o", "run", "--resume")[0] == 0
+    status, _, err = fastgrad(*options, "--steps", "4", "-o", "run", "--resume", "--exact")
+    assert status == 2
+    assert "[FG414]" in err
+    assert fastgrad(*options, "--steps", "1", "--exact")[0] == 0
+    assert Path("runs/tiny-exact/checkpoint.safetensors").exists()
+
+
+def test_train_refuses_what_it_cannot_train(fastgrad: Run) -> None:
+    Path("deaf.tfg").write_text(SPEC.split("objective")[0])
+    Path("short.txt").write_text("short")
+    for arguments, code in (
+        (["deaf.tfg", "--text", "text.txt"], "FG415"),
+        (["tiny.tfg", "--text", "text.txt", "--seq", "600"], "FG415"),
+        (["tiny.tfg", "--text", "none.txt", "--seq", "24"], "FG411"),
+        (["tiny.tfg", "--text", "short.txt", "--seq", "24"], "FG412"),
+        (["tiny.tfg", "--text", "text.txt", "--seq", "24", "--resume", "-o", "new"], "FG413"),
+    ):
+        status, _, err = fastgrad("train", *arguments)
+        assert status == 2, arguments
+        assert f"[{code}]" in err, arguments
+
+
+def test_fmt_formats_checks_and_loses_nothing(fastgrad: Run) -> None:
+    Path("loose.tfg").write_text("param   a=1 # why\nparam b =  2\n")
+    Path("broken.tfg").write_text("param = = 1\n")
+    status, out, _ = fastgrad("fmt", "--check", "loose.tfg")
+    assert (status, out) == (2, "would format loose.tfg\n")
+    assert "a=1" in Path("loose.tfg").read_text()
+    status, out, err = fastgrad("fmt", "loose.tfg", "broken.tfg")
+    assert status == 2
+    assert "broken.tfg:1" in err
+    assert Path("loose.tfg").read_text() == "param a = 1 # why\nparam b = 2\n".replace(" #", "  #")
+    assert Path("broken.tfg").read_text() == "param = = 1\n"
+    assert fastgrad("fmt", "--check", "loose.tfg")[0] == 0
+
+
+def test_help_names_every_command(fastgrad: Run) -> None:
+    status, out, _ = fastgrad("--help")
+    assert status == 0
+    assert all(command in out for command in ("check", "compile", "stages", "report", "train", "fmt"))
