@@ -25,8 +25,9 @@ LEAST_RATE = 0.1  # the cosine ends at this share of the peak learning rate
 class Options:
     """How to train. `seconds` (None: no limit) replaces `steps` as what the schedule runs over.
 
-    `exact`: the softmax model is trained. steps, tokens (sequence length), batch (sequences a step), warmup, validate_every, validation_batches and
-    checkpoint_every are counts; learning_rate is the peak of AdamW's; clip bounds the gradient's norm.
+    steps, tokens (sequence length), batch (sequences a step), warmup, validate_every, validation_batches and
+    checkpoint_every are counts; learning_rate is the peak of AdamW's; clip bounds the gradient's norm; `exact`: the
+    softmax model is trained.
     """
 
     steps: int = 1000

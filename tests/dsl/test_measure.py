@@ -62,7 +62,9 @@ def test_errors_are_those_of_a_dense_computation() -> None:
     assert errors.exact_loss == pytest.approx(objective(exact_output, TARGET).item(), rel=1e-9)
     for index, mixed in enumerate([("exact", "polynomial"), ("polynomial", "exact")]):
         moved_output, moved_gradient = outcome(stack(*mixed))
-        assert errors.attentions[index].output_effect == pytest.approx(relative_error(moved_output, output), rel=1e-6)
+        assert errors.attentions[index].output_effect == pytest.approx(
+            relative_error(moved_output, output), rel=1e-6
+        )
         assert errors.attentions[index].gradient_effect == pytest.approx(
             relative_error(moved_gradient, gradient), rel=1e-6
         )

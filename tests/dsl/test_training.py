@@ -78,7 +78,9 @@ def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
 
 
 def test_training_lowers_the_loss_and_logs_every_step(data: TextData, tmp_path: Path) -> None:
-    options = Options(steps=60, tokens=16, batch=8, learning_rate=0.05, validate_every=30, checkpoint_every=60)
+    options = Options(
+        steps=60, tokens=16, batch=8, learning_rate=0.05, validate_every=30, checkpoint_every=60
+    )
     events = list(train(Bigram(), loss, data, options, tmp_path / "run"))
     validations = [event.validation_loss for event in events if event.validation_loss is not None]
     assert len(validations) == 2
