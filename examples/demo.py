@@ -26,7 +26,7 @@ from fastgrad_dsl.language_model import TrainRequest, language_model_loss, print
 from fastgrad_dsl.report import ReportRequest, make_report, write_json
 from fastgrad_dsl.terminal import print_plan, print_report, progress
 from fastgrad_dsl.text_data import load_text
-from fastgrad_dsl.training import Loss, Options
+from fastgrad_dsl.training import CHECKPOINT, LOG, Loss, Options
 
 HERE = Path(__file__).parent
 SPEC, TEXT = HERE / "gpt.tfg", HERE / "data" / "emma.txt"
@@ -70,7 +70,7 @@ def main() -> None:
     console.rule("files")
     for what, path in (
         ("generated code", build / "model.py"), ("plan", build / "plan.json"), ("report", build / "report.json"),
-        ("trained weights", weights), ("losses", folder / "log.jsonl"), ("checkpoint", folder / "checkpoint.safetensors"),
+        ("trained weights", weights), ("losses", folder / LOG), ("checkpoint", folder / CHECKPOINT),
     ):  # fmt: skip
         console.print(f"{what:16s} {path}", highlight=False)
 
@@ -112,8 +112,8 @@ def _print_steps(
         ]
         step = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         console.print(
-            f"{name:9s} {statistics.median(seconds):7.2f} s a step, forward and backward (measured, median of {TIMED_STEPS})"
-            f"   peak memory beyond weights {step['peak'] / MEBIBYTE:6.0f} MiB (measured)",
+            f"{name:9s} {statistics.median(seconds):7.2f} s a step, forward and backward"
+            f"   peak memory beyond weights {step['peak'] / MEBIBYTE:6.0f} MiB   (measured)",
             highlight=False,
         )
     ratio = statistics.median(times["exact"]) / statistics.median(times["compiled"])
