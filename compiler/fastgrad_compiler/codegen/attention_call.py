@@ -1,7 +1,7 @@
 """Attention as a call: of PyTorch's own function, of the exact one with a near field, or of a kernel.
 
-Those take q [.., H, n, d], k [.., Hk, m, d] and v [.., Hk, m, dv] with the same leading dims; attention in a program may have no
-heads, or keys that are broadcast.
+Those take q [.., H, n, d], k [.., Hk, m, d] and v [.., Hk, m, dv] with the same leading dims; attention in a program
+may have no heads, or keys that are broadcast.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
         result = _exact_near(place, node, [q, k, v, *near], _padding(place, others, lead))
     else:
         result = _softmax(place, node, [q, k, v], others)
-    return method(result, "squeeze", len(lead)) if headless else result
+    return method(place.bind(result, "attention"), "squeeze", len(lead)) if headless else result
 
 
 def _lifted(place: Place, tensor: _Tensor, lead: Shape, headless: bool) -> _Tensor:
@@ -61,8 +61,10 @@ def _lifted(place: Place, tensor: _Tensor, lead: Shape, headless: bool) -> _Tens
 def _padding(place: Place, others: dict[str, _Tensor], lead: Shape) -> Expr | None:
     """The mask as kernels take it: bool [.., m]."""
     mask = others.get("padding")
-    if mask is None or len(lead) == 1:
-        return mask and mask.value
+    if mask is None:
+        return None
+    if len(lead) == 1:
+        return mask.value
     whole = (*lead, mask.shape[-1])
     spread = index(mask.value, ", ".join([":"] + ["None"] * (len(lead) - 1)))
     return method(spread, "expand", *(place.dim(dim) for dim in whole))
@@ -122,7 +124,9 @@ def _mask(place: Place, node: Node, tensors: list[_Tensor], others: dict[str, _T
     if window is not None or alibi or node["causal"]:
         for position, name in enumerate(("query", "key")):
             if not tensors[position].value.is_name:
-                tensors[position] = _Tensor(place.bind(tensors[position].value, name), tensors[position].shape)
+                tensors[position] = _Tensor(
+                    place.bind(tensors[position].value, name), tensors[position].shape
+                )
     q, k = (tensor.value for tensor in tensors[:2])
     if window is not None:
         visible.insert(0, call(place.helper("window_mask"), q, k, window))

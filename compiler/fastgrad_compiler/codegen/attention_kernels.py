@@ -10,13 +10,16 @@ def kernel_spec(graph: Graph, node: Node) -> KernelSpec:
     """The kernel that serves a `poly_attention`."""
     roles = node["roles"]
     coefficients, near = node["coefficients"], node["near"]
-    assert isinstance(roles, tuple) and isinstance(coefficients, tuple)
+    assert isinstance(roles, tuple)
+    assert isinstance(coefficients, tuple)
     near_d = None
     if "near_q" in roles:
         near_d = graph[node.inputs[3 + roles.index("near_q")]].tensor.shape[-1].constant
     d, dv = (graph[node.inputs[i]].tensor.shape[-1].constant for i in (0, 2))
     scale = node["scale"]
-    assert d is not None and dv is not None and isinstance(scale, int | float)
+    assert d is not None
+    assert dv is not None
+    assert isinstance(scale, int | float)
     return KernelSpec(
         d=d,
         dv=dv,

@@ -12,11 +12,24 @@ from fastgrad_compiler.codegen.attention_kernels import kernel_spec
 from fastgrad_compiler.codegen.expressions import TORCH
 from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.codegen.liveness import FOREVER, Statements
-from fastgrad_compiler.codegen.members import Member, Repeated, runs_of
+from fastgrad_compiler.codegen.loops import write_repeat
+from fastgrad_compiler.codegen.members import Member, Repeated
 from fastgrad_compiler.codegen.names import base, member_access, unique, variable
 from fastgrad_compiler.codegen.needs import Needs, sources, weight_path
 from fastgrad_compiler.codegen.place import Operands
-from fastgrad_compiler.codegen.writer import ADD, ATOM, MULTIPLY, Expr, Writer, attribute, call, index, literal
+from fastgrad_compiler.codegen.writer import (
+    ADD,
+    ATOM,
+    MULTIPLY,
+    Expr,
+    Writer,
+    attribute,
+    call,
+    index,
+    literal,
+    noun,
+    weight,
+)
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType
 from fastgrad_grammar.source import Span
@@ -65,7 +78,13 @@ class Block:
     """Writes the statements of one graph. As a `Place`, it is what the rules of TORCH ask."""
 
     def __init__(
-        self, module: Module, graph: Graph, writer: Writer, members: Mapping[str, Member], *, in_class: bool = True
+        self,
+        module: Module,
+        graph: Graph,
+        writer: Writer,
+        members: Mapping[str, Member],
+        *,
+        in_class: bool = True,
     ) -> None:
         self.module, self.graph, self.writer, self.members = module, graph, writer, members
         self.exact, self.safe_softmax = module.exact, module.safe_softmax
@@ -85,7 +104,7 @@ class Block:
     def dim(self, value: Attribute) -> Expr:
         assert isinstance(value, int | Dim)
         dim = Dim.of(value)
-        text = dim.substitute({name: self.dims[name] for name in dim.names}).python
+        text = dim.substitute({name: Dim.of(self.dims[name]) for name in dim.names}).python
         return Expr(text, ADD if len(dim.terms) > 1 else MULTIPLY if " " in text else ATOM)
 
     def helper(self, name: str) -> str:
@@ -114,7 +133,7 @@ class Block:
         return "exact_attention"
 
     def bind(self, value: Expr, name: str) -> Expr:
-        target = self._allocate(variable(name), self.at, strict=True)
+        target = self.allocate(variable(name), self.at, strict=True)
         self.holders[target] = self.at
         self.writer.statement(f"{target} = ", value)
         return Expr(target)
@@ -124,7 +143,7 @@ class Block:
 
     # ------------------------------------------------------------ names
 
-    def _allocate(self, stem: str, until: int, *, strict: bool = False) -> str:
+    def allocate(self, stem: str, until: int, *, strict: bool = False) -> str:
         """A variable whose present value, if any, is not needed after this statement (`strict`: in it)."""
         limit = self.at - 1 if strict else self.at
         taken = [name for name, last in self.holders.items() if last > limit]
@@ -135,7 +154,7 @@ class Block:
     def assign(self, node_name: str) -> str:
         """The variable that holds a node from here on."""
         stem = variable(base(node_name, self.graph.by_name))
-        target = self._allocate(stem, self.statements.last_use[node_name])
+        target = self.allocate(stem, self.statements.last_use[node_name])
         self.values[node_name] = Expr(target)
         return target
 
@@ -207,7 +226,7 @@ class Block:
             self.at = position
             self._comment(node)
             if node.op == "repeat":
-                self._repeat(node)
+                write_repeat(self, node)
             elif isinstance(node.type, tuple):
                 self._several(node, self._call(node))
             else:
@@ -263,20 +282,17 @@ class Block:
         operands = [self.value(name) for name in node.inputs]
         result = self._apply(node, operands)
         while len(result.text) > LONGEST:
-            longest = max(range(len(operands)), key=lambda i: self._weight(operands[i]), default=-1)
-            if longest < 0 or not self._weight(operands[longest]):
+            longest = max(range(len(operands)), key=lambda i: weight(operands[i]), default=-1)
+            if longest < 0 or not weight(operands[longest]):
                 break
-            operands[longest] = self.bind(operands[longest], _noun(self.graph[node.inputs[longest]]))
+            operands[longest] = self.bind(operands[longest], noun(self.graph[node.inputs[longest]]))
             result = self._apply(node, operands)
         return result
-
-    def _weight(self, operand: Expr) -> int:
-        return 0 if operand.is_name or operand.number else len(operand.text)
 
     def _apply(self, node: Node, operands: Operands) -> Expr:
         lines = len(self.writer.lines)
         result = TORCH[node.op](self, node, operands)
-        if len(result.text) > LONGEST and any(map(self._weight, operands)):
+        if len(result.text) > LONGEST and any(map(weight, operands)):
             del self.writer.lines[lines:]  # remarks and masks of a rule are written again by the next attempt
         return result
 
@@ -287,7 +303,7 @@ class Block:
         for name in node.inputs:
             value = self.value(name)
             if len(value.text) > LONGEST // 2 and not value.is_name:
-                value = self.bind(value, _noun(self.graph[name]))
+                value = self.bind(value, noun(self.graph[name]))
             arguments.append(value)
         arguments += [f"{variable(name)}={self.dims[name]}" for name in needed.extra]
         if needed.like:
@@ -314,119 +330,21 @@ class Block:
         targets = [self.assign(items[i]) if i in items else "_" for i in range(len(node.type))]
         self.writer.statement(f"{', '.join(targets)} = ", value)
 
-    # ------------------------------------------------------------ repeats
-
-    def _repeat(self, node: Node) -> None:
-        carried = int(str(node["carried"]))
-        given = [self.value(name) for name in node.inputs]
-        for position in range(carried, len(given)):
-            if self._weight(given[position]):
-                given[position] = self.bind(given[position], _noun(self.graph[node.inputs[position]]))
-        results = self._repeat_results(node, carried)
-        loop = self._loop_variables(node, given, results, carried)
-        runs = runs_of(node)
-        counter = unique("i", [*self.holders, *self.dims.values()])
-        bodies = [self._body(name, loop, given, counter) for name, _ in runs]
-        total = sum(times for _, times in runs)
-        self.writer.line(f"for {counter} in range({total}):")
-        with self.writer.indented():
-            self._alternatives(counter, bodies, [times for _, times in runs])
-        for name, target in zip(results, loop, strict=True):
-            if name is not None:
-                self.values[name] = Expr(target)
-                self.holders[target] = self.statements.last_use[name]
-        self.last_comment = ""
-
-    def _repeat_results(self, node: Node, carried: int) -> list[str | None]:
-        if not isinstance(node.type, tuple):
-            return [node.name]
-        items = {int(str(user["index"])): user.name for user in self.graph.users[node.name]}
-        return [items.get(i) for i in range(carried)]
-
-    def _loop_variables(
-        self, node: Node, given: list[Expr], results: list[str | None], carried: int
-    ) -> list[str]:
-        """The variables that the loop rebinds; their first values are assigned where they are not there already."""
-        loop: list[str] = []
-        body = self.module.program[runs_of(node)[0][0]]
-        for position in range(carried):
-            first, name = node.inputs[position], results[position]
-            stem = variable(base(name or body.inputs[position].name, self.graph.by_name))
-            shared = first in node.inputs[carried:] or node.inputs[:carried].count(first) > 1
-            free = self.statements.last_use[first] <= self.at and not shared
-            text = given[position].text
-            if free and text in self.holders and text not in loop:
-                target = text
-            else:
-                target = self._allocate(stem, FOREVER, strict=True)
-                self.writer.statement(f"{target} = ", given[position])
-            self.holders[target] = FOREVER
-            loop.append(target)
-        return loop
-
-    def _body(self, name: str, loop: list[str], given: list[Expr], counter: str) -> list[str]:
-        """The lines of one iteration."""
-        graph = self.module.program[name]
+    def inside(self, graph: Graph, counter: str, inputs: Sequence[Expr]) -> Block:
+        """The body of a repeat as a block of its own, with the same members and what is needed later out of reach."""
         inner = Block(self.module, graph, Writer(), self.members, in_class=self.in_class)
         inner.suffix, inner.dims, inner.template = f"{self.suffix}[{counter}]", self.dims, self.template
-        for node, value in zip(graph.inputs, [*map(Expr, loop), *given[len(loop) :]], strict=True):
-            inner.values[node.name] = value
-        inner.holders = {variable: FOREVER for variable, last in self.holders.items() if last >= self.at}
+        inner.values = {node.name: value for node, value in zip(graph.inputs, inputs, strict=True)}
+        inner.holders = {name: FOREVER for name, last in self.holders.items() if last >= self.at}
         inner.holders[counter] = FOREVER
-        for node, target in zip(graph.inputs, loop, strict=False):
-            inner.holders[target] = inner.statements.last_use[node.name]
-        inner.write()
-        self._rebind(inner, loop)
-        return inner.writer.lines
-
-    def _rebind(self, inner: Block, loop: list[str]) -> None:
-        """The new carried values in the loop's variables."""
-        found = inner.results()
-        moved = [(target, value) for target, value in zip(loop, found, strict=True) if value.text != target]
-        if len(moved) == 1:
-            inner.writer.statement(f"{moved[0][0]} = ", moved[0][1])
-        elif moved:
-            inner.writer.line(f"{', '.join(t for t, _ in moved)} = {', '.join(str(v) for _, v in moved)}")
-
-    def _alternatives(self, counter: str, bodies: list[list[str]], times: list[int]) -> None:
-        distinct: dict[tuple[str, ...], list[int]] = {}
-        start = 0
-        for body, count in zip(bodies, times, strict=True):
-            distinct.setdefault(tuple(body), []).extend(range(start, start + count))
-            start += count
-        if len(distinct) == 1:
-            self._lines(bodies[0])
-            return
-        for number, (lines, places) in enumerate(distinct.items()):
-            last = number == len(distinct) - 1
-            head = "else:" if last else f"{'elif' if number else 'if'} {counter} in {_places(places)}:"
-            self.writer.line(head)
-            with self.writer.indented():
-                self._lines(lines)
-
-    def _lines(self, lines: Sequence[str]) -> None:
-        for line in lines or ["pass"]:
-            self.writer.line(line)
-
-
-def _places(places: list[int]) -> str:
-    """`range(2, 6)`, `range(0, 6, 2)` or `(0, 3, 4)`."""
-    steps = {b - a for a, b in zip(places, places[1:], strict=False)}
-    if len(places) > 1 and len(steps) == 1:
-        step = steps.pop()
-        bounds = f"{places[0]}, {places[-1] + 1}" if places[0] or step > 1 else f"{places[-1] + 1}"
-        return f"range({bounds}{f', {step}' if step > 1 else ''})"
-    return f"({places[0]},)" if len(places) == 1 else f"({', '.join(map(str, places))})"
-
-
-def _noun(node: Node) -> str:
-    """A name for what a node gives, where the user gave none."""
-    if node.op == "call":
-        return str(node["label"])
-    return {"matmul": "product", "poly_attention": "attention", "mul": "scaled", "add": "total"}.get(node.op, node.op)
+        return inner
 
 
 def _scaled(size: Expr, factor: Fraction) -> str:
     if factor.denominator == 1:
         return str(size) if factor == 1 else f"{factor.numerator} * {size}"
-    return f"{size} // {factor.denominator}" if factor.numerator == 1 else f"{factor.numerator} * {size} // {factor.denominator}"
+    return (
+        f"{size} // {factor.denominator}"
+        if factor.numerator == 1
+        else f"{factor.numerator} * {size} // {factor.denominator}"
+    )

@@ -1,6 +1,7 @@
 """The table TORCH: an operation as a PyTorch expression.
 
-Model code follows the dtype of its weights: constants are Python numbers, and what is made anew is made like a tensor at hand.
+Model code follows the dtype of its weights: constants are Python numbers, and what is made anew is made like a tensor
+at hand.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def _dims(place: Place, value: Attribute) -> list[Expr]:
 
 
 def _reshape(place: Place, node: Node, operands: Operands) -> Expr:
-    return method(operands[0], "reshape", *(_dims(place, node["shape"]) or ["()"]))
+    return method(operands[0], "reshape", *(_dims(place, node["shape"]) or [Expr("()")]))
 
 
 def _permute(place: Place, node: Node, operands: Operands) -> Expr:

@@ -1,7 +1,7 @@
 """What a block's `__init__` makes: parameters, buffers and submodules under the labels of the `.tfg` file.
 
-A label inside a `repeat` stands for one element an iteration: a ModuleList, a ParameterList or a BufferList, or a ModuleDict or
-ParameterDict where some iterations have none; so the keys of the state_dict are the paths of the file.
+A label inside a `repeat` stands for one element an iteration: a ModuleList, ParameterList or BufferList, or a dict of
+the same where some iterations have none; so the keys of the state_dict are the paths of the file.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import cache
 
 # What the generated module itself uses; a variable of the user's of that name gets an underscore behind it.
@@ -14,25 +14,15 @@ CLASS_NAMES = MODULE_NAMES | {"ClassVar", "BufferList", "True", "False", "None"}
 _NUMBERED = re.compile(r"(.+?)_\d+")
 
 
-def class_name(block: str) -> str:
-    """`std.rms_norm` is RmsNorm, `gpt` is Gpt."""
+def class_name(block: str, taken: Collection[str]) -> str:
+    """`std.rms_norm` is RmsNorm, `gpt` is Gpt; the second class of a block has a 2 behind its name."""
     parts = block.rpartition(".")[2].split("_")
-    return "".join(part[:1].upper() + part[1:] for part in parts if part) or "Block"
-
-
-def class_names(graphs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """A class name for each (graph, block); the second instance of a block gets a 2 behind its name."""
-    taken: set[str] = set(CLASS_NAMES)
-    found: dict[str, str] = {}
-    for graph, block in graphs:
-        stem = class_name(block)
-        number, name = 1, stem
-        while name in taken:
-            number += 1
-            name = f"{stem}{number}"
-        taken.add(name)
-        found[graph] = name
-    return found
+    stem = "".join(part[:1].upper() + part[1:] for part in parts if part) or "Block"
+    number, name = 1, stem
+    while name in taken or name in CLASS_NAMES:
+        number += 1
+        name = f"{stem}{number}"
+    return name
 
 
 def variable(name: str) -> str:

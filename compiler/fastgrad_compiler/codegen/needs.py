@@ -71,8 +71,10 @@ def needs(program: Program) -> dict[str, Needs]:
 
 
 def has_tensor(program: Program, graph: Graph) -> bool:
-    """Whether a float tensor is at hand in the graph: a float input or a weight, its own or of a block that it calls."""
-    return any(node.tensor.dtype == "float" for node in graph.inputs) or weight_path(program, graph) is not None
+    """Whether a float tensor is at hand in the graph: an input, or a weight of its own or of a block that it calls."""
+    return (
+        any(node.tensor.dtype == "float" for node in graph.inputs) or weight_path(program, graph) is not None
+    )
 
 
 def weight_path(program: Program, graph: Graph, suffix: str = "") -> str | None:

@@ -1,4 +1,4 @@
-"""Python text that `ruff format` leaves unchanged: expressions with precedence, statements broken as ruff breaks them."""
+"""Python text that `ruff format` leaves unchanged: expressions with precedence, statements broken as ruff does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from fastgrad_compiler.graph import Node
 
 LINE_LENGTH = 110
 INDENT = "    "
@@ -18,7 +20,8 @@ COMPARE, ADD, MULTIPLY, UNARY, ATOM = range(5)
 class Expr:
     """A Python expression on one line.
 
-    `call` is (function, arguments) where the text is a call that can be broken; `number`: it is a Python number and no tensor.
+    `call` is (function, arguments) where the text is a call that can be broken; `number`: it is no tensor but a Python
+    number.
     """
 
     text: str
@@ -92,37 +95,55 @@ def tuple_text(items: Iterable[object]) -> str:
     return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
 
 
+def weight(operand: Expr) -> int:
+    """What a variable for the operand would save: 0 for names and numbers."""
+    return 0 if operand.is_name or operand.number else len(operand.text)
+
+
+def noun(node: Node) -> str:
+    """A name for what a node gives, where the user gave none."""
+    if node.op == "call":
+        return str(node["label"])
+    names = {"matmul": "product", "poly_attention": "attention", "mul": "scaled", "add": "total"}
+    return names.get(node.op, node.op)
+
+
 def _receiver(expr: Expr) -> str:
     number = expr.text[:1].isdigit()
     return expr.text if expr.precedence == ATOM and not number else f"({expr.text})"
 
 
 class Writer:
-    """Lines of Python at a growing and shrinking indent."""
+    """Lines of Python at a growing and shrinking indent; `margin` columns will be put before them later."""
 
-    def __init__(self, indent: int = 0) -> None:
+    def __init__(self, margin: int = 0) -> None:
         self.lines: list[str] = []
-        self.indent = indent
+        self._indent, self._margin = 0, margin
+
+    @property
+    def column(self) -> int:
+        """Where the next line will begin."""
+        return self._margin + len(INDENT) * self._indent
 
     @contextmanager
     def indented(self) -> Iterator[None]:
         """Lines written inside stand one level deeper."""
-        self.indent += 1
+        self._indent += 1
         yield
-        self.indent -= 1
+        self._indent -= 1
 
     def line(self, text: str = "") -> None:
         """One line as it is."""
-        self.lines.append(f"{INDENT * self.indent}{text}" if text else "")
+        self.lines.append(f"{INDENT * self._indent}{text}" if text else "")
 
     def comment(self, text: str) -> None:
         """A comment, cut to the line length."""
-        room = LINE_LENGTH - len(INDENT) * self.indent - 2
+        room = LINE_LENGTH - self.column - 2
         self.line("# " + (text if len(text) <= room else text[: room - 3] + "..."))
 
     def docstring(self, text: str) -> None:
         """A docstring of one paragraph, filled to the line length."""
-        room = LINE_LENGTH - len(INDENT) * self.indent
+        room = LINE_LENGTH - self.column
         text = text.replace("\\", "\\\\").replace('"""', "'''")
         if len(text) + 6 <= room:
             self.line(f'"""{text}"""')
@@ -152,31 +173,45 @@ class Writer:
         else:
             self.line(whole)
 
-    def names(self, prefix: str, entries: Iterable[str], brackets: str = "") -> None:
-        """`prefix` and entries with commas, one a line where they do not fit on one; `brackets` are parentheses then."""
+    def names(self, prefix: str, entries: Iterable[str], opening: str = "", closing: str = "") -> None:
+        """`prefix` and entries between brackets; one a line, in parentheses at least, where they do not fit on one."""
         items = list(entries)
-        opening, closing = brackets or "()"
-        whole = ", ".join(items)
-        if self._fits(f"{prefix}{brackets[:1]}{whole}{brackets[1:]}"):
-            self.line(f"{prefix}{brackets[:1]}{whole}{brackets[1:]}")
+        whole = f"{prefix}{opening}{', '.join(items)}{closing}"
+        if self._fits(whole):
+            self.line(whole)
             return
-        self.line(f"{prefix}{opening}")
+        self.line(f"{prefix}{opening or '('}")
         for item in items:
             self.line(f"{INDENT}{item},")
-        self.line(closing)
+        self.line(closing or ")")
 
     def _broken_call(self, prefix: str, function: str, arguments: tuple[str, ...], suffix: str) -> None:
         self.line(f"{prefix}{function}(")
         joined = INDENT + ", ".join(arguments)
         if self._fits(joined):
             self.line(joined)
+        elif len(arguments) == 1 and joined.endswith("]"):
+            with self.indented():
+                self.names("", _items(arguments[0]), "[", "]")
         else:
             for argument in arguments:
                 self.line(f"{INDENT}{argument},")
         self.line(f"){suffix}")
 
     def _fits(self, text: str) -> bool:
-        return len(INDENT) * self.indent + len(text) <= LINE_LENGTH
+        return self.column + len(text) <= LINE_LENGTH
 
     def __str__(self) -> str:
         return "\n".join(self.lines) + "\n"
+
+
+def _items(text: str) -> list[str]:
+    """The items of the text of a list."""
+    depth, start = 0, 1
+    found = []
+    for position, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 1:
+            found.append(text[start:position].strip())
+            start = position + 1
+    return [*found, text[start:-1].strip()]

@@ -1,7 +1,7 @@
-"""What generated modules need beyond PyTorch's own functions: positions, masks on scores, checks of shapes, lists of buffers.
+"""What generated modules need beyond PyTorch's functions: positions, masks on scores, checks of shapes, buffers.
 
-Scores are [.., n, m], queries by keys. Everything is made on the device and in the dtype of its inputs when it is needed, so that
-a model can move, be compiled and be exported.
+Scores are [.., n, m], queries by keys. Everything is made on the device and in the dtype of its inputs when it is
+needed, so that a model can move, be compiled and be exported.
 """
 
 from __future__ import annotations
@@ -83,12 +83,12 @@ def padding_mask(mask: Tensor, rank: int) -> Tensor:
 
 def causal(scores: Tensor, fill: float = -math.inf) -> Tensor:
     """Scores of later keys become `fill`."""
-    return scores.masked_fill(~_lower(*scores.shape[-2:], scores.device), fill)
+    return scores.masked_fill(~_lower(scores.shape[-2], scores.shape[-1], scores.device), fill)
 
 
 def window(scores: Tensor, width: int, fill: float = -math.inf) -> Tensor:
     """Scores of keys `width` or more places away become `fill`."""
-    return scores.masked_fill(_distances(*scores.shape[-2:], scores.device) >= width, fill)
+    return scores.masked_fill(_distances(scores.shape[-2], scores.shape[-1], scores.device) >= width, fill)
 
 
 def padding(scores: Tensor, mask: Tensor, fill: float = -math.inf) -> Tensor:
@@ -110,7 +110,7 @@ def near_far(local: Tensor, far: Tensor, block: int) -> Tensor:
 
 def alibi(scores: Tensor) -> Tensor:
     """Scores [.., h, n, m] with a bias that falls with the distance, at a rate of its own for each head."""
-    return scores + _alibi(*scores.shape[-3:], scores)
+    return scores + _alibi(scores.shape[-3], scores.shape[-2], scores.shape[-1], scores)
 
 
 def _precision(like: Tensor) -> torch.dtype:
@@ -127,7 +127,9 @@ def _distances(n: int, m: int, device: torch.device) -> Tensor:
 
 
 def _alibi(heads: int, n: int, m: int, like: Tensor) -> Tensor:
-    slopes = torch.exp2(torch.arange(1, heads + 1, device=like.device, dtype=_precision(like)) * (-8.0 / heads))
+    slopes = torch.exp2(
+        torch.arange(1, heads + 1, device=like.device, dtype=_precision(like)) * (-8.0 / heads)
+    )
     return -(slopes.view(-1, 1, 1) * _distances(n, m, like.device)).to(like.dtype)
 
 

@@ -89,26 +89,3 @@ def draw(tensor: Tensor, rule: tuple[str | float, ...] | None, generator: Genera
         raise TypeError(f"no initial value is known for a tensor of shape {list(tensor.shape)}")
     kind, *arguments = rule
     tensor.copy_(INITIALISERS[str(kind)](torch.empty(tensor.shape), *arguments, generator=generator))
-
-
-def initialise(model: nn.Module, seed: int = 0) -> None:
-    """Give a generated model the weights and buffers that its classes' INIT describes, by label.
-
-    One generator, seeded once, serves a module's own tensors in the order of its INIT, then its submodules. Values are
-    drawn in float32 on the CPU and converted: every dtype and device starts from the same ones.
-    """
-    _initialise(model, (), torch.Generator().manual_seed(seed))
-
-
-def _initialise(module: nn.Module, inherited: tuple[object, ...], generator: Generator) -> None:
-    """`inherited` is the rule of a list of weights."""
-    rules: dict[str, tuple[object, ...]] = getattr(module, "INIT", {})
-    own = {**module._parameters, **module._buffers}
-    for label in [label for label in rules if label in own] or own:
-        tensor = own[label]
-        kind, *arguments = rules.get(label, inherited)
-        if tensor is not None:
-            drawn = INITIALISERS[str(kind)](torch.empty(tensor.shape), *arguments, generator=generator)
-            tensor.data.copy_(drawn)
-    for label, child in module.named_children():
-        _initialise(child, rules.get(label, inherited), generator)
