@@ -13,7 +13,7 @@ from rich.text import Text
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.passes.attention_table import attention_table
 
-WIDTH_OF_A_FILE = 160  # where the output is no terminal
+WIDTH_OF_A_FILE = 200  # where the output is no terminal
 
 
 def console(*, error: bool = False) -> Console:
@@ -47,8 +47,8 @@ def print_plan(program: Program, file: str) -> None:
         place = node.span.short_place if node.span else ""
         rows.setdefault((place, decision, str(node.get("why", ""))), []).append(entry.path)
     for (place, decision, why), paths in rows.items():
-        out.print(Text(f"  {_folded(paths)}  {decision}  ({place})", style="bold"))
-        out.print(Text(f"      {why}"))
+        out.print(Text(f"  {_folded(paths)}  {decision}  ({place})", style="bold"), soft_wrap=True)
+        out.print(Text(f"      {why}"), soft_wrap=True)
 
 
 def _folded(paths: list[str]) -> str:
@@ -84,7 +84,8 @@ def print_report(report: Mapping[str, Any]) -> None:
 def _table(report: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in ("attention", "decision", "rank", "R", "eps (bound)", "exact below"):
-        table.add_column(heading, justify="left" if heading in ("attention", "decision") else "right")
+        named = heading in ("attention", "decision")
+        table.add_column(heading, justify="left" if named else "right", no_wrap=named)
     for what in ("output", "gradient"):
         for kind in ("bound", "estimate", "measured"):
             table.add_column(f"{what} {kind}", justify="right")
@@ -100,9 +101,15 @@ def _table(report: Mapping[str, Any]) -> Table:
         ]
         row.append(_number(entry["break_even"]))
         for what in ("output", "gradient"):
-            row += [_number(entry["errors"][what][kind]) for kind in ("bound", "estimate", "measured")]
+            errors = entry["errors"][what]
+            row += [_bound(errors["bound"]), _number(errors["estimate"]), _number(errors["measured"])]
         table.add_row(*map(Text, row))
     return table
+
+
+def _bound(value: float | None) -> str:
+    """A proved relative error of 1 and more says nothing: 0 as an output would do as well."""
+    return "vacuous" if value is not None and value >= 1 else _number(value)
 
 
 def _number(value: float | None) -> str:
