@@ -49,7 +49,7 @@ def disturbed(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     return model
 
 
@@ -57,11 +57,15 @@ def always_polynomial(compiled: Compiled, model: nn.Module) -> nn.Module:
     """A model with the weights of `model` whose kernels run below their break-even length too."""
     files = dict(compiled.modules)
     files["model.py"] = re.sub(r"exact_below=\d+", "exact_below=0", files["model.py"])
-    other: nn.Module = package_from_texts(files).MODEL(seed=None).to(next(model.parameters()).dtype)
+    other: nn.Module = package_from_texts(files).MODEL(seed=None)
+    for parameter in model.parameters():
+        other.to(parameter.dtype)
     other.load_state_dict(model.state_dict())
     return other
 
 
-def text(body: str, signature: str = "x: float[b, n, 4]", result: str = "float[b, n, 4]", more: str = "") -> str:
+def text(
+    body: str, signature: str = "x: float[b, n, 4]", result: str = "float[b, n, 4]", more: str = ""
+) -> str:
     """A program of one model `m` with this body."""
     return f"dim b\ndim n\n{more}\nmodel m({signature}) -> {result} {{\n{body}\n}}\n"

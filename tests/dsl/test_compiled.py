@@ -1,4 +1,4 @@
-"""Compiled examples compute what the interpreter computes, at any length, and work with what PyTorch does to modules."""
+"""Compiled examples compute what the interpreter does, at any length, and bear what PyTorch does to modules."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastgrad_dsl as fg
-from tests.dsl.models import EXAMPLES, INPUTS, NAMES, SIZES, always_polynomial, disturbed, small, text
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.interpret import initial_weights, run
 from fastgrad_dsl.loader import load_package
+from tests.dsl.models import EXAMPLES, INPUTS, NAMES, SIZES, always_polynomial, disturbed, small, text
 
 
 def interpreted(program: Program, name: str, model: nn.Module) -> Tensor:
@@ -187,7 +187,9 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     model = small("gpt").module()
     with pytest.raises(ValueError, match=r"tokens has shape \[13\], expected \[b, n\]"):
         model(INPUTS["gpt"][0][0])
-    declared = fg.compile("dim b\ndim n <= 8 % 4\nmodel m(x: float[b, n], y: float[n]) -> float[b, n] { return x + y }\n")
+    declared = fg.compile(
+        "dim b\ndim n <= 8 % 4\nmodel m(x: float[b, n], y: float[n]) -> float[b, n] { return x + y }\n"
+    )
     module = declared.module()
     assert module(torch.ones(2, 8), torch.ones(8)).shape == (2, 8)
     with pytest.raises(ValueError, match="dim n is 12, but <text>:2 declares at most 8"):

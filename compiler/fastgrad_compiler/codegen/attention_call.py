@@ -110,7 +110,7 @@ def _softmax(place: Place, node: Node, tensors: list[_Tensor], others: dict[str,
         scale=_scale(node),
         enable_gqa=True if q.shape[-3] != k.shape[-3] else None,
     )
-    return index(result, f"..., :{_size(v.shape[-1])}") if extra < 0 else result
+    return index(place.bind(result, "attention"), f"..., :{_size(v.shape[-1])}") if extra < 0 else result
 
 
 def _mask(place: Place, node: Node, tensors: list[_Tensor], others: dict[str, _Tensor]) -> Expr | None:

@@ -75,10 +75,16 @@ def _extreme(function: str, clamp: str) -> Rule:
     return rule
 
 
-def _compare(operator: str) -> Rule:
-    return lambda place, node, operands: binary(
-        operator, _tensor(place, node.inputs[0], operands[0]), operands[1]
-    )
+def _compare(operator: str, turned: str) -> Rule:
+    """`turned` is what the comparison reads like from the other side."""
+
+    def rule(place: Place, node: Node, operands: Operands) -> Expr:
+        left, right = operands
+        if left.number and not right.number:
+            return binary(turned, right, left)
+        return binary(operator, _tensor(place, node.inputs[0], left), right)
+
+    return rule
 
 
 def _where(place: Place, node: Node, operands: Operands) -> Expr:
@@ -248,15 +254,15 @@ def _mask(place: Place, node: Node, operands: Operands) -> Expr:
     fill = node.get("fill")
     given = None if fill is None or fill == float("-inf") else literal(_number(fill))
     width = [node["width"]] if node.op == "window" else []
-    return call(place.helper(node.op), *operands, *width, fill=given)
+    return call(place.helper(f"apply_{node.op}"), *operands, *width, fill=given)
 
 
 def _near_far(place: Place, node: Node, operands: Operands) -> Expr:
-    return call(place.helper("near_far"), *operands, node["block"])
+    return call(place.helper("apply_near_far"), *operands, node["block"])
 
 
 def _alibi(place: Place, node: Node, operands: Operands) -> Expr:
-    return call(place.helper("alibi"), operands[0])
+    return call(place.helper("apply_alibi"), operands[0])
 
 
 def _rotary(place: Place, node: Node, operands: Operands) -> Expr:
@@ -310,9 +316,9 @@ TORCH: dict[str, Rule] = {
     },
     **{name: _function(f"F.{name}") for name in ("relu", "gelu", "silu", "softplus")},
     "logical_not": _function("torch.logical_not"),
-    "less": _compare("<"),
-    "less_equal": _compare("<="),
-    "equal": _compare("=="),
+    "less": _compare("<", ">"),
+    "less_equal": _compare("<=", ">="),
+    "equal": _compare("==", "=="),
     "cast": _cast,
     "clamp": _clamp,
     "where": _where,

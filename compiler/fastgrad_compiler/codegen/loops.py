@@ -73,7 +73,9 @@ def _begin(block: Block, node: Node, results: Sequence[str | None]) -> _Loop:
             block.writer.statement(f"{target} = ", given[position])
         block.holders[target] = FOREVER
         carried.append(target)
-    return _Loop(tuple(carried), tuple(fixed), unique("i", [*block.holders, *block.dims.values()]))
+    taken = {*block.holders, *block.dims.values()}
+    counter = next((name for name in "ijk" if name not in taken), None) or unique("i", taken)
+    return _Loop(tuple(carried), tuple(fixed), counter)
 
 
 def _body(block: Block, name: str, loop: _Loop, depth: int) -> tuple[str, ...]:

@@ -8,9 +8,31 @@ from collections.abc import Collection
 from functools import cache
 
 # What the generated module itself uses; a variable of the user's of that name gets an underscore behind it.
+HELPERS = frozenset(
+    {
+        "BufferDict",
+        "BufferList",
+        "alibi_bias",
+        "apply_alibi",
+        "apply_causal",
+        "apply_documents",
+        "apply_near_far",
+        "apply_padding",
+        "apply_window",
+        "causal_mask",
+        "check_dim",
+        "check_shape",
+        "document_mask",
+        "masked_softmax",
+        "padding_mask",
+        "rotary",
+        "sinusoid",
+        "window_mask",
+    }
+)
 MODULE_NAMES = frozenset({"F", "Tensor", "math", "nn", "torch"})
-LOCAL_NAMES = MODULE_NAMES | {"self", "len", "list", "print", "range", "str", "super", "tuple"}
-CLASS_NAMES = MODULE_NAMES | {"ClassVar", "BufferList", "True", "False", "None"}
+LOCAL_NAMES = HELPERS | MODULE_NAMES | {"exact_attention", "initialise", "like", "range", "self"}
+CLASS_NAMES = HELPERS | MODULE_NAMES | {"ClassVar", "False", "None", "True"}
 _NUMBERED = re.compile(r"(.+?)_\d+")
 
 
@@ -30,14 +52,15 @@ def variable(name: str) -> str:
     text = re.sub(r"\W", "_", name.lstrip("_"), flags=re.ASCII) or "value"
     if text[0].isdigit():
         text = f"_{text}"
-    return f"{text}_" if keyword.iskeyword(text) or text in LOCAL_NAMES else text
+    reserved = keyword.iskeyword(text) or text in LOCAL_NAMES or text.startswith("polynomial_attention")
+    return f"{text}_" if reserved else text
 
 
 @cache
 def _module_attributes() -> frozenset[str]:
     from torch import nn
 
-    return frozenset(dir(nn.Module()))
+    return frozenset(dir(nn.Module())) | {"INIT"}
 
 
 def member_access(label: str, kind: str) -> str:

@@ -9,9 +9,10 @@ from fractions import Fraction
 
 from fastgrad_compiler.codegen.members import runs_of
 from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType
 
-_FLOAT_LIKE = frozenset({"fill", "sinusoid", "one_hot", "cast", "div"})  # made in the model's dtype
+_MAKING = frozenset({"arange", "fill", "one_hot", "sinusoid"})  # make a tensor from nothing but dims
+_ARITHMETIC = frozenset({"add", "sub", "mul", "div"})
 _SHAPED = {
     "reshape": ("shape",),
     "broadcast_to": ("shape",),
@@ -146,8 +147,17 @@ def _checked(program: Program, graph: Graph) -> set[str]:
 
 
 def _makes_tensor(graph: Graph, node: Node) -> bool:
-    constants = [name for name in node.inputs if graph[name].op == "constant"]
-    return node.op in _FLOAT_LIKE or node.op == "arange" or bool(constants)
+    """Whether a node's expression needs a tensor to be like: for numbers as tensors, or ints that become floats."""
+    if node.op in _MAKING or (node.op == "cast" and node["dtype"] == "float"):
+        return True
+    operands = [graph[name] for name in node.inputs]
+    tensors = [operand for operand in operands if operand.op != "constant"]
+    if operands and not tensors:
+        return True
+    if node.op in ("where", "stack"):
+        return len(operands) - len(tensors) >= (2 if node.op == "where" else 1)
+    floats = any(isinstance(t.type, TensorType) and t.type.dtype == "float" for t in tensors)
+    return node.op in _ARITHMETIC and node.tensor.dtype == "float" and not floats
 
 
 def _dims(program: Program, graph: Graph, node: Node) -> Iterator[Dim]:

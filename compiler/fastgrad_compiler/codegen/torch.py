@@ -141,8 +141,10 @@ def _classes(program: Program, classes: dict[str, str], imports: Imports, exact:
 def _distinct_classes(module: Module, graphs: list[Graph]) -> list[str]:
     """The texts of the classes; graphs whose code is the same share one, such as layers that the plan treats alike."""
     found: dict[str, tuple[str, str]] = {}
+    objective = module.program.objective
     for graph in graphs:
-        name = class_name(graph.block, {known for known, _ in found.values()})
+        taken = {known for known, _ in found.values()} | ({variable(objective)} if objective else set())
+        name = class_name(graph.block, taken)
         module.classes[graph.name] = name
         text = _class(module, graph)
         key = text.replace(f"class {name}(", "class (", 1)

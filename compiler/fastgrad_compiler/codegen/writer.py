@@ -190,9 +190,9 @@ class Writer:
         joined = INDENT + ", ".join(arguments)
         if self._fits(joined):
             self.line(joined)
-        elif len(arguments) == 1 and joined.endswith("]"):
+        elif len(arguments) == 1 and arguments[0][-1] in "]}":
             with self.indented():
-                self.names("", _items(arguments[0]), "[", "]")
+                self.names("", _items(arguments[0]), arguments[0][0], arguments[0][-1])
         else:
             for argument in arguments:
                 self.line(f"{INDENT}{argument},")
@@ -206,7 +206,7 @@ class Writer:
 
 
 def _items(text: str) -> list[str]:
-    """The items of the text of a list."""
+    """The items of the text of a list or a dict."""
     depth, start = 0, 1
     found = []
     for position, character in enumerate(text):

@@ -81,34 +81,34 @@ def padding_mask(mask: Tensor, rank: int) -> Tensor:
     return mask.view(b, *(1,) * (rank - 2), m)
 
 
-def causal(scores: Tensor, fill: float = -math.inf) -> Tensor:
+def apply_causal(scores: Tensor, fill: float = -math.inf) -> Tensor:
     """Scores of later keys become `fill`."""
     return scores.masked_fill(~_lower(scores.shape[-2], scores.shape[-1], scores.device), fill)
 
 
-def window(scores: Tensor, width: int, fill: float = -math.inf) -> Tensor:
+def apply_window(scores: Tensor, width: int, fill: float = -math.inf) -> Tensor:
     """Scores of keys `width` or more places away become `fill`."""
     return scores.masked_fill(_distances(scores.shape[-2], scores.shape[-1], scores.device) >= width, fill)
 
 
-def padding(scores: Tensor, mask: Tensor, fill: float = -math.inf) -> Tensor:
+def apply_padding(scores: Tensor, mask: Tensor, fill: float = -math.inf) -> Tensor:
     """Scores of keys whose mask is false become `fill`; scores [b, .., n, m], mask bool [b, m]."""
     return scores.masked_fill(~padding_mask(mask, scores.ndim), fill)
 
 
-def documents(scores: Tensor, ids: Tensor, fill: float = -math.inf) -> Tensor:
+def apply_documents(scores: Tensor, ids: Tensor, fill: float = -math.inf) -> Tensor:
     """Scores of keys of other documents become `fill`; scores [b, .., n, n], ids int [b, n]."""
     return scores.masked_fill(~document_mask(ids, scores.ndim), fill)
 
 
-def near_far(local: Tensor, far: Tensor, block: int) -> Tensor:
+def apply_near_far(local: Tensor, far: Tensor, block: int) -> Tensor:
     """`local` where the blocks of `block` tokens of query and key are the same or touch, `far` elsewhere."""
     n, m = local.shape[-2:]
     queries, keys = (torch.arange(size, device=local.device) // block for size in (n, m))
     return torch.where((queries.unsqueeze(-1) - keys).abs() <= 1, local, far)
 
 
-def alibi(scores: Tensor) -> Tensor:
+def apply_alibi(scores: Tensor) -> Tensor:
     """Scores [.., h, n, m] with a bias that falls with the distance, at a rate of its own for each head."""
     return scores + _alibi(scores.shape[-3], scores.shape[-2], scores.shape[-1], scores)
 

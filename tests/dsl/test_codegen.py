@@ -1,0 +1,271 @@
+"""The text of generated modules, and that every construct of the language computes the same as a module."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastgrad_dsl as fg
+from fastgrad_compiler.codegen.expressions import DECLINED, STRUCTURE, TORCH
+from fastgrad_compiler.codegen.names import HELPERS
+from fastgrad_compiler.interpret import run
+from fastgrad_compiler.ops import OPS
+from fastgrad_compiler.runtime import functions
+from fastgrad_dsl.compiled import Compiled
+from tests.conftest import Golden
+from tests.dsl.models import EXAMPLES, NAMES, always_polynomial, disturbed, small, text
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "modules"
+
+
+def test_the_table_covers_every_operation() -> None:
+    groups = [set(TORCH), set(STRUCTURE), set(DECLINED)]
+    assert set.union(*groups) == set(OPS)
+    assert sum(map(len, groups)) == len(OPS), "an operation is emitted in one way"
+
+
+def test_helpers_are_reserved_names() -> None:
+    public = {
+        name
+        for name, value in vars(functions).items()
+        if getattr(value, "__module__", "") == functions.__name__
+    }
+    assert {name for name in public if not name.startswith("_")} == HELPERS
+
+
+@pytest.mark.parametrize("name", ["gpt", "spelled_out"])
+def test_golden_modules(name: str, golden: Golden) -> None:
+    compiled = fg.compile(EXAMPLES / f"{name}.tfg")
+    golden(GOLDEN / f"{name}.py.txt", compiled.modules["model.py"])
+
+
+def formatted(texts: dict[str, str], folder: Path) -> str:
+    """What `ruff format` would change."""
+    for name, content in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "format",
+        "--isolated",
+        "--line-length",
+        "110",
+        "--diff",
+        str(folder),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def test_ruff_leaves_generated_files_unchanged(tmp_path: Path) -> None:
+    texts = {f"{name}/{file}": t for name in NAMES for file, t in small(name).modules.items()}
+    texts |= {f"case_{i}/model.py": compile_case(case).modules["model.py"] for i, case in enumerate(CASES)}
+    assert formatted(texts, tmp_path) == ""
+
+
+def test_depth_changes_only_constants() -> None:
+    shallow, deep = (
+        fg.compile(EXAMPLES / "gpt.tfg", params={"depth": depth}).modules["model.py"] for depth in (1, 96)
+    )
+    assert "range(96)" in deep
+    assert re.sub(r"range\(\d+\)", "range(N)", deep) == re.sub(r"range\(\d+\)", "range(N)", shallow)
+
+
+def test_files_do_not_depend_on_the_hash_seed() -> None:
+    script = (
+        "import fastgrad_dsl as fg, hashlib; files = fg.compile('llama.tfg').files; "
+        "print(hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest())"
+    )
+    digests = set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        result = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=EXAMPLES,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        digests.add(result.stdout)
+    assert len(digests) == 1
+
+
+# ---------------------------------------------------------------- constructs, each against the interpreter
+
+CASES: dict[str, str] = {
+    "rebinding and names of Python": text(
+        "lambda = x + 1.0\nF = lambda * x\nself = F - lambda\nreturn self / 2"
+    ),
+    "variables named like helpers": text(
+        """masked_softmax = x * 2
+        polynomial_attention = masked_softmax + x
+        range = 2 * polynomial_attention
+        like = x
+        repeat i in 2 {
+            range = rotary(range, 100.0)
+        }
+        return range + softmax(padding(like @ range.T, mask)) @ exp(x) @ x.T @ x""",
+        signature="x: float[b, n, 4], mask: bool[b, n]",
+    ),
+    "ints as floats": text(
+        "return where(ids < 2, 1.0, 0.5) * (ids / 2 + 0.25 * positions(n)) + 3 / (ids + 1)",
+        signature="ids: int[b, n]",
+        result="float[b, n]",
+    ),
+    "an only bool input": text(
+        "return where(mask, 2.0, 1.0) + fill(2.5, b, n) if false else where(mask, 2.0, 1.0)",
+        signature="mask: bool[b, n]",
+        result="float[b, n]",
+    ),
+    "weights named like methods": text(
+        "weight half: float[4] = ones()\nweight type: float[4] = normal()\nweight lambda: float[4] = ones()\n"
+        "buffer train: float[4] = ones()\nreturn x * half + type * lambda - train"
+    ),
+    "carried pair": text("y = x * 2\nrepeat i in 3 {\n  z = x\n  x = y + 1.0\n  y = z\n}\nreturn x + 3 * y"),
+    "value needed after the loop": text("y = x\nrepeat i in 2 {\n  y = y * x\n}\nreturn y + x"),
+    "weights in a repeat": text(
+        """repeat i in 3 {
+            weight w: float[4, 4] = xavier()
+            buffer c: float[4] = ones()
+            x = tanh(x @ w) + c
+        }
+        return x"""
+    ),
+    "nested repeats": text(
+        """repeat i in 2 {
+            repeat j in 3 {
+                weight w: float[4, 4] = xavier()
+                x = f(x @ w) as f
+            }
+        }
+        return x""",
+        more="block f(x: float[b, n, 4]) -> float[b, n, 4] {\n weight s: float[4] = ones()\n return x * s }",
+    ),
+    "bodies that differ": text(
+        """repeat i in 5 {
+            if i % 2 == 0 {
+                weight w: float[4] = ones()
+                x = x * w
+            } else {
+                x = f(x; i) as g
+            }
+        }
+        return x""",
+        more="""block f(x: float[b, n, 4]; k: int) -> float[b, n, 4] {
+            weight s: float[4] = ones()
+            return x * s + k
+        }""",
+    ),
+    "several results": text(
+        "(y, z) = f(x)\nreturn (y - z, z)",
+        result="(float[b, n, 4], float[b, n, 4])",
+        more="block f(x: float[b, n, 4]) -> (float[b, n, 4], float[b, n, 4]) { return (exp(x), x) }",
+    ),
+    "dims that no input of a block shows": text(
+        "return x + f(; n)", more="block f(; m: int) -> float[m, 4] { return sinusoid(m, 4) }"
+    ),
+    "ints become floats": text(
+        "return x / float(positions(n) + 1)[.., 0:1]", signature="x: float[b, n]", result="float[b, n]"
+    ),
+    "slices and shapes": text(
+        """y = concat(x[.., 2:4], x[.., 0:2], axis = -1)
+        z = stack(y[.., 1], y[.., 0], axis = -1)
+        return reshape(z, (b, 2 * n))""",
+        result="float[b, 2 * n]",
+    ),
+    "choices": text("return where(x > 0.5, clamp(x, 0.0, 0.7), max(x, -0.25)) + where(x < 0, 1.0, 0.0)"),
+    "reductions": text(
+        "return x - mean(x, axis = -1, keepdim = true) + sum(x * x, axis = (-2, -1), keepdim = true)"
+    ),
+    "grouped, windowed attention": text(
+        """weight w: float[4, 8] = normal()
+        q = split_heads(x @ w, 4)
+        k = split_heads(x, 2)
+        s = window(causal(q @ repeat_heads(k, 2).T), 3)
+        return merge_heads(softmax(s) @ repeat_heads(k, 2))""",
+        result="float[b, n, 8]",
+    ),
+    "two stretches of layers": text(
+        """repeat i in 5 {
+            x = x + f(x; 1.0 if i < 2 else 2.0)
+        }
+        return x"""
+    )
+    + "block f(x: float[b, n, 4]; k: float) -> float[b, n, 4] { return tanh(x) * k }\n",
+    "alibi": text("q = split_heads(x, 2)\nreturn merge_heads(softmax(causal(alibi(q @ q.T))) @ q)"),
+    "documents and padding": text(
+        "q = split_heads(x, 2)\nreturn merge_heads(softmax(padding(documents(q @ q.T, ids), ids < 2)) @ q)",
+        signature="x: float[b, n, 4], ids: int[b, n]",
+    ),
+    "attention without heads": text(
+        "return softmax(padding(x @ x.T, mask)) @ x", signature="x: float[b, n, 4], mask: bool[b, n]"
+    ),
+    "wider queries than values": text(
+        "return softmax(causal(x @ x.T)) @ x[.., 0:2]", result="float[b, n, 2]"
+    ),
+    "narrower queries than values": text("y = x[.., 0:2]\nreturn softmax(causal(y @ y.T)) @ x"),
+    "masked scores that are no attention": text(
+        "s = padding(x @ x.T, mask)\nreturn softmax(s) @ exp(softmax(s)) @ x",
+        signature="x: float[b, n, 4], mask: bool[b, n]",
+    ),
+    "near and far, polynomial": text(
+        "q = split_heads(x, 2)\nreturn merge_heads(softmax(causal(near_far(q @ q.T, unit(q) @ unit(q).T; 2))) @ q)",
+    )
+    + 'budget { at "*" degree = 4 }\n',
+    "padded, polynomial": text(
+        "q = split_heads(x, 2)\nreturn merge_heads(softmax(padding(0.5 * unit(q) @ unit(q).T, mask)) @ q)",
+        signature="x: float[b, n, 4], mask: bool[b, n]",
+    )
+    + 'budget { at "*" degree = 3 }\n',
+    "headless, polynomial": text("return softmax(causal(unit(x) @ unit(x).T)) @ x")
+    + 'budget { at "*" degree = 2 }\n',
+}
+
+
+def compile_case(name: str) -> Compiled:
+    return fg.compile(CASES[name])
+
+
+def arguments(compiled: Compiled) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for node in compiled.program[compiled.program.main].inputs:
+        shape = [dim.evaluate({"b": 2, "n": 7}) for dim in node.tensor.shape]
+        if node.tensor.dtype == "float":
+            found.append(torch.randn(shape, generator=generator, dtype=torch.float64))
+        elif node.tensor.dtype == "int":
+            found.append(torch.randint(3, shape, generator=generator))
+        else:
+            found.append(torch.arange(shape[-1]) < torch.tensor([shape[-1], 2])[:, None])
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_construct(name: str) -> None:
+    compiled = compile_case(name)
+    model = compiled.module(dtype=torch.float64)
+    disturbed(model)
+    inputs = arguments(compiled)
+    stages = {stage.name: stage.program for stage in compiled.stages}
+    weights = model.state_dict()
+    floats = [x for x in (*inputs, *weights.values()) if x.is_floating_point()]
+    dtype = (
+        torch.float64 if floats else torch.get_default_dtype()
+    )  # what a model without a float tensor follows
+    expected = run(stages["elaborate"], inputs, weights, dtype=dtype)
+    torch.testing.assert_close(compiled.reference(model)(*inputs), expected)
+    torch.testing.assert_close(model(*inputs), expected)  # below the break-even length where there is one
+    if name.endswith("polynomial"):
+        assert [entry.node.op for entry in compiled.plan] == ["poly_attention"]
+        approximated = run(compiled.program, inputs, weights, dtype=torch.float64)
+        torch.testing.assert_close(always_polynomial(compiled, model)(*inputs), approximated)
