@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MANIFEST = "files.json"  # which files of a folder are ours, so that a later compile removes only those
 
 
-def compile(  # noqa: A001 - the name that users know from torch.compile, and reach as fg.compile
+def compile(
     spec: str | Path,
     *,
     params: Mapping[str, object] | None = None,
@@ -121,7 +121,7 @@ class Compiled:
         return model if dtype is None else model.to(dtype)
 
     def reference(self, model: nn.Module) -> nn.Module:
-        """The exact model with the very weights of `model`: every attention is softmax, a change of one changes the other."""
+        """The exact model with the very weights of `model`: every attention is softmax; a change of one is of both."""
         return _with_weights_of(model, self._reference_package.MODEL(None))
 
     @property
@@ -148,7 +148,7 @@ class Compiled:
                 f"the batch has {len(batch)} tensors; expected {count} inputs, then {len(plan['targets'])} targets"
             )
         errors = measure_plan(plan, model, batch[:count], batch[count:], self.loss)
-        described = {"kind": "a given batch", "dims": {}, "seed": None, "weights": "the given weights"}
+        described: dict[str, Any] = {"kind": "a given batch", "dims": {}, "seed": None, "weights": "the given weights"}
         return build_report(plan, errors, described)
 
     @cached_property
@@ -177,8 +177,10 @@ def _with_weights_of(model: nn.Module, other: nn.Module) -> nn.Module:
 
 
 def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    parent, _, key = path.rpartition(".")
-    return module.get_submodule(parent), key
+    *parents, key = path.split(".")
+    for name in parents:
+        module = module._modules[name]  # type: ignore[assignment]  # get_submodule takes a label like `half` for a method
+    return module, key
 
 
 def _written_before(folder: Path) -> set[str]:

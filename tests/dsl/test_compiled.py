@@ -248,3 +248,20 @@ def test_writing_again_removes_only_its_own_files(tmp_path: Path) -> None:
 def test_loading_what_was_not_compiled(tmp_path: Path) -> None:
     with pytest.raises(fg.TfgError, match="no compiled model"):
         fg.load(tmp_path)
+
+
+def test_labels_like_methods_of_modules() -> None:
+    compiled = fg.compile(
+        text(
+            "x = half(x)\nrepeat i in 2 {\n  x = half(x) as to\n}\nreturn x",
+            more="""block half(x: float[b, n, 4]) -> float[b, n, 4] {
+                weight type: float[4] = ones()
+                return x * type
+            }""",
+        )
+    )
+    model = disturbed(compiled.module())
+    assert list(model.state_dict()) == ["half.type", "to.0.type", "to.1.type"]
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    for other in (compiled.reference(model), copy.deepcopy(model), torch.compile(model, backend="eager")):
+        torch.testing.assert_close(other(x), model(x))
