@@ -41,9 +41,8 @@ def print_plan(program: Program, file: str) -> None:
     rows: dict[tuple[str, str, str], list[str]] = {}
     for entry in table:
         node = entry.node
-        decision = str(node.get("decision", "exact"))
-        if decision == "polynomial":
-            decision = f"{node['family']} degree {node['degree']}"
+        polynomial = node.op == "poly_attention" or node.get("decision") == "polynomial"
+        decision = f"{node['family']} degree {node['degree']}" if polynomial else "exact"
         place = node.span.short_place if node.span else ""
         rows.setdefault((place, decision, str(node.get("why", ""))), []).append(entry.path)
     for (place, decision, why), paths in rows.items():
