@@ -1,20 +1,19 @@
 """What the front end says about a `.tfg` text: the source of the golden files, and what the fuzz attacks.
 
-The front end is the parser and, behind it, elaboration and the passes up to the plan: all that `fastgrad check` runs.
+The front end is the parser, elaboration and the passes up to the plan: what `fastgrad check` runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import importlib.util
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.pipeline import run
 from fastgrad_grammar.diagnostics import TfgError
-from fastgrad_grammar.parser import parse
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.render import render
 from fastgrad_grammar.source import Source
@@ -40,14 +39,9 @@ def diagnose(path: Path) -> str:
 
 def front_end(source: Source, options: Sequence[str] = ()) -> None:
     """Run all that reads a text: raises TfgError, or nothing."""
-    parse(source)
-    names = ("fastgrad_compiler.elaborate", "fastgrad_compiler.pipeline")
-    if any(importlib.util.find_spec(name) is None for name in names):
-        return
-    elaborate, pipeline = (importlib.import_module(name) for name in names)
     chosen = _parser().parse_args(options)
     params = dict(text.split("=", 1) for text in chosen.set)
-    pipeline.run(elaborate.elaborate(source, model=chosen.model, params=params), until="plan")
+    run(elaborate(source, model=chosen.model, params=params), until="plan")
 
 
 def _options(path: Path) -> list[str]:

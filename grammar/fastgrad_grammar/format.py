@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import TypeAlias
 
 from fastgrad_grammar import ast, unparse
 from fastgrad_grammar.comments import Comment, CommentQueue
 from fastgrad_grammar.parser import parse
+from fastgrad_grammar.scope import Scope, signatures, tensor_names
 from fastgrad_grammar.source import Source
-from fastgrad_grammar.unparse import Scope
 
 MAX_COLUMNS = 100
 """Longer calls, signatures and expressions go over several lines."""
@@ -44,7 +42,7 @@ class _Printer:
         self.source = source
         self.tree = file
         self.comments = CommentQueue(source)
-        self.scope = Scope(_signatures(file))
+        self.scope = Scope(signatures(file))
         self.lines: list[str] = []
         self.level = 0
         self.last_line = 0  # the line of the source up to which everything is written
@@ -110,7 +108,7 @@ class _Printer:
         return match.end() if match else offset
 
     def body(self, header_end: int, statements: Sequence[_Line], moved: Sequence[Comment] = ()) -> int:
-        """Write the braces behind `header_end` and what stands between them; the offset behind the closing one.
+        """Write the braces behind `header_end` with what stands between them; the offset behind them.
 
         `moved` are comments of the head that go to the beginning of the body.
         """
@@ -182,7 +180,7 @@ class _Printer:
         outer = self.scope
         # A block cannot call itself: the same name in its body is an operation's.
         others = {key: names for key, names in outer.signatures.items() if key != (None, item.name.text)}
-        self.scope = Scope(others, _tensor_names(item))
+        self.scope = Scope(others, tensor_names(item))
         end = self.body(header_end, item.body)
         self.scope = outer
         self.trailing_comment(end)
@@ -196,7 +194,7 @@ class _Printer:
 
     def signature(self, head: str, tensors: Sequence[ast.TensorParam], values: Sequence[ast.ValueParam],
                   tail: str) -> list[str]:  # fmt: skip
-        params = [*tensors, *values]
+        params: list[ast.TensorParam | ast.ValueParam] = [*tensors, *values]
         texts = [unparse.parameter(one, self.scope) for one in params]
         values_from = len(tensors) if values else None
         flat = f"{self.indent}{head}{unparse.join_sides(texts, values_from)}{tail}"
@@ -259,7 +257,7 @@ class _Printer:
         self.trailing_comment(self.else_(node, end))
 
     def else_(self, node: ast.If, end: int) -> int:
-        """Write the `else` branches of an `if` whose body ends at `end`; the offset behind the last of them."""
+        """Write the `else` branches of an `if` whose body ends at `end`; the offset behind them."""
         while _ELSE.match(self.source.text, self.skip_blank(end)):
             behind = self.skip_blank(end) + len("else")
             nested = node.otherwise[0] if node.otherwise else None
@@ -387,43 +385,3 @@ def _is_bare_product(expr: ast.Expr) -> bool:
             return _is_bare_product(expr.left) and _is_bare_product(right)
         case _:
             return False
-
-
-def _tensor_names(block: ast.BlockDecl) -> frozenset[str]:
-    """Names of a block that may stand for tensors."""
-    names = {param.name.text for param in block.tensors}
-    waiting = list(block.body)
-    while waiting:
-        match waiting.pop():
-            case ast.Assign(targets=targets):
-                names.update(target.text for target in targets)
-            case ast.Weight(name=name) | ast.Buffer(name=name):
-                names.add(name.text)
-            case ast.Repeat(body=body):
-                waiting += body
-            case ast.If(then=then, otherwise=otherwise):
-                waiting += [*then, *otherwise]
-    return frozenset(names)
-
-
-def _signatures(file: ast.File) -> dict[tuple[str | None, str], tuple[str, ...]]:
-    """The names of the tensors of each block that the file declares or, with `use std`, may call."""
-    known = {(None, name): tensors for name, tensors in _blocks(file).items()}
-    if any(
-        isinstance(item, ast.Use) and item.path is None and item.name.text == "std" for item in file.items
-    ):
-        known |= {("std", name): tensors for name, tensors in _standard_library().items()}
-    return known
-
-
-def _blocks(file: ast.File) -> dict[str, tuple[str, ...]]:
-    blocks = [item for item in file.items if isinstance(item, ast.BlockDecl)]
-    return {block.name.text: tuple(param.name.text for param in block.tensors) for block in blocks}
-
-
-@lru_cache(maxsize=1)
-def _standard_library() -> dict[str, tuple[str, ...]]:
-    known: dict[str, tuple[str, ...]] = {}
-    for path in sorted((Path(__file__).parent / "std").glob("*.tfg")):
-        known |= _blocks(parse(Source(path.name, path.read_text(encoding="utf-8"))))
-    return known

@@ -36,13 +36,16 @@ _TEXT = {"LPAR": "(", "RPAR": ")", "LSQB": "[", "RSQB": "]", "LBRACE": "{", "RBR
 
 @dataclass
 class Layout:
-    """The tokens of a text; `broken` holds the diagnostic of each BROKEN token by its index."""
+    """The tokens of a text; `broken` holds the diagnostic of each BROKEN token by its index.
+
+    `stopped`: reading further would not help, for too much is wrong or nested too deeply.
+    """
 
     source: Source
     tokens: list[lark.Token] = field(default_factory=list)
     broken: dict[int, Diagnostic] = field(default_factory=dict)
     diagnostics: list[Diagnostic] = field(default_factory=list)
-    too_deep: bool = False
+    stopped: bool = False
 
     def span(self, token: lark.Token) -> Span:
         """Where a token stands."""
@@ -105,6 +108,9 @@ class _LayoutBuilder:
             first_on_line = False
             if len(self.open) > MAX_NESTING:
                 self._too_deep(token)
+                return self.layout
+            if len(self.layout.broken) >= MAX_LEXICAL_ERRORS:
+                self.layout.stopped = True
                 return self.layout
         self._end_of_file()
         return self.layout
@@ -212,7 +218,7 @@ class _LayoutBuilder:
         self._end_line(drop_behind=frozenset())
 
     def _too_deep(self, token: lark.Token) -> None:
-        self.layout.too_deep = True
+        self.layout.stopped = True
         self.layout.diagnostics.append(
             Diagnostic(
                 "FG106",

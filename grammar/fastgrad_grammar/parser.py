@@ -23,21 +23,24 @@ MAX_DIAGNOSTICS = 20
 def parse(source: Source) -> ast.File:
     """The syntax tree of a text; an empty text is a File without items.
 
-    Raises TfgError, and nothing else, with up to `MAX_DIAGNOSTICS` diagnostics in the order of the text: FG003
-    for a text that is too large, FG1xx for its syntax. After an error, parsing goes on at the next line of the
-    same body.
+    Raises TfgError, and nothing else, with up to `MAX_DIAGNOSTICS` diagnostics in the order of the text:
+    FG003 for a text that is too large, FG1xx for its syntax. After an error, parsing goes on at the next
+    line of the same body.
     """
     if len(source.text) > MAX_BYTES:
         raise TfgError([too_large(source.path)])
     grammar = load_grammar()
     layout = lay_out(source, grammar)
     diagnostics = list(layout.diagnostics)
-    if layout.too_deep:
+    if layout.stopped:
         raise TfgError(_first(diagnostics + list(layout.broken.values())))
     tree, errors = _Driver(grammar, layout).run()
+    diagnostics += errors
+    if tree is None:
+        raise TfgError(_first(diagnostics))
     builder = Builder(source)
     file = builder.file(tree)
-    diagnostics += errors + builder.diagnostics
+    diagnostics += builder.diagnostics
     if diagnostics:
         raise TfgError(_first(diagnostics))
     return file
@@ -80,7 +83,8 @@ class _Driver:
         self.frames = [_Frame()]  # one for the file and one for each open brace
         self.at_start = True
 
-    def run(self) -> tuple[lark.Tree[lark.Token], list[Diagnostic]]:
+    def run(self) -> tuple[lark.Tree[lark.Token] | None, list[Diagnostic]]:
+        """The parse tree without its broken statements (None if there are too many) and the errors."""
         tokens = self.layout.tokens
         index = 0
         while index < len(tokens):
@@ -92,6 +96,8 @@ class _Driver:
                 continue
             if not _is_stand_in(tokens[index]):  # the bracket that it stands for was reported
                 self.diagnostics.append(diagnostic or self._explain(index))
+            if len(self.diagnostics) == MAX_DIAGNOSTICS:
+                return None, self.diagnostics
             index = self._recover(index)
         tree: lark.Tree[lark.Token] = self.state.feed_token(lark.Token("$END", ""), is_end=True)
         return tree, self.diagnostics

@@ -9,6 +9,7 @@ from functools import cached_property
 import lark
 
 from fastgrad_grammar.diagnostics import Diagnostic, Note, nearest
+from fastgrad_grammar.expected import describe_expected
 from fastgrad_grammar.layout import ITEM_KEYWORDS, OPERATORS, STATEMENT_KEYWORDS, Layout
 from fastgrad_grammar.source import Span
 
@@ -399,44 +400,10 @@ _RULES: tuple[Callable[[Situation], Diagnostic | None], ...] = (
 
 # ---------------------------------------------------------------- the general message
 
-_VALUE_STARTS = frozenset({"NAME", "INT", "LPAR"})
-_WORDS = {
-    "_NL": "the end of the line",
-    "NAME": "a name",
-    "STRING": "a string",
-    "INT": "a number",
-    "$END": "the end of the file",
-    "OPTIONAL": "`?`",
-    "TRANSPOSE": "`.T`",
-}
-_SYMBOLS = {
-    "LPAR": "(",
-    "RPAR": ")",
-    "LSQB": "[",
-    "RSQB": "]",
-    "LBRACE": "{",
-    "RBRACE": "}",
-    "COMMA": ",",
-    "COLON": ":",
-    "SEMICOLON": ";",
-    "ARROW": "->",
-    "ASSIGN": "=",
-    "AT_MOST": "<=",
-    "ELLIPSIS": "..",
-    "AS": "as",
-    "IN": "in",
-    "ELSE": "else",
-    "IF": "if",
-    "PERCENT": "%",
-    "EXACT": "exact",
-    "AT": "at",
-}
-_SELDOM = frozenset({"AT", "EXACT", "TRANSPOSE", "DOT", "AS", "OPTIONAL"})
-
 
 def _unexpected(case: Situation) -> Diagnostic:
     found = _describe_found(case)
-    expected = describe_expected(case.accepted, case.level)
+    expected = describe_expected(case.accepted)
     notes: tuple[Note, ...] = ()
     opening = case.opening
     if opening is not None and opening is not case.near(-1) and {"RPAR", "RSQB"} & case.accepted:
@@ -460,35 +427,3 @@ def _describe_found(case: Situation) -> str:
 
 def _shorten(token: str) -> str:
     return token if len(token) <= 40 else f"{token[:37]}..."
-
-
-def describe_expected(accepted: frozenset[str], level: int) -> str:
-    """Accepted token types in the words of the language: "`,`, `)` or an operator"."""
-    left = set(accepted)
-    words: list[str] = []
-    if left >= ITEM_KEYWORDS:
-        return "use, param, dim, block, model, objective or budget"
-    if left >= STATEMENT_KEYWORDS:
-        return "a statement (name = ..., weight, buffer, repeat, if, return) or `}`"
-    if left >= _VALUE_STARTS:
-        words.append("an expression")
-        left -= _VALUE_STARTS | {"FLOAT", "STRING", "TRUE", "FALSE", "NONE", "NOT", "MINUS", "AT", "EXACT"}
-    if left >= {"PLUS", "STAR"}:
-        words.append("an operator")
-        left -= OPERATORS - {"COMMA", "ASSIGN", "ARROW"}
-        left -= {"IF", "LPAR", "LSQB"}
-    if "NAME" in left:
-        left -= _SELDOM
-    left -= {"TRANSPOSE", "DOT", "FLOAT"}
-    words = [_word(kind) for kind in sorted(left, key=_order)] + words
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def _word(kind: str) -> str:
-    if kind in _WORDS:
-        return _WORDS[kind]
-    return f"`{_SYMBOLS.get(kind, kind.lower())}`"
-
-
-def _order(kind: str) -> tuple[bool, str]:
-    return kind == "_NL", _SYMBOLS.get(kind, kind)

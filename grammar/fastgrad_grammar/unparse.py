@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from fastgrad_grammar import ast
+from fastgrad_grammar.scope import Scope
 
 CONDITIONAL, OR, AND, NOT, COMPARE, SUM, PRODUCT, SIGN, POSTFIX, PARENTHESES = range(10)
 """How tightly an expression binds; an operand that binds less tightly than its place asks for is put in
@@ -18,14 +18,6 @@ _BINDING = {
     **dict.fromkeys(("+", "-"), SUM),
     **dict.fromkeys(("*", "/", "//", "%", "@"), PRODUCT),
 }
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What decides where `;` stands in a call: the tensors of known blocks, and which names are tensors."""
-
-    signatures: Mapping[tuple[str | None, str], tuple[str, ...]] = field(default_factory=dict)
-    tensors: frozenset[str] = frozenset()
 
 
 def binding(expr: ast.Expr) -> int:
@@ -152,7 +144,7 @@ def first_value(call: ast.Call, scope: Scope) -> int | None:
         sides = [_is_value(index, one, tensors) for index, one in enumerate(arguments)]
     else:
         sides = [one.value_side for one in arguments]
-        if not any(sides):
+        if not any(sides) or sides[0]:
             sides = [one.name is not None for one in arguments]
             if not all(_is_plain_value(one.value, scope) for one in arguments if one.name is not None):
                 return None

@@ -1,0 +1,71 @@
+"""Sets of token types in the words of the language."""
+
+from __future__ import annotations
+
+from fastgrad_grammar.layout import ITEM_KEYWORDS, OPERATORS, STATEMENT_KEYWORDS
+
+_VALUE_STARTS = frozenset({"NAME", "INT", "LPAR"})
+_WORDS = {
+    "_NL": "the end of the line",
+    "NAME": "a name",
+    "STRING": "a string",
+    "INT": "a number",
+    "$END": "the end of the file",
+    "OPTIONAL": "`?`",
+    "TRANSPOSE": "`.T`",
+}
+_SYMBOLS = {
+    "LPAR": "(",
+    "RPAR": ")",
+    "LSQB": "[",
+    "RSQB": "]",
+    "LBRACE": "{",
+    "RBRACE": "}",
+    "COMMA": ",",
+    "COLON": ":",
+    "SEMICOLON": ";",
+    "ARROW": "->",
+    "ASSIGN": "=",
+    "AT_MOST": "<=",
+    "ELLIPSIS": "..",
+    "AS": "as",
+    "IN": "in",
+    "ELSE": "else",
+    "IF": "if",
+    "PERCENT": "%",
+    "EXACT": "exact",
+    "AT": "at",
+}
+_SELDOM = frozenset({"AT", "EXACT", "TRANSPOSE", "DOT", "AS", "OPTIONAL"})
+
+
+def describe_expected(accepted: frozenset[str]) -> str:
+    """Accepted token types in the words of the language: "`,`, `)` or an operator"."""
+    left = set(accepted)
+    words: list[str] = []
+    if left >= ITEM_KEYWORDS:
+        return "use, param, dim, block, model, objective or budget"
+    if left >= STATEMENT_KEYWORDS:
+        return "a statement (name = ..., weight, buffer, repeat, if, return) or `}`"
+    if left >= _VALUE_STARTS:
+        words.append("an expression")
+        left -= _VALUE_STARTS | {"FLOAT", "STRING", "TRUE", "FALSE", "NONE", "NOT", "MINUS", "AT", "EXACT"}
+    if left >= {"PLUS", "STAR"}:
+        words.append("an operator")
+        left -= OPERATORS - {"COMMA", "ASSIGN", "ARROW"}
+        left -= {"IF", "LPAR", "LSQB"}
+    if "NAME" in left:
+        left -= _SELDOM
+    left -= {"TRANSPOSE", "DOT", "FLOAT"}
+    words = [_word(kind) for kind in sorted(left, key=_order)] + words
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _word(kind: str) -> str:
+    if kind in _WORDS:
+        return _WORDS[kind]
+    return f"`{_SYMBOLS.get(kind, kind.lower())}`"
+
+
+def _order(kind: str) -> tuple[bool, str]:
+    return kind == "_NL", _SYMBOLS.get(kind, kind)
