@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_trains_through_its_kernels(name: str) -> None:
         error = (model(*inputs) - compiled(name).reference(model)(*inputs)).norm()
     assert error > 0, "a kernel ran"
     losses = train(model, name)
-    assert all(later < sooner for sooner, later in zip(losses, losses[1:], strict=False)), losses
+    assert all(later < sooner for sooner, later in pairwise(losses)), losses
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,6 +72,6 @@ def test_trains_exactly_with_the_same_weights(name: str) -> None:
     model = compiled(name).module(seed=1)
     before = {path: parameter.detach().clone() for path, parameter in model.named_parameters()}
     losses = train(compiled(name).reference(model), name)
-    assert all(later < sooner for sooner, later in zip(losses, losses[1:], strict=False)), losses
+    assert all(later < sooner for sooner, later in pairwise(losses)), losses
     for path, parameter in model.named_parameters():
         assert not torch.equal(parameter, before[path]), f"{path} is not shared"
