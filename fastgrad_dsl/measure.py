@@ -24,6 +24,7 @@ from fastgrad_compiler.certificates import (
 )
 
 ALWAYS_EXACT = 2**62  # as `exact_below`: every length is below it
+LARGEST_DOUBLE = 2048 * 2048  # pairs of a query and a key up to which a reference is computed in float64
 Objective = Callable[..., Tensor]
 
 
@@ -41,7 +42,8 @@ class Served:
 class AttentionErrors:
     """Relative L2 errors of one attention on a batch; gradients are those of q, k and v (largest of the three).
 
-    `output`, `gradient`: measured, on the inputs that it really got, against exact softmax in float64.
+    `output`, `gradient`: measured, on the inputs that it really got, against exact softmax, in float64 up to
+    LARGEST_DOUBLE pairs of tokens and in the model's dtype beyond (rounding is some 1e-6 in float32).
     `output_bound`, `gradient_bound`: proved for these inputs (docs/mathematics.md, section 7), as a share of the
     same norms. `output_effect`, `gradient_effect`: estimates of its part in the model's error: how far the model's
     output, and all weights' gradients, move when this attention alone is made exact.
@@ -118,7 +120,7 @@ class _Attentions(TorchDispatchMode):
         call = _Call(inputs, result[0])
         self.calls.append(call)
         if self.compare:
-            reference = func(*_double(inputs), ALWAYS_EXACT)[0]
+            reference = func(*_precise(inputs), ALWAYS_EXACT)[0]
             call.output = relative_error(result[0], reference)
             call.output_bound = _output_bound(self.compare[index], inputs[2], reference)
         return result
@@ -129,7 +131,7 @@ class _Attentions(TorchDispatchMode):
         gradients = func(*args[:10], ALWAYS_EXACT if index in self.exact else exact_below)
         if self.compare:
             call, served = self.calls[index], self.compare[index]
-            cotangent, *inputs = _double(args[:7])
+            cotangent, *inputs = _precise(args[:7])
             forward = getattr(
                 torch.ops.fastgrad, func._schema.name.split("::")[1].removesuffix("_backward")
             ).default
@@ -244,7 +246,11 @@ def _projection(output: Tensor) -> Tensor:
     return torch.randn(output.shape, generator=generator).to(output)
 
 
-def _double(tensors: Iterable[Any]) -> list[Any]:
+def _precise(tensors: Sequence[Any]) -> list[Any]:
+    """[cotangent,] q, k, v, near_q, near_k, mask in float64, where there are few enough pairs of tokens."""
+    queries, keys = tensors[-6].shape[-2], tensors[-5].shape[-2]
+    if queries * keys > LARGEST_DOUBLE:
+        return list(tensors)
     return [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors]
 
 

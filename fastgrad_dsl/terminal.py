@@ -72,7 +72,7 @@ def print_report(report: Mapping[str, Any]) -> None:
             Text(
                 "relative L2 errors, smaller is better. bound: proved for this batch; estimate: how far the whole "
                 "model moves when this attention alone is made exact; measured: this attention alone against exact "
-                "softmax, in float64.",
+                "softmax.",
                 style="dim",
             )
         )

@@ -243,3 +243,10 @@ def test_help_names_every_command(fastgrad: Run) -> None:
     status, out, _ = fastgrad("--help")
     assert status == 0
     assert all(command in out for command in ("check", "compile", "stages", "report", "train", "fmt"))
+
+
+def test_compile_shows_the_plan_that_it_wrote(fastgrad: Run) -> None:
+    _, out, _ = fastgrad("compile", "tiny.tfg", "-o", "build")
+    assert "(2)  balanced degree 2" in out
+    plan = json.loads(Path("build/plan.json").read_text())
+    assert [entry["degree"] for entry in plan["attentions"]] == [2, 2]
