@@ -127,6 +127,23 @@ CASES: dict[str, str] = {
         signature="mask: bool[b, n]",
         result="float[b, n]",
     ),
+    "weights of some iterations only, in nested repeats": text(
+        """y = float(x) / 2
+        repeat i in 3 {
+            if i != 1 {
+                repeat j in 2 {
+                    weight lambda: float[4] = normal(std = 1.0)
+                    y = y * lambda + zeros(b, n, 4)
+                }
+            }
+        }
+        return y + 1.5""",
+        signature="x: int[b, n, 4]",
+    ),
+    "a result that nothing reads": text(
+        "(y, _rest) = two(x)\nreturn y",
+        more="block two(x: float[b, n, 4]) -> (float[b, n, 4], float[b, n, 4]) { return (x + 1, 2 * x) }",
+    ),
     "weights named like methods": text(
         "weight half: float[4] = ones()\nweight type: float[4] = normal()\nweight lambda: float[4] = ones()\n"
         "buffer train: float[4] = ones()\nreturn x * half + type * lambda - train"

@@ -13,9 +13,9 @@ from fastgrad_compiler.codegen.expressions import TORCH
 from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.codegen.liveness import FOREVER, Statements
 from fastgrad_compiler.codegen.loops import write_repeat
-from fastgrad_compiler.codegen.members import Member, Repeated
+from fastgrad_compiler.codegen.members import Leaf, Member, Repeated, members
 from fastgrad_compiler.codegen.names import base, member_access, unique, variable
-from fastgrad_compiler.codegen.needs import Needs, sources, weight_path
+from fastgrad_compiler.codegen.needs import Needs, Step, sources, weight_path
 from fastgrad_compiler.codegen.place import Operands
 from fastgrad_compiler.codegen.writer import (
     ADD,
@@ -89,7 +89,7 @@ class Block:
         self.module, self.graph, self.writer, self.members = module, graph, writer, members
         self.exact, self.safe_softmax = module.exact, module.safe_softmax
         self.in_class = in_class
-        self.suffix = ""  # behind a label within a repeat
+        self.loops: tuple[tuple[str, int], ...] = ()  # counter and first iteration of each loop around
         self.template: Expr | None = None  # a float tensor that new ones are made like
         self.comments = True
         self.values: dict[str, Expr] = {}
@@ -166,7 +166,7 @@ class Block:
             self.statements.last_use[floats[0]] = FOREVER  # other tensors are made like it
         names = [self.assign(node.name) for node in self.graph.inputs]
         if path is not None:
-            self.template = Expr(self._path(path))
+            self.template = self._path(path)
         elif floats:
             self.template = self.values[floats[0]]
         return names
@@ -313,27 +313,44 @@ class Block:
         return call(str(self._member(str(node["label"]))), *arguments)
 
     def _member(self, label: str) -> Expr:
-        member = self.members[label]
-        access = member_access(label, member.kind)
-        if isinstance(member, Repeated) and not member.complete:
-            places = self.suffix[1:-1].split("][")
-            return Expr(access + "".join(f'[f"{{{place}}}"]' for place in places))
-        return Expr(access + self.suffix)
+        member: Leaf | Repeated = self.members[label]
+        text = member_access(label, member.kind)
+        for counter, first in self.loops:
+            assert isinstance(member, Repeated)
+            text += f"[{counter}]" if member.complete else f'[f"{{{counter}}}"]'
+            member = member.at(first)
+        return Expr(text)
 
-    def _path(self, path: str) -> str:
-        label, *rest = re.split(r"(?=[.\[])", path)
-        return member_access(label, self.members[label].kind) + "".join(rest)
+    def _path(self, path: Sequence[Step]) -> Expr:
+        """The weight at the end of the way."""
+        text = "self"
+        for step in path:
+            member = members(self.module.program, self.module.program[step.graph], self.module.classes)[
+                step.label
+            ]
+            text = member_access(step.label, member.kind, text)
+            for _ in range(step.depth):
+                assert isinstance(member, Repeated)
+                text += "[0]" if member.complete else '["0"]'
+                member = member.at(0)
+        return Expr(text)
 
     def _several(self, node: Node, value: Expr) -> None:
         assert isinstance(node.type, tuple)
-        items = {int(str(user["index"])): user.name for user in self.graph.users[node.name]}
+        items = {
+            int(str(user["index"])): user.name
+            for user in self.graph.users[node.name]
+            if self.graph.users[user.name] or user.name in self.graph.outputs
+        }
         targets = [self.assign(items[i]) if i in items else "_" for i in range(len(node.type))]
         self.writer.statement(f"{', '.join(targets)} = ", value)
 
-    def inside(self, graph: Graph, counter: str, inputs: Sequence[Expr]) -> Block:
-        """The body of a repeat as a block of its own, with the same members and what is needed later out of reach."""
+    def inside(self, graph: Graph, counter: str, first: int, inputs: Sequence[Expr]) -> Block:
+        """The body of a repeat from the iteration `first` on, as a block of its own with the same members; what is
+        needed later is out of its reach.
+        """
         inner = Block(self.module, graph, Writer(), self.members, in_class=self.in_class)
-        inner.suffix, inner.dims, inner.template = f"{self.suffix}[{counter}]", self.dims, self.template
+        inner.loops, inner.dims, inner.template = (*self.loops, (counter, first)), self.dims, self.template
         inner.values = {node.name: value for node, value in zip(graph.inputs, inputs, strict=True)}
         inner.holders = {name: FOREVER for name, last in self.holders.items() if last >= self.at}
         inner.holders[counter] = FOREVER

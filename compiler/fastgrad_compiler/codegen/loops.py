@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from fastgrad_compiler.codegen.liveness import FOREVER
@@ -31,10 +31,11 @@ def write_repeat(block: Block, node: Node) -> None:
     results = _results(block, node)
     loop = _begin(block, node, results)
     runs = runs_of(node)
-    bodies = [_body(block, name, loop, 1) for name, _ in runs]
+    firsts = list(accumulate((times for _, times in runs), initial=0))
+    total = firsts.pop()
+    bodies = [_body(block, name, loop, first, 1) for (name, _), first in zip(runs, firsts, strict=True)]
     if len(set(bodies)) > 1:
-        bodies = [_body(block, name, loop, 2) for name, _ in runs]
-    total = sum(times for _, times in runs)
+        bodies = [_body(block, name, loop, first, 2) for (name, _), first in zip(runs, firsts, strict=True)]
     block.writer.line(f"for {loop.counter} in range({total}):")
     with block.writer.indented():
         _alternatives(block.writer, loop.counter, bodies, [times for _, times in runs])
@@ -78,10 +79,10 @@ def _begin(block: Block, node: Node, results: Sequence[str | None]) -> _Loop:
     return _Loop(tuple(carried), tuple(fixed), counter)
 
 
-def _body(block: Block, name: str, loop: _Loop, depth: int) -> tuple[str, ...]:
-    """The lines of one iteration, which will stand `depth` levels below the block's."""
+def _body(block: Block, name: str, loop: _Loop, first: int, depth: int) -> tuple[str, ...]:
+    """The lines of the iteration `first`, which will stand `depth` levels below the block's."""
     graph = block.module.program[name]
-    inner = block.inside(graph, loop.counter, [*map(Expr, loop.carried), *loop.invariant])
+    inner = block.inside(graph, loop.counter, first, [*map(Expr, loop.carried), *loop.invariant])
     inner.writer = Writer(block.writer.column + depth * len(INDENT))
     for node, target in zip(graph.inputs, loop.carried, strict=False):
         inner.holders[target] = inner.statements.last_use[node.name]
@@ -107,8 +108,9 @@ def _alternatives(
     if len(places) == 1:
         _lines(writer, bodies[0])
         return
+    idle = places.pop((), None)
     for number, (body, where) in enumerate(places.items()):
-        last = number == len(places) - 1
+        last = number == len(places) - 1 and idle is None
         writer.line("else:" if last else f"{'elif' if number else 'if'} {counter} in {_range(where)}:")
         with writer.indented():
             _lines(writer, body)

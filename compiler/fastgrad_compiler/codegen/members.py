@@ -41,6 +41,14 @@ class Repeated:
         """Some element."""
         return next(member for _, member in self.runs if member is not None)
 
+    def at(self, place: int) -> Leaf | Repeated:
+        """The element of an iteration that has one."""
+        for times, member in self.runs:
+            if place < times and member is not None:
+                return member
+            place -= times
+        raise IndexError(f"no element at {place}")
+
     @property
     def kind(self) -> str:
         """A list is a module, whatever it holds."""

@@ -63,11 +63,11 @@ def _module_attributes() -> frozenset[str]:
     return frozenset(dir(nn.Module())) | {"INIT"}
 
 
-def member_access(label: str, kind: str) -> str:
+def member_access(label: str, kind: str, owner: str = "self") -> str:
     """`self.label`; where Python or nn.Module knows another thing by that name, its entry among the members."""
     if keyword.iskeyword(label) or label in _module_attributes():
-        return f'self._{kind}s["{label}"]'
-    return f"self.{label}"
+        return f'{owner}._{kind}s["{label}"]'
+    return f"{owner}.{label}"
 
 
 def base(name: str, others: Collection[str]) -> str:

@@ -78,18 +78,31 @@ def has_tensor(program: Program, graph: Graph) -> bool:
     )
 
 
-def weight_path(program: Program, graph: Graph, suffix: str = "") -> str | None:
-    """An expression, behind `self.`, for some float weight of the graph."""
+@dataclass(frozen=True)
+class Step:
+    """A label of a graph, behind `depth` repeats, on the way to a weight."""
+
+    graph: str
+    label: str
+    depth: int
+
+
+def weight_path(program: Program, graph: Graph) -> tuple[Step, ...] | None:
+    """The way to some float weight of the graph, the first one where it is repeated."""
+    return _weight_path(program, graph, graph.name, 0)
+
+
+def _weight_path(program: Program, graph: Graph, owner: str, depth: int) -> tuple[Step, ...] | None:
     for node in graph.nodes:
         if node.op in ("weight", "buffer") and node.tensor.dtype == "float":
-            return f"{node['label']}{suffix}"
+            return (Step(owner, str(node["label"]), depth),)
     for node in graph.nodes:
         inner = None
         if node.op == "call":
             inner = weight_path(program, program[str(node["graph"])])
-            inner = inner and f"{node['label']}{suffix}.{inner}"
+            inner = inner and (Step(owner, str(node["label"]), depth), *inner)
         elif node.op == "repeat":
-            inner = weight_path(program, program[runs_of(node)[0][0]], f"{suffix}[0]")
+            inner = _weight_path(program, program[runs_of(node)[0][0]], owner, depth + 1)
         if inner:
             return inner
     return None
