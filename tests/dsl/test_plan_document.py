@@ -1,0 +1,122 @@
+"""plan.json and report.json: what stands there of each attention, and that it is what the compiler computes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import fastgrad_dsl as fg
+from fastgrad_compiler.certificates import certificate
+from fastgrad_compiler.cost import flops
+from fastgrad_compiler.features import rank
+from fastgrad_compiler.polynomial import fit
+from fastgrad_dsl.compiled import Compiled
+from tests.dsl.models import EXAMPLES
+
+SPEC = """dim b
+dim n <= 4096
+
+block attend(x: float[b, n, 8]; gain: float) -> float[b, n, 8] {
+    weight w: float[8, 8] = xavier()
+    q = unit(split_heads(x @ w, 2))
+    s = causal(gain * (q @ q.T))
+    return merge_heads(softmax(s) @ split_heads(x, 2))
+}
+
+model two(x: float[b, n, 8]) -> float[b, n, 8] {
+    x = x + attend(x; gain = 0.5) as first
+    return x + attend(x; gain = 0.5) as second
+}
+
+objective loss(y: float[b, n, 8], target: float[b, n, 8]) = mse(y, target)
+
+budget {
+    output <= 0.1
+    at "first" relative <= 1e-3
+    at "second" exact
+}
+"""
+N = 1500  # tokens: beyond break-even, so that the report measures a polynomial
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    return fg.compile(SPEC)
+
+
+def entries(document: dict[str, Any]) -> list[dict[str, Any]]:
+    found = document["attentions"]
+    assert isinstance(found, list)
+    return found
+
+
+def test_a_polynomial_attention(compiled: Compiled) -> None:
+    entry = entries(compiled.plan_document)[0]
+    polynomial = fit("balanced", 3, 0.5)
+    assert polynomial.eps <= 1e-3 < fit("balanced", 2, 0.5).eps
+    assert entry["path"] == "first"
+    assert entry["source"] == "<text>:8:24"
+    assert entry["decision"] == "polynomial"
+    assert entry["why"].startswith("degree 3 is the least that meets relative <= 0.001")
+    assert (entry["family"], entry["degree"], entry["rank"]) == ("balanced", 3, rank(4, 3))
+    assert entry["coefficients"] == list(polynomial.coefficients)
+    assert (entry["eps"], entry["eps_prime"]) == (polynomial.eps, polynomial.eps_prime)
+    assert (entry["bound"], entry["asserted"], entry["near"], entry["causal"]) == (0.5, False, None, True)
+    assert any("Cauchy-Schwarz" in step for step in entry["proof"])
+    assert 100 < entry["break_even"] < N
+    sizes = {"n": 4096, "m": 4096, "d": 4, "dv": 4, "causal": True}
+    for way, degree in (("exact", None), ("polynomial", 3)):
+        cost = flops(degree=degree, **sizes)  # type: ignore[arg-type]
+        assert entry["flops"][way] == {"forward": cost.forward, "backward": cost.backward}
+    assert entry["flops"]["n"] == entry["flops"]["m"] == 4096
+    worst = certificate(polynomial.eps, polynomial.eps_prime)
+    assert list(entry["certificate"].values()) == [worst.output, worst.value_gradient, worst.score_gradient]
+
+
+def test_an_exact_attention(compiled: Compiled) -> None:
+    entry = entries(compiled.plan_document)[1]
+    assert (entry["path"], entry["decision"], entry["why"]) == (
+        "second",
+        "exact",
+        "the budget leaves it exact",
+    )
+    assert entry["bound"] == 0.5  # it could have been served
+    assert "polynomial" not in entry["flops"]
+    for key in ("family", "degree", "coefficients", "rank", "eps", "eps_prime", "break_even", "certificate"):
+        assert entry[key] is None, key
+
+
+def test_the_report_holds_the_plan_and_three_kinds_of_error(compiled: Compiled) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, target = (torch.randn(1, N, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    report = compiled.report(compiled.module(dtype=torch.float64), [x, target])
+    plan = entries(compiled.plan_document)
+    for found, planned in zip(entries(report), plan, strict=True):
+        errors = found.pop("errors")
+        assert found == planned
+        for what in ("output", "gradient"):
+            values = errors[what]
+            if planned["decision"] == "exact":
+                assert values == {"bound": 0.0, "estimate": 0.0, "measured": 0.0}
+            else:
+                assert 0 < values["measured"] <= values["bound"]
+                assert 0 < values["estimate"] < 0.1
+    whole = report["whole"]
+    assert 0 < whole["output"]["measured"] < 0.1
+    assert 0 < whole["gradient"]["measured"] < 0.1
+    assert whole["loss"] != whole["exact_loss"]
+    assert whole["loss"] == pytest.approx(whole["exact_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "report.json"])
+def test_files_are_strict_json(name: str) -> None:
+    text = fg.compile(EXAMPLES / "spelled_out.tfg", params={"depth": 1}).files[name]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    document = json.loads(text, parse_constant=refuse)
+    assert [entry["path"] for entry in document["attentions"]] == ["layers.0"]
