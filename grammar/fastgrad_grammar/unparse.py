@@ -20,6 +20,15 @@ _BINDING = {
 }
 
 
+OPERATION_TENSORS = frozenset(
+    (
+        *("a", "b", "condition", "far", "ids", "image", "local", "logits"),
+        *("mask", "scores", "table", "targets", "tensors", "w", "x"),
+    )
+)
+"""The parameters of operations that are tensors: never behind `;`, even where a number is given for one."""
+
+
 def binding(expr: ast.Expr) -> int:
     """How tightly an expression binds."""
     match expr:
@@ -134,9 +143,8 @@ def join_sides(texts: Sequence[str], values_from: int | None) -> str:
 def first_value(call: ast.Call, scope: Scope) -> int | None:
     """The index of the argument before which `;` belongs; None for no `;`.
 
-    A block whose signature is known decides. Otherwise a `;` of the author stays, and keyword arguments that
-    are plainly compile-time values (no name of a tensor in them, no call) get one. None stands before the
-    first argument.
+    A block whose signature is known decides. Otherwise a `;` of the author stays, and the keyword arguments of an
+    operation get one if they are plainly compile-time values. None stands before the first argument.
     """
     arguments = call.arguments
     tensors = scope.signatures.get((call.module, call.function.text))
@@ -146,7 +154,7 @@ def first_value(call: ast.Call, scope: Scope) -> int | None:
         sides = [one.value_side for one in arguments]
         if not any(sides) or sides[0]:
             sides = [one.name is not None for one in arguments]
-            if not all(_is_plain_value(one.value, scope) for one in arguments if one.name is not None):
+            if call.module is not None or not all(_is_value_of_operation(one, scope) for one in arguments):
                 return None
     first = sides.index(True) if any(sides) else 0
     return first if first and all(sides[first:]) else None
@@ -154,6 +162,13 @@ def first_value(call: ast.Call, scope: Scope) -> int | None:
 
 def _is_value(index: int, argument: ast.Argument, tensors: tuple[str, ...]) -> bool:
     return index >= len(tensors) if argument.name is None else argument.name.text not in tensors
+
+
+def _is_value_of_operation(argument: ast.Argument, scope: Scope) -> bool:
+    """False for a keyword argument that is, or could be, a tensor."""
+    if argument.name is None:
+        return True
+    return argument.name.text not in OPERATION_TENSORS and _is_plain_value(argument.value, scope)
 
 
 def _is_plain_value(expr: ast.Expr, scope: Scope) -> bool:

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
+from fastgrad_compiler.elaborate.operations import OPERATIONS, OVERLOADS
 from fastgrad_grammar.comments import find_comments
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.format import MAX_COLUMNS, format_source
 from fastgrad_grammar.parser import parse
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
+from fastgrad_grammar.unparse import OPERATION_TENSORS
 from tests.conftest import Golden
+from tests.golden_errors import front_end
 from tests.grammar.programs import programs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,8 +51,10 @@ def test_many_random_programs_keep_their_tree_and_their_comments(text: str) -> N
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
-def test_library_and_examples_keep_their_tree_and_their_comments(path: Path) -> None:
-    check(read_source(path).text)
+def test_library_and_examples_keep_their_tree_their_comments_and_their_meaning(path: Path) -> None:
+    formatted = check(read_source(path).text)
+    if path.parent.name == "examples":
+        front_end(Source(str(path), formatted))
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.tfg")), ids=lambda path: path.stem)
@@ -73,6 +78,7 @@ def body(text: str) -> str:
         ("y = f2(x; k)", "y = f2(x; k)"),
         ("y = f2(; k)", "y = f2(k)"),
         ("y = normal(std = 0.02)", "y = normal(std = 0.02)"),
+        ("y = other.f(x, n = 1)", "y = other.f(x, n = 1)"),
         ("y = std.linear(x, 64, bias = false)", "y = std.linear(x; 64, bias = false)"),
         ("y = std.linear(x, 64; bias = false)", "y = std.linear(x; 64, bias = false)"),
         ("y = f(x, k)", "y = f(x, k)"),  # not the block itself: a block cannot call itself
@@ -80,6 +86,13 @@ def body(text: str) -> str:
 )
 def test_semicolon_before_the_first_compile_time_value(text: str, expected: str) -> None:
     assert body(text) == expected
+
+
+def test_tensors_of_operations_never_stand_behind_the_semicolon() -> None:
+    operations = [*OPERATIONS.values(), *(one for pair in OVERLOADS.values() for one in pair)]
+    parameters = [parameter for operation in operations for parameter in operation.parameters]
+    assert {one.name for one in parameters if one.kind in ("tensor", "tensors")} == OPERATION_TENSORS
+    assert body("y = where(x, a = 1.0, b = 0.0)") == "y = where(x, a = 1.0, b = 0.0)"
 
 
 def test_semicolon_by_the_signature_of_a_block_of_the_file() -> None:
