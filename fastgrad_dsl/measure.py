@@ -217,22 +217,32 @@ def _pass(
     objective: Objective | None,
     mode: _Attentions,
 ) -> tuple[Tensor, dict[str, Tensor], float | None]:
-    """Output (several are flattened into one), weights' gradients and loss of one evaluation pass."""
+    """Output (several are flattened into one), weights' gradients and loss of one evaluation pass.
+
+    The backward pass goes on to the float inputs, so that attentions of a model without weights have one too.
+    """
     training = model.training
     model.eval()
     parameters = dict(model.named_parameters())
+    inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    moving = [x for x in inputs if x.requires_grad]
     with mode:
         results = model(*inputs)
         outputs = results if isinstance(results, tuple) else (results,)
         if objective is None:
-            scalar = sum((_projection(out) * out).sum() for out in outputs)
+            floats = [out for out in outputs if out.is_floating_point()]
+            scalar = sum((_projection(out) * out).sum() for out in floats) + torch.zeros(())
         else:
             scalar = objective(*outputs, *targets)
-        found = torch.autograd.grad(scalar, list(parameters.values()), allow_unused=True)
+        found = (
+            torch.autograd.grad(scalar, [*parameters.values(), *moving], allow_unused=True)
+            if scalar.requires_grad
+            else [None] * len(parameters)
+        )
     model.train(training)
     gradients = {
         name: torch.zeros_like(parameter) if gradient is None else gradient
-        for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
+        for (name, parameter), gradient in zip(parameters.items(), found, strict=False)
     }
     joined = (
         outputs[0].detach() if len(outputs) == 1 else torch.cat([out.detach().flatten() for out in outputs])

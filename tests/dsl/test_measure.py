@@ -91,6 +91,21 @@ def test_a_bound_that_claims_too_much_is_seen() -> None:
     assert any(a.output > a.output_bound and a.gradient > a.gradient_bound for a in errors.attentions)
 
 
+class Unweighted(nn.Module):
+    """Attention of its input to itself; a second result is of integers."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = nn.functional.normalize(x[..., :4], dim=-1) * 2**0.5
+        return load_kernel(SPECS[0])(q, q, x), x.argmax(-1)
+
+
+def test_model_without_weights() -> None:
+    errors = measure_errors(Unweighted(), [INPUT], [], None, SERVED[:1])
+    assert errors.weight_gradients == {}
+    assert 0 < errors.attentions[0].gradient <= errors.attentions[0].gradient_bound
+    assert measure_errors(nn.Identity(), [torch.arange(3)], [], None, []).output == 0
+
+
 def test_without_an_objective_gradients_are_of_a_projection() -> None:
     errors = measure_errors(stack(None, None), [INPUT], [], None, SERVED)
     assert errors.loss is None
