@@ -31,6 +31,7 @@ CASES = [
 ]
 CASES += [
     KernelSpec(4, 16, tuple(0.3**j for j in range(9))),
+    KernelSpec(4, 16, (1.0, 0.5)),
     KernelSpec(200, 8, COEFFICIENTS[2], causal=True),
 ]
 LINE_LENGTH = "110"
