@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from fastgrad_compiler.runtime import attention_op
@@ -141,3 +142,19 @@ def test_many_rows_are_worked_in_groups(monkeypatch: pytest.MonkeyPatch) -> None
     for budget in (1, 10**5, 3 * 10**5):
         monkeypatch.setattr(attention_op, "WORK_BYTES", budget)
         assert worst_error(run_kernel(spec, inputs), expected) < 1e-12
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_below_break_even_it_is_sdpa_in_both_passes(causal: bool) -> None:
+    spec = KernelSpec(4, 3, COEFFICIENTS[2], causal, scale=0.7)
+    inputs = make_inputs(spec, 21, 21 if causal else 9, groups=2)
+    q, k, v = inputs.tensors
+    out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.7, enable_gqa=True)
+    expected = [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
+    assert (
+        worst_error(run_kernel(spec, inputs, exact_below=22), expected) < DOUBLE
+    )  # 22 is more than both lengths
+    for exact_below in (0, 21):
+        found = run_kernel(spec, inputs, exact_below)
+        assert worst_error(found, run_dense(spec, inputs)) < DOUBLE
+        assert worst_error(found, expected) > 1e-3
