@@ -42,17 +42,20 @@ test: setup ## Run the tests (PYTEST_ARGS="..." for more options, WORKERS=0 for 
 test-all: setup ## Run the tests and the wide grids marked slow
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
 
-lint: setup ## Check style, formatting and types
+lint: setup ## Check style, formatting (of the .tfg files too) and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/fastgrad fmt --check examples/*.tfg grammar/fastgrad_grammar/std/*.tfg
 
 fmt: setup ## Format the sources and apply the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/fastgrad fmt examples/*.tfg grammar/fastgrad_grammar/std/*.tfg
 
-bench: setup ## Measure the attention kernels against exact attention
+bench: setup ## Measure the attention kernels against exact attention, and the compiler
 	$(BIN)/python benchmarks/attention.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/compiler.py
 
 clean: ## Remove the environment, generated files and caches
 	rm -rf $(VENV) $(UNFINISHED) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
