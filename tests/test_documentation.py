@@ -1,0 +1,47 @@
+"""What the documentation shows compiles, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.pipeline import run
+from fastgrad_grammar.source import Source
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+TESTS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+def programs(page: str) -> list[str]:
+    """The blocks of a page, indented or fenced, that hold a whole model and its budget."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    fenced = re.findall(r"^```\w*\n(.*?)^```$", text, re.M | re.S)
+    indented = re.findall(r"(?:^(?: {4}.*)?\n)+", text, re.M)
+    blocks = [*fenced, *map(textwrap.dedent, indented)]
+    return [block for block in blocks if re.search(r"^model ", block, re.M) and "budget {" in block]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/language.md"])
+def test_whole_programs_compile(page: str) -> None:
+    found = programs(page)
+    assert found
+    for text in found:
+        assert run(elaborate(Source(page, text)))[-1].program.name == "gpt"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_names_of_tests_and_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    file = ""
+    for name, test in re.findall(r"`(?:tests/\w+/)?(test_\w+\.py)?::(\w+)`", text):
+        file = name or file  # `::name` is of the file named before
+        assert f"def {test}(" in TESTS.get(file, ""), f"{file}::{test}"
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), target
+    for named in re.findall(r"(?:examples|benchmarks|docs|tests)/[\w/]+\.(?:py|md|tfg|txt)", text):
+        assert (ROOT / named).exists(), named
