@@ -72,6 +72,21 @@ def test_ruff_leaves_generated_files_unchanged(tmp_path: Path) -> None:
     assert formatted(texts, tmp_path) == ""
 
 
+def test_ruff_finds_nothing_unused_or_unsorted(tmp_path: Path) -> None:
+    names = ("headless, polynomial", "a result that nothing reads", "an only bool input")
+    for i, name in enumerate(names):
+        compile_case(name).write(tmp_path / f"case_{i}")
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,I,RUF022", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+def test_objective_may_be_named_like_an_export() -> None:
+    compiled = fg.compile(text("return x") + "objective MODEL(y: float[b, n, 4]) = sum(y)\n")
+    assert compiled.loss is not None
+    assert compiled.loss(torch.ones(2, 3, 4)) == 24
+
+
 def test_depth_changes_only_constants() -> None:
     shallow, deep = (
         fg.compile(EXAMPLES / "gpt.tfg", params={"depth": depth}).modules["model.py"] for depth in (1, 96)

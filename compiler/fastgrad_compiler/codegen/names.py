@@ -31,7 +31,7 @@ HELPERS = frozenset(
     }
 )
 MODULE_NAMES = frozenset({"F", "Tensor", "math", "nn", "torch"})
-LOCAL_NAMES = HELPERS | MODULE_NAMES | {"exact_attention", "initialise", "like", "range", "self"}
+LOCAL_NAMES = HELPERS | MODULE_NAMES | {"MODEL", "exact_attention", "initialise", "like", "range", "self"}
 CLASS_NAMES = HELPERS | MODULE_NAMES | {"ClassVar", "False", "None", "True"}
 _NUMBERED = re.compile(r"(.+?)_\d+")
 

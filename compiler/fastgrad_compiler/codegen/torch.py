@@ -71,15 +71,17 @@ def _header(name: str, source: str, exact: bool) -> str:
 
 def _imports(imports: Imports, helpers: list[str], body: str) -> str:
     lines = ["from __future__ import annotations", ""]
+    code = re.sub(r'^ *(#|""").*', "", body, flags=re.MULTILINE)
     standard = []
-    if re.search(r"\bmath\.", body):
+    if re.search(r"\bmath\.", code):
         standard.append("import math")
-    if "ClassVar" in body:
+    if "ClassVar" in code:
         standard.append("from typing import ClassVar")
     if standard:
         lines += [*standard, ""]
-    lines.append("import torch")
-    if re.search(r"\bF\.", body):
+    if re.search(r"\btorch\.", code):
+        lines.append("import torch")
+    if re.search(r"\bF\.", code):
         lines.append("import torch.nn.functional as F")
     lines += ["from torch import Tensor, nn", ""]
     siblings = {f"from .{kernel_name(s)} import attention as {name}" for s, name in imports.kernels.items()}
@@ -98,9 +100,14 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
 
 
 def _sorted_imports(text: str) -> str:
-    """Import statements, some over several lines, by the module they name."""
+    """Import statements, some over several lines, by the module they name, numbers in it by their size."""
     statements = re.findall(r"from (?:[^\n(]*\([^)]*\)|[^\n(]*)\n", text)
-    return "".join(sorted(statements, key=lambda statement: statement.split()[1]))
+
+    def order(statement: str) -> list[tuple[int, str]]:
+        parts = re.split(r"(\d+)", statement.split()[1])
+        return [(int(part), part) if part.isdigit() else (-1, part) for part in parts]
+
+    return "".join(sorted(statements, key=order))
 
 
 def _init(program: Program, name: str) -> str:
@@ -122,7 +129,7 @@ def _init(program: Program, name: str) -> str:
 
 def _isort(name: str) -> tuple[int, str]:
     """ruff's order of names: CONSTANTS, Classes, functions."""
-    return (0 if name.isupper() else 1 if name[:1].isupper() else 2, name)
+    return (0 if name.isupper() and len(name) > 1 else 1 if name[:1].isupper() else 2, name)
 
 
 # ---------------------------------------------------------------- classes
