@@ -1,7 +1,7 @@
 """Symbolic dimensions: polynomials in named run-time dims, in one normal form.
 
-`4 * n`, `n + m`, `b * n` and, where `n` is declared a multiple of 64, `n / 64` are dims. Coefficients are fractions, so that
-`64 * (n / 64)` is `n` again; equality of dims is equality of the normal form.
+`4 * n`, `n + m`, `b * n` and, where `n` is declared a multiple of 64, `n / 64` are dims. Coefficients are fractions,
+so that `64 * (n / 64)` is `n` again; equality of dims is equality of the normal form.
 """
 
 from __future__ import annotations

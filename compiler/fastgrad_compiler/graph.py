@@ -1,8 +1,8 @@
 """The program: frozen graphs of frozen nodes that refer to each other by name.
 
-A Program holds one Graph per block instance; `call` and `repeat` nodes name the graphs they run, so a deep model is as small as a
-shallow one. Nothing here is changed in place: a pass is a function Program -> Program. The text form is in `text.py`, the whole
-flat view in `flatten.py`, the invariants in `verify.py`.
+A Program holds one Graph per block instance; `call` and `repeat` nodes name the graphs they run, so a deep model is as
+small as a shallow one. Nothing here is changed in place: a pass is a function Program -> Program. The text form is in
+`text.py`, the whole flat view in `flatten.py`, the invariants in `verify.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeAlias
 from fastgrad_compiler.dim import Dim
 from fastgrad_grammar.source import Span
 
-Attribute: TypeAlias = "int | float | bool | str | None | Dim | tuple[Attribute, ...]"
+Attribute: TypeAlias = "int | float | bool | str | Dim | tuple[Attribute, ...] | None"
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Program:
-    """All graphs of one compiled model; `main` runs the model, `objective` the loss, `gradient` the derived backward."""
+    """All graphs of a compiled model; `main` runs the model, `objective` the loss, `gradient` the derived backward."""
 
     graphs: tuple[Graph, ...]
     main: str

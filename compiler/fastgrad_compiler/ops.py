@@ -1,6 +1,7 @@
 """The vocabulary of operations: name, arity and attributes. What an op means lives in the rule tables of the passes.
 
-Each rule table (SHAPE, BOUND, VJP, COST, TORCH ...) is keyed by these names, and a test asserts that it covers each or declines it.
+Each rule table (SHAPE, BOUND, VJP, TORCH ...) is keyed by these names; a test asserts that it covers each of them or
+declines it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Op:
-    """`arity` is (least, most) inputs, most None for any number; `attributes` are required, `optional` have defaults."""
+    """`arity` is (least, most) inputs, most None for any; `attributes` are required, `optional` ones may be absent."""
 
     name: str
     arity: tuple[int, int | None]
@@ -19,25 +20,31 @@ class Op:
 
 
 def _op(name: str, least: int, most: int | None = -1, attributes: str = "", optional: str = "") -> Op:
-    return Op(name, (least, least if most == -1 else most), tuple(attributes.split()), tuple(optional.split()))
+    return Op(
+        name, (least, least if most == -1 else most), tuple(attributes.split()), tuple(optional.split())
+    )
 
 
 _OPS = (
-    # structure. weight, buffer: `init` is (kind, argument...) as in ("normal", 0.0, 0.02); `label` is the last part of its path.
+    # structure. weight, buffer: `init` is (kind, argument...) as in ("normal", 0.0, 0.02); `label` ends its path.
     _op("input", 0),
     _op("weight", 0, attributes="label init"),
     _op("buffer", 0, attributes="label init"),
     _op("constant", 0, attributes="value"),  # a scalar; its dtype follows from the value
     _op("fill", 0, attributes="shape value"),  # a float tensor of one value
     _op("call", 0, None, "graph label"),
-    _op("repeat", 0, None, "bodies carried"),  # bodies: ((graph, times), ...); inputs: `carried` values, then invariants
+    _op(
+        "repeat", 0, None, "bodies carried"
+    ),  # bodies: ((graph, times), ...); inputs: `carried` values, then invariants
     _op("item", 1, attributes="index"),
     # shape
     _op("reshape", 1, attributes="shape"),
     _op("permute", 1, attributes="axes"),
     _op("split_heads", 1, attributes="heads"),  # [.., n, h*d] -> [.., h, n, d]
     _op("merge_heads", 1),  # [.., h, n, d] -> [.., n, h*d]
-    _op("repeat_heads", 1, attributes="times"),  # [.., h, n, d] -> [.., h*times, n, d], each head `times` in a row
+    _op(
+        "repeat_heads", 1, attributes="times"
+    ),  # [.., h, n, d] -> [.., h*times, n, d], each head `times` in a row
     _op("concat", 1, None, "axis"),
     _op("stack", 1, None, "axis"),
     _op("slice", 1, attributes="axis start stop"),
@@ -53,7 +60,10 @@ _OPS = (
     _op("one_hot", 1, attributes="classes"),
     # arithmetic
     *(_op(name, 2) for name in ("add", "sub", "mul", "div", "minimum", "maximum")),
-    *(_op(name, 1) for name in ("neg", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu")),
+    *(
+        _op(name, 1)
+        for name in ("neg", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu")
+    ),
     *(_op(name, 1) for name in ("softplus", "abs", "erf", "logical_not")),
     *(_op(name, 2) for name in ("less", "less_equal", "equal")),
     _op("cast", 1, attributes="dtype"),
@@ -69,7 +79,9 @@ _OPS = (
     _op("unit", 1),  # x / ||x||, 0 where ||x|| is tiny; last axis
     # masks on scores [.., n, m]; `fill` (default -inf) is what masked entries become
     _op("causal", 1, optional="fill"),
-    _op("window", 1, attributes="width", optional="fill"),  # i - width < j <= i + width (and j <= i under causal)
+    _op(
+        "window", 1, attributes="width", optional="fill"
+    ),  # i - width < j <= i + width (and j <= i under causal)
     _op("padding", 2, optional="fill"),  # (scores [b, .., n, m], mask bool[b, m])
     _op("documents", 2, optional="fill"),  # (scores [b, .., n, n], ids int[b, n])
     _op("near_far", 2, attributes="block"),  # (local, far)
@@ -82,11 +94,12 @@ _OPS = (
     _op("dropout", 1, attributes="p"),
     _op("cross_entropy", 2),  # mean over all positions; (logits [.., c], targets int[..])
     _op("mse", 2),
-    # attention. Inputs q [.., h, n, d], k [.., hk, m, d], v [.., hk, m, dv] and then what `roles` names in order: near_q, near_k
-    # (own logits of the near pairs, already scaled), padding (bool[b, m]), documents (int[b, n]).
-    # causal: bool; scale: float, of q.k; near: int | None; window: int | None; alibi: bool; bound: float | None is a proved or
-    # asserted R of |scale * q.k| on the pairs that a polynomial would serve; proof: tuple of str; asserted: bool.
-    # After `plan` also decision "exact" | "polynomial", why, family, degree, coefficients, eps, eps_prime, break_even.
+    # attention. Inputs q [.., h, n, d], k [.., hk, m, d], v [.., hk, m, dv] and then what `roles` names in order:
+    # near_q, near_k (own logits of the near pairs, already scaled), padding (bool[b, m]), documents (int[b, n]).
+    # causal: bool; scale: float, of q.k; near: int | None; window: int | None; alibi: bool; bound: float | None is a
+    # proved or asserted R of |scale * q.k| on the pairs that a polynomial would serve; proof: tuple of str;
+    # asserted: bool. After `plan` also decision "exact" | "polynomial", why, family, degree, coefficients, eps,
+    # eps_prime, break_even, positive_from.
     _op(
         "attention",
         3,
@@ -94,8 +107,13 @@ _OPS = (
         "roles causal scale near window alibi bound asserted proof",
         "decision why family degree coefficients eps eps_prime break_even positive_from",
     ),
-    _op("poly_attention", 3, None, "roles causal scale near bound coefficients", "why family degree eps eps_prime break_even "
-        "positive_from asserted proof"),
+    _op(
+        "poly_attention",
+        3,
+        None,
+        "roles causal scale near bound coefficients",
+        "why family degree eps eps_prime break_even positive_from asserted proof",
+    ),
     # (inputs of poly_attention, cotangent) -> cotangents of its float inputs, a tuple
     _op("poly_attention_backward", 4, None, "roles causal scale near bound coefficients"),
     # the gradient graph: a `call` of a graph's backward gives cotangents of its float inputs

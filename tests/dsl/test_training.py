@@ -97,8 +97,8 @@ def test_a_resumed_run_continues_bit_for_bit(data: TextData, tmp_path: Path) -> 
     for event in stopped:  # killed after step 6: the checkpoint is that of step 4
         if event.step == 6:
             break
-    with (tmp_path / "broken" / LOG).open("a") as log:
-        log.write('{"step": 7, "lo')
+    with (tmp_path / "broken" / LOG).open("a") as file:
+        file.write('{"step": 7, "lo')
     torch.manual_seed(99)  # whatever another process does with its generator
     resumed = Bigram()
     log = [e.loss for e in train(resumed, loss, data, OPTIONS, tmp_path / "broken", resume=True)]
