@@ -247,6 +247,9 @@ NEAR_MISSES = {
     + SCORES
     + "%p = softmax(%s, axis = -1)\n%o = matmul(%p, %v)\n%a = amax(%s, axes = (-1,), keepdim = true)\n"
     + "%y = mul(%o, %a)\nreturn %y",
+    "attention over channels, as wide as the run says": PLAIN
+    + "%qt = permute(%q, axes = (0, 2, 1))\n%s = matmul(%qt, %k)\n%vt = permute(%k, axes = (0, 2, 1))\n"
+    + "%p = softmax(%s, axis = -1)\n%y = matmul(%p, %vt)\nreturn %y",
     "dropout on the weights": HEADS
     + SCORES
     + "%p = softmax(%s, axis = -1)\n%o = dropout(%p, p = 0.1)\n%y = matmul(%o, %v)\nreturn %y",

@@ -136,6 +136,8 @@ def _fit(pairs: list[_Pair], value: Value, masks: Masks) -> bool:
     operands = [operand for pair in pairs for operand in (pair.query, pair.key)]
     if rank < 2 or any(len(operand.shape) != rank for operand in operands):
         return False
+    if any(operand.shape[-1].constant is None for operand in (*operands, value)):
+        return False  # attention over channels: no kernel has a width that the run decides
     if rank == 3 and masks.alibi and (masks.padding or masks.documents):
         return False  # the first axis would be heads and batch at once
     batch = slice(0, -3 if rank > 3 else -2)
