@@ -43,6 +43,8 @@ def print_plan(program: Program, file: str) -> None:
         node = entry.node
         polynomial = node.op == "poly_attention" or node.get("decision") == "polynomial"
         decision = f"{node['family']} degree {node['degree']}" if polynomial else "exact"
+        if polynomial and node["near"] is not None:
+            decision += f", exact in blocks of {node['near']}"
         place = node.span.short_place if node.span else ""
         rows.setdefault((place, decision, str(node.get("why", ""))), []).append(entry.path)
     for (place, decision, why), paths in rows.items():

@@ -61,6 +61,14 @@ def test_check_says_what_each_attention_will_be(fastgrad: Run) -> None:
     assert "layers.0.attend .. layers.1.attend (2)  balanced degree 2" in out
 
 
+def test_check_shows_a_near_field(fastgrad: Run) -> None:
+    spec = Path("tiny.tfg")
+    spec.write_text(SPEC.replace('at "*" degree = 2', 'at "*" degree = 2\n at "layers.0.*" near = 4'))
+    _, out, _ = fastgrad("check", "tiny.tfg")
+    assert "layers.0.attend  balanced degree 2, exact in blocks of 4" in out
+    assert "layers.1.attend  balanced degree 2  " in out
+
+
 def test_check_reports_several_errors_without_colour(fastgrad: Run) -> None:
     Path("bad.tfg").write_text(
         SPEC.replace("embedding(table, tokens)", "embedding(tabel, tokens)").replace("16]", "wide]")
