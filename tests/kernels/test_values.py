@@ -53,6 +53,17 @@ def test_matches_dense_reference(
     assert worst_error(exact, run_dense(spec, inputs, exact=True)) < DOUBLE
 
 
+@pytest.mark.parametrize(("near", "near_d"), [(None, None), (2, None), (1, 3), (16, 3)])
+@pytest.mark.parametrize(("causal", "padding"), MASKS)
+def test_sequences_shorter_than_a_chunk(
+    causal: bool, padding: bool, near: int | None, near_d: int | None
+) -> None:
+    spec = KernelSpec(3, 2, COEFFICIENTS[3], causal, padding, near, near_d, scale=0.7, chunk=8)
+    for n, m in ((1, 1), (2, 2), (7, 7), (1, 5), (5, 1)):
+        inputs = make_inputs(spec, n, n if causal else m, groups=2)
+        assert worst_error(run_kernel(spec, inputs), run_dense(spec, inputs)) < DOUBLE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("near", "near_d"), [(None, None), (16, 4), (48, None), (31, 4), (97, 4), (256, 4)])
 @pytest.mark.parametrize(("causal", "padding"), MASKS)
