@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from functools import cache
 from itertools import pairwise
 
@@ -75,3 +76,42 @@ def test_trains_exactly_with_the_same_weights(name: str) -> None:
     assert all(later < sooner for sooner, later in pairwise(losses)), losses
     for path, parameter in model.named_parameters():
         assert not torch.equal(parameter, before[path]), f"{path} is not shared"
+
+
+GPT = ("poly_attention", "n", "n", 16, 2, 64, True)  # operation, queries, keys, width, degree, near, causal
+EXPECTED: dict[str, dict[str, tuple[object, ...]]] = {
+    "gpt": {"layers.*": GPT},
+    "llama": {
+        "layers.0.*": ("attention", "n", "n", 8, None, 128, True),
+        "layers.[1-7].*": ("poly_attention", "n", "n", 8, 4, 128, True),
+    },
+    "bert": {"layers.*": ("poly_attention", "n", "n", 8, 4, None, False)},
+    "vit": {"layers.*": ("poly_attention", "4096", "4096", 8, 4, None, False)},
+    "encoder_decoder": {
+        "encoder.*": ("poly_attention", "m", "m", 8, 4, None, False),
+        "decoder.?.attention.*": ("poly_attention", "n", "n", 8, 4, 64, True),
+        "decoder.?.cross_attention.*": ("poly_attention", "n", "m", 8, 4, None, False),
+    },
+    "spelled_out": {"layers.?": ("poly_attention", "n", "n", 8, 4, None, True)},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_at_its_own_size_each_attention_is_what_the_file_says(name: str) -> None:
+    plan = fg.compile(EXAMPLES / f"{name}.tfg").plan
+    used = set()
+    for entry in plan:
+        (pattern,) = (p for p in EXPECTED[name] if fnmatchcase(entry.path, p))
+        used.add(pattern)
+        node = entry.node
+        found = (node.op, str(entry.queries), str(entry.keys), entry.d)
+        assert (*found, node.get("degree"), node["near"], node["causal"]) == EXPECTED[name][pattern], (
+            entry.path
+        )
+        assert node["bound"] == (1.5 if name == "spelled_out" else 1.0)
+        assert not node["asserted"]
+        own_near = {"near_q", "near_k"} <= set(node["roles"])  # type: ignore[arg-type]
+        assert own_near == (node["near"] is not None), "near logits are free"
+    assert used == set(EXPECTED[name])
+    uses_library = "use std" in (EXAMPLES / f"{name}.tfg").read_text(encoding="utf-8")
+    assert uses_library == (name != "spelled_out")
