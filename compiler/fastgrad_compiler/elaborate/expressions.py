@@ -156,7 +156,7 @@ _SWAPPED = {">": "less", ">=": "less_equal"}
 def _binary(state: State, scope: Scope, expr: ast.Binary) -> Value:
     if expr.op in ("and", "or"):
         return _logical(state, scope, expr)
-    left, right = evaluate(state, scope, expr.left), evaluate(state, scope, expr.right)
+    left, right = _both(state, scope, expr)
     if isinstance(left, Tensor) or isinstance(right, Tensor) or expr.op == "@":
         return _tensor_binary(state, scope, expr, left, right)
     if isinstance(left, Several) or isinstance(right, Several):
@@ -168,6 +168,16 @@ def _binary(state: State, scope: Scope, expr: ast.Binary) -> Value:
     except ValueProblem as error:
         problem(state, error, expr.span)
         raise Abort from None
+
+
+def _both(state: State, scope: Scope, expr: ast.Binary) -> tuple[Value, Value]:
+    """The right side is looked at even where the left one has no value: it may be wrong too."""
+    try:
+        left = evaluate(state, scope, expr.left)
+    except Abort:
+        evaluate(state, scope, expr.right)
+        raise
+    return left, evaluate(state, scope, expr.right)
 
 
 def _tensor_binary(state: State, scope: Scope, expr: ast.Binary, left: Value, right: Value) -> Tensor:

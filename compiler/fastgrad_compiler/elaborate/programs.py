@@ -14,7 +14,7 @@ from fastgrad_compiler.elaborate.expressions import as_tensor, evaluate
 from fastgrad_compiler.elaborate.modules import Module, check_names, load
 from fastgrad_compiler.elaborate.parameters import dim_info, file_scope
 from fastgrad_compiler.elaborate.reporter import Abort, Reporter, did_you_mean
-from fastgrad_compiler.elaborate.scope import Binding, Scope
+from fastgrad_compiler.elaborate.scope import Binding, Failed, Scope
 from fastgrad_compiler.elaborate.state import State
 from fastgrad_compiler.elaborate.statements import dim_origin, tensor_type
 from fastgrad_compiler.elaborate.values import Origin, Tensor
@@ -125,8 +125,9 @@ def _tensors(
 def _declared(state: State, scope: Scope, expr: ast.Expr) -> None:
     if isinstance(expr, ast.Ref) and expr.name not in scope.names and expr.name not in scope.hidden:
         near = did_you_mean(expr.name, scope.names)
-        state.reporter.fail("FG211", f"`{expr.name}` is neither a param nor a declared dim", expr.span, "not declared",
-                            help_=(near, f"declare it: dim {expr.name}"))  # fmt: skip
+        state.reporter.error("FG211", f"`{expr.name}` is neither a param nor a declared dim", expr.span, "not declared",
+                             help_=(near, f"declare it: dim {expr.name}"))  # fmt: skip
+        scope.names[expr.name] = Binding(Failed(), expr.span, "param")
 
 
 def _model_graph(state: State, scope: Scope, block: ast.BlockDecl) -> str | None:
@@ -135,13 +136,11 @@ def _model_graph(state: State, scope: Scope, block: ast.BlockDecl) -> str | None
                              value.span, "not set by anybody", help_=("make it a param of the file",))  # fmt: skip
     builder = Builder()
     arguments = _tensors(state, scope, block.tensors, builder)
-    try:
-        for kind in block.results:
-            for expr in kind.dims:
-                _declared(state, scope, expr)
-    except Abort:
-        return None
-    if arguments is None or block.values:
+    before = len(state.reporter.diagnostics)
+    for kind in block.results:
+        for expr in kind.dims:
+            _declared(state, scope, expr)
+    if arguments is None or block.values or len(state.reporter.diagnostics) > before:
         return None
     inner = Scope(scope.module, state.multiples)
     for name, binding in scope.names.items():

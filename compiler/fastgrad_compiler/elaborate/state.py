@@ -138,7 +138,7 @@ def _matmul_help(error: ShapeError, operands: Sequence[Tensor]) -> Iterable[str]
     elif right.declared is not None:
         name, dims = right.declared
         origin = left.origins[-1]
-        inner = origin.text if origin is not None and not origin.text.startswith("the ") else str(wanted)
+        inner = origin.text if origin is not None and origin.sized else str(wanted)
         yield f"declare {name} as {right.type.dtype}[{', '.join((*dims[:-2], inner, dims[-1]))}]"
 
 

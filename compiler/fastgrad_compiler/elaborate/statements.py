@@ -135,7 +135,7 @@ def dim_origin(scope: Scope, expr: ast.Expr, owner: ast.Name) -> Origin:
         binding = scope.names.get(expr.name)
         if binding is not None and binding.origin is not None:
             return binding.origin
-    return Origin(owner.text, owner.span)
+    return Origin(owner.text, owner.span, sized=False)
 
 
 def _if(state: State, scope: Scope, statement: ast.If) -> tuple[Value, ast.Return] | None:

@@ -27,10 +27,14 @@ MAX_DEGREE = 16
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a dimension got its size: the name to show and its declaration."""
+    """Where a dimension got its size: the name to show and its declaration.
+
+    `sized`: the name is that of the size itself, and can be written in a shape; else it is a tensor's.
+    """
 
     text: str
     span: Span
+    sized: bool = True
 
     def __str__(self) -> str:
         return f"{self.text}, {self.span.short_place}"
