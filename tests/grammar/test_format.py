@@ -44,7 +44,7 @@ def test_random_programs_keep_their_tree_and_their_comments(text: str) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(programs())
 def test_many_random_programs_keep_their_tree_and_their_comments(text: str) -> None:
     check(text)
