@@ -89,8 +89,9 @@ def _pick(reporter: Reporter, main: Module, wanted: str | None) -> ast.BlockDecl
         reporter.error("FG404", f"the file has no model `{wanted}`", None, help_=(help_,))
         reporter.stop()
     if not found:
-        help_ = "add model NAME(tokens: int[b, n]) -> float[b, n, d] { ... }"
-        reporter.error("FG236", "the file has no model", None, help_=(help_,))
+        if not reporter.diagnostics:  # a model whose name is taken was left out and reported
+            help_ = "add model NAME(tokens: int[b, n]) -> float[b, n, d] { ... }"
+            reporter.error("FG236", "the file has no model", None, help_=(help_,))
         reporter.stop()
     if wanted is None and len(found) > 1:
         notes = [Note(f"model {name}", block.name.span) for name, block in found.items()]
