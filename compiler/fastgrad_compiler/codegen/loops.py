@@ -111,7 +111,7 @@ def _alternatives(
     idle = places.pop((), None)
     for number, (body, where) in enumerate(places.items()):
         last = number == len(places) - 1 and idle is None
-        writer.line("else:" if last else f"{'elif' if number else 'if'} {counter} in {_range(where)}:")
+        writer.line("else:" if last else f"{'elif' if number else 'if'} {counter} {_among(where)}:")
         with writer.indented():
             _lines(writer, body)
 
@@ -121,12 +121,14 @@ def _lines(writer: Writer, lines: Sequence[str]) -> None:
         writer.line(line)
 
 
-def _range(places: Sequence[int]) -> str:
-    """`range(2, 6)`, `range(0, 6, 2)` or `(0, 3, 4)`."""
+def _among(places: Sequence[int]) -> str:
+    """`== 3`, `in range(2, 6)`, `in range(0, 6, 2)` or `in (0, 3, 4)`."""
+    if len(places) == 1:
+        return f"== {places[0]}"
     steps = {after - before for before, after in pairwise(places)}
-    if len(steps) != 1:
-        return f"({places[0]},)" if len(places) == 1 else f"({', '.join(map(str, places))})"
+    if len(steps) != 1 or len(places) == 2:
+        return f"in ({', '.join(map(str, places))})"
     (step,) = steps
     if step == 1:
-        return f"range({places[0]}, {places[-1] + 1})" if places[0] else f"range({places[-1] + 1})"
-    return f"range({places[0]}, {places[-1] + 1}, {step})"
+        return f"in range({places[0]}, {places[-1] + 1})" if places[0] else f"in range({places[-1] + 1})"
+    return f"in range({places[0]}, {places[-1] + 1}, {step})"

@@ -105,7 +105,9 @@ def _sorted_imports(text: str) -> str:
 
     def order(statement: str) -> list[tuple[int, str]]:
         parts = re.split(r"(\d+)", statement.split()[1])
-        return [(int(part), part) if part.isdigit() else (-1, part) for part in parts]
+        return [
+            (0 if part[0] == "0" else int(part), part) if part.isdigit() else (-1, part) for part in parts
+        ]
 
     return "".join(sorted(statements, key=order))
 
