@@ -148,7 +148,12 @@ class Compiled:
                 f"the batch has {len(batch)} tensors; expected {count} inputs, then {len(plan['targets'])} targets"
             )
         errors = measure_plan(plan, model, batch[:count], batch[count:], self.loss)
-        described: dict[str, Any] = {"kind": "a given batch", "dims": {}, "seed": None, "weights": "the given weights"}
+        described: dict[str, Any] = {
+            "kind": "a given batch",
+            "dims": _sizes(plan, batch),
+            "seed": None,
+            "weights": "the given weights",
+        }
         return build_report(plan, errors, described)
 
     @cached_property
@@ -163,6 +168,17 @@ class Compiled:
         from fastgrad_dsl.loader import package_from_texts
 
         return package_from_texts(emit_package(self.program, source=self.source.path, exact=True))
+
+
+def _sizes(plan: Mapping[str, Any], batch: Sequence[Tensor]) -> dict[str, int]:
+    """The run-time dims of a batch, from the inputs in whose shapes they stand alone."""
+    described = [*plan["inputs"], *plan["targets"]]
+    return {
+        dim: size
+        for tensor, given in zip(described, batch, strict=False)
+        for dim, size in zip(tensor["shape"], given.shape, strict=True)
+        if dim.isidentifier()
+    }
 
 
 def _with_weights_of(model: nn.Module, other: nn.Module) -> nn.Module:

@@ -45,7 +45,7 @@ def print_plan(program: Program, file: str) -> None:
         decision = f"{node['family']} degree {node['degree']}" if polynomial else "exact"
         if polynomial and node["near"] is not None:
             decision += f", exact in blocks of {node['near']}"
-        place = node.span.short_place if node.span else ""
+        place = entry.span.short_place if entry.span else ""
         rows.setdefault((place, decision, str(node.get("why", ""))), []).append(entry.path)
     for (place, decision, why), paths in rows.items():
         out.print(Text(f"  {_folded(paths)}  {decision}  ({place})", style="bold"), soft_wrap=True)

@@ -265,3 +265,17 @@ def test_labels_like_methods_of_modules() -> None:
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     for other in (compiled.reference(model), copy.deepcopy(model), torch.compile(model, backend="eager")):
         torch.testing.assert_close(other(x), model(x))
+
+
+def test_a_report_on_a_given_batch_names_its_dims() -> None:
+    compiled = fg.compile(
+        ROOT / "examples" / "gpt.tfg", params={"depth": 1, "d_model": 32, "heads": 2, "near": 8}
+    )
+    tokens = torch.randint(256, (2, 720), generator=torch.Generator().manual_seed(0))
+    report = compiled.report(compiled.module(seed=0), (tokens, tokens))
+    assert report["batch"]["dims"] == {"b": 2, "n": 720}
+    assert not any("every attention runs exactly" in note for note in report["notes"])
+    assert any(
+        "every attention runs exactly" in note
+        for note in compiled.report(compiled.module(seed=0), (tokens[:, :9], tokens[:, :9]))["notes"]
+    )

@@ -14,6 +14,7 @@ from fastgrad_compiler.flatten import Indices, iterations, path_of, runs
 from fastgrad_compiler.graph import Graph, Node, Program
 from fastgrad_grammar.source import Span
 
+LIBRARY = "std/"  # how the paths of the standard library's sources begin
 _ATTENTION = ("attention", "poly_attention")
 
 
@@ -38,9 +39,16 @@ class AttentionEntry:
     calls: tuple[Span, ...] = field(default=(), compare=False, repr=False)
 
     @property
+    def span(self) -> Span | None:
+        """Where the user wrote it: the attention itself, or the innermost call that is not in the library."""
+        spans = [span for span in (self.node.span, *reversed(self.calls)) if span is not None]
+        own = (span for span in spans if not span.source.path.startswith(LIBRARY))
+        return next(own, spans[0] if spans else None)
+
+    @property
     def place(self) -> str:
-        """`gpt.tfg:12:9`, empty for a program without a source."""
-        return self.node.span.place if self.node.span else ""
+        """`gpt.tfg:12:9` of `span`, empty for a program without a source."""
+        return self.span.place if self.span else ""
 
     @property
     def rank(self) -> int | None:
