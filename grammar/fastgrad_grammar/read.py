@@ -8,7 +8,7 @@ from pathlib import Path
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
 from fastgrad_grammar.source import Source
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 18
 """Files above this size are refused: a hand-written model is a few kilobytes."""
 
 
@@ -36,7 +36,7 @@ def too_large(path: str) -> Diagnostic:
     """FG003 for a text above `MAX_BYTES`."""
     return Diagnostic(
         "FG003",
-        f"{path} is larger than {MAX_BYTES >> 20} MiB",
+        f"{path} is larger than {MAX_BYTES >> 10} KiB",
         help=("a .tfg file is a short text; put parts of it in other files and read them with `use`",),
     )
 
