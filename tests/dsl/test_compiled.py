@@ -268,9 +268,7 @@ def test_labels_like_methods_of_modules() -> None:
 
 
 def test_a_report_on_a_given_batch_names_its_dims() -> None:
-    compiled = fg.compile(
-        ROOT / "examples" / "gpt.tfg", params={"depth": 1, "d_model": 32, "heads": 2, "near": 8}
-    )
+    compiled = fg.compile(EXAMPLES / "gpt.tfg", params={"depth": 1, "d_model": 32, "heads": 2, "near": 8})
     tokens = torch.randint(256, (2, 720), generator=torch.Generator().manual_seed(0))
     report = compiled.report(compiled.module(seed=0), (tokens, tokens))
     assert report["batch"]["dims"] == {"b": 2, "n": 720}
