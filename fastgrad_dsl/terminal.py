@@ -65,7 +65,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         out.print(Text("no model was run: bounds only"))
     else:
         sizes = ", ".join(f"{name} = {size}" for name, size in batch["dims"].items())
-        out.print(Text(f"on {batch['kind']}, {sizes}, {batch['weights']}"))
+        out.print(Text(", ".join(filter(None, (f"on {batch['kind']}", sizes, batch["weights"])))))
     for line in report["summary"]:
         out.print(Text(f"  {line}"))
     if report["attentions"]:

@@ -61,6 +61,15 @@ def test_check_says_what_each_attention_will_be(fastgrad: Run) -> None:
     assert "layers.0.attend .. layers.1.attend (2)  balanced degree 2" in out
 
 
+def test_report_of_a_model_without_inputs(fastgrad: Run) -> None:
+    Path("table.tfg").write_text(
+        "model m() -> float[2] {\n    weight w: float[2] = ones()\n    return w\n}\n"
+    )
+    status, out, _ = fastgrad("report", "table.tfg")
+    assert status == 0
+    assert "on random inputs, initial weights" in out
+
+
 def test_check_shows_a_near_field(fastgrad: Run) -> None:
     spec = Path("tiny.tfg")
     spec.write_text(SPEC.replace('at "*" degree = 2', 'at "*" degree = 2\n at "layers.0.*" near = 4'))
