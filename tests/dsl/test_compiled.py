@@ -187,6 +187,8 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     model = small("gpt").module()
     with pytest.raises(ValueError, match=r"tokens has shape \[13\], expected \[b, n\]"):
         model(INPUTS["gpt"][0][0])
+    with pytest.raises(ValueError, match=r"tokens has shape \[2, 0\], but every size is at least 1"):
+        model(INPUTS["gpt"][0][:, :0])
     declared = fg.compile(
         "dim b\ndim n <= 8 % 4\nmodel m(x: float[b, n], y: float[n]) -> float[b, n] { return x + y }\n"
     )

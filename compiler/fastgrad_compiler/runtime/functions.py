@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
-    """Raise ValueError unless the shape is `expected`, where a name stands for any size."""
+    """Raise ValueError unless the shape is `expected`, where a name stands for any size but 0."""
     shape = tensor.shape
     fits = len(shape) == len(expected) and all(
         isinstance(want, str) or size == want for size, want in zip(shape, expected, strict=True)
     )
     if not fits:
         raise ValueError(f"{name} has shape {list(shape)}, expected [{', '.join(map(str, expected))}]")
+    if any(size == 0 for size in shape):  # PyTorch's fused attention ends the process
+        raise ValueError(f"{name} has shape {list(shape)}, but every size is at least 1")
 
 
 def check_dim(name: str, size: int, place: str, at_most: int | None = None, multiple_of: int = 1) -> None:
