@@ -1,6 +1,9 @@
 """Time and memory of the attention kernels against PyTorch's scaled_dot_product_attention.
 
-    python benchmarks/attention.py [--json FILE] [--repeats 5] [--quick]
+    python benchmarks/attention.py [--json FILE] [--repeats 5] [--quick] [--long]
+
+--quick leaves out n = 16,384 and the break-even lengths; --long also looks for that of degree 4, which takes some
+ten minutes.
 
 Time: forward and backward, both contenders interleaved in one process, medians. SDPA gets its fast path: is_causal,
 and q and k zero-padded to the width of v, without which it falls back to a kernel that is far slower; the padding
@@ -129,13 +132,15 @@ def peak_memory_of_fresh_process(n: int, threads: int) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def measure(repeats: int, threads: int, quick: bool) -> dict[str, object]:
+def measure(repeats: int, threads: int, quick: bool, long: bool) -> dict[str, object]:
     """All numbers, with what they were measured on."""
     lengths = [4096] if quick else [4096, 16384]
     memory_lengths = [4096, 16384] if quick else [4096, 16384, 65536]
     contenders = {"degree 2": kernel(2), "degree 2, near 64": kernel(2, near=64), "sdpa": sdpa}
     time_table = {n: compare(contenders, n, repeats) for n in lengths}
-    scales = {2: 128, 3: 1024, 4: 6144}  # where to look for the break-even, in steps of a quarter octave
+    scales = {2: 128, 3: 1024}  # where to look for the break-even, in steps of a quarter octave
+    if long:
+        scales[4] = 6144
     even = {}
     for degree, first in scales.items():
         candidates = [round(first * 2 ** (step / 4)) for step in range(2, 16)]
@@ -196,6 +201,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--long", action="store_true", help="also find the break-even length of degree 4")
     parser.add_argument("--repeats", type=int, default=5, help="passes of which the median is taken")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="short lengths and no break-even")
@@ -207,7 +213,7 @@ def main() -> None:
     if options.memory_of:
         print(peak_memory(options.memory_of))
         return
-    results = measure(options.repeats, options.threads, options.quick)
+    results = measure(options.repeats, options.threads, options.quick, options.long)
     print(table(results))
     if options.json:
         options.json.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")

@@ -301,3 +301,18 @@ def test_construct(name: str) -> None:
         assert [entry.node.op for entry in compiled.plan] == ["poly_attention"]
         approximated = run(compiled.program, inputs, weights, dtype=torch.float64)
         torch.testing.assert_close(always_polynomial(compiled, model)(*inputs), approximated)
+
+
+def test_a_slice_up_to_a_run_time_dim_is_never_cut_short() -> None:
+    spec = """
+dim n
+
+model places(x: float[n]) -> float[n] {
+    weight table: float[16] = ones()
+    return x + table[0:n]
+}
+"""
+    model = fg.compile(spec).module()
+    assert torch.equal(model(torch.zeros(16)), torch.ones(16))
+    with pytest.raises(RuntimeError, match="exceeds"):
+        model(torch.zeros(17))

@@ -174,6 +174,18 @@ def _places(place: Place, node: Node, one: str) -> str:
 
 def _slice(place: Place, node: Node, operands: Operands) -> Expr:
     start, stop = place.dim(node["start"]), place.dim(node["stop"])
+    size = place.type(node.inputs[0]).shape[int(str(node["axis"]))]
+    end = Dim.of(node["stop"]) if isinstance(node["stop"], int | str | Dim) else size
+    if (
+        end.constant is None and end != size
+    ):  # a slice would be cut short silently where the run-time dim is too large
+        return method(
+            operands[0],
+            "narrow",
+            node["axis"],
+            start,
+            binary("-", stop, start) if str(start) != "0" else stop,
+        )
     complex_bound = not (start.is_name and stop.is_name)
     one = f"{start} : {stop}" if complex_bound else f"{'' if start.text == '0' else start}:{stop}"
     return index(operands[0], _places(place, node, one))
