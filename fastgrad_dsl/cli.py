@@ -177,8 +177,8 @@ def bench(
     request = BenchRequest(tuple(n or ()), d, degree, near, heads, dv, threads, repeats, target, quick)
     with progress() as tell:
         result = run_bench(request, tell)
-    write_files(result, json_, svg)
     print_bench(result)
+    write_files(result, json_, svg)
 
 
 @app.command()

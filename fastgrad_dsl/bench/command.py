@@ -16,7 +16,7 @@ from fastgrad_compiler.features import rank
 from fastgrad_compiler.polynomial import fit
 from fastgrad_dsl.bench.cells import Cell, extrapolated
 from fastgrad_dsl.bench.contenders import Contender, Inputs, make_inputs
-from fastgrad_dsl.bench.machine import describe_machine
+from fastgrad_dsl.bench.machine import describe_machine, memory_bytes
 from fastgrad_dsl.bench.memory import attention_peaks
 from fastgrad_dsl.bench.peak import peak_flops
 from fastgrad_dsl.bench.plot import Panel, Series, render
@@ -54,17 +54,23 @@ class BenchRequest:
 
 
 def check_request(request: BenchRequest) -> None:
-    """Raise TfgError FG416 for a polynomial that cannot be served, FG420 for a target that is not available."""
+    """Raise TfgError FG416 for what cannot be served or does not fit, FG420 for a target that is not available."""
     size = rank(request.d, request.degree)
     if size > LARGEST_RANK:
         raise _refused(
             f"--degree {request.degree} with --d {request.d} has rank {size:,}, more than {LARGEST_RANK:,}",
             "take a smaller degree or a smaller d",
         )
-    if not fit("balanced", request.degree, 1.0).positive:
+    try:
+        positive = fit("balanced", request.degree, 1.0).positive
+    except ValueError as error:
+        raise _refused(f"--degree {request.degree}: {error}", "take a smaller degree") from None
+    if not positive:
+        raise _refused(f"--degree {request.degree}: its polynomial is not positive", "take an even degree")
+    numbers = max(request.lengths, default=1) * request.heads * (4 * request.d + 4 * request.dv)
+    if 4 * numbers > memory_bytes():
         raise _refused(
-            f"--degree {request.degree}: the polynomial is not positive on the logits' range",
-            "take an even degree",
+            "the inputs and their gradients do not fit into memory", "take a smaller --n or --heads"
         )
     polynomial, _ = request.contenders
     tiny = polynomial.inputs(2)

@@ -24,7 +24,7 @@ def describe_machine(threads: int) -> dict[str, object]:
         "cpu": cpuinfo.get("model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "vectors": next((name for flag, name in VECTORS if flag in flags), None),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -33,6 +33,11 @@ def describe_machine(threads: int) -> dict[str, object]:
         "threads": threads,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def memory_bytes() -> int:
+    """Of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def package_version(name: str) -> str | None:
