@@ -1,8 +1,8 @@
 """Polynomial attention beside what others offer for a CPU: error against float64 softmax, and time.
 
 All take the same inputs: unit rows of q and k and a scale of 1, so that logits lie within [-1, 1], 8 heads, d = 16,
-dv = 64, causal, float32. A library that scales by 1 / sqrt(d) gets its queries times sqrt(d). Each library runs at several
-settings; of those that compute the same function the fastest stands for it.
+dv = 64, causal, float32. A library that scales by 1 / sqrt(d) gets its queries times sqrt(d). Each library runs at
+several settings; of those that compute the same function the fastest stands for it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.linear_attention import elu_attention
 from benchmarks.settings import Settings, heading, say
+from fastgrad_compiler.polynomial import Family
 from fastgrad_dsl.bench.contenders import Attention, Contender, Inputs, exact, make_inputs
 from fastgrad_dsl.bench.machine import package_version
 from fastgrad_dsl.bench.timing import Timing, time_together
@@ -30,7 +31,9 @@ HEADS, D, DV = 8, 16, 64
 N, QUICK_N = 16_384, 128
 CHUNKS = (64, 128, 256, 512)
 FEATURES = (44, 128)  # of Performer at d = 16: d log d, which is its default, and more
-POLYNOMIALS = ((2, None), (3, None), (4, None), (2, 64))
+POLYNOMIALS: tuple[tuple[int, int | None, Family], ...] = (
+    (2, None, "balanced"), (2, None, "taylor"), (3, None, "balanced"), (4, None, "balanced"), (2, 64, "balanced"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def measure(settings: Settings, n: int | None = None) -> dict[str, object]:
 
 def peers(target: str) -> list[Peer]:
     """Everything that is compared."""
-    own = [Contender(HEADS, D, DV, degree, near, target) for degree, near in POLYNOMIALS]
+    own = [Contender(HEADS, D, DV, degree, near, target, family) for degree, near, family in POLYNOMIALS]
     found = [Peer(c.name, f"target {target}", "fastgrad-dsl", partial(_own, c)) for c in own]
     found.append(Peer("SDPA", "q and k padded to one width", "torch", _sdpa))
     for features in FEATURES:

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 from fastgrad_compiler.codegen.kernel import KernelSpec, choose_chunk
 from fastgrad_compiler.cost import Flops, flops
 from fastgrad_compiler.features import rank
+from fastgrad_compiler.polynomial import Family
 from fastgrad_dsl.functional import polynomial_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -53,13 +54,15 @@ class Contender:
     degree: int | None = None
     near: int | None = None
     target: str = "auto"
+    family: Family = "balanced"
 
     @property
     def name(self) -> str:
         """As tables call it."""
         if self.degree is None:
             return "SDPA"
-        return f"degree {self.degree}" + (f", near {self.near}" if self.near else "")
+        family = "" if self.family == "balanced" else f", {self.family}"
+        return f"degree {self.degree}{family}" + (f", near {self.near}" if self.near else "")
 
     @property
     def rank(self) -> int | None:
@@ -98,11 +101,20 @@ class Contender:
         """attention(q, k, v); TfgError FG420 at the first call where the target is not available."""
         if self.degree is None:
             return exact
-        degree, near, target = self.degree, self.near, self.target
+        degree, near, target, family = self.degree, self.near, self.target, self.family
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return polynomial_attention(
-                q, k, v, degree=degree, bound=1.0, scale=1.0, causal=True, near=near, target=target
+                q,
+                k,
+                v,
+                degree=degree,
+                bound=1.0,
+                family=family,
+                scale=1.0,
+                causal=True,
+                near=near,
+                target=target,
             )
 
         return attention
