@@ -105,9 +105,8 @@ def _together(
     if not contenders:
         return []
     say(f"n = {n:,}, d = {exact.d}: " + "; ".join(c.name for c in contenders))
-    times = time_together(
-        {c.name: c.ready() for c in contenders}, exact.inputs(n), settings.repeats, settings.seconds
-    )
+    seconds = settings.seconds if n <= FROM else settings.less
+    times = time_together({c.name: c.ready() for c in contenders}, exact.inputs(n), settings.repeats, seconds)
     return [Cell(c, n, times[c.name]) for c in contenders]
 
 

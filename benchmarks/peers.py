@@ -68,7 +68,7 @@ def measure(settings: Settings, n: int | None = None) -> dict[str, object]:
         {key: attention for key, (_, attention, _) in built.items()},
         inputs,
         settings.repeats,
-        settings.seconds,
+        settings.less,
     )
     measured = [_measured(peer, errors, times[key]) for key, (peer, _, errors) in built.items()]
     return {

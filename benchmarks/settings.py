@@ -15,14 +15,19 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Settings:
-    """target: of the polynomial attention; seconds: for the passes of one contender at one place; quick: tiny sizes,
-    to try the benchmark and not to learn from."""
+    """target: of the polynomial attention; seconds: for the passes of one contender at one length, `less` for those
+    where there are many or long ones; quick: tiny sizes, to try the benchmark and not to learn from."""
 
     target: str = "auto"
     threads: int = 2
     repeats: int = 5
     seconds: float = 30.0
     quick: bool = False
+
+    @property
+    def less(self) -> float:
+        """A third of `seconds`."""
+        return self.seconds / 3
 
 
 def heading(settings: Settings) -> dict[str, object]:
