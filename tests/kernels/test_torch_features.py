@@ -42,7 +42,7 @@ class Layer(nn.Module):
 
 def arguments(inputs: Inputs) -> tuple[Tensor | None, ...]:
     q, k, v, *near = inputs.tensors
-    return (q, k, v, *(near or (None, None)), inputs.mask)
+    return (q, k, v, *(near or (None, None)), inputs.mask, inputs.documents)
 
 
 @SPECS
@@ -59,14 +59,17 @@ def test_opcheck_of_transposed_inputs(exact_below: int) -> None:
         x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
         for x in make_inputs(NEAR, 9).tensors
     )
-    for spec, rest in ((CAUSAL, (None, None, None)), (NEAR, (near_q, near_k, torch.ones(2, 9) > 0))):
+    for spec, rest in (
+        (CAUSAL, (None, None, None, None)),
+        (NEAR, (near_q, near_k, torch.ones(2, 9) > 0, None)),
+    ):
         operation = getattr(torch.ops.fastgrad, load_and_name(spec))
         torch.library.opcheck(operation, (q, k, v, *rest, exact_below))
 
 
 def test_opcheck_of_exact_attention() -> None:
     inputs = arguments(make_inputs(NEAR, 9))
-    torch.library.opcheck(torch.ops.fastgrad.exact_attention, (*inputs, 0.5, True, 4))
+    torch.library.opcheck(torch.ops.fastgrad.exact_attention, (*inputs, 0.5, True, 4, 0))
 
 
 def load_and_name(spec: KernelSpec) -> str:

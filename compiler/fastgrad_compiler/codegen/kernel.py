@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 RUNTIME = Path(__file__).parent.parent / "runtime"
 RUNTIME_FILES: tuple[Path, ...] = tuple(
-    RUNTIME / name for name in ("attention_op.py", "exact_attention.py", "polynomial_features.py")
+    RUNTIME / name
+    for name in ("attention_op.py", "documents.py", "exact_attention.py", "polynomial_features.py")
 )
 RUNTIME_PACKAGE = "fastgrad_compiler.runtime"
 UNROLLED_BLOCKS = 160  # a longer table is emitted as the loop that makes it
@@ -45,6 +46,7 @@ class KernelSpec:
         near_d: width of separate queries and keys for t, already scaled; None: t = scale * q.k.
         scale: of the logits.
         chunk: tokens handled at a time; None: chosen here. The function does not depend on it.
+        documents: ids of packed documents are an input; a query sees only keys of its own document.
 
     Raises:
         ValueError: a width, a block or a chunk below 1, no coefficient beyond the constant, near_d without near.
@@ -59,6 +61,7 @@ class KernelSpec:
     near_d: int | None = None
     scale: float = 1.0
     chunk: int | None = None
+    documents: bool = False
 
     def __post_init__(self) -> None:
         sizes = {"d": self.d, "dv": self.dv, "near": self.near, "near_d": self.near_d, "chunk": self.chunk}
@@ -115,8 +118,8 @@ def _name(text: str) -> str:
 def load_kernel(spec: KernelSpec) -> Callable[..., Tensor]:
     """The `attention` function of the emitted module, which is executed once a process.
 
-    attention(q, k, v, near_q=None, near_k=None, mask=None, *, exact_below=0): q [.., H, n, d], k [.., Hk, m, d],
-    v [.., Hk, m, dv] -> [.., H, n, dv], in the dtype of v; ValueError on wrong shapes.
+    attention(q, k, v, near_q=None, near_k=None, mask=None, documents=None, *, exact_below=0): q [.., H, n, d],
+    k [.., Hk, m, d], v [.., Hk, m, dv] -> [.., H, n, dv], in the dtype of v; ValueError on wrong shapes.
     """
     name = f"{RUNTIME_PACKAGE}.{kernel_name(spec)}"
     module = sys.modules.get(name) or _execute(name, emit_kernel(spec))
@@ -169,6 +172,7 @@ def _context(spec: KernelSpec) -> dict[str, object]:
         "scale": float(spec.scale),
         "causal": spec.causal,
         "padding": spec.padding,
+        "documents": spec.documents,
         "near": spec.near,
         "near_d": spec.near_d,
         "separate": spec.near_d is not None,
