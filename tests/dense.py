@@ -28,8 +28,8 @@ def polynomial_attention(
 ) -> Tensor:
     """Weights p(s), s = scale * q.k; exp(t) where near.
 
-    q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv], mask [.., m]; documents [.., n]; near_q and near_k give t, already
-    scaled.
+    q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv], mask [.., m], documents [.., n]; near_q and near_k
+    give t, already scaled.
     """
     scores = scale * q @ _heads(k, q).mT
     weights = sum(c * scores**power for power, c in enumerate(coefficients))

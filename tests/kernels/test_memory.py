@@ -57,8 +57,10 @@ def largest(forward: Any, backward: Any, inputs: Inputs, *attributes: object) ->
         KernelSpec(16, 64, COEFFICIENTS[2], causal=True, near=64, near_d=16),
         KernelSpec(16, 64, COEFFICIENTS[2], near=48, near_d=16),
         KernelSpec(16, 64, COEFFICIENTS[3], causal=True),
+        KernelSpec(16, 64, COEFFICIENTS[2], causal=True, near=64, documents=True),
+        KernelSpec(16, 64, COEFFICIENTS[2], documents=True),
     ],
-    ids=["causal", "padded", "causal near", "unmasked near", "degree 3"],
+    ids=["causal", "padded", "causal near", "unmasked near", "degree 3", "causal documents", "documents"],
 )
 def test_nothing_grows_with_length_times_rank(spec: KernelSpec) -> None:
     inputs = make_inputs(spec, N, batch=1, heads=1).to(torch.float32)

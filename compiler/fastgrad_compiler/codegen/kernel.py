@@ -90,7 +90,7 @@ def choose_chunk(spec: KernelSpec) -> int:
     r = rank(spec.d, spec.degree)
     chunk = 128 if r <= 512 else 256
     if spec.near is None:
-        return chunk if spec.causal else 256
+        return chunk if spec.causal or spec.documents else 256
     divisors = [size for size in range(SMALLEST_NEAR_CHUNK, chunk + 1) if spec.near % size == 0]
     return max(divisors, default=max(1, chunk // spec.near) * spec.near if spec.near < chunk else chunk)
 
@@ -156,7 +156,8 @@ def _render(spec: KernelSpec, name: str) -> str:
 def _context(spec: KernelSpec) -> dict[str, object]:
     """What the template asks for; flags name the cases of docs/mathematics.md, sections 3 to 5."""
     tile = choose_chunk(spec)
-    dense = spec.causal or spec.near is not None
+    dense = spec.causal or spec.near is not None or spec.documents
+    suffix = not spec.causal and (spec.near is not None or spec.documents)
     mixed = spec.near is not None and spec.near % tile != 0
     folded = tuple(c * spec.scale**power for power, c in enumerate(spec.coefficients))
     table = blocks(spec.d, spec.degree)
@@ -179,10 +180,12 @@ def _context(spec: KernelSpec) -> dict[str, object]:
         "tile": tile,
         "dense": dense,
         "mixed": mixed,
-        "suffix": spec.near is not None and not spec.causal,
-        "needs_inf": spec.near is not None and (mixed or spec.causal or spec.padding),
+        "suffix": suffix,
+        "lead": "b, h, groups" if spec.documents else "rows, groups",
+        "state_upstream": "document_upstream" if spec.documents else "",
+        "needs_inf": spec.near is not None and (mixed or spec.causal or spec.padding or spec.documents),
         "polynomial_scores": dense and (mixed or spec.near is None),
-        "states": 4 if spec.near is not None and not spec.causal else 2,
+        "states": 4 if suffix else 2,
         "window": _window_expression(spec),
         "unrolled": len(table) <= UNROLLED_BLOCKS,
         "blocks": [(b.level, b.index, *b.source, *b.target) for b in table],
@@ -197,6 +200,8 @@ def _title(spec: KernelSpec) -> str:
         parts.append("causal")
     if spec.padding:
         parts.append("with a padding mask")
+    if spec.documents:
+        parts.append("packed")
     if spec.near is not None:
         parts.append(f"exact in blocks of {spec.near} tokens")
     return ", ".join(parts)
@@ -205,7 +210,7 @@ def _title(spec: KernelSpec) -> str:
 def _window_expression(spec: KernelSpec) -> str:
     if spec.near is not None:
         return "TILE + 2 * NEAR" if spec.causal else "TILE + 3 * NEAR"
-    return "TILE" if spec.causal else "0"
+    return "TILE" if spec.causal or spec.documents else "0"
 
 
 def _horner(coefficients: tuple[float, ...]) -> str:

@@ -158,6 +158,10 @@ def check_inputs(
     if near_q is not None and near_k is not None:
         _require("near_q", near_q.shape, (*q.shape[:-1], near_k.shape[-1]), "[.., heads, n, near_d]")
         _require("near_k", near_k.shape, (*k.shape[:-1], near_q.shape[-1]), "[.., kv_heads, m, near_d]")
+    _check_masks(q, k, mask, documents)
+
+
+def _check_masks(q: Tensor, k: Tensor, mask: Tensor | None, documents: Tensor | None) -> None:
     if mask is not None:
         if mask.dtype != torch.bool:
             raise ValueError(f"mask has dtype {mask.dtype}, expected torch.bool with True for a real token")
