@@ -159,10 +159,10 @@ def _context(spec: KernelSpec) -> dict[str, object]:
     dense = spec.causal or spec.near is not None or spec.documents
     suffix = not spec.causal and (spec.near is not None or spec.documents)
     mixed = spec.near is not None and spec.near % tile != 0
-    folded = tuple(c * spec.scale**power for power, c in enumerate(spec.coefficients))
+    folded = folded_coefficients(spec)
     table = blocks(spec.d, spec.degree)
     return {
-        "title": _title(spec),
+        "title": kernel_title(spec),
         "specification": f"d = {spec.d}, dv = {spec.dv}, degree {spec.degree}",
         "local": "near_q.near_k" if spec.near_d else "SCALE q.k",
         "d": spec.d,
@@ -194,7 +194,13 @@ def _context(spec: KernelSpec) -> dict[str, object]:
     }
 
 
-def _title(spec: KernelSpec) -> str:
+def folded_coefficients(spec: KernelSpec) -> tuple[float, ...]:
+    """Coefficients by powers of q.k: those of p with the scale of the logits folded in."""
+    return tuple(c * spec.scale**power for power, c in enumerate(spec.coefficients))
+
+
+def kernel_title(spec: KernelSpec) -> str:
+    """One line that says what a kernel computes."""
     parts = [f"Polynomial attention, degree {spec.degree}"]
     if spec.causal:
         parts.append("causal")
