@@ -22,7 +22,7 @@ def diagnose(refusal: Refusal, case: Case, entries: Sequence[AttentionEntry]) ->
     paths = [entry.path for entry in entries]
     rule: BudgetRule | None = getattr(case.settings, refusal.rule, None)
     more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-    notes = _places(entries[0])
+    notes = places(entries[0])
     if case.node["bound"] is not None and refusal.code not in ("FG308", "FG309"):
         notes += _range(case)
     return Diagnostic(
@@ -34,7 +34,7 @@ def diagnose(refusal: Refusal, case: Case, entries: Sequence[AttentionEntry]) ->
     )
 
 
-def _places(entry: AttentionEntry) -> list[Note]:
+def places(entry: AttentionEntry) -> list[Note]:
     """Where the attention stands and, where that is in the library, the call in the user's file that leads
     there.
     """
