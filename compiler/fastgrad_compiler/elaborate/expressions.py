@@ -35,9 +35,11 @@ def scalar_of(state: State, found: Value, expr: ast.Expr, what: str) -> Scalar:
 
 
 def compile_time(state: State, scope: Scope, expr: ast.Expr, what: str) -> Constant:
-    """The same, where a tuple of numbers is a value too."""
+    """The same, where a tuple of compile-time values is one too."""
     found = evaluate(state, scope, expr)
-    return found if isinstance(found, Several) and values.is_floats(found) else scalar_of(state, found, expr, what)
+    if isinstance(found, Several) and not any(isinstance(item, Tensor | Several) for item in found.items):
+        return found
+    return scalar_of(state, found, expr, what)
 
 
 def dimension(state: State, scope: Scope, expr: ast.Expr) -> Dim:

@@ -108,7 +108,8 @@ def type_name(value: Constant) -> str:
 def show(value: Constant) -> str:
     """A value as the language writes it."""
     if isinstance(value, Several):
-        return f"({', '.join(map(str, value.items))}{',' if len(value.items) == 1 else ''})"
+        items = [show(item) for item in value.items if not isinstance(item, Tensor)]
+        return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

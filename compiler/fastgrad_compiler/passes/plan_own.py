@@ -63,5 +63,9 @@ def _too_large(group: Sequence[AttentionEntry], max_rank: int) -> Diagnostic:
     if lower is not None:
         help_.append(f"a polynomial of degree {lower} has rank {rank(d, lower):,}")
     return Diagnostic(
-        "FG307", f"{_named(group)}: {text}", first.span, notes=tuple(places(first)), help=tuple(help_)
+        "FG307",
+        f"{_named(group)}: {text}",
+        first.node.span,
+        notes=tuple(places(first)[1:]),
+        help=tuple(help_),
     )

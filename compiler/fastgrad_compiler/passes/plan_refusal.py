@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import BudgetRule
-from fastgrad_compiler.passes.attention_table import AttentionEntry
+from fastgrad_compiler.passes.attention_table import LIBRARY, AttentionEntry
 from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_decision import Caps, Case, Refusal, search
 from fastgrad_compiler.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
@@ -39,8 +39,8 @@ def places(entry: AttentionEntry) -> list[Note]:
     there.
     """
     notes = [] if entry.node.span is None else [Note("the attention is here", entry.node.span)]
-    own = [span for span in entry.calls if not span.source.path.startswith("std/")]
-    if notes and own and entry.calls[-1] is not own[-1]:
+    own = [span for span in entry.calls if not span.source.path.startswith(LIBRARY)]
+    if own and entry.node.span is not None and entry.node.span.source.path.startswith(LIBRARY):
         notes.append(Note("which is called from here", own[-1]))
     return notes
 
