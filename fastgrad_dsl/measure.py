@@ -158,9 +158,9 @@ def measure_errors(
 ) -> ModelErrors:
     """Compare a compiled model with itself made exact, on one batch.
 
-    `served` are the polynomial attentions, the model's own among them, in the order in which the model runs them. Without an objective,
-    gradients are those of a fixed random projection of the output. Runs two forward and backward passes and one for
-    each approximated attention; `progress` is told of each.
+    `served` are the polynomial attentions, the model's own among them, in the order in which the model runs them.
+    Without an objective, gradients are those of a fixed random projection of the output. Runs two forward and backward
+    passes and one for each approximated attention; `progress` is told of each.
     """
     approximated = [index for index, attention in enumerate(served) if not attention.own]
     progress("the compiled model")

@@ -92,7 +92,9 @@ def measure_plan(
     from fastgrad_dsl.measure import Served, measure_errors
 
     served = [
-        Served(entry["path"], entry["eps"], entry["eps_prime"], entry["scale"], own=not is_approximated(entry))
+        Served(
+            entry["path"], entry["eps"], entry["eps_prime"], entry["scale"], own=not is_approximated(entry)
+        )
         for entry in plan["attentions"]
         if entry["decision"] == "polynomial"
     ]

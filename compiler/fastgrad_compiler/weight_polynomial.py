@@ -38,7 +38,9 @@ def objection(coefficients: Sequence[float]) -> Objection | None:
     degree = len(coefficients) - 1
     if degree < 1:
         kind = "is 0 everywhere" if degree < 0 else "gives every key the same weight"
-        return Objection(f"a polynomial without a power of the score {kind}", "write (1.0, 1.0, 0.5), for instance")
+        return Objection(
+            f"a polynomial without a power of the score {kind}", "write (1.0, 1.0, 0.5), for instance"
+        )
     if degree > MAX_DEGREE:
         return Objection(f"a polynomial of degree {degree} is over the limit of {MAX_DEGREE}", None)
     if not any(coefficients[1::2]) and min(coefficients) >= 0:
@@ -68,8 +70,8 @@ def _not_positive(coefficients: Sequence[float]) -> Objection:
     candidates = np.roots(np.polyder(descending)).real
     values = np.polyval(descending, candidates)
     place = int(np.argmin(values))
-    lifted = coefficients[0] - float(values[place])
+    least, score = float(values[place]), float(candidates[place])
     return Objection(
-        f"the polynomial is not positive: it is {float(values[place]):.3g} for a score of {float(candidates[place]):.3g}",
-        f"a constant term above {lifted:.3g} lifts it above 0 everywhere",
+        f"the polynomial is not positive: it is {least:.3g} for a score of {score:.3g}",
+        f"a constant term above {coefficients[0] - least:.3g} lifts it above 0 everywhere",
     )

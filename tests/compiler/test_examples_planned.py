@@ -45,7 +45,9 @@ def inputs_of(program: Program) -> dict[str, torch.Tensor]:
 def test_recognition_keeps_the_meaning_of_an_example(path: Path) -> None:
     before = bounded(path)
     after = recognise_attention(before)
-    assert not {"softmax", "causal", "near_far", "normalize_rows"} & {node.op for graph in after.graphs for node in graph.nodes}
+    assert not {"softmax", "causal", "near_far", "normalize_rows"} & {
+        node.op for graph in after.graphs for node in graph.nodes
+    }
     weights = initial_weights(before, seed=0, dtype=torch.float64)
     assert initial_weights(after).keys() == weights.keys()
     inputs = inputs_of(before)

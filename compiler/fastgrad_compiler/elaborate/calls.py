@@ -9,7 +9,14 @@ from typing import Any, NoReturn
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.elaborate import values
 from fastgrad_compiler.elaborate.arguments import Formal, match_arguments
-from fastgrad_compiler.elaborate.expressions import as_tensor, compile_time, dimension, evaluate, problem, scalar
+from fastgrad_compiler.elaborate.expressions import (
+    as_tensor,
+    compile_time,
+    dimension,
+    evaluate,
+    problem,
+    scalar,
+)
 from fastgrad_compiler.elaborate.operations import NEEDED, OPERATIONS, OVERLOADS, Operation, Parameter
 from fastgrad_compiler.elaborate.reporter import Abort
 from fastgrad_compiler.elaborate.scope import Scope

@@ -130,7 +130,10 @@ def _outside(reporter: Reporter, name: str, kind: str, optional: bool, value: ob
 def _parse(text: str, kind: str, optional: bool) -> Constant:
     """A command-line text as a value of `kind`; the text itself where it is none."""
     if kind == "floats" and text.strip().lower() not in _WORDS:
-        items = [_parse(part, "float", False) for part in text.strip().removeprefix("(").removesuffix(")").split(",")]
+        items = [
+            _parse(part, "float", False)
+            for part in text.strip().removeprefix("(").removesuffix(")").split(",")
+        ]
         numbers = tuple([item for item in items if values.is_number(item)])
         return Several(numbers) if len(numbers) == len(items) else text
     if kind == "str":

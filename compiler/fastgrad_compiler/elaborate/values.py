@@ -282,7 +282,9 @@ def convert(value: Constant, kind: str, optional: bool) -> Constant:
         return None
     if not _ACCEPTS[kind](value):
         wanted = f"{kind} or none" if optional else kind
-        hint = "a tuple of numbers, such as (1.0, 1.0, 0.5); of one number (1.0,)" if kind == "floats" else None
+        hint = (
+            "a tuple of numbers, such as (1.0, 1.0, 0.5); of one number (1.0,)" if kind == "floats" else None
+        )
         raise ValueProblem("FG217", f"expected {wanted}, found {describe(value)}", hint)
     if isinstance(value, Several):
         return Several(tuple([_as_float(item) for item in value.items if isinstance(item, int | float)]))

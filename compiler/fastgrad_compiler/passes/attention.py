@@ -168,8 +168,10 @@ def _emit(scope: _Scope, graph: Graph, found: Match, pairs: list[_Pair], value: 
         "near": found.near,
     }
     if found.coefficients:
-        return scope.builder.emit("poly_attention", inputs, common | own_polynomial(found.coefficients), name="_attention")
-    values: dict[str, Attribute] = common | {
+        return scope.builder.emit(
+            "poly_attention", inputs, common | own_polynomial(found.coefficients), name="_attention"
+        )
+    values = common | {
         "window": masks.window,
         "alibi": masks.alibi,
         "bound": found.range.limit if known else None,

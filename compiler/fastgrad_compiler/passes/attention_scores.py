@@ -71,7 +71,9 @@ class Walk:
     positive: bool = True  # the gains met so far, where a mask may still lie inside
     masks_allowed: bool = True
     near_allowed: bool = True
-    level_matters: bool = False  # weights are a polynomial of the scores, which a constant added to a row changes
+    level_matters: bool = (
+        False  # weights are a polynomial of the scores, which a constant added to a row changes
+    )
     range: Range = field(default_factory=Range)
 
 
