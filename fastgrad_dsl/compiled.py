@@ -121,7 +121,10 @@ class Compiled:
         return model if dtype is None else model.to(dtype)
 
     def reference(self, model: nn.Module) -> nn.Module:
-        """The exact model with the very weights of `model`: every attention is softmax; a change of one is of both."""
+        """The exact model with the very weights of `model`, where a change of one is of both.
+
+        No attention is approximated: all are softmax but those whose weights are a polynomial of the model's own.
+        """
         return _with_weights_of(model, self._reference_package.MODEL(None))
 
     @property

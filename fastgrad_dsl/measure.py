@@ -2,7 +2,8 @@
 
 A dispatch mode watches the attention operations that a forward and a backward pass run. It compares each with
 exact attention on the same inputs, and it can make chosen ones exact, which shows what one attention does to the
-model's output and gradients. With all of them exact the model is the exact model.
+model's output and gradients. With all of them exact the model is the exact model. Attentions whose weights are a
+polynomial of the model's own are exact already.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ Objective = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Served:
-    """What is known of a polynomial attention before any data: its path, eps, eps' and the logits' scale."""
+    """What is known of a polynomial attention before any data: its path, eps, eps' and the logits' scale.
+
+    `own`: the polynomial is the model's own. It stands in for nothing: it is run, and not compared with softmax.
+    """
 
     path: str
     eps: float
     eps_prime: float
     scale: float
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class _Attentions(TorchDispatchMode):
         result = func(*inputs, ALWAYS_EXACT if index in self.exact else exact_below)
         call = _Call(inputs, result[0])
         self.calls.append(call)
-        if self.compare:
+        if self.compare and not self.compare[index].own:
             reference = func(*_precise(inputs), ALWAYS_EXACT)[0]
             call.output = relative_error(result[0], reference)
             call.output_bound = _output_bound(self.compare[index], inputs[2], reference)
@@ -131,7 +136,7 @@ class _Attentions(TorchDispatchMode):
         out = saved[0]
         index = next(i for i, call in enumerate(self.calls) if call.out.data_ptr() == out.data_ptr())
         gradients = func(*args[:-1], ALWAYS_EXACT if index in self.exact else exact_below)
-        if self.compare:
+        if self.compare and not self.compare[index].own:
             call, served = self.calls[index], self.compare[index]
             cotangent, *inputs = _precise(args[: 1 + INPUTS])
             forward = getattr(
@@ -155,18 +160,20 @@ def measure_errors(
 ) -> ModelErrors:
     """Compare a compiled model with itself made exact, on one batch.
 
-    `served` are the polynomial attentions in the order in which the model runs them. Without an objective,
-    gradients are those of a fixed random projection of the output. Runs 2 + len(served) forward and backward
-    passes; `progress` is told of each.
+    `served` are the polynomial attentions, the model's own among them, in the order in which the model runs them.
+    Without an objective, gradients are those of a fixed random projection of the output. Runs two forward and backward
+    passes and one for each approximated attention; `progress` is told of each.
     """
+    approximated = [index for index, attention in enumerate(served) if not attention.own]
     progress("the compiled model")
     watched = _Attentions(compare=served)
     output, gradients, loss = _pass(model, inputs, targets, objective, watched)
     progress("the exact model")
-    everywhere = _Attentions(exact=frozenset(range(len(served))))
+    everywhere = _Attentions(exact=frozenset(approximated))
     exact_output, exact_gradients, exact_loss = _pass(model, inputs, targets, objective, everywhere)
     attentions = []
-    for index, attention in enumerate(served):
+    for index in approximated:
+        attention = served[index]
         progress(attention.path)
         moved = _Attentions(exact=frozenset({index}))
         moved_output, moved_gradients, _ = _pass(model, inputs, targets, objective, moved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from math import isfinite
@@ -10,7 +11,7 @@ from typing import Any
 from fastgrad_compiler.certificates import certificate
 from fastgrad_compiler.cost import flops
 from fastgrad_compiler.graph import Attribute, Program
-from fastgrad_compiler.passes.attention_table import AttentionEntry, Lengths, attention_table
+from fastgrad_compiler.passes.attention_table import OWN, AttentionEntry, Lengths, attention_table
 from fastgrad_dsl.batches import Input, model_inputs, target_inputs
 
 FORMAT = "fastgrad-plan-1"
@@ -36,6 +37,8 @@ def plan_document(program: Program, source: str, target: str) -> dict[str, Any]:
 
 def attention_document(program: Program, entry: AttentionEntry) -> dict[str, Any]:
     """One attention: numbers that do not exist for it (a degree of an exact one) are None.
+
+    A polynomial that is the model's own has the family "own", an error of 0 and no `bound`: it needs none.
 
     `bound` is R with its `proof` and whether it is only `asserted`; `flops` are per head and sequence at the longest
     declared length; `certificate` holds the proved worst cases that need no data (docs/mathematics.md, section 7).
@@ -65,6 +68,11 @@ def attention_document(program: Program, entry: AttentionEntry) -> dict[str, Any
         "flops": _flops(program, entry, polynomial),
         "certificate": _certificate(eps, eps_prime) if eps is not None and eps_prime is not None else None,
     }
+
+
+def is_approximated(entry: Mapping[str, Any]) -> bool:
+    """Whether a polynomial stands in for the exp of this attention of a plan; the model's own stands in for nothing."""
+    return bool(entry["decision"] == "polynomial" and entry["family"] != OWN)
 
 
 def _flops(program: Program, entry: AttentionEntry, polynomial: bool) -> dict[str, Any] | None:

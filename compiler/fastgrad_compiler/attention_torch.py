@@ -139,7 +139,7 @@ def attention(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     return softmax(scores.masked_fill(~a.visible(node, scores), -math.inf)) @ a.v
 
 
-def _polynomial(coefficients: Sequence[float], s: Tensor) -> Tensor:
+def polynomial(coefficients: Sequence[float], s: Tensor) -> Tensor:
     """sum of c_j s^j."""
     result = torch.zeros_like(s)
     for coefficient in reversed(coefficients):
@@ -158,7 +158,7 @@ def _weights(node: Node, a: _Attention) -> tuple[Tensor, Tensor]:
     t = a.near_scores().masked_fill(~(near & seen), -math.inf)
     top = t.amax(-1, keepdim=True).clamp(min=0.0)
     damping = (-top).exp()
-    far = torch.where(seen & ~near, damping * _polynomial(_coefficients(node), s), torch.zeros_like(s))
+    far = torch.where(seen & ~near, damping * polynomial(_coefficients(node), s), torch.zeros_like(s))
     return (t - top).exp() + far, damping
 
 
@@ -189,7 +189,7 @@ def poly_attention_backward(node: Node, inputs: list[Tensor], env: Env) -> tuple
     near, seen = a.near_pairs(), a.visible(node, s)
     slope = [j * c for j, c in enumerate(_coefficients(node))][1:]
     d_near = torch.where(near, d_weights * weights, torch.zeros_like(s))
-    d_far = torch.where(seen & ~near, d_weights * damping * _polynomial(slope, s), torch.zeros_like(s))
+    d_far = torch.where(seen & ~near, d_weights * damping * polynomial(slope, s), torch.zeros_like(s))
     d_scores = a.scale * (d_far if "near_q" in a.extra else d_far + d_near)
 
     results = [d_scores @ a.k, d_scores.mT @ a.q, weights.mT @ u]

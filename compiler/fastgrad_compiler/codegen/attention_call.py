@@ -13,6 +13,7 @@ from fastgrad_compiler.codegen.writer import COMPARE, Expr, call, index, literal
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import Node
+from fastgrad_compiler.passes.attention_table import is_own
 
 Shape = tuple[Dim, ...]
 
@@ -38,7 +39,7 @@ def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
         for tensor in (*tensors[:3], *(others[role] for role in ("near_q", "near_k") if role in others))
     )
     banded = near or node.get("window") is not None or "documents" in others
-    if node.op == "poly_attention" and not place.exact:
+    if node.op == "poly_attention" and (is_own(node) or not place.exact):
         result = _polynomial(place, node, [q, k, v, *near], _masks(place, others, lead))
     elif banded and not node.get("alibi"):
         result = _exact(place, node, [q, k, v, *near], _masks(place, others, lead))
@@ -79,11 +80,17 @@ def _polynomial(place: Place, node: Node, tensors: list[_Tensor], masks: dict[st
     assert isinstance(coefficients, tuple)
     degree = len(coefficients) - 1
     monomials = rank(_size(tensors[0].shape[-1]), degree)
-    error = node.get("eps")
-    limit = "" if error is None else f"; relative error at most {error:.1e} where |s| <= {node['bound']:g}"
-    place.remark(f"a polynomial of degree {degree} instead of exp, rank {monomials}{limit}")
+    place.remark(_what(node, degree, monomials))
     values = [tensor.value for tensor in tensors]
     return call(place.kernel(node), *values, **masks, exact_below=node.get("break_even") or 0)
+
+
+def _what(node: Node, degree: int, monomials: int) -> str:
+    if is_own(node):
+        return f"the model's own polynomial, of degree {degree} and rank {monomials}"
+    error = node.get("eps")
+    limit = "" if error is None else f"; relative error at most {error:.1e} where |s| <= {node['bound']:g}"
+    return f"a polynomial of degree {degree} instead of exp, rank {monomials}{limit}"
 
 
 def _exact(place: Place, node: Node, tensors: list[_Tensor], masks: dict[str, Expr]) -> Expr:

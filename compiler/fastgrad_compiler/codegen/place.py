@@ -14,7 +14,7 @@ Operands: TypeAlias = Sequence[Expr]
 class Place(Protocol):
     """A block being written."""
 
-    exact: bool  # every attention is written exact
+    exact: bool  # every attention that a polynomial approximates is written exact
     safe_softmax: bool  # rows of scores may be masked as a whole
 
     def dim(self, value: Attribute) -> Expr:

@@ -21,7 +21,7 @@ _HIDES_ROWS = frozenset({"padding", "documents", "window", "where", "fill"})
 
 
 def emit_package(program: Program, *, source: str, exact: bool = False) -> dict[str, str]:
-    """The files of the generated package by name; `exact` leaves every attention softmax, with the same weights.
+    """The files of the generated package by name; `exact` approximates none of the attentions, with the same weights.
 
     `source` is the path of the `.tfg` file that the header names. The package exports the model's class, also as MODEL,
     the objective, also as OBJECTIVE, and `initialise`.

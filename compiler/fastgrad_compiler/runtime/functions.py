@@ -112,6 +112,23 @@ def apply_near_far(local: Tensor, far: Tensor, block: int) -> Tensor:
     return torch.where((queries.unsqueeze(-1) - keys).abs() <= 1, local, far)
 
 
+def apply_polynomial(scores: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """The polynomial of the scores, by ascending powers; 0 where the score is -inf."""
+    hidden = scores == -math.inf
+    visible = scores.masked_fill(hidden, 0.0)
+    result = torch.zeros_like(visible)
+    for coefficient in reversed(coefficients):
+        result = result * visible + coefficient
+    return result.masked_fill(hidden, 0.0)
+
+
+def normalize_rows(weights: Tensor) -> Tensor:
+    """Weights over the sum of their row; those of -inf are 0, and a row of zeros stays one."""
+    visible = weights.masked_fill(weights == -math.inf, 0.0)
+    total = visible.sum(-1, keepdim=True)
+    return visible / total.masked_fill(total == 0, 1.0)
+
+
 def apply_alibi(scores: Tensor) -> Tensor:
     """Scores [.., h, n, m] with a bias that falls with the distance, at a rate of its own for each head."""
     return scores + _alibi(scores.shape[-3], scores.shape[-2], scores.shape[-1], scores)
