@@ -43,6 +43,7 @@ class KernelSpec:
         causal: query i sees the keys up to i.
         padding: a key padding mask is an input.
         near: block size w; pairs whose blocks of w tokens are the same or touch weigh exp(t) instead of p(s).
+        window: softmax of the pairs with |i - j| < window instead, exactly; then there is no polynomial.
         near_d: width of separate queries and keys for t, already scaled; None: t = scale * q.k.
         scale: of the logits.
         chunk: tokens handled at a time; None: chosen here. The function does not depend on it.
@@ -62,13 +63,23 @@ class KernelSpec:
     scale: float = 1.0
     chunk: int | None = None
     documents: bool = False
+    window: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = {"d": self.d, "dv": self.dv, "near": self.near, "near_d": self.near_d, "chunk": self.chunk}
+        sizes = {
+            "d": self.d,
+            "dv": self.dv,
+            "near": self.near,
+            "near_d": self.near_d,
+            "chunk": self.chunk,
+            "window": self.window,
+        }
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"an attention kernel needs {name} >= 1, not {size}")
-        if len(self.coefficients) < 2:
+        if self.window is not None and (self.coefficients or self.near is not None):
+            raise ValueError("an attention kernel with a window has neither a polynomial nor a near field")
+        if self.window is None and len(self.coefficients) < 2:
             raise ValueError("an attention kernel needs a polynomial of degree 1 at least")
         if self.near_d is not None and self.near is None:
             raise ValueError("near_d is the width of a near field's queries and keys: give `near` too")

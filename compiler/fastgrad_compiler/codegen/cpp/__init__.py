@@ -35,7 +35,7 @@ def emit_cpp(spec: KernelSpec) -> str:
 
 
 def _context(spec: KernelSpec) -> dict[str, object]:
-    window: int | None = None
+    window = spec.window
     banded = window is not None
     exponential = banded or spec.near is not None
     total = not (banded or spec.causal or spec.near is not None or spec.documents)
@@ -90,5 +90,7 @@ def _tiles(r: int, registers: int, columns: int) -> dict[str, int]:
     """Rows of register tiles: for features as many as waste fewest rows, for tokens a power of two."""
     most = (registers - columns - 1) // columns
     least = min(4, most)
-    features = min(range(least, most + 1), key=lambda rows: (-(-r // rows) * rows * (1 + 0.02 * (most - rows)), -rows))
+    features = min(
+        range(least, most + 1), key=lambda rows: (-(-r // rows) * rows * (1 + 0.02 * (most - rows)), -rows)
+    )
     return {"columns": columns, "features": features, "tokens": 8 if most >= 8 else 4}
