@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from fastgrad_compiler.polynomial import Family, fit
-from fastgrad_compiler.targets import resolve_target
+from fastgrad_compiler.targets import NATIVE, check_target
 
 
 def polynomial_attention(
@@ -39,7 +39,7 @@ def polynomial_attention(
     Raises ValueError for shapes that do not fit, a polynomial that float64 cannot fit or that is not positive on the
     range, TfgError FG420 for a target that is not available.
     """
-    resolve_target(target)
+    check_target(target)
     if min(q.ndim, k.ndim, v.ndim) < 2:
         raise ValueError("q, k and v need at least two dimensions: [.., tokens, width]")
     polynomial = fit(family, degree, float(bound))
@@ -61,5 +61,5 @@ def polynomial_attention(
     )
     headless = q.ndim == 2
     inputs = [None if x is None else x.unsqueeze(0) if headless else x for x in (q, k, v, near_q, near_k)]
-    out = load_kernel(spec)(*inputs, documents=documents)
+    out = load_kernel(spec, NATIVE[target])(*inputs, documents=documents)
     return out.squeeze(0) if headless else out

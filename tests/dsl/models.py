@@ -42,7 +42,7 @@ INPUTS: dict[str, list[Tensor]] = {
 @cache
 def small(name: str) -> Compiled:
     """An example compiled at a small size."""
-    return fg.compile(EXAMPLES / f"{name}.tfg", params=SIZES[name])
+    return fg.compile(EXAMPLES / f"{name}.tfg", params=SIZES[name], target="torch")
 
 
 def disturbed(model: nn.Module) -> nn.Module:

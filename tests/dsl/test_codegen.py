@@ -42,7 +42,7 @@ def test_helpers_are_reserved_names() -> None:
 
 @pytest.mark.parametrize("name", ["gpt", "spelled_out"])
 def test_golden_modules(name: str, golden: Golden) -> None:
-    compiled = fg.compile(EXAMPLES / f"{name}.tfg")
+    compiled = fg.compile(EXAMPLES / f"{name}.tfg", target="torch")
     golden(GOLDEN / f"{name}.py.txt", compiled.modules["model.py"])
 
 

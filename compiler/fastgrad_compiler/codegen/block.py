@@ -44,6 +44,7 @@ class Imports:
     helpers: set[str] = field(default_factory=set)
     kernels: dict[KernelSpec, str] = field(default_factory=dict)  # with the name that the module gives it
     exact_attention: bool = False
+    native: bool = False  # kernels are those that C++ serves on a CPU
 
 
 @dataclass(frozen=True)

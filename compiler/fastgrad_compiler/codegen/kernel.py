@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -26,6 +27,9 @@ RUNTIME = Path(__file__).parent.parent / "runtime"
 RUNTIME_FILES: tuple[Path, ...] = tuple(
     RUNTIME / name
     for name in ("attention_op.py", "documents.py", "exact_attention.py", "polynomial_features.py")
+)
+NATIVE_RUNTIME_FILES: tuple[Path, ...] = tuple(
+    RUNTIME / name for name in ("native.py", "native_attention.py")
 )
 RUNTIME_PACKAGE = "fastgrad_compiler.runtime"
 UNROLLED_BLOCKS = 160  # a longer table is emitted as the loop that makes it
@@ -110,39 +114,67 @@ SMALLEST_NEAR_CHUNK = 32
 
 
 @cache
-def emit_kernel(spec: KernelSpec) -> str:
-    """The kernel's source: deterministic, `ruff format` leaves it unchanged; imports torch and RUNTIME_FILES."""
-    text = _render(spec, NAME_PLACEHOLDER)
-    return text.replace(NAME_PLACEHOLDER, _name(text))
+def emit_kernel(spec: KernelSpec, native: bool = False) -> str:
+    """The source of a kernel's module: deterministic, `ruff format` leaves it unchanged.
+
+    It imports torch, RUNTIME_FILES and, with `native`, NATIVE_RUNTIME_FILES.
+    """
+    return _render(spec, NAME_PLACEHOLDER, native).replace(NAME_PLACEHOLDER, kernel_name(spec, native))
 
 
-def kernel_name(spec: KernelSpec) -> str:
-    """`attention_` and twelve hexadecimal digits of a hash of the emitted text: file, module and operation."""
-    return _name(_render(spec, NAME_PLACEHOLDER))
-
-
-def _name(text: str) -> str:
-    return "attention_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+def kernel_files(spec: KernelSpec, native: bool) -> dict[str, str]:
+    """The sources of a kernel by file name: its module and, with `native`, the C++ that serves it on a CPU."""
+    name = kernel_name(spec, native)
+    files = {f"{name}.py": emit_kernel(spec, native)}
+    return {**files, f"{name}.cpp": _native_text(spec)} if native else files
 
 
 @cache
-def load_kernel(spec: KernelSpec) -> Callable[..., Tensor]:
+def kernel_name(spec: KernelSpec, native: bool = False) -> str:
+    """`attention_` and twelve hexadecimal digits of a hash of the sources: file, module and operation."""
+    text = _render(spec, NAME_PLACEHOLDER, native) + (_native_text(spec) if native else "")
+    return "attention_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _native_text(spec: KernelSpec) -> str:
+    from fastgrad_compiler.codegen.cpp import emit_cpp
+
+    return emit_cpp(spec)
+
+
+@cache
+def load_kernel(spec: KernelSpec, native: bool = False) -> Callable[..., Tensor]:
     """The `attention` function of the emitted module, which is executed once a process.
 
     attention(q, k, v, near_q=None, near_k=None, mask=None, documents=None, *, exact_below=0): q [.., H, n, d],
     k [.., Hk, m, d], v [.., Hk, m, dv] -> [.., H, n, dv], in the dtype of v; ValueError on wrong shapes.
+    With `native`, C++ serves it on a CPU, where that can be built.
     """
-    name = f"{RUNTIME_PACKAGE}.{kernel_name(spec)}"
-    module = sys.modules.get(name) or _execute(name, emit_kernel(spec))
+    name = f"{RUNTIME_PACKAGE}.{kernel_name(spec, native)}"
+    module = sys.modules.get(name) or _execute(name, kernel_files(spec, native))
     function: Callable[..., Tensor] = module.attention
     return function
 
 
-def _execute(name: str, text: str) -> ModuleType:
+class _Texts:
+    """The loader of a module from memory: gives the texts that belong to it."""
+
+    def __init__(self, files: dict[str, str]) -> None:
+        self.files = files
+
+    def get_data(self, path: str) -> bytes:
+        """A text by its name; OSError where there is none."""
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        return self.files[path].encode()
+
+
+def _execute(name: str, files: dict[str, str]) -> ModuleType:
     """A module of the run-time package from text, whose lines tracebacks, inspect and torch.compile can find."""
-    filename = f"<{name}>"
+    filename, text = f"<{name}>", files[f"{name.rpartition('.')[2]}.py"]
     module = ModuleType(name)
     module.__package__, module.__file__ = RUNTIME_PACKAGE, filename
+    module.__spec__ = ModuleSpec(name, _Texts(files), origin=filename)  # type: ignore[arg-type]
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     sys.modules[name] = module
     exec(compile(text, filename, "exec"), module.__dict__)
@@ -150,7 +182,7 @@ def _execute(name: str, text: str) -> ModuleType:
 
 
 @cache
-def _render(spec: KernelSpec, name: str) -> str:
+def _render(spec: KernelSpec, name: str, native: bool) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -161,7 +193,8 @@ def _render(spec: KernelSpec, name: str) -> str:
         undefined=StrictUndefined,
         autoescape=False,
     )
-    return environment.get_template("attention.py.j2").render(name=name, **_context(spec))
+    template = environment.get_template("attention.py.j2")
+    return template.render(name=name, native=native, **_context(spec))
 
 
 def _context(spec: KernelSpec) -> dict[str, object]:
