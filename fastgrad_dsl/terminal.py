@@ -23,14 +23,14 @@ def console(*, error: bool = False) -> Console:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr that says what is being done; silent where stderr is no terminal."""
+def progress(doing: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr that says what is being done ("measuring") and to what; silent where it is no terminal."""
     out = console(error=True)
     if not out.is_terminal:
         yield lambda what: None
         return
     with out.status("starting") as status:
-        yield lambda what: status.update(f"measuring {what}")
+        yield lambda what: status.update(f"{doing} {what}")
 
 
 def print_plan(program: Program, file: str) -> None:

@@ -97,6 +97,7 @@ CODES: dict[str, str] = {
     "FG419": "folder that is no compiled model",
     "FG420": "target that is not available",
     "FG421": "folder that cannot be written",
+    "FG422": "native kernels that cannot be built",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",

@@ -44,6 +44,8 @@ torch.save(outputs, "outputs.pt")
 def test_generated_files_import_torch_and_each_other(name: str) -> None:
     texts = fg.compile(EXAMPLES / f"{name}.tfg", params=SIZES[name]).modules
     for file, text in texts.items():
+        if file.endswith(".cpp"):
+            continue
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):
                 roots = [alias.name.partition(".")[0] for alias in node.names]

@@ -77,7 +77,7 @@ def load(name: str, text: str, variant: str) -> None:
 def build(name: str, text: str, variant: str, announce: Callable[[str], None] | None = None) -> Path:
     """The library of a kernel, from the cache or compiled now.
 
-    `announce` is called with a line of text before a compilation; by default the line goes to stderr. Raises
+    `announce` is called with the name and the variant before a compilation; by default a line goes to stderr. Raises
     NativeError where there is no compiler or it fails.
     """
     compiler = find_compiler()
@@ -165,11 +165,7 @@ def _compile(
     library: Path,
 ) -> Path:
     """Compile and link `text` to `library`, whose folder is this process's own."""
-    line = f"fastgrad: building {name} ({variant}), once for this machine"
-    if announce is not None:
-        announce(line)
-    elif os.environ.get("FASTGRAD_QUIET", "0") in ("", "0"):
-        print(line, file=sys.stderr, flush=True)
+    (announce or _announce)(f"{name} ({variant})")
     source, object_file = library.with_suffix(".cpp"), library.with_suffix(".o")
     try:
         source.write_text(text, encoding="utf-8")
@@ -195,6 +191,11 @@ def _compile(
             with contextlib.suppress(OSError):
                 path.unlink()
     return library
+
+
+def _announce(what: str) -> None:
+    if os.environ.get("FASTGRAD_QUIET", "0") == "0":
+        print(f"fastgrad: building {what}, once for this machine", file=sys.stderr, flush=True)
 
 
 def _check(compiler: Compiler, result: subprocess.CompletedProcess[str]) -> None:
