@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -138,6 +140,11 @@ NEAR_MISSES = {
     + P.replace("%s", "%u")
     + END,
     "a fill of weights": HEADS + SCORES + P + "%u = causal(%w, fill = 0.5)\n" + END.replace("%w", "%u"),
+    "a fill of bounded weights that exp would hide": HEADS
+    + UNIT
+    + P.replace("%s", "%t")
+    + "%u = causal(%w, fill = -10000.0)\n"
+    + END.replace("%w", "%u"),
     "a fill of bounded scores that exp would hide": HEADS
     + UNIT
     + "%u = causal(%t, fill = -10000.0)\n"
@@ -179,6 +186,10 @@ NEAR_MISSES = {
     + P
     + "%t = permute(%w, axes = (0, 1, 3, 2))\n%n = normalize_rows(%t)\n%p = permute(%n, axes = (0, 1, 3, 2))\n"
     + "%y = matmul(%p, %v)\nreturn %y",
+    "rows of queries": HEADS
+    + "%qt = permute(%q, axes = (0, 1, 3, 2))\n%s = matmul(%k, %qt)\n"
+    + P
+    + "%n = normalize_rows(%w)\n%p = permute(%n, axes = (0, 1, 3, 2))\n%y = matmul(%p, %v)\nreturn %y",
     "one weight for all keys": HEADS + SCORES + "%w = polynomial(%s, coefficients = (1.0,))\n" + END,
     "weights returned as well": HEADS + SCORES + P + END + ", %p",
     "a sum of weights": HEADS + SCORES + P + "%e = exp(%s)\n%u = add(%w, %e)\n" + END.replace("%w", "%u"),
@@ -267,6 +278,15 @@ def test_gradient_of_masked_weights() -> None:
     assert gradient.isfinite().all()
     assert not gradient[0, :, 0].any()
     assert gradient[1].any()
+
+
+def test_gradient_of_rows_without_weights() -> None:
+    """Hidden entries, a row of nothing else, and a row of zeros."""
+    body = "%s = input() : float[b, 4]\n%y = normalize_rows(%s)\nreturn %y"
+    derived = derive(program_of(f"program p\nmain main\ngraph main {{\n{body}\n}}\n"))
+    hidden = -math.inf
+    rows = [[1.0, 2.0, hidden, 0.5], [hidden] * 4, [0.0, 0.0, hidden, 0.0]]
+    assert_gradient(derived, [torch.tensor(rows, dtype=torch.float64)])
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS.keys())
