@@ -45,7 +45,7 @@ def compile(
     """
     check_target(target)
     source = Source("<text>", spec) if isinstance(spec, str) and "\n" in spec else read_source(spec)
-    stages = run(elaborate(source, model=model, params=params))
+    stages = run(elaborate(source, model=model, params=params), target=target)
     compiled = Compiled(source, target, stages)
     if out is not None:
         compiled.write(out)

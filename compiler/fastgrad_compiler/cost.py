@@ -19,8 +19,14 @@ as the sequence, of which exact attention visits less.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from fastgrad_compiler.features import rank
+
+
+SPEED = {"torch": 1.0, "cpp": 4.0, "auto": 4.0}
+"""Of a target: flops of polynomial attention in the time of one flop of PyTorch's fused exact attention on the same CPU,
+where widths of q and k below that of v are padded. Measured, rounded down: `make bench`, docs/performance.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +140,11 @@ def break_even(
     near: int | None = None,
     causal: bool = True,
     documents: bool = False,
+    speed: float = 1.0,
 ) -> int:
-    """Least n, with as many keys, from which forward and backward take no more flops than exact ones.
+    """Least n, with as many keys, from which forward and backward take no longer than exact ones.
 
-    Without a dense part it is 14 r (dv + 1) / (4 d + 3 dv) for a causal attention, and half that for one
+    speed: flops of the polynomial way in the time of one of the exact way; 1 compares flops. Without a dense part it is 14 r (dv + 1) / (4 d + 3 dv) for a causal attention, and half that for one
     without a mask.
     """
     exact = (1 if causal else 2) * (4 * d + 3 * dv)  # flops per query and key
@@ -145,7 +152,7 @@ def break_even(
     dense = 2 * _dense_keys(chunk, near, causal, documents) * (4 * d + 3 * (dv + 1))
     # A dense part larger than n would be cut to n, but is never met: its keys alone cost more than exact
     # ones.
-    return -(-(state + dense) // exact)
+    return ceil((state + dense) / (exact * speed))
 
 
 def state_bytes(*, d: int, dv: int, degree: int, itemsize: int = 4) -> int:

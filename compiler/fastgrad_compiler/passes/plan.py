@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from fastgrad_compiler.cost import SPEED
 from fastgrad_compiler.flatten import Indices, iterations, path_of
 from fastgrad_compiler.graph import Attribute, Budget, Graph, Node, Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, Lengths, attention_table, is_own
@@ -35,12 +36,12 @@ _OUTSIDE = Decision("it is not a part of the model that the budget is for")
 
 
 def plan_attention(
-    program: Program, *, family: Family = "balanced", max_rank: int = MAX_RANK, target: str = "torch"
+    program: Program, *, family: Family = "balanced", max_rank: int = MAX_RANK, target: str = "auto"
 ) -> Program:
     """The program with `decision` and `why` on every attention, and the polynomial where it is one.
 
-    `family` serves where no rule names another; no polynomial has a higher rank than `max_rank`. Every
-    target serves the same plan, so `target` changes nothing yet.
+    `family` serves where no rule names another; no polynomial has a higher rank than `max_rank`. `target` decides how
+    fast a polynomial is beside exact attention, and so from which length on it serves.
 
     Raises:
         TfgError: FG301-FG311, for rules that are wrong in themselves or cannot be obeyed.
@@ -52,7 +53,7 @@ def plan_attention(
     if any(diagnostic.code == "FG303" for diagnostic in wrong):
         raise TfgError(wrong)
     settings = {entry.full_path: settings_of(entry.full_path, budget.rules) for entry in entries}
-    outcomes, cases = _decide_all(program, entries, settings, family, max_rank)
+    outcomes, cases = _decide_all(program, entries, settings, family, max_rank, SPEED[target])
     wrong += _refusals(entries, outcomes, cases)
     wrong += refuse_own([entry for entry in table if is_own(entry.node)], budget.rules, max_rank)
     if wrong:
@@ -67,6 +68,7 @@ def _decide_all(
     settings: Mapping[str, Settings],
     family: Family,
     max_rank: int,
+    speed: float,
 ) -> tuple[dict[str, Outcome], dict[str, Case]]:
     """Decisions with shares that fit their number: fewer approximated attentions, larger shares."""
     lengths, budget = Lengths(program), program.budget or Budget()
@@ -76,7 +78,7 @@ def _decide_all(
         for entry in entries:
             key = (entry.graph, entry.node.name, settings[entry.full_path])
             if key not in known:
-                case = _case(entry, key[2], lengths, budget, family, max_rank, sharing)
+                case = _case(entry, key[2], lengths, budget, family, max_rank, sharing, speed)
                 known[key] = decide(case), case
         found = {e.full_path: known[(e.graph, e.node.name, settings[e.full_path])] for e in entries}
         return {path: pair[0] for path, pair in found.items()}, {
@@ -105,6 +107,7 @@ def _case(
     family: Family,
     max_rank: int,
     sharing: int,
+    speed: float,
 ) -> Case:
     caps = Caps(
         relative=float(str(settings.relative.value)) if settings.relative else None,
@@ -122,6 +125,7 @@ def _case(
         (lengths.longest(entry.queries), lengths.longest(entry.keys)),
         entry.queries == entry.keys,
         budget.near,
+        speed,
     )
 
 

@@ -66,7 +66,7 @@ class Case:
     """An attention with all that its decision depends on: equal cases are decided alike.
 
     `longest` are the largest numbers of queries and keys that the file allows; `budget_near` is the
-    budget's near field.
+    budget's near field; `speed` the target's, as `cost.break_even` takes it.
     """
 
     node: Node
@@ -79,6 +79,7 @@ class Case:
     longest: tuple[int | None, int | None]
     same_length: bool
     budget_near: int | None
+    speed: float = 1.0
 
     @property
     def chosen_family(self) -> Family:
@@ -286,7 +287,7 @@ def _cheaper_exact(case: Case, degree: int, near: int | None) -> str:
     work = partial(
         flops, n=n, m=m, d=case.d or 1, dv=case.dv or 1, causal=case.causal, documents=case.documents
     )
-    if work(degree=degree, near=block).total <= work(degree=None).total:
+    if work(degree=degree, near=block).total <= case.speed * work(degree=None).total:
         return ""
     even = _break_even(case, degree, block)
     return f"exact is cheaper below n = {even:,} at degree {degree}, and the file allows no more than {max(n, m):,}"
@@ -295,5 +296,11 @@ def _cheaper_exact(case: Case, degree: int, near: int | None) -> str:
 def _break_even(case: Case, degree: int, near: int | None) -> int:
     """Of the polynomial, on one document as long as the sequence."""
     return break_even(
-        d=case.d or 1, dv=case.dv or 1, degree=degree, near=near, causal=case.causal, documents=case.documents
+        d=case.d or 1,
+        dv=case.dv or 1,
+        degree=degree,
+        near=near,
+        causal=case.causal,
+        documents=case.documents,
+        speed=case.speed,
     )
