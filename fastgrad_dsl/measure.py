@@ -25,6 +25,7 @@ from fastgrad_compiler.certificates import (
 )
 
 ALWAYS_EXACT = 2**62  # as `exact_below`: every length is below it
+INPUTS = 7  # of an attention operation: q, k, v, near_q, near_k, mask, documents
 LARGEST_DOUBLE = 2048 * 2048  # pairs of a query and a key up to which a reference is computed in float64
 Objective = Callable[..., Tensor]
 
@@ -120,7 +121,7 @@ class _Attentions(TorchDispatchMode):
 
     def _forward(self, func: Any, args: tuple[Any, ...]) -> Any:
         index = len(self.calls)
-        inputs, exact_below = args[:6], args[6]
+        inputs, exact_below = args[:INPUTS], args[INPUTS]
         result = func(*inputs, ALWAYS_EXACT if index in self.exact else exact_below)
         call = _Call(inputs, result[0])
         self.calls.append(call)
@@ -131,12 +132,13 @@ class _Attentions(TorchDispatchMode):
         return result
 
     def _backward(self, func: Any, args: tuple[Any, ...]) -> Any:
-        out, exact_below = args[7], args[10]
+        *saved, exact_below = args[1 + INPUTS :]
+        out = saved[0]
         index = next(i for i, call in enumerate(self.calls) if call.out.data_ptr() == out.data_ptr())
-        gradients = func(*args[:10], ALWAYS_EXACT if index in self.exact else exact_below)
+        gradients = func(*args[:-1], ALWAYS_EXACT if index in self.exact else exact_below)
         if self.compare and not self.compare[index].own:
             call, served = self.calls[index], self.compare[index]
-            cotangent, *inputs = _precise(args[:7])
+            cotangent, *inputs = _precise(args[: 1 + INPUTS])
             forward = getattr(
                 torch.ops.fastgrad, func._schema.name.split("::")[1].removesuffix("_backward")
             ).default
@@ -264,8 +266,8 @@ def _projection(output: Tensor) -> Tensor:
 
 
 def _precise(tensors: Sequence[Any]) -> list[Any]:
-    """[cotangent,] q, k, v, near_q, near_k, mask in float64, where there are few enough pairs of tokens."""
-    queries, keys = tensors[-6].shape[-2], tensors[-5].shape[-2]
+    """[cotangent,] q, k, v, near_q, near_k, mask, documents in float64, where there are few enough pairs of tokens."""
+    queries, keys = tensors[-INPUTS].shape[-2], tensors[1 - INPUTS].shape[-2]
     if queries * keys > LARGEST_DOUBLE:
         return list(tensors)
     return [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors]

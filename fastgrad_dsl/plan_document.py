@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -80,13 +81,13 @@ def _flops(program: Program, entry: AttentionEntry, polynomial: bool) -> dict[st
     n, m = lengths.longest(entry.queries), lengths.longest(entry.keys)
     if n is None or m is None or entry.d is None or entry.dv is None:
         return None
-    causal, near, degree = bool(node["causal"]), node["near"], node.get("degree")
-    exact = flops(n=n, m=m, d=entry.d, dv=entry.dv, degree=None, causal=causal)
+    near, window, degree, roles = (node.get(key) for key in ("near", "window", "degree", "roles"))
+    documents = isinstance(roles, tuple) and "documents" in roles
+    work = partial(flops, n=n, m=m, d=entry.d, dv=entry.dv, causal=bool(node["causal"]), documents=documents)
+    exact = work(degree=None, window=window if isinstance(window, int) else None)
     document: dict[str, Any] = {"n": n, "m": m, "exact": asdict(exact)}
     if polynomial and isinstance(degree, int):
-        block = near if isinstance(near, int) else None
-        cheap = flops(n=n, m=m, d=entry.d, dv=entry.dv, degree=degree, near=block, causal=causal)
-        document["polynomial"] = asdict(cheap)
+        document["polynomial"] = asdict(work(degree=degree, near=near if isinstance(near, int) else None))
     return document
 
 

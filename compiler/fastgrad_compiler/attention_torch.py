@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgrad_compiler.graph import Node
+from fastgrad_compiler.runtime.documents import document_runs
 from fastgrad_compiler.torch_env import Env, integer, number, sequence
 
 
@@ -55,8 +56,9 @@ def padding_mask(mask: Tensor, scores: Tensor) -> Tensor:
 
 
 def documents_mask(ids: Tensor, scores: Tensor) -> Tensor:
-    """True where query and key are of one document: ids [b, n], scores [b, .., n, n]."""
-    same = ids[:, :, None] == ids[:, None, :]
+    """True where query and key are of one run of equal ids: ids [b, n], scores [b, .., n, n]."""
+    runs = document_runs(ids)
+    same = runs[:, :, None] == runs[:, None, :]
     return same.reshape(ids.shape[0], *[1] * (scores.dim() - 3), *same.shape[1:])
 
 

@@ -29,4 +29,5 @@ def kernel_spec(graph: Graph, node: Node) -> KernelSpec:
         near=near if isinstance(near, int) else None,
         near_d=near_d,
         scale=float(scale),
+        documents="documents" in roles,
     )

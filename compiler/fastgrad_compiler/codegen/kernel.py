@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 RUNTIME = Path(__file__).parent.parent / "runtime"
 RUNTIME_FILES: tuple[Path, ...] = tuple(
-    RUNTIME / name for name in ("attention_op.py", "exact_attention.py", "polynomial_features.py")
+    RUNTIME / name
+    for name in ("attention_op.py", "documents.py", "exact_attention.py", "polynomial_features.py")
 )
 RUNTIME_PACKAGE = "fastgrad_compiler.runtime"
 UNROLLED_BLOCKS = 160  # a longer table is emitted as the loop that makes it
@@ -45,6 +46,7 @@ class KernelSpec:
         near_d: width of separate queries and keys for t, already scaled; None: t = scale * q.k.
         scale: of the logits.
         chunk: tokens handled at a time; None: chosen here. The function does not depend on it.
+        documents: ids of packed documents are an input; a query sees only keys of its own document.
 
     Raises:
         ValueError: a width, a block or a chunk below 1, no coefficient beyond the constant, near_d without near.
@@ -59,6 +61,7 @@ class KernelSpec:
     near_d: int | None = None
     scale: float = 1.0
     chunk: int | None = None
+    documents: bool = False
 
     def __post_init__(self) -> None:
         sizes = {"d": self.d, "dv": self.dv, "near": self.near, "near_d": self.near_d, "chunk": self.chunk}
@@ -87,7 +90,7 @@ def choose_chunk(spec: KernelSpec) -> int:
     r = rank(spec.d, spec.degree)
     chunk = 128 if r <= 512 else 256
     if spec.near is None:
-        return chunk if spec.causal else 256
+        return chunk if spec.causal or spec.documents else 256
     divisors = [size for size in range(SMALLEST_NEAR_CHUNK, chunk + 1) if spec.near % size == 0]
     return max(divisors, default=max(1, chunk // spec.near) * spec.near if spec.near < chunk else chunk)
 
@@ -115,8 +118,8 @@ def _name(text: str) -> str:
 def load_kernel(spec: KernelSpec) -> Callable[..., Tensor]:
     """The `attention` function of the emitted module, which is executed once a process.
 
-    attention(q, k, v, near_q=None, near_k=None, mask=None, *, exact_below=0): q [.., H, n, d], k [.., Hk, m, d],
-    v [.., Hk, m, dv] -> [.., H, n, dv], in the dtype of v; ValueError on wrong shapes.
+    attention(q, k, v, near_q=None, near_k=None, mask=None, documents=None, *, exact_below=0): q [.., H, n, d],
+    k [.., Hk, m, d], v [.., Hk, m, dv] -> [.., H, n, dv], in the dtype of v; ValueError on wrong shapes.
     """
     name = f"{RUNTIME_PACKAGE}.{kernel_name(spec)}"
     module = sys.modules.get(name) or _execute(name, emit_kernel(spec))
@@ -153,7 +156,8 @@ def _render(spec: KernelSpec, name: str) -> str:
 def _context(spec: KernelSpec) -> dict[str, object]:
     """What the template asks for; flags name the cases of docs/mathematics.md, sections 3 to 5."""
     tile = choose_chunk(spec)
-    dense = spec.causal or spec.near is not None
+    dense = spec.causal or spec.near is not None or spec.documents
+    suffix = not spec.causal and (spec.near is not None or spec.documents)
     mixed = spec.near is not None and spec.near % tile != 0
     folded = tuple(c * spec.scale**power for power, c in enumerate(spec.coefficients))
     table = blocks(spec.d, spec.degree)
@@ -169,16 +173,19 @@ def _context(spec: KernelSpec) -> dict[str, object]:
         "scale": float(spec.scale),
         "causal": spec.causal,
         "padding": spec.padding,
+        "documents": spec.documents,
         "near": spec.near,
         "near_d": spec.near_d,
         "separate": spec.near_d is not None,
         "tile": tile,
         "dense": dense,
         "mixed": mixed,
-        "suffix": spec.near is not None and not spec.causal,
-        "needs_inf": spec.near is not None and (mixed or spec.causal or spec.padding),
+        "suffix": suffix,
+        "lead": "b, h, groups" if spec.documents else "rows, groups",
+        "state_upstream": "document_upstream" if spec.documents else "",
+        "needs_inf": spec.near is not None and (mixed or spec.causal or spec.padding or spec.documents),
         "polynomial_scores": dense and (mixed or spec.near is None),
-        "states": 4 if spec.near is not None and not spec.causal else 2,
+        "states": 4 if suffix else 2,
         "window": _window_expression(spec),
         "unrolled": len(table) <= UNROLLED_BLOCKS,
         "blocks": [(b.level, b.index, *b.source, *b.target) for b in table],
@@ -193,6 +200,8 @@ def _title(spec: KernelSpec) -> str:
         parts.append("causal")
     if spec.padding:
         parts.append("with a padding mask")
+    if spec.documents:
+        parts.append("packed")
     if spec.near is not None:
         parts.append(f"exact in blocks of {spec.near} tokens")
     return ", ".join(parts)
@@ -201,7 +210,7 @@ def _title(spec: KernelSpec) -> str:
 def _window_expression(spec: KernelSpec) -> str:
     if spec.near is not None:
         return "TILE + 2 * NEAR" if spec.causal else "TILE + 3 * NEAR"
-    return "TILE" if spec.causal else "0"
+    return "TILE" if spec.causal or spec.documents else "0"
 
 
 def _horner(coefficients: tuple[float, ...]) -> str:

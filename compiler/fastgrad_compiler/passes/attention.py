@@ -140,6 +140,8 @@ def _fit(pairs: list[_Pair], value: Value, masks: Masks) -> bool:
         return False
     if any(operand.shape[-1].constant is None for operand in (*operands, value)):
         return False  # attention over channels: no kernel has a width that the run decides
+    if masks.alibi and len(pairs) > 1:
+        return False  # nothing that is emitted adds slopes to near and far logits
     if rank == 3 and masks.alibi and (masks.padding or masks.documents):
         return False  # the first axis would be heads and batch at once
     batch = slice(0, -3 if rank > 3 else -2)

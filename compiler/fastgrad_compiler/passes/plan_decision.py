@@ -9,6 +9,7 @@ turn negative.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias, cast
 
 from fastgrad_compiler.certificates import certificate
@@ -96,6 +97,12 @@ class Case:
         return bool(self.node["causal"])
 
     @property
+    def documents(self) -> bool:
+        """Whether a query sees only keys of its own document."""
+        roles = self.node["roles"]
+        return isinstance(roles, tuple) and "documents" in roles
+
+    @property
     def near(self) -> int | None:
         """The block of the near field: the model's own, a pinned one, or the budget's."""
         own = self.node["near"]
@@ -150,12 +157,9 @@ def decide(case: Case) -> Outcome:
 
 def unservable(node: Node) -> str:
     """The mask that no polynomial serves; empty where there is none."""
-    roles = node["roles"]
     if node["window"] is not None:
         return "window"
-    if node["alibi"]:
-        return "alibi"
-    return "documents" if isinstance(roles, tuple) and "documents" in roles else ""
+    return "alibi" if node["alibi"] else ""
 
 
 def _blocked(case: Case) -> Outcome | None:
@@ -165,7 +169,10 @@ def _blocked(case: Case) -> Outcome | None:
     mask = unservable(node)
     if mask:
         text = f"a polynomial cannot serve the mask `{mask}`"
-        return Refusal("FG309", text, asked) if asked else Decision(f"{text}, which stays exact")
+        if asked:
+            return Refusal("FG309", text, asked)
+        band = f": O(n w), w = {node['window']}" if mask == "window" and not node["alibi"] else ""
+        return Decision(f"{text}, which stays exact{band}")
     if settings.near is not None and node["near"] is not None:
         return Refusal("FG308", f"it has a near field of its own, of block {node['near']}", "near")
     if settings.near is not None and not case.same_length:
@@ -262,7 +269,7 @@ def search(case: Case) -> tuple[Polynomial | None, str]:
 
 def _polynomial(case: Case, polynomial: Polynomial, why: str) -> Decision:
     near = case.near
-    even = break_even(d=case.d or 1, dv=case.dv or 1, degree=polynomial.degree, near=near, causal=case.causal)
+    even = _break_even(case, polynomial.degree, near)
     if case.node["asserted"]:
         why += f"; |s| <= {number(case.bound)} is asserted, not proved"
     if polynomial.positive_from is not None:
@@ -275,11 +282,18 @@ def _cheaper_exact(case: Case, degree: int, near: int | None) -> str:
     n, m = case.longest
     if n is None or m is None:
         return ""
-    causal = case.causal
     block = near if near is not None else case.near
-    exact = flops(n=n, m=m, d=case.d or 1, dv=case.dv or 1, degree=None, causal=causal).total
-    served = flops(n=n, m=m, d=case.d or 1, dv=case.dv or 1, degree=degree, near=block, causal=causal).total
-    if served <= exact:
+    work = partial(
+        flops, n=n, m=m, d=case.d or 1, dv=case.dv or 1, causal=case.causal, documents=case.documents
+    )
+    if work(degree=degree, near=block).total <= work(degree=None).total:
         return ""
-    even = break_even(d=case.d or 1, dv=case.dv or 1, degree=degree, near=block, causal=causal)
+    even = _break_even(case, degree, block)
     return f"exact is cheaper below n = {even:,} at degree {degree}, and the file allows no more than {max(n, m):,}"
+
+
+def _break_even(case: Case, degree: int, near: int | None) -> int:
+    """Of the polynomial, on one document as long as the sequence."""
+    return break_even(
+        d=case.d or 1, dv=case.dv or 1, degree=degree, near=near, causal=case.causal, documents=case.documents
+    )

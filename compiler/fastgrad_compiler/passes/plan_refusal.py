@@ -143,7 +143,7 @@ def _near(refusal: Refusal, case: Case) -> list[str]:
 
 
 def _masked(refusal: Refusal, case: Case) -> list[str]:
-    return ["windows, documents and alibi stay exact: remove the mask, or this rule"]
+    return ["windows and alibi stay exact: remove the mask, or this rule"]
 
 
 def _smaller_range(case: Case, degree: int, suits: Callable[[Polynomial], bool]) -> list[str]:
