@@ -44,6 +44,12 @@ SPELLINGS = {
     + P.replace("%s", "%u")
     + "%x = padding(%w, %mask)\n"
     + END.replace("%w", "%x"),
+    "documents": HEADS
+    + "%ids = input() : int[b, n]\n"
+    + SCORES
+    + P
+    + "%u = documents(%w, %ids)\n"
+    + END.replace("%w", "%u"),
     "scaled and negated scores": HEADS
     + SCORES
     + "%c = constant(value = -0.3)\n%u = mul(%s, %c)\n"
@@ -127,12 +133,6 @@ NEAR_MISSES = {
     + P
     + "%u = window(%w, width = 2)\n"
     + END.replace("%w", "%u"),
-    "documents, which no kernel has": HEADS
-    + "%ids = input() : int[b, n]\n"
-    + SCORES
-    + P
-    + "%u = documents(%w, %ids)\n"
-    + END.replace("%w", "%u"),
     "alibi": HEADS + SCORES + "%u = alibi(%s)\n" + P.replace("%s", "%u") + END,
     "less the largest score": HEADS
     + SCORES
@@ -209,7 +209,16 @@ def test_spelling_is_recognised_and_means_the_same(spelling: str) -> None:
     (node,) = own(after)
     assert node.op == "poly_attention"
     left = {node.op for graph in after.graphs for node in graph.nodes}
-    assert not left & {"polynomial", "normalize_rows", "exp", "matmul", "causal", "padding", "near_far"}
+    assert not left & {
+        "polynomial",
+        "normalize_rows",
+        "exp",
+        "matmul",
+        "causal",
+        "padding",
+        "documents",
+        "near_far",
+    }
     torch.testing.assert_close(results(after), results(before), rtol=1e-12, atol=1e-13)
 
 

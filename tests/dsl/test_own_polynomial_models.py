@@ -32,6 +32,7 @@ class Case:
     dense: Callable[..., Tensor]
     keys: str = "float[b, 4, n, {}]"
     mask: bool = False
+    documents: bool = False
     recognised: bool = True
 
     @property
@@ -39,6 +40,7 @@ class Case:
         """The file."""
         k, v = (self.keys.format(width) for width in (6, 5))
         mask = f", mask: bool[b, {'m' if 'm' in self.keys else 'n'}]" if self.mask else ""
+        mask += ", ids: int[b, n]" if self.documents else ""
         signature = f"q: float[b, 4, n, 6], k: {k}, v: {v}{mask}"
         return f"dim b\ndim n\ndim m\n\nmodel own({signature}) -> float[b, 4, n, 5] {{\n{self.body}\n}}\n"
 
@@ -50,6 +52,8 @@ class Case:
         found = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
         if self.mask:
             found.append(torch.arange(tokens) < torch.tensor([[tokens], [7], [0]]))
+        if self.documents:
+            found.append((torch.arange(N) // torch.tensor([[10], [1], [N]])).long())
         return found
 
 
@@ -129,6 +133,17 @@ CASES = {
     "over its sum": Case(
         "w = polynomial(causal(q @ k.T); (1.0, 1.0, 0.5))\nreturn w / sum(w, axis = -1, keepdim = true) @ v",
         dense(causal=True),
+    ),
+    "documents": Case(
+        "w = documents(polynomial(q @ k.T; (1.0, 1.0, 0.5)), ids)\nreturn normalize_rows(w) @ v",
+        lambda q, k, v, ids: polynomial_attention(q, k, v, TAYLOR, documents=ids),
+        documents=True,
+    ),
+    "documents, causal, exp nearby": Case(
+        "s = q @ k.T\nw = near_far(exp(s), polynomial(s; (1.0, 1.0, 0.5)); 4)\n"
+        "return normalize_rows(documents(causal(w), ids)) @ v",
+        lambda q, k, v, ids: polynomial_attention(q, k, v, TAYLOR, documents=ids, causal=True, near=4),
+        documents=True,
     ),
     "a window, dense": Case(
         "return normalize_rows(window(polynomial(q @ k.T; (1.0, 1.0, 0.5)), 4)) @ v",

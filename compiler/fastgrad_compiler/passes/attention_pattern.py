@@ -57,7 +57,7 @@ def _to_products(walk: Walk, weights: Weights) -> tuple[Product, Product | None,
 
 def _servable(masks: Masks) -> bool:
     """Whether the kernels have these masks; where they have not, the model's own polynomial runs as it is written."""
-    return masks.window is None and masks.documents is None and not masks.alibi
+    return masks.window is None and not masks.alibi
 
 
 def _products(graph: Graph, root: Node) -> list[tuple[str, str, bool, bool]]:
