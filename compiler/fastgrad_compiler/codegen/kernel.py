@@ -193,8 +193,25 @@ def _render(spec: KernelSpec, name: str, native: bool) -> str:
         undefined=StrictUndefined,
         autoescape=False,
     )
-    template = environment.get_template("attention.py.j2")
-    return template.render(name=name, native=native, **_context(spec))
+    banded = spec.window is not None
+    template = environment.get_template("attention_window.py.j2" if banded else "attention.py.j2")
+    return template.render(name=name, native=native, **_common(spec), **({} if banded else _context(spec)))
+
+
+def _common(spec: KernelSpec) -> dict[str, object]:
+    """What all templates ask for."""
+    degree = "" if spec.window is not None else f", degree {spec.degree}"
+    return {
+        "title": kernel_title(spec),
+        "specification": f"d = {spec.d}, dv = {spec.dv}{degree}",
+        "d": spec.d,
+        "dv": spec.dv,
+        "scale": float(spec.scale),
+        "causal": spec.causal,
+        "padding": spec.padding,
+        "documents": spec.documents,
+        "window": spec.window,
+    }
 
 
 def _context(spec: KernelSpec) -> dict[str, object]:
@@ -206,18 +223,10 @@ def _context(spec: KernelSpec) -> dict[str, object]:
     folded = folded_coefficients(spec)
     table = blocks(spec.d, spec.degree)
     return {
-        "title": kernel_title(spec),
-        "specification": f"d = {spec.d}, dv = {spec.dv}, degree {spec.degree}",
         "local": "near_q.near_k" if spec.near_d else "SCALE q.k",
-        "d": spec.d,
-        "dv": spec.dv,
         "degree": spec.degree,
         "rank": rank(spec.d, spec.degree),
         "coefficients": list(map(float, folded)),
-        "scale": float(spec.scale),
-        "causal": spec.causal,
-        "padding": spec.padding,
-        "documents": spec.documents,
         "near": spec.near,
         "near_d": spec.near_d,
         "separate": spec.near_d is not None,
@@ -230,7 +239,7 @@ def _context(spec: KernelSpec) -> dict[str, object]:
         "needs_inf": spec.near is not None and (mixed or spec.causal or spec.padding or spec.documents),
         "polynomial_scores": dense and (mixed or spec.near is None),
         "states": 4 if suffix else 2,
-        "window": _window_expression(spec),
+        "met_keys": _window_expression(spec),
         "unrolled": len(table) <= UNROLLED_BLOCKS,
         "blocks": [(b.level, b.index, *b.source, *b.target) for b in table],
         "horner": _horner(folded),
@@ -246,6 +255,8 @@ def folded_coefficients(spec: KernelSpec) -> tuple[float, ...]:
 def kernel_title(spec: KernelSpec) -> str:
     """One line that says what a kernel computes."""
     parts = [f"Polynomial attention, degree {spec.degree}"]
+    if spec.window is not None:
+        parts = [f"Softmax attention within {spec.window} tokens"]
     if spec.causal:
         parts.append("causal")
     if spec.padding:

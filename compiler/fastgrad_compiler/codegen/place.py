@@ -32,8 +32,12 @@ class Place(Protocol):
     def device(self) -> Expr:
         """The device of a tensor at hand."""
 
+    @property
+    def native(self) -> bool:
+        """Whether C++ serves kernels on a CPU."""
+
     def kernel(self, node: Node) -> str:
-        """The function of the kernel that serves a `poly_attention`, imported."""
+        """The function of the kernel that serves an attention, imported."""
 
     def exact_kernel(self) -> str:
         """The function of runtime/exact_attention.py, imported."""
