@@ -80,11 +80,13 @@ def make_inputs(
     return Inputs(tuple(x.requires_grad_() for x in tensors), mask, cotangent, documents)
 
 
-def run_kernel(spec: KernelSpec, inputs: Inputs, exact_below: int = 0) -> list[Tensor]:
+def run_kernel(
+    spec: KernelSpec, inputs: Inputs, exact_below: int = 0, *, native: bool = False
+) -> list[Tensor]:
     """Output and the gradients of all inputs, of the kernel."""
     q, k, v = inputs.tensors[:3]
     masks = {"mask": inputs.mask, "documents": inputs.documents}
-    out = load_kernel(spec)(q, k, v, **inputs.near, **masks, exact_below=exact_below)
+    out = load_kernel(spec, native)(q, k, v, **inputs.near, **masks, exact_below=exact_below)
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
 
 
