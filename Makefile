@@ -7,6 +7,7 @@ VENV        := .venv
 BIN         := $(VENV)/bin
 STAMP       := $(VENV)/.complete
 UNFINISHED  := .venv.unfinished
+PEERS       := .venv-bench
 PYTHON      ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import ensurepip, venv, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& { echo $$python; break; }; done)
@@ -53,10 +54,22 @@ fmt: setup ## Format the sources and apply the safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/fastgrad fmt examples/*.tfg grammar/fastgrad_grammar/std/*.tfg
 
-bench: setup ## Measure the attention kernels against exact attention, and the compiler
-	$(BIN)/python benchmarks/attention.py $(BENCH_ARGS)
-	$(BIN)/python benchmarks/compiler.py
+bench: $(PEERS)/.complete ## Measure attention, its peers, training and the compiler, half an hour; make the pages from it
+	$(PEERS)/bin/python -W ignore -m benchmarks.run $(BENCH_ARGS)
+	$(PEERS)/bin/python -m benchmarks.document
+
+# The peers stand on the product's environment without being part of it. The last of them is built from source with a C++
+# compiler, against this PyTorch; nvcc is kept out of its sight, since it would be asked for CUDA kernels. It may be missing.
+$(PEERS)/.complete: $(STAMP) benchmarks/requirements.txt
+	@rm -rf $(PEERS)
+	@$(BIN)/python -m venv $(PEERS)
+	@$(PEERS)/bin/python benchmarks/join_environment.py $(BIN)/python
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r benchmarks/requirements.txt
+	@echo "Building pytorch-fast-transformers for $(PEERS) (some minutes, once)"
+	@CFLAGS="-O3 -march=native" $(PEERS)/bin/python benchmarks/build_causal_product.py \
+	|| echo "It could not be built: what needs it will be named as not available"
+	@touch $@
 
 clean: ## Remove the environment, generated files and caches
-	rm -rf $(VENV) $(UNFINISHED) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(UNFINISHED) $(PEERS) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,44 +1,31 @@
-"""Times the compiler: a 96-layer gpt.tfg after imports, and `fastgrad check` as a whole process.
-
-    python benchmarks/compiler.py [--json FILE]
-
-Prints medians; every number is measured in this run.
-"""
+"""Times of the compiler: a 96-layer gpt.tfg after imports, and `fastgrad check` as a whole process."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
+import os
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+from benchmarks.settings import ROOT, Settings, heading, say
 from fastgrad_dsl.compiled import compile as compile_spec
 
-ROOT = Path(__file__).parent.parent
 SPEC = ROOT / "examples" / "gpt.tfg"
-RUNS = 7
+RUNS, QUICK_RUNS = 7, 1
 
 
-def main() -> None:
-    """Measure, print and, if asked, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    options = parser.parse_args()
-    result = {
-        "machine": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "command": "python benchmarks/compiler.py",
-        "compile_96_layers_s": _median([_compile(96) for _ in range(RUNS)]),
-        "compile_1_layer_s": _median([_compile(1) for _ in range(RUNS)]),
-        "check_process_s": _median([_check() for _ in range(RUNS)]),
+def measure(settings: Settings) -> dict[str, object]:
+    """The section `compiler` of the JSON: medians, seconds."""
+    runs = QUICK_RUNS if settings.quick else RUNS
+    say("the compiler")
+    return {
+        **heading(settings),
+        "runs": runs,
+        "compile_96_layers_s": statistics.median(_compile(96) for _ in range(runs)),
+        "compile_1_layer_s": statistics.median(_compile(1) for _ in range(runs)),
+        "check_process_s": statistics.median(_check() for _ in range(runs)),
     }
-    print(json.dumps(result, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _compile(depth: int) -> float:
@@ -52,13 +39,6 @@ def _compile(depth: int) -> float:
 def _check() -> float:
     started = time.perf_counter()
     command = [sys.executable, "-c", "from fastgrad_dsl.cli import main; main()", "check", str(SPEC)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return time.perf_counter() - started
-
-
-def _median(values: list[float]) -> float:
-    return round(statistics.median(values), 3)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,6 @@ that of a process of its own that takes one training step.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastgrad_dsl as fg
+from fastgrad_dsl.bench.memory import peak_of
 from fastgrad_dsl.compiled import Compiled
 from fastgrad_dsl.language_model import TrainRequest, language_model_loss, print_sample, run
 from fastgrad_dsl.report import ReportRequest, make_report, write_json
@@ -65,7 +65,7 @@ def main() -> None:
     write_json(build / "report.json", result)
     console.rule("4. time and memory of a training step")
     inputs, targets = next(data.validation_batches(training.tokens, 1, 1))
-    _print_steps(console, compiled, model, loss, (inputs, targets), weights)
+    steps = _print_steps(console, compiled, model, loss, (inputs, targets), weights)
     console.rule("5. what it writes")
     print_sample(console, model, compiled.program, data, training.tokens, 200)
     console.rule("files")
@@ -74,6 +74,18 @@ def main() -> None:
         ("trained weights", weights), ("losses", folder / LOG), ("checkpoint", folder / CHECKPOINT),
     ):  # fmt: skip
         console.print(f"{what:16s} {path}", highlight=False)
+    if options.json:
+        losses = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+        training_result = {
+            "minutes": options.minutes,
+            "tokens": options.tokens,
+            "steps": losses[-1]["step"],
+            "validation_loss": losses[-1]["validation_loss"],
+        }
+        errors = {f"{what}_error": result["whole"][what]["measured"] for what in ("output", "gradient")}
+        Path(options.json).write_text(
+            json.dumps({**training_result, **errors, "models": steps}, indent=2) + "\n"
+        )
 
 
 def _arguments() -> argparse.Namespace:
@@ -81,6 +93,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=3.0, help="training time")
     parser.add_argument("--tokens", type=int, default=4096, help="length of a sequence")
     parser.add_argument("--out", default="build/gpt", help="folder of the compiled model")
+    parser.add_argument("--json", help="also write the measured numbers to this file")
     parser.add_argument("--step", choices=["compiled", "exact"], help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -93,13 +106,15 @@ def _print_steps(
     loss: Loss,
     batch: tuple[Tensor, Tensor],
     weights: Path,
-) -> None:
+) -> dict[str, dict[str, float | None]]:
     """Interleaved step times of both models in this process, peak memory of each in its own."""
     models = {"compiled": model, "exact": compiled.reference(model)}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(TIMED_STEPS):
         for name, candidate in models.items():
             times[name].append(_timed_step(candidate, loss, *batch))
+    medians: dict[str, float] = {}
+    measured: dict[str, dict[str, float | None]] = {}
     for name, seconds in times.items():
         command = [
             sys.executable,
@@ -112,26 +127,30 @@ def _print_steps(
             str(batch[0].shape[1]),
         ]
         step = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        medians[name] = statistics.median(seconds)
+        measured[name] = {"seconds": medians[name], "peak_bytes": step["peak"]}
+        memory = "" if step["peak"] is None else f"   peak memory {step['peak'] / MEBIBYTE:6.0f} MiB"
         console.print(
-            f"{name:9s} {statistics.median(seconds):7.2f} s forward and backward"
-            f"   peak memory {step['peak'] / MEBIBYTE:6.0f} MiB   (measured)",
+            f"{name:9s} {medians[name]:7.2f} s forward and backward{memory}   (measured)",
             highlight=False,
         )
-    ratio = statistics.median(times["exact"]) / statistics.median(times["compiled"])
+    ratio = medians["exact"] / medians["compiled"]
     console.print(
         f"the compiled step is {ratio:.1f} times as fast as the exact one (measured)", highlight=False
     )
+    return measured
 
 
 def _timed_step(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> float:
+    """Seconds of a forward and a backward pass."""
     model.zero_grad(set_to_none=True)
     started = time.perf_counter()
     loss(model(inputs), targets).backward()
     return time.perf_counter() - started
 
 
-def _one_step(which: str, weights: Path, tokens: int) -> dict[str, int]:
-    """Peak resident memory that one step of one model adds, bytes."""
+def _one_step(which: str, weights: Path, tokens: int) -> dict[str, int | None]:
+    """Peak resident memory that one step of one model adds, bytes; None where it is not known."""
     compiled = fg.compile(SPEC)
     model = compiled.module(seed=0)
     model.load_state_dict(load_file(weights))
@@ -140,17 +159,7 @@ def _one_step(which: str, weights: Path, tokens: int) -> dict[str, int]:
     loss = language_model_loss(compiled, tokens)
     inputs, targets = next(load_text(TEXT, tokens).validation_batches(tokens, 1, 1))
     _timed_step(model, loss, inputs[:, :64], targets[:, :64])  # one-time costs of the libraries
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark
-    before = _resident("VmRSS")
-    _timed_step(model, loss, inputs, targets)
-    return {"peak": _resident("VmHWM") - before}
-
-
-def _resident(key: str) -> int:
-    """A figure of this process's resident memory, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    return {"peak": peak_of(lambda: _timed_step(model, loss, inputs, targets))}
 
 
 if __name__ == "__main__":

@@ -159,6 +159,38 @@ def train(
 
 
 @app.command()
+def bench(
+    n: Annotated[
+        list[int] | None, typer.Option("--n", min=1, help="A length in tokens; can be repeated.")
+    ] = None,
+    d: Annotated[int, typer.Option("--d", min=1, help="Width of queries and keys.")] = 16,
+    degree: Annotated[int, typer.Option(min=1, help="Of the polynomial.")] = 2,
+    near: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a block of the exact near field.")
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1)] = 8,
+    dv: Annotated[int, typer.Option("--dv", min=1, help="Width of values.")] = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="By default as many as PyTorch takes.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Passes of which the median is taken.")] = 5,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Also draw time against length.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Short lengths and no memory: a few seconds.")
+    ] = False,
+    target: Target = "auto",
+) -> None:
+    """Time polynomial attention against PyTorch's on this machine, forward and backward."""
+    from fastgrad_dsl.bench.command import BenchRequest, print_bench, run_bench, write_files
+    from fastgrad_dsl.terminal import progress
+
+    request = BenchRequest(tuple(n or ()), d, degree, near, heads, dv, threads, repeats, target, quick)
+    with progress() as tell:
+        result = run_bench(request, tell)
+    print_bench(result)
+    write_files(result, json_, svg)
+
+
+@app.command()
 def fmt(
     files: Annotated[list[Path], typer.Argument(help=".tfg files.", show_default=False)],
     check_: Annotated[

@@ -99,7 +99,7 @@ def train(
     On the CPU, a resumed run continues bit for bit for the same number of threads. Raises TfgError FG413 or
     FG414 where `resume` finds no checkpoint, or that of another run.
     """
-    optimiser = _optimiser(model, options)
+    optimiser = make_optimiser(model, options)
     places = torch.Generator().manual_seed(options.seed)
     generators = {"places": places, "dropout": torch.default_generator}
     settings = options.settings
@@ -128,7 +128,7 @@ def train(
         if done >= 1.0:
             break
         rate = learning_rate(options, step, done)
-        value, norm = _step(
+        value, norm = training_step(
             model, loss, optimiser, data.batch(options.tokens, options.batch, places), rate, options
         )
         step += 1
@@ -144,7 +144,7 @@ def train(
         yield record(Event(step, time.monotonic() - started, validation_loss=held_out))
 
 
-def _step(
+def training_step(
     model: nn.Module,
     loss: Loss,
     optimiser: torch.optim.Optimizer,
@@ -152,6 +152,7 @@ def _step(
     rate: float,
     options: Options,
 ) -> tuple[float, float]:
+    """One forward and backward pass and one step of the optimiser; loss, and gradient norm before clipping."""
     inputs, targets = batch
     for group in optimiser.param_groups:
         group["lr"] = rate
@@ -163,7 +164,7 @@ def _step(
     return value.item(), norm.item()
 
 
-def _optimiser(model: nn.Module, options: Options) -> torch.optim.AdamW:
+def make_optimiser(model: nn.Module, options: Options) -> torch.optim.AdamW:
     """AdamW; gains and biases (fewer than two dimensions) are not decayed."""
     parameters = list(model.parameters())
     groups = [

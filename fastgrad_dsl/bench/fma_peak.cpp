@@ -1,0 +1,45 @@
+// Fused multiply-adds between registers alone: what no kernel on this machine can exceed.
+#include <chrono>
+#include <thread>
+#include <vector>
+
+// Enough independent accumulators to hide the latency of the instruction on every pipe, few enough for the registers.
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, COUNT = 24;
+#elif defined(__AVX__)
+constexpr int BYTES = 32, COUNT = 12;
+#elif defined(__aarch64__)
+constexpr int BYTES = 16, COUNT = 24;
+#else
+constexpr int BYTES = 16, COUNT = 12;
+#endif
+
+typedef float Vector __attribute__((vector_size(BYTES)));
+constexpr int LANES = BYTES / sizeof(float);
+
+static float spin(long rounds, float factor, float term) {
+    const Vector a = Vector{} + factor, b = Vector{} + term;
+    Vector sums[COUNT];
+    for (int i = 0; i < COUNT; ++i) sums[i] = Vector{} + float(i);
+    for (long round = 0; round < rounds; ++round) {
+#pragma GCC unroll 32
+        for (int i = 0; i < COUNT; ++i) sums[i] = sums[i] * a + b;
+    }
+    Vector sum = {};
+    for (int i = 0; i < COUNT; ++i) sum += sums[i];
+    return sum[0];
+}
+
+// Floating-point operations a second, of `threads` threads at once. The factors are arguments, so that nothing is
+// known when this is compiled; a factor below 1 keeps the numbers small and normal.
+extern "C" double fma_peak(int threads, long rounds, float factor, float term) {
+    std::vector<float> results(threads);
+    std::vector<std::thread> workers;
+    const auto start = std::chrono::steady_clock::now();
+    for (int t = 0; t < threads; ++t)
+        workers.emplace_back([=, &results] { results[t] = spin(rounds, factor, term); });
+    for (auto& worker : workers) worker.join();
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const double sink = results[0] == 12345.678f ? 1.0 : 0.0;  // the results are used
+    return 2.0 * LANES * COUNT * double(rounds) * threads / seconds + sink;
+}

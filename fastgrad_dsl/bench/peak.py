@@ -1,0 +1,55 @@
+"""The arithmetic peak of this machine: float32 multiply-adds a second, measured by a loop of registers alone."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("fma_peak.cpp")
+TRIES, SECONDS = 5, 0.2
+FIRST_ROUNDS = 10_000
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: CXX if it is set, or the first of the usual names that is there."""
+    names = [os.environ.get("CXX", ""), "g++", "c++", "clang++"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def peak_flops(threads: int) -> float | None:
+    """Flops a second of `threads` threads, a multiply-add being 2; the best of some tries. None without a compiler."""
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "fma_peak.so"
+        if not _build(compiler, library):
+            return None
+        function = ctypes.CDLL(str(library)).fma_peak
+        function.restype = ctypes.c_double
+        function.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_float]
+
+        def run(rounds: int) -> float:
+            return float(function(threads, rounds, 0.999, 0.001))
+
+        rounds = FIRST_ROUNDS
+        flops_a_round = 2 * 16 * 24 * threads  # of the widest loop: no more than scales the length of a try
+        rounds = max(rounds, int(SECONDS * run(rounds) / flops_a_round))
+        rounds = max(rounds, int(SECONDS * run(rounds) / flops_a_round))
+        return max(run(rounds) for _ in range(TRIES))
+
+
+def _build(compiler: str, library: Path) -> bool:
+    machine = platform.machine()
+    native = "-mcpu=native" if machine in ("aarch64", "arm64") else "-march=native"
+    wide = ["-mprefer-vector-width=512"] if machine in ("x86_64", "AMD64") else []
+    command = [
+        compiler, "-std=c++17", "-O3", native, *wide, "-ffp-contract=fast", "-fPIC", "-shared", "-pthread",
+        str(SOURCE), "-o", str(library),
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
