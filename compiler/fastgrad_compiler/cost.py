@@ -23,10 +23,9 @@ from math import ceil
 
 from fastgrad_compiler.features import rank
 
-
 SPEED = {"torch": 1.0, "cpp": 4.0, "auto": 4.0}
-"""Of a target: flops of polynomial attention in the time of one flop of PyTorch's fused exact attention on the same CPU,
-where widths of q and k below that of v are padded. Measured, rounded down: `make bench`, docs/performance.md."""
+"""Of a target: flops of polynomial attention in the time of one flop of PyTorch's fused exact attention, on the same
+CPU, where widths of q and k below that of v are padded. Measured, rounded: `make bench`, docs/performance.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +143,8 @@ def break_even(
 ) -> int:
     """Least n, with as many keys, from which forward and backward take no longer than exact ones.
 
-    speed: flops of the polynomial way in the time of one of the exact way; 1 compares flops. Without a dense part it is 14 r (dv + 1) / (4 d + 3 dv) for a causal attention, and half that for one
+    speed: flops of the polynomial way in the time of one of the exact way; 1 compares flops. Without a dense part it
+    is 14 r (dv + 1) / (4 d + 3 dv) for a causal attention, and half that for one
     without a mask.
     """
     exact = (1 if causal else 2) * (4 * d + 3 * dv)  # flops per query and key

@@ -82,7 +82,7 @@ def test_window(causal: bool, window: int) -> None:
         inputs = make_inputs(spec, n, groups=2)
         q, k, v = inputs.tensors
         masks = {"mask": inputs.mask, "documents": inputs.documents}
-        expected = dense.softmax_attention(q, k, v, scale=3.0, causal=causal, window=window, **masks)
+        expected = dense.softmax_attention(q, k, v, scale=3.0, causal=causal, window=window, **masks)  # type: ignore[arg-type]
         torch.set_num_threads(threads)
         found = load_kernel(spec, native=True)(q, k, v, **masks)
         gradients = [torch.autograd.grad(out, inputs.tensors, inputs.cotangent) for out in (found, expected)]
