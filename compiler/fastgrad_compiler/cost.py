@@ -144,8 +144,7 @@ def break_even(
     """Least n, with as many keys, from which forward and backward take no longer than exact ones.
 
     speed: flops of the polynomial way in the time of one of the exact way; 1 compares flops. Without a dense part it
-    is 14 r (dv + 1) / (4 d + 3 dv) for a causal attention, and half that for one
-    without a mask.
+    is 14 r (dv + 1) / (4 d + 3 dv) for a causal attention, and half that for one without a mask.
     """
     exact = (1 if causal else 2) * (4 * d + 3 * dv)  # flops per query and key
     state = 14 * rank(d, degree) * (dv + 1) * _scans(near, causal, documents)

@@ -76,7 +76,7 @@ def model(
 
 
 def planned(program: Program) -> list[AttentionEntry]:
-    after = plan_attention(program)
+    after = plan_attention(program, target="torch")
     verify(after, "plan")
     assert parse_program(print_program(after)) == after
     return list(attention_table(after))

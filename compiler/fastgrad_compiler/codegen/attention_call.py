@@ -41,7 +41,7 @@ def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
     banded = near or node.get("window") is not None or "documents" in others
     if node.op == "poly_attention" and (is_own(node) or not place.exact):
         result = _polynomial(place, node, [q, k, v, *near], _masks(place, others, lead))
-    elif node.get("window") is not None and place.native and not node.get("alibi"):
+    elif node.get("window") is not None and place.native and not (node["near"] or node.get("alibi")):
         result = call(place.kernel(node), *(x.value for x in (q, k, v)), **_masks(place, others, lead))
     elif banded and not node.get("alibi"):
         result = _exact(place, node, [q, k, v, *near], _masks(place, others, lead))

@@ -20,6 +20,8 @@ from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_settings import Settings
 from fastgrad_compiler.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
 
+LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
+
 
 @dataclass(frozen=True)
 class Caps:
@@ -287,15 +289,16 @@ def _cheaper_exact(case: Case, degree: int, near: int | None) -> str:
     work = partial(
         flops, n=n, m=m, d=case.d or 1, dv=case.dv or 1, causal=case.causal, documents=case.documents
     )
-    if work(degree=degree, near=block).total <= case.speed * work(degree=None).total:
-        return ""
     even = _break_even(case, degree, block)
+    dearer = work(degree=degree, near=block).total > case.speed * work(degree=None).total
+    if max(n, m) >= even and not dearer:
+        return ""
     return f"exact is cheaper below n = {even:,} at degree {degree}, and the file allows no more than {max(n, m):,}"
 
 
 def _break_even(case: Case, degree: int, near: int | None) -> int:
     """Of the polynomial, on one document as long as the sequence."""
-    return break_even(
+    even = break_even(
         d=case.d or 1,
         dv=case.dv or 1,
         degree=degree,
@@ -304,3 +307,4 @@ def _break_even(case: Case, degree: int, near: int | None) -> int:
         documents=case.documents,
         speed=case.speed,
     )
+    return max(even, LEAST_LENGTH)
