@@ -37,9 +37,8 @@ class Builder:
     def write_compiler(self, body: str = "") -> None:
         """A compiler that notes each compilation, then does what `body` says, a shell script, before it is g++."""
         path = self.folder / "compiler"
-        path.write_text(
-            f'#!/bin/sh\ncase " $* " in *" -c "*) echo "$*" >> "{self.folder}/compilations";; esac\n{body}\nexec g++ "$@"\n'
-        )
+        count = f'case " $* " in *" -c "*) echo "$*" >> "{self.folder}/compilations";; esac'
+        path.write_text(f'#!/bin/sh\n{count}\n{body}\nexec g++ "$@"\n')
         path.chmod(0o755)
 
     @property

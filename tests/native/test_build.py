@@ -141,7 +141,7 @@ def test_a_cache_that_can_be_read_only_is_used(builder: Builder, monkeypatch: py
 
 def test_no_compiler(builder: Builder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nonexistent/c++")
-    with pytest.raises(NativeError, match="CXX names, /nonexistent/c[+][+], is not there"):
+    with pytest.raises(NativeError, match=r"CXX names, /nonexistent/c[+][+], is not there"):
         build_one()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
@@ -165,7 +165,7 @@ def test_a_compiler_that_fails_to_link_or_to_start(builder: Builder) -> None:
     with pytest.raises(NativeError, match="status 3: ld: cannot find"):
         build_one()
     (builder.folder / "compiler").write_text("no script")
-    with pytest.raises(NativeError, match="cannot be run|failed with status"):
+    with pytest.raises(NativeError, match=r"cannot be run|failed with status"):
         build_one(TEXT + "\n")
 
 

@@ -209,7 +209,7 @@ def row_groups(batch: int, heads: int, row_bytes: int) -> Iterator[tuple[slice, 
     """Rectangles (batch slice, head slice) of at most WORK_BYTES / row_bytes rows that cover [batch, heads]."""
     rows = max(1, WORK_BYTES // max(1, row_bytes))
     across = min(heads, rows)
-    down = min(batch, rows // heads) if across == heads else 1
+    down = max(1, min(batch, rows // heads)) if across == heads else 1
     for first in range(0, batch, down):
         for head in range(0, heads, across):
             yield slice(first, min(first + down, batch)), slice(head, min(head + across, heads))

@@ -21,8 +21,8 @@ from importlib.machinery import ModuleSpec
 import torch
 from torch import Tensor
 
-from . import native
 from .attention_op import NAMESPACE, compute_dtype
+from .native import NativeError, enabled, load
 
 Operation = Callable[..., None]
 
@@ -100,7 +100,7 @@ class NativeAttention:
 
     def _serve(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Operation, Operation] | None:
         """The two operations that serve these inputs, None where PyTorch's must."""
-        if q.device.type != "cpu" or not native.enabled() or 0 in (q.numel(), k.numel(), v.numel()):
+        if q.device.type != "cpu" or not enabled() or 0 in (q.numel(), k.numel(), v.numel()):
             return None
         dtype = _input_dtype(q, k, v)
         if dtype not in self._operations:
@@ -114,8 +114,8 @@ class NativeAttention:
         forward, backward = (f"{self.name}_{variant}_{which}" for which in ("forward", "backward"))
         if not hasattr(registered, forward):
             try:
-                native.load(self.name, self._text(), variant)
-            except native.NativeError as error:
+                load(self.name, self._text(), variant)
+            except NativeError as error:
                 _warn(str(error))
                 return None
         return getattr(registered, forward).default, getattr(registered, backward).default
@@ -127,7 +127,7 @@ class NativeAttention:
         try:
             data: bytes = loader.get_data(file)  # type: ignore[union-attr]
         except (AttributeError, OSError) as error:
-            raise native.NativeError(f"{file} is missing: compile the model again") from error
+            raise NativeError(f"{file} is missing: compile the model again") from error
         return data.decode()
 
 
