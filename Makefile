@@ -8,6 +8,7 @@ BIN         := $(VENV)/bin
 STAMP       := $(VENV)/.complete
 UNFINISHED  := .venv.unfinished
 PEERS       := .venv-bench
+CAUSAL_PRODUCT := pytorch-fast-transformers==0.4.0
 PYTHON      ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import ensurepip, venv, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& { echo $$python; break; }; done)
@@ -63,10 +64,12 @@ bench: $(PEERS)/.complete ## Measure attention, its peers, training and the comp
 $(PEERS)/.complete: $(STAMP) benchmarks/requirements.txt
 	@rm -rf $(PEERS)
 	@$(BIN)/python -m venv $(PEERS)
-	@$(PEERS)/bin/python benchmarks/join_environment.py $(BIN)/python
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	> $$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/product.pth
 	@$(PEERS)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r benchmarks/requirements.txt
 	@echo "Building pytorch-fast-transformers for $(PEERS) (some minutes, once)"
-	@CFLAGS="-O3 -march=native" $(PEERS)/bin/python benchmarks/build_causal_product.py \
+	@PATH=/usr/bin:/bin CFLAGS="-O3 -march=native" $(PEERS)/bin/python -m pip --disable-pip-version-check \
+	install -q --no-deps --no-build-isolation $(CAUSAL_PRODUCT) \
 	|| echo "It could not be built: what needs it will be named as not available"
 	@touch $@
 

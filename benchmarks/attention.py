@@ -105,7 +105,7 @@ def _together(
         return []
     say(f"n = {n:,}, d = {exact.d}: " + "; ".join(c.name for c in contenders))
     times = time_together(
-        {c.name: c.function() for c in contenders}, exact.inputs(n), settings.repeats, settings.seconds
+        {c.name: c.ready() for c in contenders}, exact.inputs(n), settings.repeats, settings.seconds
     )
     return [Cell(c, n, times[c.name]) for c in contenders]
 

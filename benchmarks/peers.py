@@ -114,7 +114,7 @@ def peers(target: str) -> list[Peer]:
 
 
 def _own(contender: Contender, n: int) -> Attention:
-    return contender.function()
+    return contender.ready()
 
 
 def _sdpa(n: int) -> Attention:

@@ -199,9 +199,9 @@ def peers(section: Section) -> str:
     return "\n".join(
         [
             _heading("Beside other libraries", section),
-            f"n = {shape['n']:,}, {shape['heads']} heads, d = {shape['d']}, dv = {shape['dv']}, causal; the same inputs "
-            f"for all, logits within {section['largest_logit']:g}; errors are relative (L2), against softmax in float64; of "
-            "the gradients of q, k and v the largest is given. Lower is better.\n",
+            f"n = {shape['n']:,}, {shape['heads']} heads, d = {shape['d']}, dv = {shape['dv']}, causal; the same "
+            f"inputs for all, logits within {section['largest_logit']:g}; errors are relative (L2), against softmax in "
+            "float64; of the gradients of q, k and v the largest is given. Lower is better.\n",
             table(headings, rows, left=3),
             *_comparisons(best),
             "\n".join([*missing, ""]) if missing else "",
@@ -237,8 +237,8 @@ def training(section: Section) -> str:
         softmax = exact.get(row["n"])
         rows.append(
             [
-                f"{row['n']:,}",
                 section["models"][row["model"]],
+                f"{row['n']:,}",
                 f"{'' if row['measured'] else '~'}{row['seconds']:,.2f}",
                 "-"
                 if softmax is None
@@ -249,9 +249,10 @@ def training(section: Section) -> str:
     return "\n".join(
         [
             _heading("A training step", section),
-            f"examples/gpt.tfg, {section['layers']} layers of width {section['width']}, batch {section['batch']}: forward, backward "
-            "and AdamW; time and peak memory in processes of their own. Lower is better. `~`: extrapolated, a n + b n².\n",
-            table(["n", "model", "seconds", "faster than SDPA", "peak MiB"], rows, left=0),
+            f"examples/gpt.tfg, {section['layers']} layers of width {section['width']}, batch {section['batch']}: "
+            "forward, backward and AdamW; time and peak memory in processes of their own. Lower is better. `~`: extrapolated, "
+            "a n + b n².\n",
+            table(["model", "n", "seconds", "faster than SDPA", "peak MiB"], rows),
         ]
     )
 
@@ -284,9 +285,10 @@ def demo(section: Section) -> str:
     return "\n".join(
         [
             _heading("The demonstration", section),
-            f"{section['minutes']:g} minutes of training at {section['tokens']:,} tokens: {section['steps']} steps, validation loss "
-            f"{section['validation_loss']:.3f} nats per byte. On held-out text, against exact attention with the trained weights, the "
-            f"output is off by {section['output_error']:.1e} and the gradient by {section['gradient_error']:.1e} (relative, L2).\n",
+            f"{section['minutes']:g} minutes of training at {section['tokens']:,} tokens: {section['steps']} steps, "
+            f"validation loss {section['validation_loss']:.3f} nats per byte. On held-out text, against exact attention with "
+            f"the trained weights, the output is off by {section['output_error']:.1e} and the gradient by "
+            f"{section['gradient_error']:.1e} (relative, L2).\n",
             table(["step", "time", "peak MiB"], rows),
         ]
     )
@@ -295,7 +297,8 @@ def demo(section: Section) -> str:
 def _heading(title: str, section: Section) -> str:
     quick = " **A quick run with tiny sizes: these numbers mean nothing.**" if section["quick"] else ""
     target = f", target {section['target']}" if title not in ("The compiler",) else ""
-    return f"## {title}\n\n`{section['command']}`, {section['machine']['date']}: {machine_line(section)}{target}.{quick}\n"
+    made = f"`{section['command']}`, {section['machine']['date']}: {machine_line(section)}{target}.{quick}"
+    return f"## {title}\n\n{made}\n"
 
 
 SECTIONS: dict[str, Callable[[Section], str]] = {
