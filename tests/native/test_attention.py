@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgrad_dsl as fg
 from fastgrad_compiler.codegen.kernel import KernelSpec, kernel_name, load_kernel
+from fastgrad_compiler.runtime.native_attention import NativeAttention
 from fastgrad_dsl.loader import load_package
 from tests.dsl.models import EXAMPLES, SIZES
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, worst_error
@@ -88,6 +89,22 @@ def test_any_strides() -> None:
         out = load_kernel(NEAR, native)(*leaves, mask=mask)
         results.append([out, *torch.autograd.grad(out.sum() + out.square().sum(), leaves)])
     assert worst_error(*results) <= ROUNDING[torch.float64]
+
+
+def test_both_passes_take_the_threads_that_pytorch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def operation(*arguments: object) -> None:
+        asked.append(arguments[-1])
+
+    monkeypatch.setattr(NativeAttention, "_serve", lambda *_: (operation, operation))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    q, v = torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 4)
+    kernel = NativeAttention("attention_x", None, maximum=False)
+    saved = kernel.forward(q, q, v, None, None, None)
+    assert saved is not None
+    kernel.backward(saved[0], q, q, v, None, None, None, *saved)
+    assert asked == [5, 5]
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5), (2, 2, 0)], ids=str)
