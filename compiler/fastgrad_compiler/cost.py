@@ -23,9 +23,25 @@ from math import ceil
 
 from fastgrad_compiler.features import rank
 
-SPEED = {"torch": 1.0, "cpp": 4.0, "auto": 4.0}
-"""Of a target: flops of polynomial attention in the time of one flop of PyTorch's fused exact attention, on the same
-CPU, where widths of q and k below that of v are padded. Measured, rounded: `make bench`, docs/performance.md."""
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """A target's kernels beside PyTorch's fused exact attention on the same CPU.
+
+    Args:
+        speed: flops of polynomial attention in the time of one flop of exact attention at great lengths.
+        keys: exact attention takes the time of so many keys more than there are: it is slower at short lengths.
+    """
+
+    speed: float
+    keys: int
+
+
+EQUAL = Pace(1.0, 0)  # flops are compared as they are
+NATIVE = Pace(
+    1.8, 500
+)  # measured, rounded (docs/performance.md): 300 and 162 GFLOP/s, half of which at 500 keys
+PACE = {"torch": EQUAL, "cpp": NATIVE, "auto": NATIVE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,19 +155,18 @@ def break_even(
     near: int | None = None,
     causal: bool = True,
     documents: bool = False,
-    speed: float = 1.0,
+    pace: Pace = EQUAL,
 ) -> int:
     """Least n, with as many keys, from which forward and backward take no longer than exact ones.
 
-    speed: flops of the polynomial way in the time of one of the exact way; 1 compares flops. Without a dense part it
-    is 14 r (dv + 1) / (4 d + 3 dv) for a causal attention, and half that for one without a mask.
+    pace: of the target; EQUAL compares flops. Without a dense part it is then 14 r (dv + 1) / (4 d + 3 dv) for a causal attention, and half that for one without a mask.
     """
     exact = (1 if causal else 2) * (4 * d + 3 * dv)  # flops per query and key
     state = 14 * rank(d, degree) * (dv + 1) * _scans(near, causal, documents)
     dense = 2 * _dense_keys(chunk, near, causal, documents) * (4 * d + 3 * (dv + 1))
     # A dense part larger than n would be cut to n, but is never met: its keys alone cost more than exact
     # ones.
-    return ceil((state + dense) / (exact * speed))
+    return max(1, ceil((state + dense) / (exact * pace.speed)) - pace.keys)
 
 
 def state_bytes(*, d: int, dv: int, degree: int, itemsize: int = 4) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from fastgrad_compiler.cost import SPEED
+from fastgrad_compiler.cost import PACE, Pace
 from fastgrad_compiler.flatten import Indices, iterations, path_of
 from fastgrad_compiler.graph import Attribute, Budget, Graph, Node, Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, Lengths, attention_table, is_own
@@ -53,7 +53,7 @@ def plan_attention(
     if any(diagnostic.code == "FG303" for diagnostic in wrong):
         raise TfgError(wrong)
     settings = {entry.full_path: settings_of(entry.full_path, budget.rules) for entry in entries}
-    outcomes, cases = _decide_all(program, entries, settings, family, max_rank, SPEED[target])
+    outcomes, cases = _decide_all(program, entries, settings, family, max_rank, PACE[target])
     wrong += _refusals(entries, outcomes, cases)
     wrong += refuse_own([entry for entry in table if is_own(entry.node)], budget.rules, max_rank)
     if wrong:
@@ -68,7 +68,7 @@ def _decide_all(
     settings: Mapping[str, Settings],
     family: Family,
     max_rank: int,
-    speed: float,
+    pace: Pace,
 ) -> tuple[dict[str, Outcome], dict[str, Case]]:
     """Decisions with shares that fit their number: fewer approximated attentions, larger shares."""
     lengths, budget = Lengths(program), program.budget or Budget()
@@ -78,7 +78,7 @@ def _decide_all(
         for entry in entries:
             key = (entry.graph, entry.node.name, settings[entry.full_path])
             if key not in known:
-                case = _case(entry, key[2], lengths, budget, family, max_rank, sharing, speed)
+                case = _case(entry, key[2], lengths, budget, family, max_rank, sharing, pace)
                 known[key] = decide(case), case
         found = {e.full_path: known[(e.graph, e.node.name, settings[e.full_path])] for e in entries}
         return {path: pair[0] for path, pair in found.items()}, {
@@ -107,7 +107,7 @@ def _case(
     family: Family,
     max_rank: int,
     sharing: int,
-    speed: float,
+    pace: Pace,
 ) -> Case:
     caps = Caps(
         relative=float(str(settings.relative.value)) if settings.relative else None,
@@ -125,7 +125,7 @@ def _case(
         (lengths.longest(entry.queries), lengths.longest(entry.keys)),
         entry.queries == entry.keys,
         budget.near,
-        speed,
+        pace,
     )
 
 

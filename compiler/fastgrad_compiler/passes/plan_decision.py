@@ -13,7 +13,7 @@ from functools import partial
 from typing import TypeAlias, cast
 
 from fastgrad_compiler.certificates import certificate
-from fastgrad_compiler.cost import break_even, flops
+from fastgrad_compiler.cost import EQUAL, Pace, break_even, flops
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import Node
 from fastgrad_compiler.passes.bound_proof import number
@@ -68,7 +68,7 @@ class Case:
     """An attention with all that its decision depends on: equal cases are decided alike.
 
     `longest` are the largest numbers of queries and keys that the file allows; `budget_near` is the
-    budget's near field; `speed` the target's, as `cost.break_even` takes it.
+    budget's near field; `pace` the target's.
     """
 
     node: Node
@@ -81,7 +81,7 @@ class Case:
     longest: tuple[int | None, int | None]
     same_length: bool
     budget_near: int | None
-    speed: float = 1.0
+    pace: Pace = EQUAL
 
     @property
     def chosen_family(self) -> Family:
@@ -290,7 +290,8 @@ def _cheaper_exact(case: Case, degree: int, near: int | None) -> str:
         flops, n=n, m=m, d=case.d or 1, dv=case.dv or 1, causal=case.causal, documents=case.documents
     )
     even = _break_even(case, degree, block)
-    dearer = work(degree=degree, near=block).total > case.speed * work(degree=None).total
+    longer = 1 + case.pace.keys / m
+    dearer = work(degree=degree, near=block).total > case.pace.speed * longer * work(degree=None).total
     if max(n, m) >= even and not dearer:
         return ""
     return f"exact is cheaper below n = {even:,} at degree {degree}, and the file allows no more than {max(n, m):,}"
@@ -305,6 +306,6 @@ def _break_even(case: Case, degree: int, near: int | None) -> int:
         near=near,
         causal=case.causal,
         documents=case.documents,
-        speed=case.speed,
+        pace=case.pace,
     )
     return max(even, LEAST_LENGTH)

@@ -64,6 +64,8 @@ def _context(spec: KernelSpec) -> dict[str, object]:
         "total": total,
         "two_sided": not (banded or spec.causal or total),
         "dense": not total,
+        "fused": spec.causal
+        and not exponential,  # pairs of a chunk meet its gradients in the sweep that writes them
         "mixed": mixed,
         "polynomial_scores": not total and (mixed or not exponential),
         "halo": None if not exponential else 2 * spec.near if spec.near else (window or 1) - 1 or None,
