@@ -15,8 +15,8 @@ def _attention_headline(sections: Mapping[str, Section]) -> str | None:
         return None
     also = "" if near is None else f" ({ratio(exact, near)} with an exact near field of 64)"
     return (
-        f"attention at n = {SHARE_AT:,}, forward and backward, 8 heads, d = 16, degree 2: **{ratio(exact, own)} times** "
-        f"faster than PyTorch's SDPA on its fast path{also}"
+        f"attention at n = {SHARE_AT:,}, forward and backward, 8 heads, d = 16, degree 2: **{ratio(exact, own)} "
+        f"times** faster than PyTorch's SDPA on its fast path{also}"
     )
 
 

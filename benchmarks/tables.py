@@ -250,8 +250,8 @@ def training(section: Section) -> str:
         [
             _heading("A training step", section),
             f"examples/gpt.tfg, {section['layers']} layers of width {section['width']}, batch {section['batch']}: "
-            "forward, backward and AdamW; time and peak memory in processes of their own. Lower is better. `~`: extrapolated, "
-            "a n + b n².\n",
+            "forward, backward and AdamW; time and peak memory in processes of their own. Lower is better. `~`: "
+            "extrapolated, a n + b n².\n",
             table(["model", "n", "seconds", "faster than SDPA", "peak MiB"], rows),
         ]
     )
@@ -286,9 +286,9 @@ def demo(section: Section) -> str:
         [
             _heading("The demonstration", section),
             f"{section['minutes']:g} minutes of training at {section['tokens']:,} tokens: {section['steps']} steps, "
-            f"validation loss {section['validation_loss']:.3f} nats per byte. On held-out text, against exact attention with "
-            f"the trained weights, the output is off by {section['output_error']:.1e} and the gradient by "
-            f"{section['gradient_error']:.1e} (relative, L2).\n",
+            f"validation loss {section['validation_loss']:.3f} nats per byte. On held-out text, against exact "
+            f"attention with the trained weights, the output is off by {section['output_error']:.1e} and the gradient "
+            f"by {section['gradient_error']:.1e} (relative, L2).\n",
             table(["step", "time", "peak MiB"], rows),
         ]
     )

@@ -184,7 +184,7 @@ def bench(
     from fastgrad_dsl.terminal import progress
 
     request = BenchRequest(tuple(n or ()), d, degree, near, heads, dv, threads, repeats, target, quick)
-    with progress() as tell:
+    with progress("measuring") as tell:
         result = run_bench(request, tell)
     print_bench(result)
     write_files(result, json_, svg)

@@ -159,7 +159,8 @@ def break_even(
 ) -> int:
     """Least n, with as many keys, from which forward and backward take no longer than exact ones.
 
-    pace: of the target; EQUAL compares flops. Without a dense part it is then 14 r (dv + 1) / (4 d + 3 dv) for a causal attention, and half that for one without a mask.
+    pace: of the target; EQUAL compares flops. Without a dense part it is then 14 r (dv + 1) / (4 d + 3 dv) for a causal
+    attention, and half that for one without a mask.
     """
     exact = (1 if causal else 2) * (4 * d + 3 * dv)  # flops per query and key
     state = 14 * rank(d, degree) * (dv + 1) * _scans(near, causal, documents)

@@ -17,8 +17,8 @@ COLOURS = (
     "#0c8599",
 )  # on white and on black
 WIDTH, HEIGHT = 560, 420  # of a panel, with its margins
-LEFT, RIGHT, TOP, BOTTOM = 64, 20, 40, 52
-LETTER, LINE = 6.4, 13.0  # room that a letter of a label takes
+LEFT, RIGHT, TOP, BOTTOM = 64, 36, 40, 52
+LETTER, LINE, RADIUS = 6.6, 13.0, 3.6  # room that a letter and a line of a label take; of a point
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#1f2328}.title{font-size:14px;font-weight:600}"
     ".paper{fill:#fff}.axis{stroke:#57606a;fill:none}.grid{stroke:#d0d7de;stroke-width:.6}"
@@ -91,7 +91,7 @@ def _panel(panel: Panel) -> list[str]:
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_power(power)}</text>')
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
-    placed: list[tuple[float, float, float]] = []
+    placed = [(to_x(x) - RADIUS, to_x(x) + RADIUS, to_y(y)) for x, y in points]  # labels keep off the points
     for series in panel.series:
         parts += _series(series, to_x, to_y, placed)
     return parts
@@ -111,10 +111,12 @@ def _series(
         dashes = ' stroke-dasharray="5 4"' if series.dashed else ""
         parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>')
     if not series.dashed:
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" fill="{colour}"/>' for x, y in spots]
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}" fill="{colour}"/>' for x, y in spots]
     if series.label and spots:
         left, y = _place(*spots[-1], LETTER * len(series.label), placed)
-        parts.append(f'<text x="{left:.1f}" y="{y + 4:.1f}">{escape(series.label)}</text>')
+        parts.append(
+            f'<text x="{left:.1f}" y="{y + 4:.1f}" style="fill:{colour}">{escape(series.label)}</text>'
+        )
     return parts
 
 
@@ -127,7 +129,7 @@ def _place(x: float, y: float, width: float, placed: list[tuple[float, float, fl
             abs(line - other) >= LINE or left > end or left + width < start for start, end, other in placed
         )
 
-    steps = (sign * step * LINE / 2 for step in range(60) for sign in (-1, 1))
+    steps = (sign * step * LINE / 4 for step in range(120) for sign in (-1, 1))
     line = next((y + step for step in steps if TOP <= y + step <= HEIGHT - BOTTOM and is_free(y + step)), y)
     placed.append((left, left + width, line))
     return left, line

@@ -288,7 +288,9 @@ def test_fmt_formats_checks_and_loses_nothing(fastgrad: Run) -> None:
 def test_help_names_every_command(fastgrad: Run) -> None:
     status, out, _ = fastgrad("--help")
     assert status == 0
-    assert all(command in out for command in ("check", "compile", "stages", "report", "train", "fmt"))
+    assert all(
+        command in out for command in ("check", "compile", "stages", "report", "train", "bench", "fmt")
+    )
 
 
 def test_compile_shows_the_plan_that_it_wrote(fastgrad: Run) -> None:

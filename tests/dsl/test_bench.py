@@ -1,0 +1,225 @@
+"""`fastgrad bench` and what it measures with: times, peaks, extrapolations, the plot. No test depends on how fast."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgrad_dsl.bench import command, memory, peak
+from fastgrad_dsl.bench.cells import Cell, extrapolated
+from fastgrad_dsl.bench.contenders import Contender, exact, make_inputs
+from fastgrad_dsl.bench.plot import HEIGHT, WIDTH, Panel, Series, render
+from fastgrad_dsl.bench.timing import Timing, slope, time_together
+from fastgrad_dsl.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def bench(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Run]:
+    """Runs `fastgrad bench`; gives status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fastgrad", "bench", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err
+        return int(ended.value.code or 0), output.out, output.err
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_bench_prints_a_table_and_writes_json_and_a_plot(bench: Run) -> None:
+    options = ["--quick", "--n", "64", "--n", "32", "--heads", "2", "--d", "4", "--dv", "8", "--threads", "1"]
+    status, out, err = bench(*options, "--target", "torch", "--json", "bench.json", "--svg", "bench.svg")
+    assert (status, err) == (0, "")
+    assert "SDPA" in out
+    assert "degree 2" in out
+    assert "target torch" in out
+    document = json.loads(Path("bench.json").read_text())
+    section = document["sections"]["attention"]
+    cells = section["cells"]
+    assert [(cell["n"], cell["name"]) for cell in cells] == [
+        (32, "degree 2"), (32, "SDPA"), (64, "degree 2"), (64, "SDPA"),
+    ]  # fmt: skip
+    assert all(cell["measured"] and cell["repeats"] == 5 and cell["total_s"] > 0 for cell in cells)
+    assert section["machine"]["threads"] == 1
+    assert 0 < section["output_error"]["relative_l2"] < 0.1
+    svg = Path("bench.svg").read_text()
+    assert "extrapolated" not in svg
+    assert ElementTree.fromstring(svg).tag.endswith("svg")
+
+
+def test_bench_extrapolates_a_pass_that_would_take_too_long(
+    bench: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "LONGEST_EXACT", 0.0)
+    options = ["--quick", "--n", "32", "--n", "64", "--heads", "1", "--d", "4", "--dv", "8", "--near", "8"]
+    _, out, _ = bench(*options, "--json", "bench.json", "--svg", "bench.svg")
+    assert "SDPA (extrapolated)" in out
+    cells = json.loads(Path("bench.json").read_text())["sections"]["attention"]["cells"]
+    measured, guessed = (cell for cell in cells if cell["degree"] is None)
+    assert (measured["measured"], guessed["measured"], guessed["extrapolated_from"]) == (True, False, 32)
+    assert guessed["total_s"] == pytest.approx(4 * measured["total_s"])
+    assert guessed["peak_share_total"] is None
+    assert "SDPA, extrapolated" in Path("bench.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--n", "0"], "--n"),
+        (["--n", "many"], "--n"),
+        (["--degree", "0"], "--degree"),
+        (["--near", "0"], "--near"),
+        (["--threads", "0"], "--threads"),
+        (["--degree", "30", "--d", "1"], "[FG416]"),
+        (["--degree", "8"], "[FG416]"),
+        (["--n", "1000000000000"], "[FG416]"),
+        (["--target", "toorch"], "[FG420]"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_bad_options_are_refused(bench: Run, options: list[str], words: str) -> None:
+    status, _, err = bench("--quick", *options)
+    assert status == 2
+    assert words in err
+
+
+def test_a_file_that_cannot_be_written_is_a_diagnostic(bench: Run) -> None:
+    Path("taken").write_text("a file")
+    status, out, err = bench("--quick", "--n", "8", "--heads", "1", "--json", "taken/bench.json")
+    assert status == 2
+    assert "[FG421]" in err
+    assert "degree 2" in out, "what was measured is shown all the same"
+
+
+def counted(calls: list[int]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        calls[0] += 1
+        return exact(q, k, v)
+
+    return attention
+
+
+def test_time_together_warms_up_and_counts_a_slow_first_pass() -> None:
+    inputs = make_inputs(8, 1, 4, 4)
+    calls = [0]
+    times = time_together({"fast": counted(calls)}, inputs, repeats=3, seconds=1e6)
+    assert (calls[0], times["fast"].repeats) == (4, 3)
+    calls = [0]
+    times = time_together({"slow": counted(calls)}, inputs, repeats=3, seconds=1e-9)
+    assert (calls[0], times["slow"].repeats) == (1, 1)
+    assert times["slow"].total == pytest.approx(times["slow"].forward + times["slow"].backward)
+
+
+def test_slope_and_extrapolation() -> None:
+    assert slope([(n, 3 * n**1.5) for n in (10, 20, 40)]) == pytest.approx(1.5)
+    assert slope([(10, 1.0)]) is None
+    cell = Cell(Contender(1, 4, 4), 100, Timing(1.0, 2.0, 3.0, 5))
+    longer = extrapolated(cell, 300)
+    assert longer.timing == Timing(9.0, 18.0, 27.0, 0)
+    assert (longer.measured, longer.source) == (False, 100)
+
+
+@pytest.mark.parametrize(("d", "dv"), [(4, 8), (8, 4), (4, 4)])
+def test_exact_is_softmax_attention(d: int, dv: int) -> None:
+    inputs = make_inputs(9, 2, d, dv, dtype=torch.float64)
+    scores = (inputs.q @ inputs.k.mT).masked_fill(torch.ones(9, 9).triu(1) > 0, -math.inf)
+    torch.testing.assert_close(exact(inputs.q, inputs.k, inputs.v), scores.softmax(-1) @ inputs.v)
+
+
+def test_contenders_share_inputs_whose_logits_are_within_the_range() -> None:
+    inputs = Contender(2, 4, 8, 2).inputs(64)
+    assert (inputs.q @ inputs.k.mT).abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(Contender(2, 4, 8).inputs(64).v, inputs.v)
+
+
+def test_the_near_field_of_a_contender_is_exact() -> None:
+    near, far = Contender(1, 4, 8, 2, near=16, target="torch"), Contender(1, 4, 8, 2, target="torch")
+    inputs = near.inputs(32)
+    expected = exact(inputs.q, inputs.k, inputs.v)
+    torch.testing.assert_close(near.ready()(inputs.q, inputs.k, inputs.v), expected)
+    assert (far.ready()(inputs.q, inputs.k, inputs.v) - expected).abs().max() > 1e-3
+
+
+def test_flops_are_those_of_the_mathematics() -> None:
+    """docs/mathematics.md, section 4: forward 4 r (dv + 1) + 2 c (d + dv + 1) a token and head, and so on."""
+    contender, n = Contender(8, 16, 64, 2, target="torch"), 1000
+    chunk = contender.chunk
+    assert chunk is not None
+    work = contender.flops(n)
+    assert contender.rank == 153
+    assert work.forward == 8 * n * (4 * 153 * 65 + 2 * chunk * (16 + 65))
+    assert work.backward == 8 * n * (10 * 153 * 65 + 2 * chunk * (3 * 16 + 2 * 65))
+    timing = Timing(2.0, 3.0, 5.0, 1)
+    document = Cell(contender, n, timing).document(1e9)
+    assert document["peak_share_forward"] == pytest.approx(work.forward / 2e9)
+    assert document["peak_share_total"] == pytest.approx(work.total / 5e9)
+
+
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="the high-water mark is known on Linux only")
+def test_peak_of_sees_what_was_freed() -> None:
+    def action() -> None:
+        torch.ones(16 * 2**20)  # 64 MiB, freed at once
+
+    found = memory.peak_of(action)
+    assert found is not None
+    assert 60 * 2**20 < found < 80 * 2**20
+
+
+def test_memory_of_a_pass_in_a_process_of_its_own() -> None:
+    peaks = memory.attention_peaks(Contender(8, 16, 64), 2048, 1)
+    if memory.CLEAR.exists():
+        padded = 4 * 8 * 2048 * 64  # bytes of one padded tensor, which SDPA's fast path makes of q and k
+        assert all(value is not None and padded <= value for value in peaks.values())
+    with pytest.raises(RuntimeError, match="ended with"):
+        memory.run_child("fastgrad_dsl.bench.memory", {"contender": {}, "n": 1, "threads": 1})
+
+
+@pytest.mark.skipif(peak.find_compiler() is None, reason="the loop needs a C++ compiler")
+def test_peak_is_measured_where_there_is_a_compiler() -> None:
+    found = peak.peak_flops(1)
+    assert found is not None
+    assert 1e8 < found < 1e13
+
+
+def test_peak_is_unknown_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert peak.peak_flops(1) is None
+
+
+def test_plot_has_words_for_readers_who_do_not_see_it_and_labels_apart() -> None:
+    crowd = tuple(Series(f"number {i}", ((100.0, 0.01),), i) for i in range(8))
+    line = Series("a <line>", ((1.0, 1e-5), (1000.0, 1.0)), 1, line=True, dashed=True)
+    text = render(
+        [Panel("one", "x", "y", crowd), Panel("two", "x", "y", (line,))], "Title & more", "What it shows"
+    )
+    root = ElementTree.fromstring(text)
+    name = "{http://www.w3.org/2000/svg}"
+    assert root.attrib["role"] == "img"
+    assert (root.findtext(f"{name}title"), root.findtext(f"{name}desc")) == ("Title & more", "What it shows")
+    assert "prefers-color-scheme:dark" in text
+    labels = [t for t in root.iter(f"{name}text") if (t.text or "").startswith("number")]
+    heights = sorted(float(t.attrib["y"]) for t in labels)
+    assert len(labels) == 8
+    assert all(b - a >= 12.9 for a, b in pairwise(heights))
+    assert all(0 <= float(t.attrib["x"]) < WIDTH and 0 < float(t.attrib["y"]) < HEIGHT for t in labels)
+    dashed = [p for p in root.iter(f"{name}path") if "stroke-dasharray" in p.attrib]
+    assert len(dashed) == 1
