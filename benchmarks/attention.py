@@ -14,7 +14,7 @@ from fastgrad_dsl.bench.peak import peak_flops
 from fastgrad_dsl.bench.timing import slope, time_together
 
 HEADS, DV = 8, 64
-LONGEST = 60.0  # seconds that one pass may take, by extrapolation from the length before
+LONGEST = 20.0  # seconds that one pass may take, by extrapolation from the length before
 FROM = 16_384  # slopes are those from here up
 LONGEST_EXACT_MEMORY = 16_384
 

@@ -1,6 +1,7 @@
 """Run the benchmark and merge its sections into one JSON file (docs/benchmark.md says what is in it).
 
-    python -m benchmarks.run [--section NAME ...] [--json FILE] [--target T] [--threads N] [--quick]
+    python -m benchmarks.run [--section NAME ...] [--json FILE] [--target T] [--threads N]
+                             [--repeats N] [--seconds S] [--quick]
 
 Each section is written as soon as it is measured, so that a run that was cut off goes on with `--section`. Pages are
 made from the file by `python -m benchmarks.document`.
@@ -42,10 +43,11 @@ def main() -> None:
     parser.add_argument("--target", default="auto", help="of the polynomial attention")
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument("--repeats", type=int, default=5, help="passes of which the median is taken")
+    parser.add_argument("--seconds", type=float, default=30.0, help="for the passes of one contender at one length")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see whether it works")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    seconds = 1.0 if options.quick else 30.0
+    seconds = 1.0 if options.quick else options.seconds
     settings = Settings(options.target, options.threads, options.repeats, seconds, options.quick)
     for name in options.section or USUAL:
         started = time.monotonic()

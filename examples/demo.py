@@ -58,7 +58,7 @@ def main() -> None:
     weights = build / "weights.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
     console.rule("3. what the approximation costs, on held-out text")
-    with progress() as tell:
+    with progress("measuring") as tell:
         sizes = {"b": 1, "n": training.tokens}
         result = make_report(ReportRequest(SPEC, {}, None, TEXT, weights, sizes, 0, True), tell)
     print_report(result)

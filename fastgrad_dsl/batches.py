@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ID_OPERATIONS = {"embedding": 1, "cross_entropy": 1, "one_hot": 0}  # op -> which of its inputs holds ids
+BOUNDARIES = 3  # of documents in a random sequence, on average
 
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor that a model or its objective takes; ids of an int tensor are less than `below`."""
+    """One tensor that a model or its objective takes; ids of an int tensor are less than `below`, or name documents."""
 
     name: str
     dtype: str
     shape: tuple[Dim, ...]
     below: int = 2
+    documents: bool = False
 
 
 def model_inputs(program: Program) -> tuple[Input, ...]:
@@ -42,14 +44,20 @@ def target_inputs(program: Program) -> tuple[Input, ...]:
 
 
 def random_batch(inputs: Sequence[Input], dims: Mapping[str, int], seed: int = 0) -> tuple[Tensor, ...]:
-    """Gaussian floats, uniform ids, and masks that are true for a random leading part of each row (one at least)."""
+    """Gaussian floats, uniform ids, packed documents of random lengths, masks that are true for a random leading part.
+
+    That part is one token at least.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     batch = []
     for tensor in inputs:
         shape = tuple(dim.evaluate(dims) for dim in tensor.shape)
-        if tensor.dtype == "int":
+        if tensor.documents:
+            begins = torch.rand(shape, generator=generator) < BOUNDARIES / shape[-1]
+            batch.append(begins.cumsum(-1))
+        elif tensor.dtype == "int":
             batch.append(torch.randint(tensor.below, shape, generator=generator))
         elif tensor.dtype == "bool":
             lengths = torch.randint(1, shape[-1] + 1, (*shape[:-1], 1), generator=generator)
@@ -60,8 +68,17 @@ def random_batch(inputs: Sequence[Input], dims: Mapping[str, int], seed: int = 0
 
 
 def _input(graph: Graph, node: Node) -> Input:
-    limits = [limit for user in graph.users[node.name] if (limit := _id_limit(graph, node, user))]
-    return Input(node.name, node.tensor.dtype, node.tensor.shape, min(limits, default=2))
+    users = graph.users[node.name]
+    limits = [limit for user in users if (limit := _id_limit(graph, node, user))]
+    documents = not limits and any(_names_documents(node, user) for user in users)
+    return Input(node.name, node.tensor.dtype, node.tensor.shape, min(limits, default=2), documents)
+
+
+def _names_documents(node: Node, user: Node) -> bool:
+    """Whether `user` reads an int tensor as ids of documents: by a mask on scores, or by an attention."""
+    roles = user.get("roles")
+    named = user.inputs[3:] if isinstance(roles, tuple) and "documents" in roles else ()
+    return node.tensor.dtype == "int" and node.name in (user.inputs[1:] if user.op == "documents" else named)
 
 
 def _id_limit(graph: Graph, node: Node, user: Node) -> int | None:

@@ -53,13 +53,22 @@ def compile_(
     set_: Set = None,
     target: Target = "auto",
 ) -> None:
-    """Compile a file to a folder with a readable model.py that needs only PyTorch."""
+    """Compile a file to a folder with a readable model.py that needs only PyTorch.
+
+    With --target cpp the C++ kernels are built now; with auto, when the model first runs on a CPU.
+    """
     import fastgrad_dsl as fg
-    from fastgrad_dsl.terminal import print_plan
+    from fastgrad_dsl.native_build import build_kernels
+    from fastgrad_dsl.terminal import print_plan, progress
 
     compiled = fg.compile(file, params=_params(set_), model=model, target=target, out=out)
     print_plan(compiled.program, str(file))
     print(f"written to {out}/ (model.py, plan.json, report.json, stages/)")
+    if target == "cpp":
+        with progress("building") as tell:
+            warning = build_kernels(compiled.modules, tell)
+        if warning is not None:
+            sys.stderr.write(render([warning], colour=sys.stderr.isatty()))
 
 
 @app.command()
@@ -105,7 +114,7 @@ def report(
     from fastgrad_dsl.terminal import print_report, progress
 
     request = ReportRequest(where, _params(set_), model, text, weights, _sizes(dim), seed, measure)
-    with progress() as tell:
+    with progress("measuring") as tell:
         result = make_report(request, tell)
     if json_ is not None:
         write_json(json_, result)
@@ -175,7 +184,7 @@ def bench(
     from fastgrad_dsl.terminal import progress
 
     request = BenchRequest(tuple(n or ()), d, degree, near, heads, dv, threads, repeats, target, quick)
-    with progress() as tell:
+    with progress("measuring") as tell:
         result = run_bench(request, tell)
     print_bench(result)
     write_files(result, json_, svg)

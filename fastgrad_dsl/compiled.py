@@ -13,7 +13,7 @@ from fastgrad_compiler.elaborate import elaborate
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table
 from fastgrad_compiler.pipeline import Stage, run
-from fastgrad_compiler.targets import resolve_target
+from fastgrad_compiler.targets import NATIVE, check_target
 from fastgrad_compiler.text import print_program
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.plan_document import plan_document
@@ -43,10 +43,10 @@ def compile(
     A string with a line break is source text; any other is a path. `params` override the file's; `model` picks one of
     several. Raises TfgError with every diagnostic that was found.
     """
-    resolved = resolve_target(target)
+    check_target(target)
     source = Source("<text>", spec) if isinstance(spec, str) and "\n" in spec else read_source(spec)
-    stages = run(elaborate(source, model=model, params=params))
-    compiled = Compiled(source, resolved, stages)
+    stages = run(elaborate(source, model=model, params=params), target=target)
+    compiled = Compiled(source, target, stages)
     if out is not None:
         compiled.write(out)
     return compiled
@@ -80,7 +80,7 @@ class Compiled:
         """The generated package: file name to text."""
         from fastgrad_compiler.codegen.torch import emit_package
 
-        return emit_package(self.program, source=self.source.path)
+        return emit_package(self.program, source=self.source.path, native=NATIVE[self.target])
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -121,7 +121,10 @@ class Compiled:
         return model if dtype is None else model.to(dtype)
 
     def reference(self, model: nn.Module) -> nn.Module:
-        """The exact model with the very weights of `model`: every attention is softmax; a change of one is of both."""
+        """The exact model with the very weights of `model`, where a change of one is of both.
+
+        No attention is approximated: all are softmax but those whose weights are a polynomial of the model's own.
+        """
         return _with_weights_of(model, self._reference_package.MODEL(None))
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from fastgrad_compiler.polynomial import Family, fit
-from fastgrad_compiler.targets import resolve_target
+from fastgrad_compiler.targets import NATIVE, check_target
 
 
 def polynomial_attention(
@@ -22,6 +22,7 @@ def polynomial_attention(
     causal: bool = False,
     near: int | None = None,
     near_qk: tuple[Tensor, Tensor] | None = None,
+    documents: Tensor | None = None,
     scale: float | None = None,
     target: str = "auto",
 ) -> Tensor:
@@ -31,13 +32,14 @@ def polynomial_attention(
     third last is heads, of which q may have a multiple of k's. Returns [.., n, dv]. The weights are p(s),
     s = scale * q.k, with p fitted to exp on [-bound, bound] (docs/mathematics.md, section 1): logits beyond have
     unbounded error. scale: 1 / sqrt(d) by default. near: pairs whose blocks of `near` tokens are the same or touch
-    are exact, exp of their own logits: those of near_qk = (q', k'), already scaled, or s. Differentiable once, with
-    respect to every tensor.
+    are exact, exp of their own logits: those of near_qk = (q', k'), already scaled, or s. documents: integers [.., n]
+    without the dimension of heads; a token sees its own run of equal ones alone. Differentiable once, with respect to
+    every tensor.
 
     Raises ValueError for shapes that do not fit, a polynomial that float64 cannot fit or that is not positive on the
     range, TfgError FG420 for a target that is not available.
     """
-    resolve_target(target)
+    check_target(target)
     if min(q.ndim, k.ndim, v.ndim) < 2:
         raise ValueError("q, k and v need at least two dimensions: [.., tokens, width]")
     polynomial = fit(family, degree, float(bound))
@@ -55,8 +57,9 @@ def polynomial_attention(
         near=near,
         near_d=None if near_q is None else near_q.shape[-1],
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        documents=documents is not None,
     )
     headless = q.ndim == 2
     inputs = [None if x is None else x.unsqueeze(0) if headless else x for x in (q, k, v, near_q, near_k)]
-    out = load_kernel(spec)(*inputs)
+    out = load_kernel(spec, NATIVE[target])(*inputs, documents=documents)
     return out.squeeze(0) if headless else out

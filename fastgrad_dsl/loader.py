@@ -57,21 +57,19 @@ def load_package(folder: Path) -> ModuleType:
     init = folder / "__init__.py"
     if not init.is_file() or not (folder / "model.py").is_file():
         raise _not_compiled(folder, "model.py")
-    return package_from_texts(
-        {file.name: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.py"))}
-    )
+    files = (file for file in sorted(folder.iterdir()) if file.suffix in (".py", ".cpp"))
+    return package_from_texts({file.name: file.read_text(encoding="utf-8") for file in files})
 
 
 def package_from_texts(files: Mapping[str, str]) -> ModuleType:
-    """Import generated Python files, by name, as one package; the same texts give the same package.
+    """Import generated files, by name, as one package; the same texts give the same package.
 
     The sources stay visible to inspect, tracebacks and torch.compile.
     """
     digest = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()[:16]
     name = f"{PACKAGE}_{digest}"
     if name not in sys.modules:
-        modules = {text_name.removesuffix(".py"): text for text_name, text in files.items()}
-        finder = _TextFinder(name, modules)
+        finder = _TextFinder(name, files)
         sys.meta_path.append(finder)
         try:
             return importlib.import_module(name)
@@ -81,7 +79,7 @@ def package_from_texts(files: Mapping[str, str]) -> ModuleType:
 
 
 class _TextFinder:
-    """Finds and loads the modules of one package from their texts."""
+    """Finds and loads the modules of one package from their texts, and gives what lies beside them."""
 
     def __init__(self, package: str, texts: Mapping[str, str]) -> None:
         self.package, self.texts = package, texts
@@ -89,8 +87,7 @@ class _TextFinder:
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """The spec of a module of the package; None for any other."""
         package, _, module = name.partition(".")
-        key = module or "__init__"
-        if package != self.package or key not in self.texts:
+        if package != self.package or f"{module or '__init__'}.py" not in self.texts:
             return None
         spec = ModuleSpec(name, self, origin=f"<{name}>", is_package=not module)  # type: ignore[arg-type]
         spec.has_location = True
@@ -101,10 +98,16 @@ class _TextFinder:
 
     def exec_module(self, module: ModuleType) -> None:
         """Run a module's text, known to linecache by the name that tracebacks show."""
-        text = self.texts[module.__name__.partition(".")[2] or "__init__"]
+        text = self.texts[f"{module.__name__.partition('.')[2] or '__init__'}.py"]
         file = f"<{module.__name__}>"
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
         exec(compile(text, file, "exec"), module.__dict__)
+
+    def get_data(self, path: str) -> bytes:
+        """A file of the package by its name; OSError where there is none."""
+        if path not in self.texts:
+            raise FileNotFoundError(path)
+        return self.texts[path].encode()
 
 
 def _not_compiled(folder: Path, missing: str) -> TfgError:

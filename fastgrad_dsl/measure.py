@@ -2,7 +2,8 @@
 
 A dispatch mode watches the attention operations that a forward and a backward pass run. It compares each with
 exact attention on the same inputs, and it can make chosen ones exact, which shows what one attention does to the
-model's output and gradients. With all of them exact the model is the exact model.
+model's output and gradients. With all of them exact the model is the exact model. Attentions whose weights are a
+polynomial of the model's own are exact already.
 """
 
 from __future__ import annotations
@@ -24,18 +25,23 @@ from fastgrad_compiler.certificates import (
 )
 
 ALWAYS_EXACT = 2**62  # as `exact_below`: every length is below it
+INPUTS = 7  # of an attention operation: q, k, v, near_q, near_k, mask, documents
 LARGEST_DOUBLE = 2048 * 2048  # pairs of a query and a key up to which a reference is computed in float64
 Objective = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Served:
-    """What is known of a polynomial attention before any data: its path, eps, eps' and the logits' scale."""
+    """What is known of a polynomial attention before any data: its path, eps, eps' and the logits' scale.
+
+    `own`: the polynomial is the model's own. It stands in for nothing: it is run, and not compared with softmax.
+    """
 
     path: str
     eps: float
     eps_prime: float
     scale: float
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,23 +121,24 @@ class _Attentions(TorchDispatchMode):
 
     def _forward(self, func: Any, args: tuple[Any, ...]) -> Any:
         index = len(self.calls)
-        inputs, exact_below = args[:6], args[6]
+        inputs, exact_below = args[:INPUTS], args[INPUTS]
         result = func(*inputs, ALWAYS_EXACT if index in self.exact else exact_below)
         call = _Call(inputs, result[0])
         self.calls.append(call)
-        if self.compare:
+        if self.compare and not self.compare[index].own:
             reference = func(*_precise(inputs), ALWAYS_EXACT)[0]
             call.output = relative_error(result[0], reference)
             call.output_bound = _output_bound(self.compare[index], inputs[2], reference)
         return result
 
     def _backward(self, func: Any, args: tuple[Any, ...]) -> Any:
-        out, exact_below = args[7], args[10]
+        *saved, exact_below = args[1 + INPUTS :]
+        out = saved[0]
         index = next(i for i, call in enumerate(self.calls) if call.out.data_ptr() == out.data_ptr())
-        gradients = func(*args[:10], ALWAYS_EXACT if index in self.exact else exact_below)
-        if self.compare:
+        gradients = func(*args[:-1], ALWAYS_EXACT if index in self.exact else exact_below)
+        if self.compare and not self.compare[index].own:
             call, served = self.calls[index], self.compare[index]
-            cotangent, *inputs = _precise(args[:7])
+            cotangent, *inputs = _precise(args[: 1 + INPUTS])
             forward = getattr(
                 torch.ops.fastgrad, func._schema.name.split("::")[1].removesuffix("_backward")
             ).default
@@ -153,18 +160,20 @@ def measure_errors(
 ) -> ModelErrors:
     """Compare a compiled model with itself made exact, on one batch.
 
-    `served` are the polynomial attentions in the order in which the model runs them. Without an objective,
-    gradients are those of a fixed random projection of the output. Runs 2 + len(served) forward and backward
-    passes; `progress` is told of each.
+    `served` are the polynomial attentions, the model's own among them, in the order in which the model runs them.
+    Without an objective, gradients are those of a fixed random projection of the output. Runs two forward and backward
+    passes and one for each approximated attention; `progress` is told of each.
     """
+    approximated = [index for index, attention in enumerate(served) if not attention.own]
     progress("the compiled model")
     watched = _Attentions(compare=served)
     output, gradients, loss = _pass(model, inputs, targets, objective, watched)
     progress("the exact model")
-    everywhere = _Attentions(exact=frozenset(range(len(served))))
+    everywhere = _Attentions(exact=frozenset(approximated))
     exact_output, exact_gradients, exact_loss = _pass(model, inputs, targets, objective, everywhere)
     attentions = []
-    for index, attention in enumerate(served):
+    for index in approximated:
+        attention = served[index]
         progress(attention.path)
         moved = _Attentions(exact=frozenset({index}))
         moved_output, moved_gradients, _ = _pass(model, inputs, targets, objective, moved)
@@ -257,8 +266,8 @@ def _projection(output: Tensor) -> Tensor:
 
 
 def _precise(tensors: Sequence[Any]) -> list[Any]:
-    """[cotangent,] q, k, v, near_q, near_k, mask in float64, where there are few enough pairs of tokens."""
-    queries, keys = tensors[-6].shape[-2], tensors[-5].shape[-2]
+    """[cotangent,] q, k, v, near_q, near_k, mask, documents in float64, where there are few enough pairs of tokens."""
+    queries, keys = tensors[-INPUTS].shape[-2], tensors[1 - INPUTS].shape[-2]
     if queries * keys > LARGEST_DOUBLE:
         return list(tensors)
     return [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors]

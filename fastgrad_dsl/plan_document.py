@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from math import isfinite
 from typing import Any
 
 from fastgrad_compiler.certificates import certificate
 from fastgrad_compiler.cost import flops
 from fastgrad_compiler.graph import Attribute, Program
-from fastgrad_compiler.passes.attention_table import AttentionEntry, Lengths, attention_table
+from fastgrad_compiler.passes.attention_table import OWN, AttentionEntry, Lengths, attention_table
 from fastgrad_dsl.batches import Input, model_inputs, target_inputs
 
 FORMAT = "fastgrad-plan-1"
@@ -35,6 +37,8 @@ def plan_document(program: Program, source: str, target: str) -> dict[str, Any]:
 
 def attention_document(program: Program, entry: AttentionEntry) -> dict[str, Any]:
     """One attention: numbers that do not exist for it (a degree of an exact one) are None.
+
+    A polynomial that is the model's own has the family "own", an error of 0 and no `bound`: it needs none.
 
     `bound` is R with its `proof` and whether it is only `asserted`; `flops` are per head and sequence at the longest
     declared length; `certificate` holds the proved worst cases that need no data (docs/mathematics.md, section 7).
@@ -66,19 +70,24 @@ def attention_document(program: Program, entry: AttentionEntry) -> dict[str, Any
     }
 
 
+def is_approximated(entry: Mapping[str, Any]) -> bool:
+    """Whether a polynomial stands in for the exp of this attention of a plan; the model's own stands in for nothing."""
+    return bool(entry["decision"] == "polynomial" and entry["family"] != OWN)
+
+
 def _flops(program: Program, entry: AttentionEntry, polynomial: bool) -> dict[str, Any] | None:
     """Of both ways at the longest declared lengths; None where none is declared."""
     node, lengths = entry.node, Lengths(program)
     n, m = lengths.longest(entry.queries), lengths.longest(entry.keys)
     if n is None or m is None or entry.d is None or entry.dv is None:
         return None
-    causal, near, degree = bool(node["causal"]), node["near"], node.get("degree")
-    exact = flops(n=n, m=m, d=entry.d, dv=entry.dv, degree=None, causal=causal)
+    near, window, degree, roles = (node.get(key) for key in ("near", "window", "degree", "roles"))
+    documents = isinstance(roles, tuple) and "documents" in roles
+    work = partial(flops, n=n, m=m, d=entry.d, dv=entry.dv, causal=bool(node["causal"]), documents=documents)
+    exact = work(degree=None, window=window if isinstance(window, int) else None)
     document: dict[str, Any] = {"n": n, "m": m, "exact": asdict(exact)}
     if polynomial and isinstance(degree, int):
-        block = near if isinstance(near, int) else None
-        cheap = flops(n=n, m=m, d=entry.d, dv=entry.dv, degree=degree, near=block, causal=causal)
-        document["polynomial"] = asdict(cheap)
+        document["polynomial"] = asdict(work(degree=degree, near=near if isinstance(near, int) else None))
     return document
 
 

@@ -12,9 +12,11 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgrad_compiler.passes.attention_table import OWN
 from fastgrad_compiler.text_parser import parse_dim
 from fastgrad_dsl.batches import Input, random_batch
 from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.plan_document import is_approximated
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
 
 if TYPE_CHECKING:
@@ -90,7 +92,9 @@ def measure_plan(
     from fastgrad_dsl.measure import Served, measure_errors
 
     served = [
-        Served(entry["path"], entry["eps"], entry["eps_prime"], entry["scale"])
+        Served(
+            entry["path"], entry["eps"], entry["eps_prime"], entry["scale"], own=not is_approximated(entry)
+        )
         for entry in plan["attentions"]
         if entry["decision"] == "polynomial"
     ]
@@ -120,7 +124,7 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
 
 def _errors_of(entry: Mapping[str, Any], errors: ModelErrors | None) -> dict[str, dict[str, float | None]]:
     """`output` and `gradient`, each with bound (proved), estimate (effect on the model) and measured (alone)."""
-    if entry["decision"] == "exact":
+    if not is_approximated(entry):
         return {what: {"bound": 0.0, "estimate": 0.0, "measured": 0.0} for what in ("output", "gradient")}
     found = next((a for a in errors.attentions if a.path == entry["path"]), None) if errors else None
     if found is None:
@@ -138,7 +142,7 @@ def _three(bound: float, estimate: float, measured: float) -> dict[str, float | 
 
 def _whole(plan: Mapping[str, Any], errors: ModelErrors | None) -> dict[str, Any]:
     """The whole model; no useful bound is proved through layers that approximate."""
-    exact = all(entry["decision"] == "exact" for entry in plan["attentions"])
+    exact = not any(map(is_approximated, plan["attentions"]))
     bound = 0.0 if exact else None
     if errors is None:
         unknown = {"bound": bound, "estimate": bound, "measured": bound}
@@ -175,7 +179,12 @@ def _summary(plan: Mapping[str, Any], errors: ModelErrors | None) -> list[str]:
 def _notes(plan: Mapping[str, Any], errors: ModelErrors | None, batch: Mapping[str, Any] | None) -> list[str]:
     entries = plan["attentions"]
     notes = []
-    if any(entry["decision"] == "polynomial" for entry in entries):
+    if any(entry["family"] == OWN for entry in entries):
+        notes.append(
+            "weights that are the model's own polynomial stand in for nothing: their error is 0, without a bound of the"
+            " logits"
+        )
+    if any(map(is_approximated, entries)):
         notes.append(
             "no useful bound is proved through several layers; the whole has an estimate and a measurement"
         )

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastgrad_compiler.graph import Program
-from fastgrad_compiler.passes.attention_table import attention_table
+from fastgrad_compiler.passes.attention_table import OWN, attention_table, is_own
 
 WIDTH_OF_A_FILE = 200  # where the output is no terminal
 
@@ -23,14 +23,14 @@ def console(*, error: bool = False) -> Console:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr that says what is being done; silent where stderr is no terminal."""
+def progress(doing: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr that says what is being done ("measuring") and to what; silent where it is no terminal."""
     out = console(error=True)
     if not out.is_terminal:
         yield lambda what: None
         return
     with out.status("starting") as status:
-        yield lambda what: status.update(f"measuring {what}")
+        yield lambda what: status.update(f"{doing} {what}")
 
 
 def print_plan(program: Program, file: str) -> None:
@@ -42,14 +42,18 @@ def print_plan(program: Program, file: str) -> None:
     for entry in table:
         node = entry.node
         polynomial = node.op == "poly_attention" or node.get("decision") == "polynomial"
-        decision = f"{node['family']} degree {node['degree']}" if polynomial else "exact"
+        decision = f"{_family(node['family'])} degree {node['degree']}" if polynomial else "exact"
         if polynomial and node["near"] is not None:
-            decision += f", exact in blocks of {node['near']}"
+            decision += f", {'exp' if is_own(node) else 'exact'} in blocks of {node['near']}"
         place = entry.span.short_place if entry.span else ""
         rows.setdefault((place, decision, str(node.get("why", ""))), []).append(entry.path)
     for (place, decision, why), paths in rows.items():
         out.print(Text(f"  {_folded(paths)}  {decision}  ({place})", style="bold"), soft_wrap=True)
         out.print(Text(f"      {why}"), soft_wrap=True)
+
+
+def _family(family: object) -> str:
+    return "own polynomial" if family == OWN else str(family)
 
 
 def _folded(paths: list[str]) -> str:
@@ -92,7 +96,7 @@ def _table(report: Mapping[str, Any]) -> Table:
             table.add_column(f"{what} {kind}", justify="right")
     for entry in report["attentions"]:
         polynomial = entry["decision"] == "polynomial"
-        decision = f"{entry['family']} {entry['degree']}" if polynomial else "exact"
+        decision = f"{_family(entry['family'])} {entry['degree']}" if polynomial else "exact"
         row = [
             entry["path"],
             decision,

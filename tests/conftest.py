@@ -20,6 +20,9 @@ _THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, _THREADS)
 
+# Kernels run as PyTorch does them unless a test asks for the fixture `native`: a build takes seconds.
+os.environ["FASTGRAD_NATIVE"] = "0"
+
 settings.register_profile(
     "deterministic",
     derandomize=True,
@@ -44,6 +47,15 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "--update-golden is refused under CI: golden files are updated and reviewed by hand"
         )
+
+
+@pytest.fixture
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native kernels, in a cache that lasts from one run of the tests to the next."""
+    monkeypatch.setenv("FASTGRAD_NATIVE", "1")
+    monkeypatch.setenv("FASTGRAD_QUIET", "1")
+    assert request.config.cache is not None
+    monkeypatch.setenv("FASTGRAD_CACHE", str(request.config.cache.mkdir("native")))
 
 
 @pytest.fixture

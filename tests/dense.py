@@ -23,15 +23,19 @@ def polynomial_attention(
     near_q: Tensor | None = None,
     near_k: Tensor | None = None,
     mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Weights p(s), s = scale * q.k; exp(t) where near.
 
-    q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv], mask [.., m]; near_q and near_k give t, already scaled.
+    q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv], mask [.., m], documents [.., n]; near_q and near_k
+    give t, already scaled.
     """
     scores = scale * q @ _heads(k, q).mT
     weights = sum(c * scores**power for power, c in enumerate(coefficients))
     assert isinstance(weights, Tensor)
-    return _attend(weights, scores, q, v, causal, near, near_q, near_k, mask)
+    hidden = _hidden(scores, causal, window, mask, documents)
+    return _attend(weights, scores, hidden, q, v, near, near_q, near_k)
 
 
 def softmax_attention(
@@ -45,32 +49,58 @@ def softmax_attention(
     near_q: Tensor | None = None,
     near_k: Tensor | None = None,
     mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """The same with weights exp(s)."""
     scores = scale * q @ _heads(k, q).mT
-    return _attend(torch.exp(scores), scores, q, v, causal, near, near_q, near_k, mask)
+    hidden = _hidden(scores, causal, window, mask, documents)
+    return _attend(torch.exp(scores), scores, hidden, q, v, near, near_q, near_k)
+
+
+def _hidden(
+    scores: Tensor, causal: bool, window: int | None, mask: Tensor | None, documents: Tensor | None
+) -> Tensor:
+    """True where a query does not see a key, broadcastable to the scores."""
+    n, m = scores.shape[-2:]
+    distance = torch.arange(n)[:, None] - torch.arange(m)[None, :]
+    hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+    if window is not None:
+        hidden = hidden | (distance.abs() >= window)
+    if mask is not None:
+        hidden = hidden | ~mask[..., None, None, :]
+    if documents is not None:
+        hidden = hidden | _boundary_between(documents).unsqueeze(-3)
+    return hidden
+
+
+def _boundary_between(documents: Tensor) -> Tensor:
+    """True where the ids change anywhere between tokens i and j: [.., n, n], pair by pair."""
+    n = documents.shape[-1]
+    pairs = [
+        (documents[..., i:j] != documents[..., i + 1 : j + 1]).any(-1)
+        for a in range(n)
+        for i, j in (sorted((a, b)) for b in range(n))
+    ]
+    return torch.stack(pairs, -1).unflatten(-1, (n, n))
 
 
 def _attend(
     weights: Tensor,
     scores: Tensor,
+    hidden: Tensor,
     q: Tensor,
     v: Tensor,
-    causal: bool,
     near: int | None,
     near_q: Tensor | None,
     near_k: Tensor | None,
-    mask: Tensor | None,
 ) -> Tensor:
     i = torch.arange(weights.shape[-2])[:, None]
     j = torch.arange(weights.shape[-1])[None, :]
     if near is not None:
         local = scores if near_q is None or near_k is None else near_q @ _heads(near_k, q).mT
         weights = torch.where((i // near - j // near).abs() <= 1, torch.exp(local), weights)
-    visible = (i >= j) if causal else torch.ones_like(weights[..., :, :], dtype=torch.bool)
-    if mask is not None:
-        visible = visible & mask[..., None, None, :]
-    weights = torch.where(visible, weights, 0.0)
+    weights = torch.where(hidden, 0.0, weights)
     total = weights.sum(-1, keepdim=True)
     return torch.where(total == 0, 0.0, (weights / torch.where(total == 0, 1.0, total)) @ _heads(v, q))
 

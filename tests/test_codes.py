@@ -31,6 +31,7 @@ WITHOUT_FILE = {
     "FG419": "tests/dsl/test_cli.py::test_report_refuses_what_does_not_fit",
     "FG420": "tests/dsl/test_cli.py::test_targets_that_are_not_there_are_refused",
     "FG421": "tests/dsl/test_cli.py::test_a_folder_that_cannot_be_written_is_a_diagnostic",
+    "FG422": "tests/dsl/test_cli.py::test_cpp_kernels_are_built_ahead_or_a_warning_says_why_not",
 }
 """Codes that no text file in golden/errors can show, and the test that shows each."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgrad_compiler.graph import Node
+from fastgrad_compiler.runtime.documents import document_runs
 from fastgrad_compiler.torch_env import Env, integer, number, sequence
 
 
@@ -55,8 +56,9 @@ def padding_mask(mask: Tensor, scores: Tensor) -> Tensor:
 
 
 def documents_mask(ids: Tensor, scores: Tensor) -> Tensor:
-    """True where query and key are of one document: ids [b, n], scores [b, .., n, n]."""
-    same = ids[:, :, None] == ids[:, None, :]
+    """True where query and key are of one run of equal ids: ids [b, n], scores [b, .., n, n]."""
+    runs = document_runs(ids)
+    same = runs[:, :, None] == runs[:, None, :]
     return same.reshape(ids.shape[0], *[1] * (scores.dim() - 3), *same.shape[1:])
 
 
@@ -137,7 +139,7 @@ def attention(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     return softmax(scores.masked_fill(~a.visible(node, scores), -math.inf)) @ a.v
 
 
-def _polynomial(coefficients: Sequence[float], s: Tensor) -> Tensor:
+def polynomial(coefficients: Sequence[float], s: Tensor) -> Tensor:
     """sum of c_j s^j."""
     result = torch.zeros_like(s)
     for coefficient in reversed(coefficients):
@@ -156,7 +158,7 @@ def _weights(node: Node, a: _Attention) -> tuple[Tensor, Tensor]:
     t = a.near_scores().masked_fill(~(near & seen), -math.inf)
     top = t.amax(-1, keepdim=True).clamp(min=0.0)
     damping = (-top).exp()
-    far = torch.where(seen & ~near, damping * _polynomial(_coefficients(node), s), torch.zeros_like(s))
+    far = torch.where(seen & ~near, damping * polynomial(_coefficients(node), s), torch.zeros_like(s))
     return (t - top).exp() + far, damping
 
 
@@ -187,7 +189,7 @@ def poly_attention_backward(node: Node, inputs: list[Tensor], env: Env) -> tuple
     near, seen = a.near_pairs(), a.visible(node, s)
     slope = [j * c for j, c in enumerate(_coefficients(node))][1:]
     d_near = torch.where(near, d_weights * weights, torch.zeros_like(s))
-    d_far = torch.where(seen & ~near, d_weights * damping * _polynomial(slope, s), torch.zeros_like(s))
+    d_far = torch.where(seen & ~near, d_weights * damping * polynomial(slope, s), torch.zeros_like(s))
     d_scores = a.scale * (d_far if "near_q" in a.extra else d_far + d_near)
 
     results = [d_scores @ a.k, d_scores.mT @ a.q, weights.mT @ u]

@@ -9,16 +9,39 @@ kernels do them:
     dense part, per key in it   forward 2 (d + dv + 1)      backward 2 (3 d + 2 (dv + 1))
     state part                  forward 4 r (dv + 1)        backward 10 r (dv + 1)
 
-A causal exact kernel visits half of the pairs. The dense part holds `chunk` keys (causal), none (no mask),
-or, with a near field of block w, 2 w (causal) or 3 w (no mask) keys. A near field without a mask needs a
-prefix and a suffix state, so that its state part is done twice.
+A causal exact kernel visits half of the pairs, and one with a window of w at most w keys a query (causal) or 2 w - 1.
+The dense part holds `chunk` keys (causal, or documents), none (no mask), or, with a near field of block w,
+2 w (causal) or 3 w (no mask) keys. A near field or documents without a mask need a prefix and a suffix state, so that
+their state part is done twice. How long documents are is known at run time only: they are taken to be as long
+as the sequence, of which exact attention visits less.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from fastgrad_compiler.features import rank
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """A target's kernels beside PyTorch's fused exact attention on the same CPU.
+
+    Args:
+        speed: flops of polynomial attention in the time of one flop of exact attention at great lengths.
+        keys: exact attention takes the time of so many keys more than there are: it is slower at short lengths.
+    """
+
+    speed: float
+    keys: int
+
+
+EQUAL = Pace(1.0, 0)  # flops are compared as they are
+NATIVE = Pace(
+    1.8, 500
+)  # measured, rounded (docs/performance.md): 300 and 162 GFLOP/s, half of which at 500 keys
+PACE = {"torch": EQUAL, "cpp": NATIVE, "auto": NATIVE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +106,8 @@ def flops(
     chunk: int = 64,
     near: int | None = None,
     causal: bool = True,
+    documents: bool = False,
+    window: int | None = None,
 ) -> Flops:
     """Flops of one attention.
 
@@ -91,25 +116,28 @@ def flops(
         m: number of keys, at least 1; None means n, and causal attention takes nothing else.
         d: head dimension of queries and keys.
         dv: head dimension of values.
-        degree: of the polynomial; None is exact attention, to which chunk and near make no difference.
+        degree: of the polynomial; None is exact attention, to which chunk, near and documents make no difference.
         chunk: tokens that a causal kernel handles densely at a time.
         near: block size of the near field, None without one.
         causal: whether a query sees only the keys up to its own place.
+        documents: whether a query sees only keys of its own document.
+        window: of exact attention, keys less than so many places away; None: all.
 
     Raises:
-        ValueError: causal with m other than n, or a size below 1.
+        ValueError: causal with m other than n, a size below 1, or a polynomial with a window.
     """
     keys = n if m is None else m
     if causal and keys != n:
         raise ValueError(f"causal attention needs as many keys as queries, not {keys} for {n}")
-    if min(n, keys, d, dv, chunk, 1 if near is None else near) < 1:
-        raise ValueError("n, m, d, dv, chunk and near must be at least 1")
+    if min(n, keys, d, dv, chunk, *(size for size in (near, window) if size is not None)) < 1:
+        raise ValueError("n, m, d, dv, chunk, near and window must be at least 1")
     if degree is None:
-        pairs = n * keys  # times 2 flops, or, causal, half of the pairs times 2 flops each way
-        share = 1 if causal else 2
-        return Flops(share * pairs * (d + dv), share * pairs * (3 * d + 2 * dv))
-    dense = 2 * n * min(_dense_keys(chunk, near, causal), keys)
-    state = rank(d, degree) * (dv + 1) * _scans(near, causal)
+        work = _exact_work(n, keys, causal, window)
+        return Flops(work * (d + dv), work * (3 * d + 2 * dv))
+    if window is not None:
+        raise ValueError("no polynomial serves a window")
+    dense = 2 * n * min(_dense_keys(chunk, near, causal, documents), keys)
+    state = rank(d, degree) * (dv + 1) * _scans(near, causal, documents)
     # Forward: every key is added to the state and every query reads it. Backward: keys are added and queries
     # read again for dQ; then queries are added, and every key reads twice, for dV and dK.
     return Flops(
@@ -119,19 +147,27 @@ def flops(
 
 
 def break_even(
-    *, d: int, dv: int, degree: int, chunk: int = 64, near: int | None = None, causal: bool = True
+    *,
+    d: int,
+    dv: int,
+    degree: int,
+    chunk: int = 64,
+    near: int | None = None,
+    causal: bool = True,
+    documents: bool = False,
+    pace: Pace = EQUAL,
 ) -> int:
-    """Least n, with as many keys, from which forward and backward take no more flops than exact ones.
+    """Least n, with as many keys, from which forward and backward take no longer than exact ones.
 
-    Without a dense part it is 14 r (dv + 1) / (4 d + 3 dv) for a causal attention, and half that for one
-    without a mask.
+    pace: of the target; EQUAL compares flops. Without a dense part it is then 14 r (dv + 1) / (4 d + 3 dv) for a causal
+    attention, and half that for one without a mask.
     """
     exact = (1 if causal else 2) * (4 * d + 3 * dv)  # flops per query and key
-    state = 14 * rank(d, degree) * (dv + 1) * _scans(near, causal)
-    dense = 2 * _dense_keys(chunk, near, causal) * (4 * d + 3 * (dv + 1))
+    state = 14 * rank(d, degree) * (dv + 1) * _scans(near, causal, documents)
+    dense = 2 * _dense_keys(chunk, near, causal, documents) * (4 * d + 3 * (dv + 1))
     # A dense part larger than n would be cut to n, but is never met: its keys alone cost more than exact
     # ones.
-    return -(-(state + dense) // exact)
+    return max(1, ceil((state + dense) / (exact * pace.speed)) - pace.keys)
 
 
 def state_bytes(*, d: int, dv: int, degree: int, itemsize: int = 4) -> int:
@@ -139,12 +175,18 @@ def state_bytes(*, d: int, dv: int, degree: int, itemsize: int = 4) -> int:
     return rank(d, degree) * (dv + 1) * itemsize
 
 
-def _dense_keys(chunk: int, near: int | None, causal: bool) -> int:
+def _exact_work(n: int, keys: int, causal: bool, window: int | None) -> int:
+    """Twice the pairs that are visited; of a causal triangle half of the square."""
+    work = n * keys if causal else 2 * n * keys
+    return work if window is None else min(work, 2 * n * (window if causal else 2 * window - 1))
+
+
+def _dense_keys(chunk: int, near: int | None, causal: bool, documents: bool) -> int:
     """How many keys a query meets one by one instead of through the state."""
     if near is not None:
         return (2 if causal else 3) * near
-    return chunk if causal else 0
+    return chunk if causal or documents else 0
 
 
-def _scans(near: int | None, causal: bool) -> int:
-    return 2 if near is not None and not causal else 1
+def _scans(near: int | None, causal: bool, documents: bool) -> int:
+    return 2 if (near is not None or documents) and not causal else 1

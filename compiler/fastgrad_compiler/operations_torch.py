@@ -4,6 +4,8 @@ Nothing here is shared with the kernels, and nothing is fast. Conventions that a
 
     softmax        a row without any visible entry gives zeros
     unit           x / ||x||, and less where ||x|| < 1e-6: its norm never exceeds 1
+    polynomial     0 where the score is -inf, as exp
+    normalize_rows weights of -inf, which a mask leaves, are 0; a row of zeros stays one
     rotary         turns pairs (i, i + d/2) by position * base^(-2 i / d)
     sinusoid       sin in even and cos in odd columns, as Vaswani et al.
     alibi          head i of h has slope 2^(-8 (i + 1) / h)
@@ -12,6 +14,7 @@ Nothing here is shared with the kernels, and nothing is fast. Conventions that a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -27,6 +30,7 @@ from fastgrad_compiler.attention_torch import (
     padding_mask,
     poly_attention,
     poly_attention_backward,
+    polynomial,
     softmax,
     window_mask,
 )
@@ -168,6 +172,19 @@ def _masked(visible: Callable[[Node, Tensor, list[Tensor]], Tensor]) -> Rule:
     return rule
 
 
+def _polynomial(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
+    (s,) = inputs
+    hidden = s == -math.inf
+    coefficients = [number(c) for c in sequence(node["coefficients"])]
+    return polynomial(coefficients, s.masked_fill(hidden, 0.0)).masked_fill(hidden, 0.0)
+
+
+def _normalize_rows(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
+    weights = inputs[0].masked_fill(inputs[0] == -math.inf, 0.0)
+    total = weights.sum(-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0)
+
+
 def _near_far(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     local, far = inputs
     return torch.where(
@@ -247,6 +264,8 @@ TORCH: dict[str, Rule] = {
     "padding": _masked(lambda node, s, rest: padding_mask(rest[0], s)),
     "documents": _masked(lambda node, s, rest: documents_mask(rest[0], s)),
     "near_far": _near_far,
+    "polynomial": _polynomial,
+    "normalize_rows": _normalize_rows,
     "assume_bound": lambda node, inputs, env: inputs[0],
     "rotary": _rotary,
     "sinusoid": _sinusoid,

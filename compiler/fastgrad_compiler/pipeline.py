@@ -21,7 +21,7 @@ class Pass:
     """A function Program -> Program with the name that stages and the command line show."""
 
     name: str
-    run: Callable[[Program], Program]
+    run: Callable[..., Program]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def run(program: Program, *, until: str | None = None) -> tuple[Stage, ...]:
-    """All stages, the elaborated program first, up to the pass `until` (None: the last).
+def run(program: Program, *, until: str | None = None, target: str = "auto") -> tuple[Stage, ...]:
+    """All stages, the elaborated program first, up to the pass `until` (None: the last), for a target.
 
     Raises TfgError where a pass finds the user's program wanting, CompilerBug where a pass leaves an invalid one,
     ValueError for an unknown pass.
@@ -59,7 +59,7 @@ def run(program: Program, *, until: str | None = None) -> tuple[Stage, ...]:
         if stages[-1].name == until:
             break
         started = time.perf_counter()
-        program = step.run(program)
+        program = step.run(program, target=target) if step.run is plan_attention else step.run(program)
         seconds = time.perf_counter() - started
         verify(program, after=step.name)
         stages.append(Stage(step.name, program, seconds))

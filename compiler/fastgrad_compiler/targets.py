@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
 
-AVAILABLE = ("torch", "auto")
-PLANNED = ("cpp", "triton")
+NATIVE = {"torch": False, "cpp": True, "auto": True}
+"""The targets, and whether C++ serves attention on a CPU; what else runs is PyTorch's, on every device."""
+PLANNED = ("triton",)
 
 
-def resolve_target(target: str) -> str:
-    """The target that code is generated for; `auto` is torch. TfgError FG420 for one that is not available."""
-    if target in AVAILABLE:
-        return "torch"
+def check_target(target: str) -> None:
+    """Raise TfgError FG420 for a target that is not available."""
+    if target in NATIVE:
+        return
     if target in PLANNED:
         reason = f"target {target} is not part of this version"
     else:
-        near = nearest(target, AVAILABLE + PLANNED)
+        near = nearest(target, (*NATIVE, *PLANNED))
         reason = f"unknown target {target}" + (f": did you mean {near}?" if near else "")
-    raise TfgError(
-        [Diagnostic("FG420", reason, help=("available: torch, and auto, which chooses by device",))]
-    )
+    help_ = ("available: torch, cpp (C++ on a CPU), and auto, which chooses by device",)
+    raise TfgError([Diagnostic("FG420", reason, help=help_)])

@@ -32,7 +32,7 @@ class TensorType:
 
 @dataclass(frozen=True)
 class ValueType:
-    """The type of a compile-time value: int, float, bool or str; `optional` (`float?`) may be none."""
+    """The type of a compile-time value: int, float, bool, str or floats; `optional` (`float?`) may be none."""
 
     name: str
     optional: bool

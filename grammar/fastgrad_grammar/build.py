@@ -21,7 +21,7 @@ from fastgrad_grammar.diagnostics import nearest
 from fastgrad_grammar.layout import MAX_NESTING
 from fastgrad_grammar.source import Span
 
-VALUE_TYPES = ("int", "float", "bool", "str")
+VALUE_TYPES = ("int", "float", "bool", "str", "floats")
 TENSOR_TYPES = ("float", "int", "bool")
 
 

@@ -72,6 +72,7 @@ CODES: dict[str, str] = {
     "FG239": "operator that tensors do not have",
     "FG240": "model where a block is meant",
     "FG241": "program that is too large",
+    "FG242": "polynomial that is no weight",
     # FG3xx: bounds and budgets
     "FG301": "attention without a proved bound",
     "FG302": "budget pattern that matches no attention",
@@ -83,6 +84,7 @@ CODES: dict[str, str] = {
     "FG308": "near field that cannot be set",
     "FG309": "mask that no polynomial serves",
     "FG310": "no polynomial meets the limits",
+    "FG311": "rule for a polynomial of the model's own",
     # FG4xx: values from outside, files of a run
     "FG411": "text cannot be read",
     "FG412": "text is too short",
@@ -95,6 +97,7 @@ CODES: dict[str, str] = {
     "FG419": "folder that is no compiled model",
     "FG420": "target that is not available",
     "FG421": "folder that cannot be written",
+    "FG422": "native kernels that cannot be built",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",

@@ -23,7 +23,7 @@ _BINDING = {
 OPERATION_TENSORS = frozenset(
     (
         *("a", "b", "condition", "far", "ids", "image", "local", "logits"),
-        *("mask", "scores", "table", "targets", "tensors", "w", "x"),
+        *("mask", "scores", "table", "targets", "tensors", "w", "weights", "x"),
     )
 )
 """The parameters of operations that are tensors: never behind `;`, even where a number is given for one."""

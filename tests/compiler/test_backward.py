@@ -95,6 +95,15 @@ CASES: dict[str, tuple[Case, ...]] = {
         for op in ("sum", "mean", "amax")
     },
     "softmax": (Case((F,), "softmax(%a, axis = -1)"), Case((F,), "softmax(%a, axis = -2)")),
+    "polynomial": (
+        Case((F,), "polynomial(%a, coefficients = (1.0, -0.5, 0.25, 0.1, 0.2))"),
+        Case((F,), "polynomial(%a, coefficients = (0.0, 0.0, 1.0))"),
+        Case((F,), "polynomial(%a, coefficients = (2.0,))"),
+    ),
+    "normalize_rows": (
+        Case((F,), "normalize_rows(%a)", positive=True),
+        Case(("float[4]",), "normalize_rows(%a)"),
+    ),
     "layer_norm": (Case((F, "float[4]", "float[4]"), "layer_norm(%a, %b, %c, eps = 1e-05)"),),
     "rms_norm": (Case((F, "float[4]"), "rms_norm(%a, %b, eps = 0.1)"),),
     "causal": (Case((S,), "causal(%a, fill = -2.0)"),),

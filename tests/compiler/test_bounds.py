@@ -72,6 +72,16 @@ CASES = {
     "select": ("%y = select(%q, axis = 1, index = 0)", "y", (-1, 1, 1)),
     "pad": ("%a = exp(%q)\n%y = pad(%a, axis = -1, before = 1, after = 0)", "y", (0, 2.718281828459045, inf)),
     "softmax": ("%y = softmax(%x, axis = -1)", "y", (0, 1, 1)),
+    "polynomial": ("%y = polynomial(%q, coefficients = (1.0, 1.0, 0.5))", "y", (0, 2.5, 2.5 * sqrt(8))),
+    "odd powers": ("%y = polynomial(%q, coefficients = (0.0, -2.0, 0.0, 1.0))", "y", (-3, 3, 3 * sqrt(8))),
+    "even powers of anything": ("%y = polynomial(%x, coefficients = (1.0, 0.0, 1.0))", "y", (1, inf, inf)),
+    "shares of positive weights": ("%e = exp(%q)\n%y = normalize_rows(%e)", "y", (0, 1, 1)),
+    "shares of weights of any sign": ("%y = normalize_rows(%q)", "y", None),
+    "a mask on weights is not bounded": (
+        "%e = exp(%s)\n%a = causal(%e, fill = -12345.0)\n%y = normalize_rows(%a)",
+        "y",
+        None,
+    ),
     "trained norms are not bounded": ("%y = rms_norm(%x, %w, eps = 1e-05)", "y", None),
     "clamped weights of a norm": (
         "%a = clamp(%w, low = -1.0, high = 1.0)\n%y = rms_norm(%x, %a, eps = 1e-05)",

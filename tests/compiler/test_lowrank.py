@@ -21,7 +21,7 @@ PLANNED = (
     ', decision = "polynomial", why = "eps meets the budget", family = "taylor", degree = 2, '
     "coefficients = (1.0, 1.0, 0.5), eps = 0.4, eps_prime = 1.0, break_even = 550"
 )
-SERVED = [v for v in VARIANTS if v.window is None and not v.alibi and v.name != "documents"]
+SERVED = [v for v in VARIANTS if v.window is None and not v.alibi]
 UNSERVED = [v for v in VARIANTS if v not in SERVED]
 
 

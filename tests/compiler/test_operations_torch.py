@@ -132,6 +132,9 @@ def test_masks() -> None:
         0,
     ]
     assert apply("documents", s, torch.tensor([[1, 1, 2, 2]]), fill=-9.0)[0, 0, 1].tolist() == [0, 0, -9, -9]
+    again = apply("documents", s, torch.tensor([[1, 2, 1, 1]]), fill=-9.0)[0, 0]
+    assert again[0].tolist() == [0, -9, -9, -9]  # a document is a run of equal ids
+    assert again[3].tolist() == [-9, -9, 0, 0]
     near = apply("near_far", s + 1, s, block=1)[0, 0].int().tolist()
     assert near == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
 

@@ -76,7 +76,7 @@ def model(
 
 
 def planned(program: Program) -> list[AttentionEntry]:
-    after = plan_attention(program)
+    after = plan_attention(program, target="torch")
     verify(after, "plan")
     assert parse_program(print_program(after)) == after
     return list(attention_table(after))
@@ -182,7 +182,7 @@ def test_pinned_degree_over_its_share_is_noted() -> None:
     ("case", "reason"),
     [
         (model(limits="output <= 0.1", unit="%u = neg(%s)"), "no bound of its logits is proved"),
-        (model(limits="output <= 0.1", mask="%m = window(%d, width = 8)"), "cannot serve the mask `window`"),
+        (model(limits="output <= 0.1", mask="%m = window(%d, width = 8)"), "which stays exact: O(n w), w = 8"),
         (model(limits="output <= 0.1", mask="%m = alibi(%d)"), "cannot serve the mask `alibi`"),
         (model('"*" exact', limits="output <= 0.1"), "the budget leaves it exact"),
         (model(limits="output <= 0.1", longest=256), "exact is cheaper below n = 507 at degree 3"),

@@ -21,6 +21,7 @@ SIZES: dict[str, dict[str, object]] = {
     "vit": {"depth": 2, "d_model": 16, "heads": 4, "height": 12, "width": 16},
     "encoder_decoder": {"depth": 2, "d_model": 16, "heads": 4, "near": 2, "vocab": 11},
     "spelled_out": {"depth": 2, "d_model": 16, "heads": 2, "vocab": 11},
+    "based": {"depth": 2, "d_model": 16, "heads": 2, "qk_dim": 4, "window": 3, "vocab": 11},
 }
 NAMES = tuple(SIZES)
 
@@ -31,7 +32,7 @@ def _tokens(n: int) -> Tensor:
 
 _PADDING = torch.arange(9) < torch.tensor([9, 4])[:, None]
 INPUTS: dict[str, list[Tensor]] = {
-    **{name: [_tokens(13)] for name in ("gpt", "llama", "spelled_out")},
+    **{name: [_tokens(13)] for name in ("gpt", "llama", "spelled_out", "based")},
     "bert": [_tokens(9), _PADDING],
     "vit": [torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)],
     "encoder_decoder": [_tokens(9), _PADDING, _tokens(13)],
@@ -41,7 +42,7 @@ INPUTS: dict[str, list[Tensor]] = {
 @cache
 def small(name: str) -> Compiled:
     """An example compiled at a small size."""
-    return fg.compile(EXAMPLES / f"{name}.tfg", params=SIZES[name])
+    return fg.compile(EXAMPLES / f"{name}.tfg", params=SIZES[name], target="torch")
 
 
 def disturbed(model: nn.Module) -> nn.Module:

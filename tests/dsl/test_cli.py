@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -132,7 +133,11 @@ def test_compile_writes_a_folder_and_keeps_what_is_not_its_own(fastgrad: Run) ->
     assert fastgrad("compile", "tiny.tfg", "-o", "build/tiny")[0] == 0
     second = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     kernels = [
-        {name for name in names if name.startswith("attention_") and "op" not in name}
+        {
+            name
+            for name in names
+            if name.startswith("attention_") and "op" not in name and name.endswith(".py")
+        }
         for names in (first, second)
     ]
     assert len(kernels[0]) == len(kernels[1]) == 1
@@ -149,11 +154,35 @@ def test_a_folder_that_cannot_be_written_is_a_diagnostic(fastgrad: Run) -> None:
 
 
 def test_targets_that_are_not_there_are_refused(fastgrad: Run) -> None:
-    for target in ("cpp", "triton", "toorch"):
+    for target in ("triton", "toorch"):
         status, _, err = fastgrad("compile", "tiny.tfg", "-o", "build", "--target", target)
         assert status == 2
         assert "[FG420]" in err
     assert not Path("build").exists()
+
+
+@pytest.mark.usefixtures("native")
+def test_cpp_kernels_are_built_ahead_or_a_warning_says_why_not(
+    fastgrad: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("compile", "tiny.tfg", "-o", "build", "--target", "cpp")
+    monkeypatch.setenv("FASTGRAD_CACHE", str(tmp_path / "cache"))
+    for variable, value, reason in (
+        ("CXX", "/nonexistent/c++", "CXX names, /nonexistent/c++, is not there"),
+        ("FASTGRAD_NATIVE", "0", "FASTGRAD_NATIVE is 0"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            status, _, err = fastgrad(*command)
+        assert status == 0
+        assert "warning[FG422]" in err
+        assert reason in err
+    assert json.loads(Path("build/plan.json").read_text())["target"] == "cpp"
+    if shutil.which("g++") is not None:
+        assert fastgrad(*command)[::2] == (0, "")
+        (kernel,) = Path("build").glob("attention_*.cpp")
+        (built,) = (tmp_path / "cache").glob("*.so")
+        assert built.name.startswith(f"{kernel.stem}_float32-")
 
 
 def test_stages_prints_the_program_after_a_pass(fastgrad: Run) -> None:

@@ -42,7 +42,7 @@ def test_helpers_are_reserved_names() -> None:
 
 @pytest.mark.parametrize("name", ["gpt", "spelled_out"])
 def test_golden_modules(name: str, golden: Golden) -> None:
-    compiled = fg.compile(EXAMPLES / f"{name}.tfg")
+    compiled = fg.compile(EXAMPLES / f"{name}.tfg", target="torch")
     golden(GOLDEN / f"{name}.py.txt", compiled.modules["model.py"])
 
 
@@ -239,6 +239,36 @@ CASES: dict[str, str] = {
         "q = split_heads(x, 2)\nreturn merge_heads(softmax(padding(documents(q @ q.T, ids), ids < 2)) @ q)",
         signature="x: float[b, n, 4], ids: int[b, n]",
     ),
+    "near and far in a window and documents": text(
+        """q = split_heads(x, 2)
+        s = near_far(q @ q.T, 0.5 * unit(q) @ unit(q).T; 2)
+        return merge_heads(softmax(window(documents(s, ids); 3)) @ q)""",
+        signature="x: float[b, n, 4], ids: int[b, n]",
+    ),
+    "near and far with alibi, which is no attention": text(
+        """q = split_heads(x, 2)
+        return merge_heads(softmax(alibi(near_far(q @ q.T, unit(q) @ unit(q).T; 2))) @ q)"""
+    ),
+    "documents without heads in a window": text(
+        "return softmax(window(causal(documents(x @ x.T, ids)); 3)) @ x",
+        signature="x: float[b, n, 4], ids: int[b, n]",
+    ),
+    "documents and alibi": text(
+        "q = split_heads(x, 2)\nreturn merge_heads(softmax(causal(documents(alibi(q @ q.T), ids))) @ q)",
+        signature="x: float[b, n, 4], ids: int[b, n]",
+    ),
+    "documents, polynomial": text(
+        """q = split_heads(x, 2)
+        s = near_far(q @ q.T, 0.5 * unit(q) @ unit(q).T; 2)
+        return merge_heads(softmax(padding(documents(s, ids), mask)) @ q)""",
+        signature="x: float[b, n, 4], ids: int[b, n], mask: bool[b, n]",
+    )
+    + 'budget { at "*" degree = 3 }\n',
+    "headless documents, polynomial": text(
+        "return softmax(causal(documents(unit(x) @ unit(x).T, ids))) @ x",
+        signature="x: float[b, n, 4], ids: int[b, n]",
+    )
+    + 'budget { at "*" degree = 3 }\n',
     "attention without heads": text(
         "return softmax(padding(x @ x.T, mask)) @ x", signature="x: float[b, n, 4], mask: bool[b, n]"
     ),
@@ -297,6 +327,8 @@ def test_construct(name: str) -> None:
     expected = run(stages["elaborate"], inputs, weights, dtype=dtype)
     torch.testing.assert_close(compiled.reference(model)(*inputs), expected)
     torch.testing.assert_close(model(*inputs), expected)  # below the break-even length where there is one
+    if "no attention" in name:
+        assert not compiled.plan
     if name.endswith("polynomial"):
         assert [entry.node.op for entry in compiled.plan] == ["poly_attention"]
         approximated = run(compiled.program, inputs, weights, dtype=torch.float64)

@@ -76,6 +76,27 @@ def test_near_pairs_are_exact() -> None:
     torch.testing.assert_close(found, dense(q, k, v, weights, causal=True))
 
 
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_documents(lead: tuple[int, ...], causal: bool) -> None:
+    """Those of each sequence are as if alone, although two of them have the same id."""
+    q, k, v = qkv(*lead)
+    rows = torch.tensor([[3, 3, 3, 0, 3, 3, 3, 3, 1], [2, 2, 2, 2, 2, 2, 2, 2, 2]])
+    documents = rows[: lead[0]] if len(lead) == 2 else rows[0]
+    found = polynomial_attention(q, k, v, bound=0.5, causal=causal, documents=documents)
+    runs = (documents.diff(prepend=documents[..., :1]) != 0).cumsum(-1)
+    visible = (
+        (runs[..., :, None] == runs[..., None, :])[..., None, :, :]
+        if len(lead) == 2
+        else runs[:, None] == runs
+    )
+    weights = evaluated(fit("balanced", 2, 0.5).coefficients, q @ k.mT / math.sqrt(4)) * visible
+    expected = dense(q, k, v, weights, causal)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_close_to_softmax_attention() -> None:
     q, k, v = qkv(2, 3)
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -90,6 +111,9 @@ def test_close_to_softmax_attention() -> None:
         ({"near": 0}, "near >= 1"),
         ({"causal": True, "m": 7}, "as many queries as keys"),
         ({"bound": 100.0}, "float64"),
+        ({"documents": torch.zeros(1, 4, dtype=torch.int64)}, "documents has shape"),
+        ({"documents": torch.zeros(1, 5)}, "integer ids"),
+        ({"documents": torch.zeros(1, 5, dtype=torch.int64), "m": 7}, "tokens to each other"),
     ],
 )
 def test_refusals(change: dict, message: str) -> None:

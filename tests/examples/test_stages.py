@@ -23,6 +23,7 @@ SIZES: dict[str, dict[str, object]] = {
     "vit": {"depth": 2, "d_model": 16, "heads": 4, "height": 12, "width": 16},
     "encoder_decoder": {"depth": 2, "d_model": 16, "heads": 4, "near": 2, "vocab": 11},
     "spelled_out": {"depth": 2, "d_model": 16, "heads": 2, "vocab": 11},
+    "based": {"depth": 2, "d_model": 16, "heads": 2, "qk_dim": 4, "window": 3, "vocab": 11},
 }
 
 
@@ -32,7 +33,7 @@ def tokens(n: int) -> Tensor:
 
 PADDING = torch.arange(9) < torch.tensor([9, 4])[:, None]
 INPUTS: dict[str, list[Tensor]] = {
-    **{name: [tokens(13)] for name in ("gpt", "llama", "spelled_out")},
+    **{name: [tokens(13)] for name in ("gpt", "llama", "spelled_out", "based")},
     "bert": [tokens(9), PADDING],
     "vit": [torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)],
     "encoder_decoder": [tokens(9), PADDING, tokens(13)],
@@ -63,9 +64,13 @@ def test_every_stage_computes_the_model(name: str) -> None:
     for stage in ("shapes", "bounds", "attention", "plan", "backward"):
         torch.testing.assert_close(interpreted(stages[stage], name, weights), exact, rtol=1e-11, atol=1e-12)
     budget = stages["elaborate"].budget
+    approximated = interpreted(stages["lowrank"], name, weights)
+    if name == "based":  # nothing is approximated
+        assert budget is None
+        torch.testing.assert_close(approximated, exact, rtol=1e-11, atol=1e-12)
+        return
     assert budget is not None
     assert budget.output is not None
-    approximated = interpreted(stages["lowrank"], name, weights)
     assert relative(approximated, exact) <= budget.output
     polynomial = any(node.op == "poly_attention" for node in flatten(stages["lowrank"]).nodes)
     assert polynomial == (relative(approximated, exact) > 1e-12)

@@ -44,6 +44,8 @@ torch.save(outputs, "outputs.pt")
 def test_generated_files_import_torch_and_each_other(name: str) -> None:
     texts = fg.compile(EXAMPLES / f"{name}.tfg", params=SIZES[name]).modules
     for file, text in texts.items():
+        if file.endswith(".cpp"):
+            continue
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):
                 roots = [alias.name.partition(".")[0] for alias in node.names]
@@ -51,7 +53,8 @@ def test_generated_files_import_torch_and_each_other(name: str) -> None:
                 roots = [str(node.module).partition(".")[0]]
             elif isinstance(node, ast.ImportFrom):
                 roots = []
-                assert f"{node.module}.py" in texts, f"{file}: {node.module}"
+                siblings = [node.module] if node.module else [alias.name for alias in node.names]
+                assert all(f"{name}.py" in texts for name in siblings), f"{file}: {siblings}"
             else:
                 continue
             assert {*roots} <= {"torch", *sys.stdlib_module_names}, f"{file}: {roots}"

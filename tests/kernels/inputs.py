@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,11 +23,12 @@ COEFFICIENTS: dict[int, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k, v, near_q, near_k that require gradients, a mask, and the gradient of the output."""
+    """q, k, v, near_q, near_k that require gradients, a mask, ids of documents, and the gradient of the output."""
 
     tensors: tuple[Tensor, ...]
     mask: Tensor | None
     cotangent: Tensor
+    documents: Tensor | None = None
 
     @property
     def near(self) -> dict[str, Tensor]:
@@ -37,7 +38,7 @@ class Inputs:
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values in another precision."""
         tensors = tuple(x.detach().to(dtype).requires_grad_() for x in self.tensors)
-        return Inputs(tensors, self.mask, self.cotangent.to(dtype))
+        return replace(self, tensors=tensors, cotangent=self.cotangent.to(dtype))
 
 
 def make_inputs(
@@ -51,7 +52,10 @@ def make_inputs(
     local_size: float = 2.0,
     seed: int = 0,
 ) -> Inputs:
-    """float64 inputs for a kernel: unit q and k, near logits of about +-local_size, a mask with a hidden beginning."""
+    """float64 inputs for a kernel: unit q and k, near logits of about +-local_size, a mask with a hidden beginning.
+
+    Documents of some tokens, down to one, others in each row of the batch; ids of two documents may be the same.
+    """
     generator = torch.Generator().manual_seed(seed)
     m = n if m is None else m
 
@@ -69,20 +73,28 @@ def make_inputs(
         mask = torch.rand(batch, m, generator=generator) > 0.4
         mask[0, : m // 3] = False
     cotangent = random(batch, heads * groups, n, spec.dv)
-    return Inputs(tuple(x.requires_grad_() for x in tensors), mask, cotangent)
+    documents = None
+    if spec.documents:
+        begins = torch.rand(batch, n, generator=generator) < torch.linspace(0.7, 0.08, batch)[:, None]
+        documents = begins.cumsum(1) % 3
+    return Inputs(tuple(x.requires_grad_() for x in tensors), mask, cotangent, documents)
 
 
-def run_kernel(spec: KernelSpec, inputs: Inputs, exact_below: int = 0) -> list[Tensor]:
+def run_kernel(
+    spec: KernelSpec, inputs: Inputs, exact_below: int = 0, *, native: bool = False
+) -> list[Tensor]:
     """Output and the gradients of all inputs, of the kernel."""
     q, k, v = inputs.tensors[:3]
-    out = load_kernel(spec)(q, k, v, **inputs.near, mask=inputs.mask, exact_below=exact_below)
+    masks = {"mask": inputs.mask, "documents": inputs.documents}
+    out = load_kernel(spec, native)(q, k, v, **inputs.near, **masks, exact_below=exact_below)
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
 
 
 def run_dense(spec: KernelSpec, inputs: Inputs, *, exact: bool = False) -> list[Tensor]:
     """Output and the gradients of all inputs, of the dense reference."""
     q, k, v = inputs.tensors[:3]
-    options = {"scale": spec.scale, "causal": spec.causal, "near": spec.near, "mask": inputs.mask}
+    options: dict[str, object] = {"scale": spec.scale, "causal": spec.causal, "near": spec.near}
+    options |= {"mask": inputs.mask, "documents": inputs.documents}
     if exact:
         out = dense.softmax_attention(q, k, v, **options, **inputs.near)  # type: ignore[arg-type]
     else:

@@ -42,7 +42,7 @@ class LargestStorage(TorchDispatchMode):
 def largest(forward: Any, backward: Any, inputs: Inputs, *attributes: object) -> LargestStorage:
     """Both passes as plain functions: a mode does not see into a custom operation."""
     q, k, v, *near = (x.detach() for x in inputs.tensors)
-    arguments = (q, k, v, *(near or (None, None)), inputs.mask)
+    arguments = (q, k, v, *(near or (None, None)), inputs.mask, inputs.documents)
     with torch.no_grad(), LargestStorage() as record:
         saved = forward(*arguments, *attributes)
         backward(inputs.cotangent, *arguments, *saved, *attributes)
@@ -57,8 +57,10 @@ def largest(forward: Any, backward: Any, inputs: Inputs, *attributes: object) ->
         KernelSpec(16, 64, COEFFICIENTS[2], causal=True, near=64, near_d=16),
         KernelSpec(16, 64, COEFFICIENTS[2], near=48, near_d=16),
         KernelSpec(16, 64, COEFFICIENTS[3], causal=True),
+        KernelSpec(16, 64, COEFFICIENTS[2], causal=True, near=64, documents=True),
+        KernelSpec(16, 64, COEFFICIENTS[2], documents=True),
     ],
-    ids=["causal", "padded", "causal near", "unmasked near", "degree 3"],
+    ids=["causal", "padded", "causal near", "unmasked near", "degree 3", "causal documents", "documents"],
 )
 def test_nothing_grows_with_length_times_rank(spec: KernelSpec) -> None:
     inputs = make_inputs(spec, N, batch=1, heads=1).to(torch.float32)
@@ -76,5 +78,5 @@ def test_nothing_of_exact_attention_is_quadratic() -> None:
     spec = KernelSpec(16, 64, COEFFICIENTS[2], causal=True, near=64, near_d=16)
     inputs = make_inputs(spec, N, batch=1, heads=1).to(torch.float32)
 
-    record = largest(exact_forward, exact_backward, inputs, 0.25, True, 64)
+    record = largest(exact_forward, exact_backward, inputs, 0.25, True, 64, 0)
     assert record.elements <= N * N / 8

@@ -30,6 +30,11 @@ CASES = [
     for near, near_d in ((None, None), (64, None), (64, 5), (7, None), (7, 5))
 ]
 CASES += [
+    KernelSpec(8, 16, COEFFICIENTS[2], causal, padding, near, near_d, documents=True)
+    for causal, padding in itertools.product((False, True), repeat=2)
+    for near, near_d in ((None, None), (64, None), (7, 5))
+]
+CASES += [
     KernelSpec(4, 16, tuple(0.3**j for j in range(9))),
     KernelSpec(4, 16, (1.0, 0.5)),
     KernelSpec(200, 8, COEFFICIENTS[2], causal=True),

@@ -19,7 +19,10 @@ from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_kernel
 CAUSAL = KernelSpec(3, 4, COEFFICIENTS[2], causal=True, chunk=4)
 NEAR = KernelSpec(3, 4, COEFFICIENTS[2], True, True, near=4, near_d=2, chunk=4)
 UNMASKED = KernelSpec(3, 4, COEFFICIENTS[3], near=5, chunk=8)
-SPECS = pytest.mark.parametrize("spec", [CAUSAL, NEAR, UNMASKED], ids=["causal", "near", "unmasked"])
+PACKED = KernelSpec(3, 4, COEFFICIENTS[2], near=4, near_d=2, chunk=4, documents=True)
+SPECS = pytest.mark.parametrize(
+    "spec", [CAUSAL, NEAR, UNMASKED, PACKED], ids=["causal", "near", "unmasked", "packed"]
+)
 
 
 class Layer(nn.Module):
@@ -42,7 +45,7 @@ class Layer(nn.Module):
 
 def arguments(inputs: Inputs) -> tuple[Tensor | None, ...]:
     q, k, v, *near = inputs.tensors
-    return (q, k, v, *(near or (None, None)), inputs.mask)
+    return (q, k, v, *(near or (None, None)), inputs.mask, inputs.documents)
 
 
 @SPECS
@@ -59,14 +62,18 @@ def test_opcheck_of_transposed_inputs(exact_below: int) -> None:
         x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
         for x in make_inputs(NEAR, 9).tensors
     )
-    for spec, rest in ((CAUSAL, (None, None, None)), (NEAR, (near_q, near_k, torch.ones(2, 9) > 0))):
+    for spec, rest in (
+        (CAUSAL, (None, None, None, None)),
+        (NEAR, (near_q, near_k, torch.ones(2, 9) > 0, None)),
+    ):
         operation = getattr(torch.ops.fastgrad, load_and_name(spec))
         torch.library.opcheck(operation, (q, k, v, *rest, exact_below))
 
 
 def test_opcheck_of_exact_attention() -> None:
-    inputs = arguments(make_inputs(NEAR, 9))
-    torch.library.opcheck(torch.ops.fastgrad.exact_attention, (*inputs, 0.5, True, 4))
+    for spec, window in ((NEAR, 0), (PACKED, 3)):
+        inputs = arguments(make_inputs(spec, 9))
+        torch.library.opcheck(torch.ops.fastgrad.exact_attention, (*inputs, 0.5, spec.causal, 4, window))
 
 
 def load_and_name(spec: KernelSpec) -> str:
@@ -81,7 +88,8 @@ def test_gradcheck(spec: KernelSpec, exact_below: int) -> None:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *near: Tensor) -> Tensor:
         names = dict(zip(("near_q", "near_k"), near, strict=False))
-        return load_kernel(spec)(q, k, v, **names, mask=inputs.mask, exact_below=exact_below)
+        masks = {"mask": inputs.mask, "documents": inputs.documents}
+        return load_kernel(spec)(q, k, v, **names, **masks, exact_below=exact_below)
 
     assert torch.autograd.gradcheck(attend, inputs.tensors)
 
@@ -113,6 +121,26 @@ def test_compile_without_graph_breaks(exact_below: int) -> None:
             torch.autograd.grad(y.square().sum(), layer.project.weight)[0] for y in (expected, found)
         ]
         torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("exact_below", [0, 100])
+def test_compile_with_documents_without_graph_breaks(exact_below: int) -> None:
+    spec = KernelSpec(3, 4, COEFFICIENTS[2], causal=True, documents=True)
+    attend = load_kernel(spec)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
+        out = attend(q, k, v, documents=documents, exact_below=exact_below)
+        return (out + exact_attention(q, k, v, documents=documents, window=3)).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (7, 19):
+        inputs = make_inputs(spec, n)
+        assert inputs.documents is not None
+        q, k, v = inputs.tensors
+        found, expected = (
+            torch.autograd.grad(f(q, k, v, inputs.documents), inputs.tensors) for f in (compiled, loss)
+        )
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.slow

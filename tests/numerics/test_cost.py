@@ -94,6 +94,29 @@ def test_break_even_is_the_least_length(causal: bool, near: int | None, chunk: i
         assert all(pays(found + more) for more in range(20))
 
 
+@pytest.mark.parametrize(("causal", "keys"), [(True, 100), (False, 199)])
+def test_exact_attention_in_a_window(causal: bool, keys: int) -> None:
+    """A query meets the keys of the band; a window that is wider than the sequence hides nothing."""
+    found = flops(n=5000, d=16, dv=64, degree=None, causal=causal, window=100)
+    assert found.forward == 5000 * keys * 2 * (16 + 64)
+    assert found.backward == 5000 * keys * 2 * (3 * 16 + 2 * 64)
+    wide = flops(n=5000, d=16, dv=64, degree=None, causal=causal, window=5000)
+    assert wide == flops(n=5000, d=16, dv=64, degree=None, causal=causal)
+
+
+def test_documents_cost_a_chunk_of_pairs_and_two_states() -> None:
+    """Causal attention does the same work with and without documents."""
+    assert flops(n=999, d=8, dv=4, degree=2, documents=True) == flops(n=999, d=8, dv=4, degree=2)
+    found = flops(n=999, d=8, dv=4, degree=2, causal=False, documents=True)
+    near = flops(n=999, d=8, dv=4, degree=2, causal=False, near=64)
+    plain, pairs = flops(n=999, d=8, dv=4, degree=2, causal=False), 2 * 999 * 64
+    assert found.forward == 2 * plain.forward + pairs * (8 + 4 + 1)
+    assert found.forward < near.forward
+    assert break_even(d=8, dv=4, degree=2, causal=False, documents=True) > break_even(
+        d=8, dv=4, degree=2, causal=False
+    )
+
+
 def test_cost_gathers_both_ways() -> None:
     found = cost(n=16384, d=16, dv=64, degree=2)
     assert found.rank == 153
@@ -111,6 +134,8 @@ def test_cost_gathers_both_ways() -> None:
         ({"n": 0}, "must be at least 1"),
         ({"n": 8, "near": 0}, "must be at least 1"),
         ({"n": 8, "chunk": 0}, "must be at least 1"),
+        ({"n": 8, "window": 0}, "must be at least 1"),
+        ({"n": 8, "window": 4}, "no polynomial serves a window"),
     ],
 )
 def test_sizes_that_make_no_sense(sizes: dict[str, Any], message: str) -> None:

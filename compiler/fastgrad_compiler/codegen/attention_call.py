@@ -1,4 +1,4 @@
-"""Attention as a call: of PyTorch's own function, of the exact one with a near field, or of a kernel.
+"""Attention as a call: of PyTorch's own function, of the exact one in blocks, or of a kernel.
 
 Those take q [.., H, n, d], k [.., Hk, m, d] and v [.., Hk, m, dv] with the same leading dims; attention in a program
 may have no heads, or keys that are broadcast.
@@ -13,6 +13,7 @@ from fastgrad_compiler.codegen.writer import COMPARE, Expr, call, index, literal
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import Node
+from fastgrad_compiler.passes.attention_table import is_own
 
 Shape = tuple[Dim, ...]
 
@@ -37,10 +38,13 @@ def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
         _lifted(place, tensor, lead, headless)
         for tensor in (*tensors[:3], *(others[role] for role in ("near_q", "near_k") if role in others))
     )
-    if node.op == "poly_attention" and not place.exact:
-        result = _polynomial(place, node, [q, k, v, *near], _padding(place, others, lead))
-    elif near:
-        result = _exact_near(place, node, [q, k, v, *near], _padding(place, others, lead))
+    banded = near or node.get("window") is not None or "documents" in others
+    if node.op == "poly_attention" and (is_own(node) or not place.exact):
+        result = _polynomial(place, node, [q, k, v, *near], _masks(place, others, lead))
+    elif node.get("window") is not None and place.native and not (node["near"] or node.get("alibi")):
+        result = call(place.kernel(node), *(x.value for x in (q, k, v)), **_masks(place, others, lead))
+    elif banded and not node.get("alibi"):
+        result = _exact(place, node, [q, k, v, *near], _masks(place, others, lead))
     else:
         result = _softmax(place, node, [q, k, v], others)
     return method(place.bind(result, "attention"), "squeeze", len(lead)) if headless else result
@@ -58,38 +62,48 @@ def _lifted(place: Place, tensor: _Tensor, lead: Shape, headless: bool) -> _Tens
     return _Tensor(value, shape)
 
 
-def _padding(place: Place, others: dict[str, _Tensor], lead: Shape) -> Expr | None:
-    """The mask as kernels take it: bool [.., m]."""
-    mask = others.get("padding")
-    if mask is None:
-        return None
+def _masks(place: Place, others: dict[str, _Tensor], lead: Shape) -> dict[str, Expr]:
+    """The mask of padding, bool [.., m], and the ids of documents, [.., n], by the names of the kernels' arguments."""
+    roles = (("mask", "padding"), ("documents", "documents"))
+    return {name: _spread(place, others[role], lead) for name, role in roles if role in others}
+
+
+def _spread(place: Place, tensor: _Tensor, lead: Shape) -> Expr:
+    """Of shape [b, m], with all leading dims instead of b."""
     if len(lead) == 1:
-        return mask.value
-    whole = (*lead, mask.shape[-1])
-    spread = index(mask.value, ", ".join([":"] + ["None"] * (len(lead) - 1)))
+        return tensor.value
+    whole = (*lead, tensor.shape[-1])
+    spread = index(tensor.value, ", ".join([":"] + ["None"] * (len(lead) - 1)))
     return method(spread, "expand", *(place.dim(dim) for dim in whole))
 
 
-def _polynomial(place: Place, node: Node, tensors: list[_Tensor], mask: Expr | None) -> Expr:
+def _polynomial(place: Place, node: Node, tensors: list[_Tensor], masks: dict[str, Expr]) -> Expr:
     coefficients = node["coefficients"]
     assert isinstance(coefficients, tuple)
     degree = len(coefficients) - 1
     monomials = rank(_size(tensors[0].shape[-1]), degree)
+    place.remark(_what(node, degree, monomials))
+    values = [tensor.value for tensor in tensors]
+    return call(place.kernel(node), *values, **masks, exact_below=node.get("break_even") or 0)
+
+
+def _what(node: Node, degree: int, monomials: int) -> str:
+    if is_own(node):
+        return f"the model's own polynomial, of degree {degree} and rank {monomials}"
     error = node.get("eps")
     limit = "" if error is None else f"; relative error at most {error:.1e} where |s| <= {node['bound']:g}"
-    place.remark(f"a polynomial of degree {degree} instead of exp, rank {monomials}{limit}")
-    values = [tensor.value for tensor in tensors]
-    return call(place.kernel(node), *values, mask=mask, exact_below=node.get("break_even") or 0)
+    return f"a polynomial of degree {degree} instead of exp, rank {monomials}{limit}"
 
 
-def _exact_near(place: Place, node: Node, tensors: list[_Tensor], mask: Expr | None) -> Expr:
+def _exact(place: Place, node: Node, tensors: list[_Tensor], masks: dict[str, Expr]) -> Expr:
     return call(
         place.exact_kernel(),
         *(tensor.value for tensor in tensors),
-        mask=mask,
+        **masks,
         scale=_scale(node),
         causal=True if node["causal"] else None,
-        near=node["near"],
+        near=node["near"] if len(tensors) > 3 else None,
+        window=node.get("window"),
     )
 
 

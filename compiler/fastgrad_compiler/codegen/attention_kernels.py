@@ -1,4 +1,4 @@
-"""Which kernel serves a `poly_attention`."""
+"""Which kernel serves a `poly_attention`, or an `attention` within a window."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from fastgrad_compiler.graph import Graph, Node
 
 
 def kernel_spec(graph: Graph, node: Node) -> KernelSpec:
-    """The kernel that serves a `poly_attention`."""
+    """The kernel that serves a `poly_attention`, or an `attention` within a window."""
     roles = node["roles"]
-    coefficients, near = node["coefficients"], node["near"]
+    coefficients, near = node.get("coefficients") or (), node["near"]
     assert isinstance(roles, tuple)
     assert isinstance(coefficients, tuple)
-    near_d = None
+    window, near_d = node.get("window"), None
     if "near_q" in roles:
         near_d = graph[node.inputs[3 + roles.index("near_q")]].tensor.shape[-1].constant
     d, dv = (graph[node.inputs[i]].tensor.shape[-1].constant for i in (0, 2))
@@ -29,4 +29,6 @@ def kernel_spec(graph: Graph, node: Node) -> KernelSpec:
         near=near if isinstance(near, int) else None,
         near_d=near_d,
         scale=float(scale),
+        documents="documents" in roles,
+        window=window if isinstance(window, int) else None,
     )

@@ -44,6 +44,7 @@ class Imports:
     helpers: set[str] = field(default_factory=set)
     kernels: dict[KernelSpec, str] = field(default_factory=dict)  # with the name that the module gives it
     exact_attention: bool = False
+    native: bool = False  # kernels are those that C++ serves on a CPU
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,15 @@ class Block:
             return attribute(self.values[self.graph.inputs[0].name], "device")
         return attribute(self.like(), "device")
 
+    @property
+    def native(self) -> bool:
+        return self.module.imports.native
+
     def kernel(self, node: Node) -> str:
         spec, kernels = kernel_spec(self.graph, node), self.module.imports.kernels
         if spec not in kernels:
-            kernels[spec] = unique("polynomial_attention", kernels.values())
+            name = "polynomial_attention" if spec.window is None else "window_attention"
+            kernels[spec] = unique(name, kernels.values())
         return kernels[spec]
 
     def exact_kernel(self) -> str:

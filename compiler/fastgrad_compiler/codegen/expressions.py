@@ -273,6 +273,17 @@ def _near_far(place: Place, node: Node, operands: Operands) -> Expr:
     return call(place.helper("apply_near_far"), *operands, node["block"])
 
 
+def _polynomial(place: Place, node: Node, operands: Operands) -> Expr:
+    coefficients = node["coefficients"]
+    assert isinstance(coefficients, tuple)
+    numbers = tuple_text([literal(_number(c)) for c in coefficients])
+    return call(place.helper("apply_polynomial"), operands[0], numbers)
+
+
+def _normalize_rows(place: Place, node: Node, operands: Operands) -> Expr:
+    return call(place.helper("normalize_rows"), operands[0])
+
+
 def _alibi(place: Place, node: Node, operands: Operands) -> Expr:
     return call(place.helper("apply_alibi"), operands[0])
 
@@ -343,6 +354,8 @@ TORCH: dict[str, Rule] = {
     "unit": lambda place, node, operands: call("F.normalize", operands[0], dim=-1, eps=literal(1e-6)),
     **dict.fromkeys(("causal", "window", "padding", "documents"), _mask),
     "near_far": _near_far,
+    "polynomial": _polynomial,
+    "normalize_rows": _normalize_rows,
     "assume_bound": lambda place, node, operands: operands[0],
     "rotary": _rotary,
     "sinusoid": _sinusoid,

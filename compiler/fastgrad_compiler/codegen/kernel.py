@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 
 RUNTIME = Path(__file__).parent.parent / "runtime"
 RUNTIME_FILES: tuple[Path, ...] = tuple(
-    RUNTIME / name for name in ("attention_op.py", "exact_attention.py", "polynomial_features.py")
+    RUNTIME / name
+    for name in ("attention_op.py", "documents.py", "exact_attention.py", "polynomial_features.py")
+)
+NATIVE_RUNTIME_FILES: tuple[Path, ...] = tuple(
+    RUNTIME / name for name in ("native.py", "native_attention.py")
 )
 RUNTIME_PACKAGE = "fastgrad_compiler.runtime"
 UNROLLED_BLOCKS = 160  # a longer table is emitted as the loop that makes it
@@ -42,9 +47,11 @@ class KernelSpec:
         causal: query i sees the keys up to i.
         padding: a key padding mask is an input.
         near: block size w; pairs whose blocks of w tokens are the same or touch weigh exp(t) instead of p(s).
+        window: softmax of the pairs with |i - j| < window instead, exactly; then there is no polynomial.
         near_d: width of separate queries and keys for t, already scaled; None: t = scale * q.k.
         scale: of the logits.
         chunk: tokens handled at a time; None: chosen here. The function does not depend on it.
+        documents: ids of packed documents are an input; a query sees only keys of its own document.
 
     Raises:
         ValueError: a width, a block or a chunk below 1, no coefficient beyond the constant, near_d without near.
@@ -59,13 +66,24 @@ class KernelSpec:
     near_d: int | None = None
     scale: float = 1.0
     chunk: int | None = None
+    documents: bool = False
+    window: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = {"d": self.d, "dv": self.dv, "near": self.near, "near_d": self.near_d, "chunk": self.chunk}
+        sizes = {
+            "d": self.d,
+            "dv": self.dv,
+            "near": self.near,
+            "near_d": self.near_d,
+            "chunk": self.chunk,
+            "window": self.window,
+        }
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"an attention kernel needs {name} >= 1, not {size}")
-        if len(self.coefficients) < 2:
+        if self.window is not None and (self.coefficients or self.near is not None):
+            raise ValueError("an attention kernel with a window has neither a polynomial nor a near field")
+        if self.window is None and len(self.coefficients) < 2:
             raise ValueError("an attention kernel needs a polynomial of degree 1 at least")
         if self.near_d is not None and self.near is None:
             raise ValueError("near_d is the width of a near field's queries and keys: give `near` too")
@@ -87,7 +105,7 @@ def choose_chunk(spec: KernelSpec) -> int:
     r = rank(spec.d, spec.degree)
     chunk = 128 if r <= 512 else 256
     if spec.near is None:
-        return chunk if spec.causal else 256
+        return chunk if spec.causal or spec.documents else 256
     divisors = [size for size in range(SMALLEST_NEAR_CHUNK, chunk + 1) if spec.near % size == 0]
     return max(divisors, default=max(1, chunk // spec.near) * spec.near if spec.near < chunk else chunk)
 
@@ -96,39 +114,67 @@ SMALLEST_NEAR_CHUNK = 32
 
 
 @cache
-def emit_kernel(spec: KernelSpec) -> str:
-    """The kernel's source: deterministic, `ruff format` leaves it unchanged; imports torch and RUNTIME_FILES."""
-    text = _render(spec, NAME_PLACEHOLDER)
-    return text.replace(NAME_PLACEHOLDER, _name(text))
+def emit_kernel(spec: KernelSpec, native: bool = False) -> str:
+    """The source of a kernel's module: deterministic, `ruff format` leaves it unchanged.
+
+    It imports torch, RUNTIME_FILES and, with `native`, NATIVE_RUNTIME_FILES.
+    """
+    return _render(spec, NAME_PLACEHOLDER, native).replace(NAME_PLACEHOLDER, kernel_name(spec, native))
 
 
-def kernel_name(spec: KernelSpec) -> str:
-    """`attention_` and twelve hexadecimal digits of a hash of the emitted text: file, module and operation."""
-    return _name(_render(spec, NAME_PLACEHOLDER))
-
-
-def _name(text: str) -> str:
-    return "attention_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+def kernel_files(spec: KernelSpec, native: bool) -> dict[str, str]:
+    """The sources of a kernel by file name: its module and, with `native`, the C++ that serves it on a CPU."""
+    name = kernel_name(spec, native)
+    files = {f"{name}.py": emit_kernel(spec, native)}
+    return {**files, f"{name}.cpp": _native_text(spec)} if native else files
 
 
 @cache
-def load_kernel(spec: KernelSpec) -> Callable[..., Tensor]:
+def kernel_name(spec: KernelSpec, native: bool = False) -> str:
+    """`attention_` and twelve hexadecimal digits of a hash of the sources: file, module and operation."""
+    text = _render(spec, NAME_PLACEHOLDER, native) + (_native_text(spec) if native else "")
+    return "attention_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _native_text(spec: KernelSpec) -> str:
+    from fastgrad_compiler.codegen.cpp import emit_cpp
+
+    return emit_cpp(spec)
+
+
+@cache
+def load_kernel(spec: KernelSpec, native: bool = False) -> Callable[..., Tensor]:
     """The `attention` function of the emitted module, which is executed once a process.
 
-    attention(q, k, v, near_q=None, near_k=None, mask=None, *, exact_below=0): q [.., H, n, d], k [.., Hk, m, d],
-    v [.., Hk, m, dv] -> [.., H, n, dv], in the dtype of v; ValueError on wrong shapes.
+    attention(q, k, v, near_q=None, near_k=None, mask=None, documents=None, *, exact_below=0): q [.., H, n, d],
+    k [.., Hk, m, d], v [.., Hk, m, dv] -> [.., H, n, dv], in the dtype of v; ValueError on wrong shapes.
+    With `native`, C++ serves it on a CPU, where that can be built.
     """
-    name = f"{RUNTIME_PACKAGE}.{kernel_name(spec)}"
-    module = sys.modules.get(name) or _execute(name, emit_kernel(spec))
+    name = f"{RUNTIME_PACKAGE}.{kernel_name(spec, native)}"
+    module = sys.modules.get(name) or _execute(name, kernel_files(spec, native))
     function: Callable[..., Tensor] = module.attention
     return function
 
 
-def _execute(name: str, text: str) -> ModuleType:
+class _Texts:
+    """The loader of a module from memory: gives the texts that belong to it."""
+
+    def __init__(self, files: dict[str, str]) -> None:
+        self.files = files
+
+    def get_data(self, path: str) -> bytes:
+        """A text by its name; OSError where there is none."""
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        return self.files[path].encode()
+
+
+def _execute(name: str, files: dict[str, str]) -> ModuleType:
     """A module of the run-time package from text, whose lines tracebacks, inspect and torch.compile can find."""
-    filename = f"<{name}>"
+    filename, text = f"<{name}>", files[f"{name.rpartition('.')[2]}.py"]
     module = ModuleType(name)
     module.__package__, module.__file__ = RUNTIME_PACKAGE, filename
+    module.__spec__ = ModuleSpec(name, _Texts(files), origin=filename)  # type: ignore[arg-type]
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     sys.modules[name] = module
     exec(compile(text, filename, "exec"), module.__dict__)
@@ -136,7 +182,7 @@ def _execute(name: str, text: str) -> ModuleType:
 
 
 @cache
-def _render(spec: KernelSpec, name: str) -> str:
+def _render(spec: KernelSpec, name: str, native: bool) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -147,39 +193,53 @@ def _render(spec: KernelSpec, name: str) -> str:
         undefined=StrictUndefined,
         autoescape=False,
     )
-    return environment.get_template("attention.py.j2").render(name=name, **_context(spec))
+    banded = spec.window is not None
+    template = environment.get_template("attention_window.py.j2" if banded else "attention.py.j2")
+    return template.render(name=name, native=native, **_common(spec), **({} if banded else _context(spec)))
+
+
+def _common(spec: KernelSpec) -> dict[str, object]:
+    """What all templates ask for."""
+    degree = "" if spec.window is not None else f", degree {spec.degree}"
+    return {
+        "title": kernel_title(spec),
+        "specification": f"d = {spec.d}, dv = {spec.dv}{degree}",
+        "d": spec.d,
+        "dv": spec.dv,
+        "scale": float(spec.scale),
+        "causal": spec.causal,
+        "padding": spec.padding,
+        "documents": spec.documents,
+        "window": spec.window,
+    }
 
 
 def _context(spec: KernelSpec) -> dict[str, object]:
     """What the template asks for; flags name the cases of docs/mathematics.md, sections 3 to 5."""
     tile = choose_chunk(spec)
-    dense = spec.causal or spec.near is not None
+    dense = spec.causal or spec.near is not None or spec.documents
+    suffix = not spec.causal and (spec.near is not None or spec.documents)
     mixed = spec.near is not None and spec.near % tile != 0
-    folded = tuple(c * spec.scale**power for power, c in enumerate(spec.coefficients))
+    folded = folded_coefficients(spec)
     table = blocks(spec.d, spec.degree)
     return {
-        "title": _title(spec),
-        "specification": f"d = {spec.d}, dv = {spec.dv}, degree {spec.degree}",
         "local": "near_q.near_k" if spec.near_d else "SCALE q.k",
-        "d": spec.d,
-        "dv": spec.dv,
         "degree": spec.degree,
         "rank": rank(spec.d, spec.degree),
         "coefficients": list(map(float, folded)),
-        "scale": float(spec.scale),
-        "causal": spec.causal,
-        "padding": spec.padding,
         "near": spec.near,
         "near_d": spec.near_d,
         "separate": spec.near_d is not None,
         "tile": tile,
         "dense": dense,
         "mixed": mixed,
-        "suffix": spec.near is not None and not spec.causal,
-        "needs_inf": spec.near is not None and (mixed or spec.causal or spec.padding),
+        "suffix": suffix,
+        "lead": "b, h, groups" if spec.documents else "rows, groups",
+        "state_upstream": "document_upstream" if spec.documents else "",
+        "needs_inf": spec.near is not None and (mixed or spec.causal or spec.padding or spec.documents),
         "polynomial_scores": dense and (mixed or spec.near is None),
-        "states": 4 if spec.near is not None and not spec.causal else 2,
-        "window": _window_expression(spec),
+        "states": 4 if suffix else 2,
+        "met_keys": _window_expression(spec),
         "unrolled": len(table) <= UNROLLED_BLOCKS,
         "blocks": [(b.level, b.index, *b.source, *b.target) for b in table],
         "horner": _horner(folded),
@@ -187,12 +247,22 @@ def _context(spec: KernelSpec) -> dict[str, object]:
     }
 
 
-def _title(spec: KernelSpec) -> str:
+def folded_coefficients(spec: KernelSpec) -> tuple[float, ...]:
+    """Coefficients by powers of q.k: those of p with the scale of the logits folded in."""
+    return tuple(c * spec.scale**power for power, c in enumerate(spec.coefficients))
+
+
+def kernel_title(spec: KernelSpec) -> str:
+    """One line that says what a kernel computes."""
     parts = [f"Polynomial attention, degree {spec.degree}"]
+    if spec.window is not None:
+        parts = [f"Softmax attention within {spec.window} tokens"]
     if spec.causal:
         parts.append("causal")
     if spec.padding:
         parts.append("with a padding mask")
+    if spec.documents:
+        parts.append("packed")
     if spec.near is not None:
         parts.append(f"exact in blocks of {spec.near} tokens")
     return ", ".join(parts)
@@ -201,7 +271,7 @@ def _title(spec: KernelSpec) -> str:
 def _window_expression(spec: KernelSpec) -> str:
     if spec.near is not None:
         return "TILE + 2 * NEAR" if spec.causal else "TILE + 3 * NEAR"
-    return "TILE" if spec.causal else "0"
+    return "TILE" if spec.causal or spec.documents else "0"
 
 
 def _horner(coefficients: tuple[float, ...]) -> str:

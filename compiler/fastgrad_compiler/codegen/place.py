@@ -14,7 +14,7 @@ Operands: TypeAlias = Sequence[Expr]
 class Place(Protocol):
     """A block being written."""
 
-    exact: bool  # every attention is written exact
+    exact: bool  # every attention that a polynomial approximates is written exact
     safe_softmax: bool  # rows of scores may be masked as a whole
 
     def dim(self, value: Attribute) -> Expr:
@@ -32,8 +32,12 @@ class Place(Protocol):
     def device(self) -> Expr:
         """The device of a tensor at hand."""
 
+    @property
+    def native(self) -> bool:
+        """Whether C++ serves kernels on a CPU."""
+
     def kernel(self, node: Node) -> str:
-        """The function of the kernel that serves a `poly_attention`, imported."""
+        """The function of the kernel that serves an attention, imported."""
 
     def exact_kernel(self) -> str:
         """The function of runtime/exact_attention.py, imported."""

@@ -1,4 +1,4 @@
-"""The torch target: a program as a package of Python files that need nothing but PyTorch.
+"""A program as a package of Python files that need nothing but PyTorch, and of C++ that serves them on a CPU.
 
 `model.py` holds one nn.Module class for each block instance, callees first; beside it lie the attention kernels that
 the plan asks for and the files of `runtime`. Texts are deterministic, and `ruff format` leaves them unchanged.
@@ -10,7 +10,13 @@ import re
 from pathlib import Path, PurePath
 
 from fastgrad_compiler.codegen.block import Block, Imports, Module, place_of, source_line
-from fastgrad_compiler.codegen.kernel import RUNTIME, RUNTIME_FILES, emit_kernel, kernel_name
+from fastgrad_compiler.codegen.kernel import (
+    NATIVE_RUNTIME_FILES,
+    RUNTIME,
+    RUNTIME_FILES,
+    kernel_files,
+    kernel_name,
+)
 from fastgrad_compiler.codegen.members import Member, container, leaf_init, members
 from fastgrad_compiler.codegen.names import class_name, member_access, variable
 from fastgrad_compiler.codegen.needs import needs, reachable
@@ -20,13 +26,15 @@ from fastgrad_compiler.graph import DimInfo, Graph, Program
 _HIDES_ROWS = frozenset({"padding", "documents", "window", "where", "fill"})
 
 
-def emit_package(program: Program, *, source: str, exact: bool = False) -> dict[str, str]:
-    """The files of the generated package by name; `exact` leaves every attention softmax, with the same weights.
+def emit_package(
+    program: Program, *, source: str, exact: bool = False, native: bool = False
+) -> dict[str, str]:
+    """The files of the generated package by name; `exact` approximates none of the attentions, with the same weights.
 
-    `source` is the path of the `.tfg` file that the header names. The package exports the model's class, also as MODEL,
-    the objective, also as OBJECTIVE, and `initialise`.
+    `source` is the path of the `.tfg` file that the header names; with `native`, C++ serves kernels on a CPU. The
+    package exports the model's class, also as MODEL, the objective, also as OBJECTIVE, and `initialise`.
     """
-    imports = Imports()
+    imports = Imports(native=native)
     classes: dict[str, str] = {}  # by graph, filled as they are written
     body = _classes(program, classes, imports, exact)
     name = classes[program.main]
@@ -39,9 +47,11 @@ def emit_package(program: Program, *, source: str, exact: bool = False) -> dict[
     if uses_helpers:
         files["functions.py"] = _runtime("functions.py")
     for spec in imports.kernels:
-        files[f"{kernel_name(spec)}.py"] = emit_kernel(spec)
+        files.update(kernel_files(spec, native))
     if imports.kernels or imports.exact_attention:
-        files.update({path.name: path.read_text(encoding="utf-8") for path in RUNTIME_FILES})
+        files.update({path.name: _runtime(path.name) for path in RUNTIME_FILES})
+    if imports.kernels and native:
+        files.update({path.name: _runtime(path.name) for path in NATIVE_RUNTIME_FILES})
     return dict(sorted(files.items()))
 
 
@@ -84,7 +94,10 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
     if re.search(r"\bF\.", code):
         lines.append("import torch.nn.functional as F")
     lines += ["from torch import Tensor, nn", ""]
-    siblings = {f"from .{kernel_name(s)} import attention as {name}" for s, name in imports.kernels.items()}
+    siblings = {
+        f"from .{kernel_name(spec, imports.native)} import attention as {name}"
+        for spec, name in imports.kernels.items()
+    }
     if imports.exact_attention:
         siblings.add("from .exact_attention import exact_attention")
     siblings.add("from .initialise import initialise")

@@ -10,14 +10,14 @@ from fastgrad_compiler.elaborate import values
 from fastgrad_compiler.elaborate.arguments import Formal, match_arguments
 from fastgrad_compiler.elaborate.builder import Builder, trace_origins
 from fastgrad_compiler.elaborate.calls import call_operation
-from fastgrad_compiler.elaborate.expressions import as_tensor, dimension, evaluate, scalar
+from fastgrad_compiler.elaborate.expressions import as_tensor, compile_time, dimension, evaluate
 from fastgrad_compiler.elaborate.modules import Module, suggest_block
 from fastgrad_compiler.elaborate.operations import NAMES
 from fastgrad_compiler.elaborate.reporter import Abort, did_you_mean
 from fastgrad_compiler.elaborate.scope import Binding, Scope, walk
 from fastgrad_compiler.elaborate.state import MAX_DEPTH, Instance, State, builder_of, emit_node
 from fastgrad_compiler.elaborate.statements import run_body, tensor_type
-from fastgrad_compiler.elaborate.values import Origin, Scalar, Several, Tensor, Value, ValueProblem
+from fastgrad_compiler.elaborate.values import Constant, Origin, Several, Tensor, Value, ValueProblem
 from fastgrad_compiler.graph import TensorType
 from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import Note
@@ -108,7 +108,7 @@ def _bind_value(
     state: State, outer: Scope, inner: Scope, parameter: ast.ValueParam, expr: ast.Expr, shown: str
 ) -> None:
     name = parameter.name
-    value = scalar(state, outer, expr, f"`{name.text}` of {shown}")
+    value = compile_time(state, outer, expr, f"`{name.text}` of {shown}")
     try:
         value = values.convert(value, parameter.type.name, parameter.type.optional)
     except ValueProblem as error:
@@ -227,9 +227,9 @@ def instantiate(
     return state.instances[key]
 
 
-def _known(scope: Scope, name: str) -> Scalar:
+def _known(scope: Scope, name: str) -> Constant:
     value = scope.names[name].value
-    return value if isinstance(value, int | float | str | Dim) else None
+    return value if isinstance(value, int | float | str | Dim | Several) else None
 
 
 def make_graph(state: State, inner: Scope, block: ast.BlockDecl, arguments: Sequence[Tensor]) -> Instance:

@@ -9,7 +9,14 @@ from typing import Any, NoReturn
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.elaborate import values
 from fastgrad_compiler.elaborate.arguments import Formal, match_arguments
-from fastgrad_compiler.elaborate.expressions import as_tensor, dimension, evaluate, problem, scalar
+from fastgrad_compiler.elaborate.expressions import (
+    as_tensor,
+    compile_time,
+    dimension,
+    evaluate,
+    problem,
+    scalar,
+)
 from fastgrad_compiler.elaborate.operations import NEEDED, OPERATIONS, OVERLOADS, Operation, Parameter
 from fastgrad_compiler.elaborate.reporter import Abort
 from fastgrad_compiler.elaborate.scope import Scope
@@ -17,6 +24,7 @@ from fastgrad_compiler.elaborate.state import State, constant, emit
 from fastgrad_compiler.elaborate.values import FUNCTIONS, Several, Tensor, Value, ValueProblem
 from fastgrad_compiler.graph import Attribute
 from fastgrad_compiler.passes.shape_errors import product
+from fastgrad_compiler.weight_polynomial import objection, trimmed
 from fastgrad_grammar import ast
 
 _TENSORKINDS = ("tensor", "tensors")
@@ -195,6 +203,21 @@ def _limits(a: _Argument, expr: ast.Expr, value: Value) -> None:
         a.fail("FG218", f"{a.what} is above 0, not {value}", expr, f"{value} here")
 
 
+def _weight_polynomial(a: _Argument) -> tuple[float, ...]:
+    """Coefficients of weights that are positive for every score (FG242)."""
+    (expr,) = a.expressions
+    found = compile_time(a.state, a.scope, expr, a.what)
+    try:
+        converted = values.convert(found, "floats", optional=False)
+    except ValueProblem as error:
+        a.fail(error.code, f"{a.what}: {error.message}", expr, help_=error.help)
+    coefficients = trimmed([float(str(c)) for c in converted.items] if isinstance(converted, Several) else [])
+    wrong = objection(coefficients)
+    if wrong is not None:
+        a.fail("FG242", f"{a.what}: {wrong.message}", expr, f"{values.show(converted)} here", wrong.help)
+    return coefficients
+
+
 def _dim(a: _Argument) -> Attribute:
     return values.normal(dimension(a.state, a.scope, a.expressions[0]))
 
@@ -298,6 +321,7 @@ KINDS: dict[str, Callable[[_Argument], Any]] = {
     "int": _number,
     "float": _number,
     "bool": _number,
+    "weight_polynomial": _weight_polynomial,
     "dim": _dim,
     "axis": _axis,
     "new_axis": _new_axis,

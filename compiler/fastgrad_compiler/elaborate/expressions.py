@@ -10,7 +10,7 @@ from fastgrad_compiler.elaborate.operations import NAMES
 from fastgrad_compiler.elaborate.reporter import Abort, did_you_mean
 from fastgrad_compiler.elaborate.scope import Binding, Failed, Outer, Scope
 from fastgrad_compiler.elaborate.state import State, constant, emit
-from fastgrad_compiler.elaborate.values import Scalar, Several, Tensor, Value, ValueProblem
+from fastgrad_compiler.elaborate.values import Constant, Scalar, Several, Tensor, Value, ValueProblem
 from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import Note
 from fastgrad_grammar.source import Span
@@ -23,11 +23,23 @@ def evaluate(state: State, scope: Scope, expr: ast.Expr) -> Value:
 
 def scalar(state: State, scope: Scope, expr: ast.Expr, what: str) -> Scalar:
     """The value of an expression that must be known at compile time; FG216 otherwise."""
-    found = evaluate(state, scope, expr)
+    return scalar_of(state, evaluate(state, scope, expr), expr, what)
+
+
+def scalar_of(state: State, found: Value, expr: ast.Expr, what: str) -> Scalar:
+    """What the expression was found to be, unless it is a tensor or a tuple."""
     if isinstance(found, Tensor | Several):
         state.reporter.fail("FG216", f"{what} is a compile-time value, not {values.describe(found)}", expr.span,
                             "known at run time only" if isinstance(found, Tensor) else "a tuple")  # fmt: skip
     return found
+
+
+def compile_time(state: State, scope: Scope, expr: ast.Expr, what: str) -> Constant:
+    """The same, where a tuple of compile-time values is one too."""
+    found = evaluate(state, scope, expr)
+    if isinstance(found, Several) and not any(isinstance(item, Tensor | Several) for item in found.items):
+        return found
+    return scalar_of(state, found, expr, what)
 
 
 def dimension(state: State, scope: Scope, expr: ast.Expr) -> Dim:
@@ -160,6 +172,8 @@ def _binary(state: State, scope: Scope, expr: ast.Binary) -> Value:
     if isinstance(left, Tensor) or isinstance(right, Tensor) or expr.op == "@":
         return _tensor_binary(state, scope, expr, left, right)
     if isinstance(left, Several) or isinstance(right, Several):
+        if expr.op in ("==", "!=") and any(map(values.is_floats, (left, right))):
+            return (left == right) == (expr.op == "==")
         state.reporter.fail(
             "FG217", f"`{expr.op}` of {values.describe(left)} and {values.describe(right)}", expr.span
         )

@@ -14,7 +14,7 @@ Surface of each operation (docs/language.md lists the same); `;` or `,` may stan
     sum mean max min of (x, axis = -1, keepdim = false): an axis, a tuple of axes, all by default
     softmax(x, axis = -1)  layer_norm(x, w, b, eps = 1e-5)  rms_norm(x, w, eps = 1e-6)  unit(x)
     causal(s)  window(s, width)  padding(s, mask)  documents(s, ids)  assume_bound(s, bound)
-    near_far(local, far; block = w)
+    near_far(local, far; block = w)  polynomial(s; coefficients = (1.0, 1.0, 0.5))  normalize_rows(weights)
     rotary(x, base = 10000.0)  sinusoid(n, d)  alibi(s, heads)  dropout(x, p)  cross_entropy(logits, targets)
     mse(a, b)
 
@@ -241,6 +241,10 @@ _OPERATIONS = (
     Operation("near_far",
               (Parameter("local", "tensor"), Parameter("far", "tensor"), Parameter("block", "int", least=1)),
               lambda emit, a: emit.node("near_far", a["local"], a["far"], block=a["block"])),
+    Operation("polynomial", (SCORES, Parameter("coefficients", "weight_polynomial")),
+              lambda emit, a: emit.node("polynomial", a["scores"], coefficients=a["coefficients"])),
+    Operation("normalize_rows", (Parameter("weights", "tensor"),),
+              lambda emit, a: emit.node("normalize_rows", a["weights"])),
     Operation("assume_bound", (SCORES, Parameter("bound", "float", positive=True)),
               lambda emit, a: emit.node("assume_bound", a["scores"], bound=a["bound"])),
     Operation("rotary", (X, Parameter("base", "float", 10000.0, positive=True)),

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.elaborate import values
-from fastgrad_compiler.elaborate.expressions import scalar
+from fastgrad_compiler.elaborate.expressions import compile_time, scalar
 from fastgrad_compiler.elaborate.modules import Module
 from fastgrad_compiler.elaborate.reporter import Abort, Reporter, did_you_mean
 from fastgrad_compiler.elaborate.scope import Binding, Failed, Hidden, Scope
 from fastgrad_compiler.elaborate.state import State
-from fastgrad_compiler.elaborate.values import Origin, Scalar, ValueProblem
+from fastgrad_compiler.elaborate.values import Constant, Origin, Several, ValueProblem
 from fastgrad_compiler.graph import DimInfo
 from fastgrad_grammar import ast
 
@@ -68,7 +68,7 @@ def _limit(state: State, scope: Scope, expr: ast.Expr | None, what: str) -> int 
 def _param(state: State, scope: Scope, item: ast.Param, given: Mapping[str, object]) -> None:
     name, origin = item.name, Origin(item.name.text, item.name.span)
     try:
-        value = scalar(state, scope, item.value, f"the param `{name.text}`")
+        value = compile_time(state, scope, item.value, f"the param `{name.text}`")
         if isinstance(value, Dim):
             state.reporter.fail("FG212", f"the param `{name.text}` is the run-time dimension {value}", item.value.span,
                                 "known at run time only")  # fmt: skip
@@ -87,7 +87,7 @@ def _param(state: State, scope: Scope, item: ast.Param, given: Mapping[str, obje
     scope.names[name.text] = Binding(value, name.span, "param", origin)
 
 
-def _type_of(state: State, item: ast.Param, value: Scalar) -> tuple[str, bool]:
+def _type_of(state: State, item: ast.Param, value: Constant) -> tuple[str, bool]:
     if item.type is not None:
         return item.type.name, item.type.optional
     if value is None:
@@ -109,14 +109,17 @@ def _unknown_params(reporter: Reporter, known: Iterable[str], given: Mapping[str
                            help_=(did_you_mean(name, names) or listed,))  # fmt: skip
 
 
-def _outside(reporter: Reporter, name: str, kind: str, optional: bool, value: object) -> Scalar:
+def _outside(reporter: Reporter, name: str, kind: str, optional: bool, value: object) -> Constant:
     """A value that the caller or the command line gives for a param of type `kind`."""
     wanted = f"{kind} or none" if optional else kind
     found = _parse(value, kind, optional) if isinstance(value, str) else value
-    if found is not None and not isinstance(found, int | float | bool | str):
+    if kind == "floats" and isinstance(found, list | tuple):
+        found = Several(tuple(found))
+    if found is not None and not isinstance(found, int | float | bool | str | Several):
         reporter.fail("FG402", f"param `{name}` is {wanted}, not a Python {type(value).__name__}", None)
     try:
-        return values.checked(values.convert(found, kind, optional))
+        converted = values.convert(found, kind, optional)
+        return values.finite(converted) if isinstance(converted, Several) else values.checked(converted)
     except ValueProblem as error:
         if error.code == "FG219":
             reporter.fail("FG403", f"param `{name}`: {values.show(found)} is out of range", None)
@@ -124,8 +127,15 @@ def _outside(reporter: Reporter, name: str, kind: str, optional: bool, value: ob
         reporter.fail("FG402", f"param `{name}` is {wanted}, not {shown}", None)
 
 
-def _parse(text: str, kind: str, optional: bool) -> Scalar:
+def _parse(text: str, kind: str, optional: bool) -> Constant:
     """A command-line text as a value of `kind`; the text itself where it is none."""
+    if kind == "floats" and text.strip().lower() not in _WORDS:
+        items = [
+            _parse(part, "float", False)
+            for part in text.strip().removeprefix("(").removesuffix(")").split(",")
+        ]
+        numbers = tuple([item for item in items if values.is_number(item)])
+        return Several(numbers) if len(numbers) == len(items) else text
     if kind == "str":
         return None if optional and text == "none" else text
     lowered = text.strip().lower()

@@ -1,4 +1,4 @@
-"""Compile-time values: numbers, truths, texts, `none` and dimensions, and the arithmetic on them.
+"""Compile-time values: numbers, truths, texts, `none`, dimensions and tuples of numbers, and the arithmetic on them.
 
 int / int is an int where it is exact and a float otherwise; ints stay below 2**63. A dimension whose value is known is
 an int; one that is known only at run time stays a `Dim`, which shapes take and conditions do not.
@@ -56,11 +56,12 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Several:
-    """A tuple: the results of a call, or axes and shapes in parentheses."""
+    """A tuple: the results of a call, or in parentheses axes, shapes and the numbers of a `floats`."""
 
     items: tuple[Value, ...]
 
 
+Constant: TypeAlias = "Scalar | Several"  # what params and values of blocks hold; a tuple is one of numbers
 Value: TypeAlias = "Scalar | Tensor | Several"
 
 
@@ -79,6 +80,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_floats(value: object) -> bool:
+    """Whether a value is a tuple of numbers."""
+    return isinstance(value, Several) and bool(value.items) and all(map(is_number, value.items))
+
+
 def describe(value: Value) -> str:
     """A value as messages show it: `the int 3`, `float[b, n]`, `none`."""
     if isinstance(value, Tensor):
@@ -90,15 +96,20 @@ def describe(value: Value) -> str:
     return "none" if value is None else f"the {type_name(value)} {show(value)}"
 
 
-def type_name(value: Scalar) -> str:
-    """int, float, bool, str or none; a run-time dimension is an int."""
+def type_name(value: Constant) -> str:
+    """int, float, bool, str, floats or none; a run-time dimension is an int."""
     if value is None:
         return "none"
+    if isinstance(value, Several):
+        return "floats"
     return "int" if isinstance(value, Dim) else type(value).__name__
 
 
-def show(value: Scalar) -> str:
+def show(value: Constant) -> str:
     """A value as the language writes it."""
+    if isinstance(value, Several):
+        items = [show(item) for item in value.items if not isinstance(item, Tensor)]
+        return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -106,7 +117,7 @@ def show(value: Scalar) -> str:
     return "none" if value is None else str(value)
 
 
-def key(value: Scalar) -> tuple[str, Scalar]:
+def key(value: Constant) -> tuple[str, Constant]:
     """What tells values apart when an instance is looked up: 1, 1.0 and true differ."""
     return type(value).__name__, value
 
@@ -126,6 +137,14 @@ def checked(value: Scalar) -> Scalar:
     if isinstance(value, Dim):
         check_dim(value)
     return value
+
+
+def finite(numbers: Several) -> Several:
+    """A tuple of floats, unless one of them is not finite (FG219)."""
+    for number in numbers.items:
+        if isinstance(number, float):
+            checked(number)
+    return numbers
 
 
 def check_dim(dim: Dim) -> None:
@@ -248,22 +267,36 @@ def _divide(op: str, first: Dim, second: Dim, multiples: Mapping[str, int]) -> S
 
 # ---------------------------------------------------------------- types and functions
 
-_ACCEPTS: dict[str, Callable[[Scalar], bool]] = {
+_ACCEPTS: dict[str, Callable[[Constant], bool]] = {
     "int": lambda value: isinstance(value, int | Dim) and not isinstance(value, bool),
     "float": is_number,
     "bool": lambda value: isinstance(value, bool),
     "str": lambda value: isinstance(value, str),
+    "floats": is_floats,
 }
 
 
-def convert(value: Scalar, kind: str, optional: bool) -> Scalar:
+def convert(value: Constant, kind: str, optional: bool) -> Constant:
     """A value as `kind` (an int becomes a float where a float is wanted); FG217 where it is of another type."""
     if value is None and optional:
         return None
     if not _ACCEPTS[kind](value):
         wanted = f"{kind} or none" if optional else kind
-        raise ValueProblem("FG217", f"expected {wanted}, found {describe(value)}")
-    return float(value) if kind == "float" and isinstance(value, int) else value
+        hint = (
+            "a tuple of numbers, such as (1.0, 1.0, 0.5); of one number (1.0,)" if kind == "floats" else None
+        )
+        raise ValueProblem("FG217", f"expected {wanted}, found {describe(value)}", hint)
+    if isinstance(value, Several):
+        return Several(tuple([_as_float(item) for item in value.items if isinstance(item, int | float)]))
+    return _as_float(value) if kind == "float" and isinstance(value, int) else value
+
+
+def _as_float(value: float) -> float:
+    """The float nearest to an int from outside, which has any number of digits."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _rsqrt(value: float) -> float:

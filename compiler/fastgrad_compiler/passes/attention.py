@@ -1,4 +1,5 @@
-"""Attention, recognised by structure: what `attention_pattern` matches becomes one `attention` node.
+"""Attention, recognised by structure: what `attention_pattern` matches becomes one `attention` node, or one
+`poly_attention` where the weights are a polynomial that the model gives: that is low-rank as it stands.
 
 The node keeps the span of the product with the values, takes its name where the user gave one, and says in
 `bound` and `proof` what is proved of its logits. Constant factors of q, of k and of the scores are one
@@ -17,6 +18,7 @@ from fastgrad_compiler.graph import Attribute, Graph, Node, Program
 from fastgrad_compiler.passes.attention_factors import factor_of
 from fastgrad_compiler.passes.attention_pattern import Match, match
 from fastgrad_compiler.passes.attention_scores import Masks, Product, obstacle
+from fastgrad_compiler.passes.attention_table import ATTENTION, own_polynomial
 from fastgrad_compiler.passes.builder import Builder, Value
 
 _ROWWISE = ("unit", "rotary", "neg")  # what repeating heads commutes with
@@ -83,7 +85,7 @@ def _keep_names(graph: Graph, renamed: Mapping[str, str]) -> Graph:
 
 def _source(graph: Graph, name: str) -> str:
     """The attention behind the reshape or transposition of its result."""
-    while graph[name].op != "attention":
+    while graph[name].op not in ATTENTION:
         name = graph[name].inputs[0]
     return name
 
@@ -138,6 +140,8 @@ def _fit(pairs: list[_Pair], value: Value, masks: Masks) -> bool:
         return False
     if any(operand.shape[-1].constant is None for operand in (*operands, value)):
         return False  # attention over channels: no kernel has a width that the run decides
+    if masks.alibi and len(pairs) > 1:
+        return False  # nothing that is emitted adds slopes to near and far logits
     if rank == 3 and masks.alibi and (masks.padding or masks.documents):
         return False  # the first axis would be heads and batch at once
     batch = slice(0, -3 if rank > 3 else -2)
@@ -159,11 +163,17 @@ def _emit(scope: _Scope, graph: Graph, found: Match, pairs: list[_Pair], value: 
         if mask is not None:
             inputs.append(scope[mask])
             roles.append(role)
-    values: dict[str, Attribute] = {
+    common: dict[str, Attribute] = {
         "roles": tuple(roles),
         "causal": masks.causal,
         "scale": far.scale,
         "near": found.near,
+    }
+    if found.coefficients:
+        return scope.builder.emit(
+            "poly_attention", inputs, common | own_polynomial(found.coefficients), name="_attention"
+        )
+    values = common | {
         "window": masks.window,
         "alibi": masks.alibi,
         "bound": found.range.limit if known else None,

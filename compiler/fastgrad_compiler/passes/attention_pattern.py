@@ -2,23 +2,24 @@
 
 `match` starts at the product with the values and walks inward. It follows everything that commutes with a
 softmax over keys: constants and learned factors, transpositions, masks, and softmax itself written as
-exp(s) / sum(exp(s)). It gives None as soon as a step would change the function. Every node it consumes may
-be read by consumed nodes only.
+exp(s) / sum(exp(s)). The same with a polynomial of the scores in place of exp is an attention that is low-rank as
+the model has it. It gives None as soon as a step would change the function. Every node it consumes may be read by
+consumed nodes only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastgrad_compiler.graph import Graph, Node
-from fastgrad_compiler.passes.attention_factors import swaps
-from fastgrad_compiler.passes.attention_scores import Masks, Product, Range, Walk, inward, is_key_axis, same
+from fastgrad_compiler.graph import Attribute, Graph, Node
+from fastgrad_compiler.passes.attention_scores import Masks, Product, Range, Walk, inward, near_and_far
+from fastgrad_compiler.passes.attention_weights import Weights, divided, weights_of
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
     """An attention found in a graph, in terms of the graph's nodes; `transposed`: `value` and the root hold
-    transposes.
+    transposes. `coefficients` are those of the model's own polynomial, empty for exp.
     """
 
     far: Product
@@ -28,29 +29,35 @@ class Match:
     transposed: bool
     masks: Masks
     range: Range
-    consumed: frozenset[str]
-    scores: str
+    coefficients: tuple[Attribute, ...]
 
 
 def match(graph: Graph, root: Node) -> Match | None:
     """The attention whose result (or its transpose) is `root`."""
     for weights, value, flipped, late in _products(graph, root):
         walk = Walk(graph, flipped=flipped)
-        scores = _normaliser(walk, root, late) if late else _weights(walk, weights)
-        if late and scores is not None:
-            walk.consumed |= {weights, root.inputs[0]}
-            if graph[weights].inputs[0] != scores and not same(walk, graph[weights].inputs[0], scores):
-                continue
-        if scores is None:
+        if late:
+            walk.consumed.add(root.inputs[0])
+        found = divided(walk, weights, root.inputs[1]) if late else weights_of(walk, weights)
+        products = None if found is None else _to_products(walk, found)
+        if found is None or products is None or not _private(walk, root):
             continue
-        found = inward(walk, scores)
-        if found is None or not _private(walk, root):
+        if found.coefficients and not _servable(walk.masks):
             continue
-        far, local, near = found
-        return Match(
-            far, local, near, value, flipped, walk.masks, walk.range, frozenset(walk.consumed), scores
-        )
+        far, local, near = products
+        return Match(far, local, near, value, flipped, walk.masks, walk.range, found.coefficients)
     return None
+
+
+def _to_products(walk: Walk, weights: Weights) -> tuple[Product, Product | None, int | None] | None:
+    if weights.local is None or weights.near is None:
+        return inward(walk, weights.scores)
+    return near_and_far(walk, weights.local, weights.scores, weights.near)
+
+
+def _servable(masks: Masks) -> bool:
+    """Whether the kernels have these masks; where they have not, the model's own polynomial runs as it is written."""
+    return masks.window is None and not masks.alibi
 
 
 def _products(graph: Graph, root: Node) -> list[tuple[str, str, bool, bool]]:
@@ -62,44 +69,8 @@ def _products(graph: Graph, root: Node) -> list[tuple[str, str, bool, bool]]:
         return [(left, right, False, False), (right, left, True, False)]
     if root.op == "div" and graph[root.inputs[0]].op == "matmul":
         left, right = graph[root.inputs[0]].inputs
-        if graph[left].op == "exp":
-            return [(left, right, False, True)]
+        return [(left, right, False, True)]
     return []
-
-
-def _weights(walk: Walk, name: str) -> str | None:
-    """From the weights to the scores."""
-    node = walk.graph[name]
-    if (node.op == "dropout" and node["p"] == 0) or node.op == "cast":
-        walk.consumed.add(name)
-        return _weights(walk, node.inputs[0])
-    if node.op == "permute" and swaps(node):
-        walk.consumed.add(name)
-        walk.flipped = not walk.flipped
-        return _weights(walk, node.inputs[0])
-    if node.op == "softmax" and is_key_axis(walk, node["axis"], node):
-        walk.consumed.add(name)
-        return node.inputs[0]
-    if node.op == "div" and walk.graph[node.inputs[0]].op == "exp":
-        walk.consumed |= {name, node.inputs[0]}
-        scores = _normaliser(walk, node, late=False)
-        top = walk.graph[node.inputs[0]].inputs[0]
-        return scores if scores is not None and (scores == top or same(walk, top, scores)) else None
-    return None
-
-
-def _normaliser(walk: Walk, node: Node, late: bool) -> str | None:
-    """The scores s of a division by sum(exp(s)) over the keys."""
-    total = walk.graph[node.inputs[1]]
-    if total.op != "sum" or not total["keepdim"] or walk.graph[total.inputs[0]].op != "exp":
-        return None
-    axes = total["axes"]
-    if not isinstance(axes, tuple) or len(axes) != 1 or not is_key_axis(walk, axes[0], total):
-        return None
-    if late and walk.flipped:
-        return None
-    walk.consumed |= {total.name, total.inputs[0]}
-    return walk.graph[total.inputs[0]].inputs[0]
 
 
 def _private(walk: Walk, root: Node) -> bool:

@@ -1,5 +1,5 @@
-"""From the scores of an attention inward, to the product of q and k: what a softmax over keys commutes
-with.
+"""From the scores of an attention inward, to the product of q and k: what softmax, or a polynomial, over keys
+commutes with.
 
 Each step takes a node and gives the name of the operand to go on with, or None where the node changes the
 function.
@@ -8,7 +8,7 @@ function.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 
 from fastgrad_compiler.dim import Dim
@@ -18,7 +18,7 @@ from fastgrad_compiler.passes.bound_arithmetic import limits
 from fastgrad_compiler.passes.bound_proof import describe, number, place
 
 _UNDERFLOW = 746.0  # exp of less than this below the largest logit is 0 in float64
-_MASKS = ("causal", "window", "padding", "documents")
+MASKS = ("causal", "window", "padding", "documents")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,9 @@ class Walk:
     positive: bool = True  # the gains met so far, where a mask may still lie inside
     masks_allowed: bool = True
     near_allowed: bool = True
+    level_matters: bool = (
+        False  # weights are a polynomial of the scores, which a constant added to a row changes
+    )
     range: Range = field(default_factory=Range)
 
 
@@ -145,20 +148,14 @@ def _near_far(walk: Walk, node: Node) -> tuple[Product, Product | None, int | No
     if walk.flipped or not walk.near_allowed or not isinstance(block := node["block"], int):
         return None
     local, far = node.inputs
+    return near_and_far(walk, local, far, block)
+
+
+def near_and_far(walk: Walk, local: str, far: str, block: int) -> tuple[Product, Product | None, int] | None:
+    """The products of the far scores and, where they are others, of the local ones; no mask lies in either."""
     parts = []
     for part in dict.fromkeys((local, far)):
-        inner = Walk(
-            walk.graph,
-            walk.masks,
-            walk.consumed,
-            False,
-            walk.factor,
-            list(walk.gains),
-            walk.positive,
-            False,
-            False,
-        )
-        inner.range = walk.range
+        inner = replace(walk, gains=list(walk.gains), masks_allowed=False, near_allowed=False)
         found = inward(inner, part)
         if found is None:
             return None
@@ -195,7 +192,7 @@ def _transposed(walk: Walk, node: Node) -> str | None:
     return node.inputs[0] if swaps(node) else None
 
 
-def _masked(walk: Walk, node: Node) -> str | None:
+def masked(walk: Walk, node: Node) -> str | None:
     """A mask commutes with a positive factor outside of it; what it does to a transposed matrix is another
     mask.
     """
@@ -234,7 +231,7 @@ def _fills(walk: Walk, node: Node) -> bool:
     fill = node.get("fill", -inf)
     if fill is None or fill == -inf:
         return True
-    if not isinstance(fill, int | float) or node.op == "padding" or walk.gains:
+    if walk.level_matters or not isinstance(fill, int | float) or node.op == "padding" or walk.gains:
         return False
     bound = walk.graph[node.inputs[0]].bound
     if bound is None or bound.asserted:
@@ -264,7 +261,7 @@ def _shifted(walk: Walk, node: Node) -> str | None:
     """Less the row's largest score, which softmax ignores; it keeps exp from overflowing."""
     scores, largest = node.inputs
     top = walk.graph[largest]
-    if top.op != "amax" or not top["keepdim"] or len(axes := _tuple(top["axes"])) != 1:
+    if walk.level_matters or top.op != "amax" or not top["keepdim"] or len(axes := _tuple(top["axes"])) != 1:
         return None
     if not is_key_axis(walk, axes[0], top) or not same(walk, scores, top.inputs[0]):
         return None
@@ -287,7 +284,7 @@ def _undropped(walk: Walk, node: Node) -> str | None:
 
 _STEPS: dict[str, Callable[[Walk, Node], str | None]] = {
     **dict.fromkeys(("mul", "div", "neg"), _scaled),
-    **dict.fromkeys(_MASKS, _masked),
+    **dict.fromkeys(MASKS, masked),
     "permute": _transposed,
     "alibi": _alibi,
     "clamp": _clamped,

@@ -11,11 +11,30 @@ from functools import cached_property
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.flatten import Indices, iterations, path_of, runs
-from fastgrad_compiler.graph import Graph, Node, Program
+from fastgrad_compiler.graph import Attribute, Graph, Node, Program
 from fastgrad_grammar.source import Span
 
 LIBRARY = "std/"  # how the paths of the standard library's sources begin
-_ATTENTION = ("attention", "poly_attention")
+ATTENTION = ("attention", "poly_attention")
+OWN = "own"  # the family of a polynomial that is the model's own: it stands in for nothing, and has no error
+
+
+def own_polynomial(coefficients: tuple[Attribute, ...]) -> dict[str, Attribute]:
+    """The attributes of a `poly_attention` that say so."""
+    return {
+        "coefficients": coefficients,
+        "family": OWN,
+        "degree": len(coefficients) - 1,
+        "eps": 0.0,
+        "eps_prime": 0.0,
+        "bound": None,
+        "why": "exact: the model's own polynomial",
+    }
+
+
+def is_own(node: Node) -> bool:
+    """Whether an attention's weights are the model's own polynomial."""
+    return node.get("family") == OWN
 
 
 @dataclass(frozen=True)
@@ -80,7 +99,7 @@ class _Holders:
             return bool(self.nodes(str(node["graph"])))
         if node.op == "repeat":
             return any(self.nodes(graph) for graph, _ in runs(node))
-        return node.op in _ATTENTION
+        return node.op in ATTENTION
 
 
 @dataclass(frozen=True)

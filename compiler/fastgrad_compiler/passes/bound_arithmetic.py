@@ -128,6 +128,27 @@ def _exp(step: Step) -> Fact:
     return interval(low, _safe_exp(fact.high), step.rank)
 
 
+def _polynomial(step: Step) -> Fact:
+    """Interval arithmetic of the terms c_j x^j; even powers are not negative."""
+    coefficients, fact = step.node["coefficients"], step.facts[0]
+    low = high = 0.0
+    for power, c in enumerate(coefficients if isinstance(coefficients, tuple) else ()):
+        least, most = _power(fact, power)
+        ends = times(float(str(c)), least), times(float(str(c)), most)
+        low, high = low + min(ends), high + max(ends)
+    return interval(low, high, step.rank)
+
+
+def _power(fact: Fact, power: int) -> tuple[float, float]:
+    """The interval of x^power."""
+    try:
+        ends = fact.low**power, fact.high**power
+    except OverflowError:
+        return (-inf if power % 2 else 0.0), inf
+    even_around_zero = power % 2 == 0 and power > 0 and fact.low < 0 < fact.high
+    return (0.0 if even_around_zero else min(ends)), max(ends)
+
+
 def _log(step: Step) -> Fact:
     fact = step.facts[0]
     if fact.high <= 0:
@@ -178,6 +199,7 @@ ARITHMETIC: dict[str, Rule] = {
     "maximum": _maximum,
     "neg": _neg,
     "exp": _exp,
+    "polynomial": _polynomial,
     "log": _log,
     "sqrt": _increasing(lambda x: sqrt(max(x, 0.0))),
     "rsqrt": _rsqrt,

@@ -44,6 +44,7 @@ _REASONS = {
     "unit": "unit divides each row by its norm",
     "rotary": "rotary is a rotation",
     "softmax": "weights of a softmax",
+    "normalize_rows": "shares of a row's sum",
     "sigmoid": "range of sigmoid",
     "tanh": "range of tanh",
     "add": "triangle inequality",

@@ -81,6 +81,13 @@ def _softmax(step: Step) -> Fact:
     return Fact(0.0, 1.0, tuple(norms))
 
 
+def _normalize_rows(step: Step) -> Fact:
+    """Shares of a sum of what is not negative."""
+    if step.facts[0].low < 0:
+        return unknown(step.rank)
+    return Fact(0.0, 1.0, (*(inf,) * (step.rank - 1), 1.0))
+
+
 def _rms_norm(step: Step) -> Fact:
     """Rows of norm sqrt(d), each entry times its weight."""
     row = times(sqrt(size(step.shape[-1])), step.facts[1].magnitude)
@@ -159,6 +166,7 @@ BOUND: dict[str, Rule] = {
     "mean": _mean,
     "amax": lambda step: interval(step.facts[0].low, step.facts[0].high, step.rank),
     "softmax": _softmax,
+    "normalize_rows": _normalize_rows,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "unit": _unit,
@@ -206,5 +214,5 @@ DECLINED: dict[str, str] = {
         ["sum_to", "embedding_gradient", "poly_attention_backward", "repeat_backward", "weight_gradient"],
         "it stands only in gradient graphs, where no bound is asked for",
     ),
-    "poly_attention": "it stands only after the rewrite, where no bound is asked for",
+    "poly_attention": "it stands only after the recognition of attention, where no bound is asked for",
 }

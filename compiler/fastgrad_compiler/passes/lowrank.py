@@ -14,14 +14,14 @@ from fastgrad_compiler.ops import OPS
 from fastgrad_compiler.passes.attention_backward import BLOCK
 from fastgrad_compiler.verify import CompilerBug
 
-SERVED_ROLES = ("near_q", "near_k", "padding")
+SERVED_ROLES = ("near_q", "near_k", "padding", "documents")
 
 
 def rewrite_low_rank(program: Program) -> Program:
     """The program with every attention of decision "polynomial" rewritten, forward and backward.
 
     Graphs of exact backwards that nothing calls any more are dropped. Raises CompilerBug where the plan
-    serves an attention with a window, documents or alibi by a polynomial.
+    serves an attention with a window or alibi by a polynomial.
     """
     attentions = {graph.name: _polynomial(graph) for graph in program.graphs if graph.block == BLOCK}
     replaced = {name: node for name, node in attentions.items() if node is not None}

@@ -4,7 +4,8 @@ decision has a reason.
 The budget's `output` and `gradient` are shared out equally: of L approximated attentions each may be off by
 1/L of them, by its certificate, with the gain from an attention to the model's output taken as 1. That is
 an estimate; the report measures the whole. A rule that cannot be obeyed is refused (FG3xx). Without a
-budget nothing is approximated.
+budget nothing is approximated. Attentions whose weights are a polynomial of the model's own need none and take no
+share: they were decided when the model was written.
 
 A decision is an attribute of the node. Where one graph's attentions are decided differently at different
 places, the graph is cloned; equal decisions share one graph.
@@ -15,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from fastgrad_compiler.cost import PACE, Pace
 from fastgrad_compiler.flatten import Indices, iterations, path_of
 from fastgrad_compiler.graph import Attribute, Budget, Graph, Node, Program
-from fastgrad_compiler.passes.attention_table import AttentionEntry, Lengths, attention_table
+from fastgrad_compiler.passes.attention_table import AttentionEntry, Lengths, attention_table, is_own
 from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_decision import Caps, Case, Decision, Outcome, Refusal, decide
+from fastgrad_compiler.passes.plan_own import refuse_own
 from fastgrad_compiler.passes.plan_refusal import diagnose
 from fastgrad_compiler.passes.plan_settings import Settings, check_budget, settings_of
 from fastgrad_compiler.polynomial import Family
@@ -33,24 +36,26 @@ _OUTSIDE = Decision("it is not a part of the model that the budget is for")
 
 
 def plan_attention(
-    program: Program, *, family: Family = "balanced", max_rank: int = MAX_RANK, target: str = "torch"
+    program: Program, *, family: Family = "balanced", max_rank: int = MAX_RANK, target: str = "auto"
 ) -> Program:
     """The program with `decision` and `why` on every attention, and the polynomial where it is one.
 
-    `family` serves where no rule names another; no polynomial has a higher rank than `max_rank`. Every
-    target serves the same plan, so `target` changes nothing yet.
+    `family` serves where no rule names another; no polynomial has a higher rank than `max_rank`. `target` decides how
+    fast a polynomial is beside exact attention, and so from which length on it serves.
 
     Raises:
-        TfgError: FG301-FG310, for rules that are wrong in themselves or cannot be obeyed.
+        TfgError: FG301-FG311, for rules that are wrong in themselves or cannot be obeyed.
     """
-    entries = attention_table(program)
+    table = attention_table(program)
+    entries = tuple(entry for entry in table if not is_own(entry.node))
     budget = program.budget or Budget()
-    wrong = check_budget(budget, [(entry.path, entry.full_path) for entry in entries])
+    wrong = check_budget(budget, [(entry.path, entry.full_path) for entry in table])
     if any(diagnostic.code == "FG303" for diagnostic in wrong):
         raise TfgError(wrong)
     settings = {entry.full_path: settings_of(entry.full_path, budget.rules) for entry in entries}
-    outcomes, cases = _decide_all(program, entries, settings, family, max_rank)
+    outcomes, cases = _decide_all(program, entries, settings, family, max_rank, PACE[target])
     wrong += _refusals(entries, outcomes, cases)
+    wrong += refuse_own([entry for entry in table if is_own(entry.node)], budget.rules, max_rank)
     if wrong:
         raise TfgError(wrong)
     decisions = {path: outcome for path, outcome in outcomes.items() if isinstance(outcome, Decision)}
@@ -63,6 +68,7 @@ def _decide_all(
     settings: Mapping[str, Settings],
     family: Family,
     max_rank: int,
+    pace: Pace,
 ) -> tuple[dict[str, Outcome], dict[str, Case]]:
     """Decisions with shares that fit their number: fewer approximated attentions, larger shares."""
     lengths, budget = Lengths(program), program.budget or Budget()
@@ -72,7 +78,7 @@ def _decide_all(
         for entry in entries:
             key = (entry.graph, entry.node.name, settings[entry.full_path])
             if key not in known:
-                case = _case(entry, key[2], lengths, budget, family, max_rank, sharing)
+                case = _case(entry, key[2], lengths, budget, family, max_rank, sharing, pace)
                 known[key] = decide(case), case
         found = {e.full_path: known[(e.graph, e.node.name, settings[e.full_path])] for e in entries}
         return {path: pair[0] for path, pair in found.items()}, {
@@ -101,6 +107,7 @@ def _case(
     family: Family,
     max_rank: int,
     sharing: int,
+    pace: Pace,
 ) -> Case:
     caps = Caps(
         relative=float(str(settings.relative.value)) if settings.relative else None,
@@ -118,6 +125,7 @@ def _case(
         (lengths.longest(entry.queries), lengths.longest(entry.keys)),
         entry.queries == entry.keys,
         budget.near,
+        pace,
     )
 
 

@@ -9,15 +9,18 @@ turn negative.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias, cast
 
 from fastgrad_compiler.certificates import certificate
-from fastgrad_compiler.cost import break_even, flops
+from fastgrad_compiler.cost import EQUAL, Pace, break_even, flops
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import Node
 from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_settings import Settings
 from fastgrad_compiler.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
+
+LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Case:
     """An attention with all that its decision depends on: equal cases are decided alike.
 
     `longest` are the largest numbers of queries and keys that the file allows; `budget_near` is the
-    budget's near field.
+    budget's near field; `pace` the target's.
     """
 
     node: Node
@@ -78,6 +81,7 @@ class Case:
     longest: tuple[int | None, int | None]
     same_length: bool
     budget_near: int | None
+    pace: Pace = EQUAL
 
     @property
     def chosen_family(self) -> Family:
@@ -94,6 +98,12 @@ class Case:
     def causal(self) -> bool:
         """Whether a query sees only the keys up to its own place."""
         return bool(self.node["causal"])
+
+    @property
+    def documents(self) -> bool:
+        """Whether a query sees only keys of its own document."""
+        roles = self.node["roles"]
+        return isinstance(roles, tuple) and "documents" in roles
 
     @property
     def near(self) -> int | None:
@@ -150,12 +160,9 @@ def decide(case: Case) -> Outcome:
 
 def unservable(node: Node) -> str:
     """The mask that no polynomial serves; empty where there is none."""
-    roles = node["roles"]
     if node["window"] is not None:
         return "window"
-    if node["alibi"]:
-        return "alibi"
-    return "documents" if isinstance(roles, tuple) and "documents" in roles else ""
+    return "alibi" if node["alibi"] else ""
 
 
 def _blocked(case: Case) -> Outcome | None:
@@ -165,7 +172,10 @@ def _blocked(case: Case) -> Outcome | None:
     mask = unservable(node)
     if mask:
         text = f"a polynomial cannot serve the mask `{mask}`"
-        return Refusal("FG309", text, asked) if asked else Decision(f"{text}, which stays exact")
+        if asked:
+            return Refusal("FG309", text, asked)
+        band = f": O(n w), w = {node['window']}" if mask == "window" and not node["alibi"] else ""
+        return Decision(f"{text}, which stays exact{band}")
     if settings.near is not None and node["near"] is not None:
         return Refusal("FG308", f"it has a near field of its own, of block {node['near']}", "near")
     if settings.near is not None and not case.same_length:
@@ -262,7 +272,7 @@ def search(case: Case) -> tuple[Polynomial | None, str]:
 
 def _polynomial(case: Case, polynomial: Polynomial, why: str) -> Decision:
     near = case.near
-    even = break_even(d=case.d or 1, dv=case.dv or 1, degree=polynomial.degree, near=near, causal=case.causal)
+    even = _break_even(case, polynomial.degree, near)
     if case.node["asserted"]:
         why += f"; |s| <= {number(case.bound)} is asserted, not proved"
     if polynomial.positive_from is not None:
@@ -275,11 +285,27 @@ def _cheaper_exact(case: Case, degree: int, near: int | None) -> str:
     n, m = case.longest
     if n is None or m is None:
         return ""
-    causal = case.causal
     block = near if near is not None else case.near
-    exact = flops(n=n, m=m, d=case.d or 1, dv=case.dv or 1, degree=None, causal=causal).total
-    served = flops(n=n, m=m, d=case.d or 1, dv=case.dv or 1, degree=degree, near=block, causal=causal).total
-    if served <= exact:
+    work = partial(
+        flops, n=n, m=m, d=case.d or 1, dv=case.dv or 1, causal=case.causal, documents=case.documents
+    )
+    even = _break_even(case, degree, block)
+    longer = 1 + case.pace.keys / m
+    dearer = work(degree=degree, near=block).total > case.pace.speed * longer * work(degree=None).total
+    if max(n, m) >= even and not dearer:
         return ""
-    even = break_even(d=case.d or 1, dv=case.dv or 1, degree=degree, near=block, causal=causal)
     return f"exact is cheaper below n = {even:,} at degree {degree}, and the file allows no more than {max(n, m):,}"
+
+
+def _break_even(case: Case, degree: int, near: int | None) -> int:
+    """Of the polynomial, on one document as long as the sequence."""
+    even = break_even(
+        d=case.d or 1,
+        dv=case.dv or 1,
+        degree=degree,
+        near=near,
+        causal=case.causal,
+        documents=case.documents,
+        pace=case.pace,
+    )
+    return max(even, LEAST_LENGTH)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import BudgetRule
-from fastgrad_compiler.passes.attention_table import AttentionEntry
+from fastgrad_compiler.passes.attention_table import LIBRARY, AttentionEntry
 from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_decision import Caps, Case, Refusal, search
 from fastgrad_compiler.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
@@ -22,7 +22,7 @@ def diagnose(refusal: Refusal, case: Case, entries: Sequence[AttentionEntry]) ->
     paths = [entry.path for entry in entries]
     rule: BudgetRule | None = getattr(case.settings, refusal.rule, None)
     more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-    notes = _places(entries[0])
+    notes = places(entries[0])
     if case.node["bound"] is not None and refusal.code not in ("FG308", "FG309"):
         notes += _range(case)
     return Diagnostic(
@@ -34,13 +34,13 @@ def diagnose(refusal: Refusal, case: Case, entries: Sequence[AttentionEntry]) ->
     )
 
 
-def _places(entry: AttentionEntry) -> list[Note]:
+def places(entry: AttentionEntry) -> list[Note]:
     """Where the attention stands and, where that is in the library, the call in the user's file that leads
     there.
     """
     notes = [] if entry.node.span is None else [Note("the attention is here", entry.node.span)]
-    own = [span for span in entry.calls if not span.source.path.startswith("std/")]
-    if notes and own and entry.calls[-1] is not own[-1]:
+    own = [span for span in entry.calls if not span.source.path.startswith(LIBRARY)]
+    if own and entry.node.span is not None and entry.node.span.source.path.startswith(LIBRARY):
         notes.append(Note("which is called from here", own[-1]))
     return notes
 
@@ -143,7 +143,7 @@ def _near(refusal: Refusal, case: Case) -> list[str]:
 
 
 def _masked(refusal: Refusal, case: Case) -> list[str]:
-    return ["windows, documents and alibi stay exact: remove the mask, or this rule"]
+    return ["windows and alibi stay exact: remove the mask, or this rule"]
 
 
 def _smaller_range(case: Case, degree: int, suits: Callable[[Polynomial], bool]) -> list[str]:

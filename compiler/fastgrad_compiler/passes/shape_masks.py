@@ -57,6 +57,12 @@ def _near_far(site: Site) -> Type:
     return local
 
 
+def _normalize_rows(site: Site) -> Type:
+    found = want_dtype(site, 0, "float")
+    want_rank(site, 0, 1)
+    return found
+
+
 def _alibi(site: Site) -> Type:
     found = _scores(site)
     want_rank(site, 0, 3)
@@ -107,6 +113,7 @@ MASK_RULES: dict[str, Rule] = {
     "padding": _padding,
     "documents": _documents,
     "near_far": _near_far,
+    "normalize_rows": _normalize_rows,
     "alibi": _alibi,
     "rotary": _rotary,
     "sinusoid": _sinusoid,

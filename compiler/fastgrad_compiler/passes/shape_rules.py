@@ -376,7 +376,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("less", "less_equal", "equal"), _compare),
     **dict.fromkeys(("neg", "abs", "clamp"), _numeric_unary),
     **dict.fromkeys(("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu"), _float_unary),
-    **dict.fromkeys(("softplus", "erf", "unit", "assume_bound", "dropout"), _float_unary),
+    **dict.fromkeys(("softplus", "erf", "unit", "assume_bound", "dropout", "polynomial"), _float_unary),
     "logical_not": _bool_unary,
     "cast": _cast,
     "where": _where,

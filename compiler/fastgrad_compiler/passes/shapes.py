@@ -190,6 +190,8 @@ def _attention(site: Site) -> Type:
         if role in roles:
             want_dtype(site, roles[role], dtype)
             want_equal(site, (keys, -2), (roles[role], -1), f"{text}: {role} differs in length")
+    if "documents" in roles:
+        want_equal(site, (0, -2), (1, -2), f"{text}: documents are of one sequence, q and k differ in length")
     return TensorType("float", (*q.shape[:-1], v.shape[-1]))
 
 

@@ -8,7 +8,7 @@ broadcasts to the input's: `Value.fit` settles both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import pi, sqrt
+from math import inf, pi, sqrt
 from typing import TypeAlias
 
 from fastgrad_compiler.dim import Dim
@@ -52,6 +52,9 @@ UNARY: dict[str, Callable[[Value, Value, Value], Value]] = {
     # normalise
     "softmax": lambda g, y, x: y * (g - (g * y).sum((_int(y["axis"]),), keepdim=True)),
     "unit": lambda g, y, x: _unit(g, y, x),
+    # weights: 0 where a mask hides the pair, and so is their derivative
+    "polynomial": lambda g, y, x: g * x.op("polynomial", coefficients=_derivative(y["coefficients"])),
+    "normalize_rows": lambda g, y, x: _normalize_rows(g, y, x),
     # masks: what was filled in does not depend on the scores
     "causal": lambda g, y, x: g.op("causal", fill=0.0),
     "window": lambda g, y, x: g.op("window", width=y["width"], fill=0.0),
@@ -198,6 +201,20 @@ def _unit(g: Value, y: Value, x: Value) -> Value:
     squared, least = (x * x).sum(keepdim=True), 1e-12  # below it the norm is held constant
     radial = (y * (g * y).sum(keepdim=True)).only(squared > least)
     return (g - radial) * squared.op("maximum", least).op("rsqrt")
+
+
+def _derivative(coefficients: Attribute) -> tuple[float, ...]:
+    """Of a polynomial with these ascending coefficients."""
+    if not isinstance(coefficients, tuple):
+        raise TypeError(f"{coefficients!r} is not a tuple of numbers")
+    return tuple(power * number(c) for power, c in enumerate(coefficients))[1:] or (0.0,)
+
+
+def _normalize_rows(g: Value, y: Value, x: Value) -> Value:
+    visible = x > -inf
+    total = x.only(visible).sum(keepdim=True)
+    total = total + total.op("equal", 0.0).op("cast", dtype="float")  # 1 for a row of zeros
+    return ((g - (g * y).sum(keepdim=True)) / total).only(visible)
 
 
 def _rms_norm(g: Value, x: Value, w: Value, eps: Attribute) -> Cotangents:

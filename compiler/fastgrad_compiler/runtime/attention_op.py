@@ -13,8 +13,9 @@ WORK_BYTES = (
 )  # what the work buffers of one call may take, whatever the batch, the heads and the rank
 LEAST_TILE = 16
 SCORE_BUFFERS = 4  # tensors (queries, window) that a kernel's backward holds
-INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? near_q, Tensor? near_k, Tensor? mask"
+INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? near_q, Tensor? near_k, Tensor? mask, Tensor? documents"
 SAVED = "Tensor out, Tensor denominator, Tensor maximum"
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 SECOND_DERIVATIVE = (
     "second derivatives of {name} are not available: its backward pass is itself a custom operation "
     "without a derivative; differentiate the exact reference model instead"
@@ -26,11 +27,12 @@ def register_attention(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Register `fastgrad::name` and `fastgrad::name_backward` once a process and return the operation.
 
-    forward(q, k, v, near_q, near_k, mask, *attributes) -> (out, denominator, maximum)
-    backward(gradient, q, k, v, near_q, near_k, mask, out, denominator, maximum, *attributes) -> 5 gradients
+    forward(q, k, v, near_q, near_k, mask, documents, *attributes) -> (out, denominator, maximum)
+    backward(gradient, q, k, v, near_q, near_k, mask, documents, out, denominator, maximum, *attributes)
+        -> 5 gradients
 
-    The inputs have four dimensions, [batch, heads, tokens, width], the mask two. `attributes` is the tail of the
-    schema (", int exact_below"). `maximum` says whether a row maximum is saved; without one it has no elements.
+    The inputs have four dimensions, [batch, heads, tokens, width], mask and documents two. `attributes` is the tail
+    of the schema (", int exact_below"). `maximum` says whether a row maximum is saved; without one it has no elements.
     A name that another copy of this file registered before is kept as it is: the name holds a hash of the content.
     """
     registered = getattr(torch.ops, NAMESPACE)
@@ -66,8 +68,8 @@ def _register(
         )
 
     def setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
-        ctx.save_for_backward(*inputs[:6], *output)  # type: ignore[misc, arg-type]
-        ctx.attributes = inputs[6:]  # type: ignore[attr-defined]
+        ctx.save_for_backward(*inputs[:7], *output)  # type: ignore[misc, arg-type]
+        ctx.attributes = inputs[7:]  # type: ignore[attr-defined]
 
     def differentiate(
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor, *_: object
@@ -76,7 +78,7 @@ def _register(
         operation = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
         gradients = operation(gradient, *saved, *ctx.attributes)  # type: ignore[attr-defined]
         given = [None if tensor is None else g for tensor, g in zip(saved[:5], gradients, strict=True)]
-        return (*given, None, *(None for _ in ctx.attributes))  # type: ignore[attr-defined]
+        return (*given, None, None, *(None for _ in ctx.attributes))  # type: ignore[attr-defined]
 
     def decline(ctx: object, *gradients: object) -> object:
         raise RuntimeError(SECOND_DERIVATIVE.format(name=f"polynomial attention ({full})"))
@@ -115,12 +117,14 @@ def call_attention(
     near_q: Tensor | None,
     near_k: Tensor | None,
     mask: Tensor | None,
+    documents: Tensor | None,
     *attributes: object,
 ) -> Tensor:
     """Flatten the leading dimensions to one batch, run the operation and give `out` its leading dimensions back."""
     leading = q.shape[:-3]
     inputs = [None if tensor is None else _one_batch(tensor, 3) for tensor in (q, k, v, near_q, near_k)]
-    out = operation(*inputs, None if mask is None else _one_batch(mask, 1), *attributes)[0]
+    tokens = [None if tensor is None else _one_batch(tensor, 1) for tensor in (mask, documents)]
+    out = operation(*inputs, *tokens, *attributes)[0]
     return out.squeeze(0) if not leading else out.unflatten(0, leading) if len(leading) > 1 else out
 
 
@@ -137,6 +141,7 @@ def check_inputs(
     near_q: Tensor | None,
     near_k: Tensor | None,
     mask: Tensor | None,
+    documents: Tensor | None,
     causal: bool,
 ) -> None:
     """Raise ValueError unless q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv] and the rest fit together."""
@@ -153,24 +158,42 @@ def check_inputs(
     if near_q is not None and near_k is not None:
         _require("near_q", near_q.shape, (*q.shape[:-1], near_k.shape[-1]), "[.., heads, n, near_d]")
         _require("near_k", near_k.shape, (*k.shape[:-1], near_q.shape[-1]), "[.., kv_heads, m, near_d]")
+    _check_masks(q, k, mask, documents)
+
+
+def _check_masks(q: Tensor, k: Tensor, mask: Tensor | None, documents: Tensor | None) -> None:
     if mask is not None:
         if mask.dtype != torch.bool:
             raise ValueError(f"mask has dtype {mask.dtype}, expected torch.bool with True for a real token")
         _require("mask", mask.shape, (*k.shape[:-3], k.shape[-2]), "[.., m]")
+    if documents is not None:
+        if documents.dtype not in INTEGERS:
+            raise ValueError(f"documents has dtype {documents.dtype}, expected integer ids")
+        if q.shape[-2] != k.shape[-2]:
+            raise ValueError(
+                f"documents are for attention of tokens to each other: {q.shape[-2]} queries, {k.shape[-2]} keys"
+            )
+        _require("documents", documents.shape, (*q.shape[:-3], q.shape[-2]), "[.., n]")
 
 
 def check_widths(
-    q: Tensor, v: Tensor, near_q: Tensor | None, mask: Tensor | None, expected: dict[str, int | None]
+    q: Tensor,
+    v: Tensor,
+    near_q: Tensor | None,
+    mask: Tensor | None,
+    documents: Tensor | None,
+    expected: dict[str, int | None],
 ) -> None:
     """Raise ValueError unless the inputs have the widths, and are present or absent, as a kernel was made for.
 
-    expected: d, dv, near_d (None: no near_q) and padding (1: a mask is needed).
+    expected: d, dv, near_d (None: no near_q), padding and documents (1: a mask, ids of documents are needed).
     """
     found = {
         "d": q.shape[-1],
         "dv": v.shape[-1],
         "near_d": None if near_q is None else near_q.shape[-1],
         "padding": int(mask is not None),
+        "documents": int(documents is not None),
     }
     for name, value in found.items():
         if value != expected[name]:
@@ -186,7 +209,7 @@ def row_groups(batch: int, heads: int, row_bytes: int) -> Iterator[tuple[slice, 
     """Rectangles (batch slice, head slice) of at most WORK_BYTES / row_bytes rows that cover [batch, heads]."""
     rows = max(1, WORK_BYTES // max(1, row_bytes))
     across = min(heads, rows)
-    down = min(batch, rows // heads) if across == heads else 1
+    down = max(1, min(batch, rows // heads)) if across == heads else 1
     for first in range(0, batch, down):
         for head in range(0, heads, across):
             yield slice(first, min(first + down, batch)), slice(head, min(head + across, heads))

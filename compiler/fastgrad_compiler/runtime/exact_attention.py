@@ -3,14 +3,16 @@
     a_ij = exp(s_ij), s = scale * q.k          everywhere, or
     a_ij = exp(t_ij) near, exp(s_ij) far       with a near field: t = near_q.near_k, near: |i//w - j//w| <= 1
 
-(docs/mathematics.md, section 5.) O(n * rows) memory, never n x n. Where PyTorch has a fused kernel for the case, its
-forward and backward are called directly, because autograd is off inside a custom operation.
+(docs/mathematics.md, section 5.) O(n * rows) memory, never n x n. A block of queries visits only the keys that it may
+see: with a window of w O(n w) work, with documents O(n * longest). Where PyTorch has a fused kernel for the case,
+its forward and backward are called directly, because autograd is off inside a custom operation.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,9 +25,11 @@ from .attention_op import (
     register_attention,
     row_groups,
 )
+from .documents import document_ranges, document_runs
 
 BUFFERS = 5  # live [rows, keys] tensors of a block, in the backward pass
 LEAST_ROWS = 16
+BANDED_ROWS = 64  # queries of a block whose keys are limited to a band: as many as the band is wide, or these
 
 
 def exact_attention(
@@ -35,24 +39,30 @@ def exact_attention(
     near_q: Tensor | None = None,
     near_k: Tensor | None = None,
     mask: Tensor | None = None,
+    documents: Tensor | None = None,
     *,
     scale: float | None = None,
     causal: bool = False,
     near: int | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Softmax attention whose near logits may be others than its far ones; differentiable once.
 
     q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv], H a multiple of Hk; near_q [.., H, n, near_d], near_k
-    [.., Hk, m, near_d], already scaled; mask bool [.., m], True for a real token; scale: 1 / sqrt(d) by default; near:
-    block size w. Returns [.., H, n, dv] in the dtype of v; 0 for a query that sees no key. ValueError on wrong shapes.
+    [.., Hk, m, near_d], already scaled; mask bool [.., m], True for a real token; documents: integers [.., n], of which
+    a token sees its own run of equal ones; scale: 1 / sqrt(d) by default; near: block size w; window: |i - j| < window
+    for all pairs. Returns [.., H, n, dv] in the dtype of v; 0 for a query that sees no key. ValueError on wrong shapes.
     """
-    check_inputs(q, k, v, near_q, near_k, mask, causal)
+    check_inputs(q, k, v, near_q, near_k, mask, documents, causal)
     if near_q is not None and near is None:
         raise ValueError("near_q and near_k need a block size `near`")
     if near is not None and near < 1:
         raise ValueError(f"near is a block size of at least 1, not {near}")
+    if window is not None and window < 1:
+        raise ValueError(f"window is a width of at least 1, not {window}")
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return call_attention(OPERATION, q, k, v, near_q, near_k, mask, factor, causal, near or 0)
+    attributes = (factor, causal, near or 0, window or 0)
+    return call_attention(OPERATION, q, k, v, near_q, near_k, mask, documents, *attributes)
 
 
 def exact_forward(
@@ -62,14 +72,16 @@ def exact_forward(
     near_q: Tensor | None,
     near_k: Tensor | None,
     mask: Tensor | None,
+    documents: Tensor | None,
     scale: float,
     causal: bool,
     near: int,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, H, n, dv], logsumexp [B, H, n] and an empty tensor."""
+    """out [B, H, n, dv], logsumexp [B, H, n] and an empty tensor; near and window are 0 where there is none."""
     dtype = compute_dtype(q, k, v)
     none = q.new_empty((0,), dtype=dtype)
-    if _fused(q, mask, near_q):
+    if _fused(q, mask, documents, near_q, window):
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *_padded(q, k, v), 0.0, causal, scale=scale
         )
@@ -78,8 +90,10 @@ def exact_forward(
     logsumexp = q.new_empty(q.shape[:-1], dtype=dtype)
     heads = k.shape[1]
     grouped_out, grouped_sum = out.unflatten(1, (heads, -1)), logsumexp.unflatten(1, (heads, -1))
-    for block in _blocks(q, k, v, near_q, near_k, mask, causal):
-        logits, _ = block.logits(scale, near)
+    runs = None if documents is None else document_runs(documents)
+    sight = _Sight(scale, causal, near, window, mask, runs)
+    for block in _blocks((q, k, v, near_q, near_k), sight):
+        logits, _ = block.logits()
         total = torch.logsumexp(logits, -1)
         total.masked_fill_(total == -math.inf, 0.0)
         weights = logits.sub_(total.unsqueeze(-1)).exp_()
@@ -96,15 +110,17 @@ def exact_backward(
     near_q: Tensor | None,
     near_k: Tensor | None,
     mask: Tensor | None,
+    documents: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
     maximum: Tensor,
     scale: float,
     causal: bool,
     near: int,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, near_q, near_k; without elements for an input that is not there."""
-    if _fused(q, mask, near_q):
+    if _fused(q, mask, documents, near_q, window):
         return _fused_backward(gradient, q, k, v, out, logsumexp, scale, causal)
     dtype = compute_dtype(q, k, v)
     heads = k.shape[1]
@@ -116,22 +132,24 @@ def exact_backward(
     grouped_dq = dq.unflatten(1, (heads, -1))
     gradient, out = gradient.unflatten(1, (heads, -1)), out.unflatten(1, (heads, -1))
     logsumexp = logsumexp.unflatten(1, (heads, -1))
-    for block in _blocks(q, k, v, near_q, near_k, mask, causal):
-        logits, window = block.logits(scale, near)
+    runs = None if documents is None else document_runs(documents)
+    sight = _Sight(scale, causal, near, window, mask, runs)
+    for block in _blocks(inputs, sight):
+        logits, neighbours = block.logits()
         weights = logits.sub_(logsumexp[block.index].unsqueeze(-1)).exp_()
         upstream = gradient[block.index].to(dtype)
         delta = (upstream * out[block.index]).sum(-1, keepdim=True)
         dlogits = torch.matmul(upstream, block.v.mT).sub_(delta).mul_(weights)
-        keys = (*block.rows, slice(0, block.v.shape[-2]))
+        keys = (*block.rows, slice(*block.keys))
         dv[keys] += torch.matmul(weights.mT, upstream).sum(2)
-        if window is not None and block.near_q is not None and block.near_k is not None:
-            low, high, is_near = window
-            local = dlogits[..., low:high]
+        if neighbours is not None and block.near_q is not None and block.near_k is not None:
+            columns, is_near = neighbours
+            local = dlogits[..., columns]
             dnear = local * is_near
             local.masked_fill_(is_near, 0.0)
-            near_keys = (*block.rows, slice(low, high))
+            near_keys = (*block.rows, slice(block.keys[0] + columns.start, block.keys[0] + columns.stop))
             dnear_q.unflatten(1, (heads, -1))[block.index] = torch.matmul(
-                dnear, block.near_k[..., low:high, :]
+                dnear, block.near_k[..., columns, :]
             )
             dnear_k[near_keys] += torch.matmul(dnear.mT, block.near_q).sum(2)
         dlogits.mul_(scale)
@@ -142,22 +160,35 @@ def exact_backward(
     return first, second, third, fourth, fifth
 
 
+@dataclass(frozen=True)
+class _Sight:
+    """Scale of the logits, and what decides which keys a query sees; runs: the document of each token [B, n]."""
+
+    scale: float
+    causal: bool
+    near: int
+    window: int
+    mask: Tensor | None
+    runs: Tensor | None
+
+
 class _Block:
-    """Queries [first, last) of some rows, and all keys they may see; q [b, h, G, t, d], k, v [b, h, 1, m, ..]."""
+    """Queries [first, last) of some rows, and the keys [low, high) that they may see.
+
+    q [b, h, G, t, d], k, v [b, h, 1, high - low, ..].
+    """
 
     def __init__(
         self,
         inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
-        mask: Tensor | None,
+        sight: _Sight,
         rows: tuple[slice, slice],
         queries: tuple[int, int],
-        causal: bool,
+        keys: tuple[int, int],
     ) -> None:
         q, k, v, near_q, near_k = inputs
-        self.first, self.last = queries
-        self.rows, self.causal = rows, causal
+        self.rows, self.queries, self.keys, self.sight = rows, queries, keys, sight
         self.index = (*rows, slice(None), slice(*queries))
-        self.keys = self.last if causal else k.shape[2]
         dtype = compute_dtype(q, k, v)
         heads = k.shape[1]
 
@@ -166,57 +197,100 @@ class _Block:
             return grouped[self.index].to(dtype)
 
         def of_keys(x: Tensor) -> Tensor:
-            return x[rows][:, :, None, : self.keys].to(dtype)
+            return x[rows][:, :, None, slice(*keys)].to(dtype)
 
         self.q, self.k, self.v = of_queries(q), of_keys(k), of_keys(v)
         self.near_q = None if near_q is None else of_queries(near_q)
         self.near_k = None if near_k is None else of_keys(near_k)
-        self.mask = None if mask is None else mask[rows[0]][:, None, None, None, : self.keys]
 
-    def logits(self, scale: float, near: int) -> tuple[Tensor, tuple[int, int, Tensor] | None]:
-        """[b, h, G, t, keys], -inf where hidden; and the window of keys [low, high) that may be near, with its mask."""
-        logits = torch.matmul(self.q, self.k.mT).mul_(scale)
-        window = None
-        if near and self.near_q is not None and self.near_k is not None:
-            low = min(self.keys, max(0, (self.first // near - 1) * near))
-            high = min(self.keys, ((self.last - 1) // near + 2) * near)
-            device = logits.device
-            blocks = torch.arange(self.first, self.last, device=device).div(near, rounding_mode="floor")
-            others = torch.arange(low, high, device=device).div(near, rounding_mode="floor")
-            is_near = (blocks[:, None] - others).abs() <= 1
-            local = torch.matmul(self.near_q, self.near_k[..., low:high, :].mT)
-            target = logits[..., low:high]
+    def logits(self) -> tuple[Tensor, tuple[slice, Tensor] | None]:
+        """[b, h, G, t, keys], -inf where hidden; and the columns among them that may be near, with their mask."""
+        logits = torch.matmul(self.q, self.k.mT).mul_(self.sight.scale)
+        neighbours = None
+        if self.sight.near and self.near_q is not None and self.near_k is not None:
+            columns, is_near = neighbours = self._neighbours(self.sight.near)
+            local = torch.matmul(self.near_q, self.near_k[..., columns, :].mT)
+            target = logits[..., columns]
             target.copy_(torch.where(is_near, local, target))
-            window = (low, high, is_near)
-        if self.causal:
-            own = logits[..., self.first :]
-            hidden = torch.ones(own.shape[-2:], dtype=torch.bool, device=own.device).triu_(1)
-            own.masked_fill_(hidden, -math.inf)
-        if self.mask is not None:
-            logits.masked_fill_(~self.mask, -math.inf)
-        return logits, window
+        self._hide(logits)
+        return logits, neighbours
+
+    def _neighbours(self, near: int) -> tuple[slice, Tensor]:
+        (first, last), (low, high) = self.queries, self.keys
+        start = min(high, max(low, (first // near - 1) * near))
+        stop = max(start, min(high, ((last - 1) // near + 2) * near))
+        blocks, others = (
+            torch.arange(*ends, device=self.q.device).div(near, rounding_mode="floor")
+            for ends in ((first, last), (start, stop))
+        )
+        return slice(start - low, stop - low), (blocks[:, None] - others).abs() <= 1
+
+    def _hide(self, logits: Tensor) -> None:
+        sight, (first, last), (low, high) = self.sight, self.queries, self.keys
+        if sight.causal:
+            own = logits[..., first - low :]
+            own.masked_fill_(
+                torch.ones(own.shape[-2:], dtype=torch.bool, device=own.device).triu_(1), -math.inf
+            )
+        if sight.window:
+            places, others = (
+                torch.arange(*ends, device=logits.device) for ends in ((first, last), (low, high))
+            )
+            logits.masked_fill_((places[:, None] - others).abs() >= sight.window, -math.inf)
+        if sight.runs is not None:
+            runs = sight.runs[self.rows[0], None, None]
+            logits.masked_fill_(runs[..., first:last, None] != runs[..., None, low:high], -math.inf)
+        if sight.mask is not None:
+            logits.masked_fill_(~sight.mask[self.rows[0], None, None, None, low:high], -math.inf)
 
 
 def _blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    near_q: Tensor | None,
-    near_k: Tensor | None,
-    mask: Tensor | None,
-    causal: bool,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], sight: _Sight
 ) -> Iterator[_Block]:
-    """Blocks that cover all rows and queries, as large as WORK_BYTES allows."""
+    """Blocks that cover all rows and queries, as large as WORK_BYTES and the band of visible keys allow."""
+    q, k, v = inputs[:3]
     (batch, heads, m), n = k.shape[:3], q.shape[2]
-    query_bytes = BUFFERS * compute_dtype(q, k, v).itemsize * (q.shape[1] // heads) * m
-    size = min(n, max(LEAST_ROWS, WORK_BYTES // query_bytes))
+    ranges = None if sight.runs is None else document_ranges(sight.runs)
+    size, keys = n, m
+    reaches = [sight.window] if sight.window else []
+    if ranges is not None:
+        reaches.append(int((ranges[1] - ranges[0]).max()))  # of the longest document
+    if reaches:
+        size = max(BANDED_ROWS, min(reaches))
+        keys = min(m, size + 2 * min(reaches))
+    query_bytes = BUFFERS * compute_dtype(q, k, v).itemsize * (q.shape[1] // heads) * keys
+    size = min(n, size, max(LEAST_ROWS, WORK_BYTES // query_bytes))
     for rows in row_groups(batch, heads, query_bytes * size):
-        for first in range(0, n, size):
-            yield _Block((q, k, v, near_q, near_k), mask, rows, (first, min(first + size, n)), causal)
+        for queries, visible in _bands(
+            n, m, size, sight, None if ranges is None else _limits(ranges, rows[0])
+        ):
+            yield _Block(inputs, sight, rows, queries, visible)
 
 
-def _fused(q: Tensor, mask: Tensor | None, near_q: Tensor | None) -> bool:
-    return q.device.type == "cpu" and mask is None and near_q is None
+def _limits(ranges: tuple[Tensor, Tensor], batch: slice) -> tuple[list[int], list[int]]:
+    """For each token: the first token of any row's document there, and the one behind the last."""
+    first, behind = ranges
+    return first[batch].amin(0).tolist(), behind[batch].amax(0).tolist()
+
+
+def _bands(
+    n: int, m: int, size: int, sight: _Sight, limits: tuple[list[int], list[int]] | None
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Blocks of queries [first, last), each with the keys [low, high) outside of which it sees none."""
+    for first in range(0, n, size):
+        last = min(first + size, n)
+        low, high = 0, last if sight.causal else m
+        if sight.window:
+            low, high = max(low, first - sight.window + 1), min(high, last + sight.window - 1)
+        if limits is not None:
+            low, high = max(low, limits[0][first]), min(high, limits[1][last - 1])
+        yield (first, last), (min(low, high), high)
+
+
+def _fused(
+    q: Tensor, mask: Tensor | None, documents: Tensor | None, near_q: Tensor | None, window: int
+) -> bool:
+    return q.device.type == "cpu" and mask is None and documents is None and near_q is None and not window
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,5 +334,9 @@ def _fused_backward(
 
 
 OPERATION = register_attention(
-    "exact_attention", ", float scale, bool causal, int near", exact_forward, exact_backward, maximum=False
+    "exact_attention",
+    ", float scale, bool causal, int near, int window",
+    exact_forward,
+    exact_backward,
+    maximum=False,
 )

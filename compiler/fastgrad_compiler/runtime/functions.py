@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -71,10 +72,11 @@ def alibi_bias(q: Tensor, k: Tensor) -> Tensor:
 
 
 def document_mask(ids: Tensor, rank: int) -> Tensor:
-    """bool [b, .., n, n] of that rank: keys of the query's own document; ids [b, n]."""
+    """bool [b, .., n, n] of that rank: keys with no change of the ids between them and the query; ids [b, n]."""
     b, n = ids.shape
     middle = (1,) * (rank - 3)
-    return ids.view(b, *middle, n, 1) == ids.view(b, *middle, 1, n)
+    runs = F.pad((ids[:, 1:] != ids[:, :-1]).cumsum(1), (1, 0))
+    return runs.view(b, *middle, n, 1) == runs.view(b, *middle, 1, n)
 
 
 def padding_mask(mask: Tensor, rank: int) -> Tensor:
@@ -99,7 +101,7 @@ def apply_padding(scores: Tensor, mask: Tensor, fill: float = -math.inf) -> Tens
 
 
 def apply_documents(scores: Tensor, ids: Tensor, fill: float = -math.inf) -> Tensor:
-    """Scores of keys of other documents become `fill`; scores [b, .., n, n], ids int [b, n]."""
+    """Scores of keys of other runs of equal ids become `fill`; scores [b, .., n, n], ids int [b, n]."""
     return scores.masked_fill(~document_mask(ids, scores.ndim), fill)
 
 
@@ -108,6 +110,23 @@ def apply_near_far(local: Tensor, far: Tensor, block: int) -> Tensor:
     n, m = local.shape[-2:]
     queries, keys = (torch.arange(size, device=local.device) // block for size in (n, m))
     return torch.where((queries.unsqueeze(-1) - keys).abs() <= 1, local, far)
+
+
+def apply_polynomial(scores: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """The polynomial of the scores, by ascending powers; 0 where the score is -inf."""
+    hidden = scores == -math.inf
+    visible = scores.masked_fill(hidden, 0.0)
+    result = torch.zeros_like(visible)
+    for coefficient in reversed(coefficients):
+        result = result * visible + coefficient
+    return result.masked_fill(hidden, 0.0)
+
+
+def normalize_rows(weights: Tensor) -> Tensor:
+    """Weights over the sum of their row; those of -inf are 0, and a row of zeros stays one."""
+    visible = weights.masked_fill(weights == -math.inf, 0.0)
+    total = visible.sum(-1, keepdim=True)
+    return visible / total.masked_fill(total == 0, 1.0)
 
 
 def apply_alibi(scores: Tensor) -> Tensor:

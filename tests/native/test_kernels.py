@@ -1,0 +1,156 @@
+"""C++ kernels against the dense float64 reference: output and all gradients, every mask, and any number of threads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastgrad_compiler.codegen.cpp import emit_cpp
+from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
+from tests import dense
+from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_dense, run_kernel, worst_error
+
+pytestmark = pytest.mark.usefixtures("native")
+
+DOUBLE = 1e-11  # float64: sums of some hundred terms of size 1, gradients of size 10
+SINGLE = 3e-5
+SLOW = pytest.mark.slow
+
+# name: d, dv, degree, and what else the kernel is made for. One library each: many more are in the slow set.
+SPECS = {
+    "causal": (16, 64, 2, {"causal": True}),
+    "unmasked": (3, 70, 6, {"padding": True}),
+    "causal, near": (5, 12, 4, {"causal": True, "near": 24, "near_d": 9, "padding": True}),
+    "unmasked, near": (4, 5, 3, {"near": 20}),
+    "documents": (8, 17, 2, {"causal": True, "documents": True, "near": 5, "near_d": 3}),
+    "unmasked documents": (2, 8, 3, {"documents": True, "padding": True}),
+}
+MORE = {
+    "one": (1, 1, 1, {"causal": True}),
+    "wide": (128, 16, 2, {"causal": True}),
+    "high": (4, 20, 10, {"causal": True}),
+    "high rank": (8, 9, 7, {}),
+    "small blocks": (6, 6, 2, {"near": 1, "padding": True}),
+    "small blocks, causal": (6, 6, 2, {"near": 7, "causal": True}),
+    "uneven blocks": (6, 6, 2, {"near": 100, "near_d": 2}),
+    "large blocks, documents": (6, 6, 2, {"near": 33, "documents": True, "padding": True}),
+    "causal documents": (6, 40, 2, {"causal": True, "documents": True, "padding": True}),
+}
+
+
+def specification(name: str) -> KernelSpec:
+    d, dv, degree, options = {**SPECS, **MORE}[name]
+    coefficients = COEFFICIENTS.get(degree) or tuple(0.6**power for power in range(degree + 1))
+    return KernelSpec(d=d, dv=dv, coefficients=coefficients, scale=0.8, **options)  # type: ignore[arg-type]
+
+
+def run_native(spec: KernelSpec, inputs: Inputs, threads: int = 2) -> list[torch.Tensor]:
+    """Output and gradients; the kernel gets this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return run_kernel(spec, inputs, native=True)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", [*SPECS, *(pytest.param(name, marks=SLOW) for name in MORE)])
+def test_matches_dense_reference(name: str) -> None:
+    spec = specification(name)
+    for n, groups, threads in ((1, 1, 1), (63, 1, 2), (301, 2, 2), (517, 1, 16)):
+        inputs = make_inputs(spec, n, groups=groups)
+        assert worst_error(run_native(spec, inputs, threads), run_dense(spec, inputs)) < DOUBLE, (n, threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "m"), [("unmasked", 130, 77), ("unmasked, near", 60, 301), ("unmasked, near", 301, 60)]
+)
+def test_cross_attention(name: str, n: int, m: int) -> None:
+    spec = specification(name)
+    inputs = make_inputs(spec, n, m, groups=2, batch=1)
+    for threads in (1, 8):
+        assert worst_error(run_native(spec, inputs, threads), run_dense(spec, inputs)) < DOUBLE
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [1, 40, pytest.param(64, marks=SLOW), pytest.param(1000, marks=SLOW)])
+def test_window(causal: bool, window: int) -> None:
+    spec = KernelSpec(7, 20, (), causal=causal, window=window, scale=3.0, documents=True, padding=True)
+    for n, threads in ((1, 1), (301, 2), (517, 16)):
+        inputs = make_inputs(spec, n, groups=2)
+        q, k, v = inputs.tensors
+        masks = {"mask": inputs.mask, "documents": inputs.documents}
+        expected = dense.softmax_attention(q, k, v, scale=3.0, causal=causal, window=window, **masks)  # type: ignore[arg-type]
+        torch.set_num_threads(threads)
+        found = load_kernel(spec, native=True)(q, k, v, **masks)
+        gradients = [torch.autograd.grad(out, inputs.tensors, inputs.cotangent) for out in (found, expected)]
+        torch.set_num_threads(2)
+        assert worst_error([found, *gradients[0]], [expected, *gradients[1]]) < DOUBLE
+
+
+@pytest.mark.parametrize("name", ["causal", "causal, near", "unmasked, near"])
+def test_float32_and_bfloat16(name: str) -> None:
+    spec = specification(name)
+    inputs = make_inputs(spec, 301)
+    expected = run_dense(spec, inputs)
+    assert worst_error(run_native(spec, inputs.to(torch.float32)), expected) < SINGLE
+    rounded = inputs.to(torch.bfloat16)
+    found = run_native(spec, rounded)
+    assert {x.dtype for x in found} == {torch.bfloat16}
+    assert (
+        worst_error(found, run_dense(spec, rounded.to(torch.float64))) < 2e-2
+    )  # 8 bits, of sums of 300 terms
+
+
+def test_great_logits_nearby() -> None:
+    """Near logits of +-60: exp of them alone would overflow in float32."""
+    spec = specification("causal, near")
+    inputs = make_inputs(spec, 200, local_size=60.0)
+    assert worst_error(run_native(spec, inputs), run_dense(spec, inputs)) < 1e-10
+    assert worst_error(run_native(spec, inputs.to(torch.float32)), run_dense(spec, inputs)) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["documents", "unmasked documents"])
+def test_documents_of_one_token(name: str) -> None:
+    spec = specification(name)
+    inputs = make_inputs(spec, 150)
+    inputs = replace(inputs, documents=torch.arange(150).expand(2, 150))
+    assert worst_error(run_native(spec, inputs, 8), run_dense(spec, inputs)) < DOUBLE
+
+
+def test_deterministic() -> None:
+    """Bit for bit at the same number of threads, to rounding at another: one row is cut into segments."""
+    spec = specification("causal")
+    inputs = make_inputs(spec, 1500, batch=1, heads=1).to(torch.float32)
+    once, again, other = (run_native(spec, inputs, threads) for threads in (3, 3, 1))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert worst_error(other, once) < SINGLE
+    assert any(not torch.equal(a, b) for a, b in zip(once, other, strict=True)), "segments were not used"
+
+
+def test_strided_inputs() -> None:
+    """Heads that lie side by side in a row, as a projection leaves them."""
+    spec = specification("causal")
+    inputs = make_inputs(spec, 100)
+    apart = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs.tensors]
+    strided = replace(inputs, tensors=tuple(apart), cotangent=inputs.cotangent.mT.contiguous().mT)
+    assert worst_error(run_native(spec, strided), run_dense(spec, inputs)) < DOUBLE
+
+
+@pytest.mark.slow
+def test_denominators_of_a_million_tokens() -> None:
+    """float32 sums over 1,000,000 keys: the denominators, and outputs, stay within 1e-5 of float64."""
+    spec = replace(specification("causal"), d=4, dv=4, coefficients=COEFFICIENTS[2])
+    inputs = make_inputs(spec, 1_000_000, batch=1, heads=1)
+    q, k, v = (x.detach() for x in inputs.tensors)
+    function = load_kernel(spec, native=True)
+    single, double = function(q.float(), k.float(), v.float()), function(q, k, v)
+    assert (single.double() - double).abs().max() < 1e-5 * v.abs().max()
+
+
+def test_source_is_bounded() -> None:
+    """A table of the monomials is made when the library is loaded, not written out."""
+    large = KernelSpec(16, 64, tuple(1.0 for _ in range(7)), causal=True)  # rank 74,613
+    assert abs(len(emit_cpp(large)) - len(emit_cpp(specification("causal")))) < 500
