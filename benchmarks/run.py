@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--target", default="auto", help="of the polynomial attention")
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument("--repeats", type=int, default=5, help="passes of which the median is taken")
-    parser.add_argument("--seconds", type=float, default=30.0, help="for the passes of one contender at one length")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="for the passes of one contender at one length"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see whether it works")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

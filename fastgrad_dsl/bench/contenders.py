@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 
+from fastgrad_compiler.codegen.cpp import CHUNK
 from fastgrad_compiler.codegen.kernel import KernelSpec, choose_chunk
 from fastgrad_compiler.cost import Flops, flops
 from fastgrad_compiler.features import rank
@@ -16,7 +17,6 @@ from fastgrad_compiler.polynomial import Family
 from fastgrad_dsl.functional import polynomial_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-CPP_CHUNK = 64  # tokens that a kernel of the cpp target handles densely at a time
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Contender:
         if self.degree is None:
             return None
         if self.target != "torch":
-            return CPP_CHUNK
+            return CHUNK
         return choose_chunk(
             KernelSpec(self.d, self.dv, (1.0,) * (self.degree + 1), causal=True, near=self.near)
         )
@@ -87,7 +87,7 @@ class Contender:
             d=self.d,
             dv=self.dv,
             degree=self.degree,
-            chunk=self.chunk or CPP_CHUNK,
+            chunk=self.chunk or CHUNK,
             near=self.near,
             causal=True,
         )

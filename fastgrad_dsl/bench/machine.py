@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastgrad_dsl.bench.peak import find_compiler
+from fastgrad_dsl.bench.peak import compiler_command
 
 VECTORS = (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("asimd", "NEON"))
 
@@ -57,8 +57,8 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _compiler() -> str | None:
-    found = find_compiler()
+    found = compiler_command()
     if found is None:
         return None
-    said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    said = subprocess.run([*found, "--version"], capture_output=True, text=True, check=False).stdout
     return said.splitlines()[0] if said else None

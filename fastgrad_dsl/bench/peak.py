@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+from fastgrad_compiler.runtime.native import NativeError, find_compiler
 
 SOURCE = Path(__file__).with_name("fma_peak.cpp")
 TRIES, SECONDS = 5, 0.2
 FIRST_ROUNDS = 10_000
 
 
-def find_compiler() -> str | None:
-    """The C++ compiler: CXX if it is set, or the first of the usual names that is there."""
-    names = [os.environ.get("CXX", ""), "g++", "c++", "clang++"]
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+def compiler_command() -> tuple[str, ...] | None:
+    """The C++ compiler that also builds kernels; None without one."""
+    try:
+        return find_compiler().command
+    except NativeError:
+        return None
 
 
 def peak_flops(threads: int) -> float | None:
     """Flops a second of `threads` threads, a multiply-add being 2; the best of some tries. None without a compiler."""
-    compiler = find_compiler()
+    compiler = compiler_command()
     if compiler is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
@@ -44,12 +46,12 @@ def peak_flops(threads: int) -> float | None:
         return max(run(rounds) for _ in range(TRIES))
 
 
-def _build(compiler: str, library: Path) -> bool:
+def _build(compiler: tuple[str, ...], library: Path) -> bool:
     machine = platform.machine()
     native = "-mcpu=native" if machine in ("aarch64", "arm64") else "-march=native"
     wide = ["-mprefer-vector-width=512"] if machine in ("x86_64", "AMD64") else []
     command = [
-        compiler, "-std=c++17", "-O3", native, *wide, "-ffp-contract=fast", "-fPIC", "-shared", "-pthread",
+        *compiler, "-std=c++17", "-O3", native, *wide, "-ffp-contract=fast", "-fPIC", "-shared", "-pthread",
         str(SOURCE), "-o", str(library),
     ]  # fmt: skip
     return subprocess.run(command, capture_output=True, check=False).returncode == 0

@@ -194,7 +194,7 @@ def test_memory_of_a_pass_in_a_process_of_its_own() -> None:
         memory.run_child("fastgrad_dsl.bench.memory", {"contender": {}, "n": 1, "threads": 1})
 
 
-@pytest.mark.skipif(peak.find_compiler() is None, reason="the loop needs a C++ compiler")
+@pytest.mark.skipif(peak.compiler_command() is None, reason="the loop needs a C++ compiler")
 def test_peak_is_measured_where_there_is_a_compiler() -> None:
     found = peak.peak_flops(1)
     assert found is not None
