@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from fastgrad_compiler.codegen.templates import render
 from fastgrad_compiler.features import blocks, rank
 
 if TYPE_CHECKING:
@@ -183,19 +184,10 @@ def _execute(name: str, files: dict[str, str]) -> ModuleType:
 
 @cache
 def _render(spec: KernelSpec, name: str, native: bool) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-        autoescape=False,
-    )
-    banded = spec.window is not None
-    template = environment.get_template("attention_window.py.j2" if banded else "attention.py.j2")
-    return template.render(name=name, native=native, **_common(spec), **({} if banded else _context(spec)))
+    context = {"name": name, "native": native, **_common(spec)}
+    if spec.window is not None:
+        return render("attention_window.py.j2", context)
+    return render("attention.py.j2", {**context, **_context(spec)})
 
 
 def _common(spec: KernelSpec) -> dict[str, object]:

@@ -7,9 +7,9 @@ OpenMP and torch's stable ABI. Vectors are the compiler's, so that one text serv
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, folded_coefficients, kernel_title
+from fastgrad_compiler.codegen.templates import render
 from fastgrad_compiler.features import rank
 
 CHUNK = 64  # tokens at a time: scores, features and values of a chunk stay in the caches next to a core
@@ -21,17 +21,7 @@ MACHINES = {"avx512": (32, 2), "avx2": (16, 2), "other": (32, 2)}
 @cache
 def emit_cpp(spec: KernelSpec) -> str:
     """The C++ source of a kernel, complete and deterministic."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=StrictUndefined,
-        autoescape=False,
-    )
-    return environment.get_template("attention.cpp.j2").render(_context(spec))
+    return render("cpp/attention.cpp.j2", _context(spec))
 
 
 def _context(spec: KernelSpec) -> dict[str, object]:
