@@ -130,3 +130,26 @@ def test_reports_measure_packed_models() -> None:
     for entry in report["attentions"]:
         assert 0 < entry["errors"]["output"]["measured"] <= entry["errors"]["output"]["bound"]
         assert 0 < entry["errors"]["gradient"]["measured"] <= entry["errors"]["gradient"]["bound"]
+
+
+def test_report_of_a_model_with_a_window() -> None:
+    """A window's kernel is an operation of the same family, and is not measured: it approximates nothing."""
+    text = """
+    dim b
+    dim n <= 8192
+    model m(x: float[b, n, 24]) -> float[b, n, 24] {
+        q = split_heads(x, 3)
+        y = softmax(causal(unit(q) @ unit(q).T)) @ q
+        w = softmax(window(causal(unit(q) @ unit(q).T), 40)) @ q
+        return merge_heads(y + w)
+    }
+    budget { output <= 0.3 }
+    """
+    compiled = fg.compile(text)
+    assert [entry.node.op for entry in compiled.plan] == ["poly_attention", "attention"]
+    x = torch.randn(1, 600, 24, generator=torch.Generator().manual_seed(0))
+    served, exact = (
+        entry["errors"]["output"] for entry in compiled.report(compiled.module(0), (x,))["attentions"]
+    )
+    assert 0 < served["measured"] <= served["bound"]
+    assert exact["measured"] == 0
