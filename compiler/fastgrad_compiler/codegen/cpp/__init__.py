@@ -14,7 +14,7 @@ from fastgrad_compiler.features import rank
 
 CHUNK = 64  # tokens at a time: scores, features and values of a chunk stay in the caches next to a core
 LEAST_BLOCK = 16  # a near field of smaller blocks is handled several blocks at a time
-# Vector registers of the machine: rows and vectors of a register tile, which holds its sums and a row of operands.
+# Of each machine: its vector registers, and how many vectors wide a register tile is.
 MACHINES = {"avx512": (32, 2), "avx2": (16, 2), "other": (32, 2)}
 
 
