@@ -102,20 +102,20 @@ _OPS = (
     # causal: bool; scale: float, of q.k; near: int | None; window: int | None; alibi: bool; bound: float | None is a
     # proved or asserted R of |scale * q.k| on the pairs that a polynomial would serve; proof: tuple of str;
     # asserted: bool. After `plan` also decision "exact" | "polynomial", why, family, degree, coefficients, eps,
-    # eps_prime, break_even, positive_from.
+    # eps_prime, break_even, positive_from, and `source`, where R comes from: "program" | "weights" | "data" | "asserted".
     _op(
         "attention",
         3,
         None,
         "roles causal scale near window alibi bound asserted proof",
-        "decision why family degree coefficients eps eps_prime break_even positive_from",
+        "decision why family degree coefficients eps eps_prime break_even positive_from source",
     ),
     _op(
         "poly_attention",
         3,
         None,
         "roles causal scale near bound coefficients",
-        "why family degree eps eps_prime break_even positive_from asserted proof",
+        "why family degree eps eps_prime break_even positive_from asserted proof source",
     ),
     # (inputs of poly_attention, cotangent) -> cotangents of its float inputs, a tuple
     _op("poly_attention_backward", 4, None, "roles causal scale near bound coefficients"),
