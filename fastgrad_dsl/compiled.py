@@ -189,7 +189,10 @@ def _with_weights_of(model: nn.Module, other: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         owner, key = _owner(other, name)
         setattr(owner, key, parameter)
+    kept = other.state_dict()
     for name, buffer in model.named_buffers():
+        if name not in kept:
+            continue  # a constant of the program, which `other` has itself
         owner, key = _owner(other, name)
         owner.register_buffer(key, buffer)
     return other.train(model.training)

@@ -240,7 +240,7 @@ def _pass(
         outputs = results if isinstance(results, tuple) else (results,)
         if objective is None:
             floats = [out for out in outputs if out.is_floating_point()]
-            scalar = sum((_projection(out) * out).sum() for out in floats) + torch.zeros(())
+            scalar = sum((projection(out) * out).sum() for out in floats) + torch.zeros(())
         else:
             scalar = objective(*outputs, *targets)
         found = (
@@ -259,7 +259,7 @@ def _pass(
     return joined, gradients, None if objective is None else scalar.item()
 
 
-def _projection(output: Tensor) -> Tensor:
+def projection(output: Tensor) -> Tensor:
     """A fixed random cotangent, for models without an objective."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(output.shape, generator=generator).to(output)

@@ -273,7 +273,7 @@ class Block:
         node = self.graph[name]
         if name in self.values:
             return self.values[name]
-        if node.op in ("weight", "buffer"):
+        if node.op in ("weight", "buffer", "literal"):
             return self._member(str(node["label"]))
         if node.op == "constant":
             number = node["value"]

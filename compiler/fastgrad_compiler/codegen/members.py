@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from fastgrad_compiler.codegen.writer import Expr, call, literal, tuple_text
-from fastgrad_compiler.graph import Graph, Node, Program
+from fastgrad_compiler.graph import Attribute, Graph, Node, Program
 
 Run: TypeAlias = "tuple[int, Member | None]"
 
@@ -23,6 +23,7 @@ class Leaf:
     kind: str  # "parameter", "buffer" or "module"
     value: Expr
     init: str | None = None
+    persistent: bool = True  # whether a buffer is in the state_dict
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ def members(program: Program, graph: Graph, classes: dict[str, str]) -> dict[str
     for node in graph.nodes:
         if node.op in ("weight", "buffer"):
             found[str(node["label"])] = _tensor(node)
+        elif node.op == "literal":
+            value = call("torch.tensor", nested(node["values"]))
+            found[str(node["label"])] = Leaf("buffer", value, persistent=False)
         elif node.op == "call":
             found[str(node["label"])] = Leaf("module", call(classes[str(node["graph"])]))
         elif node.op == "repeat":
@@ -90,6 +94,14 @@ def _tensor(node: Node) -> Leaf:
     value = call("nn.Parameter", empty) if node.op == "weight" else empty
     kind = "parameter" if node.op == "weight" else "buffer"
     return Leaf(kind, value, _init_text(node))
+
+
+def nested(values: Attribute) -> Expr:
+    """Tuples of numbers in tuples as Python text."""
+    if isinstance(values, tuple):
+        return tuple_text(nested(value) for value in values)
+    assert isinstance(values, int | float)
+    return literal(float(values))
 
 
 def _init_text(node: Node) -> str:
@@ -123,16 +135,23 @@ def container(member: Member, depth: int = 0) -> Expr:
     if isinstance(member, Leaf):
         return member.value
     if not member.complete:
-        return call(_DICTS[member.holds], "{" + ", ".join(_entries(member, depth)) + "}")
+        return call(_DICTS[member.holds], "{" + ", ".join(_entries(member, depth)) + "}", **_kept(member))
     if len(member.runs) == 1:
-        return call(_LISTS[member.holds], _generator(*member.runs[0], depth))
+        listed = f"({_generator(*member.runs[0], depth)})" if _kept(member) else _generator(*member.runs[0], depth)
+        return call(_LISTS[member.holds], listed, **_kept(member))
     parts = [
         f"*({_generator(times, element, depth)})"
         if times > 1
         else str(container(_present(element), depth + 1))
         for times, element in member.runs
     ]
-    return call(_LISTS[member.holds], f"[{', '.join(parts)}]")
+    return call(_LISTS[member.holds], f"[{', '.join(parts)}]", **_kept(member))
+
+
+def _kept(member: Repeated) -> dict[str, bool]:
+    """What lists of buffers are told of the state_dict."""
+    first = member.first
+    return {"persistent": False} if isinstance(first, Leaf) and not first.persistent else {}
 
 
 def _generator(times: int, element: Member | None, depth: int) -> str:

@@ -17,7 +17,7 @@ from fastgrad_compiler.codegen.kernel import (
     kernel_files,
     kernel_name,
 )
-from fastgrad_compiler.codegen.members import Member, container, leaf_init, members
+from fastgrad_compiler.codegen.members import Leaf, Member, container, leaf_init, members
 from fastgrad_compiler.codegen.names import class_name, member_access, variable
 from fastgrad_compiler.codegen.needs import needs, reachable
 from fastgrad_compiler.codegen.writer import Writer, call, literal, tuple_text
@@ -235,7 +235,8 @@ def _declare(module: Module, writer: Writer, label: str, member: Member) -> None
             module.imports.helpers.add(kind)
     access = member_access(label, member.kind)
     if member.kind == "buffer" and access == f"self.{label}":
-        writer.statement("", call("self.register_buffer", f'"{label}"', value))
+        kept = None if not isinstance(member, Leaf) or member.persistent else False
+        writer.statement("", call("self.register_buffer", f'"{label}"', value, persistent=kept))
     else:
         writer.statement(f"{access} = ", value)
 
