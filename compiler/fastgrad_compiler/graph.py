@@ -168,6 +168,8 @@ class Budget:
     gradient: float | None = None
     near: int | None = None
     rules: tuple[BudgetRule, ...] = ()
+    trust: str | None = None
+    on_violation: str | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
 
 

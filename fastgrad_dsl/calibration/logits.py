@@ -82,16 +82,6 @@ def measure_logits(calls: Sequence[Call], near: int | None) -> Logits:
     )
 
 
-def centre_of(logits: Logits, rows: Sample) -> Tensor | None:
-    """What is taken from the keys of a sample where they are centred: [b or 1, H, 1, d]."""
-    if not logits.centring:
-        return None
-    if logits.mean:
-        return rows.k.mean(2, keepdim=True)
-    centre = torch.tensor(logits.centre, dtype=torch.float64, device=rows.k.device)
-    return centre.repeat_interleave(rows.k.shape[1] // len(centre), 0)[None, :, None]
-
-
 def _own_mean(call: Call) -> bool:
     """Whether the mean of a sequence's own keys may be taken from them: no query may learn of keys that it cannot see."""
     return not (call.node["causal"] or call.others)

@@ -1,0 +1,1 @@
+def weight_ranges(program, weights): return {}
