@@ -99,6 +99,7 @@ class _Attentions(TorchDispatchMode):
     """Watches the attention operations of one forward and backward pass, in order; `exact` are made exact."""
 
     exact: frozenset[int] = frozenset()
+    at_any_length: bool = False  # polynomials serve below their break-even length too
     compare: Sequence[Served] = ()
     calls: list[_Call] = field(default_factory=list)
 
@@ -122,7 +123,7 @@ class _Attentions(TorchDispatchMode):
     def _forward(self, func: Any, args: tuple[Any, ...]) -> Any:
         index = len(self.calls)
         inputs, exact_below = args[:INPUTS], args[INPUTS]
-        result = func(*inputs, ALWAYS_EXACT if index in self.exact else exact_below)
+        result = func(*inputs, self._limit(index, exact_below))
         call = _Call(inputs, result[0])
         self.calls.append(call)
         if self.compare and not self.compare[index].own:
@@ -131,11 +132,14 @@ class _Attentions(TorchDispatchMode):
             call.output_bound = _output_bound(self.compare[index], inputs[2], reference)
         return result
 
+    def _limit(self, index: int, exact_below: int) -> int:
+        return ALWAYS_EXACT if index in self.exact else 0 if self.at_any_length else exact_below
+
     def _backward(self, func: Any, args: tuple[Any, ...]) -> Any:
         *saved, exact_below = args[1 + INPUTS :]
         out = saved[0]
         index = next(i for i, call in enumerate(self.calls) if call.out.data_ptr() == out.data_ptr())
-        gradients = func(*args[:-1], ALWAYS_EXACT if index in self.exact else exact_below)
+        gradients = func(*args[:-1], self._limit(index, exact_below))
         if self.compare and not self.compare[index].own:
             call, served = self.calls[index], self.compare[index]
             cotangent, *inputs = _precise(args[: 1 + INPUTS])
@@ -201,6 +205,25 @@ def measure_errors(
         },
         attentions=tuple(attentions),
     )
+
+
+def whole_errors(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    objective: Objective | None,
+    approximated: Sequence[bool],
+) -> tuple[float, float]:
+    """Relative L2 errors of a model's output and of all weights' gradients against itself made exact.
+
+    `approximated` says of each polynomial attention, in the order in which the model runs them, whether it stands in for
+    softmax. Polynomials are measured at any length, below their break-even too.
+    """
+    served = _Attentions(at_any_length=True)
+    output, gradients, _ = _pass(model, inputs, targets, objective, served)
+    exact = frozenset(index for index, each in enumerate(approximated) if each)
+    reference, wanted, _ = _pass(model, inputs, targets, objective, _Attentions(exact=exact))
+    return relative_error(output, reference), _joint_error(gradients, wanted)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

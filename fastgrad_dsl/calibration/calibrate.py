@@ -157,6 +157,9 @@ def _attention(
         return replace(found, obstacle=f"a polynomial cannot serve the mask `{mask}`")
     if settings.exact is not None:
         return replace(found, obstacle="the budget leaves it exact")
+    limits = (budget.output, budget.gradient, settings.relative, settings.asked)
+    if all(limit is None for limit in limits):
+        return replace(found, obstacle="no budget asks for an approximation: it sets neither a limit nor a degree")
     blocks = _blocks(entry, settings, budget)
     logits = {near: measure_logits(calls, near) for near in blocks}
     served = {}
@@ -240,7 +243,6 @@ def _levels(served: LogitRange, heads: int, key_heads: int) -> list[tuple[tuple[
 def _candidates(found: Attention, calls: Sequence[Call]) -> tuple[Candidate, ...]:
     node, settings = found.entry.node, found.settings
     families = FAMILIES if settings.family is None else (str(settings.family.value),)
-    pinned = None if settings.degree is None else int(str(settings.degree.value))
     rows = [sample(call) for call in calls]
     references = [exact_rows(each) for each in rows]
     candidates = []
@@ -251,8 +253,6 @@ def _candidates(found: Attention, calls: Sequence[Call]) -> tuple[Candidate, ...
             for polynomial in polynomials(
                 bound, found.entry.d or 1, MAX_RANK, guarded=guarded, families=families
             ):
-                if pinned is not None and polynomial.degree != pinned:
-                    continue
                 errors = [
                     polynomial_errors(each, reference, polynomial.coefficients, near=near, centre=centre)
                     for each, reference, centre in zip(rows, references, centres, strict=True)

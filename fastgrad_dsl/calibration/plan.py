@@ -185,8 +185,10 @@ def _ways(sized: _Sized, calibration: Calibration) -> Iterator[Way]:
 
 
 def _allowed(candidate: Candidate, each: Attention) -> bool:
-    cap = each.settings.relative
-    return cap is None or candidate.polynomial.eps <= float(str(cap.value))
+    settings, polynomial = each.settings, candidate.polynomial
+    if settings.degree is not None and polynomial.degree != settings.degree.value:
+        return False
+    return settings.relative is None or polynomial.eps <= float(str(settings.relative.value))
 
 
 def _way(sized: _Sized, parts: tuple[Part, ...], calibration: Calibration) -> Way:
@@ -233,6 +235,7 @@ def decisions(
             _decision(_Sized.of(each, program, calibration.pace), way, part, calibration) for part in way.parts
         )
         for each, way in zip(calibration.attentions, plan.ways, strict=True)
+        if each.candidates or each.settings.asked is None  # what is asked for and cannot be had, the pass refuses
     }
 
 
