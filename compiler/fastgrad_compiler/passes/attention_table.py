@@ -37,6 +37,14 @@ def is_own(node: Node) -> bool:
     return node.get("family") == OWN
 
 
+def is_guarded(node: Node) -> bool:
+    """Whether a run checks the logits of an attention: a polynomial serves it, on a range that the program does
+    not prove.
+    """
+    source = node.get("source") or ("asserted" if node.get("asserted") else "program")
+    return node.op == "poly_attention" and not is_own(node) and source != "program"
+
+
 @dataclass(frozen=True)
 class AttentionEntry:
     """One attention of the model.
