@@ -55,7 +55,10 @@ def compile(
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled model. `stages` holds the program as elaborated and after each pass; `params` override the file's."""
+    """One compiled model.
+
+    `stages` holds the program as elaborated and after each pass; `params` are those that override the file's.
+    """
 
     source: Source
     target: str
@@ -153,7 +156,7 @@ class Compiled:
         from fastgrad_dsl.report import build_report, measure_plan
 
         plan = self.plan_document
-        shown = {"spec": self.source.text, "files": self.modules, "calibration": calibration}
+        shown: dict[str, Any] = {"spec": self.source.text, "files": self.modules, "calibration": calibration}
         if model is None or batch is None:
             if model is not None or batch is not None:
                 raise ValueError("report takes a model and a batch, or neither")

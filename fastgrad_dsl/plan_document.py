@@ -43,8 +43,9 @@ def plan_document(
 def attention_document(program: Program, entry: AttentionEntry, target: str) -> dict[str, Any]:
     """One attention: numbers that do not exist for it (a degree of an exact one) are None.
 
-    `queries` and `keys` are the two lengths, dims as text; `d`, `dv` the widths of a head; `kernel` is the generated module
-    that serves it, None where PyTorch does. A polynomial that is the model's own has the family "own", an error of 0 and no `bound`: it needs none.
+    A polynomial that is the model's own has the family "own", an error of 0 and no `bound`: it needs none. `queries` and
+    `keys` are the two lengths, dims as text; `d`, `dv` the widths of a head; `kernel` is the module that
+    serves the attention, None where PyTorch does.
 
     `bound` is R with its `proof` and whether it is only `asserted`; `flops` are per head and sequence at the longest
     declared length; `certificate` holds the proved worst cases that need no data (docs/mathematics.md, section 7).

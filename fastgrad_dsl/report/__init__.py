@@ -1,4 +1,4 @@
-"""The error-budget report: one JSON document, of which the terminal's table and the HTML page are views (docs/report.md)."""
+"""The error-budget report: one JSON document, of which terminal and HTML page are views (docs/report.md)."""
 
 from __future__ import annotations
 

@@ -71,12 +71,9 @@ def _error(what: str, kind: str) -> Column:
 
 
 def _reason(entry: Mapping[str, Any]) -> Cell:
-    source = entry["range_source"]
-    return Cell(
-        "nothing bounds it"
-        if source is None and entry["family"] != "own"
-        else SOURCES.get(source, "not needed")
-    )
+    if entry["family"] == "own":
+        return Cell("not needed")
+    return Cell(SOURCES.get(entry["range_source"], "nothing bounds it"))
 
 
 def _seen(head: Mapping[str, Any]) -> Cell:

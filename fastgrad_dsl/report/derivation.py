@@ -92,11 +92,11 @@ def _rewritten(entry: Entry) -> list[str]:
     seen = "j <= i" if entry["causal"] else "all j"
     lines = [
         f"rewritten: o_i = sum of p(s_ij) v_j / sum of p(s_ij), over {seen}",
-        "  = phi(q_i) S_i, without its last column, divided by that; S_i = sum of phi(k_j) [v_j, 1], one r x (dv + 1) state",
+        "  = phi(q_i) S_i, without its last column, divided by that; S_i = sum of phi(k_j) [v_j, 1], r x (dv + 1)",
     ]
     if entry["near"] is not None:
         lines.append(
-            "  near pairs: exp(t_ij) replaces p(s_ij), computed block by block; states hold the far pairs alone"
+            "  near pairs: exp(t_ij) replaces p(s_ij), computed block by block; states hold far pairs"
         )
     return [
         *lines,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +15,7 @@ from fastgrad_dsl.report.candidates import calibrated, candidates_key, certified
 from fastgrad_dsl.report.cautions import notes, warnings
 from fastgrad_dsl.report.curves import curve, curve_key
 from fastgrad_dsl.report.derivation import derivation, derivation_key
-from fastgrad_dsl.report.entries import place_of, range_source, shared
+from fastgrad_dsl.report.entries import Entry, place_of, range_source, shared
 from fastgrad_dsl.report.errors import attention_errors, found_errors, heads_of, whole_errors
 from fastgrad_dsl.report.headline import headline, summary, waterfall
 from fastgrad_dsl.report.prediction import cost_curve, cost_key, longest_sizes, pace_of, predict
@@ -110,7 +110,7 @@ def _shared(
     def key_of_candidates(entry: Mapping[str, Any]) -> object:
         return entry["path"] if entry["path"] in calibrations else candidates_key(entry)
 
-    tables = {
+    tables: dict[str, tuple[str, Callable[[Entry], object], Callable[[Entry], dict[str, Any] | None]]] = {
         "curves": ("curve", curve_key, curve),
         "costs": ("cost", cost_key, partial(cost_curve, sizes=sizes, pace=pace)),
         "candidates": ("candidates", key_of_candidates, candidates_of),

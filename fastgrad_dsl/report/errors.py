@@ -27,8 +27,8 @@ def attention_errors(
 ) -> Errors:
     """Of output, dq, dk and dv, and `gradient`, the largest of the three.
 
-    bound: proved for the batch; measured: this attention alone on the batch; estimate: how far the model's output, and
-    all weights' gradients, move when it alone is made exact, or its gain times its error where a calibration gives both.
+    bound: proved for the batch. measured: this attention alone, on the batch. estimate: how far the model's output, and
+    all weights' gradients, move when it alone is made exact; or its gain times its error, where a calibration has both.
     """
     if not is_approximated(entry):
         return {what: dict.fromkeys(KINDS, 0.0) for what in (*LOCAL, "gradient")}

@@ -18,11 +18,11 @@ from fastgrad_dsl.report.svg import (
     WIDTH,
     Axis,
     bottom_axis,
-    decades,
     figure,
     key,
     left_axis,
     line,
+    logarithmic,
     text,
 )
 from fastgrad_dsl.report.words import folded, number
@@ -44,19 +44,15 @@ def waterfall(what: str, document: Mapping[str, Any]) -> str:
     for place, step in enumerate(steps):
         parts += _bar(axis, top + ROW * place, step["path"], step["start"], step["end"], 1)
     parts += _bar(axis, top + ROW * len(steps), "all (estimate)", 0.0, document["total"], 4)
-    marks = [(limit, "budget", 5), (measured, "measured", 2)]
-    for value, name, colour in marks:
-        if value is not None:
-            x = axis.at(value)
-            parts.append(line([(x, top - 6), (x, bottom)], colour, dashed=name == "measured"))
-            anchor = "start" if x < WIDTH - 150 else "end"
-            y = top - 10 if name == "budget" else top - 10
-            near = (
-                limit is not None and measured is not None and abs(axis.at(limit) - axis.at(measured)) < 120
-            )
-            if near and name == "measured":
-                anchor = "end" if axis.at(measured or 0.0) <= axis.at(limit or 0.0) else "start"
-            parts.append(text(x + (3 if anchor == "start" else -3), y, f"{name} {number(value)}", anchor))
+    known = ((limit, "budget", 5), (measured, "measured", 2))
+    marks = sorted((value, name, colour) for value, name, colour in known if value is not None)
+    for place, (value, name, colour) in enumerate(marks):
+        x = axis.at(value)
+        parts.append(line([(x, top - 6), (x, bottom)], colour, dashed=name == "measured"))
+        before = place < len(marks) - 1 or x > WIDTH - 130
+        parts.append(
+            text(x + (-3 if before else 3), top - 10, f"{name} {number(value)}", "end" if before else "start")
+        )
     description = (
         f"{len(steps)} attentions. Their estimated parts add up to {number(document['total'])}; "
         f"the budget is {number(limit)}, measured {number(measured)}. Basis: {document['basis']}."
@@ -83,11 +79,8 @@ def curve(place: int, document: Mapping[str, Any], histogram: str | None) -> str
     for sign in (-1, 1):
         y = y_axis.at(sign * document["eps"])
         parts.append(line([(LEFT, y), (WIDTH - RIGHT, y)], 4, dashed=True))
-    parts += key(
-        LEFT + 8,
-        TOP + 4,
-        [(0, "p(s)/exp(s) − 1", False), (1, "p′(s)/exp(s) − 1", False), (4, "±eps (bound)", True)],
-    )
+    names = ("p(s)/exp(s) − 1", "p'(s)/exp(s) − 1", "±eps (bound)")
+    parts += key(LEFT + 8, TOP + 4, [(0, names[0], False), (1, names[1], False), (4, names[2], True)])
     if histogram is not None:
         parts.append(f'<path class="histogram" fill="{COLOURS[6]}" d="{histogram}"/>')
         parts.append(text(LEFT - 6, bottom + 14 + HISTOGRAM, "logits", "end"))
@@ -116,12 +109,12 @@ def histogram_path(document: Mapping[str, Any], bound: float) -> str:
 
 
 def pareto(place: int, what: str, document: Mapping[str, Any]) -> str:
-    """Error against time of all candidates on logarithmic axes; exact ones, whose error is 0, lie on the lowest line."""
+    """Error against time of all candidates on logarithmic axes; those without any lie on the lowest line."""
     points = document["points"]
     top, bottom = TOP + 16, TOP + 16 + PANEL
-    x_axis = decades([p["time"] for p in points], LEFT, WIDTH - RIGHT)
+    x_axis = logarithmic([p["time"] for p in points], LEFT, WIDTH - RIGHT)
     errors = [p[what] for p in points if p[what]] or [1.0]
-    y_axis = decades(errors, bottom - 22, top)
+    y_axis = logarithmic(errors, bottom - 22, top)
     parts = left_axis(y_axis, LEFT, WIDTH - RIGHT, f"error of the {what} ({document['error_kind']})")
     parts.append(text(LEFT - 6, bottom - 2, "0", "end"))
     parts += bottom_axis(x_axis, bottom, top, f"time (estimate): {document['time_unit']}")
@@ -150,8 +143,8 @@ def cost(place: int, what: str, document: Mapping[str, Any]) -> str:
     lengths, ways = document["lengths"], [w for w in ("exact", "polynomial") if document[w] is not None]
     top, bottom = TOP + 16, TOP + 16 + PANEL
     times = [t for way in ways for t in document[way][what]]
-    x_axis = decades(lengths, LEFT, WIDTH - RIGHT)
-    y_axis = decades(times, bottom, top)
+    x_axis = logarithmic(lengths, LEFT, WIDTH - RIGHT)
+    y_axis = logarithmic(times, bottom, top)
     parts = left_axis(y_axis, LEFT, WIDTH - RIGHT, "relative time (estimate)")
     parts += bottom_axis(x_axis, bottom, top, "tokens n; lower is better")
     colours = {"exact": 4, "polynomial": 0}
@@ -160,7 +153,9 @@ def cost(place: int, what: str, document: Mapping[str, Any]) -> str:
         parts.append(line([(x_axis.at(n), y_axis.at(t)) for n, t in spots], colours[way]))
     parts += key(LEFT + 8, TOP + 2, [(colours[way], way, False) for way in ways])
     even = document["break_even"]
-    description = f"From {lengths[0]:,} to {lengths[-1]:,} tokens; 1 is exact attention, both passes, at {document['longest']:,}."
+    description = (
+        f"From {lengths[0]:,} to {lengths[-1]:,} tokens; 1 is exact, both passes, at {document['longest']:,}."
+    )
     if even and what == "total":
         x = x_axis.at(even)
         parts.append(line([(x, top), (x, bottom)], 2, dashed=True))

@@ -47,9 +47,9 @@ def summary(plan: Mapping[str, Any], whole: Mapping[str, Any]) -> list[str]:
 def waterfall(
     plan: Mapping[str, Any], attentions: Sequence[Mapping[str, Any]], whole: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """For output and gradient: each attention's part, stacked from 0 (`start` to `end`), beside the limit and the whole.
+    """For output and gradient: each attention's part, from `start` to `end`, beside the limit and the whole.
 
-    The parts are estimates: effects on the batch or gains times errors, else the certificates with every gain taken as 1.
+    The parts are estimates: effects on the batch or gains times errors, else certificates with gains taken as 1.
     """
     return {what: _steps(what, plan, attentions, whole) for what in WHATS}
 
@@ -57,7 +57,7 @@ def waterfall(
 def _use(
     what: str, plan: Mapping[str, Any], whole: Mapping[str, Any], calibration: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The error by the best that is known: measured here, measured by the calibration, estimated, added up from proofs."""
+    """The error by the best that is known: measured here or by the calibration, estimated, added up from proofs."""
     limit = (plan["budget"] or {}).get(what)
     verification = (calibration or {}).get("verification")
     known = (
@@ -70,7 +70,8 @@ def _use(
     if not any(map(is_approximated, plan["attentions"])):
         value, kind, basis = 0.0, "bound", "nothing is approximated"
     share = value / limit if value is not None and limit else None
-    return {"limit": limit, "value": value, "kind": kind, "basis": basis, "share": share}
+    use = {"limit": limit, "value": value, "kind": kind, "basis": basis, "share": share}
+    return {**use, "words": _words(use)}
 
 
 def _added_up(what: str, entries: Sequence[Entry]) -> float | None:
@@ -100,26 +101,24 @@ def _verdict(plan: Mapping[str, Any], use: Mapping[str, Mapping[str, Any]]) -> d
         f"{what} {number(each['value'])} of {each['limit']:g} ({each['kind']})"
         for what, each in shown.items()
     )
-    measured = all(each["kind"] == "measured" for each in shown.values())
-    if measured:
-        state, words = ("missed", "The budget is missed") if over else ("kept", "The budget is kept")
-        where = (
-            "on this batch"
-            if all(each["basis"] == HERE for each in shown.values())
-            else "on held-out batches"
-        )
-        return {"state": state, "text": f"{words} {where}: {said}."}
-    if any(each["basis"] == CERTIFICATES for each in shown.values()):
-        if over:
-            text = f"Open: worst cases added up exceed the budget: {said}. What a batch measures decides."
-            return {"state": "open", "text": text}
+    if all(each["kind"] == "measured" for each in shown.values()):
+        here = all(each["basis"] == HERE for each in shown.values())
+        state, words = ("missed", "is missed") if over else ("kept", "is kept")
         return {
-            "state": "likely",
-            "text": f"Worst cases added up stay within the budget: {said}. Nothing was measured.",
+            "state": state,
+            "text": f"The budget {words} on {'this batch' if here else 'held-out batches'}: {said}.",
         }
-    if over:
-        return {"state": "unlikely", "text": f"The plan is expected to miss the budget: {said}."}
-    return {"state": "likely", "text": f"The plan is expected to keep the budget: {said}."}
+    proved = any(each["basis"] == CERTIFICATES for each in shown.values())
+    state, words = {
+        (False, False): ("likely", "The plan is expected to keep the budget: {}."),
+        (True, False): ("unlikely", "The plan is expected to miss the budget: {}."),
+        (False, True): ("likely", "Worst cases added up stay within the budget: {}. Nothing was measured."),
+        (True, True): (
+            "open",
+            "Open: worst cases added up exceed the budget: {}. What a batch measures decides.",
+        ),
+    }[bool(over), proved]
+    return {"state": state, "text": words.format(said)}
 
 
 def _steps(
@@ -149,11 +148,12 @@ def _steps(
     }
 
 
-def used(each: Mapping[str, Any]) -> str:
+def _words(each: Mapping[str, Any]) -> str:
     """One use of the budget in words: `12 % of the budget used: 0.012 of 0.1 (measured on ...)`."""
     if each["value"] is None:
         return "not known"
-    said = f"{number(each['value'])} ({each['kind']}, {each['basis']})"
+    said = f"({each['kind']}, {each['basis']})"
     if each["share"] is None:
-        return f"{said}; no limit is set"
-    return f"{percent(each['share'])} of the budget used: {number(each['value'])} of {each['limit']:g} ({each['kind']}, {each['basis']})"
+        return f"{number(each['value'])} {said}; no limit is set"
+    used_up = f"{percent(each['share'])} of the budget used: {number(each['value'])} of {each['limit']:g}"
+    return f"{used_up} {said}"

@@ -1,4 +1,4 @@
-"""The report as one HTML page: a view of the JSON, which needs no network, no server and, but for sorting, no script."""
+"""The report as one HTML page: a view of the JSON that opens offline, and is complete without its script."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.report import figures, words
 from fastgrad_dsl.report.columns import COLUMNS, GROUPS, attention_rows
-from fastgrad_dsl.report.headline import WHATS, used
+from fastgrad_dsl.report.headline import WHATS
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
+FEW_HEADS = 16  # rows of heads that are shown from the start
 FOLDER = Path(__file__).parent
 
 
@@ -31,7 +32,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     shown = {name: Markup((FOLDER / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
     return _template().render(
         report=report,
-        uses=[(what, report["headline"][what], used(report["headline"][what])) for what in WHATS],
+        uses=[(what, report["headline"][what]) for what in WHATS],
         groups=GROUPS,
         columns=COLUMNS,
         rows=attention_rows(report),
@@ -60,6 +61,7 @@ def render_html(report: Mapping[str, Any]) -> str:
             (document, [Markup(figures.cost(place, what, document)) for what in ("forward", "total")])
             for place, document in enumerate(report["costs"])
         ],
+        shows_heads=sum(len(entry["per_head"] or ()) for entry in report["attentions"]) <= FEW_HEADS,
         served={
             file: words.folded([e["path"] for e in report["attentions"] if file in e["code"]])
             for file in report["code"]

@@ -79,7 +79,7 @@ def polynomial_time(
 
 
 def predict(plan: Mapping[str, Any], pace: Pace, kind: str) -> dict[str, Any] | None:
-    """`prediction` of the headline: speed-up and memory of all attentions together; None where there are none to count."""
+    """`prediction` of the headline: speed-up and memory of all attentions together; None where there are none."""
     sizes, undeclared = longest_sizes(plan)
     counted = [entry for entry in plan["attentions"] if _is_counted(entry)]
     if not counted:

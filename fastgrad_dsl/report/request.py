@@ -63,7 +63,7 @@ def make_report(request: ReportRequest, tell: Tell) -> dict[str, Any]:
     """
     subject = _subject(request)
     calibration = subject.calibration if request.calibration is None else request.calibration
-    shown = {"spec": subject.spec, "files": subject.files, "calibration": calibration}
+    shown: dict[str, Any] = {"spec": subject.spec, "files": subject.files, "calibration": calibration}
     if not request.measure:
         return build_report(subject.plan, **shown)
     sizes = _sizes(subject.plan, request.dims)
@@ -110,11 +110,8 @@ def measure_plan(
 def _options(request: ReportRequest, sizes: Mapping[str, int]) -> list[str]:
     """The options of the command line that measure on this batch again."""
     options = [f"--dim {name}={size}" for name, size in sizes.items()]
-    options += [
-        f"--{name} {shlex.quote(str(path))}"
-        for name, path in (("text", request.text), ("weights", request.weights))
-        if path
-    ]
+    for name, path in (("text", request.text), ("weights", request.weights)):
+        options += [f"--{name} {shlex.quote(str(path))}"] if path else []
     return [*options, f"--seed {request.seed}"]
 
 

@@ -26,34 +26,35 @@ class Axis:
 
     def at(self, value: float) -> float:
         """Where a value lies; values beyond the ends are drawn at the ends."""
-        low, high, value = (
-            (math.log10(x) for x in (self.low, self.high, max(value, self.low)))
-            if (self.logarithmic)
-            else (self.low, self.high, value)
-        )
+        low, high = self.low, self.high
+        value = min(max(value, low), high)
+        if self.logarithmic:
+            low, high, value = (math.log10(x) for x in (low, high, value))
         share = (value - low) / (high - low) if high > low else 0.5
-        return self.first + min(max(share, 0.0), 1.0) * (self.last - self.first)
+        return self.first + share * (self.last - self.first)
 
     def ticks(self) -> list[float]:
         """Powers of ten, or some five round numbers."""
         if self.logarithmic:
-            first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-            step = max(1, math.ceil((last - first) / 6))
-            return [10.0**power for power in range(first, last + 1, step)]
+            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            step, factors = (max(1, (last - first) // 6), (1,)) if last - first > 3 else (1, (1, 2, 5))
+            powers = range(first, last + 1, step)
+            found = [factor * 10.0**power for power in powers for factor in factors]
+            return [value for value in found if self.low / 1.001 <= value <= self.high * 1.001]
         if self.high <= self.low:
             return [self.low]
         rough = (self.high - self.low) / 5
         unit = 10.0 ** math.floor(math.log10(rough))
-        step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
-        first = math.ceil(self.low / step - 1e-9)
-        return [step * i for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        width = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
+        places = range(math.ceil(self.low / width - 1e-9), math.floor(self.high / width + 1e-9) + 1)
+        return [width * place for place in places]
 
 
-def decades(values: Iterable[float], first: float, last: float) -> Axis:
-    """A logarithmic axis over whole powers of ten that holds all values, which lie above 0."""
-    powers = [math.log10(value) for value in values]
-    low, high = math.floor(min(powers)), math.ceil(max(powers))
-    return Axis(10.0**low, 10.0 ** max(high, low + 1), first, last, logarithmic=True)
+def logarithmic(values: Sequence[float], first: float, last: float) -> Axis:
+    """A logarithmic axis that holds all values, which lie above 0, with some room at both ends."""
+    low, high = min(values), max(values)
+    room = max((high / low) ** 0.06, 1.2)
+    return Axis(low / room, high * room, first, last, logarithmic=True)
 
 
 def tick(value: float) -> str:

@@ -37,6 +37,11 @@ def percent(share: float) -> str:
     )
 
 
+def times(factor: float) -> str:
+    """A factor, as in `31 times`."""
+    return f"{factor:.0f} times" if factor >= 10 else f"{factor:.2g} times"
+
+
 def size(count: float) -> str:
     """Bytes in binary units."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
