@@ -63,7 +63,7 @@ def compile_(
 
     compiled = fg.compile(file, params=_params(set_), model=model, target=target, out=out)
     print_plan(compiled.program, str(file))
-    print(f"written to {out}/ (model.py, plan.json, report.json, stages/)")
+    print(f"written to {out}/ (model.py, plan.json, report.html, report.json, stages/)")
     if target == "cpp":
         with progress("building") as tell:
             warning = build_kernels(compiled.modules, tell)
@@ -96,6 +96,9 @@ def report(
         Path, typer.Argument(metavar="DIR_OR_FILE", help="A folder that `compile` wrote, or a .tfg file.")
     ],
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the report as JSON.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also write the report as one HTML page that opens offline.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="Measure on this text instead of random inputs.")] = None,
     weights: Annotated[Path | None, typer.Option(help="A .safetensors file with trained weights.")] = None,
     dim: Annotated[
@@ -118,6 +121,10 @@ def report(
         result = make_report(request, tell)
     if json_ is not None:
         write_json(json_, result)
+    if html is not None:
+        from fastgrad_dsl.report.page import write_html
+
+        write_html(html, result)
     print_report(result)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+SPEC = "spec.tfg"  # in a written folder, what it was compiled from
 MANIFEST = "files.json"  # which files of a folder are ours, so that a later compile removes only those
 
 
@@ -46,7 +47,7 @@ def compile(
     check_target(target)
     source = Source("<text>", spec) if isinstance(spec, str) and "\n" in spec else read_source(spec)
     stages = run(elaborate(source, model=model, params=params), target=target)
-    compiled = Compiled(source, target, stages)
+    compiled = Compiled(source, target, stages, dict(params or {}))
     if out is not None:
         compiled.write(out)
     return compiled
@@ -54,11 +55,15 @@ def compile(
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled model. `stages` holds the program as elaborated and after each pass."""
+    """One compiled model.
+
+    `stages` holds the program as elaborated and after each pass; `params` are those that override the file's.
+    """
 
     source: Source
     target: str
     stages: tuple[Stage, ...]
+    params: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def program(self) -> Program:
@@ -73,7 +78,7 @@ class Compiled:
     @cached_property
     def plan_document(self) -> dict[str, Any]:
         """plan.json as data."""
-        return plan_document(self.program, self.source.path, self.target)
+        return plan_document(self.program, self.source.path, self.target, self.params)
 
     @cached_property
     def modules(self) -> dict[str, str]:
@@ -85,17 +90,20 @@ class Compiled:
     @cached_property
     def files(self) -> dict[str, str]:
         """Every file that `write` writes: path within the folder to text; deterministic."""
-        from fastgrad_dsl.report import build_report
+        from fastgrad_dsl.report import to_json
+        from fastgrad_dsl.report.page import render_html
 
         stages = {
             f"stages/{index:02d}-{stage.name}.txt": print_program(stage.program)
             for index, stage in enumerate(self.stages)
         }
-        documents = {
-            "plan.json": self.plan_document,
-            "report.json": build_report(self.plan_document, None, None),
+        report = self.report()
+        texts = {
+            "plan.json": json.dumps(self.plan_document, indent=2) + "\n",
+            "report.json": to_json(report),
+            "report.html": render_html(report),
+            SPEC: self.source.text,
         }
-        texts = {name: json.dumps(document, indent=2) + "\n" for name, document in documents.items()}
         return {**self.modules, **texts, **stages}
 
     def write(self, folder: str | Path) -> None:
@@ -132,19 +140,27 @@ class Compiled:
         """The objective of the file as a function of tensors, None where it has none."""
         return getattr(self._package, "OBJECTIVE", None)
 
-    def report(self, model: nn.Module | None = None, batch: Sequence[Tensor] | None = None) -> dict[str, Any]:
-        """The error report (docs/mathematics.md, sections 7 and 8), measured on a batch where one is given.
+    def report(
+        self,
+        model: nn.Module | None = None,
+        batch: Sequence[Tensor] | None = None,
+        *,
+        calibration: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The error report (docs/report.md), measured on a batch where one is given.
 
-        `batch` holds the model's inputs, then what its objective takes beyond its results (docs/language.md). Raises
-        ValueError where only one of the two is given, or the batch has another number of tensors.
+        `batch` holds the model's inputs, then what its objective takes beyond its results (docs/language.md);
+        `calibration` is a calibration document to show. Raises ValueError where only one of model and batch is given,
+        or the batch has another number of tensors.
         """
         from fastgrad_dsl.report import build_report, measure_plan
 
         plan = self.plan_document
+        shown: dict[str, Any] = {"spec": self.source.text, "files": self.modules, "calibration": calibration}
         if model is None or batch is None:
             if model is not None or batch is not None:
                 raise ValueError("report takes a model and a batch, or neither")
-            return build_report(plan, None, None)
+            return build_report(plan, **shown)
         count = len(plan["inputs"])
         if len(batch) not in (count, count + len(plan["targets"])):
             raise ValueError(
@@ -157,7 +173,7 @@ class Compiled:
             "seed": None,
             "weights": "the given weights",
         }
-        return build_report(plan, errors, described)
+        return build_report(plan, errors, described, **shown)
 
     @cached_property
     def _package(self) -> ModuleType:

@@ -27,6 +27,14 @@ from fastgrad_compiler.certificates import (
 ALWAYS_EXACT = 2**62  # as `exact_below`: every length is below it
 INPUTS = 7  # of an attention operation: q, k, v, near_q, near_k, mask, documents
 LARGEST_DOUBLE = 2048 * 2048  # pairs of a query and a key up to which a reference is computed in float64
+GRADIENTS = ("dq", "dk", "dv")
+PLACES = (
+    "dq",
+    "dk",
+    "dv",
+    "dq",
+    "dk",
+)  # what the results of a backward operation are; the last two of near logits
 Objective = Callable[..., Tensor]
 
 
@@ -45,23 +53,60 @@ class Served:
 
 
 @dataclass(frozen=True)
-class AttentionErrors:
-    """Relative L2 errors of one attention on a batch; gradients are those of q, k and v (largest of the three).
+class Local:
+    """Relative L2 error of one tensor of one attention: `measured`, and the `bound` proved for the same inputs."""
 
-    `output`, `gradient`: measured, on the inputs that it really got, against exact softmax, in float64 up to
-    LARGEST_DOUBLE pairs of tokens and in the model's dtype beyond (rounding is some 1e-6 in float32).
-    `output_bound`, `gradient_bound`: proved for these inputs (docs/mathematics.md, section 7), as a share of the
+    measured: float
+    bound: float
+
+
+@dataclass(frozen=True)
+class HeadErrors:
+    """One query head on a batch: its output's error, and what its logits cannot exceed there.
+
+    `reach` is scale max ||q_i|| max ||k_j||, a bound of |s_ij| for the batch by Cauchy-Schwarz.
+    """
+
+    output: Local
+    reach: float
+
+
+@dataclass(frozen=True)
+class AttentionErrors:
+    """Relative L2 errors of one attention on a batch.
+
+    `local` has "output", "dq", "dk" and "dv", on the inputs that it really got, against exact softmax, in float64 up to
+    LARGEST_DOUBLE pairs of tokens and in the model's dtype beyond (rounding is some 1e-6 in float32). Near logits of
+    their own count with dq and dk, the larger of the two. Bounds (docs/mathematics.md, section 7) are shares of the
     same norms. `output_effect`, `gradient_effect`: estimates of its part in the model's error: how far the model's
     output, and all weights' gradients, move when this attention alone is made exact.
     """
 
     path: str
-    output: float
-    gradient: float
-    output_bound: float
-    gradient_bound: float
+    local: Mapping[str, Local]
+    heads: tuple[HeadErrors, ...]
     output_effect: float
     gradient_effect: float
+
+    @property
+    def output(self) -> float:
+        """The output's measured error."""
+        return self.local["output"].measured
+
+    @property
+    def output_bound(self) -> float:
+        """The output's proved bound."""
+        return self.local["output"].bound
+
+    @property
+    def gradient(self) -> float:
+        """The largest measured error of dq, dk and dv."""
+        return max(self.local[name].measured for name in GRADIENTS)
+
+    @property
+    def gradient_bound(self) -> float:
+        """The largest bound of dq, dk and dv."""
+        return max(self.local[name].bound for name in GRADIENTS)
 
 
 @dataclass(frozen=True)
@@ -88,10 +133,10 @@ class _Call:
 
     inputs: tuple[Any, ...]
     out: Tensor
-    output: float = 0.0
-    output_bound: float = 0.0
-    gradient: float = 0.0
-    gradient_bound: float = 0.0
+    local: dict[str, Local] = field(
+        default_factory=lambda: dict.fromkeys(("output", *GRADIENTS), Local(0.0, 0.0))
+    )
+    heads: tuple[HeadErrors, ...] = ()
 
 
 @dataclass
@@ -128,8 +173,9 @@ class _Attentions(TorchDispatchMode):
         self.calls.append(call)
         if self.compare and not self.compare[index].own:
             reference = func(*_precise(inputs), ALWAYS_EXACT)[0]
-            call.output = relative_error(result[0], reference)
-            call.output_bound = _output_bound(self.compare[index], inputs[2], reference)
+            bounds = _output_bounds(self.compare[index], inputs[2], reference)
+            call.local["output"] = Local(relative_error(result[0], reference), _share(bounds, reference))
+            call.heads = _heads(self.compare[index], inputs, result[0], reference, bounds)
         return result
 
     def _limit(self, index: int, exact_below: int) -> int:
@@ -147,9 +193,11 @@ class _Attentions(TorchDispatchMode):
                 torch.ops.fastgrad, func._schema.name.split("::")[1].removesuffix("_backward")
             ).default
             reference = func(cotangent, *inputs, *forward(*inputs, ALWAYS_EXACT), ALWAYS_EXACT)
-            errors = [relative_error(g, r) for g, r in zip(gradients, reference, strict=True) if r.numel()]
-            call.gradient = max(errors)
-            call.gradient_bound = _gradient_bound(served, cotangent, inputs, reference)
+            bounds = _gradient_bounds(served, cotangent, inputs, reference)
+            for place, (gradient, exact) in zip(PLACES, zip(gradients, reference, strict=True), strict=False):
+                if exact.numel():
+                    measured = max(relative_error(gradient, exact), call.local[place].measured)
+                    call.local[place] = Local(measured, bounds[place])
         return gradients
 
 
@@ -185,10 +233,8 @@ def measure_errors(
         attentions.append(
             AttentionErrors(
                 path=attention.path,
-                output=call.output,
-                gradient=call.gradient,
-                output_bound=call.output_bound,
-                gradient_bound=call.gradient_bound,
+                local=call.local,
+                heads=call.heads,
                 output_effect=relative_error(moved_output, output),
                 gradient_effect=_joint_error(moved_gradients, gradients),
             )
@@ -301,18 +347,35 @@ def _value_range(v: Tensor) -> Tensor:
     return v.double().amax(-2, keepdim=True) - v.double().amin(-2, keepdim=True)
 
 
-def _output_bound(served: Served, v: Tensor, reference: Tensor) -> float:
-    """The certificate of the output on these values, as a share of the output's norm."""
+def _output_bounds(served: Served, v: Tensor, reference: Tensor) -> Tensor:
+    """The certificate of each entry of the output on these values, in the output's shape."""
     groups = reference.shape[1] // v.shape[1]
     per_row = output_bound(served.eps, _value_range(v)).repeat_interleave(groups, 1)
-    total = per_row.expand_as(reference).norm().item()
-    return _share(total, reference)
+    return per_row.expand_as(reference)
 
 
-def _gradient_bound(
+def _heads(
+    served: Served, inputs: Sequence[Any], out: Tensor, reference: Tensor, bounds: Tensor
+) -> tuple[HeadErrors, ...]:
+    """Each query head by itself; no product of n rows by n keys is needed."""
+    q, k = inputs[:2]
+    longest = [x.double().norm(dim=-1).amax((0, -1)) for x in (q, k)]
+    reach = served.scale * longest[0] * longest[1].repeat_interleave(q.shape[1] // k.shape[1])
+    return tuple(
+        HeadErrors(
+            Local(
+                relative_error(out[:, head], reference[:, head]), _share(bounds[:, head], reference[:, head])
+            ),
+            abs(reach[head].item()),
+        )
+        for head in range(q.shape[1])
+    )
+
+
+def _gradient_bounds(
     served: Served, cotangent: Tensor, inputs: Sequence[Any], reference: Sequence[Tensor]
-) -> float:
-    """The certificates of all gradients on these inputs, the largest as a share of its gradient's norm.
+) -> dict[str, float]:
+    """The certificates of dq, dk and dv on these inputs, as shares of the gradients' norms.
 
     Near logits of their own get the same bound: it is one of the whole row of dS, near and far.
     """
@@ -320,25 +383,27 @@ def _gradient_bound(
     heads = k.shape[1]
     eps, eps_prime = served.eps, served.eps_prime
 
-    def of_groups(per_head: Tensor) -> float:
+    def of_groups(per_head: Tensor) -> Tensor:
         """Query heads that share a key head add up, by the triangle inequality."""
-        total: float = per_head.unflatten(1, (heads, -1)).sum(2).norm().item()
-        return total
+        return per_head.unflatten(1, (heads, -1)).sum(2)  # type: ignore[no-any-return]
 
     value_range = _value_range(v).repeat_interleave(q.shape[1] // heads, 1)
     omega = (cotangent.abs() * value_range).sum(-1)  # at least max_j dO_i.v_j - min_j dO_i.v_j
-    shares = [_share(of_groups(value_gradient_bound(eps, cotangent.norm(dim=-1).sum(-1))), reference[2])]
+    upstream = of_groups(value_gradient_bound(eps, cotangent.norm(dim=-1).sum(-1)))
+    shares = {"dq": 0.0, "dk": 0.0, "dv": _share(upstream, reference[2])}
     pairs = [(q * served.scale, k * served.scale, reference[0], reference[1])]
     if near_q is not None:
         pairs.append((near_q, near_k, reference[3], reference[4]))
     for queries, keys, dq, dk in pairs:
         largest = keys.norm(dim=-1).amax(-1, keepdim=True).repeat_interleave(q.shape[1] // heads, 1)
-        of_queries = (query_gradient_bound(eps, eps_prime, omega, 1.0) * largest).norm().item()
-        of_keys = key_gradient_bound(eps, eps_prime, (omega * queries.norm(dim=-1)).sum(-1))
-        shares += [_share(of_queries, dq), _share(of_groups(of_keys), dk)]
-    return max(shares)
+        of_queries = query_gradient_bound(eps, eps_prime, omega, 1.0) * largest
+        of_keys = of_groups(key_gradient_bound(eps, eps_prime, (omega * queries.norm(dim=-1)).sum(-1)))
+        shares["dq"] = max(shares["dq"], _share(of_queries, dq))
+        shares["dk"] = max(shares["dk"], _share(of_keys, dk))
+    return shares
 
 
-def _share(bound: float, reference: Tensor) -> float:
-    size = reference.double().norm().item()
+def _share(bounds: Tensor, reference: Tensor) -> float:
+    """The norm of bounds as a share of the norm of what they are bounds of."""
+    bound, size = bounds.double().norm().item(), reference.double().norm().item()
     return bound / size if size else (0.0 if bound == 0.0 else math.inf)

@@ -9,22 +9,27 @@ from math import isfinite
 from typing import Any
 
 from fastgrad_compiler.certificates import certificate
+from fastgrad_compiler.codegen.attention_kernels import kernel_module
 from fastgrad_compiler.cost import flops
 from fastgrad_compiler.graph import Attribute, Program
 from fastgrad_compiler.passes.attention_table import OWN, AttentionEntry, Lengths, attention_table
+from fastgrad_compiler.targets import NATIVE
 from fastgrad_dsl.batches import Input, model_inputs, target_inputs
 
 FORMAT = "fastgrad-plan-1"
 
 
-def plan_document(program: Program, source: str, target: str) -> dict[str, Any]:
-    """The plan of a compiled program as plain data; deterministic."""
+def plan_document(
+    program: Program, source: str, target: str, params: Mapping[str, object] | None = None
+) -> dict[str, Any]:
+    """The plan of a compiled program as plain data; deterministic. `params` are those that override the file's."""
     budget = program.budget
     return {
         "format": FORMAT,
         "model": program.name,
         "source": source,
         "target": target,
+        "params": {name: str(value) for name, value in (params or {}).items()},
         "dims": [{"name": d.name, "at_most": d.at_most, "multiple_of": d.multiple_of} for d in program.dims],
         "inputs": [_input(tensor) for tensor in model_inputs(program)],
         "targets": [_input(tensor) for tensor in target_inputs(program)],
@@ -37,14 +42,16 @@ def plan_document(program: Program, source: str, target: str) -> dict[str, Any]:
             "trust": program.trust,
             "on_violation": program.on_violation,
         },
-        "attentions": [attention_document(program, entry) for entry in attention_table(program)],
+        "attentions": [attention_document(program, entry, target) for entry in attention_table(program)],
     }
 
 
-def attention_document(program: Program, entry: AttentionEntry) -> dict[str, Any]:
+def attention_document(program: Program, entry: AttentionEntry, target: str) -> dict[str, Any]:
     """One attention: numbers that do not exist for it (a degree of an exact one) are None.
 
-    A polynomial that is the model's own has the family "own", an error of 0 and no `bound`: it needs none.
+    A polynomial that is the model's own has the family "own", an error of 0 and no `bound`: it needs none. `queries` and
+    `keys` are the two lengths, dims as text; `d`, `dv` the widths of a head; `kernel` is the module that
+    serves the attention, None where PyTorch does.
 
     `bound` is R with its `proof` and whether it is only `asserted`; `flops` are per head and sequence at the longest
     declared length; `certificate` holds the proved worst cases that need no data (docs/mathematics.md, section 7).
@@ -64,6 +71,16 @@ def attention_document(program: Program, entry: AttentionEntry) -> dict[str, Any
         "scale": node["scale"],
         "causal": node["causal"],
         "near": node["near"],
+        "window": node.get("window"),
+        "alibi": node.get("alibi", False),
+        "roles": _listed(node["roles"]),
+        "queries": str(entry.queries),
+        "keys": str(entry.keys),
+        "query_heads": _heads(program, entry, 0),
+        "key_heads": _heads(program, entry, 1),
+        "d": entry.d,
+        "dv": entry.dv,
+        "kernel": kernel_module(program[entry.graph], node, NATIVE[target]),
         "bound": _number(node["bound"]),
         "asserted": node.get("asserted", False),
         "proof": _listed(node.get("proof")),
@@ -79,6 +96,12 @@ def attention_document(program: Program, entry: AttentionEntry) -> dict[str, Any
 def is_approximated(entry: Mapping[str, Any]) -> bool:
     """Whether a polynomial stands in for the exp of this attention of a plan; the model's own stands in for nothing."""
     return bool(entry["decision"] == "polynomial" and entry["family"] != OWN)
+
+
+def _heads(program: Program, entry: AttentionEntry, place: int) -> int:
+    """Heads of the queries (0) or the keys (1); 1 for tensors without an axis of heads."""
+    shape = program[entry.graph][entry.node.inputs[place]].tensor.shape
+    return (shape[-3].constant if len(shape) > 2 else None) or 1
 
 
 def _flops(program: Program, entry: AttentionEntry, polynomial: bool) -> dict[str, Any] | None:

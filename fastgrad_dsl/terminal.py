@@ -12,7 +12,9 @@ from rich.text import Text
 
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.passes.attention_table import OWN, attention_table, is_own
+from fastgrad_dsl.report.words import bound, folded, number, size, times
 
+VERDICTS = {"kept": "bold green", "likely": "green", "missed": "bold red", "unlikely": "red"}
 WIDTH_OF_A_FILE = 200  # where the output is no terminal
 
 
@@ -48,7 +50,7 @@ def print_plan(program: Program, file: str) -> None:
         place = entry.span.short_place if entry.span else ""
         rows.setdefault((place, decision, str(node.get("why", ""))), []).append(entry.path)
     for (place, decision, why), paths in rows.items():
-        out.print(Text(f"  {_folded(paths)}  {decision}  ({place})", style="bold"), soft_wrap=True)
+        out.print(Text(f"  {folded(paths)}  {decision}  ({place})", style="bold"), soft_wrap=True)
         out.print(Text(f"      {why}"), soft_wrap=True)
 
 
@@ -56,22 +58,13 @@ def _family(family: object) -> str:
     return "own polynomial" if family == OWN else str(family)
 
 
-def _folded(paths: list[str]) -> str:
-    return paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]} ({len(paths)})"
-
-
 def print_report(report: Mapping[str, Any]) -> None:
-    """The whole model, then a table of attentions; every number is named bound, estimate or measured."""
+    """The headline, the warnings, then a table of attentions; every number is named bound, estimate or measured."""
     out = console()
     out.print(Text(f"model {report['model']} ({report['source']})", style="bold"))
-    batch = report["batch"]
-    if batch is None:
-        out.print(Text("no model was run: bounds only"))
-    else:
-        sizes = ", ".join(f"{name} = {size}" for name, size in batch["dims"].items())
-        out.print(Text(", ".join(filter(None, (f"on {batch['kind']}", sizes, batch["weights"])))))
-    for line in report["summary"]:
-        out.print(Text(f"  {line}"))
+    _print_headline(out, report)
+    for warning in report["warnings"]:
+        out.print(Text(f"warning: {warning['text']}", style="yellow"))
     if report["attentions"]:
         out.print(_table(report))
         out.print(
@@ -84,6 +77,30 @@ def print_report(report: Mapping[str, Any]) -> None:
         )
     for note in report["notes"]:
         out.print(Text(f"note: {note}"))
+
+
+def _print_headline(out: Console, report: Mapping[str, Any]) -> None:
+    """Verdict, use of the budget, the batch and what was measured of it, predicted time and memory."""
+    headline, batch = report["headline"], report["batch"]
+    out.print(Text(headline["verdict"]["text"], style=VERDICTS.get(headline["verdict"]["state"], "bold")))
+    for what in ("output", "gradient"):
+        out.print(Text(f"  {what}: {headline[what]['words']}"))
+    if batch is None:
+        out.print(Text("no model was run: bounds only"))
+    else:
+        sizes = ", ".join(f"{name} = {size}" for name, size in batch["dims"].items())
+        out.print(Text(", ".join(filter(None, (f"on {batch['kind']}", sizes, batch["weights"])))))
+    for line in report["summary"]:
+        out.print(Text(f"  {line}"))
+    prediction = headline["prediction"]
+    if prediction is not None:
+        memory = prediction["memory"]
+        out.print(
+            Text(
+                f"at n = {prediction['n']:,}: attention {times(prediction['speed_up']['total'])} faster than exact, "
+                f"forward and backward, in {size(memory['compiled'])}, exact {size(memory['exact'])} (estimates)"
+            )
+        )
 
 
 def _table(report: Mapping[str, Any]) -> Table:
@@ -100,24 +117,13 @@ def _table(report: Mapping[str, Any]) -> Table:
         row = [
             entry["path"],
             decision,
-            _number(entry["rank"]),
-            _number(entry["bound"]),
-            _number(entry["eps"]),
+            number(entry["rank"]),
+            number(entry["bound"]),
+            number(entry["eps"]),
         ]
-        row.append(_number(entry["break_even"]))
+        row.append(number(entry["break_even"]))
         for what in ("output", "gradient"):
             errors = entry["errors"][what]
-            row += [_bound(errors["bound"]), _number(errors["estimate"]), _number(errors["measured"])]
+            row += [bound(errors["bound"]), number(errors["estimate"]), number(errors["measured"])]
         table.add_row(*map(Text, row))
     return table
-
-
-def _bound(value: float | None) -> str:
-    """A proved relative error of 1 and more says nothing: 0 as an output would do as well."""
-    return "vacuous" if value is not None and value >= 1 else _number(value)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return str(value) if isinstance(value, int) else f"{value:.2g}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastgrad_compiler.codegen.attention_kernels import has_window_kernel
 from fastgrad_compiler.codegen.place import Operands, Place
 from fastgrad_compiler.codegen.writer import COMPARE, Expr, call, index, literal, method
 from fastgrad_compiler.dim import Dim
@@ -41,7 +42,7 @@ def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
     banded = near or node.get("window") is not None or "documents" in others
     if node.op == "poly_attention" and (is_own(node) or not place.exact):
         result = _polynomial(place, node, [q, k, v, *near], _masks(place, others, lead))
-    elif node.get("window") is not None and place.native and not (node["near"] or node.get("alibi")):
+    elif has_window_kernel(node, place.native):
         result = call(place.kernel(node), *(x.value for x in (q, k, v)), **_masks(place, others, lead))
     elif banded and not node.get("alibi"):
         result = _exact(place, node, [q, k, v, *near], _masks(place, others, lead))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.codegen.kernel import KernelSpec, kernel_name
 from fastgrad_compiler.graph import Graph, Node
 
 
@@ -32,3 +32,15 @@ def kernel_spec(graph: Graph, node: Node) -> KernelSpec:
         documents="documents" in roles,
         window=window if isinstance(window, int) else None,
     )
+
+
+def has_window_kernel(node: Node, native: bool) -> bool:
+    """Whether a kernel serves an attention within a window; PyTorch does otherwise."""
+    return node.get("window") is not None and native and not (node["near"] or node.get("alibi"))
+
+
+def kernel_module(graph: Graph, node: Node, native: bool) -> str | None:
+    """The generated module, without its suffix, that serves an attention; None where PyTorch does."""
+    if node.op == "poly_attention" or has_window_kernel(node, native):
+        return kernel_name(kernel_spec(graph, node), native)
+    return None

@@ -1,0 +1,144 @@
+"""What an attention could have been: every candidate with its time and error, the chosen one marked.
+
+With a calibration these are its candidates, with times of this machine and errors that were measured on data. Without
+one, the polynomials of all families on the same range, with times from the cost model and certificates as errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from fastgrad_compiler.certificates import certificate
+from fastgrad_compiler.cost import Pace
+from fastgrad_compiler.features import rank
+from fastgrad_compiler.polynomial import FAMILIES, MAX_DEGREE, Family, Polynomial, PrecisionError, fit
+from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_dsl.report.entries import Entry
+from fastgrad_dsl.report.prediction import exact_time, lengths_of, polynomial_time
+
+LARGEST_RANK = (
+    4096  # of a candidate; wider states cost more than exact attention at any length that is common
+)
+
+
+def calibrated(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The candidates of one attention of a calibration document."""
+    points = [
+        {
+            key: candidate[key]
+            for key in (
+                "name",
+                "family",
+                "degree",
+                "near",
+                "centred",
+                "output",
+                "gradient",
+                "proved",
+                "chosen",
+            )
+        }
+        | {"time": candidate["seconds"], "range": candidate["bound"]}
+        for candidate in found["candidates"]
+    ]
+    return {
+        "error_kind": "measured",
+        "errors": "relative L2 errors of this attention alone, measured on sampled rows",
+        "time_kind": "estimate",
+        "time_unit": "seconds, forward and backward",
+        "points": points,
+    }
+
+
+def candidates_key(entry: Entry) -> object:
+    """What the candidates of an attention depend on, where there is no calibration."""
+    keys = (
+        "d",
+        "dv",
+        "bound",
+        "near",
+        "causal",
+        "family",
+        "degree",
+        "decision",
+        "queries",
+        "keys",
+        "window",
+        "alibi",
+    )
+    return (*(entry[key] for key in keys), entry["asserted"], "documents" in entry["roles"])
+
+
+def certified(entry: Entry, sizes: Mapping[str, int], pace: Pace) -> dict[str, Any] | None:
+    """The candidates on the range of the plan; None where no polynomial could serve."""
+    own = entry["decision"] == "polynomial" and not is_approximated(entry)
+    if (
+        own
+        or not entry["bound"]
+        or entry["d"] is None
+        or entry["dv"] is None
+        or entry["window"]
+        or entry["alibi"]
+    ):
+        return None
+    n, m = lengths_of(entry, sizes)
+    unit = exact_time(entry, n, m, pace).total
+    points = [_point(entry, None, None, 1.0)]
+    for polynomial in _polynomials(entry["bound"], entry["d"]):
+        for near in dict.fromkeys((None, entry["near"])):
+            time = polynomial_time(entry, n, m, pace, polynomial.degree, near).total / unit
+            points.append(_point(entry, polynomial, near, float(f"{time:.5g}")))
+    return {
+        "error_kind": "bound",
+        "errors": "certificates: of the output as a share of the values' range, of the scores' gradient as a share of "
+        "omega",
+        "time_kind": "estimate",
+        "time_unit": f"share of exact attention's time at n = {n:,}, forward and backward",
+        "points": points,
+    }
+
+
+def _polynomials(bound: float, d: int) -> Iterator[Polynomial]:
+    for family in FAMILIES:
+        for degree in range(1, MAX_DEGREE + 1):
+            if rank(d, degree) > LARGEST_RANK:
+                break
+            polynomial = _fit(family, degree, bound)
+            if polynomial is not None and polynomial.positive and polynomial.eps < 1:
+                yield polynomial
+
+
+@cache
+def _fit(family: Family, degree: int, bound: float) -> Polynomial | None:
+    try:
+        return fit(family, degree, bound)
+    except PrecisionError:
+        return None
+
+
+def _point(entry: Entry, polynomial: Polynomial | None, near: int | None, time: float) -> dict[str, Any]:
+    chosen = entry["decision"] != "polynomial"
+    name, proved = "exact", None
+    if polynomial is not None:
+        chosen = (entry["family"], entry["degree"], entry["near"]) == (
+            polynomial.family,
+            polynomial.degree,
+            near,
+        )
+        name = f"{polynomial.family} {polynomial.degree}" + ("" if near is None else f", near {near}")
+        proved = certificate(polynomial.eps, polynomial.eps_prime)
+    return {
+        "name": name,
+        "family": polynomial.family if polynomial else None,
+        "degree": polynomial.degree if polynomial else None,
+        "near": near,
+        "centred": False,
+        "range": entry["bound"] if polynomial else None,
+        "time": time,
+        "output": proved.output if proved else 0.0,
+        "gradient": proved.score_gradient if proved else 0.0,
+        "proved": polynomial is None or not entry["asserted"],
+        "chosen": chosen,
+    }

@@ -1,0 +1,101 @@
+"""The table of attentions and heads: its columns, and the cells of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastgrad_dsl.report.words import SOURCES, bound, decision, number
+
+GROUPS = (
+    ("", 6),
+    ("output", 3),
+    ("gradient of the weights", 1),
+    ("dQ", 2),
+    ("dK", 2),
+    ("dV", 2),
+)
+"""Headings over the columns, and how many each spans."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a cell; `value` is the number behind it, None for a text or what is not known."""
+
+    text: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading with its cells for an attention and for one of its heads."""
+
+    heading: str
+    attention: Callable[[Mapping[str, Any]], Cell]
+    head: Callable[[Mapping[str, Any]], Cell] = lambda head: Cell("")
+    is_number: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """The cells of an attention and of its heads, which are sorted with it."""
+
+    cells: tuple[Cell, ...]
+    heads: tuple[tuple[Cell, ...], ...]
+
+
+def attention_rows(report: Mapping[str, Any]) -> list[Row]:
+    """A row for each attention of a report."""
+    return [
+        Row(
+            tuple(column.attention(entry) for column in COLUMNS),
+            tuple(tuple(column.head(head) for column in COLUMNS) for head in entry["per_head"] or ()),
+        )
+        for entry in report["attentions"]
+    ]
+
+
+def _error(what: str, kind: str) -> Column:
+    write = bound if kind == "bound" else number
+
+    def of_attention(entry: Mapping[str, Any]) -> Cell:
+        value = entry["errors"][what][kind]
+        return Cell(write(value), value)
+
+    def of_head(head: Mapping[str, Any]) -> Cell:
+        value = head[what][kind] if what in head else None
+        return Cell(write(value) if value is not None else "", value)
+
+    return Column(kind, of_attention, of_head)
+
+
+def _reason(entry: Mapping[str, Any]) -> Cell:
+    if entry["family"] == "own":
+        return Cell("not needed")
+    return Cell(SOURCES.get(entry["range_source"], "nothing bounds it"))
+
+
+def _seen(head: Mapping[str, Any]) -> Cell:
+    if head["least"] is not None:
+        return Cell(f"logits {number(head['least'])} to {number(head['largest'])} (measured)")
+    return Cell(
+        "" if head["reach"] is None else f"logits at most {number(head['reach'])} (bound, this batch)"
+    )
+
+
+COLUMNS = (
+    Column("attention", lambda e: Cell(e["path"]), lambda h: Cell(f"head {h['head']}"), is_number=False),
+    Column("decision", lambda e: Cell(decision(dict(e))), is_number=False),
+    Column("degree", lambda e: Cell(number(e["degree"]), e["degree"])),
+    Column("rank", lambda e: Cell(number(e["rank"]), e["rank"])),
+    Column(
+        "R", lambda e: Cell(number(e["bound"]), e["bound"]), lambda h: Cell(number(h["range"]), h["range"])
+    ),
+    Column("R is", _reason, _seen, is_number=False),
+    _error("output", "bound"),
+    _error("output", "estimate"),
+    _error("output", "measured"),
+    _error("gradient", "estimate"),
+    *(_error(what, kind) for what in ("dq", "dk", "dv") for kind in ("bound", "measured")),
+)

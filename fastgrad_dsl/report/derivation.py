@@ -1,0 +1,115 @@
+"""The derivation of one attention's rewrite as lines of text: what was recognised, what is proved, what is computed."""
+
+from __future__ import annotations
+
+from math import comb
+from typing import Any
+
+from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_dsl.report.entries import Entry, range_source
+from fastgrad_dsl.report.words import SOURCES, number
+
+MASKS = {"padding": "a padding mask over the keys", "documents": "keys of the same document only"}
+
+
+def derivation_key(entry: Entry) -> object:
+    """What the derivation of an attention depends on."""
+    keys = (
+        "decision", "family", "degree", "near", "causal", "window", "alibi", "scale", "bound", "asserted", "eps",
+        "eps_prime", "positive_from", "break_even", "d", "dv", "query_heads", "key_heads", "queries", "keys", "why",
+    )  # fmt: skip
+    lists = (tuple(entry[key] or ()) for key in ("coefficients", "proof", "roles"))
+    return (*(entry[key] for key in keys), range_source(entry), *lists)
+
+
+def derivation(entry: Entry) -> dict[str, Any]:
+    """`lines`, in the order of the steps."""
+    lines = [*_recognised(entry), *_range(entry)]
+    if entry["decision"] != "polynomial":
+        return {"lines": [*lines, f"decision: exact: {entry['why']}"]}
+    return {"lines": [*lines, *_polynomial(entry), *_features(entry), *_rewritten(entry), *_run(entry)]}
+
+
+def _recognised(entry: Entry) -> list[str]:
+    weights = "the model's own polynomial of" if entry["family"] == "own" else "softmax of"
+    scale = "" if entry["scale"] == 1 else f"{number(float(entry['scale']))} "
+    heads = f"{entry['query_heads']} heads"
+    if entry["key_heads"] != entry["query_heads"]:
+        heads += f" that share {entry['key_heads']} of keys and values"
+    lines = [
+        f"recognised: {weights} s_ij = {scale}q_i.k_j, times v; {heads}, d = {entry['d'] or '?'}, "
+        f"dv = {entry['dv'] or '?'}, {entry['queries']} queries and {entry['keys']} keys"
+    ]
+    masks = ["causal: query i sees keys up to i"] if entry["causal"] else []
+    masks += [text for role, text in MASKS.items() if role in entry["roles"]]
+    masks += [f"a window: |i - j| < {entry['window']}"] if entry["window"] else []
+    masks += ["slopes of ALiBi"] if entry["alibi"] else []
+    lines.append(f"masks: {'; '.join(masks) or 'none'}")
+    if entry["near"] is not None:
+        own = ", with logits of their own" if "near_q" in entry["roles"] else ""
+        lines.append(
+            f"near field: pairs in the same or touching blocks of {entry['near']} tokens weigh exp(t){own}"
+        )
+    return lines
+
+
+def _range(entry: Entry) -> list[str]:
+    if entry["family"] == "own":
+        return ["range: none is needed, the weights are a polynomial already"]
+    lines = [f"  {step}" for step in entry["proof"] or ()]
+    if entry["bound"] is None:
+        return ["range: nothing bounds the logits", *lines]
+    source = SOURCES[range_source(entry) or "program"]
+    return ["range, step by step:", *lines, f"R = {number(entry['bound'])}: |s_ij| <= R, {source}"]
+
+
+def _polynomial(entry: Entry) -> list[str]:
+    terms = " + ".join(
+        f"{c:.6g}" + ("" if power == 0 else " s" if power == 1 else f" s^{power}")
+        for power, c in enumerate(entry["coefficients"])
+    )
+    lines = [f"polynomial: p(s) = {terms.replace('+ -', '- ')}"]
+    if is_approximated(entry):
+        lines += [
+            f"  {entry['family']} of degree {entry['degree']} on [-R, R]: |p(s)/exp(s) - 1| <= eps = "
+            f"{number(entry['eps'])}, |p'(s)/exp(s) - 1| <= eps' = {number(entry['eps_prime'])} (bounds)",
+            f"  positive for s > {number(entry['positive_from'])} only"
+            if entry["positive_from"] is not None
+            else "  positive for every s <= R",
+        ]
+    return lines
+
+
+def _features(entry: Entry) -> list[str]:
+    d, degree, rank = entry["d"], entry["degree"], entry["rank"]
+    return [
+        f"features: phi(q).phi(k) = p(s); the monomials of {d} numbers up to degree {degree}, "
+        f"C({d} + {degree}, {degree}) = {comb(d + degree, degree)}, so rank r = {rank}"
+    ]
+
+
+def _rewritten(entry: Entry) -> list[str]:
+    seen = "j <= i" if entry["causal"] else "all j"
+    lines = [
+        f"rewritten: o_i = sum of p(s_ij) v_j / sum of p(s_ij), over {seen}",
+        "  = phi(q_i) S_i, without its last column, divided by that; S_i = sum of phi(k_j) [v_j, 1], r x (dv + 1)",
+    ]
+    if entry["near"] is not None:
+        lines.append(
+            "  near pairs: exp(t_ij) replaces p(s_ij), computed block by block; states hold far pairs"
+        )
+    return [
+        *lines,
+        "gradient: the exact one of the rewritten function, dS_ij = p'(s_ij)/p(s_ij) f_ij (dO_i.v_j - dO_i.o_i),",
+        "  by the same states run the other way; see docs/mathematics.md, sections 4 and 5",
+    ]
+
+
+def _run(entry: Entry) -> list[str]:
+    even = entry["break_even"]
+    below = (
+        f"; exact below {even} tokens, where that is faster (estimate)"
+        if even and is_approximated(entry)
+        else ""
+    )
+    return [f"decision: {entry['why']}{below}"]

@@ -1,0 +1,134 @@
+"""report.json: what the plan, a measurement and a calibration say of a model, in one self-contained document."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.report.candidates import calibrated, candidates_key, certified
+from fastgrad_dsl.report.cautions import notes, warnings
+from fastgrad_dsl.report.curves import curve, curve_key
+from fastgrad_dsl.report.derivation import derivation, derivation_key
+from fastgrad_dsl.report.entries import Entry, place_of, range_source, shared
+from fastgrad_dsl.report.errors import attention_errors, found_errors, heads_of, whole_errors
+from fastgrad_dsl.report.headline import headline, summary, waterfall
+from fastgrad_dsl.report.prediction import cost_curve, cost_key, longest_sizes, pace_of, predict
+from fastgrad_dsl.report.reproduce import reproduce
+from fastgrad_dsl.report.sources import annotated_spec, kernel_code
+
+if TYPE_CHECKING:
+    from fastgrad_dsl.measure import ModelErrors
+
+FORMAT = "fastgrad-report-2"
+SCHEMA = Path(__file__).parent / "schema.json"
+PACKAGES = {"fastgrad": "fastgrad-dsl", "torch": "torch"}
+
+
+def build_report(
+    plan: Mapping[str, Any],
+    errors: ModelErrors | None = None,
+    batch: Mapping[str, Any] | None = None,
+    *,
+    spec: str | None = None,
+    files: Mapping[str, str] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The report of a plan (docs/report.md), valid by SCHEMA; deterministic. None stands for what is not known.
+
+    Args:
+        plan: plan.json as data.
+        errors: measured on a batch, with `batch` for what that was: its `kind`, `dims`, `seed` and `weights`.
+        spec: the text of the `.tfg` file.
+        files: the generated files by name, of which those of kernels are shown.
+        calibration: a calibration document, whose histograms, candidates and estimates are shown.
+    """
+    calibrations = {a["path"]: a for a in (calibration or {}).get("attentions", ())}
+    entries = plan["attentions"]
+    whole = whole_errors(plan, errors, calibration)
+    code, code_files = kernel_code(entries, files or {})
+    attentions = []
+    for entry, names in zip(entries, code_files, strict=True):
+        found, own = found_errors(entry, errors), calibrations.get(entry["path"])
+        attentions.append(
+            {
+                **entry,
+                "place": place_of(entry),
+                "range_source": range_source(entry),
+                "errors": attention_errors(entry, found, own),
+                "per_head": heads_of(entry, found, own),
+                "code": names,
+            }
+        )
+    pace, kind = pace_of(plan, calibration)
+    sizes, undeclared = longest_sizes(plan)
+    document = {
+        "format": FORMAT,
+        **{key: plan[key] for key in ("model", "source", "target", "params", "dims", "budget")},
+        "versions": _versions(),
+        "reproduce": reproduce(plan, batch, calibration),
+        "batch": None if batch is None else {key: batch[key] for key in ("kind", "dims", "seed", "weights")},
+        "headline": headline(plan, whole, calibration, predict(plan, pace, kind)),
+        "summary": summary(plan, whole),
+        "spec": annotated_spec(plan["source"], spec, attentions),
+        "whole": whole,
+        "attentions": attentions,
+        "waterfall": waterfall(plan, attentions, whole),
+        **_shared(attentions, sizes, pace, calibrations),
+        "code": code,
+        "weight_gradients": None if errors is None else dict(errors.weight_gradients),
+        "calibration": None if calibration is None else dict(calibration),
+        "notes": notes(plan, errors, undeclared),
+    }
+    return {**document, "warnings": warnings(document)}
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a report, atomically."""
+    write_atomically(path, to_json(report))
+
+
+def to_json(report: Mapping[str, Any]) -> str:
+    """The text of report.json; ValueError for a number that is not finite."""
+    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+
+
+def _shared(
+    attentions: list[dict[str, Any]], sizes: Mapping[str, int], pace: Any, calibrations: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What equal attentions share, each once; the attentions get their places in these lists."""
+
+    def candidates_of(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+        own = calibrations.get(entry["path"])
+        return calibrated(own) if own and own["candidates"] else certified(entry, sizes, pace)
+
+    def key_of_candidates(entry: Mapping[str, Any]) -> object:
+        return entry["path"] if entry["path"] in calibrations else candidates_key(entry)
+
+    tables: dict[str, tuple[str, Callable[[Entry], object], Callable[[Entry], dict[str, Any] | None]]] = {
+        "curves": ("curve", curve_key, curve),
+        "costs": ("cost", cost_key, partial(cost_curve, sizes=sizes, pace=pace)),
+        "candidates": ("candidates", key_of_candidates, candidates_of),
+        "derivations": ("derivation", derivation_key, derivation),
+    }
+    found = {}
+    for table, (name, key, make) in tables.items():
+        found[table], places = shared(attentions, key, make)
+        for entry, place in zip(attentions, places, strict=True):
+            entry[name] = place
+    return found
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name, package in PACKAGES.items():
+        try:
+            found[name] = version(package)
+        except PackageNotFoundError:
+            found[name] = None
+    return {**found, "python": platform.python_version()}

@@ -1,0 +1,55 @@
+"""What the report reads out of a plan's entry of one attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fastgrad_compiler.ranges import SOURCES
+
+Entry = Mapping[str, Any]
+
+
+def place_of(entry: Entry) -> str | None:
+    """`gpt.tfg:12:9`, where the user wrote it; None for a program without a source."""
+    place: str | None = entry.get("place", entry["source"] if entry["source"] not in SOURCES else None)
+    return place
+
+
+def range_source(entry: Entry) -> str | None:
+    """Where R comes from, one of SOURCES; None where there is no R."""
+    if entry["bound"] is None:
+        return None
+    if entry["source"] in SOURCES:
+        return str(entry["source"])
+    return "asserted" if entry["asserted"] else "program"
+
+
+def head_ranges(entry: Entry) -> dict[int, float | None]:
+    """R of each head: of its group where a plan has groups, else that of the attention."""
+    ranges = dict.fromkeys(range(entry["query_heads"]), entry["bound"])
+    for group in entry.get("heads") or ():
+        ranges.update(dict.fromkeys(group["heads"], group.get("bound", entry["bound"])))
+    return ranges
+
+
+def shared(
+    entries: Sequence[Entry], key: Callable[[Entry], object], make: Callable[[Entry], dict[str, Any] | None]
+) -> tuple[list[dict[str, Any]], list[int | None]]:
+    """What equal attentions have in common, each made once: the list, and for each attention its place there.
+
+    Each holds the paths of its `attentions`. Where `make` gives None, the place is None.
+    """
+    places: dict[object, int | None] = {}
+    made: list[dict[str, Any]] = []
+    for entry in entries:
+        name = key(entry)
+        if name not in places:
+            document = make(entry)
+            places[name] = None if document is None else len(made)
+            if document is not None:
+                made.append({"attentions": [], **document})
+        place = places[name]
+        if place is not None:
+            made[place]["attentions"].append(entry["path"])
+    return made, [places[key(entry)] for entry in entries]

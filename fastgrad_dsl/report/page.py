@@ -1,0 +1,119 @@
+"""The report as one HTML page: a view of the JSON that opens offline, and is complete without its script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.report import figures, words
+from fastgrad_dsl.report.columns import COLUMNS, GROUPS, attention_rows
+from fastgrad_dsl.report.headline import WHATS
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+FEW_HEADS = 16  # rows of heads that are shown from the start
+FOLDER = Path(__file__).parent
+
+
+def write_html(path: Path, report: Mapping[str, Any]) -> None:
+    """Write the page of a report, atomically."""
+    write_atomically(path, render_html(report))
+
+
+def render_html(report: Mapping[str, Any]) -> str:
+    """The page of a report; deterministic."""
+    from markupsafe import Markup
+
+    heads = _heads(report)
+    shown = {name: Markup((FOLDER / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
+    return _template().render(
+        report=report,
+        uses=[(what, report["headline"][what]) for what in WHATS],
+        groups=GROUPS,
+        columns=COLUMNS,
+        rows=attention_rows(report),
+        remarks=_remarks(report["spec"]),
+        waterfalls=[
+            (
+                what,
+                Markup(figures.waterfall(what, report["waterfall"][what])),
+                report["waterfall"][what]["basis"],
+            )
+            for what in WHATS
+            if report["waterfall"][what]["steps"]
+        ],
+        heads=heads,
+        curves=[
+            Markup(
+                figures.curve(place, document, next((h["path"] for h in heads if h["curve"] == place), None))
+            )
+            for place, document in enumerate(report["curves"])
+        ],
+        candidates=[
+            (document, [Markup(figures.pareto(place, what, document)) for what in WHATS])
+            for place, document in enumerate(report["candidates"])
+        ],
+        costs=[
+            (document, [Markup(figures.cost(place, what, document)) for what in ("forward", "total")])
+            for place, document in enumerate(report["costs"])
+        ],
+        shows_heads=sum(len(entry["per_head"] or ()) for entry in report["attentions"]) <= FEW_HEADS,
+        served={
+            file: words.folded([e["path"] for e in report["attentions"] if file in e["code"]])
+            for file in report["code"]
+        },
+        words=words,
+        **shown,
+    )
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2")
+
+
+def _remarks(spec: Mapping[str, Any]) -> dict[int, list[str]]:
+    """The remarks by line; 0 holds those of a spec whose text is not known."""
+    remarks: dict[int, list[str]] = {}
+    for remark in spec["remarks"]:
+        line = remark["line"] if spec["lines"] is not None else 0
+        remarks.setdefault(line, []).append(remark["text"])
+    return remarks
+
+
+def _heads(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the menu of heads offers: label, curve, the histogram's path and a sentence; empty without a calibration."""
+    found = []
+    calibrations = {a["path"]: a for a in (report["calibration"] or {}).get("attentions", ())}
+    for entry in report["attentions"]:
+        place = entry["curve"]
+        if place is None:
+            continue
+        rows = {row["head"]: row for row in entry["per_head"] or ()}
+        for head in calibrations.get(entry["path"], {}).get("heads", ()):
+            row = rows[head["head"]]
+            found.append(
+                {
+                    "label": f"{entry['path']}, head {head['head']}",
+                    "curve": place,
+                    "path": figures.histogram_path(head["histogram"], report["curves"][place]["range"]),
+                    "text": f"logits from {words.number(row['least'])} to {words.number(row['largest'])} (measured); "
+                    f"{words.percent(row['outside'])} beyond the range"
+                    if row["outside"] is not None
+                    else "",
+                }
+            )
+    return found

@@ -1,0 +1,66 @@
+"""How reports write numbers and lists; one place for the texts in the JSON and for its views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+VACUOUS = 1.0  # a proved relative error of 1 and more says nothing: 0 as an output would do as well
+SOURCES = {
+    "program": "proved from the program",
+    "weights": "proved from the weights",
+    "data": "measured on data, with a margin",
+    "asserted": "asserted, not proved",
+}
+"""Where R comes from, in words."""
+
+
+def number(value: float | None) -> str:
+    """Two digits of a float, all of an int; `-` for what is not known."""
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.2g}"
+
+
+def bound(value: float | None) -> str:
+    """A proved relative error, or that it says nothing."""
+    return "vacuous" if value is not None and value >= VACUOUS else number(value)
+
+
+def percent(share: float) -> str:
+    """A share, as in `4.2 %`; what is over 1000 % is written as a multiple."""
+    return (
+        f"{share:.3g} times"
+        if share >= 10
+        else f"{100 * share:.2g} %"
+        if share < 0.1
+        else f"{100 * share:.0f} %"
+    )
+
+
+def times(factor: float) -> str:
+    """A factor, as in `31 times`."""
+    return f"{factor:.0f} times" if factor >= 10 else f"{factor:.2g} times"
+
+
+def size(count: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def folded(paths: Sequence[str]) -> str:
+    """Paths as one: the first, the last and how many."""
+    return paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]} ({len(paths)})"
+
+
+def decision(entry: dict[str, object]) -> str:
+    """What an attention of a plan will be, as in `balanced degree 2, near 64`."""
+    if entry["decision"] != "polynomial":
+        window = entry.get("window")
+        return "exact" if window is None else f"exact, window {window}"
+    family = "own polynomial" if entry["family"] == "own" else entry["family"]
+    near = "" if entry["near"] is None else f", near {entry['near']}"
+    return f"{family} degree {entry['degree']}{near}"
