@@ -52,17 +52,44 @@ def compile_(
     model: Model = None,
     set_: Set = None,
     target: Target = "auto",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Plan by what is measured on DATA: a text, a .safetensors file of batches, or the word random.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A .safetensors file with the weights to calibrate at.")
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the batches to calibrate on."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of initial weights and of batches to calibrate on.")] = 0,
 ) -> None:
     """Compile a file to a folder with a readable model.py that needs only PyTorch.
 
-    With --target cpp the C++ kernels are built now; with auto, when the model first runs on a CPU.
+    With --target cpp the C++ kernels are built now; with auto, when the model first runs on a CPU. A budget that says
+    `trust = calibrated` is calibrated on random inputs where --calibrate names nothing else.
     """
     import fastgrad_dsl as fg
+    from fastgrad_dsl.calibration.data import RANDOM, CalibrationRequest, calibrated
     from fastgrad_dsl.native_build import build_kernels
-    from fastgrad_dsl.terminal import print_plan, progress
+    from fastgrad_dsl.terminal import print_calibration, print_plan, progress
 
-    compiled = fg.compile(file, params=_params(set_), model=model, target=target, out=out)
+    compiled = fg.compile(file, params=_params(set_), model=model, target=target)
+    budget = compiled.program.budget
+    if calibrate is None and budget is not None and budget.trust == "calibrated":
+        calibrate = RANDOM
+    if calibrate is not None:
+        with progress("calibrating:") as tell:
+            request = CalibrationRequest(calibrate, weights, _sizes(dim), seed)
+            compiled = calibrated(compiled, request, tell)
+    compiled.write(out)
     print_plan(compiled.program, str(file))
+    if compiled.calibration is not None:
+        print_calibration(compiled.calibration)
     print(f"written to {out}/ (model.py, plan.json, report.html, report.json, stages/)")
     if target == "cpp":
         with progress("building") as tell:

@@ -113,7 +113,7 @@ def calibrate(
     With `trust = certified` ranges are the proved ones alone, of the program or of the weights.
     """
     budget = subject.program.budget or Budget()
-    certified = budget.trust == "certified"
+    certified = subject.program.trust == "certified"
     runs = []
     for place, batch in enumerate(data.batches):
         tell(f"exact run {place + 1} of {len(data.batches)}")

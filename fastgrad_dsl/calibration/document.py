@@ -50,7 +50,7 @@ def _attention(each: Attention, taken: Way, calibration: Calibration, program: P
         "obstacle": each.obstacle or None,
         "heads": _heads(each),
         "gains": gains,
-        "candidates": [_candidate(way, way.parts == taken.parts, each) for way in ways],
+        "candidates": [_candidate(way, way.parts == taken.parts, each, calibration.certified) for way in ways],
     }
 
 
@@ -74,7 +74,7 @@ def _gain(gain: Gain | None) -> dict[str, float] | None:
     return None if gain is None else {"value": gain.value, "low": gain.low, "high": gain.high}
 
 
-def _candidate(way: Way, chosen: bool, each: Attention) -> dict[str, Any]:
+def _candidate(way: Way, chosen: bool, each: Attention, proved: bool) -> dict[str, Any]:
     served = [part.candidate for part in way.parts if part.candidate]
     first = served[0] if served else None
     return {
@@ -88,6 +88,7 @@ def _candidate(way: Way, chosen: bool, each: Attention) -> dict[str, Any]:
         "seconds": way.option.seconds,
         "output": way.option.output,
         "gradient": way.option.gradient,
+        "proved": proved,
         "chosen": chosen,
     }
 

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from fastgrad_compiler.graph import Budget, Program
 from fastgrad_compiler.pipeline import Stage, run
-from fastgrad_dsl.batches import dims_of, model_inputs, random_batch, target_inputs, usual_sizes
+from fastgrad_dsl.batches import dims_of, model_inputs, random_batch, target_inputs
 from fastgrad_dsl.calibration.calibrate import Calibration, Data, Tell, calibrate
 from fastgrad_dsl.calibration.capture import Subject
 from fastgrad_dsl.calibration.document import calibration_document
-from fastgrad_dsl.calibration.pace import MachinePace, default_pace, machine_pace
+from fastgrad_dsl.calibration.pace import default_pace, machine_pace
 from fastgrad_dsl.calibration.plan import Limits, Plan, decisions, make_plan
 from fastgrad_dsl.calibration.refusal import refusal
 from fastgrad_dsl.measure import whole_errors
 from fastgrad_dsl.plan_document import is_approximated
-from fastgrad_grammar.diagnostics import TfgError
+from fastgrad_dsl.report.request import batch_sizes
 
 if TYPE_CHECKING:
     from fastgrad_dsl.compiled import Compiled
@@ -56,20 +56,20 @@ def replan(compiled: Compiled, request: Request, tell: Tell = lambda what: None)
     model = request.model if request.model is not None else compiled.module(seed=request.seed)
     if request.model is None:
         request = replace(request, weights=f"initial weights, seed {request.seed}")
-    used, held_out, described = _batches(program, request)
+    used, held_out, described = _batches(compiled, request)
     tell("the pace of this machine")
     pace = machine_pace(compiled.target) if request.measured_pace else default_pace(compiled.target)
     subject = Subject(program, dict(model.state_dict()), compiled.loss)
-    data = Data(used, described, request.weights, dims_of(program, used[0]), request.seed)
+    data = Data(used, described, request.weights, dims_of(compiled.plan_document, used[0]), request.seed)
     calibration = calibrate(subject, data, pace, tell)
     return _Verified(compiled, program, model, calibration, held_out, tell).plan()
 
 
-def _batches(program: Program, request: Request) -> tuple[list[Batch], list[Batch], str]:
+def _batches(compiled: Compiled, request: Request) -> tuple[list[Batch], list[Batch], str]:
     """Batches to calibrate on, to verify on, and what they are."""
     if request.batches is None:
-        tensors = [*model_inputs(program), *target_inputs(program)]
-        sizes = usual_sizes(program, request.dims or {})
+        tensors = [*model_inputs(compiled.program), *target_inputs(compiled.program)]
+        sizes = batch_sizes(compiled.plan_document, request.dims or {})
         made = [random_batch(tensors, sizes, request.seed + place) for place in range(RANDOM_BATCHES)]
         return list(made[:-1]), list(made[-1:]), "random inputs"
     given = list(request.batches)
@@ -156,6 +156,3 @@ def _tightened(
     if limit is None or budget is None or measured <= budget:
         return limit
     return min(limit, planned) * TIGHTER * budget / measured
-
-
-__all__ = ["MachinePace", "Request", "TfgError", "replan"]
