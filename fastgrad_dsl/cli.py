@@ -173,6 +173,9 @@ def train(
     ] = False,
     every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 100,
     exact: Annotated[bool, typer.Option("--exact", help="Train the exact softmax model instead.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Plan by what is measured on the text before training.")
+    ] = False,
     sample: Annotated[int, typer.Option(min=0, help="Bytes of text to generate at the end.")] = 200,
     model: Model = None,
     set_: Set = None,
@@ -189,7 +192,7 @@ def train(
         validate_every=every, checkpoint_every=every,
     )  # fmt: skip
     folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
-    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample))
+    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample, calibrate))
 
 
 @app.command()

@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+<<<<<<< HEAD
 SPEC = "spec.tfg"  # in a written folder, what it was compiled from
+=======
+    from fastgrad_dsl.certify import AttentionCertificate
+
+>>>>>>> 6fe6fe6c47d0115474be57bb74de8b85d10f366f
 MANIFEST = "files.json"  # which files of a folder are ours, so that a later compile removes only those
 
 
@@ -203,6 +208,16 @@ class Compiled:
             "weights": "the given weights",
         }
         return build_report(plan, errors, described, **shown)
+
+    def certify(self, model: nn.Module) -> tuple[AttentionCertificate, ...]:
+        """What the weights of `model` prove now of each attention: R, whether the planned one holds, the worst cases.
+
+        At any time in training, in seconds and without gradients (docs/mathematics.md, section 7). Attentions whose
+        weights are a polynomial of the model's own need no certificate. Raises ValueError for another model's weights.
+        """
+        from fastgrad_dsl.certify import certify
+
+        return certify(self.program, model)
 
     @cached_property
     def _package(self) -> ModuleType:

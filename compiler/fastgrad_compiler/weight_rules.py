@@ -1,8 +1,8 @@
 """ROWS: for each operation, what its inputs' rows say of the rows of its result, given the values of the weights.
 
 A rule takes a `Step` and returns Rows, or None where it knows nothing; then what was proved from the program serves
-(`Node.bound`). Operations without a rule have that alone. Nodes that are computed from weights and constants alone
-have none either: `weight_ranges.py` runs them.
+(`Node.bound`). Operations in `DECLINED` have that alone, with the reason. Nodes that are computed from weights and
+constants alone need no rule: `weight_ranges.py` runs them.
 """
 
 from __future__ import annotations
@@ -399,6 +399,45 @@ ROWS: dict[str, Rule] = {
     "concat": _concat,
     "rotary": _shrinking(),  # a rotation, another for each place: norms are what it keeps
     "attention": _attention,
+}
+
+DECLINED: dict[str, str] = {
+    "input": "nothing is known of it",
+    **dict.fromkeys(
+        ("weight", "buffer", "constant", "fill", "arange"),
+        "computed, or known from the program where it depends on the run",
+    ),
+    **dict.fromkeys(("call", "repeat", "item", "repeat_backward"), "a flat graph has none"),
+    **dict.fromkeys(
+        (
+            "exp",
+            "log",
+            "sqrt",
+            "rsqrt",
+            "sigmoid",
+            "softplus",
+            "softmax",
+            "normalize_rows",
+            "polynomial",
+            "one_hot",
+        ),
+        "norms of its rows do not carry over: what the program proves of its entries serves",
+    ),
+    **dict.fromkeys(("less", "less_equal", "equal", "logical_not"), "its result is a mask"),
+    **dict.fromkeys(
+        ("causal", "window", "padding", "documents", "near_far", "alibi"),
+        "it works on scores, which no row is made of",
+    ),
+    **dict.fromkeys(
+        ("stack", "pad", "patches", "sum_to", "sum", "mean", "amax"),
+        "rare before queries and keys: the program serves",
+    ),
+    **dict.fromkeys(("cross_entropy", "mse"), "its result has no rows"),
+    "poly_attention": "its weights are positive only while its logits keep their range",
+    **dict.fromkeys(
+        ("embedding_gradient", "poly_attention_backward", "weight_gradient"),
+        "it stands only in gradient graphs",
+    ),
 }
 
 UNREAD: dict[str, tuple[int, ...]] = {

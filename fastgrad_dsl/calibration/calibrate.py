@@ -200,13 +200,21 @@ def _range(
         reasons = tuple(map(str, proof)) if isinstance(proof, tuple) else ()
         options.append(LogitRange("program", (float(str(node["bound"])),) * len(logits.least), reasons))
     if proved is not None and proved.source == "weights":
-        options.append(proved)
+        options.append(_with_room(proved))
     finite = [option for option in options if min(option.heads) < inf]
     best = min(finite, key=lambda option: option.bound, default=None)
     measured = None if certified else _measured(logits)
     if best is not None and (measured is None or best.bound <= CLOSE * measured.range.bound):
         return Served(best)
     return measured
+
+
+def _with_room(proved: LogitRange) -> LogitRange:
+    """What is proved of weights, with room for what training makes of them."""
+    room = f"{MARGIN:g} times that is R: weights may grow"
+    return replace(
+        proved, heads=tuple(MARGIN * bound for bound in proved.heads), reasons=(*proved.reasons, room)
+    )
 
 
 def _measured(logits: Logits) -> Served | None:
