@@ -12,6 +12,7 @@ HELPERS = frozenset(
     {
         "BufferDict",
         "BufferList",
+        "Guard",
         "alibi_bias",
         "apply_alibi",
         "apply_causal",
@@ -20,11 +21,13 @@ HELPERS = frozenset(
         "apply_padding",
         "apply_polynomial",
         "apply_window",
+        "budget_status",
         "causal_mask",
         "check_dim",
         "check_shape",
         "document_mask",
         "masked_softmax",
+        "name_guards",
         "normalize_rows",
         "padding_mask",
         "rotary",
@@ -62,7 +65,7 @@ def variable(name: str) -> str:
 def _module_attributes() -> frozenset[str]:
     from torch import nn
 
-    return frozenset(dir(nn.Module())) | {"INIT"}
+    return frozenset(dir(nn.Module())) | {"INIT", "budget_status"}
 
 
 def member_access(label: str, kind: str, owner: str = "self") -> str:
