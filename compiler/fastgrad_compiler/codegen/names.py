@@ -12,7 +12,6 @@ HELPERS = frozenset(
     {
         "BufferDict",
         "BufferList",
-        "Guard",
         "alibi_bias",
         "apply_alibi",
         "apply_causal",
@@ -21,13 +20,11 @@ HELPERS = frozenset(
         "apply_padding",
         "apply_polynomial",
         "apply_window",
-        "budget_status",
         "causal_mask",
         "check_dim",
         "check_shape",
         "document_mask",
         "masked_softmax",
-        "name_guards",
         "normalize_rows",
         "padding_mask",
         "rotary",
@@ -35,7 +32,7 @@ HELPERS = frozenset(
         "window_mask",
     }
 )
-MODULE_NAMES = frozenset({"F", "Tensor", "math", "nn", "torch"})
+MODULE_NAMES = frozenset({"F", "Guard", "Tensor", "budget_status", "math", "name_guards", "nn", "torch"})
 LOCAL_NAMES = HELPERS | MODULE_NAMES | {"MODEL", "exact_attention", "initialise", "like", "range", "self"}
 CLASS_NAMES = HELPERS | MODULE_NAMES | {"ClassVar", "False", "None", "True"}
 _NUMBERED = re.compile(r"(.+?)_\d+")
