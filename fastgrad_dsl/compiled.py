@@ -28,12 +28,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-<<<<<<< HEAD
-SPEC = "spec.tfg"  # in a written folder, what it was compiled from
-=======
     from fastgrad_dsl.certify import AttentionCertificate
 
->>>>>>> 6fe6fe6c47d0115474be57bb74de8b85d10f366f
+SPEC = "spec.tfg"  # in a written folder, what it was compiled from
 MANIFEST = "files.json"  # which files of a folder are ours, so that a later compile removes only those
 
 

@@ -159,7 +159,7 @@ class _Attentions(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = str(func)
-        if not name.startswith("fastgrad.attention_") or func._schema.arguments[-1].name != "exact_below":
+        if not name.startswith("fastgrad.attention_") or func._schema.arguments[-1].name != "guard":
             return func(*args, **(kwargs or {}))  # kernels of windows are exact at any length
         if "_backward" in name:
             return self._backward(func, args)
@@ -167,12 +167,12 @@ class _Attentions(TorchDispatchMode):
 
     def _forward(self, func: Any, args: tuple[Any, ...]) -> Any:
         index = len(self.calls)
-        inputs, exact_below = args[:INPUTS], args[INPUTS]
-        result = func(*inputs, self._limit(index, exact_below))
+        inputs, (exact_below, guard) = args[:INPUTS], args[INPUTS:]
+        result = func(*inputs, self._limit(index, exact_below), guard)
         call = _Call(inputs, result[0])
         self.calls.append(call)
         if self.compare and not self.compare[index].own:
-            reference = func(*_precise(inputs), ALWAYS_EXACT)[0]
+            reference = func(*_precise(inputs), ALWAYS_EXACT, "")[0]
             bounds = _output_bounds(self.compare[index], inputs[2], reference)
             call.local["output"] = Local(relative_error(result[0], reference), _share(bounds, reference))
             call.heads = _heads(self.compare[index], inputs, result[0], reference, bounds)
@@ -182,17 +182,17 @@ class _Attentions(TorchDispatchMode):
         return ALWAYS_EXACT if index in self.exact else 0 if self.at_any_length else exact_below
 
     def _backward(self, func: Any, args: tuple[Any, ...]) -> Any:
-        *saved, exact_below = args[1 + INPUTS :]
+        *saved, exact_below, guard = args[1 + INPUTS :]
         out = saved[0]
         index = next(i for i, call in enumerate(self.calls) if call.out.data_ptr() == out.data_ptr())
-        gradients = func(*args[:-1], self._limit(index, exact_below))
+        gradients = func(*args[:-2], self._limit(index, exact_below), guard)
         if self.compare and not self.compare[index].own:
             call, served = self.calls[index], self.compare[index]
             cotangent, *inputs = _precise(args[: 1 + INPUTS])
             forward = getattr(
                 torch.ops.fastgrad, func._schema.name.split("::")[1].removesuffix("_backward")
             ).default
-            reference = func(cotangent, *inputs, *forward(*inputs, ALWAYS_EXACT), ALWAYS_EXACT)
+            reference = func(cotangent, *inputs, *forward(*inputs, ALWAYS_EXACT, ""), ALWAYS_EXACT, "")
             bounds = _gradient_bounds(served, cotangent, inputs, reference)
             for place, (gradient, exact) in zip(PLACES, zip(gradients, reference, strict=True), strict=False):
                 if exact.numel():

@@ -161,7 +161,12 @@ class BudgetRule:
 
 
 TRUST = ("calibrated", "certified")  # what a plan may rest on; the first is taken where the file says nothing
-ON_VIOLATION = ("warn", "exact", "clamp", "raise")  # what a run does where a logit is beyond its range; so here
+ON_VIOLATION = (
+    "warn",
+    "exact",
+    "clamp",
+    "raise",
+)  # what a run does where a logit is beyond its range; so here
 
 
 @dataclass(frozen=True)

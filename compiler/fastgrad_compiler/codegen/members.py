@@ -1,4 +1,4 @@
-"""What a block's `__init__` makes: parameters, buffers and submodules under the labels of the `.tfg` file.
+"""What a block's `__init__` makes: parameters, buffers and submodules under the labels of the `.tfg` file, and guards.
 
 A label inside a `repeat` stands for one element an iteration: a ModuleList, ParameterList or BufferList, or a dict of
 the same where some iterations have none; so the keys of the state_dict are the paths of the file.
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from fastgrad_compiler.codegen.guards import Guards, guard_value
 from fastgrad_compiler.codegen.writer import Expr, call, literal, tuple_text
 from fastgrad_compiler.graph import Attribute, Graph, Node, Program
 
@@ -18,9 +19,9 @@ Run: TypeAlias = "tuple[int, Member | None]"
 
 @dataclass(frozen=True)
 class Leaf:
-    """One parameter, buffer or submodule: the expression that makes it, and how it starts."""
+    """One parameter, buffer, submodule or guard: the expression that makes it, and how it starts."""
 
-    kind: str  # "parameter", "buffer" or "module"
+    kind: str  # "parameter", "buffer", "module" or "guard"
     value: Expr
     init: str | None = None
     persistent: bool = True  # whether a buffer is in the state_dict
@@ -71,9 +72,12 @@ def runs_of(node: Node) -> tuple[tuple[str, int], ...]:
     return tuple((str(body[0]), int(str(body[1]))) for body in bodies if isinstance(body, tuple))
 
 
-def members(program: Program, graph: Graph, classes: dict[str, str]) -> dict[str, Member]:
+def members(
+    program: Program, graph: Graph, classes: dict[str, str], guards: Guards | None = None
+) -> dict[str, Member]:
     """The members of a block by label, in the order of the block; those of its repeats included."""
     found: dict[str, Member] = {}
+    guards = guards or {}
     for node in graph.nodes:
         if node.op in ("weight", "buffer"):
             found[str(node["label"])] = _tensor(node)
@@ -83,7 +87,9 @@ def members(program: Program, graph: Graph, classes: dict[str, str]) -> dict[str
         elif node.op == "call":
             found[str(node["label"])] = Leaf("module", call(classes[str(node["graph"])]))
         elif node.op == "repeat":
-            found.update(_repeated(program, node, classes))
+            found.update(_repeated(program, node, classes, guards))
+        elif (graph.name, node.name) in guards:
+            found[guards[graph.name, node.name]] = Leaf("guard", guard_value(program, graph, node))
     return found
 
 
@@ -110,8 +116,8 @@ def _init_text(node: Node) -> str:
     return tuple_text(literal(part) for part in init if isinstance(part, int | float | str))
 
 
-def _repeated(program: Program, node: Node, classes: dict[str, str]) -> dict[str, Member]:
-    bodies = [(members(program, program[name], classes), times) for name, times in runs_of(node)]
+def _repeated(program: Program, node: Node, classes: dict[str, str], guards: Guards) -> dict[str, Member]:
+    bodies = [(members(program, program[name], classes, guards), times) for name, times in runs_of(node)]
     labels = dict.fromkeys(label for body, _ in bodies for label in body)
     return {label: Repeated(_merged((times, body.get(label)) for body, times in bodies)) for label in labels}
 
@@ -126,8 +132,8 @@ def _merged(runs: Iterable[Run]) -> tuple[Run, ...]:
     return tuple(found)
 
 
-_LISTS = {"module": "nn.ModuleList", "parameter": "nn.ParameterList", "buffer": "BufferList"}
-_DICTS = {"module": "nn.ModuleDict", "parameter": "nn.ParameterDict", "buffer": "BufferDict"}
+_LISTS = {"module": "nn.ModuleList", "parameter": "nn.ParameterList", "buffer": "BufferList", "guard": "list"}
+_DICTS = {"module": "nn.ModuleDict", "parameter": "nn.ParameterDict", "buffer": "BufferDict", "guard": "dict"}
 
 
 def container(member: Member, depth: int = 0) -> Expr:

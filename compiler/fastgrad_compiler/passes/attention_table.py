@@ -90,6 +90,12 @@ def attention_table(program: Program) -> tuple[AttentionEntry, ...]:
     return tuple(_entries(program, holders, _Where(program.main)))
 
 
+def stands_alone(program: Program, graph: str) -> bool:
+    """Whether a graph that a call runs holds one attention, itself and no other: its path is that of the call."""
+    nodes = _Holders(program).nodes(graph)
+    return graph != program.main and len(nodes) == 1 and nodes[0].op in ATTENTION
+
+
 class _Holders:
     """For each graph, the nodes that are attentions or lead to some."""
 
