@@ -49,7 +49,7 @@ def plan_document(
 def attention_document(program: Program, entry: AttentionEntry, target: str) -> dict[str, Any]:
     """One attention: numbers that do not exist for it (a degree of an exact one) are None.
 
-    A polynomial that is the model's own has the family "own", an error of 0 and no `bound`: it needs none. `queries` and
+    A polynomial that is the model's own has the family "own", an error of 0 and no `bound`: it needs none. `queries`,
     `keys` are the two lengths, dims as text; `d`, `dv` the widths of a head; `kernel` is the module that
     serves the attention, None where PyTorch does.
 

@@ -11,6 +11,7 @@ from fastgrad_dsl.report.words import number, percent
 
 WHATS = ("output", "gradient")
 HERE = "on the batch of this report"
+EFFECTS = "how far the model moves when this attention alone is made exact"
 CERTIFICATES = "certificates added up, every gain taken as 1"
 FACTORS = {
     "output": "output_of_value_range",
@@ -126,9 +127,7 @@ def _steps(
 ) -> dict[str, Any]:
     approximated = [entry for entry in attentions if is_approximated(entry)]
     parts = [entry["errors"][what]["estimate"] for entry in approximated]
-    basis = (
-        "how far the model moves when this attention alone is exact, or gain times error of the calibration"
-    )
+    basis = EFFECTS if whole[what]["measured"] is not None else "gain times error of each, from the calibration"
     if None in parts:
         basis = CERTIFICATES
         parts = [(entry["certificate"] or {}).get(FACTORS[what]) for entry in approximated]

@@ -34,7 +34,7 @@ class Axis:
         return self.first + share * (self.last - self.first)
 
     def ticks(self) -> list[float]:
-        """Powers of ten, or some five round numbers."""
+        """Powers of ten, or some round numbers."""
         if self.logarithmic:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             step, factors = (max(1, (last - first) // 6), (1,)) if last - first > 3 else (1, (1, 2, 5))
@@ -43,7 +43,7 @@ class Axis:
             return [value for value in found if self.low / 1.001 <= value <= self.high * 1.001]
         if self.high <= self.low:
             return [self.low]
-        rough = (self.high - self.low) / 5
+        rough = (self.high - self.low) / 8
         unit = 10.0 ** math.floor(math.log10(rough))
         width = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
         places = range(math.ceil(self.low / width - 1e-9), math.floor(self.high / width + 1e-9) + 1)

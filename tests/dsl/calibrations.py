@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 BINS = 24
@@ -60,7 +61,7 @@ def _attention(place: int, entry: Mapping[str, Any]) -> dict[str, Any]:
 def _head(place: int, head: int, bound: float) -> dict[str, Any]:
     """Logits about a mean near 0, wider in later heads."""
     edges = [1.2 * bound * (2 * i / BINS - 1) for i in range(BINS + 1)]
-    middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+    middles = [(low + high) / 2 for low, high in pairwise(edges)]
     width = bound * (0.15 + 0.03 * (head % 8))
     counts = [
         round(10_000 * math.exp(-(((m - 0.05 * bound * (place % 3)) / width) ** 2) / 2)) for m in middles

@@ -127,7 +127,15 @@ def test_compile_writes_a_folder_and_keeps_what_is_not_its_own(fastgrad: Run) ->
     assert status == 0
     folder = Path("build/tiny")
     first = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert {"model.py", "plan.json", "report.json", "__init__.py", "stages/06-lowrank.txt"} <= first
+    assert {
+        "model.py",
+        "plan.json",
+        "report.json",
+        "report.html",
+        "spec.tfg",
+        "__init__.py",
+        "stages/06-lowrank.txt",
+    } <= first
     (folder / "mine.txt").write_text("keep")
     Path("tiny.tfg").write_text(SPEC.replace("degree = 2", "degree = 4"))
     assert fastgrad("compile", "tiny.tfg", "-o", "build/tiny")[0] == 0

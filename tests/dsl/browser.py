@@ -1,0 +1,57 @@
+"""A page in headless Chromium: what a script finds in it, without a driver."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+HARNESS = """<!DOCTYPE html><body style="margin:0">
+<iframe id="frame" style="border:0;width:{width}px;height:2000px" srcdoc="{page}"></iframe>
+<pre id="result"></pre>
+<script>
+const frame = document.getElementById("frame");
+frame.addEventListener("load", () => {{
+  const find = (window, document) => {{ {script} }};
+  document.getElementById("result").textContent = JSON.stringify(find(frame.contentWindow, frame.contentDocument));
+}});
+</script>
+</body>"""
+
+
+def find_chromium() -> str | None:
+    """The command of a Chromium: that of CHROMIUM, else the first on the path."""
+    names = (os.environ["CHROMIUM"],) if os.environ.get("CHROMIUM") else NAMES
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def evaluate(page: str, script: str, folder: Path, *, width: int = 1200, dark: bool = False) -> Any:
+    """What the body of a function of `window` and `document` returns in a page of this width, through JSON.
+
+    Raises AssertionError where the browser fails, or anything is written to the console: errors of scripts and requests
+    that the page's own policy refuses are.
+    """
+    file = folder / "harness.html"
+    file.write_text(HARNESS.format(width=width, page=html.escape(page), script=script), encoding="utf-8")
+    chromium = find_chromium()
+    assert chromium is not None
+    command = [
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions",
+        f"--user-data-dir={folder / 'profile'}", "--window-size=1400,2000", "--enable-logging=stderr",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=5000", "--dump-dom",
+        file.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not console, console
+    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found is not None, done.stdout[:1000]
+    assert found[1], "the page was not loaded"
+    return json.loads(html.unescape(found[1]))

@@ -1,0 +1,269 @@
+"""report.json: valid by its schema, deterministic, and its numbers are those of the compiler and of a measurement."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+
+import fastgrad_dsl as fg
+from fastgrad_compiler.cost import PACE, flops
+from fastgrad_compiler.polynomial import fit
+from fastgrad_dsl.compiled import Compiled
+from fastgrad_dsl.report import SCHEMA, ReportRequest, make_report, to_json
+from fastgrad_dsl.report.words import percent, size
+from tests.dsl.calibrations import calibration_of
+from tests.dsl.models import EXAMPLES, INPUTS, NAMES, always_polynomial, small, text
+
+VALIDATOR = Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+GPT = EXAMPLES / "gpt.tfg"
+SIZES = {"depth": 2, "d_model": 16, "heads": 2, "near": 2, "vocab": 11}
+ATTEND = """
+    q = {unit}(split_heads(x, 2))
+    return merge_heads(softmax(causal(assume_bound(q @ q.T; bound = {bound}))) @ split_heads(x, 2))
+"""
+
+
+@cache
+def measured(name: str) -> dict[str, Any]:
+    """A small example on its small inputs, with kernels that run at every length, and a calibration."""
+    compiled = small(name)
+    model = always_polynomial(compiled, compiled.module(dtype=torch.float64))
+    return compiled.report(model, INPUTS[name], calibration=calibration_of(compiled.plan_document))
+
+
+def asserted(bound: float, budget: str, unit: str = "") -> Compiled:
+    more = f"budget {{\n{budget}\n}}\n"
+    return fg.compile(text(ATTEND.format(unit=unit, bound=bound), more=more))
+
+
+def kinds(report: dict[str, Any]) -> list[str]:
+    return [warning["kind"] for warning in report["warnings"]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reports_are_valid(name: str) -> None:
+    VALIDATOR.check_schema(VALIDATOR.schema)
+    for report in (small(name).report(), measured(name)):
+        VALIDATOR.validate(json.loads(to_json(report)))
+
+
+def test_the_schema_refuses_what_is_missing_or_unknown() -> None:
+    report = small("gpt").report()
+    for broken in (
+        {key: value for key, value in report.items() if key != "headline"},
+        {**report, "more": 1},
+        {**report, "format": "fastgrad-report-1"},
+        {**report, "attentions": [{**report["attentions"][0], "decision": "maybe"}]},
+    ):
+        assert not VALIDATOR.is_valid(broken)
+
+
+@pytest.mark.parametrize("name", ["gpt", "based"])
+def test_files_of_a_compile_are_the_same_twice(name: str) -> None:
+    first, second = (fg.compile(small(name).source.text, target="torch").files for _ in range(2))
+    assert first == second
+    assert json.loads(first["report.json"])["batch"] is None
+
+
+def test_a_measured_report_is_the_same_twice() -> None:
+    compiled = small("gpt")
+    reports = [compiled.report(compiled.module(0), INPUTS["gpt"] * 2) for _ in range(2)]
+    assert to_json(reports[0]) == to_json(reports[1])
+
+
+def test_headline_of_what_was_measured() -> None:
+    report = measured("gpt")
+    for what in ("output", "gradient"):
+        use = report["headline"][what]
+        assert use["value"] == report["whole"][what]["measured"]
+        assert use["share"] == use["value"] / report["budget"][what]
+        assert (use["kind"], use["basis"]) == ("measured", "on the batch of this report")
+        assert use["words"].startswith(percent(use["share"]))
+    assert report["headline"]["verdict"]["state"] == "kept"
+
+
+def test_headline_by_what_is_known() -> None:
+    compiled = small("gpt")
+    calibration = calibration_of(compiled.plan_document)
+    planned = calibration["planned"]
+    for given, kind, value in (
+        (None, "estimate", None),
+        ({**calibration, "verification": None}, "estimate", planned["output"]),
+        (calibration, "measured", calibration["verification"]["output"]),
+    ):
+        use = compiled.report(calibration=given)["headline"]["output"]
+        assert use["kind"] == kind
+        if value is not None:
+            assert use["value"] == value
+    added = sum(
+        entry["certificate"]["output_of_value_range"] for entry in compiled.plan_document["attentions"]
+    )
+    assert compiled.report()["headline"]["output"]["value"] == added
+    missed = {**calibration, "verification": {**calibration["verification"], "gradient": 9.0}}
+    report = compiled.report(calibration=missed)
+    assert report["headline"]["verdict"]["state"] == "missed"
+    assert report["warnings"][0]["kind"] == "budget"
+    assert fg.compile(text("return softmax(x @ x.T) @ x")).report()["headline"]["verdict"]["state"] == "exact"
+
+
+def test_prediction_at_the_longest_length() -> None:
+    report = fg.compile(GPT, target="cpp").report()
+    prediction = report["headline"]["prediction"]
+    assert (prediction["n"], prediction["undeclared"], prediction["attentions"]) == (65536, [], 6)
+    n, pace = 65536, PACE["cpp"]
+    exact = flops(n=n, d=16, dv=32, degree=None).total * (1 + pace.keys / n)
+    polynomial = flops(n=n, d=16, dv=32, degree=2, near=64).total / pace.speed
+    assert prediction["speed_up"]["total"] == pytest.approx(exact / polynomial)
+    heads = 6 * 8
+    assert prediction["memory"]["scores"] == 4 * heads * n * n
+    assert prediction["memory"]["exact"] == 4 * heads * n * (2 * 2 * (16 + 32) + 1)
+    assert prediction["memory"]["compiled"] == 4 * heads * (n * 2 * 2 * (16 + 32) + 2 * 153 * 33)
+
+
+def test_an_undeclared_length_is_said() -> None:
+    report = asserted(0.5, 'at "*" degree = 2').report()
+    assert report["headline"]["prediction"]["undeclared"] == ["n"]
+    assert report["headline"]["prediction"]["n"] == 65536
+    assert any("no longest n" in note for note in report["notes"])
+
+
+def test_errors_of_tensors_and_heads() -> None:
+    for entry in measured("llama")["attentions"]:
+        if entry["decision"] == "exact":
+            assert entry["errors"]["dq"] == {"bound": 0.0, "estimate": 0.0, "measured": 0.0}
+            assert entry["per_head"] is None
+            continue
+        errors = entry["errors"]
+        for what in ("output", "dq", "dk", "dv"):
+            assert 0 < errors[what]["measured"] <= errors[what]["bound"], what
+        gradients = [errors[what]["measured"] for what in ("dq", "dk", "dv")]
+        assert errors["gradient"]["measured"] == max(gradients)
+        assert len(entry["per_head"]) == entry["query_heads"] == 4
+        for head in entry["per_head"]:
+            assert 0 < head["output"]["measured"] <= head["output"]["bound"]
+            assert (
+                0 < head["reach"] <= entry["bound"] * (1 + 1e-9)
+            )  # unit rows: their norms are the whole range
+            assert head["least"] < head["largest"]
+            assert 0 <= head["outside"] < 0.01
+
+
+def test_curves_are_the_polynomials() -> None:
+    (curve,) = measured("gpt")["curves"]
+    polynomial = fit("balanced", 2, 1.0)
+    assert curve["attentions"] == [entry["path"] for entry in measured("gpt")["attentions"]]
+    assert curve["s"][0] == -1.0
+    assert curve["s"][-1] == 1.0
+    for s, value in zip(curve["s"], curve["p"], strict=True):
+        expected = sum(c * s**power for power, c in enumerate(polynomial.coefficients)) / exp(s) - 1
+        assert value == pytest.approx(expected, abs=1e-6)
+        assert abs(value) <= polynomial.eps * (1 + 1e-5)
+    assert max(map(abs, curve["p"])) == pytest.approx(polynomial.eps, rel=1e-2)
+    assert max(map(abs, curve["p_prime"])) == pytest.approx(polynomial.eps_prime, rel=1e-2)
+
+
+def test_costs_cross_at_the_break_even() -> None:
+    (cost,) = fg.compile(GPT, params={"near": 512}, target="torch").report()["costs"]
+    even = cost["break_even"]
+    assert 128 < even < cost["longest"]
+    for n, exact, polynomial in zip(
+        cost["lengths"], cost["exact"]["total"], cost["polynomial"]["total"], strict=True
+    ):
+        if n not in range(even - 1, even + 2):
+            assert (polynomial < exact) == (n > even), n
+    assert cost["exact"]["total"][cost["lengths"].index(cost["longest"])] == 1.0
+
+
+def test_the_chosen_candidate_is_the_plan() -> None:
+    for report in (small("llama").report(), measured("llama")):
+        for entry in report["attentions"]:
+            points = report["candidates"][entry["candidates"]]["points"]
+            (chosen,) = [point for point in points if point["chosen"]]
+            assert (chosen["family"], chosen["degree"]) == (entry["family"], entry["degree"])
+
+
+def test_the_waterfall_adds_up() -> None:
+    report = measured("gpt")
+    for what in ("output", "gradient"):
+        waterfall = report["waterfall"][what]
+        ends = [0.0]
+        for step, entry in zip(waterfall["steps"], report["attentions"], strict=True):
+            assert step["value"] == entry["errors"][what]["estimate"]
+            assert (step["start"], step["end"]) == (ends[-1], ends[-1] + step["value"])
+            ends.append(step["end"])
+        assert waterfall["total"] == ends[-1] == pytest.approx(report["whole"][what]["estimate"])
+        assert waterfall["measured"] == report["whole"][what]["measured"]
+
+
+def test_spec_derivations_and_code() -> None:
+    report = small("gpt").report()
+    assert report["spec"]["lines"] == GPT.read_text().splitlines()
+    (remark,) = report["spec"]["remarks"]
+    assert "std.attention(" in report["spec"]["lines"][remark["line"] - 1]
+    assert "balanced degree 2" in remark["text"]
+    (derivation,) = report["derivations"]
+    lines = "\n".join(derivation["lines"])
+    for part in (
+        "causal",
+        "Cauchy-Schwarz",
+        "R = 1: |s_ij| <= R, proved from the program",
+        "eps' = ",
+        "rank r = ",
+    ):
+        assert part in lines
+    assert report["code"] == {name: small("gpt").modules[name] for name in report["attentions"][0]["code"]}
+    assert list(report["code"])
+
+
+def test_warnings_say_what_a_number_rests_on() -> None:
+    wide = asserted(3.0, 'at "*" degree = 4').report()
+    assert "asserted" in kinds(wide)
+    assert wide["attentions"][0]["range_source"] == "asserted"
+    assert kinds(fg.compile(text("return softmax(x @ x.T) @ x")).report()) == ["unbounded"]
+    random = make_report(ReportRequest(GPT, SIZES, None, None, None, {"n": 16}, 0, True), lambda what: None)
+    assert {"weights", "data", "length"} <= set(kinds(random))
+    assert random["reproduce"]["commands"][1].startswith(
+        "fastgrad report build --dim b=1 --dim n=16 --seed 0"
+    )
+
+
+def test_logits_beyond_an_asserted_range_are_seen() -> None:
+    compiled = asserted(0.5, 'at "*" degree = 2')
+    model = always_polynomial(compiled, compiled.module(dtype=torch.float64))
+    x = 3 * torch.randn(1, 40, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    report = compiled.report(model, [x])
+    assert {"range", "asserted"} <= set(kinds(report))
+    assert max(head["reach"] for head in report["attentions"][0]["per_head"]) > 0.5
+
+
+def test_a_folder_gives_its_calibration(tmp_path: Path) -> None:
+    compiled = fg.compile(GPT, params=SIZES, out=tmp_path)
+    calibration = calibration_of(compiled.plan_document)
+    request = ReportRequest(tmp_path, {}, None, None, None, {}, 0, False)
+    assert make_report(request, lambda what: None) == compiled.report()
+    (tmp_path / "calibration.json").write_text(json.dumps(calibration))
+    report = make_report(request, lambda what: None)
+    assert report["calibration"] == calibration
+    assert report == compiled.report(calibration=calibration)
+    (tmp_path / "calibration.json").write_text("{")
+    with pytest.raises(fg.TfgError, match="no calibration"):
+        make_report(request, lambda what: None)
+    shutil.rmtree(tmp_path)
+
+
+def test_numbers_in_words() -> None:
+    assert [percent(share) for share in (0.0042, 0.5, 2.5, 34.0)] == ["0.42 %", "50 %", "250 %", "34 times"]
+    assert [size(count) for count in (512, 2048, 3 * 2**30, 2**40)] == [
+        "512 bytes",
+        "2 KiB",
+        "3 GiB",
+        "1 TiB",
+    ]
