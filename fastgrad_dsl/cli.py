@@ -99,6 +99,38 @@ def compile_(
 
 
 @app.command()
+def advise(
+    file: File,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Also measure candidates on DATA, as `compile --calibrate` does."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A .safetensors file with the weights to measure at.")
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the batches to measure on."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of initial weights and of batches.")] = 0,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the advice as JSON.")] = None,
+    model: Model = None,
+    set_: Set = None,
+    target: Target = "auto",
+) -> None:
+    """For each attention, what would make the budget feasible or cheaper, and its price in time and error."""
+    from fastgrad_dsl.advice import AdviceRequest, make_advice, print_advice, write_advice
+    from fastgrad_dsl.terminal import progress
+
+    request = AdviceRequest(file, _params(set_), model, target, calibrate, weights, _sizes(dim), seed)
+    with progress("measuring") as tell:
+        advice = make_advice(request, tell)
+    if json_ is not None:
+        write_advice(json_, advice)
+    print_advice(advice)
+
+
+@app.command()
 def stages(
     file: File,
     after: Annotated[str | None, typer.Option(help="Only the program after this pass.")] = None,

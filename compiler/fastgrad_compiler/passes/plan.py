@@ -142,6 +142,15 @@ def _case(
     )
 
 
+def case_of(
+    entry: AttentionEntry, settings: Settings, program: Program, sharing: int, pace: Pace, max_rank: int
+) -> Case:
+    """All that the decision of one attention depends on, with the budget shared equally by `sharing`."""
+    return _case(
+        entry, settings, Lengths(program), program.budget or Budget(), "balanced", max_rank, sharing, pace
+    )
+
+
 def _with_shares(outcomes: Mapping[str, Outcome], budget: Budget, sharing: int) -> dict[str, Outcome]:
     """Polynomials say how the budget was shared out, and what that leaves open."""
     limits = [f"{name} <= {number(limit)}" for name, limit in (("output", budget.output), ("gradient", budget.gradient))
