@@ -107,7 +107,11 @@ class BudgetWatch:
             inputs, targets = self.held_out[:1], self.held_out[1:]
             output, gradient = whole_errors(model, inputs, targets, self.compiled.loss, approximated)
             model.budget_status(reset=True)  # type: ignore[operator]
-        shares = {status["path"]: status["largest"] / _largest(status["bound"]) for status in statuses}
+        shares = {
+            status["path"]: status["largest"] / _largest(status["bound"])
+            for status in statuses
+            if status["calls"]  # none where sequences are below the break-even length, and attention is exact
+        }
         for path, share in self._proved(model).items():
             shares[path] = max(share, shares.get(path, 0.0))
         where = max(shares, key=lambda path: shares[path], default=None)

@@ -81,7 +81,7 @@ def _watch(console: Console, compiled: Compiled, data: TextData, options: Option
             return replan(compiled, request, tell)
 
     held_out = next(data.validation_batches(options.tokens, options.batch, 1))
-    return BudgetWatch(compiled, held_out, again, lambda line: console.print(f"        {line}", highlight=False))
+    return BudgetWatch(compiled, held_out, again, lambda line: console.print(f"        {line}", highlight=False, soft_wrap=True))
 
 
 def run(

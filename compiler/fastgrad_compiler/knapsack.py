@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-GAP = 1e-4  # relative, between the time found and a proved lower bound, at which the search may stop
+GAP = 1e-3  # relative, between the time found and a proved lower bound, at which the search may stop
 SECONDS = 4.0  # after which the best choice so far is taken, with the gap that is proved by then
 
 
@@ -39,7 +39,10 @@ def choose(
     """
     if not items:
         return Choice((), 0.0)
-    kept = [_efficient(options) for options in items]
+    kept = [
+        [place for place in _efficient(options) if _within([options], [place], output, gradient)]
+        for options in items
+    ]
     if any(not places for places in kept):
         return None
     limits = [limit for limit in (output, gradient) if limit is not None]
@@ -99,8 +102,8 @@ def _solve(
         (output, [o.output for _, _, o in flat]),
         (gradient, [o.gradient for _, _, o in flat]),
     ):
-        if limit is not None:  # a hair below 1, so that the solver's own tolerance stays within the limit
-            row = np.minimum(np.array(errors) / limit, 2.0)[None, :]
+        if limit:  # a hair below 1, so that the solver's own tolerance stays within the limit
+            row = np.array(errors)[None, :] / limit
             constraints.append(LinearConstraint(row, -np.inf, 1.0 - 2e-6))
     seconds = np.array([o.seconds for _, _, o in flat])
     scale = float(seconds.max()) or 1.0
