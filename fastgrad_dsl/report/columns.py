@@ -11,7 +11,7 @@ from fastgrad_dsl.report.words import SOURCES, bound, decision, number
 GROUPS = (
     ("", 6),
     ("output", 3),
-    ("weights’ gradient", 1),
+    ("gradient of weights", 1),
     ("dQ", 2),
     ("dK", 2),
     ("dV", 2),

@@ -127,7 +127,9 @@ def _steps(
 ) -> dict[str, Any]:
     approximated = [entry for entry in attentions if is_approximated(entry)]
     parts = [entry["errors"][what]["estimate"] for entry in approximated]
-    basis = EFFECTS if whole[what]["measured"] is not None else "gain times error of each, from the calibration"
+    basis = (
+        EFFECTS if whole[what]["measured"] is not None else "gain times error of each, from the calibration"
+    )
     if None in parts:
         basis = CERTIFICATES
         parts = [(entry["certificate"] or {}).get(FACTORS[what]) for entry in approximated]
