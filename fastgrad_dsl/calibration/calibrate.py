@@ -29,6 +29,7 @@ from fastgrad_dsl.calibration.samples import Sample, exact_rows, polynomial_erro
 
 MARGIN = 1.25  # a measured range times this is R: new data may go beyond what was seen
 CLOSE = 1.25  # a proved R is taken where it is at most this many times the measured one with its margin
+STRETCH = 1.1  # errors are measured with logits so many times as large: new data is not quite like the old
 APART = 1.3  # heads whose ranges differ by this factor may be served apart
 TYPICAL = 0.02  # local error at which gains are estimated: small enough for first order, far above rounding
 PROBES = 6
@@ -251,7 +252,7 @@ def _levels(served: LogitRange, heads: int, key_heads: int) -> list[tuple[tuple[
 def _candidates(found: Attention, calls: Sequence[Call]) -> tuple[Candidate, ...]:
     node, settings = found.entry.node, found.settings
     families = FAMILIES if settings.family is None else (str(settings.family.value),)
-    rows = [sample(call) for call in calls]
+    rows = [sample(call, stretch=STRETCH) for call in calls]
     references = [exact_rows(each) for each in rows]
     candidates = []
     for near, served in found.served.items():

@@ -14,6 +14,8 @@ from fastgrad_compiler.polynomial import FAMILIES, MAX_DEGREE, Polynomial, Preci
 from fastgrad_dsl.calibration.capture import Call, Errors, exact
 from fastgrad_dsl.calibration.samples import LocalErrors, headed
 
+MOST_EPS = 0.5  # no weight may be off by more, proved: else a rare logit at the end of the range decides the error
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -55,7 +57,7 @@ def polynomials(
                 polynomial = fit(family, degree, bound)
             except PrecisionError:
                 continue
-            if polynomial.positive and not (guarded and polynomial.positive_from is not None):
+            if polynomial.positive and polynomial.eps <= MOST_EPS and not (guarded and polynomial.positive_from is not None):
                 yield polynomial
 
 
@@ -85,7 +87,7 @@ def kernel_of(
         q, k, v = (headed(x, call) for x in tensors[:3])
         near_q, near_k = (headed(given[r], call) if r in given else None for r in ("near_q", "near_k"))
         masks = (given.get("padding"), given.get("documents"))
-        k = k if centre is None else k - centre.to(k)
+        k = k if centre is None else k - centre[:, :: centre.shape[1] // k.shape[1]].to(k)
         spread = [None if x is None else x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in masks]
         return kernel(q, k, v, near_q, near_k, *spread).reshape(call.output.shape)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import exp, log
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from fastgrad_dsl.compiled import Compiled
 
 ROUNDS = 6  # of planning within tighter limits, before what is not pinned becomes exact
+HEADROOM = 0.75  # of a limit that the held-out batches may take: others that nobody has seen will differ
 TIGHTER = 0.9  # beyond what the measured excess asks for
+SPREADS = 2.0  # standard deviations between batches that are allowed for
 RANDOM_BATCHES = 3  # the last of them held out
 Batch = Sequence[Tensor]
 
@@ -62,7 +66,7 @@ def replan(compiled: Compiled, request: Request, tell: Tell = lambda what: None)
     subject = Subject(program, dict(model.state_dict()), compiled.loss)
     data = Data(used, described, request.weights, dims_of(compiled.plan_document, used[0]), request.seed)
     calibration = calibrate(subject, data, pace, tell)
-    return _Verified(compiled, program, model, calibration, held_out, tell).plan()
+    return _Verified(compiled, program, model, calibration, used, held_out, tell).plan()
 
 
 def _batches(compiled: Compiled, request: Request) -> tuple[list[Batch], list[Batch], str]:
@@ -89,6 +93,7 @@ class _Verified:
     program: Program
     model: nn.Module
     calibration: Calibration
+    used: Sequence[Batch]
     held_out: Sequence[Batch]
     tell: Callable[[str], None]
 
@@ -102,12 +107,13 @@ class _Verified:
             self.tell(f"verifying plan {place + 1}")
             stages = self._stages(plan)
             output, gradient = self._errors(stages)
-            rounds.append({"output": output, "gradient": gradient})
-            if _keeps(output, budget.output) and _keeps(gradient, budget.gradient):
+            rounds.append({"output": output.largest, "gradient": gradient.largest})
+            excess = output.share(budget.output), gradient.share(budget.gradient)
+            if max(excess) <= 1:
                 return self._compiled(plan, stages, rounds)
             limits = Limits(
-                _tightened(limits.output, output, budget.output, plan.output),
-                _tightened(limits.gradient, gradient, budget.gradient, plan.gradient),
+                _tightened(limits.output, excess[0], plan.output),
+                _tightened(limits.gradient, excess[1], plan.gradient),
             )
         plan = make_plan(self.calibration, self.program, Limits(0.0, 0.0))
         if plan is not None:
@@ -118,23 +124,24 @@ class _Verified:
         chosen = decisions(plan, self.calibration, self.program)
         return run(self.compiled.stages[0].program, target=self.compiled.target, assignment=chosen)
 
-    def _errors(self, stages: tuple[Stage, ...]) -> tuple[float, float]:
-        """The larger ones of the held-out batches, by PyTorch kernels: their numerics are those of every target."""
+    def _errors(self, stages: tuple[Stage, ...]) -> tuple[_Measured, _Measured]:
+        """Of output and gradient on all batches, by PyTorch kernels: their numerics are those of every target."""
         portable = replace(self.compiled, target="torch", stages=stages, calibration=None)
         model = portable.module(seed=0)
         model.load_state_dict(self.model.state_dict())
         served = [e for e in portable.plan_document["attentions"] if e["decision"] == "polynomial"]
         approximated = [is_approximated(entry) for entry in served]
         if not any(approximated):
-            return 0.0, 0.0
+            return _Measured((0.0,), 1), _Measured((0.0,), 1)
         count = len(portable.plan_document["inputs"])
         errors = [
             whole_errors(
                 model, batch[:count], batch[count:], portable.loss if batch[count:] else None, approximated
             )
-            for batch in self.held_out
+            for batch in _distinct(self.used, self.held_out)
         ]
-        return max(output for output, _ in errors), max(gradient for _, gradient in errors)
+        output, gradient = zip(*errors, strict=True)
+        return _Measured(output, len(self.held_out)), _Measured(gradient, len(self.held_out))
 
     def _compiled(
         self, plan: Plan, stages: tuple[Stage, ...], rounds: Sequence[Mapping[str, float]]
@@ -145,14 +152,36 @@ class _Verified:
         return replace(self.compiled, stages=stages, calibration=document)
 
 
-def _keeps(error: float, limit: float | None) -> bool:
-    return limit is None or error <= limit
+@dataclass(frozen=True)
+class _Measured:
+    """Errors of a plan on batches, the last `held_out` of which calibration has not seen."""
+
+    errors: tuple[float, ...]
+    held_out: int
+
+    @property
+    def largest(self) -> float:
+        """Of the held-out batches."""
+        return max(self.errors[-self.held_out :])
+
+    @property
+    def expected(self) -> float:
+        """What few batches exceed: SPREADS standard deviations above the mean, of the errors' logarithms."""
+        positive = [log(error) for error in self.errors if error > 0]
+        if len(positive) < 2:
+            return max(self.errors)
+        return exp(fmean(positive) + SPREADS * stdev(positive))
+
+    def share(self, limit: float | None) -> float:
+        """Of a limit; at most 1 where the plan keeps it, with HEADROOM for batches that nobody has seen."""
+        return 0.0 if limit is None else max(self.largest / HEADROOM, self.expected) / limit
 
 
-def _tightened(
-    limit: float | None, measured: float, budget: float | None, planned: float
-) -> float | None:
-    """Below what was planned by the measured excess; unchanged where the budget was kept."""
-    if limit is None or budget is None or measured <= budget:
-        return limit
-    return min(limit, planned) * TIGHTER * budget / measured
+def _distinct(used: Sequence[Batch], held_out: Sequence[Batch]) -> list[Batch]:
+    """All batches, once each; the held-out ones last."""
+    return [*(batch for batch in used if not any(batch is other for other in held_out)), *held_out]
+
+
+def _tightened(limit: float | None, share: float, planned: float) -> float | None:
+    """Below what was planned by what is too much; unchanged where the limit is kept."""
+    return limit if limit is None or share <= 1 else min(limit, planned) * TIGHTER / share

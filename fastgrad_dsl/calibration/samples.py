@@ -84,17 +84,17 @@ class Sample:
         return self.visible & ~self.near_pairs(block)
 
 
-def sample(call: Call, limit: int = ENTRIES) -> Sample:
-    """Evenly spaced queries, the last among them, so that scores have about `limit` entries."""
+def sample(call: Call, limit: int = ENTRIES, stretch: float = 1.0) -> Sample:
+    """Evenly spaced queries, the last among them, so that scores have about `limit` entries; logits `stretch` times."""
     q, k = call.inputs[0], call.inputs[1]
     entries = max(1, q.shape[:-2].numel() * k.shape[-2])
     count = max(1, min(q.shape[-2], limit // entries))
     spaced = torch.linspace(q.shape[-2] - 1, 0, count, dtype=torch.float64).round().long().flip(0)
-    return sample_rows(call, spaced)
+    return sample_rows(call, spaced, stretch)
 
 
-def sample_rows(call: Call, rows: Tensor) -> Sample:
-    """The queries at `rows` (int64 [m])."""
+def sample_rows(call: Call, rows: Tensor, stretch: float = 1.0) -> Sample:
+    """The queries at `rows` (int64 [m]); logits that a polynomial serves are `stretch` times those of the call."""
     q, k, v = (headed(x, call) for x in call.inputs[:3])
     others, node = call.others, call.node
     n, m = q.shape[2], k.shape[2]
@@ -117,7 +117,7 @@ def sample_rows(call: Call, rows: Tensor) -> Sample:
 
     own = "near_q" in others
     return Sample(
-        q=q[:, :, rows].double() * float(str(node["scale"])),
+        q=q[:, :, rows].double() * (stretch * float(str(node["scale"]))),
         k=repeated(k),
         v=repeated(v),
         upstream=headed(call.upstream, call)[:, :, rows].double(),
