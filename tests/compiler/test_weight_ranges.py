@@ -154,9 +154,12 @@ SPECS = {
         0.08,
     ),
     "mixed with biases": Spec(
-        "y = std.attention(std.rms_norm(x); heads = 4, bias = true) as first\n    "
+        "y = std.attention(std.rms_norm(x); heads = 4, kv_heads = 2, bias = true) as first\n    "
         "return std.attention(y; heads = 4, kv_heads = 2, bias = true) as second",
         0.08,
+    ),
+    "normalised heads": Spec(
+        "y = merge_heads(unit(split_heads(x, 4)))\n    return std.attention(y; heads = 2, bias = true)", 0.6
     ),
     "places": Spec(
         written(TWO + "weight p: float[3, 16] = normal()\n    " + HEADS.format("(h + p) @ wq", "h @ wk + p")),
@@ -232,6 +235,34 @@ def test_no_logit_leaves_its_range(name: str, size: float) -> None:
         for path, share in shares(ranges, captured_logits(program, inputs, weights)).items():
             assert len(ranges[path].heads) == share.shape[-3]
             assert share.max() <= 1, path
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_offsets_alone_are_within_the_range(name: str) -> None:
+    """Norms of weight 0 leave what biases and places make of the logits."""
+    program = program_of(name)
+    weights = weights_of(program, 1.0)
+    still = {path: 0 * w if path.endswith(("norm.w", "norm_2.w")) else w for path, w in weights.items()}
+    ranges = weight_ranges(program, still, centring=False)
+    for path, s in captured_logits(program, drawn(program, 4, 0), still).items():
+        assert (s.abs() <= torch.tensor(ranges[path].heads)[:, None, None] + 1e-12).all(), path
+
+
+@pytest.mark.parametrize("name", ["biases", "biases behind a layer norm", "grouped with biases"])
+def test_the_range_of_constant_queries_and_keys_is_their_product(name: str) -> None:
+    program = program_of(name)
+    weights = weights_of(program, 1.0)
+    still = {path: 0 * w if path.endswith("norm.w") else w for path, w in weights.items()}
+    found = only(program, still, centring=False)
+    (s,) = captured_logits(program, drawn(program, 1, 0), still).values()
+    assert found.heads == pytest.approx(s.abs().amax((0, 2, 3)).tolist(), rel=2e-6)
+
+
+def test_dropout_scales_what_it_leaves_in_training() -> None:
+    weights = weights_of(program_of("dropout"), 1.0)
+    bodies = (written(TWO + HEADS.format(f"dropout(h; p = {p}) @ wq", "h @ wk")) for p in (0.0, 0.75))
+    kept, dropped = (only(spec_program(body), weights) for body in bodies)
+    assert dropped.bound >= 4 * kept.bound
 
 
 def ascended(program: Program, weights: dict[str, Tensor], ranges: dict[str, LogitRange]) -> Tensor:
