@@ -147,7 +147,7 @@ class _Walk:
 
     def _range(self, node: Node) -> LogitRange:
         q, k = (self.facts[name] for name in node.inputs[:2])
-        heads, groups = (self.graph[name].tensor.shape[-3].constant or 1 for name in node.inputs[:2])
+        heads, groups = (_heads(self.graph[name]) for name in node.inputs[:2])
         given = _centre_of(node)
         proved = _proved(node) if given is None else inf
         lost = [fact.reason for fact in (q, k) if isinstance(fact, _Lost)]
@@ -199,6 +199,12 @@ def _static(graph: Graph) -> set[str]:
             if sized:
                 found.add(node.name)
     return found
+
+
+def _heads(node: Node) -> int:
+    """Of queries or keys [.., h, n, d]; 1 where there is no such axis, or its size is known at run time only."""
+    shape = node.tensor.shape
+    return (shape[-3].constant or 1) if len(shape) > 2 else 1
 
 
 def _proved(node: Node) -> float:
