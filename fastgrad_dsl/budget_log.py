@@ -3,8 +3,8 @@
     fg.log_budget(model, every=10)
     logging.getLogger("fastgrad.budget").addHandler(fg.JsonLinesHandler("budget.jsonl"))
 
-A record of the logger carries `budget`, the dicts of `model.budget_status()`, and `step`, the number of the forward pass.
-What the guards say themselves, once an attention, goes to the same logger as a warning.
+A record of the logger carries `budget`, the dicts of `model.budget_status()`, and `step`, the number of the forward
+pass. What the guards say themselves, once an attention, goes to the same logger as a warning.
 """
 
 from __future__ import annotations

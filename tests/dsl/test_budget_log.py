@@ -88,8 +88,7 @@ def test_json_lines(tmp_path: Path) -> None:
 
 
 def test_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
     handler = fg.TensorBoardHandler(tmp_path)
     LOGGER.addHandler(handler)
@@ -99,7 +98,7 @@ def test_tensorboard(tmp_path: Path) -> None:
         model(torch.full((4,), size))
     LOGGER.removeHandler(handler)
     handler.close()
-    written = EventAccumulator(str(tmp_path))
+    written = accumulator.EventAccumulator(str(tmp_path))
     written.Reload()
     assert [(event.step, event.value) for event in written.Scalars("z.0/share")] == [(1, 1.0), (2, 4.0)]
     assert [event.value for event in written.Scalars("y/largest")] == [1.0, 4.0]
