@@ -13,19 +13,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fastgrad_compiler.runtime.guard import BudgetViolation
     from fastgrad_dsl import functional
+    from fastgrad_dsl.budget_log import JsonLinesHandler, TensorBoardHandler, log_budget
     from fastgrad_dsl.compiled import Compiled, compile
     from fastgrad_dsl.loader import load
     from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
-__all__ = ["Compiled", "Diagnostic", "TfgError", "compile", "functional", "load"]
+__all__ = [
+    "BudgetViolation",
+    "Compiled",
+    "Diagnostic",
+    "JsonLinesHandler",
+    "TensorBoardHandler",
+    "TfgError",
+    "compile",
+    "functional",
+    "load",
+    "log_budget",
+]
 
 _HOMES = {
+    "BudgetViolation": "fastgrad_compiler.runtime.guard",
     "Compiled": "fastgrad_dsl.compiled",
     "Diagnostic": "fastgrad_grammar.diagnostics",
+    "JsonLinesHandler": "fastgrad_dsl.budget_log",
+    "TensorBoardHandler": "fastgrad_dsl.budget_log",
     "TfgError": "fastgrad_grammar.diagnostics",
     "compile": "fastgrad_dsl.compiled",
     "load": "fastgrad_dsl.loader",
+    "log_budget": "fastgrad_dsl.budget_log",
 }
 
 

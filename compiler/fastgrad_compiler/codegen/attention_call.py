@@ -93,7 +93,9 @@ def _what(node: Node, degree: int, monomials: int) -> str:
     if is_own(node):
         return f"the model's own polynomial, of degree {degree} and rank {monomials}"
     error = node.get("eps")
-    limit = "" if error is None else f"; relative error at most {error:.1e} where |s| <= {node['bound']:g}"
+    bound = node["bound"]
+    largest = max(map(float, map(str, bound))) if isinstance(bound, tuple) else bound
+    limit = "" if error is None else f"; relative error at most {error:.1e} where |s| <= {largest:g}"
     return f"a polynomial of degree {degree} instead of exp, rank {monomials}{limit}"
 
 

@@ -1,0 +1,128 @@
+"""Records of what the guards of a model counted, through the standard library's logging.
+
+    fg.log_budget(model, every=10)
+    logging.getLogger("fastgrad.budget").addHandler(fg.JsonLinesHandler("budget.jsonl"))
+
+A record of the logger carries `budget`, the dicts of `model.budget_status()`, and `step`, the number of the forward
+pass. What the guards say themselves, once an attention, goes to the same logger as a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+LOGGER = logging.getLogger("fastgrad.budget")
+
+
+def log_budget(model: nn.Module, every: int = 1) -> RemovableHandle:
+    """Log the budget's state behind every `every`-th forward pass of a generated model; gives the hook's handle.
+
+    Records have the level INFO, which the logger is set to where it has no level of its own. Each waits for the device.
+    With torch.compile, give what it returns. A model without guards logs nothing.
+
+    Raises ValueError where `every` is below 1, TypeError where the model has no `budget_status`.
+    """
+    if every < 1:
+        raise ValueError(f"every is an int of at least 1, not {every}")
+    status: Callable[[], list[dict[str, object]]] | None = getattr(model, "budget_status", None)
+    if status is None:
+        raise TypeError(f"{type(model).__name__} has no budget_status: give a model that fastgrad compiled")
+    if LOGGER.level == logging.NOTSET:
+        LOGGER.setLevel(logging.INFO)
+    step = 0
+
+    def log(*_: object) -> None:
+        nonlocal step
+        step += 1
+        if step % every == 0 and LOGGER.isEnabledFor(logging.INFO) and (found := status()):
+            LOGGER.info("%s", _summary(found), extra={"budget": found, "step": step})
+
+    return model.register_forward_hook(log)
+
+
+def _summary(found: list[dict[str, object]]) -> str:
+    broken = [str(one["path"]) for one in found if one["violations"]]
+    state = f"beyond their range: {', '.join(broken)}" if broken else "all logits seen within their range"
+    return f"{len(found)} guarded attentions, {state}"
+
+
+class JsonLinesHandler(logging.FileHandler):
+    """Appends records of the logger to a file, one JSON object a line.
+
+    For each attention of a budget's record: time (seconds since 1970), step, and its dict; for others time, level and
+    message. Numbers that are not finite become null.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path, encoding="utf-8")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The lines of a record."""
+        budget = getattr(record, "budget", None)
+        if budget is None:
+            rows = [{"time": record.created, "level": record.levelname, "message": record.getMessage()}]
+        else:
+            step = getattr(record, "step", None)
+            rows = [{"time": record.created, "step": step, **status} for status in budget]
+        return "\n".join(json.dumps(_finite(row), allow_nan=False) for row in rows)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class TensorBoardHandler(logging.Handler):
+    """Writes the budget's records to a folder for TensorBoard.
+
+    Scalars by path: largest (the largest |s| seen), share (of R: above 1 is beyond the range), calls and violations.
+
+    Raises ImportError where the package tensorboard is not installed.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            help_ = "pip install 'fastgrad-dsl[tensorboard]'"
+            raise ImportError(f"TensorBoardHandler needs the package tensorboard: {help_}") from error
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the scalars of a record; others than a budget's are passed over."""
+        try:
+            for status in getattr(record, "budget", ()):
+                for name, value in _scalars(status).items():
+                    self._writer.add_scalar(f"{status['path']}/{name}", value, getattr(record, "step", 0))
+        except Exception:  # as handlers of the standard library do: a log that fails stops no training
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._writer.close()
+        super().close()
+
+
+def _scalars(status: Mapping[str, Any]) -> dict[str, float]:
+    bounds, heads = status["bound"], cast("list[float]", status["heads"])
+    bounds = bounds if isinstance(bounds, list) else [bounds] * len(heads)
+    share = max((logit / bound for logit, bound in zip(heads, bounds, strict=True)), default=0.0)
+    counted = {name: float(status[name]) for name in ("calls", "violations")}
+    return {"largest": status["largest"], "share": share, **counted}
