@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.flatten import flatten
@@ -65,6 +65,17 @@ def random_batch(inputs: Sequence[Input], dims: Mapping[str, int], seed: int = 0
         else:
             batch.append(torch.randn(shape, generator=generator))
     return tuple(batch)
+
+
+def dims_of(plan: Mapping[str, Any], batch: Sequence[Tensor]) -> dict[str, int]:
+    """The run-time dims of a batch of a plan's model, from the inputs in whose shapes they stand alone."""
+    described = [*plan["inputs"], *plan["targets"]]
+    return {
+        dim: size
+        for tensor, given in zip(described, batch, strict=False)
+        for dim, size in zip(tensor["shape"], given.shape, strict=True)
+        if dim.isidentifier()
+    }
 
 
 def _input(graph: Graph, node: Node) -> Input:

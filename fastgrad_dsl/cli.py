@@ -52,23 +52,82 @@ def compile_(
     model: Model = None,
     set_: Set = None,
     target: Target = "auto",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Plan by what is measured on DATA: a text, a .safetensors file of batches, or the word random.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A .safetensors file with the weights to calibrate at.")
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the batches to calibrate on."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of initial weights and of batches to calibrate on.")] = 0,
 ) -> None:
     """Compile a file to a folder with a readable model.py that needs only PyTorch.
 
-    With --target cpp the C++ kernels are built now; with auto, when the model first runs on a CPU.
+    With --target cpp the C++ kernels are built now; with auto, when the model first runs on a CPU. A budget that says
+    `trust = calibrated` is calibrated on random inputs where --calibrate names nothing else.
     """
     import fastgrad_dsl as fg
+    from fastgrad_dsl.calibration.data import RANDOM, CalibrationRequest, calibrated
     from fastgrad_dsl.native_build import build_kernels
-    from fastgrad_dsl.terminal import print_plan, progress
+    from fastgrad_dsl.terminal import print_calibration, print_plan, progress
 
-    compiled = fg.compile(file, params=_params(set_), model=model, target=target, out=out)
+    compiled = fg.compile(file, params=_params(set_), model=model, target=target)
+    budget = compiled.program.budget
+    if calibrate is None and budget is not None and budget.trust == "calibrated":
+        calibrate = RANDOM
+    if calibrate is not None:
+        with progress("calibrating:") as tell:
+            request = CalibrationRequest(calibrate, weights, _sizes(dim), seed)
+            compiled = calibrated(compiled, request, tell)
+    compiled.write(out)
     print_plan(compiled.program, str(file))
+    if compiled.calibration is not None:
+        print_calibration(compiled.calibration)
     print(f"written to {out}/ (model.py, plan.json, report.html, report.json, stages/)")
     if target == "cpp":
         with progress("building") as tell:
             warning = build_kernels(compiled.modules, tell)
         if warning is not None:
             sys.stderr.write(render([warning], colour=sys.stderr.isatty()))
+
+
+@app.command()
+def advise(
+    file: File,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Also measure candidates on DATA, as `compile --calibrate` does."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A .safetensors file with the weights to measure at.")
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the batches to measure on."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of initial weights and of batches.")] = 0,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the advice as JSON.")] = None,
+    model: Model = None,
+    set_: Set = None,
+    target: Target = "auto",
+) -> None:
+    """For each attention, what would make the budget feasible or cheaper, and its price in time and error."""
+    from fastgrad_dsl.advice import AdviceRequest, make_advice, print_advice, write_advice
+    from fastgrad_dsl.terminal import progress
+
+    request = AdviceRequest(file, _params(set_), model, target, calibrate, weights, _sizes(dim), seed)
+    with progress("measuring") as tell:
+        advice = make_advice(request, tell)
+    if json_ is not None:
+        write_advice(json_, advice)
+    print_advice(advice)
 
 
 @app.command()
@@ -144,6 +203,9 @@ def train(
     ] = False,
     every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 100,
     exact: Annotated[bool, typer.Option("--exact", help="Train the exact softmax model instead.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Plan by what is measured on the text before training.")
+    ] = False,
     sample: Annotated[int, typer.Option(min=0, help="Bytes of text to generate at the end.")] = 200,
     model: Model = None,
     set_: Set = None,
@@ -160,7 +222,7 @@ def train(
         validate_every=every, checkpoint_every=every,
     )  # fmt: skip
     folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
-    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample))
+    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample, calibrate))
 
 
 @app.command()

@@ -15,6 +15,7 @@ from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_t
 from fastgrad_compiler.pipeline import Stage, run
 from fastgrad_compiler.targets import NATIVE, check_target
 from fastgrad_compiler.text import print_program
+from fastgrad_dsl.batches import dims_of
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.plan_document import plan_document
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
+
+    from fastgrad_dsl.certify import AttentionCertificate
 
 SPEC = "spec.tfg"  # in a written folder, what it was compiled from
 MANIFEST = "files.json"  # which files of a folder are ours, so that a later compile removes only those
@@ -58,12 +61,14 @@ class Compiled:
     """One compiled model.
 
     `stages` holds the program as elaborated and after each pass; `params` are those that override the file's.
+    `calibration` is calibration.json as data, where the plan rests on one.
     """
 
     source: Source
     target: str
     stages: tuple[Stage, ...]
     params: Mapping[str, object] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def program(self) -> Program:
@@ -103,6 +108,8 @@ class Compiled:
             "report.html": render_html(report),
             SPEC: self.source.text,
         }
+        if self.calibration is not None:
+            texts["calibration.json"] = json.dumps(self.calibration, indent=2) + "\n"
         return {**self.modules, **texts, **stages}
 
     def write(self, folder: str | Path) -> None:
@@ -126,6 +133,30 @@ class Compiled:
         """A new module with initial weights from `seed`, float32 unless `dtype` says otherwise."""
         model: nn.Module = self._package.MODEL(seed)
         return model if dtype is None else model.to(dtype)
+
+    def adopt(self, model: nn.Module) -> nn.Module:
+        """A module of this plan with the very weights of `model`, a module of another plan of the same spec."""
+        return _with_weights_of(model, self._package.MODEL(None))
+
+    def calibrate(
+        self,
+        model: nn.Module | None = None,
+        batches: Sequence[Sequence[Tensor]] | None = None,
+        *,
+        dims: Mapping[str, int] | None = None,
+        seed: int = 0,
+        measured_pace: bool = True,
+    ) -> Compiled:
+        """The same model with the fastest plan that keeps the budget on data (docs/calibration.md).
+
+        A batch is the model's inputs, then what its objective takes beyond the results; of several the last third is
+        held out to verify the plan. Without batches they are random inputs of the sizes `dims`, without a model its
+        weights are the initial ones of `seed`. `measured_pace`: the cost model is fitted to this machine, once, in some
+        ten seconds. Raises TfgError FG312 where rules of the budget keep it from being met.
+        """
+        from fastgrad_dsl.calibration.replan import Request, replan
+
+        return replan(self, Request(model, batches, dims=dims, seed=seed, measured_pace=measured_pace))
 
     def reference(self, model: nn.Module) -> nn.Module:
         """The exact model with the very weights of `model`, where a change of one is of both.
@@ -154,7 +185,7 @@ class Compiled:
         """
         from fastgrad_dsl.report import build_report, measure_plan
 
-        plan = self.plan_document
+        plan, calibration = self.plan_document, calibration or self.calibration
         shown: dict[str, Any] = {"spec": self.source.text, "files": self.modules, "calibration": calibration}
         if model is None or batch is None:
             if model is not None or batch is not None:
@@ -168,11 +199,21 @@ class Compiled:
         errors = measure_plan(plan, model, batch[:count], batch[count:], self.loss)
         described: dict[str, Any] = {
             "kind": "a given batch",
-            "dims": _sizes(plan, batch),
+            "dims": dims_of(plan, batch),
             "seed": None,
             "weights": "the given weights",
         }
         return build_report(plan, errors, described, **shown)
+
+    def certify(self, model: nn.Module) -> tuple[AttentionCertificate, ...]:
+        """What the weights of `model` prove now of each attention: R, whether the planned one holds, the worst cases.
+
+        At any time in training, in seconds and without gradients (docs/mathematics.md, section 7). Attentions whose
+        weights are a polynomial of the model's own need no certificate. Raises ValueError for another model's weights.
+        """
+        from fastgrad_dsl.certify import certify
+
+        return certify(self.program, model)
 
     @cached_property
     def _package(self) -> ModuleType:
@@ -188,23 +229,15 @@ class Compiled:
         return package_from_texts(emit_package(self.program, source=self.source.path, exact=True))
 
 
-def _sizes(plan: Mapping[str, Any], batch: Sequence[Tensor]) -> dict[str, int]:
-    """The run-time dims of a batch, from the inputs in whose shapes they stand alone."""
-    described = [*plan["inputs"], *plan["targets"]]
-    return {
-        dim: size
-        for tensor, given in zip(described, batch, strict=False)
-        for dim, size in zip(tensor["shape"], given.shape, strict=True)
-        if dim.isidentifier()
-    }
-
-
 def _with_weights_of(model: nn.Module, other: nn.Module) -> nn.Module:
     """`other` with the parameters and buffers of `model` in place of its own."""
     for name, parameter in model.named_parameters():
         owner, key = _owner(other, name)
         setattr(owner, key, parameter)
+    kept = other.state_dict()
     for name, buffer in model.named_buffers():
+        if name not in kept:
+            continue  # a constant of the program, which `other` has itself
         owner, key = _owner(other, name)
         owner.register_buffer(key, buffer)
     return other.train(model.training)

@@ -5,29 +5,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from fastgrad_compiler.graph import Program, TensorType
+from fastgrad_dsl.budget_watch import BudgetWatch
+from fastgrad_dsl.calibration.replan import Request, replan
 from fastgrad_dsl.compiled import Compiled
+from fastgrad_dsl.terminal import print_calibration, print_plan, progress
 from fastgrad_dsl.text_data import TextData, load_text
+from fastgrad_dsl.weights import load_weights
 from fastgrad_dsl.training import CHECKPOINT, LOG, Event, Loss, Options, generate, train
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 BYTES = 256
+CALIBRATION_BATCHES = 2
 PROMPT_BYTES = 64
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What the command line asks for; `sample` is how many bytes to generate at the end."""
+    """What the command line asks for; `sample` is how many bytes to generate at the end.
+
+    `calibrate`: the plan is made from the text, at the weights that training starts from.
+    """
 
     text: Path
     folder: Path
     options: Options
     resume: bool = False
     sample: int = 200
+    calibrate: bool = False
 
 
 def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module:
@@ -39,18 +49,50 @@ def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module
     loss = language_model_loss(compiled, request.options.tokens)
     data = load_text(request.text, request.options.tokens)
     model = compiled.module(seed=request.options.seed)
+    console = Console()
     if request.options.exact:
         model = compiled.reference(model)
-    console = Console()
-    run(console, model, loss, data, request)
+        run(console, model, loss, data, request)
+    else:
+        watch = _watch(console, compiled, data, request.options)
+        if request.calibrate:
+            if request.resume:
+                load_weights(model, request.folder / CHECKPOINT)
+            watch.compiled = watch.again(compiled, model)
+            print_plan(watch.compiled.program, str(compiled.source.path))
+            print_calibration(watch.compiled.calibration or {})
+            model = watch.compiled.adopt(model)
+        run(console, model, loss, data, request, watch)
     console.print(f"log: {request.folder / LOG}\ncheckpoint: {request.folder / CHECKPOINT}", highlight=False)
     if request.sample:
         print_sample(console, model, compiled.program, data, request.options.tokens, request.sample)
     return model
 
 
-def run(console: Console, model: nn.Module, loss: Loss, data: TextData, request: TrainRequest) -> None:
-    """The training loop with a progress bar; losses are printed on lines of their own."""
+def _watch(console: Console, compiled: Compiled, data: TextData, options: Options) -> BudgetWatch:
+    """Looks at the budget on the first held-out batch, and calibrates on the text."""
+    places = torch.Generator().manual_seed(options.seed)
+
+    def again(compiled: Compiled, model: nn.Module) -> Compiled:
+        used = [data.batch(options.tokens, options.batch, places) for _ in range(CALIBRATION_BATCHES)]
+        held_out = list(data.validation_batches(options.tokens, options.batch, 1))
+        with progress("calibrating:") as tell:
+            request = Request(model, [*used, *held_out], "the text", "the present weights")
+            return replan(compiled, request, tell)
+
+    held_out = next(data.validation_batches(options.tokens, options.batch, 1))
+    return BudgetWatch(compiled, held_out, again, lambda line: console.print(f"        {line}", highlight=False, soft_wrap=True))
+
+
+def run(
+    console: Console,
+    model: nn.Module,
+    loss: Loss,
+    data: TextData,
+    request: TrainRequest,
+    watch: BudgetWatch | None = None,
+) -> None:
+    """The training loop with a progress bar; losses are printed on lines of their own, the budget below them."""
     options = request.options
     total = options.steps if options.seconds is None else None
     bar = Progress(
@@ -59,7 +101,7 @@ def run(console: Console, model: nn.Module, loss: Loss, data: TextData, request:
     )  # fmt: skip
     with bar:
         task = bar.add_task("training", total=total, loss="")
-        for event in train(model, loss, data, options, request.folder, resume=request.resume):
+        for event in train(model, loss, data, options, request.folder, resume=request.resume, watch=watch):
             bar.update(task, completed=event.step, loss=_loss_text(event))
             if _is_printed(event, options):
                 console.print(_line(event), highlight=False)

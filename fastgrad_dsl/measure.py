@@ -144,6 +144,7 @@ class _Attentions(TorchDispatchMode):
     """Watches the attention operations of one forward and backward pass, in order; `exact` are made exact."""
 
     exact: frozenset[int] = frozenset()
+    at_any_length: bool = False  # polynomials serve below their break-even length too
     compare: Sequence[Served] = ()
     calls: list[_Call] = field(default_factory=list)
 
@@ -158,7 +159,7 @@ class _Attentions(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = str(func)
-        if not name.startswith("fastgrad.attention_") or func._schema.arguments[-1].name != "exact_below":
+        if not name.startswith("fastgrad.attention_") or func._schema.arguments[-1].name != "guard":
             return func(*args, **(kwargs or {}))  # kernels of windows are exact at any length
         if "_backward" in name:
             return self._backward(func, args)
@@ -166,29 +167,32 @@ class _Attentions(TorchDispatchMode):
 
     def _forward(self, func: Any, args: tuple[Any, ...]) -> Any:
         index = len(self.calls)
-        inputs, exact_below = args[:INPUTS], args[INPUTS]
-        result = func(*inputs, ALWAYS_EXACT if index in self.exact else exact_below)
+        inputs, (exact_below, guard) = args[:INPUTS], args[INPUTS:]
+        result = func(*inputs, self._limit(index, exact_below), guard)
         call = _Call(inputs, result[0])
         self.calls.append(call)
         if self.compare and not self.compare[index].own:
-            reference = func(*_precise(inputs), ALWAYS_EXACT)[0]
+            reference = func(*_precise(inputs), ALWAYS_EXACT, "")[0]
             bounds = _output_bounds(self.compare[index], inputs[2], reference)
             call.local["output"] = Local(relative_error(result[0], reference), _share(bounds, reference))
             call.heads = _heads(self.compare[index], inputs, result[0], reference, bounds)
         return result
 
+    def _limit(self, index: int, exact_below: int) -> int:
+        return ALWAYS_EXACT if index in self.exact else 0 if self.at_any_length else exact_below
+
     def _backward(self, func: Any, args: tuple[Any, ...]) -> Any:
-        *saved, exact_below = args[1 + INPUTS :]
+        *saved, exact_below, guard = args[1 + INPUTS :]
         out = saved[0]
         index = next(i for i, call in enumerate(self.calls) if call.out.data_ptr() == out.data_ptr())
-        gradients = func(*args[:-1], ALWAYS_EXACT if index in self.exact else exact_below)
+        gradients = func(*args[:-2], self._limit(index, exact_below), guard)
         if self.compare and not self.compare[index].own:
             call, served = self.calls[index], self.compare[index]
             cotangent, *inputs = _precise(args[: 1 + INPUTS])
             forward = getattr(
                 torch.ops.fastgrad, func._schema.name.split("::")[1].removesuffix("_backward")
             ).default
-            reference = func(cotangent, *inputs, *forward(*inputs, ALWAYS_EXACT), ALWAYS_EXACT)
+            reference = func(cotangent, *inputs, *forward(*inputs, ALWAYS_EXACT, ""), ALWAYS_EXACT, "")
             bounds = _gradient_bounds(served, cotangent, inputs, reference)
             for place, (gradient, exact) in zip(PLACES, zip(gradients, reference, strict=True), strict=False):
                 if exact.numel():
@@ -249,6 +253,25 @@ def measure_errors(
     )
 
 
+def whole_errors(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    objective: Objective | None,
+    approximated: Sequence[bool],
+) -> tuple[float, float]:
+    """Relative L2 errors of a model's output and of all weights' gradients against itself made exact.
+
+    `approximated` says of each polynomial attention, in the order in which the model runs them, whether it stands in for
+    softmax. Polynomials are measured at any length, below their break-even too.
+    """
+    served = _Attentions(at_any_length=True)
+    output, gradients, _ = _pass(model, inputs, targets, objective, served)
+    exact = frozenset(index for index, each in enumerate(approximated) if each)
+    reference, wanted, _ = _pass(model, inputs, targets, objective, _Attentions(exact=exact))
+    return relative_error(output, reference), _joint_error(gradients, wanted)
+
+
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """||value - reference|| / ||reference|| in float64; 0 where both vanish."""
     reference = reference.double()
@@ -286,7 +309,7 @@ def _pass(
         outputs = results if isinstance(results, tuple) else (results,)
         if objective is None:
             floats = [out for out in outputs if out.is_floating_point()]
-            scalar = sum((_projection(out) * out).sum() for out in floats) + torch.zeros(())
+            scalar = sum((projection(out) * out).sum() for out in floats) + torch.zeros(())
         else:
             scalar = objective(*outputs, *targets)
         found = (
@@ -305,7 +328,7 @@ def _pass(
     return joined, gradients, None if objective is None else scalar.item()
 
 
-def _projection(output: Tensor) -> Tensor:
+def projection(output: Tensor) -> Tensor:
     """A fixed random cotangent, for models without an objective."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(output.shape, generator=generator).to(output)

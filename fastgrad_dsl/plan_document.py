@@ -35,7 +35,13 @@ def plan_document(
         "targets": [_input(tensor) for tensor in target_inputs(program)],
         "budget": None
         if budget is None
-        else {"output": budget.output, "gradient": budget.gradient, "near": budget.near},
+        else {
+            "output": budget.output,
+            "gradient": budget.gradient,
+            "near": budget.near,
+            "trust": program.trust,
+            "on_violation": program.on_violation,
+        },
         "attentions": [attention_document(program, entry, target) for entry in attention_table(program)],
     }
 

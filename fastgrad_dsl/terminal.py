@@ -54,6 +54,25 @@ def print_plan(program: Program, file: str) -> None:
         out.print(Text(f"      {why}"), soft_wrap=True)
 
 
+def print_calibration(document: Mapping[str, Any]) -> None:
+    """What the plan rests on, what it is expected to cost, and what was measured of it."""
+    out = console()
+    planned, verified = document["planned"], document["verification"]
+    sizes = ", ".join(f"{name} = {size}" for name, size in document["dims"].items())
+    out.print(Text(f"calibrated on {document['data']} ({sizes}), {document['weights']}"), soft_wrap=True)
+    ratio = planned["exact_seconds"] / planned["seconds"] if planned["seconds"] else 1.0
+    out.print(
+        Text(
+            f"  attention at n = {planned['length']:,}: {ratio:.1f} times as fast as exact (estimate, within"
+            f" {100 * planned['gap']:.2g} % of the least time)"
+        )
+    )
+    kind = "bound, gains of at least 1" if document["trust"] == "certified" else "estimate"
+    for what in ("output", "gradient"):
+        measured = "" if verified is None else f", {verified[what]:.2g} (measured on held-out batches)"
+        out.print(Text(f"  {what} error {planned[what]:.2g} ({kind}){measured}"))
+
+
 def _family(family: object) -> str:
     return "own polynomial" if family == OWN else str(family)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastgrad_dsl.budget_watch import BudgetState, BudgetWatch
 from fastgrad_dsl.checkpoint import Progress, load_checkpoint, save_checkpoint
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.text_data import TextData
@@ -63,6 +64,7 @@ class Event:
     validation_loss: float | None = None
     learning_rate: float | None = None
     gradient_norm: float | None = None
+    budget: BudgetState | None = None
 
     def line(self) -> str:
         """The event as one line of JSON."""
@@ -92,9 +94,18 @@ def validation_loss(model: nn.Module, loss: Loss, data: TextData, options: Optio
 
 
 def train(
-    model: nn.Module, loss: Loss, data: TextData, options: Options, folder: Path, *, resume: bool = False
+    model: nn.Module,
+    loss: Loss,
+    data: TextData,
+    options: Options,
+    folder: Path,
+    *,
+    resume: bool = False,
+    watch: BudgetWatch | None = None,
 ) -> Iterator[Event]:
     """Train in place, yielding an Event a step and a validation; `folder` gets the log and the checkpoint.
+
+    `watch` looks at the budget at every validation and may give another module with the same weights to go on with.
 
     On the CPU, a resumed run continues bit for bit for the same number of threads. Raises TfgError FG413 or
     FG414 where `resume` finds no checkpoint, or that of another run.
@@ -135,7 +146,10 @@ def train(
         yield record(Event(step, time.monotonic() - started, value, None, rate, norm))
         if step % options.validate_every == 0:
             held_out = validation_loss(model, loss, data, options)
-            yield record(Event(step, time.monotonic() - started, validation_loss=held_out))
+            state = None
+            if watch is not None:
+                state, model = watch.look(model)
+            yield record(Event(step, time.monotonic() - started, validation_loss=held_out, budget=state))
         if step % options.checkpoint_every == 0:
             save(step)
     save(step)

@@ -160,14 +160,28 @@ class BudgetRule:
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
+TRUST = ("calibrated", "certified")  # what a plan may rest on; the first is taken where the file says nothing
+ON_VIOLATION = (
+    "warn",
+    "exact",
+    "clamp",
+    "raise",
+)  # what a run does where a logit is beyond its range; so here
+
+
 @dataclass(frozen=True)
 class Budget:
-    """The budget of one model; None where the file sets no limit. Limits are relative L2 errors."""
+    """The budget of one model; None where the file says nothing. Limits are relative L2 errors.
+
+    `trust` is one of TRUST, `on_violation` one of ON_VIOLATION.
+    """
 
     output: float | None = None
     gradient: float | None = None
     near: int | None = None
     rules: tuple[BudgetRule, ...] = ()
+    trust: str | None = None
+    on_violation: str | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
@@ -195,6 +209,16 @@ class Program:
     def multiples(self) -> Mapping[str, int]:
         """What each dim is declared to be a multiple of, as `Dim.divide` takes it."""
         return {dim.name: dim.multiple_of for dim in self.dims}
+
+    @property
+    def trust(self) -> str:
+        """What the plan may rest on, one of TRUST."""
+        return (self.budget and self.budget.trust) or TRUST[0]
+
+    @property
+    def on_violation(self) -> str:
+        """What a run does where a logit is beyond the range that the plan rests on, one of ON_VIOLATION."""
+        return (self.budget and self.budget.on_violation) or ON_VIOLATION[0]
 
     def flatten(self) -> Graph:
         """The whole model as one graph whose nodes are named by their paths."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TypeAlias
@@ -19,6 +19,7 @@ from fastgrad_compiler.runtime.initialise import INITIALISERS
 from fastgrad_compiler.torch_env import Env, integer
 
 Values: TypeAlias = "Tensor | tuple[Tensor, ...]"
+Attend: TypeAlias = Callable[[str, Node, list[Tensor]], Tensor]  # (full path, node, its inputs) -> result
 
 
 def run(
@@ -28,15 +29,18 @@ def run(
     *,
     graph: str | None = None,
     dtype: torch.dtype | None = None,
+    attend: Attend | None = None,
 ) -> Values:
     """The results of `graph` (by default main), a tuple where there are several.
 
     `inputs` by name or in the order of the signature, `weights` by path. Floats are converted to `dtype`
-    where it is given. Raises ValueError where inputs or weights do not have the declared types, or a dim
+    where it is given. `attend` computes the attentions instead of their dense definition. Raises ValueError where inputs or weights do not have the declared types, or a dim
     leaves its bound.
     """
     source = program[graph or program.main]
-    return _pack(_Run.start(program, source, _in_order(source, inputs), weights, dtype).graph(source.name))
+    state = _Run.start(program, source, _in_order(source, inputs), weights, dtype)
+    state.attend = attend
+    return _pack(state.graph(source.name))
 
 
 def run_gradient(
@@ -168,6 +172,7 @@ class _Run:
     inputs: list[Tensor]
     weights: Mapping[str, Tensor]
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    attend: Attend | None = None
 
     @staticmethod
     def start(
@@ -223,6 +228,8 @@ class _Run:
                 known = self.gradients.get(path)
                 self.gradients[path] = tensors[0] if known is None else known + tensors[0]
                 return tensors[0]
+        if node.op == "attention" and self.attend is not None:
+            return self.attend(path_of(scope, node.name, indices), node, tensors)
         return TORCH[node.op](node, tensors, self.env)
 
     def _weight(self, node: Node, path: str) -> Tensor:

@@ -206,6 +206,7 @@ def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Rule:
 TORCH: dict[str, Rule] = {
     "constant": _constant,
     "fill": _fill,
+    "literal": lambda node, inputs, env: torch.tensor(node["values"], dtype=env.dtype, device=env.device),
     "reshape": lambda node, inputs, env: inputs[0].reshape(env.shape(node["shape"])),
     "permute": lambda node, inputs, env: inputs[0].permute([*map(integer, sequence(node["axes"]))]),
     "split_heads": _split_heads,

@@ -32,6 +32,7 @@ _OPS = (
     _op("buffer", 0, attributes="label init"),
     _op("constant", 0, attributes="value"),  # a scalar; its dtype follows from the value
     _op("fill", 0, attributes="shape value"),  # a float tensor of one value
+    _op("literal", 0, attributes="label values"),  # a float tensor of given values, nested tuples; no weight
     _op("call", 0, None, "graph label"),
     _op(
         "repeat", 0, None, "bodies carried"

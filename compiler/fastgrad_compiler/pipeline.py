@@ -11,7 +11,7 @@ from fastgrad_compiler.passes.attention import recognise_attention
 from fastgrad_compiler.passes.backward import derive_gradient
 from fastgrad_compiler.passes.bounds import prove_bounds
 from fastgrad_compiler.passes.lowrank import rewrite_low_rank
-from fastgrad_compiler.passes.plan import plan_attention
+from fastgrad_compiler.passes.plan import Assignment, plan_attention
 from fastgrad_compiler.passes.shapes import infer_shapes
 from fastgrad_compiler.verify import verify
 
@@ -45,8 +45,12 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def run(program: Program, *, until: str | None = None, target: str = "auto") -> tuple[Stage, ...]:
+def run(
+    program: Program, *, until: str | None = None, target: str = "auto", assignment: Assignment | None = None
+) -> tuple[Stage, ...]:
     """All stages, the elaborated program first, up to the pass `until` (None: the last), for a target.
+
+    `assignment` is what calibration decided of attentions (`plan_attention`).
 
     Raises TfgError where a pass finds the user's program wanting, CompilerBug where a pass leaves an invalid one,
     ValueError for an unknown pass.
@@ -59,7 +63,8 @@ def run(program: Program, *, until: str | None = None, target: str = "auto") -> 
         if stages[-1].name == until:
             break
         started = time.perf_counter()
-        program = step.run(program, target=target) if step.run is plan_attention else step.run(program)
+        given = {"target": target, "assignment": assignment} if step.run is plan_attention else {}
+        program = step.run(program, **given)
         seconds = time.perf_counter() - started
         verify(program, after=step.name)
         stages.append(Stage(step.name, program, seconds))

@@ -118,6 +118,10 @@ def _budget(budget: Budget) -> Iterable[str]:
         yield f"{_INDENT}gradient <= {budget.gradient!r}"
     if budget.near is not None:
         yield f"{_INDENT}near = {budget.near}"
+    if budget.trust is not None:
+        yield f"{_INDENT}trust = {budget.trust}"
+    if budget.on_violation is not None:
+        yield f"{_INDENT}on_violation = {budget.on_violation}"
     for rule in budget.rules:
         value = "" if rule.value is None else f" = {print_attribute(rule.value)}"
         yield _placed(f"{_INDENT}at {json.dumps(rule.pattern)} {_name(rule.kind)}{value}", rule.span)

@@ -212,6 +212,7 @@ def _parse_budget(state: _Header, line: _Line, lines: Iterator[_Line]) -> None:
     line.expect("{")
     line.end()
     limits: dict[str, float] = {}
+    words: dict[str, str] = {}
     near: int | None = None
     rules: list[BudgetRule] = []
     for entry in _body(line, lines):
@@ -224,10 +225,22 @@ def _parse_budget(state: _Header, line: _Line, lines: Iterator[_Line]) -> None:
             key = entry.next()
             entry.expect("<=")
             limits[key] = entry.number_()
+        elif entry.token in ("trust", "on_violation"):
+            key = entry.next()
+            entry.expect("=")
+            words[key] = entry.name()
         else:
-            entry.fail("output, gradient, near or at")
+            entry.fail("output, gradient, near, trust, on_violation or at")
         entry.end()
-    state.budget = Budget(limits.get("output"), limits.get("gradient"), near, tuple(rules), line.span)
+    state.budget = Budget(
+        limits.get("output"),
+        limits.get("gradient"),
+        near,
+        tuple(rules),
+        words.get("trust"),
+        words.get("on_violation"),
+        line.span,
+    )
 
 
 def _parse_rule(line: _Line) -> BudgetRule:

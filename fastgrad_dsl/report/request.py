@@ -66,7 +66,7 @@ def make_report(request: ReportRequest, tell: Tell) -> dict[str, Any]:
     shown: dict[str, Any] = {"spec": subject.spec, "files": subject.files, "calibration": calibration}
     if not request.measure:
         return build_report(subject.plan, **shown)
-    sizes = _sizes(subject.plan, request.dims)
+    sizes = batch_sizes(subject.plan, request.dims)
     kind, inputs, targets = _batch(subject.plan, request, sizes)
     model = subject.module(request.seed)
     if request.weights is not None:
@@ -159,7 +159,7 @@ def _read(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _sizes(plan: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, int]:
+def batch_sizes(plan: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, int]:
     """A size for every dim of a batch: what was given, else 1 for the first dim (the batch), else a usual length."""
     shapes = [parse_dim(dim) for tensor in (*plan["inputs"], *plan["targets"]) for dim in tensor["shape"]]
     names = list(dict.fromkeys(name for dim in shapes for name in sorted(dim.names)))
@@ -187,6 +187,18 @@ def _sizes(plan: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, int]:
     return sizes
 
 
+def text_sizes(plan: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, int]:
+    """(rows, tokens) of a batch of text; TfgError FG415 where the model does not take bytes."""
+    inputs = plan["inputs"]
+    is_text = len(inputs) == 1 and inputs[0]["dtype"] == "int" and len(inputs[0]["shape"]) == 2
+    if not is_text or inputs[0]["below"] < 256:
+        message = f"model {plan['model']} does not take bytes of text"
+        help_ = ("random inputs need no text, and a .safetensors file can hold batches",)
+        raise TfgError([Diagnostic("FG415", message, help=help_)])
+    rows, tokens = (parse_dim(dim).evaluate(sizes) for dim in inputs[0]["shape"])
+    return rows, tokens
+
+
 def _batch(
     plan: Mapping[str, Any], request: ReportRequest, sizes: Mapping[str, int]
 ) -> tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -199,14 +211,7 @@ def _batch(
         return "random inputs", batch[: len(inputs)], batch[len(inputs) :]
     from fastgrad_dsl.text_data import load_text
 
-    is_text = (
-        len(inputs) == 1 and inputs[0].dtype == "int" and len(inputs[0].shape) == 2 and inputs[0].below >= 256
-    )
-    if not is_text:
-        raise TfgError(
-            [Diagnostic("FG415", f"model {plan['model']} does not take bytes of text: leave out --text")]
-        )
-    rows, tokens = (dim.evaluate(sizes) for dim in inputs[0].shape)
+    rows, tokens = text_sizes(plan, sizes)
     text = load_text(request.text, tokens)
     held_out, following = next(text.validation_batches(tokens, rows, 1))
     return f"held-out text of {request.text}", (held_out,), (following,) if targets else ()

@@ -85,6 +85,7 @@ CODES: dict[str, str] = {
     "FG309": "mask that no polynomial serves",
     "FG310": "no polynomial meets the limits",
     "FG311": "rule for a polynomial of the model's own",
+    "FG312": "budget that its rules keep from being met",
     # FG4xx: values from outside, files of a run
     "FG411": "text cannot be read",
     "FG412": "text is too short",
@@ -98,6 +99,7 @@ CODES: dict[str, str] = {
     "FG420": "target that is not available",
     "FG421": "folder that cannot be written",
     "FG422": "native kernels that cannot be built",
+    "FG423": "batches that cannot be used",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",

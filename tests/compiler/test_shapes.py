@@ -36,6 +36,7 @@ CASES: list[tuple[str, tuple[Type, ...], dict[str, Attribute], Type]] = [
     ("constant", (), {"value": 2.0}, t()),
     ("constant", (), {"value": True}, bools()),
     ("fill", (), {"shape": (N, 4), "value": 0.0}, t("n", 4)),
+    ("literal", (), {"label": "c", "values": (((0.5, 1.0),), ((2.0, -1.0),))}, t(2, 1, 2)),
     ("item", ((t("n"), ints(3)),), {"index": 1}, ints(3)),
     ("reshape", (t("b", "n", 6),), {"shape": (B * N, 2, 3)}, t(B * N, 2, 3)),
     ("permute", (t("b", "n", 6),), {"axes": (0, 2, 1)}, t("b", 6, "n")),

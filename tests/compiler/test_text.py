@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import (
+    ON_VIOLATION,
+    TRUST,
     Attribute,
     Bound,
     Budget,
@@ -94,7 +96,7 @@ def test_places_come_from_spans() -> None:
         ("graph g {\n  %x = f() : float[n] where in [0, 1]\n}", "line 2: expected `,`"),
         ("graph g {\n  return %x\n  %y = f()\n}", "line 3: expected `}` behind return"),
         ("dim n <= many\n", "line 1: expected an integer, found `many`"),
-        ("budget {\n  speed <= 3\n}", "line 2: expected output, gradient, near or at"),
+        ("budget {\n  speed <= 3\n}", "line 2: expected output, gradient, near, trust, on_violation or at"),
     ],
 )
 def test_a_malformed_text_says_where(text: str, message: str) -> None:
@@ -136,6 +138,8 @@ budgets = st.builds(
     st.one_of(st.none(), numbers),
     st.one_of(st.none(), st.integers(1, 99)),
     st.lists(rules, max_size=2).map(tuple),
+    st.one_of(st.none(), st.sampled_from(TRUST)),
+    st.one_of(st.none(), st.sampled_from(ON_VIOLATION)),
 )
 dim_infos = st.builds(DimInfo, identifiers, st.one_of(st.none(), st.integers(0, 10**6)), st.integers(1, 128))
 programs = st.builds(

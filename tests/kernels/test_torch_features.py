@@ -52,7 +52,7 @@ def arguments(inputs: Inputs) -> tuple[Tensor | None, ...]:
 @pytest.mark.parametrize("exact_below", [0, 100])
 def test_opcheck(spec: KernelSpec, exact_below: int) -> None:
     operation = getattr(torch.ops.fastgrad, load_and_name(spec))
-    torch.library.opcheck(operation, (*arguments(make_inputs(spec, 9)), exact_below))
+    torch.library.opcheck(operation, (*arguments(make_inputs(spec, 9)), exact_below, ""))
 
 
 @pytest.mark.parametrize("exact_below", [0, 100])
@@ -67,7 +67,7 @@ def test_opcheck_of_transposed_inputs(exact_below: int) -> None:
         (NEAR, (near_q, near_k, torch.ones(2, 9) > 0, None)),
     ):
         operation = getattr(torch.ops.fastgrad, load_and_name(spec))
-        torch.library.opcheck(operation, (q, k, v, *rest, exact_below))
+        torch.library.opcheck(operation, (q, k, v, *rest, exact_below, ""))
 
 
 def test_opcheck_of_exact_attention() -> None:

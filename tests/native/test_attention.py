@@ -126,7 +126,7 @@ def test_opcheck(spec: KernelSpec, exact_below: int) -> None:
     inputs = make_inputs(spec, 9)
     load_kernel(spec, True)
     q, k, v, *near = inputs.tensors
-    arguments = (q, k, v, *(near or (None, None)), inputs.mask, inputs.documents, exact_below)
+    arguments = (q, k, v, *(near or (None, None)), inputs.mask, inputs.documents, exact_below, "")
     torch.library.opcheck(getattr(torch.ops.fastgrad, kernel_name(spec, True)), arguments)
     assert exact_below or served(spec, "float64")
 

@@ -85,7 +85,8 @@ def _polynomial(place: Place, node: Node, tensors: list[_Tensor], masks: dict[st
     monomials = rank(_size(tensors[0].shape[-1]), degree)
     place.remark(_what(node, degree, monomials))
     values = [tensor.value for tensor in tensors]
-    return call(place.kernel(node), *values, **masks, exact_below=node.get("break_even") or 0)
+    below = node.get("break_even") or 0
+    return call(place.kernel(node), *values, **masks, exact_below=below, guard=place.guard(node))
 
 
 def _what(node: Node, degree: int, monomials: int) -> str:

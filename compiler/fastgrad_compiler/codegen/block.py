@@ -10,6 +10,7 @@ from pathlib import PurePath
 
 from fastgrad_compiler.codegen.attention_kernels import kernel_spec
 from fastgrad_compiler.codegen.expressions import TORCH
+from fastgrad_compiler.codegen.guards import Guards
 from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.codegen.liveness import FOREVER, Statements
 from fastgrad_compiler.codegen.loops import write_repeat
@@ -57,6 +58,7 @@ class Module:
     imports: Imports
     exact: bool
     safe_softmax: bool
+    guards: Guards = field(default_factory=dict)  # filled as classes are written
 
 
 def place_of(span: Span) -> str:
@@ -133,6 +135,10 @@ class Block:
             name = "polynomial_attention" if spec.window is None else "window_attention"
             kernels[spec] = unique(name, kernels.values())
         return kernels[spec]
+
+    def guard(self, node: Node) -> Expr | None:
+        label = self.module.guards.get((self.graph.name, node.name)) if self.in_class else None
+        return attribute(self._member(label), "key") if label is not None else None
 
     def exact_kernel(self) -> str:
         self.module.imports.exact_attention = True
@@ -273,7 +279,7 @@ class Block:
         node = self.graph[name]
         if name in self.values:
             return self.values[name]
-        if node.op in ("weight", "buffer"):
+        if node.op in ("weight", "buffer", "literal"):
             return self._member(str(node["label"]))
         if node.op == "constant":
             number = node["value"]

@@ -368,7 +368,7 @@ TORCH: dict[str, Rule] = {
 }
 
 # Written by statements, or as part of the expressions that read them.
-STRUCTURE = frozenset({"input", "weight", "buffer", "constant", "call", "repeat", "item"})
+STRUCTURE = frozenset({"input", "weight", "buffer", "literal", "constant", "call", "repeat", "item"})
 # Only in gradient graphs, which are not emitted: PyTorch differentiates the module.
 DECLINED = frozenset(
     {"sum_to", "embedding_gradient", "repeat_backward", "weight_gradient", "poly_attention_backward"}

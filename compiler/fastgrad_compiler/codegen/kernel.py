@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 RUNTIME = Path(__file__).parent.parent / "runtime"
 RUNTIME_FILES: tuple[Path, ...] = tuple(
     RUNTIME / name
-    for name in ("attention_op.py", "documents.py", "exact_attention.py", "polynomial_features.py")
+    for name in (
+        "attention_op.py",
+        "documents.py",
+        "exact_attention.py",
+        "guard.py",
+        "logit_range.py",
+        "polynomial_features.py",
+    )
 )
 NATIVE_RUNTIME_FILES: tuple[Path, ...] = tuple(
     RUNTIME / name for name in ("native.py", "native_attention.py")
@@ -147,8 +154,9 @@ def _native_text(spec: KernelSpec) -> str:
 def load_kernel(spec: KernelSpec, native: bool = False) -> Callable[..., Tensor]:
     """The `attention` function of the emitted module, which is executed once a process.
 
-    attention(q, k, v, near_q=None, near_k=None, mask=None, documents=None, *, exact_below=0): q [.., H, n, d],
-    k [.., Hk, m, d], v [.., Hk, m, dv] -> [.., H, n, dv], in the dtype of v; ValueError on wrong shapes.
+    attention(q, k, v, near_q=None, near_k=None, mask=None, documents=None, *, exact_below=0, guard=""):
+    q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv] -> [.., H, n, dv], in the dtype of v; guard: the key of one
+    that watches the logits. ValueError on wrong shapes.
     With `native`, C++ serves it on a CPU, where that can be built.
     """
     name = f"{RUNTIME_PACKAGE}.{kernel_name(spec, native)}"

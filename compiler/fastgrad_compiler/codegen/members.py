@@ -1,4 +1,4 @@
-"""What a block's `__init__` makes: parameters, buffers and submodules under the labels of the `.tfg` file.
+"""What a block's `__init__` makes: parameters, buffers and submodules under the labels of the `.tfg` file, and guards.
 
 A label inside a `repeat` stands for one element an iteration: a ModuleList, ParameterList or BufferList, or a dict of
 the same where some iterations have none; so the keys of the state_dict are the paths of the file.
@@ -10,19 +10,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from fastgrad_compiler.codegen.guards import Guards, guard_value
 from fastgrad_compiler.codegen.writer import Expr, call, literal, tuple_text
-from fastgrad_compiler.graph import Graph, Node, Program
+from fastgrad_compiler.graph import Attribute, Graph, Node, Program
 
 Run: TypeAlias = "tuple[int, Member | None]"
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One parameter, buffer or submodule: the expression that makes it, and how it starts."""
+    """One parameter, buffer, submodule or guard: the expression that makes it, and how it starts."""
 
-    kind: str  # "parameter", "buffer" or "module"
+    kind: str  # "parameter", "buffer", "module" or "guard"
     value: Expr
     init: str | None = None
+    persistent: bool = True  # whether a buffer is in the state_dict
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,24 @@ def runs_of(node: Node) -> tuple[tuple[str, int], ...]:
     return tuple((str(body[0]), int(str(body[1]))) for body in bodies if isinstance(body, tuple))
 
 
-def members(program: Program, graph: Graph, classes: dict[str, str]) -> dict[str, Member]:
+def members(
+    program: Program, graph: Graph, classes: dict[str, str], guards: Guards | None = None
+) -> dict[str, Member]:
     """The members of a block by label, in the order of the block; those of its repeats included."""
     found: dict[str, Member] = {}
+    guards = guards or {}
     for node in graph.nodes:
         if node.op in ("weight", "buffer"):
             found[str(node["label"])] = _tensor(node)
+        elif node.op == "literal":
+            value = call("torch.tensor", nested(node["values"]))
+            found[str(node["label"])] = Leaf("buffer", value, persistent=False)
         elif node.op == "call":
             found[str(node["label"])] = Leaf("module", call(classes[str(node["graph"])]))
         elif node.op == "repeat":
-            found.update(_repeated(program, node, classes))
+            found.update(_repeated(program, node, classes, guards))
+        elif (graph.name, node.name) in guards:
+            found[guards[graph.name, node.name]] = Leaf("guard", guard_value(program, graph, node))
     return found
 
 
@@ -92,14 +102,22 @@ def _tensor(node: Node) -> Leaf:
     return Leaf(kind, value, _init_text(node))
 
 
+def nested(values: Attribute) -> Expr:
+    """Tuples of numbers in tuples as Python text."""
+    if isinstance(values, tuple):
+        return tuple_text(nested(value) for value in values)
+    assert isinstance(values, int | float)
+    return literal(float(values))
+
+
 def _init_text(node: Node) -> str:
     init = node["init"]
     assert isinstance(init, tuple)
     return tuple_text(literal(part) for part in init if isinstance(part, int | float | str))
 
 
-def _repeated(program: Program, node: Node, classes: dict[str, str]) -> dict[str, Member]:
-    bodies = [(members(program, program[name], classes), times) for name, times in runs_of(node)]
+def _repeated(program: Program, node: Node, classes: dict[str, str], guards: Guards) -> dict[str, Member]:
+    bodies = [(members(program, program[name], classes, guards), times) for name, times in runs_of(node)]
     labels = dict.fromkeys(label for body, _ in bodies for label in body)
     return {label: Repeated(_merged((times, body.get(label)) for body, times in bodies)) for label in labels}
 
@@ -114,8 +132,8 @@ def _merged(runs: Iterable[Run]) -> tuple[Run, ...]:
     return tuple(found)
 
 
-_LISTS = {"module": "nn.ModuleList", "parameter": "nn.ParameterList", "buffer": "BufferList"}
-_DICTS = {"module": "nn.ModuleDict", "parameter": "nn.ParameterDict", "buffer": "BufferDict"}
+_LISTS = {"module": "nn.ModuleList", "parameter": "nn.ParameterList", "buffer": "BufferList", "guard": "list"}
+_DICTS = {"module": "nn.ModuleDict", "parameter": "nn.ParameterDict", "buffer": "BufferDict", "guard": "dict"}
 
 
 def container(member: Member, depth: int = 0) -> Expr:
@@ -123,16 +141,23 @@ def container(member: Member, depth: int = 0) -> Expr:
     if isinstance(member, Leaf):
         return member.value
     if not member.complete:
-        return call(_DICTS[member.holds], "{" + ", ".join(_entries(member, depth)) + "}")
+        return call(_DICTS[member.holds], "{" + ", ".join(_entries(member, depth)) + "}", **_kept(member))
     if len(member.runs) == 1:
-        return call(_LISTS[member.holds], _generator(*member.runs[0], depth))
+        listed = f"({_generator(*member.runs[0], depth)})" if _kept(member) else _generator(*member.runs[0], depth)
+        return call(_LISTS[member.holds], listed, **_kept(member))
     parts = [
         f"*({_generator(times, element, depth)})"
         if times > 1
         else str(container(_present(element), depth + 1))
         for times, element in member.runs
     ]
-    return call(_LISTS[member.holds], f"[{', '.join(parts)}]")
+    return call(_LISTS[member.holds], f"[{', '.join(parts)}]", **_kept(member))
+
+
+def _kept(member: Repeated) -> dict[str, bool]:
+    """What lists of buffers are told of the state_dict."""
+    first = member.first
+    return {"persistent": False} if isinstance(first, Leaf) and not first.persistent else {}
 
 
 def _generator(times: int, element: Member | None, depth: int) -> str:

@@ -32,7 +32,7 @@ HELPERS = frozenset(
         "window_mask",
     }
 )
-MODULE_NAMES = frozenset({"F", "Tensor", "math", "nn", "torch"})
+MODULE_NAMES = frozenset({"F", "Guard", "Tensor", "budget_status", "math", "name_guards", "nn", "torch"})
 LOCAL_NAMES = HELPERS | MODULE_NAMES | {"MODEL", "exact_attention", "initialise", "like", "range", "self"}
 CLASS_NAMES = HELPERS | MODULE_NAMES | {"ClassVar", "False", "None", "True"}
 _NUMBERED = re.compile(r"(.+?)_\d+")
@@ -62,7 +62,7 @@ def variable(name: str) -> str:
 def _module_attributes() -> frozenset[str]:
     from torch import nn
 
-    return frozenset(dir(nn.Module())) | {"INIT"}
+    return frozenset(dir(nn.Module())) | {"INIT", "budget_status"}
 
 
 def member_access(label: str, kind: str, owner: str = "self") -> str:

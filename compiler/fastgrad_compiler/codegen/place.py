@@ -39,6 +39,9 @@ class Place(Protocol):
     def kernel(self, node: Node) -> str:
         """The function of the kernel that serves an attention, imported."""
 
+    def guard(self, node: Node) -> Expr | None:
+        """The key of the guard that watches an attention, None where none does."""
+
     def exact_kernel(self) -> str:
         """The function of runtime/exact_attention.py, imported."""
 

@@ -10,6 +10,7 @@ import re
 from pathlib import Path, PurePath
 
 from fastgrad_compiler.codegen.block import Block, Imports, Module, place_of, source_line
+from fastgrad_compiler.codegen.guards import GUARD, NAME, STATUS, guards_of
 from fastgrad_compiler.codegen.kernel import (
     NATIVE_RUNTIME_FILES,
     RUNTIME,
@@ -17,7 +18,7 @@ from fastgrad_compiler.codegen.kernel import (
     kernel_files,
     kernel_name,
 )
-from fastgrad_compiler.codegen.members import Member, container, leaf_init, members
+from fastgrad_compiler.codegen.members import Leaf, Member, container, leaf_init, members
 from fastgrad_compiler.codegen.names import class_name, member_access, variable
 from fastgrad_compiler.codegen.needs import needs, reachable
 from fastgrad_compiler.codegen.writer import Writer, call, literal, tuple_text
@@ -100,6 +101,8 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
     }
     if imports.exact_attention:
         siblings.add("from .exact_attention import exact_attention")
+    if re.search(rf"\b{GUARD}\(", code):
+        siblings.add(f"from .guard import {GUARD}, {STATUS}, {NAME}")
     siblings.add("from .initialise import initialise")
     lines += sorted(siblings)
     text = "\n".join(lines) + "\n"
@@ -177,6 +180,10 @@ def _distinct_classes(module: Module, graphs: list[Graph]) -> list[str]:
 def _class(module: Module, graph: Graph) -> str:
     writer = Writer()
     found = members(module.program, graph, module.classes)
+    if not module.exact:
+        guards = guards_of(module.program, graph, found)
+        module.guards.update(guards)
+        found = members(module.program, graph, module.classes, guards)
     if graph.span is not None:
         writer.comment(f"{place_of(graph.span)}: {_head_line(graph)}")
     writer.line(f"class {module.classes[graph.name]}(nn.Module):")
@@ -189,6 +196,8 @@ def _class(module: Module, graph: Graph) -> str:
             _constructor(module, writer, found, main)
             writer.line()
         _forward(module, graph, writer, found, main)
+        if main:
+            _status(module, writer)
     return str(writer)
 
 
@@ -223,6 +232,8 @@ def _constructor(module: Module, writer: Writer, found: dict[str, Member], main:
         for label, member in found.items():
             _declare(module, writer, label, member)
         if main:
+            if module.guards:
+                writer.line(f"{NAME}(self)")
             writer.line("if seed is not None:")
             with writer.indented():
                 writer.line("initialise(self, seed)")
@@ -235,9 +246,23 @@ def _declare(module: Module, writer: Writer, label: str, member: Member) -> None
             module.imports.helpers.add(kind)
     access = member_access(label, member.kind)
     if member.kind == "buffer" and access == f"self.{label}":
-        writer.statement("", call("self.register_buffer", f'"{label}"', value))
+        kept = None if not isinstance(member, Leaf) or member.persistent else False
+        writer.statement("", call("self.register_buffer", f'"{label}"', value, persistent=kept))
     else:
         writer.statement(f"{access} = ", value)
+
+
+def _status(module: Module, writer: Writer) -> None:
+    """The method that tells what the guards of the model counted."""
+    writer.line()
+    writer.line(f"def {STATUS}(self, reset: bool = False) -> list[dict[str, object]]:")
+    with writer.indented():
+        if module.guards:
+            writer.docstring("What the guards of attentions counted, by path; `reset` starts anew.")
+            writer.line(f"return {STATUS}(self, reset)")
+        else:
+            writer.docstring("No attention of this model is guarded.")
+            writer.line("return []")
 
 
 def _forward(module: Module, graph: Graph, writer: Writer, found: dict[str, Member], main: bool) -> None:

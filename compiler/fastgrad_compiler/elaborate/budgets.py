@@ -11,7 +11,7 @@ from fastgrad_compiler.elaborate.reporter import Abort, did_you_mean
 from fastgrad_compiler.elaborate.scope import Scope
 from fastgrad_compiler.elaborate.state import State
 from fastgrad_compiler.elaborate.values import Scalar
-from fastgrad_compiler.graph import Budget, BudgetRule
+from fastgrad_compiler.graph import ON_VIOLATION, TRUST, Budget, BudgetRule
 from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import Note
 from fastgrad_grammar.source import Span
@@ -21,11 +21,15 @@ FAMILIES = ("balanced", "minimax", "taylor")
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """What a name of a budget takes: with `<=` where `limit`, else with `=`."""
+    """What a name of a budget takes: with `<=` where `limit`, else with `=`.
+
+    `words` are all that it takes, where they can be listed; they may be written without quotes.
+    """
 
     limit: bool
     expected: str
     fits: Callable[[Scalar], bool]
+    words: tuple[str, ...] = ()
 
 
 def _above_zero(value: Scalar) -> bool:
@@ -36,16 +40,22 @@ def _count(value: Scalar) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _one_of(*words: str) -> _Key:
+    return _Key(False, f"one of {', '.join(words)}", lambda value: value in words, words)
+
+
 WHOLE: dict[str, _Key] = {
     "output": _Key(True, "a number above 0", _above_zero),
     "gradient": _Key(True, "a number above 0", _above_zero),
     "near": _Key(False, "an int of at least 1", _count),
+    "trust": _one_of(*TRUST),
+    "on_violation": _one_of(*ON_VIOLATION),
 }
 RULES: dict[str, _Key] = {
     "relative": _Key(True, "a number above 0", _above_zero),
     "degree": _Key(False, "an int of at least 1", _count),
     "near": _Key(False, "an int of at least 1", _count),
-    "family": _Key(False, f"one of {', '.join(FAMILIES)}", lambda value: value in FAMILIES),
+    "family": _one_of(*FAMILIES),
 }
 
 
@@ -96,12 +106,18 @@ def _budget(state: State, scope: Scope, item: ast.Budget) -> Budget:
 
 
 def _set(budget: Budget, name: str, value: Scalar) -> Budget:
-    number = value if isinstance(value, int | float) else 0
-    if name == "near":
-        return replace(budget, near=int(number))
-    return (
-        replace(budget, output=float(number)) if name == "output" else replace(budget, gradient=float(number))
-    )
+    match name, value:
+        case "output", int() | float():
+            return replace(budget, output=float(value))
+        case "gradient", int() | float():
+            return replace(budget, gradient=float(value))
+        case "near", int():
+            return replace(budget, near=value)
+        case "trust", str():
+            return replace(budget, trust=value)
+        case "on_violation", str():
+            return replace(budget, on_violation=value)
+    raise TypeError(f"{name} of a budget is {value!r}")
 
 
 def _rule(state: State, scope: Scope, at: ast.At) -> BudgetRule:
@@ -130,11 +146,19 @@ def _value(
         sign = "<=" if key.limit else "="
         state.reporter.fail("FG232", f"`{name}` is set with `{sign}`", entry.span, "the other sign",
                             help_=(f"write {name} {sign} {entry.value.span.text}",))  # fmt: skip
-    value = scalar(state, scope, entry.value, f"`{name}`")
+    word = _bare_word(scope, entry.value) if key.words else None
+    value = word or scalar(state, scope, entry.value, f"`{name}`")
     if not key.fits(value):
-        state.reporter.fail("FG233", f"`{name}` is {key.expected}, not {values.describe(value)}", entry.value.span,
-                            f"{values.show(value)} here")  # fmt: skip
+        help_ = did_you_mean(value, key.words) if isinstance(value, str) else None
+        found = word or values.describe(value)
+        state.reporter.fail("FG233", f"`{name}` is {key.expected}, not {found}", entry.value.span,
+                            f"{word or values.show(value)} here", help_=(help_,))  # fmt: skip
     return value
+
+
+def _bare_word(scope: Scope, value: ast.Expr) -> str | None:
+    """A name that stands for nothing in the file, and so for itself."""
+    return value.name if isinstance(value, ast.Ref) and value.name not in scope.names else None
 
 
 def _misplaced(name: str, keys: dict[str, _Key]) -> str | None:

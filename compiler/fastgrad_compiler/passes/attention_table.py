@@ -37,6 +37,14 @@ def is_own(node: Node) -> bool:
     return node.get("family") == OWN
 
 
+def is_guarded(node: Node) -> bool:
+    """Whether a run checks the logits of an attention: a polynomial serves it, on a range that the program does
+    not prove.
+    """
+    source = node.get("source") or ("asserted" if node.get("asserted") else "program")
+    return node.op == "poly_attention" and not is_own(node) and source != "program"
+
+
 @dataclass(frozen=True)
 class AttentionEntry:
     """One attention of the model.
@@ -80,6 +88,12 @@ def attention_table(program: Program) -> tuple[AttentionEntry, ...]:
     """Every attention that the model runs, in program order; after `plan` their nodes say what was decided."""
     holders = _Holders(program)
     return tuple(_entries(program, holders, _Where(program.main)))
+
+
+def stands_alone(program: Program, graph: str) -> bool:
+    """Whether a graph that a call runs holds one attention, itself and no other: its path is that of the call."""
+    nodes = _Holders(program).nodes(graph)
+    return graph != program.main and len(nodes) == 1 and nodes[0].op in ATTENTION
 
 
 class _Holders:

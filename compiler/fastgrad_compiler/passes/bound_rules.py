@@ -7,9 +7,11 @@ operations that have no rule, with the reason.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from math import inf, sqrt
 
+from fastgrad_compiler.graph import Attribute
 from fastgrad_compiler.passes.bound_arithmetic import ARITHMETIC
 from fastgrad_compiler.passes.bound_facts import (
     Fact,
@@ -36,6 +38,19 @@ def _range(low: float, high: float) -> Rule:
 
 def _constant(step: Step) -> Fact:
     return interval(step.number("value"), step.number("value"), step.rank)
+
+
+def _literal(step: Step) -> Fact:
+    numbers = list(_numbers(step.node["values"]))
+    return interval(min(numbers), max(numbers), step.rank)
+
+
+def _numbers(values: Attribute) -> Iterator[float]:
+    if isinstance(values, tuple):
+        for value in values:
+            yield from _numbers(value)
+    elif isinstance(values, int | float):
+        yield float(values)
 
 
 def _arange(step: Step) -> Fact:
@@ -159,6 +174,7 @@ BOUND: dict[str, Rule] = {
     **dict.fromkeys(("weight", "buffer"), _nothing),  # they train, or come from a file
     "constant": _constant,
     "fill": _constant,
+    "literal": _literal,
     "arange": _arange,
     "one_hot": _one_hot,
     **dict.fromkeys(("logical_not", "less", "less_equal", "equal"), _range(0.0, 1.0)),

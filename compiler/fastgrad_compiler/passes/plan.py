@@ -13,14 +13,16 @@ places, the graph is cloned; equal decisions share one graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 from fastgrad_compiler.cost import PACE, Pace
 from fastgrad_compiler.flatten import Indices, iterations, path_of
 from fastgrad_compiler.graph import Attribute, Budget, Graph, Node, Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, Lengths, attention_table, is_own
 from fastgrad_compiler.passes.bound_proof import number
+from fastgrad_compiler.passes.plan_apply import applied, decided
 from fastgrad_compiler.passes.plan_decision import Caps, Case, Decision, Outcome, Refusal, decide
 from fastgrad_compiler.passes.plan_own import refuse_own
 from fastgrad_compiler.passes.plan_refusal import diagnose
@@ -32,16 +34,24 @@ __all__ = ["MAX_RANK", "AttentionEntry", "attention_table", "plan_attention"]
 
 MAX_RANK = 20_000  # a state of rank x (dv + 1) floats for each head: 5 MB at dv = 64
 
+Assignment: TypeAlias = Mapping[str, Sequence[Decision]]  # by full path, one decision for each group of heads
+
 _OUTSIDE = Decision("it is not a part of the model that the budget is for")
 
 
 def plan_attention(
-    program: Program, *, family: Family = "balanced", max_rank: int = MAX_RANK, target: str = "auto"
+    program: Program,
+    *,
+    family: Family = "balanced",
+    max_rank: int = MAX_RANK,
+    target: str = "auto",
+    assignment: Assignment | None = None,
 ) -> Program:
     """The program with `decision` and `why` on every attention, and the polynomial where it is one.
 
     `family` serves where no rule names another; no polynomial has a higher rank than `max_rank`. `target` decides how
-    fast a polynomial is beside exact attention, and so from which length on it serves.
+    fast a polynomial is beside exact attention, and so from which length on it serves. `assignment`, by full path, is
+    what calibration chose; attentions that it does not name are decided here, by certificates alone.
 
     Raises:
         TfgError: FG301-FG311, for rules that are wrong in themselves or cannot be obeyed.
@@ -53,12 +63,15 @@ def plan_attention(
     if any(diagnostic.code == "FG303" for diagnostic in wrong):
         raise TfgError(wrong)
     settings = {entry.full_path: settings_of(entry.full_path, budget.rules) for entry in entries}
+    assigned = assignment or {}
+    entries = tuple(entry for entry in entries if entry.full_path not in assigned)
     outcomes, cases = _decide_all(program, entries, settings, family, max_rank, PACE[target])
     wrong += _refusals(entries, outcomes, cases)
     wrong += refuse_own([entry for entry in table if is_own(entry.node)], budget.rules, max_rank)
     if wrong:
         raise TfgError(wrong)
-    decisions = {path: outcome for path, outcome in outcomes.items() if isinstance(outcome, Decision)}
+    decisions = {path: (outcome,) for path, outcome in outcomes.items() if isinstance(outcome, Decision)}
+    decisions |= assignment or {}
     return _Specialiser(program, decisions).program_of_decisions()
 
 
@@ -129,6 +142,15 @@ def _case(
     )
 
 
+def case_of(
+    entry: AttentionEntry, settings: Settings, program: Program, sharing: int, pace: Pace, max_rank: int
+) -> Case:
+    """All that the decision of one attention depends on, with the budget shared equally by `sharing`."""
+    return _case(
+        entry, settings, Lengths(program), program.budget or Budget(), "balanced", max_rank, sharing, pace
+    )
+
+
 def _with_shares(outcomes: Mapping[str, Outcome], budget: Budget, sharing: int) -> dict[str, Outcome]:
     """Polynomials say how the budget was shared out, and what that leaves open."""
     limits = [f"{name} <= {number(limit)}" for name, limit in (("output", budget.output), ("gradient", budget.gradient))
@@ -158,33 +180,12 @@ def _refusals(
 # ---------------------------------------------------------------- decisions on nodes
 
 
-def _decided(node: Node, decision: Decision) -> Node:
-    polynomial = decision.polynomial
-    values: dict[str, Attribute] = {
-        "decision": "exact" if polynomial is None else "polynomial",
-        "why": decision.why,
-        "break_even": decision.break_even,
-    }
-    if polynomial is not None:
-        values |= {
-            "family": polynomial.family,
-            "degree": polynomial.degree,
-            "coefficients": polynomial.coefficients,
-            "eps": polynomial.eps,
-            "eps_prime": polynomial.eps_prime,
-            "positive_from": polynomial.positive_from,
-        }
-        if decision.near is not None:
-            values["near"] = decision.near
-    return node.with_attributes(**values)
-
-
 class _Specialiser:
     """Copies of graphs for each way in which their attentions are decided; the first way keeps the graph's
     name.
     """
 
-    def __init__(self, program: Program, decisions: Mapping[str, Decision]) -> None:
+    def __init__(self, program: Program, decisions: Mapping[str, Sequence[Decision]]) -> None:
         self.program = program
         self.decisions = decisions
         self._names = set(program.by_name)
@@ -207,7 +208,8 @@ class _Specialiser:
         """The graph to run in place of `name` when called at `scope`."""
         if self._is_untouched(name):
             return name
-        nodes = tuple(self._node(node, scope, indices) for node in self.program[name].nodes)
+        graph = self.program[name]
+        nodes = tuple(each for node in graph.nodes for each in self._nodes(graph, node, scope, indices))
         variants = self._variants.setdefault(name, {})
         if nodes not in variants:
             variants[nodes] = self._fresh(name) if variants else name
@@ -229,9 +231,15 @@ class _Specialiser:
         self._names.add(f"{name}_{number_}")
         return f"{name}_{number_}"
 
-    def _node(self, node: Node, scope: tuple[str, ...], indices: Indices) -> Node:
+    def _nodes(
+        self, graph: Graph, node: Node, scope: tuple[str, ...], indices: Indices
+    ) -> tuple[Node, ...]:
         if node.op == "attention":
-            return _decided(node, self.decisions[path_of(scope, node.name, indices)])
+            decisions = self.decisions[path_of(scope, node.name, indices)]
+            return applied(graph, node, decisions, self.program.multiples)
+        return (self._node(node, scope, indices),)
+
+    def _node(self, node: Node, scope: tuple[str, ...], indices: Indices) -> Node:
         if node.op == "call":
             inner = (*scope, str(node["label"]), *map(str, indices))
             return node.with_attributes(graph=self.variant(str(node["graph"]), inner, ()))
@@ -259,4 +267,4 @@ def _runs(names: Iterable[str]) -> tuple[tuple[str, int], ...]:
 
 
 def _outside(node: Node) -> Node:
-    return _decided(node, _OUTSIDE) if node.op == "attention" and node.get("decision") is None else node
+    return decided(node, _OUTSIDE) if node.op == "attention" and node.get("decision") is None else node

@@ -18,6 +18,7 @@ from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import Node
 from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_settings import Settings
+from fastgrad_compiler.ranges import LogitRange
 from fastgrad_compiler.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
 
 LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
@@ -120,12 +121,18 @@ class Case:
 class Decision:
     """Exact (`polynomial` None) or a polynomial, with the reason; `near` is set on the node where it is not
     None.
+
+    `range` is what the polynomial rests on where that is not the bound of the node; `own_mean`: each sequence's mean is
+    taken from its keys. `heads` are the query heads that it is for, in order, None for all.
     """
 
     why: str
     polynomial: Polynomial | None = None
     near: int | None = None
     break_even: int | None = None
+    range: LogitRange | None = None
+    own_mean: bool = False
+    heads: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

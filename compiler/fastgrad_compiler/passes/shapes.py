@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType, Type
 from fastgrad_compiler.passes.shape_errors import (
     Blame,
@@ -112,6 +113,15 @@ def _constant(site: Site) -> Type:
 
 def _fill(site: Site) -> Type:
     return TensorType("float", shape_attribute(site))
+
+
+def _literal(site: Site) -> Type:
+    shape: list[Dim] = []
+    values = site.attributes["values"]
+    while isinstance(values, tuple) and values:
+        shape.append(Dim.of(len(values)))
+        values = values[0]
+    return TensorType("float", tuple(shape))
 
 
 def _item(site: Site) -> Type:
@@ -228,6 +238,7 @@ SHAPE: dict[str, Callable[[Site], Type]] = {
     **dict.fromkeys(("input", "weight", "buffer"), _declared),
     "constant": _constant,
     "fill": _fill,
+    "literal": _literal,
     "call": _call,
     "repeat": _repeat,
     "item": _item,

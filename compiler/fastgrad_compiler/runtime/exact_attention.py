@@ -81,7 +81,7 @@ def exact_forward(
     """out [B, H, n, dv], logsumexp [B, H, n] and an empty tensor; near and window are 0 where there is none."""
     dtype = compute_dtype(q, k, v)
     none = q.new_empty((0,), dtype=dtype)
-    if _fused(q, mask, documents, near_q, window):
+    if (scale > 0 or not causal) and _fused(q, mask, documents, near_q, window):
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *_padded(q, k, v), 0.0, causal, scale=scale
         )
@@ -120,7 +120,7 @@ def exact_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, near_q, near_k; without elements for an input that is not there."""
-    if _fused(q, mask, documents, near_q, window):
+    if (scale > 0 or not causal) and _fused(q, mask, documents, near_q, window):
         return _fused_backward(gradient, q, k, v, out, logsumexp, scale, causal)
     dtype = compute_dtype(q, k, v)
     heads = k.shape[1]
@@ -290,6 +290,7 @@ def _bands(
 def _fused(
     q: Tensor, mask: Tensor | None, documents: Tensor | None, near_q: Tensor | None, window: int
 ) -> bool:
+    """Whether PyTorch's fused kernel serves a call; it has no answer to a causal one whose scale is not above 0."""
     return q.device.type == "cpu" and mask is None and documents is None and near_q is None and not window
 
 

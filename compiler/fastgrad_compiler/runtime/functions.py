@@ -163,10 +163,10 @@ def masked_softmax(scores: Tensor, axis: int) -> Tensor:
 class BufferList(nn.Module):
     """Buffers by position, in the state_dict under `0`, `1` ..."""
 
-    def __init__(self, values: Iterable[Tensor]) -> None:
+    def __init__(self, values: Iterable[Tensor], persistent: bool = True) -> None:
         super().__init__()
         for i, value in enumerate(values):
-            self.register_buffer(str(i), value)
+            self.register_buffer(str(i), value, persistent)
 
     def __getitem__(self, i: int) -> Tensor:
         return self.get_buffer(str(i))
@@ -175,10 +175,10 @@ class BufferList(nn.Module):
 class BufferDict(nn.Module):
     """Buffers by key."""
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, values: Mapping[str, Tensor], persistent: bool = True) -> None:
         super().__init__()
         for key, value in values.items():
-            self.register_buffer(key, value)
+            self.register_buffer(key, value, persistent)
 
     def __getitem__(self, key: str) -> Tensor:
         return self.get_buffer(key)

@@ -75,7 +75,9 @@ def initialise(model: nn.Module, seed: int = 0) -> None:
 def _initialise(module: nn.Module, generator: Generator, rule: tuple[str | float, ...] | None) -> None:
     """`rule` is what a list of tensors takes from the class that it is a member of."""
     rules = getattr(module, "INIT", {})
-    own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    constants = module._non_persistent_buffers_set
+    buffers = {n: b for n, b in module.named_buffers(recurse=False) if n not in constants}
+    own = dict(module.named_parameters(recurse=False)) | buffers
     for name in [*(label for label in rules if label in own), *(name for name in own if name not in rules)]:
         draw(own[name], rules.get(name, rule), generator)
     for name, child in module.named_children():

@@ -1,0 +1,324 @@
+"""Calibration of a model: ranges of logits, local errors of every candidate, gains, on batches of data.
+
+What is measured is measured on the exact model. Errors of candidates are of sampled rows in float64, gains are estimates
+with a 95 % interval (docs/calibration.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, isfinite, sqrt
+
+import torch
+from torch import Tensor
+
+from fastgrad_compiler.graph import Budget, Node, Program
+from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table, is_own
+from fastgrad_compiler.passes.plan import MAX_RANK
+from fastgrad_compiler.passes.plan_decision import unservable
+from fastgrad_compiler.passes.plan_settings import Settings, settings_of
+from fastgrad_compiler.polynomial import FAMILIES
+from fastgrad_compiler.ranges import LogitRange
+from fastgrad_compiler.weight_ranges import weight_ranges
+from fastgrad_dsl.calibration.candidates import Candidate, polynomials, whole_errors
+from fastgrad_dsl.calibration.capture import Call, Errors, Probe, Subject, capture, probe
+from fastgrad_dsl.calibration.logits import Logits, measure_logits
+from fastgrad_dsl.calibration.pace import MachinePace
+from fastgrad_dsl.calibration.samples import Sample, exact_rows, polynomial_errors, sample
+
+MARGIN = 1.25  # a measured range times this is R: new data may go beyond what was seen
+CLOSE = 1.25  # a proved R is taken where it is at most this many times the measured one with its margin
+APART = 1.3  # heads whose ranges differ by this factor may be served apart
+TYPICAL = 0.02  # local error at which gains are estimated: small enough for first order, far above rounding
+PROBES = 6
+LEAST_RANGE = 1e-3
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """S of e_model <= sum S e_attention: an estimate, and a 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Served:
+    """The range on which polynomials of an attention are fitted.
+
+    `mean`: keys are centred by each sequence's own mean. `uncentred`: R without centring, where that is wider.
+    """
+
+    range: LogitRange
+    mean: bool = False
+    uncentred: float | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What calibration found of one attention. `served` is None, with `obstacle` in words, where no polynomial can serve.
+
+    `key_heads`: heads of keys; `sizes`: (queries, keys) of a batch; `logits`, `served` by the block of the rewrite's near
+    field.
+    """
+
+    entry: AttentionEntry
+    settings: Settings
+    heads: int
+    key_heads: int
+    sizes: tuple[int, int]
+    logits: Mapping[int | None, Logits]
+    served: Mapping[int | None, Served]
+    candidates: tuple[Candidate, ...]
+    output_gain: Gain | None
+    gradient_gain: Gain | None
+    obstacle: str = ""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The attentions of a model on data, in program order, and what they were measured on."""
+
+    attentions: tuple[Attention, ...]
+    budget: Budget
+    pace: MachinePace
+    certified: bool
+    data: str
+    weights: str
+    dims: Mapping[str, int]
+    batches: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches to calibrate on, inputs then targets, and what they are."""
+
+    batches: Sequence[Sequence[Tensor]]
+    described: str
+    weights: str
+    dims: Mapping[str, int]
+    seed: int
+
+
+def calibrate(
+    subject: Subject, data: Data, pace: MachinePace, tell: Tell = lambda what: None, probes: int = PROBES
+) -> Calibration:
+    """Measure everything that the planner asks for.
+
+    With `trust = certified` ranges are the proved ones alone, of the program or of the weights.
+    """
+    budget = subject.program.budget or Budget()
+    certified = subject.program.trust == "certified"
+    runs = []
+    for place, batch in enumerate(data.batches):
+        tell(f"exact run {place + 1} of {len(data.batches)}")
+        runs.append(capture(subject, batch))
+    proved = weight_ranges(subject.program, subject.weights)
+    attentions = []
+    for entry in attention_table(subject.program):
+        if not is_own(entry.node):
+            tell(entry.path)
+            calls = [run.calls[entry.full_path] for run in runs]
+            settings = settings_of(entry.full_path, budget.rules)
+            attentions.append(
+                _attention(entry, settings, calls, proved.get(entry.full_path), budget, certified)
+            )
+    errors, local = _typical(attentions, runs[0].calls)
+    found = probe(subject, data.batches[0], runs[0], errors, range(probes), tell) if errors else {}
+    attentions = [_with_gains(each, found, local) for each in attentions]
+    return Calibration(
+        tuple(attentions), budget, pace, certified, data.described, data.weights, data.dims, len(data.batches), data.seed
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- one attention
+
+
+def _attention(
+    entry: AttentionEntry,
+    settings: Settings,
+    calls: Sequence[Call],
+    proved: LogitRange | None,
+    budget: Budget,
+    certified: bool,
+) -> Attention:
+    q, k = calls[0].inputs[:2]
+    heads, key_heads = (x.shape[-3] if x.dim() >= 4 or not _is_flat(calls[0]) else 1 for x in (q, k))
+    found = Attention(
+        entry, settings, heads, key_heads, (q.shape[-2], k.shape[-2]), {}, {}, (), None, None
+    )
+    mask = unservable(entry.node)
+    if mask:
+        return replace(found, obstacle=f"a polynomial cannot serve the mask `{mask}`")
+    if settings.exact is not None:
+        return replace(found, obstacle="the budget leaves it exact")
+    limits = (budget.output, budget.gradient, settings.relative, settings.asked)
+    if all(limit is None for limit in limits):
+        return replace(found, obstacle="no budget asks for an approximation: it sets neither a limit nor a degree")
+    blocks = _blocks(entry, settings, budget)
+    logits = {near: measure_logits(calls, near) for near in blocks}
+    served = {}
+    for near in blocks:
+        use = _range(entry.node, proved, logits[near], certified)
+        if use is not None:
+            served[near] = use
+    if not served:
+        reason = "no bound of its logits is proved" if certified else "the data has no pair beyond its near field"
+        return replace(found, logits=logits, obstacle=reason)
+    candidates = _candidates(replace(found, logits=logits, served=served), calls)
+    reason = "" if candidates else "no polynomial that can be afforded is positive on its range"
+    return replace(found, logits=logits, served=served, candidates=candidates, obstacle=reason)
+
+
+def _is_flat(call: Call) -> bool:
+    """Whether an attention of rank 2 or 3 has no axis of heads."""
+    rank = call.inputs[0].dim()
+    return rank == 2 or (rank == 3 and ("padding" in call.others or "documents" in call.others))
+
+
+def _blocks(entry: AttentionEntry, settings: Settings, budget: Budget) -> list[int | None]:
+    """Blocks of a near field that the rewrite may have: none, and the budget's; the model's own and pinned ones alone."""
+    if entry.node["near"] is not None or entry.queries != entry.keys:
+        return [None]
+    if settings.near is not None:
+        return [int(str(settings.near.value))]
+    return [None] if budget.near is None else [None, budget.near]
+
+
+def _range(
+    node: Node, proved: LogitRange | None, logits: Logits, certified: bool
+) -> Served | None:
+    """The best range: a proved one unless the measured one is much narrower; None where there is none."""
+    options = []
+    if node["bound"] is not None and not node.get("asserted"):
+        proof = node["proof"]
+        reasons = tuple(map(str, proof)) if isinstance(proof, tuple) else ()
+        options.append(LogitRange("program", (float(str(node["bound"])),) * len(logits.least), reasons))
+    if proved is not None and proved.source == "weights":
+        options.append(_with_room(proved))
+    finite = [option for option in options if min(option.heads) < inf]
+    best = min(finite, key=lambda option: option.bound, default=None)
+    measured = None if certified else _measured(logits)
+    if best is not None and (measured is None or best.bound <= CLOSE * measured.range.bound):
+        return Served(best)
+    return measured
+
+
+def _with_room(proved: LogitRange) -> LogitRange:
+    """What is proved of weights, with room for what training makes of them."""
+    room = f"{MARGIN:g} times that is R: weights may grow"
+    return replace(
+        proved, heads=tuple(MARGIN * bound for bound in proved.heads), reasons=(*proved.reasons, room)
+    )
+
+
+def _measured(logits: Logits) -> Served | None:
+    """The measured range with its margin; None where no far pair was seen."""
+    seen = logits.magnitudes
+    if max(seen) < LEAST_RANGE:
+        return None
+    centring, sizes = logits.centring, seen
+    if centring and logits.centred is not None:
+        sizes = logits.centred
+    bounds = tuple(MARGIN * max(size, LEAST_RANGE) for size in sizes)
+    reasons = [f"|s| <= {max(sizes):.3g} was measured, and {MARGIN:g} times that is R"]
+    if centring:
+        reasons.append(f"keys are centred, which softmax does not see: without, |s| <= {max(seen):.3g}")
+    served = LogitRange("data", bounds, tuple(reasons), logits.centre if centring else None)
+    return Served(served, logits.mean and centring, MARGIN * max(seen) if centring else None)
+
+
+def _levels(served: LogitRange, heads: int, key_heads: int) -> list[tuple[tuple[int, ...], float]]:
+    """(heads, R): all of them, and those of small ranges apart, where ranges differ enough."""
+    groups = heads // key_heads
+    by_key = [max(served.heads[k * groups : (k + 1) * groups]) for k in range(key_heads)]
+    levels = [(tuple(range(heads)), max(by_key))] if isfinite(max(by_key)) else []
+    order = sorted(range(key_heads), key=lambda key: by_key[key])
+    steps = [(by_key[after] / by_key[before], place) for place, (before, after) in enumerate(zip(order, order[1:], strict=False)) if by_key[before] > 0]  # fmt: skip
+    widest, place = max(steps, default=(0.0, 0))
+    if widest >= APART:
+        low = sorted(order[: place + 1])
+        chosen = tuple(head for key in low for head in range(key * groups, (key + 1) * groups))
+        levels.append((chosen, by_key[order[place]]))
+    return levels
+
+
+def _candidates(found: Attention, calls: Sequence[Call]) -> tuple[Candidate, ...]:
+    node, settings = found.entry.node, found.settings
+    families = FAMILIES if settings.family is None else (str(settings.family.value),)
+    rows = [sample(call) for call in calls]
+    references = [exact_rows(each) for each in rows]
+    candidates = []
+    for near, served in found.served.items():
+        centres = [_centre(served, each) for each in rows]
+        for heads, bound in _levels(served.range, found.heads, found.key_heads):
+            guarded = served.range.source != "program"
+            for polynomial in polynomials(
+                bound, found.entry.d or 1, MAX_RANK, guarded=guarded, families=families
+            ):
+                errors = [
+                    polynomial_errors(each, reference, polynomial.coefficients, near=near, centre=centre)
+                    for each, reference, centre in zip(rows, references, centres, strict=True)
+                ]
+                candidates.append(Candidate(polynomial, near, heads, sum(errors[1:], errors[0])))
+    return tuple(candidates)
+
+
+def _centre(served: Served, rows: Sample) -> Tensor | None:
+    """What is taken from the keys of a sample: [b or 1, H, 1, d]."""
+    if served.mean:
+        return rows.k.mean(2, keepdim=True)
+    if served.range.centre is None:
+        return None
+    centre = torch.tensor(served.range.centre, dtype=torch.float64)
+    return centre.repeat_interleave(rows.k.shape[1] // len(centre), 0)[None, :, None]
+
+
+# ---------------------------------------------------------------- gains
+
+
+def _typical(
+    attentions: Sequence[Attention], calls: Mapping[str, Call]
+) -> tuple[dict[str, Errors], dict[str, tuple[float, float]]]:
+    """Errors of one candidate of each attention on the first batch, that of about the TYPICAL size, and their sizes."""
+    errors, local = {}, {}
+    for each in attentions:
+        whole = [c for c in each.candidates if len(c.heads) == each.heads and c.output > 0]
+        if not whole:
+            continue
+        candidate = min(whole, key=lambda c: max(c.output / TYPICAL, TYPICAL / c.output))
+        served, call = each.served[candidate.near], calls[each.entry.full_path]
+        centre = _centre(served, sample(call))
+        found = whole_errors(call, candidate.polynomial.coefficients, candidate.near, centre)
+        errors[each.entry.full_path], *sizes = found
+        local[each.entry.full_path] = (sizes[0], sizes[1])
+    return errors, local
+
+
+def _with_gains(
+    each: Attention, probes: Mapping[str, Sequence[Probe]], local: Mapping[str, tuple[float, float]]
+) -> Attention:
+    path = each.entry.full_path
+    if path not in local or not probes.get(path):
+        return each
+    output, gradient = local[path]
+    return replace(
+        each,
+        output_gain=_gain([p.output for p in probes[path]], output),
+        gradient_gain=_gain([p.gradient for p in probes[path]], gradient),
+    )
+
+
+def _gain(squares: Sequence[float], local: float) -> Gain:
+    """The root of the mean square over the local error; squares of normal variables: an interval by chi squared."""
+    from scipy.stats import chi2
+
+    count = len(squares)
+    value = sqrt(sum(squares) / count) / local if local else 0.0
+    low, high = (sqrt(count / float(chi2.ppf(p, count))) for p in (0.975, 0.025))
+    return Gain(value, low * value, high * value)

@@ -1,0 +1,100 @@
+"""What `--calibrate` names: a text for byte-level models, a .safetensors file of batches, or random inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastgrad_dsl.calibration.calibrate import Tell
+from fastgrad_dsl.calibration.replan import Request, replan
+from fastgrad_dsl.report.request import batch_sizes, text_sizes
+from fastgrad_dsl.text_data import load_text
+from fastgrad_dsl.weights import load_weights
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+
+if TYPE_CHECKING:
+    from fastgrad_dsl.compiled import Compiled
+
+RANDOM = "random"
+TEXT_BATCHES = 2  # of the part to train on; the last one is of the held-out part
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What to calibrate on: a text, a .safetensors file or `random`; trained weights; sizes of dims; a seed."""
+
+    data: str
+    weights: Path | None = None
+    dims: Mapping[str, int] = field(default_factory=dict)
+    seed: int = 0
+
+
+def calibrated(compiled: Compiled, request: CalibrationRequest, tell: Tell) -> Compiled:
+    """The model planned anew on what the request names; TfgError as `named_batches` and `replan`."""
+    batches, described = named_batches(compiled, request.data, request.dims, request.seed)
+    asked = Request(None, batches, data=described, dims=request.dims, seed=request.seed)
+    if request.weights is not None:
+        model = compiled.module(seed=request.seed)
+        load_weights(model, request.weights)
+        asked = replace(asked, model=model, weights=f"weights of {request.weights}")
+    return replan(compiled, asked, tell)
+
+
+def named_batches(
+    compiled: Compiled, source: str, dims: Mapping[str, int], seed: int
+) -> tuple[Sequence[Sequence[Tensor]] | None, str]:
+    """Batches and what they are; None for random inputs.
+
+    A .safetensors file holds each input and target under its name, for several batches with `.0`, `.1` behind it.
+    Raises TfgError FG411, FG412 or FG415 for a text, FG423 for a file of batches.
+    """
+    if source == RANDOM:
+        return None, "random inputs"
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        return _stored(compiled, path), f"batches of {path}"
+    rows, tokens = text_sizes(compiled.plan_document, batch_sizes(compiled.plan_document, dims))
+    text = load_text(path, tokens)
+    places = torch.Generator().manual_seed(seed)
+    used = [text.batch(tokens, rows, places) for _ in range(TEXT_BATCHES)]
+    return [*used, *text.validation_batches(tokens, rows, 1)], f"text of {path}"
+
+
+def _stored(compiled: Compiled, path: Path) -> list[list[Tensor]]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TfgError([Diagnostic("FG423", f"cannot read batches {path}: {error}")]) from None
+    plan = compiled.plan_document
+    described = [*plan["inputs"], *plan["targets"]]
+    names = [tensor["name"] for tensor in described]
+    numbers = sorted({int(key.rpartition(".")[2]) for key in tensors if key.rpartition(".")[2].isdecimal()})
+    endings = [f".{number}" for number in numbers] or [""]
+    batches = []
+    for ending in endings:
+        missing = [name for name in names if name + ending not in tensors]
+        if missing:
+            help_ = (f"each batch holds {', '.join(names)}",)
+            raise TfgError([Diagnostic("FG423", f"{path} has no tensor {missing[0]}{ending}", help=help_)])
+        batch = [tensors[name + ending] for name in names]
+        for tensor, given in zip(described, batch, strict=True):
+            _check(path, tensor, given)
+        batches.append(batch)
+    return batches
+
+
+def _check(path: Path, tensor: Mapping[str, object], given: Tensor) -> None:
+    kind = "float" if given.is_floating_point() else "bool" if given.dtype == torch.bool else "int"
+    shape = tensor["shape"]
+    assert isinstance(shape, list)
+    if kind != tensor["dtype"] or given.dim() != len(shape):
+        wanted = f"{tensor['dtype']}[{', '.join(shape)}]"
+        message = f"{path}: {tensor['name']} is {kind}{list(given.shape)}, not {wanted}"
+        raise TfgError([Diagnostic("FG423", message)])

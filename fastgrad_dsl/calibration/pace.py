@@ -1,0 +1,160 @@
+"""How fast this machine serves attention: lines fitted to a micro-benchmark of some ten seconds, kept in the cache.
+
+    seconds of a call, forward and backward = overhead + flops / rate
+
+one line each for polynomial kernels of the target, for PyTorch's fused softmax, and for exact attention in blocks (near
+fields, windows, documents). Flops are those of `fastgrad_compiler.cost`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrad_compiler.cost import flops
+from fastgrad_compiler.runtime.exact_attention import exact_attention
+from fastgrad_compiler.runtime.native import cache_folder
+from fastgrad_dsl.bench.contenders import Attention, Contender
+from fastgrad_dsl.bench.machine import describe_machine
+from fastgrad_dsl.bench.timing import time_together
+from fastgrad_dsl.files import write_atomically
+
+HEADS, D, DV, DEGREE, NEAR = 8, 16, 64, 2, 64
+POLYNOMIAL_LENGTHS, EXACT_LENGTHS = (512, 4096), (256, 1024)
+REPEATS, SECONDS = 5, 1.0  # of each contender at each length
+LEAST_RATE_SHARE = 0.1  # a fitted rate is at least this share of what the longer call alone shows
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds of a call: `overhead`, and its flops at `rate` a second."""
+
+    overhead: float
+    rate: float
+
+    def seconds(self, work: int) -> float:
+        """Of a call of so many flops, all heads and both passes."""
+        return self.overhead + work / self.rate
+
+
+@dataclass(frozen=True)
+class MachinePace:
+    """The three lines, what they were measured on, and whether they were (`kind`: measured or default)."""
+
+    polynomial: Line
+    fused: Line
+    blocks: Line
+    target: str
+    machine: str
+    threads: int
+    kind: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """As the calibration's document names it."""
+        return {
+            "target": self.target,
+            "machine": self.machine,
+            "threads": self.threads,
+            "kind": self.kind,
+        }
+
+
+# Measured on a server CPU with AVX-512, two threads (docs/performance.md), rounded. For the torch target flops count alike.
+_NATIVE_RATE, _TORCH_RATE, _FUSED_RATE, _BLOCKS_RATE = 3.0e11, 1.0e11, 1.6e11, 4.0e10
+
+
+def default_pace(target: str) -> MachinePace:
+    """Round figures where nothing is measured."""
+    rate = _TORCH_RATE if target == "torch" else _NATIVE_RATE
+    return MachinePace(
+        Line(1e-4, rate), Line(1e-4, _FUSED_RATE), Line(5e-4, _BLOCKS_RATE), target, "", torch.get_num_threads(), "default"
+    )  # fmt: skip
+
+
+def machine_pace(target: str) -> MachinePace:
+    """The pace of this machine for a target, measured once and kept in the cache of native kernels."""
+    threads = torch.get_num_threads()
+    described = describe_machine(threads)
+    identity = {key: described[key] for key in ("cpu", "cores", "torch", "compiler", "fastgrad", "threads")}
+    folder = cache_folder()
+    name = hashlib.sha256(json.dumps([target, identity], sort_keys=True).encode()).hexdigest()[:16]
+    path = None if folder is None else folder / f"pace-{name}.json"
+    if path is not None and path.exists():
+        try:
+            return _read(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # a broken file is measured anew
+    pace = _measure(target, str(described["cpu"]), threads)
+    if path is not None:
+        write_atomically(path, json.dumps(asdict(pace), indent=2) + "\n")
+    return pace
+
+
+def _read(kept: Mapping[str, Any]) -> MachinePace:
+    lines = {name: Line(**kept[name]) for name in ("polynomial", "fused", "blocks")}
+    return MachinePace(**{**kept, **lines})
+
+
+def _measure(target: str, machine: str, threads: int) -> MachinePace:
+    served = Contender(HEADS, D, DV, DEGREE, target=target)
+    contenders: dict[str, tuple[Attention, tuple[int, int], Callable[[int], int]]] = {
+        "polynomial": (served.ready(), POLYNOMIAL_LENGTHS, lambda n: served.flops(n).total),
+        "fused": (Contender(HEADS, D, DV).ready(), EXACT_LENGTHS, _exact_flops),
+        "blocks": (_blocks, EXACT_LENGTHS, _exact_flops),
+    }
+    lines = {}
+    for name, (attention, lengths, work) in contenders.items():
+        times = []
+        for n in lengths:
+            inputs = served.inputs(n)
+            times.append(time_together({name: attention}, inputs, REPEATS, SECONDS)[name].total)
+        lines[name] = _fit(*map(work, lengths), *times)
+    return MachinePace(**lines, target=target, machine=machine, threads=threads, kind="measured")
+
+
+def _exact_flops(n: int) -> int:
+    return HEADS * flops(n=n, d=D, dv=DV, degree=None).total
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return exact_attention(q, k, v, q, k, scale=1.0, causal=True, near=NEAR)
+
+
+def _fit(short: int, long: int, fast: float, slow: float) -> Line:
+    """The line through two calls; a noisy pair that gives none, or one that is far too good, is bounded by the longer."""
+    rate = (long - short) / (slow - fast) if slow > fast else long / slow
+    rate = min(max(rate, LEAST_RATE_SHARE * long / slow), 1 / LEAST_RATE_SHARE * long / slow)
+    return Line(max(0.0, fast - short / rate), rate)
+
+
+def attention_seconds(
+    pace: MachinePace,
+    *,
+    heads: int,
+    n: int,
+    m: int,
+    d: int,
+    dv: int,
+    degree: int | None,
+    causal: bool,
+    near: int | None = None,
+    documents: bool = False,
+    window: int | None = None,
+) -> float:
+    """Seconds of one attention, forward and backward, of a batch of one (an estimate).
+
+    degree None is exact: fused, or in blocks where it has a near field with logits of its own, documents or a window.
+    """
+    work = partial(flops, n=n, m=m, d=d, dv=dv, causal=causal, documents=documents)
+    if degree is not None:
+        return pace.polynomial.seconds(heads * work(degree=degree, near=near).total)
+    line = pace.blocks if near is not None or documents or window is not None else pace.fused
+    return line.seconds(heads * work(degree=None, window=window).total)

@@ -1,0 +1,277 @@
+"""From a calibration to decisions: the cheapest choice for all attentions that keeps the budget's two limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+from fastgrad_compiler.certificates import certificate
+from fastgrad_compiler.graph import Program
+from fastgrad_compiler.knapsack import Option, choose
+from fastgrad_compiler.passes.attention_table import Lengths
+from fastgrad_compiler.passes.bound_proof import number
+from fastgrad_compiler.passes.plan_decision import LEAST_LENGTH, Decision
+from fastgrad_dsl.calibration.calibrate import Attention, Calibration, Gain
+from fastgrad_dsl.calibration.candidates import Candidate
+from fastgrad_dsl.calibration.pace import MachinePace, attention_seconds
+
+NEVER = 2**40  # a break-even length that no sequence has
+BYTES_A_SECOND = 5e9  # of copying heads that are served apart, there and back
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some heads of an attention and what serves them; None is exact."""
+
+    heads: tuple[int, ...]
+    candidate: Candidate | None
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to serve an attention, with what it costs: seconds at the planned length, errors of the whole model."""
+
+    parts: tuple[Part, ...]
+    option: Option
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The way taken for each attention, in program order, and sums over all of them.
+
+    `output`, `gradient`: estimates of the model's relative errors, or with `trust = certified` sums of proved worst cases
+    with gains of at least 1. `gap`: how far `seconds` can be from the least, proved.
+    """
+
+    ways: tuple[Way, ...]
+    seconds: float
+    exact_seconds: float
+    output: float
+    gradient: float
+    gap: float
+    length: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The budget's limits, or what is left of them after a verification."""
+
+    output: float | None
+    gradient: float | None
+
+
+def make_plan(calibration: Calibration, program: Program, limits: Limits) -> Plan | None:
+    """The cheapest plan within the limits; None where no choice is."""
+    sized = [_Sized.of(each, program, calibration.pace) for each in calibration.attentions]
+    ways = [list(_ways(each, calibration)) for each in sized]
+    found = choose([[way.option for way in each] for each in ways], limits.output, limits.gradient)
+    if found is None:
+        return None
+    taken = tuple(each[place] for each, place in zip(ways, found.places, strict=True))
+    return Plan(
+        taken,
+        sum(way.option.seconds for way in taken),
+        sum(each.exact(each.attention.heads) for each in sized),
+        sum(way.option.output for way in taken),
+        sum(way.option.gradient for way in taken),
+        found.gap,
+        max((each.n for each in sized), default=0),
+    )
+
+
+def least_errors(calibration: Calibration, program: Program) -> tuple[float, float]:
+    """The least output and the least gradient error that the rules of the budget allow at all, each for itself."""
+    output = gradient = 0.0
+    for each in calibration.attentions:
+        options = [way.option for way in _ways(_Sized.of(each, program, calibration.pace), calibration)]
+        output += min((o.output for o in options), default=inf)
+        gradient += min((o.gradient for o in options), default=inf)
+    return output, gradient
+
+
+def candidates_of(each: Attention, calibration: Calibration, program: Program) -> list[Way]:
+    """The ways of one attention, for a report."""
+    return list(_ways(_Sized.of(each, program, calibration.pace), calibration))
+
+
+# ---------------------------------------------------------------- time
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """An attention at the length that the plan is for: the longest declared one, else that of the calibration."""
+
+    attention: Attention
+    n: int
+    m: int
+    pace: MachinePace
+
+    @staticmethod
+    def of(attention: Attention, program: Program, pace: MachinePace) -> _Sized:
+        lengths, (queries, keys) = Lengths(program), attention.sizes
+        n = lengths.longest(attention.entry.queries) or queries
+        return _Sized(attention, n, lengths.longest(attention.entry.keys) or keys, pace)
+
+    def seconds(self, heads: int, candidate: Candidate | None, n: int | None = None) -> float:
+        entry = self.attention.entry
+        node = entry.node
+        roles = node["roles"]
+        near = node["near"] if isinstance(node["near"], int) else candidate.near if candidate else None
+        window = node.get("window")
+        size = (self.n, self.m) if n is None else (n, n)
+        return attention_seconds(
+            self.pace,
+            heads=heads,
+            n=size[0],
+            m=size[1],
+            d=entry.d or 1,
+            dv=entry.dv or 1,
+            degree=candidate.polynomial.degree if candidate else None,
+            causal=bool(node["causal"]),
+            near=near,
+            documents=isinstance(roles, tuple) and "documents" in roles,
+            window=window if isinstance(window, int) else None,
+        )
+
+    def exact(self, heads: int) -> float:
+        """Seconds of exact attention."""
+        return self.seconds(heads, None)
+
+    def apart(self) -> float:
+        """Seconds of taking heads apart and putting their results together, forward and backward."""
+        entry = self.attention.entry
+        widths = 2 * (entry.d or 1) + 3 * (entry.dv or 1)
+        return 2 * 2 * 4 * self.attention.heads * self.n * widths / BYTES_A_SECOND
+
+    def break_even(self, heads: int, candidate: Candidate) -> int:
+        """Least length from which the polynomial is no slower than exact attention; NEVER where there is none."""
+
+        def slower(n: int) -> bool:
+            return self.seconds(heads, candidate, n) > self.seconds(heads, None, n)
+
+        high = LEAST_LENGTH
+        while slower(high):
+            if high >= NEVER:
+                return NEVER
+            high *= 2
+        low = high // 2 if high > LEAST_LENGTH else high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if slower(middle) else (low, middle)
+        return high
+
+
+# ---------------------------------------------------------------- ways
+
+
+def _ways(sized: _Sized, calibration: Calibration) -> Iterator[Way]:
+    """Exact where no rule asks for a polynomial, each candidate for all heads, and pairs of them for groups of heads."""
+    each = sized.attention
+    everything = tuple(range(each.heads))
+    if each.settings.asked is None or each.obstacle:
+        yield Way((Part(everything, None),), Option(sized.exact(each.heads), 0.0, 0.0))
+    whole = [c for c in each.candidates if len(c.heads) == each.heads and _allowed(c, each)]
+    for candidate in whole:
+        yield _way(sized, (Part(everything, candidate),), calibration)
+    low = [c for c in each.candidates if len(c.heads) < each.heads and _allowed(c, each)]
+    for candidate in low:
+        rest = tuple(head for head in everything if head not in candidate.heads)
+        others = [None, *(c for c in whole if c.near == candidate.near)]
+        for other in others:
+            if other is None and each.settings.asked is not None:
+                continue
+            yield _way(sized, (Part(candidate.heads, candidate), Part(rest, other)), calibration)
+
+
+def _allowed(candidate: Candidate, each: Attention) -> bool:
+    settings, polynomial = each.settings, candidate.polynomial
+    if settings.degree is not None and polynomial.degree != settings.degree.value:
+        return False
+    return settings.relative is None or polynomial.eps <= float(str(settings.relative.value))
+
+
+def _way(sized: _Sized, parts: tuple[Part, ...], calibration: Calibration) -> Way:
+    each = sized.attention
+    seconds = sum(sized.seconds(len(part.heads), part.candidate) for part in parts)
+    seconds += sized.apart() if len(parts) > 1 else 0.0
+    if calibration.certified:
+        proved = [certificate(p.candidate.polynomial.eps, p.candidate.polynomial.eps_prime) for p in parts if p.candidate]
+        output, gradient = max(p.output for p in proved), max(p.score_gradient for p in proved)
+        least = 1.0
+    else:
+        output, gradient = _joint(parts)
+        least = 0.0
+    return Way(
+        parts,
+        Option(
+            seconds, _of_model(output, each.output_gain, least), _of_model(gradient, each.gradient_gain, least)
+        ),
+    )
+
+
+def _of_model(local: float, gain: Gain | None, least: float) -> float:
+    return local * max(1.0 if gain is None else gain.value, least)
+
+
+def _joint(parts: Sequence[Part]) -> tuple[float, float]:
+    """Local errors of output and gradient of heads that are served by several polynomials."""
+    sizes = next(part.candidate.errors for part in parts if part.candidate)
+    output = sum(float(p.candidate.errors.output[list(p.heads)].sum()) for p in parts if p.candidate)
+    gradient = sum(float(p.candidate.errors.gradient[list(p.heads)].sum()) for p in parts if p.candidate)
+    whole = float(sizes.output_size.sum()), float(sizes.gradient_size.sum())
+    return tuple((squares / size) ** 0.5 if size else 0.0 for squares, size in zip((output, gradient), whole, strict=True))  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------- decisions
+
+
+def decisions(
+    plan: Plan, calibration: Calibration, program: Program
+) -> Mapping[str, tuple[Decision, ...]]:
+    """The plan as the plan pass takes it, by full path."""
+    return {
+        each.entry.full_path: tuple(
+            _decision(_Sized.of(each, program, calibration.pace), way, part, calibration) for part in way.parts
+        )
+        for each, way in zip(calibration.attentions, plan.ways, strict=True)
+        if each.candidates or each.settings.asked is None  # what is asked for and cannot be had, the pass refuses
+    }
+
+
+def _decision(sized: _Sized, way: Way, part: Part, calibration: Calibration) -> Decision:
+    each, candidate = sized.attention, part.candidate
+    heads = part.heads if len(way.parts) > 1 else None
+    if candidate is None:
+        why = each.obstacle or "calibration: no polynomial within the budget is faster"
+        return Decision(why if heads is None else f"{why}, for these heads", heads=heads)
+    served = each.served[candidate.near]
+    groups = each.heads // each.key_heads
+    keys = dict.fromkeys(head // groups for head in part.heads)
+    centre = served.range.centre
+    used = replace(
+        served.range,
+        heads=tuple(served.range.heads[head] for head in part.heads),
+        centre=None if centre is None else tuple(centre[key] for key in keys),
+    )
+    return Decision(
+        _why(way, candidate, served.uncentred, calibration),
+        candidate.polynomial,
+        candidate.near if each.entry.node["near"] is None else None,
+        sized.break_even(len(part.heads), candidate),
+        range=used,
+        own_mean=served.mean,
+        heads=heads,
+    )
+
+
+def _why(way: Way, candidate: Candidate, uncentred: float | None, calibration: Calibration) -> str:
+    polynomial = candidate.polynomial
+    errors = f"{number(way.option.output)} of the output and {number(way.option.gradient)} of the gradient"
+    kind = "at most (gains of at least 1)" if calibration.certified else "an estimated"
+    text = f"{polynomial.family} {polynomial.degree} is a part of the fastest plan: {kind} {errors}"
+    if uncentred is not None:
+        text += f"; centred keys narrow R from {number(uncentred)} to {number(polynomial.bound)}"
+    if polynomial.positive_from is not None:
+        text += f"; positive only for logits above {number(polynomial.positive_from)}"
+    return text

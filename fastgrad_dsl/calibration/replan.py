@@ -1,0 +1,158 @@
+"""Calibrate a compiled model, plan it anew, and verify the plan on held-out batches until it keeps its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fastgrad_compiler.graph import Budget, Program
+from fastgrad_compiler.pipeline import Stage, run
+from fastgrad_dsl.batches import dims_of, model_inputs, random_batch, target_inputs
+from fastgrad_dsl.calibration.calibrate import Calibration, Data, Tell, calibrate
+from fastgrad_dsl.calibration.capture import Subject
+from fastgrad_dsl.calibration.document import calibration_document
+from fastgrad_dsl.calibration.pace import default_pace, machine_pace
+from fastgrad_dsl.calibration.plan import Limits, Plan, decisions, make_plan
+from fastgrad_dsl.calibration.refusal import refusal
+from fastgrad_dsl.measure import whole_errors
+from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_dsl.report.request import batch_sizes
+
+if TYPE_CHECKING:
+    from fastgrad_dsl.compiled import Compiled
+
+ROUNDS = 6  # of planning within tighter limits, before what is not pinned becomes exact
+TIGHTER = 0.9  # beyond what the measured excess asks for
+RANDOM_BATCHES = 3  # the last of them held out
+Batch = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to calibrate with: a model (None: initial weights of `seed`), batches (None: random ones of the sizes `dims`).
+
+    A batch is the model's inputs, then what its objective takes beyond the results. The last third of several batches is
+    held out. `measured_pace`: the micro-benchmark of this machine instead of round figures.
+    """
+
+    model: nn.Module | None = None
+    batches: Sequence[Batch] | None = None
+    data: str = "given batches"
+    weights: str = "the given weights"
+    dims: Mapping[str, int] | None = None
+    seed: int = 0
+    measured_pace: bool = True
+
+
+def replan(compiled: Compiled, request: Request, tell: Tell = lambda what: None) -> Compiled:
+    """The model compiled again, with the plan that its calibration allows.
+
+    Raises TfgError FG312 where rules of the budget keep its limits from being met, and what the plan pass refuses.
+    """
+    program = next(stage.program for stage in compiled.stages if stage.name == "attention")
+    model = request.model if request.model is not None else compiled.module(seed=request.seed)
+    if request.model is None:
+        request = replace(request, weights=f"initial weights, seed {request.seed}")
+    used, held_out, described = _batches(compiled, request)
+    tell("the pace of this machine")
+    pace = machine_pace(compiled.target) if request.measured_pace else default_pace(compiled.target)
+    subject = Subject(program, dict(model.state_dict()), compiled.loss)
+    data = Data(used, described, request.weights, dims_of(compiled.plan_document, used[0]), request.seed)
+    calibration = calibrate(subject, data, pace, tell)
+    return _Verified(compiled, program, model, calibration, held_out, tell).plan()
+
+
+def _batches(compiled: Compiled, request: Request) -> tuple[list[Batch], list[Batch], str]:
+    """Batches to calibrate on, to verify on, and what they are."""
+    if request.batches is None:
+        tensors = [*model_inputs(compiled.program), *target_inputs(compiled.program)]
+        sizes = batch_sizes(compiled.plan_document, request.dims or {})
+        made = [random_batch(tensors, sizes, request.seed + place) for place in range(RANDOM_BATCHES)]
+        return list(made[:-1]), list(made[-1:]), "random inputs"
+    given = list(request.batches)
+    if not given:
+        raise ValueError("calibration needs one batch at least")
+    if len(given) == 1:
+        return given, given, f"{request.data}, one batch: the plan is verified on the same"
+    out = max(1, len(given) // 3)
+    return given[:-out], given[-out:], request.data
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """Plans until what is measured on the held-out batches keeps the budget."""
+
+    compiled: Compiled
+    program: Program
+    model: nn.Module
+    calibration: Calibration
+    held_out: Sequence[Batch]
+    tell: Callable[[str], None]
+
+    def plan(self) -> Compiled:
+        budget = self.program.budget or Budget()
+        limits, rounds = Limits(budget.output, budget.gradient), list[dict[str, float]]()
+        for place in range(ROUNDS + 1):
+            plan = make_plan(self.calibration, self.program, limits)
+            if plan is None:
+                break
+            self.tell(f"verifying plan {place + 1}")
+            stages = self._stages(plan)
+            output, gradient = self._errors(stages)
+            rounds.append({"output": output, "gradient": gradient})
+            if _keeps(output, budget.output) and _keeps(gradient, budget.gradient):
+                return self._compiled(plan, stages, rounds)
+            limits = Limits(
+                _tightened(limits.output, output, budget.output, plan.output),
+                _tightened(limits.gradient, gradient, budget.gradient, plan.gradient),
+            )
+        plan = make_plan(self.calibration, self.program, Limits(0.0, 0.0))
+        if plan is not None:
+            return self._compiled(plan, self._stages(plan), rounds)
+        raise refusal(self.calibration, self.program, Limits(budget.output, budget.gradient), rounds)
+
+    def _stages(self, plan: Plan) -> tuple[Stage, ...]:
+        chosen = decisions(plan, self.calibration, self.program)
+        return run(self.compiled.stages[0].program, target=self.compiled.target, assignment=chosen)
+
+    def _errors(self, stages: tuple[Stage, ...]) -> tuple[float, float]:
+        """The larger ones of the held-out batches, by PyTorch kernels: their numerics are those of every target."""
+        portable = replace(self.compiled, target="torch", stages=stages, calibration=None)
+        model = portable.module(seed=0)
+        model.load_state_dict(self.model.state_dict())
+        served = [e for e in portable.plan_document["attentions"] if e["decision"] == "polynomial"]
+        approximated = [is_approximated(entry) for entry in served]
+        if not any(approximated):
+            return 0.0, 0.0
+        count = len(portable.plan_document["inputs"])
+        errors = [
+            whole_errors(
+                model, batch[:count], batch[count:], portable.loss if batch[count:] else None, approximated
+            )
+            for batch in self.held_out
+        ]
+        return max(output for output, _ in errors), max(gradient for _, gradient in errors)
+
+    def _compiled(
+        self, plan: Plan, stages: tuple[Stage, ...], rounds: Sequence[Mapping[str, float]]
+    ) -> Compiled:
+        last: dict[str, Any] = dict(rounds[-1]) if plan.output or plan.gradient else {"output": 0.0, "gradient": 0.0}
+        verification = {"batches": len(self.held_out), **last, "rounds": list(rounds)}
+        document = calibration_document(self.calibration, plan, self.program, verification)
+        return replace(self.compiled, stages=stages, calibration=document)
+
+
+def _keeps(error: float, limit: float | None) -> bool:
+    return limit is None or error <= limit
+
+
+def _tightened(
+    limit: float | None, measured: float, budget: float | None, planned: float
+) -> float | None:
+    """Below what was planned by the measured excess; unchanged where the budget was kept."""
+    if limit is None or budget is None or measured <= budget:
+        return limit
+    return min(limit, planned) * TIGHTER * budget / measured

@@ -1,0 +1,237 @@
+"""Sampled rows of one attention, dense and in float64: its logits, and what polynomials in their place would cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgrad_compiler.attention_torch import (
+    causal_mask,
+    documents_mask,
+    near_mask,
+    padding_mask,
+    polynomial,
+)
+from fastgrad_dsl.calibration.capture import Call
+
+ENTRIES = 2**19  # of a matrix of scores: rows are sampled so that it has about as many
+
+
+@dataclass(frozen=True)
+class LocalErrors:
+    """Sums of squares for each query head [H], of what a polynomial changes and of the exact values.
+
+    `output`, `gradient`: squared differences; `output_size`, `gradient_size`: of the exact ones. Gradients are those of
+    q, k, v (and of the near pairs' own queries and keys) as one vector, of the sampled rows.
+    """
+
+    output: Tensor
+    output_size: Tensor
+    gradient: Tensor
+    gradient_size: Tensor
+
+    def output_error(self, heads: Sequence[int]) -> float:
+        """Relative L2 error of the output of some heads together."""
+        return _share(self.output, self.output_size, heads)
+
+    def gradient_error(self, heads: Sequence[int]) -> float:
+        """Relative L2 error of the gradients of some heads together."""
+        return _share(self.gradient, self.gradient_size, heads)
+
+    def __add__(self, other: LocalErrors) -> LocalErrors:
+        return LocalErrors(
+            self.output + other.output,
+            self.output_size + other.output_size,
+            self.gradient + other.gradient,
+            self.gradient_size + other.gradient_size,
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some queries of one attention against all keys. b: batch and leading dims, H: query heads, m: rows, n: keys.
+
+    q [b, H, m, d] with the scale of the logits, k [b, H, n, d], v [b, H, n, dv], upstream [b, H, m, dv]; near_q, near_k
+    the same of near pairs with logits of their own; visible, near [b or 1, 1, m, n], near of the model's own near field.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    upstream: Tensor
+    near_q: Tensor | None
+    near_k: Tensor | None
+    visible: Tensor
+    near: Tensor
+    rows: Tensor
+
+    def near_pairs(self, block: int | None) -> Tensor:
+        """Pairs of the near field, the model's own or one of a block size."""
+        if block is None or self.near_q is not None:
+            return self.near
+        return near_mask(self.k.shape[-2], self.k.shape[-2], block, self.k.device)[self.rows]
+
+    def logits(self, centre: Tensor | None = None) -> Tensor:
+        """Of all pairs as a polynomial would serve them, [b, H, m, n]; `centre` [H, 1, d] is taken from the keys."""
+        return self.q @ (self.k if centre is None else self.k - centre).mT
+
+    def far(self, block: int | None) -> Tensor:
+        """The visible pairs that a polynomial serves."""
+        return self.visible & ~self.near_pairs(block)
+
+
+def sample(call: Call, limit: int = ENTRIES) -> Sample:
+    """Evenly spaced queries, the last among them, so that scores have about `limit` entries."""
+    q, k = call.inputs[0], call.inputs[1]
+    entries = max(1, q.shape[:-2].numel() * k.shape[-2])
+    count = max(1, min(q.shape[-2], limit // entries))
+    spaced = torch.linspace(q.shape[-2] - 1, 0, count, dtype=torch.float64).round().long().flip(0)
+    return sample_rows(call, spaced)
+
+
+def sample_rows(call: Call, rows: Tensor) -> Sample:
+    """The queries at `rows` (int64 [m])."""
+    q, k, v = (headed(x, call) for x in call.inputs[:3])
+    others, node = call.others, call.node
+    n, m = q.shape[2], k.shape[2]
+    visible = torch.ones(len(rows), m, dtype=torch.bool, device=q.device)
+    if node["causal"]:
+        visible = causal_mask(n, m, q.device)[rows]
+    visible = visible[None, None]
+    if "padding" in others:
+        visible = visible & padding_mask(_spread(others["padding"], q), q)
+    if "documents" in others:
+        visible = visible & documents_mask(_spread(others["documents"], q), q)[..., rows, :]
+    near = node["near"]
+    pairs = torch.zeros(len(rows), m, dtype=torch.bool, device=q.device)
+    if isinstance(near, int):
+        pairs = near_mask(n, m, near, q.device)[rows]
+    groups = q.shape[1] // k.shape[1]
+
+    def repeated(x: Tensor) -> Tensor:
+        return x.double().repeat_interleave(groups, 1)
+
+    own = "near_q" in others
+    return Sample(
+        q=q[:, :, rows].double() * float(str(node["scale"])),
+        k=repeated(k),
+        v=repeated(v),
+        upstream=headed(call.upstream, call)[:, :, rows].double(),
+        near_q=headed(others["near_q"], call)[:, :, rows].double() if own else None,
+        near_k=repeated(headed(others["near_k"], call)) if own else None,
+        visible=visible,
+        near=pairs,
+        rows=rows,
+    )
+
+
+def _spread(tokens: Tensor, q: Tensor) -> Tensor:
+    """A mask or ids [b, n] for each of the leading dims that became one batch."""
+    return tokens.repeat_interleave(q.shape[0] // tokens.shape[0], 0)
+
+
+def headed(tensor: Tensor, call: Call) -> Tensor:
+    """As [b, H, n, width]: further leading dims are one batch, attention without heads has one."""
+    rank = call.inputs[0].dim()
+    if rank == 2:
+        return tensor[None, None]
+    if rank == 3:
+        batched = "padding" in call.others or "documents" in call.others
+        return tensor[:, None] if batched else tensor[None]
+    return tensor.flatten(0, rank - 4)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The exact weights, output and score gradients of a sample."""
+
+    logits: Tensor
+    output: Tensor
+    of_weights: Tensor
+    gradients: tuple[Tensor, ...]
+    value_gradient: Tensor
+
+
+def exact_rows(rows: Sample) -> Exact:
+    """Softmax of the sampled rows, and its gradients given their upstream."""
+    far = rows.logits()
+    logits = far if rows.near_q is None else torch.where(rows.near, _near_logits(rows), far)
+    weights = torch.softmax(logits.masked_fill(~rows.visible, -math.inf), -1).nan_to_num(0.0)
+    of_weights = rows.upstream @ rows.v.mT
+    scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
+    return Exact(
+        far, weights @ rows.v, of_weights, _gradients(rows, rows.k, scores), weights.mT @ rows.upstream
+    )
+
+
+def polynomial_errors(
+    rows: Sample,
+    exact: Exact,
+    coefficients: Sequence[float],
+    *,
+    near: int | None,
+    centre: Tensor | None = None,
+) -> LocalErrors:
+    """What a polynomial in place of exp does to the sampled rows, pairs of the near field left as they are."""
+    pairs = rows.near_pairs(near)
+    scores = exact.logits if centre is None else rows.logits(centre)
+    local = scores if rows.near_q is None else _near_logits(rows)
+    nearby = pairs & rows.visible
+    top = local.masked_fill(~nearby, -math.inf).amax(-1, keepdim=True).clamp(min=0.0)
+    damping = (-top).exp()
+    slope = [power * c for power, c in enumerate(coefficients)][1:] or [0.0]
+    far = rows.visible & ~pairs
+    close = torch.where(nearby, (local - top).exp(), 0.0)
+    weights = close + torch.where(far, damping * polynomial(coefficients, scores), 0.0)
+    total = weights.sum(-1, keepdim=True)
+    total = torch.where(total == 0, 1.0, total)
+    share = weights / total
+    mean = (share * exact.of_weights).sum(-1, keepdim=True)
+    slopes = (close + torch.where(far, damping * polynomial(slope, scores), 0.0)) / total
+    keys = rows.k if centre is None else rows.k - centre
+    gradients = _gradients(rows, keys, slopes * (exact.of_weights - mean), pairs)
+    return _compare(exact, share @ rows.v, gradients, share.mT @ rows.upstream)
+
+
+def _near_logits(rows: Sample) -> Tensor:
+    assert rows.near_q is not None
+    assert rows.near_k is not None
+    return rows.near_q @ rows.near_k.mT
+
+
+def _gradients(
+    rows: Sample, keys: Tensor, scores: Tensor, pairs: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Of q and k (of the scaled q: one factor for both ways), and of the near ones where they are others."""
+    if rows.near_q is None or rows.near_k is None:
+        return scores @ keys, scores.mT @ rows.q
+    close = torch.where(rows.near if pairs is None else pairs, scores, 0.0)
+    far = scores - close
+    return far @ keys, far.mT @ rows.q, close @ rows.near_k, close.mT @ rows.near_q
+
+
+def _compare(
+    exact: Exact, output: Tensor, gradients: Sequence[Tensor], value_gradient: Tensor
+) -> LocalErrors:
+    pairs = [*zip(gradients, exact.gradients, strict=True), (value_gradient, exact.value_gradient)]
+    return LocalErrors(
+        _squares(output - exact.output),
+        _squares(exact.output),
+        torch.stack([_squares(found - wanted) for found, wanted in pairs]).sum(0),
+        torch.stack([_squares(wanted) for _, wanted in pairs]).sum(0),
+    )
+
+
+def _share(squares: Tensor, sizes: Tensor, heads: Sequence[int]) -> float:
+    chosen = torch.tensor(heads)
+    size = sizes[chosen].sum().item()
+    return math.sqrt(squares[chosen].sum().item() / size) if size else 0.0
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    """Sums of squares for each head."""
+    return tensor.square().sum((0, 2, 3))

@@ -1,0 +1,85 @@
+"""What is proved of a model's attentions with the weights that it has now (docs/mathematics.md, section 7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+from torch import nn
+
+from fastgrad_compiler.certificates import Certificate, certificate
+from fastgrad_compiler.graph import Program
+from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table, is_own
+from fastgrad_compiler.polynomial import Errors, errors
+from fastgrad_compiler.ranges import LogitRange
+from fastgrad_compiler.torch_env import number, sequence
+from fastgrad_compiler.weight_ranges import weight_ranges
+
+_WIDEST = 700.0  # R beyond which e^-R is no float, and no polynomial is close to exp
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCertificate:
+    """One attention of a plan against weights.
+
+    Args:
+        path: what users are shown.
+        full_path: its calls' labels and its own name.
+        decision: "exact" or "polynomial".
+        planned: R for which the polynomial was chosen; None for an exact attention.
+        range: R of each head that is proved now, from the program or from the weights, with the reasons.
+        holds: whether the R proved now is at most the planned one; None for an exact attention.
+        eps: of the polynomial on the range proved now; None for an exact attention, and where nothing is proved.
+        eps_prime: the same of its derivative.
+        certificate: the worst cases that follow, infinite where eps >= 1; None where eps is.
+    """
+
+    path: str
+    full_path: str
+    decision: str
+    planned: float | None
+    range: LogitRange
+    holds: bool | None
+    eps: float | None = None
+    eps_prime: float | None = None
+    certificate: Certificate | None = None
+
+    @property
+    def bound(self) -> float:
+        """R of the whole attention, as proved now; infinite where nothing is."""
+        return self.range.bound
+
+
+def certify(program: Program, model: nn.Module) -> tuple[AttentionCertificate, ...]:
+    """A certificate of every attention, in program order, from the weights of `model`, which are only read.
+
+    Attentions whose weights are a polynomial of the model's own stand in for nothing and are left out. Raises
+    ValueError where the model lacks a weight of the program.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    ranges = weight_ranges(program, weights, centring=False)
+    entries = (entry for entry in attention_table(program) if not is_own(entry.node))
+    return tuple(_certified(entry, ranges[entry.full_path]) for entry in entries)
+
+
+def _certified(entry: AttentionEntry, found: LogitRange) -> AttentionCertificate:
+    node = entry.node
+    if node.op != "poly_attention" and node.get("decision") != "polynomial":
+        return AttentionCertificate(entry.path, entry.full_path, "exact", None, found, None)
+    planned = number(node["bound"])
+    now = _errors(tuple(map(number, sequence(node["coefficients"]))), found.bound)
+    return AttentionCertificate(
+        path=entry.path,
+        full_path=entry.full_path,
+        decision="polynomial",
+        planned=planned,
+        range=found,
+        holds=found.bound <= planned,
+        eps=now.eps if now else None,
+        eps_prime=now.eps_prime if now else None,
+        certificate=certificate(now.eps, now.eps_prime) if now else None,
+    )
+
+
+def _errors(coefficients: tuple[float, ...], bound: float) -> Errors | None:
+    return errors(coefficients, bound) if isfinite(bound) and bound <= _WIDEST else None

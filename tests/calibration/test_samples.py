@@ -1,0 +1,150 @@
+"""Dense rows against the kernels: the errors of candidates are those of the attention that would run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastgrad_dsl as fg
+from fastgrad_compiler.graph import Program
+from fastgrad_compiler.polynomial import fit
+from fastgrad_dsl.batches import model_inputs, random_batch
+from fastgrad_dsl.calibration.calibrate import _gain
+from fastgrad_dsl.calibration.candidates import whole_errors
+from fastgrad_dsl.calibration.capture import Errors, Run, Subject, capture, probe
+from fastgrad_dsl.calibration.logits import measure_logits
+from fastgrad_dsl.calibration.samples import exact_rows, polynomial_errors, sample
+
+HEAD = "use std\ndim b\ndim n\n"
+LAYER = "x = x + std.{block}(std.rms_norm(x){mask}; heads = 4, kv_heads = 2, qk_dim = 4{options}) as layers"
+MODEL = HEAD + "model m(x: float[b, n, 16]{inputs}) -> float[b, n, 16] {{\n    {layer}\n    return x @ x.T @ x\n}}\n"
+
+
+def _spec(options: str = "", *, padded: bool = False) -> str:
+    block, mask, inputs = ("attention_padded", ", mask", ", mask: bool[b, n]") if padded else ("attention", "", "")
+    return MODEL.format(inputs=inputs, layer=LAYER.format(block=block, mask=mask, options=options))
+
+
+CASES = {
+    "unmasked": _spec(),
+    "causal": _spec(", causal = true"),
+    "padding": _spec(padded=True),
+    "near and far": _spec(", causal = true, gain = 1.0, near = 4"),
+    "rope": _spec(", causal = true, rope = 100.0"),
+}
+
+
+def _subject(spec: str, n: int, seed: int = 0) -> tuple[Subject, tuple[Tensor, ...], Run]:
+    compiled = fg.compile(spec)
+    program: Program = next(stage.program for stage in compiled.stages if stage.name == "attention")
+    batch = random_batch(model_inputs(program), {"b": 2, "n": n}, seed)
+    batch = tuple(x.double() if x.is_floating_point() else x for x in batch)
+    model = compiled.module(seed=0, dtype=torch.float64)
+    subject = Subject(program, dict(model.state_dict()), None)
+    return subject, batch, capture(subject, batch)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("n", [1, 17])
+def test_all_rows_give_the_errors_of_the_kernel(case: str, n: int) -> None:
+    _, _, run = _subject(CASES[case], n)
+    (call,) = run.calls.values()
+    rows = sample(call)
+    assert len(rows.rows) == n
+    bound = max(max(measure_logits([call], None).magnitudes), 0.1)
+    polynomial = fit("balanced", 2, bound)
+    found = polynomial_errors(rows, exact_rows(rows), polynomial.coefficients, near=None)
+    _, output, gradient = whole_errors(call, polynomial.coefficients, None, None)
+    assert found.output_error(range(4)) == pytest.approx(output, rel=1e-6, abs=1e-9)
+    assert found.gradient_error(range(4)) == pytest.approx(gradient, rel=0.35, abs=1e-9)  # the scale of q is folded in
+
+
+def test_a_near_field_of_the_rewrite_leaves_its_pairs_exact() -> None:
+    _, _, run = _subject(CASES["causal"], 16)
+    (call,) = run.calls.values()
+    rows = sample(call)
+    polynomial = fit("balanced", 2, 2.0)
+    exact = exact_rows(rows)
+    errors = [
+        polynomial_errors(rows, exact, polynomial.coefficients, near=near).output_error(range(4)) for near in (None, 2, 8)
+    ]
+    assert errors[0] > errors[1] > errors[2] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_centring_changes_no_exact_weight_and_narrows_shared_keys() -> None:
+    """Keys with a large part in common: their mean taken away, small ranges remain, and the exact rows are the same."""
+    spec = HEAD + (
+        "model m(q: float[b, 2, n, 4], k: float[b, 2, n, 4], v: float[b, 2, n, 4]) -> float[b, 2, n, 4] {\n"
+        "    weight w: float[4] = ones()\n    return softmax((q * w) @ k.T) @ v\n}\n"
+    )
+    compiled = fg.compile(spec)
+    program = next(stage.program for stage in compiled.stages if stage.name == "attention")
+    torch.manual_seed(0)
+    q, v = torch.randn(1, 2, 9, 4).double(), torch.randn(1, 2, 9, 4).double()
+    k = 0.1 * torch.randn(1, 2, 9, 4).double() + 2
+    (call,) = capture(Subject(program, {"w": torch.ones(4).double()}, None), (q, k, v)).calls.values()
+    logits = measure_logits([call], None)
+    assert logits.mean
+    assert logits.centring
+    assert logits.centred is not None
+    assert max(logits.centred) < 0.2 * max(logits.magnitudes)
+    rows = sample(call)
+    polynomial = fit("balanced", 10, max(logits.centred))
+    centre = rows.k.mean(2, keepdim=True)
+    found = polynomial_errors(rows, exact_rows(rows), polynomial.coefficients, near=None, centre=centre)
+    assert found.output_error((0, 1)) < 1e-6
+    assert found.gradient_error((0, 1)) < 1e-5
+
+
+def test_ranges_are_those_of_the_visible_far_pairs() -> None:
+    _, _, run = _subject(CASES["causal"], 16)
+    (call,) = run.calls.values()
+    q, k = call.inputs[:2]
+    scores = float(str(call.node["scale"])) * q @ k.repeat_interleave(2, 1).mT
+    seen = scores.masked_fill(torch.ones(16, 16).triu(1).bool(), 0.0)
+    logits = measure_logits([call], None)
+    torch.testing.assert_close(torch.tensor(logits.magnitudes).double(), seen.abs().amax((0, 2, 3)))
+    assert sum(map(sum, logits.counts)) == 2 * 4 * 16 * 17 // 2
+    far = measure_logits([call], 4)
+    assert max(far.magnitudes) <= max(logits.magnitudes)
+    assert measure_logits([call], 16).magnitudes == (0.0,) * 4
+
+
+@pytest.mark.parametrize("case", ["causal", "near and far"])
+def test_gains_are_what_an_error_does_to_the_model(case: str) -> None:
+    """Many probes against the effect itself: a small error of the attention is put in, and the model runs again."""
+    subject, batch, run = _subject(CASES[case], 12)
+    (path, call), = run.calls.items()
+    polynomial = fit("balanced", 4, 2.0)
+    errors, output, gradient = whole_errors(call, polynomial.coefficients, None, None)
+    found = probe(subject, batch, run, {path: errors}, range(200))[path]
+    output_gain = _gain([p.output for p in found], output)
+    gradient_gain = _gain([p.gradient for p in found], gradient)
+    moved_output, moved_gradient = _effect(subject, batch, run, errors, polynomial.coefficients)
+    assert output_gain.low <= moved_output / output <= output_gain.high
+    assert gradient_gain.low <= moved_gradient / gradient <= gradient_gain.high
+
+
+def _effect(
+    subject: Subject, batch: tuple[Tensor, ...], run: Run, errors: Errors, coefficients: tuple[float, ...]
+) -> tuple[float, float]:
+    """Relative changes of output and weights' gradients when the polynomial runs instead."""
+    from fastgrad_compiler.interpret import run as interpret
+    from fastgrad_dsl.calibration.candidates import kernel_of
+    from fastgrad_dsl.calibration.capture import exact
+    from fastgrad_dsl.measure import projection
+
+    (call,) = run.calls.values()
+    results = []
+    for attend in (
+        lambda path, node, tensors: exact(node, tensors),
+        lambda path, node, tensors: kernel_of(call, coefficients, None, None)(*tensors),
+    ):
+        weights = {name: w.detach().requires_grad_() for name, w in subject.weights.items()}
+        out = interpret(subject.program, list(batch), weights, attend=attend)
+        assert isinstance(out, Tensor)
+        gradients = torch.autograd.grad((projection(out) * out).sum(), list(weights.values()))
+        results.append((out.detach(), torch.cat([g.flatten() for g in gradients])))
+    (out, gradient), (other, moved) = results
+    return ((other - out).norm() / out.norm()).item(), ((moved - gradient).norm() / gradient.norm()).item()

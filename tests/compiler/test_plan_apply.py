@@ -1,0 +1,112 @@
+"""Assignments from outside: heads that are served apart and keys that are centred compute the same attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from fastgrad_compiler import interpret
+from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table
+from fastgrad_compiler.passes.plan_decision import Decision
+from fastgrad_compiler.pipeline import Stage, run
+from fastgrad_compiler.polynomial import fit
+from fastgrad_compiler.ranges import LogitRange
+from fastgrad_dsl.compiled import Compiled
+from fastgrad_grammar.source import Source
+
+SPEC = """
+use std
+dim b
+dim n
+model m(x: float[b, n, 32]) -> float[b, n, 32] {{
+    repeat i in 2 {{
+        x = x + std.attention(std.rms_norm(x); heads = 8, kv_heads = {keys}, qk_dim = 4, causal = {causal}) as layers
+    }}
+    return x
+}}
+"""
+R = 6.0
+
+
+def _decision(
+    heads: Sequence[int] | None, *, degree: int | None = 16, keys: int = 0, own_mean: bool = False
+) -> Decision:
+    if degree is None:
+        return Decision("exact", heads=None if heads is None else tuple(heads))
+    centre = tuple((0.1, -0.2, 0.1, 0.1 * key) for key in range(keys)) or None
+    count = 8 if heads is None else len(heads)
+    found = LogitRange("data", (R,) * count, ("measured",), centre)
+    return Decision(
+        "chosen", fit("balanced", degree, R), break_even=0, range=found, own_mean=own_mean,
+        heads=None if heads is None else tuple(heads),
+    )  # fmt: skip
+
+
+def _compiled(decisions: Sequence[Decision], *, keys: int = 4, causal: bool = False) -> Compiled:
+    source = Source("<text>", SPEC.format(keys=keys, causal=str(causal).lower()))
+    stages: tuple[Stage, ...] = run(elaborate(source), until="attention")
+    first = attention_table(stages[-1].program)[0]
+    return Compiled(source, "torch", run(stages[0].program, target="torch", assignment={first.full_path: decisions}))
+
+
+GROUPS = [
+    [_decision((0, 1, 2, 3)), _decision((4, 5, 6, 7), degree=None)],
+    [_decision((0, 1, 4, 5), keys=2), _decision((2, 3, 6, 7))],
+    [_decision((6, 7)), _decision((0, 1, 2, 3, 4, 5), keys=3)],
+    [_decision(None, keys=4)],
+    [_decision(None, own_mean=True)],
+]
+
+
+@pytest.mark.parametrize("decisions", GROUPS)
+def test_the_same_attention(decisions: list[Decision]) -> None:
+    """At degree 16 the polynomial is exact to some 1e-5; what is taken apart must be put together in order."""
+    compiled = _compiled(decisions)
+    model = compiled.module(seed=0, dtype=torch.float64)
+    exact = _compiled([Decision("exact")]).module(seed=0, dtype=torch.float64)
+    assert model.state_dict().keys() == exact.state_dict().keys()
+    x = torch.randn(2, 13, 32, dtype=torch.float64)
+    torch.testing.assert_close(model(x), exact(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled.reference(model)(x), exact(x))
+    found = interpret.run(compiled.program, [x], dict(model.state_dict()))
+    assert isinstance(found, torch.Tensor)
+    torch.testing.assert_close(found, model(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("decisions", GROUPS)
+def test_the_gradient_graph_follows(decisions: list[Decision]) -> None:
+    compiled = _compiled(decisions)
+    model = compiled.module(seed=0, dtype=torch.float64)
+    x = torch.randn(2, 13, 32, dtype=torch.float64, requires_grad=True)
+    out = model(x)
+    cotangent = torch.randn_like(out)
+    out.backward(cotangent)
+    inputs, weights = interpret.run_gradient(
+        compiled.program, [x.detach()], {k: v.detach() for k, v in model.state_dict().items()}, [cotangent]
+    )
+    assert x.grad is not None
+    torch.testing.assert_close(inputs["x"], x.grad, rtol=1e-9, atol=1e-11)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter.grad, rtol=1e-9, atol=1e-11)
+
+
+def test_each_group_is_an_attention_of_the_plan() -> None:
+    compiled = _compiled(GROUPS[1])
+    entries: list[AttentionEntry] = list(compiled.plan)
+    assert [entry.node["source"] for entry in entries[:2]] == ["data", "data"]
+    assert entries[0].path.endswith("heads_0_to_1_4_to_5")
+    assert entries[0].node["bound"] == R
+    assert len(entries) == 3  # the second layer is decided by the pass itself
+
+
+def test_centres_are_constants_and_no_weights() -> None:
+    compiled = _compiled(GROUPS[3])
+    model = compiled.module(seed=0)
+    (centre,) = [buffer for name, buffer in model.named_buffers() if name.endswith("centre")]
+    assert centre.shape == (4, 1, 4)
+    assert not any("centre" in name for name in model.state_dict())
+    assert not any("centre" in name for name in compiled.reference(model).state_dict())
+    assert compiled.module(seed=0).to(torch.float64).state_dict().keys() == model.state_dict().keys()
