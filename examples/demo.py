@@ -24,7 +24,7 @@ import fastgrad_dsl as fg
 from fastgrad_dsl.bench.memory import peak_of
 from fastgrad_dsl.compiled import Compiled
 from fastgrad_dsl.language_model import TrainRequest, language_model_loss, print_sample, run
-from fastgrad_dsl.report import ReportRequest, make_report, write_json
+from fastgrad_dsl.report import ReportRequest, make_report, write_html, write_json
 from fastgrad_dsl.terminal import print_plan, print_report, progress
 from fastgrad_dsl.text_data import load_text
 from fastgrad_dsl.training import CHECKPOINT, LOG, Loss, Options
@@ -63,6 +63,7 @@ def main() -> None:
         result = make_report(ReportRequest(SPEC, {}, None, TEXT, weights, sizes, 0, True), tell)
     print_report(result)
     write_json(build / "report.json", result)
+    write_html(build / "report.html", result)
     console.rule("4. time and memory of a training step")
     inputs, targets = next(data.validation_batches(training.tokens, 1, 1))
     steps = _print_steps(console, compiled, model, loss, (inputs, targets), weights)
@@ -70,7 +71,7 @@ def main() -> None:
     print_sample(console, model, compiled.program, data, training.tokens, 200)
     console.rule("files")
     for what, path in (
-        ("generated code", build / "model.py"), ("plan", build / "plan.json"), ("report", build / "report.json"),
+        ("generated code", build / "model.py"), ("plan", build / "plan.json"), ("report", build / "report.html"),
         ("trained weights", weights), ("losses", folder / LOG), ("checkpoint", folder / CHECKPOINT),
     ):  # fmt: skip
         console.print(f"{what:16s} {path}", highlight=False)

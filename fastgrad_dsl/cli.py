@@ -172,7 +172,7 @@ def report(
     set_: Set = None,
 ) -> None:
     """Show bound, estimate and measured error of each attention and of the whole model."""
-    from fastgrad_dsl.report import ReportRequest, make_report, write_json
+    from fastgrad_dsl.report import ReportRequest, make_report, write_html, write_json
     from fastgrad_dsl.terminal import print_report, progress
 
     request = ReportRequest(where, _params(set_), model, text, weights, _sizes(dim), seed, measure)
@@ -181,8 +181,6 @@ def report(
     if json_ is not None:
         write_json(json_, result)
     if html is not None:
-        from fastgrad_dsl.report.page import write_html
-
         write_html(html, result)
     print_report(result)
 

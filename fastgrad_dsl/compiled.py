@@ -95,8 +95,7 @@ class Compiled:
     @cached_property
     def files(self) -> dict[str, str]:
         """Every file that `write` writes: path within the folder to text; deterministic."""
-        from fastgrad_dsl.report import to_json
-        from fastgrad_dsl.report.page import render_html
+        from fastgrad_dsl.report import render_html, to_json
 
         stages = {
             f"stages/{index:02d}-{stage.name}.txt": print_program(stage.program)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastgrad_dsl.report.document import FORMAT, SCHEMA, build_report, to_json, write_json
+from fastgrad_dsl.report.page import render_html, write_html
 from fastgrad_dsl.report.request import DEFAULT_LENGTH, ReportRequest, Subject, make_report, measure_plan
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "build_report",
     "make_report",
     "measure_plan",
+    "render_html",
     "to_json",
+    "write_html",
     "write_json",
 ]

@@ -118,11 +118,10 @@ def pareto(place: int, what: str, document: Mapping[str, Any]) -> str:
     parts = left_axis(y_axis, LEFT, WIDTH - RIGHT, f"error of the {what} ({document['error_kind']})")
     parts.append(text(LEFT - 6, bottom - 2, "0", "end"))
     parts += bottom_axis(x_axis, bottom, top, f"time (estimate): {document['time_unit']}")
-    taken: list[tuple[float, float, float]] = []
-    for point in sorted(points, key=lambda p: not p["chosen"]):
-        parts += _candidate(
-            point, x_axis.at(point["time"]), y_axis.at(point[what]) if point[what] else bottom - 6, taken
-        )
+    spots = [(x_axis.at(p["time"]), y_axis.at(p[what]) if p[what] else bottom - 6) for p in points]
+    taken = [(x - 5, x + 5, y) for x, y in spots]
+    for point, (x, y) in sorted(zip(points, spots, strict=True), key=lambda placed: not placed[0]["chosen"]):
+        parts += _candidate(point, x, y, taken)
     families = [f for f in FAMILY_COLOURS if any(p["family"] == f for p in points)]
     parts += key(LEFT + 8, TOP + 2, [(FAMILY_COLOURS[f], f or "exact", False) for f in families])
     chosen = next((p for p in points if p["chosen"]), None)
@@ -198,7 +197,6 @@ def _candidate(
     width = LETTER * len(name) + 10
     left = x + 11 if x + 11 + width < WIDTH - RIGHT else x - 11 - width
     free = all(abs(y - other) > 13 or left > end or left + width < start for start, end, other in taken)
-    taken.append((x - 5, x + 5, y))
     if point["chosen"] or free:
         parts.append(text(left, y + 4, name, kind="strong" if point["chosen"] else ""))
         taken.append((left, left + width, y))

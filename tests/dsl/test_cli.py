@@ -224,6 +224,24 @@ def test_report_of_a_spec_and_of_its_folder_agree(fastgrad: Run) -> None:
         assert errors["output"]["estimate"] > 0
 
 
+def test_report_as_a_page_and_the_headline_first(fastgrad: Run) -> None:
+    status, out, _ = fastgrad(
+        "report", "tiny.tfg", "--dim", "n=400", "--html", "pages/one.html", "--json", "one.json"
+    )
+    assert status == 0
+    page, report = Path("pages/one.html").read_text(), json.loads(Path("one.json").read_text())
+    lines = out.splitlines()
+    assert lines[1] == report["headline"]["verdict"]["text"]
+    assert lines[2] == f"  output: {report['headline']['output']['words']}"
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert warnings == [f"warning: {warning['text']}" for warning in report["warnings"]]
+    assert lines.index(warnings[0]) < next(i for i, line in enumerate(lines) if line.startswith("attention"))
+    for warning in report["warnings"]:
+        assert warning["text"] in page
+    assert fastgrad("compile", "tiny.tfg", "-o", "build")[0] == 0
+    assert "No model was run" in Path("build/report.html").read_text()
+
+
 def test_report_without_measuring_knows_no_measurement(fastgrad: Run) -> None:
     status, out, _ = fastgrad("report", "tiny.tfg", "--no-measure", "--json", "report.json")
     assert status == 0

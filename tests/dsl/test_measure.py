@@ -85,6 +85,50 @@ def test_measured_errors_respect_the_bounds() -> None:
         assert 0 < attention.gradient <= attention.gradient_bound
 
 
+class Given(nn.Module):
+    """One attention whose queries, keys and values are weights, so that their gradients are those of the model."""
+
+    def __init__(self, dense: str | None = None) -> None:
+        super().__init__()
+        self.layer = Layer(SPECS[0], dense)
+        generator = torch.Generator().manual_seed(3)
+
+        def rows(heads: int, width: int) -> nn.Parameter:
+            drawn = torch.randn(1, heads, 17, width, generator=generator, dtype=torch.float64)
+            return nn.Parameter(nn.functional.normalize(drawn, dim=-1) * 2**0.5)
+
+        self.q, self.k, self.v = rows(4, 4), rows(2, 4), rows(2, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layer.dense is None:
+            return load_kernel(SPECS[0])(self.q, self.k, self.v) + 0 * x.sum()
+        k, v = (tensor.repeat_interleave(2, 1) for tensor in (self.k, self.v))
+        return softmax_attention(self.q, k, v, scale=0.5, causal=True)
+
+
+def test_each_tensor_and_each_head_has_its_own_error() -> None:
+    cotangent = torch.randn(1, 4, 17, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    found = measure_errors(
+        Given(), [INPUT], [cotangent], lambda out, g: (out * g).sum(), SERVED[:1]
+    ).attentions[0]
+    results = []
+    for dense in (None, "exact"):
+        model = Given(dense)
+        output = model(INPUT)
+        results.append(
+            (output, *torch.autograd.grad((output * cotangent).sum(), [model.q, model.k, model.v]))
+        )
+    for name, value, exact in zip(("output", "dq", "dk", "dv"), *results, strict=True):
+        assert found.local[name].measured == pytest.approx(relative_error(value, exact), rel=1e-6), name
+        assert 0 < found.local[name].measured <= found.local[name].bound
+    for index, head in enumerate(found.heads):
+        value, exact = (result[0][:, index] for result in results)
+        assert head.output.measured == pytest.approx(relative_error(value, exact), rel=1e-6)
+        assert head.output.measured <= head.output.bound
+        assert head.reach == pytest.approx(1.0)
+    assert len(found.heads) == 4
+
+
 def test_a_bound_that_claims_too_much_is_seen() -> None:
     claims = [Served(s.path, s.eps / 1000, s.eps_prime / 1000, s.scale) for s in SERVED]
     errors = measure_errors(stack(None, None), [INPUT], [TARGET], objective, claims)

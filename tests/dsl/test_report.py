@@ -128,6 +128,18 @@ def test_prediction_at_the_longest_length() -> None:
     assert prediction["memory"]["compiled"] == 4 * heads * (n * 2 * 2 * (16 + 32) + 2 * 153 * 33)
 
 
+def test_a_measured_pace_of_the_calibration_is_used() -> None:
+    compiled = small("gpt")
+    calibration = calibration_of(compiled.plan_document)
+    for scale in (1.0, 2.0):
+        pace = {**calibration["pace"], "speed": scale, "keys": 0}
+        prediction = compiled.report(calibration={**calibration, "pace": pace})["headline"]["prediction"]
+        assert prediction["pace"] == {"target": "torch", "kind": "measured", "speed": scale, "keys": 0}
+        if scale == 1.0:
+            first = prediction["speed_up"]["total"]
+    assert prediction["speed_up"]["total"] == pytest.approx(2 * first)
+
+
 def test_an_undeclared_length_is_said() -> None:
     report = asserted(0.5, 'at "*" degree = 2').report()
     assert report["headline"]["prediction"]["undeclared"] == ["n"]
@@ -228,6 +240,7 @@ def test_warnings_say_what_a_number_rests_on() -> None:
     assert "asserted" in kinds(wide)
     assert wide["attentions"][0]["range_source"] == "asserted"
     assert kinds(fg.compile(text("return softmax(x @ x.T) @ x")).report()) == ["unbounded"]
+    assert {"asserted", "positivity"} <= set(kinds(asserted(0.5, 'at "*" degree = 3').report()))
     random = make_report(ReportRequest(GPT, SIZES, None, None, None, {"n": 16}, 0, True), lambda what: None)
     assert {"weights", "data", "length"} <= set(kinds(random))
     assert random["reproduce"]["commands"][1].startswith(

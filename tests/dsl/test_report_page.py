@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.report.page import render_html
+from fastgrad_dsl.report import render_html
 from tests.dsl.browser import evaluate, find_chromium
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, NAMES, always_polynomial, small, text
@@ -101,6 +101,12 @@ def test_sections_are_in_order(name: str) -> None:
     assert {"headline", "spec", "table", "reproduce"} <= set(found)
     if name == "measured":
         assert tuple(found) == ORDER
+
+
+def test_without_scripts_every_figure_shows() -> None:
+    page = render_html(small("encoder_decoder").report())
+    assert page.count(" hidden>") > 0
+    assert re.search(r"<noscript><style>\[hidden\]\{display:block!important\}", page)
 
 
 @pytest.mark.parametrize("name", ["measured", "planned"])
