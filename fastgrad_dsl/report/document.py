@@ -15,7 +15,7 @@ from fastgrad_dsl.report.candidates import calibrated, candidates_key, certified
 from fastgrad_dsl.report.cautions import notes, warnings
 from fastgrad_dsl.report.curves import curve, curve_key
 from fastgrad_dsl.report.derivation import derivation, derivation_key
-from fastgrad_dsl.report.entries import Entry, place_of, range_source, shared
+from fastgrad_dsl.report.entries import Entry, shared
 from fastgrad_dsl.report.errors import attention_errors, found_errors, heads_of, whole_errors
 from fastgrad_dsl.report.headline import headline, summary, waterfall
 from fastgrad_dsl.report.prediction import cost_curve, cost_key, longest_sizes, pace_of, predict
@@ -58,8 +58,7 @@ def build_report(
         attentions.append(
             {
                 **entry,
-                "place": place_of(entry),
-                "range_source": range_source(entry),
+                "place": entry["source"],
                 "errors": attention_errors(entry, found, own),
                 "per_head": heads_of(entry, found, own),
                 "code": names,

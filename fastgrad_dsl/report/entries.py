@@ -5,24 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastgrad_compiler.ranges import SOURCES
-
 Entry = Mapping[str, Any]
-
-
-def place_of(entry: Entry) -> str | None:
-    """`gpt.tfg:12:9`, where the user wrote it; None for a program without a source."""
-    place: str | None = entry.get("place", entry["source"] if entry["source"] not in SOURCES else None)
-    return place
-
-
-def range_source(entry: Entry) -> str | None:
-    """Where R comes from, one of SOURCES; None where there is no R."""
-    if entry["bound"] is None:
-        return None
-    if entry["source"] in SOURCES:
-        return str(entry["source"])
-    return "asserted" if entry["asserted"] else "program"
 
 
 def head_ranges(entry: Entry) -> dict[int, float | None]:
