@@ -72,18 +72,11 @@ def test_advice_that_is_followed_is_feasible(options: str, word: str) -> None:
     """The cheapest change of the model, written into the file, gives a plan with its degree."""
     program = run(elaborate(Source("<text>", _text(options))), until="attention")[-1].program
     (advised,) = advise(program)
-    changes = [
-        each
-        for each in advised.advice
-        if each.feasible and each.change.startswith(word) and "near" not in each.change
-    ]
-    change = min(changes, key=lambda each: each.time)
+    near = [each for each in advised.advice if "near" in each.change]
+    changes = [each for each in advised.advice if each.feasible and each.change.startswith(word)]
+    change = min((each for each in changes if each not in near), key=lambda each: each.time)
     written = change.change.partition(",")[0]
-    text = _text(options)
-    if word == "gain":
-        text = _text(f", {written}")
-    else:
-        text = text.replace("qk_dim = 8", written)
+    text = _text(f", {written}") if word == "gain" else _text(options).replace("qk_dim = 8", written)
     planned = run(elaborate(Source("<text>", text)))[-1].program
     nodes = [node for graph in planned.graphs for node in graph.nodes if node.op == "poly_attention"]
     assert nodes
