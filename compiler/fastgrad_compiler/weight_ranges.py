@@ -117,9 +117,9 @@ class _Walk:
         found = (
             rule(Step(node, tuple(map(self.graph.by_name.__getitem__, node.inputs)), rows)) if rule else None
         )
-        if found is not None:
-            return found
         width = node.tensor.shape[-1].constant if node.tensor.shape else None
+        if found is not None and width is not None:
+            return found.shaped(len(node.tensor.shape), width)
         if bound is not None and not bound.asserted and isfinite(bound.norm) and width is not None:
             norm = torch.full((1,) * (len(node.tensor.shape) - 1), bound.norm, dtype=torch.float64)
             return ball(norm, width, bound.proof)
@@ -158,7 +158,7 @@ class _Walk:
                 return LogitRange("program", (proved,) * heads, _texts(node.get("proof")))
             return LogitRange("weights", (inf,) * heads, tuple(dict.fromkeys(lost)), _tuples(given))
         plain = logits(q, k, heads, groups, float_of(node["scale"]), given)
-        if min(plain.largest, *plain.heads) >= proved:
+        if isfinite(proved) and min(plain.heads) >= proved:
             return LogitRange("program", (proved,) * heads, _texts(node.get("proof")))
         centred = None
         if self.centring and given is None:

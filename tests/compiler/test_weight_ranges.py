@@ -158,6 +158,12 @@ SPECS = {
         "return std.attention(y; heads = 4, kv_heads = 2, bias = true) as second",
         0.08,
     ),
+    "rows scaled by one factor": Spec(
+        written(TWO + HEADS.format("(h * tanh(x[.., 0:1])) @ wq", "h @ wk")), 0.9
+    ),
+    "rows with offsets scaled": Spec(
+        written(TWO + HEADS.format("(h * tanh(x[.., 0:1])) @ wq", "h @ wk"), norm="std.layer_norm(x)"), 0.5
+    ),
     "normalised heads": Spec(
         "y = merge_heads(unit(split_heads(x, 4)))\n    return std.attention(y; heads = 2, bias = true)", 0.6
     ),
@@ -525,6 +531,17 @@ def test_weights_of_another_model_are_refused() -> None:
         weight_ranges(program, {"rms_norm.w": weights["rms_norm.w"]})
     with pytest.raises(ValueError, match=r"weight rms_norm.w is float\[16\], not of shape \(3,\)"):
         weight_ranges(program, weights | {"rms_norm.w": torch.ones(3)})
+
+
+@pytest.mark.parametrize("broken", [float("nan"), inf, 1e300])
+@pytest.mark.parametrize("name", ["rms norm", "rotary", "biases", "gain"])
+def test_diverged_weights_prove_nothing(name: str, broken: float) -> None:
+    program = program_of(name)
+    weights = weights_of(program, 1.0)
+    weights["attention.wq"][0] = broken
+    found = only(program, weights)
+    assert found.bound == (1.5 if name == "gain" else inf)
+    assert name == "gain" or "hold entries that are not finite, or too large" in found.reasons[-1]
 
 
 # ---------------------------------------------------------------- centres
