@@ -161,7 +161,7 @@ class _Walk:
         if isfinite(proved) and min(plain.heads) >= proved:
             return LogitRange("program", (proved,) * heads, _texts(node.get("proof")))
         centred = None
-        if self.centring and given is None:
+        if self.centring and given is None and isfinite(plain.largest):
             centred = logits(q, k, heads, groups, float_of(node["scale"]), plain.shared)
         return _best(plain, centred, proved, given)
 
