@@ -572,6 +572,17 @@ def test_keys_that_share_nothing_are_not_centred(name: str) -> None:
     assert only(program, weights_of(program, 1.0)).centre is None
 
 
+def test_centred_keys_can_beat_what_the_program_proves() -> None:
+    program = program_of("biases")
+    weights = weights_of(program, 1.0)
+    weights["attention.bk"] *= 10
+    plain, centred = (only(program, weights, centring=centring) for centring in (False, True))
+    proved = (min(plain.heads) + centred.bound) / 2
+    found = only(with_attention(program, bound=proved, proof=("a clamp",)), weights)
+    assert found.heads == centred.heads
+    assert found.reasons[-1].endswith(f"from {proved:.4g} to {centred.bound:.4g}")
+
+
 def test_a_small_gain_is_said_and_not_taken() -> None:
     program = program_of("biases")
     weights = weights_of(program, 1.0)
