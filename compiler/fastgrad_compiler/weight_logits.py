@@ -10,6 +10,7 @@ and at most ||q|| ||k||. A centre, which softmax ignores, is subtracted from b.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -60,21 +61,17 @@ def logits(q: Rows, k: Rows, heads: int, groups: int, scale: float, centre: Tens
     form, constant = _form(query, key), _constant(query, key)
     by_norms = size * query.norm * key.norm
     by_form = size * (form + constant)
-    least = torch.minimum(by_norms, by_form)
-    widest = int(least.argmax())
-    most = number(float(least[widest]))
-    if by_form[widest] < by_norms[widest]:
-        line = f"{_of(heads, widest)}sigma(W_q W_k^T){_named(q, k)} times the radii gives {number(float(form[widest]))}"
-        if float(constant[widest]) > 0:
-            line += f", biases and other offsets add {number(float(constant[widest]))}"
+    least = torch.minimum(by_norms, by_form).nan_to_num(nan=inf, posinf=inf)
+    head = int(least.argmax())
+    most, named = float(least[head]), _named(q, k)
+    if not isfinite(most):
+        line = f"the weights{named} hold entries that are not finite, or too large"
+    elif by_form[head] < by_norms[head]:
+        line = _by_form(named, float(form[head]), float(constant[head])) + _scaled(size, most)
     else:
-        norms = (number(float(rows.norm[widest])) for rows in (query, key))
-        line = f"{_of(heads, widest)}queries and keys{_named(q, k)} have norms at most {' and '.join(norms)}"
-    line += (
-        f"; times the scale {number(size)}, |s| is at most {most}"
-        if size != 1
-        else f": |s| is at most {most}"
-    )
+        line = _by_norms(named, float(query.norm[head]), float(key.norm[head])) + _scaled(size, most)
+    if heads > 1:
+        line = f"head {head}, the widest: {line}"
     reasons = [*q.sources, *k.sources, line]
     if heads > 1 and float(least.min()) < 0.99 * float(least.max()):
         reasons.append(f"R of the other heads goes down to {number(float(least.min()))}")
@@ -82,13 +79,23 @@ def logits(q: Rows, k: Rows, heads: int, groups: int, scale: float, centre: Tens
     return Logits(values, tuple(dict.fromkeys(reasons)), shared, centre)
 
 
-def _of(heads: int, head: int) -> str:
-    return f"head {head}, the widest: " if heads > 1 else ""
-
-
 def _named(q: Rows, k: Rows) -> str:
     paths = dict.fromkeys((*q.weights, *k.weights))
     return f" of {', '.join(f'`{path}`' for path in paths)}" if paths else ""
+
+
+def _by_form(named: str, form: float, constant: float) -> str:
+    more = f", biases and other offsets add {number(constant)}" if constant > 0 else ""
+    return f"sigma(W_q W_k^T){named} times the radii gives {number(form)}{more}"
+
+
+def _by_norms(named: str, query: float, key: float) -> str:
+    return f"queries and keys{named} have norms at most {number(query)} and {number(key)}"
+
+
+def _scaled(size: float, most: float) -> str:
+    scaled = f"; times the scale {number(size)}, " if size != 1 else ": "
+    return f"{scaled}|s| is at most {number(most)}"
 
 
 def _form(query: _Heads, key: _Heads) -> Tensor:

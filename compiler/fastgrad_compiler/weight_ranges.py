@@ -117,9 +117,9 @@ class _Walk:
         found = (
             rule(Step(node, tuple(map(self.graph.by_name.__getitem__, node.inputs)), rows)) if rule else None
         )
-        if found is not None:
-            return found
         width = node.tensor.shape[-1].constant if node.tensor.shape else None
+        if found is not None and width is not None:
+            return found.shaped(len(node.tensor.shape), width)
         if bound is not None and not bound.asserted and isfinite(bound.norm) and width is not None:
             norm = torch.full((1,) * (len(node.tensor.shape) - 1), bound.norm, dtype=torch.float64)
             return ball(norm, width, bound.proof)
@@ -158,15 +158,13 @@ class _Walk:
                 return LogitRange("program", (proved,) * heads, _texts(node.get("proof")))
             return LogitRange("weights", (inf,) * heads, tuple(dict.fromkeys(lost)), _tuples(given))
         plain = logits(q, k, heads, groups, float_of(node["scale"]), given)
-        if min(plain.largest, *plain.heads) >= proved:
-            return LogitRange("program", (proved,) * heads, _texts(node.get("proof")))
         centred = None
-        if self.centring and given is None:
+        if self.centring and given is None and isfinite(plain.largest) and bool(plain.shared.any()):
             centred = logits(q, k, heads, groups, float_of(node["scale"]), plain.shared)
-        return _best(plain, centred, proved, given)
+        return _best(node, plain, centred, proved)
 
 
-def _best(plain: Logits, centred: Logits | None, proved: float, given: Tensor | None) -> LogitRange:
+def _best(node: Node, plain: Logits, centred: Logits | None, proved: float) -> LogitRange:
     """The centred range where it is narrower, else the plain one, no head above what the program proves."""
     limited = min(plain.largest, proved)
     if centred is not None and centred.largest <= _NARROWER * limited:
@@ -175,14 +173,17 @@ def _best(plain: Logits, centred: Logits | None, proved: float, given: Tensor | 
             f"{number(limited)} to {number(centred.largest)}"
         )
         return LogitRange("weights", centred.heads, (*centred.reasons, gain), _tuples(centred.centre))
+    if isfinite(proved) and min(plain.heads) >= proved:
+        return LogitRange("program", (proved,) * len(plain.heads), _texts(node.get("proof")))
     reasons = plain.reasons
-    if given is not None:
+    if plain.centre is not None:
         reasons += ("R is that of keys less the centre of the plan",)
     if plain.largest > proved:
         reasons += (f"no head exceeds {number(proved)}, which the program proves",)
     elif centred is not None and centred.largest < limited:
         reasons += (f"centred keys would narrow R from {number(limited)} to {number(centred.largest)} only",)
-    return LogitRange("weights", tuple(min(r, proved) for r in plain.heads), reasons, _tuples(given))
+    heads = tuple(min(r, proved) for r in plain.heads)
+    return LogitRange("weights", heads, reasons, _tuples(plain.centre))
 
 
 def _static(graph: Graph) -> set[str]:

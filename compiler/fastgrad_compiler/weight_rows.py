@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Literal, TypeAlias
 
 import torch
@@ -202,17 +203,26 @@ def swap_heads(rows: Rows) -> Rows:
 
 
 def spectral_norm(matrix: Tensor) -> Tensor:
-    """sigma [..], the largest singular value of matrices [.., k, w], from the smaller Gram matrix."""
+    """sigma [..], the largest singular value of matrices [.., k, w], from the smaller Gram matrix.
+
+    Infinite where an entry is not finite, or too large for its square.
+    """
     rows, columns = matrix.shape[-2:]
     gram = matrix.mT @ matrix if columns <= rows else matrix @ matrix.mT
+    if not bool(gram.isfinite().all()):
+        return gram.new_full(gram.shape[:-2], inf)
     largest: Tensor = torch.linalg.eigvalsh(gram)[..., -1]
     return largest.clamp(min=0).sqrt()
 
 
 def product_norm(left: Tensor, right: Tensor) -> Tensor:
-    """sigma(M N^T) [..] of M [.., k, w] and N [.., l, w], from their triangular factors and not the k x l matrix."""
-    norm: Tensor = torch.linalg.matrix_norm(_triangular(left) @ _triangular(right).mT, 2)
-    return norm
+    """sigma(M N^T) [..] of M [.., k, w] and N [.., l, w], from their triangular factors and not the k x l matrix.
+
+    Infinite where an entry is not finite.
+    """
+    if not bool(left.isfinite().all() and right.isfinite().all()):
+        return left.new_full(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), inf)
+    return spectral_norm(_triangular(left) @ _triangular(right).mT)
 
 
 def _triangular(matrix: Tensor) -> Tensor:

@@ -177,9 +177,26 @@ def _mul(step: Step) -> Rows | None:
         if other is not None and not other.terms:
             return times(rows, other)
         most = _magnitude(step.inputs[1 - place], other)
-        bounded = step.ball(rows.norm * most, rows) if most is not None else None
+        bounded = _bounded(step, rows, most, step.inputs[1 - place]) if most is not None else None
         found += [bounded] if bounded is not None else []
     return min(found, key=lambda rows: float(rows.norm.max()), default=None)
+
+
+def _bounded(step: Step, rows: Rows, most: Tensor, factor: Node) -> Rows | None:
+    """Times entries of at most `most` in size; one factor for the whole row leaves its direction."""
+    shape = factor.tensor.shape
+    if (shape and shape[-1] != Dim.of(1)) or step.width == 1:
+        return step.ball(rows.norm * most, rows)
+    shrunk = _with_origin(rows)
+    terms = tuple(replace(term, radius=term.radius * most) for term in shrunk.terms)
+    return replace(shrunk, terms=terms)
+
+
+def _with_origin(rows: Rows) -> Rows:
+    """Rows as they are, shortened or turned round: the offset becomes a term."""
+    one = torch.ones((1,) * (rows.rank - 1), dtype=torch.float64)
+    terms = (*rows.terms, Term(one, rows.offset.unsqueeze(-2)))
+    return replace(rows, terms=terms, offset=torch.zeros_like(rows.offset))
 
 
 def _magnitude(node: Node, rows: Rows | None) -> Tensor | None:
@@ -198,8 +215,8 @@ def _div(step: Step) -> Rows | None:
 
 def _matmul(step: Step) -> Rows | None:
     rows, weight = step.rows
-    constant = all(dim.constant is not None for dim in step.inputs[1].tensor.shape[-2:])
-    if rows is None or weight is None or weight.terms or weight.rank < 2 or not constant:
+    size = tuple(dim.constant for dim in step.inputs[1].tensor.shape[-2:])
+    if rows is None or weight is None or weight.terms or weight.offset.shape[-2:] != size:
         return None
     return through(rows, weight)
 
@@ -354,19 +371,15 @@ def _padded(rows: Rows, before: int, after: int) -> Rows:
 
 def _attention(step: Step) -> Rows | None:
     """Means of values with positive weights that add up to 1, or 0 where a query sees no key."""
-    values, heads = step.rows[2], step.shape[-3].constant
-    if values is None or heads is None or step.node.get("decision") == "polynomial":
+    values = step.rows[2]
+    if values is None or step.rank < 3 or step.node.get("decision") == "polynomial":
         return None
-    if any(size[-1] != 1 for size in (values.offset.shape[:-1], values.norm.shape)):
-        return step.ball(values.norm.amax(-1, keepdim=True), values)
-    one = torch.ones((1,) * (values.rank - 1), dtype=torch.float64)
-    shrunk = replace(
-        values,
-        terms=(*values.terms, Term(one, values.offset.unsqueeze(-2))),
-        offset=torch.zeros_like(values.offset),
-    )
-    of = step.inputs[2].tensor.shape[-3].constant
-    return _repeated(shrunk, heads // of) if of else None
+    heads, of = step.shape[-3].constant, step.inputs[2].tensor.shape[-3].constant
+    if heads is None or of is None:
+        return None
+    if values.norm.shape[-1] != 1:  # each place has rows of its own
+        return step.ball(_repeated(values, heads // of).norm.amax(-1, keepdim=True), values)
+    return _repeated(_with_origin(values), heads // of)
 
 
 ROWS: dict[str, Rule] = {

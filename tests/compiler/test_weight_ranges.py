@@ -158,6 +158,12 @@ SPECS = {
         "return std.attention(y; heads = 4, kv_heads = 2, bias = true) as second",
         0.08,
     ),
+    "rows scaled by one factor": Spec(
+        written(TWO + HEADS.format("(h * tanh(x[.., 0:1])) @ wq", "h @ wk")), 0.9
+    ),
+    "rows with offsets scaled": Spec(
+        written(TWO + HEADS.format("(h * tanh(x[.., 0:1])) @ wq", "h @ wk"), norm="std.layer_norm(x)"), 0.5
+    ),
     "normalised heads": Spec(
         "y = merge_heads(unit(split_heads(x, 4)))\n    return std.attention(y; heads = 2, bias = true)", 0.6
     ),
@@ -527,6 +533,17 @@ def test_weights_of_another_model_are_refused() -> None:
         weight_ranges(program, weights | {"rms_norm.w": torch.ones(3)})
 
 
+@pytest.mark.parametrize("broken", [float("nan"), inf, 1e300])
+@pytest.mark.parametrize("name", ["rms norm", "rotary", "biases", "gain"])
+def test_diverged_weights_prove_nothing(name: str, broken: float) -> None:
+    program = program_of(name)
+    weights = weights_of(program, 1.0)
+    weights["attention.wq"][0] = broken
+    found = only(program, weights)
+    assert found.bound == (1.5 if name == "gain" else inf)
+    assert name == "gain" or "hold entries that are not finite, or too large" in found.reasons[-1]
+
+
 # ---------------------------------------------------------------- centres
 
 
@@ -553,6 +570,17 @@ def test_keys_are_centred_where_that_narrows_the_range(name: str) -> None:
 def test_keys_that_share_nothing_are_not_centred(name: str) -> None:
     program = program_of(name)
     assert only(program, weights_of(program, 1.0)).centre is None
+
+
+def test_centred_keys_can_beat_what_the_program_proves() -> None:
+    program = program_of("biases")
+    weights = weights_of(program, 1.0)
+    weights["attention.bk"] *= 10
+    plain, centred = (only(program, weights, centring=centring) for centring in (False, True))
+    proved = (min(plain.heads) + centred.bound) / 2
+    found = only(with_attention(program, bound=proved, proof=("a clamp",)), weights)
+    assert found.heads == centred.heads
+    assert found.reasons[-1].endswith(f"from {proved:.4g} to {centred.bound:.4g}")
 
 
 def test_a_small_gain_is_said_and_not_taken() -> None:
