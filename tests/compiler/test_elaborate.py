@@ -406,6 +406,22 @@ def test_budgets() -> None:
     )
 
 
+@pytest.mark.parametrize("words", [("certified", "exact", "taylor"), ('"certified"', '"exact"', '"taylor"')])
+def test_words_of_a_budget_need_no_quotes(words: tuple[str, ...]) -> None:
+    text = "dim b\nmodel m(x: float[b]) -> float[b] {\n    return x\n}\n"
+    assert (run(text).trust, run(text).on_violation) == ("calibrated", "warn")
+    trust, policy, family = words
+    found = run(f'{text}budget {{ trust = {trust}\n on_violation = {policy}\n at "*" family = {family}\n}}\n')
+    assert (found.trust, found.on_violation) == ("certified", "exact")
+    assert found.budget is not None
+    assert found.budget.rules == (BudgetRule("*", "family", "taylor"),)
+
+
+def test_a_word_that_is_a_param_stands_for_its_value() -> None:
+    text = 'param clamp = "raise"\ndim b\nmodel m(x: float[b]) -> float[b] {\n    return x\n}\n'
+    assert run(f"{text}budget {{ on_violation = clamp\n}}\n").on_violation == "raise"
+
+
 def test_dims_of_the_signature_are_declared_in_order() -> None:
     before = "param most = 99\ndim b\ndim unused\ndim n <= most % 3\n"
     text = before + "model m(x: float[n, b]) -> float[n, b] {\n    return x\n}\n"

@@ -65,6 +65,14 @@ def test_matches_dense_reference(
         assert worst_error(*both(inputs, options_of(inputs, causal, window, near))) < DOUBLE
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 0.7])
+def test_a_scale_of_any_sign(scale: float, causal: bool) -> None:
+    """PyTorch's fused kernel masks before it scales, and gives NaN where causal scores change their sign."""
+    inputs = make_inputs(KernelSpec(3, 5, COEFFICIENTS[2], causal), 9)
+    assert worst_error(*both(inputs, {"scale": scale, "causal": causal})) < DOUBLE
+
+
 @pytest.mark.parametrize(("n", "m"), [(9, 40), (40, 9), (1, 30), (30, 1)])
 @pytest.mark.parametrize("window", [1, 6, 50])
 def test_windows_over_other_keys(n: int, m: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:

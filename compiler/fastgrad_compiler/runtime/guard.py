@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_op import NAMESPACE
-from .logit_range import Pairs, Rows, clamp, norm_bound, rows_of, sampled_range
+from .logit_range import Clamp, Pairs, Rows, clamp, norm_bound, rows_of, sampled_range
 
 LOGGER = logging.getLogger("fastgrad.budget")
 POLICIES = ("warn", "exact", "clamp", "raise")
@@ -105,9 +105,8 @@ class Guard:
             self._act(q.device)
             self._count_late(rows, pairs, limit)
             exact_below = ALWAYS_EXACT if self._exact else exact_below
-        if self.policy == "clamp":
-            q = clamp(rows, pairs, limit).queries()
-        return kernel(q, *rest, exact_below)
+        clamped = self._clamp(rows, limit, pairs)
+        return kernel(q if clamped is None else clamped.queries(), *rest, exact_below)
 
     def backward(
         self,
@@ -120,9 +119,7 @@ class Guard:
     ) -> Any:
         """Run a kernel's backward pass: of what `forward` computed from the same inputs."""
         forward, backward = kernels
-        if self.policy == "clamp":
-            rows, limit = self._look(inputs)
-            clamped = clamp(rows, pairs, limit)
+        if self.policy == "clamp" and (clamped := self._clamp(*self._look(inputs), pairs)) is not None:
             dq, dk, *others = backward(gradient, clamped.queries(), *inputs[1:], *saved, exact_below)
             return (*clamped.pull(dq, dk), *others)
         if self._was_exact and _waits(inputs[0].device):
@@ -142,6 +139,12 @@ class Guard:
             with torch.inference_mode(False):
                 self._limits[kind] = torch.tensor(bounds, device=q.device, dtype=rows.dtype)
         return rows, self._limits[kind]
+
+    def _clamp(self, rows: Rows, limit: Tensor, pairs: Pairs) -> Clamp | None:
+        """The clamp of a call; None for other policies, and where it is known at once to change nothing."""
+        if self.policy != "clamp" or (_waits(rows.q.device) and _proved(rows, pairs, limit)):
+            return None
+        return clamp(rows, pairs, limit)
 
     # ------------------------------------------------------------ counting
 
@@ -318,6 +321,10 @@ def _held(value: object) -> Iterator[tuple[tuple[str, ...], Guard]]:
         for key, item in value.items():
             for places, guard in _held(item):
                 yield (str(key), *places), guard
+
+
+def _proved(rows: Rows, pairs: Pairs, limit: Tensor) -> bool:
+    return bool((norm_bound(rows, pairs) <= limit).all())
 
 
 def _waits(device: torch.device) -> bool:

@@ -90,8 +90,8 @@ def sampled_range(rows: Rows, pairs: Pairs) -> Tensor:
             logits.masked_fill_((runs[:, places, None] != runs[:, None])[:, None, None], 0.0)
         if rows.mask is not None:
             logits.masked_fill_(~rows.mask[group[0], None, None, None], 0.0)
-        low, high = logits.flatten(-2).aminmax(dim=-1)
-        largest[group] = torch.maximum(high, -low)
+        logits = logits.flatten(-2)
+        largest[group] = torch.maximum(logits.amax(-1), -logits.amin(-1))
     return largest.amax(0).flatten() * abs(pairs.scale)
 
 
@@ -138,8 +138,8 @@ class Clamp:
         Where f_i < 1, q'_i depends on the direction of q_i alone and is divided by K_i, a norm of a key.
         """
         rows = self.rows
-        q, upstream = rows.q.to(rows.dtype), dq.to(rows.dtype)
-        inner = (upstream * q).sum(-1) * self.factor  # dq'.q', which both gradients take out
+        q, k, upstream = (x.to(rows.dtype) for x in (rows.q, rows.k, dq))
+        inner = torch.linalg.vecdot(upstream, q) * self.factor  # dq'.q', which both gradients take out
         inner = torch.where(self.factor < 1.0, inner, 0.0)
         along = torch.where(self.factor < 1.0, inner / rows.q_norms.square(), 0.0)
         of_q = upstream * self.factor.unsqueeze(-1) - q * along.unsqueeze(-1)
@@ -147,7 +147,7 @@ class Clamp:
         lost = lost.sum(-1, keepdim=True) if self.index.shape[-1] == 1 else lost
         by_key = torch.zeros_like(rows.k_norms).scatter_add_(-1, self.index, lost)
         by_key = torch.where(by_key == 0.0, 0.0, by_key / rows.k_norms.square())
-        of_k = dk.to(rows.dtype) - rows.k.to(rows.dtype) * by_key.unsqueeze(-1)
+        of_k = dk.to(rows.dtype) - k * by_key.unsqueeze(-1)
         return of_q.to(dq.dtype), of_k.to(dk.dtype)
 
 
