@@ -17,7 +17,8 @@ import fastgrad_dsl as fg
 from fastgrad_compiler.cost import PACE, flops
 from fastgrad_compiler.polynomial import fit
 from fastgrad_dsl.compiled import Compiled
-from fastgrad_dsl.report import SCHEMA, ReportRequest, make_report, to_json
+from fastgrad_dsl.report import SCHEMA, ReportRequest, build_report, make_report, render_html, to_json
+from fastgrad_dsl.report.entries import head_numbers
 from fastgrad_dsl.report.words import percent, size
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, NAMES, always_polynomial, small, text
@@ -213,6 +214,44 @@ def test_the_waterfall_adds_up() -> None:
             ends.append(step["end"])
         assert waterfall["total"] == ends[-1] == pytest.approx(report["whole"][what]["estimate"])
         assert waterfall["measured"] == report["whole"][what]["measured"]
+
+
+def test_a_calibration_gives_estimates() -> None:
+    compiled = small("gpt")
+    calibration = calibration_of(compiled.plan_document)
+    report = compiled.report(calibration=calibration)
+    chosen = [next(c for c in a["candidates"] if c["chosen"]) for a in calibration["attentions"]]
+    for what in ("output", "gradient"):
+        parts = [candidate[what] for candidate in chosen]
+        assert [entry["errors"][what]["estimate"] for entry in report["attentions"]] == parts
+        assert [step["value"] for step in report["waterfall"][what]["steps"]] == parts
+        assert report["whole"][what]["estimate"] == calibration["planned"][what]
+    assert report["candidates"][0]["error_kind"] == "estimate"
+    certified = compiled.report(calibration={**calibration, "trust": "certified"})
+    assert certified["candidates"][0]["error_kind"] == "bound"
+    by_machine = report["headline"]["prediction"]["calibrated"]
+    assert (by_machine["n"], by_machine["speed_up"]) == (2048, 10.0)
+
+
+def test_heads_that_are_served_apart_keep_their_numbers() -> None:
+    """A plan may serve groups of an attention's heads by attentions of their own."""
+    compiled = small("gpt")
+    plan = json.loads(json.dumps(compiled.plan_document))
+    calibration = calibration_of(plan)
+    first, _ = calibration["attentions"]
+    paths = [f"{first['full_path']}_heads_{run}" for run in ("0", "1")]
+    for entry, path in zip(plan["attentions"], paths, strict=True):
+        entry.update(path=path, query_heads=1)
+    report = build_report(plan, calibration=calibration)
+    VALIDATOR.validate(report)
+    for number, entry in enumerate(report["attentions"]):
+        (row,) = entry["per_head"]
+        assert (row["head"], row["largest"]) == (number, first["heads"][number]["largest"])
+    page = render_html(report)
+    assert [f"{path}, head {number}" in page for number, path in enumerate(paths)] == [True, True]
+    numbers = head_numbers({"path": "a.b_heads_0_to_2_5", "query_heads": 4})
+    assert numbers == (0, 1, 2, 5)
+    assert head_numbers({"path": "many_heads_3", "query_heads": 2}) == (0, 1)
 
 
 def test_spec_derivations_and_code() -> None:
