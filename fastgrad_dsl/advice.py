@@ -53,7 +53,9 @@ def make_advice(request: AdviceRequest, tell: Any = lambda what: None) -> dict[s
         "target": request.target,
         "budget": None if budget is None else {"output": budget.output, "gradient": budget.gradient},
         "attentions": [_document(each, measured) for each in advise(program, request.target)],
-        "measured": None if not measured else {key: measured[key] for key in ("data", "weights", "dims", "planned")},
+        "measured": None
+        if not measured
+        else {key: measured[key] for key in ("data", "weights", "dims", "planned")},
     }
 
 
@@ -109,7 +111,16 @@ def print_advice(document: Mapping[str, Any]) -> None:
 
 def _table(advice: list[Advice], length: int) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("change", "of the", "rank", "eps", "output", "gradient", f"time at n = {length:,}", "feasible"):
+    for heading in (
+        "change",
+        "of the",
+        "rank",
+        "eps",
+        "output",
+        "gradient",
+        f"time at n = {length:,}",
+        "feasible",
+    ):
         table.add_column(heading, justify="left" if heading in ("change", "of the", "feasible") else "right")
     best = cheapest(advice)
     for each in sorted(advice, key=lambda a: (not a.feasible, a.time)):
@@ -122,7 +133,9 @@ def _table(advice: list[Advice], length: int) -> Table:
 
 def _measured_table(candidates: list[Mapping[str, Any]], measured: Mapping[str, Any]) -> Table:
     sizes = ", ".join(f"{name} = {size}" for name, size in measured["dims"].items())
-    table = Table(box=None, pad_edge=False, title=f"measured on {measured['data']} ({sizes})", title_justify="left")
+    table = Table(
+        box=None, pad_edge=False, title=f"measured on {measured['data']} ({sizes})", title_justify="left"
+    )
     for heading in ("candidate", "R", "seconds (estimate)", "output (estimate)", "gradient (estimate)", ""):
         table.add_column(heading, justify="left" if heading in ("candidate", "") else "right")
     for each in sorted(candidates, key=lambda c: c["seconds"]):

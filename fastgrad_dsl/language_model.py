@@ -16,8 +16,8 @@ from fastgrad_dsl.calibration.replan import Request, replan
 from fastgrad_dsl.compiled import Compiled
 from fastgrad_dsl.terminal import print_calibration, print_plan, progress
 from fastgrad_dsl.text_data import TextData, load_text
-from fastgrad_dsl.weights import load_weights
 from fastgrad_dsl.training import CHECKPOINT, LOG, Event, Loss, Options, generate, train
+from fastgrad_dsl.weights import load_weights
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 BYTES = 256
@@ -81,7 +81,11 @@ def _watch(console: Console, compiled: Compiled, data: TextData, options: Option
             return replan(compiled, request, tell)
 
     held_out = next(data.validation_batches(options.tokens, options.batch, 1))
-    return BudgetWatch(compiled, held_out, again, lambda line: console.print(f"        {line}", highlight=False, soft_wrap=True))
+
+    def tell(line: str) -> None:
+        console.print(f"        {line}", highlight=False, soft_wrap=True)
+
+    return BudgetWatch(compiled, held_out, again, tell)
 
 
 def run(

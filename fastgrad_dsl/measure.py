@@ -262,8 +262,8 @@ def whole_errors(
 ) -> tuple[float, float]:
     """Relative L2 errors of a model's output and of all weights' gradients against itself made exact.
 
-    `approximated` says of each polynomial attention, in the order in which the model runs them, whether it stands in for
-    softmax. Polynomials are measured at any length, below their break-even too.
+    `approximated` says of each polynomial attention, in the order in which the model runs them, whether it stands in
+    for softmax. Polynomials are measured at any length, below their break-even too.
     """
     served = _Attentions(at_any_length=True)
     output, gradients, _ = _pass(model, inputs, targets, objective, served)

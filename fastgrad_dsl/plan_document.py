@@ -12,7 +12,14 @@ from fastgrad_compiler.certificates import certificate
 from fastgrad_compiler.codegen.attention_kernels import kernel_module
 from fastgrad_compiler.cost import flops
 from fastgrad_compiler.graph import Attribute, Program
-from fastgrad_compiler.passes.attention_table import OWN, AttentionEntry, Lengths, attention_table
+from fastgrad_compiler.passes.attention_table import (
+    OWN,
+    AttentionEntry,
+    Lengths,
+    attention_table,
+    is_guarded,
+    range_source,
+)
 from fastgrad_compiler.targets import NATIVE
 from fastgrad_dsl.batches import Input, model_inputs, target_inputs
 
@@ -53,7 +60,8 @@ def attention_document(program: Program, entry: AttentionEntry, target: str) -> 
     `keys` are the two lengths, dims as text; `d`, `dv` the widths of a head; `kernel` is the module that
     serves the attention, None where PyTorch does.
 
-    `bound` is R with its `proof` and whether it is only `asserted`; `flops` are per head and sequence at the longest
+    `bound` is R with its `proof`, its `range_source` (one of ranges.SOURCES) and whether it is only `asserted`;
+    `guarded` says whether a run checks it; `flops` are per head and sequence at the longest
     declared length; `certificate` holds the proved worst cases that need no data (docs/mathematics.md, section 7).
     """
     node = entry.node
@@ -82,6 +90,8 @@ def attention_document(program: Program, entry: AttentionEntry, target: str) -> 
         "dv": entry.dv,
         "kernel": kernel_module(program[entry.graph], node, NATIVE[target]),
         "bound": _number(node["bound"]),
+        "range_source": range_source(node),
+        "guarded": is_guarded(node),
         "asserted": node.get("asserted", False),
         "proof": _listed(node.get("proof")),
         "eps": eps,

@@ -138,7 +138,11 @@ def _least(changed: Case, change: str, kind: str, case: Case) -> Iterator[Advice
 
 def _with(case: Case, bound: float, near: int | None = None) -> Case:
     changed = replace(case, node=case.node.with_attributes(bound=bound))
-    return changed if near is None else replace(changed, budget_near=near, settings=replace(case.settings, near=None))
+    return (
+        changed
+        if near is None
+        else replace(changed, budget_near=near, settings=replace(case.settings, near=None))
+    )
 
 
 def _priced(changed: Case, polynomial: Polynomial, text: str, kind: str, case: Case) -> Advice:

@@ -34,8 +34,8 @@ def run(
     """The results of `graph` (by default main), a tuple where there are several.
 
     `inputs` by name or in the order of the signature, `weights` by path. Floats are converted to `dtype`
-    where it is given. `attend` computes the attentions instead of their dense definition. Raises ValueError where inputs or weights do not have the declared types, or a dim
-    leaves its bound.
+    where it is given. `attend` computes the attentions instead of their dense definition. Raises ValueError where
+    inputs or weights do not have the declared types, or a dim leaves its bound.
     """
     source = program[graph or program.main]
     state = _Run.start(program, source, _in_order(source, inputs), weights, dtype)

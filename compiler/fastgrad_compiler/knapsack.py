@@ -30,9 +30,7 @@ class Choice:
     gap: float
 
 
-def choose(
-    items: Sequence[Sequence[Option]], output: float | None, gradient: float | None
-) -> Choice | None:
+def choose(items: Sequence[Sequence[Option]], output: float | None, gradient: float | None) -> Choice | None:
     """The cheapest options, one of each item, whose errors add up to at most `output` and `gradient` (None: no limit).
 
     None where no choice is within the limits. The sums of the choice are within them exactly, not but for a tolerance.
@@ -46,7 +44,10 @@ def choose(
     if any(not places for places in kept):
         return None
     limits = [limit for limit in (output, gradient) if limit is not None]
-    cheapest = tuple(min(places, key=lambda p, o=options: o[p].seconds) for places, options in zip(kept, items, strict=True))  # type: ignore[misc]
+    cheapest = tuple(
+        min((options[place].seconds, place) for place in places)[1]
+        for places, options in zip(kept, items, strict=True)
+    )
     if not limits or _within(items, cheapest, output, gradient):
         return Choice(cheapest, 0.0)
     found = _solve(items, kept, output, gradient)
@@ -111,7 +112,7 @@ def _solve(
         seconds / scale,
         constraints=constraints,
         bounds=Bounds(0.0, 1.0),
-        integrality=np.ones(len(flat)),
+        integrality=np.ones(len(flat), dtype=np.int64),
         options={"mip_rel_gap": GAP, "time_limit": SECONDS},
     )
     if result.x is None:

@@ -1,19 +1,20 @@
 """Calibration of a model: ranges of logits, local errors of every candidate, gains, on batches of data.
 
-What is measured is measured on the exact model. Errors of candidates are of sampled rows in float64, gains are estimates
-with a 95 % interval (docs/calibration.md).
+What is measured is measured on the exact model. Errors of candidates are of sampled rows in float64, gains are
+estimates with a 95 % interval (docs/calibration.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import inf, isfinite, sqrt
 
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.graph import Budget, Node, Program
+from fastgrad_compiler.graph import Budget, Node
 from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table, is_own
 from fastgrad_compiler.passes.plan import MAX_RANK
 from fastgrad_compiler.passes.plan_decision import unservable
@@ -61,10 +62,10 @@ class Served:
 
 @dataclass(frozen=True)
 class Attention:
-    """What calibration found of one attention. `served` is None, with `obstacle` in words, where no polynomial can serve.
+    """What calibration found of one attention; `obstacle` says in words why no polynomial can serve it.
 
-    `key_heads`: heads of keys; `sizes`: (queries, keys) of a batch; `logits`, `served` by the block of the rewrite's near
-    field.
+    `key_heads`: heads of keys; `sizes`: (queries, keys) of a batch; `logits`, `served` by the block of the rewrite's
+    near field.
     """
 
     entry: AttentionEntry
@@ -133,8 +134,16 @@ def calibrate(
     found = probe(subject, data.batches[0], runs[0], errors, range(probes), tell) if errors else {}
     attentions = [_with_gains(each, found, local) for each in attentions]
     return Calibration(
-        tuple(attentions), budget, pace, certified, data.described, data.weights, data.dims, len(data.batches), data.seed
-    )  # fmt: skip
+        attentions=tuple(attentions),
+        budget=budget,
+        pace=pace,
+        certified=certified,
+        data=data.described,
+        weights=data.weights,
+        dims=data.dims,
+        batches=len(data.batches),
+        seed=data.seed,
+    )
 
 
 # ---------------------------------------------------------------- one attention
@@ -150,9 +159,7 @@ def _attention(
 ) -> Attention:
     q, k = calls[0].inputs[:2]
     heads, key_heads = (x.shape[-3] if x.dim() >= 4 or not _is_flat(calls[0]) else 1 for x in (q, k))
-    found = Attention(
-        entry, settings, heads, key_heads, (q.shape[-2], k.shape[-2]), {}, {}, (), None, None
-    )
+    found = Attention(entry, settings, heads, key_heads, (q.shape[-2], k.shape[-2]), {}, {}, (), None, None)
     mask = unservable(entry.node)
     if mask:
         return replace(found, obstacle=f"a polynomial cannot serve the mask `{mask}`")
@@ -160,7 +167,9 @@ def _attention(
         return replace(found, obstacle="the budget leaves it exact")
     limits = (budget.output, budget.gradient, settings.relative, settings.asked)
     if all(limit is None for limit in limits):
-        return replace(found, obstacle="no budget asks for an approximation: it sets neither a limit nor a degree")
+        return replace(
+            found, obstacle="no budget asks for an approximation: it sets neither a limit nor a degree"
+        )
     blocks = _blocks(entry, settings, budget)
     logits = {near: measure_logits(calls, near) for near in blocks}
     served = {}
@@ -169,7 +178,9 @@ def _attention(
         if use is not None:
             served[near] = use
     if not served:
-        reason = "no bound of its logits is proved" if certified else "the data has no pair beyond its near field"
+        reason = (
+            "no bound of its logits is proved" if certified else "the data has no pair beyond its near field"
+        )
         return replace(found, logits=logits, obstacle=reason)
     candidates = _candidates(replace(found, logits=logits, served=served), calls)
     reason = "" if candidates else "no polynomial that can be afforded is positive on its range"
@@ -183,7 +194,7 @@ def _is_flat(call: Call) -> bool:
 
 
 def _blocks(entry: AttentionEntry, settings: Settings, budget: Budget) -> list[int | None]:
-    """Blocks of a near field that the rewrite may have: none, and the budget's; the model's own and pinned ones alone."""
+    """Blocks of a near field that the rewrite may have: none, and the budget's. None beside the model's own."""
     if entry.node["near"] is not None or entry.queries != entry.keys:
         return [None]
     if settings.near is not None:
@@ -191,9 +202,7 @@ def _blocks(entry: AttentionEntry, settings: Settings, budget: Budget) -> list[i
     return [None] if budget.near is None else [None, budget.near]
 
 
-def _range(
-    node: Node, proved: LogitRange | None, logits: Logits, certified: bool
-) -> Served | None:
+def _range(node: Node, proved: LogitRange | None, logits: Logits, certified: bool) -> Served | None:
     """The best range: a proved one unless the measured one is much narrower; None where there is none."""
     options = []
     if node["bound"] is not None and not node.get("asserted"):
@@ -240,7 +249,11 @@ def _levels(served: LogitRange, heads: int, key_heads: int) -> list[tuple[tuple[
     by_key = [max(served.heads[k * groups : (k + 1) * groups]) for k in range(key_heads)]
     levels = [(tuple(range(heads)), max(by_key))] if isfinite(max(by_key)) else []
     order = sorted(range(key_heads), key=lambda key: by_key[key])
-    steps = [(by_key[after] / by_key[before], place) for place, (before, after) in enumerate(zip(order, order[1:], strict=False)) if by_key[before] > 0]  # fmt: skip
+    steps = [
+        (by_key[after] / by_key[before], place)
+        for place, (before, after) in enumerate(pairwise(order))
+        if by_key[before] > 0
+    ]
     widest, place = max(steps, default=(0.0, 0))
     if widest >= APART:
         low = sorted(order[: place + 1])
@@ -250,7 +263,7 @@ def _levels(served: LogitRange, heads: int, key_heads: int) -> list[tuple[tuple[
 
 
 def _candidates(found: Attention, calls: Sequence[Call]) -> tuple[Candidate, ...]:
-    node, settings = found.entry.node, found.settings
+    settings = found.settings
     families = FAMILIES if settings.family is None else (str(settings.family.value),)
     rows = [sample(call, stretch=STRETCH) for call in calls]
     references = [exact_rows(each) for each in rows]

@@ -14,7 +14,9 @@ from fastgrad_compiler.polynomial import FAMILIES, MAX_DEGREE, Polynomial, Preci
 from fastgrad_dsl.calibration.capture import Call, Errors, exact
 from fastgrad_dsl.calibration.samples import LocalErrors, headed
 
-MOST_EPS = 0.5  # no weight may be off by more, proved: else a rare logit at the end of the range decides the error
+MOST_EPS = (
+    0.5  # no weight may be off by more, proved: else a rare logit at the end of the range decides the error
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ def polynomials(
                 polynomial = fit(family, degree, bound)
             except PrecisionError:
                 continue
-            if polynomial.positive and polynomial.eps <= MOST_EPS and not (guarded and polynomial.positive_from is not None):
+            if (
+                polynomial.positive
+                and polynomial.eps <= MOST_EPS
+                and not (guarded and polynomial.positive_from is not None)
+            ):
                 yield polynomial
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ def probe(
     """Random probes, one for each seed, of what the `errors` of single attentions do to the whole, to first order.
 
     The output: a vector-Jacobian product r = J^T z with z normal gives E <r, error>^2 = ||J error||^2.
-    The gradient of the weights w: <z, d grad> is the derivative along z, at fixed error functions, of <upstream, error>:
+    The gradient of the weights: <z, d grad> is the derivative along z, at fixed error functions, of <upstream, error>,
     <d upstream, error of the output> + <d inputs, errors of the gradients>, where d is a difference along the weights.
     So one product and one more pass serve all attentions (docs/mathematics.md, section 8).
     """
@@ -242,16 +243,14 @@ def exact(node: Node, tensors: Sequence[Tensor]) -> Tensor:
             window=window if isinstance(window, int) else None,
         )
     width = max(q.shape[-1], v.shape[-1])  # PyTorch has fused kernels for equal widths only
-    padded = [F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v)]
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(
-        *padded, is_causal=bool(node["causal"]), scale=scale, enable_gqa=grouped
-    )
+    q, k, wide = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    grouped, causal = q.shape[1] != k.shape[1], bool(node["causal"])
+    out = F.scaled_dot_product_attention(q, k, wide, is_causal=causal, scale=scale, enable_gqa=grouped)
     return out[..., : v.shape[-1]]
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return sum(x.double().square().sum().item() for x in tensors if x.is_floating_point()) ** 0.5
+    return sqrt(sum(x.double().square().sum().item() for x in tensors if x.is_floating_point()))
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

@@ -50,7 +50,9 @@ def _attention(each: Attention, taken: Way, calibration: Calibration, program: P
         "obstacle": each.obstacle or None,
         "heads": _heads(each),
         "gains": gains,
-        "candidates": [_candidate(way, way.parts == taken.parts, each, calibration.certified) for way in ways],
+        "candidates": [
+            _candidate(way, way.parts == taken.parts, each, calibration.certified) for way in ways
+        ],
     }
 
 

@@ -39,9 +39,7 @@ class Logits:
     @property
     def magnitudes(self) -> tuple[float, ...]:
         """The largest |q.k| of each head."""
-        return tuple(
-            max(abs(low), abs(high)) for low, high in zip(self.least, self.largest, strict=True)
-        )
+        return tuple(max(abs(low), abs(high)) for low, high in zip(self.least, self.largest, strict=True))
 
     @property
     def centring(self) -> bool:
@@ -77,13 +75,11 @@ def measure_logits(calls: Sequence[Call], near: int | None) -> Logits:
     )
     served = centres if found.centring else None
     edges, counts = _histogram(samples, served, near, found)
-    return Logits(
-        found.least, found.largest, found.centred, found.centre, found.mean, edges, counts
-    )
+    return Logits(found.least, found.largest, found.centred, found.centre, found.mean, edges, counts)
 
 
 def _own_mean(call: Call) -> bool:
-    """Whether the mean of a sequence's own keys may be taken from them: no query may learn of keys that it cannot see."""
+    """Whether a sequence's own mean may be taken from its keys: no query may learn of keys that it cannot see."""
     return not (call.node["causal"] or call.others)
 
 
@@ -118,9 +114,7 @@ def _by_key_head(call: Call, centre: Tensor) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(f"{x:.6g}") for x in row) for row in each.tolist())
 
 
-def _extremes(
-    samples: Sequence[Sample], logits: Sequence[Tensor], near: int | None
-) -> tuple[Tensor, Tensor]:
+def _extremes(samples: Sequence[Sample], logits: Sequence[Tensor], near: int | None) -> tuple[Tensor, Tensor]:
     """Least and largest of the far pairs for each head, 0 where there are none."""
     lows, highs = [], []
     for rows, scores in zip(samples, logits, strict=True):

@@ -67,7 +67,7 @@ class MachinePace:
         }
 
 
-# Measured on a server CPU with AVX-512, two threads (docs/performance.md), rounded. For the torch target flops count alike.
+# Measured on a server CPU with AVX-512, two threads (docs/performance.md), rounded.
 _NATIVE_RATE, _TORCH_RATE, _FUSED_RATE, _BLOCKS_RATE = 3.0e11, 1.0e11, 1.6e11, 4.0e10
 
 
@@ -75,8 +75,14 @@ def default_pace(target: str) -> MachinePace:
     """Round figures where nothing is measured."""
     rate = _TORCH_RATE if target == "torch" else _NATIVE_RATE
     return MachinePace(
-        Line(1e-4, rate), Line(1e-4, _FUSED_RATE), Line(5e-4, _BLOCKS_RATE), target, "", torch.get_num_threads(), "default"
-    )  # fmt: skip
+        polynomial=Line(1e-4, rate),
+        fused=Line(1e-4, _FUSED_RATE),
+        blocks=Line(5e-4, _BLOCKS_RATE),
+        target=target,
+        machine="",
+        threads=torch.get_num_threads(),
+        kind="default",
+    )
 
 
 def machine_pace(target: str) -> MachinePace:
@@ -129,7 +135,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _fit(short: int, long: int, fast: float, slow: float) -> Line:
-    """The line through two calls; a noisy pair that gives none, or one that is far too good, is bounded by the longer."""
+    """The line through two calls; one that is far too steep or flat, from noise, is bounded by the longer call."""
     rate = (long - short) / (slow - fast) if slow > fast else long / slow
     rate = min(max(rate, LEAST_RATE_SHARE * long / slow), 1 / LEAST_RATE_SHARE * long / slow)
     return Line(max(0.0, fast - short / rate), rate)

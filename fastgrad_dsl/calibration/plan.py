@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, sqrt
 
 from fastgrad_compiler.certificates import certificate
 from fastgrad_compiler.graph import Program
@@ -12,7 +12,7 @@ from fastgrad_compiler.knapsack import Option, choose
 from fastgrad_compiler.passes.attention_table import Lengths
 from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_decision import LEAST_LENGTH, Decision
-from fastgrad_dsl.calibration.calibrate import Attention, Calibration, Gain
+from fastgrad_dsl.calibration.calibrate import Attention, Calibration
 from fastgrad_dsl.calibration.candidates import Candidate
 from fastgrad_dsl.calibration.pace import MachinePace, attention_seconds
 
@@ -40,8 +40,8 @@ class Way:
 class Plan:
     """The way taken for each attention, in program order, and sums over all of them.
 
-    `output`, `gradient`: estimates of the model's relative errors, or with `trust = certified` sums of proved worst cases
-    with gains of at least 1. `gap`: how far `seconds` can be from the least, proved.
+    `output`, `gradient`: estimates of the model's relative errors, or with `trust = certified` sums of proved worst
+    cases with gains of at least 1. `gap`: how far `seconds` can be from the least, proved.
     """
 
     ways: tuple[Way, ...]
@@ -166,7 +166,7 @@ class _Sized:
 
 
 def _ways(sized: _Sized, calibration: Calibration) -> Iterator[Way]:
-    """Exact where no rule asks for a polynomial, each candidate for all heads, and pairs of them for groups of heads."""
+    """Exact where no rule asks for a polynomial, candidates for all heads, and pairs of them for groups of heads."""
     each = sized.attention
     everything = tuple(range(each.heads))
     if each.settings.asked is None or each.obstacle:
@@ -195,47 +195,47 @@ def _way(sized: _Sized, parts: tuple[Part, ...], calibration: Calibration) -> Wa
     each = sized.attention
     seconds = sum(sized.seconds(len(part.heads), part.candidate) for part in parts)
     seconds += sized.apart() if len(parts) > 1 else 0.0
-    if calibration.certified:
-        proved = [certificate(p.candidate.polynomial.eps, p.candidate.polynomial.eps_prime) for p in parts if p.candidate]
-        output, gradient = max(p.output for p in proved), max(p.score_gradient for p in proved)
-        least = 1.0
-    else:
-        output, gradient = _joint(parts)
-        least = 0.0
-    return Way(
-        parts,
-        Option(
-            seconds, _of_model(output, each.output_gain, least), _of_model(gradient, each.gradient_gain, least)
-        ),
+    local, least = (_proved(parts), 1.0) if calibration.certified else (_joint(parts), 0.0)
+    output, gradient = (
+        error * max(1.0 if gain is None else gain.value, least)
+        for error, gain in zip(local, (each.output_gain, each.gradient_gain), strict=True)
     )
+    return Way(parts, Option(seconds, output, gradient))
 
 
-def _of_model(local: float, gain: Gain | None, least: float) -> float:
-    return local * max(1.0 if gain is None else gain.value, least)
+def _proved(parts: Sequence[Part]) -> tuple[float, float]:
+    """Certificates of output and score gradient: the worst of the polynomials that serve."""
+    served = [part.candidate.polynomial for part in parts if part.candidate]
+    proved = [certificate(polynomial.eps, polynomial.eps_prime) for polynomial in served]
+    return max(each.output for each in proved), max(each.score_gradient for each in proved)
 
 
 def _joint(parts: Sequence[Part]) -> tuple[float, float]:
     """Local errors of output and gradient of heads that are served by several polynomials."""
-    sizes = next(part.candidate.errors for part in parts if part.candidate)
-    output = sum(float(p.candidate.errors.output[list(p.heads)].sum()) for p in parts if p.candidate)
-    gradient = sum(float(p.candidate.errors.gradient[list(p.heads)].sum()) for p in parts if p.candidate)
-    whole = float(sizes.output_size.sum()), float(sizes.gradient_size.sum())
-    return tuple((squares / size) ** 0.5 if size else 0.0 for squares, size in zip((output, gradient), whole, strict=True))  # type: ignore[return-value]
+    served = [(list(part.heads), part.candidate.errors) for part in parts if part.candidate]
+    sizes = served[0][1]
+    output = sum(float(errors.output[heads].sum()) for heads, errors in served)
+    gradient = sum(float(errors.gradient[heads].sum()) for heads, errors in served)
+    return _root(output, float(sizes.output_size.sum())), _root(gradient, float(sizes.gradient_size.sum()))
+
+
+def _root(squares: float, size: float) -> float:
+    return sqrt(squares / size) if size else 0.0
 
 
 # ---------------------------------------------------------------- decisions
 
 
-def decisions(
-    plan: Plan, calibration: Calibration, program: Program
-) -> Mapping[str, tuple[Decision, ...]]:
+def decisions(plan: Plan, calibration: Calibration, program: Program) -> Mapping[str, tuple[Decision, ...]]:
     """The plan as the plan pass takes it, by full path."""
     return {
         each.entry.full_path: tuple(
-            _decision(_Sized.of(each, program, calibration.pace), way, part, calibration) for part in way.parts
+            _decision(_Sized.of(each, program, calibration.pace), way, part, calibration)
+            for part in way.parts
         )
         for each, way in zip(calibration.attentions, plan.ways, strict=True)
-        if each.candidates or each.settings.asked is None  # what is asked for and cannot be had, the pass refuses
+        if each.candidates
+        or each.settings.asked is None  # what is asked for and cannot be had, the pass refuses
     }
 
 

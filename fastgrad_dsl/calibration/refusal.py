@@ -29,7 +29,11 @@ def refusal(
     ]
     if not parts and rounds:
         last = rounds[-1]
-        parts = [f"measured errors stay at {number(last['output'])} of the output and {number(last['gradient'])} of the gradient"]  # fmt: skip
+        output, gradient = last["output"], last["gradient"]
+        parts = [
+            f"measured: {number(output)} of the output and {number(gradient)} of the gradient, at the least"
+        ]
+    found = "; ".join(parts) or "no choice is within both limits"
     ruled = [each for each in calibration.attentions if each.settings.asked is not None]
     scaled = limits if not rounds else _below(limits, rounds[-1])
     span = program.budget.span if program.budget is not None else None
@@ -38,7 +42,7 @@ def refusal(
         [
             Diagnostic(
                 "FG312",
-                f"the budget of {program.name} cannot be met under its rules: {'; '.join(parts) or 'no choice is within both limits'}",
+                f"the budget of {program.name} cannot be met under its rules: {found}",
                 rule.span if rule is not None and rule.span is not None else span,
                 help=tuple(_remedies(calibration, program, scaled, limits)),
             )
@@ -55,9 +59,7 @@ def _below(limits: Limits, measured: Mapping[str, float]) -> Limits:
     return Limits(scaled(limits.output, measured["output"]), scaled(limits.gradient, measured["gradient"]))
 
 
-def _remedies(
-    calibration: Calibration, program: Program, scaled: Limits, limits: Limits
-) -> Iterator[str]:
+def _remedies(calibration: Calibration, program: Program, scaled: Limits, limits: Limits) -> Iterator[str]:
     pins = dict.fromkeys(
         each.settings.degree for each in calibration.attentions if each.settings.degree is not None
     )
@@ -75,9 +77,9 @@ def _remedies(
         yield "leave exact: " + ", ".join(f'at "{path}" exact' for path in paths)
     larger = _larger(calibration, program, limits, scaled)
     if larger is not None:
-        yield "a larger budget: " + ", ".join(
-            f"{name} <= {number(limit)}" for name, limit in (("output", larger.output), ("gradient", larger.gradient)) if limit is not None
-        )  # fmt: skip
+        pairs = (("output", larger.output), ("gradient", larger.gradient))
+        given = [f"{name} <= {number(limit)}" for name, limit in pairs if limit is not None]
+        yield f"a larger budget: {', '.join(given)}"
 
 
 def _changed(
@@ -101,17 +103,13 @@ def _pinned_to(degree: int) -> Callable[[Attention], Attention]:
     return change
 
 
-def _degree(
-    calibration: Calibration, program: Program, limits: Limits, pin: BudgetRule
-) -> int | None:
+def _degree(calibration: Calibration, program: Program, limits: Limits, pin: BudgetRule) -> int | None:
     """The least higher degree at which the pin leaves a plan."""
     served = [each for each in calibration.attentions if each.settings.degree == pin]
     known = {c.polynomial.degree for each in served for c in each.candidates}
     for degree in sorted(known):
         if degree > int(str(pin.value)):
-            tried = _changed(
-                calibration, lambda each: each.settings.degree == pin, _pinned_to(degree)
-            )
+            tried = _changed(calibration, lambda each: each.settings.degree == pin, _pinned_to(degree))
             if make_plan(tried, program, limits) is not None:
                 return degree
     return None
@@ -139,17 +137,21 @@ def _exact(calibration: Calibration, program: Program, limits: Limits) -> list[s
     return []
 
 
-def _larger(
-    calibration: Calibration, program: Program, limits: Limits, scaled: Limits
-) -> Limits | None:
+def _larger(calibration: Calibration, program: Program, limits: Limits, scaled: Limits) -> Limits | None:
     """The same limits times the least factor, with two digits, that leaves a plan."""
     factor = 1.0
     while factor < MOST:
         factor *= SLACK
-        tried = Limits(*(None if limit is None else limit * factor for limit in (scaled.output, scaled.gradient)))
-        if make_plan(calibration, program, tried) is not None:
-            return Limits(*(None if limit is None else _up(limit * factor * SLACK) for limit in (limits.output, limits.gradient)))
+        if make_plan(calibration, program, _times(scaled, factor)) is not None:
+            larger = _times(limits, factor * SLACK)
+            return Limits(
+                *(None if limit is None else _up(limit) for limit in (larger.output, larger.gradient))
+            )
     return None
+
+
+def _times(limits: Limits, factor: float) -> Limits:
+    return Limits(*(None if limit is None else limit * factor for limit in (limits.output, limits.gradient)))
 
 
 def _up(value: float) -> float:

@@ -36,10 +36,11 @@ Batch = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """What to calibrate with: a model (None: initial weights of `seed`), batches (None: random ones of the sizes `dims`).
+    """What to calibrate with.
 
-    A batch is the model's inputs, then what its objective takes beyond the results. The last third of several batches is
-    held out. `measured_pace`: the micro-benchmark of this machine instead of round figures.
+    model: None is one with the initial weights of `seed`; batches: None are random ones of the sizes `dims`. A batch is
+    the model's inputs, then what its objective takes beyond the results; the last third of several is held out.
+    measured_pace: the micro-benchmark of this machine instead of round figures.
     """
 
     model: nn.Module | None = None
@@ -146,7 +147,9 @@ class _Verified:
     def _compiled(
         self, plan: Plan, stages: tuple[Stage, ...], rounds: Sequence[Mapping[str, float]]
     ) -> Compiled:
-        last: dict[str, Any] = dict(rounds[-1]) if plan.output or plan.gradient else {"output": 0.0, "gradient": 0.0}
+        last: dict[str, Any] = (
+            dict(rounds[-1]) if plan.output or plan.gradient else {"output": 0.0, "gradient": 0.0}
+        )
         verification = {"batches": len(self.held_out), **last, "rounds": list(rounds)}
         document = calibration_document(self.calibration, plan, self.program, verification)
         return replace(self.compiled, stages=stages, calibration=document)

@@ -55,8 +55,9 @@ class LocalErrors:
 class Sample:
     """Some queries of one attention against all keys. b: batch and leading dims, H: query heads, m: rows, n: keys.
 
-    q [b, H, m, d] with the scale of the logits, k [b, H, n, d], v [b, H, n, dv], upstream [b, H, m, dv]; near_q, near_k
-    the same of near pairs with logits of their own; visible, near [b or 1, 1, m, n], near of the model's own near field.
+    q [b, H, m, d] with the scale of the logits, k [b, H, n, d], v [b, H, n, dv], upstream [b, H, m, dv]; near_q,
+    near_k the same of near pairs with logits of their own; visible and near (of the model's own near field) [b or 1, 1,
+    m, n].
     """
 
     q: Tensor
@@ -203,9 +204,7 @@ def _near_logits(rows: Sample) -> Tensor:
     return rows.near_q @ rows.near_k.mT
 
 
-def _gradients(
-    rows: Sample, keys: Tensor, scores: Tensor, pairs: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def _gradients(rows: Sample, keys: Tensor, scores: Tensor, pairs: Tensor | None = None) -> tuple[Tensor, ...]:
     """Of q and k (of the scaled q: one factor for both ways), and of the near ones where they are others."""
     if rows.near_q is None or rows.near_k is None:
         return scores @ keys, scores.mT @ rows.q

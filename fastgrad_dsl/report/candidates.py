@@ -1,7 +1,7 @@
 """What an attention could have been: every candidate with its time and error, the chosen one marked.
 
 With a calibration these are its candidates, with times of this machine and their estimated parts in the model's error.
-Without one, the polynomials of all families on the same range, with times from the cost model and certificates as errors.
+Without one, the polynomials of all families on the same range, with times from the cost model and with certificates.
 """
 
 from __future__ import annotations

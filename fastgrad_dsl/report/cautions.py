@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastgrad_compiler.passes.attention_table import OWN
 from fastgrad_dsl.plan_document import is_approximated
-from fastgrad_dsl.report.entries import range_source
 from fastgrad_dsl.report.errors import LOCAL
 from fastgrad_dsl.report.words import VACUOUS, folded, number
 
@@ -83,12 +82,14 @@ def _broken(attentions: Attentions) -> Iterator[Warned]:
 
 def _ranges(attentions: Attentions) -> Iterator[Warned]:
     for source, text in TRUSTED.items():
-        paths = [e["path"] for e in attentions if range_source(e) == source and e["decision"] == "polynomial"]
+        paths = [
+            e["path"] for e in attentions if e["range_source"] == source and e["decision"] == "polynomial"
+        ]
         if paths:
             yield source, f"{folded(paths)}: {text}", paths
     limits: dict[float, list[str]] = {}
     for entry in attentions:
-        if entry["positive_from"] is not None and range_source(entry) != "program":
+        if entry["positive_from"] is not None and entry["range_source"] != "program":
             limits.setdefault(entry["positive_from"], []).append(entry["path"])
     for limit, paths in limits.items():
         yield (

@@ -6,7 +6,7 @@ from math import comb
 from typing import Any
 
 from fastgrad_dsl.plan_document import is_approximated
-from fastgrad_dsl.report.entries import Entry, range_source
+from fastgrad_dsl.report.entries import Entry
 from fastgrad_dsl.report.words import SOURCES, number
 
 MASKS = {"padding": "a padding mask over the keys", "documents": "keys of the same document only"}
@@ -19,7 +19,7 @@ def derivation_key(entry: Entry) -> object:
         "eps_prime", "positive_from", "break_even", "d", "dv", "query_heads", "key_heads", "queries", "keys", "why",
     )  # fmt: skip
     lists = (tuple(entry[key] or ()) for key in ("coefficients", "proof", "roles"))
-    return (*(entry[key] for key in keys), range_source(entry), *lists)
+    return (*(entry[key] for key in keys), entry["range_source"], *lists)
 
 
 def derivation(entry: Entry) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _range(entry: Entry) -> list[str]:
     lines = [f"  {step}" for step in entry["proof"] or ()]
     if entry["bound"] is None:
         return ["range: nothing bounds the logits", *lines]
-    source = SOURCES[range_source(entry) or "program"]
+    source = SOURCES[entry["range_source"] or "program"]
     return ["range, step by step:", *lines, f"R = {number(entry['bound'])}: |s_ij| <= R, {source}"]
 
 

@@ -6,11 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastgrad_compiler.ranges import SOURCES
-
 Entry = Mapping[str, Any]
 
 
+<<<<<<< HEAD
 def place_of(entry: Entry) -> str | None:
     """`gpt.tfg:12:9`, where the user wrote it; None for a program without a source."""
     place: str | None = entry.get("place", entry["source"] if entry["source"] not in SOURCES else None)
@@ -44,6 +43,8 @@ def calibration_of(entry: Entry, calibration: Mapping[str, Any] | None) -> Mappi
     return None
 
 
+=======
+>>>>>>> origin/main
 def head_ranges(entry: Entry) -> dict[int, float | None]:
     """R of each head: of its group where a plan has groups, else that of the attention."""
     ranges = dict.fromkeys(head_numbers(entry), entry["bound"])

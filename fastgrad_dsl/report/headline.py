@@ -12,6 +12,10 @@ from fastgrad_dsl.report.words import number, percent
 
 WHATS = ("output", "gradient")
 HERE = "on the batch of this report"
+HELD_OUT = "by the calibration, on batches held out"
+SAME = "by the calibration, on the batch that it planned on"
+WHERE = {HERE: "this batch", HELD_OUT: "held-out batches", SAME: "the batch that it was planned on"}
+ONE_BATCH = "one batch"  # how a calibration says that nothing was held out
 EFFECTS = "how far the model moves when this attention alone is made exact"
 CALIBRATED = "what the calibration expects of each attention"
 CERTIFICATES = "certificates added up, every gain taken as 1"
@@ -66,9 +70,10 @@ def _use(
     """The error by the best that is known: measured here or by the calibration, estimated, added up from proofs."""
     limit = (plan["budget"] or {}).get(what)
     verification = (calibration or {}).get("verification")
+    same = ONE_BATCH in str((calibration or {}).get("data"))
     known = (
         (whole[what]["measured"], "measured", HERE),
-        ((verification or {}).get(what), "measured", "by the calibration, on batches held out"),
+        ((verification or {}).get(what), "measured", SAME if same else HELD_OUT),
         (whole[what]["estimate"], "estimate", "of the plan, from the calibration"),
         (_added_up(what, plan["attentions"]), "estimate", CERTIFICATES),
     )
@@ -108,12 +113,9 @@ def _verdict(plan: Mapping[str, Any], use: Mapping[str, Mapping[str, Any]]) -> d
         for what, each in shown.items()
     )
     if all(each["kind"] == "measured" for each in shown.values()):
-        here = all(each["basis"] == HERE for each in shown.values())
         state, words = ("missed", "is missed") if over else ("kept", "is kept")
-        return {
-            "state": state,
-            "text": f"The budget {words} on {'this batch' if here else 'held-out batches'}: {said}.",
-        }
+        where = WHERE[next(iter(shown.values()))["basis"]]
+        return {"state": state, "text": f"The budget {words} on {where}: {said}."}
     proved = any(each["basis"] == CERTIFICATES for each in shown.values())
     state, words = {
         (False, False): ("likely", "The plan is expected to keep the budget: {}."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastgrad_dsl.report.entries import Entry, place_of, range_source
+from fastgrad_dsl.report.entries import Entry
 from fastgrad_dsl.report.words import SOURCES, decision, folded, number
 
 
@@ -36,13 +36,13 @@ def kernel_code(
 
 def _line(path: str, entry: Entry) -> int | None:
     """The line of the spec, None for an attention that stands in another file."""
-    file, _, place = (place_of(entry) or "").rpartition(":")
+    file, _, place = (entry["source"] or "").rpartition(":")
     file, _, line = file.rpartition(":")
     return int(line) if file == path and line.isdecimal() and place else None
 
 
 def _remark(entry: Entry) -> str:
-    source = range_source(entry)
+    source = entry["range_source"]
     known = "" if source is None else f"; |s| <= {number(entry['bound'])}, {SOURCES[source]}"
     return f"{decision(dict(entry))}{known}"
 

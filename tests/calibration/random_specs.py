@@ -39,9 +39,15 @@ def random_spec(seed: int, trust: str) -> RandomSpec:
     norm = rng.choice(["rms_norm", "layer_norm"])
     output = rng.choice([3e-3, 1e-2, 5e-2])
     gradient = output * rng.choice([2.0, 5.0])
-    near = f"\n    near = {rng.choice([4, 8])}" if not limited and mask != "padding" and rng.random() < 0.5 else ""
+    near = (
+        f"\n    near = {rng.choice([4, 8])}"
+        if not limited and mask != "padding" and rng.random() < 0.5
+        else ""
+    )
     padded = mask == "padding"
-    block, given, inputs = ("attention_padded", ", mask", ", mask: bool[b, n]") if padded else ("attention", "", "")
+    block, given, inputs = (
+        ("attention_padded", ", mask", ", mask: bool[b, n]") if padded else ("attention", "", "")
+    )
     text = f"""use std
 dim b
 dim n <= 16384

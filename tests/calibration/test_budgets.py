@@ -49,7 +49,7 @@ def test_measured_errors_stay_within_the_budget(seed: int, trust: str) -> None:
         assert gradient <= spec.gradient
     for entry in planned.plan_document["attentions"]:
         if trust == "certified":
-            assert entry["source"] in (None, "program", "weights")
+            assert entry["range_source"] in (None, "program", "weights")
 
 
 def test_the_random_specs_are_worth_the_trouble() -> None:

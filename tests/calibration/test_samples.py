@@ -18,11 +18,16 @@ from fastgrad_dsl.calibration.samples import exact_rows, polynomial_errors, samp
 
 HEAD = "use std\ndim b\ndim n\n"
 LAYER = "x = x + std.{block}(std.rms_norm(x){mask}; heads = 4, kv_heads = 2, qk_dim = 4{options}) as layers"
-MODEL = HEAD + "model m(x: float[b, n, 16]{inputs}) -> float[b, n, 16] {{\n    {layer}\n    return x @ x.T @ x\n}}\n"
+MODEL = (
+    HEAD
+    + "model m(x: float[b, n, 16]{inputs}) -> float[b, n, 16] {{\n    {layer}\n    return x @ x.T @ x\n}}\n"
+)
 
 
 def _spec(options: str = "", *, padded: bool = False) -> str:
-    block, mask, inputs = ("attention_padded", ", mask", ", mask: bool[b, n]") if padded else ("attention", "", "")
+    block, mask, inputs = (
+        ("attention_padded", ", mask", ", mask: bool[b, n]") if padded else ("attention", "", "")
+    )
     return MODEL.format(inputs=inputs, layer=LAYER.format(block=block, mask=mask, options=options))
 
 
@@ -57,7 +62,9 @@ def test_all_rows_give_the_errors_of_the_kernel(case: str, n: int) -> None:
     found = polynomial_errors(rows, exact_rows(rows), polynomial.coefficients, near=None)
     _, output, gradient = whole_errors(call, polynomial.coefficients, None, None)
     assert found.output_error(range(4)) == pytest.approx(output, rel=1e-6, abs=1e-9)
-    assert found.gradient_error(range(4)) == pytest.approx(gradient, rel=0.35, abs=1e-9)  # the scale of q is folded in
+    assert found.gradient_error(range(4)) == pytest.approx(
+        gradient, rel=0.35, abs=1e-9
+    )  # the scale of q is folded in
 
 
 def test_a_near_field_of_the_rewrite_leaves_its_pairs_exact() -> None:
@@ -66,9 +73,8 @@ def test_a_near_field_of_the_rewrite_leaves_its_pairs_exact() -> None:
     rows = sample(call)
     polynomial = fit("balanced", 2, 2.0)
     exact = exact_rows(rows)
-    errors = [
-        polynomial_errors(rows, exact, polynomial.coefficients, near=near).output_error(range(4)) for near in (None, 2, 8)
-    ]
+    found = [polynomial_errors(rows, exact, polynomial.coefficients, near=near) for near in (None, 2, 8)]
+    errors = [each.output_error(range(4)) for each in found]
     assert errors[0] > errors[1] > errors[2] == pytest.approx(0.0, abs=1e-12)
 
 
@@ -115,7 +121,7 @@ def test_ranges_are_those_of_the_visible_far_pairs() -> None:
 def test_gains_are_what_an_error_does_to_the_model(case: str) -> None:
     """Many probes against the effect itself: a small error of the attention is put in, and the model runs again."""
     subject, batch, run = _subject(CASES[case], 12)
-    (path, call), = run.calls.items()
+    ((path, call),) = run.calls.items()
     polynomial = fit("balanced", 4, 2.0)
     errors, output, gradient = whole_errors(call, polynomial.coefficients, None, None)
     found = probe(subject, batch, run, {path: errors}, range(200))[path]

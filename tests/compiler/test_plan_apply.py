@@ -49,7 +49,9 @@ def _compiled(decisions: Sequence[Decision], *, keys: int = 4, causal: bool = Fa
     source = Source("<text>", SPEC.format(keys=keys, causal=str(causal).lower()))
     stages: tuple[Stage, ...] = run(elaborate(source), until="attention")
     first = attention_table(stages[-1].program)[0]
-    return Compiled(source, "torch", run(stages[0].program, target="torch", assignment={first.full_path: decisions}))
+    return Compiled(
+        source, "torch", run(stages[0].program, target="torch", assignment={first.full_path: decisions})
+    )
 
 
 GROUPS = [

@@ -108,6 +108,10 @@ def test_headline_by_what_is_known() -> None:
         entry["certificate"]["output_of_value_range"] for entry in compiled.plan_document["attentions"]
     )
     assert compiled.report()["headline"]["output"]["value"] == added
+    same = compiled.report(
+        calibration={**calibration, "data": "given batches, one batch: the plan is verified on the same"}
+    )
+    assert "on the batch that it was planned on" in same["headline"]["verdict"]["text"]
     missed = {**calibration, "verification": {**calibration["verification"], "gradient": 9.0}}
     report = compiled.report(calibration=missed)
     assert report["headline"]["verdict"]["state"] == "missed"
@@ -309,6 +313,32 @@ def test_a_folder_gives_its_calibration(tmp_path: Path) -> None:
     with pytest.raises(fg.TfgError, match="no calibration"):
         make_report(request, lambda what: None)
     shutil.rmtree(tmp_path)
+
+
+def test_commands_that_reproduce_a_calibration() -> None:
+    compiled = fg.compile(GPT, params=SIZES)
+    calibration = calibration_of(compiled.plan_document)
+    assert (
+        compiled.report(calibration=calibration)["reproduce"]["commands"] is None
+    )  # weights were given as a module
+    for data, weights, expected in (
+        (
+            "text of a b.txt",
+            "weights of w.safetensors",
+            "--calibrate 'a b.txt' --dim b=1 --dim n=2048 --weights w.saf",
+        ),
+        (
+            "random inputs",
+            "initial weights, seed 0",
+            "--calibrate random --dim b=1 --dim n=2048 --seed 0 -o build",
+        ),
+    ):
+        known = {**calibration, "data": data, "weights": weights}
+        (command, again) = compiled.report(calibration=known)["reproduce"]["commands"]
+        assert "--set depth=2 " in command
+        assert expected in command
+        assert again == "fastgrad report build --no-measure --html build/report.html"
+    assert small("gpt").report(small("gpt").module(), INPUTS["gpt"])["reproduce"]["commands"] is None
 
 
 def test_numbers_in_words() -> None:

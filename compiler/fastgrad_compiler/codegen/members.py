@@ -105,7 +105,7 @@ def _tensor(node: Node) -> Leaf:
 def nested(values: Attribute) -> Expr:
     """Tuples of numbers in tuples as Python text."""
     if isinstance(values, tuple):
-        return tuple_text(nested(value) for value in values)
+        return Expr(tuple_text(nested(value) for value in values))
     assert isinstance(values, int | float)
     return literal(float(values))
 
@@ -143,7 +143,9 @@ def container(member: Member, depth: int = 0) -> Expr:
     if not member.complete:
         return call(_DICTS[member.holds], "{" + ", ".join(_entries(member, depth)) + "}", **_kept(member))
     if len(member.runs) == 1:
-        listed = f"({_generator(*member.runs[0], depth)})" if _kept(member) else _generator(*member.runs[0], depth)
+        listed = (
+            f"({_generator(*member.runs[0], depth)})" if _kept(member) else _generator(*member.runs[0], depth)
+        )
         return call(_LISTS[member.holds], listed, **_kept(member))
     parts = [
         f"*({_generator(times, element, depth)})"

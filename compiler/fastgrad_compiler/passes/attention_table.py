@@ -41,8 +41,14 @@ def is_guarded(node: Node) -> bool:
     """Whether a run checks the logits of an attention: a polynomial serves it, on a range that the program does
     not prove.
     """
-    source = node.get("source") or ("asserted" if node.get("asserted") else "program")
-    return node.op == "poly_attention" and not is_own(node) and source != "program"
+    return node.op == "poly_attention" and not is_own(node) and range_source(node) != "program"
+
+
+def range_source(node: Node) -> str | None:
+    """Where R comes from, one of ranges.SOURCES; None where there is none."""
+    if node.get("bound") is None:
+        return None
+    return str(node.get("source") or ("asserted" if node.get("asserted") else "program"))
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,9 @@ VJP: dict[str, Rule] = {
 }
 
 DECLINED: dict[str, str] = {
-    **dict.fromkeys(("input", "weight", "buffer", "constant", "fill", "literal", "arange", "sinusoid"), "has no inputs"),
+    **dict.fromkeys(
+        ("input", "weight", "buffer", "constant", "fill", "literal", "arange", "sinusoid"), "has no inputs"
+    ),
     **dict.fromkeys(("less", "less_equal", "equal", "logical_not"), "gives truth values"),
     "one_hot": "reads whole numbers",
     "weight_gradient": "receives a gradient",

@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from fastgrad_compiler.cost import PACE, Pace
 from fastgrad_compiler.flatten import Indices, iterations, path_of
-from fastgrad_compiler.graph import Attribute, Budget, Graph, Node, Program
+from fastgrad_compiler.graph import Budget, Graph, Node, Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, Lengths, attention_table, is_own
 from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_apply import applied, decided
@@ -70,8 +70,8 @@ def plan_attention(
     wrong += refuse_own([entry for entry in table if is_own(entry.node)], budget.rules, max_rank)
     if wrong:
         raise TfgError(wrong)
-    decisions = {path: (outcome,) for path, outcome in outcomes.items() if isinstance(outcome, Decision)}
-    decisions |= assignment or {}
+    decisions: dict[str, Sequence[Decision]] = dict(assigned)
+    decisions |= {path: (outcome,) for path, outcome in outcomes.items() if isinstance(outcome, Decision)}
     return _Specialiser(program, decisions).program_of_decisions()
 
 
@@ -231,9 +231,7 @@ class _Specialiser:
         self._names.add(f"{name}_{number_}")
         return f"{name}_{number_}"
 
-    def _nodes(
-        self, graph: Graph, node: Node, scope: tuple[str, ...], indices: Indices
-    ) -> tuple[Node, ...]:
+    def _nodes(self, graph: Graph, node: Node, scope: tuple[str, ...], indices: Indices) -> tuple[Node, ...]:
         if node.op == "attention":
             decisions = self.decisions[path_of(scope, node.name, indices)]
             return applied(graph, node, decisions, self.program.multiples)

@@ -69,9 +69,7 @@ def _is_centred(decision: Decision) -> bool:
     return decision.own_mean or (decision.range is not None and decision.range.centre is not None)
 
 
-def _group(
-    builder: Builder, node: Node, operands: Sequence[Value], decision: Decision, apart: bool
-) -> Value:
+def _group(builder: Builder, node: Node, operands: Sequence[Value], decision: Decision, apart: bool) -> Value:
     """The attention of one decision, on the heads that it is for."""
     roles = node["roles"]
     assert isinstance(roles, tuple)

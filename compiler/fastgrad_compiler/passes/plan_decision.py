@@ -18,8 +18,8 @@ from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import Node
 from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_settings import Settings
-from fastgrad_compiler.ranges import LogitRange
 from fastgrad_compiler.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
+from fastgrad_compiler.ranges import LogitRange
 
 LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
 
