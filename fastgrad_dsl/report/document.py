@@ -16,11 +16,7 @@ from fastgrad_dsl.report.candidates import calibrated, candidates_key, certified
 from fastgrad_dsl.report.cautions import notes, warnings
 from fastgrad_dsl.report.curves import curve, curve_key
 from fastgrad_dsl.report.derivation import derivation, derivation_key
-<<<<<<< HEAD
-from fastgrad_dsl.report.entries import Entry, calibration_of, place_of, range_source, shared
-=======
-from fastgrad_dsl.report.entries import Entry, shared
->>>>>>> origin/main
+from fastgrad_dsl.report.entries import Entry, calibration_of, shared
 from fastgrad_dsl.report.errors import attention_errors, found_errors, heads_of, whole_errors
 from fastgrad_dsl.report.headline import headline, summary, waterfall
 from fastgrad_dsl.report.prediction import cost_curve, cost_key, longest_sizes, pace_of, predict
@@ -63,16 +59,9 @@ def build_report(
         attentions.append(
             {
                 **entry,
-<<<<<<< HEAD
-                "place": place_of(entry),
-                "range_source": range_source(entry),
                 "errors": attention_errors(
                     entry, found, own if own and own["path"] == entry["path"] else None
                 ),
-=======
-                "place": entry["source"],
-                "errors": attention_errors(entry, found, own),
->>>>>>> origin/main
                 "per_head": heads_of(entry, found, own),
                 "code": names,
             }

@@ -9,22 +9,6 @@ from typing import Any
 Entry = Mapping[str, Any]
 
 
-<<<<<<< HEAD
-def place_of(entry: Entry) -> str | None:
-    """`gpt.tfg:12:9`, where the user wrote it; None for a program without a source."""
-    place: str | None = entry.get("place", entry["source"] if entry["source"] not in SOURCES else None)
-    return place
-
-
-def range_source(entry: Entry) -> str | None:
-    """Where R comes from, one of SOURCES; None where there is no R."""
-    if entry["bound"] is None:
-        return None
-    if entry["source"] in SOURCES:
-        return str(entry["source"])
-    return "asserted" if entry["asserted"] else "program"
-
-
 def head_numbers(entry: Entry) -> tuple[int, ...]:
     """The numbers of an attention's query heads; of one that serves a group of another's heads, those there."""
     count: int = entry["query_heads"]
@@ -43,8 +27,6 @@ def calibration_of(entry: Entry, calibration: Mapping[str, Any] | None) -> Mappi
     return None
 
 
-=======
->>>>>>> origin/main
 def head_ranges(entry: Entry) -> dict[int, float | None]:
     """R of each head: of its group where a plan has groups, else that of the attention."""
     ranges = dict.fromkeys(head_numbers(entry), entry["bound"])
