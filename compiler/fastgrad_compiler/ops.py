@@ -103,7 +103,7 @@ _OPS = (
     # causal: bool; scale: float, of q.k; near: int | None; window: int | None; alibi: bool; bound: float | None is a
     # proved or asserted R of |scale * q.k| on the pairs that a polynomial would serve; proof: tuple of str;
     # asserted: bool. After `plan` also decision "exact" | "polynomial", why, family, degree, coefficients, eps,
-    # eps_prime, break_even, positive_from, and `source`, where R comes from: "program", "weights", "data" or "asserted".
+    # eps_prime, break_even, positive_from, and `source` of R: "program", "weights", "data" or "asserted".
     _op(
         "attention",
         3,

@@ -1,0 +1,130 @@
+"""The budget while a model trains: states, a new plan in time, and the same weights behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastgrad_dsl as fg
+from fastgrad_dsl.budget_watch import CLOSE, BudgetState, BudgetWatch
+from fastgrad_dsl.calibration.replan import Request, replan
+from fastgrad_dsl.compiled import Compiled
+from fastgrad_dsl.text_data import load_text
+from fastgrad_dsl.training import Options, train
+
+SPEC = """use std
+dim b
+dim n <= 65536
+model tiny(tokens: int[b, n]) -> float[b, n, 256] {
+    weight table: float[256, 16] = normal(std = 0.5)
+    x = embedding(table, tokens)
+    repeat i in 2 {
+        x = x + std.attention(std.rms_norm(x); heads = 2, qk_dim = 2, causal = true) as layers
+    }
+    return std.rms_norm(x) @ table.T
+}
+objective loss(logits: float[b, n, 256], targets: int[b, n]) = cross_entropy(logits, targets)
+budget {
+    output <= 0.05
+    gradient <= 0.1
+}
+"""
+
+
+@pytest.fixture
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(256, (1, 65), generator=generator) for _ in range(3)]
+    return [(each[:, :-1], each[:, 1:]) for each in tokens]
+
+
+def _watch(
+    batches: list[tuple[torch.Tensor, torch.Tensor]], lines: list[str]
+) -> tuple[BudgetWatch, nn.Module]:
+    def again(compiled: Compiled, model: nn.Module) -> Compiled:
+        return replan(compiled, Request(model, batches, measured_pace=False))
+
+    compiled = fg.compile(SPEC, target="torch")
+    model = compiled.module(seed=0)
+    watch = BudgetWatch(compiled, batches[-1], again, lines.append)
+    watch.compiled = again(compiled, model)
+    return watch, watch.compiled.adopt(model)
+
+
+def test_a_quiet_budget_keeps_its_plan(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    lines: list[str] = []
+    watch, model = _watch(batches, lines)
+    assert any(entry.node.op == "poly_attention" for entry in watch.compiled.plan)
+    before = watch.compiled
+    state, same = watch.look(model)
+    assert same is model
+    assert watch.compiled is before
+    assert 0 < state.output <= 0.05
+    assert 0 < state.gradient <= 0.1
+    assert "(measured)" in lines[0]
+
+
+def test_growing_logits_bring_a_new_plan(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Queries grow until the measured error or a range is close: the watch plans anew with the very same weights."""
+    lines: list[str] = []
+    watch, model = _watch(batches, lines)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("wq"):
+                parameter.mul_(2.0)
+    before = watch.compiled
+    state, changed = watch.look(model)
+    assert state.share({"output": 0.05, "gradient": 0.1}) >= CLOSE or state.violations
+    assert watch.compiled is not before
+    assert changed is not model
+    assert dict(changed.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    for name, parameter in changed.named_parameters():
+        assert parameter is dict(model.named_parameters())[name]
+    assert "planned anew" in lines[-1]
+    after, same = watch.look(changed)
+    assert same is changed
+    assert after.output <= 0.05
+    assert not after.violations
+
+
+def test_shares() -> None:
+    state = BudgetState(0.04, 0.02, 0.5, "layers.0.attend", 0)
+    assert state.share({"output": 0.05, "gradient": 0.1}) == pytest.approx(0.8)
+    assert state.share(None) == 0.5
+    assert "logits at 50 % of R in layers.0.attend" in state.line({"output": 0.05, "gradient": None})
+    assert "3 calls beyond" in BudgetState(0.0, 0.0, None, None, 3).line(None)
+
+
+def test_training_goes_on_with_the_new_plan(
+    tmp_path: Path, batches: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """A new module in the loop shares its parameters with the optimiser, and the log has the state."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(256)) * 8)
+    lines: list[str] = []
+    watch, model = _watch(batches, lines)
+    watched: list[nn.Module] = []
+
+    def always(compiled: Compiled, module: nn.Module) -> Compiled:
+        watched.append(module)
+        return compiled
+
+    watch.again = always
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("wq"):
+                parameter.mul_(4.0)
+    options = Options(steps=4, tokens=64, validate_every=2, checkpoint_every=4, validation_batches=1)
+    loss = watch.compiled.loss
+    assert loss is not None
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    events = list(train(model, loss, load_text(text, 64), options, tmp_path / "run", watch=watch))
+    states = [event.budget for event in events if event.budget is not None]
+    assert len(states) == 2
+    assert len(watched) == 2
+    assert watched[1] is not watched[0]
+    assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert '"budget": {"output"' in (tmp_path / "run" / "log.jsonl").read_text()
