@@ -1,7 +1,7 @@
 """What an attention could have been: every candidate with its time and error, the chosen one marked.
 
-With a calibration these are its candidates, with times of this machine and errors that were measured on data. Without
-one, the polynomials of all families on the same range, with times from the cost model and certificates as errors.
+With a calibration these are its candidates, with times of this machine and their estimated parts in the model's error.
+Without one, the polynomials of all families on the same range, with times from the cost model and with certificates.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ LARGEST_RANK = (
 )
 
 
-def calibrated(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The candidates of one attention of a calibration document."""
+def calibrated(found: Mapping[str, Any], trust: str) -> dict[str, Any]:
+    """The candidates of one attention of a calibration document, whose budget is `certified` or `calibrated`."""
     points = [
         {
             key: candidate[key]
@@ -44,8 +44,10 @@ def calibrated(found: Mapping[str, Any]) -> dict[str, Any]:
         for candidate in found["candidates"]
     ]
     return {
-        "error_kind": "measured",
-        "errors": "relative L2 errors of this attention alone, measured on sampled rows",
+        "error_kind": "bound" if trust == "certified" else "estimate",
+        "errors": "certificates times gains of at least 1"
+        if trust == "certified"
+        else "parts in the model's error: the attention's own, measured on sampled rows, times its gain",
         "time_kind": "estimate",
         "time_unit": "seconds, forward and backward",
         "points": points,

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 Attentions = Sequence[Mapping[str, Any]]
 Warned = tuple[str, str, list[str]]  # kind, text, paths
 TRUSTED = {
-    "data": "R is measured on data, with a margin: logits beyond it have unbounded error",
-    "asserted": "R rests on assume_bound, the file's word: logits beyond it have unbounded error",
+    "data": "R is measured on data, with a margin",
+    "asserted": "R rests on assume_bound, the file's word",
 }
 
 
@@ -26,7 +26,7 @@ def warnings(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = (
         *_budget(document["headline"]),
         *_broken(document["attentions"]),
-        *_ranges(document["attentions"]),
+        *_ranges(document["attentions"], document["budget"]),
         *_vacuous(document["attentions"]),
         *_unbounded(document["attentions"]),
         *_batch(document["batch"], document["attentions"]),
@@ -80,13 +80,19 @@ def _broken(attentions: Attentions) -> Iterator[Warned]:
         )
 
 
-def _ranges(attentions: Attentions) -> Iterator[Warned]:
+def _ranges(attentions: Attentions, budget: Mapping[str, Any] | None) -> Iterator[Warned]:
+    policy = (budget or {}).get("on_violation", "warn")
     for source, text in TRUSTED.items():
-        paths = [
-            e["path"] for e in attentions if e["range_source"] == source and e["decision"] == "polynomial"
-        ]
-        if paths:
-            yield source, f"{folded(paths)}: {text}", paths
+        served = [e for e in attentions if e["range_source"] == source and e["decision"] == "polynomial"]
+        for guarded in (True, False):
+            paths = [e["path"] for e in served if e["guarded"] == guarded]
+            guard = f"a guard watches it, on_violation = {policy}" if guarded else "nothing watches it"
+            if paths:
+                yield (
+                    source,
+                    f"{folded(paths)}: {text}; logits beyond it have unbounded error; {guard}",
+                    paths,
+                )
     limits: dict[float, list[str]] = {}
     for entry in attentions:
         if entry["positive_from"] is not None and entry["range_source"] != "program":

@@ -73,7 +73,8 @@ def _error(what: str, kind: str) -> Column:
 def _reason(entry: Mapping[str, Any]) -> Cell:
     if entry["family"] == "own":
         return Cell("not needed")
-    return Cell(SOURCES.get(entry["range_source"], "nothing bounds it"))
+    guarded = ", guarded" if entry["guarded"] else ""
+    return Cell(SOURCES.get(entry["range_source"], "nothing bounds it") + guarded)
 
 
 def _seen(head: Mapping[str, Any]) -> Cell:

@@ -10,12 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgrad_compiler.cost import Pace
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.report.candidates import calibrated, candidates_key, certified
 from fastgrad_dsl.report.cautions import notes, warnings
 from fastgrad_dsl.report.curves import curve, curve_key
 from fastgrad_dsl.report.derivation import derivation, derivation_key
-from fastgrad_dsl.report.entries import Entry, shared
+from fastgrad_dsl.report.entries import Entry, calibration_of, shared
 from fastgrad_dsl.report.errors import attention_errors, found_errors, heads_of, whole_errors
 from fastgrad_dsl.report.headline import headline, summary, waterfall
 from fastgrad_dsl.report.prediction import cost_curve, cost_key, longest_sizes, pace_of, predict
@@ -48,18 +49,19 @@ def build_report(
         files: the generated files by name, of which those of kernels are shown.
         calibration: a calibration document, whose histograms, candidates and estimates are shown.
     """
-    calibrations = {a["path"]: a for a in (calibration or {}).get("attentions", ())}
+    calibrations = {entry["path"]: calibration_of(entry, calibration) for entry in plan["attentions"]}
     entries = plan["attentions"]
     whole = whole_errors(plan, errors, calibration)
     code, code_files = kernel_code(entries, files or {})
     attentions = []
     for entry, names in zip(entries, code_files, strict=True):
-        found, own = found_errors(entry, errors), calibrations.get(entry["path"])
+        found, own = found_errors(entry, errors), calibrations[entry["path"]]
         attentions.append(
             {
                 **entry,
-                "place": entry["source"],
-                "errors": attention_errors(entry, found, own),
+                "errors": attention_errors(
+                    entry, found, own if own and own["path"] == entry["path"] else None
+                ),
                 "per_head": heads_of(entry, found, own),
                 "code": names,
             }
@@ -72,13 +74,13 @@ def build_report(
         "versions": _versions(),
         "reproduce": reproduce(plan, batch, calibration),
         "batch": None if batch is None else {key: batch[key] for key in ("kind", "dims", "seed", "weights")},
-        "headline": headline(plan, whole, calibration, predict(plan, pace, kind)),
+        "headline": headline(plan, whole, calibration, predict(plan, pace, kind, calibration)),
         "summary": summary(plan, whole),
         "spec": annotated_spec(plan["source"], spec, attentions),
         "whole": whole,
         "attentions": attentions,
-        "waterfall": waterfall(plan, attentions, whole),
-        **_shared(attentions, sizes, pace, calibrations),
+        "waterfall": waterfall(plan, attentions, whole, calibration),
+        **_shared(attentions, sizes, pace, calibrations, (calibration or {}).get("trust", "calibrated")),
         "code": code,
         "weight_gradients": None if errors is None else dict(errors.weight_gradients),
         "calibration": None if calibration is None else dict(calibration),
@@ -98,16 +100,21 @@ def to_json(report: Mapping[str, Any]) -> str:
 
 
 def _shared(
-    attentions: list[dict[str, Any]], sizes: Mapping[str, int], pace: Any, calibrations: Mapping[str, Any]
+    attentions: list[dict[str, Any]],
+    sizes: Mapping[str, int],
+    pace: Pace,
+    calibrations: Mapping[str, Mapping[str, Any] | None],
+    trust: str,
 ) -> dict[str, Any]:
     """What equal attentions share, each once; the attentions get their places in these lists."""
 
     def candidates_of(entry: Mapping[str, Any]) -> dict[str, Any] | None:
-        own = calibrations.get(entry["path"])
-        return calibrated(own) if own and own["candidates"] else certified(entry, sizes, pace)
+        own = calibrations[entry["path"]]
+        return calibrated(own, trust) if own and own["candidates"] else certified(entry, sizes, pace)
 
     def key_of_candidates(entry: Mapping[str, Any]) -> object:
-        return entry["path"] if entry["path"] in calibrations else candidates_key(entry)
+        own = calibrations[entry["path"]]
+        return own["path"] if own and own["candidates"] else candidates_key(entry)
 
     tables: dict[str, tuple[str, Callable[[Entry], object], Callable[[Entry], dict[str, Any] | None]]] = {
         "curves": ("curve", curve_key, curve),

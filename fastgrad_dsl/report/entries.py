@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Entry = Mapping[str, Any]
 
 
+def head_numbers(entry: Entry) -> tuple[int, ...]:
+    """The numbers of an attention's query heads; of one that serves a group of another's heads, those there."""
+    count: int = entry["query_heads"]
+    found = re.search(r"_heads_((?:\d+|_to_|_)+)$", entry["path"])
+    runs = re.findall(r"(\d+)(?:_to_(\d+))?", found[1]) if found else ()
+    numbers = tuple(head for first, last in runs for head in range(int(first), int(last or first) + 1))
+    return numbers if len(numbers) == count else tuple(range(count))
+
+
+def calibration_of(entry: Entry, calibration: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What a calibration says of an attention, or of the one whose heads it serves a group of."""
+    for found in (calibration or {}).get("attentions", ()):
+        whole = found.get("full_path", found["path"])
+        if entry["path"] == found["path"] or entry["path"].startswith(f"{whole}_heads_"):
+            return dict(found)
+    return None
+
+
 def head_ranges(entry: Entry) -> dict[int, float | None]:
     """R of each head: of its group where a plan has groups, else that of the attention."""
-    ranges = dict.fromkeys(range(entry["query_heads"]), entry["bound"])
+    ranges = dict.fromkeys(head_numbers(entry), entry["bound"])
     for group in entry.get("heads") or ():
         ranges.update(dict.fromkeys(group["heads"], group.get("bound", entry["bound"])))
     return ranges

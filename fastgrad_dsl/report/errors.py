@@ -28,7 +28,7 @@ def attention_errors(
     """Of output, dq, dk and dv, and `gradient`, the largest of the three.
 
     bound: proved for the batch. measured: this attention alone, on the batch. estimate: how far the model's output, and
-    all weights' gradients, move when it alone is made exact; or its gain times its error, where a calibration has both.
+    all weights' gradients, move when it alone is made exact; or what a calibration, of the whole attention, expects.
     """
     if not is_approximated(entry):
         return {what: dict.fromkeys(KINDS, 0.0) for what in (*LOCAL, "gradient")}
@@ -44,12 +44,9 @@ def attention_errors(
 
 
 def calibrated_estimates(calibration: Mapping[str, Any] | None) -> dict[str, float]:
-    """Gain times local error of the chosen candidate, of output and gradient; empty where one of them is missing."""
+    """The part in the model's errors of the candidate that a calibration chose; empty where there is none."""
     chosen = next((c for c in (calibration or {}).get("candidates", ()) if c["chosen"]), None)
-    gains = (calibration or {}).get("gains")
-    if chosen is None or not gains:
-        return {}
-    return {what: gains[what]["value"] * chosen[what] for what in ("output", "gradient")}
+    return {} if chosen is None else {what: chosen[what] for what in ("output", "gradient")}
 
 
 def heads_of(
@@ -61,7 +58,9 @@ def heads_of(
     are measured by a calibration.
     """
     ranges = head_ranges(entry)
-    measured = dict(enumerate(found.heads)) if found and len(found.heads) == len(ranges) else {}
+    measured = (
+        dict(zip(ranges, found.heads, strict=True)) if found and len(found.heads) == len(ranges) else {}
+    )
     seen = {head["head"]: head for head in (calibration or {}).get("heads", ())}
     if not measured and not seen and not entry.get("heads"):
         return None

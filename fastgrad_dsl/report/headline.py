@@ -7,11 +7,17 @@ from typing import Any
 
 from fastgrad_dsl.plan_document import is_approximated
 from fastgrad_dsl.report.entries import Entry
+from fastgrad_dsl.report.errors import calibrated_estimates
 from fastgrad_dsl.report.words import number, percent
 
 WHATS = ("output", "gradient")
 HERE = "on the batch of this report"
+HELD_OUT = "by the calibration, on batches held out"
+SAME = "by the calibration, on the batch that it planned on"
+WHERE = {HERE: "this batch", HELD_OUT: "held-out batches", SAME: "the batch that it was planned on"}
+ONE_BATCH = "one batch"  # how a calibration says that nothing was held out
 EFFECTS = "how far the model moves when this attention alone is made exact"
+CALIBRATED = "what the calibration expects of each attention"
 CERTIFICATES = "certificates added up, every gain taken as 1"
 FACTORS = {
     "output": "output_of_value_range",
@@ -46,13 +52,16 @@ def summary(plan: Mapping[str, Any], whole: Mapping[str, Any]) -> list[str]:
 
 
 def waterfall(
-    plan: Mapping[str, Any], attentions: Sequence[Mapping[str, Any]], whole: Mapping[str, Any]
+    plan: Mapping[str, Any],
+    attentions: Sequence[Mapping[str, Any]],
+    whole: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """For output and gradient: each attention's part, from `start` to `end`, beside the limit and the whole.
 
-    The parts are estimates: effects on the batch or gains times errors, else certificates with gains taken as 1.
+    The parts are estimates: effects on the batch, what a calibration expects, else certificates with gains taken as 1.
     """
-    return {what: _steps(what, plan, attentions, whole) for what in WHATS}
+    return {what: _waterfall(what, plan, attentions, whole, calibration) for what in WHATS}
 
 
 def _use(
@@ -61,9 +70,10 @@ def _use(
     """The error by the best that is known: measured here or by the calibration, estimated, added up from proofs."""
     limit = (plan["budget"] or {}).get(what)
     verification = (calibration or {}).get("verification")
+    same = ONE_BATCH in str((calibration or {}).get("data"))
     known = (
         (whole[what]["measured"], "measured", HERE),
-        ((verification or {}).get(what), "measured", "by the calibration, on batches held out"),
+        ((verification or {}).get(what), "measured", SAME if same else HELD_OUT),
         (whole[what]["estimate"], "estimate", "of the plan, from the calibration"),
         (_added_up(what, plan["attentions"]), "estimate", CERTIFICATES),
     )
@@ -103,12 +113,9 @@ def _verdict(plan: Mapping[str, Any], use: Mapping[str, Mapping[str, Any]]) -> d
         for what, each in shown.items()
     )
     if all(each["kind"] == "measured" for each in shown.values()):
-        here = all(each["basis"] == HERE for each in shown.values())
         state, words = ("missed", "is missed") if over else ("kept", "is kept")
-        return {
-            "state": state,
-            "text": f"The budget {words} on {'this batch' if here else 'held-out batches'}: {said}.",
-        }
+        where = WHERE[next(iter(shown.values()))["basis"]]
+        return {"state": state, "text": f"The budget {words} on {where}: {said}."}
     proved = any(each["basis"] == CERTIFICATES for each in shown.values())
     state, words = {
         (False, False): ("likely", "The plan is expected to keep the budget: {}."),
@@ -122,27 +129,31 @@ def _verdict(plan: Mapping[str, Any], use: Mapping[str, Mapping[str, Any]]) -> d
     return {"state": state, "text": words.format(said)}
 
 
-def _steps(
-    what: str, plan: Mapping[str, Any], attentions: Sequence[Mapping[str, Any]], whole: Mapping[str, Any]
+def _waterfall(
+    what: str,
+    plan: Mapping[str, Any],
+    attentions: Sequence[Mapping[str, Any]],
+    whole: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     approximated = [entry for entry in attentions if is_approximated(entry)]
-    parts = [entry["errors"][what]["estimate"] for entry in approximated]
-    basis = (
-        EFFECTS if whole[what]["measured"] is not None else "gain times error of each, from the calibration"
-    )
-    if None in parts:
-        basis = CERTIFICATES
-        parts = [(entry["certificate"] or {}).get(FACTORS[what]) for entry in approximated]
+    if whole[what]["measured"] is not None:
+        basis, parts = EFFECTS, [(entry["path"], entry["errors"][what]["estimate"]) for entry in approximated]
+    elif calibration is not None:
+        estimates = ((each["path"], calibrated_estimates(each)) for each in calibration["attentions"])
+        basis, parts = CALIBRATED, [(path, found[what]) for path, found in estimates if found.get(what)]
+    else:
+        certificates = ((entry["path"], entry["certificate"] or {}) for entry in approximated)
+        basis, parts = CERTIFICATES, [(path, found.get(FACTORS[what])) for path, found in certificates]
     steps, total = [], 0.0
-    for entry, part in zip(approximated, parts, strict=True):
+    for path, part in parts:
         if part is not None:
-            steps.append({"path": entry["path"], "value": part, "start": total, "end": total + part})
+            steps.append({"path": path, "value": part, "start": total, "end": total + part})
             total += part
-    limit = (plan["budget"] or {}).get(what)
     return {
         "kind": "estimate",
         "basis": basis,
-        "limit": limit,
+        "limit": (plan["budget"] or {}).get(what),
         "steps": steps,
         "total": total,
         "measured": whole[what]["measured"],

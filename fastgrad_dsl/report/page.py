@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.report import figures, words
 from fastgrad_dsl.report.columns import COLUMNS, GROUPS, attention_rows
+from fastgrad_dsl.report.entries import calibration_of
 from fastgrad_dsl.report.headline import WHATS
 
 if TYPE_CHECKING:
@@ -97,14 +98,15 @@ def _remarks(spec: Mapping[str, Any]) -> dict[int, list[str]]:
 def _heads(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the menu of heads offers: label, curve, the histogram's path and a sentence; empty without a calibration."""
     found = []
-    calibrations = {a["path"]: a for a in (report["calibration"] or {}).get("attentions", ())}
     for entry in report["attentions"]:
         place = entry["curve"]
         if place is None:
             continue
         rows = {row["head"]: row for row in entry["per_head"] or ()}
-        for head in calibrations.get(entry["path"], {}).get("heads", ()):
-            row = rows[head["head"]]
+        for head in (calibration_of(entry, report["calibration"]) or {}).get("heads", ()):
+            row = rows.get(head["head"])
+            if row is None:
+                continue  # of another group of heads
             found.append(
                 {
                     "label": f"{entry['path']}, head {head['head']}",

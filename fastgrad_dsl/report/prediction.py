@@ -78,7 +78,9 @@ def polynomial_time(
     return _time(_flops(entry, n, m, degree, near), 1 / pace.speed)
 
 
-def predict(plan: Mapping[str, Any], pace: Pace, kind: str) -> dict[str, Any] | None:
+def predict(
+    plan: Mapping[str, Any], pace: Pace, kind: str, calibration: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
     """`prediction` of the headline: speed-up and memory of all attentions together; None where there are none."""
     sizes, undeclared = longest_sizes(plan)
     counted = [entry for entry in plan["attentions"] if _is_counted(entry)]
@@ -109,6 +111,7 @@ def predict(plan: Mapping[str, Any], pace: Pace, kind: str) -> dict[str, Any] | 
             "backward": backward / own_backward,
             "total": (forward + backward) / (own_forward + own_backward),
         },
+        "calibrated": _calibrated(calibration),
         "memory": memory,
     }
 
@@ -156,6 +159,20 @@ def cost_curve(entry: Entry, sizes: Mapping[str, int], pace: Pace) -> dict[str, 
         "lengths": lengths,
         **curves,
         "break_even": entry["break_even"] if served else None,
+    }
+
+
+def _calibrated(calibration: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Seconds of all attentions, both passes, by the pace and at the length of a calibration."""
+    planned = (calibration or {}).get("planned")
+    if calibration is None or planned is None or not planned["seconds"]:
+        return None
+    return {
+        "n": planned.get("length"),
+        "exact_seconds": planned["exact_seconds"],
+        "seconds": planned["seconds"],
+        "speed_up": planned["exact_seconds"] / planned["seconds"],
+        "pace": {key: calibration["pace"][key] for key in ("target", "machine", "threads", "kind")},
     }
 
 

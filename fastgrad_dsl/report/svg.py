@@ -53,7 +53,7 @@ class Axis:
 def logarithmic(values: Sequence[float], first: float, last: float) -> Axis:
     """A logarithmic axis that holds all values, which lie above 0, with some room at both ends."""
     low, high = min(values), max(values)
-    room = max((high / low) ** 0.06, 1.2)
+    room = 3.0 if high < 4 * low else max((high / low) ** 0.06, 1.2)
     return Axis(low / room, high * room, first, last, logarithmic=True)
 
 

@@ -42,6 +42,11 @@ def times(factor: float) -> str:
     return f"{factor:.0f} times" if factor >= 10 else f"{factor:.2g} times"
 
 
+def seconds(time: float) -> str:
+    """Seconds, as in `0.12 s` and `2,614 s`."""
+    return f"{time:,.0f} s" if time >= 100 else f"{time:.2g} s"
+
+
 def size(count: float) -> str:
     """Bytes in binary units."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):

@@ -20,9 +20,17 @@ def calibration_of(plan: Mapping[str, Any], **changes: object) -> dict[str, Any]
         "batches": 2,
         "dims": {"b": 1, "n": 2048},
         "seed": 0,
+        "trust": "calibrated",
         "pace": {"target": "cpp", "machine": "a machine", "threads": 2, "kind": "measured"},
         "attentions": [_attention(place, entry) for place, entry in enumerate(served)],
-        "planned": {"seconds": 0.1, "exact_seconds": 1.0, "output": 0.02, "gradient": 0.1, "gap": 0.0},
+        "planned": {
+            "length": 2048,
+            "seconds": 0.1,
+            "exact_seconds": 1.0,
+            "output": 0.02,
+            "gradient": 0.1,
+            "gap": 0.0,
+        },
         "verification": {
             "batches": 2,
             "output": 0.015,
@@ -37,6 +45,8 @@ def _attention(place: int, entry: Mapping[str, Any]) -> dict[str, Any]:
     interval = {"value": 0.4, "low": 0.3, "high": 0.5}
     return {
         "path": entry["path"],
+        "full_path": f"{entry['path']}._attention",
+        "obstacle": None,
         "heads": [_head(place, head, entry["bound"]) for head in range(entry["query_heads"])],
         "gains": {"output": interval, "gradient": interval},
         "candidates": [

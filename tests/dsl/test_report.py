@@ -17,7 +17,8 @@ import fastgrad_dsl as fg
 from fastgrad_compiler.cost import PACE, flops
 from fastgrad_compiler.polynomial import fit
 from fastgrad_dsl.compiled import Compiled
-from fastgrad_dsl.report import SCHEMA, ReportRequest, make_report, to_json
+from fastgrad_dsl.report import SCHEMA, ReportRequest, build_report, make_report, render_html, to_json
+from fastgrad_dsl.report.entries import head_numbers
 from fastgrad_dsl.report.words import percent, size
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, NAMES, always_polynomial, small, text
@@ -107,6 +108,10 @@ def test_headline_by_what_is_known() -> None:
         entry["certificate"]["output_of_value_range"] for entry in compiled.plan_document["attentions"]
     )
     assert compiled.report()["headline"]["output"]["value"] == added
+    same = compiled.report(
+        calibration={**calibration, "data": "given batches, one batch: the plan is verified on the same"}
+    )
+    assert "on the batch that it was planned on" in same["headline"]["verdict"]["text"]
     missed = {**calibration, "verification": {**calibration["verification"], "gradient": 9.0}}
     report = compiled.report(calibration=missed)
     assert report["headline"]["verdict"]["state"] == "missed"
@@ -215,6 +220,44 @@ def test_the_waterfall_adds_up() -> None:
         assert waterfall["measured"] == report["whole"][what]["measured"]
 
 
+def test_a_calibration_gives_estimates() -> None:
+    compiled = small("gpt")
+    calibration = calibration_of(compiled.plan_document)
+    report = compiled.report(calibration=calibration)
+    chosen = [next(c for c in a["candidates"] if c["chosen"]) for a in calibration["attentions"]]
+    for what in ("output", "gradient"):
+        parts = [candidate[what] for candidate in chosen]
+        assert [entry["errors"][what]["estimate"] for entry in report["attentions"]] == parts
+        assert [step["value"] for step in report["waterfall"][what]["steps"]] == parts
+        assert report["whole"][what]["estimate"] == calibration["planned"][what]
+    assert report["candidates"][0]["error_kind"] == "estimate"
+    certified = compiled.report(calibration={**calibration, "trust": "certified"})
+    assert certified["candidates"][0]["error_kind"] == "bound"
+    by_machine = report["headline"]["prediction"]["calibrated"]
+    assert (by_machine["n"], by_machine["speed_up"]) == (2048, 10.0)
+
+
+def test_heads_that_are_served_apart_keep_their_numbers() -> None:
+    """A plan may serve groups of an attention's heads by attentions of their own."""
+    compiled = small("gpt")
+    plan = json.loads(json.dumps(compiled.plan_document))
+    calibration = calibration_of(plan)
+    first, _ = calibration["attentions"]
+    paths = [f"{first['full_path']}_heads_{run}" for run in ("0", "1")]
+    for entry, path in zip(plan["attentions"], paths, strict=True):
+        entry.update(path=path, query_heads=1)
+    report = build_report(plan, calibration=calibration)
+    VALIDATOR.validate(report)
+    for number, entry in enumerate(report["attentions"]):
+        (row,) = entry["per_head"]
+        assert (row["head"], row["largest"]) == (number, first["heads"][number]["largest"])
+    page = render_html(report)
+    assert [f"{path}, head {number}" in page for number, path in enumerate(paths)] == [True, True]
+    numbers = head_numbers({"path": "a.b_heads_0_to_2_5", "query_heads": 4})
+    assert numbers == (0, 1, 2, 5)
+    assert head_numbers({"path": "many_heads_3", "query_heads": 2}) == (0, 1)
+
+
 def test_spec_derivations_and_code() -> None:
     report = small("gpt").report()
     assert report["spec"]["lines"] == GPT.read_text().splitlines()
@@ -239,6 +282,7 @@ def test_warnings_say_what_a_number_rests_on() -> None:
     wide = asserted(3.0, 'at "*" degree = 4').report()
     assert "asserted" in kinds(wide)
     assert wide["attentions"][0]["range_source"] == "asserted"
+    assert any("a guard watches it, on_violation = warn" in warning["text"] for warning in wide["warnings"])
     assert kinds(fg.compile(text("return softmax(x @ x.T) @ x")).report()) == ["unbounded"]
     assert {"asserted", "positivity"} <= set(kinds(asserted(0.5, 'at "*" degree = 3').report()))
     random = make_report(ReportRequest(GPT, SIZES, None, None, None, {"n": 16}, 0, True), lambda what: None)
@@ -270,6 +314,32 @@ def test_a_folder_gives_its_calibration(tmp_path: Path) -> None:
     with pytest.raises(fg.TfgError, match="no calibration"):
         make_report(request, lambda what: None)
     shutil.rmtree(tmp_path)
+
+
+def test_commands_that_reproduce_a_calibration() -> None:
+    compiled = fg.compile(GPT, params=SIZES)
+    calibration = calibration_of(compiled.plan_document)
+    assert (
+        compiled.report(calibration=calibration)["reproduce"]["commands"] is None
+    )  # weights were given as a module
+    for data, weights, expected in (
+        (
+            "text of a b.txt",
+            "weights of w.safetensors",
+            "--calibrate 'a b.txt' --dim b=1 --dim n=2048 --weights w.saf",
+        ),
+        (
+            "random inputs",
+            "initial weights, seed 0",
+            "--calibrate random --dim b=1 --dim n=2048 --seed 0 -o build",
+        ),
+    ):
+        known = {**calibration, "data": data, "weights": weights}
+        (command, again) = compiled.report(calibration=known)["reproduce"]["commands"]
+        assert "--set depth=2 " in command
+        assert expected in command
+        assert again == "fastgrad report build --no-measure --html build/report.html"
+    assert small("gpt").report(small("gpt").module(), INPUTS["gpt"])["reproduce"]["commands"] is None
 
 
 def test_numbers_in_words() -> None:
