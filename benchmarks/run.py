@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, compiler, demo, peers, training
+from benchmarks import attention, budget, compiler, curves, demo, peers, training
 from benchmarks.settings import ROOT, Settings, say
 from fastgrad_dsl.files import write_atomically
 
@@ -28,9 +28,11 @@ SECTIONS: dict[str, Callable[[Settings], dict[str, object]]] = {
     "peers": peers.measure,
     "training": training.measure,
     "compiler": compiler.measure,
+    "budget": budget.measure,
+    "curves": curves.measure,
     "demo": demo.measure,
 }
-USUAL = ("attention", "peers", "training", "compiler")  # `make demo` is a command of its own
+USUAL = ("attention", "peers", "training", "compiler", "budget")  # training for minutes is asked for by name
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--section", action="append", choices=SECTIONS, help="all but demo by default")
+    parser.add_argument("--section", action="append", choices=SECTIONS, help="all but curves and demo by default")
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "performance.json")
     parser.add_argument("--target", default="auto", help="of the polynomial attention")
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))

@@ -1,0 +1,86 @@
+"""Training curves of the planned and of the exact model on the same data and seed, and the plan before and after."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastgrad_dsl as fg
+from benchmarks.budget import TEXT, demo_spec
+from benchmarks.settings import Settings, heading, say
+from fastgrad_dsl.calibration.replan import Request, replan
+from fastgrad_dsl.compiled import Compiled
+from fastgrad_dsl.text_data import TextData, load_text
+from fastgrad_dsl.training import Event, Options, train
+
+STEPS, TOKENS, EVERY = 300, 2048, 25
+RATE = 2e-3  # the demonstration's
+
+
+def measure(settings: Settings) -> dict[str, object]:
+    """The section `curves`."""
+    steps, tokens = (4, 64) if settings.quick else (STEPS, TOKENS)
+    options = Options(
+        steps=steps, tokens=tokens, validate_every=2 if settings.quick else EVERY, checkpoint_every=steps,
+        learning_rate=RATE, seed=0,
+    )  # fmt: skip
+    data = load_text(TEXT, tokens)
+    compiled = fg.compile(demo_spec(), target=settings.target)
+    say("the plan at initial weights")
+    planned = _planned(compiled, compiled.module(seed=0), data, tokens)
+    model = planned.adopt(compiled.module(seed=0))
+    curves = {"planned": _curve("planned", planned, model, data, options)}
+    say("the plan at trained weights")
+    again = _planned(compiled, model, data, tokens)
+    exact = compiled.reference(compiled.module(seed=0))
+    curves["exact"] = _curve("exact", compiled, exact, data, options)
+    return {
+        **heading(settings),
+        "steps": steps,
+        "tokens": tokens,
+        "curves": curves,
+        "plans": {"initial": _summary(planned), "trained": _summary(again)},
+    }
+
+
+def _planned(compiled: Compiled, model: nn.Module, data: TextData, tokens: int) -> Compiled:
+    generator = torch.Generator().manual_seed(1)
+    batches = [data.batch(tokens, 1, generator) for _ in range(2)]
+    return replan(compiled, Request(model, [*batches, *data.validation_batches(tokens, 1, 1)]))
+
+
+def _curve(
+    name: str, compiled: Compiled, model: nn.Module, data: TextData, options: Options
+) -> list[dict[str, float]]:
+    """Step, training loss and, where it was measured, validation loss, in nats per byte."""
+    assert compiled.loss is not None
+    events: list[Event] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for event in train(model, compiled.loss, data, options, Path(folder)):
+            events.append(event)
+            if event.validation_loss is not None:
+                say(f"{name}: step {event.step}, validation loss {event.validation_loss:.4f}")
+    return [_point(event) for event in events]
+
+
+def _point(event: Event) -> dict[str, float]:
+    values = {"step": event.step, "loss": event.loss, "validation_loss": event.validation_loss}
+    return {key: round(value, 5) for key, value in values.items() if value is not None}
+
+
+def _summary(planned: Compiled) -> list[dict[str, Any]]:
+    """Of each attention: what serves it, R and where that comes from, measured extremes of the logits, gains."""
+    assert planned.calibration is not None
+    found = []
+    for each in planned.calibration["attentions"]:
+        chosen: Mapping[str, Any] = next(c for c in each["candidates"] if c["chosen"])
+        seen = max(max(abs(head["least"]), abs(head["largest"])) for head in each["heads"])
+        gains = {what: gain and round(gain["value"], 4) for what, gain in each["gains"].items()}
+        errors = {what: chosen[what] for what in ("output", "gradient")}
+        found.append({"path": each["path"], "chosen": chosen["name"], "bound": chosen["bound"], "seen": seen, "gains": gains, **errors})  # fmt: skip
+    return found
