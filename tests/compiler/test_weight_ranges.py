@@ -164,6 +164,28 @@ SPECS = {
     "rows with offsets scaled": Spec(
         written(TWO + HEADS.format("(h * tanh(x[.., 0:1])) @ wq", "h @ wk"), norm="std.layer_norm(x)"), 0.5
     ),
+    "short rows cut from long ones": Spec(
+        "y = std.attention(reshape(std.rms_norm(x), (b, 4 * n, 4)); heads = 1)\n    return reshape(y, (b, n, 16))",
+        0.1,
+    ),
+    "halves by index": Spec(
+        written(
+            "weight w: float[16, 32] = xavier()\n    u = permute(reshape(h @ w, (b, n, 2, 16)), (2, 0, 1, 3))\n    "
+            "q = split_heads(u[0, ..], 4)\n    k = split_heads(u[1, ..], 4)"
+        ),
+        0.98,
+    ),
+    "a class token": Spec(
+        "weight t: float[16] = normal()\n    c = concat(std.rms_norm(x), broadcast_to(t, (b, 1, 16)); axis = -2)\n    "
+        "return std.attention(c; heads = 2)[:, 0:n]",
+        0.1,
+    ),
+    "repeated keys": Spec(
+        written(
+            TWO + "q = split_heads(h @ wq, 4)\n    k = repeat_heads(split_heads((h @ wk)[.., 0:8], 2), 2)"
+        ),
+        0.98,
+    ),
     "normalised heads": Spec(
         "y = merge_heads(unit(split_heads(x, 4)))\n    return std.attention(y; heads = 2, bias = true)", 0.6
     ),
