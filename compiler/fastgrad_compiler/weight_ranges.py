@@ -24,7 +24,8 @@ from fastgrad_compiler.torch_env import Env, sequence
 from fastgrad_compiler.torch_env import number as float_of
 from fastgrad_compiler.weight_logits import Logits, logits
 from fastgrad_compiler.weight_rows import Rows, ball
-from fastgrad_compiler.weight_rules import ROWS, UNREAD, Step
+from fastgrad_compiler.weight_rules import ROWS, UNREAD
+from fastgrad_compiler.weight_step import Step
 
 _NARROWER = 0.99  # what is left of R where a centre is worth its subtraction
 _HELD = ("weight", "buffer")

@@ -7,88 +7,19 @@ constants alone need no rule: `weight_ranges.py` runs them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, isfinite, sqrt
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Attribute, Node
+from fastgrad_compiler.graph import Node
 from fastgrad_compiler.passes.bound_proof import number
-from fastgrad_compiler.torch_env import integer, sequence
 from fastgrad_compiler.torch_env import number as float_of
-from fastgrad_compiler.weight_rows import (
-    Rows,
-    Term,
-    add,
-    ball,
-    merge,
-    releaded,
-    split,
-    swap_heads,
-    through,
-    times,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What a rule sees: the node, its inputs, and what is known of them (None: nothing)."""
-
-    node: Node
-    inputs: tuple[Node, ...]
-    rows: tuple[Rows | None, ...]
-
-    @property
-    def shape(self) -> tuple[Dim, ...]:
-        """Of the result."""
-        return self.node.tensor.shape
-
-    @property
-    def rank(self) -> int:
-        """Of the result."""
-        return len(self.shape)
-
-    @property
-    def width(self) -> int | None:
-        """Of a row of the result, None where it is known at run time only."""
-        return self.shape[-1].constant if self.shape else None
-
-    def size(self, key: str) -> int | None:
-        """A dim among the attributes, None where it is known at run time only."""
-        value: Attribute = self.node[key]
-        return value.constant if isinstance(value, Dim) else integer(value)
-
-    def axis(self, rank: int | None = None) -> int:
-        """The attribute `axis`, counted from the front."""
-        return integer(self.node["axis"]) % (rank or self.rank)
-
-    def ball(self, radius: Tensor | float, *because: Rows, source: str = "") -> Rows | None:
-        """Rows of norm at most `radius`, a number or [..], and at most what the program proves."""
-        if self.width is None:
-            return None
-        if not isinstance(radius, Tensor):
-            radius = torch.tensor(radius, dtype=torch.float64)
-        radius = radius.reshape((*[1] * (self.rank - 1 - radius.dim()), *radius.shape))
-        bound = self.node.bound
-        if bound is not None and not bound.asserted:
-            radius = radius.clamp(max=bound.norm)
-        return ball(radius, self.width, (source,) if source else ()).because(*because)
-
-
-Rule: TypeAlias = Callable[[Step], "Rows | None"]
-
-
-def _broadcast(step: Step) -> tuple[Rows | None, ...]:
-    """The inputs' rows, as many and as wide as the result's."""
-    width = step.width
-    if width is None:
-        return (None,) * len(step.rows)
-    return tuple(rows and rows.shaped(step.rank, width) for rows in step.rows)
-
+from fastgrad_compiler.weight_rows import Rows, Term, add, ball, through, times
+from fastgrad_compiler.weight_shapes import SHAPES, repeated
+from fastgrad_compiler.weight_step import Rule, Step, broadcast
 
 # ---------------------------------------------------------------- sources
 
@@ -147,7 +78,7 @@ def _sinusoid(step: Step) -> Rows | None:
 
 
 def _add(step: Step) -> Rows | None:
-    left, right = _broadcast(step)
+    left, right = broadcast(step)
     return None if left is None or right is None else add(left, right)
 
 
@@ -162,13 +93,13 @@ def _scaled(rows: Rows, factor: float) -> Rows:
 
 
 def _sub(step: Step) -> Rows | None:
-    left, right = _broadcast(step)
+    left, right = broadcast(step)
     return None if left is None or right is None else add(left, _scaled(right, -1.0))
 
 
 def _mul(step: Step) -> Rows | None:
     """By a known factor; else no entry of a row grows by more than the other's largest."""
-    pair = _broadcast(step)
+    pair = broadcast(step)
     found: list[Rows] = []
     for place in (0, 1):
         rows, other = pair[place], pair[1 - place]
@@ -207,7 +138,7 @@ def _magnitude(node: Node, rows: Rows | None) -> Tensor | None:
 
 
 def _div(step: Step) -> Rows | None:
-    rows, divisor = _broadcast(step)
+    rows, divisor = broadcast(step)
     if rows is None or divisor is None or divisor.terms or not bool(divisor.offset.all()):
         return None
     return times(rows, replace(divisor, offset=divisor.offset.reciprocal()))
@@ -239,7 +170,7 @@ def _clamp(step: Step) -> Rows | None:
 
 def _either(step: Step) -> Rows | None:
     """Entries of one or the other."""
-    left, right = _broadcast(step)[-2:]
+    left, right = broadcast(step)[-2:]
     if left is None or right is None:
         return None
     return step.ball((left.norm.square() + right.norm.square()).sqrt(), left, right)
@@ -253,9 +184,6 @@ def _dropout(step: Step) -> Rows | None:
     return step.ball(rows.norm / (1 - p), rows) if p < 1 else step.ball(0.0)
 
 
-# ---------------------------------------------------------------- shapes
-
-
 def _same(step: Step) -> Rows | None:
     return step.rows[0]
 
@@ -263,107 +191,6 @@ def _same(step: Step) -> Rows | None:
 def _cast(step: Step) -> Rows | None:
     floats = step.inputs[0].tensor.dtype == step.node.tensor.dtype == "float"
     return step.rows[0] if floats else None
-
-
-def _reshape(step: Step) -> Rows | None:
-    rows, source, target = step.rows[0], step.inputs[0].tensor.shape, step.shape
-    if rows is None or not source or not target or source[-1].constant is None or step.width is None:
-        return None
-    if source[-1] == target[-1]:
-        return releaded(rows, source[:-1], target[:-1])
-    if len(target) > 1 and target[-2] * target[-1] == source[-1]:
-        heads = integer(target[-2].constant)
-        return releaded(split(rows, heads), (*source[:-1], target[-2]), target[:-1])
-    if len(source) > 1 and source[-2] * source[-1] == target[-1]:
-        heads = integer(source[-2].constant)
-        return releaded(merge(rows, heads), source[:-2], target[:-1])
-    if source[-1].divide(target[-1]) is not None:  # shorter rows, cut from the old ones
-        return step.ball(rows.norm.max(), rows)
-    return None
-
-
-def _permute(step: Step) -> Rows | None:
-    rows, axes = step.rows[0], [integer(axis) % step.rank for axis in sequence(step.node["axes"])]
-    if rows is None or axes[-1] != step.rank - 1:
-        return None
-
-    def moved(x: Tensor, further: int) -> Tensor:
-        return x.permute(*axes[:-1], *range(x.dim() - further, x.dim()))
-
-    return rows.on_lead(moved)
-
-
-def _split_heads(step: Step) -> Rows | None:
-    rows, heads = step.rows[0], step.size("heads")
-    return None if rows is None or heads is None else swap_heads(split(rows, heads))
-
-
-def _merge_heads(step: Step) -> Rows | None:
-    rows, heads = step.rows[0], step.inputs[0].tensor.shape[-3].constant
-    return None if rows is None or heads is None else merge(swap_heads(rows), heads)
-
-
-def _repeated(rows: Rows, count: int) -> Rows:
-    """Each head `count` times in a row."""
-
-    def repeat(x: Tensor, further: int) -> Tensor:
-        axis = x.dim() - further - 2
-        return x if x.shape[axis] == 1 else x.repeat_interleave(count, axis)
-
-    return rows.on_lead(repeat)
-
-
-def _repeat_heads(step: Step) -> Rows | None:
-    rows, count = step.rows[0], step.size("times")
-    return None if rows is None or count is None else _repeated(rows, count)
-
-
-def _broadcast_to(step: Step) -> Rows | None:
-    return _broadcast(step)[0]
-
-
-def _slice(step: Step) -> Rows | None:
-    rows, start, stop, axis = step.rows[0], step.size("start"), step.size("stop"), step.axis()
-    if rows is None or start is None or stop is None:
-        return None
-    if axis == step.rank - 1:
-        terms = tuple(Term(t.radius, t.dense[..., start:stop]) for t in rows.terms)
-        return replace(rows, terms=terms, offset=rows.offset[..., start:stop])
-    return rows.on_lead(lambda x, _: x if x.shape[axis] == 1 else x.narrow(axis, start, stop - start))
-
-
-def _select(step: Step) -> Rows | None:
-    rows, index, axis = step.rows[0], step.size("index"), step.axis(step.rank + 1)
-    if rows is None or index is None or axis == step.rank:
-        return None
-    return rows.on_lead(lambda x, _: x.select(axis, 0 if x.shape[axis] == 1 else index))
-
-
-def _concat(step: Step) -> Rows | None:
-    """Side by side along rows; along another axis, rows of any of them."""
-    known = [rows for rows in step.rows if rows is not None]
-    if len(known) < len(step.rows):
-        return None
-    if step.axis() < step.rank - 1:
-        norms = [rows.norm.amax(step.axis(), keepdim=True) for rows in known]
-        return step.ball(torch.stack(torch.broadcast_tensors(*norms)).amax(0), *known)
-    before, total = 0, sum(rows.width for rows in known)
-    parts = []
-    for rows in known:
-        parts.append(_padded(rows, before, total - before - rows.width))
-        before += rows.width
-    result = parts[0]
-    for part in parts[1:]:
-        result = add(result, part)
-    return result
-
-
-def _padded(rows: Rows, before: int, after: int) -> Rows:
-    def pad(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, (before, after))
-
-    terms = tuple(Term(t.radius, pad(t.dense)) for t in rows.terms)
-    return replace(rows, terms=terms, offset=pad(rows.offset))
 
 
 # ---------------------------------------------------------------- position, attention
@@ -378,11 +205,12 @@ def _attention(step: Step) -> Rows | None:
     if heads is None or of is None:
         return None
     if values.norm.shape[-1] != 1:  # each place has rows of its own
-        return step.ball(_repeated(values, heads // of).norm.amax(-1, keepdim=True), values)
-    return _repeated(_with_origin(values), heads // of)
+        return step.ball(repeated(values, heads // of).norm.amax(-1, keepdim=True), values)
+    return repeated(_with_origin(values), heads // of)
 
 
 ROWS: dict[str, Rule] = {
+    **SHAPES,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "unit": _unit,
@@ -401,15 +229,6 @@ ROWS: dict[str, Rule] = {
     "dropout": _dropout,
     "assume_bound": _same,
     "cast": _cast,
-    "reshape": _reshape,
-    "permute": _permute,
-    "split_heads": _split_heads,
-    "merge_heads": _merge_heads,
-    "repeat_heads": _repeat_heads,
-    "broadcast_to": _broadcast_to,
-    "slice": _slice,
-    "select": _select,
-    "concat": _concat,
     "rotary": _shrinking(),  # a rotation, another for each place: norms are what it keeps
     "attention": _attention,
 }
