@@ -32,7 +32,10 @@ from fastgrad_dsl.text_data import load_text
 
 SPEC, TEXT = ROOT / "examples" / "gpt.tfg", ROOT / "examples" / "data" / "emma.txt"
 PIN = re.compile(r'    at "\*" degree = 2\n')
-CALIBRATED, MEASURED = 2048, 4096  # tokens of a sequence: to calibrate on, and of the demonstration's training step
+CALIBRATED, MEASURED = (
+    2048,
+    4096,
+)  # tokens of a sequence: to calibrate on, and of the demonstration's training step
 LARGE = {"depth": 24, "d_model": 256, "heads": 16}
 HAND_PICKED = (1, 2, 3)
 
@@ -101,12 +104,16 @@ def _picked(
     found = []
     for name, each in contenders.items():
         say(f"errors of {name}")
-        served = [is_approximated(e) for e in each.plan_document["attentions"] if e["decision"] == "polynomial"]
+        served = [
+            is_approximated(e) for e in each.plan_document["attentions"] if e["decision"] == "polynomial"
+        ]
         errors = [whole_errors(modules[name], b[:1], b[1:], compiled.loss, served) for b in held_out]
         output, gradient = (max(e[place] for e in errors) for place in (0, 1))
         budget = compiled.plan_document["budget"]
         keeps = output <= budget["output"] and gradient <= budget["gradient"]
-        found.append({"name": name, "step_s": times[name], "output": output, "gradient": gradient, "keeps": keeps})
+        found.append(
+            {"name": name, "step_s": times[name], "output": output, "gradient": gradient, "keeps": keeps}
+        )
     return found
 
 
@@ -149,7 +156,9 @@ def _guards(settings: Settings, batches: Sequence[Batch], batch: Batch) -> dict[
     bare: nn.Module = package_from_texts(plain).MODEL(None)
     bare.load_state_dict(model.state_dict())
     times = _steps(
-        settings, {"guarded": partial(_step, guarded, compiled), "bare": partial(_step, bare, compiled)}, batch
+        settings,
+        {"guarded": partial(_step, guarded, compiled), "bare": partial(_step, bare, compiled)},
+        batch,
     )
     status = guarded.budget_status()  # type: ignore[operator]
     return {**{f"{name}_s": seconds for name, seconds in times.items()}, "attentions": len(status), "calls": sum(each["calls"] for each in status)}  # fmt: skip
@@ -176,6 +185,10 @@ def _planning(settings: Settings) -> dict[str, object]:
     planned = time.perf_counter() - started
     run(compiled.stages[0].program, target=settings.target, assignment=decisions(plan, found, program))
     total = time.perf_counter() - started
-    return {"layers": params["depth"], "heads": params["heads"], "plan_s": planned, "total_s": total, "gap": plan.gap}
-
-
+    return {
+        "layers": params["depth"],
+        "heads": params["heads"],
+        "plan_s": planned,
+        "total_s": total,
+        "gap": plan.gap,
+    }

@@ -40,7 +40,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--section", action="append", choices=SECTIONS, help="all but curves and demo by default")
+    parser.add_argument(
+        "--section", action="append", choices=SECTIONS, help="all but curves and demo by default"
+    )
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "performance.json")
     parser.add_argument("--target", default="auto", help="of the polynomial attention")
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))

@@ -28,6 +28,7 @@ from fastgrad_dsl.files import write_atomically
 
 HEADS, D, DV, DEGREE, NEAR = 8, 16, 64, 2, 64
 POLYNOMIAL_LENGTHS, EXACT_LENGTHS = (512, 4096), (256, 1024)
+KEYS_AT = 1024  # length at which a call's overhead is told in keys
 REPEATS, SECONDS = 5, 1.0  # of each contender at each length
 LEAST_RATE_SHARE = 0.1  # a fitted rate is at least this share of what the longer call alone shows
 
@@ -58,8 +59,11 @@ class MachinePace:
 
     @property
     def document(self) -> dict[str, Any]:
-        """As the calibration's document names it."""
+        """As the calibration's document names it; `speed` and `keys` are those of `cost.Pace`."""
+        a_pair = _exact_flops(KEYS_AT) / KEYS_AT**2
         return {
+            "speed": self.polynomial.rate / self.fused.rate,
+            "keys": round(self.fused.overhead * self.fused.rate / (a_pair * KEYS_AT)),
             "target": self.target,
             "machine": self.machine,
             "threads": self.threads,
@@ -121,7 +125,8 @@ def _measure(target: str, machine: str, threads: int) -> MachinePace:
         times = []
         for n in lengths:
             inputs = served.inputs(n)
-            times.append(time_together({name: attention}, inputs, REPEATS, SECONDS)[name].total)
+            times.append(time_together({name: attention}, inputs, KEYS_AT = 1024  # length at which a call's overhead is told in keys
+REPEATS, SECONDS)[name].total)
         lines[name] = _fit(*map(work, lengths), *times)
     return MachinePace(**lines, target=target, machine=machine, threads=threads, kind="measured")
 
@@ -154,13 +159,17 @@ def attention_seconds(
     near: int | None = None,
     documents: bool = False,
     window: int | None = None,
+    fused: bool = False,
 ) -> float:
     """Seconds of one attention, forward and backward, of a batch of one (an estimate).
 
     degree None is exact: fused, or in blocks where it has a near field with logits of its own, documents or a window.
+    `fused`: exact attention of the same shape on PyTorch's fused kernel in any case.
     """
     work = partial(flops, n=n, m=m, d=d, dv=dv, causal=causal, documents=documents)
     if degree is not None:
         return pace.polynomial.seconds(heads * work(degree=degree, near=near).total)
+    if fused:
+        return pace.fused.seconds(heads * work(degree=None).total)
     line = pace.blocks if near is not None or documents or window is not None else pace.fused
     return line.seconds(heads * work(degree=None, window=window).total)

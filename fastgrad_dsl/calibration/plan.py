@@ -40,6 +40,8 @@ class Way:
 class Plan:
     """The way taken for each attention, in program order, and sums over all of them.
 
+    `exact_seconds`: of PyTorch's fused softmax attention of the same shapes, masks left aside.
+
     `output`, `gradient`: estimates of the model's relative errors, or with `trust = certified` sums of proved worst
     cases with gains of at least 1. `gap`: how far `seconds` can be from the least, proved.
     """
@@ -72,7 +74,7 @@ def make_plan(calibration: Calibration, program: Program, limits: Limits) -> Pla
     return Plan(
         taken,
         sum(way.option.seconds for way in taken),
-        sum(each.exact(each.attention.heads) for each in sized),
+        sum(each.seconds(each.attention.heads, None, fused=True) for each in sized),
         sum(way.option.output for way in taken),
         sum(way.option.gradient for way in taken),
         found.gap,
@@ -113,7 +115,9 @@ class _Sized:
         n = lengths.longest(attention.entry.queries) or queries
         return _Sized(attention, n, lengths.longest(attention.entry.keys) or keys, pace)
 
-    def seconds(self, heads: int, candidate: Candidate | None, n: int | None = None) -> float:
+    def seconds(
+        self, heads: int, candidate: Candidate | None, n: int | None = None, *, fused: bool = False
+    ) -> float:
         entry = self.attention.entry
         node = entry.node
         roles = node["roles"]
@@ -132,6 +136,7 @@ class _Sized:
             near=near,
             documents=isinstance(roles, tuple) and "documents" in roles,
             window=window if isinstance(window, int) else None,
+            fused=fused,
         )
 
     def exact(self, heads: int) -> float:
