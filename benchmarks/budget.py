@@ -1,4 +1,4 @@
-"""What budgets cost: calibration, planning, guards, and the planned model beside every single degree, picked by hand."""
+"""What budgets cost: calibration, planning, guards; and the planned model beside every single degree."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,7 +160,11 @@ def _guards(settings: Settings, batches: Sequence[Batch], batch: Batch) -> dict[
         batch,
     )
     status = guarded.budget_status()  # type: ignore[operator]
-    return {**{f"{name}_s": seconds for name, seconds in times.items()}, "attentions": len(status), "calls": sum(each["calls"] for each in status)}  # fmt: skip
+    calls = sum(each["calls"] for each in status)
+    return {f"{name}_s": seconds for name, seconds in times.items()} | {
+        "attentions": len(status),
+        "calls": calls,
+    }
 
 
 # ---------------------------------------------------------------- planning

@@ -81,6 +81,14 @@ def _summary(planned: Compiled) -> list[dict[str, Any]]:
         chosen: Mapping[str, Any] = next(c for c in each["candidates"] if c["chosen"])
         seen = max(max(abs(head["least"]), abs(head["largest"])) for head in each["heads"])
         gains = {what: gain and round(gain["value"], 4) for what, gain in each["gains"].items()}
-        errors = {what: chosen[what] for what in ("output", "gradient")}
-        found.append({"path": each["path"], "chosen": chosen["name"], "bound": chosen["bound"], "seen": seen, "gains": gains, **errors})  # fmt: skip
+        found.append(
+            {
+                "path": each["path"],
+                "chosen": chosen["name"],
+                "bound": chosen["bound"],
+                "seen": seen,
+                "gains": gains,
+                **{what: chosen[what] for what in ("output", "gradient")},
+            }
+        )
     return found

@@ -63,7 +63,7 @@ def print_calibration(document: Mapping[str, Any]) -> None:
     ratio = planned["exact_seconds"] / planned["seconds"] if planned["seconds"] else 1.0
     out.print(
         Text(
-            f"  attention at n = {planned['length']:,}: {ratio:.1f} times as fast as PyTorch's fused softmax of its shape"
+            f"  attention at n = {planned['length']:,}: {ratio:.1f} times as fast as PyTorch's fused softmax"
             f" (estimate); no plan is more than {100 * planned['gap']:.2g} % faster (bound, given the estimates)"
         )
     )

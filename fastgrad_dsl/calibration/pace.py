@@ -125,8 +125,7 @@ def _measure(target: str, machine: str, threads: int) -> MachinePace:
         times = []
         for n in lengths:
             inputs = served.inputs(n)
-            times.append(time_together({name: attention}, inputs, KEYS_AT = 1024  # length at which a call's overhead is told in keys
-REPEATS, SECONDS)[name].total)
+            times.append(time_together({name: attention}, inputs, REPEATS, SECONDS)[name].total)
         lines[name] = _fit(*map(work, lengths), *times)
     return MachinePace(**lines, target=target, machine=machine, threads=threads, kind="measured")
 
