@@ -52,7 +52,7 @@ def weight_ranges(
     Args:
         program: any stage from the recognition of attention on.
         weights: every weight and buffer by path, of any float dtype and on any device.
-        centring: whether an attention that has no `centre` may be given one; R is then that of the centred keys.
+        centring: whether an attention may be given a centre; R is then that of the centred keys.
 
     Raises:
         ValueError: a weight is missing or has another shape than its node.
@@ -149,18 +149,17 @@ class _Walk:
     def _range(self, node: Node) -> LogitRange:
         q, k = (self.facts[name] for name in node.inputs[:2])
         heads, groups = (_heads(self.graph[name]) for name in node.inputs[:2])
-        given = _centre_of(node)
-        proved = _proved(node) if given is None else inf
+        proved = _proved(node)
         lost = [fact.reason for fact in (q, k) if isinstance(fact, _Lost)]
         if node.get("alibi"):
             lost = ["the slopes of alibi grow with the distance of a pair"]
         if not (isinstance(q, Rows) and isinstance(k, Rows)) or lost:
             if isfinite(proved):
                 return LogitRange("program", (proved,) * heads, _texts(node.get("proof")))
-            return LogitRange("weights", (inf,) * heads, tuple(dict.fromkeys(lost)), _tuples(given))
-        plain = logits(q, k, heads, groups, float_of(node["scale"]), given)
+            return LogitRange("weights", (inf,) * heads, tuple(dict.fromkeys(lost)))
+        plain = logits(q, k, heads, groups, float_of(node["scale"]), None)
         centred = None
-        if self.centring and given is None and isfinite(plain.largest) and bool(plain.shared.any()):
+        if self.centring and isfinite(plain.largest) and bool(plain.shared.any()):
             centred = logits(q, k, heads, groups, float_of(node["scale"]), plain.shared)
         return _best(node, plain, centred, proved)
 
@@ -177,14 +176,12 @@ def _best(node: Node, plain: Logits, centred: Logits | None, proved: float) -> L
     if isfinite(proved) and min(plain.heads) >= proved:
         return LogitRange("program", (proved,) * len(plain.heads), _texts(node.get("proof")))
     reasons = plain.reasons
-    if plain.centre is not None:
-        reasons += ("R is that of keys less the centre of the plan",)
     if plain.largest > proved:
         reasons += (f"no head exceeds {number(proved)}, which the program proves",)
     elif centred is not None and centred.largest < limited:
         reasons += (f"centred keys would narrow R from {number(limited)} to {number(centred.largest)} only",)
     heads = tuple(min(r, proved) for r in plain.heads)
-    return LogitRange("weights", heads, reasons, _tuples(plain.centre))
+    return LogitRange("weights", heads, reasons)
 
 
 def _static(graph: Graph) -> set[str]:
@@ -215,15 +212,6 @@ def _proved(node: Node) -> float:
     if node.get("asserted") or source != "program" or not isinstance(bound, int | float):
         return inf
     return float(bound)
-
-
-def _centre_of(node: Node) -> Tensor | None:
-    """The `centre` of a plan, [key heads, d]."""
-    centre = node.get("centre")
-    if centre is None:
-        return None
-    rows = [[float_of(entry) for entry in sequence(row)] for row in sequence(centre)]
-    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _tuples(centre: Tensor | None) -> tuple[tuple[float, ...], ...] | None:

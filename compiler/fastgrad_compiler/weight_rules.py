@@ -236,7 +236,7 @@ ROWS: dict[str, Rule] = {
 DECLINED: dict[str, str] = {
     "input": "nothing is known of it",
     **dict.fromkeys(
-        ("weight", "buffer", "constant", "fill", "arange"),
+        ("weight", "buffer", "constant", "fill", "literal", "arange"),
         "computed, or known from the program where it depends on the run",
     ),
     **dict.fromkeys(("call", "repeat", "item", "repeat_backward"), "a flat graph has none"),
