@@ -1,4 +1,4 @@
-"""docs/performance.md, docs/performance.svg and a region of README.md, made from docs/performance.json.
+"""docs/performance.md, its plots and a region of README.md, made from docs/performance.json.
 
 python -m benchmarks.document [--json FILE] [--root FOLDER]
 """
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import figures, tables
+from benchmarks.curves_figure import curves_figure
 from benchmarks.headlines import HEADLINES
 from benchmarks.settings import ROOT
 from fastgrad_dsl.files import write_atomically
 
 Document = Mapping[str, Any]
 PAGE, FIGURE, README = "docs/performance.md", "docs/performance.svg", "README.md"
+CURVES = "docs/curves.svg"
 BEGIN, END = "<!-- performance: made by benchmarks/document.py -->", "<!-- end of performance -->"
 INTRODUCTION = """\
 # Performance
@@ -30,7 +32,7 @@ machine is shared and noisy: ratios within a section mean more than times.
 
 
 def main() -> None:
-    """Write the three files."""
+    """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "performance.json")
     parser.add_argument("--root", type=Path, default=ROOT, help="the folder that holds README.md and docs/")
@@ -47,11 +49,14 @@ def render(document: Document, readme: str) -> dict[str, str]:
     if len(pattern.findall(readme)) != 1:
         raise ValueError(f"README.md needs one region between {BEGIN} and {END}")
     region = f"{BEGIN}\n{_region(document)}{END}"
-    return {
+    made = {
         PAGE: page(document),
         FIGURE: figures.figure(document),
         README: pattern.sub(lambda _: region, readme),
     }
+    if "curves" in document["sections"]:
+        made[CURVES] = curves_figure(document["sections"]["curves"])
+    return made
 
 
 def page(document: Document) -> str:

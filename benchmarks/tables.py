@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.curves_figure import TITLE as CURVES_TITLE
+from benchmarks.curves_figure import final
+
 Section = Mapping[str, Any]
 MEBIBYTE = 2**20
 SHARE_AT = 16_384
@@ -271,6 +274,80 @@ def compiler(section: Section) -> str:
     return f"{heading}\nMedians of {section['runs']}.\n\n{table(['what', 'seconds'], rows)}"
 
 
+def budget(section: Section) -> str:
+    """Calibration, planning, guards, and degrees picked by hand."""
+    tokens, planning, guards = section["tokens"], section["planning"], section["guards"]
+    planned, verified = section["planned"]["planned"], section["planned"]["verification"]
+    rows = [
+        [f"calibration, planning and verification of gpt.tfg without its pin, at {tokens['calibrated']:,} tokens",
+         f"{section['calibration_s']:.1f} s"],
+        [f"planning {planning['layers']} layers of {planning['heads']} heads, once calibrated",
+         f"{planning['plan_s']:.3f} s"],
+        ["the same and all passes of the compiler", f"{planning['total_s']:.2f} s"],
+        [f"guards of {guards['attentions']} attentions, share of a training step at {tokens['measured']:,} tokens",
+         f"{100 * (guards['guarded_s'] / guards['bare_s'] - 1):.1f} %"],
+    ]  # fmt: skip
+    picked = [
+        [
+            entry["name"],
+            f"{entry['step_s']:.3f}",
+            f"{entry['output']:.2e}",
+            f"{entry['gradient']:.2e}",
+            "yes" if entry["keeps"] else "no",
+        ]
+        for entry in sorted(section["picked"], key=lambda entry: entry["step_s"])
+    ]
+    kinds = ", ".join(section["planned"]["attentions"])
+    return "\n".join(
+        [
+            _heading("Budgets", section),
+            table(["what", "measured"], rows),
+            f"The plan, layer by layer: {kinds}. Its errors: output {planned['output']:.2g} (estimate), "
+            f"{verified['output']:.2g} (measured, held out); gradient {planned['gradient']:.2g} (estimate), "
+            f"{verified['gradient']:.2g} (measured).\n",
+            f"Beside every single family and degree, picked by hand, a training step at {tokens['measured']:,} tokens, "
+            "in turns; errors measured on held-out text against the exact model:\n",
+            table(
+                ["all attentions", "seconds", "output error", "gradient error", "keeps the budget"], picked
+            ),
+        ]
+    )
+
+
+def curves(section: Section) -> str:
+    """Two training runs, and what the planner found before and after."""
+    ends = {name: final(curve) for name, curve in section["curves"].items()}
+    off = 100 * (ends["planned"] / ends["exact"] - 1)
+    rows = [
+        [
+            before["path"],
+            before["chosen"],
+            f"{before['seen']:.2f}",
+            _number(before["gains"]["output"]),
+            after["chosen"],
+            f"{after['seen']:.2f}",
+            _number(after["gains"]["output"]),
+        ]
+        for before, after in zip(section["plans"]["initial"], section["plans"]["trained"], strict=True)
+    ]
+    heading = ["attention", "initial plan", "largest logit", "gain", "trained plan", "largest logit", "gain"]
+    return "\n".join(
+        [
+            _heading("Training curves", section),
+            f"![{CURVES_TITLE}](curves.svg)\n",
+            f"gpt.tfg without its pin, {section['steps']} steps at {section['tokens']:,} tokens, the same data, seed. "
+            f"Final held-out loss: {ends['planned']:.4f} with the plan made at initial weights, {ends['exact']:.4f} "
+            f"exact, in nats per byte: {off:+.2f} %.\n",
+            "What the planner finds at initial and at trained weights; gains on the output are estimates:\n",
+            table(heading, rows, left=2),
+        ]
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def demo(section: Section) -> str:
     """What `make demo` measured."""
     models = section["models"]
@@ -306,6 +383,8 @@ SECTIONS: dict[str, Callable[[Section], str]] = {
     "peers": peers,
     "training": training,
     "compiler": compiler,
+    "budget": budget,
+    "curves": curves,
     "demo": demo,
 }
 """One writer for each section of the JSON."""

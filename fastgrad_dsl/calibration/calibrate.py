@@ -174,12 +174,16 @@ def _attention(
     logits = {near: measure_logits(calls, near) for near in blocks}
     served = {}
     for near in blocks:
+        if not certified and max(logits[near].magnitudes) < LEAST_RANGE:
+            continue  # no far pair was seen: errors on such data say nothing
         use = _range(entry.node, proved, logits[near], certified)
         if use is not None:
             served[near] = use
     if not served:
         reason = (
-            "no bound of its logits is proved" if certified else "the data has no pair beyond its near field"
+            "no bound of its logits is proved"
+            if certified
+            else "the data has no pair beyond its near field: calibrate on longer sequences"
         )
         return replace(found, logits=logits, obstacle=reason)
     candidates = _candidates(replace(found, logits=logits, served=served), calls)
@@ -227,11 +231,9 @@ def _with_room(proved: LogitRange) -> LogitRange:
     )
 
 
-def _measured(logits: Logits) -> Served | None:
-    """The measured range with its margin; None where no far pair was seen."""
+def _measured(logits: Logits) -> Served:
+    """The measured range with its margin."""
     seen = logits.magnitudes
-    if max(seen) < LEAST_RANGE:
-        return None
     centring, sizes = logits.centring, seen
     if centring and logits.centred is not None:
         sizes = logits.centred

@@ -348,3 +348,14 @@ model places(x: float[n]) -> float[n] {
     assert torch.equal(model(torch.zeros(16)), torch.ones(16))
     with pytest.raises(RuntimeError, match="exceeds"):
         model(torch.zeros(17))
+
+
+@pytest.mark.parametrize("scale", ["(-0.5)", "0.0"])
+def test_causal_attention_without_a_positive_scale_is_no_nan(scale: str) -> None:
+    """PyTorch's fused kernel on a CPU gives NaN there."""
+    compiled = fg.compile(text(f"    return softmax(causal(x @ x.T * {scale})) @ x"))
+    x = torch.randn(1, 9, 4)
+    scores = float(scale.strip("()")) * x @ x.mT
+    hidden = torch.ones(9, 9).triu(1).bool()
+    wanted = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ x
+    torch.testing.assert_close(compiled.module()(x), wanted)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fastgrad_compiler.codegen.attention_kernels import has_window_kernel
 from fastgrad_compiler.codegen.place import Operands, Place
-from fastgrad_compiler.codegen.writer import COMPARE, Expr, call, index, literal, method
+from fastgrad_compiler.codegen.writer import COMPARE, Expr, binary, call, index, literal, method
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import Node
@@ -115,6 +115,12 @@ def _softmax(place: Place, node: Node, tensors: list[_Tensor], others: dict[str,
     mask = _mask(place, node, tensors, others)
     q, k, v = tensors
     values = [tensor.value for tensor in tensors]
+    scale = _scale(node)
+    if node["causal"] and float(str(node["scale"])) <= 0:
+        place.remark(
+            "PyTorch's fused kernel gives NaN on a CPU where a causal attention has no positive scale"
+        )
+        values[0], scale = binary("*", values[0], scale), literal(1.0)
     extra = _size(v.shape[-1]) - _size(q.shape[-1])
     if extra:
         place.remark("columns of zeros change no logit, and PyTorch has fused kernels for equal widths only")
@@ -125,7 +131,7 @@ def _softmax(place: Place, node: Node, tensors: list[_Tensor], others: dict[str,
         *values,
         attn_mask=mask,
         is_causal=True if node["causal"] and mask is None else None,
-        scale=_scale(node),
+        scale=scale,
         enable_gqa=True if q.shape[-3] != k.shape[-3] else None,
     )
     return index(place.bind(result, "attention"), f"..., :{_size(v.shape[-1])}") if extra < 0 else result

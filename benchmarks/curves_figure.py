@@ -1,0 +1,72 @@
+"""The plot of two training runs: loss against steps, thick on held-out text, thin for each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastgrad_dsl.bench.plot import COLOURS
+from fastgrad_dsl.report.svg import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    bottom_axis,
+    figure,
+    key,
+    left_axis,
+    line,
+)
+
+TITLE = "Training with the planned and with exact attention"
+HEIGHT = 320.0
+STYLE = """<style>
+svg { background: #ffffff; color: #1a1a1a; font: 12px sans-serif }
+text { fill: currentColor } .grid { stroke: #d8d8d8; fill: none } .axis { stroke: currentColor; fill: none }
+@media (prefers-color-scheme: dark) { svg { background: #14171a; color: #e6e6e6 } .grid { stroke: #3a3f44 } }
+</style>"""
+NAMES = {"planned": 0, "exact": 4}  # colours
+
+Curve = Sequence[Mapping[str, float]]
+
+
+def curves_figure(section: Mapping[str, Any]) -> str:
+    """The SVG text of the section `curves`."""
+    curves: Mapping[str, Curve] = section["curves"]
+    points = [point for curve in curves.values() for point in curve]
+    losses = [point[what] for point in points for what in ("loss", "validation_loss") if what in point]
+    x = Axis(0.0, float(section["steps"]), LEFT, WIDTH - RIGHT)
+    y = Axis(min(losses), max(losses), HEIGHT - BOTTOM, TOP + 18)
+    parts = bottom_axis(x, HEIGHT - BOTTOM, TOP + 18, "steps")
+    parts += left_axis(y, LEFT, WIDTH - RIGHT, "nats per byte (lower is better)")
+    parts += key(
+        LEFT, TOP + 4, [(colour, f"{name}, held out", name == "exact") for name, colour in NAMES.items()]
+    )
+    for name, colour in NAMES.items():
+        trained = [(x.at(p["step"]), y.at(p["loss"])) for p in curves[name] if "loss" in p]
+        parts.append(_faint(trained, colour))
+    for name, colour in NAMES.items():
+        held_out = [
+            (x.at(p["step"]), y.at(p["validation_loss"])) for p in curves[name] if "validation_loss" in p
+        ]
+        parts.append(line(held_out, colour, dashed=name == "exact"))
+    svg = figure("curves", TITLE, _words(curves), HEIGHT, parts)
+    svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return svg.replace("><title", f">{STYLE}<title", 1) + "\n"
+
+
+def _faint(points: Sequence[tuple[float, float]], colour: int) -> str:
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    return f'<path d="M{path}" fill="none" stroke="{COLOURS[colour]}" stroke-width="1" opacity="0.35"/>'
+
+
+def final(curve: Curve) -> float:
+    """The last held-out loss."""
+    return [point["validation_loss"] for point in curve if "validation_loss" in point][-1]
+
+
+def _words(curves: Mapping[str, Curve]) -> str:
+    ends = ", ".join(f"{name} {final(curve):.3f}" for name, curve in curves.items())
+    return f"Loss in nats per byte against steps, thin for each step, thick on held-out text. At the end: {ends}."
