@@ -20,6 +20,7 @@ WITHOUT_FILE = {
     "FG001": "tests/grammar/test_read.py::test_missing_file_suggests_the_nearest_name",
     "FG002": "tests/grammar/test_read.py::test_file_that_is_not_utf8",
     "FG003": "tests/grammar/test_read.py::test_large_file_is_refused",
+    "FG312": "tests/calibration/test_refusal.py::test_every_remedy_works",
     "FG411": "tests/dsl/test_training.py::test_a_text_that_is_missing_or_too_short_is_a_diagnostic",
     "FG412": "tests/dsl/test_training.py::test_a_text_that_is_missing_or_too_short_is_a_diagnostic",
     "FG413": "tests/dsl/test_training.py::test_resuming_needs_a_checkpoint_of_the_same_run",
@@ -32,6 +33,7 @@ WITHOUT_FILE = {
     "FG420": "tests/dsl/test_cli.py::test_targets_that_are_not_there_are_refused",
     "FG421": "tests/dsl/test_cli.py::test_a_folder_that_cannot_be_written_is_a_diagnostic",
     "FG422": "tests/dsl/test_cli.py::test_cpp_kernels_are_built_ahead_or_a_warning_says_why_not",
+    "FG423": "tests/dsl/test_advise.py::test_wrong_batches",
 }
 """Codes that no text file in golden/errors can show, and the test that shows each."""
 
