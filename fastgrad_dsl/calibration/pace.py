@@ -27,7 +27,7 @@ from fastgrad_dsl.bench.timing import time_together
 from fastgrad_dsl.files import write_atomically
 
 HEADS, D, DV, DEGREE, NEAR = 8, 16, 64, 2, 64
-POLYNOMIAL_LENGTHS, EXACT_LENGTHS = (512, 4096), (256, 1024)
+LENGTHS = (512, 4096)
 KEYS_AT = 1024  # length at which a call's overhead is told in keys
 REPEATS, SECONDS = 5, 1.0  # of each contender at each length
 LEAST_RATE_SHARE = 0.1  # a fitted rate is at least this share of what the longer call alone shows
@@ -115,18 +115,17 @@ def _read(kept: Mapping[str, Any]) -> MachinePace:
 
 def _measure(target: str, machine: str, threads: int) -> MachinePace:
     served = Contender(HEADS, D, DV, DEGREE, target=target)
-    contenders: dict[str, tuple[Attention, tuple[int, int], Callable[[int], int]]] = {
-        "polynomial": (served.ready(), POLYNOMIAL_LENGTHS, lambda n: served.flops(n).total),
-        "fused": (Contender(HEADS, D, DV).ready(), EXACT_LENGTHS, _exact_flops),
-        "blocks": (_blocks, EXACT_LENGTHS, _exact_flops),
+    contenders: dict[str, tuple[Attention, Callable[[int], int]]] = {
+        "polynomial": (served.ready(), lambda n: served.flops(n).total),
+        "fused": (Contender(HEADS, D, DV).ready(), _exact_flops),
+        "blocks": (_blocks, _exact_flops),
     }
-    lines = {}
-    for name, (attention, lengths, work) in contenders.items():
-        times = []
-        for n in lengths:
-            inputs = served.inputs(n)
-            times.append(time_together({name: attention}, inputs, REPEATS, SECONDS)[name].total)
-        lines[name] = _fit(*map(work, lengths), *times)
+    attentions = {name: attention for name, (attention, _) in contenders.items()}
+    short, long = (time_together(attentions, served.inputs(n), REPEATS, SECONDS) for n in LENGTHS)
+    lines = {
+        name: _fit(*map(work, LENGTHS), short[name].total, long[name].total)
+        for name, (_, work) in contenders.items()
+    }
     return MachinePace(**lines, target=target, machine=machine, threads=threads, kind="measured")
 
 
