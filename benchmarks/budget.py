@@ -6,6 +6,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,7 @@ CALIBRATED, MEASURED = (
 )  # tokens of a sequence: to calibrate on, and of the demonstration's training step
 LARGE = {"depth": 24, "d_model": 256, "heads": 16}
 HAND_PICKED = (1, 2, 3)
+GUARD_REPEATS = 5  # times the usual ones: a share of some percent is to be seen
 
 Batch = tuple[Tensor, Tensor]
 
@@ -155,7 +157,7 @@ def _guards(settings: Settings, batches: Sequence[Batch], batch: Batch) -> dict[
     bare: nn.Module = package_from_texts(plain).MODEL(None)
     bare.load_state_dict(model.state_dict())
     times = _steps(
-        settings,
+        replace(settings, repeats=GUARD_REPEATS * settings.repeats),
         {"guarded": partial(_step, guarded, compiled), "bare": partial(_step, bare, compiled)},
         batch,
     )

@@ -123,7 +123,7 @@ def _measure(target: str, machine: str, threads: int) -> MachinePace:
     attentions = {name: attention for name, (attention, _) in contenders.items()}
     short, long = (time_together(attentions, served.inputs(n), REPEATS, SECONDS) for n in LENGTHS)
     lines = {
-        name: _fit(*map(work, LENGTHS), short[name].total, long[name].total)
+        name: _fit(work(LENGTHS[0]), work(LENGTHS[1]), short[name].total, long[name].total)
         for name, (_, work) in contenders.items()
     }
     return MachinePace(**lines, target=target, machine=machine, threads=threads, kind="measured")
