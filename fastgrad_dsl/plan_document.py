@@ -23,7 +23,7 @@ from fastgrad_compiler.passes.attention_table import (
 from fastgrad_compiler.targets import NATIVE
 from fastgrad_dsl.batches import Input, model_inputs, target_inputs
 
-FORMAT = "fastgrad-plan-1"
+FORMAT = "fastgrad-plan-2"
 
 
 def plan_document(

@@ -71,6 +71,13 @@ def print_calibration(document: Mapping[str, Any]) -> None:
     for what in ("output", "gradient"):
         measured = "" if verified is None else f", {verified[what]:.2g} (measured on held-out batches)"
         out.print(Text(f"  {what} error {planned[what]:.2g} ({kind}){measured}"))
+    if verified is not None and verified["violations"]:
+        out.print(
+            Text(
+                f"  {verified['violations']} calls had logits beyond their R: calibrate on more data",
+                style="yellow",
+            )
+        )
 
 
 def _family(family: object) -> str:

@@ -62,7 +62,7 @@ class MachinePace:
         """As the calibration's document names it; `speed` and `keys` are those of `cost.Pace`."""
         a_pair = _exact_flops(KEYS_AT) / KEYS_AT**2
         return {
-            "speed": self.polynomial.rate / self.fused.rate,
+            "speed": round(self.polynomial.rate / self.fused.rate, 2),
             "keys": round(self.fused.overhead * self.fused.rate / (a_pair * KEYS_AT)),
             "target": self.target,
             "machine": self.machine,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import exp, log
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fastgrad_compiler.graph import Budget, Program
 from fastgrad_compiler.pipeline import Stage, run
+from fastgrad_compiler.runtime.attention_op import compute_dtype
+from fastgrad_compiler.runtime.guard import LOGGER
 from fastgrad_dsl.batches import dims_of, model_inputs, random_batch, target_inputs
 from fastgrad_dsl.calibration.calibrate import Calibration, Data, Tell, calibrate
 from fastgrad_dsl.calibration.capture import Subject
@@ -62,12 +67,34 @@ def replan(compiled: Compiled, request: Request, tell: Tell = lambda what: None)
     if request.model is None:
         request = replace(request, weights=f"initial weights, seed {request.seed}")
     used, held_out, described = _batches(compiled, request)
+    dtype = compute_dtype(*model.parameters())
+    used, held_out = ([_cast(batch, dtype) for batch in batches] for batches in (used, held_out))
     tell("the pace of this machine")
     pace = machine_pace(compiled.target) if request.measured_pace else default_pace(compiled.target)
-    subject = Subject(program, dict(model.state_dict()), compiled.loss)
+    weights = {name: _cast((weight,), dtype)[0] for name, weight in model.state_dict().items()}
+    subject = Subject(program, weights, compiled.loss)
     data = Data(used, described, request.weights, dims_of(compiled.plan_document, used[0]), request.seed)
     calibration = calibrate(subject, data, pace, tell)
     return _Verified(compiled, program, model, calibration, used, held_out, tell).plan()
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Without the warnings of guards."""
+
+    def none(record: logging.LogRecord) -> bool:
+        return False
+
+    LOGGER.addFilter(none)
+    try:
+        yield
+    finally:
+        LOGGER.removeFilter(none)
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Batch:
+    """Floats in the dtype to calibrate in: differences of half precision say nothing."""
+    return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
 
 
 def _batches(compiled: Compiled, request: Request) -> tuple[list[Batch], list[Batch], str]:
@@ -107,8 +134,8 @@ class _Verified:
                 break
             self.tell(f"verifying plan {place + 1}")
             stages = self._stages(plan)
-            output, gradient = self._errors(stages)
-            rounds.append({"output": output.largest, "gradient": gradient.largest})
+            output, gradient, violations = self._errors(stages)
+            rounds.append({"output": output.largest, "gradient": gradient.largest, "violations": violations})
             excess = output.share(budget.output), gradient.share(budget.gradient)
             if max(excess) <= 1:
                 return self._compiled(plan, stages, rounds)
@@ -125,31 +152,39 @@ class _Verified:
         chosen = decisions(plan, self.calibration, self.program)
         return run(self.compiled.stages[0].program, target=self.compiled.target, assignment=chosen)
 
-    def _errors(self, stages: tuple[Stage, ...]) -> tuple[_Measured, _Measured]:
-        """Of output and gradient on all batches, by PyTorch kernels: their numerics are those of every target."""
+    def _errors(self, stages: tuple[Stage, ...]) -> tuple[_Measured, _Measured, int]:
+        """Of output and gradient on all batches, and calls beyond their range.
+
+        By PyTorch kernels: their numerics are those of every target.
+        """
         portable = replace(self.compiled, target="torch", stages=stages, calibration=None)
-        model = portable.module(seed=0)
+        model = portable.module(seed=0, dtype=compute_dtype(*self.model.parameters()))
         model.load_state_dict(self.model.state_dict())
         served = [e for e in portable.plan_document["attentions"] if e["decision"] == "polynomial"]
         approximated = [is_approximated(entry) for entry in served]
         if not any(approximated):
-            return _Measured((0.0,), 1), _Measured((0.0,), 1)
+            return _Measured((0.0,), 1), _Measured((0.0,), 1), 0
         count = len(portable.plan_document["inputs"])
-        errors = [
-            whole_errors(
-                model, batch[:count], batch[count:], portable.loss if batch[count:] else None, approximated
-            )
-            for batch in _distinct(self.used, self.held_out)
-        ]
+        with _silenced():  # what guards find is counted below
+            errors = [
+                whole_errors(
+                    model,
+                    batch[:count],
+                    batch[count:],
+                    portable.loss if batch[count:] else None,
+                    approximated,
+                )
+                for batch in _distinct(self.used, self.held_out)
+            ]
+        violations = sum(each["violations"] for each in model.budget_status())  # type: ignore[operator]
         output, gradient = zip(*errors, strict=True)
-        return _Measured(output, len(self.held_out)), _Measured(gradient, len(self.held_out))
+        return _Measured(output, len(self.held_out)), _Measured(gradient, len(self.held_out)), violations
 
     def _compiled(
         self, plan: Plan, stages: tuple[Stage, ...], rounds: Sequence[Mapping[str, float]]
     ) -> Compiled:
-        last: dict[str, Any] = (
-            dict(rounds[-1]) if plan.output or plan.gradient else {"output": 0.0, "gradient": 0.0}
-        )
+        nothing = {"output": 0.0, "gradient": 0.0, "violations": 0}
+        last: dict[str, Any] = dict(rounds[-1]) if plan.output or plan.gradient else nothing
         verification = {"batches": len(self.held_out), **last, "rounds": list(rounds)}
         document = calibration_document(self.calibration, plan, self.program, verification)
         return replace(self.compiled, stages=stages, calibration=document)

@@ -28,7 +28,7 @@ def warnings(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         *_broken(document["attentions"]),
         *_ranges(document["attentions"], document["budget"]),
         *_vacuous(document["attentions"]),
-        *_unbounded(document["attentions"]),
+        *_unbounded(document["attentions"], document["calibration"] is not None),
         *_batch(document["batch"], document["attentions"]),
         *_calibration(document["calibration"]),
     )
@@ -117,7 +117,7 @@ def _vacuous(attentions: Attentions) -> Iterator[Warned]:
         yield "vacuous", text, paths
 
 
-def _unbounded(attentions: Attentions) -> Iterator[Warned]:
+def _unbounded(attentions: Attentions, calibrated: bool) -> Iterator[Warned]:
     paths = [
         entry["path"]
         for entry in attentions
@@ -125,6 +125,7 @@ def _unbounded(attentions: Attentions) -> Iterator[Warned]:
         and entry["bound"] is None
         and not entry["window"]
         and not entry["alibi"]
+        and not calibrated
     ]
     if paths:
         yield "unbounded", f"{folded(paths)}: exact, because nothing bounds the logits", paths
