@@ -16,7 +16,6 @@ from fastgrad_dsl.plan_document import is_approximated
 from tests.calibration.random_specs import random_spec
 
 SEEDS = range(24)
-BROKEN: dict[int, str] = {}
 
 
 def _batches(compiled: Compiled, length: int, seeds: Sequence[int]) -> list[tuple[Tensor, ...]]:
@@ -63,3 +62,42 @@ def test_the_random_specs_are_worth_the_trouble() -> None:
             served[trust] += any(is_approximated(entry) for entry in planned.plan_document["attentions"])
     assert served["calibrated"] >= len(SEEDS) // 2
     assert served["certified"] >= len(SEEDS) // 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 7])
+def test_any_dtype_and_length(dtype: torch.dtype, n: int) -> None:
+    """Models of other dtypes are calibrated in float32 or float64; one token is a sequence."""
+    spec = random_spec(1, "calibrated").text
+    compiled = fg.compile(spec, target="torch")
+    model = compiled.module(seed=0, dtype=dtype)
+    batches = [
+        [x.to(dtype) if x.is_floating_point() else x for x in b] for b in _batches(compiled, n, (1, 2, 3))
+    ]
+    planned = compiled.calibrate(model, batches, measured_pace=False)
+    adopted = planned.adopt(model)
+    count = len(compiled.plan_document["inputs"])
+    out = adopted(*batches[0][:count])
+    assert out.dtype == dtype
+    assert out.isfinite().all()
+    assert adopted.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_near_field_without_far_pairs_says_nothing() -> None:
+    """A sequence within the model's near field has no pair that a polynomial would serve."""
+    spec = """use std
+dim b
+dim n <= 65536
+model m(x: float[b, n, 16]) -> float[b, n, 16] {
+    return x + std.attention(std.rms_norm(x); heads = 2, qk_dim = 4, gain = 1.0, near = 16, causal = true)
+}
+budget {
+    output <= 0.1
+}
+"""
+    compiled = fg.compile(spec, target="torch")
+    short = compiled.calibrate(None, _batches(compiled, 20, (1, 2)), measured_pace=False)
+    assert [entry.node["decision"] for entry in short.plan] == ["exact"]
+    assert "longer sequences" in str(short.plan[0].node["why"])
+    longer = compiled.calibrate(None, _batches(compiled, 64, (1, 2)), measured_pace=False)
+    assert longer.plan[0].node.op == "poly_attention"
