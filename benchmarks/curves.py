@@ -20,6 +20,11 @@ from fastgrad_dsl.training import Event, Options, train
 
 STEPS, TOKENS, EVERY = 300, 2048, 25
 RATE = 2e-3  # the demonstration's
+HELD_OUT = 8  # batches
+BUDGETS = {
+    "planned": (0.1, 0.25),
+    "planned tightly": (0.02, 0.05),
+}  # limits of output and gradient; first the file's
 
 
 def measure(settings: Settings) -> dict[str, object]:
@@ -27,24 +32,31 @@ def measure(settings: Settings) -> dict[str, object]:
     steps, tokens = (4, 64) if settings.quick else (STEPS, TOKENS)
     options = Options(
         steps=steps, tokens=tokens, validate_every=2 if settings.quick else EVERY, checkpoint_every=steps,
-        learning_rate=RATE, seed=0,
+        validation_batches=HELD_OUT, learning_rate=RATE, seed=0,
     )  # fmt: skip
     data = load_text(TEXT, tokens)
-    compiled = fg.compile(demo_spec(), target=settings.target)
-    say("the plan at initial weights")
-    planned = _planned(compiled, compiled.module(seed=0), data, tokens)
-    model = planned.adopt(compiled.module(seed=0))
-    curves = {"planned": _curve("planned", planned, model, data, options)}
-    say("the plan at trained weights")
-    again = _planned(compiled, model, data, tokens)
-    exact = compiled.reference(compiled.module(seed=0))
-    curves["exact"] = _curve("exact", compiled, exact, data, options)
+    curves, plans = {}, {}
+    for name, (output, gradient) in BUDGETS.items():
+        spec = demo_spec().replace("output <= 0.1", f"output <= {output}")
+        compiled = fg.compile(
+            spec.replace("gradient <= 0.25", f"gradient <= {gradient}"), target=settings.target
+        )
+        say(f"{name}: the plan at initial weights")
+        planned = _planned(compiled, compiled.module(seed=0), data, tokens)
+        model = planned.adopt(compiled.module(seed=0))
+        curves[name] = _curve(name, planned, model, data, options)
+        say(f"{name}: the plan at trained weights")
+        again = _planned(compiled, model, data, tokens)
+        plans[name] = {"initial": _summary(planned), "trained": _summary(again)}
+    exact = fg.compile(demo_spec(), target=settings.target)
+    curves["exact"] = _curve("exact", exact, exact.reference(exact.module(seed=0)), data, options)
     return {
         **heading(settings),
         "steps": steps,
         "tokens": tokens,
+        "budgets": BUDGETS,
         "curves": curves,
-        "plans": {"initial": _summary(planned), "trained": _summary(again)},
+        "plans": plans,
     }
 
 
@@ -56,8 +68,8 @@ def _planned(compiled: Compiled, model: nn.Module, data: TextData, tokens: int) 
 
 def _curve(
     name: str, compiled: Compiled, model: nn.Module, data: TextData, options: Options
-) -> list[dict[str, float]]:
-    """Step, training loss and, where it was measured, validation loss, in nats per byte."""
+) -> dict[str, object]:
+    """Points of step, training loss and, where it was measured, validation loss in nats per byte; seconds in all."""
     assert compiled.loss is not None
     events: list[Event] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +77,7 @@ def _curve(
             events.append(event)
             if event.validation_loss is not None:
                 say(f"{name}: step {event.step}, validation loss {event.validation_loss:.4f}")
-    return [_point(event) for event in events]
+    return {"points": [_point(event) for event in events], "seconds": round(events[-1].seconds, 1)}
 
 
 def _point(event: Event) -> dict[str, float]:

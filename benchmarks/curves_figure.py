@@ -27,14 +27,14 @@ svg { background: #ffffff; color: #1a1a1a; font: 12px sans-serif }
 text { fill: currentColor } .grid { stroke: #d8d8d8; fill: none } .axis { stroke: currentColor; fill: none }
 @media (prefers-color-scheme: dark) { svg { background: #14171a; color: #e6e6e6 } .grid { stroke: #3a3f44 } }
 </style>"""
-NAMES = {"planned": 0, "exact": 4}  # colours
+NAMES = {"planned": 0, "planned tightly": 2, "exact": 4}  # colours
 
 Curve = Sequence[Mapping[str, float]]
 
 
 def curves_figure(section: Mapping[str, Any]) -> str:
     """The SVG text of the section `curves`."""
-    curves: Mapping[str, Curve] = section["curves"]
+    curves: Mapping[str, Curve] = {name: curve["points"] for name, curve in section["curves"].items()}
     points = [point for curve in curves.values() for point in curve]
     losses = [point[what] for point in points for what in ("loss", "validation_loss") if what in point]
     x = Axis(0.0, float(section["steps"]), LEFT, WIDTH - RIGHT)

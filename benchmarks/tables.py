@@ -315,11 +315,21 @@ def budget(section: Section) -> str:
 
 
 def curves(section: Section) -> str:
-    """Two training runs, and what the planner found before and after."""
-    ends = {name: final(curve) for name, curve in section["curves"].items()}
-    off = 100 * (ends["planned"] / ends["exact"] - 1)
+    """Training runs, and what the planner found before and after."""
+    ends = {name: final(curve["points"]) for name, curve in section["curves"].items()}
+    losses = [
+        [
+            name,
+            ", ".join(f"{limit:g}" for limit in section["budgets"].get(name, ())) or "-",
+            f"{ends[name]:.4f}",
+            f"{100 * (ends[name] / ends['exact'] - 1):+.2f} %",
+            f"{curve['seconds']:.0f}",
+        ]
+        for name, curve in section["curves"].items()
+    ]
     rows = [
         [
+            name,
             before["path"],
             before["chosen"],
             f"{before['seen']:.2f}",
@@ -328,18 +338,19 @@ def curves(section: Section) -> str:
             f"{after['seen']:.2f}",
             _number(after["gains"]["output"]),
         ]
-        for before, after in zip(section["plans"]["initial"], section["plans"]["trained"], strict=True)
+        for name, plans in section["plans"].items()
+        for before, after in zip(plans["initial"], plans["trained"], strict=True)
     ]
-    heading = ["attention", "initial plan", "largest logit", "gain", "trained plan", "largest logit", "gain"]
+    heading = ["run", "attention", "initial plan", "largest logit", "gain"]
     return "\n".join(
         [
             _heading("Training curves", section),
             f"![{CURVES_TITLE}](curves.svg)\n",
-            f"gpt.tfg without its pin, {section['steps']} steps at {section['tokens']:,} tokens, the same data, seed. "
-            f"Final held-out loss: {ends['planned']:.4f} with the plan made at initial weights, {ends['exact']:.4f} "
-            f"exact, in nats per byte: {off:+.2f} %.\n",
+            f"gpt.tfg without its pin, {section['steps']} steps at {section['tokens']:,} tokens, the same data, seed "
+            "and initial weights; plans are made at these. Losses are held out, in nats per byte.\n",
+            table(["run", "limits (output, gradient)", "final loss", "beside exact", "seconds"], losses),
             "What the planner finds at initial and at trained weights; gains on the output are estimates:\n",
-            table(heading, rows, left=2),
+            table([*heading, "trained plan", "largest logit", "gain"], rows, left=3),
         ]
     )
 
