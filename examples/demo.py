@@ -1,4 +1,4 @@
-"""The demonstration behind `make demo`: compile gpt.tfg, train it on a novel, compare it with exact attention.
+"""The demonstration behind `make demo`: plan gpt.tfg on a novel, train it, compare it with exact attention.
 
 Everything printed at the end is measured in this run. Step times are medians of interleaved steps; peak memory is
 that of a process of its own that takes one training step.
@@ -17,15 +17,16 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.bench.memory import peak_of
+from fastgrad_dsl.calibration.data import CalibrationRequest, calibrated
 from fastgrad_dsl.compiled import Compiled
 from fastgrad_dsl.language_model import TrainRequest, language_model_loss, print_sample, run
 from fastgrad_dsl.report import ReportRequest, make_report, write_html, write_json
-from fastgrad_dsl.terminal import print_plan, print_report, progress
+from fastgrad_dsl.terminal import print_calibration, print_plan, print_report, progress
 from fastgrad_dsl.text_data import load_text
 from fastgrad_dsl.training import CHECKPOINT, LOG, Loss, Options
 
@@ -33,6 +34,7 @@ HERE = Path(os.path.relpath(Path(__file__).parent))  # relative: generated files
 SPEC, TEXT = HERE / "gpt.tfg", HERE / "data" / "emma.txt"
 MEBIBYTE = 2**20
 TIMED_STEPS = 3
+CALIBRATED = 2048  # tokens of a sequence to calibrate on, at most
 
 
 def main() -> None:
@@ -43,9 +45,14 @@ def main() -> None:
         return
     console = Console()
     build, folder = Path(options.out), Path("runs/demo")
-    compiled = fg.compile(SPEC, out=build)
-    console.rule("1. the compiled model")
+    console.rule("1. the compiled model, planned on the text")
+    with progress("calibrating:") as tell:
+        sizes = {"b": 1, "n": min(options.tokens, CALIBRATED)}
+        compiled = calibrated(fg.compile(SPEC), CalibrationRequest(str(TEXT), dims=sizes), tell)
+    compiled.write(build)
     print_plan(compiled.program, str(SPEC))
+    if compiled.calibration is not None:
+        print_calibration(compiled.calibration)
     console.rule(f"2. training at {options.tokens} tokens for {options.minutes:g} minutes")
     training = Options(
         tokens=options.tokens, seconds=60 * options.minutes, validate_every=25, validation_batches=2, warmup=10,
@@ -60,7 +67,7 @@ def main() -> None:
     console.rule("3. what the approximation costs, on held-out text")
     with progress("measuring") as tell:
         sizes = {"b": 1, "n": training.tokens}
-        result = make_report(ReportRequest(SPEC, {}, None, TEXT, weights, sizes, 0, True), tell)
+        result = make_report(ReportRequest(build, {}, None, TEXT, weights, sizes, 0, True), tell)
     print_report(result)
     write_json(build / "report.json", result)
     write_html(build / "report.html", result)
@@ -153,8 +160,7 @@ def _timed_step(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -
 def _one_step(which: str, weights: Path, tokens: int) -> dict[str, int | None]:
     """Peak resident memory that one step of one model adds, bytes; None where it is not known."""
     compiled = fg.compile(SPEC)
-    model = compiled.module(seed=0)
-    model.load_state_dict(load_file(weights))
+    model = fg.load(weights.parent)
     if which == "exact":
         model = compiled.reference(model)
     loss = language_model_loss(compiled, tokens)
