@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, settings
 
 # Read by torch when it is first imported, and inherited by the commands that tests start: two workers with
 # two threads each would fight over two cores.
-_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_variable, _THREADS)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ[_variable] = "1"  # whatever the process that started the worker has set for itself
+    else:
+        os.environ.setdefault(_variable, "2")
 
 # Kernels run as PyTorch does them unless a test asks for the fixture `native`: a build takes seconds.
 os.environ["FASTGRAD_NATIVE"] = "0"
