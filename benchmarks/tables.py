@@ -347,7 +347,8 @@ def curves(section: Section) -> str:
             _heading("Training curves", section),
             f"![{CURVES_TITLE}](curves.svg)\n",
             f"gpt.tfg without its pin, {section['steps']} steps at {section['tokens']:,} tokens, the same data, seed "
-            "and initial weights; plans are made at these. Losses are held out, in nats per byte.\n",
+            "and initial weights; plans are made at these. Losses are held out, in nats per byte. `exact again` starts "
+            "from weights moved by a millionth: what chance alone does to a loss.\n",
             table(["run", "limits (output, gradient)", "final loss", "beside exact", "seconds"], losses),
             "What the planner finds at initial and at trained weights; gains on the output are estimates:\n",
             table([*heading, "trained plan", "largest logit", "gain"], rows, left=3),
