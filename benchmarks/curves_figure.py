@@ -22,6 +22,7 @@ from fastgrad_dsl.report.svg import (
 
 TITLE = "Training with the planned and with exact attention"
 HEIGHT = 320.0
+LOW = 0.97  # of the least held-out loss: where the axis begins
 STYLE = """<style>
 svg { background: #ffffff; color: #1a1a1a; font: 12px sans-serif }
 text { fill: currentColor } .grid { stroke: #d8d8d8; fill: none } .axis { stroke: currentColor; fill: none }
@@ -36,22 +37,21 @@ def curves_figure(section: Mapping[str, Any]) -> str:
     """The SVG text of the section `curves`."""
     curves: Mapping[str, Curve] = {name: curve["points"] for name, curve in section["curves"].items()}
     points = [point for curve in curves.values() for point in curve]
-    losses = [point[what] for point in points for what in ("loss", "validation_loss") if what in point]
+    held_out = [point["validation_loss"] for point in points if "validation_loss" in point]
     x = Axis(0.0, float(section["steps"]), LEFT, WIDTH - RIGHT)
-    y = Axis(min(losses), max(losses), HEIGHT - BOTTOM, TOP + 18)
+    y = Axis(LOW * min(held_out), max(held_out), HEIGHT - BOTTOM, TOP + 18)  # the first steps lie above it
     parts = bottom_axis(x, HEIGHT - BOTTOM, TOP + 18, "steps")
-    parts += left_axis(y, LEFT, WIDTH - RIGHT, "nats per byte (lower is better)")
-    parts += key(
-        LEFT, TOP + 4, [(colour, f"{name}, held out", name == "exact") for name, colour in NAMES.items()]
-    )
-    for name, colour in NAMES.items():
+    parts += left_axis(y, LEFT, WIDTH - RIGHT, "held out (thick), nats per byte: lower is better")
+    shown = {name: colour for name, colour in NAMES.items() if name in curves}
+    parts += key(LEFT, TOP + 4, [(colour, name, name == "exact") for name, colour in shown.items()])
+    for name, colour in shown.items():
         trained = [(x.at(p["step"]), y.at(p["loss"])) for p in curves[name] if "loss" in p]
         parts.append(_faint(trained, colour))
-    for name, colour in NAMES.items():
-        held_out = [
+    for name, colour in shown.items():
+        places = [
             (x.at(p["step"]), y.at(p["validation_loss"])) for p in curves[name] if "validation_loss" in p
         ]
-        parts.append(line(held_out, colour, dashed=name == "exact"))
+        parts.append(line(places, colour, dashed=name == "exact"))
     svg = figure("curves", TITLE, _words(curves), HEIGHT, parts)
     svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     return svg.replace("><title", f">{STYLE}<title", 1) + "\n"
