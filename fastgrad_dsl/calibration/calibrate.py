@@ -86,7 +86,6 @@ class Calibration:
     """The attentions of a model on data, in program order, and what they were measured on."""
 
     attentions: tuple[Attention, ...]
-    budget: Budget
     pace: MachinePace
     certified: bool
     data: str
@@ -135,7 +134,6 @@ def calibrate(
     attentions = [_with_gains(each, found, local) for each in attentions]
     return Calibration(
         attentions=tuple(attentions),
-        budget=budget,
         pace=pace,
         certified=certified,
         data=data.described,
