@@ -15,7 +15,7 @@ from fastgrad_compiler.cost import PACE, flops
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import Budget, Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table, is_own
-from fastgrad_compiler.passes.plan import MAX_RANK, case_of
+from fastgrad_compiler.passes.plan import case_of
 from fastgrad_compiler.passes.plan_decision import Caps, Case, search, unservable
 from fastgrad_compiler.passes.plan_settings import settings_of
 from fastgrad_compiler.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
@@ -75,7 +75,7 @@ def advise(program: Program, target: str = "auto") -> tuple[Advised, ...]:
     alike: dict[Case, list[AttentionEntry]] = {}
     for entry in entries:
         settings = settings_of(entry.full_path, budget.rules)
-        case = case_of(entry, settings, program, len(entries), PACE[target], MAX_RANK)
+        case = case_of(program, entry, settings, sharing=len(entries), pace=PACE[target])
         alike.setdefault(case, []).append(entry)
     return tuple(
         Advised(tuple(group), max(_length(case)), str(_caps(case)), tuple(_advice(case)))

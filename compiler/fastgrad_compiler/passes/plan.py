@@ -84,14 +84,16 @@ def _decide_all(
     pace: Pace,
 ) -> tuple[dict[str, Outcome], dict[str, Case]]:
     """Decisions with shares that fit their number: fewer approximated attentions, larger shares."""
-    lengths, budget = Lengths(program), program.budget or Budget()
+    budget = program.budget or Budget()
 
     def decided(sharing: int) -> tuple[dict[str, Outcome], dict[str, Case]]:
         known: dict[tuple[str, str, Settings], tuple[Outcome, Case]] = {}
         for entry in entries:
             key = (entry.graph, entry.node.name, settings[entry.full_path])
             if key not in known:
-                case = _case(entry, key[2], lengths, budget, family, max_rank, sharing, pace)
+                case = case_of(
+                    program, entry, key[2], sharing=sharing, pace=pace, family=family, max_rank=max_rank
+                )
                 known[key] = decide(case), case
         found = {e.full_path: known[(e.graph, e.node.name, settings[e.full_path])] for e in entries}
         return {path: pair[0] for path, pair in found.items()}, {
@@ -112,16 +114,18 @@ def _approximated(outcomes: Mapping[str, Outcome]) -> int:
     return sum(isinstance(each, Decision) and each.polynomial is not None for each in outcomes.values())
 
 
-def _case(
+def case_of(
+    program: Program,
     entry: AttentionEntry,
     settings: Settings,
-    lengths: Lengths,
-    budget: Budget,
-    family: Family,
-    max_rank: int,
+    *,
     sharing: int,
     pace: Pace,
+    family: Family = "balanced",
+    max_rank: int = MAX_RANK,
 ) -> Case:
+    """All that the decision of one attention depends on, with the budget shared equally by `sharing`."""
+    lengths, budget = Lengths(program), program.budget or Budget()
     caps = Caps(
         relative=float(str(settings.relative.value)) if settings.relative else None,
         output=None if budget.output is None else budget.output / sharing,
@@ -139,15 +143,6 @@ def _case(
         entry.queries == entry.keys,
         budget.near,
         pace,
-    )
-
-
-def case_of(
-    entry: AttentionEntry, settings: Settings, program: Program, sharing: int, pace: Pace, max_rank: int
-) -> Case:
-    """All that the decision of one attention depends on, with the budget shared equally by `sharing`."""
-    return _case(
-        entry, settings, Lengths(program), program.budget or Budget(), "balanced", max_rank, sharing, pace
     )
 
 
