@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from rich.text import Text
 
 from fastgrad_compiler.advice import Advice, Advised, advise, cheapest
 from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.graph import Program
 from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.targets import check_target
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.terminal import console
 from fastgrad_grammar.read import read_source
+from fastgrad_grammar.source import Source
 
 FORMAT = "fastgrad-advice-1"
 
@@ -44,7 +46,7 @@ def make_advice(request: AdviceRequest, tell: Any = lambda what: None) -> dict[s
     program = run(elaborated, until="attention", target=request.target)[-1].program
     measured: Mapping[str, Any] = {}
     if request.data is not None:
-        measured = _measured(request, tell)
+        measured = _measured(request, source, elaborated, tell)
     budget = program.budget
     return {
         "format": FORMAT,
@@ -59,12 +61,14 @@ def make_advice(request: AdviceRequest, tell: Any = lambda what: None) -> dict[s
     }
 
 
-def _measured(request: AdviceRequest, tell: Any) -> Mapping[str, Any]:
+def _measured(request: AdviceRequest, source: Source, elaborated: Program, tell: Any) -> Mapping[str, Any]:
     """The calibration document of the file, rules of its budget left out: all candidates are to be seen."""
-    import fastgrad_dsl as fg
     from fastgrad_dsl.calibration.data import CalibrationRequest, calibrated
+    from fastgrad_dsl.compiled import Compiled
 
-    compiled = fg.compile(request.file, params=request.params, model=request.model, target=request.target)
+    budget = elaborated.budget
+    free = elaborated if budget is None else replace(elaborated, budget=replace(budget, rules=()))
+    compiled = Compiled(source, request.target, run(free, target=request.target), dict(request.params))
     asked = CalibrationRequest(str(request.data), request.weights, request.dims, request.seed)
     return calibrated(compiled, asked, tell).calibration or {}
 

@@ -100,6 +100,20 @@ def test_the_command_with_measured_candidates(tmp_path: Path) -> None:
     assert "chosen" in result.stdout
 
 
+@pytest.mark.parametrize("options", ["", ", gain = 2.0"])
+def test_advice_for_a_budget_that_is_refused(options: str, tmp_path: Path) -> None:
+    """Where a rule keeps the budget from being met, candidates of other degrees are measured all the same."""
+    path = _file(tmp_path, _text(options, 1e-4, 1e-3).rstrip("}\n") + '\n    at "*" degree = 2\n}\n')
+    command = ["--calibrate", "random", "--dim", "n=64", "--target", "torch"]
+    refused = CliRunner().invoke(app, ["compile", str(path), "-o", str(tmp_path / "out"), *command])
+    assert isinstance(refused.exception, TfgError)
+    out = tmp_path / "advice.json"
+    result = CliRunner().invoke(app, ["advise", str(path), "--json", str(out), *command])
+    assert result.exit_code == 0, result.output
+    candidates = json.loads(out.read_text())["attentions"][0]["candidates"]
+    assert {candidate["degree"] for candidate in candidates} - {None, 2}
+
+
 def test_compile_calibrates_on_stored_batches(tmp_path: Path) -> None:
     path, stored = _file(tmp_path, _text("")), tmp_path / "batches.safetensors"
     save_file({f"x.{place}": torch.randn(2, 33, 32) for place in range(3)}, stored)
