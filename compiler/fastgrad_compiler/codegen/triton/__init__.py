@@ -1,0 +1,96 @@
+"""Triton kernels for attention: the text of a GPU kernel file, from a specification."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from fastgrad_compiler.codegen.kernel import KernelSpec, folded_coefficients, kernel_title
+from fastgrad_compiler.codegen.templates import render
+from fastgrad_compiler.codegen.triton.configurations import configurations
+from fastgrad_compiler.features import rank
+from fastgrad_compiler.runtime.triton_tables import BLOCK, TILE, padded_rank
+
+FUSED_NUMBERS = 16384  # of a state that a program keeps in registers
+FUSED_DEGREE = 2
+LARGEST_D, LARGEST_DV = 64, 128
+
+
+def has_triton(spec: KernelSpec) -> bool:
+    """Whether there are Triton kernels for a specification; PyTorch's code serves the others."""
+    widths = max(spec.d, spec.near_d or 0) <= LARGEST_D and spec.dv <= LARGEST_DV
+    return spec.window is None and not spec.documents and widths
+
+
+@cache
+def emit_triton(spec: KernelSpec) -> str:
+    """The source of the file of GPU kernels; it imports triton alone. ValueError where `has_triton` is False."""
+    if not has_triton(spec):
+        raise ValueError("there are no Triton kernels for this attention")
+    return render("triton/attention.py.j2", _context(spec))
+
+
+def _context(spec: KernelSpec) -> dict[str, object]:
+    padded, state_width = padded_rank(spec.d, spec.degree), _up(spec.dv, 16)
+    folded = folded_coefficients(spec)
+    total = not spec.causal and spec.near is None
+    values = _power(spec.dv)
+    return {
+        "title": kernel_title(spec),
+        "specification": f"d = {spec.d}, dv = {spec.dv}, degree {spec.degree}",
+        "d": spec.d,
+        "dv": spec.dv,
+        "degree": spec.degree,
+        "rank": rank(spec.d, spec.degree),
+        "padded": padded,
+        "wide": _power(spec.d),
+        "values": values,
+        "near": spec.near,
+        "near_d": spec.near_d,
+        "near_wide": _power(spec.near_d or 1),
+        "separate": spec.near_d is not None,
+        "local": "near_q.near_k" if spec.near_d else "SCALE q.k",
+        "scale": float(spec.scale),
+        "causal": spec.causal,
+        "padding": spec.padding,
+        "total": total,
+        "after": spec.near is not None and not spec.causal,
+        "whole": spec.d <= BLOCK,
+        "fused": is_fused(spec),
+        "block": BLOCK,
+        "tile": TILE,
+        "state_width": state_width,
+        "state_size": padded * (state_width + 1),
+        "d_loaded": _up(spec.d, 8),
+        "dv_loaded": _up(spec.dv, 8),
+        "near_loaded": _up(spec.near_d or 1, 8),
+        "horner": _horner(folded),
+        "horner_slope": _horner(tuple(power * c for power, c in enumerate(folded))[1:]),
+        "configs": configurations(spec),
+    }
+
+
+def is_fused(spec: KernelSpec) -> bool:
+    """Whether a program can keep the state of a whole sequence in its registers."""
+    numbers = padded_rank(spec.d, spec.degree) * _power(spec.dv)
+    small = spec.degree <= FUSED_DEGREE and spec.d <= BLOCK and numbers <= FUSED_NUMBERS
+    return small and spec.causal and spec.near is None
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _power(size: int) -> int:
+    """The next power of two, at least BLOCK."""
+    return max(BLOCK, 1 << (size - 1).bit_length())
+
+
+def _horner(coefficients: tuple[float, ...]) -> str:
+    """An expression for the polynomial of `s`, a constant one as a tensor."""
+    *rest, last = map(float, coefficients)
+    if not rest:
+        return f"s * 0.0 + {last!r}"
+    text = f"{last!r}"
+    for position, coefficient in enumerate(reversed(rest)):
+        text = f"{text} * s + {coefficient!r}" if position == 0 else f"({text}) * s + {coefficient!r}"
+    return text

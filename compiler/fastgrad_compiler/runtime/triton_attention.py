@@ -1,0 +1,402 @@
+"""The GPU side of an attention kernel: which calls its Triton kernels serve, and how they are launched.
+
+Kernels are in NAME_triton.py beside the module of the operation. No launch waits for the device, and what a
+call allocates depends on shapes alone, so that CUDA graphs can record it once the first call has compiled the kernels
+and made their tables. With TRITON_INTERPRET=1 tensors on a CPU are served by Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention_op import NAMESPACE
+from .triton_tables import feature_tables
+
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+PREFIX, SUFFIX, TOTAL = 0, 1, 2  # of scan_kernel
+SCAN_SIZE = 1024
+DELTA_ROWS = 32
+
+
+class TritonWarning(RuntimeWarning):
+    """GPU kernels were wanted and cannot be had; results are the same, and slower."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the launches of a kernel depend on.
+
+    d, coefficients: of the features, the scale of the logits folded in. near: block size, 0 without. near_d: of separate
+    near queries and keys, 0 without.
+    """
+
+    d: int
+    dv: int
+    coefficients: tuple[float, ...]
+    causal: bool
+    near: int
+    near_d: int
+    padding: bool
+
+    @property
+    def total(self) -> bool:
+        """Whether one state of all keys serves all queries."""
+        return not self.causal and not self.near
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether there are far keys on both sides of a query."""
+        return not self.causal and bool(self.near)
+
+
+Forward = tuple[Tensor, Tensor, Tensor]
+Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class TritonAttention:
+    """The Triton kernels of one attention, imported when the first call asks for them.
+
+    name: of the kernel. spec: of its module, beside which NAME_triton.py lies.
+    """
+
+    def __init__(self, name: str, spec: ModuleSpec | None, case: Case) -> None:
+        self.name, self.case = name, case
+        self._spec = spec
+        self._kernels: ModuleType | None = None
+        self._failed = False
+        self._lock = threading.Lock()
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        near_q: Tensor | None,
+        near_k: Tensor | None,
+        mask: Tensor | None,
+        documents: Tensor | None,
+    ) -> Forward | None:
+        """out, denominator and maximum; None where the call is not for Triton kernels or they cannot be had."""
+        return self._attempt(lambda call: call.forward(), q, k, v, near_q, near_k, mask)
+
+    def backward(
+        self,
+        gradient: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        near_q: Tensor | None,
+        near_k: Tensor | None,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        out: Tensor,
+        denominator: Tensor,
+        maximum: Tensor,
+    ) -> Backward | None:
+        """The gradients of q, k, v, near_q and near_k, those that do not exist without elements; None as `forward`."""
+        return self._attempt(
+            lambda call: call.backward(gradient, out, denominator, maximum), q, k, v, near_q, near_k, mask
+        )
+
+    def _attempt(
+        self,
+        work: Callable[[Launches], Any],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        near_q: Tensor | None,
+        near_k: Tensor | None,
+        mask: Tensor | None,
+    ) -> Any:
+        if self._failed or 0 in (q.numel(), k.numel(), v.numel()) or False:
+            return None
+        if reason is not None:
+            _warn(reason)
+            return None
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources, PTXASError
+
+        try:
+            kernels = self._import()
+            with torch.cuda.device_of(q):
+                return work(Launches(kernels, self.case, q, k, v, near_q, near_k, mask))
+        except (CompilationError, OutOfResources, PTXASError, OSError) as error:
+            self._failed = True
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            _warn(f"the kernels of {self.name} cannot be built for this device: {lines[0]}")
+            return None
+
+    def _import(self) -> ModuleType:
+        with self._lock:
+            if self._kernels is None:
+                self._kernels = import_kernels(f"{self.name}_triton", self._spec)
+        return self._kernels
+
+
+class Launches:
+    """The launches that one call takes: its inputs as kernels want them, its type of arithmetic, its schedule."""
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        case: Case,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        near_q: Tensor | None,
+        near_k: Tensor | None,
+        mask: Tensor | None,
+    ) -> None:
+        self.kernels, self.case, self.given = kernels, case, (q, k, v, near_q, near_k)
+        self.dtype = q.dtype if q.dtype == k.dtype == v.dtype else torch.float32
+        self.device = q.device
+        self.q, self.k, self.v = (_aligned(x.to(self.dtype)) for x in (q, k, v))
+        self.near = [None if x is None else _aligned(x.to(self.dtype)) for x in (near_q, near_k)]
+        self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
+        self.batch, self.heads, self.queries = q.shape[:3]
+        self.shared, self.keys = k.shape[1:3]
+        self.groups = self.heads // self.shared
+        self.index, self.origin, self.weight = feature_tables(case.d, case.coefficients, self.device)
+        self.architecture = architecture(self.device)
+        self.operand, self.precision = arithmetic(self.dtype, self.architecture)
+        self.chunk = self._choose_chunk()
+        self.chunks = _ceil(max(self.queries, self.keys), self.chunk)
+
+    def _choose_chunk(self) -> int:
+        chunk = 128
+        if self.case.near:
+            chunk = self.case.near * _ceil(chunk, self.case.near)
+        return chunk
+
+    def forward(self) -> Forward:
+        """out [B, H, n, dv], denominator [B, H, n], and maximum [B, H, n] with a near field, else empty."""
+        rows = (self.batch, self.heads, self.queries)
+        out = self._empty((*rows, self.case.dv), self.dtype)
+        denominator = self._empty(rows)
+        maximum = self._empty(rows if self.case.near else (0,))
+        before, after = self._key_states()
+        self._launch(
+            "forward_kernel",
+            self._query_tiles,
+            *(self.q, self.k, self.v, *self.near, self.mask, self.index, self.origin, before, after),
+            *(out, denominator, maximum),
+            *self._strides(self.q, self.k, self.v, *self.near),
+            *self._sizes(),
+            MIXED=self._mixed,
+        )
+        return out.to(self.given[2].dtype), denominator, maximum
+
+    def backward(self, gradient: Tensor, out: Tensor, denominator: Tensor, maximum: Tensor) -> Backward:
+        """The gradients of the five inputs, in their types."""
+        gradient, out = _aligned(gradient.to(self.dtype)), _aligned(out).contiguous()
+        denominator, maximum = denominator.contiguous(), maximum.contiguous()
+        dq, dk, dv, dnear_q, dnear_k = (
+            self.q.new_empty((0,)) if x is None else self._empty(x.shape, self.dtype) for x in self.given
+        )
+        delta = self._empty(denominator.shape)
+        self.kernels.delta_kernel[(self.batch * self.heads * _ceil(self.queries, DELTA_ROWS),)](
+            gradient, out, delta, *gradient.stride()[:3], self.queries, self.heads, ROWS=DELTA_ROWS
+        )
+        saved = (denominator, maximum, delta)
+        strides = self._strides(gradient, self.q, self.k, self.v, *self.near)
+        inputs = (gradient, self.q, self.k, self.v, *self.near, self.mask, self.index, self.origin)
+        before, after = self._key_states()
+        self._launch(
+            "query_gradient_kernel",
+            self._query_tiles,
+            *(*inputs, before, after, *saved, dq, dnear_q),
+            *(*strides, *self._sizes()),
+            MIXED=self._mixed,
+        )
+        del before, after
+        before, after = self._query_states(gradient, saved)
+        self._launch(
+            "key_gradient_kernel",
+            self._key_tiles,
+            *(*inputs, before, after, *saved, dk, dv, dnear_k),
+            *(*strides, *self._sizes()),
+            MIXED=self._mixed,
+        )
+        gradients = (dq, dk, dv, dnear_q, dnear_k)
+        return tuple(  # type: ignore[return-value]
+            g if x is None else g.to(x.dtype) for x, g in zip(self.given, gradients, strict=True)
+        )
+
+    # ---------------------------------------------------------------- states
+
+    def _key_states(self) -> tuple[Tensor, Tensor]:
+        """W Z of the keys before each chunk, or of all, and of those behind it where a query sees far ones there."""
+        case = self.case
+        inputs = (self.k, self.v, self.mask, None, None, None)
+
+        def make(shift: int, mode: int) -> Tensor:
+            return self._states(inputs, self.keys, shift, mode, upstream=False)
+
+        before = make(-case.near, TOTAL if case.total else PREFIX)
+        return before, make(case.near, SUFFIX) if case.two_sided else before
+
+    def _query_states(self, gradient: Tensor, saved: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """W Y of the queries before each chunk, and of those behind it, or of all."""
+        case = self.case
+        denominator, maximum, delta = saved
+        inputs = (self.q, gradient, None, denominator, delta, maximum)
+
+        def make(shift: int, mode: int) -> Tensor:
+            return self._states(inputs, self.queries, shift, mode, upstream=True)
+
+        after = make(case.near, TOTAL if case.total else SUFFIX)
+        return make(-case.near, PREFIX) if case.two_sided else after, after
+
+    def _states(
+        self, inputs: tuple[Tensor | None, ...], tokens: int, shift: int, mode: int, upstream: bool
+    ) -> Tensor:
+        kernels, rows = self.kernels, self.batch * self.shared
+        x, y = inputs[:2]
+        assert x is not None
+        assert y is not None
+        state = self._empty((rows * self.chunks * kernels.STATE_SIZE.value,))
+        self._launch(
+            "state_kernel",
+            lambda config: rows * self.chunks * (kernels.RANK.value // config["FEATURES"]),
+            *(*inputs, self.index, self.origin, state),
+            *self._strides(x, y),
+            *(tokens, self.chunk, self.chunks, shift, self.shared, self.groups if upstream else 1),
+            UPSTREAM=upstream,
+        )
+        grid = (rows * _ceil(kernels.STATE_SIZE.value, SCAN_SIZE),)
+        kernels.scan_kernel[grid](state, self.weight, self.chunks, MODE=mode, SIZE=SCAN_SIZE)
+        return state
+
+    # ---------------------------------------------------------------- a launch
+
+    def _launch(
+        self, name: str, programs: Callable[[dict[str, int]], int], *arguments: object, **constants: object
+    ) -> None:
+        rows, keys, features, warps, stages = self.kernels.CONFIGS[self.architecture][DTYPES[self.dtype]][name]
+        config = {"ROWS": rows, "KEYS": keys, "FEATURES": features}
+        if name == "state_kernel":
+            config = {"TOKENS": keys, "FEATURES": features}
+        getattr(self.kernels, name)[(programs(config),)](
+            *arguments,
+            **constants,
+            **config,
+            OPERAND=self.operand,
+            PRECISION=self.precision,
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+    def _query_tiles(self, config: dict[str, int]) -> int:
+        return self.batch * self.heads * self._tiles(self.queries, config["ROWS"])
+
+    def _key_tiles(self, config: dict[str, int]) -> int:
+        return self.batch * self.shared * self._tiles(self.keys, config["ROWS"])
+
+    def _tiles(self, tokens: int, rows: int) -> int:
+        return _ceil(tokens, rows) if self.case.total else self.chunks * _ceil(self.chunk, rows)
+
+    def _sizes(self) -> tuple[int, ...]:
+        return self.queries, self.keys, self.chunk, self.chunks, self.heads, self.groups
+
+    @property
+    def _mixed(self) -> bool:
+        return self.chunk > self.case.near
+
+    def _strides(self, *tensors: Tensor | None) -> list[int]:
+        return [stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])]
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+
+def arithmetic(dtype: torch.dtype, architecture: str) -> tuple[Any, str]:
+    """The type of operands, and the precision of products of float32 numbers.
+
+    Features and states of float16 inputs are float32, of which a product takes the leading bits: a float16 would overflow.
+    """
+    import triton.language as tl
+
+    if dtype == torch.bfloat16:
+        return tl.bfloat16, "ieee"
+    if architecture.startswith("gfx"):
+        return tl.float32, "ieee"
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return tl.float32, "tf32x3" if exact else "tf32"
+
+
+def architecture(device: torch.device) -> str:
+    """The row of CONFIGS that is for a device."""
+    if device.type != "cuda":  # the interpreter
+        return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+def import_kernels(name: str, spec: ModuleSpec | None) -> ModuleType:
+    """The module of kernels beside that of `spec`. Triton reads sources, so that one in memory is written to a file."""
+    from .native import cache_folder
+
+    full = f"{spec.name.rpartition('.')[0] if spec is not None else __package__}.{name}"
+    if full in sys.modules:
+        return sys.modules[full]
+    loader, origin = getattr(spec, "loader", None), getattr(spec, "origin", None) or ""
+    path = os.path.join(os.path.dirname(origin), f"{name}.py")
+    if not os.path.isfile(path):
+        text = loader.get_data(path)  # type: ignore[union-attr]
+        path = str(_written(name, text, cache_folder()))
+    found = importlib.util.spec_from_file_location(full, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[full] = module
+    found.loader.exec_module(module)
+    return module
+
+
+def _refusal(*tensors: Tensor) -> str | None:
+    """Why Triton does not serve these: None if it does."""
+    device = tensors[0].device.type
+    if any(x.dtype not in DTYPES for x in tensors):
+        return "they are for float32, float16 and bfloat16, not for float64"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "they need a GPU"
+    if device == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(tensors[0].device)[0] < 8:
+        return "they need a GPU of compute capability 8.0 or higher"
+    return None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """With a width that is a multiple of 8, a dense last dimension, and rows that start at multiples of 16 bytes."""
+    if x.shape[-1] % 8:
+        return torch.nn.functional.pad(x, (0, -x.shape[-1] % 8))
+    whole = x.stride(-1) == 1 and all(s % 8 == 0 for s in x.stride()[:3]) and x.data_ptr() % 16 == 0
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
+
+
+def _ceil(size: int, part: int) -> int:
+    return -(-size // part)
+
+
+def _warn(reason: str) -> None:
+    """One warning a process, whichever kernel and whichever copy of this file is the first to need it."""
+    shared = vars(getattr(torch.ops, NAMESPACE))
+    if "triton_warning" not in shared:
+        shared["triton_warning"] = reason
+        message = f"attention runs without Triton kernels, and slower: {reason}"
+        warnings.warn(message, TritonWarning, stacklevel=2)
