@@ -171,8 +171,12 @@ class Launches:
         self.index, self.origin, self.weight = feature_tables(case.d, case.coefficients, self.device)
         self.architecture = architecture(self.device)
         self.operand, self.precision = arithmetic(self.dtype, self.architecture)
+        self.fused = hasattr(kernels, "fused_forward_kernel") and self._choose_fused()
         self.chunk = self._choose_chunk()
         self.chunks = _ceil(max(self.queries, self.keys), self.chunk)
+
+    def _choose_fused(self) -> bool:
+        return False
 
     def _choose_chunk(self) -> int:
         chunk = 128
@@ -186,6 +190,15 @@ class Launches:
         out = self._empty((*rows, self.case.dv), self.dtype)
         denominator = self._empty(rows)
         maximum = self._empty(rows if self.case.near else (0,))
+        if self.fused:
+            self._launch(
+                "fused_forward_kernel",
+                self._rows,
+                *(self.q, self.k, self.v, self.mask, self.index, self.weight, out, denominator),
+                *self._strides(self.q, self.k, self.v),
+                *(self.queries, self.heads, self.groups),
+            )
+            return out.to(self.given[2].dtype), denominator, maximum
         before, after = self._key_states()
         self._launch(
             "forward_kernel",
@@ -209,7 +222,33 @@ class Launches:
         self.kernels.delta_kernel[(self.batch * self.heads * _ceil(self.queries, DELTA_ROWS),)](
             gradient, out, delta, *gradient.stride()[:3], self.queries, self.heads, ROWS=DELTA_ROWS
         )
-        saved = (denominator, maximum, delta)
+        if self.fused:
+            self._fused_backward(gradient, denominator, delta, dq, dk, dv)
+        else:
+            self._backward(gradient, (denominator, maximum, delta), dq, dk, dv, dnear_q, dnear_k)
+        gradients = (dq, dk, dv, dnear_q, dnear_k)
+        return tuple(  # type: ignore[return-value]
+            g if x is None else g.to(x.dtype) for x, g in zip(self.given, gradients, strict=True)
+        )
+
+    def _fused_backward(
+        self, gradient: Tensor, denominator: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+    ) -> None:
+        inputs = (gradient, self.q, self.k, self.v, self.mask, self.index, self.weight, denominator, delta)
+        sizes = (*self._strides(gradient, self.q, self.k, self.v), self.queries, self.heads, self.groups)
+        self._launch("fused_query_gradient_kernel", self._rows, *inputs, dq, *sizes)
+        self._launch("fused_key_gradient_kernel", self._rows, *inputs, dk, dv, *sizes)
+
+    def _backward(
+        self,
+        gradient: Tensor,
+        saved: tuple[Tensor, Tensor, Tensor],
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dnear_q: Tensor,
+        dnear_k: Tensor,
+    ) -> None:
         strides = self._strides(gradient, self.q, self.k, self.v, *self.near)
         inputs = (gradient, self.q, self.k, self.v, *self.near, self.mask, self.index, self.origin)
         before, after = self._key_states()
@@ -228,10 +267,6 @@ class Launches:
             *(*inputs, before, after, *saved, dk, dv, dnear_k),
             *(*strides, *self._sizes()),
             MIXED=self._mixed,
-        )
-        gradients = (dq, dk, dv, dnear_q, dnear_k)
-        return tuple(  # type: ignore[return-value]
-            g if x is None else g.to(x.dtype) for x, g in zip(self.given, gradients, strict=True)
         )
 
     # ---------------------------------------------------------------- states
@@ -288,6 +323,8 @@ class Launches:
         config = {"ROWS": rows, "KEYS": keys, "FEATURES": features}
         if name == "state_kernel":
             config = {"TOKENS": keys, "FEATURES": features}
+        elif name.startswith("fused"):
+            config = {"ROWS": rows}
         getattr(self.kernels, name)[(programs(config),)](
             *arguments,
             **constants,
@@ -297,6 +334,9 @@ class Launches:
             num_warps=warps,
             num_stages=stages,
         )
+
+    def _rows(self, config: dict[str, int]) -> int:
+        return self.batch * self.shared
 
     def _query_tiles(self, config: dict[str, int]) -> int:
         return self.batch * self.heads * self._tiles(self.queries, config["ROWS"])

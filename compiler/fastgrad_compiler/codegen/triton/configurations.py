@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastgrad_compiler.codegen.kernel import KernelSpec
 
 DEFAULT = (64, 64, 64, 4, 2)
-KERNELS = ("state_kernel", "forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
+KERNELS = ("state_kernel", "forward_kernel", "query_gradient_kernel", "key_gradient_kernel", *("fused_" + x for x in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 TYPES = ("float32", "float16", "bfloat16")
 
