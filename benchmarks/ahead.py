@@ -1,0 +1,297 @@
+"""Ahead-of-time compilation of Triton kernels for GPUs that are not there.
+
+    with Ahead(workers=2) as ahead:
+        results = ahead.map([Job(file, "forward_kernel", {"q": "bf16*", "n": 4096}, {"D": 64}, target="sm_90"), ...])
+
+gives for each job the `Resources` of the compiled kernel, or a `Failure` with the compiler's words. The specialisation is
+that of a launch: pointers are divisible by 16, integers that are 1 become constants, those divisible by 16 are known to be.
+
+Triton reads TRITON_INTERPRET when it is imported, and a process that interprets cannot compile, so that jobs go to
+processes of their own, from whose environment the variable is gone: `python -m benchmarks.ahead` reads one job a line from
+its standard input, as JSON, and writes one result a line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TextIO
+
+from benchmarks.machine_code import ARCHITECTURES, Load, Resources, read
+
+__all__ = ["ARCHITECTURES", "Ahead", "Failure", "Job", "Load", "Resources", "resources"]
+
+Argument = str | int | float
+"""Of a launch: "bf16*" is a pointer to bfloat16 (see ELEMENTS), "none" is None, a number is itself."""
+
+Constant = str | int | float | bool | None
+
+ELEMENTS: Mapping[str, str] = {
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "fp64": "float64",
+    "i1": "bool",
+    "i8": "int8",
+    "i16": "int16",
+    "i32": "int32",
+    "i64": "int64",
+    "u8": "uint8",
+}
+"""Triton's name of an element type, and PyTorch's."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile: a `@triton.jit` function of a file of Python, and how it would be launched."""
+
+    file: Path
+    kernel: str
+    arguments: Mapping[str, Argument]
+    constants: Mapping[str, Constant]
+    target: str
+    """A key of ARCHITECTURES."""
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"file": str(self.file)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        fields = json.loads(text)
+        return cls(**fields | {"file": Path(fields["file"])})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A kernel that did not compile."""
+
+    error: str
+
+
+Result = Resources | Failure
+
+
+def result_to_json(result: Result) -> str:
+    return json.dumps(asdict(result))
+
+
+def result_from_json(text: str) -> Result:
+    fields = json.loads(text)
+    if "error" in fields:
+        return Failure(**fields)
+    return Resources(**fields | {"loads": tuple(Load(**load) for load in fields["loads"])})
+
+
+class _Driver:
+    """What compiling asks of a driver, for a GPU that is not there."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # the key of Triton's caches of kernels: it has to differ from target to target
+
+    def get_current_stream(self, device: object = None) -> int:
+        return 0
+
+
+def resources(
+    kernel: Any,
+    arguments: Mapping[str, Argument],
+    constants: Mapping[str, Constant],
+    *,
+    target: str,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> Resources:
+    """Compile `kernel`, a function under `@triton.jit`, for the architecture `target` and read what it uses.
+
+    Raises:
+        RuntimeError: this process interprets kernels.
+        KeyError: an unknown target or element type.
+        Exception: whatever the compiler raises for a kernel that it rejects.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("a process with TRITON_INTERPRET=1 cannot compile: use Ahead")
+    architecture = ARCHITECTURES[target]
+    target_of_triton = GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
+    triton.runtime.driver.set_active(_Driver(target_of_triton))
+    launch = {name: _argument(value) for name, value in arguments.items()}
+    compiled = kernel.warmup(grid=(1,), num_warps=num_warps, num_stages=num_stages, **launch, **constants)
+    return read(target, compiled)
+
+
+def _argument(value: Argument) -> Any:
+    from triton.runtime.jit import MockTensor
+
+    if not isinstance(value, str):
+        return value
+    if value == "none":
+        return None
+    return MockTensor(f"torch.{ELEMENTS[value.removesuffix('*')]}")
+
+
+class Ahead:
+    """Processes that compile, for the time of a `with` statement.
+
+    Args:
+        workers: how many of them; each takes one core and some hundred MiB.
+        cache: folder for Triton's cache of compiled kernels; without one it is private and goes away at the end.
+        limit: seconds for one job, after which its process is ended and the job counts as a failure.
+    """
+
+    def __init__(self, workers: int = 2, *, cache: Path | None = None, limit: float = 300.0) -> None:
+        self._workers = workers
+        self._limit = limit
+        self._private = None if cache else tempfile.TemporaryDirectory(prefix="fastgrad-ahead-")
+        self._cache = cache or Path(self._private.name if self._private else "")
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+
+    def __enter__(self) -> Ahead:
+        for _ in range(self._workers):
+            self._idle.put(_Worker(self._cache, self._limit))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for _ in range(self._workers):
+            self._idle.get().close()
+        if self._private is not None:
+            self._private.cleanup()
+
+    def map(self, jobs: Iterable[Job]) -> list[Result]:
+        """The results of the jobs, in their order."""
+        with ThreadPoolExecutor(self._workers) as threads:
+            return list(threads.map(self._run, jobs))
+
+    def _run(self, job: Job) -> Result:
+        worker = self._idle.get()
+        try:
+            return worker.run(job)
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """One process that compiles, started when it is first needed, and again after a job that ended it."""
+
+    def __init__(self, cache: Path, limit: float) -> None:
+        self._cache = cache
+        self._limit = limit
+        self._process: subprocess.Popen[str] | None = None
+        self._log = tempfile.TemporaryFile("w+")
+
+    def run(self, job: Job) -> Result:
+        process = self._process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        alarm = threading.Timer(self._limit, process.kill)
+        alarm.start()
+        try:
+            process.stdin.write(job.to_json() + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            alarm.cancel()
+        if answer:
+            return result_from_json(answer)
+        status = process.wait()
+        self._end()
+        self._log.seek(0)
+        return Failure(f"the compiler ended with status {status}: {self._log.read()[-2000:]}")
+
+    def close(self) -> None:
+        self._end()
+        self._log.close()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        root = str(Path(__file__).resolve().parents[1])
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(self._cache)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+        self._log.truncate(0)
+        return subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.ahead"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=root,
+            env=environment,
+        )
+
+
+def answers(lines: Iterable[str]) -> Iterator[str]:
+    """The result of each job, as JSON; a kernel that the compiler rejects gives a failure, and the next job follows."""
+    for line in lines:
+        job = Job.from_json(line)
+        try:
+            kernel = getattr(_module(job.file), job.kernel)
+            result: Result = resources(
+                kernel,
+                job.arguments,
+                job.constants,
+                target=job.target,
+                num_warps=job.num_warps,
+                num_stages=job.num_stages,
+            )
+        except Exception as error:  # whatever it is, it is the answer
+            result = Failure(f"{type(error).__name__}: {error}")
+        yield result_to_json(result)
+
+
+@lru_cache(maxsize=None)
+def _module(file: Path) -> ModuleType:
+    """A file of Python, executed under a name of its own. Triton reads the source of its kernels from the file again."""
+    name = f"ahead_{len(sys.modules)}_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no file of Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _results() -> TextIO:
+    """Standard output for the results alone: what else writes there, libraries in C too, goes to standard error."""
+    results = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return results
+
+
+def main() -> None:
+    results = _results()
+    for answer in answers(sys.stdin):
+        print(answer, file=results, flush=True)
+
+
+if __name__ == "__main__":
+    main()
