@@ -37,6 +37,7 @@ Argument = str | int | float
 """Of a launch: "bf16*" is a pointer to bfloat16 (see ELEMENTS), "none" is None, a number is itself."""
 
 Constant = str | int | float | bool | None
+"""A value of a `tl.constexpr`; "tl.float32" is a type of Triton's."""
 
 ELEMENTS: Mapping[str, str] = {
     "fp16": "float16",
@@ -137,8 +138,17 @@ def resources(
     target_of_triton = GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
     triton.runtime.driver.set_active(_Driver(target_of_triton))
     launch = {name: _argument(value) for name, value in arguments.items()}
-    compiled = kernel.warmup(grid=(1,), num_warps=num_warps, num_stages=num_stages, **launch, **constants)
+    values = {name: _constant(value) for name, value in constants.items()}
+    compiled = kernel.warmup(grid=(1,), num_warps=num_warps, num_stages=num_stages, **launch, **values)
     return read(target, compiled)
+
+
+def _constant(value: Constant) -> Any:
+    """A constant; "tl.bfloat16" is the type of that name."""
+    import triton.language
+
+    is_type = isinstance(value, str) and value.startswith("tl.")
+    return getattr(triton.language, str(value)[3:]) if is_type else value
 
 
 def _argument(value: Argument) -> Any:

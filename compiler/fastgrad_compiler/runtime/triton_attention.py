@@ -158,6 +158,7 @@ class Launches:
         near_q: Tensor | None,
         near_k: Tensor | None,
         mask: Tensor | None,
+        target: str = "",
     ) -> None:
         self.kernels, self.case, self.given = kernels, case, (q, k, v, near_q, near_k)
         self.dtype = q.dtype if q.dtype == k.dtype == v.dtype else torch.float32
@@ -169,7 +170,7 @@ class Launches:
         self.shared, self.keys = k.shape[1:3]
         self.groups = self.heads // self.shared
         self.index, self.origin, self.weight = feature_tables(case.d, case.coefficients, self.device)
-        self.architecture = architecture(self.device)
+        self.architecture = target or architecture(self.device)
         self.operand, self.precision = arithmetic(self.dtype, self.architecture)
         self.fused = hasattr(kernels, "fused_forward_kernel") and self._choose_fused()
         self.chunk = self._choose_chunk()
@@ -219,9 +220,9 @@ class Launches:
             self.q.new_empty((0,)) if x is None else self._empty(x.shape, self.dtype) for x in self.given
         )
         delta = self._empty(denominator.shape)
-        self.kernels.delta_kernel[(self.batch * self.heads * _ceil(self.queries, DELTA_ROWS),)](
-            gradient, out, delta, *gradient.stride()[:3], self.queries, self.heads, ROWS=DELTA_ROWS
-        )
+        sizes = (*gradient.stride()[:3], out.stride(2), self.queries, self.heads)
+        grid = (self.batch * self.heads * _ceil(self.queries, DELTA_ROWS),)
+        self.kernels.delta_kernel[grid](gradient, out, delta, *sizes, ROWS=DELTA_ROWS)
         if self.fused:
             self._fused_backward(gradient, denominator, delta, dq, dk, dv)
         else:

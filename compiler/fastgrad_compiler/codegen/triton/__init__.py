@@ -10,7 +10,7 @@ from fastgrad_compiler.codegen.triton.configurations import configurations
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.runtime.triton_tables import BLOCK, TILE, padded_rank
 
-FUSED_NUMBERS = 16384  # of a state that a program keeps in registers
+FUSED_NUMBERS = 4096  # of a state that a program keeps in registers
 FUSED_DEGREE = 2
 LARGEST_D, LARGEST_DV = 64, 128
 
@@ -65,7 +65,7 @@ def _context(spec: KernelSpec) -> dict[str, object]:
         "near_loaded": _up(spec.near_d or 1, 8),
         "horner": _horner(folded),
         "horner_slope": _horner(tuple(power * c for power, c in enumerate(folded))[1:]),
-        "configs": configurations(spec),
+        "configs": configurations(spec, is_fused(spec)),
     }
 
 

@@ -1,15 +1,68 @@
-"""Tile sizes, warps and stages of Triton kernels."""
+"""Tile sizes, warps and stages of Triton kernels: a table, chosen by compiling ahead of time.
+
+`python -m benchmarks.configurations` makes it: of some candidates it keeps the largest tiles that fit in shared memory and
+spill no register, and of those the one with the highest occupancy. Its rows are for classes of kernels, whose hardest
+member was compiled.
+"""
 
 from __future__ import annotations
 
+import json
+from functools import cache
+from pathlib import Path
+
 from fastgrad_compiler.codegen.kernel import KernelSpec
 
-DEFAULT = (64, 64, 64, 4, 2)
-KERNELS = ("state_kernel", "forward_kernel", "query_gradient_kernel", "key_gradient_kernel", *("fused_" + x for x in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")))
+TABLE = Path(__file__).with_name("configurations.json")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 TYPES = ("float32", "float16", "bfloat16")
+KERNELS = ("state_kernel", "forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
+FUSED_KERNELS = tuple(
+    f"fused_{name}" for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
+)
+D_CLASSES, DV_CLASSES = (16, 64), (64, 128)
+DEGREE_CLASSES = {"float32": (4,), "bfloat16": (2, 4)}
+ROW_OF = {"float16": "float32"}  # whose kernels have the same operands, and fewer products
+FALLBACK = (16, 16, 16, 4, 1)
+
+Configuration = tuple[int, int, int, int, int]
+"""ROWS, KEYS, FEATURES, warps, stages."""
 
 
-def configurations(spec: KernelSpec) -> dict[str, dict[str, dict[str, tuple[int, ...]]]]:
-    """ROWS, KEYS, FEATURES, warps and stages by architecture, type of the inputs and kernel."""
-    return {a: {t: dict.fromkeys(KERNELS, DEFAULT) for t in TYPES} for a in ARCHITECTURES}
+def configurations(
+    spec: KernelSpec, fused: bool = False
+) -> dict[str, dict[str, dict[str, Configuration]]]:
+    """By architecture, type of the inputs and kernel; `fused` adds the kernels of that schedule."""
+    names = (*KERNELS, *FUSED_KERNELS) if fused else KERNELS
+    return {
+        architecture: {
+            dtype: {name: find(architecture, dtype, name, spec) for name in names} for dtype in TYPES
+        }
+        for architecture in ARCHITECTURES
+    }
+
+
+def find(architecture: str, dtype: str, kernel: str, spec: KernelSpec) -> Configuration:
+    """The row of the table for a kernel; small tiles where there is none."""
+    row = _table().get(key(architecture, dtype, kernel, spec), FALLBACK)
+    rows, keys, features, warps, stages = row
+    return rows, keys, features, warps, stages
+
+
+def key(architecture: str, dtype: str, kernel: str, spec: KernelSpec) -> str:
+    """The name of a class of kernels in the table."""
+    d, dv = _at_least(spec.d, D_CLASSES), _at_least(spec.dv, DV_CLASSES)
+    dtype = ROW_OF.get(dtype, dtype)
+    degree = _at_least(spec.degree, DEGREE_CLASSES[dtype])
+    near = " near" if spec.near is not None and not kernel.startswith(("state", "fused")) else ""
+    return f"{architecture} {dtype} {kernel} d={d} dv={dv} degree={degree}{near}"
+
+
+def _at_least(size: int, classes: tuple[int, ...]) -> int:
+    return next((c for c in classes if size <= c), classes[-1])
+
+
+@cache
+def _table() -> dict[str, list[int]]:
+    table: dict[str, list[int]] = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
+    return table

@@ -1,0 +1,141 @@
+"""Choose the tiles, warps and stages of Triton kernels by compiling them ahead of time: makes the compiler's table.
+
+python -m benchmarks.configurations [PART OF A KEY ...]: about half an hour on two cores; with arguments only those rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.ahead import Ahead, Job, Resources
+from benchmarks.launches import jobs, write_kernels
+from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.codegen.triton import is_fused
+from fastgrad_compiler.codegen.triton.configurations import (
+    ARCHITECTURES,
+    D_CLASSES,
+    DEGREE_CLASSES,
+    DV_CLASSES,
+    TABLE,
+    ROW_OF,
+    TYPES,
+    Configuration,
+    key,
+)
+
+# Groups of one size of tile, the largest first: ROWS, KEYS, FEATURES, warps, stages.
+CANDIDATES: tuple[tuple[Configuration, ...], ...] = (
+    ((128, 64, 64, 8, 2), (64, 64, 64, 4, 2)),
+    ((64, 64, 32, 4, 2), (64, 32, 32, 4, 1)),
+    ((128, 32, 32, 8, 1),),
+    ((32, 32, 32, 2, 1),),
+    ((64, 16, 16, 4, 1), (16, 16, 16, 1, 1)),
+)
+STATE_CANDIDATES: tuple[tuple[Configuration, ...], ...] = (
+    ((64, 64, 64, 4, 3), (64, 64, 64, 4, 2)),
+    ((64, 32, 64, 4, 1),),
+    ((64, 32, 32, 2, 1), (64, 32, 32, 4, 1)),
+    ((64, 16, 16, 1, 1), (64, 16, 16, 4, 1)),
+)
+FUSED_CANDIDATES: tuple[tuple[Configuration, ...], ...] = (
+    ((64, 64, 64, 4, 2), (64, 64, 64, 4, 1)),
+    ((32, 32, 64, 4, 2), (32, 32, 64, 4, 1)),
+    ((16, 16, 64, 4, 1),),
+)
+COEFFICIENTS = (1.0, 1.0, 0.5, 0.2, 0.05)
+
+
+def candidates(kernel: str) -> tuple[tuple[Configuration, ...], ...]:
+    """What is tried for a kernel, group by group."""
+    if kernel == "state_kernel":
+        return STATE_CANDIDATES
+    return FUSED_CANDIDATES if kernel.startswith("fused") else CANDIDATES
+
+
+def classes() -> Iterator[tuple[KernelSpec, bool]]:
+    """The hardest member of each class, and whether it is for the fused kernels."""
+    for d in D_CLASSES:
+        for dv in DV_CLASSES:
+            for degree in DEGREE_CLASSES["bfloat16"]:
+                plain = KernelSpec(d, dv, COEFFICIENTS[: degree + 1], causal=True, padding=True)
+                yield plain, False
+                yield replace(plain, near=24, near_d=min(d, 32)), False
+    for d, dv in ((8, 64), (8, 32)):
+        yield KernelSpec(d, dv, COEFFICIENTS[:3], causal=True, padding=True), True
+
+
+def configured(job: Job, configuration: Configuration) -> Job:
+    """The same launch with other tiles, warps and stages."""
+    rows, keys, features, warps, stages = configuration
+    tiles = {"ROWS": rows, "KEYS": keys, "TOKENS": keys, "FEATURES": features}
+    constants = {n: tiles.get(n, value) for n, value in job.constants.items()}
+    return replace(job, constants=constants, num_warps=warps, num_stages=stages)
+
+
+def is_good(result: object) -> bool:
+    """Whether a kernel can run without spilling, with matrix instructions for all of its products."""
+    if not isinstance(result, Resources):
+        return False
+    return result.fits and not result.spills and not result.scalar_dots and result.matrix_instructions > 0
+
+
+def choose(ahead: Ahead, launches: list[Job], kernel: str) -> Configuration | None:
+    """The best configuration with which all of the launches of a kernel are good; None if no candidate is."""
+    for group in candidates(kernel):
+        tried = [(c, ahead.map([configured(job, c) for job in launches])) for c in group]
+        good = [(c, results) for c, results in tried if all(map(is_good, results))]
+        if good:
+            return max(good, key=lambda item: (_occupancy(item[1]), item[0][0]))[0]
+    return None
+
+
+def _occupancy(results: list[object]) -> float:
+    return min(result.occupancy for result in results if isinstance(result, Resources))
+
+
+def main() -> None:
+    """Fill the table, row by row; what is there of other rows stays."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help="only rows whose key has all of these")
+    parser.add_argument("--missing", action="store_true", help="only rows that the table lacks")
+    arguments = parser.parse_args()
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    with tempfile.TemporaryDirectory() as folder, Ahead(workers=2) as ahead:
+        for number, (spec, fused) in enumerate(classes()):
+            file = write_kernels(spec, Path(folder), f"kernels_{number}")
+            assert not fused or is_fused(spec)
+            for architecture in ARCHITECTURES:
+                for dtype in TYPES:
+                    if dtype in ROW_OF or not (fused or spec.degree in DEGREE_CLASSES[dtype]):
+                        continue
+                    found = jobs(spec, file, getattr(torch, dtype), architecture, fused)
+                    for kernel in dict.fromkeys(job.kernel for job in found.values()):
+                        row = key(architecture, dtype, kernel, spec)
+                        wanted = all(part in row for part in arguments.parts)
+                        if kernel in ("scan_kernel", "delta_kernel") or not wanted:
+                            continue
+                        if arguments.missing and row in table:
+                            continue
+                        if kernel.startswith("state") and spec.near is not None:
+                            continue
+                        chosen = choose(ahead, [j for j in found.values() if j.kernel == kernel], kernel)
+                        print(f"{row}: {chosen}", flush=True)
+                        if chosen is not None:
+                            table[row] = list(chosen)
+                            _write(table)
+
+
+def _write(table: dict[str, list[int]]) -> None:
+    lines = ",\n".join(f"  {json.dumps(row)}: {json.dumps(table[row])}" for row in sorted(table))
+    TABLE.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The launches of an attention's Triton kernels, recorded as jobs for compilation ahead of time.
+
+They are those that the run-time code makes, on tensors without storage, so that what is compiled here is what a GPU runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.ahead import Argument, Constant, Job
+from fastgrad_compiler.codegen.kernel import KernelSpec, folded_coefficients
+from fastgrad_compiler.codegen.triton import emit_triton
+from fastgrad_compiler.runtime.triton_attention import Case, Launches
+
+BATCH, HEADS, TOKENS = 4, 16, 16384  # whose divisibility by 16 a kernel is compiled for
+ELEMENTS = {
+    torch.float32: "fp32*",
+    torch.float16: "fp16*",
+    torch.bfloat16: "bf16*",
+    torch.int32: "i32*",
+    torch.uint8: "u8*",
+}
+
+
+def case_of(spec: KernelSpec) -> Case:
+    """What the launches of a specification depend on."""
+    near, near_d = spec.near or 0, spec.near_d or 0
+    return Case(spec.d, spec.dv, folded_coefficients(spec), spec.causal, near, near_d, spec.padding)
+
+
+def write_kernels(spec: KernelSpec, folder: Path, name: str) -> Path:
+    """The file of kernels that is emitted for a specification."""
+    path = folder / f"{name}.py"
+    path.write_text(emit_triton(spec), encoding="utf-8")
+    return path
+
+
+def load_kernels(path: Path) -> ModuleType:
+    """A file of kernels as a module."""
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@dataclass
+class Recorder:
+    """Stands for the module of kernels: keeps what would be launched."""
+
+    module: ModuleType
+    file: Path
+    target: str
+    jobs: dict[str, Job] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        return _Kernel(self, name, value) if name.endswith("_kernel") else value
+
+
+class _Kernel:
+    def __init__(self, recorder: Recorder, name: str, kernel: Any) -> None:
+        self.recorder, self.name, self.kernel = recorder, name, kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.launch
+
+    def launch(self, *arguments: object, **named: Any) -> None:
+        """Record a launch; one of the same kernel with another constant is another job."""
+        warps, stages = named.pop("num_warps", 4), named.pop("num_stages", 2)
+        values = {n: _described(v) for n, v in zip(self.kernel.arg_names, arguments, strict=False)}
+        constants: dict[str, Constant] = {n: _constant(v) for n, v in named.items()}
+        label = self.name + (" of queries" if constants.get("UPSTREAM") else "")
+        job = Job(self.recorder.file, self.name, values, constants, self.recorder.target, warps, stages)
+        self.recorder.jobs.setdefault(label + (" near" if constants.get("MIXED") is False else ""), job)
+
+
+def _described(value: object) -> Argument:
+    if isinstance(value, Tensor):
+        return ELEMENTS[value.dtype]
+    if value is None:
+        return "none"
+    assert isinstance(value, int)
+    return value
+
+
+def _constant(value: Any) -> Constant:
+    return f"tl.{value.name.replace('fp', 'float').replace('bf16', 'bfloat16')}" if hasattr(value, "name") else value
+
+
+def jobs(spec: KernelSpec, file: Path, dtype: torch.dtype, target: str, fused: bool = False) -> dict[str, Job]:
+    """The launches of a forward and a backward pass, by name.
+
+    file: that `write_kernels` made. dtype: of the inputs. fused: the schedule that keeps the state in registers.
+    """
+    recorder = Recorder(load_kernels(file), file, target)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k = tensor(BATCH, HEADS, TOKENS, spec.d), tensor(BATCH, HEADS, TOKENS, spec.d)
+    v = tensor(BATCH, HEADS, TOKENS, spec.dv)
+    near = [tensor(BATCH, HEADS, TOKENS, spec.near_d) if spec.near_d else None for _ in range(2)]
+    mask = torch.empty((BATCH, TOKENS), dtype=torch.bool, device="meta") if spec.padding else None
+    launches = Launches(recorder, case_of(spec), q, k, v, *near, mask, target)  # type: ignore[arg-type]
+    launches.fused = fused
+    out, denominator, maximum = launches.forward()
+    launches.backward(torch.empty_like(out), out, denominator, maximum)
+    return recorder.jobs
