@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from fastgrad_compiler.codegen.triton.configurations import (
     D_CLASSES,
     DEGREE_CLASSES,
     DV_CLASSES,
-    TABLE,
     ROW_OF,
+    TABLE,
     TYPES,
     Configuration,
     key,
@@ -96,7 +96,7 @@ def choose(ahead: Ahead, launches: list[Job], kernel: str) -> Configuration | No
     return None
 
 
-def _occupancy(results: list[object]) -> float:
+def _occupancy(results: Sequence[object]) -> float:
     return min(result.occupancy for result in results if isinstance(result, Resources))
 
 

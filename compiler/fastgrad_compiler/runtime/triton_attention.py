@@ -16,12 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .attention_op import NAMESPACE
+from .triton_schedule import DEVICES, Shape, choose_chunk, choose_schedule
 from .triton_tables import feature_tables
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -63,6 +64,7 @@ class Case:
 
 Forward = tuple[Tensor, Tensor, Tensor]
 Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Result = TypeVar("Result")
 
 
 class TritonAttention:
@@ -112,17 +114,17 @@ class TritonAttention:
 
     def _attempt(
         self,
-        work: Callable[[Launches], Any],
+        work: Callable[[Launches], Result],
         q: Tensor,
         k: Tensor,
         v: Tensor,
         near_q: Tensor | None,
         near_k: Tensor | None,
         mask: Tensor | None,
-    ) -> Any:
-        if self._failed or 0 in (q.numel(), k.numel(), v.numel()) or False:
+    ) -> Result | None:
+        if self._failed or 0 in (q.numel(), k.numel(), v.numel()):
             return None
-        if reason is not None:
+        if (reason := _refusal(q, k, v)) is not None:
             _warn(reason)
             return None
         from triton.compiler.errors import CompilationError
@@ -172,18 +174,29 @@ class Launches:
         self.index, self.origin, self.weight = feature_tables(case.d, case.coefficients, self.device)
         self.architecture = target or architecture(self.device)
         self.operand, self.precision = arithmetic(self.dtype, self.architecture)
-        self.fused = hasattr(kernels, "fused_forward_kernel") and self._choose_fused()
-        self.chunk = self._choose_chunk()
+        self.fused, self.chunk = self._schedule()
         self.chunks = _ceil(max(self.queries, self.keys), self.chunk)
 
-    def _choose_fused(self) -> bool:
-        return False
-
-    def _choose_chunk(self) -> int:
-        chunk = 128
-        if self.case.near:
-            chunk = self.case.near * _ceil(chunk, self.case.near)
-        return chunk
+    def _schedule(self) -> tuple[bool, int]:
+        """Whether one program walks a sequence, and the tokens of a chunk; with a near field whole blocks of it."""
+        device, case = DEVICES[self.architecture], self.case
+        shape = Shape(
+            heads=self.batch * self.heads,
+            key_heads=self.batch * self.shared,
+            n=self.queries,
+            m=self.keys,
+            d=case.d,
+            dv=case.dv,
+            degree=len(case.coefficients) - 1,
+            rank=self.index.shape[1],
+            dtype=DTYPES[self.dtype],
+            causal=case.causal,
+            near=case.near,
+            near_d=case.near_d,
+        )
+        fused = hasattr(self.kernels, "fused_forward_kernel") and choose_schedule(device, shape) == "fused"
+        chunk = choose_chunk(device, shape)
+        return fused, case.near * _ceil(chunk, case.near) if case.near else chunk
 
     def forward(self) -> Forward:
         """out [B, H, n, dv], denominator [B, H, n], and maximum [B, H, n] with a near field, else empty."""
@@ -320,7 +333,9 @@ class Launches:
     def _launch(
         self, name: str, programs: Callable[[dict[str, int]], int], *arguments: object, **constants: object
     ) -> None:
-        rows, keys, features, warps, stages = self.kernels.CONFIGS[self.architecture][DTYPES[self.dtype]][name]
+        rows, keys, features, warps, stages = self.kernels.CONFIGS[self.architecture][DTYPES[self.dtype]][
+            name
+        ]
         config = {"ROWS": rows, "KEYS": keys, "FEATURES": features}
         if name == "state_kernel":
             config = {"TOKENS": keys, "FEATURES": features}
@@ -365,7 +380,7 @@ class Launches:
 def arithmetic(dtype: torch.dtype, architecture: str) -> tuple[Any, str]:
     """The type of operands, and the precision of products of float32 numbers.
 
-    Features and states of float16 inputs are float32, of which a product takes the leading bits: a float16 would overflow.
+    Features and states of float16 inputs are float32, of which a product takes the leading bits: float16 would overflow.
     """
     import triton.language as tl
 
@@ -417,7 +432,11 @@ def _refusal(*tensors: Tensor) -> str | None:
         return "Triton is not installed"
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "they need a GPU"
-    if device == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(tensors[0].device)[0] < 8:
+    if (
+        device == "cuda"
+        and not torch.version.hip
+        and torch.cuda.get_device_capability(tensors[0].device)[0] < 8
+    ):
         return "they need a GPU of compute capability 8.0 or higher"
     return None
 

@@ -29,9 +29,7 @@ Configuration = tuple[int, int, int, int, int]
 """ROWS, KEYS, FEATURES, warps, stages."""
 
 
-def configurations(
-    spec: KernelSpec, fused: bool = False
-) -> dict[str, dict[str, dict[str, Configuration]]]:
+def configurations(spec: KernelSpec, fused: bool = False) -> dict[str, dict[str, dict[str, Configuration]]]:
     """By architecture, type of the inputs and kernel; `fused` adds the kernels of that schedule."""
     names = (*KERNELS, *FUSED_KERNELS) if fused else KERNELS
     return {
