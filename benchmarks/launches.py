@@ -1,6 +1,6 @@
 """The launches of an attention's Triton kernels, recorded as jobs for compilation ahead of time.
 
-They are those that the run-time code makes, on tensors without storage, so that what is compiled here is what a GPU runs.
+They are those that the run-time code makes, on tensors without storage: what is compiled here is what a GPU runs.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ class TritonWarning(RuntimeWarning):
 class Case:
     """What the launches of a kernel depend on.
 
-    d, coefficients: of the features, the scale of the logits folded in. near: block size, 0 without. near_d: of separate
-    near queries and keys, 0 without.
+    d, coefficients: of the features, the scale of the logits folded in. near: block size, 0 without. near_d: width of
+    separate near queries and keys, 0 without.
     """
 
     d: int
@@ -380,7 +380,7 @@ class Launches:
 def arithmetic(dtype: torch.dtype, architecture: str) -> tuple[Any, str]:
     """The type of operands, and the precision of products of float32 numbers.
 
-    Features and states of float16 inputs are float32, of which a product takes the leading bits: float16 would overflow.
+    Features and states of float16 inputs are float32, of which a product takes the leading bits; float16 might overflow.
     """
     import triton.language as tl
 
