@@ -175,7 +175,6 @@ class Launches:
         self.architecture = target or architecture(self.device)
         self.operand, self.precision = arithmetic(self.dtype, self.architecture)
         self.fused, self.chunk = self._schedule()
-        self.chunks = _ceil(max(self.queries, self.keys), self.chunk)
 
     def _schedule(self) -> tuple[bool, int]:
         """Whether one program walks a sequence, and the tokens of a chunk; with a near field whole blocks of it."""
@@ -197,6 +196,11 @@ class Launches:
         fused = hasattr(self.kernels, "fused_forward_kernel") and choose_schedule(device, shape) == "fused"
         chunk = choose_chunk(device, shape)
         return fused, case.near * _ceil(chunk, case.near) if case.near else chunk
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the sequence."""
+        return _ceil(max(self.queries, self.keys), self.chunk)
 
     def forward(self) -> Forward:
         """out [B, H, n, dv], denominator [B, H, n], and maximum [B, H, n] with a near field, else empty."""
