@@ -23,8 +23,9 @@ def gpu_model(section: Section) -> str:
         "of the device that its programs fill, min(1, programs / multiprocessors): each unit works at its peak, and "
         "launches, instruction issue and exp beyond one flop cost nothing. FlashAttention is counted by the same "
         "rule: forward 2 (d + dv) flops a pair, half of the pairs, backward 2.5 times that. Its kernels have one "
-        "width for q, k and v, to which they are padded; `ideal` counts exactly d and dv. Real kernels of either kind "
-        "reach a part of this. Formulas: compiler/fastgrad_compiler/runtime/triton_schedule.py and roofline.py.\n",
+        "width for q, k and v, to which they are padded; `ideal` counts exactly d and dv. Real kernels reach a "
+        "part of this: FlashAttention, by its papers, half to three quarters at great lengths; how much these do, "
+        "only a GPU can tell. Formulas: compiler/fastgrad_compiler/runtime/triton_schedule.py and roofline.py.\n",
         f"Devices, from data sheets. {MODEL}\n",
         _devices(section),
         *(
@@ -32,8 +33,9 @@ def gpu_model(section: Section) -> str:
             for n in lengths
             for part in (
                 f"The kernels at n = {n:,}, in the order in which they run; those of keys' states run again in the "
-                "backward pass. A time is followed by what it waits for (memory, matrix or vector units); registers a "
-                f"thread / occupancy are those of ahead-of-time compilation, where known. {MODEL}\n",
+                "backward pass. A time is followed by what it waits for (memory, matrix or vector units), and by * "
+                "where there are fewer programs than multiprocessors; registers a thread / "
+                f"occupancy are those of ahead-of-time compilation, where known. {MODEL}\n",
                 _kernels(section, n),
             )
         ),
@@ -72,6 +74,7 @@ def _devices(section: Section) -> str:
 
 def _kernels(section: Section, n: int) -> str:
     names = _names(section)
+    multiprocessors = {device["architecture"]: device["multiprocessors"] for device in section["devices"]}
     rows = []
     for row in section["kernels"]:
         if row["n"] != n:
@@ -84,13 +87,17 @@ def _kernels(section: Section, n: int) -> str:
                 f"{row['bytes'] / 1e6:,.0f}",
                 f"{row['matrix_flops'] / 1e9:,.1f}",
                 f"{row['programs']:,}",
-                *(f"{1e6 * on['seconds']:,.0f} {on['limit']}" for on in row["on"].values()),
+                *(
+                    f"{1e6 * on['seconds']:,.0f} {on['limit']}"
+                    + ("*" if row["programs"] < multiprocessors[name] else "")
+                    for name, on in row["on"].items()
+                ),
                 " ".join(map(_resources, row["on"].values())),
             ]
         )
-    times = [f"{name} µs" for name in names.values()]
+    headings = [f"{name} µs" for name in names.values()]
     registers = f"registers / occupancy on {', '.join(names.values())}"
-    return table(["attention", "kernel", "MB", "Gflop", "programs", *times, registers], rows, left=2)
+    return table(["attention", "kernel", "MB", "Gflop", "programs", *headings, registers], rows, left=2)
 
 
 def _resources(on: Mapping[str, Any]) -> str:

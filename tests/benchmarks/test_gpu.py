@@ -1,4 +1,4 @@
-"""The benchmark of GPUs as far as it runs without one: its model, its refusal, its JSON with a stand-in for a device."""
+"""The benchmark of GPUs as far as it runs without one: model, refusal, and the JSON with a stand-in for a device."""
 
 from __future__ import annotations
 
@@ -213,6 +213,13 @@ def test_every_table_of_the_model_says_that_it_is_one() -> None:
     tables = [index for index, block in enumerate(blocks) if block.startswith("|")]
     assert len(tables) == 5
     assert all(blocks[index - 1].endswith(gpu_tables.MODEL) for index in tables)
+
+
+def test_kernels_that_leave_multiprocessors_idle_are_marked() -> None:
+    page = gpu_tables.gpu_model(gpu_model.measure(SETTINGS))
+    row = next(line for line in page.splitlines() if "fused_forward_kernel" in line)
+    assert re.search(r"\| 8 \| [\d,]+ \w+\* \| [\d,]+ \w+\* \| [\d,]+ \w+\* \|", row)
+    assert "*" not in next(line for line in page.splitlines() if "| forward_kernel" in line)
 
 
 def test_resources_are_looked_up_or_shown_as_unknown() -> None:
