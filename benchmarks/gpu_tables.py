@@ -42,7 +42,8 @@ def gpu_model(section: Section) -> str:
         "Forward and backward, milliseconds; in brackets: times faster than FlashAttention. `fused` is one program a "
         f"head, `parallel` works on chunks of the sequence; the one that is chosen is bold. {MODEL}\n",
         _times(section),
-        f"Least n from which on both passes take no longer than FlashAttention (ideal). {MODEL}\n",
+        "Least n from which on both passes take no longer than FlashAttention (ideal). At lengths this short the dozen "
+        f"launches, of some microseconds each, that are left out weigh as much as the kernels. {MODEL}\n",
         _break_even(section),
         _fused_from(section),
     ]

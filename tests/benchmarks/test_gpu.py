@@ -21,6 +21,7 @@ from benchmarks.gpu_contenders import Case, contestants
 from benchmarks.run import SECTIONS
 from benchmarks.settings import ROOT, Settings
 from fastgrad_compiler.roofline import DEVICES, shape_of
+from fastgrad_dsl.functional import polynomial_attention
 
 SETTINGS = Settings(target="torch", repeats=2, seconds=60.0, quick=True)
 GRID = gpu.Grid(
@@ -120,7 +121,7 @@ def test_wrong_results_stop_before_anything_is_timed(
     def timed(*arguments: object) -> None:
         pytest.fail("timed")
 
-    right = gpu.polynomial_attention
+    right = polynomial_attention
     monkeypatch.setattr(gpu, "polynomial_attention", wrong)
     monkeypatch.setattr(gpu, "_together", timed)
     with pytest.raises(SystemExit) as ended:
