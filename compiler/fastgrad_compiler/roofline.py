@@ -42,10 +42,15 @@ __all__ = [
     "Work",
     "best",
     "break_even",
+    "choose_chunk",
+    "choose_schedule",
     "flash_time",
     "flash_works",
     "kernel_time",
+    "kernels",
+    "limit",
     "shape_of",
+    "timed",
 ]
 
 WIDTHS = (32, 64, 96, 128, 192, 256)  # head dimensions of FlashAttention-2's kernels
@@ -109,6 +114,16 @@ def kernels(device: Device, shape: Shape, schedule: str, chunk: int) -> tuple[Wo
     """The launches of both passes, in order."""
     forward, backward = works(schedule, shape, chunk, TILES, device.cache)
     return forward + backward
+
+
+def limit(work: Work, device: Device, dtype: str) -> str:
+    """What a kernel waits for by the model: "memory", "matrix" or "vector" units."""
+    only = {
+        "memory": replace(work, pair_flops=0, feature_flops=0, vector_flops=0),
+        "matrix": replace(work, bytes=0, vector_flops=0),
+        "vector": replace(work, bytes=0, pair_flops=0, feature_flops=0),
+    }
+    return max(only, key=lambda unit: kernel_time(only[unit], device, dtype))
 
 
 def flash_width(d: int, dv: int) -> int:

@@ -137,6 +137,13 @@ def test_fused_flops_are_those_of_a_loop_over_tiles(shape: Shape) -> None:
     assert [w.matrix_flops for w in (forward, query, key)] == list(expected.values())
 
 
+def test_a_last_chunk_ends_with_its_tokens() -> None:
+    """72 tokens in chunks of 64: two tiles of 32 queries, then one that meets the 16 keys of one tile."""
+    shape = shape_of(heads=1, n=72, d=16, dv=16, degree=2)
+    pairs = schedule.dense_pairs(shape, 64, Tiles(rows=32, keys=16))
+    assert pairs == 32 * 32 + 32 * 64 + 32 * 16
+
+
 def test_bytes_counted_by_hand() -> None:
     """Two query heads on one key head, 256 tokens in two chunks, d = 16, dv = 32, rank 192, bfloat16."""
     shape = shape_of(heads=2, key_heads=1, n=256, d=16, dv=32, degree=2)

@@ -31,10 +31,8 @@ from functools import lru_cache
 from math import ceil
 
 CHUNKS = (128, 256, 512, 1024, 2048)
-FUSED_DEGREE, FUSED_WORDS = (
-    2,
-    16_384,
-)  # a state of more than 64 KiB does not stay in the registers of one program
+FUSED_DEGREE = 2
+FUSED_WORDS = 16_384  # of a state: more than 64 KiB do not stay in the registers of one program
 FLOAT32 = 4
 
 
@@ -42,14 +40,9 @@ FLOAT32 = 4
 class Device:
     """Peaks of one GPU: flops a second, bytes a second, bytes.
 
-    Args:
-        half: dense matrix flops of bfloat16 and float16 operands.
-        tf32: of tf32 operands.
-        single: of float32 operands to float32's accuracy: a third of tf32 (tf32x3), or what ieee products reach.
-        vector: float32 flops of the vector units.
-        bandwidth: of the device's memory.
-        cache: last level before that memory.
-        multiprocessors: programs that run side by side at least.
+    half, tf32, single: matrix flops of operands in bfloat16 or float16, in tf32, and in float32 to float32's accuracy;
+    vector: float32 flops of the vector units; bandwidth: of the memory; cache: the last level before it;
+    multiprocessors: programs that run side by side at least.
     """
 
     name: str
@@ -66,7 +59,8 @@ class Device:
 # H100: "NVIDIA H100 Tensor Core GPU" data sheet, SXM (1,979 and 989 teraflops with sparsity, half without; 67; 3.35
 #   TB/s). Cache, multiprocessors and further digits of both: their architecture white papers.
 # B200: "NVIDIA HGX B200" and "DGX B200" data sheets, an eighth of 8 GPUs (36 and 18 petaflops with sparsity, half
-#   without; 600 teraflops; 64 TB/s). Multiprocessors and cache are not in them: what the device reports of itself.
+#   without; 600 teraflops; 64 TB/s; other papers round to 1,100, 80 and 7.7). They name neither multiprocessors nor
+#   cache: what the device reports. Only choices of a schedule rest on these.
 # MI300X: "AMD Instinct MI300X Accelerator" data sheet (1,307.4 half, 653.7 tf32, 163.4 float32, matrix and vector
 #   alike; 5.3 TB/s; 304 compute units; 256 MB of Infinity Cache, which lies before the memory).
 DEVICES: dict[str, Device] = {
@@ -83,16 +77,14 @@ class Shape:
     """One call, and the kernel that serves it.
 
     Args:
-        heads: of queries, times batch.
-        key_heads: of keys and values, times batch; divides heads.
+        heads, key_heads: of queries, and of keys and values, each times batch; the second divides the first.
         n, m: tokens of queries and of keys.
         d, dv: widths of q and k, and of v.
         degree: of the polynomial.
         rank: features of a token, padded to a multiple of 64.
         dtype: "float32", "float16" or "bfloat16", of the inputs.
         causal: query i sees keys up to i.
-        near: tokens of a block of the near field; 0: none.
-        near_d: width of separate queries and keys of the near field; 0: none.
+        near, near_d: tokens of a block of the near field, and the width of its own queries and keys; 0: none.
     """
 
     heads: int
@@ -141,7 +133,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tokens of a program's own, other tokens that it visits at a time, features of a state and of a scan program."""
+    """Tokens of a program's own, others that it visits at a time, features of a state and of a scan program."""
 
     rows: int = 64
     keys: int = 64
@@ -154,15 +146,9 @@ TILES = Tiles()
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch of a kernel moves and computes.
+    """What one launch of a kernel moves to and from memory, and computes; programs: that can run side by side.
 
-    Args:
-        kernel: its name.
-        bytes: to and from the device's memory.
-        pair_flops: of matrix products of pairs in a chunk, in the dtype of q.
-        feature_flops: of matrix products of features and states.
-        vector_flops: in float32.
-        programs: that can run side by side.
+    pair_flops: of matrix products of pairs in a chunk, in the dtype of q; feature_flops: of features and states.
     """
 
     kernel: str
