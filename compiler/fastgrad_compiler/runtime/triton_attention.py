@@ -335,10 +335,12 @@ class Launches:
 
     def configuration(self, kernel: str) -> tuple[int, ...]:
         """ROWS, KEYS, FEATURES, warps and stages: what `fastgrad tune` found, else the row of the table."""
-        dtype = DTYPES[self.dtype]
-        table: dict[str, tuple[int, ...]] = self.kernels.CONFIGS[self.architecture][dtype]
-        tuned = configuration(self.kernels, self.device, dtype, kernel)
-        return tuned or table[kernel]
+        return configuration(self.kernels, self.device, DTYPES[self.dtype], kernel) or self.row(kernel)
+
+    def row(self, kernel: str) -> tuple[int, ...]:
+        """The row of the kernels' own table."""
+        table: dict[str, tuple[int, ...]] = self.kernels.CONFIGS[self.architecture][DTYPES[self.dtype]]
+        return table[kernel]
 
     def _rows(self, config: dict[str, int]) -> int:
         return self.batch * self.shared
