@@ -3,12 +3,13 @@
     with Ahead(workers=2) as ahead:
         results = ahead.map([Job(file, "forward_kernel", {"q": "bf16*", "n": 4096}, {"D": 64}, target="sm_90"), ...])
 
-gives for each job the `Resources` of the compiled kernel, or a `Failure` with the compiler's words. The specialisation is
-that of a launch: pointers are divisible by 16, integers that are 1 become constants, those divisible by 16 are known to be.
+gives for each job the `Resources` of the compiled kernel, or a `Failure` with the compiler's words. The
+specialisation is that of a launch: pointers are divisible by 16, integers that are 1 become constants, those
+divisible by 16 are known to be.
 
 Triton reads TRITON_INTERPRET when it is imported, and a process that interprets cannot compile, so that jobs go to
-processes of their own, from whose environment the variable is gone: `python -m benchmarks.ahead` reads one job a line from
-its standard input, as JSON, and writes one result a line.
+processes of their own, from whose environment the variable is gone: `python -m benchmarks.ahead` reads one job a line
+from its standard input, as JSON, and writes one result a line.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
@@ -107,7 +108,8 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> str:
-        return str(self.target)  # the key of Triton's caches of kernels: it has to differ from target to target
+        # Triton keeps its compiled kernels by device: the name has to differ from target to target.
+        return str(self.target)
 
     def get_current_stream(self, device: object = None) -> int:
         return 0
@@ -183,7 +185,7 @@ class Ahead:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for _ in range(self._workers):
+        for _worker in range(self._workers):
             self._idle.get().close()
         if self._private is not None:
             self._private.cleanup()
@@ -208,7 +210,7 @@ class _Worker:
         self._cache = cache
         self._limit = limit
         self._process: subprocess.Popen[str] | None = None
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open until `close`)
 
     def run(self, job: Job) -> Result:
         process = self._process = self._process or self._start()
@@ -246,7 +248,8 @@ class _Worker:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = str(self._cache)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-        self._log.truncate(0)
+        self._log.seek(0)
+        self._log.truncate()
         return subprocess.Popen(
             [sys.executable, "-m", "benchmarks.ahead"],
             stdin=subprocess.PIPE,
@@ -277,9 +280,9 @@ def answers(lines: Iterable[str]) -> Iterator[str]:
         yield result_to_json(result)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _module(file: Path) -> ModuleType:
-    """A file of Python, executed under a name of its own. Triton reads the source of its kernels from the file again."""
+    """A file of Python, executed once under a name of its own."""
     name = f"ahead_{len(sys.modules)}_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:

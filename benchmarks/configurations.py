@@ -1,6 +1,6 @@
 """Choose the tiles, warps and stages of Triton kernels by compiling them ahead of time: makes the compiler's table.
 
-python -m benchmarks.configurations [PART OF A KEY ...]: about half an hour on two cores; with arguments only those rows.
+python -m benchmarks.configurations [PART OF A KEY ...]: about an hour on two cores; with arguments only those rows.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from fastgrad_compiler.codegen.triton.configurations import (
     D_CLASSES,
     DEGREE_CLASSES,
     DV_CLASSES,
-    TABLE,
     ROW_OF,
+    TABLE,
     TYPES,
     Configuration,
     key,
@@ -37,6 +37,12 @@ CANDIDATES: tuple[tuple[Configuration, ...], ...] = (
     ((128, 32, 32, 8, 1),),
     ((32, 32, 32, 2, 1),),
     ((64, 16, 16, 4, 1), (16, 16, 16, 1, 1)),
+)
+SINGLE_CANDIDATES: tuple[tuple[Configuration, ...], ...] = (
+    ((64, 32, 32, 4, 1),),
+    ((32, 32, 32, 2, 1), (32, 32, 32, 4, 1)),
+    ((64, 16, 16, 4, 1), (32, 16, 16, 2, 1)),
+    ((16, 16, 16, 1, 1), (16, 16, 16, 2, 1), (16, 16, 16, 4, 1)),
 )
 STATE_CANDIDATES: tuple[tuple[Configuration, ...], ...] = (
     ((64, 64, 64, 4, 3), (64, 64, 64, 4, 2)),
@@ -52,18 +58,20 @@ FUSED_CANDIDATES: tuple[tuple[Configuration, ...], ...] = (
 COEFFICIENTS = (1.0, 1.0, 0.5, 0.2, 0.05)
 
 
-def candidates(kernel: str) -> tuple[tuple[Configuration, ...], ...]:
+def candidates(kernel: str, dtype: str) -> tuple[tuple[Configuration, ...], ...]:
     """What is tried for a kernel, group by group."""
     if kernel == "state_kernel":
         return STATE_CANDIDATES
-    return FUSED_CANDIDATES if kernel.startswith("fused") else CANDIDATES
+    if kernel.startswith("fused"):
+        return FUSED_CANDIDATES
+    return SINGLE_CANDIDATES if dtype == "float32" else CANDIDATES
 
 
 def classes() -> Iterator[tuple[KernelSpec, bool]]:
     """The hardest member of each class, and whether it is for the fused kernels."""
     for d in D_CLASSES:
         for dv in DV_CLASSES:
-            for degree in DEGREE_CLASSES["bfloat16"]:
+            for degree in DEGREE_CLASSES:
                 plain = KernelSpec(d, dv, COEFFICIENTS[: degree + 1], causal=True, padding=True)
                 yield plain, False
                 yield replace(plain, near=24, near_d=min(d, 32)), False
@@ -86,9 +94,9 @@ def is_good(result: object) -> bool:
     return result.fits and not result.spills and not result.scalar_dots and result.matrix_instructions > 0
 
 
-def choose(ahead: Ahead, launches: list[Job], kernel: str) -> Configuration | None:
+def choose(ahead: Ahead, launches: list[Job], kernel: str, dtype: str) -> Configuration | None:
     """The best configuration with which all of the launches of a kernel are good; None if no candidate is."""
-    for group in candidates(kernel):
+    for group in candidates(kernel, dtype):
         tried = [(c, ahead.map([configured(job, c) for job in launches])) for c in group]
         good = [(c, results) for c, results in tried if all(map(is_good, results))]
         if good:
@@ -96,7 +104,7 @@ def choose(ahead: Ahead, launches: list[Job], kernel: str) -> Configuration | No
     return None
 
 
-def _occupancy(results: list[object]) -> float:
+def _occupancy(results: Sequence[object]) -> float:
     return min(result.occupancy for result in results if isinstance(result, Resources))
 
 
@@ -113,7 +121,7 @@ def main() -> None:
             assert not fused or is_fused(spec)
             for architecture in ARCHITECTURES:
                 for dtype in TYPES:
-                    if dtype in ROW_OF or not (fused or spec.degree in DEGREE_CLASSES[dtype]):
+                    if dtype in ROW_OF:
                         continue
                     found = jobs(spec, file, getattr(torch, dtype), architecture, fused)
                     for kernel in dict.fromkeys(job.kernel for job in found.values()):
@@ -125,7 +133,9 @@ def main() -> None:
                             continue
                         if kernel.startswith("state") and spec.near is not None:
                             continue
-                        chosen = choose(ahead, [j for j in found.values() if j.kernel == kernel], kernel)
+                        chosen = choose(
+                            ahead, [j for j in found.values() if j.kernel == kernel], kernel, dtype
+                        )
                         print(f"{row}: {chosen}", flush=True)
                         if chosen is not None:
                             table[row] = list(chosen)

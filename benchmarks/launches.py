@@ -1,6 +1,6 @@
 """The launches of an attention's Triton kernels, recorded as jobs for compilation ahead of time.
 
-They are those that the run-time code makes, on tensors without storage, so that what is compiled here is what a GPU runs.
+They are those that the run-time code makes, on tensors without storage: what is compiled here is what a GPU runs.
 """
 
 from __future__ import annotations
@@ -93,10 +93,16 @@ def _described(value: object) -> Argument:
 
 
 def _constant(value: Any) -> Constant:
-    return f"tl.{value.name.replace('fp', 'float').replace('bf16', 'bfloat16')}" if hasattr(value, "name") else value
+    return (
+        f"tl.{value.name.replace('fp', 'float').replace('bf16', 'bfloat16')}"
+        if hasattr(value, "name")
+        else value
+    )
 
 
-def jobs(spec: KernelSpec, file: Path, dtype: torch.dtype, target: str, fused: bool = False) -> dict[str, Job]:
+def jobs(
+    spec: KernelSpec, file: Path, dtype: torch.dtype, target: str, fused: bool = False
+) -> dict[str, Job]:
     """The launches of a forward and a backward pass, by name.
 
     file: that `write_kernels` made. dtype: of the inputs. fused: the schedule that keeps the state in registers.
@@ -110,7 +116,7 @@ def jobs(spec: KernelSpec, file: Path, dtype: torch.dtype, target: str, fused: b
     v = tensor(BATCH, HEADS, TOKENS, spec.dv)
     near = [tensor(BATCH, HEADS, TOKENS, spec.near_d) if spec.near_d else None for _ in range(2)]
     mask = torch.empty((BATCH, TOKENS), dtype=torch.bool, device="meta") if spec.padding else None
-    launches = Launches(recorder, case_of(spec), q, k, v, *near, mask, target)  # type: ignore[arg-type]
+    launches = Launches(recorder, case_of(spec), q, k, v, near[0], near[1], mask, target)  # type: ignore[arg-type]
     launches.fused = fused
     out, denominator, maximum = launches.forward()
     launches.backward(torch.empty_like(out), out, denominator, maximum)

@@ -2,14 +2,14 @@
 
 The limits that the occupancy is computed from:
 
-* sm_80, sm_90, sm_100: CUDA C++ Programming Guide, appendix "Compute Capabilities", table "Technical Specifications per
-  Compute Capability", and for the allocation units the tuning guides of Ampere, Hopper and Blackwell. A block may use the
-  shared memory of its multiprocessor less 1 KiB, which the system keeps for itself for each block.
-* gfx942: AMD Instinct MI300 (CDNA3) instruction set architecture, chapters 2 and 3, and LLVM's AMDGPU usage guide: four
-  SIMD units of 512 registers a lane (vector and accumulation registers together) and eight waves, 64 KiB of LDS.
+* sm_80, sm_90, sm_100: CUDA C++ Programming Guide, appendix "Compute Capabilities", table "Technical Specifications
+  per Compute Capability", and for the allocation units the tuning guides of Ampere, Hopper and Blackwell. A block may
+  use the shared memory of its multiprocessor less 1 KiB, which the system keeps for itself for each block.
+* gfx942: AMD Instinct MI300 (CDNA3) instruction set architecture, chapters 2 and 3, and LLVM's AMDGPU usage guide:
+  four SIMD units of 512 registers a lane (vector and accumulation registers together) and eight waves, 64 KiB of LDS.
 
-NVIDIA's 64 Ki registers a multiprocessor are 512 a lane for each of its four schedulers, given out in eights, so that one
-formula serves both.
+NVIDIA's 64 Ki registers a multiprocessor are 512 a lane for each of its four schedulers, given out in eights, so that
+one formula serves both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TENSOR_MEMORY_COLUMNS = 512
 
 @dataclass(frozen=True)
 class Architecture:
-    """The limits of one architecture. A multiprocessor is a compute unit in AMD's words, a warp a wave, a block a workgroup."""
+    """Limits of an architecture. AMD calls a multiprocessor a compute unit, a warp a wave, a block a workgroup."""
 
     backend: str
     arch: int | str
@@ -81,7 +81,7 @@ class Resources:
     registers: int
     """A thread; on gfx942 vector and accumulation registers together."""
     spills: int
-    """32-bit words a thread that spilled registers are stored in; scalar registers kept in lanes of others are not counted."""
+    """32-bit words a thread stores for want of registers; scalars kept in lanes of vectors are not counted."""
     stack: int
     """Bytes a thread."""
     shared: int
@@ -118,14 +118,17 @@ class Resources:
 def occupancy(architecture: Architecture, registers: int, shared: int, warps: int, columns: int = 0) -> float:
     """Active warps over the most possible, for blocks of `warps` warps.
 
-    Of the limits on the blocks of a multiprocessor (warps, blocks, registers, shared memory, tensor memory) the least counts.
+    Of the limits on the blocks of a multiprocessor (warps, blocks, registers, shared memory, tensor memory) the least
+    counts.
     """
     lane_registers = max(REGISTER_UNIT, math.ceil(registers / REGISTER_UNIT) * REGISTER_UNIT)
     limits = [
         architecture.blocks if warps > 1 or architecture.backend == "cuda" else architecture.warps,
         min(architecture.warps, SCHEDULERS * (LANE_REGISTERS // lane_registers)) // warps,
     ]
-    block = math.ceil(shared / architecture.shared_unit) * architecture.shared_unit + architecture.shared_reserved
+    block = (
+        math.ceil(shared / architecture.shared_unit) * architecture.shared_unit + architecture.shared_reserved
+    )
     if block:
         limits.append(architecture.shared // block)
     if columns:
@@ -229,7 +232,15 @@ def _sass_bits(modifiers: frozenset[str]) -> int:
 
 _GCN_LINE = re.compile(r"^\s*\.loc\s+\d+ (\d+)")
 _GCN_LOAD = re.compile(r"^\s*(?:global|buffer|flat)_load_(?:lds_)?(\w+)")
-_GCN_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "sshort": 16, "short": 16}
+_GCN_BITS = {
+    "dwordx4": 128,
+    "dwordx3": 96,
+    "dwordx2": 64,
+    "dword": 32,
+    "ushort": 16,
+    "sshort": 16,
+    "short": 16,
+}
 
 
 def _amd(assembly: str) -> _Machine:

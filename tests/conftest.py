@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,13 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[_variable] = "1"  # whatever the process that started the worker has set for itself
     else:
         os.environ.setdefault(_variable, "2")
+
+# Triton decides when it is imported whether a process interprets kernels or compiles them, and one worker runs the
+# tests of many files. So all of them interpret, those of torch.compile too (Inductor imports triton, but has no
+# kernel for it on a CPU), and tests that compile kernels do so through benchmarks.ahead, in processes whose
+# environment lacks the variable.
+assert "triton" not in sys.modules, "triton was imported before TRITON_INTERPRET could be set"
+os.environ["TRITON_INTERPRET"] = "1"
 
 # Kernels run as PyTorch does them unless a test asks for the fixture `native`: a build takes seconds.
 os.environ["FASTGRAD_NATIVE"] = "0"

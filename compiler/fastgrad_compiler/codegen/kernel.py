@@ -44,6 +44,7 @@ TRITON_RUNTIME_FILES: tuple[Path, ...] = tuple(
         "native.py",
         "triton_attention.py",
         "triton_kernels.py",
+        "triton_schedule.py",
         "triton_tables.py",
         "triton_tuned.py",
     )

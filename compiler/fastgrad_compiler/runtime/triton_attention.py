@@ -2,7 +2,8 @@
 
 Kernels are in NAME_triton.py beside the module of the operation. No launch waits for the device, and what a
 call allocates depends on shapes alone, so that CUDA graphs can record it once the first call has compiled the kernels
-and made their tables. With TRITON_INTERPRET=1 tensors on a CPU are served by Triton's interpreter.
+and made their tables. With TRITON_INTERPRET=1 Triton's interpreter serves tensors on a CPU, unless
+other kernels are for them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .triton_kernels import DTYPES, cannot_build, import_kernels, interpreted, refusal, warn
+from .triton_kernels import DTYPES, cannot_build, enabled, import_kernels, refusal, warn
+from .triton_schedule import DEVICES, Shape, choose_chunk, choose_schedule
 from .triton_tables import feature_tables
 from .triton_tuned import configuration
 
@@ -30,7 +32,7 @@ DELTA_ROWS = 32
 class Case:
     """What the launches of a kernel depend on.
 
-    d, coefficients: of the features, the scale of the logits folded in. near: block size, 0 without. near_d: of
+    d, coefficients: of the features, the scale of the logits folded in. near: block size, 0 without. near_d: width of
     separate near queries and keys, 0 without.
     """
 
@@ -53,9 +55,9 @@ class Case:
         return not self.causal and bool(self.near)
 
 
-T = TypeVar("T")
 Forward = tuple[Tensor, Tensor, Tensor]
 Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Result = TypeVar("Result")
 
 
 class TritonAttention:
@@ -106,15 +108,17 @@ class TritonAttention:
 
     def _attempt(
         self,
-        work: Callable[[Launches], T],
+        work: Callable[[Launches], Result],
         q: Tensor,
         k: Tensor,
         v: Tensor,
         near_q: Tensor | None,
         near_k: Tensor | None,
         mask: Tensor | None,
-    ) -> T | None:
-        if self._failed or 0 in (q.numel(), k.numel(), v.numel()) or self._leaves(q):
+    ) -> Result | None:
+        if self._failed or not enabled() or 0 in (q.numel(), k.numel(), v.numel()):
+            return None
+        if self.by_device and q.device.type != "cuda":
             return None
         if (reason := refusal(q, k, v)) is not None:
             warn(reason)
@@ -129,10 +133,6 @@ class TritonAttention:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             warn(f"the kernels of {self.name} cannot be built for this device: {lines[0]}")
             return None
-
-    def _leaves(self, q: Tensor) -> bool:
-        """Whether another device's kernels are meant for a tensor."""
-        return self.by_device and q.device.type != "cuda" and not interpreted()
 
     def kernels(self) -> ModuleType:
         """The module NAME_triton; OSError where it cannot be had."""
@@ -169,18 +169,29 @@ class Launches:
         self.index, self.origin, self.weight = feature_tables(case.d, case.coefficients, self.device)
         self.architecture = target or architecture(self.device)
         self.operand, self.precision = arithmetic(self.dtype, self.architecture)
-        self.fused = hasattr(kernels, "fused_forward_kernel") and self._choose_fused()
-        self.chunk = self._choose_chunk()
+        self.fused, self.chunk = self._schedule()
         self.chunks = _ceil(max(self.queries, self.keys), self.chunk)
 
-    def _choose_fused(self) -> bool:
-        return False
-
-    def _choose_chunk(self) -> int:
-        chunk = 128
-        if self.case.near:
-            chunk = self.case.near * _ceil(chunk, self.case.near)
-        return chunk
+    def _schedule(self) -> tuple[bool, int]:
+        """Whether one program walks a sequence, and the tokens of a chunk; with a near field whole blocks of it."""
+        device, case = DEVICES[self.architecture], self.case
+        shape = Shape(
+            heads=self.batch * self.heads,
+            key_heads=self.batch * self.shared,
+            n=self.queries,
+            m=self.keys,
+            d=case.d,
+            dv=case.dv,
+            degree=len(case.coefficients) - 1,
+            rank=self.index.shape[1],
+            dtype=DTYPES[self.dtype],
+            causal=case.causal,
+            near=case.near,
+            near_d=case.near_d,
+        )
+        fused = hasattr(self.kernels, "fused_forward_kernel") and choose_schedule(device, shape) == "fused"
+        chunk = choose_chunk(device, shape)
+        return fused, case.near * _ceil(chunk, case.near) if case.near else chunk
 
     def forward(self) -> Forward:
         """out [B, H, n, dv], denominator [B, H, n], and maximum [B, H, n] with a near field, else empty."""
@@ -371,7 +382,7 @@ class Launches:
 def arithmetic(dtype: torch.dtype, architecture: str) -> tuple[Any, str]:
     """The type of operands, and the precision of products of float32 numbers.
 
-    Features and states of float16 inputs are float32, of which a product takes leading bits: float16 would overflow.
+    Features and states of float16 inputs are float32, of which a product takes the leading bits; float16 might overflow.
     """
     import triton.language as tl
 

@@ -3,6 +3,9 @@
 Triton compiles a function from the file that it stands in. So kernels that came from memory or an archive are
 written to the user's cache, under a name that hashes their text: whole or not at all, and never into the way of
 another process.
+
+Read from the environment: FASTGRAD_TRITON (0: no Triton kernels), TRITON_INTERPRET (1: Triton's interpreter runs
+them, on a CPU).
 """
 
 from __future__ import annotations
@@ -35,15 +38,19 @@ class TritonWarning(RuntimeWarning):
     """GPU kernels were wanted and cannot be had; results are the same, and slower."""
 
 
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs kernels, on tensors of a CPU."""
+def enabled() -> bool:
+    """Whether the user allows Triton kernels."""
+    return os.environ.get("FASTGRAD_TRITON") != "0"
+
+
+def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def refusal(*tensors: Tensor) -> str | None:
     """Why Triton does not serve these tensors, of one device: None if it does."""
     device = tensors[0].device
-    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return "they need a GPU"
     if any(x.dtype not in DTYPES for x in tensors):
         return "they are for float32, float16 and bfloat16, not for float64"

@@ -1,0 +1,421 @@
+"""Which schedule and which chunk the Triton kernels take: bytes and flops on paper, for a device's data sheet.
+
+This is a model, not a measurement. A kernel takes
+
+    max(bytes / bandwidth, matrix flops / their peaks, vector flops / their peak) / min(1, programs / multiprocessors)
+
+so that memory, matrix and vector units overlap perfectly, each at its peak, and a kernel of fewer programs than there
+are multiprocessors uses that share of the device. Launches, instruction issue, exp beyond one flop, and the last
+wave of programs cost nothing. Kernels run one after another.
+
+Notation as in docs/mathematics.md: d, dv, g = degree, R = rank padded to a multiple of 64, C = chunks of L tokens. In
+matrix products d and dv are padded to powers of two of at least 16 (d', dv'); in memory they are not. A multiply-add is
+2 flops. Matrix flops of one token:
+
+    state_kernel           2 R dv' + E                  E = 2 R d' g: features made by selections, x @ E_k, g factors
+    forward_kernel         2 R dv' + E                  and of one pair in a chunk  2 (d' + dv')
+    query_gradient_kernel  2 R dv' + 2 E                                            2 (2 d' + dv')
+    key_gradient_kernel    4 R dv' + 2 E                                            2 (2 d' + 2 dv')
+
+The gradients' second E carries J_phi^T, (t * other factors) @ E_k^T. Pairs are counted in whole tiles, as kernels visit
+them. States are R x (dv + 1) numbers in float32. Every tensor is read once by a kernel, but by each query head of a
+group anew; where what the tiles of one chunk share does not fit the cache, by each tile anew.
+
+It needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+CHUNKS = (128, 256, 512, 1024, 2048)
+FUSED_DEGREE, FUSED_WORDS = (
+    2,
+    16_384,
+)  # a state of more than 64 KiB does not stay in the registers of one program
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks of one GPU: flops a second, bytes a second, bytes.
+
+    Args:
+        half: dense matrix flops of bfloat16 and float16 operands.
+        tf32: of tf32 operands.
+        single: of float32 operands to float32's accuracy: a third of tf32 (tf32x3), or what ieee products reach.
+        vector: float32 flops of the vector units.
+        bandwidth: of the device's memory.
+        cache: last level before that memory.
+        multiprocessors: programs that run side by side at least.
+    """
+
+    name: str
+    half: float
+    tf32: float
+    single: float
+    vector: float
+    bandwidth: float
+    cache: int
+    multiprocessors: int
+
+
+# A100: "NVIDIA A100 Tensor Core GPU" data sheet, 80GB SXM (312, 156, 19.5 teraflops without sparsity; 2,039 GB/s).
+# H100: "NVIDIA H100 Tensor Core GPU" data sheet, SXM (1,979 and 989 teraflops with sparsity, half without; 67; 3.35
+#   TB/s). Cache, multiprocessors and further digits of both: their architecture white papers.
+# B200: "NVIDIA HGX B200" and "DGX B200" data sheets, an eighth of 8 GPUs (36 and 18 petaflops with sparsity, half
+#   without; 600 teraflops; 64 TB/s). Multiprocessors and cache are not in them: what the device reports of itself.
+# MI300X: "AMD Instinct MI300X Accelerator" data sheet (1,307.4 half, 653.7 tf32, 163.4 float32, matrix and vector
+#   alike; 5.3 TB/s; 304 compute units; 256 MB of Infinity Cache, which lies before the memory).
+DEVICES: dict[str, Device] = {
+    "sm_80": Device("A100", 312e12, 156e12, 52e12, 19.5e12, 2.039e12, 40 << 20, 108),
+    "sm_90": Device("H100", 989.4e12, 494.7e12, 164.9e12, 66.9e12, 3.35e12, 50 << 20, 132),
+    "sm_100": Device("B200", 2250e12, 1125e12, 375e12, 75e12, 8e12, 126 << 20, 148),
+    "gfx942": Device("MI300X", 1307.4e12, 653.7e12, 163.4e12, 163.4e12, 5.3e12, 256 << 20, 304),
+}
+"""By architecture, as Triton names it. `single` of NVIDIA is tf32 / 3, of AMD ieee products of the matrix cores."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call, and the kernel that serves it.
+
+    Args:
+        heads: of queries, times batch.
+        key_heads: of keys and values, times batch; divides heads.
+        n, m: tokens of queries and of keys.
+        d, dv: widths of q and k, and of v.
+        degree: of the polynomial.
+        rank: features of a token, padded to a multiple of 64.
+        dtype: "float32", "float16" or "bfloat16", of the inputs.
+        causal: query i sees keys up to i.
+        near: tokens of a block of the near field; 0: none.
+        near_d: width of separate queries and keys of the near field; 0: none.
+    """
+
+    heads: int
+    key_heads: int
+    n: int
+    m: int
+    d: int
+    dv: int
+    degree: int
+    rank: int
+    dtype: str = "bfloat16"
+    causal: bool = True
+    near: int = 0
+    near_d: int = 0
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of q, k and v."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one state, with its denominators."""
+        return self.rank * (self.dv + 1) * FLOAT32
+
+    @property
+    def single_state(self) -> bool:
+        """Whether every query reads the same state: no mask and no near field."""
+        return not self.causal and not self.near
+
+    @property
+    def main(self) -> int:
+        """Matrix flops of a token's features times a state: 2 R dv'."""
+        return 2 * self.rank * padded(self.dv)
+
+    @property
+    def selections(self) -> int:
+        """Matrix flops of making a token's features, or of pulling a gradient back through them: E."""
+        return 2 * self.rank * padded(self.d) * self.degree
+
+    @property
+    def width(self) -> int:
+        """Of the products that give a pair its logits."""
+        return padded(self.d) + (padded(self.near_d) if self.near_d else 0)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tokens of a program's own, other tokens that it visits at a time, features of a state and of a scan program."""
+
+    rows: int = 64
+    keys: int = 64
+    features: int = 64
+    scan: int = 16
+
+
+TILES = Tiles()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch of a kernel moves and computes.
+
+    Args:
+        kernel: its name.
+        bytes: to and from the device's memory.
+        pair_flops: of matrix products of pairs in a chunk, in the dtype of q.
+        feature_flops: of matrix products of features and states.
+        vector_flops: in float32.
+        programs: that can run side by side.
+    """
+
+    kernel: str
+    bytes: int
+    pair_flops: int
+    feature_flops: int
+    vector_flops: int
+    programs: int
+
+    @property
+    def matrix_flops(self) -> int:
+        """Of all matrix products."""
+        return self.pair_flops + self.feature_flops
+
+
+def padded(width: int) -> int:
+    """Of a matrix product's operand: the next power of two, 16 at least."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def kernel_time(work: Work, device: Device, dtype: str) -> float:
+    """Modelled seconds of a launch, by the rule at the top of this file. float16's features and states are tf32."""
+    pairs = device.single if dtype == "float32" else device.half
+    features = {"float32": device.single, "float16": device.tf32, "bfloat16": device.half}[dtype]
+    busy = max(
+        work.bytes / device.bandwidth,
+        work.pair_flops / pairs + work.feature_flops / features,
+        work.vector_flops / device.vector,
+    )
+    return busy / min(1.0, work.programs / device.multiprocessors)
+
+
+def dense_pairs(shape: Shape, chunk: int, tiles: Tiles) -> int:
+    """Pairs that one head's queries meet one by one, in whole tiles.
+
+    A query meets the keys since the last chunk that the state holds: that before its own, or with a near field the last
+    that ends before its near blocks; without a mask likewise those behind it.
+    """
+    if shape.near:
+        return sum(tiles.rows * _met(shape, chunk, tiles, row) for row in range(0, shape.n, tiles.rows))
+    if not shape.causal:
+        return 0
+    whole, rest = divmod(shape.n, chunk)
+    return whole * _triangle(chunk, tiles) + _triangle(rest, tiles)
+
+
+def _triangle(tokens: int, tiles: Tiles) -> int:
+    return sum(
+        tiles.rows * tiles.keys * ceil(min(row + tiles.rows, tokens) / tiles.keys)
+        for row in range(0, tokens, tiles.rows)
+    )
+
+
+def _met(shape: Shape, chunk: int, tiles: Tiles, row: int) -> int:
+    """Keys that a tile of queries meets in a near field, in whole tiles."""
+    block, last = row // shape.near, min(row + tiles.rows, shape.n) - 1
+    first = max(0, block - 1) * shape.near // chunk * chunk
+    end = last + 1
+    if not shape.causal:
+        end = min(shape.m, ceil((last // shape.near + 2) * shape.near / chunk) * chunk)
+    return tiles.keys * ceil((end - first) / tiles.keys)
+
+
+def _repeats(shared: int, tiles: int, cache: int) -> int:
+    """How often the programs of a chunk read what they share from memory."""
+    return 1 if shared <= cache else tiles
+
+
+def parallel_forward(shape: Shape, chunk: int, tiles: Tiles, cache: int) -> tuple[Work, ...]:
+    """state_kernel, scan_kernel, forward_kernel. cache: bytes, of the device."""
+    s, g = shape, shape.degree
+    pairs = s.heads * dense_pairs(s, chunk, tiles)
+    met = s.heads * s.m * (s.d + s.near_d + s.dv) * s.itemsize if pairs else 0
+    own = s.heads * s.n * ((s.d + s.near_d + s.dv) * s.itemsize + FLOAT32 * (2 if s.near else 1))
+    forward = Work(
+        "forward_kernel",
+        own + met + s.heads * _states_read(s, chunk, tiles, cache, s.n),
+        pairs * 2 * (s.width + padded(s.dv)),
+        s.heads * s.n * (s.main + s.selections),
+        s.heads * s.n * s.rank * (g + 1) + pairs * (2 * g + 1 + (4 if s.near else 0)),
+        s.heads * ceil(s.n / tiles.rows),
+    )
+    return (*_key_states(s, chunk, tiles, cache), forward)
+
+
+def parallel_backward(shape: Shape, chunk: int, tiles: Tiles, cache: int) -> tuple[Work, ...]:
+    """delta_kernel, states of keys and query_gradient_kernel, states of queries and key_gradient_kernel."""
+    s, g = shape, shape.degree
+    pairs = s.heads * dense_pairs(s, chunk, tiles)
+    near = 4 if s.near else 0
+    row = (s.d + s.near_d + s.dv) * s.itemsize  # q and dO, or k and v
+    queries, keys = s.heads * s.n, s.key_heads * s.m
+    pull = s.rank * (g * g + 1)  # features, t times the other factors, denominators
+    query = Work(
+        "query_gradient_kernel",
+        queries * (row + 2 * FLOAT32 + (s.d + s.near_d) * s.itemsize)
+        + (s.heads * s.m * row if pairs else 0)
+        + s.heads * _states_read(s, chunk, tiles, cache, s.n),
+        pairs * 2 * (2 * s.width + padded(s.dv)),
+        queries * (s.main + 2 * s.selections),
+        queries * pull + pairs * (2 * g + near),
+        s.heads * ceil(s.n / tiles.rows),
+    )
+    key = Work(
+        "key_gradient_kernel",
+        2 * keys * row
+        + (queries * (row + 2 * FLOAT32) if pairs else 0)
+        + s.key_heads * _states_read(s, chunk, tiles, cache, s.m),
+        pairs * 2 * (2 * s.width + 2 * padded(s.dv)),
+        keys * (2 * s.main + 2 * s.selections),
+        keys * pull + pairs * (4 * g + near),
+        s.key_heads * ceil(s.m / tiles.rows),
+    )
+    states = _query_states(s, chunk, tiles, cache)
+    return (_delta(s, tiles), *_key_states(s, chunk, tiles, cache), query, *states, key)
+
+
+def _states_read(s: Shape, chunk: int, tiles: Tiles, cache: int, tokens: int) -> int:
+    """Bytes of states that one head's output programs read: one a chunk, or one in all."""
+    states, sharing = (1, tokens) if s.single_state else (ceil(tokens / chunk), min(chunk, tokens))
+    return states * s.state_bytes * _repeats(s.state_bytes, ceil(sharing / tiles.rows), cache)
+
+
+def _key_states(s: Shape, chunk: int, tiles: Tiles, cache: int) -> tuple[Work, Work]:
+    row = (s.d + s.dv) * s.itemsize
+    return _states(s, chunk, tiles, cache, s.key_heads * s.m, s.m, row)
+
+
+def _query_states(s: Shape, chunk: int, tiles: Tiles, cache: int) -> tuple[Work, Work]:
+    """Of queries and u~, summed over the query heads of a group."""
+    row = (s.d + s.dv) * s.itemsize + 2 * FLOAT32
+    return _states(s, chunk, tiles, cache, s.heads * s.n, s.n, row)
+
+
+def _states(
+    s: Shape, chunk: int, tiles: Tiles, cache: int, tokens: int, length: int, row: int
+) -> tuple[Work, Work]:
+    """tokens: of all heads; length: of the sequence; row: bytes of a token."""
+    chunks, blocks = ceil(length / chunk), ceil(s.rank / tiles.features)
+    written = s.key_heads * chunks * s.state_bytes
+    shared = min(chunk, length) * row * (s.heads // s.key_heads)
+    state = Work(
+        "state_kernel",
+        tokens * row * _repeats(shared, blocks, cache) + written,
+        0,
+        tokens * (s.main + s.selections),
+        tokens * s.rank * s.degree,
+        s.key_heads * chunks * blocks,
+    )
+    # With a near field and no mask the states before and those behind are added up in one more reading.
+    readings = 2 if s.near and not s.causal else 1
+    kept = s.key_heads * s.state_bytes if s.single_state else written
+    scan = Work(
+        "scan_kernel",
+        readings * written + kept,
+        0,
+        0,
+        readings * 2 * written // FLOAT32,
+        s.key_heads * ceil(s.rank / tiles.scan),
+    )
+    return state, scan
+
+
+def _delta(s: Shape, tiles: Tiles) -> Work:
+    tokens = s.heads * s.n
+    moved = tokens * (2 * s.dv * s.itemsize + 2 * FLOAT32)
+    return Work("delta_kernel", moved, 0, 0, 3 * tokens * s.dv, s.heads * ceil(s.n / tiles.rows))
+
+
+def fused_forward(shape: Shape, tiles: Tiles) -> tuple[Work, ...]:
+    """fused_forward_kernel: a program a head, whose chunk is its tile, and no state in memory."""
+    s, g = shape, shape.degree
+    tokens = s.heads * s.n
+    pairs = s.heads * _tile_pairs(s, tiles)
+    work = Work(
+        "fused_forward_kernel",
+        tokens * (2 * (s.d + s.dv) * s.itemsize + FLOAT32),
+        pairs * 2 * (s.width + padded(s.dv)),
+        tokens * 2 * (s.main + s.selections),
+        tokens * s.rank * (2 * g + 1) + pairs * (2 * g + 1),
+        s.heads,
+    )
+    return (work,)
+
+
+def fused_backward(shape: Shape, tiles: Tiles) -> tuple[Work, ...]:
+    """delta_kernel, fused_query_gradient_kernel and, a program a key head, fused_key_gradient_kernel."""
+    s, g = shape, shape.degree
+    queries, keys = s.heads * s.n, s.key_heads * s.m
+    pairs = s.heads * _tile_pairs(s, tiles)
+    row = (s.d + s.dv) * s.itemsize
+    pull = s.rank * (g * g + 1)
+    query = Work(
+        "fused_query_gradient_kernel",
+        queries * (2 * row + 2 * FLOAT32 + s.d * s.itemsize),
+        pairs * 2 * (2 * s.width + padded(s.dv)),
+        queries * (2 * s.main + 3 * s.selections),
+        queries * (pull + s.rank * g) + pairs * 2 * g,
+        s.heads,
+    )
+    key = Work(
+        "fused_key_gradient_kernel",
+        2 * keys * row + queries * (row + 2 * FLOAT32),
+        pairs * 2 * (2 * s.width + 2 * padded(s.dv)),
+        keys * (2 * s.main + 2 * s.selections) + queries * (s.main + s.selections),
+        keys * pull + queries * s.rank * g + pairs * 4 * g,
+        s.key_heads,
+    )
+    return (_delta(s, tiles), query, key)
+
+
+def _tile_pairs(s: Shape, tiles: Tiles) -> int:
+    return ceil(s.n / tiles.rows) * tiles.rows**2
+
+
+def can_fuse(shape: Shape) -> bool:
+    """Whether there are fused kernels: degree 2 at most, causal, no near field, a state that fits the registers."""
+    s = shape
+    small = s.degree <= FUSED_DEGREE and s.rank * padded(s.dv) <= FUSED_WORDS
+    return small and s.causal and not s.near
+
+
+def works(
+    schedule: str, shape: Shape, chunk: int, tiles: Tiles, cache: int
+) -> tuple[tuple[Work, ...], tuple[Work, ...]]:
+    """The launches of a forward and of a backward pass, in order. schedule: "parallel" or "fused"."""
+    if schedule == "fused":
+        return fused_forward(shape, tiles), fused_backward(shape, tiles)
+    return parallel_forward(shape, chunk, tiles, cache), parallel_backward(shape, chunk, tiles, cache)
+
+
+def modelled_time(
+    device: Device, shape: Shape, schedule: str, chunk: int, tiles: Tiles = TILES, backward: bool = True
+) -> float:
+    """Modelled seconds of a forward pass, or of both passes."""
+    first, second = works(schedule, shape, chunk, tiles, device.cache)
+    launches = first + second if backward else first
+    return sum(kernel_time(work, device, shape.dtype) for work in launches)
+
+
+@lru_cache(maxsize=4096)
+def choose_chunk(device: Device, shape: Shape, tiles: Tiles = TILES, backward: bool = True) -> int:
+    """Tokens of a chunk, of CHUNKS, that take the least modelled time in the parallel schedule."""
+    return min(CHUNKS, key=lambda chunk: modelled_time(device, shape, "parallel", chunk, tiles, backward))
+
+
+@lru_cache(maxsize=4096)
+def choose_schedule(device: Device, shape: Shape, tiles: Tiles = TILES, backward: bool = True) -> str:
+    """ "parallel", over chunks of the sequence, or "fused", a program a head, whichever takes less modelled time."""
+    if not can_fuse(shape):
+        return "parallel"
+    chunk = choose_chunk(device, shape, tiles, backward)
+    times = {
+        name: modelled_time(device, shape, name, chunk, tiles, backward) for name in ("parallel", "fused")
+    }
+    return min(times, key=times.__getitem__)

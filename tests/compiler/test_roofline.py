@@ -1,0 +1,266 @@
+"""The model of the GPU kernels: counts against loops that count each product, and what follows from them."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastgrad_compiler import roofline
+from fastgrad_compiler.roofline import DEVICES, Shape, Work, best, break_even, flash_time, shape_of
+from fastgrad_compiler.runtime import triton_schedule as schedule
+from fastgrad_compiler.runtime.triton_schedule import Tiles
+
+A100, H100, MI300 = (DEVICES[name] for name in ("sm_80", "sm_90", "gfx942"))
+TILES = Tiles(rows=16, keys=32, features=32, scan=16)
+CHUNK = 64
+UNLIMITED = 1 << 60
+
+SHAPES = [
+    shape_of(heads=4, key_heads=2, n=200, d=16, dv=32, degree=2),
+    shape_of(heads=2, n=192, d=8, dv=20, degree=3),
+    shape_of(heads=2, key_heads=1, n=64, m=96, d=16, dv=16, degree=2, causal=False),
+    shape_of(heads=1, n=208, d=16, dv=16, degree=2, near=32),
+    shape_of(heads=1, n=208, d=16, dv=16, degree=2, near=48, near_d=24),
+    shape_of(heads=1, n=208, d=16, dv=16, degree=2, near=32, causal=False),
+]
+CAUSAL = [shape for shape in SHAPES if shape.causal and not shape.near]
+
+
+def tiles_of(tokens: int, size: int, start: int = 0) -> Iterator[range]:
+    """Of whole tiles, the tokens in them that exist."""
+    for first in range(start, tokens, size):
+        yield range(first, min(first + size, tokens))
+
+
+def dot(rows: int, inner: int, columns: int) -> int:
+    """Flops of a matrix product, multiply-adds one by one."""
+    return sum(2 * inner for _ in range(rows) for _ in range(columns))
+
+
+def made(shape: Shape, rows: int, features: int) -> int:
+    """Of features, factor by factor: x @ E_k."""
+    return sum(dot(rows, max(16, shape.d), features) for _ in range(shape.degree))
+
+
+def keys_met(shape: Shape, queries: range) -> tuple[int, int]:
+    """The first key that a tile's queries do not find in the state, and the one behind the last."""
+    if not shape.near:
+        first = min(queries) // CHUNK * CHUNK
+        return (first, max(queries) + 1) if shape.causal else (0, 0)
+    near = [
+        j
+        for j in range(shape.m)
+        if any(abs(i // shape.near - j // shape.near) <= 1 for i in (min(queries), max(queries)))
+    ]
+    behind = [edge for edge in range(0, min(near) + 1, CHUNK)]
+    ahead = [edge for edge in range(0, shape.m + CHUNK, CHUNK) if edge > max(near)]
+    end = max(queries) + 1 if shape.causal else min(shape.m, min(ahead))
+    return max(behind), end
+
+
+def loops(shape: Shape) -> dict[str, Counter[str]]:
+    """State, forward and gradient kernels of the parallel schedule, tile by tile, of one launch each."""
+    counts = {name: Counter[str]() for name in ("state", "forward", "query", "key")}
+    for queries in (tile for _ in range(shape.heads) for tile in tiles_of(shape.n, TILES.rows)):
+        query_tile(shape, queries, counts)
+    for keys in (tile for _ in range(shape.key_heads) for tile in tiles_of(shape.m, TILES.rows)):
+        making, main = features_of(shape, len(keys))
+        counts["key"] += Counter(programs=1, features=2 * making + 2 * main)
+    for chunk in (chunk for _ in range(shape.key_heads) for chunk in tiles_of(shape.m, CHUNK)):
+        counts["state"]["programs"] += shape.rank // TILES.features
+        for keys in tiles_of(len(chunk), TILES.rows):
+            counts["state"]["features"] += sum(features_of(shape, len(keys)))
+    return counts
+
+
+def query_tile(shape: Shape, queries: range, counts: dict[str, Counter[str]]) -> None:
+    """What one program of the forward and of the query gradient kernel does, and what keys owe to its pairs."""
+    making, main = features_of(shape, len(queries))
+    counts["forward"] += Counter(programs=1, features=making + main)
+    counts["query"] += Counter(programs=1, features=2 * making + main)
+    first, end = keys_met(shape, queries)
+    for _ in range(first, end, TILES.keys):
+        scores = dot(TILES.rows, 16 + (32 if shape.near_d else 0), TILES.keys)
+        values = dot(TILES.rows, value_width(shape), TILES.keys)
+        counts["forward"]["pairs"] += scores + values  # q k^T; times v
+        counts["query"]["pairs"] += scores + values + scores  # q k^T, u v^T; times k
+        counts["key"]["pairs"] += scores + values + values + scores  # and times u, times q
+
+
+def features_of(shape: Shape, rows: int) -> tuple[int, int]:
+    """Flops of making the features of so many tokens, block by block, and of their product with a state."""
+    blocks = range(0, shape.rank, TILES.features)
+    making = sum(made(shape, rows, TILES.features) for _ in blocks)
+    return making, sum(dot(rows, TILES.features, value_width(shape)) for _ in blocks)
+
+
+def value_width(shape: Shape) -> int:
+    return {16: 16, 20: 32, 32: 32}[shape.dv]
+
+
+def found(work: Work) -> Counter[str]:
+    return Counter(pairs=work.pair_flops, features=work.feature_flops, programs=work.programs)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_flops_are_those_of_a_loop_that_counts_every_multiply_add(shape: Shape) -> None:
+    state, _, forward = schedule.parallel_forward(shape, CHUNK, TILES, UNLIMITED)
+    backward = {w.kernel: w for w in schedule.parallel_backward(shape, CHUNK, TILES, UNLIMITED)}
+    expected = loops(shape)
+    assert +found(state) == +expected["state"]
+    assert +found(forward) == +expected["forward"]
+    assert +found(backward["query_gradient_kernel"]) == +expected["query"]
+    assert +found(backward["key_gradient_kernel"]) == +expected["key"]
+
+
+@pytest.mark.parametrize("shape", CAUSAL, ids=str)
+def test_fused_flops_are_those_of_a_loop_over_tiles(shape: Shape) -> None:
+    """Each walks the sequence once: a state is updated by one side and read by the other."""
+    width = value_width(shape)
+    expected = Counter[str]()
+    for tile in tiles_of(shape.n, TILES.rows):
+        rows = len(tile)
+        main, selections = dot(rows, shape.rank, width), made(shape, rows, shape.rank)
+        scores, values = dot(TILES.rows, 16, TILES.rows), dot(TILES.rows, width, TILES.rows)
+        expected["forward"] += shape.heads * (scores + values + 2 * main + 2 * selections)
+        expected["query"] += shape.heads * (2 * scores + values + 2 * main + 3 * selections)
+        expected["key"] += shape.heads * (2 * scores + 2 * values + main + selections)
+        expected["key"] += shape.key_heads * (2 * main + 2 * selections)
+    (forward,) = schedule.fused_forward(shape, TILES)
+    _, query, key = schedule.fused_backward(shape, TILES)
+    assert [w.matrix_flops for w in (forward, query, key)] == list(expected.values())
+
+
+def test_bytes_counted_by_hand() -> None:
+    """Two query heads on one key head, 256 tokens in two chunks, d = 16, dv = 32, rank 192, bfloat16."""
+    shape = shape_of(heads=2, key_heads=1, n=256, d=16, dv=32, degree=2)
+    state, scan, forward = schedule.parallel_forward(shape, 128, Tiles(), UNLIMITED)
+    states = 2 * 192 * 33 * 4
+    assert state.bytes == 256 * (16 + 32) * 2 + states
+    assert scan.bytes == 2 * states
+    assert forward.bytes == 2 * (256 * 48 * 2 + 256 * 48 * 2 + 256 * 4 + states)  # q, out; k, v; denominators
+    delta, state, _, query, queries, _, key = schedule.parallel_backward(shape, 128, Tiles(), UNLIMITED)
+    assert delta.bytes == 2 * 256 * (2 * 32 * 2 + 8)
+    assert queries.bytes == 2 * 256 * (48 * 2 + 8) + states
+    assert query.bytes == 2 * (256 * (48 * 2 + 8 + 16 * 2) + 256 * 48 * 2 + states)
+    assert key.bytes == 256 * 48 * 2 * 2 + 2 * 256 * (48 * 2 + 8) + states
+    assert state.vector_flops == 256 * 192 * 2
+
+
+def test_what_does_not_fit_the_cache_is_read_by_each_tile() -> None:
+    shape = shape_of(heads=1, n=256, d=16, dv=32, degree=2)
+    fits = schedule.parallel_forward(shape, 128, Tiles(), shape.state_bytes)
+    small = schedule.parallel_forward(shape, 128, Tiles(), shape.state_bytes - 1)
+    states = 2 * shape.state_bytes
+    assert small[2].bytes - fits[2].bytes == states  # two tiles of 64 queries in each chunk, not one reading
+    tiny = schedule.parallel_forward(shape, 128, Tiles(), 128 * 48 * 2 - 1)
+    assert tiny[0].bytes - fits[0].bytes == 2 * 256 * 48 * 2  # 192 features are three programs
+
+
+def test_one_state_serves_all_queries_without_a_mask() -> None:
+    shape = shape_of(heads=1, n=256, d=16, dv=32, degree=2, causal=False)
+    _, scan, forward = schedule.parallel_forward(shape, 128, Tiles(), UNLIMITED)
+    assert scan.bytes == 3 * shape.state_bytes
+    assert forward.bytes == 256 * (48 * 2 + 4) + shape.state_bytes
+    assert forward.pair_flops == 0
+
+
+def test_time_is_that_of_the_slowest_unit_over_the_share_of_the_device() -> None:
+    device = replace(H100, half=4.0, tf32=2.0, single=1.0, vector=8.0, bandwidth=16.0, multiprocessors=10)
+    work = Work("a kernel", 32, 8, 4, 8, 10)
+    assert roofline.kernel_time(work, device, "bfloat16") == 8 / 4 + 4 / 4
+    assert roofline.kernel_time(work, device, "float16") == 8 / 4 + 4 / 2
+    assert roofline.kernel_time(work, device, "float32") == 12
+    assert roofline.kernel_time(replace(work, bytes=160), device, "bfloat16") == 10
+    assert roofline.kernel_time(replace(work, vector_flops=80), device, "bfloat16") == 10
+    assert roofline.kernel_time(replace(work, programs=5), device, "bfloat16") == 6
+    assert roofline.kernel_time(replace(work, programs=50), device, "bfloat16") == 3
+
+
+def test_the_chosen_chunk_takes_the_least_time() -> None:
+    for heads, n in ((1, 4096), (64, 65_536)):
+        shape = shape_of(heads=heads, n=n, d=16, dv=64, degree=2)
+        chunk = schedule.choose_chunk(H100, shape)
+        times = {c: schedule.modelled_time(H100, shape, "parallel", c) for c in schedule.CHUNKS}
+        assert chunk == min(times, key=times.__getitem__)
+
+
+def test_fused_is_for_many_heads_and_parallel_for_few() -> None:
+    few = shape_of(heads=8, n=16_384, d=16, dv=64, degree=2)
+    many = shape_of(heads=512, n=16_384, d=16, dv=64, degree=2)
+    assert schedule.choose_schedule(H100, few) == "parallel"
+    assert schedule.choose_schedule(H100, many) == "fused"
+    for other in (
+        replace(many, degree=3),
+        replace(many, causal=False),
+        replace(many, near=64),
+        replace(many, rank=320),
+    ):
+        assert schedule.choose_schedule(H100, other) == "parallel"
+
+
+def test_flash_attention_is_padded_to_its_width() -> None:
+    shape = shape_of(heads=2, key_heads=1, n=1024, d=16, dv=64, degree=2)
+    forward, _, backward = roofline.flash_works(shape)
+    assert forward.matrix_flops == 4 * 2 * 1024**2 // 2 * 64
+    assert backward.matrix_flops == 2.5 * forward.matrix_flops
+    ideal = roofline.flash_works(shape, ideal=True)[0]
+    assert ideal.matrix_flops / forward.matrix_flops == (16 + 64) / 128
+    full = roofline.flash_works(replace(shape, causal=False))[0]
+    assert full.matrix_flops == 2 * forward.matrix_flops
+    assert forward.bytes == (2 + 1) * 1024 * 128 * 2 + 2 * 1024 * 4
+    assert [roofline.flash_width(16, dv) for dv in (16, 48, 80, 100, 129)] == [32, 64, 96, 128, 192]
+    with pytest.raises(ValueError, match="width of 300"):
+        roofline.flash_width(300, 64)
+
+
+def test_from_the_break_even_on_the_model_is_faster() -> None:
+    for device in DEVICES.values():
+        shape = shape_of(heads=16, n=64, d=16, dv=64, degree=3)
+        n = break_even(device, shape)
+        assert n is not None
+        assert n % 64 == 0
+
+        def ratio(n: int, device: roofline.Device = device, shape: Shape = shape) -> float:
+            at = replace(shape, n=n, m=n)
+            return best(device, at).total / flash_time(device, at)[1]
+
+        assert ratio(n) <= 1 < ratio(n - 64)
+        assert all(ratio(n << power) < 1 for power in range(1, 6))
+
+
+def test_break_even_is_none_where_the_features_cost_more_than_any_length() -> None:
+    assert break_even(replace(H100, bandwidth=1.0), shape_of(heads=1, n=64, d=16, dv=64, degree=2)) is None
+
+
+def test_shapes_that_no_kernel_serves_are_refused() -> None:
+    for sizes, message in (
+        ({"key_heads": 3}, "divide"),
+        ({"n": 0}, "at least 1"),
+        ({"m": 32}, "as many keys"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shape_of(**{"heads": 4, "n": 64, "d": 16, "dv": 64, "degree": 2, **sizes})  # type: ignore[arg-type]
+
+
+def test_data_sheets_are_consistent() -> None:
+    for name, device in DEVICES.items():
+        assert device.half == pytest.approx(2 * device.tf32)
+        assert device.single == pytest.approx(device.vector if name == "gfx942" else device.tf32 / 3)
+
+
+def test_the_runtime_file_needs_the_standard_library_alone() -> None:
+    """It is copied into generated folders."""
+    tree = ast.parse(Path(schedule.__file__).read_text(encoding="utf-8"))
+    modules = {
+        node.module.partition(".")[0] if isinstance(node, ast.ImportFrom) and node.module else ""
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert modules <= sys.stdlib_module_names
