@@ -258,6 +258,31 @@ def bench(
 
 
 @app.command()
+def tune(
+    file: File,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a batch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of the inputs: float32, float16 or bfloat16.")] = "bfloat16",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the candidates and time nothing; needs no GPU.")
+    ] = False,
+    model: Model = None,
+    set_: Set = None,
+) -> None:
+    """Find the fastest configurations of a model's Triton kernels on this GPU, and keep them in the user's cache."""
+    from fastgrad_dsl.terminal import progress
+    from fastgrad_dsl.tune_command import TuneRequest, print_candidates, print_choices, run_tune
+
+    request = TuneRequest(file, _params(set_), model, batch, seq, dtype)
+    if dry_run:
+        print_candidates(request)
+        return
+    with progress("timing") as tell:
+        result = run_tune(request, tell)
+    print_choices(result)
+
+
+@app.command()
 def fmt(
     files: Annotated[list[Path], typer.Argument(help=".tfg files.", show_default=False)],
     check_: Annotated[

@@ -13,7 +13,7 @@ from fastgrad_compiler.elaborate import elaborate
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table
 from fastgrad_compiler.pipeline import Stage, run
-from fastgrad_compiler.targets import NATIVE, check_target
+from fastgrad_compiler.targets import BACKENDS, check_target
 from fastgrad_compiler.text import print_program
 from fastgrad_dsl.batches import dims_of
 from fastgrad_dsl.files import write_atomically
@@ -90,7 +90,7 @@ class Compiled:
         """The generated package: file name to text."""
         from fastgrad_compiler.codegen.torch import emit_package
 
-        return emit_package(self.program, source=self.source.path, native=NATIVE[self.target])
+        return emit_package(self.program, source=self.source.path, backends=BACKENDS[self.target])
 
     @cached_property
     def files(self) -> dict[str, str]:

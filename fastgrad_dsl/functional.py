@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from fastgrad_compiler.polynomial import Family, fit
-from fastgrad_compiler.targets import NATIVE, check_target
+from fastgrad_compiler.targets import BACKENDS, check_target
 
 
 def polynomial_attention(
@@ -61,5 +61,5 @@ def polynomial_attention(
     )
     headless = q.ndim == 2
     inputs = [None if x is None else x.unsqueeze(0) if headless else x for x in (q, k, v, near_q, near_k)]
-    out = load_kernel(spec, NATIVE[target])(*inputs, documents=documents)
+    out = load_kernel(spec, BACKENDS[target])(*inputs, documents=documents)
     return out.squeeze(0) if headless else out

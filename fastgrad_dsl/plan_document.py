@@ -20,7 +20,7 @@ from fastgrad_compiler.passes.attention_table import (
     is_guarded,
     range_source,
 )
-from fastgrad_compiler.targets import NATIVE
+from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.batches import Input, model_inputs, target_inputs
 
 FORMAT = "fastgrad-plan-2"
@@ -88,7 +88,7 @@ def attention_document(program: Program, entry: AttentionEntry, target: str) -> 
         "key_heads": _heads(program, entry, 1),
         "d": entry.d,
         "dv": entry.dv,
-        "kernel": kernel_module(program[entry.graph], node, NATIVE[target]),
+        "kernel": kernel_module(program[entry.graph], node, BACKENDS[target]),
         "bound": _number(node["bound"]),
         "range_source": range_source(node),
         "guarded": is_guarded(node),

@@ -41,7 +41,7 @@ EQUAL = Pace(1.0, 0)  # flops are compared as they are
 NATIVE = Pace(
     1.8, 500
 )  # measured, rounded (docs/performance.md): 300 and 162 GFLOP/s, half of which at 500 keys
-PACE = {"torch": EQUAL, "cpp": NATIVE, "auto": NATIVE}
+PACE = {"torch": EQUAL, "cpp": NATIVE, "triton": EQUAL, "auto": NATIVE}
 
 
 @dataclass(frozen=True, slots=True)

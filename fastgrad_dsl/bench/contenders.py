@@ -14,6 +14,7 @@ from fastgrad_compiler.codegen.kernel import KernelSpec, choose_chunk
 from fastgrad_compiler.cost import Flops, flops
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.polynomial import Family
+from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.functional import polynomial_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -74,7 +75,7 @@ class Contender:
         """Keys that a query meets densely, besides a near field; None for SDPA."""
         if self.degree is None:
             return None
-        if self.target != "torch":
+        if BACKENDS[self.target].cpp:
             return CHUNK
         return choose_chunk(
             KernelSpec(self.d, self.dv, (1.0,) * (self.degree + 1), causal=True, near=self.near)

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastgrad_compiler.cost import flops
 from fastgrad_compiler.runtime.exact_attention import exact_attention
 from fastgrad_compiler.runtime.native import cache_folder
+from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.bench.contenders import Attention, Contender
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.timing import time_together
@@ -77,7 +78,7 @@ _NATIVE_RATE, _TORCH_RATE, _FUSED_RATE, _BLOCKS_RATE = 3.0e11, 1.0e11, 1.6e11, 4
 
 def default_pace(target: str) -> MachinePace:
     """Round figures where nothing is measured."""
-    rate = _TORCH_RATE if target == "torch" else _NATIVE_RATE
+    rate = _NATIVE_RATE if BACKENDS[target].cpp else _TORCH_RATE
     return MachinePace(
         polynomial=Line(1e-4, rate),
         fused=Line(1e-4, _FUSED_RATE),

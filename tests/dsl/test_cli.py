@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_written_is_a_diagnostic(fastgrad: Run) -> None:
 
 
 def test_targets_that_are_not_there_are_refused(fastgrad: Run) -> None:
-    for target in ("triton", "toorch"):
+    for target in ("tritton", "toorch"):
         status, _, err = fastgrad("compile", "tiny.tfg", "-o", "build", "--target", target)
         assert status == 2
         assert "[FG420]" in err

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
+from fastgrad_compiler.targets import BACKENDS, PYTORCH
 from tests import dense
 
+CPP = BACKENDS["cpp"]
 COEFFICIENTS: dict[int, tuple[float, ...]] = {
     1: (1.0, 0.4),
     2: (1.0, 0.9, 0.55),
@@ -86,7 +88,9 @@ def run_kernel(
     """Output and the gradients of all inputs, of the kernel."""
     q, k, v = inputs.tensors[:3]
     masks = {"mask": inputs.mask, "documents": inputs.documents}
-    out = load_kernel(spec, native)(q, k, v, **inputs.near, **masks, exact_below=exact_below)
+    out = load_kernel(spec, CPP if native else PYTORCH)(
+        q, k, v, **inputs.near, **masks, exact_below=exact_below
+    )
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
 
 

@@ -18,8 +18,9 @@ from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from fastgrad_compiler.runtime import guard as guards
 from fastgrad_compiler.runtime.guard import BudgetViolation, Guard
 from fastgrad_compiler.runtime.logit_range import SAMPLED, Pairs, clamp, norm_bound, rows_of, sampled_range
+from fastgrad_compiler.targets import PYTORCH
 from tests import dense
-from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_dense, run_kernel, worst_error
+from tests.kernels.inputs import COEFFICIENTS, CPP, Inputs, make_inputs, run_dense, run_kernel, worst_error
 
 BASE = KernelSpec(d=3, dv=2, coefficients=COEFFICIENTS[2], scale=-0.7)
 SPECS = {
@@ -65,7 +66,7 @@ def far_logits(spec: KernelSpec, inputs: Inputs) -> Tensor:
 def guarded(spec: KernelSpec, inputs: Inputs, guard: Guard, *, native: bool = False) -> list[Tensor]:
     """Output and all gradients of a guarded call."""
     q, k, v = inputs.tensors[:3]
-    out = load_kernel(spec, native)(
+    out = load_kernel(spec, CPP if native else PYTORCH)(
         q, k, v, **inputs.near, mask=inputs.mask, documents=inputs.documents, guard=guard.key
     )
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 import fastgrad_dsl as fg
 from fastgrad_compiler.codegen.kernel import KernelSpec, kernel_name, load_kernel
 from fastgrad_compiler.runtime.native_attention import NativeAttention
+from fastgrad_compiler.targets import PYTORCH
 from fastgrad_dsl.loader import load_package
 from tests.dsl.models import EXAMPLES, SIZES
-from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, worst_error
+from tests.kernels.inputs import COEFFICIENTS, CPP, Inputs, make_inputs, worst_error
 from tests.native.compilers import NEEDS_COMPILER
 
 pytestmark = [NEEDS_COMPILER, pytest.mark.usefixtures("native")]
@@ -32,7 +33,7 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, to
 
 def run(spec: KernelSpec, inputs: Inputs, native: bool, exact_below: int = 0) -> list[Tensor]:
     """Output and the gradients of all inputs."""
-    out = load_kernel(spec, native)(
+    out = load_kernel(spec, CPP if native else PYTORCH)(
         *inputs.tensors[:3], **inputs.near, mask=inputs.mask, exact_below=exact_below
     )
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent.to(out.dtype))]
@@ -40,7 +41,7 @@ def run(spec: KernelSpec, inputs: Inputs, native: bool, exact_below: int = 0) ->
 
 def served(spec: KernelSpec, variant: str) -> bool:
     """Whether the native operations of a kernel are there."""
-    return hasattr(torch.ops.fastgrad, f"{kernel_name(spec, True)}_{variant}_backward")
+    return hasattr(torch.ops.fastgrad, f"{kernel_name(spec, CPP)}_{variant}_backward")
 
 
 @SPECS
@@ -64,7 +65,7 @@ def test_mixed_dtypes_are_those_of_the_torch_target() -> None:
         given = [x.detach().to(dtype).requires_grad_() for x, dtype in zip((q, k, v), dtypes, strict=True)]
         results = []
         for native in (True, False):
-            out = load_kernel(CAUSAL, native)(*given)
+            out = load_kernel(CAUSAL, CPP if native else PYTORCH)(*given)
             results.append([out, *torch.autograd.grad(out.square().sum(), given)])
         assert [x.dtype for x in results[0]] == [x.dtype for x in results[1]]
         assert worst_error(*results) <= ROUNDING[torch.bfloat16]
@@ -86,7 +87,7 @@ def test_any_strides() -> None:
     results = []
     for native in (True, False):
         leaves = [x.detach().requires_grad_() for x in given]
-        out = load_kernel(NEAR, native)(*leaves, mask=mask)
+        out = load_kernel(NEAR, CPP if native else PYTORCH)(*leaves, mask=mask)
         results.append([out, *torch.autograd.grad(out.sum() + out.square().sum(), leaves)])
     assert worst_error(*results) <= ROUNDING[torch.float64]
 
@@ -110,7 +111,7 @@ def test_both_passes_take_the_threads_that_pytorch_takes(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("shape", [(0, 2, 5), (2, 2, 0)], ids=str)
 def test_inputs_without_elements_are_for_pytorch(shape: tuple[int, ...]) -> None:
     q, v = torch.zeros(*shape, 3, requires_grad=True), torch.zeros(*shape, 4)
-    assert load_kernel(CAUSAL, True)(q, q, v).shape == v.shape
+    assert load_kernel(CAUSAL, CPP)(q, q, v).shape == v.shape
 
 
 def test_exact_below_the_break_even_length() -> None:
@@ -124,10 +125,10 @@ def test_exact_below_the_break_even_length() -> None:
 @pytest.mark.parametrize("exact_below", [0, 100])
 def test_opcheck(spec: KernelSpec, exact_below: int) -> None:
     inputs = make_inputs(spec, 9)
-    load_kernel(spec, True)
+    load_kernel(spec, CPP)
     q, k, v, *near = inputs.tensors
     arguments = (q, k, v, *(near or (None, None)), inputs.mask, inputs.documents, exact_below, "")
-    torch.library.opcheck(getattr(torch.ops.fastgrad, kernel_name(spec, True)), arguments)
+    torch.library.opcheck(getattr(torch.ops.fastgrad, kernel_name(spec, CPP)), arguments)
     assert exact_below or served(spec, "float64")
 
 
@@ -137,7 +138,7 @@ def test_gradcheck(spec: KernelSpec) -> None:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *near: Tensor) -> Tensor:
         names = dict(zip(("near_q", "near_k"), near, strict=False))
-        return load_kernel(spec, True)(q, k, v, **names, mask=inputs.mask)
+        return load_kernel(spec, CPP)(q, k, v, **names, mask=inputs.mask)
 
     assert torch.autograd.gradcheck(attend, inputs.tensors)
 
@@ -149,7 +150,7 @@ class Layer(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.project = nn.Linear(12, 2 * (3 + 3 + 4))
-        self.attend = load_kernel(CAUSAL, native)
+        self.attend = load_kernel(CAUSAL, CPP if native else PYTORCH)
 
     def forward(self, x: Tensor) -> Tensor:
         split = self.project(x).unflatten(-1, (2, 10)).transpose(-2, -3)
@@ -178,7 +179,7 @@ def test_compile_and_export() -> None:
 def test_checkpoint() -> None:
     inputs = make_inputs(CAUSAL, 21)
     expected = run(CAUSAL, inputs, True)
-    out = checkpoint(load_kernel(CAUSAL, True), *inputs.tensors, use_reentrant=False)
+    out = checkpoint(load_kernel(CAUSAL, CPP), *inputs.tensors, use_reentrant=False)
     assert isinstance(out, Tensor)
     found = torch.autograd.grad(out, inputs.tensors, inputs.cotangent)
     assert all(torch.equal(a, b) for a, b in zip(found, expected[1:], strict=True))

@@ -10,7 +10,7 @@ import torch
 from fastgrad_compiler.codegen.cpp import emit_cpp
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from tests import dense
-from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_dense, run_kernel, worst_error
+from tests.kernels.inputs import COEFFICIENTS, CPP, Inputs, make_inputs, run_dense, run_kernel, worst_error
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -84,7 +84,7 @@ def test_window(causal: bool, window: int) -> None:
         masks = {"mask": inputs.mask, "documents": inputs.documents}
         expected = dense.softmax_attention(q, k, v, scale=3.0, causal=causal, window=window, **masks)  # type: ignore[arg-type]
         torch.set_num_threads(threads)
-        found = load_kernel(spec, native=True)(q, k, v, **masks)
+        found = load_kernel(spec, CPP)(q, k, v, **masks)
         gradients = [torch.autograd.grad(out, inputs.tensors, inputs.cotangent) for out in (found, expected)]
         torch.set_num_threads(2)
         assert worst_error([found, *gradients[0]], [expected, *gradients[1]]) < DOUBLE
@@ -145,7 +145,7 @@ def test_denominators_of_a_million_tokens() -> None:
     spec = replace(specification("causal"), d=4, dv=4, coefficients=COEFFICIENTS[2])
     inputs = make_inputs(spec, 1_000_000, batch=1, heads=1)
     q, k, v = (x.detach() for x in inputs.tensors)
-    function = load_kernel(spec, native=True)
+    function = load_kernel(spec, CPP)
     single, double = function(q.float(), k.float(), v.float()), function(q, k, v)
     assert (single.double() - double).abs().max() < 1e-5 * v.abs().max()
 

@@ -42,7 +42,7 @@ def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
     banded = near or node.get("window") is not None or "documents" in others
     if node.op == "poly_attention" and (is_own(node) or not place.exact):
         result = _polynomial(place, node, [q, k, v, *near], _masks(place, others, lead))
-    elif has_window_kernel(node, place.native):
+    elif has_window_kernel(node, place.backends):
         result = call(place.kernel(node), *(x.value for x in (q, k, v)), **_masks(place, others, lead))
     elif banded and not node.get("alibi"):
         result = _exact(place, node, [q, k, v, *near], _masks(place, others, lead))

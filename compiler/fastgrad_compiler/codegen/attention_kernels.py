@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, kernel_name
 from fastgrad_compiler.graph import Graph, Node
+from fastgrad_compiler.targets import Backends
 
 
 def kernel_spec(graph: Graph, node: Node) -> KernelSpec:
@@ -34,13 +35,13 @@ def kernel_spec(graph: Graph, node: Node) -> KernelSpec:
     )
 
 
-def has_window_kernel(node: Node, native: bool) -> bool:
+def has_window_kernel(node: Node, backends: Backends) -> bool:
     """Whether a kernel serves an attention within a window; PyTorch does otherwise."""
-    return node.get("window") is not None and native and not (node["near"] or node.get("alibi"))
+    return node.get("window") is not None and backends.cpp and not (node["near"] or node.get("alibi"))
 
 
-def kernel_module(graph: Graph, node: Node, native: bool) -> str | None:
+def kernel_module(graph: Graph, node: Node, backends: Backends) -> str | None:
     """The generated module, without its suffix, that serves an attention; None where PyTorch does."""
-    if node.op == "poly_attention" or has_window_kernel(node, native):
-        return kernel_name(kernel_spec(graph, node), native)
+    if node.op == "poly_attention" or has_window_kernel(node, backends):
+        return kernel_name(kernel_spec(graph, node), backends)
     return None

@@ -33,6 +33,7 @@ from fastgrad_compiler.codegen.writer import (
 )
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType
+from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.source import Span
 
 LONGEST = 88  # of an expression, before parts of it get a name of their own
@@ -45,7 +46,7 @@ class Imports:
     helpers: set[str] = field(default_factory=set)
     kernels: dict[KernelSpec, str] = field(default_factory=dict)  # with the name that the module gives it
     exact_attention: bool = False
-    native: bool = False  # kernels are those that C++ serves on a CPU
+    backends: Backends = PYTORCH  # of the kernels
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ class Block:
         return attribute(self.like(), "device")
 
     @property
-    def native(self) -> bool:
-        return self.module.imports.native
+    def backends(self) -> Backends:
+        return self.module.imports.backends
 
     def kernel(self, node: Node) -> str:
         spec, kernels = kernel_spec(self.graph, node), self.module.imports.kernels

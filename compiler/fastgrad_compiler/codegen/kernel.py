@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import ModuleSpec
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from fastgrad_compiler.codegen.templates import render
 from fastgrad_compiler.features import blocks, rank
+from fastgrad_compiler.targets import PYTORCH, Backends
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,12 +37,22 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
         "polynomial_features.py",
     )
 )
-NATIVE_RUNTIME_FILES: tuple[Path, ...] = tuple(
-    RUNTIME / name for name in ("native.py", "native_attention.py")
+CPP_RUNTIME_FILES: tuple[Path, ...] = tuple(RUNTIME / name for name in ("native.py", "native_attention.py"))
+TRITON_RUNTIME_FILES: tuple[Path, ...] = tuple(
+    RUNTIME / name
+    for name in (
+        "native.py",
+        "triton_attention.py",
+        "triton_kernels.py",
+        "triton_schedule.py",
+        "triton_tables.py",
+        "triton_tuned.py",
+    )
 )
 RUNTIME_PACKAGE = "fastgrad_compiler.runtime"
 UNROLLED_BLOCKS = 160  # a longer table is emitted as the loop that makes it
 NAME_PLACEHOLDER = "attention_" + "0" * 12
+CPP, TRITON = ".cpp", "_triton.py"  # what the name of a backend's file has behind the kernel's
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,45 +133,56 @@ SMALLEST_NEAR_CHUNK = 32
 
 
 @cache
-def emit_kernel(spec: KernelSpec, native: bool = False) -> str:
+def emit_kernel(spec: KernelSpec, backends: Backends = PYTORCH) -> str:
     """The source of a kernel's module: deterministic, `ruff format` leaves it unchanged.
 
-    It imports torch, RUNTIME_FILES and, with `native`, NATIVE_RUNTIME_FILES.
+    It imports torch, RUNTIME_FILES and what its backends need, of `runtime_files`.
     """
-    return _render(spec, NAME_PLACEHOLDER, native).replace(NAME_PLACEHOLDER, kernel_name(spec, native))
+    return _render(spec, NAME_PLACEHOLDER, backends).replace(NAME_PLACEHOLDER, kernel_name(spec, backends))
 
 
-def kernel_files(spec: KernelSpec, native: bool) -> dict[str, str]:
-    """The sources of a kernel by file name: its module and, with `native`, the C++ that serves it on a CPU."""
-    name = kernel_name(spec, native)
-    files = {f"{name}.py": emit_kernel(spec, native)}
-    return {**files, f"{name}.cpp": _native_text(spec)} if native else files
+def kernel_files(spec: KernelSpec, backends: Backends) -> dict[str, str]:
+    """The sources of a kernel by file name: its module, and what serves it on a CPU and on a GPU."""
+    name = kernel_name(spec, backends)
+    others = {f"{name}{ending}": text for ending, text in _backend_texts(spec, backends).items()}
+    return {f"{name}.py": emit_kernel(spec, backends), **others}
+
+
+def runtime_files(specs: Iterable[KernelSpec], backends: Backends) -> tuple[Path, ...]:
+    """The files of `runtime` that the kernels need beside RUNTIME_FILES."""
+    endings = {ending for spec in specs for ending in _backend_texts(spec, backends)}
+    files = {CPP: CPP_RUNTIME_FILES, TRITON: TRITON_RUNTIME_FILES}
+    return tuple(path for ending in sorted(endings) for path in files[ending])
 
 
 @cache
-def kernel_name(spec: KernelSpec, native: bool = False) -> str:
+def kernel_name(spec: KernelSpec, backends: Backends = PYTORCH) -> str:
     """`attention_` and twelve hexadecimal digits of a hash of the sources: file, module and operation."""
-    text = _render(spec, NAME_PLACEHOLDER, native) + (_native_text(spec) if native else "")
+    text = "".join([_render(spec, NAME_PLACEHOLDER, backends), *_backend_texts(spec, backends).values()])
     return "attention_" + hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _native_text(spec: KernelSpec) -> str:
+@cache
+def _backend_texts(spec: KernelSpec, backends: Backends) -> dict[str, str]:
+    """What the backends of a kernel are made from, by what a file's name has behind the kernel's."""
     from fastgrad_compiler.codegen.cpp import emit_cpp
+    from fastgrad_compiler.codegen.triton import emit_triton, has_triton
 
-    return emit_cpp(spec)
+    texts = {CPP: emit_cpp(spec)} if backends.cpp else {}
+    return {**texts, TRITON: emit_triton(spec)} if backends.triton and has_triton(spec) else texts
 
 
 @cache
-def load_kernel(spec: KernelSpec, native: bool = False) -> Callable[..., Tensor]:
+def load_kernel(spec: KernelSpec, backends: Backends = PYTORCH) -> Callable[..., Tensor]:
     """The `attention` function of the emitted module, which is executed once a process.
 
     attention(q, k, v, near_q=None, near_k=None, mask=None, documents=None, *, exact_below=0, guard=""):
     q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv] -> [.., H, n, dv], in the dtype of v; guard: the key of one
     that watches the logits. ValueError on wrong shapes.
-    With `native`, C++ serves it on a CPU, where that can be built.
+    Its backends serve it where they can be built.
     """
-    name = f"{RUNTIME_PACKAGE}.{kernel_name(spec, native)}"
-    module = sys.modules.get(name) or _execute(name, kernel_files(spec, native))
+    name = f"{RUNTIME_PACKAGE}.{kernel_name(spec, backends)}"
+    module = sys.modules.get(name) or _execute(name, kernel_files(spec, backends))
     function: Callable[..., Tensor] = module.attention
     return function
 
@@ -191,8 +213,15 @@ def _execute(name: str, files: dict[str, str]) -> ModuleType:
 
 
 @cache
-def _render(spec: KernelSpec, name: str, native: bool) -> str:
-    context = {"name": name, "native": native, **_common(spec)}
+def _render(spec: KernelSpec, name: str, backends: Backends) -> str:
+    triton = TRITON in _backend_texts(spec, backends)
+    context = {
+        "name": name,
+        "cpp": backends.cpp,
+        "triton": triton,
+        "unserved": backends.triton and not (triton or backends.cpp),
+        **_common(spec),
+    }
     if spec.window is not None:
         return render("attention_window.py.j2", context)
     return render("attention.py.j2", {**context, **_context(spec)})

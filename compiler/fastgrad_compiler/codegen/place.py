@@ -7,6 +7,7 @@ from typing import Protocol, TypeAlias
 
 from fastgrad_compiler.codegen.writer import Expr
 from fastgrad_compiler.graph import Attribute, Node, TensorType
+from fastgrad_compiler.targets import Backends
 
 Operands: TypeAlias = Sequence[Expr]
 
@@ -33,8 +34,8 @@ class Place(Protocol):
         """The device of a tensor at hand."""
 
     @property
-    def native(self) -> bool:
-        """Whether C++ serves kernels on a CPU."""
+    def backends(self) -> Backends:
+        """What serves attention kernels beside PyTorch."""
 
     def kernel(self, node: Node) -> str:
         """The function of the kernel that serves an attention, imported."""

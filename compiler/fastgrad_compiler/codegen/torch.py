@@ -1,4 +1,4 @@
-"""A program as a package of Python files that need nothing but PyTorch, and of C++ that serves them on a CPU.
+"""A program as a package of Python files that need nothing but PyTorch, and C++ and Triton beside.
 
 `model.py` holds one nn.Module class for each block instance, callees first; beside it lie the attention kernels that
 the plan asks for and the files of `runtime`. Texts are deterministic, and `ruff format` leaves them unchanged.
@@ -12,30 +12,31 @@ from pathlib import Path, PurePath
 from fastgrad_compiler.codegen.block import Block, Imports, Module, place_of, source_line
 from fastgrad_compiler.codegen.guards import GUARD, NAME, STATUS, guards_of
 from fastgrad_compiler.codegen.kernel import (
-    NATIVE_RUNTIME_FILES,
     RUNTIME,
     RUNTIME_FILES,
     kernel_files,
     kernel_name,
+    runtime_files,
 )
 from fastgrad_compiler.codegen.members import Leaf, Member, container, leaf_init, members
 from fastgrad_compiler.codegen.names import class_name, member_access, variable
 from fastgrad_compiler.codegen.needs import needs, reachable
 from fastgrad_compiler.codegen.writer import Writer, call, literal, tuple_text
 from fastgrad_compiler.graph import DimInfo, Graph, Program
+from fastgrad_compiler.targets import PYTORCH, Backends
 
 _HIDES_ROWS = frozenset({"padding", "documents", "window", "where", "fill"})
 
 
 def emit_package(
-    program: Program, *, source: str, exact: bool = False, native: bool = False
+    program: Program, *, source: str, exact: bool = False, backends: Backends = PYTORCH
 ) -> dict[str, str]:
     """The files of the generated package by name; `exact` approximates none of the attentions, with the same weights.
 
-    `source` is the path of the `.tfg` file that the header names; with `native`, C++ serves kernels on a CPU. The
+    `source` is the path of the `.tfg` file that the header names; `backends` serve attention kernels. The
     package exports the model's class, also as MODEL, the objective, also as OBJECTIVE, and `initialise`.
     """
-    imports = Imports(native=native)
+    imports = Imports(backends=backends)
     classes: dict[str, str] = {}  # by graph, filled as they are written
     body = _classes(program, classes, imports, exact)
     name = classes[program.main]
@@ -48,11 +49,10 @@ def emit_package(
     if uses_helpers:
         files["functions.py"] = _runtime("functions.py")
     for spec in imports.kernels:
-        files.update(kernel_files(spec, native))
+        files.update(kernel_files(spec, backends))
     if imports.kernels or imports.exact_attention:
         files.update({path.name: _runtime(path.name) for path in RUNTIME_FILES})
-    if imports.kernels and native:
-        files.update({path.name: _runtime(path.name) for path in NATIVE_RUNTIME_FILES})
+    files.update({path.name: _runtime(path.name) for path in runtime_files(imports.kernels, backends)})
     return dict(sorted(files.items()))
 
 
@@ -96,7 +96,7 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
         lines.append("import torch.nn.functional as F")
     lines += ["from torch import Tensor, nn", ""]
     siblings = {
-        f"from .{kernel_name(spec, imports.native)} import attention as {name}"
+        f"from .{kernel_name(spec, imports.backends)} import attention as {name}"
         for spec, name in imports.kernels.items()
     }
     if imports.exact_attention:

@@ -2,16 +2,13 @@
 
 Kernels are in NAME_triton.py beside the module of the operation. No launch waits for the device, and what a
 call allocates depends on shapes alone, so that CUDA graphs can record it once the first call has compiled the kernels
-and made their tables. With TRITON_INTERPRET=1 tensors on a CPU are served by Triton's interpreter.
+and made their tables. With TRITON_INTERPRET=1 Triton's interpreter serves tensors on a CPU, unless
+other kernels are for them.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
@@ -21,18 +18,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .attention_op import NAMESPACE
+from .triton_kernels import DTYPES, cannot_build, enabled, import_kernels, refusal, warn
 from .triton_schedule import DEVICES, Shape, choose_chunk, choose_schedule
 from .triton_tables import feature_tables
+from .triton_tuned import configuration
 
-DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 PREFIX, SUFFIX, TOTAL = 0, 1, 2  # of scan_kernel
 SCAN_SIZE = 1024
 DELTA_ROWS = 32
-
-
-class TritonWarning(RuntimeWarning):
-    """GPU kernels were wanted and cannot be had; results are the same, and slower."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +63,12 @@ Result = TypeVar("Result")
 class TritonAttention:
     """The Triton kernels of one attention, imported when the first call asks for them.
 
-    name: of the kernel. spec: of its module, beside which NAME_triton.py lies.
+    name: of the kernel. spec: of its module, beside which NAME_triton.py lies. by_device: something else serves the
+    other devices, so that a tensor there is no reason for a warning.
     """
 
-    def __init__(self, name: str, spec: ModuleSpec | None, case: Case) -> None:
-        self.name, self.case = name, case
+    def __init__(self, name: str, spec: ModuleSpec | None, case: Case, by_device: bool = False) -> None:
+        self.name, self.case, self.by_device = name, case, by_device
         self._spec = spec
         self._kernels: ModuleType | None = None
         self._failed = False
@@ -122,25 +116,26 @@ class TritonAttention:
         near_k: Tensor | None,
         mask: Tensor | None,
     ) -> Result | None:
-        if self._failed or 0 in (q.numel(), k.numel(), v.numel()):
+        if self._failed or not enabled() or 0 in (q.numel(), k.numel(), v.numel()):
             return None
-        if (reason := _refusal(q, k, v)) is not None:
-            _warn(reason)
+        if self.by_device and q.device.type != "cuda":
             return None
-        from triton.compiler.errors import CompilationError
-        from triton.runtime.errors import OutOfResources, PTXASError
-
+        if (reason := refusal(q, k, v)) is not None:
+            warn(reason)
+            return None
         try:
-            kernels = self._import()
             with torch.cuda.device_of(q):
-                return work(Launches(kernels, self.case, q, k, v, near_q, near_k, mask))
-        except (CompilationError, OutOfResources, PTXASError, OSError) as error:
+                return work(Launches(self.kernels(), self.case, q, k, v, near_q, near_k, mask))
+        except Exception as error:
+            if not cannot_build(error):
+                raise
             self._failed = True
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            _warn(f"the kernels of {self.name} cannot be built for this device: {lines[0]}")
+            warn(f"the kernels of {self.name} cannot be built for this device: {lines[0]}")
             return None
 
-    def _import(self) -> ModuleType:
+    def kernels(self) -> ModuleType:
+        """The module NAME_triton; OSError where it cannot be had."""
         with self._lock:
             if self._kernels is None:
                 self._kernels = import_kernels(f"{self.name}_triton", self._spec)
@@ -336,9 +331,7 @@ class Launches:
     def _launch(
         self, name: str, programs: Callable[[dict[str, int]], int], *arguments: object, **constants: object
     ) -> None:
-        rows, keys, features, warps, stages = self.kernels.CONFIGS[self.architecture][DTYPES[self.dtype]][
-            name
-        ]
+        rows, keys, features, warps, stages = self.configuration(name)
         config = {"ROWS": rows, "KEYS": keys, "FEATURES": features}
         if name == "state_kernel":
             config = {"TOKENS": keys, "FEATURES": features}
@@ -353,6 +346,15 @@ class Launches:
             num_warps=warps,
             num_stages=stages,
         )
+
+    def configuration(self, kernel: str) -> tuple[int, ...]:
+        """ROWS, KEYS, FEATURES, warps and stages: what `fastgrad tune` found, else the row of the table."""
+        return configuration(self.kernels, self.device, DTYPES[self.dtype], kernel) or self.row(kernel)
+
+    def row(self, kernel: str) -> tuple[int, ...]:
+        """The row of the kernels' own table."""
+        table: dict[str, tuple[int, ...]] = self.kernels.CONFIGS[self.architecture][DTYPES[self.dtype]]
+        return table[kernel]
 
     def _rows(self, config: dict[str, int]) -> int:
         return self.batch * self.shared
@@ -405,45 +407,6 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
-def import_kernels(name: str, spec: ModuleSpec | None) -> ModuleType:
-    """The module of kernels beside that of `spec`. Triton reads sources, so that one in memory is written to a file."""
-    from .native import cache_folder
-
-    full = f"{spec.name.rpartition('.')[0] if spec is not None else __package__}.{name}"
-    if full in sys.modules:
-        return sys.modules[full]
-    loader, origin = getattr(spec, "loader", None), getattr(spec, "origin", None) or ""
-    path = os.path.join(os.path.dirname(origin), f"{name}.py")
-    if not os.path.isfile(path):
-        text = loader.get_data(path)  # type: ignore[union-attr]
-        path = str(_written(name, text, cache_folder()))
-    found = importlib.util.spec_from_file_location(full, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[full] = module
-    found.loader.exec_module(module)
-    return module
-
-
-def _refusal(*tensors: Tensor) -> str | None:
-    """Why Triton does not serve these: None if it does."""
-    device = tensors[0].device.type
-    if any(x.dtype not in DTYPES for x in tensors):
-        return "they are for float32, float16 and bfloat16, not for float64"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "they need a GPU"
-    if (
-        device == "cuda"
-        and not torch.version.hip
-        and torch.cuda.get_device_capability(tensors[0].device)[0] < 8
-    ):
-        return "they need a GPU of compute capability 8.0 or higher"
-    return None
-
-
 def _aligned(x: Tensor) -> Tensor:
     """With a width that is a multiple of 8, a dense last dimension, and rows that start at multiples of 16 bytes."""
     if x.shape[-1] % 8:
@@ -454,12 +417,3 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _ceil(size: int, part: int) -> int:
     return -(-size // part)
-
-
-def _warn(reason: str) -> None:
-    """One warning a process, whichever kernel and whichever copy of this file is the first to need it."""
-    shared = vars(getattr(torch.ops, NAMESPACE))
-    if "triton_warning" not in shared:
-        shared["triton_warning"] = reason
-        message = f"attention runs without Triton kernels, and slower: {reason}"
-        warnings.warn(message, TritonWarning, stacklevel=2)

@@ -13,12 +13,15 @@ from fastgrad_compiler.runtime.triton_tables import BLOCK, TILE, padded_rank
 FUSED_NUMBERS = 4096  # of a state that a program keeps in registers
 FUSED_DEGREE = 2
 LARGEST_D, LARGEST_DV = 64, 128
+LARGEST_RANK = 2**20  # of features whose table takes a second or two to make
 
 
 def has_triton(spec: KernelSpec) -> bool:
     """Whether there are Triton kernels for a specification; PyTorch's code serves the others."""
     widths = max(spec.d, spec.near_d or 0) <= LARGEST_D and spec.dv <= LARGEST_DV
-    return spec.window is None and not spec.documents and widths
+    if spec.window is not None or spec.documents or not widths:
+        return False
+    return rank(spec.d, spec.degree) <= LARGEST_RANK
 
 
 @cache
