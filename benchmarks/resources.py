@@ -71,7 +71,7 @@ def cases() -> tuple[Case, ...]:
 def specifications_of_examples() -> Iterator[KernelSpec]:
     """Of the kernels of all models in examples/."""
     for path in sorted((ROOT / "examples").glob("*.tfg")):
-        for graph in fg.compile(path, target="triton").program.graphs.values():
+        for graph in fg.compile(path, target="triton").program.graphs:
             for node in graph.nodes:
                 if node.op == "poly_attention" and has_triton(spec := kernel_spec(graph, node)):
                     yield spec

@@ -61,7 +61,8 @@ def test_flops_and_programs_are_those_of_the_launches(
         configurations.update(dict.fromkeys(configurations, tiles))
     assert not fused or is_fused(spec)
     q, k, v, *near = (x.detach() for x in inputs.tensors)
-    call = Launches(kernels, case_of(spec), q, k, v, *(near or (None, None)), None)
+    near_q, near_k = near or (None, None)
+    call = Launches(kernels, case_of(spec), q, k, v, near_q, near_k, None)
     call.fused, call.chunk = fused, CHUNK
     found = _counted(call, inputs.cotangent, Flops(monkeypatch), monkeypatch)
 
