@@ -33,7 +33,9 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Override a param; can be repeated."),
 ]
-Target = Annotated[str, typer.Option(help="torch, cpp, triton or auto (by device).")]
+Target = Annotated[
+    str, typer.Option(help="torch, cpp (C++ on a CPU), triton (on a GPU) or auto (both, by device).")
+]
 
 
 @app.command()
@@ -70,8 +72,9 @@ def compile_(
 ) -> None:
     """Compile a file to a folder with a readable model.py that needs only PyTorch.
 
-    With --target cpp the C++ kernels are built now; with auto, when the model first runs on a CPU. A budget that says
-    `trust = calibrated` is calibrated on random inputs where --calibrate names nothing else.
+    With --target cpp the C++ kernels are built now; with auto, when the model first runs on a CPU. Triton kernels are
+    compiled when it first runs on a GPU. A budget that says `trust = calibrated` is calibrated on random inputs where
+    --calibrate names nothing else.
     """
     import fastgrad_dsl as fg
     from fastgrad_dsl.calibration.data import RANDOM, CalibrationRequest, calibrated
