@@ -17,7 +17,9 @@ from torch import Tensor
 from benchmarks.ahead import Argument, Constant, Job
 from fastgrad_compiler.codegen.kernel import KernelSpec, folded_coefficients
 from fastgrad_compiler.codegen.triton import emit_triton
+from fastgrad_compiler.codegen.triton.configurations import FALLBACK, FUSED_KERNELS
 from fastgrad_compiler.runtime.triton_attention import Case, Launches
+from fastgrad_compiler.runtime.triton_kernels import DTYPES
 
 BATCH, HEADS, TOKENS = 4, 16, 16384  # whose divisibility by 16 a kernel is compiled for
 ELEMENTS = {
@@ -108,6 +110,9 @@ def jobs(
     file: that `write_kernels` made. dtype: of the inputs. fused: the schedule that keeps the state in registers.
     """
     recorder = Recorder(load_kernels(file), file, target)
+    if fused:  # also where the table has no row for them
+        rows = recorder.module.CONFIGS[target][DTYPES[dtype]]
+        rows |= {name: rows.get(name, FALLBACK) for name in FUSED_KERNELS}
 
     def tensor(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

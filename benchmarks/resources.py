@@ -22,6 +22,7 @@ from benchmarks.settings import ROOT
 from fastgrad_compiler.codegen.attention_kernels import kernel_spec
 from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.codegen.triton import has_triton, is_fused
+from fastgrad_compiler.codegen.triton.configurations import FUSED_KERNELS, configurations
 
 COEFFICIENTS = (1.0, 1.0, 0.5, 0.2, 0.05)
 TARGETS = {
@@ -83,7 +84,7 @@ def compile_cases(selected: tuple[Case, ...], workers: int = 2) -> dict[Case, di
         launches: list[tuple[Case, str, Job]] = []
         for number, case in enumerate(selected):
             file = write_kernels(case.spec, Path(folder), f"kernels_{number}")
-            for fused in (False, True) if is_fused(case.spec) else (False,):
+            for fused in (False, True) if _walks(case) else (False,):
                 found = jobs(case.spec, file, getattr(torch, case.dtype), case.target, fused)
                 launches += [(case, name, job) for name, job in found.items() if not fused or "fused" in name]
         results = ahead.map([job for _, _, job in launches])
@@ -93,6 +94,12 @@ def compile_cases(selected: tuple[Case, ...], workers: int = 2) -> dict[Case, di
             raise RuntimeError(f"{name} of {case} does not compile: {result.error}")
         entries[case][name] = entry(result)
     return entries
+
+
+def _walks(case: Case) -> bool:
+    """Whether the schedule of fused kernels is there to be chosen."""
+    there = configurations(case.spec, is_fused(case.spec))[case.target][case.dtype]
+    return FUSED_KERNELS[0] in there
 
 
 def entry(result: Resources) -> Entry:

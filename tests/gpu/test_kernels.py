@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.launches import case_of, load_kernels, write_kernels
 from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.codegen.triton import is_fused
+from fastgrad_compiler.codegen.triton.configurations import FUSED_KERNELS, KERNELS
 from fastgrad_compiler.runtime.triton_attention import Launches
 from tests.gpu.interpreter import Launch, install, launches
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_dense, worst_error
@@ -62,7 +63,7 @@ def run(
     kernels = load_kernels(write_kernels(spec, folder, "kernels"))
     for types in kernels.CONFIGS.values():
         for configurations in types.values():
-            configurations.update(dict.fromkeys(configurations, tiles))
+            configurations.update(dict.fromkeys((*KERNELS, *FUSED_KERNELS), tiles))
     q, k, v, *near = (x.detach() for x in inputs.tensors)
     near_q, near_k = near or (None, None)
     call = Launches(kernels, case_of(spec), q, k, v, near_q, near_k, inputs.mask)

@@ -13,6 +13,7 @@ from triton.runtime import interpreter
 from benchmarks.launches import case_of, load_kernels, write_kernels
 from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.codegen.triton import is_fused
+from fastgrad_compiler.codegen.triton.configurations import FUSED_KERNELS, KERNELS
 from fastgrad_compiler.runtime import triton_schedule as schedule
 from fastgrad_compiler.runtime.triton_attention import Launches
 from fastgrad_compiler.runtime.triton_schedule import Shape, Tiles
@@ -58,7 +59,7 @@ def test_flops_and_programs_are_those_of_the_launches(
     kernels = load_kernels(write_kernels(spec, tmp_path, "kernels"))
     tiles = (TILES.rows, TILES.rows if fused else TILES.keys, TILES.features, 4, 1)
     for configurations in kernels.CONFIGS["sm_80"].values():
-        configurations.update(dict.fromkeys(configurations, tiles))
+        configurations.update(dict.fromkeys((*KERNELS, *FUSED_KERNELS), tiles))
     assert not fused or is_fused(spec)
     q, k, v, *near = (x.detach() for x in inputs.tensors)
     near_q, near_k = near or (None, None)

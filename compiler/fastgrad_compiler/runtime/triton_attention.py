@@ -188,8 +188,8 @@ class Launches:
             near=case.near,
             near_d=case.near_d,
         )
-        fused = hasattr(self.kernels, "fused_forward_kernel") and choose_schedule(device, shape) == "fused"
-        return fused, choose_chunk(device, shape)
+        there = "fused_forward_kernel" in self.kernels.CONFIGS[self.architecture][DTYPES[self.dtype]]
+        return there and choose_schedule(device, shape) == "fused", choose_chunk(device, shape)
 
     @property
     def chunks(self) -> int:

@@ -23,6 +23,7 @@ FUSED_KERNELS = tuple(
 D_CLASSES, DV_CLASSES = (16, 64), (64, 128)
 DEGREE_CLASSES = {"float32": (4,), "bfloat16": (2, 4)}
 ROW_OF = {"float16": "float32"}  # whose kernels have the same operands, and fewer products
+RELATIVE = {"sm_100": "sm_90"}  # an architecture whose rows serve another that has none of its own
 FALLBACK = (16, 16, 16, 4, 1)
 
 Configuration = tuple[int, int, int, int, int]
@@ -30,21 +31,23 @@ Configuration = tuple[int, int, int, int, int]
 
 
 def configurations(spec: KernelSpec, fused: bool = False) -> dict[str, dict[str, dict[str, Configuration]]]:
-    """By architecture, type of the inputs and kernel; `fused` adds the kernels of that schedule."""
-    names = (*KERNELS, *FUSED_KERNELS) if fused else KERNELS
-    return {
-        architecture: {
-            dtype: {name: find(architecture, dtype, name, spec) for name in names} for dtype in TYPES
-        }
-        for architecture in ARCHITECTURES
-    }
+    """By architecture, type of the inputs and kernel; `fused` adds the kernels of that schedule where they fit."""
+    return {a: {t: _kernels(a, t, spec, fused) for t in TYPES} for a in ARCHITECTURES}
 
 
-def find(architecture: str, dtype: str, kernel: str, spec: KernelSpec) -> Configuration:
-    """The row of the table for a kernel; small tiles where there is none."""
-    row = _table().get(key(architecture, dtype, kernel, spec), FALLBACK)
-    rows, keys, features, warps, stages = row
-    return rows, keys, features, warps, stages
+def _kernels(architecture: str, dtype: str, spec: KernelSpec, fused: bool) -> dict[str, Configuration]:
+    found = {name: find(architecture, dtype, name, spec) or FALLBACK for name in KERNELS}
+    walking = {name: find(architecture, dtype, name, spec) for name in FUSED_KERNELS} if fused else {}
+    if all(walking.values()):
+        found |= {name: row for name, row in walking.items() if row is not None}
+    return found
+
+
+def find(architecture: str, dtype: str, kernel: str, spec: KernelSpec) -> Configuration | None:
+    """The row of the table for a kernel, that of RELATIVE if need be; None where no candidate was good."""
+    rows = (_table().get(key(a, dtype, kernel, spec)) for a in (architecture, RELATIVE.get(architecture, "")))
+    row = next(filter(None, rows), None)
+    return None if row is None else (row[0], row[1], row[2], row[3], row[4])
 
 
 def key(architecture: str, dtype: str, kernel: str, spec: KernelSpec) -> str:
