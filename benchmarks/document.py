@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, tables
+from benchmarks import figures, gpu_tables, tables
 from benchmarks.curves_figure import curves_figure
 from benchmarks.headlines import HEADLINES
 from benchmarks.settings import ROOT
@@ -21,13 +21,14 @@ from fastgrad_dsl.files import write_atomically
 Document = Mapping[str, Any]
 PAGE, FIGURE, README = "docs/performance.md", "docs/performance.svg", "README.md"
 CURVES = "docs/curves.svg"
+WRITERS = {**tables.SECTIONS, **gpu_tables.SECTIONS}
 BEGIN, END = "<!-- performance: made by benchmarks/document.py -->", "<!-- end of performance -->"
 INTRODUCTION = """\
 # Performance
 
 Made from [performance.json](performance.json) by `python -m benchmarks.document`; `make bench` measures anew, and
-[benchmark.md](benchmark.md) says what and how. Every number is **measured** unless it is marked as extrapolated. The
-machine is shared and noisy: ratios within a section mean more than times.
+[benchmark.md](benchmark.md) says what and how. Every number is **measured** unless it is marked as extrapolated or, for
+GPUs, as a model. The machine is shared and noisy: ratios within a section mean more than times.
 """
 
 
@@ -63,7 +64,7 @@ def page(document: Document) -> str:
     """docs/performance.md."""
     parts = [INTRODUCTION, f"![{figures.TITLE}](performance.svg)\n"]
     for name, section in document["sections"].items():
-        parts.append(tables.SECTIONS[name](section))
+        parts.append(WRITERS[name](section))
     return "\n".join(parts)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, budget, compiler, curves, demo, peers, training
+from benchmarks import attention, budget, compiler, curves, demo, gpu, gpu_model, peers, training
 from benchmarks.settings import ROOT, Settings, say
 from fastgrad_dsl.files import write_atomically
 
@@ -31,8 +31,10 @@ SECTIONS: dict[str, Callable[[Settings], dict[str, object]]] = {
     "budget": budget.measure,
     "curves": curves.measure,
     "demo": demo.measure,
+    "gpu_model": gpu_model.measure,
+    "gpu": gpu.measure,
 }
-USUAL = ("attention", "peers", "training", "compiler", "budget")  # training for minutes is asked for by name
+USUAL = ("attention", "peers", "training", "compiler", "budget", "gpu_model")  # others are asked for by name
 
 
 def main() -> None:
@@ -41,7 +43,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--section", action="append", choices=SECTIONS, help="all but curves and demo by default"
+        "--section", action="append", choices=SECTIONS, help="all but curves, demo and gpu by default"
     )
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "performance.json")
     parser.add_argument("--target", default="auto", help="of the polynomial attention")

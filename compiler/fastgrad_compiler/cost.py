@@ -31,17 +31,20 @@ class Pace:
     Args:
         speed: flops of polynomial attention in the time of one flop of exact attention at great lengths.
         keys: exact attention takes the time of so many keys more than there are: it is slower at short lengths.
+        device: the architecture of a GPU whose model says where the kernels break even; "" for none.
     """
 
     speed: float
     keys: int
+    device: str = ""
 
 
 EQUAL = Pace(1.0, 0)  # flops are compared as they are
 NATIVE = Pace(
     1.8, 500
 )  # measured, rounded (docs/performance.md): 300 and 162 GFLOP/s, half of which at 500 keys
-PACE = {"torch": EQUAL, "cpp": NATIVE, "triton": EQUAL, "auto": NATIVE}
+GPU = Pace(1.0, 0, "sm_90")  # modelled, not measured
+PACE = {"torch": EQUAL, "cpp": NATIVE, "triton": GPU, "auto": NATIVE}
 
 
 @dataclass(frozen=True, slots=True)

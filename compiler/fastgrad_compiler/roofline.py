@@ -33,6 +33,7 @@ from fastgrad_compiler.runtime.triton_schedule import (
     modelled_time,
     works,
 )
+from fastgrad_compiler.runtime.triton_tables import padded_rank
 
 __all__ = [
     "DEVICES",
@@ -42,16 +43,22 @@ __all__ = [
     "Work",
     "best",
     "break_even",
+    "choose_chunk",
+    "choose_schedule",
     "flash_time",
     "flash_works",
     "kernel_time",
+    "kernels",
+    "limit",
     "shape_of",
+    "timed",
 ]
 
 WIDTHS = (32, 64, 96, 128, 192, 256)  # head dimensions of FlashAttention-2's kernels
 FLASH_ROWS = 128  # queries of a program
 FLASH_VECTOR_FLOPS = 5  # of a pair: scale and subtract, maximum, exp, sum
 PADDED_RANK = 64
+LARGE_RANK = 10_000  # from which on gaps between features are too few to be worth counting one by one
 LONGEST = 1 << 26
 
 
@@ -88,7 +95,8 @@ def shape_of(
         raise ValueError("sizes must be at least 1, and key_heads must divide heads")
     if causal and m != n:
         raise ValueError(f"causal attention needs as many keys as queries, not {m} for {n}")
-    r = ceil(rank(d, degree) / PADDED_RANK) * PADDED_RANK
+    r = rank(d, degree)
+    r = padded_rank(d, degree) if r <= LARGE_RANK else ceil(r / PADDED_RANK) * PADDED_RANK
     return Shape(heads, key_heads, n, m, d, dv, degree, r, dtype, causal, near, near_d)
 
 
@@ -109,6 +117,16 @@ def kernels(device: Device, shape: Shape, schedule: str, chunk: int) -> tuple[Wo
     """The launches of both passes, in order."""
     forward, backward = works(schedule, shape, chunk, TILES, device.cache)
     return forward + backward
+
+
+def limit(work: Work, device: Device, dtype: str) -> str:
+    """What a kernel waits for by the model: "memory", "matrix" or "vector" units."""
+    only = {
+        "memory": replace(work, pair_flops=0, feature_flops=0, vector_flops=0),
+        "matrix": replace(work, bytes=0, vector_flops=0),
+        "vector": replace(work, bytes=0, pair_flops=0, feature_flops=0),
+    }
+    return max(only, key=lambda unit: kernel_time(only[unit], device, dtype))
 
 
 def flash_width(d: int, dv: int) -> int:
@@ -188,3 +206,15 @@ def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
         middle = (low + high) // (2 * PADDED_RANK) * PADDED_RANK
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
+
+
+MODEL_HEADS = 64  # times batch: enough to fill a device at any length that matters
+
+
+@cache
+def modelled_break_even(
+    architecture: str, *, d: int, dv: int, degree: int, causal: bool = True, near: int = 0
+) -> int:
+    """`break_even` of a key of DEVICES for bfloat16 and MODEL_HEADS heads, LONGEST where there is none."""
+    shape = shape_of(heads=MODEL_HEADS, n=1, d=d, dv=dv, degree=degree, causal=causal, near=near)
+    return break_even(DEVICES[architecture], shape) or LONGEST

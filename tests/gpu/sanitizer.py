@@ -124,12 +124,13 @@ class Memory:
         size = tensor.element_size()
         storage = tensor.untyped_storage()
         count = storage.nbytes() // size
-        if storage.data_ptr() not in self.storages:
+        key = storage.data_ptr() or -id(tensor)  # those without elements have no address
+        if key not in self.storages:
             octets = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
             elements = octets[: count * size].view(f"u{size}")
             users = [np.zeros(count, np.int32) for _ in range(2)]
-            self.storages[storage.data_ptr()] = Storage(elements, *users)
-        known = self.storages[storage.data_ptr()]
+            self.storages[key] = Storage(elements, *users)
+        known = self.storages[key]
         if known.elements.itemsize != size:
             raise NotImplementedError("arguments that share memory have elements of different sizes")
         return known

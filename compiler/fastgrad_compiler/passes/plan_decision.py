@@ -20,6 +20,8 @@ from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_settings import Settings
 from fastgrad_compiler.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
 from fastgrad_compiler.ranges import LogitRange
+from fastgrad_compiler.roofline import modelled_break_even
+from fastgrad_compiler.runtime.triton_schedule import LARGEST_D, LARGEST_DV
 
 LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
 
@@ -306,9 +308,14 @@ def _cheaper_exact(case: Case, degree: int, near: int | None) -> str:
 
 def _break_even(case: Case, degree: int, near: int | None) -> int:
     """Of the polynomial, on one document as long as the sequence."""
+    d, dv = case.d or 1, case.dv or 1
+    if case.pace.device and not case.documents and d <= LARGEST_D and dv <= LARGEST_DV:
+        return modelled_break_even(
+            case.pace.device, d=d, dv=dv, degree=degree, causal=case.causal, near=near or 0
+        )
     even = break_even(
-        d=case.d or 1,
-        dv=case.dv or 1,
+        d=d,
+        dv=dv,
         degree=degree,
         near=near,
         causal=case.causal,

@@ -170,10 +170,9 @@ class Launches:
         self.architecture = target or architecture(self.device)
         self.operand, self.precision = arithmetic(self.dtype, self.architecture)
         self.fused, self.chunk = self._schedule()
-        self.chunks = _ceil(max(self.queries, self.keys), self.chunk)
 
     def _schedule(self) -> tuple[bool, int]:
-        """Whether one program walks a sequence, and the tokens of a chunk; with a near field whole blocks of it."""
+        """Whether one program walks a sequence, and the tokens of a chunk."""
         device, case = DEVICES[self.architecture], self.case
         shape = Shape(
             heads=self.batch * self.heads,
@@ -190,8 +189,12 @@ class Launches:
             near_d=case.near_d,
         )
         fused = hasattr(self.kernels, "fused_forward_kernel") and choose_schedule(device, shape) == "fused"
-        chunk = choose_chunk(device, shape)
-        return fused, case.near * _ceil(chunk, case.near) if case.near else chunk
+        return fused, choose_chunk(device, shape)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the sequence."""
+        return _ceil(max(self.queries, self.keys), self.chunk)
 
     def forward(self) -> Forward:
         """out [B, H, n, dv], denominator [B, H, n], and maximum [B, H, n] with a near field, else empty."""
@@ -382,7 +385,7 @@ class Launches:
 def arithmetic(dtype: torch.dtype, architecture: str) -> tuple[Any, str]:
     """The type of operands, and the precision of products of float32 numbers.
 
-    Features and states of float16 inputs are float32, of which a product takes the leading bits; float16 might overflow.
+    Features and states of float16 inputs are float32, of which products take the leading bits; float16 might overflow.
     """
     import triton.language as tl
 

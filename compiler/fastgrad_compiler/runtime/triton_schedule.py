@@ -10,16 +10,16 @@ wave of programs cost nothing. Kernels run one after another.
 
 Notation as in docs/mathematics.md: d, dv, g = degree, R = rank padded to a multiple of 64, C = chunks of L tokens. In
 matrix products d and dv are padded to powers of two of at least 16 (d', dv'); in memory they are not. A multiply-add is
-2 flops. Matrix flops of one token:
+2 flops. Matrix flops of one token, E = 2 R 16 g for its features, x @ E_k, and F = 2 R d' g for J_phi^T:
 
-    state_kernel           2 R dv' + E                  E = 2 R d' g: features made by selections, x @ E_k, g factors
-    forward_kernel         2 R dv' + E                  and of one pair in a chunk  2 (d' + dv')
-    query_gradient_kernel  2 R dv' + 2 E                                            2 (2 d' + dv')
-    key_gradient_kernel    4 R dv' + 2 E                                            2 (2 d' + 2 dv')
+    state_kernel           2 R dv' + E
+    forward_kernel         2 R dv' + E           and of one pair in a chunk  2 (d' + dv')
+    query_gradient_kernel  2 R dv' + E + F                                   2 (2 d' + dv')
+    key_gradient_kernel    4 R dv' + E + F                                   2 (2 d' + 2 dv')
 
-The gradients' second E carries J_phi^T, (t * other factors) @ E_k^T. Pairs are counted in whole tiles, as kernels visit
-them. States are R x (dv + 1) numbers in float32. Every tensor is read once by a kernel, but by each query head of a
-group anew; where what the tiles of one chunk share does not fit the cache, by each tile anew.
+A near field without a mask has states before and states behind: all of it twice. Pairs are counted in whole tiles, as
+kernels visit them. States are R x (dv + 1) numbers in float32. Every tensor is read once by a kernel, but by each
+query head of a group anew; where what the tiles of one chunk share does not fit the cache, by each tile anew.
 
 It needs nothing but the standard library.
 """
@@ -31,10 +31,10 @@ from functools import lru_cache
 from math import ceil
 
 CHUNKS = (128, 256, 512, 1024, 2048)
-FUSED_DEGREE, FUSED_WORDS = (
-    2,
-    16_384,
-)  # a state of more than 64 KiB does not stay in the registers of one program
+FUSED_DEGREE, FUSED_WORDS = 2, 4096  # a larger state spills the registers of one program
+LARGEST_D, LARGEST_DV = 64, 128  # that there are kernels for
+BLOCK = 16  # components that a factor of a feature is chosen from
+SCAN = 1024  # numbers of a state that a program of scan_kernel adds up
 FLOAT32 = 4
 
 
@@ -42,14 +42,9 @@ FLOAT32 = 4
 class Device:
     """Peaks of one GPU: flops a second, bytes a second, bytes.
 
-    Args:
-        half: dense matrix flops of bfloat16 and float16 operands.
-        tf32: of tf32 operands.
-        single: of float32 operands to float32's accuracy: a third of tf32 (tf32x3), or what ieee products reach.
-        vector: float32 flops of the vector units.
-        bandwidth: of the device's memory.
-        cache: last level before that memory.
-        multiprocessors: programs that run side by side at least.
+    half, tf32, single: matrix flops of operands in bfloat16 or float16, in tf32, and in float32 to float32's accuracy;
+    vector: float32 flops of the vector units; bandwidth: of the memory; cache: the last level before it;
+    multiprocessors: programs that run side by side at least.
     """
 
     name: str
@@ -66,7 +61,8 @@ class Device:
 # H100: "NVIDIA H100 Tensor Core GPU" data sheet, SXM (1,979 and 989 teraflops with sparsity, half without; 67; 3.35
 #   TB/s). Cache, multiprocessors and further digits of both: their architecture white papers.
 # B200: "NVIDIA HGX B200" and "DGX B200" data sheets, an eighth of 8 GPUs (36 and 18 petaflops with sparsity, half
-#   without; 600 teraflops; 64 TB/s). Multiprocessors and cache are not in them: what the device reports of itself.
+#   without; 600 teraflops; 64 TB/s; other papers round to 1,100, 80 and 7.7). They name neither multiprocessors nor
+#   cache: what the device reports. Only choices of a schedule rest on these.
 # MI300X: "AMD Instinct MI300X Accelerator" data sheet (1,307.4 half, 653.7 tf32, 163.4 float32, matrix and vector
 #   alike; 5.3 TB/s; 304 compute units; 256 MB of Infinity Cache, which lies before the memory).
 DEVICES: dict[str, Device] = {
@@ -83,16 +79,14 @@ class Shape:
     """One call, and the kernel that serves it.
 
     Args:
-        heads: of queries, times batch.
-        key_heads: of keys and values, times batch; divides heads.
+        heads, key_heads: of queries, and of keys and values, each times batch; the second divides the first.
         n, m: tokens of queries and of keys.
         d, dv: widths of q and k, and of v.
         degree: of the polynomial.
         rank: features of a token, padded to a multiple of 64.
         dtype: "float32", "float16" or "bfloat16", of the inputs.
         causal: query i sees keys up to i.
-        near: tokens of a block of the near field; 0: none.
-        near_d: width of separate queries and keys of the near field; 0: none.
+        near, near_d: tokens of a block of the near field, and the width of its own queries and keys; 0: none.
     """
 
     heads: int
@@ -130,8 +124,18 @@ class Shape:
 
     @property
     def selections(self) -> int:
-        """Matrix flops of making a token's features, or of pulling a gradient back through them: E."""
+        """Matrix flops of making a token's features: E."""
+        return 2 * self.rank * BLOCK * self.degree
+
+    @property
+    def pull_back(self) -> int:
+        """Matrix flops of pulling a gradient back through them: F."""
         return 2 * self.rank * padded(self.d) * self.degree
+
+    @property
+    def sides(self) -> int:
+        """How many states a token meets: those before and those behind, or one."""
+        return 2 if self.near and not self.causal else 1
 
     @property
     def width(self) -> int:
@@ -141,12 +145,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tokens of a program's own, other tokens that it visits at a time, features of a state and of a scan program."""
+    """Tokens of a program's own, other tokens that it visits at a time, features of a state's program."""
 
     rows: int = 64
     keys: int = 64
     features: int = 64
-    scan: int = 16
 
 
 TILES = Tiles()
@@ -154,15 +157,9 @@ TILES = Tiles()
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch of a kernel moves and computes.
+    """What one launch of a kernel moves to and from memory, and computes; programs: that can run side by side.
 
-    Args:
-        kernel: its name.
-        bytes: to and from the device's memory.
-        pair_flops: of matrix products of pairs in a chunk, in the dtype of q.
-        feature_flops: of matrix products of features and states.
-        vector_flops: in float32.
-        programs: that can run side by side.
+    pair_flops: of matrix products of pairs in a chunk, in the dtype of q; feature_flops: of features and states.
     """
 
     kernel: str
@@ -195,35 +192,40 @@ def kernel_time(work: Work, device: Device, dtype: str) -> float:
     return busy / min(1.0, work.programs / device.multiprocessors)
 
 
-def dense_pairs(shape: Shape, chunk: int, tiles: Tiles) -> int:
-    """Pairs that one head's queries meet one by one, in whole tiles.
+def dense_pairs(shape: Shape, chunk: int, tiles: Tiles, of_keys: bool = False) -> int:
+    """Pairs of one query head that kernels visit one by one, in whole tiles.
 
-    A query meets the keys since the last chunk that the state holds: that before its own, or with a near field the last
-    that ends before its near blocks; without a mask likewise those behind it.
+    A tile of queries meets the keys of its chunk up to its own end, and with a near field those of one block before,
+    and without a mask the whole chunk and a block on each side. `of_keys`: a tile of keys, and its queries.
     """
-    if shape.near:
-        return sum(tiles.rows * _met(shape, chunk, tiles, row) for row in range(0, shape.n, tiles.rows))
-    if not shape.causal:
+    if shape.single_state:
         return 0
-    whole, rest = divmod(shape.n, chunk)
-    return whole * _triangle(chunk, tiles) + _triangle(rest, tiles)
+    own, other = (shape.m, shape.n) if of_keys else (shape.n, shape.m)
+    if shape.near:
+        starts = range(0, own, chunk)
+        inner = len(starts) - 5 if own == other else 0  # those that no end of the sequence cuts, all alike
+        edges = [*starts[:2], *starts[-3:]] if inner > 0 else starts
+        pairs = [_visited(shape, start, chunk, own, other, tiles, of_keys) for start in edges]
+        return sum(pairs) + (
+            inner * _visited(shape, starts[2], chunk, own, other, tiles, of_keys) if inner > 0 else 0
+        )
+    whole, rest = divmod(own, chunk)
+    first = _visited(shape, 0, chunk, chunk, chunk, tiles, of_keys)
+    return whole * first + (_visited(shape, 0, chunk, rest, rest, tiles, of_keys) if rest else 0)
 
 
-def _triangle(tokens: int, tiles: Tiles) -> int:
-    return sum(
-        tiles.rows * tiles.keys * ceil(min(row + tiles.rows, tokens) / tiles.keys)
-        for row in range(0, tokens, tiles.rows)
-    )
-
-
-def _met(shape: Shape, chunk: int, tiles: Tiles, row: int) -> int:
-    """Keys that a tile of queries meets in a near field, in whole tiles."""
-    block, last = row // shape.near, min(row + tiles.rows, shape.n) - 1
-    first = max(0, block - 1) * shape.near // chunk * chunk
-    end = last + 1
-    if not shape.causal:
-        end = min(shape.m, ceil((last // shape.near + 2) * shape.near / chunk) * chunk)
-    return tiles.keys * ceil((end - first) / tiles.keys)
+def _visited(shape: Shape, start: int, chunk: int, own: int, other: int, tiles: Tiles, of_keys: bool) -> int:
+    """Pairs of the tiles of one chunk, which begins at token `start`."""
+    limit = min(start + chunk, own)
+    pairs = 0
+    for first in range(start, limit, tiles.rows):
+        low, high = max(0, start - shape.near), min(start + chunk + shape.near, other)
+        if shape.causal and of_keys:
+            low = first
+        elif shape.causal:
+            high = min(first + tiles.rows, limit)
+        pairs += tiles.rows * tiles.keys * ceil(max(0, high - low) / tiles.keys)
+    return pairs
 
 
 def _repeats(shared: int, tiles: int, cache: int) -> int:
@@ -241,8 +243,8 @@ def parallel_forward(shape: Shape, chunk: int, tiles: Tiles, cache: int) -> tupl
         "forward_kernel",
         own + met + s.heads * _states_read(s, chunk, tiles, cache, s.n),
         pairs * 2 * (s.width + padded(s.dv)),
-        s.heads * s.n * (s.main + s.selections),
-        s.heads * s.n * s.rank * (g + 1) + pairs * (2 * g + 1 + (4 if s.near else 0)),
+        s.heads * s.n * (s.main + s.selections) * s.sides,
+        s.heads * s.n * s.rank * (g + 1) * s.sides + pairs * (2 * g + 1 + (4 if s.near else 0)),
         s.heads * ceil(s.n / tiles.rows),
     )
     return (*_key_states(s, chunk, tiles, cache), forward)
@@ -251,29 +253,29 @@ def parallel_forward(shape: Shape, chunk: int, tiles: Tiles, cache: int) -> tupl
 def parallel_backward(shape: Shape, chunk: int, tiles: Tiles, cache: int) -> tuple[Work, ...]:
     """delta_kernel, states of keys and query_gradient_kernel, states of queries and key_gradient_kernel."""
     s, g = shape, shape.degree
-    pairs = s.heads * dense_pairs(s, chunk, tiles)
+    pairs, met = (s.heads * dense_pairs(s, chunk, tiles, of_keys) for of_keys in (False, True))
     near = 4 if s.near else 0
     row = (s.d + s.near_d + s.dv) * s.itemsize  # q and dO, or k and v
     queries, keys = s.heads * s.n, s.key_heads * s.m
-    pull = s.rank * (g * g + 1)  # features, t times the other factors, denominators
+    pull = s.rank * (g * g + 1) * s.sides  # features, t times the other factors, denominators
     query = Work(
         "query_gradient_kernel",
         queries * (row + 2 * FLOAT32 + (s.d + s.near_d) * s.itemsize)
         + (s.heads * s.m * row if pairs else 0)
         + s.heads * _states_read(s, chunk, tiles, cache, s.n),
         pairs * 2 * (2 * s.width + padded(s.dv)),
-        queries * (s.main + 2 * s.selections),
+        queries * (s.main + s.selections + s.pull_back) * s.sides,
         queries * pull + pairs * (2 * g + near),
         s.heads * ceil(s.n / tiles.rows),
     )
     key = Work(
         "key_gradient_kernel",
         2 * keys * row
-        + (queries * (row + 2 * FLOAT32) if pairs else 0)
+        + (queries * (row + 2 * FLOAT32) if met else 0)
         + s.key_heads * _states_read(s, chunk, tiles, cache, s.m),
-        pairs * 2 * (2 * s.width + 2 * padded(s.dv)),
-        keys * (2 * s.main + 2 * s.selections),
-        keys * pull + pairs * (4 * g + near),
+        met * 2 * (2 * s.width + 2 * padded(s.dv)),
+        keys * (2 * s.main + s.selections + s.pull_back) * s.sides,
+        keys * pull + met * (4 * g + near),
         s.key_heads * ceil(s.m / tiles.rows),
     )
     states = _query_states(s, chunk, tiles, cache)
@@ -283,15 +285,15 @@ def parallel_backward(shape: Shape, chunk: int, tiles: Tiles, cache: int) -> tup
 def _states_read(s: Shape, chunk: int, tiles: Tiles, cache: int, tokens: int) -> int:
     """Bytes of states that one head's output programs read: one a chunk, or one in all."""
     states, sharing = (1, tokens) if s.single_state else (ceil(tokens / chunk), min(chunk, tokens))
-    return states * s.state_bytes * _repeats(s.state_bytes, ceil(sharing / tiles.rows), cache)
+    return s.sides * states * s.state_bytes * _repeats(s.state_bytes, ceil(sharing / tiles.rows), cache)
 
 
-def _key_states(s: Shape, chunk: int, tiles: Tiles, cache: int) -> tuple[Work, Work]:
+def _key_states(s: Shape, chunk: int, tiles: Tiles, cache: int) -> tuple[Work, ...]:
     row = (s.d + s.dv) * s.itemsize
     return _states(s, chunk, tiles, cache, s.key_heads * s.m, s.m, row)
 
 
-def _query_states(s: Shape, chunk: int, tiles: Tiles, cache: int) -> tuple[Work, Work]:
+def _query_states(s: Shape, chunk: int, tiles: Tiles, cache: int) -> tuple[Work, ...]:
     """Of queries and u~, summed over the query heads of a group."""
     row = (s.d + s.dv) * s.itemsize + 2 * FLOAT32
     return _states(s, chunk, tiles, cache, s.heads * s.n, s.n, row)
@@ -299,10 +301,13 @@ def _query_states(s: Shape, chunk: int, tiles: Tiles, cache: int) -> tuple[Work,
 
 def _states(
     s: Shape, chunk: int, tiles: Tiles, cache: int, tokens: int, length: int, row: int
-) -> tuple[Work, Work]:
+) -> tuple[Work, ...]:
     """tokens: of all heads; length: of the sequence; row: bytes of a token."""
-    chunks, blocks = ceil(length / chunk), ceil(s.rank / tiles.features)
+    chunks, blocks = ceil(max(s.n, s.m) / chunk), ceil(s.rank / tiles.features)
     written = s.key_heads * chunks * s.state_bytes
+    tokens = (
+        tokens // length * max(0, length - s.near)
+    )  # those of the last blocks are near to whoever sees them
     shared = min(chunk, length) * row * (s.heads // s.key_heads)
     state = Work(
         "state_kernel",
@@ -312,18 +317,10 @@ def _states(
         tokens * s.rank * s.degree,
         s.key_heads * chunks * blocks,
     )
-    # With a near field and no mask the states before and those behind are added up in one more reading.
-    readings = 2 if s.near and not s.causal else 1
     kept = s.key_heads * s.state_bytes if s.single_state else written
-    scan = Work(
-        "scan_kernel",
-        readings * written + kept,
-        0,
-        0,
-        readings * 2 * written // FLOAT32,
-        s.key_heads * ceil(s.rank / tiles.scan),
-    )
-    return state, scan
+    parts = ceil(s.rank * (ceil(s.dv / 16) * 16 + 1) / SCAN)
+    scan = Work("scan_kernel", written + kept, 0, 0, 2 * written // FLOAT32, s.key_heads * parts)
+    return (state, scan) * s.sides
 
 
 def _delta(s: Shape, tiles: Tiles) -> Work:
@@ -333,41 +330,42 @@ def _delta(s: Shape, tiles: Tiles) -> Work:
 
 
 def fused_forward(shape: Shape, tiles: Tiles) -> tuple[Work, ...]:
-    """fused_forward_kernel: a program a head, whose chunk is its tile, and no state in memory."""
+    """fused_forward_kernel: a program a key head, whose chunk is its tile, and no state in memory."""
     s, g = shape, shape.degree
-    tokens = s.heads * s.n
+    queries, keys = s.heads * s.n, s.key_heads * s.m
     pairs = s.heads * _tile_pairs(s, tiles)
+    row = (s.d + s.dv) * s.itemsize
     work = Work(
         "fused_forward_kernel",
-        tokens * (2 * (s.d + s.dv) * s.itemsize + FLOAT32),
+        queries * (row + FLOAT32) + keys * row,
         pairs * 2 * (s.width + padded(s.dv)),
-        tokens * 2 * (s.main + s.selections),
-        tokens * s.rank * (2 * g + 1) + pairs * (2 * g + 1),
-        s.heads,
+        (queries + keys) * (s.main + s.selections),
+        (queries + keys) * s.rank * (g + 1) + pairs * (2 * g + 1),
+        s.key_heads,
     )
     return (work,)
 
 
 def fused_backward(shape: Shape, tiles: Tiles) -> tuple[Work, ...]:
-    """delta_kernel, fused_query_gradient_kernel and, a program a key head, fused_key_gradient_kernel."""
+    """delta_kernel, fused_query_gradient_kernel and fused_key_gradient_kernel, a program a key head."""
     s, g = shape, shape.degree
     queries, keys = s.heads * s.n, s.key_heads * s.m
     pairs = s.heads * _tile_pairs(s, tiles)
     row = (s.d + s.dv) * s.itemsize
-    pull = s.rank * (g * g + 1)
+    pull, absorbed = s.rank * (g * g + 1), s.main + s.selections
     query = Work(
         "fused_query_gradient_kernel",
-        queries * (2 * row + 2 * FLOAT32 + s.d * s.itemsize),
+        queries * (row + 2 * FLOAT32 + s.d * s.itemsize) + keys * row,
         pairs * 2 * (2 * s.width + padded(s.dv)),
-        queries * (2 * s.main + 3 * s.selections),
-        queries * (pull + s.rank * g) + pairs * 2 * g,
-        s.heads,
+        queries * (s.main + s.selections + s.pull_back) + keys * absorbed,
+        queries * pull + keys * s.rank * g + pairs * 2 * g,
+        s.key_heads,
     )
     key = Work(
         "fused_key_gradient_kernel",
         2 * keys * row + queries * (row + 2 * FLOAT32),
         pairs * 2 * (2 * s.width + 2 * padded(s.dv)),
-        keys * (2 * s.main + 2 * s.selections) + queries * (s.main + s.selections),
+        keys * (2 * s.main + s.selections + s.pull_back) + queries * absorbed,
         keys * pull + queries * s.rank * g + pairs * 4 * g,
         s.key_heads,
     )
@@ -381,7 +379,7 @@ def _tile_pairs(s: Shape, tiles: Tiles) -> int:
 def can_fuse(shape: Shape) -> bool:
     """Whether there are fused kernels: degree 2 at most, causal, no near field, a state that fits the registers."""
     s = shape
-    small = s.degree <= FUSED_DEGREE and s.rank * padded(s.dv) <= FUSED_WORDS
+    small = s.degree <= FUSED_DEGREE and s.d <= BLOCK and s.rank * padded(s.dv) <= FUSED_WORDS
     return small and s.causal and not s.near
 
 
@@ -405,8 +403,9 @@ def modelled_time(
 
 @lru_cache(maxsize=4096)
 def choose_chunk(device: Device, shape: Shape, tiles: Tiles = TILES, backward: bool = True) -> int:
-    """Tokens of a chunk, of CHUNKS, that take the least modelled time in the parallel schedule."""
-    return min(CHUNKS, key=lambda chunk: modelled_time(device, shape, "parallel", chunk, tiles, backward))
+    """Tokens of a chunk that take the least modelled time: of CHUNKS, with a near field up to whole blocks of it."""
+    lengths = [chunk if not shape.near else shape.near * ceil(chunk / shape.near) for chunk in CHUNKS]
+    return min(lengths, key=lambda chunk: modelled_time(device, shape, "parallel", chunk, tiles, backward))
 
 
 @lru_cache(maxsize=4096)

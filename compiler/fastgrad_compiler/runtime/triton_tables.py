@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
 from math import factorial, prod
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 TILE = 64
 BLOCK = 16
@@ -86,6 +88,8 @@ def feature_tables(
 
     Made once for a device and kept.
     """
+    import torch
+
     features, origins = monomials(d, len(coefficients) - 1)
     inside = [[index if index == ONE else index % BLOCK for index in feature] for feature in features]
     index = torch.tensor(inside, dtype=torch.int32).T.contiguous()

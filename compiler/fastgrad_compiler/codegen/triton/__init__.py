@@ -8,11 +8,9 @@ from fastgrad_compiler.codegen.kernel import KernelSpec, folded_coefficients, ke
 from fastgrad_compiler.codegen.templates import render
 from fastgrad_compiler.codegen.triton.configurations import configurations
 from fastgrad_compiler.features import rank
+from fastgrad_compiler.runtime.triton_schedule import FUSED_DEGREE, FUSED_WORDS, LARGEST_D, LARGEST_DV
 from fastgrad_compiler.runtime.triton_tables import BLOCK, TILE, padded_rank
 
-FUSED_NUMBERS = 4096  # of a state that a program keeps in registers
-FUSED_DEGREE = 2
-LARGEST_D, LARGEST_DV = 64, 128
 LARGEST_RANK = 2**20  # of features whose table takes a second or two to make
 
 
@@ -75,7 +73,7 @@ def _context(spec: KernelSpec) -> dict[str, object]:
 def is_fused(spec: KernelSpec) -> bool:
     """Whether a program can keep the state of a whole sequence in its registers."""
     numbers = padded_rank(spec.d, spec.degree) * _power(spec.dv)
-    small = spec.degree <= FUSED_DEGREE and spec.d <= BLOCK and numbers <= FUSED_NUMBERS
+    small = spec.degree <= FUSED_DEGREE and spec.d <= BLOCK and numbers <= FUSED_WORDS
     return small and spec.causal and spec.near is None
 
 

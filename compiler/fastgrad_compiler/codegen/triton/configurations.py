@@ -21,7 +21,7 @@ FUSED_KERNELS = tuple(
     f"fused_{name}" for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
 )
 D_CLASSES, DV_CLASSES = (16, 64), (64, 128)
-DEGREE_CLASSES = (2, 4)
+DEGREE_CLASSES = {"float32": (4,), "bfloat16": (2, 4)}
 ROW_OF = {"float16": "float32"}  # whose kernels have the same operands, and fewer products
 FALLBACK = (16, 16, 16, 4, 1)
 
@@ -51,7 +51,7 @@ def key(architecture: str, dtype: str, kernel: str, spec: KernelSpec) -> str:
     """The name of a class of kernels in the table."""
     d, dv = _at_least(spec.d, D_CLASSES), _at_least(spec.dv, DV_CLASSES)
     dtype = ROW_OF.get(dtype, dtype)
-    degree = _at_least(spec.degree, DEGREE_CLASSES)
+    degree = _at_least(spec.degree, DEGREE_CLASSES[dtype])
     near = " near" if spec.near is not None and not kernel.startswith(("state", "fused")) else ""
     return f"{architecture} {dtype} {kernel} d={d} dv={dv} degree={degree}{near}"
 

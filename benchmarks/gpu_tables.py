@@ -1,0 +1,239 @@
+"""The parts of docs/performance.md that are about GPUs: the model, and what benchmarks/gpu.py measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.tables import Section, mebibytes, ratio, table
+
+MODEL = "Model, not measured."
+HEADS = "heads times batch"
+
+
+def gpu_model(section: Section) -> str:
+    """Devices, kernels, times beside FlashAttention, break-even."""
+    shape = section["shape"]
+    lengths = list(dict.fromkeys(row["n"] for row in section["kernels"]))
+    parts = [
+        "## The Triton kernels on paper\n",
+        f"**{MODEL}** `{section['command']}`; no GPU took part in it. {shape['heads']} heads, batch {shape['batch']}, "
+        f"{'causal' if shape['causal'] else 'no mask'}, {shape['dtype']}.\n",
+        "A kernel takes max(bytes / bandwidth, matrix flops / their peak, vector flops / their peak), over the share "
+        "of the device that its programs fill, min(1, programs / multiprocessors): each unit works at its peak, and "
+        "launches, instruction issue and exp beyond one flop cost nothing. FlashAttention is counted by the same "
+        "rule: forward 2 (d + dv) flops a pair, half of the pairs, backward 2.5 times that. Its kernels have one "
+        "width for q, k and v, to which they are padded; `ideal` counts exactly d and dv. Real kernels reach a "
+        "part of this: FlashAttention, by its papers, half to three quarters at great lengths; how much these do, "
+        "only a GPU can tell. Formulas: compiler/fastgrad_compiler/runtime/triton_schedule.py and roofline.py.\n",
+        f"Devices, from data sheets. {MODEL}\n",
+        _devices(section),
+        *(
+            part
+            for n in lengths
+            for part in (
+                f"The kernels at n = {n:,}, in the order in which they run; those of keys' states run again in the "
+                "backward pass. A time is followed by what it waits for (memory, matrix or vector units), and by * "
+                "where there are fewer programs than multiprocessors; registers a thread / "
+                f"occupancy are those of ahead-of-time compilation, where known. {MODEL}\n",
+                _kernels(section, n),
+            )
+        ),
+        "Forward and backward, milliseconds; in brackets: times faster than FlashAttention. `fused` is one program a "
+        f"head, `parallel` works on chunks of the sequence; the one that is chosen is bold. {MODEL}\n",
+        _times(section),
+        "Least n from which on both passes take no longer than FlashAttention (ideal). At lengths this short the dozen "
+        f"launches, of some microseconds each, that are left out weigh as much as the kernels. {MODEL}\n",
+        _break_even(section),
+        _fused_from(section),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _case(row: Mapping[str, Any]) -> str:
+    return f"d = {row['d']}, dv = {row['dv']}, degree {row['degree']}"
+
+
+def _names(section: Section) -> dict[str, str]:
+    return {device["architecture"]: device["name"] for device in section["devices"]}
+
+
+def _devices(section: Section) -> str:
+    rows = [
+        [
+            f"{d['name']} ({d['architecture']})",
+            *(f"{d[key] / 1e12:,.1f}" for key in ("half", "tf32", "single", "vector")),
+            f"{d['bandwidth'] / 1e12:.2f}",
+            f"{d['cache'] / 2**20:,.0f}",
+            f"{d['multiprocessors']}",
+        ]
+        for d in section["devices"]
+    ]
+    flops = [f"{name} Tflop/s" for name in ("bf16, fp16", "tf32", "fp32 products", "fp32 vector")]
+    return table(["device", *flops, "TB/s", "cache MiB", "multiprocessors"], rows)
+
+
+def _kernels(section: Section, n: int) -> str:
+    names = _names(section)
+    multiprocessors = {device["architecture"]: device["multiprocessors"] for device in section["devices"]}
+    rows = []
+    for row in section["kernels"]:
+        if row["n"] != n:
+            continue
+        chunk = "" if row["chunk"] is None else f", chunk {row['chunk']:,}"
+        rows.append(
+            [
+                f"{_case(row)}{chunk}",
+                f"{row['kernel']}" + ("" if row["of"] is None else f" ({row['of']})"),
+                f"{row['bytes'] / 1e6:,.0f}",
+                f"{row['matrix_flops'] / 1e9:,.1f}",
+                f"{row['programs']:,}",
+                *(
+                    f"{1e6 * on['seconds']:,.0f} {on['limit']}"
+                    + ("*" if row["programs"] < multiprocessors[name] else "")
+                    for name, on in row["on"].items()
+                ),
+                " ".join(map(_resources, row["on"].values())),
+            ]
+        )
+    headings = [f"{name} µs" for name in names.values()]
+    registers = f"registers / occupancy on {', '.join(names.values())}"
+    return table(["attention", "kernel", "MB", "Gflop", "programs", *headings, registers], rows, left=2)
+
+
+def _resources(on: Mapping[str, Any]) -> str:
+    if on["registers"] is None or on["occupancy"] is None:
+        return "-"
+    return f"{on['registers']}/{on['occupancy']:.0%}"
+
+
+def _times(section: Section) -> str:
+    names = _names(section)
+    rows = []
+    for row in section["times"]:
+        cells = {}
+        for schedule in ("parallel", "fused"):
+            seconds = row[f"{schedule}_total_s"]
+            if seconds is None:
+                cells[schedule] = "-"
+                continue
+            text = f"{_milliseconds(seconds)} ({ratio(row['flash_total_s'], seconds)})"
+            cells[schedule] = f"**{text}**" if row["schedule"] == schedule else text
+        rows.append(
+            [
+                _case(row),
+                names[row["architecture"]],
+                f"{row['n']:,}",
+                f"{row['chunk']:,}",
+                cells["parallel"],
+                cells["fused"],
+                _milliseconds(row["flash_total_s"]),
+                _milliseconds(row["flash_ideal_total_s"]),
+            ]
+        )
+    heading = ["attention", "device", "n", "chunk", "parallel", "fused", "FlashAttention", "ideal"]
+    return table(heading, rows, left=2)
+
+
+def _milliseconds(seconds: float) -> str:
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:,.2f}" if milliseconds < 100 else f"{milliseconds:,.0f}"
+
+
+def _break_even(section: Section) -> str:
+    names = _names(section)
+    rows = _by_case(
+        section["break_even"], lambda row: f"{_length(row['padded_n'])} ({_length(row['ideal_n'])})"
+    )
+    return table(["attention", *names.values()], rows)
+
+
+def _fused_from(section: Section) -> str:
+    rows = _by_case(
+        section["fused_from"], lambda row: "never" if row["heads"] is None else f"{row['heads']:,}"
+    )
+    if not rows:
+        return ""
+    n = section["fused_from"][0]["n"]
+    said = f"{HEADS.capitalize()} (a power of two) from which on `fused` is chosen, at n = {n:,}. {MODEL}\n"
+    return f"{said}\n{table(['attention', *_names(section).values()], rows)}"
+
+
+def _by_case(
+    entries: Sequence[Mapping[str, Any]], show: Callable[[Mapping[str, Any]], str]
+) -> list[list[str]]:
+    """A row for each attention, a column for each device."""
+    rows: dict[str, list[str]] = {}
+    for entry in entries:
+        rows.setdefault(_case(entry), []).append(show(entry))
+    return [[case, *cells] for case, cells in rows.items()]
+
+
+def _length(n: int | None) -> str:
+    return "never" if n is None else f"{n:,}"
+
+
+def gpu(section: Section) -> str:
+    """Errors on the device, then times and memory by length."""
+    shape, machine = section["shape"], section["machine"]
+    quick = " **A quick run with tiny sizes: these numbers mean nothing.**" if section["quick"] else ""
+    parts = [
+        "## On a GPU\n",
+        f"`{section['command']}`, {machine['date']}: {section['device']['name']}, PyTorch {machine['torch']}, Triton "
+        f"{section['device']['triton']}.{quick}\n",
+        "The Triton kernels against the same polynomial in float64, relative (L2); of the gradients the largest:\n",
+        table(
+            ["attention", "dtype", "n", "output error", "gradient error", "allowed"],
+            [
+                [
+                    f"d = {c['d']}, dv = {c['dv']}, {c['name']}", c["dtype"], f"{c['n']:,}",
+                    f"{c['output_error']:.1e}", f"{c['gradient_error']:.1e}", f"{c['allowed']:.1e}",
+                ]
+                for c in section["checks"]
+            ],
+            left=2,
+        ),
+        "Everyone against softmax attention in float64, likewise:\n",
+        table(
+            ["attention", "dtype", "n", "output error", "gradient error"],
+            [
+                [
+                    f"d = {e['d']}, dv = {e['dv']}, {e['name']}", e["dtype"], f"{e['n']:,}",
+                    f"{e['output_error']:.1e}", f"{e['gradient_error']:.1e}",
+                ]
+                for e in section["errors"]
+            ],
+            left=2,
+        ),
+        f"{shape['heads']} heads, batch 1, causal; medians of interleaved passes, milliseconds by the device's clock; "
+        "in brackets: times faster than SDPA. Peak MiB of both passes, beyond inputs. Lower is better.\n",
+        _gpu_times(section),
+    ]  # fmt: skip
+    skipped = [
+        f"* {s['name']}, d = {s['d']}, {s['dtype']}, n = {s['n']:,} is left out: {s['reason']}"
+        for s in section["skipped"]
+    ]
+    return "\n".join([*parts, *skipped, *([""] if skipped else [])])
+
+
+def _gpu_times(section: Section) -> str:
+    exact = {(c["d"], c["dv"], c["dtype"], c["n"]): c for c in section["cells"] if c["name"] == "SDPA"}
+    rows = []
+    for c in section["cells"]:
+        softmax = exact.get((c["d"], c["dv"], c["dtype"], c["n"]))
+        faster = "" if softmax is None else f" ({ratio(softmax['total_s'], c['total_s'])})"
+        rows.append(
+            [
+                f"d = {c['d']}, dv = {c['dv']}, {c['name']}",
+                c["dtype"],
+                f"{c['n']:,}",
+                _milliseconds(c["forward_s"]),
+                f"{_milliseconds(c['total_s'])}{faster}",
+                mebibytes(c["peak_bytes"]),
+            ]
+        )
+    return table(["attention", "dtype", "n", "forward", "forward and backward", "peak MiB"], rows, left=2)
+
+
+SECTIONS: dict[str, Callable[[Section], str]] = {"gpu_model": gpu_model, "gpu": gpu}
+"""One writer for each section of the JSON that is about GPUs."""

@@ -1,0 +1,208 @@
+"""Triton kernels in the interpreter against the dense reference in float64, with its arithmetic and its checks.
+
+Every launch is checked for accesses out of bounds, races and lanes that nothing has written; what kernels are to write
+is full of NaN before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.launches import case_of, load_kernels, write_kernels
+from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.codegen.triton import is_fused
+from fastgrad_compiler.runtime.triton_attention import Launches
+from tests.gpu.interpreter import Launch, install, launches
+from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_dense, worst_error
+
+install()
+
+# Of output and gradients, relative to their largest entries: a few units of each type's rounding, 2^-8, 2^-11, 2^-22.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 2e-5}
+MASKS = list(itertools.product((False, True), repeat=2))  # causal, padding
+FIELDS = [(None, None), (32, None), (24, 20)]  # near, near_d
+SHAPES = [  # d, dv, degree, n, m, query heads of a key head
+    (16, 64, 2, 75, 61, 1),
+    (8, 20, 3, 50, 90, 2),
+    (20, 24, 2, 70, 33, 1),
+    (5, 3, 1, 37, 40, 3),
+    (3, 7, 4, 65, 1, 1),
+    (33, 16, 2, 40, 66, 1),
+]
+TILES = (32, 16, 32, 4, 1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what is allocated with NaN."""
+    empty = Launches._empty
+
+    def poisoned_empty(self: Launches, *arguments: object) -> Tensor:
+        return empty(self, *arguments).fill_(torch.nan)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Launches, "_empty", poisoned_empty)
+
+
+def run(
+    spec: KernelSpec,
+    inputs: Inputs,
+    folder: Path,
+    *,
+    chunk: int = 32,
+    fused: bool = False,
+    tiles: tuple[int, ...] = TILES,
+) -> list[Tensor]:
+    """Output and the gradients of all inputs."""
+    kernels = load_kernels(write_kernels(spec, folder, "kernels"))
+    for types in kernels.CONFIGS.values():
+        for configurations in types.values():
+            configurations.update(dict.fromkeys(configurations, tiles))
+    q, k, v, *near = (x.detach() for x in inputs.tensors)
+    near_q, near_k = near or (None, None)
+    call = Launches(kernels, case_of(spec), q, k, v, near_q, near_k, inputs.mask)
+    call.fused, call.chunk = fused, chunk if spec.near is None else spec.near * -(-chunk // spec.near)
+    out, denominator, maximum = call.forward()
+    gradients = call.backward(inputs.cotangent.to(out.dtype), out, denominator, maximum)
+    return [out, *(g for g in gradients if g.numel())]
+
+
+def check(spec: KernelSpec, inputs: Inputs, dtype: torch.dtype, found: list[Tensor]) -> None:
+    expected = run_dense(spec, inputs.to(dtype).to(torch.float64))
+    assert worst_error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("near", "near_d"), FIELDS)
+@pytest.mark.parametrize(("causal", "padding"), MASKS)
+@pytest.mark.parametrize(
+    ("d", "dv", "degree", "n", "m", "groups"),
+    [*SHAPES[:2], *(pytest.param(*shape, marks=pytest.mark.slow) for shape in SHAPES[2:])],
+)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(t, marks=pytest.mark.slow) for t in (torch.float16, torch.float32))],
+)
+def test_kernels_agree_with_the_dense_reference(
+    d: int,
+    dv: int,
+    degree: int,
+    n: int,
+    m: int,
+    groups: int,
+    causal: bool,
+    padding: bool,
+    near: int | None,
+    near_d: int | None,
+    dtype: torch.dtype,
+    tmp_path: Path,
+) -> None:
+    spec = KernelSpec(d, dv, COEFFICIENTS[degree], causal, padding, near, near_d, scale=0.7)
+    inputs = make_inputs(spec, n, n if causal else m, groups=groups, heads=1, batch=2 if padding else 1)
+    check(spec, inputs, dtype, run(spec, inputs.to(dtype), tmp_path))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(
+    "spec",
+    [
+        KernelSpec(16, 24, COEFFICIENTS[2], causal=True, scale=0.7),
+        KernelSpec(8, 16, COEFFICIENTS[2]),
+        KernelSpec(8, 16, COEFFICIENTS[3], near=24, near_d=4, padding=True),
+    ],
+    ids=["causal", "unmasked", "near"],
+)
+def test_each_type_is_as_exact_as_its_rounding(spec: KernelSpec, dtype: torch.dtype, tmp_path: Path) -> None:
+    inputs = make_inputs(spec, 83, groups=2, heads=1)
+    check(spec, inputs, dtype, run(spec, inputs.to(dtype), tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("d", "dv", "padding", "groups"), [(8, 24, True, 2), (5, 64, False, 1), (8, 32, False, 3)]
+)
+def test_fused_kernels_agree_with_the_dense_reference(
+    d: int, dv: int, padding: bool, groups: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    spec = KernelSpec(d, dv, COEFFICIENTS[2], causal=True, padding=padding, scale=0.7)
+    assert is_fused(spec)
+    for n in (1, 85):
+        inputs = make_inputs(spec, n, groups=groups, heads=1)
+        with launches() as ran:
+            found = run(spec, inputs.to(dtype), tmp_path, fused=True)
+        check(spec, inputs, dtype, found)
+        names = [launch.kernel for launch in ran]
+        expected = ["fused_forward_kernel", "delta_kernel", "fused_query_gradient_kernel"]
+        assert names == [*expected, "fused_key_gradient_kernel"]
+
+
+@pytest.mark.parametrize("near", [None, 8, 40])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 70), (70, 2), (33, 33)])
+def test_short_and_odd_sequences(causal: bool, near: int | None, n: int, m: int, tmp_path: Path) -> None:
+    spec = KernelSpec(6, 9, COEFFICIENTS[2], causal=causal, near=near)
+    inputs = make_inputs(spec, n, n if causal else m, heads=1, batch=1)
+    check(spec, inputs, torch.float32, run(spec, inputs.to(torch.float32), tmp_path))
+
+
+@pytest.mark.parametrize("near", [None, 16])
+def test_the_result_does_not_depend_on_the_schedule(near: int | None, tmp_path: Path) -> None:
+    spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True, near=near)
+    inputs = make_inputs(spec, 130, heads=1, batch=1).to(torch.float32)
+    first = run(spec, inputs, tmp_path)
+    others = [
+        run(spec, inputs, tmp_path, chunk=64),
+        run(spec, inputs, tmp_path, chunk=256),
+        run(spec, inputs, tmp_path, tiles=(16, 32, 64, 4, 1)),
+        run(spec, inputs, tmp_path, tiles=(64, 64, 16, 4, 1)),
+    ]
+    if near is None:
+        others.append(run(spec, inputs, tmp_path, fused=True))
+    for other in others:
+        assert worst_error(other, [x.double() for x in first]) < TOLERANCE[torch.float32]
+
+
+def test_logits_that_no_exp_could_hold(tmp_path: Path) -> None:
+    spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True, near=16, near_d=4)
+    for size in (300.0, -300.0):
+        inputs = make_inputs(spec, 60, heads=1, batch=1)
+        near_q = inputs.tensors[3].detach() * size
+        near_k = inputs.tensors[4].detach().abs()
+        tensors = (*inputs.tensors[:3], near_q.requires_grad_(), near_k.requires_grad_())
+        inputs = replace(inputs, tensors=tensors).to(torch.float32).to(torch.float64)
+        found = run(spec, inputs.to(torch.float32), tmp_path)
+        assert all(torch.isfinite(x).all() for x in found)
+        assert worst_error(found[:1], run_dense(spec, inputs)[:1]) < 1e-3
+
+
+def test_views_with_strides_are_read_as_they_are(tmp_path: Path) -> None:
+    spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True)
+    inputs = make_inputs(spec, 40, heads=2, batch=2).to(torch.float32)
+    strided = tuple(x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs.tensors)
+    found = run(spec, replace(inputs, tensors=strided), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(found, run(spec, inputs, tmp_path), strict=True))
+
+
+def test_the_launches_of_the_parallel_schedule(tmp_path: Path) -> None:
+    spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True)
+    inputs = make_inputs(spec, 70, heads=1, batch=2).to(torch.float32)
+    with launches() as ran:
+        run(spec, inputs, tmp_path)
+    rows, chunks, features = 2, 3, 2  # 70 tokens in chunks of 32, 64 features in tiles of 32
+    states = [
+        Launch("state_kernel", (rows * chunks * features, 1, 1)),
+        Launch("scan_kernel", (rows * 2, 1, 1)),
+    ]
+    assert ran == [
+        *states,
+        Launch("forward_kernel", (rows * chunks, 1, 1)),
+        Launch("delta_kernel", (rows * chunks, 1, 1)),
+        *states,
+        Launch("query_gradient_kernel", (rows * chunks, 1, 1)),
+        *states,
+        Launch("key_gradient_kernel", (rows * chunks, 1, 1)),
+    ]

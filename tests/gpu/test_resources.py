@@ -1,0 +1,60 @@
+"""What the kernels of the examples and of a sampled grid use on four architectures, without a GPU.
+
+tests/golden/triton_resources.json holds it, made by `python -m benchmarks.resources`; read its changes in the diff.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu_model import RESOURCES
+from benchmarks.resources import Case, cases, compile_cases
+
+GOLDEN = json.loads(RESOURCES.read_text(encoding="utf-8"))
+WITHOUT_PRODUCTS = ("scan_kernel", "delta_kernel")
+
+
+def entries() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for target, types in GOLDEN.items():
+        for dtype, labels in types.items():
+            for label, kernels in labels.items():
+                for kernel, entry in kernels.items():
+                    yield f"{target} {dtype} {label} {kernel}", kernel, entry
+
+
+def test_every_kernel_fits_and_spills_nothing() -> None:
+    assert [name for name, _, entry in entries() if entry["spills"] or not entry["fits"]] == []
+
+
+def test_every_product_is_made_of_matrix_instructions() -> None:
+    with_products = [(name, e) for name, kernel, e in entries() if kernel not in WITHOUT_PRODUCTS]
+    assert [name for name, e in with_products if e["scalar_dots"] or not e["matrix_instructions"]] == []
+    assert all(e["dots"] > 0 for _, e in with_products)
+
+
+def test_every_kernel_loads_128_bits_at_a_time() -> None:
+    assert [name for name, _, entry in entries() if "128" not in entry["loads"]] == []
+
+
+def test_the_golden_file_is_of_these_cases() -> None:
+    listed = {(t, dtype, label) for t, types in GOLDEN.items() for dtype, ls in types.items() for label in ls}
+    assert listed == {(case.target, case.dtype, case.label) for case in cases()}
+
+
+def chosen(case: Case) -> bool:
+    return case.label == "d8 dv64 degree2" and case.target == "sm_90"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if chosen(case) else pytest.mark.slow, id=str(i))
+        for i, case in enumerate(cases())
+    ],
+)
+def test_compiling_ahead_of_time_gives_the_golden_file(case: Case) -> None:
+    assert compile_cases((case,))[case] == GOLDEN[case.target][case.dtype][case.label]
