@@ -14,7 +14,11 @@ from fastgrad_grammar.source import Source
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-TESTS = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+TESTS = {  # by the file's path below tests/, and by its name alone
+    key: path.read_text(encoding="utf-8")
+    for path in (ROOT / "tests").rglob("test_*.py")
+    for key in (path.name, str(path.relative_to(ROOT / "tests")))
+}
 
 
 def programs(page: str) -> list[str]:
@@ -38,7 +42,7 @@ def test_whole_programs_compile(page: str) -> None:
 def test_names_of_tests_and_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     file = ""
-    for name, test in re.findall(r"`(?:tests/\w+/)?(test_\w+\.py)?::(\w+)`", text):
+    for name, test in re.findall(r"`(?:tests/)?((?:\w+/)?test_\w+\.py)?::(\w+)`", text):
         file = name or file  # `::name` is of the file named before
         assert f"def {test}(" in TESTS.get(file, ""), f"{file}::{test}"
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
