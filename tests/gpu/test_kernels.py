@@ -48,6 +48,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return empty(self, *arguments).fill_(torch.nan)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Launches, "_empty", poisoned_empty)
+    monkeypatch.setattr(Launches, "interprets_bfloat16", True)  # as install() makes it
 
 
 def run(
@@ -178,6 +179,17 @@ def test_logits_that_no_exp_could_hold(tmp_path: Path) -> None:
         found = run(spec, inputs.to(torch.float32), tmp_path)
         assert all(torch.isfinite(x).all() for x in found)
         assert worst_error(found[:1], run_dense(spec, inputs)[:1]) < 1e-3
+
+
+def test_an_interpreter_as_it_comes_is_not_trusted_with_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Launches, "interprets_bfloat16", False)
+    spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True)
+    inputs = make_inputs(spec, 40, heads=1, batch=1).to(torch.bfloat16)
+    out, *_ = run(spec, inputs, tmp_path)
+    exact = run_dense(spec, inputs.to(torch.float64))[0]
+    assert torch.equal(out, exact.to(torch.bfloat16))
 
 
 def test_views_with_strides_are_read_as_they_are(tmp_path: Path) -> None:

@@ -145,6 +145,8 @@ class TritonAttention:
 class Launches:
     """The launches that one call takes: its inputs as kernels want them, its type of arithmetic, its schedule."""
 
+    interprets_bfloat16 = False  # Triton's interpreter takes the bits of bfloat16 for integers
+
     def __init__(
         self,
         kernels: ModuleType,
@@ -159,6 +161,8 @@ class Launches:
     ) -> None:
         self.kernels, self.case, self.given = kernels, case, (q, k, v, near_q, near_k)
         self.dtype = q.dtype if q.dtype == k.dtype == v.dtype else torch.float32
+        if self.dtype == torch.bfloat16 and q.device.type == "cpu" and not self.interprets_bfloat16:
+            self.dtype = torch.float32
         self.device = q.device
         self.q, self.k, self.v = (_aligned(x.to(self.dtype)) for x in (q, k, v))
         self.near = [None if x is None else _aligned(x.to(self.dtype)) for x in (near_q, near_k)]
