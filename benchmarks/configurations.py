@@ -41,9 +41,9 @@ CANDIDATES: tuple[tuple[Configuration, ...], ...] = (
 )
 SINGLE_CANDIDATES: tuple[tuple[Configuration, ...], ...] = (
     ((64, 32, 32, 4, 1),),
-    ((32, 32, 32, 2, 1), (32, 32, 32, 4, 1)),
-    ((64, 16, 16, 4, 1), (32, 16, 16, 2, 1)),
-    ((16, 16, 16, 1, 1), (16, 16, 16, 2, 1), (16, 16, 16, 4, 1)),
+    ((32, 32, 32, 2, 1),),
+    ((32, 16, 16, 2, 1), (64, 16, 16, 4, 1)),
+    ((16, 16, 16, 1, 1), (16, 16, 16, 2, 1)),
 )
 STATE_CANDIDATES: tuple[tuple[Configuration, ...], ...] = (
     ((64, 64, 64, 4, 3), (64, 64, 64, 4, 2)),
@@ -90,23 +90,31 @@ def configured(job: Job, configuration: Configuration) -> Job:
 
 
 def is_good(result: object) -> bool:
-    """Whether a kernel can run without spilling, with matrix instructions for all of its products.
-
-    One that takes nearly all of the 255 registers of a thread is not: a relative of its class might spill.
-    """
-    if not isinstance(result, Resources) or result.registers in TIGHT:
+    """Whether a kernel can run without spilling, with matrix instructions for all of its products."""
+    if not isinstance(result, Resources):
         return False
     return result.fits and not result.spills and not result.scalar_dots and result.matrix_instructions > 0
 
 
+def is_tight(result: object) -> bool:
+    """Whether nearly all of the 255 registers of a thread are taken: a relative of the kernel's class might spill."""
+    return isinstance(result, Resources) and result.registers in TIGHT
+
+
 def choose(ahead: Ahead, launches: list[Job], kernel: str, dtype: str) -> Configuration | None:
-    """The best configuration with which all of the launches of a kernel are good; None if no candidate is."""
+    """The best configuration with which all of the launches of a kernel are good; None if no candidate is.
+
+    One that is tight is taken only where no other is good.
+    """
+    spare: Configuration | None = None
     for group in candidates(kernel, dtype):
         tried = [(c, ahead.map([configured(job, c) for job in launches])) for c in group]
         good = [(c, results) for c, results in tried if all(map(is_good, results))]
-        if good:
-            return max(good, key=lambda item: (_occupancy(item[1]), item[0][0]))[0]
-    return None
+        easy = [item for item in good if not any(map(is_tight, item[1]))]
+        if easy:
+            return max(easy, key=lambda item: (_occupancy(item[1]), item[0][0]))[0]
+        spare = spare or (good[0][0] if good else None)
+    return spare
 
 
 def _occupancy(results: Sequence[object]) -> float:
