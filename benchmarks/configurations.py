@@ -1,6 +1,8 @@
 """Choose the tiles, warps and stages of Triton kernels by compiling them ahead of time: makes the compiler's table.
 
 python -m benchmarks.configurations [PART OF A KEY ...]: about an hour on two cores; with arguments only those rows.
+python -m benchmarks.configurations --repair: smaller tiles for the rows whose kernels spill in the file that
+benchmarks.resources makes, which is to be made anew then.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -17,12 +20,13 @@ import torch
 from benchmarks.ahead import Ahead, Job, Resources
 from benchmarks.launches import jobs, write_kernels
 from fastgrad_compiler.codegen.kernel import KernelSpec
-from fastgrad_compiler.codegen.triton import is_fused
 from fastgrad_compiler.codegen.triton.configurations import (
     ARCHITECTURES,
     D_CLASSES,
     DEGREE_CLASSES,
     DV_CLASSES,
+    FUSED_KERNELS,
+    KERNELS,
     ROW_OF,
     TABLE,
     TYPES,
@@ -101,13 +105,15 @@ def is_tight(result: object) -> bool:
     return isinstance(result, Resources) and result.registers in TIGHT
 
 
-def choose(ahead: Ahead, launches: list[Job], kernel: str, dtype: str) -> Configuration | None:
+def choose(
+    ahead: Ahead, launches: list[Job], groups: tuple[tuple[Configuration, ...], ...]
+) -> Configuration | None:
     """The best configuration with which all of the launches of a kernel are good; None if no candidate is.
 
     One that is tight is taken only where no other is good.
     """
     spare: Configuration | None = None
-    for group in candidates(kernel, dtype):
+    for group in groups:
         tried = [(c, ahead.map([configured(job, c) for job in launches])) for c in group]
         good = [(c, results) for c, results in tried if all(map(is_good, results))]
         easy = [item for item in good if not any(map(is_tight, item[1]))]
@@ -126,33 +132,66 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help="only rows whose key has all of these")
     parser.add_argument("--missing", action="store_true", help="only rows that the table lacks")
+    parser.add_argument(
+        "--repair", action="store_true", help="only rows with kernels that spill all the same"
+    )
     arguments = parser.parse_args()
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    if arguments.repair:
+        _repair(table)
+        return
     with tempfile.TemporaryDirectory() as folder, Ahead(workers=2) as ahead:
-        for number, (spec, fused) in enumerate(classes()):
-            file = write_kernels(spec, Path(folder), f"kernels_{number}")
-            assert not fused or is_fused(spec)
-            for architecture in ARCHITECTURES:
-                for dtype in TYPES:
-                    if dtype in ROW_OF or not (fused or spec.degree in DEGREE_CLASSES[dtype]):
-                        continue
-                    found = jobs(spec, file, getattr(torch, dtype), architecture, fused)
-                    for kernel in dict.fromkeys(job.kernel for job in found.values()):
-                        row = key(architecture, dtype, kernel, spec)
-                        wanted = all(part in row for part in arguments.parts)
-                        if kernel in ("scan_kernel", "delta_kernel") or not wanted:
-                            continue
-                        if arguments.missing and row in table:
-                            continue
-                        if kernel.startswith("state") and spec.near is not None:
-                            continue
-                        chosen = choose(
-                            ahead, [j for j in found.values() if j.kernel == kernel], kernel, dtype
-                        )
-                        print(f"{row}: {chosen}", flush=True)
-                        if chosen is not None:
-                            table[row] = list(chosen)
-                            _write(table)
+        for row, launches in _rows(Path(folder)):
+            if not all(part in row for part in arguments.parts) or (arguments.missing and row in table):
+                continue
+            chosen = choose(ahead, launches, candidates(launches[0].kernel, row.split()[1]))
+            print(f"{row}: {chosen}", flush=True)
+            if chosen is not None:
+                table[row] = list(chosen)
+                _write(table)
+
+
+def _rows(folder: Path) -> Iterator[tuple[str, list[Job]]]:
+    """The keys of the table, and the launches that decide each."""
+    for number, (spec, fused) in enumerate(classes()):
+        file = write_kernels(spec, folder, f"kernels_{number}")
+        types = [t for t in TYPES if t not in ROW_OF and (fused or spec.degree in DEGREE_CLASSES[t])]
+        for architecture, dtype in product(ARCHITECTURES, types):
+            by_kernel: dict[str, list[Job]] = {}
+            for job in jobs(spec, file, getattr(torch, dtype), architecture, fused).values():
+                by_kernel.setdefault(job.kernel, []).append(job)
+            for kernel, launches in by_kernel.items():
+                if kernel in (KERNELS if not fused else FUSED_KERNELS):
+                    yield key(architecture, dtype, kernel, spec), launches
+
+
+def _repair(table: dict[str, list[int]]) -> None:
+    """Give rows whose kernels spill the next smaller configuration with which none does."""
+    from benchmarks.resources import spilling
+
+    rows: dict[str, list[tuple[KernelSpec, str, str, str]]] = {}
+    for case, launch in spilling():
+        row = key(case.target, case.dtype, launch.split()[0], case.spec)
+        rows.setdefault(row, []).append((case.spec, case.dtype, case.target, launch))
+    with tempfile.TemporaryDirectory() as folder, Ahead(workers=2) as ahead:
+        for row, members in rows.items():
+            launches = []
+            for spec, dtype, target, launch in members:
+                file = write_kernels(spec, Path(folder), f"kernels_{len(list(Path(folder).iterdir()))}")
+                launches.append(
+                    jobs(spec, file, getattr(torch, dtype), target, launch.startswith("fused"))[launch]
+                )
+            kernel, dtype = launches[0].kernel, members[0][1]
+            tried = table.get(row)
+            groups = candidates(kernel, dtype)
+            at = next((i for i, group in enumerate(groups) if tried and tuple(tried) in group), -1)
+            chosen = choose(ahead, launches, groups[at + 1 :])
+            print(f"{row}: {tried} -> {chosen}", flush=True)
+            if chosen is not None:
+                table[row] = list(chosen)
+            elif kernel.startswith("fused"):
+                table.pop(row, None)
+            _write(table)
 
 
 def _write(table: dict[str, list[int]]) -> None:

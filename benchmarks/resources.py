@@ -1,11 +1,13 @@
 """What the emitted Triton kernels use on each architecture, compiled ahead of time: makes a golden file.
 
-python -m benchmarks.resources: a quarter of an hour on two cores. tests/gpu/test_resources.py compares with it.
+python -m benchmarks.resources [TYPE ...]: a quarter of an hour on two cores; with arguments only inputs of those types.
+tests/gpu/test_resources.py compares with it.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from fastgrad_compiler.codegen.attention_kernels import kernel_spec
 from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.codegen.triton import has_triton, is_fused
 from fastgrad_compiler.codegen.triton.configurations import FUSED_KERNELS, configurations
+from fastgrad_dsl.files import write_atomically
 
 COEFFICIENTS = (1.0, 1.0, 0.5, 0.2, 0.05)
 TARGETS = {
@@ -39,6 +42,7 @@ GRID = (
 )
 
 Entry = dict[str, object]
+Golden = dict[str, dict[str, dict[str, dict[str, Entry]]]]
 
 
 @dataclass(frozen=True)
@@ -117,17 +121,30 @@ def entry(result: Resources) -> Entry:
     }
 
 
-def main() -> None:
-    """Write the golden file."""
-    golden: dict[str, dict[str, dict[str, dict[str, Entry]]]] = {}
+def spilling() -> Iterator[tuple[Case, str]]:
+    """The kernels of the golden file that spill, by case and name of the launch."""
+    golden: Golden = json.loads(RESOURCES.read_text(encoding="utf-8"))
     for case in cases():
-        kernels = compile_cases((case,))[case]
-        for name, found in kernels.items():
-            if found["spills"] or found["scalar_dots"] or not found["fits"]:
-                print(f"{case.target} {case.dtype} {case.label} {name}: {found}", flush=True)
-        golden.setdefault(case.target, {}).setdefault(case.dtype, {})[case.label] = kernels
-        text = json.dumps(golden, indent=1, sort_keys=True)
-        RESOURCES.write_text(text + "\n", encoding="utf-8")
+        for name, found in golden.get(case.target, {}).get(case.dtype, {}).get(case.label, {}).items():
+            if found["spills"] or not found["fits"]:
+                yield case, name
+
+
+def main() -> None:
+    """Write the golden file, or its part for some types."""
+    types = sys.argv[1:] or list(TARGETS)
+    golden: Golden = json.loads(RESOURCES.read_text(encoding="utf-8")) if RESOURCES.exists() else {}
+    for target in golden.values():
+        for dtype in types:
+            target.pop(dtype, None)
+    for case in cases():
+        if case.dtype in types:
+            kernels = compile_cases((case,))[case]
+            for name, found in kernels.items():
+                if found["spills"] or found["scalar_dots"] or not found["fits"]:
+                    print(f"{case.target} {case.dtype} {case.label} {name}: {found}", flush=True)
+            golden.setdefault(case.target, {}).setdefault(case.dtype, {})[case.label] = kernels
+            write_atomically(RESOURCES, json.dumps(golden, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

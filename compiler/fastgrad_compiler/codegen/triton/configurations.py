@@ -23,8 +23,12 @@ FUSED_KERNELS = tuple(
 D_CLASSES, DV_CLASSES = (16, 64), (64, 128)
 DEGREE_CLASSES = {"float32": (4,), "bfloat16": (2, 4)}
 ROW_OF = {"float16": "float32"}  # whose kernels have the same operands, and fewer products
-RELATIVE = {"sm_100": "sm_90"}  # an architecture whose rows serve another that has none of its own
-FALLBACK = (16, 16, 16, 4, 1)
+RELATIVES = {
+    "sm_100": ("sm_90", "sm_80"),
+    "sm_90": ("sm_80",),
+    "gfx942": ("sm_80",),
+}  # whose rows serve if need be
+FALLBACK = (32, 16, 16, 2, 1)
 
 Configuration = tuple[int, int, int, int, int]
 """ROWS, KEYS, FEATURES, warps, stages."""
@@ -44,8 +48,9 @@ def _kernels(architecture: str, dtype: str, spec: KernelSpec, fused: bool) -> di
 
 
 def find(architecture: str, dtype: str, kernel: str, spec: KernelSpec) -> Configuration | None:
-    """The row of the table for a kernel, that of RELATIVE if need be; None where no candidate was good."""
-    rows = (_table().get(key(a, dtype, kernel, spec)) for a in (architecture, RELATIVE.get(architecture, "")))
+    """The row of the table for a kernel, or of a relative; None where no candidate was good."""
+    places = (architecture, *RELATIVES.get(architecture, ()))
+    rows = (_table().get(key(place, dtype, kernel, spec)) for place in places)
     row = next(filter(None, rows), None)
     return None if row is None else (row[0], row[1], row[2], row[3], row[4])
 
