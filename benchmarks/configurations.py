@@ -25,6 +25,7 @@ from fastgrad_compiler.codegen.triton.configurations import (
     D_CLASSES,
     DEGREE_CLASSES,
     DV_CLASSES,
+    FUSED_DV_CLASSES,
     FUSED_KERNELS,
     KERNELS,
     ROW_OF,
@@ -82,7 +83,8 @@ def classes() -> Iterator[tuple[KernelSpec, bool]]:
                 plain = KernelSpec(d, dv, COEFFICIENTS[: degree + 1], causal=True, padding=True)
                 yield plain, False
                 yield replace(plain, near=24, near_d=min(d, 32)), False
-    yield KernelSpec(8, 64, COEFFICIENTS[:3], causal=True, padding=True), True
+    for dv in FUSED_DV_CLASSES:
+        yield KernelSpec(8, dv, COEFFICIENTS[:3], causal=True, padding=True), True
 
 
 def configured(job: Job, configuration: Configuration) -> Job:

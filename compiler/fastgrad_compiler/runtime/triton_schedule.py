@@ -31,7 +31,7 @@ from functools import lru_cache
 from math import ceil
 
 CHUNKS = (128, 256, 512, 1024, 2048)
-FUSED_DEGREE, FUSED_WORDS = 2, 4096  # a larger state spills the registers of one program
+FUSED_DEGREE, FUSED_RANK, FUSED_DV = 2, 64, 64  # a larger state spills the registers of one program
 LARGEST_D, LARGEST_DV = 64, 128  # that there are kernels for
 BLOCK = 16  # components that a factor of a feature is chosen from
 SCAN = 1024  # numbers of a state that a program of scan_kernel adds up
@@ -379,7 +379,7 @@ def _tile_pairs(s: Shape, tiles: Tiles) -> int:
 def can_fuse(shape: Shape) -> bool:
     """Whether there are fused kernels: degree 2 at most, causal, no near field, a state that fits the registers."""
     s = shape
-    small = s.degree <= FUSED_DEGREE and s.d <= BLOCK and s.rank * padded(s.dv) <= FUSED_WORDS
+    small = s.degree <= FUSED_DEGREE and s.rank <= FUSED_RANK and s.dv <= FUSED_DV
     return small and s.causal and not s.near
 
 

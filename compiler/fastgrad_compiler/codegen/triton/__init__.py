@@ -8,7 +8,13 @@ from fastgrad_compiler.codegen.kernel import KernelSpec, folded_coefficients, ke
 from fastgrad_compiler.codegen.templates import render
 from fastgrad_compiler.codegen.triton.configurations import configurations
 from fastgrad_compiler.features import rank
-from fastgrad_compiler.runtime.triton_schedule import FUSED_DEGREE, FUSED_WORDS, LARGEST_D, LARGEST_DV
+from fastgrad_compiler.runtime.triton_schedule import (
+    FUSED_DEGREE,
+    FUSED_DV,
+    FUSED_RANK,
+    LARGEST_D,
+    LARGEST_DV,
+)
 from fastgrad_compiler.runtime.triton_tables import BLOCK, TILE, padded_rank
 
 LARGEST_RANK = 2**20  # of features whose table takes a second or two to make
@@ -72,8 +78,8 @@ def _context(spec: KernelSpec) -> dict[str, object]:
 
 def is_fused(spec: KernelSpec) -> bool:
     """Whether a program can keep the state of a whole sequence in its registers."""
-    numbers = padded_rank(spec.d, spec.degree) * _power(spec.dv)
-    small = spec.degree <= FUSED_DEGREE and spec.d <= BLOCK and numbers <= FUSED_WORDS
+    rank_fits = padded_rank(spec.d, spec.degree) <= FUSED_RANK
+    small = spec.degree <= FUSED_DEGREE and rank_fits and spec.dv <= FUSED_DV
     return small and spec.causal and spec.near is None
 
 

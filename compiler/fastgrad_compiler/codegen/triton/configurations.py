@@ -20,7 +20,7 @@ KERNELS = ("state_kernel", "forward_kernel", "query_gradient_kernel", "key_gradi
 FUSED_KERNELS = tuple(
     f"fused_{name}" for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
 )
-D_CLASSES, DV_CLASSES = (16, 64), (64, 128)
+D_CLASSES, DV_CLASSES, FUSED_DV_CLASSES = (16, 64), (64, 128), (32, 64)
 DEGREE_CLASSES = {"float32": (4,), "bfloat16": (2, 4)}
 ROW_OF = {"float16": "float32"}  # whose kernels have the same operands, and fewer products
 RELATIVES = {
@@ -57,7 +57,8 @@ def find(architecture: str, dtype: str, kernel: str, spec: KernelSpec) -> Config
 
 def key(architecture: str, dtype: str, kernel: str, spec: KernelSpec) -> str:
     """The name of a class of kernels in the table."""
-    d, dv = _at_least(spec.d, D_CLASSES), _at_least(spec.dv, DV_CLASSES)
+    d = _at_least(spec.d, D_CLASSES)
+    dv = _at_least(spec.dv, FUSED_DV_CLASSES if kernel.startswith("fused") else DV_CLASSES)
     dtype = ROW_OF.get(dtype, dtype)
     degree = _at_least(spec.degree, DEGREE_CLASSES[dtype])
     near = " near" if spec.near is not None and not kernel.startswith(("state", "fused")) else ""
