@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import exp, isfinite, log
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -206,7 +206,7 @@ class _Measured:
     def expected(self) -> float:
         """What few batches exceed: SPREADS standard deviations above the mean, of the errors' logarithms."""
         positive = [log(error) for error in self.errors if error > 0]
-        if len(positive) < 2:
+        if len(positive) < 2 or not all(map(isfinite, positive)):
             return max(self.errors)
         return exp(fmean(positive) + SPREADS * stdev(positive))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from fastgrad_dsl.calibration.calibrate import _gain
 from fastgrad_dsl.calibration.candidates import whole_errors
 from fastgrad_dsl.calibration.capture import Errors, Run, Subject, capture, probe
 from fastgrad_dsl.calibration.logits import measure_logits
+from fastgrad_dsl.calibration.replan import _Measured
 from fastgrad_dsl.calibration.samples import exact_rows, polynomial_errors, sample
 
 HEAD = "use std\ndim b\ndim n\n"
@@ -154,3 +157,7 @@ def _effect(
         results.append((out.detach(), torch.cat([g.flatten() for g in gradients])))
     (out, gradient), (other, moved) = results
     return ((other - out).norm() / out.norm()).item(), ((moved - gradient).norm() / gradient.norm()).item()
+
+
+def test_an_infinite_error_is_expected_again() -> None:
+    assert _Measured((1e-3, inf, 2e-3), held_out=1).expected == inf
