@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ from fastgrad_compiler.roofline import DEVICES, best, shape_of
 from fastgrad_dsl.bench.cells import Cell
 from fastgrad_dsl.bench.contenders import Attention, Inputs
 from fastgrad_dsl.bench.machine import package_version
-from fastgrad_dsl.bench.timing import Timing
+from fastgrad_dsl.bench.timing import Timing, medians
 from fastgrad_dsl.functional import polynomial_attention
 from fastgrad_grammar.diagnostics import TfgError
 
@@ -324,7 +323,7 @@ def _together(
         for c, _, seconds in ready:
             if turn == 0 or (turn + 1) * seconds <= settings.seconds:
                 times[c].append(one_pass(c.run, inputs, setup))
-    cells += [_cell(c, n, dtype, _medians(times[c]), memory, setup) for c, memory, _ in ready]
+    cells += [_cell(c, n, dtype, medians(times[c]), memory, setup) for c, memory, _ in ready]
 
 
 def _too_long(
@@ -362,15 +361,6 @@ def one_pass(run: Attention, inputs: Inputs, setup: Setup) -> tuple[float, float
     leaves = (inputs.q, inputs.k, inputs.v)
     _, backward = setup.clock(lambda: torch.autograd.grad(out, leaves, inputs.cotangent))
     return forward, backward
-
-
-def _medians(times: Sequence[tuple[float, float]]) -> Timing:
-    return Timing(
-        forward=statistics.median(forward for forward, _ in times),
-        backward=statistics.median(backward for _, backward in times),
-        total=statistics.median(forward + backward for forward, backward in times),
-        repeats=len(times),
-    )
 
 
 def _cell(

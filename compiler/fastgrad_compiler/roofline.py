@@ -33,7 +33,7 @@ from fastgrad_compiler.runtime.triton_schedule import (
     modelled_time,
     works,
 )
-from fastgrad_compiler.runtime.triton_tables import padded_rank
+from fastgrad_compiler.runtime.triton_tables import TILE, padded_rank
 
 __all__ = [
     "DEVICES",
@@ -57,7 +57,6 @@ __all__ = [
 WIDTHS = (32, 64, 96, 128, 192, 256)  # head dimensions of FlashAttention-2's kernels
 FLASH_ROWS = 128  # queries of a program
 FLASH_VECTOR_FLOPS = 5  # of a pair: scale and subtract, maximum, exp, sum
-PADDED_RANK = 64
 LARGE_RANK = 10_000  # from which on gaps between features are too few to be worth counting one by one
 LONGEST = 1 << 26
 
@@ -96,7 +95,7 @@ def shape_of(
     if causal and m != n:
         raise ValueError(f"causal attention needs as many keys as queries, not {m} for {n}")
     r = rank(d, degree)
-    r = padded_rank(d, degree) if r <= LARGE_RANK else ceil(r / PADDED_RANK) * PADDED_RANK
+    r = padded_rank(d, degree) if r <= LARGE_RANK else ceil(r / TILE) * TILE
     return Shape(heads, key_heads, n, m, d, dv, degree, r, dtype, causal, near, near_d)
 
 
@@ -195,15 +194,15 @@ def break_even(device: Device, shape: Shape, *, ideal: bool = False) -> int | No
     if not faster(LONGEST):
         return None
     high = LONGEST
-    while high > PADDED_RANK and faster(high // 2):
+    while high > TILE and faster(high // 2):
         high //= 2
-    return _first(faster, high // 2, high) if high > PADDED_RANK else high
+    return _first(faster, high // 2, high) if high > TILE else high
 
 
 def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
     """Least multiple of 64 in (low, high] where it holds, if it does not below; it holds at high and not at low."""
-    while high - low > PADDED_RANK:
-        middle = (low + high) // (2 * PADDED_RANK) * PADDED_RANK
+    while high - low > TILE:
+        middle = (low + high) // (2 * TILE) * TILE
         low, high = (low, middle) if holds(middle) else (middle, high)
     return high
 

@@ -45,7 +45,7 @@ def time_together(
         for name, attention in contenders.items():
             if turn < left[name]:
                 taken[name].append(one_pass(attention, inputs))
-    return {name: _medians(times) for name, times in taken.items()}
+    return {name: medians(times) for name, times in taken.items()}
 
 
 def one_pass(attention: Attention, inputs: Inputs) -> tuple[float, float]:
@@ -57,7 +57,8 @@ def one_pass(attention: Attention, inputs: Inputs) -> tuple[float, float]:
     return middle - start, time.perf_counter() - middle
 
 
-def _medians(times: Sequence[tuple[float, float]]) -> Timing:
+def medians(times: Sequence[tuple[float, float]]) -> Timing:
+    """Of seconds of forward and backward passes."""
     return Timing(
         forward=statistics.median(forward for forward, _ in times),
         backward=statistics.median(backward for _, backward in times),

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from .triton_kernels import DTYPES, cannot_build, enabled, import_kernels, refusal, warn
-from .triton_schedule import DEVICES, Shape, choose_chunk, choose_schedule
+from .triton_schedule import DEVICES, SCAN, Shape, choose_chunk, choose_schedule
 from .triton_tables import feature_tables
 from .triton_tuned import configuration
 
 PREFIX, SUFFIX, TOTAL = 0, 1, 2  # of scan_kernel
-SCAN_SIZE = 1024
 DELTA_ROWS = 32
 
 
@@ -326,8 +325,8 @@ class Launches:
             *(tokens, self.chunk, self.chunks, shift, self.shared, self.groups if upstream else 1),
             UPSTREAM=upstream,
         )
-        grid = (rows * _ceil(kernels.STATE_SIZE.value, SCAN_SIZE),)
-        kernels.scan_kernel[grid](state, self.weight, self.chunks, MODE=mode, SIZE=SCAN_SIZE)
+        grid = (rows * _ceil(kernels.STATE_SIZE.value, SCAN),)
+        kernels.scan_kernel[grid](state, self.weight, self.chunks, MODE=mode, SIZE=SCAN)
         return state
 
     # ---------------------------------------------------------------- a launch

@@ -14,12 +14,13 @@ from itertools import combinations_with_replacement
 from math import factorial, prod
 from typing import TYPE_CHECKING
 
+from .triton_schedule import BLOCK
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 TILE = 64
-BLOCK = 16
 ONE = -1  # the index of a factor that is 1
 
 Monomial = tuple[int, ...]

@@ -9,13 +9,14 @@ from fastgrad_compiler.codegen.templates import render
 from fastgrad_compiler.codegen.triton.configurations import configurations
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.runtime.triton_schedule import (
+    BLOCK,
     FUSED_DEGREE,
     FUSED_DV,
     FUSED_RANK,
     LARGEST_D,
     LARGEST_DV,
 )
-from fastgrad_compiler.runtime.triton_tables import BLOCK, TILE, padded_rank
+from fastgrad_compiler.runtime.triton_tables import TILE, padded_rank
 
 LARGEST_RANK = 2**20  # of features whose table takes a second or two to make
 
