@@ -1,0 +1,167 @@
+"""Files are the same to the last bit on every processor, BLAS, numpy and libm (docs/architecture.md).
+
+Other machines are had here through the variables that numpy, OpenBLAS, glibc and PyTorch read when they start: which
+instructions they may use. A processor that lacks some compiles in fewer ways, and the comparison holds there too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from difflib import unified_diff
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+import fastgrad_compiler
+from tests.dsl.models import EXAMPLES, NAMES
+
+# What no example has: numbers computed at compile time, bounds through every function, a scale that is no power of two, wide
+# ranges, high degrees, all families. glibc's variants of exp, log, tanh and pow differ at just these arguments.
+SPEC = """dim b
+dim n <= 65536
+
+block attend(x: float[b, n, 6]; factor: float) -> float[b, n, 6] {
+    weight tau: float[1] = ones()
+    weight w: float[6, 6] = normal(std = exp(0.4592) * tanh(0.7626) / log(1.6257))
+    q = unit(split_heads(x @ w, 2)) * (sigmoid(tau) + softplus(0.3757 * tanh(tau)))
+    k = unit(split_heads(x, 2)) * exp(0.5004 * erf(tau))
+    return merge_heads(softmax(causal(factor * (q @ k.T))) @ split_heads(x, 2))
+}
+
+model spec(x: float[b, n, 6]) -> float[b, n, 6] {
+    x = x + attend(x; factor = 0.4158) as narrow
+    x = x + attend(x; factor = log(1.6257)) as middle
+    x = x + attend(x; factor = tanh(0.7626)) as other
+    return x + attend(x; factor = exp(0.1504)) as wide
+}
+
+budget {
+    at "narrow" degree = 7
+    at "middle" relative <= 1e-3
+    at "other" family = minimax
+    at "other" relative <= 1e-3
+    at "wide" family = taylor
+    at "wide" degree = 14
+}
+"""
+REFUSED = SPEC.replace('at "wide" degree = 14', 'at "wide" relative <= 1e-12')
+NOT_A_WEIGHT = """dim n
+
+model refused(x: float[n, 4]) -> float[n, 4] {
+    w = polynomial(x @ x.T; coefficients = (0.1, 0.37, -1.3, 0.21, 0.3))
+    return normalize_rows(w) @ x
+}
+"""
+
+PROGRAM = """
+import json, sys
+import fastgrad_dsl as fg
+
+accepted, refused = json.load(sys.stdin)
+found = {}
+for name, source in accepted.items():
+    found |= {f"{name}/{path}": text for path, text in fg.compile(source).files.items()}
+for name, source in refused.items():
+    try:
+        fg.compile(source)
+    except fg.TfgError as error:
+        found[name] = "\\n".join(map(str, error.diagnostics))
+json.dump(found, sys.stdout)
+"""
+
+Environment = dict[str, str]
+
+
+def dispatched() -> list[str]:
+    """Features beyond its baseline that this numpy can use on this processor, the newest first."""
+    from numpy._core import _multiarray_umath as umath
+
+    return [name for name in reversed(umath.__cpu_dispatch__) if umath.__cpu_features__[name]]
+
+
+def without(features: list[str]) -> Environment:
+    return {"NPY_DISABLE_CPU_FEATURES": " ".join(features)} if features else {}
+
+
+def machines() -> dict[str, Environment]:
+    """Environments that stand for other machines; an instruction that this one lacks is missing in all of them."""
+    found = dispatched()
+    newest = [name for name in found if "AVX512" in name or name == "X86_V4"]
+    no_fma = "-AVX512F,-AVX2,-FMA,-AVX2_Usable,-FMA_Usable"  # the last two are the names before glibc 2.33
+    return {
+        "AVX2": {**without(newest), "OPENBLAS_CORETYPE": "Haswell", "ATEN_CPU_CAPABILITY": "avx2"},
+        "SSE": {
+            **without(found),
+            "OPENBLAS_CORETYPE": "Prescott",
+            "ATEN_CPU_CAPABILITY": "default",
+            "GLIBC_TUNABLES": f"glibc.cpu.hwcaps={no_fma}",
+        },
+        "Sandy Bridge": {"OPENBLAS_CORETYPE": "Sandybridge"},
+        "Zen": {"OPENBLAS_CORETYPE": "Zen"},
+    }
+
+
+def compiled(environment: Environment, seed: int) -> dict[str, str]:
+    """Every file of every example and the text of refusals, made by a process of its own."""
+    accepted = {name: str(EXAMPLES / f"{name}.tfg") for name in NAMES} | {"spec": SPEC}
+    kept = {name: value for name, value in os.environ.items() if name not in KNOBS}
+    root = Path(fastgrad_compiler.__file__).parents[2]
+    paths = os.pathsep.join(str(root / folder) for folder in ("", "compiler", "grammar"))
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps([accepted, {"refused": REFUSED, "no weight": NOT_A_WEIGHT}]),
+        env={**kept, **environment, "PYTHONHASHSEED": str(seed), "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    found: dict[str, str] = json.loads(run.stdout)
+    return found
+
+
+KNOBS = frozenset().union(*machines().values())
+
+
+@pytest.fixture(scope="module")
+def everywhere() -> Iterator[dict[str, dict[str, str]]]:
+    """By machine, what it compiles; the first is this one as it is."""
+    environments: dict[str, Environment] = {"this machine": {}, **machines()}
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(compiled, environments.values(), range(len(environments)))
+        yield dict(zip(environments, results, strict=True))
+
+
+def differences(here: dict[str, str], there: dict[str, str]) -> list[str]:
+    """The first lines that differ of each file."""
+    lines = [f"only one has {name}" for name in sorted(here.keys() ^ there.keys())]
+    for name in sorted(here.keys() & there.keys()):
+        changes = unified_diff(here[name].splitlines(), there[name].splitlines(), name, name, lineterm="", n=0)
+        lines += islice(changes, 6)
+    return lines
+
+
+@pytest.mark.parametrize("machine", machines())
+def test_files_are_the_same(everywhere: dict[str, dict[str, str]], machine: str) -> None:
+    here, there = everywhere["this machine"], everywhere[machine]
+    assert differences(here, there) == []
+
+
+def test_what_is_compared(everywhere: dict[str, dict[str, str]]) -> None:
+    """The comparison says something: files of every kind, kernels of several polynomials, and both refusals."""
+    here = everywhere["this machine"]
+    for name in (*NAMES, "spec"):
+        for file in ("model.py", "plan.json", "report.json", "report.html", "stages/06-lowrank.txt"):
+            assert f"{name}/{file}" in here
+    assert "|s| <=" in here["refused"]
+    assert "not positive: it is" in here["no weight"]
+    plan = json.loads(here["spec/plan.json"])["attentions"]
+    assert [each["family"] for each in plan] == ["balanced", "balanced", "minimax", "taylor"]
+    kernels = {name for name in here if name.startswith("spec/attention_") and name.endswith("_triton.py")}
+    assert len(kernels) == len(plan)
