@@ -8,42 +8,35 @@ p', which the backward pass uses. Three families:
     balanced   the integral of the minimax polynomial of one degree less, with the constant that makes eps
                least: eps_prime is the least of its degree, eps at most 3 times the minimax one
 
-Every fit is computed as a small correction to the Taylor polynomial, in Chebyshev polynomials of s / R: all
-quantities are then relative to the Taylor remainder, so that nothing is lost for small R or high degrees.
-What float64 cannot hold are wide ranges: a weight e^-R must come out of terms that add up to e^R, and `fit`
-refuses where the rounding of the coefficients alone would spoil eps.
-
-numpy is imported by the functions that need it, to keep `import fastgrad_compiler.polynomial` cheap.
+Coefficients are computed in decimal arithmetic with as many digits as that takes, and rounded to float64 once; errors
+are proved of the rounded ones and rounded upward. So they are the same to the last bit on every machine. What float64
+cannot hold are wide ranges: a weight e^-R must come out of terms that add up to e^R, and `fit` refuses where the
+rounding of the coefficients alone would spoil eps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
 from functools import cache
-from math import exp, factorial, inf, isfinite, log
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
+from itertools import pairwise
+from math import factorial, inf, isfinite
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
-from fastgrad_compiler.rational import count_real_roots, sign_at, values
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from numpy import float64
-    from numpy.typing import NDArray
-
-    Array: TypeAlias = NDArray[float64]
+from fastgrad_compiler import remez
+from fastgrad_compiler.elementary import arithmetic, up
+from fastgrad_compiler.rational import largest_root, sign_at
+from fastgrad_compiler.turning_points import Coefficients, pieces, rounding, turning, value
 
 Family: TypeAlias = Literal["taylor", "minimax", "balanced"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 MAX_DEGREE = 20
 
-_UNIT = 2.0**-53
-_WIDEST = 53 * log(2) / 2  # beyond, e^-R is less than one rounding error of e^R
-_UNDERFLOW = 1e-200  # below, the Taylor remainder on the range is nothing, whatever the family
-_EXCHANGES = 60
-_LEVELLED = 1e-9  # relative spread of the error's extrema at which an exchange has converged
-_SPREAD = 1e-2  # largest spread accepted where rounding stops an exchange before that
-_SUBOPTIMAL = 1.1  # largest eps of rounded coefficients, as a multiple of the exchange's own
+_WIDEST = 18.3  # beyond, e^-R is about one rounding error of e^R, or less
+_NARROWEST = 1e-25  # below, float64 does not tell the families apart
+_EXACT = 800  # digits that hold the difference of any float and 1
+_SUBOPTIMAL = 1.1  # largest eps of rounded coefficients, as a multiple of the fit's own
 _NEGLIGIBLE = 1e-9  # what rounding may add to eps in any case
 
 
@@ -105,12 +98,8 @@ def fit(family: Family, degree: int, bound: float) -> Polynomial:
     if bound > _WIDEST:
         raise _precision(family, degree, bound)
     bound = float(bound)
-    correct = _CORRECTIONS[family] if bound ** (degree + 1) > _UNDERFLOW else _taylor
-    correction, level = correct(degree, bound)
-    coefficients = tuple(
-        1.0 / factorial(j) + coefficient for j, coefficient in enumerate(_unscaled(correction, bound))
-    )
-    eps, eps_prime = errors(coefficients, bound)
+    coefficients, level, near = _fitted(family, degree, bound)
+    eps, eps_prime = _errors(coefficients, bound, near)
     if eps > _SUBOPTIMAL * level + _NEGLIGIBLE:
         raise _precision(family, degree, bound)
     return Polynomial(family, degree, bound, coefficients, eps, eps_prime, *positivity(coefficients, bound))
@@ -135,34 +124,25 @@ def least_degree(
 
 
 def errors(coefficients: Sequence[float], bound: float) -> Errors:
-    """eps and eps' of any polynomial on [-bound, bound].
+    """eps and eps' of any polynomial on [-bound, bound]: proved, and rounded upward to float64.
 
-    The extrema of p e^-s - 1 lie at the roots of p' - p, which are computed, and at the ends; so also for p'.
-    There p is evaluated exactly, and the rounding of what follows, a few units of 2^-53, is added.
+    The coefficients of p' are the products rounded to float64, as kernels have them.
 
     Args:
-        coefficients: ascending, in the monomial basis.
+        coefficients: ascending, in the monomial basis; finite.
         bound: R, in 0..700.
     """
-    derivative = tuple(j * value for j, value in enumerate(coefficients))[1:] or (0.0,)
-    return Errors(_relative_error(tuple(coefficients), bound), _relative_error(derivative, bound))
+    return _errors(coefficients, bound, ())
 
 
 def positivity(coefficients: Sequence[float], bound: float) -> tuple[bool, float | None]:
-    """Whether p > 0 on [-bound, bound], and the largest real root up to bound (None: there is none).
+    """Whether p > 0 on [-bound, bound], and the largest real root up to bound, rounded upward (None: there is none).
 
-    Proved by Sturm's theorem in exact arithmetic; only the place of the root is a float.
+    Proved by Sturm's theorem in exact arithmetic.
     """
-    ends = sign_at(coefficients, bound) > 0 and sign_at(coefficients, -bound) > 0
-    positive = ends and (bound == 0 or count_real_roots(coefficients, -bound, bound) == 0)
-    below = count_real_roots(coefficients, -inf, bound)
-    if below == 0:
-        return positive, None
-    import numpy as np
-
-    roots = np.roots(coefficients[::-1])
-    real = sorted(roots[roots.real <= bound], key=lambda root: abs(root.imag))[:below]
-    return positive, max((float(root.real) for root in real), default=bound)
+    root = largest_root(coefficients, bound)
+    beyond = root is None or root < -bound or (root == -bound and sign_at(coefficients, -bound) > 0)
+    return beyond and sign_at(coefficients, bound) > 0, root
 
 
 def _precision(family: str, degree: int, bound: float) -> PrecisionError:
@@ -172,172 +152,44 @@ def _precision(family: str, degree: int, bound: float) -> PrecisionError:
     )
 
 
-# --- errors --------------------------------------------------------------------------
+class _Fitted(NamedTuple):
+    """Rounded coefficients, and of those before rounding eps (infinity of a Taylor polynomial) and `between`."""
 
-
-def _relative_error(coefficients: tuple[float, ...], bound: float) -> float:
-    """Upper bound of |p(s) e^-s - 1| over [-bound, bound]."""
-    if bound == 0:
-        return abs(coefficients[0] - 1.0)
-    import numpy as np
-
-    degree = len(coefficients) - 1
-    correction = (np.asarray(coefficients) - _inverse_factorials(degree)) * bound ** np.arange(degree + 1)
-    points: list[float] = (bound * _extrema(correction, degree, bound)).tolist()
-    at_points = zip(points, values(coefficients, points), strict=True)
-    worst = max(abs(value * exp(-point) - 1.0) for point, value in at_points)
-    return worst + 6 * _UNIT * (1.0 + worst)
-
-
-def _extrema(correction: Array, degree: int, bound: float) -> Array:
-    """Where p e^-s - 1 can be extremal, in t = s / bound, ascending from -1 to 1.
-
-    p is the Taylor polynomial plus `correction` (ascending, in powers of t); the Taylor part of p' - p is
-    minus its last term. Real parts of complex roots are returned as well: one more point at which the error
-    is evaluated can only be right.
-    """
-    import numpy as np
-
-    if degree == 0:
-        return np.array([-1.0, 1.0])
-    slope = np.append(correction[1:] * np.arange(1, degree + 1), 0.0) / bound
-    residual = slope - correction
-    residual[-1] -= bound**degree / factorial(degree)
-    residual = _to_chebyshev(degree) @ residual
-    largest = np.abs(residual).max()
-    chebyshev = np.polynomial.chebyshev.chebtrim(residual / (largest or 1.0), tol=_UNDERFLOW)
-    roots = np.polynomial.chebyshev.chebroots(chebyshev)
-    inside = roots.real[np.abs(roots.real) < 1.0]
-    return np.concatenate(([-1.0], np.sort(inside), [1.0]))
-
-
-def taylor_remainder(points: Array, degree: int) -> Array:
-    """1 - T(s) e^-s for the Taylor polynomial T of exp, to full relative accuracy where that is small.
-
-    Near 0 it is e^-s times the sum of the terms that T leaves out, whose ratio is at most 1/2 there.
-    """
-    import numpy as np
-
-    near = np.abs(points) < (degree + 2) / 2
-    result = np.empty_like(points)
-    inner, outer = points[near], points[~near]
-    tail = np.cumprod(np.append(1.0, 1.0 / np.arange(degree + 2, degree + 60)))
-    series = (inner[:, None] ** np.arange(tail.size)) @ tail
-    result[near] = inner ** (degree + 1) / factorial(degree + 1) * np.exp(-inner) * series
-    result[~near] = 1.0 - np.polyval(_inverse_factorials(degree)[::-1], outer) * np.exp(-outer)
-    return result
-
-
-# --- families ------------------------------------------------------------------------
-
-
-class _Fit(NamedTuple):
-    """A correction to the Taylor polynomial, ascending in powers of t = s / bound, and its unrounded eps."""
-
-    correction: Array
+    coefficients: tuple[float, ...]
     level: float
+    near: Coefficients
 
 
-def _taylor(degree: int, bound: float) -> _Fit:
-    import numpy as np
-
-    return _Fit(np.zeros(degree + 1), inf)
-
-
-def _balanced(degree: int, bound: float) -> _Fit:
-    """Integrate the minimax correction of degree g - 1, then level the two extreme errors by the constant."""
-    import numpy as np
-
-    if degree == 0:
-        return _minimax(degree, bound)
-    inner = _minimax(degree - 1, bound).correction
-    correction = np.append(0.0, inner * bound / np.arange(1, degree + 1))
-    powers = np.arange(degree + 1)
-    spread = inf
-    for _ in range(_EXCHANGES):
-        points = _extrema(correction, degree, bound)
-        weight = np.exp(-bound * points)
-        error = (points[:, None] ** powers @ correction) * weight - taylor_remainder(bound * points, degree)
-        high, low = int(np.argmax(error)), int(np.argmin(error))
-        previous, spread = spread, abs(error[high] + error[low]) / (error[high] - error[low])
-        if spread <= _LEVELLED or (spread >= previous and spread <= _SPREAD):
-            return _Fit(correction, float(max(error[high], -error[low])))
-        correction[0] -= (error[high] + error[low]) / (weight[high] + weight[low])
-    raise _precision("balanced", degree, bound)
+def _fitted(family: Family, degree: int, bound: float) -> _Fitted:
+    if family == "taylor" or bound < _NARROWEST:
+        return _Fitted(tuple(1.0 / factorial(power) for power in range(degree + 1)), inf, ())
+    find = remez.balanced if family == "balanced" and degree else remez.minimax
+    found = find(degree, bound)
+    return _Fitted(tuple(map(float, found.coefficients)), float(found.level), found.between)
 
 
-def _minimax(degree: int, bound: float) -> _Fit:
-    """Remez exchange on the relative error.
+def _errors(coefficients: Sequence[float], bound: float, near: Coefficients) -> Errors:
+    """`near` has guesses at the extrema of the error of p', which lie between those of p."""
+    slope = [power * coefficient for power, coefficient in enumerate(coefficients)][1:] or [0.0]
+    between = [(left + right) / 2 for left, right in pairwise(near)]
+    return Errors(_relative_error(coefficients, bound, near), _relative_error(slope, bound, between))
 
-    p' - p has `degree` roots, so the alternating set of degree + 2 points is both ends and all of them: each
-    exchange replaces the whole set, and converges quadratically.
+
+def _relative_error(coefficients: Sequence[float], bound: float, near: Coefficients) -> float:
+    """Upper bound of |p(s) e^-s - 1| over [-bound, bound].
+
+    Between the sign changes of p' - p it is monotone except for their slack, which e^-s magnifies. The last term is for
+    the rounding of exp and of the few operations here.
     """
-    import numpy as np
-
-    signs = (-1.0) ** np.arange(degree + 2)
-    points = np.cos(np.pi * np.arange(degree + 1, -1, -1) / (degree + 1))
-    best, spread = _taylor(degree, bound), inf
-    for _ in range(_EXCHANGES):
-        weight = np.exp(-bound * points)
-        system = np.column_stack(
-            (np.polynomial.chebyshev.chebvander(points, degree) * weight[:, None], signs)
-        )
-        chebyshev = np.linalg.solve(system, taylor_remainder(bound * points, degree))[:-1]
-        correction = _from_chebyshev(degree) @ chebyshev
-        points = _extrema(correction, degree, bound)
-        if points.size != degree + 2 or not np.all(np.diff(points) > 0):
-            break
-        error = np.polynomial.chebyshev.chebval(points, chebyshev) * np.exp(-bound * points)
-        error = np.abs(error - taylor_remainder(bound * points, degree))
-        previous, spread = spread, float((error.max() - error.min()) / error.max())
-        if spread < previous:
-            best = _Fit(correction, float(error.max()))
-        if spread <= _LEVELLED or (spread >= previous and previous <= _SPREAD):
-            return best
-    raise _precision("minimax", degree, bound)
-
-
-_CORRECTIONS: dict[Family, Callable[[int, float], _Fit]] = {
-    "taylor": _taylor,
-    "minimax": _minimax,
-    "balanced": _balanced,
-}
-
-
-# --- bases ---------------------------------------------------------------------------
-
-
-def _unscaled(correction: Array, bound: float) -> list[float]:
-    """From powers of t = s / bound to powers of s; a correction of zero stays zero at bound 0."""
-    return [float(value) / bound**j if value else 0.0 for j, value in enumerate(correction)]
-
-
-@cache
-def _inverse_factorials(degree: int) -> Array:
-    import numpy as np
-
-    return np.array([1.0 / factorial(j) for j in range(degree + 1)])
-
-
-@cache
-def _from_chebyshev(degree: int) -> Array:
-    """Matrix from Chebyshev to monomial coefficients; integers, exact in float64 up to MAX_DEGREE."""
-    import numpy as np
-
-    matrix = np.zeros((degree + 1, degree + 1))
-    for j in range(degree + 1):
-        column = np.polynomial.chebyshev.cheb2poly([0.0] * j + [1.0])
-        matrix[: column.size, j] = column
-    return matrix
-
-
-@cache
-def _to_chebyshev(degree: int) -> Array:
-    """Matrix from monomial to Chebyshev coefficients; dyadic, exact in float64 up to MAX_DEGREE."""
-    import numpy as np
-
-    matrix = np.zeros((degree + 1, degree + 1))
-    for j in range(degree + 1):
-        column = np.polynomial.chebyshev.poly2cheb([0.0] * j + [1.0])
-        matrix[: column.size, j] = column
-    return matrix
+    if bound == 0:
+        with localcontext(arithmetic(_EXACT)):
+            return up(abs(Decimal(coefficients[0]) - 1))
+    radius = Decimal(bound)
+    with localcontext(arithmetic(20)):
+        lost = min(2 * radius.exp().adjusted(), 40) + len(coefficients)
+    with localcontext(arithmetic(45 + lost)) as context:
+        polynomial = [Decimal(coefficient) for coefficient in coefficients]
+        cuts, slack = pieces(turning(polynomial), -radius, radius, near)
+        worst = max(abs(value(polynomial, cut) * (-cut).exp() - 1) for cut in cuts)
+        neglected = (2 * radius * slack + rounding(polynomial, radius)) * radius.exp()
+        return up(worst + neglected + (worst + 1).scaleb(2 - context.prec))

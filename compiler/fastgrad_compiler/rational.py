@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
-from math import gcd, inf, isinf, lcm
+from math import gcd, inf, isinf, lcm, ldexp
+from sys import float_info
 
 
 def values(coefficients: Sequence[float], points: Sequence[float]) -> list[float]:
@@ -41,6 +42,31 @@ def count_real_roots(coefficients: Sequence[float], low: float = -inf, high: flo
     return _variations(chain, low) - _variations(chain, high)
 
 
+def largest_root(coefficients: Sequence[float], high: float) -> float | None:
+    """The largest real root up to and with `high`, rounded upward to a float; None where there is none.
+
+    Args:
+        coefficients: ascending, in the monomial basis; finite, not all 0.
+        high: finite.
+    """
+    chain = _chain(_squarefree(_trimmed(_integers(coefficients)[0])))
+    low, high = min(-_size_of_roots(chain[0]), high), float(high)
+    below, above, sign = _variations(chain, low), _variations(chain, high), _sign(chain[0], high)
+    if _variations(chain, -inf) == above:
+        return None
+    while low < (middle := low / 2 + high / 2) < high:
+        here = _sign(chain[0], middle)
+        single = below - above == 1  # the sign tells on which side it lies
+        passed = (above if here in (0, sign) else below) if single else _variations(chain, middle)
+        if passed != above:
+            low, below = middle, passed
+        elif here == 0:
+            return middle
+        else:
+            high, sign = middle, here
+    return high
+
+
 def _integers(coefficients: Sequence[float]) -> tuple[list[int], int]:
     """Integer numerators over one common denominator."""
     exact = [Fraction(coefficient) for coefficient in coefficients]
@@ -68,19 +94,38 @@ def _chain(first: list[int]) -> list[list[int]]:
     return chain
 
 
+def _squarefree(polynomial: list[int]) -> list[int]:
+    """A polynomial with the same roots, each once."""
+    common = _chain(polynomial)[-1]
+    return _primitive(_divided(polynomial, common)[0]) if len(common) > 1 else polynomial
+
+
+def _size_of_roots(polynomial: list[int]) -> float:
+    """A power of two above all roots in size, by Cauchy's bound; at most the largest float."""
+    ratio = max(map(abs, polynomial)) // abs(polynomial[-1]) + 2
+    return ldexp(1.0, ratio.bit_length()) if ratio.bit_length() < 1024 else float_info.max
+
+
 def _remainder(dividend: list[int], divisor: list[int]) -> list[int]:
     """The remainder times a positive number, without leading zeros; empty where the division is exact."""
-    rest = list(dividend)
+    return _divided(dividend, divisor)[1]
+
+
+def _divided(dividend: list[int], divisor: list[int]) -> tuple[list[int], list[int]]:
+    """Quotient and remainder times the same positive number; the remainder without leading zeros."""
+    rest, quotient = list(dividend), [0] * max(len(dividend) - len(divisor) + 1, 0)
     lead = divisor[-1]
     while len(rest) >= len(divisor):
         factor, shift = rest[-1], len(rest) - len(divisor)
         if lead < 0:
             factor = -factor
         rest = [value * abs(lead) for value in rest]
+        quotient = [value * abs(lead) for value in quotient]
+        quotient[shift] += factor
         for place, value in enumerate(divisor):
             rest[shift + place] -= factor * value
         rest = _trimmed(rest)
-    return rest
+    return quotient, rest
 
 
 def _primitive(polynomial: list[int]) -> list[int]:

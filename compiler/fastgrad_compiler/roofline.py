@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 
+from fastgrad_compiler.elementary import added
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.runtime.triton_schedule import (
     DEVICES,
@@ -177,7 +178,7 @@ def flash_works(shape: Shape, *, ideal: bool = False) -> tuple[Work, Work, Work]
 def flash_time(device: Device, shape: Shape, *, ideal: bool = False) -> tuple[float, float]:
     """Modelled seconds of FlashAttention: the forward pass, and both passes."""
     times = [kernel_time(work, device, shape.dtype) for work in flash_works(shape, ideal=ideal)]
-    return times[0], sum(times)
+    return times[0], added(times)
 
 
 def break_even(device: Device, shape: Shape, *, ideal: bool = False) -> int | None:

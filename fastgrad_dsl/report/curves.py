@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from math import exp
 from typing import Any
 
+from fastgrad_compiler.elementary import exp
 from fastgrad_dsl.plan_document import is_approximated
 from fastgrad_dsl.report.entries import Entry
 

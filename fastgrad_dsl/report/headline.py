@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastgrad_compiler.elementary import added
 from fastgrad_dsl.plan_document import is_approximated
 from fastgrad_dsl.report.entries import Entry
 from fastgrad_dsl.report.errors import calibrated_estimates
@@ -87,7 +88,7 @@ def _use(
 
 def _added_up(what: str, entries: Sequence[Entry]) -> float | None:
     factors = [e["certificate"][FACTORS[what]] for e in entries if is_approximated(e) and e["certificate"]]
-    return sum(factors) if factors and None not in factors else None
+    return added(factors) if factors and None not in factors else None
 
 
 def _verdict(plan: Mapping[str, Any], use: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

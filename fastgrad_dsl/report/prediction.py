@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgrad_compiler.cost import PACE, Flops, Pace, flops, state_bytes
+from fastgrad_compiler.elementary import power
 from fastgrad_compiler.text_parser import parse_dim
 from fastgrad_dsl.plan_document import is_approximated
 from fastgrad_dsl.report.entries import Entry
@@ -144,7 +145,7 @@ def cost_curve(entry: Entry, sizes: Mapping[str, int], pace: Pace) -> dict[str, 
     served = entry["decision"] == "polynomial"
     longest = max(lengths_of(entry, sizes))
     last = max(longest, 2 * (entry["break_even"] or 0), 2 * SHORTEST)
-    lengths = sorted({round(SHORTEST * (last / SHORTEST) ** (i / (POINTS - 1))) for i in range(POINTS)})
+    lengths = sorted({round(SHORTEST * power(last / SHORTEST, i / (POINTS - 1))) for i in range(POINTS)})
     unit = exact_time(entry, longest, longest, pace).total
     ways = {"exact": exact_time} | ({"polynomial": polynomial_time} if served else {})
     curves: dict[str, Any] = {"exact": None, "polynomial": None}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from fastgrad_compiler.elementary import log10, power
 from fastgrad_dsl.bench.plot import COLOURS
 
 WIDTH = 640.0  # of every figure; a narrow page scrolls it in a box of its own
@@ -29,22 +30,22 @@ class Axis:
         low, high = self.low, self.high
         value = min(max(value, low), high)
         if self.logarithmic:
-            low, high, value = (math.log10(x) for x in (low, high, value))
+            low, high, value = (log10(x) for x in (low, high, value))
         share = (value - low) / (high - low) if high > low else 0.5
         return self.first + share * (self.last - self.first)
 
     def ticks(self) -> list[float]:
         """Powers of ten, or some round numbers."""
         if self.logarithmic:
-            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+            first, last = math.floor(log10(self.low)), math.ceil(log10(self.high))
             step, factors = (max(1, (last - first) // 6), (1,)) if last - first > 3 else (1, (1, 2, 5))
-            powers = range(first, last + 1, step)
-            found = [factor * 10.0**power for power in powers for factor in factors]
+            exponents = range(first, last + 1, step)
+            found = [factor * float(f"1e{exponent}") for exponent in exponents for factor in factors]
             return [value for value in found if self.low / 1.001 <= value <= self.high * 1.001]
         if self.high <= self.low:
             return [self.low]
         rough = (self.high - self.low) / 8
-        unit = 10.0 ** math.floor(math.log10(rough))
+        unit = float(f"1e{math.floor(log10(rough))}")
         width = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
         places = range(math.ceil(self.low / width - 1e-9), math.floor(self.high / width + 1e-9) + 1)
         return [width * place for place in places]
@@ -53,7 +54,7 @@ class Axis:
 def logarithmic(values: Sequence[float], first: float, last: float) -> Axis:
     """A logarithmic axis that holds all values, which lie above 0, with some room at both ends."""
     low, high = min(values), max(values)
-    room = 3.0 if high < 4 * low else max((high / low) ** 0.06, 1.2)
+    room = 3.0 if high < 4 * low else max(power(high / low, 0.06), 1.2)
     return Axis(low / room, high * room, first, last, logarithmic=True)
 
 
@@ -61,11 +62,11 @@ def tick(value: float) -> str:
     """The text of a tick: powers of ten as people write them."""
     if value == 0:
         return "0"
-    power = math.log10(abs(value))
+    exponent = log10(abs(value))
     if 1e-3 <= abs(value) < 1e5:
         return f"{value:,.6g}"
-    if power == round(power):
-        return "10" + str(round(power)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    if exponent == round(exponent):
+        return "10" + str(round(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"{value:.3g}"
 
 

@@ -21,8 +21,8 @@ import pytest
 import fastgrad_compiler
 from tests.dsl.models import EXAMPLES, NAMES
 
-# What no example has: numbers computed at compile time, bounds through every function, a scale that is no power of two, wide
-# ranges, high degrees, all families. glibc's variants of exp, log, tanh and pow differ at just these arguments.
+# What no example has: numbers computed at compile time, bounds through many functions, scales that are no powers of
+# two, wide ranges, high degrees, all families. glibc's variants of exp, log, tanh and pow differ at these arguments.
 SPEC = """dim b
 dim n <= 65536
 
@@ -142,7 +142,9 @@ def differences(here: dict[str, str], there: dict[str, str]) -> list[str]:
     """The first lines that differ of each file."""
     lines = [f"only one has {name}" for name in sorted(here.keys() ^ there.keys())]
     for name in sorted(here.keys() & there.keys()):
-        changes = unified_diff(here[name].splitlines(), there[name].splitlines(), name, name, lineterm="", n=0)
+        changes = unified_diff(
+            here[name].splitlines(), there[name].splitlines(), name, name, lineterm="", n=0
+        )
         lines += islice(changes, 6)
     return lines
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from math import inf
+from math import inf, nextafter
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgrad_compiler.rational import count_real_roots, sign_at, values
+from fastgrad_compiler.rational import count_real_roots, largest_root, sign_at, values
 
 
 def expand(roots: list[int], quadratics: list[tuple[int, int]], lead: int) -> list[float]:
@@ -64,3 +64,23 @@ def test_values_are_correctly_rounded() -> None:
     coefficients = [-1.0, 7.0, -21.0, 35.0, -35.0, 21.0, -7.0, 1.0]
     points = [1.0 + 2.0**-12, 1.0 - 2.0**-20, -3.7, 1e-9]
     assert values(coefficients, points) == [float((Fraction(point) - 1) ** 7) for point in points]
+
+
+@settings(deadline=None, derandomize=True)
+@given(ROOTS, QUADRATICS, LEAD, st.integers(-7, 7))
+def test_the_largest_root(roots: list[int], quadratics: list[tuple[int, int]], lead: int, high: int) -> None:
+    """Roots may be multiple, and `high` may be one."""
+    expected = max((root for root in roots if root <= high), default=None)
+    assert largest_root(expand(roots, quadratics, lead), high) == expected
+
+
+@pytest.mark.parametrize("constant", [2.0, 3.0, 1e-300, 1e300, 5e-324])
+def test_the_largest_root_is_rounded_upward(constant: float) -> None:
+    """Of s^2 = c: no float below it is as large as the root."""
+    for high, sign in ((1e200, 1), (0.0, -1)):
+        root = largest_root([-constant, 0.0, 1.0], high)
+        assert root is not None
+        below = nextafter(root, -inf)
+        squares = [Fraction(x) ** 2 for x in (below, root)]
+        exact = Fraction(constant)
+        assert squares[0] < exact <= squares[1] if sign > 0 else squares[1] <= exact < squares[0]

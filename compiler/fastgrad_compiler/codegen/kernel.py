@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastgrad_compiler.codegen.templates import render
+from fastgrad_compiler.elementary import power
 from fastgrad_compiler.features import blocks, rank
 from fastgrad_compiler.targets import PYTORCH, Backends
 
@@ -278,7 +279,7 @@ def _context(spec: KernelSpec) -> dict[str, object]:
 
 def folded_coefficients(spec: KernelSpec) -> tuple[float, ...]:
     """Coefficients by powers of q.k: those of p with the scale of the logits folded in."""
-    return tuple(c * spec.scale**power for power, c in enumerate(spec.coefficients))
+    return tuple(c * power(spec.scale, degree) for degree, c in enumerate(spec.coefficients))
 
 
 def kernel_title(spec: KernelSpec) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from fastgrad_compiler import elementary
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import TensorType
 from fastgrad_grammar.source import Span
@@ -306,9 +307,9 @@ def _rsqrt(value: float) -> float:
 FUNCTIONS: dict[str, Callable[..., float]] = {
     "sqrt": math.sqrt,
     "rsqrt": _rsqrt,
-    "exp": math.exp,
-    "log": math.log,
-    "tanh": math.tanh,
+    "exp": elementary.exp,
+    "log": elementary.log,
+    "tanh": elementary.tanh,
     "abs": abs,
     "min": min,
     "max": max,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import exp, log, sqrt
+from math import sqrt
 
+from fastgrad_compiler.elementary import exp, log
 from fastgrad_compiler.graph import Node
 
 

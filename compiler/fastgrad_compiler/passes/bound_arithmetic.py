@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import erf, exp, inf, log, log1p, sqrt, tanh
+from math import inf, sqrt
 
+from fastgrad_compiler.elementary import erf, exp, log, log1p, power, tanh
 from fastgrad_compiler.graph import Node
 from fastgrad_compiler.passes.bound_facts import (
     Fact,
@@ -132,20 +133,20 @@ def _polynomial(step: Step) -> Fact:
     """Interval arithmetic of the terms c_j x^j; even powers are not negative."""
     coefficients, fact = step.node["coefficients"], step.facts[0]
     low = high = 0.0
-    for power, c in enumerate(coefficients if isinstance(coefficients, tuple) else ()):
-        least, most = _power(fact, power)
+    for degree, c in enumerate(coefficients if isinstance(coefficients, tuple) else ()):
+        least, most = _power(fact, degree)
         ends = times(float(str(c)), least), times(float(str(c)), most)
         low, high = low + min(ends), high + max(ends)
     return interval(low, high, step.rank)
 
 
-def _power(fact: Fact, power: int) -> tuple[float, float]:
-    """The interval of x^power."""
+def _power(fact: Fact, degree: int) -> tuple[float, float]:
+    """The interval of x^degree."""
     try:
-        ends = fact.low**power, fact.high**power
+        ends = power(fact.low, degree), power(fact.high, degree)
     except OverflowError:
-        return (-inf if power % 2 else 0.0), inf
-    even_around_zero = power % 2 == 0 and power > 0 and fact.low < 0 < fact.high
+        return (-inf if degree % 2 else 0.0), inf
+    even_around_zero = degree % 2 == 0 and degree > 0 and fact.low < 0 < fact.high
     return (0.0 if even_around_zero else min(ends)), max(ends)
 
 

@@ -8,6 +8,7 @@ from math import sqrt
 from typing import TypeAlias
 
 from fastgrad_compiler.dim import Dim
+from fastgrad_compiler.elementary import added
 from fastgrad_compiler.graph import Node
 from fastgrad_compiler.passes.bound_facts import Fact
 
@@ -53,4 +54,4 @@ def same(step: Step) -> Fact:
 
 def root_sum(*norms: float) -> float:
     """The norm of parts with these norms."""
-    return sqrt(sum(norm * norm for norm in norms))
+    return sqrt(added(norm * norm for norm in norms))
