@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.compiler.attention_variants import VARIANTS, Variant
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fastgrad_compiler import oracle_attention, oracle_operations
+from fastgrad_compiler import oracle_attention
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.elaborate import elaborate
 from fastgrad_compiler.graph import Attribute, Node, Program, attributes
@@ -26,12 +24,12 @@ from fastgrad_compiler.operations_torch import TORCH
 from fastgrad_compiler.ops import OPS
 from fastgrad_compiler.oracle import evaluate
 from fastgrad_compiler.oracle_operations import DECLINED, MEANING, STRUCTURE
-from fastgrad_compiler.passes.attention import recognise_attention
 from fastgrad_compiler.passes.shapes import infer_shapes
 from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.text import parse_program
 from fastgrad_compiler.torch_env import Env
 from fastgrad_grammar.source import Source
+from tests.compiler.attention_variants import VARIANTS, Variant
 
 Array = NDArray[Any]
 ENV = Env({"n": 5}, torch.float64, torch.device("cpu"))
@@ -190,7 +188,7 @@ def test_a_clamp_of_ints_gives_ints() -> None:
     ],
 )
 def test_what_has_no_value(op: str, inputs: tuple[Array, ...], values: dict[str, Attribute]) -> None:
-    with pytest.raises(ValueError, match="of an axis of|where there are|in patches of"):
+    with pytest.raises(ValueError, match=r"of an axis of|where there are|in patches of"):
         apply(op, *inputs, **values)
 
 
@@ -283,8 +281,8 @@ def test_a_program_at_every_stage_and_its_paths() -> None:
     for name, program in stages.items():
         seen: dict[str, Array] = {}
         found = evaluate(
-            program, inputs, given, watch=lambda path, node, value, seen=seen: seen.update({path: value})
-        )  # type: ignore[misc]  # noqa: B023, E501
+            program, inputs, given, watch=lambda path, _, value, seen=seen: seen.update({path: value})
+        )
         expected = by_torch(program, inputs, weights) if name == "lowrank" else exact
         for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-12)
