@@ -18,8 +18,11 @@ Array: TypeAlias = "NDArray[Any]"
 def softmax(scores: Array, axis: int = -1) -> Array:
     """exp(s) / sum exp(s) along an axis; zeros where every s is -inf."""
     top = scores.max(axis=axis, keepdims=True, initial=-math.inf)
-    weights = np.exp(scores - np.where(top == -math.inf, 0.0, top))
-    return over_sum(weights, axis)
+    weights: Array = scores - np.where(top == -math.inf, 0.0, top)
+    np.exp(weights, out=weights)  # in place: this is most of the time of a run
+    total = weights.sum(axis=axis, keepdims=True)
+    weights /= np.where(total == 0.0, 1.0, total)
+    return weights
 
 
 def over_sum(weights: Array, axis: int = -1) -> Array:
@@ -142,7 +145,9 @@ def _seen(node: Node, extra: Mapping[str, Array], scores: Array) -> Array:
 def attention(node: Node, inputs: list[Array]) -> Array:
     """softmax over the keys that a query sees, of near or far logits, times the values: [.., h, n, dv]."""
     pairs = _pairs(node, inputs)
-    scores = np.where(pairs.is_near, pairs.near_scores, pairs.scores)
+    scores = pairs.scores
+    if pairs.near_scores is not scores:
+        scores = np.where(pairs.is_near, pairs.near_scores, scores)
     if node["alibi"]:
         scores = scores + alibi(scores)
     return softmax(np.where(pairs.seen, scores, -math.inf)) @ pairs.value

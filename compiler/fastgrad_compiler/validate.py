@@ -1,12 +1,12 @@
 """Whether a pass kept the meaning of a program: the program before and after it, run on small random inputs.
 
-Graphs are compared one by one, each on inputs of its own: where the claims of every graph hold (`validate_structure.py`),
-the two programs agree, however deep. A value that is claimed is computed from what the program *before* the pass gives
-for everything around, so that a rounding error is never amplified by what comes later. `oracle.py` runs both; it shares
-no code with the passes.
+Graphs are compared one by one, each on inputs of its own: where the claims of each hold (`validate_structure.py`), the
+two programs agree, however deep. A value that is claimed is computed from what the program *before* the pass gives for
+everything around, so that a rounding error is never amplified by what comes later. `oracle.py` runs both; it shares no
+code with the passes.
 
-What the earlier program leaves undefined, NaN, the later one may define: exp(s) / sum exp(s) of a hidden row. An infinity
-must stay one. Runs in which an intermediate value nears the end of float64 are repeated with smaller inputs.
+What the earlier program leaves undefined, NaN, the later one may define: exp(s) / sum exp(s) of a hidden row. An
+infinity must stay one. Runs where an intermediate value nears the end of float64 are repeated with smaller inputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastgrad_compiler.oracle import Run, Values
 from fastgrad_compiler.oracle_attention import Array
 from fastgrad_compiler.oracle_operations import MEANING, Rule
 from fastgrad_compiler.text import print_program
-from fastgrad_compiler.validate_cases import Case, Weights, cases, draw
+from fastgrad_compiler.validate_cases import Case, Weights, draw
 from fastgrad_compiler.validate_shrink import Fit, fits
 from fastgrad_compiler.validate_structure import Claim, Correspondence, SignatureChanged, ancestors, pairs
 from fastgrad_compiler.verify import CompilerBug
@@ -32,7 +32,18 @@ from fastgrad_compiler.verify import CompilerBug
 TOLERANCE = 1e-9  # of the largest entry of a row; what rounding does to these operations stays far below
 NOISE = 1e-13  # of inputs, to see what rounding of 1e-16 may do at most; a hundred times its effect is no difference
 LARGEST, LEAST = 1e150, 1e-250  # magnitudes whose squares and quotients float64 has
+REMEMBERED = 32  # pairs of programs of this process that agree
 ATTEMPTS = 12  # halvings of inputs until a run stays within these
+_SELECTING = (
+    "causal",
+    "window",
+    "padding",
+    "documents",
+    "near_far",
+    "softmax",
+    "permute",
+    "reshape",
+)  # nothing larger
 
 Pass: TypeAlias = Callable[[Program], Program]
 
@@ -58,18 +69,27 @@ class Checked:
 
 
 def validate(before: Program, after: Program, name: str, again: Pass | None = None) -> tuple[Checked, ...]:
-    """Compare the programs before and after the pass `name`, graph by graph; the graphs that changed.
+    """Compare the programs before and after the pass `name`, graph by graph; what was compared of those that changed.
 
-    `again` runs the pass, for a graph whose sizes are made smaller before it can be run at all.
+    `again` runs the pass, for a graph whose sizes are made smaller before it can be run at all. Programs that were
+    found to agree once are not compared anew.
     Raises CompilerBug, which names the pass, the graph, the node and its place in the source, and a file that
     reproduces the difference.
     """
-    checked = []
-    for found in compare(before, after, again):
-        if isinstance(found, Difference):
-            raise CompilerBug(_message(before, after, name, found))
-        checked.append(found)
-    return tuple(checked)
+    key = before, after
+    if key not in _AGREED:
+        checked = []
+        for found in compare(before, after, again):
+            if isinstance(found, Difference):
+                raise CompilerBug(_message(before, after, name, found))
+            checked.append(found)
+        while len(_AGREED) >= REMEMBERED:
+            _AGREED.pop(next(iter(_AGREED)))
+        _AGREED[key] = tuple(checked)
+    return _AGREED[key]
+
+
+_AGREED: dict[tuple[Program, Program], tuple[Checked, ...]] = {}
 
 
 def compare(before: Program, after: Program, again: Pass | None = None) -> Iterator[Checked | Difference]:
@@ -208,11 +228,11 @@ _TOTAL: Mapping[str, Rule] = {
 def _extreme(graph: Graph, values: Mapping[str, Values]) -> bool:
     """Whether float64 ends near a value: then the two programs may round differently."""
     for name, value in values.items():
-        for each in value if isinstance(value, tuple) else (value,):
+        for each in _tuple(value) if graph[name].op not in _SELECTING else ():
             if each.dtype != np.float64 or not each.size:
                 continue
-            sizes = np.abs(each[np.isfinite(each)])
-            if sizes.size and sizes.max() > LARGEST:
+            sizes = np.abs(each)
+            if (sizes > LARGEST).any() and np.isfinite(sizes[sizes > LARGEST]).any():
                 return True
             if graph[name].op == "exp" and (np.isposinf(each).any() or ((sizes > 0) & (sizes < LEAST)).any()):
                 return True
@@ -286,7 +306,7 @@ def _unequal(old: Values, new: Values) -> str | None:
             worst = np.unravel_index(np.argmax(np.where(wrong, _off(wanted, found), -1.0)), wanted.shape)
             place = ", ".join(map(str, worst))
             share = f"{int(wrong.sum())} of {wrong.size} entries differ"
-            return f"{share}: [{place}] is {wanted[worst]!r} before and {found[worst]!r} after"
+            return f"{share}: [{place}] is {wanted[worst].item()} before and {found[worst].item()} after"
     return None
 
 

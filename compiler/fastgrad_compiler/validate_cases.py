@@ -16,7 +16,7 @@ from fastgrad_compiler.graph import Bound, DimInfo, Graph, Node, Program, Tensor
 from fastgrad_compiler.oracle_attention import Array
 
 STYLES = ("plain", "large", "ties", "mixed")
-"""How floats are drawn: standard normal; rows of sizes from 1/100 to 30; of few values, many of them 0; all of these."""
+"""How floats are drawn: standard normal; rows of sizes from 1/100 to 30; of few values, often 0; all of these."""
 POOL = 1 << 16  # numbers that are drawn for one tensor at most; a larger one repeats them
 
 
@@ -68,7 +68,7 @@ class Lengths:
         }
 
     def _allowed(self, name: str, size: int) -> int:
-        """The size that a dim may have next to a wanted one: a multiple of what is declared, and not above its limit."""
+        """The size next to a wanted one that a dim may have: a multiple of what is declared, not above its limit."""
         info = self._declared.get(name, DimInfo(name))
         size = -(-size // info.multiple_of) * info.multiple_of
         most = size if info.at_most is None else info.at_most // info.multiple_of * info.multiple_of

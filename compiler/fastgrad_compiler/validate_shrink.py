@@ -6,7 +6,7 @@ run: a number is replaced wherever it is a size, before and after the pass alike
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from fastgrad_compiler.dim import Dim
@@ -33,23 +33,30 @@ class Fit:
 
 def fits(before: Program, after: Program, old: str, new: str) -> Iterator[Fit]:
     """The programs with the cases that are small enough for the graphs `old` and `new`; smaller ones if need be."""
-    whole = tuple(cases(before, before[old], _named(_reach(before[old], after[new]))))
-    small = tuple(case for case in whole if _fit(before[old], after[new], case))
+    given = cases(before, before[old], _named(_reach(before[old], after[new])))
+    small, large = _sorted(before[old], after[new], given)
     yield Fit(before, after, small, False)
-    if len(small) == len(whole):
-        return
-    numbers = _lengths((before[old], after[new]), whole)
+    numbers = _lengths((before[old], after[new]), large)
     widths = sorted(_widths(before[old]) | _widths(after[new]))
-    for narrower in ({}, {width: 2 + rank for rank, width in enumerate(widths)}):
+    for narrower in ({}, {width: 2 + rank for rank, width in enumerate(widths)}) if large else ():
         slim = _shrunk(before, {}, narrower), _shrunk(after, {}, narrower)
         reach = _reach(slim[0][old], slim[1][new])
         least = max(reach.values(), default=9)
         shorter = {number: least + 2 * rank for rank, number in enumerate(numbers)}
         pair = _shrunk(slim[0], shorter, {}), _shrunk(slim[1], shorter, {})
-        given = tuple(cases(pair[0], pair[0][old], _named(reach)))
-        if all(_fit(pair[0][old], pair[1][new], case) for case in given):
-            yield Fit(*pair, given, True)
+        small, large = _sorted(pair[0][old], pair[1][new], cases(pair[0], pair[0][old], _named(reach)))
+        if not large:
+            yield Fit(*pair, small, True)
             return
+
+
+def _sorted(old: Graph, new: Graph, given: Iterable[Case]) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """The cases that are small enough, and those of the others that matter."""
+    small: list[Case] = []
+    large: list[Case] = []
+    for case in given:
+        (small if _fit(old, new, case) else large).append(case)
+    return tuple(small), tuple(case for case in large if not case.spare)
 
 
 def _named(reach: Reach) -> dict[str, int]:
@@ -89,7 +96,7 @@ def _lengths(graphs: tuple[Graph, Graph], given: tuple[Case, ...]) -> list[int]:
 
 
 def _reach(*graphs: Graph) -> Reach:
-    """The dims, by name or number, that a near field or a window cuts, and a size at which it has pairs on either side."""
+    """The dims, by name or number, that a near field or a window cuts, and sizes with pairs on either side of it."""
     found: Reach = {}
     for graph in graphs:
         for node in graph.nodes:

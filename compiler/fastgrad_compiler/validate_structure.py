@@ -13,7 +13,10 @@ from fastgrad_compiler.flatten import iterations
 from fastgrad_compiler.graph import Graph, Node, Program
 
 REMARKS = frozenset(
-    "bound asserted proof decision why family degree coefficients eps eps_prime break_even positive_from source".split()
+    (
+        *("bound", "asserted", "proof", "source", "decision", "why", "family", "degree", "coefficients"),
+        *("eps", "eps_prime", "break_even", "positive_from"),
+    )
 )
 """Attributes of an `attention` that say how to compute it, and nothing of what it is."""
 
@@ -49,14 +52,19 @@ def correspond(before: Graph, after: Graph) -> Correspondence:
     claims: dict[tuple[str, str], Claim] = {}
     graphs: dict[tuple[str, str], None] = {}
 
+    def moved(old: str, new: str) -> bool:
+        return old != new or new not in stayed
+
     def claim(old: str, new: str, reader: str) -> None:
-        if old != new or new not in stayed:
+        if moved(old, new):
             claims.setdefault((old, new), Claim(old, new, reader))
 
     for node in after.nodes:
         known = before.by_name.get(node.name)
         if node.name not in alive or known is None or not _alike(known, node):
             continue
+        if node.op == "attention" and any(map(moved, known.inputs, node.inputs)):
+            continue  # its keys may have been shifted, which its result does not show
         stayed[node.name] = node
         graphs.update(dict.fromkeys(zip(_bodies(known), _bodies(node), strict=True)))
         for old, new in zip(known.inputs, node.inputs, strict=True):
