@@ -43,7 +43,7 @@ def make_advice(request: AdviceRequest, tell: Any = lambda what: None) -> dict[s
     check_target(request.target)
     source = read_source(request.file)
     elaborated = elaborate(source, model=request.model, params=request.params)
-    program = run(elaborated, until="attention", target=request.target)[-1].program
+    program = run(elaborated, until="attention", target=request.target, validate=False)[-1].program
     measured: Mapping[str, Any] = {}
     if request.data is not None:
         measured = _measured(request, source, elaborated, tell)
@@ -68,7 +68,8 @@ def _measured(request: AdviceRequest, source: Source, elaborated: Program, tell:
 
     budget = elaborated.budget
     free = elaborated if budget is None else replace(elaborated, budget=replace(budget, rules=()))
-    compiled = Compiled(source, request.target, run(free, target=request.target), dict(request.params))
+    stages = run(free, target=request.target, validate=False)
+    compiled = Compiled(source, request.target, stages, dict(request.params), validate=False)
     asked = CalibrationRequest(str(request.data), request.weights, request.dims, request.seed)
     return calibrated(compiled, asked, tell).calibration or {}
 

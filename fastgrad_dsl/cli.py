@@ -69,6 +69,12 @@ def compile_(
         typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the batches to calibrate on."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights and of batches to calibrate on.")] = 0,
+    validate: Annotated[
+        bool,
+        typer.Option(
+            "--validate/--no-validate", help="Compare the program before and after each pass on small inputs."
+        ),
+    ] = True,
 ) -> None:
     """Compile a file to a folder with a readable model.py that needs only PyTorch.
 
@@ -81,7 +87,7 @@ def compile_(
     from fastgrad_dsl.native_build import build_kernels
     from fastgrad_dsl.terminal import print_calibration, print_plan, progress
 
-    compiled = fg.compile(file, params=_params(set_), model=model, target=target)
+    compiled = fg.compile(file, params=_params(set_), model=model, target=target, validate=validate)
     budget = compiled.program.budget
     if calibrate is None and budget is not None and budget.trust == "calibrated":
         calibrate = RANDOM
@@ -335,7 +341,7 @@ def _stages(file: Path, model: str | None, set_: list[str] | None, until: str | 
     from fastgrad_compiler.pipeline import run
 
     program: Program = elaborate(read_source(file), model=model, params=_params(set_))
-    return run(program, until=until)
+    return run(program, until=until, validate=False)  # nothing that runs is made of it
 
 
 def _params(assignments: list[str] | None) -> dict[str, object]:

@@ -41,16 +41,18 @@ def compile(
     model: str | None = None,
     target: str = "auto",
     out: str | Path | None = None,
+    validate: bool = True,
 ) -> Compiled:
     """Compile a `.tfg` file, or source text, to a Compiled; with `out`, also write its files there.
 
     A string with a line break is source text; any other is a path. `params` override the file's; `model` picks one of
-    several. Raises TfgError with every diagnostic that was found.
+    several. With `validate`, each pass is put to the test on small random inputs (docs/architecture.md). Raises
+    TfgError with every diagnostic that was found, CompilerBug where a pass changed what the model computes.
     """
     check_target(target)
     source = Source("<text>", spec) if isinstance(spec, str) and "\n" in spec else read_source(spec)
-    stages = run(elaborate(source, model=model, params=params), target=target)
-    compiled = Compiled(source, target, stages, dict(params or {}))
+    stages = run(elaborate(source, model=model, params=params), target=target, validate=validate)
+    compiled = Compiled(source, target, stages, dict(params or {}), validate=validate)
     if out is not None:
         compiled.write(out)
     return compiled
@@ -61,7 +63,7 @@ class Compiled:
     """One compiled model.
 
     `stages` holds the program as elaborated and after each pass; `params` are those that override the file's.
-    `calibration` is calibration.json as data, where the plan rests on one.
+    `calibration` is calibration.json as data, where the plan rests on one; `validate` says whether passes are tested.
     """
 
     source: Source
@@ -69,6 +71,7 @@ class Compiled:
     stages: tuple[Stage, ...]
     params: Mapping[str, object] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
+    validate: bool = True
 
     @property
     def program(self) -> Program:

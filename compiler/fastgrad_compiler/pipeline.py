@@ -1,10 +1,11 @@
-"""The passes in their order, and running them with every stage kept and verified."""
+"""The passes in their order, and running them with every stage kept, verified and validated."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.passes.attention import recognise_attention
@@ -13,15 +14,20 @@ from fastgrad_compiler.passes.bounds import prove_bounds
 from fastgrad_compiler.passes.lowrank import rewrite_low_rank
 from fastgrad_compiler.passes.plan import Assignment, plan_attention
 from fastgrad_compiler.passes.shapes import infer_shapes
+from fastgrad_compiler.validate import validate as keeps_meaning
 from fastgrad_compiler.verify import verify
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A function Program -> Program with the name that stages and the command line show."""
+    """A function Program -> Program with the name that stages and the command line show.
+
+    `exact`: the model and the objective mean the same after it, which is put to the test (`validate.py`).
+    """
 
     name: str
     run: Callable[..., Program]
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -41,19 +47,25 @@ PASSES: tuple[Pass, ...] = (
     Pass("attention", recognise_attention),
     Pass("plan", plan_attention),
     Pass("backward", derive_gradient),
-    Pass("lowrank", rewrite_low_rank),
+    Pass("lowrank", rewrite_low_rank, exact=False),
 )
 
 
 def run(
-    program: Program, *, until: str | None = None, target: str = "auto", assignment: Assignment | None = None
+    program: Program,
+    *,
+    until: str | None = None,
+    target: str = "auto",
+    assignment: Assignment | None = None,
+    validate: bool = True,
 ) -> tuple[Stage, ...]:
     """All stages, the elaborated program first, up to the pass `until` (None: the last), for a target.
 
-    `assignment` is what calibration decided of attentions (`plan_attention`).
+    `assignment` is what calibration decided of attentions (`plan_attention`). With `validate`, what an exact pass
+    changed is run on small random inputs before and after it.
 
-    Raises TfgError where a pass finds the user's program wanting, CompilerBug where a pass leaves an invalid one,
-    ValueError for an unknown pass.
+    Raises TfgError where a pass finds the user's program wanting, CompilerBug where a pass leaves an invalid one, or
+    one that computes something else, ValueError for an unknown pass.
     """
     names = (SOURCE, *(p.name for p in PASSES))
     if until is not None and until not in names:
@@ -64,8 +76,10 @@ def run(
             break
         started = time.perf_counter()
         given = {"target": target, "assignment": assignment} if step.run is plan_attention else {}
-        program = step.run(program, **given)
+        before, program = program, step.run(program, **given)
         seconds = time.perf_counter() - started
         verify(program, after=step.name)
+        if validate and step.exact:
+            keeps_meaning(before, program, step.name, partial(step.run, **given))
         stages.append(Stage(step.name, program, seconds))
     return tuple(stages)

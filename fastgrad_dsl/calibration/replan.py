@@ -150,7 +150,10 @@ class _Verified:
 
     def _stages(self, plan: Plan) -> tuple[Stage, ...]:
         chosen = decisions(plan, self.calibration, self.program)
-        return run(self.compiled.stages[0].program, target=self.compiled.target, assignment=chosen)
+        compiled = self.compiled
+        return run(
+            compiled.stages[0].program, target=compiled.target, assignment=chosen, validate=compiled.validate
+        )
 
     def _errors(self, stages: tuple[Stage, ...]) -> tuple[_Measured, _Measured, int]:
         """Of output and gradient on all batches, and calls beyond their range.
