@@ -34,6 +34,7 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
         "documents.py",
         "exact_attention.py",
         "guard.py",
+        "guard_key.py",
         "logit_range.py",
         "polynomial_features.py",
     )

@@ -15,6 +15,7 @@ LEAST_TILE = 16
 SCORE_BUFFERS = 4  # tensors (queries, window) that a kernel's backward holds
 INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? near_q, Tensor? near_k, Tensor? mask, Tensor? documents"
 SAVED = "Tensor out, Tensor denominator, Tensor maximum"
+Flag = Callable[[Tensor, str], Tensor]
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 SECOND_DERIVATIVE = (
     "second derivatives of {name} are not available: its backward pass is itself a custom operation "
@@ -23,8 +24,13 @@ SECOND_DERIVATIVE = (
 
 
 def register_attention(
-    name: str, attributes: str, forward: Callable[..., object], backward: Callable[..., object], maximum: bool
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    name: str,
+    attributes: str,
+    forward: Callable[..., object],
+    backward: Callable[..., object],
+    maximum: bool,
+    flag: Flag | None = None,
+) -> Callable[..., tuple[Tensor, ...]]:
     """Register `fastgrad::name` and `fastgrad::name_backward` once a process and return the operation.
 
     forward(q, k, v, near_q, near_k, mask, documents, *attributes) -> (out, denominator, maximum)
@@ -33,17 +39,23 @@ def register_attention(
 
     The inputs have four dimensions, [batch, heads, tokens, width], mask and documents two. `attributes` is the tail
     of the schema (", int exact_below"). `maximum` says whether a row maximum is saved; without one it has no elements.
+    With `flag` the forward operation has one more result, which is saved too: `exact`, like flag(q, the last attribute).
     A name that another copy of this file registered before is kept as it is: the name holds a hash of the content.
     """
     registered = getattr(torch.ops, NAMESPACE)
     if not hasattr(registered, name):
-        _register(name, attributes, forward, backward, maximum)
-    operation: Callable[..., tuple[Tensor, Tensor, Tensor]] = getattr(registered, name).default
+        _register(name, attributes, forward, backward, maximum, flag)
+    operation: Callable[..., tuple[Tensor, ...]] = getattr(registered, name).default
     return operation
 
 
 def _register(
-    name: str, attributes: str, forward: Callable[..., object], backward: Callable[..., object], maximum: bool
+    name: str,
+    attributes: str,
+    forward: Callable[..., object],
+    backward: Callable[..., object],
+    maximum: bool,
+    flag: Flag | None,
 ) -> None:
     full, full_backward = f"{NAMESPACE}::{name}", f"{NAMESPACE}::{name}_backward"
 
@@ -55,11 +67,13 @@ def _register(
         with torch.autocast(_device(inputs[0]), enabled=False):
             return backward(*inputs)
 
-    def fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    def fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ...]:
         rows = q.shape[:-1]
         dtype = compute_dtype(q, k, v)
         saved = q.new_empty(rows if maximum else (0,), dtype=dtype)
-        return v.new_empty((*rows, v.shape[-1])), q.new_empty(rows, dtype=dtype), saved
+        out = v.new_empty((*rows, v.shape[-1]))
+        more = () if flag is None else (flag(q, str(rest[-1])),)
+        return out, q.new_empty(rows, dtype=dtype), saved, *more
 
     def fake_backward(gradient: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         return tuple(
@@ -83,7 +97,8 @@ def _register(
     def decline(ctx: object, *gradients: object) -> object:
         raise RuntimeError(SECOND_DERIVATIVE.format(name=f"polynomial attention ({full})"))
 
-    outputs = "(Tensor, Tensor, Tensor)"
+    results = SAVED if flag is None else f"{SAVED}, Tensor exact"
+    outputs = "(" + ", ".join("Tensor" for _ in results.split(",")) + ")"
     first = torch.library.custom_op(
         full, run_forward, mutates_args=(), schema=f"({INPUTS}{attributes}) -> {outputs}"
     )
@@ -93,7 +108,7 @@ def _register(
         full_backward,
         run_backward,
         mutates_args=(),
-        schema=f"(Tensor gradient, {INPUTS}, {SAVED}{attributes}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        schema=f"(Tensor gradient, {INPUTS}, {results}{attributes}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     )
     second.register_fake(fake_backward)
     second.register_autograd(decline)
@@ -110,7 +125,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def call_attention(
-    operation: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    operation: Callable[..., tuple[Tensor, ...]],
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -2,7 +2,8 @@
 
 A polynomial was fitted to exp on |s| <= R, and beyond it the error that the plan states does not hold. A guard checks
 every call of its attention, counts what it finds, and does what the budget's `on_violation` says. It works inside the
-attention's operation, which torch.compile and torch.export take as one step: they find it by its key.
+attention's operation, which torch.compile and torch.export take as one step: they find it by its key. A backward pass
+asks no guard: which function the forward pass was is saved with it.
 
 On a CPU the check is read at once, so that a policy acts on the very call. On other devices nothing in a step waits for
 the device: counts are kept there, copied without blocking, and looked at when a later call finds the copy done; from
@@ -11,30 +12,35 @@ then on `exact` and `raise` act. A replayed graph keeps counting.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .attention_op import NAMESPACE
-from .logit_range import Clamp, Pairs, Rows, clamp, norm_bound, rows_of, sampled_range
+from .guard_key import GuardKey, new_id, read_key
+from .logit_range import Clamp, Pairs, Rows, choose_sample, clamp, norm_bound, rows_of, sampled_range
 
 LOGGER = logging.getLogger("fastgrad.budget")
-POLICIES = ("warn", "exact", "clamp", "raise")
 ATTRIBUTES = ", int exact_below, str guard"  # of the operations: the tail of their schema
 ALWAYS_EXACT = 2**62  # as `exact_below`: every length is below it
-CALLS, PROVED, SAMPLED, VIOLATIONS, LARGEST = range(5)  # of a guard's counts; LARGEST is the first head's
+CALLS, PROVED, SAMPLED, UNSETTLED, VIOLATIONS, NORMS, AT_MOST, LARGEST = range(8)
+"""Of a guard's counts: numbers of calls, then maxima; LARGEST is the first head's."""
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 Kernel = Callable[..., Any]
 
 # Generated packages hold copies of this file, and the operations of a kernel may be another copy's: all of them share
-# one registry, one series of numbers and one class of error.
+# the guards, by id, and one class of error. A guard lives as long as its model; one that was made from a key stays.
 _SHARED: dict[str, Any] = vars(getattr(torch.ops, NAMESPACE))
-_GUARDS: weakref.WeakValueDictionary[str, Any] = _SHARED.setdefault("guards", weakref.WeakValueDictionary())
-_NUMBERS: Iterator[int] = _SHARED.setdefault("guard_numbers", itertools.count())
+_GUARDS: weakref.WeakValueDictionary[str, Any] = _SHARED.setdefault(
+    "guards_by_id", weakref.WeakValueDictionary()
+)
+_REMADE: dict[str, Any] = _SHARED.setdefault("guards_remade", {})
 
 
 BudgetViolation: type[RuntimeError] = _SHARED.setdefault(
@@ -52,15 +58,16 @@ class Guard:
 
     Args:
         label: the attention's name below its block's path; empty where it is the block's only one.
-        bound: R, one number or one a head.
+        bound: R, finite and at least 0: one number or one a head.
         source: where R comes from: weights, data or asserted.
         policy: what happens where a logit is beyond R: warn, exact, clamp or raise.
         path: of the attention in the model, which `name_guards` gives.
 
-    Raises:
-        ValueError: an unknown policy.
+    `key` is what the attention's operation is called with (`GuardKey`). A copy, also one that was pickled, has an id
+    and counts of its own.
 
-    A copy, also one that was pickled, has a key and counts of its own.
+    Raises:
+        ValueError: an unknown policy, a bound that is no range.
     """
 
     def __init__(
@@ -72,110 +79,85 @@ class Guard:
         policy: str = "warn",
         path: str | None = None,
     ) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"the policy of a guard is one of {', '.join(POLICIES)}, not {policy!r}")
-        self.label, self.bound, self.source, self.policy = label, bound, source, policy
-        self.path = label if path is None else path
-        self.key = f"{label or 'attention'}#{next(_NUMBERS)}"
+        self._start(GuardKey(new_id(), bound, source, policy, label, label if path is None else path))
+        _GUARDS[self.spec.id] = self
+
+    def _start(self, spec: GuardKey) -> None:
+        self.spec, self.key = spec, str(spec)
         self._counts: dict[torch.device, Tensor] = {}
-        self._limits: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._copies: dict[
             torch.device, tuple[Tensor, Any]
         ] = {}  # on their way to the host: counts and an event
         self._reported = 0  # violations that were acted upon
         self._said = False
         self._exact = False  # whether a verdict that came late makes the calls exact
-        self._was_exact = False
-        _GUARDS[self.key] = self
+
+    @classmethod
+    def remade(cls, spec: GuardKey) -> Guard:
+        """A guard of an id that another process gave out, or whose model is gone."""
+        guard = cls.__new__(cls)
+        guard._start(spec)
+        return guard
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _copied, (self.label, self.bound, self.source, self.policy, self.path)
+        spec = self.spec
+        return _copied, (spec.label, spec.bound, spec.source, spec.policy, spec.path)
+
+    def name(self, path: str) -> None:
+        """Set the path, in the key too."""
+        self.spec = replace(self.spec, path=path)
+        self.key = str(self.spec)
 
     # ------------------------------------------------------------ what the operations ask
 
-    def forward(self, kernel: Kernel, pairs: Pairs, inputs: Sequence[Any], exact_below: int) -> Any:
-        """Run a kernel's forward pass on q, k, v, near_q, near_k, mask and documents, checked and counted."""
-        q, *rest = inputs
-        rows, limit = self._look(inputs)
-        if _waits(q.device):
-            if self._count(rows, pairs, limit) and self.policy == "exact":
-                self._was_exact = True
-                exact_below = ALWAYS_EXACT
-        else:
-            self._act(q.device)
-            self._count_late(rows, pairs, limit)
-            exact_below = ALWAYS_EXACT if self._exact else exact_below
-        clamped = self._clamp(rows, limit, pairs)
-        return kernel(q if clamped is None else clamped.queries(), *rest, exact_below)
-
-    def backward(
-        self,
-        kernels: tuple[Kernel, Kernel],
-        pairs: Pairs,
-        gradient: Tensor,
-        inputs: Sequence[Any],
-        saved: Sequence[Tensor],
-        exact_below: int,
-    ) -> Any:
-        """Run a kernel's backward pass: of what `forward` computed from the same inputs."""
-        forward, backward = kernels
-        if self.policy == "clamp" and (clamped := self._clamp(*self._look(inputs), pairs)) is not None:
-            dq, dk, *others = backward(gradient, clamped.queries(), *inputs[1:], *saved, exact_below)
-            return (*clamped.pull(dq, dk), *others)
-        if self._was_exact and _waits(inputs[0].device):
-            rows, limit = self._look(inputs)
-            exact_below = ALWAYS_EXACT if self._checked(rows, pairs, limit)[2] else exact_below
-        elif self._was_exact:  # the verdict may have come after the forward pass
-            exact_below = ALWAYS_EXACT if self._exact else exact_below
-            saved = forward(*inputs, exact_below)
-        return backward(gradient, *inputs, *saved, exact_below)
-
-    def _look(self, inputs: Sequence[Any]) -> tuple[Rows, Tensor]:
-        q, k, _, _, _, mask, documents = inputs
-        rows = rows_of(q, k, mask, documents)
-        kind = (q.device, rows.dtype)
-        if kind not in self._limits:
-            bounds = self.bound if isinstance(self.bound, tuple) else (self.bound,)
-            with torch.inference_mode(False):
-                self._limits[kind] = torch.tensor(bounds, device=q.device, dtype=rows.dtype)
-        return rows, self._limits[kind]
-
-    def _clamp(self, rows: Rows, limit: Tensor, pairs: Pairs) -> Clamp | None:
-        """The clamp of a call; None for other policies, and where it is known at once to change nothing."""
-        if self.policy != "clamp" or (_waits(rows.q.device) and _proved(rows, pairs, limit)):
-            return None
-        return clamp(rows, pairs, limit)
+    def allows(self, rows: Rows, pairs: Pairs) -> bool:
+        """Check and count a call: whether a polynomial may serve it; else it is to be exact."""
+        device = rows.q.device
+        if not _waits(device):
+            self._act(device)
+        beyond, largest = self._count(rows, pairs)
+        if _waits(device) and bool(beyond):
+            self._reported += 1
+            self._report(largest.tolist())
+            return self.spec.policy != "exact"
+        return not self._exact
 
     # ------------------------------------------------------------ counting
 
-    def _checked(self, rows: Rows, pairs: Pairs, limit: Tensor) -> tuple[bool, Tensor, bool]:
-        """Whether norms prove the range, the largest logit that was seen by head, and whether it is beyond R."""
-        largest = norm_bound(rows, pairs)
-        if bool((largest <= limit).all()):
-            return True, largest, False
-        largest = sampled_range(rows, pairs)
-        return False, largest, not bool((largest <= limit).all())  # NaN is beyond
+    def _count(self, rows: Rows, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Whether a logit beyond R was seen, and the largest that was, by head; waits for nothing but a CPU.
 
-    def _count(self, rows: Rows, pairs: Pairs, limit: Tensor) -> bool:
-        proved, largest, beyond = self._checked(rows, pairs, limit)
-        counts = self._counts_on(rows.q)
-        counts[:LARGEST] += torch.tensor((1, proved, not proved, beyond), dtype=counts.dtype)
-        torch.maximum(counts[LARGEST:], largest, out=counts[LARGEST:])
-        if beyond:
-            self._reported += 1
-            self._report(largest.tolist())
-        return beyond
-
-    def _count_late(self, rows: Rows, pairs: Pairs, limit: Tensor) -> None:
-        """The same without waiting for the device: both checks, and the counts in place."""
-        largest, sampled = norm_bound(rows, pairs), sampled_range(rows, pairs)
-        proved = (largest <= limit).all()
-        beyond = ~(proved | (sampled <= limit).all())
-        counts = self._counts_on(rows.q)
-        counts[:LARGEST] += torch.stack((torch.ones_like(proved), proved, ~proved, beyond)).to(counts.dtype)
-        counts[LARGEST:] = torch.maximum(counts[LARGEST:], torch.where(proved, largest, sampled))
-        if rows.q.device not in self._copies and not _capturing(rows.q.device):
+        A call is proved where norms are enough. It is unsettled where no logit beyond R was seen, and the norms of what
+        was not looked at do not exclude one.
+        """
+        counts, limit = self._counts_on(rows.q), limits(self.spec.bounds, rows)
+        norms = norm_bound(rows, pairs)
+        proved = (norms <= limit).all()  # not with NaN
+        if _waits(rows.q.device) and bool(proved):
+            seen = at_most = norms
+        else:
+            sample = choose_sample(rows, pairs, self._turn(rows, counts))
+            seen = torch.where(proved, norms, sampled_range(rows, pairs, sample))
+            at_most = torch.where(proved, norms, torch.maximum(seen, sample.unseen))
+        beyond = ~(seen <= limit).all()
+        unsettled = ~(beyond | (at_most <= limit).all())
+        calls = torch.stack((torch.ones_like(proved), proved, ~proved, unsettled, beyond))
+        counts[:NORMS] += calls.to(counts.dtype)
+        maxima = torch.cat((norms.amax().view(1), at_most.amax().view(1), seen))
+        counts[NORMS:] = torch.maximum(counts[NORMS:], maxima)
+        if not _waits(rows.q.device) and rows.q.device not in self._copies and not _capturing(rows.q.device):
             self._copies[rows.q.device] = _copy(counts)
+        return beyond, seen
+
+    def _turn(self, rows: Rows, counts: Tensor) -> Tensor:
+        """Where the evenly spread queries of a call begin: int64, no dimensions.
+
+        By the number of the call. With `exact`, which makes another function of a call, by the bits of the norms, so that
+        equal inputs are served alike, as in a forward pass that is run again for its backward pass.
+        """
+        if self.spec.policy == "exact":
+            return rows.q_norms.contiguous().view(BITS[rows.dtype]).sum()
+        return counts[CALLS].to(torch.int64)
 
     def _counts_on(self, q: Tensor) -> Tensor:
         if q.device not in self._counts:
@@ -188,37 +170,39 @@ class Guard:
 
     def _act(self, device: torch.device) -> None:
         """Do what the policy says where a copy of the counts has come with violations that are new."""
-        if device not in self._copies or _capturing(device):
-            return
+        if device not in self._copies or _capturing(device) or _in_backward():
+            return  # a pass that is run again for its backward pass takes no new verdict
         counts, event = self._copies[device]
         if event is not None and not event.query():
             return
         del self._copies[device]
         if counts[VIOLATIONS] > self._reported:
             self._reported = int(counts[VIOLATIONS])
-            self._exact = self._was_exact = self.policy == "exact"
+            self._exact = self.spec.policy == "exact"
             self._report(counts[LARGEST:].tolist())
 
     def _report(self, largest: Sequence[float]) -> None:
         """Raise, or say once what is the matter."""
-        bounds = self.bound if isinstance(self.bound, tuple) else (self.bound,) * len(largest)
+        spec = self.spec
+        bounds = spec.bound if isinstance(spec.bound, tuple) else (spec.bound,) * len(largest)
         logit, bound, head = max(
             ((logit, bound, head) for head, (logit, bound) in enumerate(zip(largest, bounds, strict=True))),
             key=lambda found: found[0] / found[1] if found[0] == found[0] else float("inf"),
         )
-        message = f"{self.path}: a logit of size {logit:.4g} in head {head} is beyond R = {bound:.4g} ({self.source})"
-        if self.policy == "raise":
+        message = f"{spec.path}: a logit of size {logit:.4g} in head {head} is beyond R = {bound:.4g} ({spec.source})"
+        if spec.policy == "raise":
             raise BudgetViolation(f"{message}: on_violation = raise")
         if not self._said:
             self._said = True
-            LOGGER.warning("%s: %s", message, _CONSEQUENCES[self.policy])
+            LOGGER.warning("%s: %s", message, _CONSEQUENCES[spec.policy])
 
     # ------------------------------------------------------------ what users ask
 
     def status(self, reset: bool = False) -> dict[str, object]:
         """The counts as `budget_status` gives them; waits for the device."""
         found = [counts.tolist() for counts in self._counts.values()]
-        calls, proved, sampled, violations = (int(sum(c[i] for c in found)) for i in range(LARGEST))
+        calls, proved, sampled, unsettled, violations = (int(sum(c[i] for c in found)) for i in range(NORMS))
+        norms, at_most = (max((c[i] for c in found), default=0.0) for i in (NORMS, AT_MOST))
         heads = [max(values) for values in zip(*(c[LARGEST:] for c in found), strict=False)]
         if reset:
             for counts in self._counts.values():
@@ -226,16 +210,19 @@ class Guard:
             self._copies.clear()
             self._reported, self._said, self._exact = 0, False, False
         return {
-            "path": self.path,
-            "bound": list(self.bound) if isinstance(self.bound, tuple) else self.bound,
-            "source": self.source,
-            "policy": self.policy,
+            "path": self.spec.path,
+            "bound": list(self.spec.bound) if isinstance(self.spec.bound, tuple) else self.spec.bound,
+            "source": self.spec.source,
+            "policy": self.spec.policy,
             "calls": calls,
             "proved": proved,
             "sampled": sampled,
+            "unsettled": unsettled,
             "violations": violations,
             "largest": max(heads, default=0.0),
             "heads": heads,
+            "at_most": at_most,
+            "norms": norms,
         }
 
 
@@ -257,47 +244,100 @@ def guarded(
 ) -> tuple[Kernel, Kernel]:
     """The two passes of a kernel, with the key of a guard as one more attribute (ATTRIBUTES).
 
-    An empty key, or one that no guard of this process has, guards nothing; nor is a call checked that is exact because
-    it is shorter than `exact_below`. scale, causal and near (0: none) are the kernel's.
+    The forward pass gives a flag besides (`exact_flag`), and the backward pass takes it. An empty key guards nothing;
+    nor is a call checked that is exact because it is shorter than `exact_below`. scale, causal and near (0: none) are
+    the kernel's. ValueError for a text that is no key.
     """
     pairs = Pairs(scale, causal, near)
 
     def run_forward(*inputs: Any) -> Any:
         *given, exact_below, key = inputs
-        guard = _guard(key, given, exact_below)
-        if guard is None:
-            return forward(*given, exact_below)
-        return guard.forward(forward, pairs, given, exact_below)
+        flag = exact_flag(given[0], key)
+        if not _is_checked(key, given, exact_below):
+            return (*forward(*given, exact_below), flag)
+        q, k, *_, mask, documents = given
+        rows = rows_of(q, k, mask, documents)
+        if not _guard_of(key).allows(rows, pairs):
+            flag.fill_(True)
+            return (*forward(*given, ALWAYS_EXACT), flag)
+        clamped = _clamp(key, rows, pairs)
+        return (*forward(q if clamped is None else clamped.queries(), *given[1:], exact_below), flag)
 
     def run_backward(gradient: Tensor, *inputs: Any) -> Any:
-        *given, exact_below, key = inputs
-        guard = _guard(key, given, exact_below)
-        if guard is None:
+        *given, flag, exact_below, key = inputs
+        if flag.numel() and bool(flag):
+            return backward(gradient, *given, ALWAYS_EXACT)
+        if not _is_checked(key, given, exact_below) or read_key(key).policy != "clamp":
             return backward(gradient, *given, exact_below)
-        return guard.backward((forward, backward), pairs, gradient, given[:7], given[7:], exact_below)
+        clamped = _clamp(key, rows_of(given[0], given[1], given[5], given[6]), pairs)
+        if clamped is None:
+            return backward(gradient, *given, exact_below)
+        dq, dk, *others = backward(gradient, clamped.queries(), *given[1:], exact_below)
+        return (*clamped.pull(dq, dk), *others)
 
     return run_forward, run_backward
 
 
-def _guard(key: str, inputs: Sequence[Any], exact_below: int) -> Any:
+def exact_flag(q: Tensor, key: str) -> Tensor:
+    """bool [1], on the CPU: whether a guard made a forward pass exact, saved for the backward pass. Here False.
+
+    Without elements, on q's device, where no guard does so: nothing but the policy `exact` needs the host.
+    """
+    if key and read_key(key).policy == "exact":
+        return torch.zeros((1,), dtype=torch.bool, device="cpu")
+    return q.new_empty((0,), dtype=torch.bool)
+
+
+def _is_checked(key: str, inputs: Sequence[Any], exact_below: int) -> bool:
     q, k = inputs[:2]
-    if not key or max(q.shape[2], k.shape[2]) < exact_below or 0 in (q.numel(), k.numel()):
+    return bool(key) and max(q.shape[2], k.shape[2]) >= exact_below and 0 not in (q.numel(), k.numel())
+
+
+def _guard_of(key: str) -> Any:
+    """The guard of a key, made from it where this process has none."""
+    spec = read_key(key)
+    guard = _GUARDS.get(spec.id) or _REMADE.get(spec.id)
+    return guard or _REMADE.setdefault(spec.id, Guard.remade(spec))
+
+
+def _clamp(key: str, rows: Rows, pairs: Pairs) -> Clamp | None:
+    """The clamp of a call, which follows from the key and the inputs; None where there is none, or it changes nothing."""
+    spec = read_key(key)
+    if spec.policy != "clamp":
         return None
-    return _GUARDS.get(key)
+    limit = limits(spec.bounds, rows)
+    if _waits(rows.q.device) and bool((norm_bound(rows, pairs) <= limit).all()):
+        return None
+    return clamp(rows, pairs, limit)
+
+
+def limits(bounds: tuple[float, ...], rows: Rows) -> Tensor:
+    """R by head, [H] or [1], beside a call's norms; ValueError where there is not one R, nor one a head."""
+    if len(bounds) not in (1, rows.q.shape[1]):
+        raise ValueError(f"a guard has {len(bounds)} ranges, and its attention {rows.q.shape[1]} heads")
+    return _limits(bounds, rows.q.device, rows.dtype)
+
+
+@lru_cache(maxsize=4096)
+def _limits(bounds: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(bounds, device=device, dtype=dtype)
 
 
 def name_guards(model: nn.Module) -> None:
     """Give every guard of a model the path of its attention."""
     for path, guard in _guards(model):
-        guard.path = path
+        guard.name(path)
 
 
 def budget_status(model: nn.Module, reset: bool = False) -> list[dict[str, object]]:
     """One dict for each guarded attention of a model; `reset` sets its counts back to zero. Waits for the device.
 
     path, bound (R, or one a head), source and policy; calls that were checked, proved (norms were enough), sampled (a
-    sample of the logits was looked at) and violations (of those, with a logit beyond R); largest: the largest |s| that
-    was seen, or its bound where that was enough; heads: the same by head.
+    sample of the logits was looked at), unsettled (of those, without a logit beyond R that was seen, and norms do not
+    exclude one) and violations (of those, with one that was seen); largest: the largest |s| that was seen, or its bound
+    where norms were enough; heads: the same by head; at_most: no |s| was larger; norms: the largest
+    |scale| max ||q|| max ||k|| of a call and head.
     """
     return [guard.status(reset) for _, guard in _guards(model)]
 
@@ -306,7 +346,7 @@ def _guards(model: nn.Module) -> Iterator[tuple[str, Guard]]:
     for path, module in model.named_modules():
         for value in vars(module).values():
             for places, guard in _held(value):
-                yield ".".join(part for part in (path, guard.label, *places) if part), guard
+                yield ".".join(part for part in (path, guard.spec.label, *places) if part), guard
 
 
 def _held(value: object) -> Iterator[tuple[tuple[str, ...], Guard]]:
@@ -323,13 +363,14 @@ def _held(value: object) -> Iterator[tuple[tuple[str, ...], Guard]]:
                 yield (str(key), *places), guard
 
 
-def _proved(rows: Rows, pairs: Pairs, limit: Tensor) -> bool:
-    return bool((norm_bound(rows, pairs) <= limit).all())
-
-
 def _waits(device: torch.device) -> bool:
     """Whether reading a result costs no synchronisation."""
     return device.type == "cpu"
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass runs, which runs forward passes again that were not kept."""
+    return bool(torch._C._current_graph_task_id() != -1)  # type: ignore[attr-defined]
 
 
 def _capturing(device: torch.device) -> bool:

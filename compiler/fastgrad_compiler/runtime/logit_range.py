@@ -2,13 +2,15 @@
 
     |s_ij| = |scale * q_i.k_j| <= |scale| * ||q_i|| * ||k_j||
 
-Norms take O(n d) and are enough where they prove the range. The sample takes the logits of a few queries with all keys
-that they meet by the polynomial: those that a mask hides, or that are near, do not count.
+Norms take O(n d) and are enough where they prove the range. The sample takes the logits of a few queries with all
+keys, and of a few keys with all queries. Only pairs that the polynomial serves count: not those that a mask hides, nor near ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -16,7 +18,9 @@ from torch import Tensor
 from .attention_op import compute_dtype, row_groups
 from .documents import document_ranges, document_runs
 
-SAMPLED = 16  # queries: half of them those with the largest norms, half evenly spread
+LONGEST = 8  # queries, and keys, of the largest norms in their sequence and head that are looked at
+SPREAD = 8  # queries, evenly spread, that are looked at besides
+SAMPLED = LONGEST + SPREAD  # up to so many queries, or keys, all are looked at
 TINY = 1e-300  # instead of a scale of 0, which puts every logit in range
 
 
@@ -62,58 +66,124 @@ def rows_of(q: Tensor, k: Tensor, mask: Tensor | None, documents: Tensor | None)
     dtype = compute_dtype(q, k)
     q_norms, k_norms = (torch.linalg.vector_norm(x, dim=-1, dtype=dtype) for x in (q, k))
     if mask is not None:
-        k_norms = k_norms * mask[:, None]
+        k_norms = torch.where(mask[:, None], k_norms, 0.0)  # a hidden key may hold anything, NaN too
     return Rows(q, k, q_norms, k_norms, mask, None if documents is None else document_runs(documents))
 
 
 def norm_bound(rows: Rows, pairs: Pairs) -> Tensor:
-    """[H]: no logit of the call is larger than these, by head."""
-    queries, keys = rows.by_key_head(rows.q_norms.amax(-1)), rows.k_norms.amax(-1)
-    largest: Tensor = (queries * keys.unsqueeze(-1)).amax(0).flatten()
-    return largest * abs(pairs.scale)
+    """[H]: |scale| max ||q|| max ||k||, which no logit of the call is beyond, by head."""
+    return _products(rows, rows.q_norms.amax(-1), rows.k_norms.amax(-1)) * abs(pairs.scale)
 
 
-def sampled_range(rows: Rows, pairs: Pairs) -> Tensor:
-    """[H]: the largest |s| of the sampled queries with the keys that they meet by the polynomial, 0 without such."""
-    (batch, heads), (key_heads, m) = rows.q.shape[:2], rows.k.shape[1:3]
-    places = _sampled(rows.q_norms)
-    queries = rows.by_key_head(rows.q.index_select(2, places)).to(rows.dtype).flatten(2, 3)
-    hidden = _hidden(places, m, pairs)
-    largest = rows.q_norms.new_zeros((batch, key_heads, heads // key_heads))
-    row_bytes = 2 * rows.dtype.itemsize * queries.shape[2] * m
+def _products(rows: Rows, queries: Tensor, keys: Tensor) -> Tensor:
+    """[H]: the largest over the batch of queries [b, H] times keys [b, h]."""
+    largest: Tensor = (rows.by_key_head(queries) * keys.unsqueeze(-1)).amax(0).flatten()
+    return largest
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The places of what is looked at in each sequence and head, and a bound of what is not.
+
+    queries: int64 [b, h, G, at most SAMPLED], each with all keys; G query heads share a key head. keys: int64
+    [b, h, 1, at most SAMPLED], each with all queries. unseen [H]: no |s| of another pair is larger.
+    """
+
+    queries: Tensor | None
+    keys: Tensor | None
+    unseen: Tensor
+
+
+def choose_sample(rows: Rows, pairs: Pairs, turn: Tensor) -> Sample:
+    """What to look at: everything where there are at most SAMPLED queries or SAMPLED keys.
+
+    Else the LONGEST queries and the LONGEST keys by norm, and SPREAD queries at even distances, which begin at `turn`
+    (int64, no dimensions): in ceil(n / SPREAD) turns after each other they take every query.
+    """
+    (batch, heads, n), (_, key_heads, m) = rows.q_norms.shape, rows.k_norms.shape
+    groups, device = heads // key_heads, rows.q.device
+    if n <= SAMPLED:
+        every = torch.arange(n, device=device).expand(batch, key_heads, groups, -1)
+        return Sample(every, None, rows.q_norms.new_zeros(heads))
+    if m <= SAMPLED:
+        every = torch.arange(m, device=device).expand(batch, key_heads, 1, -1)
+        return Sample(None, every, rows.q_norms.new_zeros(heads))
+    queries, keys = rows.q_norms.topk(LONGEST + 1), rows.k_norms.topk(LONGEST + 1)
+    unseen = _products(rows, queries.values[..., -1], keys.values[..., -1]) * abs(pairs.scale)
+    even = torch.arange(SPREAD, device=device) * n // SPREAD + turn % -(-n // SPREAD)
+    of_queries = torch.cat((queries.indices[..., :-1], (even % n).expand(batch, heads, -1)), -1)
+    return Sample(rows.by_key_head(of_queries), keys.indices[:, :, None, :-1], unseen)
+
+
+def sampled_range(rows: Rows, pairs: Pairs, sample: Sample) -> Tensor:
+    """[H]: the largest |s| of a sample, 0 without pairs that the polynomial serves."""
+    (batch, key_heads, m), n = rows.k_norms.shape, rows.q.shape[2]
+    q = rows.by_key_head(rows.q)
+    largest = rows.q_norms.new_zeros((batch, key_heads, q.shape[2]))
+    of_queries, of_keys = (0 if x is None else x.shape[-1] for x in (sample.queries, sample.keys))
+    row_bytes = 2 * rows.dtype.itemsize * q.shape[2] * (of_queries * m + of_keys * n)
     for group in row_groups(batch, key_heads, row_bytes):
-        logits = torch.matmul(queries[group], rows.k[group].to(rows.dtype).mT).unflatten(2, (-1, len(places)))
-        if hidden is not None:
-            logits.masked_fill_(hidden, 0.0)
-        if rows.runs is not None:
-            runs = rows.runs[group[0]]
-            logits.masked_fill_((runs[:, places, None] != runs[:, None])[:, None, None], 0.0)
-        if rows.mask is not None:
-            logits.masked_fill_(~rows.mask[group[0], None, None, None], 0.0)
-        logits = logits.flatten(-2)
-        largest[group] = torch.maximum(logits.amax(-1), -logits.amin(-1))
+        mask, runs = (None if x is None else x[group[0]] for x in (rows.mask, rows.runs))
+        part = _Part(q[group].to(rows.dtype), rows.k[group].to(rows.dtype), mask, runs, pairs)
+        if sample.queries is not None:
+            largest[group] = part.of_queries(sample.queries[group])
+        if sample.keys is not None:
+            largest[group] = torch.maximum(largest[group], part.of_keys(sample.keys[group]))
     return largest.amax(0).flatten() * abs(pairs.scale)
 
 
-def _sampled(norms: Tensor) -> Tensor:
-    """The places of the sampled queries, the same in all rows and heads: [at most SAMPLED]."""
-    n = norms.shape[2]
-    if n <= SAMPLED:
-        return torch.arange(n, device=norms.device)
-    half = SAMPLED // 2
-    spread = torch.arange(half, device=norms.device) * n // half + n // SAMPLED
-    return torch.cat((norms.amax((0, 1)).topk(half).indices, spread))
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a call: q [b, h, G, n, d], k [b, h, m, d], mask and runs [b, m]."""
+
+    q: Tensor
+    k: Tensor
+    mask: Tensor | None
+    runs: Tensor | None
+    pairs: Pairs
+
+    def of_queries(self, places: Tensor) -> Tensor:
+        """[b, h, G]: the largest |q.k| of the queries at `places` [b, h, G, S] with all keys."""
+        logits = torch.matmul(_at(self.q, places).flatten(2, 3), self.k.mT).unflatten(2, places.shape[2:])
+        tokens = torch.arange(self.k.shape[2], device=places.device)
+        later = tokens > places.unsqueeze(-1) if self.pairs.causal else None
+        padding = None if self.mask is None else ~self.mask[:, None, None, None]
+        return _peak(logits, later, padding, *self._apart(places, tokens))
+
+    def of_keys(self, places: Tensor) -> Tensor:
+        """[b, h, G]: the largest |q.k| of the keys at `places` [b, h, 1, S] with all queries of their group."""
+        logits = torch.matmul(_at(self.k.unsqueeze(2), places), self.q.mT)
+        tokens = torch.arange(self.q.shape[3], device=places.device)
+        earlier = tokens < places.unsqueeze(-1) if self.pairs.causal else None
+        padding = None if self.mask is None else ~_of_tokens(self.mask, places).unsqueeze(-1)
+        return _peak(logits, earlier, padding, *self._apart(places, tokens))
+
+    def _apart(self, places: Tensor, tokens: Tensor) -> Iterator[Tensor]:
+        """bool [b, h, .., S, tokens]: near pairs, and pairs of two documents, whichever of the two the query is."""
+        if self.pairs.near:
+            first = (places.div(self.pairs.near, rounding_mode="floor") - 1).unsqueeze(-1) * self.pairs.near
+            yield (tokens >= first) & (tokens < first + 3 * self.pairs.near)
+        if self.runs is not None:
+            yield _of_tokens(self.runs, places).unsqueeze(-1) != self.runs[:, None, None, None]
 
 
-def _hidden(places: Tensor, m: int, pairs: Pairs) -> Tensor | None:
-    """bool [places, m]: pairs that the polynomial does not serve, by their places alone; None where there are none."""
-    keys = torch.arange(m, device=places.device)
-    hidden = keys > places[:, None] if pairs.causal else None
-    if pairs.near:
-        blocks = places.div(pairs.near, rounding_mode="floor")[:, None]
-        close = (blocks - keys.div(pairs.near, rounding_mode="floor")).abs() <= 1
-        hidden = close if hidden is None else hidden | close
-    return hidden
+def _at(rows: Tensor, places: Tensor) -> Tensor:
+    """[b, h, g, S, d]: the rows [b, h, g, n, d] at places [b, h, g, S]."""
+    return rows.gather(3, places.unsqueeze(-1).expand(*places.shape, rows.shape[-1]))
+
+
+def _of_tokens(values: Tensor, places: Tensor) -> Tensor:
+    """The values [b, n] of tokens at places [b, ..]."""
+    return values.gather(1, places.flatten(1)).view(places.shape)
+
+
+def _peak(logits: Tensor, *hidden: Tensor | None) -> Tensor:
+    """[b, h, G]: the largest size of logits [b, h, G, S, tokens] that are hidden by nothing; 0 without one."""
+    given = [each for each in hidden if each is not None]
+    if given:
+        logits.masked_fill_(reduce(torch.logical_or, given), 0.0)
+    logits = logits.flatten(-2)
+    return torch.maximum(logits.amax(-1), -logits.amin(-1))
 
 
 @dataclass(frozen=True)
@@ -146,9 +216,10 @@ class Clamp:
         lost = rows.by_key_head(inner).sum(2)
         lost = lost.sum(-1, keepdim=True) if self.index.shape[-1] == 1 else lost
         by_key = torch.zeros_like(rows.k_norms).scatter_add_(-1, self.index, lost)
-        by_key = torch.where(by_key == 0.0, 0.0, by_key / rows.k_norms.square())
-        of_k = dk.to(rows.dtype) - k * by_key.unsqueeze(-1)
-        return of_q.to(dq.dtype), of_k.to(dk.dtype)
+        by_key = torch.where(by_key == 0.0, 0.0, by_key / rows.k_norms.square()).unsqueeze(-1)
+        dk = dk.to(rows.dtype)
+        of_k = torch.where(by_key == 0.0, dk, dk - k * by_key)  # a key that nothing sees may hold anything
+        return of_q.to(rows.q.dtype), of_k.to(rows.k.dtype)
 
 
 def clamp(rows: Rows, pairs: Pairs, bound: Tensor) -> Clamp:
@@ -156,7 +227,8 @@ def clamp(rows: Rows, pairs: Pairs, bound: Tensor) -> Clamp:
     index = _largest_key(rows, pairs.causal)
     keys = rows.k_norms.gather(-1, index).repeat_interleave(rows.q.shape[1] // rows.k.shape[1], 1)
     limit = bound[:, None] * ((1.0 - torch.finfo(rows.q.dtype).eps) / max(abs(pairs.scale), TINY))
-    return Clamp(rows, (limit / (keys * rows.q_norms)).clamp_(max=1.0), index)
+    reach = keys * rows.q_norms
+    return Clamp(rows, torch.where(reach <= limit, 1.0, limit / reach), index)
 
 
 def _largest_key(rows: Rows, causal: bool) -> Tensor:
@@ -164,9 +236,8 @@ def _largest_key(rows: Rows, causal: bool) -> Tensor:
     norms = rows.k_norms
     if rows.runs is None:
         return norms.cummax(-1).indices if causal else norms.argmax(-1, keepdim=True)
-    lifted = norms.double()
-    lifted = lifted + rows.runs[:, None] * (lifted.amax() + 1.0)  # above all documents before
-    index = lifted.cummax(-1).indices
+    ranks = norms.argsort(dim=-1, stable=True).argsort(dim=-1)
+    index = (rows.runs[:, None] * norms.shape[-1] + ranks).cummax(-1).indices  # above all documents before
     if not causal:
         last = document_ranges(rows.runs)[1] - 1
         index = index.gather(-1, last[:, None].expand_as(index))
