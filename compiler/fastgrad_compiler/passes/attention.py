@@ -211,7 +211,7 @@ class _Scope:
 
     def peeled(self, value: Value, scale: float) -> tuple[Value, float]:
         """A tensor without its constant factors, and the scale with them."""
-        while (found := factor_of(self.nodes, value.node)) is not None:
+        while (found := factor_of(self.nodes, value.node)) is not None and isfinite(scale * found[1]):
             value, scale = self[found[0]], scale * found[1]
         return value, scale
 
