@@ -7,11 +7,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastgrad_compiler.graph import Program
 from fastgrad_compiler.interpret import run
 from fastgrad_compiler.passes.attention import recognise_attention
 from fastgrad_compiler.passes.bounds import prove_bounds
@@ -19,7 +21,7 @@ from fastgrad_compiler.passes.shapes import infer_shapes
 from fastgrad_compiler.text import parse_program
 from fastgrad_compiler.verify import verify
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
 
 B, H, N, D = 2, 3, 6, 6  # mostly as many queries as keys and columns: only the axis tells them apart
 M = 4  # keys of another sequence
@@ -63,7 +65,13 @@ class Text:
 
     def binary(self, op: str, left: str, right: str) -> str:
         x, y = self.values[left], self.values[right]
-        value = {"mul": np.multiply, "div": np.divide, "sub": np.subtract, "matmul": np.matmul}[op](x, y)
+        functions: dict[str, Callable[[Array, Array], Array]] = {
+            "mul": np.multiply,
+            "div": np.divide,
+            "sub": np.subtract,
+            "matmul": np.matmul,
+        }
+        value = functions[op](x, y)
         return self.op(op, left, right, value=value)
 
     def normal(self, *shape: int) -> str:
@@ -341,9 +349,9 @@ def source(text: Text, result: str) -> str:
     return f"graph main {{\n{body}\n}}\n"
 
 
-def ran(program: object, text: Text) -> Array:
+def ran(program: Program, text: Text) -> Array:
     inputs = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in text.inputs.items()}
-    found = run(program, inputs, {}, dtype=torch.float64)  # type: ignore[arg-type]
+    found = run(program, inputs, {}, dtype=torch.float64)
     assert isinstance(found, torch.Tensor)
     return found.numpy()
 

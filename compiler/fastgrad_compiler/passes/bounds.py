@@ -34,7 +34,7 @@ _ITERATIONS = 3  # of a carried value before it is widened
 _Means: TypeAlias = "Mapping[tuple[str, str], tuple[str, bool]]"
 """Attentions, as (graph, node): the node of their values, and whether both hold transposes."""
 
-_Axis = TypeVar("_Axis", Dim, float)
+_Axis = TypeVar("_Axis")
 
 _ASSERTED = "it rests on what assume_bound says in the file, not on proof"
 
