@@ -16,7 +16,7 @@ from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import Budget, Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table, is_own
 from fastgrad_compiler.passes.plan import case_of
-from fastgrad_compiler.passes.plan_decision import Caps, Case, search, unservable
+from fastgrad_compiler.passes.plan_decision import Caps, Case, search, stays_positive, unservable
 from fastgrad_compiler.passes.plan_settings import settings_of
 from fastgrad_compiler.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
 
@@ -125,7 +125,7 @@ def _degrees(case: Case) -> Iterator[Advice]:
             polynomial = fit(case.chosen_family, degree, case.bound)
         except PrecisionError:
             continue
-        if polynomial.positive and polynomial.eps < 1:
+        if stays_positive(case, polynomial) and polynomial.eps < 1:
             yield _priced(case, polynomial, f"degree = {degree}", "plan", case)
 
 

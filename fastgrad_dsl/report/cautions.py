@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastgrad_compiler.passes.attention_table import OWN
 from fastgrad_dsl.plan_document import is_approximated
 from fastgrad_dsl.report.errors import LOCAL
-from fastgrad_dsl.report.words import VACUOUS, folded, number
+from fastgrad_dsl.report.words import VACUOUS, folded
 
 if TYPE_CHECKING:
     from fastgrad_dsl.measure import ModelErrors
@@ -93,16 +93,6 @@ def _ranges(attentions: Attentions, budget: Mapping[str, Any] | None) -> Iterato
                     f"{folded(paths)}: {text}; logits beyond it have unbounded error; {guard}",
                     paths,
                 )
-    limits: dict[float, list[str]] = {}
-    for entry in attentions:
-        if entry["positive_from"] is not None and entry["range_source"] != "program":
-            limits.setdefault(entry["positive_from"], []).append(entry["path"])
-    for limit, paths in limits.items():
-        yield (
-            "positivity",
-            f"{folded(paths)}: weights are positive for logits above {number(limit)} only",
-            paths,
-        )
 
 
 def _vacuous(attentions: Attentions) -> Iterator[Warned]:

@@ -211,11 +211,6 @@ SPELLINGS = {
     + SCORES
     + "%u = clamp(%s, low = -1.0, high = 1.5)\n"
     + END.replace("%s,", "%u,"),
-    "a finite fill": HEADS.replace("%q =", "%q0 =").replace("%k =", "%k0 =")
-    + "%q = unit(%q0)\n%k = unit(%k0)\n"
-    + SCORES
-    + "%u = causal(%s, fill = -10000.0)\n"
-    + END.replace("%s,", "%u,"),
     "dropout of probability 0": HEADS
     + SCORES
     + "%p = softmax(%s, axis = 3)\n%o = dropout(%p, p = 0.0)\n%y = matmul(%o, %v)\nreturn %y",
@@ -235,7 +230,50 @@ UNIT_SCORES = (
     HEADS.replace("%q =", "%q0 =").replace("%k =", "%k0 =") + "%q = unit(%q0)\n%k = unit(%k0)\n" + SCORES
 )
 
+SHIFT = "%m = amax(%s, axes = (-1,), keepdim = true)\n%z = sub(%s, %m)\n"
 NEAR_MISSES = {
+    "a shift of near scores alone": HEADS
+    + SCORES
+    + SHIFT
+    + "%qu = unit(%q)\n%far = matmul(%qu, %kt)\n%u = near_far(%z, %far, block = 2)\n"
+    + END.replace("%s,", "%u,"),
+    "a shift of far scores alone": HEADS
+    + SCORES
+    + SHIFT
+    + "%qu = unit(%q)\n%near = matmul(%qu, %kt)\n%u = near_far(%near, %z, block = 2)\n"
+    + END.replace("%s,", "%u,"),
+    "shifts of both by the largest of each": HEADS
+    + SCORES
+    + SHIFT
+    + "%qu = unit(%q)\n%f = matmul(%qu, %kt)\n%a = amax(%f, axes = (-1,), keepdim = true)\n%far = sub(%f, %a)\n"
+    + "%u = near_far(%z, %far, block = 2)\n"
+    + END.replace("%s,", "%u,"),
+    "less the largest of what another dropout left": HEADS
+    + SCORES
+    + "%a = dropout(%s, p = 0.5)\n%o = dropout(%s, p = 0.5)\n%m = amax(%o, axes = (-1,), keepdim = true)\n"
+    + "%u = sub(%a, %m)\n"
+    + END.replace("%s,", "%u,"),
+    "scores as whole numbers": HEADS
+    + SCORES
+    + '%c = constant(value = 2.5)\n%r = mul(%s, %c)\n%i = cast(%r, dtype = "int")\n%u = cast(%i, dtype = "float")\n'
+    + END.replace("%s,", "%u,"),
+    "weights as whole numbers": HEADS
+    + SCORES
+    + '%p = softmax(%s, axis = -1)\n%i = cast(%p, dtype = "int")\n%f = cast(%i, dtype = "float")\n'
+    + "%y = matmul(%f, %v)\nreturn %y",
+    "weights as truth values": HEADS
+    + SCORES
+    + '%p = softmax(%s, axis = -1)\n%i = cast(%p, dtype = "bool")\n%f = cast(%i, dtype = "float")\n'
+    + "%y = matmul(%f, %v)\nreturn %y",
+    "a mask under a gain that is positive by assertion": HEADS
+    + '%tau = weight(init = ("zeros",), label = "tau") : float[4, 1, 1]\n%a = assume_bound(%tau, bound = 1.0)\n'
+    + "%c = constant(value = 2.0)\n%less = neg(%c)\n%g = sub(%a, %less)\n"
+    + SCORES
+    + "%u = causal(%s)\n%w = mul(%u, %g)\n"
+    + END.replace("%s,", "%w,"),
+    "a finite fill, which counts in a row that sees no key": UNIT_SCORES
+    + "%u = window(%s, width = 1, fill = -10000.0)\n"
+    + END.replace("%s,", "%u,"),
     "a fill of bounded scores that does not hide": UNIT_SCORES
     + "%u = causal(%s, fill = -2.0)\n"
     + END.replace("%s,", "%u,"),
@@ -340,6 +378,43 @@ def test_spelling_is_recognised_and_means_the_same(spelling: str) -> None:
 @pytest.mark.parametrize("spelling", NEAR_MISSES.values(), ids=NEAR_MISSES.keys())
 def test_near_miss_stays_as_it_is(spelling: str) -> None:
     before = program(spelling)
+    assert recognise_attention(before) == before
+
+
+@pytest.mark.parametrize(("steps", "factor"), [('%w = cast(%c, dtype = "int")', 2.0), ("%w = neg(%c)", -2.5)])
+def test_a_constant_is_what_is_computed(steps: str, factor: float) -> None:
+    """int(2.5) is 2, and no factor of a scale."""
+    body = (
+        HEADS
+        + SCORES
+        + f"%c = constant(value = 2.5)\n{steps}\n%u = mul(%s, %w)\n"
+        + END.replace("%s,", "%u,")
+    )
+    before = program(body)
+    after, scaled = (
+        recognise_attention(before),
+        program(body.replace("%w)", "%c)").replace("2.5", str(factor))),
+    )
+    torch.testing.assert_close(results(after), results(scaled), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(results(before), results(scaled), rtol=1e-12, atol=1e-13)
+
+
+def test_the_same_near_and_far_may_be_shifted_together() -> None:
+    body = HEADS + SCORES + SHIFT + "%u = near_far(%z, %z, block = 2)\n" + END.replace("%s,", "%u,")
+    before = program(body)
+    after = recognise_attention(before)
+    assert len(attentions(after)) == 1
+    torch.testing.assert_close(results(after), results(before), rtol=1e-12, atol=1e-13)
+
+
+def test_spelling_twice_what_many_read_is_compared_once() -> None:
+    """Of 60 doublings each, there are 2^60 ways through."""
+    twice = "\n".join(f"%{x}{i + 1} = add(%{x}{i}, %{x}{i})" for x in "eo" for i in range(60))
+    body = f"{HEADS}{SCORES}%e0 = exp(%s)\n%o0 = exp(%s)\n{twice}\n"
+    for name, doubled in (("w", "e60"), ("x", "o60")):
+        body += f"%{name} = polynomial(%{doubled}, coefficients = (1.0, 1.0, 0.5))\n"
+    body += "%t = sum(%x, axes = (-1,), keepdim = true)\n%p = div(%w, %t)\n%y = matmul(%p, %v)\nreturn %y"
+    before = program(body)
     assert recognise_attention(before) == before
 
 

@@ -284,7 +284,6 @@ def test_warnings_say_what_a_number_rests_on() -> None:
     assert wide["attentions"][0]["range_source"] == "asserted"
     assert any("a guard watches it, on_violation = warn" in warning["text"] for warning in wide["warnings"])
     assert kinds(fg.compile(text("return softmax(x @ x.T) @ x")).report()) == ["unbounded"]
-    assert {"asserted", "positivity"} <= set(kinds(asserted(0.5, 'at "*" degree = 3').report()))
     random = make_report(ReportRequest(GPT, SIZES, None, None, None, {"n": 16}, 0, True), lambda what: None)
     assert {"weights", "data", "length"} <= set(kinds(random))
     assert random["reproduce"]["commands"][1].startswith(

@@ -19,6 +19,7 @@ from fastgrad_compiler.passes.attention_factors import factor_of
 from fastgrad_compiler.passes.attention_pattern import Match, match
 from fastgrad_compiler.passes.attention_scores import Masks, Product, obstacle
 from fastgrad_compiler.passes.attention_table import ATTENTION, own_polynomial
+from fastgrad_compiler.passes.bound_proof import place
 from fastgrad_compiler.passes.builder import Builder, Value
 
 _ROWWISE = ("unit", "rotary", "neg")  # what repeating heads commutes with
@@ -29,17 +30,18 @@ def recognise_attention(program: Program) -> Program:
 
     Types must be there, and bounds, if the logits' range is to be known.
     """
-    return program.with_graphs(_recognise(graph, program.multiples) for graph in program.graphs)
+    certified = program.trust == "certified"
+    return program.with_graphs(_recognise(graph, program.multiples, certified) for graph in program.graphs)
 
 
-def _recognise(graph: Graph, multiples: Mapping[str, int]) -> Graph:
+def _recognise(graph: Graph, multiples: Mapping[str, int], certified: bool) -> Graph:
     builder = Builder(graph.nodes, multiples)
     first_new, renamed = len(graph.nodes), dict[str, str]()
     nodes: list[Node] = []
     for node in graph.nodes:
         builder.span = node.span
         found = match(graph, node) if node.op in ("matmul", "div") else None
-        result = _attention(builder, graph, node, found) if found else None
+        result = _attention(builder, found, _reasons(graph, found, certified)) if found else None
         if result is None:
             nodes.append(node)
             continue
@@ -51,6 +53,17 @@ def _recognise(graph: Graph, multiples: Mapping[str, int]) -> Graph:
     nodes = [_rename(node, renamed) for node in nodes]
     outputs = tuple(renamed.get(name, name) for name in graph.outputs)
     return _keep_names(replace(graph, nodes=_alive(nodes, outputs), outputs=outputs), renamed)
+
+
+def _reasons(graph: Graph, found: Match, certified: bool) -> tuple[str, ...]:
+    """The proof of R, or why nothing is known of the logits."""
+    if isfinite(found.range.limit):
+        return found.range.proof
+    told = [node for node in graph.nodes if node.op == "assume_bound"] if certified else []
+    unheard = tuple(
+        f"`trust = certified` does not count what assume_bound says{place(node)}" for node in told
+    )
+    return (*obstacle(graph, found.far), *unheard)
 
 
 def _rename(node: Node, renamed: Mapping[str, str]) -> Node:
@@ -102,9 +115,9 @@ class _Pair:
     scale: float
 
 
-def _attention(builder: Builder, graph: Graph, root: Node, found: Match) -> str | None:
+def _attention(builder: Builder, found: Match, reasons: tuple[str, ...]) -> str | None:
     """Emit the attention of a match: the name of its result; None, and no node, where the operands do not
-    fit the node.
+    fit the node. `reasons` are the proof of its range, or why it has none.
     """
     start = len(builder.nodes)
     scope = _Scope(builder)
@@ -119,7 +132,7 @@ def _attention(builder: Builder, graph: Graph, root: Node, found: Match) -> str 
     if headless:
         pairs = [_Pair(_with_head(pair.query), _with_head(pair.key), pair.scale) for pair in pairs]
         value = _with_head(value)
-    result = _emit(scope, graph, found, pairs, value)
+    result = _emit(scope, found, pairs, value, reasons)
     if headless:
         result = result.reshape((*result.shape[:-3], *result.shape[-2:]))
     return (result.T if found.transposed else result).name
@@ -153,7 +166,7 @@ def _fit(pairs: list[_Pair], value: Value, masks: Masks) -> bool:
     )
 
 
-def _emit(scope: _Scope, graph: Graph, found: Match, pairs: list[_Pair], value: Value) -> Value:
+def _emit(scope: _Scope, found: Match, pairs: list[_Pair], value: Value, reasons: tuple[str, ...]) -> Value:
     far, masks, known = pairs[0], found.masks, isfinite(found.range.limit)
     inputs, roles = [far.query, far.key, value], list[str]()
     for local in pairs[1:]:
@@ -178,7 +191,7 @@ def _emit(scope: _Scope, graph: Graph, found: Match, pairs: list[_Pair], value: 
         "alibi": masks.alibi,
         "bound": found.range.limit if known else None,
         "asserted": found.range.asserted and known,
-        "proof": found.range.proof if known else obstacle(graph, found.far),
+        "proof": reasons,
     }
     return scope.builder.emit("attention", inputs, values)
 
@@ -211,7 +224,7 @@ class _Scope:
 
     def peeled(self, value: Value, scale: float) -> tuple[Value, float]:
         """A tensor without its constant factors, and the scale with them."""
-        while (found := factor_of(self.nodes, value.node)) is not None:
+        while (found := factor_of(self.nodes, value.node)) is not None and isfinite(scale * found[1]):
             value, scale = self[found[0]], scale * found[1]
         return value, scale
 

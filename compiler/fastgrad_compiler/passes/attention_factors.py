@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import sqrt
+from math import isfinite, sqrt
 
 from fastgrad_compiler.elementary import exp, log
 from fastgrad_compiler.graph import Node
 
 
 def constant(nodes: Mapping[str, Node], name: str) -> float | None:
-    """The value of a scalar that is computed from constants only."""
-    node = nodes[name]
-    if node.op in ("constant", "fill"):
-        value = node["value"]
-        return float(value) if isinstance(value, int | float) and not node.tensor.shape else None
-    if node.op not in _CONSTANT or node.tensor.shape:
-        return None
-    values = [constant(nodes, each) for each in node.inputs]
-    known = [value for value in values if value is not None]
-    if len(known) != len(values):
+    """The finite value of a scalar that is computed, in floats, from numbers only."""
+    return _folded(nodes, name, {})
+
+
+def _folded(nodes: Mapping[str, Node], name: str, known: dict[str, float | None]) -> float | None:
+    """The same; what is `known` is not computed again, however many read it."""
+    if name not in known:
+        node = nodes[name]
+        if node.tensor.shape:
+            known[name] = None
+        elif node.op in ("constant", "fill"):
+            value, number = node["value"], node.tensor.dtype != "bool"
+            known[name] = _finite(float(value)) if isinstance(value, int | float) and number else None
+        elif node.op in _CONSTANT and node.tensor.dtype == "float":
+            known[name] = _applied(node.op, [_folded(nodes, each, known) for each in node.inputs])
+        else:
+            known[name] = None
+    return known[name]
+
+
+def _applied(op: str, values: list[float | None]) -> float | None:
+    operands = [value for value in values if value is not None]
+    if len(operands) != len(values):
         return None
     try:
-        return _CONSTANT[node.op](*known)
+        return _finite(_CONSTANT[op](*operands))
     except (ValueError, ZeroDivisionError, OverflowError):
         return None
+
+
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None
 
 
 _CONSTANT: dict[str, Callable[..., float]] = {
@@ -49,10 +66,13 @@ def factor_of(nodes: Mapping[str, Node], node: Node) -> tuple[str, float] | None
         return None
     left, right = node.inputs
     value = constant(nodes, right)
-    if value is not None and (node.op == "mul" or value != 0):
-        return left, value if node.op == "mul" else 1 / value
+    if node.op == "div":
+        inverse = None if not value else _finite(1 / value)
+        return None if inverse is None else (left, inverse)
+    if value is not None:
+        return left, value
     value = constant(nodes, left)
-    return (right, value) if node.op == "mul" and value is not None else None
+    return None if value is None else (right, value)
 
 
 def swaps(node: Node) -> bool:

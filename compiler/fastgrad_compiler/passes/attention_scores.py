@@ -2,22 +2,23 @@
 commutes with.
 
 Each step takes a node and gives the name of the operand to go on with, or None where the node changes the
-function.
+function. A step is exact in real arithmetic: where the text gives a number, the attention gives the same one. Where the
+text divides 0 by 0 or takes infinity from infinity (a row that sees no key, less its largest score), it promises none,
+and the attention's result is 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import inf, isfinite
+from math import inf, isfinite, prod
 
 from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Graph, Node
+from fastgrad_compiler.graph import Bound, Graph, Node
 from fastgrad_compiler.passes.attention_factors import factor_of, swaps
 from fastgrad_compiler.passes.bound_arithmetic import limits
 from fastgrad_compiler.passes.bound_proof import describe, number, place
 
-_UNDERFLOW = 746.0  # exp of less than this below the largest logit is 0 in float64
 MASKS = ("causal", "window", "padding", "documents")
 
 
@@ -71,9 +72,9 @@ class Walk:
     positive: bool = True  # the gains met so far, where a mask may still lie inside
     masks_allowed: bool = True
     near_allowed: bool = True
-    level_matters: bool = (
-        False  # weights are a polynomial of the scores, which a constant added to a row changes
-    )
+    # a constant added to a row of these scores changes the weights: they are a polynomial of the scores, or the
+    # scores of one branch of a near field, beside which the other stays where it is
+    level_matters: bool = False
     range: Range = field(default_factory=Range)
 
 
@@ -84,16 +85,21 @@ def is_key_axis(walk: Walk, axis: object, node: Node) -> bool:
 
 def same(walk: Walk, left: str, right: str) -> bool:
     """Whether two names compute the same, node by node; both spellings are then consumed as far as they
-    differ.
+    differ. Each pair is looked at once.
     """
-    if left == right:
-        return True
-    one, other = walk.graph[left], walk.graph[right]
-    alike = (one.op, one.attributes, len(one.inputs)) == (other.op, other.attributes, len(other.inputs))
-    if not alike or one.op in ("input", "weight", "buffer", "call", "repeat", "dropout"):
-        return False
-    walk.consumed |= {left, right}
-    return all(same(walk, x, y) for x, y in zip(one.inputs, other.inputs, strict=True))
+    pairs, seen = [(left, right)], set[tuple[str, str]]()
+    while pairs:
+        pair = pairs.pop()
+        if pair[0] == pair[1] or pair in seen:
+            continue
+        seen.add(pair)
+        one, other = (walk.graph[name] for name in pair)
+        alike = (one.op, one.attributes, len(one.inputs)) == (other.op, other.attributes, len(other.inputs))
+        if not alike or one.op in ("input", "weight", "buffer", "call", "repeat", "dropout"):
+            return False
+        pairs += zip(one.inputs, other.inputs, strict=True)
+    walk.consumed |= {name for pair in seen for name in pair}
+    return True
 
 
 def inward(walk: Walk, name: str) -> tuple[Product, Product | None, int | None] | None:
@@ -114,27 +120,32 @@ def inward(walk: Walk, name: str) -> tuple[Product, Product | None, int | None] 
 
 
 def _note_range(walk: Walk, node: Node) -> None:
-    """Keep the least R that any node on the way gives, times what multiplies it further out."""
+    """Keep the least R that any node on the way gives, times what multiplies it further out.
+
+    What is asserted of the node or of a gain is asserted of R; of two equal ranges the proved one is kept.
+    """
     if node.bound is None or walk.masks.alibi:
         return
-    outside = abs(walk.factor)
-    for op, gain in walk.gains:
-        known = walk.graph[gain].bound
-        size = inf if known is None else known.magnitude
-        if op == "div":
-            size = 1 / min(abs(known.low), abs(known.high)) if known and known.low * known.high > 0 else inf
-        outside *= size
+    gains = [(op, walk.graph[gain].bound) for op, gain in walk.gains]
+    outside = abs(walk.factor) * prod(_size(op, bound) for op, bound in gains)
     limit = outside * node.bound.magnitude
-    if not isfinite(limit) or limit > walk.range.limit or (limit == walk.range.limit and node.bound.asserted):
+    premises = [node.bound, *(bound for _, bound in gains if bound is not None)]
+    asserted = any(premise.asserted for premise in premises)
+    if not isfinite(limit) or (limit, asserted) >= (walk.range.limit, walk.range.asserted):
         return
-    proof = node.bound.proof
+    proof = tuple(dict.fromkeys(line for premise in premises for line in premise.proof))
     if outside != 1:
-        proof = (
-            *proof,
-            f"the logits are at most {number(outside)} times that: |s| is at most {number(limit)}",
-        )
-    if limit < walk.range.limit or walk.range.asserted:
-        walk.range = Range(limit, node.bound.asserted, proof)
+        proof += (f"the logits are at most {number(outside)} times that: |s| is at most {number(limit)}",)
+    walk.range = Range(limit, asserted, proof)
+
+
+def _size(op: str, gain: Bound | None) -> float:
+    """What a gain multiplies by at most; infinity where nothing is known."""
+    if gain is None:
+        return inf
+    if op == "mul":
+        return gain.magnitude
+    return 1 / min(abs(gain.low), abs(gain.high)) if gain.low * gain.high > 0 else inf
 
 
 def _product(walk: Walk, node: Node) -> Product:
@@ -153,9 +164,15 @@ def _near_far(walk: Walk, node: Node) -> tuple[Product, Product | None, int | No
 
 def near_and_far(walk: Walk, local: str, far: str, block: int) -> tuple[Product, Product | None, int] | None:
     """The products of the far scores and, where they are others, of the local ones; no mask lies in either."""
-    parts = []
+    parts, level_matters = [], walk.level_matters or local != far
     for part in dict.fromkeys((local, far)):
-        inner = replace(walk, gains=list(walk.gains), masks_allowed=False, near_allowed=False)
+        inner = replace(
+            walk,
+            gains=list(walk.gains),
+            masks_allowed=False,
+            near_allowed=False,
+            level_matters=level_matters,
+        )
         found = inward(inner, part)
         if found is None:
             return None
@@ -170,14 +187,15 @@ def _scaled(walk: Walk, node: Node) -> str | None:
     if constant_factor is not None:
         name, value = constant_factor
         walk.factor *= value
-        return name
+        return name if isfinite(walk.factor) else None
     if node.op == "neg":
         return None
     left, right = (walk.graph[name] for name in node.inputs)
     for scores, gain in ((left, right), (right, left))[: 2 if node.op == "mul" else 1]:
         if scores.tensor.shape == node.tensor.shape and _is_gain(walk, gain):
             walk.gains.append((node.op, gain.name))
-            walk.positive = walk.positive and gain.bound is not None and gain.bound.low > 0
+            bound = gain.bound
+            walk.positive = walk.positive and bound is not None and bound.low > 0 and not bound.asserted
             return scores.name
     return None
 
@@ -193,10 +211,12 @@ def _transposed(walk: Walk, node: Node) -> str | None:
 
 
 def masked(walk: Walk, node: Node) -> str | None:
-    """A mask commutes with a positive factor outside of it; what it does to a transposed matrix is another
-    mask.
+    """A mask whose hidden pairs weigh 0: its fill is -inf, which a positive factor outside of it keeps. What it
+    does to a transposed matrix is another mask.
     """
     if walk.flipped or not walk.masks_allowed or not (walk.positive and walk.factor > 0):
+        return None
+    if node.get("fill") not in (None, -inf):
         return None
     masks = walk.masks
     if node.op == "causal":
@@ -208,7 +228,7 @@ def masked(walk: Walk, node: Node) -> str | None:
         masks.window = width if masks.window is None else min(width, masks.window)
     elif not _other_mask(masks, node):
         return None
-    return node.inputs[0] if _fills(walk, node) else None
+    return node.inputs[0]
 
 
 def _other_mask(masks: Masks, node: Node) -> bool:
@@ -221,22 +241,6 @@ def _other_mask(masks: Masks, node: Node) -> bool:
     else:
         masks.documents = node.inputs[1]
     return True
-
-
-def _fills(walk: Walk, node: Node) -> bool:
-    """Whether the masked weights are zero: a fill of -inf, or one so low that every exp underflows.
-
-    A padded row may be masked as a whole, where a finite fill would give uniform weights.
-    """
-    fill = node.get("fill", -inf)
-    if fill is None or fill == -inf:
-        return True
-    if walk.level_matters or not isinstance(fill, int | float) or node.op == "padding" or walk.gains:
-        return False
-    bound = walk.graph[node.inputs[0]].bound
-    if bound is None or bound.asserted:
-        return False
-    return walk.factor * (fill + bound.magnitude) < -_UNDERFLOW
 
 
 def _alibi(walk: Walk, node: Node) -> str | None:
@@ -258,7 +262,9 @@ def _clamped(walk: Walk, node: Node) -> str | None:
 
 
 def _shifted(walk: Walk, node: Node) -> str | None:
-    """Less the row's largest score, which softmax ignores; it keeps exp from overflowing."""
+    """Less the row's largest score, which softmax ignores where it is taken from the whole row; it keeps exp from
+    overflowing.
+    """
     scores, largest = node.inputs
     top = walk.graph[largest]
     if walk.level_matters or top.op != "amax" or not top["keepdim"] or len(axes := _tuple(top["axes"])) != 1:
@@ -278,6 +284,15 @@ def _through(walk: Walk, node: Node) -> str | None:
     return node.inputs[0]
 
 
+def _cast(walk: Walk, node: Node) -> str | None:
+    return node.inputs[0] if keeps_values(walk.graph, node) else None
+
+
+def keeps_values(graph: Graph, node: Node) -> bool:
+    """Whether a cast goes from float to float: another one rounds, or turns numbers into truth values."""
+    return node.tensor.dtype == graph[node.inputs[0]].tensor.dtype == "float"
+
+
 def _undropped(walk: Walk, node: Node) -> str | None:
     return node.inputs[0] if node["p"] == 0 else None
 
@@ -290,7 +305,7 @@ _STEPS: dict[str, Callable[[Walk, Node], str | None]] = {
     "clamp": _clamped,
     "sub": _shifted,
     "assume_bound": _through,
-    "cast": _through,
+    "cast": _cast,
     "dropout": _undropped,
 }
 

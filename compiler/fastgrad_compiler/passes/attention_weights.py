@@ -8,11 +8,10 @@ weights that `normalize_rows` divides, and a near field may join exp nearby with
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 
 from fastgrad_compiler.graph import Attribute, Node
 from fastgrad_compiler.passes.attention_factors import swaps
-from fastgrad_compiler.passes.attention_scores import MASKS, Walk, is_key_axis, masked, same
+from fastgrad_compiler.passes.attention_scores import MASKS, Walk, is_key_axis, keeps_values, masked, same
 
 _OF_SCORES = ("exp", "polynomial")
 
@@ -32,7 +31,7 @@ class Weights:
 def weights_of(walk: Walk, name: str) -> Weights | None:
     """From normalised weights to their scores."""
     node = walk.graph[name]
-    if (node.op == "dropout" and node["p"] == 0) or node.op == "cast":
+    if (node.op == "dropout" and node["p"] == 0) or (node.op == "cast" and keeps_values(walk.graph, node)):
         walk.consumed.add(name)
         return weights_of(walk, node.inputs[0])
     if node.op == "permute" and swaps(node):
@@ -67,7 +66,7 @@ def _unnormalised(walk: Walk, name: str) -> Weights | None:
     """From what `normalize_rows` divides: masks, then exp, a polynomial or both."""
     node = walk.graph[name]
     walk.consumed.add(name)
-    if node.op in MASKS and node.get("fill", -inf) == -inf:
+    if node.op in MASKS:
         inner = masked(walk, node)
         return _unnormalised(walk, inner) if inner is not None else None
     if node.op == "near_far":

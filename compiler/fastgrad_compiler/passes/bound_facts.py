@@ -22,14 +22,13 @@ class Fact:
     nothing known).
 
     `masked`: entries may also be a mask's fill; `low`, `high` and `norms` then speak of the others, the
-    visible ones. `asserted`: some step is the user's word. `proof` takes no part in equality.
+    visible ones. `proof` takes no part in equality.
     """
 
     low: float
     high: float
     norms: tuple[float, ...]
     masked: bool = False
-    asserted: bool = False
     proof: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -46,7 +45,7 @@ class Fact:
     def bound(self) -> Bound:
         """The same as a node keeps it."""
         norm = self.norms[-1] if self.norms else self.magnitude
-        return Bound(self.low, self.high, norm, self.asserted, self.proof)
+        return Bound(self.low, self.high, norm, proof=self.proof)
 
 
 def unknown(rank: int) -> Fact:
@@ -107,7 +106,6 @@ def join(facts: Iterable[Fact]) -> Fact:
         max(fact.high for fact in several),
         tuple(map(max, zip(*(fact.norms for fact in several), strict=True))),
         masked=any(fact.masked for fact in several),
-        asserted=any(fact.asserted for fact in several),
         proof=widest.proof if widest.known else (),
     )
 

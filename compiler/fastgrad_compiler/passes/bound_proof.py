@@ -7,6 +7,7 @@ from math import isfinite
 from fastgrad_compiler.graph import Node
 from fastgrad_compiler.passes.bound_facts import Fact, times
 
+ASSUMED = "assumed in the file, not proved"
 _LONGEST = 40  # characters of source text that stand for an expression without a name
 
 # Operations that are not worth a sentence where they leave the numbers as they are.
@@ -37,6 +38,7 @@ _QUIET = frozenset(
         "where",
         "amax",
         "mean",
+        "assume_bound",
     ]
 )
 
@@ -49,7 +51,7 @@ _REASONS = {
     "tanh": "range of tanh",
     "add": "triangle inequality",
     "sub": "triangle inequality",
-    "assume_bound": "assumed in the file, not proved",
+    "assume_bound": ASSUMED,
     "merge_heads": "rows of all heads joined",
     "attention": "a weighted mean of values",
 }

@@ -132,9 +132,9 @@ def _near_far(step: Step) -> Fact:
 
 
 def _assume_bound(step: Step) -> Fact:
+    """The user's word, where it is taken (`bounds.py`)."""
     fact, limit = step.facts[0], step.number("bound")
-    asserted = fact.asserted or fact.magnitude > limit
-    return replace(fact, low=max(fact.low, -limit), high=min(fact.high, limit), asserted=asserted)
+    return replace(fact, low=max(fact.low, -limit), high=min(fact.high, limit))
 
 
 def _rotary(step: Step) -> Fact:

@@ -3,7 +3,7 @@
 A degree meets its caps where eps is at most `relative`, and where the certificates (docs/mathematics.md,
 section 7) of output and score gradient are at most the attention's shares of the budget. Odd degrees serve
 only where positivity on the range is proved and the range itself is not the user's word: beyond it they
-turn negative.
+turn negative, and what `bounds.py` proves of an attention's result would be false. A rule that pins one is refused.
 """
 
 from __future__ import annotations
@@ -224,6 +224,12 @@ def _pinned(case: Case, degree: int) -> Outcome:
     if not polynomial.positive:
         text = f"the {family} polynomial of degree {degree} is not positive on [-{number(bound)}, {number(bound)}]"
         return Refusal("FG304", text, "degree", polynomial)
+    if not stays_positive(case, polynomial):
+        text = (
+            f"the {family} polynomial of degree {degree} is negative for logits below"
+            f" {number(polynomial.positive_from or 0.0)}, and |s| <= {number(bound)} is asserted, not proved"
+        )
+        return Refusal("FG304", text, "degree", polynomial)
     if polynomial.eps >= 1:
         text = (
             f"with |s| <= {number(bound)} the {family} polynomial of degree {degree} has eps {number(polynomial.eps)}:"
@@ -253,6 +259,11 @@ def _planned(case: Case) -> Outcome:
     return Decision(cheaper, break_even=decision.break_even) if cheaper else decision
 
 
+def stays_positive(case: Case, polynomial: Polynomial) -> bool:
+    """Whether no weight can be negative: everywhere, or on a range that logits are proved not to leave."""
+    return polynomial.positive and (polynomial.positive_from is None or not case.node["asserted"])
+
+
 def search(case: Case) -> tuple[Polynomial | None, str]:
     """(the polynomial of least degree that meets the caps within the rank limit, else what the last one
     tried lacks).
@@ -270,7 +281,7 @@ def search(case: Case) -> tuple[Polynomial | None, str]:
         except PrecisionError as error:
             obstacle = str(error)
             continue
-        if not polynomial.positive or (case.node["asserted"] and polynomial.positive_from is not None):
+        if not stays_positive(case, polynomial):
             continue
         missed = case.caps.missed(polynomial) or ("weights may vanish" if polynomial.eps >= 1 else "")
         if not missed:

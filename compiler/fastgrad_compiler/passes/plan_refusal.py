@@ -9,7 +9,7 @@ from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import BudgetRule
 from fastgrad_compiler.passes.attention_table import LIBRARY, AttentionEntry
 from fastgrad_compiler.passes.bound_proof import number
-from fastgrad_compiler.passes.plan_decision import Caps, Case, Refusal, search
+from fastgrad_compiler.passes.plan_decision import Caps, Case, Refusal, search, stays_positive
 from fastgrad_compiler.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
 from fastgrad_grammar.diagnostics import Diagnostic, Note
 
@@ -87,7 +87,7 @@ def _positive_degree(refusal: Refusal, case: Case) -> list[str]:
         if (
             found_rank <= case.max_rank
             and polynomial is not None
-            and polynomial.positive
+            and stays_positive(case, polynomial)
             and polynomial.eps <= _USEFUL
         ):
             eps = number(polynomial.eps)
@@ -106,7 +106,7 @@ def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
         remedies.append(f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}")
     lower = max((g for g in range(1, degree) if rank(case.d or 1, g) <= case.max_rank), default=None)
     polynomial = _fit(case, lower, case.bound) if lower is not None else None
-    if polynomial is not None and polynomial.positive:
+    if polynomial is not None and stays_positive(case, polynomial):
         found_rank = rank(case.d or 1, polynomial.degree)
         remedies.append(
             f"degree {polynomial.degree} has rank {found_rank:,} and eps {number(polynomial.eps)}"
@@ -149,7 +149,7 @@ def _masked(refusal: Refusal, case: Case) -> list[str]:
 def _smaller_range(case: Case, degree: int, suits: Callable[[Polynomial], bool]) -> list[str]:
     def serves(bound: float) -> bool:
         polynomial = _fit(case, degree, bound)
-        return polynomial is not None and polynomial.positive and suits(polynomial)
+        return polynomial is not None and stays_positive(case, polynomial) and suits(polynomial)
 
     return _gain(case, _largest(case.bound, serves), f"serves at degree {degree}")
 
