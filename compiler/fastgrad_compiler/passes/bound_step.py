@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
 from typing import TypeAlias
 
 from fastgrad_compiler.dim import Dim
@@ -49,8 +48,3 @@ Rule: TypeAlias = Callable[[Step], Fact]
 def same(step: Step) -> Fact:
     """The fact of the first input."""
     return step.facts[0]
-
-
-def root_sum(*norms: float) -> float:
-    """The norm of parts with these norms."""
-    return sqrt(sum(norm * norm for norm in norms))
