@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from math import ceil
 
 Monomial = tuple[str, ...]  # sorted names, repeated for powers; () is the constant
 
@@ -88,6 +89,13 @@ class Dim:
         if len(self.terms) == 1 and self.terms[0][0] == ():
             return int(self.terms[0][1])
         return None
+
+    @cached_property
+    def least(self) -> int:
+        """The least value where every name is at least 1, as sizes are; 0 where terms with names are subtracted."""
+        if any(coefficient < 0 for monomial, coefficient in self.terms if monomial):
+            return 0
+        return max(ceil(sum(coefficient for _, coefficient in self.terms)), 0)
 
     @property
     def names(self) -> frozenset[str]:

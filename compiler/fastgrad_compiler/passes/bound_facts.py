@@ -1,19 +1,21 @@
 """What the bound analysis knows of a tensor: an interval of its entries and Euclidean norms along each
 axis.
 
-Arithmetic is on reals: entries are finite numbers, however large, so that 0 times an unknown entry is 0.
-Rounding is left out on purpose: float arithmetic can leave a proved range by a few units of its own
-roundoff, where a polynomial is still within as many units of its proved error.
+Arithmetic is on reals, and what is computed of them here is rounded outwards (`bound_rounding.py`). A fact holds of
+every entry, and of every vector, that is not NaN; an entry may be infinite where its side of the interval is. So 0
+times an unknown entry is 0. The rounding of the run itself is left out: float arithmetic can leave a proved range by a
+few units of its own roundoff, where a polynomial is still within as many units of its proved error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf, isfinite, sqrt
+from math import inf, isfinite
 
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import Bound
+from fastgrad_compiler.passes.bound_rounding import add_down, add_up, root_up, times_down, times_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class Fact:
     """Entries in [low, high]; along axis a, Euclidean norm at most `norms[a]` (one for each axis; inf is
     nothing known).
 
-    `masked`: entries may also be a mask's fill; `low`, `high` and `norms` then speak of the others, the
+    `masked`: entries may also be -inf, what a mask hides; `low`, `high` and `norms` then speak of the others, the
     visible ones. `proof` takes no part in equality.
     """
 
@@ -43,8 +45,8 @@ class Fact:
 
     @property
     def bound(self) -> Bound:
-        """The same as a node keeps it."""
-        norm = self.norms[-1] if self.norms else self.magnitude
+        """The same as a node keeps it; a row that a mask may hide in part has no norm."""
+        norm = inf if self.masked else self.norms[-1] if self.norms else self.magnitude
         return Bound(self.low, self.high, norm, proof=self.proof)
 
 
@@ -63,6 +65,20 @@ def size(dim: Dim) -> float:
     return inf if dim.constant is None else float(dim.constant)
 
 
+def total(fact: Fact, dims: Iterable[Dim]) -> tuple[float, float]:
+    """The interval of a sum of as many entries as `dims` have together."""
+    least, most = 1.0, 1.0
+    for dim in dims:
+        least, most = times_down(least, float(dim.least)), times_up(most, size(dim))
+    low = times_down(most if fact.low < 0 else least, fact.low)
+    return low, times_up(most if fact.high > 0 else least, fact.high)
+
+
+def root_size(dim: Dim) -> float:
+    """At least the norm of a vector of as many ones; infinity where the number is known at run time only."""
+    return root_up(size(dim))
+
+
 def tighten(fact: Fact, shape: Sequence[Dim]) -> Fact:
     """Norms from entries (at most sqrt(size) times the largest) and entries from norms (each is at most any
     norm).
@@ -70,21 +86,22 @@ def tighten(fact: Fact, shape: Sequence[Dim]) -> Fact:
     if fact.masked:
         return fact
     norms = tuple(
-        min(norm, times(sqrt(size(dim)), fact.magnitude)) for norm, dim in zip(fact.norms, shape, strict=True)
+        min(norm, times_up(root_size(dim), fact.magnitude))
+        for norm, dim in zip(fact.norms, shape, strict=True)
     )
     least = min(norms, default=inf)
     return replace(fact, low=max(fact.low, -least), high=min(fact.high, least), norms=norms)
 
 
-def times(left: float, right: float) -> float:
-    """A product in which 0 wins over infinity."""
-    return 0.0 if left == 0 or right == 0 else left * right
-
-
 def product(left: Fact, right: Fact) -> tuple[float, float]:
     """The interval of x * y."""
-    corners = [times(x, y) for x in (left.low, left.high) for y in (right.low, right.high)]
-    return min(corners), max(corners)
+    corners = [(x, y) for x in (left.low, left.high) for y in (right.low, right.high)]
+    return min(times_down(x, y) for x, y in corners), max(times_up(x, y) for x, y in corners)
+
+
+def added(left: Fact, right: Fact) -> tuple[float, float]:
+    """The interval of x + y."""
+    return add_down(left.low, right.low), add_up(left.high, right.high)
 
 
 def spread(fact: Fact, source: Sequence[Dim], target: Sequence[Dim]) -> tuple[float, ...]:
@@ -93,7 +110,7 @@ def spread(fact: Fact, source: Sequence[Dim], target: Sequence[Dim]) -> tuple[fl
     norms = []
     for axis, dim in enumerate(target):
         kept = axis >= missing and source[axis - missing] == dim
-        norms.append(fact.norms[axis - missing] if kept else times(sqrt(size(dim)), fact.magnitude))
+        norms.append(fact.norms[axis - missing] if kept else times_up(root_size(dim), fact.magnitude))
     return tuple(norms)
 
 

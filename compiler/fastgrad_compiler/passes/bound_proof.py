@@ -5,7 +5,8 @@ from __future__ import annotations
 from math import isfinite
 
 from fastgrad_compiler.graph import Node
-from fastgrad_compiler.passes.bound_facts import Fact, times
+from fastgrad_compiler.passes.bound_facts import Fact
+from fastgrad_compiler.passes.bound_rounding import times_up
 
 ASSUMED = "assumed in the file, not proved"
 _LONGEST = 40  # characters of source text that stand for an expression without a name
@@ -135,7 +136,7 @@ def _speaks_of_rows(node: Node, fact: Fact) -> bool:
 
 def _matmul(node: Node, fact: Fact, inputs: tuple[Fact, ...]) -> str:
     left, right = inputs[0].norms[-1], inputs[1].norms[-2]
-    if times(left, right) <= fact.magnitude * (1 + 1e-12):
+    if times_up(left, right) <= fact.magnitude * (1 + 1e-12):
         reason = f"Cauchy-Schwarz with norms {number(left)} and {number(right)}"
     else:
         reason = "a sum of bounded products"

@@ -1,28 +1,26 @@
 """BOUND: for each operation, what its inputs' bounds say of its result.
 
 A rule takes a `Step` and returns a Fact without proof; `bounds.py` adds the sentence and the premises.
-Every rule is sound for real arithmetic; a rule that knows nothing returns `unknown`. `DECLINED` names the
-operations that have no rule, with the reason.
+Every rule is sound for real arithmetic, of what docs/operations.md says of its operation; a rule that knows nothing
+returns `unknown`. `DECLINED` names the operations that have no rule, with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from math import inf, sqrt
+from math import inf, nextafter
 
 from fastgrad_compiler.graph import Attribute
 from fastgrad_compiler.passes.bound_arithmetic import ARITHMETIC
-from fastgrad_compiler.passes.bound_facts import (
-    Fact,
-    interval,
-    join,
-    size,
-    times,
-    unknown,
-)
+from fastgrad_compiler.passes.bound_facts import Fact, interval, join, root_size, size, total, unknown
+from fastgrad_compiler.passes.bound_rounding import add_down, add_up, over_up, root_up, times_down, times_up
 from fastgrad_compiler.passes.bound_shapes import SHAPES
 from fastgrad_compiler.passes.bound_step import Rule, Step
+
+_ROOT_2 = root_up(2.0)
+_LIMIT = 2.0**63  # of ints of 64 bits: from its negative to one below it
+_WRAPPING = frozenset(["add", "sub", "mul", "neg", "abs", "sum"])  # on ints, which may overflow
 
 
 def _nothing(step: Step) -> Fact:
@@ -37,7 +35,10 @@ def _range(low: float, high: float) -> Rule:
 
 
 def _constant(step: Step) -> Fact:
-    return interval(step.number("value"), step.number("value"), step.rank)
+    value = step.number("value")
+    if value == step.node["value"]:
+        return interval(value, value, step.rank)
+    return interval(nextafter(value, -inf), nextafter(value, inf), step.rank)  # an int of more than 53 bits
 
 
 def _literal(step: Step) -> Fact:
@@ -72,11 +73,7 @@ def _axes(step: Step) -> set[int]:
 
 
 def _sum(step: Step) -> Fact:
-    count = 1.0
-    for axis in _axes(step):
-        count *= size(step.shapes[0][axis])
-    fact = step.facts[0]
-    return interval(times(count, fact.low), times(count, fact.high), step.rank)
+    return interval(*total(step.facts[0], (step.shapes[0][axis] for axis in _axes(step))), step.rank)
 
 
 def _mean(step: Step) -> Fact:
@@ -105,12 +102,13 @@ def _normalize_rows(step: Step) -> Fact:
 
 def _rms_norm(step: Step) -> Fact:
     """Rows of norm sqrt(d), each entry times its weight."""
-    row = times(sqrt(size(step.shape[-1])), step.facts[1].magnitude)
+    row = times_up(root_size(step.shape[-1]), step.facts[1].magnitude)
     return Fact(-row, row, (*(inf,) * (step.rank - 1), row))
 
 
 def _layer_norm(step: Step) -> Fact:
-    row = times(sqrt(size(step.shape[-1])), step.facts[1].magnitude) + step.facts[2].norms[-1]
+    scaled = times_up(root_size(step.shape[-1]), step.facts[1].magnitude)
+    row = add_up(scaled, step.facts[2].norms[-1])
     return Fact(-row, row, (*(inf,) * (step.rank - 1), row))
 
 
@@ -124,7 +122,11 @@ def _unit(step: Step) -> Fact:
 
 
 def _mask(step: Step) -> Fact:
-    return replace(step.facts[0], norms=(inf,) * step.rank, masked=True)
+    fact, fill = step.facts[0], step.node.get("fill", -inf)
+    norms = (inf,) * step.rank
+    if not isinstance(fill, int | float) or fill == -inf:
+        return replace(fact, norms=norms, masked=True)
+    return replace(fact, low=min(fact.low, fill), high=max(fact.high, fill), norms=norms)
 
 
 def _near_far(step: Step) -> Fact:
@@ -134,7 +136,8 @@ def _near_far(step: Step) -> Fact:
 def _assume_bound(step: Step) -> Fact:
     """The user's word, where it is taken (`bounds.py`)."""
     fact, limit = step.facts[0], step.number("bound")
-    return replace(fact, low=max(fact.low, -limit), high=min(fact.high, limit))
+    low, high = max(min(fact.low, limit), -limit), min(max(fact.high, -limit), limit)
+    return replace(fact, low=low, high=high)
 
 
 def _rotary(step: Step) -> Fact:
@@ -142,8 +145,8 @@ def _rotary(step: Step) -> Fact:
     of either.
     """
     fact = step.facts[0]
-    most = min(fact.norms[-1], sqrt(2) * fact.magnitude)
-    others = tuple(sqrt(2) * norm for norm in fact.norms[:-1])
+    most = min(fact.norms[-1], times_up(_ROOT_2, fact.magnitude))
+    others = tuple(times_up(_ROOT_2, norm) for norm in fact.norms[:-1])
     return Fact(-most, most, (*others, fact.norms[-1]))
 
 
@@ -153,12 +156,13 @@ def _alibi(step: Step) -> Fact:
 
 
 def _dropout(step: Step) -> Fact:
+    """The identity, or in training 0 or scaled up."""
     fact, p = step.facts[0], step.number("p")
     if p == 0:
         return fact
-    scale = 1 / (1 - p) if p < 1 else 0.0
-    norms = tuple(times(scale, norm) for norm in fact.norms)
-    return Fact(min(times(scale, fact.low), 0.0), max(times(scale, fact.high), 0.0), norms)
+    scale = over_up(1.0, add_down(1.0, -p)) if p < 1 else 1.0
+    norms = tuple(times_up(scale, norm) for norm in fact.norms)
+    return Fact(min(times_down(scale, fact.low), 0.0), max(times_up(scale, fact.high), 0.0), norms)
 
 
 def _attention(step: Step) -> Fact:
@@ -168,7 +172,7 @@ def _attention(step: Step) -> Fact:
     return Fact(min(value.low, 0.0), max(value.high, 0.0), norms)
 
 
-BOUND: dict[str, Rule] = {
+_RULES: dict[str, Rule] = {
     **SHAPES,
     **ARITHMETIC,
     **dict.fromkeys(("weight", "buffer"), _nothing),  # they train, or come from a file
@@ -197,7 +201,6 @@ BOUND: dict[str, Rule] = {
     "attention": _attention,
 }
 
-# What a mask's fill can pass through without turning into an entry that the interval denies.
 MASK_AWARE = frozenset(
     [
         "causal",
@@ -211,6 +214,8 @@ MASK_AWARE = frozenset(
         "exp",
         "clamp",
         "cast",
+        "mul",
+        "div",
         "reshape",
         "permute",
         "slice",
@@ -220,6 +225,23 @@ MASK_AWARE = frozenset(
         "equal",
     ]
 )
+"""Operations whose rules know of -inf, what a mask hides; of the others' results nothing is known then."""
+
+
+def _guarded(op: str, rule: Rule) -> Rule:
+    """The rule, for inputs that a mask hides in part and for ints that may leave 64 bits."""
+
+    def guarded(step: Step) -> Fact:
+        if op not in MASK_AWARE and any(fact.masked for fact in step.facts):
+            return unknown(step.rank)
+        fact = rule(step)
+        whole = op in _WRAPPING and step.node.tensor.dtype == "int"
+        return unknown(step.rank) if whole and not -_LIMIT <= fact.low <= fact.high < _LIMIT else fact
+
+    return guarded
+
+
+BOUND: dict[str, Rule] = {op: _guarded(op, rule) for op, rule in _RULES.items()}
 
 DECLINED: dict[str, str] = {
     "input": "its facts come from the call sites",

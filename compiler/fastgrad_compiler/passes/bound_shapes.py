@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf, sqrt
+from math import inf
 
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.passes.bound_facts import (
     Fact,
     join,
-    size,
+    root_size,
     spread,
-    times,
 )
-from fastgrad_compiler.passes.bound_step import Rule, Step, root_sum, same
+from fastgrad_compiler.passes.bound_rounding import root_sum_up, root_up, times_up
+from fastgrad_compiler.passes.bound_step import Rule, Step, same
 
 
 def _reshape(step: Step) -> Fact:
@@ -36,7 +36,7 @@ def _regrouped(norm: float, old: Dim, new: Dim) -> float:
     if new.terms and old.divide(new) is not None and new.constant:
         return norm
     joined = new.divide(old) if old.constant else None
-    return times(sqrt(size(joined)), norm) if joined is not None else inf
+    return times_up(root_size(joined), norm) if joined is not None else inf
 
 
 def _permute(step: Step) -> Fact:
@@ -56,21 +56,21 @@ def _split_heads(step: Step) -> Fact:
 def _merge_heads(step: Step) -> Fact:
     fact = step.facts[0]
     *leading, heads, tokens, row = fact.norms
-    count, width = size(step.shapes[0][-3]), size(step.shapes[0][-1])
-    merged = min(times(sqrt(count), row), times(sqrt(width), heads))
+    count, width = root_size(step.shapes[0][-3]), root_size(step.shapes[0][-1])
+    merged = min(times_up(count, row), times_up(width, heads))
     return replace(fact, norms=(*leading, tokens, merged))
 
 
 def _repeat_heads(step: Step) -> Fact:
     fact = step.facts[0]
     *leading, heads, tokens, row = fact.norms
-    return replace(fact, norms=(*leading, times(sqrt(step.number("times")), heads), tokens, row))
+    return replace(fact, norms=(*leading, times_up(root_up(step.number("times")), heads), tokens, row))
 
 
 def _concat(step: Step) -> Fact:
     joined = join(step.facts)
     norms = list(joined.norms)
-    norms[step.axis()] = root_sum(*(fact.norms[step.axis()] for fact in step.facts))
+    norms[step.axis()] = root_sum_up(*(fact.norms[step.axis()] for fact in step.facts))
     return replace(joined, norms=tuple(norms))
 
 
@@ -120,5 +120,4 @@ SHAPES: dict[str, Rule] = {
     "patches": _entries,
     "broadcast_to": _broadcast,
     "embedding": _embedding,
-    "cast": same,
 }

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
 from typing import TypeAlias
 
 from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.elementary import added
 from fastgrad_compiler.graph import Node
 from fastgrad_compiler.passes.bound_facts import Fact
 
@@ -50,8 +48,3 @@ Rule: TypeAlias = Callable[[Step], Fact]
 def same(step: Step) -> Fact:
     """The fact of the first input."""
     return step.facts[0]
-
-
-def root_sum(*norms: float) -> float:
-    """The norm of parts with these norms."""
-    return sqrt(added(norm * norm for norm in norms))
