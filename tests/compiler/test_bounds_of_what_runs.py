@@ -104,7 +104,8 @@ def test_no_proved_bound_is_left(body: str, degree: int) -> None:
 )
 def test_a_mean_of_values_is_no_longer_than_the_longest(model: str, bound: float) -> None:
     _, second = attention_table(stages(MODELS[model])["plan"])
-    assert (second.node["bound"], second.node["asserted"]) == (bound, False)
+    assert second.node["asserted"] is False
+    assert bound <= float(str(second.node["bound"])) <= bound * (1 + 1e-12)  # rounded outwards
 
 
 def refused(body: str, rule: str) -> tuple[Diagnostic, ...]:
