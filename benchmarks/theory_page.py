@@ -73,8 +73,9 @@ def _degree_section(document: Document) -> str:
     last = _at(document, depth=grid["degrees_depths"][-1], n=grid["length"])
     fall = _fall(last)
     if fall is not None:
-        text = f"""Each further degree divides the measured output error by {fall:.0f} (geometric mean, {last[0]["depth"]}
-            layers). The error follows eps, which falls faster than geometrically."""
+        depth = last[0]["depth"]
+        text = f"""Each further degree divides the measured output error by {fall:.0f} (geometric mean, {depth} layers).
+            The error follows eps, which falls faster than geometrically."""
         lines.append(_paragraph(text) + "\n")
     return "\n".join(lines)
 
