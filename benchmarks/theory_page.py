@@ -106,7 +106,7 @@ def _length_section(document: Document) -> str:
         "## The length\n",
         f"{grid['depth']} layers; measured output error, and in brackets that of the gradient.\n",
         _crossed(document, "n", grid["lengths"], depth=grid["depth"]),
-        "\nIn real arithmetic the bound of an attention does not depend on n, and the measured error does not grow with it.\n",
+        "\nIn real arithmetic the bound of an attention does not depend on n, and the measured error does not grow with n.\n",
     ]
     return "\n".join(lines)
 
@@ -224,15 +224,14 @@ def figure(document: Document) -> str:
     deepest = grid["degrees_depths"][-1]
     of_degree = _at(document, depth=deepest, n=grid["length"])
     names = {
-        "output": ("output, measured", 0, False),
-        "gradient": ("gradient, measured", 1, False),
-        "output_estimate": ("output, estimate", 0, True),
-        "output_certificates": ("output, certificates", 3, True),
-        "gradient_certificates": ("gradient, certificates", 6, True),
+        "output_certificates": ("output", 0, True),
+        "gradient_certificates": ("gradient", 1, True),
+        "output": ("", 0, False),
+        "gradient": ("", 1, False),
     }
     panels = [
         Panel(
-            f"degree: {deepest} layers, n = {grid['length']:,}",
+            f"degree: {deepest} layers, n = {grid['length']:,} (dashed: certificates)",
             "degree",
             ERROR,
             tuple(
