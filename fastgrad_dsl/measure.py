@@ -213,17 +213,19 @@ def measure_errors(
     objective: Objective | None,
     served: Sequence[Served],
     *,
+    at_any_length: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> ModelErrors:
     """Compare a compiled model with itself made exact, on one batch.
 
     `served` are the polynomial attentions, the model's own among them, in the order in which the model runs them.
-    Without an objective, gradients are those of a fixed random projection of the output. Runs two forward and backward
-    passes and one for each approximated attention; `progress` is told of each.
+    Without an objective, gradients are those of a fixed random projection of the output. `at_any_length`: polynomials
+    are measured below their break-even length too. Runs two forward and backward passes and one for each approximated
+    attention; `progress` is told of each.
     """
     approximated = [index for index, attention in enumerate(served) if not attention.own]
     progress("the compiled model")
-    watched = _Attentions(compare=served)
+    watched = _Attentions(at_any_length=at_any_length, compare=served)
     output, gradients, loss = _pass(model, inputs, targets, objective, watched)
     progress("the exact model")
     everywhere = _Attentions(exact=frozenset(approximated))
@@ -232,7 +234,7 @@ def measure_errors(
     for index in approximated:
         attention = served[index]
         progress(attention.path)
-        moved = _Attentions(exact=frozenset({index}))
+        moved = _Attentions(exact=frozenset({index}), at_any_length=at_any_length)
         moved_output, moved_gradients, _ = _pass(model, inputs, targets, objective, moved)
         call = watched.calls[index]
         attentions.append(

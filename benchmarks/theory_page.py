@@ -1,0 +1,262 @@
+"""docs/theory.md and its plot, made from docs/theory.json."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastgrad_dsl.bench.plot import Panel, Series
+from fastgrad_dsl.bench.plot import render as render_plot
+
+JSON, PAGE, FIGURE = "docs/theory.json", "docs/theory.md", "docs/theory.svg"
+TITLE = "Error of a whole model against the degree, the depth and the length"
+ERROR = "relative error (lower is better)"
+
+Document = Mapping[str, Any]
+Rows = Sequence[Mapping[str, Any]]
+
+INTRODUCTION = """\
+# The theorem in numbers
+
+arXiv 2408.13233 proves that a transformer of several layers keeps an almost linear cost and a small error when every
+attention is replaced by a low-rank polynomial. Its statement is asymptotic. This page shows the numbers: one model, in
+**float64**, so that rounding plays no part, against itself with softmax everywhere, the same weights and the same text.
+Made from [theory.json](theory.json) by
+
+    {command}
+
+The model: byte-level, width 64; each layer has a causal attention of {heads} heads (queries and keys of width 4 and
+norm 1, rotary positions, R = {gain:g}), a swiglu MLP, residual streams and RMS norms. The text is held-out text of the
+demonstration. Weights are the initial ones of seed 0; polynomials are of the family `{family}`.
+
+* **measured**: relative L2 error of the logits (`output`), and of all weights' gradients of the cross entropy as one
+  vector (`gradient`).
+* **estimate**: the sum over attentions of what making that one exact moves. First order, no proof.
+* **certificates**: the sum over attentions of the proved bound of each one's own output (for the gradient the largest
+  of dQ, dK and dV), on its own inputs. Each is a **bound** for its attention; their sum is *not* a bound for the model,
+  since it leaves out how layers amplify. It is what a plan without data goes by.
+
+![{title}](theory.svg)
+"""
+
+
+def render(document: Document) -> dict[str, str]:
+    """The page and the plot by their paths."""
+    return {PAGE: page(document), FIGURE: figure(document)}
+
+
+def page(document: Document) -> str:
+    """docs/theory.md."""
+    from benchmarks.theory import FAMILY, GAIN, HEADS
+
+    parts = [
+        INTRODUCTION.format(command=document["command"], heads=HEADS, gain=GAIN, family=FAMILY, title=TITLE),
+        _degree_section(document),
+        _depth_section(document),
+        _length_section(document),
+        _running_section(document["running"]),
+    ]
+    return "\n".join(parts)
+
+
+# --------------------------------------------------------------------------- sections
+
+
+def _degree_section(document: Document) -> str:
+    grid = document["grid"]
+    lines = ["## The degree\n", f"n = {grid['length']:,}.\n"]
+    for depth in grid["degrees_depths"]:
+        rows = _at(document, depth=depth, n=grid["length"])
+        lines += [f"{depth} {'layer' if depth == 1 else 'layers'}:\n", _table("degree", rows), ""]
+    last = _at(document, depth=grid["degrees_depths"][-1], n=grid["length"])
+    fall = _fall(last)
+    if fall is not None:
+        depth = last[0]["depth"]
+        text = f"""Each further degree divides the measured output error by {fall:.0f} (geometric mean, {depth} layers).
+            The error follows eps, which falls faster than geometrically."""
+        lines.append(_paragraph(text) + "\n")
+    return "\n".join(lines)
+
+
+def _depth_section(document: Document) -> str:
+    grid = document["grid"]
+    lines = [
+        "## The depth\n",
+        f"n = {grid['length']:,}; measured output error, and in brackets that of the gradient.\n",
+    ]
+    lines.append(_crossed(document, "depth", grid["depths"], n=grid["length"]))
+    growth = [
+        f"{_exponent(rows, 'depth', 'output'):.2f} and {_exponent(rows, 'depth', 'gradient'):.2f} at degree {g}"
+        for g in grid["some_degrees"]
+        if len(rows := [r for r in _at(document, degree=g, n=grid["length"]) if r["depth"] in grid["depths"]])
+        > 1
+    ]
+    lines.append(
+        "\nThe slope on logarithmic axes (1 is growth in proportion to the depth), of output and gradient:\n"
+        f"{'; '.join(growth)}.\n"
+    )
+    return "\n".join(lines)
+
+
+def _length_section(document: Document) -> str:
+    grid = document["grid"]
+    lines = [
+        "## The length\n",
+        f"{grid['depth']} layers; measured output error, and in brackets that of the gradient.\n",
+        _crossed(document, "n", grid["lengths"], depth=grid["depth"]),
+        "\nIn real arithmetic the bound of an attention does not depend on n, and the measured error does not grow with n.\n",
+    ]
+    return "\n".join(lines)
+
+
+def _running_section(running: Mapping[str, Any]) -> str:
+    depth = len(running["bounds"][0]["layers"])
+    lines = [
+        "## Why no bound is printed for a whole model\n",
+        _paragraph(
+            f"""A rigorous bound can be carried through the layers: a ball around every activation, which each operation
+            turns into a ball around its result, with Lipschitz constants on that ball and the known activations of one
+            batch (`benchmarks/running_bound.py`; rows of attention are taken with their real weights, so that it is far
+            tighter than products of norms). Here it is for the model of this page with {depth} layers, after
+            {running["steps"]} steps of training (n = {running["tokens"]:,}, cross entropy {running["loss"]:.2f} nats
+            per byte), as a share of the residual stream, for attentions with a polynomial of this eps:"""
+        ),
+        "",
+        "| eps | " + " | ".join(f"layer {i + 1}" for i in range(depth)) + " |",
+        "| ---: |" + " ---: |" * depth,
+    ]
+    for row in running["bounds"]:
+        lines.append(f"| {row['eps']:.0e} | " + " | ".join(map(_number, row["layers"])) + " |")
+    lines += [
+        "",
+        _paragraph(
+            """Every layer multiplies the ball by the largest slopes that any input in it could meet, while the error of
+            real inputs meets typical ones. Beside it the measured error with the same weights:"""
+        ),
+        "",
+        "| degree | eps | bound after the last layer (share of the stream) | measured error of the output |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for row in running["measured"]:
+        cells = (f"{row['eps']:.1e}", _number(row["layers"][-1]), _number(row["output"]))
+        lines.append(f"| {row['degree']} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        _paragraph(
+            """A bound of 1 and more says nothing: an output of zeros would keep it. That is why a report prints a
+            proved bound for each attention, an estimate and a measured error for the whole, and no bound for the
+            whole."""
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 118, break_long_words=False, break_on_hyphens=False)
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def _at(document: Document, **fixed: int) -> list[Mapping[str, Any]]:
+    rows = [row for row in document["points"] if all(row[key] == value for key, value in fixed.items())]
+    return sorted(rows, key=lambda row: (row["degree"], row["depth"], row["n"]))
+
+
+def _table(first: str, rows: Rows) -> str:
+    lines = [
+        f"| {first} | eps | output | estimate | certificates | gradient | estimate | certificates |",
+        "| ---: |" + " ---: |" * 7,
+    ]
+    keys = (
+        "eps", "output", "output_estimate", "output_certificates",
+        "gradient", "gradient_estimate", "gradient_certificates",
+    )  # fmt: skip
+    for row in rows:
+        lines.append(f"| {row[first]} | " + " | ".join(_number(row[key]) for key in keys) + " |")
+    return "\n".join(lines)
+
+
+def _crossed(document: Document, down: str, values: Sequence[int], **fixed: int) -> str:
+    degrees = document["grid"]["some_degrees"]
+    lines = [
+        f"| {down} | " + " | ".join(f"degree {g}" for g in degrees) + " |",
+        "| ---: |" + " ---: |" * len(degrees),
+    ]
+    for value in values:
+        cells = [
+            f"{_number(row['output'])} ({_number(row['gradient'])})"
+            for row in _at(document, **{down: value}, **fixed)
+            if row["degree"] in degrees
+        ]
+        lines.append(f"| {value:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    """Two digits; None is what is beyond float64."""
+    return "over 1e308" if value is None else f"{value:.1e}" if math.isfinite(value) else "none"
+
+
+def _fall(rows: Rows) -> float | None:
+    """The mean factor between neighbouring degrees, down to where rounding rules."""
+    seen = [row["output"] for row in rows if row["output"] > 1e-12]
+    return (seen[0] / seen[-1]) ** (1 / (len(seen) - 1)) if len(seen) > 1 else None
+
+
+def _exponent(rows: Rows, key: str, what: str) -> float:
+    """The least-squares slope of log error against log size."""
+    xs, ys = [math.log(row[key]) for row in rows], [math.log(row[what]) for row in rows]
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    moment = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
+    return moment / sum((x - mean_x) ** 2 for x in xs)
+
+
+# --------------------------------------------------------------------------- the plot
+
+
+def figure(document: Document) -> str:
+    """The SVG text: three panels."""
+    grid = document["grid"]
+    deepest = grid["degrees_depths"][-1]
+    of_degree = _at(document, depth=deepest, n=grid["length"])
+    names = {
+        "output_certificates": ("output", 0, True),
+        "gradient_certificates": ("gradient", 1, True),
+        "output": ("", 0, False),
+        "gradient": ("", 1, False),
+    }
+    panels = [
+        Panel(
+            f"degree: {deepest} layers, n = {grid['length']:,} (dashed: certificates)",
+            "degree",
+            ERROR,
+            tuple(
+                Series(label, _pairs(of_degree, "degree", key), colour, line=True, dashed=dashed)
+                for key, (label, colour, dashed) in names.items()
+            ),
+        ),
+        _swept(document, "depth", f"depth: n = {grid['length']:,}", "layers", n=grid["length"]),
+        _swept(document, "n", f"length: {grid['depth']} layers", "tokens", depth=grid["depth"]),
+    ]
+    told = "; ".join(
+        f"degree {r['degree']}: output {r['output']:.1e}, gradient {r['gradient']:.1e}" for r in of_degree
+    )
+    return render_plot(panels, TITLE, f"Measured errors at {deepest} layers: {told}.")
+
+
+def _swept(document: Document, key: str, title: str, label: str, **fixed: int) -> Panel:
+    series = []
+    colours = (0, 2, 1, 3)
+    for colour, g in zip(colours, document["grid"]["some_degrees"], strict=False):
+        rows = sorted(_at(document, degree=g, **fixed), key=lambda row: int(row[key]))
+        series.append(Series(f"degree {g}", _pairs(rows, key, "output"), colour, line=True))
+        series.append(Series("", _pairs(rows, key, "gradient"), colour, line=True, dashed=True))
+    return Panel(f"{title} (dashed: gradient)", label, ERROR, tuple(series))
+
+
+def _pairs(rows: Rows, x: str, y: str) -> tuple[tuple[float, float], ...]:
+    return tuple((float(row[x]), row[y]) for row in rows if row[y] and math.isfinite(row[y]))
