@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ class Text:
         return self.op("permute", name, value=self.values[name].swapaxes(-1, -2), more=f", axes = {axes}")
 
     def reduce(self, op: str, name: str, axis: int) -> str:
-        value = {"sum": np.sum, "amax": np.max}[op](self.values[name], axis=axis, keepdims=True)
+        value = getattr(self.values[name], {"sum": "sum", "amax": "max"}[op])(axis, keepdims=True)
         return self.op(op, name, value=value, more=f", axes = ({axis},), keepdim = true")
 
     def pick(self, *options: str) -> str:
@@ -356,6 +356,18 @@ def ran(program: Program, text: Text) -> Array:
     return found.numpy()
 
 
+def ranges(program: Program, text: Text) -> list[tuple[float, float]]:
+    """(the largest |scale q.k|, R and a rounding) of each attention whose range is known."""
+    graph = program["main"]
+    known = [node for node in graph.nodes if node.op == "attention" and node["bound"] is not None]
+    found = []
+    for node in known:
+        q, k = (ran(program.with_graphs([replace(graph, outputs=(name,))]), text) for name in node.inputs[:2])
+        largest = np.abs(float(str(node["scale"])) * (q @ k.swapaxes(-1, -2))).max()
+        found.append((float(largest), float(str(node["bound"])) * (1 + 1e-12)))
+    return found
+
+
 def test_recognition_keeps_the_meaning_of_random_spellings() -> None:
     """Where the text gives a number, what is recognised gives the same one; 0 / 0 and inf - inf promise nothing."""
     kinds, spelled = Counter[str](), set[str]()
@@ -374,6 +386,9 @@ def test_recognition_keeps_the_meaning_of_random_spellings() -> None:
         defined = np.isfinite(wanted)
         kinds["defined"] += bool(defined.all())
         found = ran(after, text)
+        claimed = ranges(after, text)
+        kinds["range"] += bool(claimed)
+        assert all(largest <= bound for largest, bound in claimed), f"seed {seed}:\n{source(text, result)}"
         np.testing.assert_allclose(
             found[defined],
             wanted[defined],
@@ -386,3 +401,4 @@ def test_recognition_keeps_the_meaning_of_random_spellings() -> None:
     assert kinds["poly_attention"] >= PROGRAMS // 50
     assert kinds["as written"] >= PROGRAMS // 4
     assert kinds["defined"] >= PROGRAMS // 20
+    assert kinds["range"] >= PROGRAMS // 50

@@ -143,6 +143,7 @@ def case_of(
         entry.queries == entry.keys,
         budget.near,
         pace,
+        program.trust == "certified",
     )
 
 

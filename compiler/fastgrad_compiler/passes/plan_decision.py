@@ -71,7 +71,7 @@ class Case:
     """An attention with all that its decision depends on: equal cases are decided alike.
 
     `longest` are the largest numbers of queries and keys that the file allows; `budget_near` is the
-    budget's near field; `pace` the target's.
+    budget's near field; `pace` the target's. `certified`: ranges must be proved.
     """
 
     node: Node
@@ -85,6 +85,7 @@ class Case:
     same_length: bool
     budget_near: int | None
     pace: Pace = EQUAL
+    certified: bool = False
 
     @property
     def chosen_family(self) -> Family:

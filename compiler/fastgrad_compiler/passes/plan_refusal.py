@@ -53,10 +53,11 @@ def _range(case: Case) -> list[Note]:
 
 
 def _unbounded(refusal: Refusal, case: Case) -> list[str]:
+    word = [] if case.certified else ["or assert a limit that you know: assume_bound(scores, R)"]
     return [
         "limit the logits: gain * (unit(q) @ unit(k).T) never exceeds the gain; std.attention(gain = 1.0) does it",
         "limit only distant ones: near_far(q @ k.T, gain * (unit(q) @ unit(k).T); 64)",
-        "or assert a limit that you know: assume_bound(scores, R)",
+        *word,
     ]
 
 
