@@ -92,12 +92,14 @@ def validate(before: Program, after: Program, name: str, again: Pass | None = No
 _AGREED: dict[tuple[Program, Program], tuple[Checked, ...]] = {}
 
 
-def compare(before: Program, after: Program, again: Pass | None = None) -> Iterator[Checked | Difference]:
-    """For each graph that changed, what was compared, or the first difference."""
+def compare(
+    before: Program, after: Program, again: Pass | None = None, seed: int = 0
+) -> Iterator[Checked | Difference]:
+    """For each graph that changed, what was compared, or the first difference; another `seed` draws other inputs."""
     try:
         for old, new, found in pairs(before, after):
             if found.claims:
-                yield _compare_graphs(_Pair(before, after, old, new, found), again)
+                yield _compare_graphs(_Pair(before, after, old, new, found), again, seed)
     except SignatureChanged as error:
         claim = Claim("return", "return", "return")
         yield Difference(before.main, claim, "", Case({}), f"a graph changed its signature: {error}")
@@ -122,13 +124,14 @@ class _Pair:
         return self.before.name in (self.program.main, self.program.objective)
 
 
-def _compare_graphs(pair: _Pair, again: Pass | None) -> Checked | Difference:
+def _compare_graphs(pair: _Pair, again: Pass | None, seed: int) -> Checked | Difference:
     runs = 0
     for fit in fits(pair.program, pair.later, pair.before.name, pair.after.name):
         fitted = _fitted(pair, fit)
         for case in fit.cases:
             if runs and case.spare:
                 continue
+            case = replace(case, seed=case.seed + 1000 * seed)
             outcome = _run_case(fitted, case, strict=pair.free and not fit.shrunk)
             if isinstance(outcome, Difference) and (not fit.shrunk or _confirmed(fitted, case, again)):
                 return outcome

@@ -36,18 +36,34 @@ def fits(before: Program, after: Program, old: str, new: str) -> Iterator[Fit]:
     given = cases(before, before[old], _named(_reach(before[old], after[new])))
     small, large = _sorted(before[old], after[new], given)
     yield Fit(before, after, small, False)
-    numbers = _lengths((before[old], after[new]), large)
+    if large:
+        numbers = _lengths((before[old], after[new]), large)
+        yield from _smaller(before, after, (old, new), numbers)
+
+
+def _smaller(before: Program, after: Program, names: tuple[str, str], numbers: list[int]) -> Iterator[Fit]:
+    """The programs with short lengths for `numbers`, and once with lengths that bands cut, made narrow if need be."""
+    old, new = names
     widths = sorted(_widths(before[old]) | _widths(after[new]))
-    for narrower in ({}, {width: 2 + rank for rank, width in enumerate(widths)}) if large else ():
+    for narrower in ({}, {width: 2 + rank for rank, width in enumerate(widths)}):
         slim = _shrunk(before, {}, narrower), _shrunk(after, {}, narrower)
         reach = _reach(slim[0][old], slim[1][new])
-        least = max(reach.values(), default=9)
-        shorter = {number: least + 2 * rank for rank, number in enumerate(numbers)}
-        pair = _shrunk(slim[0], shorter, {}), _shrunk(slim[1], shorter, {})
-        small, large = _sorted(pair[0][old], pair[1][new], cases(pair[0], pair[0][old], _named(reach)))
-        if not large:
-            yield Fit(*pair, small, True)
+        found: list[Fit] = []
+        fitting = True
+        for least in (9, max(reach.values())) if numbers and reach else (9,):
+            shorter = {number: least + 2 * rank for rank, number in enumerate(numbers)}
+            pair = _shrunk(slim[0], shorter, {}), _shrunk(slim[1], shorter, {})
+            small, large = _sorted(pair[0][old], pair[1][new], cases(pair[0], pair[0][old], _named(reach)))
+            fitting = fitting and not large
+            found.append(Fit(*pair, small if not found else _last(small), True))
+        if fitting:
+            yield from found
             return
+
+
+def _last(given: tuple[Case, ...]) -> tuple[Case, ...]:
+    """The longest of the cases that matter."""
+    return tuple(case for case in given if not case.spare)[-1:]
 
 
 def _sorted(old: Graph, new: Graph, given: Iterable[Case]) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
