@@ -21,7 +21,8 @@ from fastgrad_compiler.passes.bounds import prove_bounds
 from fastgrad_compiler.passes.shapes import infer_shapes
 from fastgrad_compiler.pipeline import Pass, run
 from fastgrad_compiler.validate import Checked, Difference, compare, validate
-from fastgrad_compiler.validate_shrink import ENTRIES, fits
+from fastgrad_compiler.validation import cases
+from fastgrad_compiler.validation.shrink import ENTRIES, fits
 from fastgrad_compiler.verify import CompilerBug
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
@@ -421,10 +422,51 @@ model m(q: float[24, 4096, 8], k: float[24, 4096, 8], v: float[24, 4096, 8]) -> 
     assert not any(isinstance(each, Difference) for each in compare(before, clever(before), clever))
 
 
+BIG = """
+dim n
+block layer(x: float[n, d]) -> float[n, d] {
+    weight w: float[d, 4 * d]
+    weight u: float[4 * d, d]
+    return x + gelu(x @ w) @ u
+}
+model m(tokens: int[n]) -> float[n, 4096] {
+    weight table: float[128000, 4096]
+    weight wq: float[4096, 4096]
+    weight wk: float[4096, 4096]
+    x = embedding(table, tokens)
+    repeat i in 80 { x = layer(x) as layers }
+    k = x @ wk
+    e = exp(0.01 * ((x @ wq) @ k.T))
+    return (e @ x) / sum(exp(0.01 * ((x @ wq) @ k.T)); axis = -1, keepdim = true)
+}
+"""
+
+
+def test_a_large_model_around_an_attention_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables, layers and large products are drawn; the same product, spelled twice, is drawn once."""
+    sizes: list[int] = []
+    real = cases.draw
+
+    def measured(node: Node, case: cases.Case) -> cases.Array:
+        value = real(node, case)
+        sizes.append(value.size)
+        return value
+
+    monkeypatch.setattr(cases, "draw", measured)
+    before = proved(elaborate(Source("<text>", BIG)))
+    after = recognise_attention(before)
+    assert is_recognised(after)
+    (checked,) = compare(before, after, recognise_attention)
+    assert checked == Checked("m", 1, 6)
+    assert 0 < max(sizes) <= 11 * 4096
+    (difference,) = compare(before, scaled(1.001)(before), scaled(1.001))
+    assert isinstance(difference, Difference)
+
+
 def test_attributes_are_those_of_the_vocabulary() -> None:
     """The remarks of an attention are attributes that it has."""
     from fastgrad_compiler.ops import OPS
-    from fastgrad_compiler.validate_structure import REMARKS
+    from fastgrad_compiler.validation.structure import REMARKS
 
     attention = OPS["attention"]
     assert {*attention.attributes, *attention.optional} - REMARKS == {

@@ -13,6 +13,7 @@ import numpy as np
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.flatten import weights
 from fastgrad_compiler.graph import Bound, DimInfo, Graph, Node, Program, TensorType
+from fastgrad_compiler.oracle import Values
 from fastgrad_compiler.oracle_attention import Array
 
 STYLES = ("plain", "large", "ties", "mixed", "alike")
@@ -83,7 +84,8 @@ def cases(program: Program, graph: Graph, bands: Mapping[str, int]) -> Iterator[
 
     `bands` has the dims that a near field or a window cuts, and the length from which on it does.
     """
-    names = sorted({name for node in graph.inputs for dim in node.tensor.shape for name in dim.names})
+    types = [type_ for node in graph.inputs for type_ in _types(node)]
+    names = sorted({name for type_ in types for dim in type_.shape for name in dim.names})
     lengths = Lengths(program, tuple(names), frozenset(bands))
     yield Case(lengths.sizes(2, 3), "plain", 1)
     yield Case(lengths.sizes(3, 2), "large", 2)
@@ -100,10 +102,28 @@ def cases(program: Program, graph: Graph, bands: Mapping[str, int]) -> Iterator[
 # ---------------------------------------------------------------- values
 
 
+def drawn(node: Node, case: Case) -> Values:
+    """The value of an input, or what stands for a node of several results."""
+    if not isinstance(node.type, tuple):
+        return draw(node, case)
+    key = str(node.get("key", node.name))
+    parts = (
+        replace(node, type=type_, attributes=(("key", f"{key}.{i}"),)) for i, type_ in enumerate(node.type)
+    )
+    return tuple(draw(part, case) for part in parts)
+
+
+def _types(node: Node) -> tuple[TensorType, ...]:
+    return node.type if isinstance(node.type, tuple) else (node.tensor,)
+
+
 def draw(node: Node, case: Case) -> Array:
-    """The value of an input: within what is proved of it, where that does not rest on an assertion."""
+    """A value within what is proved of a node, where that does not rest on an assertion.
+
+    It depends on the attribute `key`, by default the name.
+    """
     shape = _shape(node.tensor, case.sizes)
-    generator = case.generator(node.name, shape)
+    generator = case.generator(str(node.get("key", node.name)), shape)
     if node.tensor.dtype == "bool":
         return _mask(generator, shape)
     if node.tensor.dtype == "int":
@@ -189,7 +209,7 @@ class Weights(Mapping[str, Array]):
 
     def __getitem__(self, path: str) -> Array:
         node = self._nodes[path]
-        named = replace(node, name=f"weight {path}", bound=None)
+        named = replace(node, attributes=(("key", f"weight {path}"),), bound=None)
         if node.tensor.dtype != "float":
             return draw(named, self._case)
         rows = node.tensor.shape[-2].evaluate({}) if len(node.tensor.shape) > 1 else 1
