@@ -15,7 +15,9 @@ import pytest
 
 from fastgrad_compiler import pipeline
 from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.flatten import runs
 from fastgrad_compiler.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.oracle_attention import Array
 from fastgrad_compiler.passes.attention import recognise_attention
 from fastgrad_compiler.passes.bounds import prove_bounds
 from fastgrad_compiler.passes.shapes import infer_shapes
@@ -357,8 +359,8 @@ model m(x: float[n, 4], y: float[n, 4]) -> (float[n, 4], float[n, 4]) {
         if edit == "callee" and node.op == "call" and node["graph"] == "other":
             return node.with_attributes(graph="layer")
         if edit == "times" and node.op == "repeat":
-            ((body, times),) = node["bodies"]  # type: ignore[misc]
-            return node.with_attributes(bodies=((body, int(times) + 1),))
+            ((body, times),) = runs(node)
+            return node.with_attributes(bodies=((body, times + 1),))
         if edit == "input" and node.op == "repeat":
             return replace(node, inputs=("y",))
         return node
@@ -447,7 +449,7 @@ def test_a_large_model_around_an_attention_is_not_run(monkeypatch: pytest.Monkey
     sizes: list[int] = []
     real = cases.draw
 
-    def measured(node: Node, case: cases.Case) -> cases.Array:
+    def measured(node: Node, case: cases.Case) -> Array:
         value = real(node, case)
         sizes.append(value.size)
         return value

@@ -213,7 +213,7 @@ class Weights(Mapping[str, Array]):
         if node.tensor.dtype != "float":
             return draw(named, self._case)
         rows = node.tensor.shape[-2].evaluate({}) if len(node.tensor.shape) > 1 else 1
-        return draw(named, self._case) * 1.5 / max(rows, 1) ** 0.5
+        return np.asarray(draw(named, self._case) * 1.5 / max(rows, 1) ** 0.5)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._nodes)

@@ -72,7 +72,7 @@ def _allowed(wanted: Array) -> Array:
         return np.zeros(wanted.shape)
     sizes = np.where(np.isfinite(wanted), np.abs(wanted), 0.0)
     rows = sizes.max(axis=-1, keepdims=True, initial=0.0) if wanted.ndim else sizes
-    return TOLERANCE * (rows + 1e-6 * sizes.max(initial=0.0))
+    return np.asarray(TOLERANCE * (rows + 1e-6 * sizes.max(initial=0.0)))
 
 
 # ---------------------------------------------------------------- runs that say nothing
