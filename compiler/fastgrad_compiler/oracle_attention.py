@@ -28,7 +28,7 @@ def softmax(scores: Array, axis: int = -1) -> Array:
 def over_sum(weights: Array, axis: int = -1) -> Array:
     """Weights over their sum along an axis; where all of them are 0 they stay 0."""
     nothing = (weights == 0).all(axis=axis, keepdims=True)
-    return weights / np.where(nothing, 1.0, weights.sum(axis=axis, keepdims=True))
+    return np.asarray(weights / np.where(nothing, 1.0, weights.sum(axis=axis, keepdims=True)))
 
 
 def horner(coefficients: list[float], s: Array) -> Array:
@@ -44,22 +44,23 @@ def horner(coefficients: list[float], s: Array) -> Array:
 
 def distance(n: int, m: int) -> Array:
     """i - j of query i and key j, [n, m]."""
-    return np.arange(n)[:, None] - np.arange(m)[None, :]
+    return np.asarray(np.arange(n)[:, None] - np.arange(m)[None, :])
 
 
 def causal(n: int, m: int) -> Array:
     """True where the key is not later than the query, [n, m]."""
-    return distance(n, m) >= 0
+    return np.asarray(distance(n, m) >= 0)
 
 
 def window(n: int, m: int, width: int) -> Array:
     """True where |i - j| < width, [n, m]."""
-    return np.abs(distance(n, m)) < width
+    return np.asarray(np.abs(distance(n, m)) < width)
 
 
 def near(n: int, m: int, block: int) -> Array:
     """True where query and key are in the same or in neighbouring blocks, [n, m]."""
-    return np.abs(np.arange(n)[:, None] // block - np.arange(m)[None, :] // block) <= 1
+    blocks = np.arange(n)[:, None] // block - np.arange(m)[None, :] // block
+    return np.asarray(np.abs(blocks) <= 1)
 
 
 def padding(mask: Array, rank: int) -> Array:
@@ -75,14 +76,14 @@ def documents(ids: Array, rank: int) -> Array:
     change[:, 1:] = ids[:, 1:] != ids[:, :-1]
     run = change.cumsum(axis=1)
     same = run[:, :, None] == run[:, None, :]
-    return same.reshape(batch, *[1] * (rank - 3), length, length)
+    return np.asarray(same).reshape(batch, *[1] * (rank - 3), length, length)
 
 
 def alibi(scores: Array) -> Array:
     """What `alibi` adds to scores [.., h, n, m], [h, n, m]: -2^(-8 (i + 1) / h) |query - key| for head i."""
     heads, n, m = scores.shape[-3:]
     slopes = 2.0 ** (-8.0 * (np.arange(heads) + 1) / heads)
-    return -slopes[:, None, None] * np.abs(distance(n, m))
+    return np.asarray(-slopes[:, None, None] * np.abs(distance(n, m)))
 
 
 # ---------------------------------------------------------------- attention
@@ -117,7 +118,7 @@ def _names(node: Node) -> list[str]:
 
 def _product(q: Array, k: Array) -> Array:
     """q.k for all pairs."""
-    return q @ np.swapaxes(_per_head(k, q), -1, -2)
+    return np.asarray(q @ np.swapaxes(_per_head(k, q), -1, -2))
 
 
 def _per_head(shared: Array, q: Array) -> Array:

@@ -135,7 +135,7 @@ def _select(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     axis, index = integer(node["axis"]), _size(node["index"], sizes)
     if not 0 <= index < x.shape[axis]:
         raise ValueError(f"index {index} of an axis of {x.shape[axis]} entries")
-    return np.take(x, index, axis=axis)
+    return np.asarray(np.take(x, index, axis=axis))
 
 
 def _pad(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
@@ -165,7 +165,7 @@ def _sum_to(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     shape = _shape(node["shape"], sizes)
     x = x.sum(axis=tuple(range(x.ndim - len(shape))))
     grown = tuple(axis for axis, size in enumerate(shape) if size == 1 and x.shape[axis] != 1)
-    return x.sum(axis=grown, keepdims=True)
+    return np.asarray(x.sum(axis=grown, keepdims=True))
 
 
 # ---------------------------------------------------------------- lookup
@@ -191,7 +191,7 @@ def _embedding_gradient(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
 
 def _one_hot(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     classes = _size(node["classes"], sizes)
-    return (_known(inputs[0], classes, "ids")[..., None] == np.arange(classes)).astype(np.float64)
+    return np.asarray(_known(inputs[0], classes, "ids")[..., None] == np.arange(classes), np.float64)
 
 
 # ---------------------------------------------------------------- by element
@@ -250,7 +250,7 @@ def _softmax(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
 
 
 def _over_root_mean_square(x: Array, eps: Attribute) -> Array:
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + _number(eps))
+    return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + _number(eps)))
 
 
 def _layer_norm(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
@@ -265,7 +265,7 @@ def _rms_norm(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
 
 def _unit(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     (x,) = inputs
-    return x / np.maximum(np.sqrt(np.sum(x * x, axis=-1, keepdims=True)), 1e-6)
+    return np.asarray(x / np.maximum(np.sqrt(np.sum(x * x, axis=-1, keepdims=True)), 1e-6))
 
 
 def _normalize_rows(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
@@ -306,7 +306,8 @@ def _masked(seen: Callable[[Node, list[Array]], Array]) -> Rule:
 
 def _near_far(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     local, far = inputs
-    return np.where(pairs.near(*local.shape[-2:], integer(node["block"])), local, far)
+    queries, keys = local.shape[-2:]
+    return np.where(pairs.near(queries, keys, integer(node["block"])), local, far)
 
 
 def _polynomial(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
@@ -370,8 +371,10 @@ MEANING: dict[str, Rule] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "unit": _unit,
-    "causal": _masked(lambda node, given: pairs.causal(*given[0].shape[-2:])),
-    "window": _masked(lambda node, given: pairs.window(*given[0].shape[-2:], integer(node["width"]))),
+    "causal": _masked(lambda node, given: pairs.causal(given[0].shape[-2], given[0].shape[-1])),
+    "window": _masked(
+        lambda node, given: pairs.window(given[0].shape[-2], given[0].shape[-1], integer(node["width"]))
+    ),
     "padding": _masked(lambda node, given: pairs.padding(given[1], given[0].ndim)),
     "documents": _masked(lambda node, given: pairs.documents(given[1], given[0].ndim)),
     "near_far": _near_far,

@@ -13,10 +13,13 @@ import numpy as np
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.flatten import weights
 from fastgrad_compiler.graph import Bound, DimInfo, Graph, Node, Program, TensorType
+from fastgrad_compiler.oracle import Values
 from fastgrad_compiler.oracle_attention import Array
 
-STYLES = ("plain", "large", "ties", "mixed")
-"""How floats are drawn: standard normal; rows of sizes from 1/100 to 30; of few values, often 0; all of these."""
+STYLES = ("plain", "large", "ties", "mixed", "alike")
+"""How floats are drawn: standard normal; rows of sizes from 1/100 to 30; of few values, often 0; all of these; each row
+one of two or its negative, and tensors of one shape the same, so that products of rows reach their limits.
+"""
 POOL = 1 << 16  # numbers that are drawn for one tensor at most; a larger one repeats them
 
 
@@ -35,9 +38,10 @@ class Case:
     noise: float = 0.0
     spare: bool = False
 
-    def generator(self, name: str) -> np.random.Generator:
+    def generator(self, name: str, shape: tuple[int, ...]) -> np.random.Generator:
         """The generator of one tensor's values."""
-        return np.random.default_rng([self.seed, STYLES.index(self.style), zlib.crc32(name.encode())])
+        key = repr(shape) if self.style == "alike" else name
+        return np.random.default_rng([self.seed, STYLES.index(self.style), zlib.crc32(key.encode())])
 
     def smaller(self) -> Case:
         """The same with floats of half the size."""
@@ -80,11 +84,13 @@ def cases(program: Program, graph: Graph, bands: Mapping[str, int]) -> Iterator[
 
     `bands` has the dims that a near field or a window cuts, and the length from which on it does.
     """
-    names = sorted({name for node in graph.inputs for dim in node.tensor.shape for name in dim.names})
+    types = [type_ for node in graph.inputs for type_ in _types(node)]
+    names = sorted({name for type_ in types for dim in type_.shape for name in dim.names})
     lengths = Lengths(program, tuple(names), frozenset(bands))
     yield Case(lengths.sizes(2, 3), "plain", 1)
     yield Case(lengths.sizes(3, 2), "large", 2)
     yield Case(lengths.sizes(5, 2), "ties", 3)
+    yield Case(lengths.sizes(4, 1), "alike", 7)
     yield Case(lengths.sizes(1, 0), "mixed", 4)
     yield Case(lengths.sizes(7, 0), "mixed", 5)
     if bands:
@@ -96,10 +102,28 @@ def cases(program: Program, graph: Graph, bands: Mapping[str, int]) -> Iterator[
 # ---------------------------------------------------------------- values
 
 
+def drawn(node: Node, case: Case) -> Values:
+    """The value of an input, or what stands for a node of several results."""
+    if not isinstance(node.type, tuple):
+        return draw(node, case)
+    key = str(node.get("key", node.name))
+    parts = (
+        replace(node, type=type_, attributes=(("key", f"{key}.{i}"),)) for i, type_ in enumerate(node.type)
+    )
+    return tuple(draw(part, case) for part in parts)
+
+
+def _types(node: Node) -> tuple[TensorType, ...]:
+    return node.type if isinstance(node.type, tuple) else (node.tensor,)
+
+
 def draw(node: Node, case: Case) -> Array:
-    """The value of an input: within what is proved of it, where that does not rest on an assertion."""
+    """A value within what is proved of a node, where that does not rest on an assertion.
+
+    It depends on the attribute `key`, by default the name.
+    """
     shape = _shape(node.tensor, case.sizes)
-    generator = case.generator(node.name)
+    generator = case.generator(str(node.get("key", node.name)), shape)
     if node.tensor.dtype == "bool":
         return _mask(generator, shape)
     if node.tensor.dtype == "int":
@@ -121,6 +145,8 @@ def _floats(generator: np.random.Generator, shape: tuple[int, ...], style: str) 
     rows = (*shape[:-1], 1) if shape else ()
     if style == "plain":
         return value
+    if style == "alike":
+        return _alike(generator, value)
     if style == "large":
         return value * 10.0 ** np.asarray(generator.uniform(-2.0, 1.5, rows))
     few = np.asarray(generator.choice([-1.0, -0.5, 0.0, 0.0, 1.0, 2.0], shape))
@@ -129,6 +155,15 @@ def _floats(generator: np.random.Generator, shape: tuple[int, ...], style: str) 
     kind = np.asarray(generator.integers(0, 4, rows))
     sized = value * 10.0 ** np.asarray(generator.uniform(-2.0, 1.5, rows))
     return np.where(kind == 0, few, np.where(kind == 1, sized, value))
+
+
+def _alike(generator: np.random.Generator, value: Array) -> Array:
+    """Rows that are one of the first two, or its negative; a weight's too, in which that makes no difference."""
+    if value.ndim < 2:
+        return value
+    rows = generator.integers(0, min(2, value.shape[-2]), value.shape[-2])
+    signs = np.where(generator.random(value.shape[-2]) < 0.5, -1.0, 1.0)
+    return np.asarray(np.take(value, rows, axis=-2) * signs[:, None])
 
 
 def _mask(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -174,11 +209,11 @@ class Weights(Mapping[str, Array]):
 
     def __getitem__(self, path: str) -> Array:
         node = self._nodes[path]
-        named = replace(node, name=f"weight {path}", bound=None)
+        named = replace(node, attributes=(("key", f"weight {path}"),), bound=None)
         if node.tensor.dtype != "float":
             return draw(named, self._case)
         rows = node.tensor.shape[-2].evaluate({}) if len(node.tensor.shape) > 1 else 1
-        return draw(named, self._case) * 1.5 / max(rows, 1) ** 0.5
+        return np.asarray(draw(named, self._case) * 1.5 / max(rows, 1) ** 0.5)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._nodes)

@@ -7,11 +7,11 @@ run: a number is replaced wherever it is a size, before and after the pass alike
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType, Type
-from fastgrad_compiler.validate_cases import Case, cases
+from fastgrad_compiler.validation.cases import Case, cases
 
 ENTRIES = 2_500_000  # of the largest tensor of a run
 SMALL = 64  # a number up to this is no length that needs to be smaller
@@ -23,31 +23,57 @@ Reach = dict["str | int", int]
 
 @dataclass(frozen=True)
 class Fit:
-    """Two programs to run and on what; `shrunk` if numbers of theirs were made smaller for it."""
+    """Two programs to run and on what, and which lengths and widths of theirs were made smaller for it."""
 
     before: Program
     after: Program
     cases: tuple[Case, ...]
-    shrunk: bool
+    numbers: Mapping[int, int] = field(default_factory=dict)
+    widths: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def shrunk(self) -> bool:
+        """Whether any were."""
+        return bool(self.numbers or self.widths)
+
+    def smaller(self, program: Program) -> Program:
+        """A program with the same numbers made smaller."""
+        return _shrunk(program, self.numbers, self.widths)
 
 
 def fits(before: Program, after: Program, old: str, new: str) -> Iterator[Fit]:
     """The programs with the cases that are small enough for the graphs `old` and `new`; smaller ones if need be."""
     given = cases(before, before[old], _named(_reach(before[old], after[new])))
     small, large = _sorted(before[old], after[new], given)
-    yield Fit(before, after, small, False)
-    numbers = _lengths((before[old], after[new]), large)
+    yield Fit(before, after, small)
+    if large:
+        numbers = _lengths((before[old], after[new]), large)
+        yield from _smaller(before, after, (old, new), numbers)
+
+
+def _smaller(before: Program, after: Program, names: tuple[str, str], numbers: list[int]) -> Iterator[Fit]:
+    """The programs with short lengths for `numbers`, and once with lengths that bands cut, made narrow if need be."""
+    old, new = names
     widths = sorted(_widths(before[old]) | _widths(after[new]))
-    for narrower in ({}, {width: 2 + rank for rank, width in enumerate(widths)}) if large else ():
+    for narrower in ({}, {width: 2 + rank for rank, width in enumerate(widths)}):
         slim = _shrunk(before, {}, narrower), _shrunk(after, {}, narrower)
         reach = _reach(slim[0][old], slim[1][new])
-        least = max(reach.values(), default=9)
-        shorter = {number: least + 2 * rank for rank, number in enumerate(numbers)}
-        pair = _shrunk(slim[0], shorter, {}), _shrunk(slim[1], shorter, {})
-        small, large = _sorted(pair[0][old], pair[1][new], cases(pair[0], pair[0][old], _named(reach)))
-        if not large:
-            yield Fit(*pair, small, True)
+        found: list[Fit] = []
+        fitting = True
+        for least in (9, max(reach.values())) if numbers and reach else (9,):
+            shorter = {number: least + 2 * rank for rank, number in enumerate(numbers)}
+            pair = _shrunk(slim[0], shorter, {}), _shrunk(slim[1], shorter, {})
+            small, large = _sorted(pair[0][old], pair[1][new], cases(pair[0], pair[0][old], _named(reach)))
+            fitting = fitting and not large
+            found.append(Fit(*pair, small if not found else _last(small), shorter, narrower))
+        if fitting:
+            yield from found
             return
+
+
+def _last(given: tuple[Case, ...]) -> tuple[Case, ...]:
+    """The longest of the cases that matter."""
+    return tuple(case for case in given if not case.spare)[-1:]
 
 
 def _sorted(old: Graph, new: Graph, given: Iterable[Case]) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
