@@ -149,13 +149,15 @@ def _polished(polynomial: Coefficients, point: Decimal, width: Decimal) -> Decim
 
 
 def _root(polynomial: Coefficients, low: Decimal, high: Decimal, rising: bool, enough: Decimal) -> Decimal:
-    """Where a monotone polynomial changes its sign, by Newton's method kept within what is known."""
-    point = (low + high) / 2
+    """Where a monotone polynomial changes its sign: by Newton's method while its steps halve, else by bisection."""
+    point, step = (low + high) / 2, high - low
     for _ in range(_STEPS):
         here, slope = _value_and_slope(polynomial, point)
         if abs(here) <= enough:
             break
         low, high = (low, point) if (here > 0) == rising else (point, high)
-        following = point - here / slope if slope else low
-        point = following if low < following < high else (low + high) / 2
+        before, step = step, -here / slope if slope else high - low
+        if 2 * abs(step) > abs(before) or not low < point + step < high:
+            step = (low + high) / 2 - point
+        point += step
     return point

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from difflib import unified_diff
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
@@ -72,6 +73,7 @@ for name, source in refused.items():
         fg.compile(source)
     except fg.TfgError as error:
         found[name] = "\\n".join(map(str, error.diagnostics))
+assert "torch" not in sys.modules, "files are made without PyTorch, whose version they do not depend on"
 json.dump(found, sys.stdout)
 """
 
@@ -80,8 +82,7 @@ Environment = dict[str, str]
 
 def dispatched() -> list[str]:
     """Features beyond its baseline that this numpy can use on this processor, the newest first."""
-    from numpy._core import _multiarray_umath as umath
-
+    umath = import_module("numpy._core._multiarray_umath")
     return [name for name in reversed(umath.__cpu_dispatch__) if umath.__cpu_features__[name]]
 
 
