@@ -34,14 +34,12 @@ def pieces(polynomial: Coefficients, low: Decimal, high: Decimal, near: Coeffici
     Args:
         polynomial: at least one coefficient, of degree at most 40.
         low, high: ends, `low < high`.
-        near: guesses at all the roots of the derivative, ascending, which make it quick where they are good.
+        near: guesses at all its roots, ascending, which make it quick where they are good.
     """
-    below = Pieces((low, high), Decimal(0))
     if len(polynomial) < 2:
-        return below
-    slope = derivative(polynomial)
-    quick = _proved(slope, low, high, near) if near else None
-    return refined(polynomial, quick or pieces(slope, low, high))
+        return Pieces((low, high), Decimal(0))
+    quick = _proved(polynomial, low, high, near) if near else None
+    return quick or refined(polynomial, pieces(derivative(polynomial), low, high))
 
 
 def refined(polynomial: Coefficients, below: Pieces) -> Pieces:
