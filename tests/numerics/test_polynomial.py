@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from decimal import Context, Decimal, localcontext
+from decimal import ROUND_UP, Context, Decimal, Inexact, localcontext
 from functools import reduce
 from math import factorial
 from pathlib import Path
@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from fastgrad_compiler import polynomial
+from fastgrad_compiler import polynomial, remez
 from fastgrad_compiler.polynomial import FAMILIES, MAX_DEGREE, Family, Polynomial, PrecisionError, errors, fit
 from fastgrad_compiler.rational import values
 
@@ -295,6 +295,49 @@ def test_least_degree_gives_up() -> None:
     found = polynomial.least_degree("balanced", 1.0, 0.1)
     assert found is not None
     assert found.degree == 2
+
+
+@pytest.mark.parametrize("bound", [1e-6, 0.3, 8.0, 18.3])
+def test_every_degree_is_fitted_or_refused(bound: float) -> None:
+    """And what is not is near the optimum: the exchange itself fails nowhere."""
+    refused = []
+    for degree in range(MAX_DEGREE + 1):
+        for family in FAMILIES[1:]:
+            try:
+                found = fit(family, degree, bound)
+            except PrecisionError:
+                refused.append((family, degree))
+                continue
+            assert found.eps < 1
+            assert found.positive
+    assert not refused or (bound > 18 and min(degree for _, degree in refused) >= 18)
+
+
+def test_the_callers_decimal_settings_change_nothing() -> None:
+    def fresh() -> list[Polynomial]:
+        remez.minimax.cache_clear()
+        remez.balanced.cache_clear()
+        return [fit.__wrapped__(family, degree, 2.3) for family in FAMILIES for degree in (0, 1, 4, 7)]
+
+    expected = fresh()
+    strict = Context(prec=3, rounding=ROUND_UP, Emin=-1, Emax=1, traps=[Inexact])
+    with localcontext(strict):
+        assert fresh() == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+@pytest.mark.parametrize(("degree", "bound"), [(3, 1.0), (6, 0.02), (9, 5.0)])
+def test_coefficients_are_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, family: Family, degree: int, bound: float
+) -> None:
+    """With 40 digits more, and an exchange that goes on to 1e-45, they are the same floats."""
+    expected = fit(family, degree, bound).coefficients
+    digits = remez._digits
+    monkeypatch.setattr(remez, "_digits", lambda degree, bound: digits(degree, bound) + 40)
+    monkeypatch.setattr(remez, "_LEVELLED", Decimal("1e-45"))
+    remez.minimax.cache_clear()
+    remez.balanced.cache_clear()
+    assert fit.__wrapped__(family, degree, bound).coefficients == expected
 
 
 def test_import_needs_neither_numpy_nor_torch() -> None:
