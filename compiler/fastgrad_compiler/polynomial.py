@@ -18,16 +18,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal, localcontext
+from decimal import Decimal, getcontext, localcontext
 from functools import cache
-from itertools import pairwise
 from math import factorial, inf, isfinite
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from fastgrad_compiler import remez
 from fastgrad_compiler.elementary import arithmetic, up
 from fastgrad_compiler.rational import largest_root, sign_at
-from fastgrad_compiler.turning_points import Coefficients, pieces, rounding, turning, value
+from fastgrad_compiler.turning_points import (
+    Coefficients,
+    Pieces,
+    derivative,
+    pieces,
+    refined,
+    rounding,
+    turning,
+    value,
+)
 
 Family: TypeAlias = Literal["taylor", "minimax", "balanced"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -126,7 +134,7 @@ def least_degree(
 def errors(coefficients: Sequence[float], bound: float) -> Errors:
     """eps and eps' of any polynomial on [-bound, bound]: proved, and rounded upward to float64.
 
-    The coefficients of p' are the products rounded to float64, as kernels have them.
+    The extrema of p e^-s - 1 lie at the ends and where p' - p changes its sign; those of p' where its derivative does.
 
     Args:
         coefficients: ascending, in the monomial basis; finite.
@@ -169,27 +177,29 @@ def _fitted(family: Family, degree: int, bound: float) -> _Fitted:
 
 
 def _errors(coefficients: Sequence[float], bound: float, near: Coefficients) -> Errors:
-    """`near` has guesses at the extrema of the error of p', which lie between those of p."""
-    slope = [power * coefficient for power, coefficient in enumerate(coefficients)][1:] or [0.0]
-    between = [(left + right) / 2 for left, right in pairwise(near)]
-    return Errors(_relative_error(coefficients, bound, near), _relative_error(slope, bound, between))
-
-
-def _relative_error(coefficients: Sequence[float], bound: float, near: Coefficients) -> float:
-    """Upper bound of |p(s) e^-s - 1| over [-bound, bound].
-
-    Between the sign changes of p' - p it is monotone except for their slack, which e^-s magnifies. The last term is for
-    the rounding of exp and of the few operations here.
-    """
+    """`near` has guesses at the extrema of the error of p' between the ends, or nothing."""
     if bound == 0:
         with localcontext(arithmetic(_EXACT)):
-            return up(abs(Decimal(coefficients[0]) - 1))
+            value_at_zero, slope_at_zero = (*map(Decimal, coefficients[:2]), Decimal(0))[:2]
+            return Errors(up(abs(value_at_zero - 1)), up(abs(slope_at_zero - 1)))
     radius = Decimal(bound)
     with localcontext(arithmetic(20)):
         lost = min(2 * radius.exp().adjusted(), 40) + len(coefficients)
-    with localcontext(arithmetic(45 + lost)) as context:
+    with localcontext(arithmetic(45 + lost)):
         polynomial = [Decimal(coefficient) for coefficient in coefficients]
-        cuts, slack = pieces(turning(polynomial), -radius, radius, near)
-        worst = max(abs(value(polynomial, cut) * (-cut).exp() - 1) for cut in cuts)
-        neglected = (2 * radius * slack + rounding(polynomial, radius)) * radius.exp()
-        return up(worst + neglected + (worst + 1).scaleb(2 - context.prec))
+        numerator = turning(polynomial)
+        of_slope = pieces(derivative(numerator), -radius, radius, near)
+        of_value = refined(numerator, of_slope)
+        return Errors(_largest(polynomial, of_value), _largest(derivative(polynomial), of_slope))
+
+
+def _largest(polynomial: Coefficients, extrema: Pieces) -> float:
+    """Upper bound of |p(s) e^-s - 1| between the ends of the pieces of p' - p.
+
+    On each it is monotone except for their slack, which e^-s magnifies. The last term is for the rounding of exp and of
+    the few operations here.
+    """
+    radius = extrema.cuts[-1]
+    worst = max(abs(value(polynomial, cut) * (-cut).exp() - 1) for cut in extrema.cuts)
+    neglected = (2 * radius * extrema.slack + rounding(polynomial, radius)) * radius.exp()
+    return up(worst + neglected + (worst + 1).scaleb(2 - getcontext().prec))

@@ -49,7 +49,7 @@ def largest_root(coefficients: Sequence[float], high: float) -> float | None:
         coefficients: ascending, in the monomial basis; finite, not all 0.
         high: finite.
     """
-    chain = _chain(_squarefree(_trimmed(_integers(coefficients)[0])))
+    chain = _squarefree_chain(_trimmed(_integers(coefficients)[0]))
     low, high = min(-_size_of_roots(chain[0]), high), float(high)
     below, above, sign = _variations(chain, low), _variations(chain, high), _sign(chain[0], high)
     if _variations(chain, -inf) == above:
@@ -94,10 +94,11 @@ def _chain(first: list[int]) -> list[list[int]]:
     return chain
 
 
-def _squarefree(polynomial: list[int]) -> list[int]:
-    """A polynomial with the same roots, each once."""
-    common = _chain(polynomial)[-1]
-    return _primitive(_divided(polynomial, common)[0]) if len(common) > 1 else polynomial
+def _squarefree_chain(polynomial: list[int]) -> list[list[int]]:
+    """The chain of a polynomial with the same roots, each once."""
+    chain = _chain(polynomial)
+    common = chain[-1]
+    return _chain(_primitive(_divided(polynomial, common)[0])) if len(common) > 1 else chain
 
 
 def _size_of_roots(polynomial: list[int]) -> float:

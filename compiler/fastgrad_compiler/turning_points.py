@@ -34,14 +34,12 @@ def pieces(polynomial: Coefficients, low: Decimal, high: Decimal, near: Coeffici
     Args:
         polynomial: at least one coefficient, of degree at most 40.
         low, high: ends, `low < high`.
-        near: guesses at all the roots of the derivative, ascending, which make it quick where they are good.
+        near: guesses at all its roots, ascending, which make it quick where they are good.
     """
-    below = Pieces((low, high), Decimal(0))
     if len(polynomial) < 2:
-        return below
-    slope = derivative(polynomial)
-    quick = _proved(slope, low, high, near) if near else None
-    return refined(polynomial, quick or pieces(slope, low, high))
+        return Pieces((low, high), Decimal(0))
+    quick = _proved(polynomial, low, high, near) if near else None
+    return quick or refined(polynomial, pieces(derivative(polynomial), low, high))
 
 
 def refined(polynomial: Coefficients, below: Pieces) -> Pieces:
@@ -149,13 +147,15 @@ def _polished(polynomial: Coefficients, point: Decimal, width: Decimal) -> Decim
 
 
 def _root(polynomial: Coefficients, low: Decimal, high: Decimal, rising: bool, enough: Decimal) -> Decimal:
-    """Where a monotone polynomial changes its sign, by Newton's method kept within what is known."""
-    point = (low + high) / 2
+    """Where a monotone polynomial changes its sign: by Newton's method while its steps halve, else by bisection."""
+    point, step = (low + high) / 2, high - low
     for _ in range(_STEPS):
         here, slope = _value_and_slope(polynomial, point)
         if abs(here) <= enough:
             break
         low, high = (low, point) if (here > 0) == rising else (point, high)
-        following = point - here / slope if slope else low
-        point = following if low < following < high else (low + high) / 2
+        before, step = step, -here / slope if slope else high - low
+        if 2 * abs(step) > abs(before) or not low < point + step < high:
+            step = (low + high) / 2 - point
+        point += step
     return point

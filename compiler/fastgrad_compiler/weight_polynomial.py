@@ -8,10 +8,14 @@ negative coefficient, which are 0 at the score 0 at most.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import Decimal, localcontext
+from math import isfinite
 from typing import NamedTuple
 
+from fastgrad_compiler.elementary import DIGITS, arithmetic
 from fastgrad_compiler.polynomial import MAX_DEGREE
 from fastgrad_compiler.rational import count_real_roots
+from fastgrad_compiler.turning_points import derivative, pieces, value
 
 
 class Objection(NamedTuple):
@@ -61,17 +65,17 @@ def objection(coefficients: Sequence[float]) -> Objection | None:
 
 def _not_positive(coefficients: Sequence[float]) -> Objection:
     """Where an even polynomial with a positive last coefficient is least, and the constant that lifts it."""
-    import numpy as np
-
-    descending = np.asarray(coefficients[::-1])
-    with np.errstate(over="ignore"):
-        if not np.isfinite(descending / descending[0]).all():  # its roots are out of the range of floats
-            return Objection("the polynomial is not positive for every score", None)
-    candidates = np.roots(np.polyder(descending)).real
-    values = np.polyval(descending, candidates)
-    place = int(np.argmin(values))
-    least, score = float(values[place]), float(candidates[place])
+    with localcontext(arithmetic(DIGITS)):
+        exact = list(map(Decimal, coefficients))
+        slope = derivative(exact)
+        reach = 1 + max(
+            abs(each / slope[-1]) for each in slope
+        )  # beyond it the slope has no root, by Cauchy's bound
+        score = min(pieces(slope, -reach, reach).cuts[1:-1], key=lambda point: value(exact, point))
+        least, place, furthest = (float(each) for each in (value(exact, score), score, reach))
+    if not isfinite(least) or not isfinite(furthest):
+        return Objection("the polynomial is not positive for every score", None)
     return Objection(
-        f"the polynomial is not positive: it is {least:.3g} for a score of {score:.3g}",
+        f"the polynomial is not positive: it is {least:.3g} for a score of {place:.3g}",
         f"a constant term above {coefficients[0] - least:.3g} lifts it above 0 everywhere",
     )

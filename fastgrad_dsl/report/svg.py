@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 
 from fastgrad_compiler.elementary import log10, power
@@ -13,6 +14,8 @@ from fastgrad_dsl.bench.plot import COLOURS
 WIDTH = 640.0  # of every figure; a narrow page scrolls it in a box of its own
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 16.0, 14.0, 44.0
 LETTER = 6.4  # mean width of a letter
+
+_logarithm = lru_cache(1024)(log10)  # ends of axes come again and again
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Axis:
         low, high = self.low, self.high
         value = min(max(value, low), high)
         if self.logarithmic:
-            low, high, value = (log10(x) for x in (low, high, value))
+            low, high, value = (_logarithm(x) for x in (low, high, value))
         share = (value - low) / (high - low) if high > low else 0.5
         return self.first + share * (self.last - self.first)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastgrad_dsl as fg
 from fastgrad_compiler.codegen.expressions import DECLINED, STRUCTURE, TORCH
-from fastgrad_compiler.codegen.names import HELPERS
+from fastgrad_compiler.codegen.names import HELPERS, MODULE_ATTRIBUTES
 from fastgrad_compiler.interpret import run
 from fastgrad_compiler.ops import OPS
 from fastgrad_compiler.runtime import functions
@@ -38,6 +38,11 @@ def test_helpers_are_reserved_names() -> None:
         if getattr(value, "__module__", "") == functions.__name__
     }
     assert {name for name in public if not name.startswith("_")} == HELPERS
+
+
+def test_names_of_modules_are_known_without_torch() -> None:
+    own = {name for name in dir(torch.nn.Module()) if not name.startswith("__")}
+    assert own <= MODULE_ATTRIBUTES
 
 
 @pytest.mark.parametrize("name", ["gpt", "spelled_out"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from decimal import Context, Decimal, localcontext
+from decimal import ROUND_UP, Context, Decimal, Inexact, localcontext
 from functools import reduce
 from math import factorial
 from pathlib import Path
@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from fastgrad_compiler import polynomial
+from fastgrad_compiler import polynomial, remez
 from fastgrad_compiler.polynomial import FAMILIES, MAX_DEGREE, Family, Polynomial, PrecisionError, errors, fit
 from fastgrad_compiler.rational import values
 
@@ -36,16 +36,23 @@ TABLE = [
 TINIEST = Decimal("1e-50")  # what rounding in decimal arithmetic may add to eps
 
 
-def derivative(coefficients: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(j * value for j, value in enumerate(coefficients))[1:] or (0.0,)
-
-
-def sampled_error(coefficients: tuple[float, ...], bound: float, count: int = 401) -> Decimal:
-    """Largest |p e^-s - 1| on a grid that is denser at its ends, to 80 digits."""
+def sampled_errors(
+    coefficients: tuple[float, ...], bound: float, count: int = 401
+) -> tuple[Decimal, Decimal]:
+    """Largest |p e^-s - 1| and |p' e^-s - 1| on a grid that is denser at its ends, to 80 digits."""
     grid = [-bound, *(bound * np.cos(np.linspace(np.pi, 0.0, count)[1:-1])).tolist(), bound]
     with localcontext(Context(prec=80)):
         points, exact = list(map(Decimal, grid)), list(map(Decimal, coefficients))
-        return max(abs(reduce(lambda p, c: p * s + c, exact[::-1]) * (-s).exp() - 1) for s in points)
+        slope = [power * c for power, c in enumerate(exact)][1:] or [Decimal(0)]
+        shrunk = [(-s).exp() for s in points]
+        value, other = (
+            max(
+                abs(reduce(lambda p, c: p * s + c, each[::-1]) * e - 1)
+                for s, e in zip(points, shrunk, strict=True)
+            )
+            for each in (exact, slope)
+        )
+        return value, other
 
 
 def fitted(family: Family, degree: int, bound: float) -> Polynomial:
@@ -70,13 +77,14 @@ def test_table(row: tuple[float, ...]) -> None:
 @given(degree=st.integers(0, MAX_DEGREE), bound=st.floats(1e-3, 14.0))
 def test_errors_are_upper_bounds_and_attained(family: Family, degree: int, bound: float) -> None:
     found = fitted(family, degree, bound)
-    for coefficients, claimed in (
-        (found.coefficients, found.eps),
-        (derivative(found.coefficients), found.eps_prime),
+    for claimed, sampled in zip(
+        errors(found.coefficients, bound), sampled_errors(found.coefficients, bound), strict=True
     ):
-        sampled = sampled_error(coefficients, bound)
         assert sampled <= claimed, "the bound is one without any tolerance"
         assert sampled >= Decimal("0.95") * Decimal(claimed) - TINIEST
+    assert (found.eps, found.eps_prime) == pytest.approx(
+        errors(found.coefficients, bound), rel=1e-15, abs=1e-25
+    )
 
 
 def test_errors_of_any_polynomial() -> None:
@@ -287,6 +295,49 @@ def test_least_degree_gives_up() -> None:
     found = polynomial.least_degree("balanced", 1.0, 0.1)
     assert found is not None
     assert found.degree == 2
+
+
+@pytest.mark.parametrize("bound", [1e-6, 0.3, 8.0, 18.3])
+def test_every_degree_is_fitted_or_refused(bound: float) -> None:
+    """And what is not is near the optimum: the exchange itself fails nowhere."""
+    refused = []
+    for degree in range(MAX_DEGREE + 1):
+        for family in FAMILIES[1:]:
+            try:
+                found = fit(family, degree, bound)
+            except PrecisionError:
+                refused.append((family, degree))
+                continue
+            assert found.eps < 1
+            assert found.positive
+    assert not refused or (bound > 18 and min(degree for _, degree in refused) >= 18)
+
+
+def test_the_callers_decimal_settings_change_nothing() -> None:
+    def fresh() -> list[Polynomial]:
+        remez.minimax.cache_clear()
+        remez.balanced.cache_clear()
+        return [fit.__wrapped__(family, degree, 2.3) for family in FAMILIES for degree in (0, 1, 4, 7)]
+
+    expected = fresh()
+    strict = Context(prec=3, rounding=ROUND_UP, Emin=-1, Emax=1, traps=[Inexact])
+    with localcontext(strict):
+        assert fresh() == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+@pytest.mark.parametrize(("degree", "bound"), [(3, 1.0), (6, 0.02), (9, 5.0)])
+def test_coefficients_are_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, family: Family, degree: int, bound: float
+) -> None:
+    """With 40 digits more, and an exchange that goes on to 1e-45, they are the same floats."""
+    expected = fit(family, degree, bound).coefficients
+    digits = remez._digits
+    monkeypatch.setattr(remez, "_digits", lambda degree, bound: digits(degree, bound) + 40)
+    monkeypatch.setattr(remez, "_LEVELLED", Decimal("1e-45"))
+    remez.minimax.cache_clear()
+    remez.balanced.cache_clear()
+    assert fit.__wrapped__(family, degree, bound).coefficients == expected
 
 
 def test_import_needs_neither_numpy_nor_torch() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Collection
-from functools import cache
 
 # What the generated module itself uses; a variable of the user's of that name gets an underscore behind it.
 HELPERS = frozenset(
@@ -36,6 +35,24 @@ MODULE_NAMES = frozenset({"F", "Guard", "Tensor", "budget_status", "math", "name
 LOCAL_NAMES = HELPERS | MODULE_NAMES | {"MODEL", "exact_attention", "initialise", "like", "range", "self"}
 CLASS_NAMES = HELPERS | MODULE_NAMES | {"ClassVar", "False", "None", "True"}
 _NUMBERED = re.compile(r"(.+?)_\d+")
+# What nn.Module has, written down so that files neither need a PyTorch to be made nor depend on which it is.
+_OF_MODULE = """
+    T_destination _apply _backward_hooks _backward_pre_hooks _buffers _call_impl _compiled_call_impl
+    _forward_hooks _forward_hooks_always_called _forward_hooks_with_kwargs _forward_pre_hooks
+    _forward_pre_hooks_with_kwargs _get_backward_hooks _get_backward_pre_hooks _get_name _is_full_backward_hook
+    _load_from_state_dict _load_state_dict_post_hooks _load_state_dict_pre_hooks
+    _maybe_warn_non_full_backward_hook _modules _named_members _non_persistent_buffers_set _parameters
+    _register_load_state_dict_pre_hook _register_state_dict_hook _replicate_for_data_parallel _save_to_state_dict
+    _slow_forward _state_dict_hooks _state_dict_pre_hooks _version _wrapped_call_impl add_module apply bfloat16
+    buffers call_super_init children compile cpu cuda double dump_patches eval extra_repr float forward get_buffer
+    get_extra_state get_parameter get_submodule half ipu load_state_dict modules mtia named_buffers named_children
+    named_modules named_parameters parameters register_backward_hook register_buffer register_forward_hook
+    register_forward_pre_hook register_full_backward_hook register_full_backward_pre_hook
+    register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module register_parameter
+    register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule
+    share_memory state_dict to to_empty train training type xpu zero_grad
+"""
+MODULE_ATTRIBUTES = frozenset(_OF_MODULE.split()) | {"INIT", "budget_status"}
 
 
 def class_name(block: str, taken: Collection[str]) -> str:
@@ -58,16 +75,9 @@ def variable(name: str) -> str:
     return f"{text}_" if reserved else text
 
 
-@cache
-def _module_attributes() -> frozenset[str]:
-    from torch import nn
-
-    return frozenset(dir(nn.Module())) | {"INIT", "budget_status"}
-
-
 def member_access(label: str, kind: str, owner: str = "self") -> str:
     """`self.label`; where Python or nn.Module knows another thing by that name, its entry among the members."""
-    if keyword.iskeyword(label) or label in _module_attributes():
+    if keyword.iskeyword(label) or label.startswith("__") or label in MODULE_ATTRIBUTES:
         return f'{owner}._{kind}s["{label}"]'
     return f"{owner}.{label}"
 
