@@ -411,7 +411,7 @@ class _NoWaiting(TorchDispatchMode):
 @specs
 def test_nothing_waits_for_a_device(spec: KernelSpec) -> None:
     inputs = scaled(make_inputs(spec, 40, groups=2), 9.0)
-    q, k, v = (x.detach() for x in inputs.tensors[:3])
+    q, k = (x.detach() for x in inputs.tensors[:2])
     guard = Guard(bound=0.5, source="data", policy="clamp")
     pairs = Pairs(spec.scale, spec.causal, spec.near or 0)
     rows = rows_of(q, k, inputs.mask, inputs.documents)

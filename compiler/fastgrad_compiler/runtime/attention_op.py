@@ -39,7 +39,7 @@ def register_attention(
 
     The inputs have four dimensions, [batch, heads, tokens, width], mask and documents two. `attributes` is the tail
     of the schema (", int exact_below"). `maximum` says whether a row maximum is saved; without one it has no elements.
-    With `flag` the forward operation has one more result, which is saved too: `exact`, like flag(q, the last attribute).
+    With `flag` the forward operation has one more result, `exact`, saved too and like flag(q, the last attribute).
     A name that another copy of this file registered before is kept as it is: the name holds a hash of the content.
     """
     registered = getattr(torch.ops, NAMESPACE)

@@ -152,8 +152,8 @@ class Guard:
     def _turn(self, rows: Rows, counts: Tensor) -> Tensor:
         """Where the evenly spread queries of a call begin: int64, no dimensions.
 
-        By the number of the call. With `exact`, which makes another function of a call, by the bits of the norms, so that
-        equal inputs are served alike, as in a forward pass that is run again for its backward pass.
+        By the number of the call. With `exact`, which makes another function of a call, by the bits of the norms:
+        equal inputs are served alike, also in a forward pass that is run again for its backward pass.
         """
         if self.spec.policy == "exact":
             return rows.q_norms.contiguous().view(BITS[rows.dtype]).sum()
@@ -301,7 +301,7 @@ def _guard_of(key: str) -> Any:
 
 
 def _clamp(key: str, rows: Rows, pairs: Pairs) -> Clamp | None:
-    """The clamp of a call, which follows from the key and the inputs; None where there is none, or it changes nothing."""
+    """The clamp of a call, from the key and the inputs alone; None where there is none, or it changes nothing."""
     spec = read_key(key)
     if spec.policy != "clamp":
         return None

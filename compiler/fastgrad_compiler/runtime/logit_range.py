@@ -3,7 +3,8 @@
     |s_ij| = |scale * q_i.k_j| <= |scale| * ||q_i|| * ||k_j||
 
 Norms take O(n d) and are enough where they prove the range. The sample takes the logits of a few queries with all
-keys, and of a few keys with all queries. Only pairs that the polynomial serves count: not those that a mask hides, nor near ones.
+keys, and of a few keys with all queries. Only pairs that the polynomial serves count: no near ones, and none that a
+mask hides.
 """
 
 from __future__ import annotations
