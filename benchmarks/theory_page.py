@@ -106,7 +106,7 @@ def _length_section(document: Document) -> str:
         "## The length\n",
         f"{grid['depth']} layers; measured output error, and in brackets that of the gradient.\n",
         _crossed(document, "n", grid["lengths"], depth=grid["depth"]),
-        "\nIn real arithmetic an attention's bound does not depend on n, and the measured error does not grow with n.\n",
+        "\nIn real arithmetic an attention's bound does not depend on n; the measured error does not grow with it.\n",
     ]
     return "\n".join(lines)
 
