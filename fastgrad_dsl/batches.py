@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from fastgrad_compiler.dim import Dim
@@ -76,6 +77,15 @@ def dims_of(plan: Mapping[str, Any], batch: Sequence[Tensor]) -> dict[str, int]:
         for dim, size in zip(tensor["shape"], given.shape, strict=True)
         if dim.isidentifier()
     }
+
+
+def tokens_of(plan: Mapping[str, Any], batch: Sequence[Tensor]) -> int:
+    """How many tokens a batch of a plan's model has: the product of the run-time dims of its largest input."""
+    sizes = (
+        prod(size for dim, size in zip(tensor["shape"], given.shape, strict=True) if not dim.isdigit())
+        for tensor, given in zip(plan["inputs"], batch, strict=False)
+    )
+    return max(sizes, default=0)
 
 
 def _input(graph: Graph, node: Node) -> Input:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fastgrad_dsl.batches import tokens_of
 from fastgrad_dsl.certify import certify
 from fastgrad_dsl.measure import whole_errors
 from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_dsl.report.words import sample
 from fastgrad_grammar.diagnostics import TfgError
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ class BudgetState:
     """How much of the budget a model uses at some step.
 
     Args:
-        output, gradient: measured relative errors on a held-out batch.
+        output, gradient: measured relative errors on one held-out batch.
+        tokens: of that batch.
         range: the largest share of its R that the logits of a guarded attention took, or that their proved bound takes;
             None where no attention rests on a range that can be left.
         where: the path of that attention.
@@ -36,6 +39,7 @@ class BudgetState:
 
     output: float
     gradient: float
+    tokens: int
     range: float | None
     where: str | None
     violations: int
@@ -56,7 +60,7 @@ class BudgetState:
         for name, error in (("output", self.output), ("gradient", self.gradient)):
             limit = given.get(name)
             parts.append(f"{name} error {error:.2g}" + (f" of {limit:g}" if limit is not None else ""))
-        text = f"{', '.join(parts)} (measured)"
+        text = f"{', '.join(parts)} (measured on {sample(1, self.tokens)}, held out)"
         if self.range is not None:
             text += f"; logits at {100 * self.range:.0f} % of R in {self.where}"
         if self.violations:
@@ -118,6 +122,7 @@ class BudgetWatch:
         return BudgetState(
             output,
             gradient,
+            tokens_of(self.compiled.plan_document, self.held_out),
             None if where is None else shares[where],
             where,
             sum(status["violations"] for status in statuses),

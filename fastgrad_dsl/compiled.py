@@ -15,7 +15,7 @@ from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_t
 from fastgrad_compiler.pipeline import Stage, run
 from fastgrad_compiler.targets import BACKENDS, check_target
 from fastgrad_compiler.text import print_program
-from fastgrad_dsl.batches import dims_of
+from fastgrad_dsl.batches import dims_of, tokens_of
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.plan_document import plan_document
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
@@ -201,6 +201,7 @@ class Compiled:
             )
         errors = measure_plan(plan, model, batch[:count], batch[count:], self.loss)
         described: dict[str, Any] = {
+            "tokens": tokens_of(plan, batch),
             "kind": "a given batch",
             "dims": dims_of(plan, batch),
             "seed": None,

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.passes.attention_table import OWN, attention_table, is_own
-from fastgrad_dsl.report.words import bound, folded, number, size, times
+from fastgrad_dsl.report.words import bound, folded, number, size, times, verified_on
 
 VERDICTS = {"kept": "bold green", "likely": "green", "missed": "bold red", "unlikely": "red"}
 WIDTH_OF_A_FILE = 200  # where the output is no terminal
@@ -69,7 +69,7 @@ def print_calibration(document: Mapping[str, Any]) -> None:
     )
     kind = "bound, gains of at least 1" if document["trust"] == "certified" else "estimate"
     for what in ("output", "gradient"):
-        measured = "" if verified is None else f", {verified[what]:.2g} (measured on held-out batches)"
+        measured = "" if verified is None else f", {verified[what]:.2g} (measured on {verified_on(document)})"
         out.print(Text(f"  {what} error {planned[what]:.2g} ({kind}){measured}"))
     if verified is not None and verified["violations"]:
         out.print(
@@ -96,8 +96,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         out.print(
             Text(
                 "relative L2 errors, smaller is better. bound: proved for this batch; estimate: how far the whole "
-                "model moves when this attention alone is made exact; measured: this attention alone against exact "
-                "softmax.",
+                "model moves when this attention alone is made exact; measured, on this batch: this attention alone "
+                "against exact softmax.",
                 style="dim",
             )
         )

@@ -17,7 +17,7 @@ from fastgrad_compiler.graph import Budget, Program
 from fastgrad_compiler.pipeline import Stage, run
 from fastgrad_compiler.runtime.attention_op import compute_dtype
 from fastgrad_compiler.runtime.guard import LOGGER
-from fastgrad_dsl.batches import dims_of, model_inputs, random_batch, target_inputs
+from fastgrad_dsl.batches import dims_of, model_inputs, random_batch, target_inputs, tokens_of
 from fastgrad_dsl.calibration.calibrate import Calibration, Data, Tell, calibrate
 from fastgrad_dsl.calibration.capture import Subject
 from fastgrad_dsl.calibration.document import calibration_document
@@ -188,7 +188,8 @@ class _Verified:
     ) -> Compiled:
         nothing = {"output": 0.0, "gradient": 0.0, "violations": 0}
         last: dict[str, Any] = dict(rounds[-1]) if plan.output or plan.gradient else nothing
-        verification = {"batches": len(self.held_out), **last, "rounds": list(rounds)}
+        tokens = sum(tokens_of(self.compiled.plan_document, batch) for batch in self.held_out)
+        verification = {"batches": len(self.held_out), "tokens": tokens, **last, "rounds": list(rounds)}
         document = calibration_document(self.calibration, plan, self.program, verification)
         return replace(self.compiled, stages=stages, calibration=document)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT = "fastgrad-report-2"
 SCHEMA = Path(__file__).parent / "schema.json"
+MEASURED_ON = ("tokens", "kind", "dims", "seed", "weights")
 PACKAGES = {"fastgrad": "fastgrad-dsl", "torch": "torch"}
 
 
@@ -44,7 +45,7 @@ def build_report(
 
     Args:
         plan: plan.json as data.
-        errors: measured on a batch, with `batch` for what that was: its `kind`, `dims`, `seed` and `weights`.
+        errors: measured on a batch, with `batch` for what that was: its `tokens`, `kind`, `dims`, `seed` and `weights`.
         spec: the text of the `.tfg` file.
         files: the generated files by name, of which those of kernels are shown.
         calibration: a calibration document, whose histograms, candidates and estimates are shown.
@@ -68,14 +69,15 @@ def build_report(
         )
     pace, kind = pace_of(plan, calibration)
     sizes, undeclared = longest_sizes(plan)
+    described = None if batch is None else {"batches": 1, **{key: batch[key] for key in MEASURED_ON}}
     document = {
         "format": FORMAT,
         **{key: plan[key] for key in ("model", "source", "target", "params", "dims", "budget")},
         "versions": _versions(),
         "reproduce": reproduce(plan, batch, calibration),
-        "batch": None if batch is None else {key: batch[key] for key in ("kind", "dims", "seed", "weights")},
-        "headline": headline(plan, whole, calibration, predict(plan, pace, kind, calibration)),
-        "summary": summary(plan, whole),
+        "batch": described,
+        "headline": headline(plan, whole, described, calibration, predict(plan, pace, kind, calibration)),
+        "summary": summary(plan, whole, described),
         "spec": annotated_spec(plan["source"], spec, attentions),
         "whole": whole,
         "attentions": attentions,

@@ -9,14 +9,9 @@ from fastgrad_compiler.elementary import added
 from fastgrad_dsl.plan_document import is_approximated
 from fastgrad_dsl.report.entries import Entry
 from fastgrad_dsl.report.errors import calibrated_estimates
-from fastgrad_dsl.report.words import number, percent
+from fastgrad_dsl.report.words import number, percent, sample, verified_on
 
 WHATS = ("output", "gradient")
-HERE = "on the batch of this report"
-HELD_OUT = "by the calibration, on batches held out"
-SAME = "by the calibration, on the batch that it planned on"
-WHERE = {HERE: "this batch", HELD_OUT: "held-out batches", SAME: "the batch that it was planned on"}
-ONE_BATCH = "one batch"  # how a calibration says that nothing was held out
 EFFECTS = "how far the model moves when this attention alone is made exact"
 CALIBRATED = "what the calibration expects of each attention"
 CERTIFICATES = "certificates added up, every gain taken as 1"
@@ -27,23 +22,30 @@ FACTORS = {
 
 
 def headline(
-    plan: Mapping[str, Any], whole: Mapping[str, Any], calibration: Mapping[str, Any] | None, prediction: Any
+    plan: Mapping[str, Any],
+    whole: Mapping[str, Any],
+    batch: Mapping[str, Any] | None,
+    calibration: Mapping[str, Any] | None,
+    prediction: Any,
 ) -> dict[str, Any]:
-    """`verdict`, the use of the budget by output and gradient, and the prediction of time and memory."""
-    use = {what: _use(what, plan, whole, calibration) for what in WHATS}
+    """`verdict`, the use of the budget by output and gradient, and the prediction of time and memory.
+
+    What was measured says on how many batches and tokens: it holds there, and nowhere else.
+    """
+    use = {what: _use(what, plan, whole, batch, calibration) for what in WHATS}
     return {"verdict": _verdict(plan, use), **use, "prediction": prediction}
 
 
-def summary(plan: Mapping[str, Any], whole: Mapping[str, Any]) -> list[str]:
+def summary(plan: Mapping[str, Any], whole: Mapping[str, Any], batch: Mapping[str, Any] | None) -> list[str]:
     """Errors of the whole against the budget, and the two losses; empty where nothing was measured."""
     budget = plan["budget"] or {}
     lines = []
     for what in WHATS:
         measured, estimate, limit = whole[what]["measured"], whole[what]["estimate"], budget.get(what)
-        if measured is None or estimate is None:
+        if measured is None or estimate is None or batch is None:
             return []
         kept = "kept" if limit is None or measured <= limit else "EXCEEDED"
-        verdict = "" if limit is None else f"; budget {limit:g}: {kept} on this batch"
+        verdict = "" if limit is None else f"; budget {limit:g}: {kept} on {_sample(batch)}"
         lines.append(f"{what} error {measured:.2e} (measured), {estimate:.2e} (estimate){verdict}")
     if whole["loss"] is not None and whole["exact_loss"] is not None:
         lines.append(
@@ -65,16 +67,27 @@ def waterfall(
     return {what: _waterfall(what, plan, attentions, whole, calibration) for what in WHATS}
 
 
+def _sample(batch: Mapping[str, Any]) -> str:
+    return sample(batch["batches"], batch["tokens"])
+
+
 def _use(
-    what: str, plan: Mapping[str, Any], whole: Mapping[str, Any], calibration: Mapping[str, Any] | None
+    what: str,
+    plan: Mapping[str, Any],
+    whole: Mapping[str, Any],
+    batch: Mapping[str, Any] | None,
+    calibration: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The error by the best that is known: measured here or by the calibration, estimated, added up from proofs."""
     limit = (plan["budget"] or {}).get(what)
-    verification = (calibration or {}).get("verification")
-    same = ONE_BATCH in str((calibration or {}).get("data"))
+    verified = calibration if calibration and calibration["verification"] else None
     known = (
-        (whole[what]["measured"], "measured", HERE),
-        ((verification or {}).get(what), "measured", SAME if same else HELD_OUT),
+        (whole[what]["measured"] if batch else None, "measured", f"on {_sample(batch)}" if batch else None),
+        (
+            verified["verification"].get(what) if verified else None,
+            "measured",
+            f"by the calibration, on {verified_on(verified)}" if verified else None,
+        ),
         (whole[what]["estimate"], "estimate", "of the plan, from the calibration"),
         (_added_up(what, plan["attentions"]), "estimate", CERTIFICATES),
     )
@@ -115,8 +128,8 @@ def _verdict(plan: Mapping[str, Any], use: Mapping[str, Mapping[str, Any]]) -> d
     )
     if all(each["kind"] == "measured" for each in shown.values()):
         state, words = ("missed", "is missed") if over else ("kept", "is kept")
-        where = WHERE[next(iter(shown.values()))["basis"]]
-        return {"state": state, "text": f"The budget {words} on {where}: {said}."}
+        basis = next(iter(shown.values()))["basis"]
+        return {"state": state, "text": f"The budget {words}, measured {basis}: {said}."}
     proved = any(each["basis"] == CERTIFICATES for each in shown.values())
     state, words = {
         (False, False): ("likely", "The plan is expected to keep the budget: {}."),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgrad_compiler.text_parser import parse_dim
-from fastgrad_dsl.batches import Input, random_batch
+from fastgrad_dsl.batches import Input, random_batch, tokens_of
 from fastgrad_dsl.plan_document import is_approximated
 from fastgrad_dsl.report.document import build_report
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
@@ -74,6 +74,7 @@ def make_report(request: ReportRequest, tell: Tell) -> dict[str, Any]:
 
         load_weights(model, request.weights)
     batch = {
+        "tokens": tokens_of(subject.plan, inputs),
         "kind": kind,
         "dims": sizes,
         "seed": request.seed,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 VACUOUS = 1.0  # a proved relative error of 1 and more says nothing: 0 as an output would do as well
+ONE_BATCH = "one batch"  # how a calibration says that nothing was held out
 SOURCES = {
     "program": "proved from the program",
     "weights": "proved from the weights",
@@ -54,6 +56,22 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} TiB"
+
+
+def sample(batches: int, tokens: int | None) -> str:
+    """What was measured on, as in `one batch of 2,048 tokens` and `3 batches of 6,144 tokens in all`."""
+    counted = "" if tokens is None else f" of {tokens:,} tokens"
+    if batches == 1:
+        return f"one batch{counted}"
+    return f"{batches} batches{counted and counted + ' in all'}"
+
+
+def verified_on(calibration: Mapping[str, Any]) -> str:
+    """What a calibration verified its plan on, as in `one batch of 512 tokens that it held out`."""
+    verification = calibration["verification"]
+    same = ONE_BATCH in str(calibration["data"])
+    seen = "it planned on" if same else "it held out"
+    return f"{sample(verification['batches'], verification.get('tokens'))} that {seen}"
 
 
 def folded(paths: Sequence[str]) -> str:

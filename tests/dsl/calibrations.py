@@ -33,6 +33,7 @@ def calibration_of(plan: Mapping[str, Any], **changes: object) -> dict[str, Any]
         },
         "verification": {
             "batches": 2,
+            "tokens": 4096,
             "output": 0.015,
             "gradient": 0.06,
             "rounds": [{"output": 0.015, "gradient": 0.06}],

@@ -91,11 +91,12 @@ def test_growing_logits_bring_a_new_plan(batches: list[tuple[torch.Tensor, torch
 
 
 def test_shares() -> None:
-    state = BudgetState(0.04, 0.02, 0.5, "layers.0.attend", 0)
+    state = BudgetState(0.04, 0.02, 2048, 0.5, "layers.0.attend", 0)
     assert state.share({"output": 0.05, "gradient": 0.1}) == pytest.approx(0.8)
     assert state.share(None) == 0.5
-    assert "logits at 50 % of R in layers.0.attend" in state.line({"output": 0.05, "gradient": None})
-    assert "3 calls beyond" in BudgetState(0.0, 0.0, None, None, 3).line(None)
+    line = state.line({"output": 0.05, "gradient": None})
+    assert "(measured on one batch of 2,048 tokens, held out); logits at 50 % of R in layers.0.attend" in line
+    assert "3 calls beyond" in BudgetState(0.0, 0.0, 2048, None, None, 3).line(None)
 
 
 def test_training_goes_on_with_the_new_plan(

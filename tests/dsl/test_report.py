@@ -86,9 +86,12 @@ def test_headline_of_what_was_measured() -> None:
         use = report["headline"][what]
         assert use["value"] == report["whole"][what]["measured"]
         assert use["share"] == use["value"] / report["budget"][what]
-        assert (use["kind"], use["basis"]) == ("measured", "on the batch of this report")
+        assert (use["kind"], use["basis"]) == ("measured", "on one batch of 26 tokens")
         assert use["words"].startswith(percent(use["share"]))
     assert report["headline"]["verdict"]["state"] == "kept"
+    assert "is kept, measured on one batch of 26 tokens: " in report["headline"]["verdict"]["text"]
+    assert (report["batch"]["batches"], report["batch"]["tokens"]) == (1, 26)
+    assert all(": kept on one batch of 26 tokens" in line for line in report["summary"][:2])
 
 
 def test_headline_by_what_is_known() -> None:
@@ -111,7 +114,13 @@ def test_headline_by_what_is_known() -> None:
     same = compiled.report(
         calibration={**calibration, "data": "given batches, one batch: the plan is verified on the same"}
     )
-    assert "on the batch that it was planned on" in same["headline"]["verdict"]["text"]
+    text = same["headline"]["verdict"]["text"]
+    assert "measured by the calibration, on 2 batches of 4,026 tokens in all that it planned on" in text
+    text = compiled.report(calibration=calibration)["headline"]["verdict"]["text"]
+    assert "measured by the calibration, on 2 batches of 4,026 tokens in all that it held out" in text
+    old = {key: value for key, value in calibration["verification"].items() if key != "tokens"}
+    text = compiled.report(calibration={**calibration, "verification": old})["headline"]["verdict"]["text"]
+    assert "measured by the calibration, on 2 batches that it held out" in text
     missed = {**calibration, "verification": {**calibration["verification"], "gradient": 9.0}}
     report = compiled.report(calibration=missed)
     assert report["headline"]["verdict"]["state"] == "missed"

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from fastgrad_compiler.runtime.guard import Guard
@@ -209,6 +210,17 @@ def test_what_is_counted_is_a_bound(spec: KernelSpec) -> None:
 
 
 NUMBERS = ("calls", "proved", "sampled", "unsettled", "violations", "largest", "at_most", "norms")
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_work_of_a_sample(groups: int) -> None:
+    """24 rows of logits a head, and nothing else that multiplies matrices."""
+    n, d = 200, 16
+    q, k = torch.randn(2, 2 * groups, n, d), torch.randn(2, 2, n, d)
+    rows, pairs = rows_of(q, k, None, None), Pairs(0.25, True, 0)
+    with FlopCounterMode(display=False) as counter:
+        sampled_range(rows, pairs, choose_sample(rows, pairs, torch.tensor(3)))
+    assert counter.get_total_flops() == 2 * 2 * groups * 24 * 2 * n * d
 
 
 def test_heavy_tails_are_found() -> None:
