@@ -385,21 +385,21 @@ def test_a_result_that_is_lost() -> None:
 
 
 def test_a_length_in_the_text_is_made_smaller() -> None:
-    """4,096 patches of 24 heads have 400 million scores: the same attention is run on fewer."""
+    """4,096 patches of 8 heads have 134 million scores: the same attention is run on fewer."""
     text = """
-model m(q: float[24, 4096, 8], k: float[24, 4096, 8], v: float[24, 4096, 8]) -> float[24, 4096, 8] {
-    return softmax(window(near_far(q @ k.T, unit(q) @ unit(k).T; 64); 300)) @ v
+model m(q: float[8, 4096, 8], k: float[8, 4096, 8], v: float[8, 4096, 8]) -> float[8, 4096, 8] {
+    return softmax(window(near_far(q @ k.T, unit(q) @ unit(k).T; 30); 100)) @ v
 }
 """
     before = proved(elaborate(Source("<text>", text)))
     whole, short, long = fits(before, recognise_attention(before), "m", "m")
     assert (whole.cases, short.shrunk, long.shrunk, len(long.cases)) == ((), True, True, 1)
     lengths = [fit.before["m"]["q"].tensor.shape[1].constant for fit in (short, long)]
-    assert lengths == [9, 303]
+    assert lengths == [9, 107]
     assert ENTRIES >= 24 * 303 * 303
     (checked,) = compare(before, recognise_attention(before), recognise_attention)
     assert checked == Checked("m", 1, 7)
-    faulty = with_values(window=299)
+    faulty = with_values(window=99)
     (difference,) = compare(before, faulty(before), faulty)
     assert isinstance(difference, Difference)
 
@@ -463,6 +463,35 @@ def test_a_large_model_around_an_attention_is_not_run(monkeypatch: pytest.Monkey
     assert 0 < max(sizes) <= 11 * 4096
     (difference,) = compare(before, scaled(1.001)(before), scaled(1.001))
     assert isinstance(difference, Difference)
+
+
+@pytest.mark.parametrize(
+    "expression", ["softmax(s[.., 0:300] @ ones((300, n))) @ v", "softmax(s[.., 5:]) @ v[:, 5:]"]
+)
+def test_a_slice_that_small_dims_do_not_have(expression: str) -> None:
+    before = proved(spec(expression, end="return z + softmax(z @ x.T) @ x"))
+    (checked,) = compare(before, recognise_attention(before), recognise_attention)
+    assert isinstance(checked, Checked)
+    assert checked.runs >= 1
+    (difference,) = compare(before, scaled(1.001)(before), scaled(1.001))
+    assert isinstance(difference, Difference)
+
+
+def test_patches_in_one_graph_with_attention() -> None:
+    """The length is made smaller behind the patches, which are drawn."""
+    text = """
+dim b
+model m(images: float[b, 3, 256, 256]) -> float[b, 4096, 192] {
+    weight w: float[48, 192]
+    weight places: float[4096, 192]
+    x = patches(images, 4) @ w + places
+    h = split_heads(x; 24)
+    return x + merge_heads(softmax(h @ transpose(h)) @ h)
+}
+"""
+    before = proved(elaborate(Source("<text>", text)))
+    (checked,) = compare(before, recognise_attention(before), recognise_attention)
+    assert checked == Checked("m", 1, 6)
 
 
 def test_attributes_are_those_of_the_vocabulary() -> None:

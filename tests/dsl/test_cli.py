@@ -6,11 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fastgrad_compiler import pipeline
+from fastgrad_compiler.graph import Program
+from fastgrad_compiler.verify import CompilerBug
 from fastgrad_dsl.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,6 +59,31 @@ def fastgrad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         return int(ended.value.code or 0), output.out, output.err
 
     return run
+
+
+def test_a_compile_is_validated_unless_told_not_to(
+    fastgrad: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A pass that gets the scale wrong is a bug of the compiler's; `check`, which makes no model, does not run it."""
+    step = next(step for step in pipeline.PASSES if step.name == "attention")
+
+    def faulty(program: Program) -> Program:
+        done = step.run(program)
+        graphs = []
+        for graph in done.graphs:
+            nodes = (n.with_attributes(scale=2.0) if n.op == "attention" else n for n in graph.nodes)
+            graphs.append(replace(graph, nodes=tuple(nodes)))
+        return done.with_graphs(graphs)
+
+    passes = tuple(pipeline.Pass("attention", faulty) if p is step else p for p in pipeline.PASSES)
+    monkeypatch.setattr(pipeline, "PASSES", passes)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["fastgrad", "compile", "tiny.tfg", "-o", "out"])
+    with pytest.raises(CompilerBug, match=r"^after attention: std\.attend\.\S+ .*reproduces it$"):
+        main()
+    assert not (tmp_path / "out").exists()
+    assert fastgrad("check", "tiny.tfg")[0] == 0
+    assert fastgrad("compile", "tiny.tfg", "-o", "out", "--no-validate")[0] == 0
 
 
 def test_check_says_what_each_attention_will_be(fastgrad: Run) -> None:

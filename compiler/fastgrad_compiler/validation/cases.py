@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf, isfinite
@@ -53,23 +53,22 @@ class Case:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The sizes of one case by dim: `batch` of most dims, those of `long` and up of the ones that a band cuts."""
+    """The sizes of the dims `names` in each case."""
 
     program: Program
     names: tuple[str, ...]
-    banded: frozenset[str]
 
     @cached_property
     def _declared(self) -> Mapping[str, DimInfo]:
         return {info.name: info for info in self.program.dims}
 
-    def sizes(self, least: int, step: int, long: int | None = None) -> dict[str, int]:
-        """`least`, `least + step` .. of the dims in order; with `long`, 1 of those that no band cuts."""
-        wanted = range(least, least + step * len(self.names) + 1, step) if step else [least] * len(self.names)
-        return {
-            name: self._allowed(name, size if long is None else long if name in self.banded else 1)
-            for name, size in zip(self.names, wanted, strict=False)
-        }
+    def sizes(self, least: int, step: int) -> dict[str, int]:
+        """`least`, `least + step` .. of the dims in order."""
+        return {name: self._allowed(name, least + step * place) for place, name in enumerate(self.names)}
+
+    def long(self, size: int, names: Collection[str]) -> dict[str, int]:
+        """`size` of some dims, 1 of the others."""
+        return {name: self._allowed(name, size if name in names else 1) for name in self.names}
 
     def _allowed(self, name: str, size: int) -> int:
         """The size next to a wanted one that a dim may have: a multiple of what is declared, not above its limit."""
@@ -79,6 +78,20 @@ class Lengths:
         return max(min(size, most), info.multiple_of)
 
 
+def _sliced(graph: Graph) -> int:
+    """The largest number at which a slice ends."""
+    ends = (node.get(key) for node in graph.nodes for key in ("stop", "index"))
+    found = [Dim.of(end).constant for end in ends if isinstance(end, int | Dim)]
+    return max((end for end in found if end is not None), default=255)
+
+
+def _batches(types: Sequence[TensorType]) -> frozenset[str]:
+    """The dims that only count batches: they stand first in tensors of more than one dimension, and nowhere else."""
+    first = {name for type_ in types if len(type_.shape) > 1 for name in type_.shape[0].names}
+    other = {name for type_ in types for dim in type_.shape[len(type_.shape) > 1 :] for name in dim.names}
+    return frozenset(first - other)
+
+
 def cases(program: Program, graph: Graph, bands: Mapping[str, int]) -> Iterator[Case]:
     """What to run a graph on: lengths of 1 and small odd ones, and one longer than every band of the graph.
 
@@ -86,17 +99,18 @@ def cases(program: Program, graph: Graph, bands: Mapping[str, int]) -> Iterator[
     """
     types = [type_ for node in graph.inputs for type_ in _types(node)]
     names = sorted({name for type_ in types for dim in type_.shape for name in dim.names})
-    lengths = Lengths(program, tuple(names), frozenset(bands))
+    lengths = Lengths(program, tuple(names))
     yield Case(lengths.sizes(2, 3), "plain", 1)
     yield Case(lengths.sizes(3, 2), "large", 2)
     yield Case(lengths.sizes(5, 2), "ties", 3)
-    yield Case(lengths.sizes(4, 1), "alike", 7)
-    yield Case(lengths.sizes(1, 0), "mixed", 4)
-    yield Case(lengths.sizes(7, 0), "mixed", 5)
+    yield Case(lengths.sizes(4, 1), "alike", 4)
+    yield Case(lengths.sizes(1, 0), "mixed", 5)
+    yield Case(lengths.sizes(7, 0), "mixed", 6)
     if bands:
-        yield Case(lengths.sizes(0, 0, max(bands.values())), "mixed", 6)
-    for size in (17, 64, 257):  # for graphs that take a slice, which small dims do not have
-        yield Case(lengths.sizes(size, 0), "mixed", size, spare=True)
+        yield Case(lengths.long(max(bands.values()), bands), "plain", 7)
+    many = set(names) - _batches(types)
+    for size in (17, 64, _sliced(graph) + 2):  # for graphs that take a slice, which small dims do not have
+        yield Case(lengths.long(size, many), "mixed", size, spare=True)
 
 
 # ---------------------------------------------------------------- values

@@ -14,7 +14,7 @@ from fastgrad_compiler.graph import Graph, Node, Program, TensorType, Type
 from fastgrad_compiler.validation.structure import Correspondence, ancestors
 
 LARGE = 1 << 20  # entries of a weight with which a product is not computed
-_OPAQUE = ("call", "repeat", "embedding")
+_OPAQUE = ("call", "repeat", "embedding", "patches")
 
 
 @dataclass(frozen=True)

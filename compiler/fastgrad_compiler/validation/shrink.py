@@ -6,7 +6,7 @@ run: a number is replaced wherever it is a size, before and after the pass alike
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fastgrad_compiler.dim import Dim
@@ -14,6 +14,7 @@ from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType,
 from fastgrad_compiler.validation.cases import Case, cases
 
 ENTRIES = 2_500_000  # of the largest tensor of a run
+BEYOND = 7  # tokens of a run that a near field or a window leaves outside
 SMALL = 64  # a number up to this is no length that needs to be smaller
 _BANDS = {"near_far": (("block", 2),), "window": (("width", 1),), "attention": (("near", 2), ("window", 1))}
 _SIZES = ("shape", "start", "stop", "length", "rows")  # attributes that hold sizes
@@ -46,29 +47,39 @@ def fits(before: Program, after: Program, old: str, new: str) -> Iterator[Fit]:
     given = cases(before, before[old], _named(_reach(before[old], after[new])))
     small, large = _sorted(before[old], after[new], given)
     yield Fit(before, after, small)
-    if large:
-        numbers = _lengths((before[old], after[new]), large)
-        yield from _smaller(before, after, (old, new), numbers)
-
-
-def _smaller(before: Program, after: Program, names: tuple[str, str], numbers: list[int]) -> Iterator[Fit]:
-    """The programs with short lengths for `numbers`, and once with lengths that bands cut, made narrow if need be."""
-    old, new = names
+    if not large:
+        return
+    numbers = _lengths((before[old], after[new]), large[-1])
     widths = sorted(_widths(before[old]) | _widths(after[new]))
-    for narrower in ({}, {width: 2 + rank for rank, width in enumerate(widths)}):
-        slim = _shrunk(before, {}, narrower), _shrunk(after, {}, narrower)
-        reach = _reach(slim[0][old], slim[1][new])
-        found: list[Fit] = []
-        fitting = True
-        for least in (9, max(reach.values())) if numbers and reach else (9,):
-            shorter = {number: least + 2 * rank for rank, number in enumerate(numbers)}
-            pair = _shrunk(slim[0], shorter, {}), _shrunk(slim[1], shorter, {})
-            small, large = _sorted(pair[0][old], pair[1][new], cases(pair[0], pair[0][old], _named(reach)))
-            fitting = fitting and not large
-            found.append(Fit(*pair, small if not found else _last(small), shorter, narrower))
-        if fitting:
-            yield from found
-            return
+    narrow = {width: 2 + rank for rank, width in enumerate(widths)}
+    for count in range(len(numbers) + 1):
+        for narrower in ({}, narrow):
+            found = _smaller(before, after, (old, new), numbers[:count], narrower)
+            if found:
+                yield from found
+                return
+
+
+def _smaller(
+    before: Program,
+    after: Program,
+    names: tuple[str, str],
+    numbers: Sequence[int],
+    narrower: Mapping[int, int],
+) -> list[Fit]:
+    """The programs with short lengths for `numbers`, and with lengths that bands cut; none where they are too large."""
+    old, new = names
+    slim = _shrunk(before, {}, narrower), _shrunk(after, {}, narrower)
+    reach = _reach(slim[0][old], slim[1][new])
+    found: list[Fit] = []
+    for least in (9, max(reach.values())) if numbers and reach else (9,):
+        shorter = {number: least + 2 * rank for rank, number in enumerate(numbers)}
+        pair = _shrunk(slim[0], shorter, {}), _shrunk(slim[1], shorter, {})
+        small, large = _sorted(pair[0][old], pair[1][new], cases(pair[0], pair[0][old], _named(reach)))
+        if large:
+            return []
+        found.append(Fit(*pair, small if not found else _last(small), shorter, narrower))
+    return found
 
 
 def _last(given: tuple[Case, ...]) -> tuple[Case, ...]:
@@ -109,16 +120,12 @@ def _entries(node: Node, case: Case) -> int:
     return entries
 
 
-def _lengths(graphs: tuple[Graph, Graph], given: tuple[Case, ...]) -> list[int]:
-    """The numbers that make a tensor too large by its last two axes, as an attention's scores are."""
-    found = {
-        dim.constant
-        for graph in graphs
-        for node in graph.nodes
-        if isinstance(node.type, TensorType) and any(_entries(node, case) > ENTRIES for case in given)
-        for dim in node.type.shape[-2:]
-    }
-    return sorted(number for number in found if number is not None and number > SMALL)
+def _lengths(graphs: tuple[Graph, Graph], case: Case) -> list[int]:
+    """The numbers in the last two axes of tensors that are too large, as scores are: those of the largest first."""
+    nodes = [node for graph in graphs for node in graph.nodes if _entries(node, case) > ENTRIES]
+    nodes.sort(key=lambda node: -_entries(node, case))
+    dims = (dim.constant for node in nodes for dim in node.tensor.shape[-2:])
+    return list(dict.fromkeys(number for number in dims if number is not None and number > SMALL))
 
 
 def _reach(*graphs: Graph) -> Reach:
@@ -130,7 +137,7 @@ def _reach(*graphs: Graph) -> Reach:
                 width = node.get(key)
                 for dim in _pair_axes(graph, node) if isinstance(width, int) else ():
                     name = dim.constant if dim.constant is not None else next(iter(dim.names))
-                    found[name] = max(found.get(name, 0), blocks * int(str(width)) + 3)
+                    found[name] = max(found.get(name, 0), blocks * int(str(width)) + BEYOND)
     return found
 
 
