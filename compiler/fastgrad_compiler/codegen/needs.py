@@ -12,7 +12,9 @@ from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType
 
 _MAKING = frozenset({"arange", "fill", "one_hot", "sinusoid"})  # make a tensor from nothing but dims
-_ARITHMETIC = frozenset({"add", "sub", "mul", "div"})
+_MIXING = frozenset(
+    {"add", "sub", "mul", "div", "minimum", "maximum", "where"}
+)  # ints may stand beside floats
 _SHAPED = {
     "reshape": ("shape",),
     "broadcast_to": ("shape",),
@@ -170,7 +172,7 @@ def _makes_tensor(graph: Graph, node: Node) -> bool:
     if node.op in ("where", "stack"):
         return len(operands) - len(tensors) >= (2 if node.op == "where" else 1)
     floats = any(isinstance(t.type, TensorType) and t.type.dtype == "float" for t in tensors)
-    return node.op in _ARITHMETIC and node.tensor.dtype == "float" and not floats
+    return node.op in _MIXING and node.tensor.dtype == "float" and not floats
 
 
 def _dims(program: Program, graph: Graph, node: Node) -> Iterator[Dim]:

@@ -25,7 +25,7 @@ from fastgrad_compiler.codegen.writer import Writer, call, literal, tuple_text
 from fastgrad_compiler.graph import DimInfo, Graph, Program
 from fastgrad_compiler.targets import PYTORCH, Backends
 
-_HIDES_ROWS = frozenset({"padding", "documents", "window", "where", "fill"})
+_HIDES_ROWS = frozenset({"padding", "documents", "window", "where", "fill", "log"})
 
 
 def emit_package(
