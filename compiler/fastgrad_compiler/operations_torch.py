@@ -91,7 +91,7 @@ def _patches(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
 def _embedding_gradient(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     cotangent, ids = inputs
     rows = cotangent.new_zeros(env.size(node["rows"]), cotangent.shape[-1])
-    return rows.index_add(0, ids.flatten(), cotangent.flatten(0, -2))
+    return rows.index_add(0, ids.flatten(), cotangent.reshape(-1, cotangent.shape[-1]))
 
 
 def _one_hot(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
