@@ -233,8 +233,11 @@ def _embedding(site: Site) -> Type:
 
 
 def _embedding_gradient(site: Site) -> Type:
-    cotangent = want_rank(site, 0, 1)
-    want_dtype(site, 1, "int")
+    cotangent, ids = want_dtype(site, 0, "float"), want_dtype(site, 1, "int")
+    want_rank(site, 0, len(ids.shape) + 1, len(ids.shape) + 1)
+    for axis in range(len(ids.shape)):
+        text = f"embedding_gradient of {show(cotangent.shape)} at ids {show(ids.shape)}: axis {axis} differs"
+        want_equal(site, (0, axis), (1, axis), text)
     return TensorType("float", (dim_attribute(site, site.attributes["rows"]), cotangent.shape[-1]))
 
 
