@@ -11,7 +11,7 @@ from torch import Tensor
 import fastgrad_dsl as fg
 from fastgrad_compiler.interpret import run
 from fastgrad_grammar.diagnostics import TfgError
-from tests.dsl.models import text
+from tests.dsl.models import EXAMPLES, text
 
 LARGEST, LEAST = float(2**63 - 1), -float(2**63)
 
@@ -90,7 +90,7 @@ REFUSED_RUNS: dict[str, tuple[str, str, str]] = {
     "a class that is not there": ("return one_hot(ids; 2)", "float[n, 2]", "num_classes|smaller"),
     "a negative class": ("return one_hot(ids - 1; 4)", "float[n, 4]", "non-negative"),
     "a target that PyTorch would leave out": (
-        "return cross_entropy(x, ids - 100)",
+        "return cross_entropy(x, 0 * ids - 100)",
         "float[]",
         "out of bounds",
     ),
@@ -122,6 +122,19 @@ REFUSED_FILES = {
 def test_a_file_is_refused(body: str, result: str, code: str) -> None:
     with pytest.raises(TfgError, match=code):
         fg.compile(text(body, "x: float[n, 4], ids: int[n]", result))
+
+
+def test_ints_are_of_64_bits_whatever_is_given() -> None:
+    compiled = fg.compile(text("return float(clamp(ids; 0, 200) + 100)", "ids: int[n]", "float[n]"))
+    given = torch.tensor([250, 7], dtype=torch.uint8)
+    assert compiled.module(dtype=torch.float64)(given).tolist() == [300, 107]
+    repeated = fg.compile(text("repeat i in 2 {\n    ids = f(ids)\n}\nreturn ids", "ids: int[n]", "int[n]",
+                               "block f(x: int[n]) -> int[n] { return x * 1000 }"))  # fmt: skip
+    assert repeated.module()(given).tolist() == [250_000_000, 7_000_000]
+
+
+def test_ids_that_are_only_looked_up_are_left_as_they_are() -> None:
+    assert ".long()" not in fg.compile(EXAMPLES / "llama.tfg").modules["model.py"]
 
 
 def test_losses_are_means_over_all_positions() -> None:

@@ -15,6 +15,9 @@ _MAKING = frozenset({"arange", "fill", "one_hot", "sinusoid"})  # make a tensor 
 _MIXING = frozenset(
     {"add", "sub", "mul", "div", "minimum", "maximum", "where"}
 )  # ints may stand beside floats
+_LOOKING = frozenset(
+    {"embedding", "documents", "less", "less_equal", "equal", "attention", "poly_attention"}
+)  # what takes ints of any size
 _SHAPED = {
     "reshape": ("shape",),
     "broadcast_to": ("shape",),
@@ -108,6 +111,19 @@ def _weight_path(program: Program, graph: Graph, owner: str, depth: int) -> tupl
         if inner:
             return inner
     return None
+
+
+def is_counted(program: Program, graph: Graph, name: str) -> bool:
+    """Whether ints are computed with, which are of 64 bits, and not only looked up or compared."""
+    for user in graph.users[name]:
+        places = [place for place, source in enumerate(user.inputs) if source == name]
+        if user.op == "call" or (user.op == "repeat" and min(places) >= int(str(user["carried"]))):
+            inner = [program[callee] for callee in callees(user)]
+            if any(is_counted(program, each, each.inputs[place].name) for each in inner for place in places):
+                return True
+        elif user.op not in _LOOKING:
+            return True
+    return False
 
 
 def callees(node: Node) -> tuple[str, ...]:
