@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.elaborate.operations import NAMES
 from fastgrad_compiler.pipeline import run
 from fastgrad_grammar.source import Source
 
@@ -49,3 +52,18 @@ def test_names_of_tests_and_files_exist(page: Path) -> None:
         assert (page.parent / target).exists(), target
     for named in re.findall(r"(?:examples|benchmarks|docs|tests)/[\w/]+\.(?:py|md|tfg|txt)", text):
         assert (ROOT / named).exists(), named
+
+
+def test_each_operation_is_specified() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    specified = {name for text in re.findall(r"`([^`]+)`", page) for name in re.findall(r"\w+", text)}
+    assert specified >= NAMES
+
+
+def test_constants_of_the_specification_are_those_of_functions() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    places = np.linspace(-3, 3, 600_001)
+    erf = np.vectorize(math.erf)(places / math.sqrt(2))
+    for least, values in (("-0.16997", places * (1 + erf) / 2), ("-0.27846", places / (1 + np.exp(-places)))):
+        assert least in page
+        assert f"{values.min():.5f}" == least

@@ -91,11 +91,11 @@ class Dim:
         return None
 
     @cached_property
-    def least(self) -> int:
-        """The least value where every name is at least 1, as sizes are; 0 where terms with names are subtracted."""
+    def least(self) -> int | None:
+        """The least value where every name is at least 1, as sizes are; None where terms with names are subtracted."""
         if any(coefficient < 0 for monomial, coefficient in self.terms if monomial):
-            return 0
-        return max(ceil(sum(coefficient for _, coefficient in self.terms)), 0)
+            return None
+        return ceil(sum(coefficient for _, coefficient in self.terms))
 
     @property
     def names(self) -> frozenset[str]:

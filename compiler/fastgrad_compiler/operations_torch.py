@@ -5,6 +5,7 @@ Nothing here is shared with the kernels, and nothing is fast. Conventions that a
     softmax        a row without any visible entry gives zeros
     unit           x / ||x||, and less where ||x|| < 1e-6: its norm never exceeds 1
     polynomial     0 where the score is -inf, as exp
+    int            towards 0; NaN is 0, and what 64 bits do not hold their nearest
     normalize_rows weights of -inf, which a mask leaves, are 0; a row of zeros stays one
     rotary         turns pairs (i, i + d/2) by position * base^(-2 i / d)
     sinusoid       sin in even and cos in odd columns, as Vaswani et al.
@@ -34,7 +35,7 @@ from fastgrad_compiler.attention_torch import (
     softmax,
     window_mask,
 )
-from fastgrad_compiler.graph import Node
+from fastgrad_compiler.graph import Attribute, Node
 from fastgrad_compiler.torch_env import Env, Rule, integer, number, sequence
 
 # ---------------------------------------------------------------- structure and shape
@@ -57,8 +58,17 @@ def _split_heads(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
 
 
 def _slice(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
-    start, stop = env.size(node["start"]), env.size(node["stop"])
-    return inputs[0].narrow(integer(node["axis"]), start, stop - start)
+    start, stop, axis = env.size(node["start"]), env.size(node["stop"]), integer(node["axis"])
+    if not 0 <= start <= stop <= inputs[0].shape[axis]:
+        raise ValueError(f"slice {start}:{stop} of axis {axis}, which has {inputs[0].shape[axis]} entries")
+    return inputs[0].narrow(axis, start, stop - start)
+
+
+def _select(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
+    place, axis = env.size(node["index"]), integer(node["axis"])
+    if not 0 <= place < inputs[0].shape[axis]:
+        raise ValueError(f"index {place} of axis {axis}, which has {inputs[0].shape[axis]} entries")
+    return inputs[0].select(axis, place)
 
 
 def _pad(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
@@ -81,7 +91,7 @@ def _patches(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
 def _embedding_gradient(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     cotangent, ids = inputs
     rows = cotangent.new_zeros(env.size(node["rows"]), cotangent.shape[-1])
-    return rows.index_add(0, ids.flatten(), cotangent.flatten(0, -2))
+    return rows.index_add(0, ids.flatten(), cotangent.reshape(-1, cotangent.shape[-1]))
 
 
 def _one_hot(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
@@ -97,12 +107,26 @@ def _div(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
 
 
 def _cast(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
+    if node["dtype"] == "int" and inputs[0].is_floating_point():
+        return _truncated(inputs[0])
     return inputs[0].to({"float": env.dtype, "int": torch.int64, "bool": torch.bool}[str(node["dtype"])])
 
 
+def _truncated(x: Tensor) -> Tensor:
+    """Towards 0; conversions of what int64 does not hold are not the same on every processor."""
+    inside = (x >= -(2.0**63)) & (x < 2.0**63)
+    ends = torch.where(x > 0, 2**63 - 1, torch.where(x < 0, -(2**63), 0))
+    return torch.where(inside, x.masked_fill(~inside, 0.0).long(), ends)
+
+
 def _clamp(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
-    low, high = node["low"], node["high"]
-    return inputs[0].clamp(None if low is None else number(low), None if high is None else number(high))
+    low, high = (None if node[key] is None else _limit(inputs[0], node[key]) for key in ("low", "high"))
+    return inputs[0].clamp(low, high)
+
+
+def _limit(x: Tensor, value: Attribute) -> float:
+    """A limit of a clamp, an int for ints."""
+    return number(value) if x.is_floating_point() else integer(value)
 
 
 def _reduce(function: Callable[..., Tensor]) -> Rule:
@@ -215,12 +239,12 @@ TORCH: dict[str, Rule] = {
     "concat": lambda node, inputs, env: torch.cat(inputs, integer(node["axis"])),
     "stack": lambda node, inputs, env: torch.stack(inputs, integer(node["axis"])),
     "slice": _slice,
-    "select": lambda node, inputs, env: inputs[0].select(integer(node["axis"]), env.size(node["index"])),
+    "select": _select,
     "pad": _pad,
     "patches": _patches,
     "broadcast_to": lambda node, inputs, env: inputs[0].broadcast_to(env.shape(node["shape"])),
     "sum_to": lambda node, inputs, env: inputs[0].sum_to_size(env.shape(node["shape"])),
-    "embedding": lambda node, inputs, env: inputs[0][inputs[1]],
+    "embedding": lambda node, inputs, env: functional.embedding(inputs[1], inputs[0]),
     "embedding_gradient": _embedding_gradient,
     "arange": lambda node, inputs, env: torch.arange(env.size(node["stop"]), device=env.device),
     "one_hot": _one_hot,
@@ -240,7 +264,7 @@ TORCH: dict[str, Rule] = {
     "relu": _unary(torch.relu),
     "gelu": _unary(functional.gelu),
     "silu": _unary(functional.silu),
-    "softplus": _unary(functional.softplus),
+    "softplus": _unary(lambda x: functional.softplus(x, threshold=40.0)),
     "abs": _unary(torch.abs),
     "erf": _unary(torch.erf),
     "logical_not": _unary(torch.logical_not),

@@ -185,12 +185,15 @@ def _best(node: Node, plain: Logits, centred: Logits | None, proved: float) -> L
 
 
 def _static(graph: Graph) -> set[str]:
-    """The nodes that are computed from weights and constants alone, of a shape that does not depend on the run."""
+    """The nodes that are computed from weights and constants alone, of a shape that does not depend on the run.
+
+    Where a float is compared or truncated, its last bits decide, which are others in the dtype of the run.
+    """
     found: set[str] = set()
     for node in graph.nodes:
         if node.op in _HELD:
             found.add(node.name)
-        elif node.op in TORCH and node.op != "dropout" and all(name in found for name in node.inputs):
+        elif _computable(graph, node) and all(name in found for name in node.inputs):
             try:
                 sized = all(dim.constant is not None for dim in node.tensor.shape)
             except TypeError:  # several results
@@ -198,6 +201,16 @@ def _static(graph: Graph) -> set[str]:
             if sized:
                 found.add(node.name)
     return found
+
+
+def _computable(graph: Graph, node: Node) -> bool:
+    return node.op in TORCH and node.op != "dropout" and not _jumps(graph, node)
+
+
+def _jumps(graph: Graph, node: Node) -> bool:
+    """Whether the result may change by a step where a float input changes by a rounding error."""
+    compares = node.op in ("less", "less_equal", "equal") or (node.op == "cast" and node["dtype"] != "float")
+    return compares and any(graph[name].tensor.dtype == "float" for name in node.inputs)
 
 
 def _heads(node: Node) -> int:

@@ -131,8 +131,10 @@ def _with_origin(rows: Rows) -> Rows:
 
 
 def _magnitude(node: Node, rows: Rows | None) -> Tensor | None:
-    """The largest entry, from the program or as the norm of its row."""
-    if node.bound is not None and not node.bound.asserted and isfinite(node.bound.magnitude):
+    """The largest entry, from the program (unless a mask may hide entries, which have no norm then) or as the norm of
+    its row.
+    """
+    if node.bound is not None and not node.bound.asserted and isfinite(node.bound.norm):
         return torch.tensor(node.bound.magnitude, dtype=torch.float64)
     return None if rows is None else rows.norm
 
@@ -181,7 +183,7 @@ def _dropout(step: Step) -> Rows | None:
     rows, p = step.rows[0], float_of(step.node["p"])
     if rows is None or p == 0:
         return rows
-    return step.ball(rows.norm / (1 - p), rows) if p < 1 else step.ball(0.0)
+    return step.ball(rows.norm / (1 - p) if p < 1 else rows.norm, rows)
 
 
 def _same(step: Step) -> Rows | None:

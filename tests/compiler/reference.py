@@ -71,8 +71,10 @@ def softmax(s: Array, axis: int) -> Array:
 
 def _polynomial(s: Array, coefficients: Sequence[float]) -> Array:
     finite = np.where(np.isneginf(s), 0.0, s)
-    terms = [c * (finite**power if power else np.ones_like(s)) for power, c in enumerate(coefficients)]
-    return np.where(np.isneginf(s), 0.0, sum(terms[1:], terms[0]))
+    total = np.zeros_like(s)
+    for c in coefficients[::-1]:
+        total = c + finite * total
+    return np.where(np.isneginf(s), 0.0, total)
 
 
 def _normalize_rows(w: Array) -> Array:

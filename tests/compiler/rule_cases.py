@@ -16,7 +16,7 @@ from tests.compiler.gradients import program_of
 class Case:
     """`expression` over inputs %a, %b, ... of these types; ints are below `ids` where that is given (a dim or number).
 
-    `smooth`: gradients exist everywhere; `positive`: floats must be above 0 for the result to be a number.
+    `positive`: floats must be above 0 for the result to be a number.
     """
 
     types: tuple[str, ...]
@@ -28,6 +28,11 @@ class Case:
     def program(self) -> Program:
         """The typed program of the one operation, %y."""
         return _program(self)
+
+    @property
+    def even(self) -> bool:
+        """Whether n is declared a multiple of 2."""
+        return "n/2" in self.expression or ("rotary" in self.expression and "n]" in self.types[0])
 
     @property
     def graph(self) -> Graph:
@@ -51,7 +56,8 @@ class Case:
 def _program(case: Case) -> Program:
     lines = [f"%{name} = input() : {type_}" for name, type_ in zip("abcdefgh", case.types, strict=False)]
     body = "\n    ".join([*lines, f"%y = {case.expression}", "return %y"])
-    return program_of(f"program p\nmain main\ndim n % 2\n\ngraph main {{\n    {body}\n}}\n")
+    dims = "dim n % 2\n" if case.even else ""
+    return program_of(f"program p\nmain main\n{dims}\ngraph main {{\n    {body}\n}}\n")
 
 
 def evaluated(value: Any, sizes: Mapping[str, int]) -> Any:

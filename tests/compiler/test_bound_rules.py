@@ -154,11 +154,10 @@ def drawn_input(case: Case, type_: TensorType, sizes: Mapping[str, int], rng: np
 
 
 def sizes_of(case: Case, rng: np.random.Generator) -> dict[str, int]:
-    even = "n/2" in case.expression or "rotary" in case.expression
     least = 2 if "slice" in case.expression and rng.random() < 0.5 else 1
     return {
         "b": int(rng.integers(1, 3)),
-        "n": 2 * int(rng.integers(1, 3)) if even else int(rng.integers(least, 5)),
+        "n": 2 * int(rng.integers(1, 3)) if case.even else int(rng.integers(least, 5)),
         "m": int(rng.integers(1, 4)),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from fastgrad_compiler.graph import Attribute, Node, attributes
 from fastgrad_compiler.operations_torch import DECLINED, TORCH
 from fastgrad_compiler.ops import OPS
 from fastgrad_compiler.torch_env import Env
+from tests.compiler.reference import REFERENCE, Array, reference
+from tests.compiler.rule_cases import CASES as RULE_CASES
+from tests.compiler.rule_cases import Case
 
 ENV = Env({"n": 5}, torch.float64, torch.device("cpu"))
 
@@ -142,6 +146,67 @@ def test_masks() -> None:
 def test_softmax_of_a_row_that_sees_nothing_is_zero() -> None:
     s = torch.tensor([[-math.inf, -math.inf], [0.0, -math.inf]])
     assert apply("softmax", s, axis=-1).tolist() == [[0, 0], [1, 0]]
+
+
+# ---------------------------------------------------------------- against docs/operations.md, written in numpy
+
+SUMS = {"matmul", "sum", "sum_to", "mean"}  # in any order, so that large terms may cancel or overflow
+EDGES = (
+    0.0,
+    -0.0,
+    math.inf,
+    -math.inf,
+    math.nan,
+    1e300,
+    -1e300,
+    5e-324,
+    1.0,
+    -745.0,
+    710.0,
+    2.5,
+    -2.5,
+    2.0**63,
+)
+
+
+def drawn(case: Case, sizes: dict[str, int], rng: np.random.Generator, *, edges: bool) -> list[Array]:
+    """Inputs of a case; `edges` draws floats at the edges of what operations are defined on."""
+    found: list[Array] = []
+    for node in case.graph.inputs:
+        shape = tuple(dim.evaluate(sizes) for dim in node.tensor.shape)
+        if node.tensor.dtype == "float":
+            noise = rng.normal(size=shape)
+            plain = np.abs(noise) if case.positive else noise
+            possible = [x for x in EDGES if case.node.op not in SUMS or not 1e3 < abs(x) < math.inf]
+            found.append(np.asarray(rng.choice(possible, shape) if edges else plain))
+        elif node.tensor.dtype == "int":
+            limit = sizes[case.ids] if isinstance(case.ids, str) else case.ids
+            found.append(np.asarray(rng.integers(0, limit, shape) if limit else rng.integers(-3, 4, shape)))
+        else:
+            found.append(np.asarray(rng.random(shape) < 0.7))
+    return found
+
+
+@pytest.mark.parametrize("edges", [False, True], ids=["normal", "edges"])
+@pytest.mark.parametrize("op", sorted(set(RULE_CASES) & set(REFERENCE)))
+def test_an_operation_is_what_its_specification_says(op: str, edges: bool) -> None:
+    rng = np.random.default_rng(0)
+    for case in RULE_CASES[op]:
+        for n in (2, 4) if case.even else (1, 2, 5):
+            sizes = {"b": 2, "n": n, "m": 3}
+            arrays = drawn(case, sizes, rng, edges=edges)
+            names = [node.name for node in case.graph.inputs]
+            read = [arrays[names.index(name)] for name in case.node.inputs]
+            expected = reference(op, read, case.values(sizes))
+            tensors = [torch.from_numpy(x) for x in read]
+            found = TORCH[op](case.node, tensors, Env(sizes, torch.float64, torch.device("cpu")))
+            assert isinstance(found, Tensor)
+            numbers = found.numpy()
+            assert numbers.dtype == expected.dtype
+            assert numbers.shape == expected.shape
+            np.testing.assert_allclose(
+                numbers, expected, rtol=1e-12, atol=1e-320 if edges else 1e-12, err_msg=str(case)
+            )
 
 
 # ---------------------------------------------------------------- attention

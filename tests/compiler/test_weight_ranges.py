@@ -185,3 +185,16 @@ def test_norms_of_matrices(k: int, w: int) -> None:
     left, right = torch.randn(2, 4, k, w, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(spectral_norm(left), torch.linalg.matrix_norm(left, 2))
     torch.testing.assert_close(product_norm(left, right), torch.linalg.matrix_norm(left @ right.mT, 2))
+
+
+@pytest.mark.parametrize("chosen", ["where(s < 0.5, s, 9.0 * s)", "s * float(int(2.0 * s))"])
+def test_what_the_last_bits_of_weights_decide_is_not_computed(chosen: str) -> None:
+    """A weight of 0.5 less one rounding of float64 is 0.5 in float32: what is chosen by it is another thing there."""
+    program = spec_program(written(TWO + f"weight s: float[1] = ones()\n    q = split_heads((h @ wq) * ({chosen}), 4)\n"
+                                   "    k = split_heads(h @ wk, 4)"))  # fmt: skip
+    weights = weights_of(program, 1.0)
+    weights["s"] = torch.tensor([0.5 - 2.0**-54], dtype=torch.float64)
+    wide = {**weights, "s": torch.tensor([0.5], dtype=torch.float64)}
+    (s,) = captured_logits(program, drawn(program, 8, 0), wide).values()
+    found = only(program, weights, centring=False)
+    assert s.abs().max() <= found.bound

@@ -6,6 +6,8 @@ at hand.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastgrad_compiler.codegen.attention_call import emit_attention
 from fastgrad_compiler.codegen.place import Operands, Place, Rule
 from fastgrad_compiler.codegen.writer import (
@@ -21,6 +23,8 @@ from fastgrad_compiler.codegen.writer import (
 )
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import Attribute, Node
+
+_NO_TARGET = "-(2**63)"  # in place of -100, the targets that PyTorch leaves out in silence by default
 
 
 def _function(function: str) -> Rule:
@@ -44,15 +48,15 @@ def _arithmetic(operator: str) -> Rule:
     def rule(place: Place, node: Node, operands: Operands) -> Expr:
         left, right = operands
         if node.tensor.dtype == "float":
-            left, right = _floats(place, node, operands)
+            left, right = _floats(place, node.inputs, operands)
         return binary(operator, left, right)
 
     return rule
 
 
-def _floats(place: Place, node: Node, operands: Operands) -> list[Expr]:
+def _floats(place: Place, names: Sequence[str], operands: Operands) -> list[Expr]:
     """Int tensors as floats where no float tensor is beside them: PyTorch would take its default dtype."""
-    kinds = [place.type(name).dtype for name in node.inputs]
+    kinds = [place.type(name).dtype for name in names]
     tensors = [not operand.number for operand in operands]
     if any(kind == "float" and is_tensor for kind, is_tensor in zip(kinds, tensors, strict=True)):
         return list(operands)
@@ -63,16 +67,24 @@ def _as_float(place: Place, operand: Expr) -> Expr:
     return method(operand, "to", attribute(place.like(), "dtype"))
 
 
-def _extreme(function: str, clamp: str) -> Rule:
+def _extreme(function: str) -> Rule:
+    """Of two tensors, a number too: the gradient of a tie is shared, where `clamp` would give all of it to one."""
+
     def rule(place: Place, node: Node, operands: Operands) -> Expr:
         left, right = operands
-        if right.number:
-            return method(_tensor(place, node.inputs[0], left), clamp, right)
-        if left.number:
-            return method(right, clamp, left)
+        if node.tensor.dtype == "float":
+            left, right = _floats(place, node.inputs, operands)
+        if left.number and right.number:
+            left = _tensor(place, node.inputs[0], left)
+        left, right = _filled(left, right), _filled(right, left)
         return call(function, left, right)
 
     return rule
+
+
+def _filled(operand: Expr, other: Expr) -> Expr:
+    """A number as a tensor like the other operand."""
+    return method(other, "new_full", "()", operand) if operand.number else operand
 
 
 def _compare(operator: str, turned: str) -> Rule:
@@ -89,6 +101,8 @@ def _compare(operator: str, turned: str) -> Rule:
 
 def _where(place: Place, node: Node, operands: Operands) -> Expr:
     condition, then, otherwise = operands
+    if node.tensor.dtype == "float":
+        then, otherwise = _floats(place, node.inputs[1:], operands[1:])
     if then.number and otherwise.number:
         then = _tensor(place, node.inputs[1], then)
     return call("torch.where", _tensor(place, node.inputs[0], condition), then, otherwise)
@@ -100,7 +114,8 @@ def _cast(place: Place, node: Node, operands: Operands) -> Expr:
         case "float":
             return _as_float(place, operand)
         case "int":
-            return method(operand, "long")
+            floats = place.type(node.inputs[0]).dtype == "float"
+            return call(place.helper("truncate"), operand) if floats else method(operand, "long")
         case _:
             return method(operand, "bool")
 
@@ -175,7 +190,9 @@ def _places(place: Place, node: Node, one: str) -> str:
 def _slice(place: Place, node: Node, operands: Operands) -> Expr:
     start, stop = place.dim(node["start"]), place.dim(node["stop"])
     size = place.type(node.inputs[0]).shape[int(str(node["axis"]))]
-    end = Dim.of(node["stop"]) if isinstance(node["stop"], int | str | Dim) else size
+    first, end = _as_dim(node["start"]), _as_dim(node["stop"])
+    if _may_be_negative(first) or _may_be_negative(end - first):
+        return call(place.helper("entries"), operands[0], node["axis"], start, stop)
     if (
         end.constant is None and end != size
     ):  # a slice would be cut short silently where the run-time dim is too large
@@ -191,7 +208,19 @@ def _slice(place: Place, node: Node, operands: Operands) -> Expr:
     return index(operands[0], _places(place, node, one))
 
 
+def _as_dim(value: Attribute) -> Dim:
+    assert isinstance(value, int | Dim)
+    return Dim.of(value)
+
+
+def _may_be_negative(dim: Dim) -> bool:
+    """Where a run could give a place before the first, which PyTorch would count from the end."""
+    return dim.least is None or dim.least < 0
+
+
 def _select(place: Place, node: Node, operands: Operands) -> Expr:
+    if _may_be_negative(_as_dim(node["index"])):
+        return call(place.helper("entry"), operands[0], node["axis"], place.dim(node["index"]))
     return index(operands[0], _places(place, node, str(place.dim(node["index"]))))
 
 
@@ -305,7 +334,7 @@ def _cross_entropy(place: Place, node: Node, operands: Operands) -> Expr:
     logits, targets = operands
     if len(place.type(node.inputs[0]).shape) > 2:
         logits, targets = method(logits, "flatten", 0, -2), method(targets, "flatten")
-    return call("F.cross_entropy", logits, targets)
+    return call("F.cross_entropy", logits, targets, ignore_index=_NO_TARGET)
 
 
 TORCH: dict[str, Rule] = {
@@ -331,13 +360,17 @@ TORCH: dict[str, Rule] = {
     "div": _arithmetic("/"),
     "matmul": lambda place, node, operands: binary("@", *operands),
     "neg": lambda place, node, operands: negative(operands[0]),
-    "minimum": _extreme("torch.minimum", "clamp_max"),
-    "maximum": _extreme("torch.maximum", "clamp_min"),
+    "minimum": _extreme("torch.minimum"),
+    "maximum": _extreme("torch.maximum"),
     **{
         name: _function(f"torch.{name}")
         for name in ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "abs", "erf")
     },
-    **{name: _function(f"F.{name}") for name in ("relu", "gelu", "silu", "softplus")},
+    **{name: _function(f"F.{name}") for name in ("relu", "gelu", "silu")},
+    # above the threshold PyTorch gives x itself: its default of 20 would be seen in float64
+    "softplus": lambda place, node, operands: call(
+        "F.softplus", _tensor(place, node.inputs[0], operands[0]), threshold=literal(40.0)
+    ),
     "logical_not": _function("torch.logical_not"),
     "less": _compare("<", ">"),
     "less_equal": _compare("<=", ">="),

@@ -23,11 +23,14 @@ HELPERS = frozenset(
         "check_dim",
         "check_shape",
         "document_mask",
+        "entries",
+        "entry",
         "masked_softmax",
         "normalize_rows",
         "padding_mask",
         "rotary",
         "sinusoid",
+        "truncate",
         "window_mask",
     }
 )

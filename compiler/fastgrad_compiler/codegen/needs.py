@@ -12,7 +12,12 @@ from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType
 
 _MAKING = frozenset({"arange", "fill", "one_hot", "sinusoid"})  # make a tensor from nothing but dims
-_ARITHMETIC = frozenset({"add", "sub", "mul", "div"})
+_MIXING = frozenset(
+    {"add", "sub", "mul", "div", "minimum", "maximum", "where"}
+)  # ints may stand beside floats
+_LOOKING = frozenset(
+    {"embedding", "documents", "less", "less_equal", "equal", "attention", "poly_attention"}
+)  # what takes ints of any size
 _SHAPED = {
     "reshape": ("shape",),
     "broadcast_to": ("shape",),
@@ -108,6 +113,19 @@ def _weight_path(program: Program, graph: Graph, owner: str, depth: int) -> tupl
     return None
 
 
+def is_counted(program: Program, graph: Graph, name: str) -> bool:
+    """Whether ints are computed with, which are of 64 bits, and not only looked up or compared."""
+    for user in graph.users[name]:
+        places = [place for place, source in enumerate(user.inputs) if source == name]
+        if user.op == "call" or (user.op == "repeat" and min(places) >= int(str(user["carried"]))):
+            inner = [program[callee] for callee in callees(user)]
+            if any(is_counted(program, each, each.inputs[place].name) for each in inner for place in places):
+                return True
+        elif user.op not in _LOOKING:
+            return True
+    return False
+
+
 def callees(node: Node) -> tuple[str, ...]:
     """The graphs that a node runs."""
     if node.op == "call":
@@ -170,7 +188,7 @@ def _makes_tensor(graph: Graph, node: Node) -> bool:
     if node.op in ("where", "stack"):
         return len(operands) - len(tensors) >= (2 if node.op == "where" else 1)
     floats = any(isinstance(t.type, TensorType) and t.type.dtype == "float" for t in tensors)
-    return node.op in _ARITHMETIC and node.tensor.dtype == "float" and not floats
+    return node.op in _MIXING and node.tensor.dtype == "float" and not floats
 
 
 def _dims(program: Program, graph: Graph, node: Node) -> Iterator[Dim]:

@@ -20,12 +20,12 @@ from fastgrad_compiler.codegen.kernel import (
 )
 from fastgrad_compiler.codegen.members import Leaf, Member, container, leaf_init, members
 from fastgrad_compiler.codegen.names import class_name, member_access, variable
-from fastgrad_compiler.codegen.needs import needs, reachable
-from fastgrad_compiler.codegen.writer import Writer, call, literal, tuple_text
+from fastgrad_compiler.codegen.needs import is_counted, needs, reachable
+from fastgrad_compiler.codegen.writer import Writer, call, literal, method, tuple_text
 from fastgrad_compiler.graph import DimInfo, Graph, Program
 from fastgrad_compiler.targets import PYTORCH, Backends
 
-_HIDES_ROWS = frozenset({"padding", "documents", "window", "where", "fill"})
+_HIDES_ROWS = frozenset({"padding", "documents", "window", "where", "fill", "log"})
 
 
 def emit_package(
@@ -300,6 +300,10 @@ def _checks(module: Module, graph: Graph, block: Block, writer: Writer) -> None:
         sizes = [block.dim(d) if d.names <= known else literal(str(d)) for d in node.tensor.shape]
         writer.statement("", call(check, literal(node.name), block.values[node.name], tuple_text(sizes)))
         known.update(block.read_dims(node, wanted))
+    for node in graph.inputs:
+        if node.tensor.dtype == "int" and is_counted(module.program, graph, node.name):
+            value = block.values[node.name]
+            writer.statement(f"{value} = ", method(value, "long"))
     for info in module.program.dims:
         if info.name in block.dims and (info.at_most is not None or info.multiple_of > 1):
             _check_dim(block, writer, info)

@@ -169,7 +169,13 @@ def _fill(value: float) -> Rule:
 def _clamp(emit: Emit, a: Arguments) -> Tensor:
     if a["low"] > a["high"]:
         emit.refuse("FG218", f"clamp from {a['low']} to {a['high']}: the lower limit is above the upper one")
-    return emit.node("clamp", a["x"], low=a["low"], high=a["high"])
+    low, high = a["low"], a["high"]
+    if a["x"].type.dtype == "int":
+        for limit in (low, high):
+            if not float(limit).is_integer() or abs(limit) >= 2.0**63:
+                emit.refuse("FG218", f"clamp of {a['x'].type} at {limit}: a limit of ints is a whole number")
+        low, high = int(low), int(high)
+    return emit.node("clamp", a["x"], low=low, high=high)
 
 
 def _alibi(emit: Emit, a: Arguments) -> Tensor:

@@ -69,7 +69,7 @@ def total(fact: Fact, dims: Iterable[Dim]) -> tuple[float, float]:
     """The interval of a sum of as many entries as `dims` have together."""
     least, most = 1.0, 1.0
     for dim in dims:
-        least, most = times_down(least, float(dim.least)), times_up(most, size(dim))
+        least, most = times_down(least, max(float(dim.least or 0), 0.0)), times_up(most, size(dim))
     low = times_down(most if fact.low < 0 else least, fact.low)
     return low, times_up(most if fact.high > 0 else least, fact.high)
 

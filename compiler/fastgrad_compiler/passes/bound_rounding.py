@@ -1,7 +1,8 @@
 """Arithmetic of float64 that is rounded up: what a bound is computed from may be rounded, the bound holds all the same.
 
 Each function gives the exact result where float64 has it, and the next larger number otherwise; what is rounded down
-is the negative of a negative, never -0. Sums, products, quotients and roots are the same on every machine, as IEEE 754 has them.
+is the negative of a negative, never -0. Sums, products, quotients and roots are the same on every machine, as IEEE 754
+has them.
 """
 
 from __future__ import annotations

@@ -233,8 +233,11 @@ def _embedding(site: Site) -> Type:
 
 
 def _embedding_gradient(site: Site) -> Type:
-    cotangent = want_rank(site, 0, 1)
-    want_dtype(site, 1, "int")
+    cotangent, ids = want_dtype(site, 0, "float"), want_dtype(site, 1, "int")
+    want_rank(site, 0, len(ids.shape) + 1, len(ids.shape) + 1)
+    for axis in range(len(ids.shape)):
+        text = f"embedding_gradient of {show(cotangent.shape)} at ids {show(ids.shape)}: axis {axis} differs"
+        want_equal(site, (0, axis), (1, axis), text)
     return TensorType("float", (dim_attribute(site, site.attributes["rows"]), cotangent.shape[-1]))
 
 
@@ -271,12 +274,26 @@ def _compare(site: Site) -> Type:
     return TensorType("bool", broadcast(site, (0, 1), VERBS[site.op]))
 
 
-def _float_unary(site: Site) -> Type:
+def _float_unary(site: Site) -> TensorType:
     return want_dtype(site, 0, "float")
 
 
-def _numeric_unary(site: Site) -> Type:
+def _numeric_unary(site: Site) -> TensorType:
     return want_dtype(site, 0, "float", "int")
+
+
+def _clamp(site: Site) -> Type:
+    found = _numeric_unary(site)
+    for name in ("low", "high"):
+        limit = site.attributes[name]
+        if found.dtype == "int" and isinstance(limit, float):
+            fail("FG217", f"clamp of {found}: its limit {limit} is a float", Blame(0, None, f"{found} here"))
+    return found
+
+
+def _unit(site: Site) -> Type:
+    want_rank(site, 0, 1)
+    return want_dtype(site, 0, "float")
 
 
 def _bool_unary(site: Site) -> Type:
@@ -374,15 +391,17 @@ RULES: dict[str, Rule] = {
     "one_hot": _one_hot,
     **dict.fromkeys(("add", "sub", "mul", "div", "minimum", "maximum"), _arithmetic),
     **dict.fromkeys(("less", "less_equal", "equal"), _compare),
-    **dict.fromkeys(("neg", "abs", "clamp"), _numeric_unary),
+    **dict.fromkeys(("neg", "abs"), _numeric_unary),
+    "clamp": _clamp,
     **dict.fromkeys(("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu"), _float_unary),
-    **dict.fromkeys(("softplus", "erf", "unit", "assume_bound", "dropout", "polynomial"), _float_unary),
+    **dict.fromkeys(("softplus", "erf", "assume_bound", "dropout", "polynomial"), _float_unary),
     "logical_not": _bool_unary,
     "cast": _cast,
     "where": _where,
     "matmul": _matmul,
     **dict.fromkeys(("sum", "mean", "amax"), _reduce),
     "softmax": _softmax,
+    "unit": _unit,
     "layer_norm": _normalise,
     "rms_norm": _normalise,
 }

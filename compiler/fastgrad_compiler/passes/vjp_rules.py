@@ -199,7 +199,7 @@ def _winner(g: Value, first: Value, second: Value) -> Cotangents:
 
 def _unit(g: Value, y: Value, x: Value) -> Value:
     squared, least = (x * x).sum(keepdim=True), 1e-12  # below it the norm is held constant
-    radial = (y * (g * y).sum(keepdim=True)).only(squared > least)
+    radial = (y * (g * y).sum(keepdim=True)).only(squared >= least)
     return (g - radial) * squared.op("maximum", least).op("rsqrt")
 
 
@@ -213,8 +213,9 @@ def _derivative(coefficients: Attribute) -> tuple[float, ...]:
 def _normalize_rows(g: Value, y: Value, x: Value) -> Value:
     visible = x > -inf
     total = x.only(visible).sum(keepdim=True)
-    total = total + total.op("equal", 0.0).op("cast", dtype="float")  # 1 for a row of zeros
-    return ((g - (g * y).sum(keepdim=True)) / total).only(visible)
+    none = total.op("equal", 0.0)  # then nothing was divided
+    shared = (g * y).sum(keepdim=True).only(none.op("logical_not"))
+    return ((g - shared) / (total + none.op("cast", dtype="float"))).only(visible)
 
 
 def _rms_norm(g: Value, x: Value, w: Value, eps: Attribute) -> Cotangents:

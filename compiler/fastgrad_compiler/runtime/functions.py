@@ -34,6 +34,26 @@ def check_dim(name: str, size: int, place: str, at_most: int | None = None, mult
         raise ValueError(f"dim {name} is {size}, but {place} declares a multiple of {multiple_of}")
 
 
+def entries(x: Tensor, axis: int, start: int, stop: int) -> Tensor:
+    """`start` to `stop`, without it, along an axis; ValueError where these are not places of it in order."""
+    if not 0 <= start <= stop <= x.shape[axis]:
+        raise ValueError(f"slice {start}:{stop} of axis {axis}, which has {x.shape[axis]} entries")
+    return x.narrow(axis, start, stop - start)
+
+
+def entry(x: Tensor, axis: int, index: int) -> Tensor:
+    """What stands at `index` of an axis; ValueError where that is no place of it."""
+    if not 0 <= index < x.shape[axis]:
+        raise ValueError(f"index {index} of axis {axis}, which has {x.shape[axis]} entries")
+    return x.select(axis, index)
+
+
+def truncate(x: Tensor) -> Tensor:
+    """Whole numbers as int64, towards 0: NaN is 0, and what 64 bits do not hold their nearest, on every processor."""
+    whole = x.masked_fill(x.isnan(), 0.0).long()
+    return whole.masked_fill(x >= 2.0**63, 2**63 - 1).masked_fill(x < -(2.0**63), -(2**63))
+
+
 def rotary(x: Tensor, base: float, *, inverse: bool = False) -> Tensor:
     """Turn the pairs (i, i + d/2) of x [.., n, d] by the angle position * base^(-2i/d); `inverse` turns back."""
     n, d = x.shape[-2:]
