@@ -16,7 +16,15 @@ from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import Budget, Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table, is_own
 from fastgrad_compiler.passes.plan import case_of
-from fastgrad_compiler.passes.plan_decision import PRECISIONS, Caps, Case, Evaluated, search, unservable, vanishing
+from fastgrad_compiler.passes.plan_decision import (
+    PRECISIONS,
+    Caps,
+    Case,
+    Evaluated,
+    search,
+    unservable,
+    vanishing,
+)
 from fastgrad_compiler.passes.plan_settings import settings_of
 from fastgrad_compiler.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
 
@@ -78,7 +86,9 @@ def advise(program: Program, target: str = "auto") -> tuple[Advised, ...]:
         case = case_of(program, entry, settings, sharing=len(entries), target=target)
         alike.setdefault(case, []).append(entry)
     return tuple(
-        Advised(tuple(group), max(case.sizes.queries, case.sizes.keys), str(_caps(case)), tuple(_advice(case)))
+        Advised(
+            tuple(group), max(case.sizes.queries, case.sizes.keys), str(_caps(case)), tuple(_advice(case))
+        )
         for case, group in alike.items()
     )
 

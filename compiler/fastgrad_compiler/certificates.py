@@ -5,8 +5,9 @@ in the range for which `eps` and `eps_prime` hold. f are the attention weights o
 upstream gradient; a tilde marks the polynomial way. There is no certificate where eps >= 1, since then
 weights may vanish: the bounds are infinite.
 
-Those bounds are of real arithmetic. What rounding adds (`rounding.py`; section 10) is relative to the size of the values and
-not to their range, since numerators and denominators are rounded apart: it is a second term of each bound, a share of
+Those bounds are of real arithmetic. What rounding adds (`rounding.py`; section 10) is relative to the size of the
+values and not to their range, since numerators and denominators are rounded apart: it is a second term of each bound,
+a share of
 
     V_i = max_j |v_j| of a column              of |O^ - O~| in that column
     sum_i ||dO_i||                             of sum_j ||dV^_j - dV~_j||

@@ -38,7 +38,6 @@ class Pace:
     keys: int
     device: str = ""
 
-
     def at(self, precision: str) -> Pace:
         """That of a polynomial computed in float64: half as many numbers in a vector, by PyTorch's kernels on a GPU."""
         return Pace(self.speed * DOUBLE, self.keys) if precision == "float64" else self

@@ -12,7 +12,7 @@ of a term of degree j; sums that a library makes count as if in the worst order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, exp, inf, prod
 
@@ -32,10 +32,15 @@ _SLACK = 1 + 1e-9  # for the float64 arithmetic of this file
 _FACTORS = 24  # coefficients, W, u~, a division, decays: operations on every way, generously counted
 _FEATURES = 128  # features of a state that the C++ kernels add up before they add to a row
 _STEP = 8  # products that a GPU's matrix instruction adds up at least
-_VECTOR = 32  # additions of a vector of 128 entries, whose rounding is a quarter of that of a matrix instruction
+_VECTOR = (
+    32  # additions of a vector of 128 entries, whose rounding is a quarter of that of a matrix instruction
+)
 _PASSES = 3  # instructions that make one product of float32 numbers out of tf32 ones
 _SEGMENTS = 1.25  # of the chunks: the C++ kernels cut a row of four chunks or more for a thread
-_EXPONENTS = {"float64": 1024, "float32": 128}  # units of roundoff in a near weight e^(t - m): |t - m| below that
+_EXPONENTS = {
+    "float64": 1024,
+    "float32": 128,
+}  # units of roundoff in a near weight e^(t - m): |t - m| below that
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +68,8 @@ EXACT = Rounding(0.0, 0.0, 0.0, 0.0)
 class Run:
     """Where and in which dtype a model runs: device is "cpu" or "gpu", dtype a key of UNITS, that of q, k and v.
 
-    On a CPU arithmetic is float32, or float64 for float64, whatever the dtype. On a GPU whose kernels Triton serves, the
-    operands of products are bfloat16 or tf32 where inputs are bfloat16 or float16; float32 inputs have the
+    On a CPU arithmetic is float32, or float64 for float64, whatever the dtype. On a GPU whose kernels Triton serves,
+    the operands of products are bfloat16 or tf32 where inputs are bfloat16 or float16; float32 inputs have the
     accuracy of `torch.get_float32_matmul_precision() == "highest"`, which is a premise on a CPU as well.
     """
 
@@ -123,9 +128,7 @@ def rounding(
         served.append(_cpp(spec, sizes))
     if run.device == "gpu" and is_triton(spec, backends) and run.dtype != "float64":
         arithmetic, served = _gpu_arithmetic(run), [_triton(spec, sizes, run)]
-    found = [
-        _amplified(spec.coefficients, bound, max(reach, bound), arithmetic, each) for each in served
-    ]
+    found = [_amplified(spec.coefficients, bound, max(reach, bound), arithmetic, each) for each in served]
     # a kernel in float64 keeps denominators in float32 for its backward pass
     saved = 4 * UNITS["float32"] if spec.precision == "float64" and run.dtype != "float64" else 0.0
     return Rounding(
@@ -180,15 +183,17 @@ def _arithmetic(spec: KernelSpec, run: Run) -> _Arithmetic:
 
 
 def _gpu_arithmetic(run: Run) -> _Arithmetic:
-    """Of tensor cores, which may cut sums off where others round; float32 operands are sums of two or three tf32 ones."""
-    return _Arithmetic(4 * UNITS["float32"], {"bfloat16": 2.0**-8, "float16": 2.0**-10}.get(run.dtype, 2.0**-21))
+    """Of tensor cores, which may cut sums off where others round; a float32 operand is a sum of tf32 ones."""
+    return _Arithmetic(
+        4 * UNITS["float32"], {"bfloat16": 2.0**-8, "float16": 2.0**-10}.get(run.dtype, 2.0**-21)
+    )
 
 
 # ---------------------------------------------------------------- ways
 
 
 def _power(spec: KernelSpec) -> int:
-    """For each power of s: q.k of d products, Horner's two steps; or features, and what reaches one of their factors."""
+    """For each power of s: q.k of d products and Horner's two steps; or features, and what reaches their factors."""
     return spec.d + 6
 
 

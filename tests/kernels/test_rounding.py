@@ -1,15 +1,15 @@
 """Kernels in float32 and bfloat16 against exact attention in float64: never further apart than eps and rounding allow.
 
-The inputs are the worst that are known: rows of q of size R, keys near their negatives, where weights of e^-R come out of
-terms that add up to e^R, and values of one sign or of both. From there they are moved at random, and what brings the error
-nearer to its bound is kept.
+The inputs are the worst that are known: rows of q of size R, keys near their negatives, where weights of e^-R come out
+of terms that add up to e^R, and values of one sign or of both. From there they are moved at random, and what brings the
+error nearer to its bound is kept.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -83,7 +83,7 @@ def limited(x: Tensor, case: Attack) -> Tensor:
 
 
 def within(case: Attack, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries of norm R and keys of norm 1 at most, a hair below, so that the rounding of the inputs does not matter."""
+    """Queries of norm R and keys of norm 1, a hair below, so that the rounding of the inputs does not matter."""
     room = 1 - 2.0**-6 if case.dtype == "bfloat16" else 1 - 2.0**-20
     queries = case.polynomial.bound * room * normalize(q.double(), dim=-1)
     keys = room * normalize(k.double(), dim=-1)
@@ -130,7 +130,10 @@ def ratios(case: Attack, tensors: list[Tensor], proved: Certificate) -> Tensor:
     ]
     sizes = [errors[0], errors[1].norm(dim=-1), *(e.norm(dim=-1).sum(-1) for e in errors[2:])]
     return torch.stack(
-        [(size / limit).flatten(1).amax(1) if size.ndim > 1 else size / limit for size, limit in zip(sizes, limits, strict=True)]
+        [
+            (size / limit).flatten(1).amax(1) if size.ndim > 1 else size / limit
+            for size, limit in zip(sizes, limits, strict=True)
+        ]
     )
 
 

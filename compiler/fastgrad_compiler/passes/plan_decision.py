@@ -167,7 +167,8 @@ class Decision:
     None.
 
     `range` is what the polynomial rests on where that is not the bound of the node; `own_mean`: each sequence's mean is
-    taken from its keys. `heads` are the query heads that it is for, in order, None for all. `precision`: of the arithmetic.
+    taken from its keys. `heads` are the query heads that it is for, in order, None for all. `precision` is that of the
+    arithmetic.
     """
 
     why: str
@@ -344,9 +345,7 @@ def search(case: Case) -> tuple[Evaluated | None, str]:
         if found_rank >= least:
             break
         if found_rank > case.max_rank:
-            obstacle = (
-                f"{obstacle}, and degree {degree} has rank {found_rank:,}, over the limit of {case.max_rank:,}"
-            )
+            obstacle = f"{obstacle}, and degree {degree} has rank {found_rank:,}, over the limit of {case.max_rank:,}"
             break
         evaluated, missed = _candidate(case, degree)
         obstacle = missed or obstacle
@@ -415,9 +414,7 @@ def _break_even(case: Case, degree: int, near: int | None, precision: str) -> in
     """Of the polynomial, on one document as long as the sequence."""
     d, dv, pace = case.d or 1, case.dv or 1, case.pace.at(precision)
     if pace.device and not case.documents and d <= LARGEST_D and dv <= LARGEST_DV:
-        return modelled_break_even(
-            pace.device, d=d, dv=dv, degree=degree, causal=case.causal, near=near or 0
-        )
+        return modelled_break_even(pace.device, d=d, dv=dv, degree=degree, causal=case.causal, near=near or 0)
     even = break_even(
         d=d,
         dv=dv,

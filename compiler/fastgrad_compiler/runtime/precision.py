@@ -17,8 +17,8 @@ Pass = Callable[..., Any]
 def in_float64(forward: Pass, backward: Pass) -> tuple[Pass, Pass]:
     """The two passes of a kernel, their arithmetic in float64 from `exact_below` tokens on; the dtypes of results stay.
 
-    Saved denominators and maxima are float32. A maximum that is rounded is made good in the denominator, which is in units
-    of e^maximum.
+    Saved denominators and maxima are float32. A maximum that is rounded is made good in the denominator, which is in
+    units of e^maximum.
     """
 
     def run_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,6 +52,4 @@ def _wanted(given: Sequence[Any], exact_below: int) -> bool:
 
 def _precise(tensors: Sequence[Any]) -> list[Any]:
     """q, k, v, near_q and near_k in float64; mask and ids of documents as they are."""
-    return [
-        x.double() if index < FLOATS and isinstance(x, Tensor) else x for index, x in enumerate(tensors)
-    ]
+    return [x.double() if index < FLOATS and isinstance(x, Tensor) else x for index, x in enumerate(tensors)]
