@@ -8,7 +8,7 @@ from typing import Any
 
 from fastgrad_compiler.certificates import certificate
 from fastgrad_compiler.codegen.kernel import KernelSpec
-from fastgrad_compiler.rounding import LONGEST, Rounding, Run, Sizes, rounding, runs
+from fastgrad_compiler.rounding import LONGEST, WIDEST_NEAR, Rounding, Run, Sizes, rounding, runs
 from fastgrad_compiler.targets import BACKENDS
 
 Entry = Mapping[str, Any]
@@ -23,6 +23,7 @@ def spec_of(entry: Entry) -> KernelSpec:
         causal=entry["causal"],
         padding="padding" in entry["roles"],
         near=entry["near"],
+        near_d=WIDEST_NEAR if "near_q" in entry["roles"] else None,
         scale=entry["scale"],
         documents="documents" in entry["roles"],
         precision=entry.get("precision") or "float32",

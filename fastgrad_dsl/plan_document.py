@@ -113,7 +113,8 @@ def attention_document(program: Program, entry: AttentionEntry, target: str) -> 
     if is_approximated(document) and entry.d is not None and entry.dv is not None:
         lengths = Lengths(program)
         declared = [lengths.longest(dim) for dim in (entry.queries, entry.keys)]
-        sizes = Sizes(*(length or USUAL_LENGTH for length in declared), entry.groups)
+        n, m = (length or USUAL_LENGTH for length in declared)
+        sizes = Sizes(n, m, entry.groups)
         document["rounding"] = rounding_document(document, target, sizes, None not in declared)
         added = entry_rounding(document, target, sizes)
     return document | {"certificate": _certificate(eps, eps_prime, added)}

@@ -27,6 +27,7 @@ UNITS = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat1
 
 USUAL_LENGTH = 65_536  # tokens, where a file declares no longest sequence
 LONGEST = 2**40
+WIDEST_NEAR = 256  # width of near queries and keys of their own, where it is not known
 
 _SLACK = 1 + 1e-9  # for the float64 arithmetic of this file
 _FACTORS = 24  # coefficients, W, u~, a division, decays: operations on every way, generously counted
@@ -264,10 +265,12 @@ def torch_tile(spec: KernelSpec, groups: int) -> int:
     """The least tile that PyTorch's kernel may take, whose work buffers are limited (`plan_tiles`)."""
     tile, r, d, dv = choose_chunk(spec), rank(spec.d, spec.degree), spec.d, spec.dv
     largest = rank(d, spec.degree - 1) if spec.degree > 1 else 0
-    per_query = 2 * r + largest + spec.degree * d + 5 * (dv + 1) + 2 * (spec.near_d or 0)
+    columns = (5 if spec.documents else 4) * (dv + 1)
+    per_query = 2 * r + largest + spec.degree * d + columns + 2 * (spec.near_d or 0)
+    states = 5 if not spec.causal and (spec.near is not None or spec.documents) else 3
     window = _window(spec, tile)
     while True:
-        size = 8 * (groups * tile * (per_query + _SCORE_BUFFERS * window) + 5 * r * (dv + 1))
+        size = 8 * (groups * tile * (per_query + _SCORE_BUFFERS * window) + states * r * (dv + 1))
         if size <= _WORK_BYTES or tile % 2 or tile <= _LEAST_TILE:
             return tile
         tile //= 2

@@ -15,7 +15,7 @@ from fastgrad_compiler.knapsack import Option, choose
 from fastgrad_compiler.passes.attention_table import Lengths
 from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_decision import LEAST_LENGTH, PRECISIONS, Decision
-from fastgrad_compiler.rounding import Rounding, Run, Sizes, rounding
+from fastgrad_compiler.rounding import WIDEST_NEAR, Rounding, Run, Sizes, rounding
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration
 from fastgrad_dsl.calibration.candidates import Candidate
@@ -174,6 +174,7 @@ class _Sized:
             coefficients=polynomial.coefficients,
             causal=bool(node["causal"]),
             near=node["near"] if isinstance(node["near"], int) else candidate.near,
+            near_d=WIDEST_NEAR if isinstance(roles, tuple) and "near_q" in roles else None,
             documents=isinstance(roles, tuple) and "documents" in roles,
             precision=precision,
         )

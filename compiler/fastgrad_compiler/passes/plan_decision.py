@@ -25,7 +25,7 @@ from fastgrad_compiler.passes.plan_settings import Settings
 from fastgrad_compiler.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
 from fastgrad_compiler.ranges import LogitRange
 from fastgrad_compiler.roofline import modelled_break_even
-from fastgrad_compiler.rounding import EXACT, USUAL_LENGTH, Rounding, Run, Sizes, rounding
+from fastgrad_compiler.rounding import EXACT, USUAL_LENGTH, WIDEST_NEAR, Rounding, Run, Sizes, rounding
 from fastgrad_compiler.runtime.triton_schedule import LARGEST_D, LARGEST_DV
 from fastgrad_compiler.targets import PYTORCH, Backends
 
@@ -127,14 +127,16 @@ class Case:
     def rounding(self, polynomial: Polynomial, precision: str) -> Rounding:
         """What rounding adds to a polynomial that is computed in `precision`, in a float32 run on a CPU."""
         roles = self.node["roles"]
+        named = roles if isinstance(roles, tuple) else ()
         spec = KernelSpec(
             d=self.d or 1,
             dv=self.dv or 1,
             coefficients=polynomial.coefficients,
             causal=self.causal,
             near=self.near,
+            near_d=WIDEST_NEAR if "near_q" in named else None,
             documents=self.documents,
-            padding=isinstance(roles, tuple) and "padding" in roles,
+            padding="padding" in named,
             precision=precision,
         )
         return rounding(spec, self.sizes, polynomial.bound, self.reach, self.backends, Run())
