@@ -8,10 +8,13 @@ from math import isfinite
 from torch import nn
 
 from fastgrad_compiler.certificates import Certificate, certificate
+from fastgrad_compiler.codegen.attention_kernels import kernel_spec
 from fastgrad_compiler.graph import Program
-from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table, is_own
+from fastgrad_compiler.passes.attention_table import AttentionEntry, Lengths, attention_table, is_own
 from fastgrad_compiler.polynomial import Errors, errors
 from fastgrad_compiler.ranges import LogitRange
+from fastgrad_compiler.rounding import USUAL_LENGTH, Rounding, Run, Sizes, rounding
+from fastgrad_compiler.targets import BACKENDS
 from fastgrad_compiler.torch_env import number, sequence
 from fastgrad_compiler.weight_ranges import weight_ranges
 
@@ -31,7 +34,8 @@ class AttentionCertificate:
         holds: whether the R proved now is at most the planned one; None for an exact attention.
         eps: of the polynomial on the range proved now; None for an exact attention, and where nothing is proved.
         eps_prime: the same of its derivative.
-        certificate: the worst cases that follow, infinite where eps >= 1; None where eps is.
+        certificate: the worst cases that follow, with rounding in a float32 run on a CPU at the longest declared
+            lengths; infinite where eps >= 1, None where eps is.
     """
 
     path: str
@@ -50,7 +54,7 @@ class AttentionCertificate:
         return self.range.bound
 
 
-def certify(program: Program, model: nn.Module) -> tuple[AttentionCertificate, ...]:
+def certify(program: Program, model: nn.Module, target: str = "auto") -> tuple[AttentionCertificate, ...]:
     """A certificate of every attention, in program order, from the weights of `model`, which are only read.
 
     Attentions whose weights are a polynomial of the model's own stand in for nothing and are left out. Raises
@@ -59,10 +63,12 @@ def certify(program: Program, model: nn.Module) -> tuple[AttentionCertificate, .
     weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     ranges = weight_ranges(program, weights, centring=False)
     entries = (entry for entry in attention_table(program) if not is_own(entry.node))
-    return tuple(_certified(entry, ranges[entry.full_path]) for entry in entries)
+    return tuple(_certified(program, entry, ranges[entry.full_path], target) for entry in entries)
 
 
-def _certified(entry: AttentionEntry, found: LogitRange) -> AttentionCertificate:
+def _certified(
+    program: Program, entry: AttentionEntry, found: LogitRange, target: str
+) -> AttentionCertificate:
     node = entry.node
     if node.op != "poly_attention" and node.get("decision") != "polynomial":
         return AttentionCertificate(entry.path, entry.full_path, "exact", None, found, None)
@@ -77,8 +83,18 @@ def _certified(entry: AttentionEntry, found: LogitRange) -> AttentionCertificate
         holds=found.bound <= planned,
         eps=now.eps if now else None,
         eps_prime=now.eps_prime if now else None,
-        certificate=certificate(now.eps, now.eps_prime) if now else None,
+        certificate=certificate(now.eps, now.eps_prime, _rounding(program, entry, found, target))
+        if now
+        else None,
     )
+
+
+def _rounding(program: Program, entry: AttentionEntry, found: LogitRange, target: str) -> Rounding:
+    """On the range that is proved now."""
+    lengths = Lengths(program)
+    n, m = (lengths.longest(dim) or USUAL_LENGTH for dim in (entry.queries, entry.keys))
+    spec = kernel_spec(program[entry.graph], entry.node)
+    return rounding(spec, Sizes(n, m, entry.groups), found.bound, found.reach, BACKENDS[target], Run())
 
 
 def _errors(coefficients: tuple[float, ...], bound: float) -> Errors | None:

@@ -217,7 +217,7 @@ class Compiled:
         """
         from fastgrad_dsl.certify import certify
 
-        return certify(self.program, model)
+        return certify(self.program, model, self.target)
 
     @cached_property
     def _package(self) -> ModuleType:

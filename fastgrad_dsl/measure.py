@@ -20,10 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgrad_compiler.certificates import (
     key_gradient_bound,
     output_bound,
+    output_rounding,
     query_gradient_bound,
+    score_gradient_rounding,
     value_gradient_bound,
+    value_gradient_rounding,
 )
+from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.rounding import EXACT, UNITS, Rounding, Run, Sizes, rounding
 from fastgrad_compiler.runtime.guard import BudgetViolation
+from fastgrad_compiler.targets import PYTORCH, Backends
 
 ALWAYS_EXACT = 2**62  # as `exact_below`: every length is below it
 INPUTS = 7  # of an attention operation: q, k, v, near_q, near_k, mask, documents
@@ -44,6 +50,7 @@ class Served:
     """What is known of a polynomial attention before any data: its path, eps, eps' and the logits' scale.
 
     `own`: the polynomial is the model's own. It stands in for nothing: it is run, and not compared with softmax.
+    `bound` is R; `spec` is the kernel and `backends` the target's, for the bound of rounding: without it none is added.
     """
 
     path: str
@@ -51,6 +58,20 @@ class Served:
     eps_prime: float
     scale: float
     own: bool = False
+    bound: float = 0.0
+    spec: KernelSpec | None = None
+    backends: Backends = PYTORCH
+
+    def rounding(self, q: Tensor, k: Tensor, v: Tensor) -> Rounding:
+        """What rounding adds in a call, whose queries and keys are as long as they are."""
+        if self.spec is None:
+            return EXACT
+        longest = [x.detach().double().norm(dim=-1).amax().item() for x in (q, k)]
+        reach = abs(self.scale) * longest[0] * longest[1]
+        sizes = Sizes(q.shape[-2], k.shape[-2], q.shape[1] // k.shape[1])
+        dtype = min((str(x.dtype).removeprefix("torch.") for x in (q, k, v)), key=lambda name: -UNITS[name])
+        run = Run("gpu" if q.is_cuda else "cpu", dtype)
+        return rounding(self.spec, sizes, min(self.bound, reach), reach, self.backends, run)
 
 
 @dataclass(frozen=True)
@@ -77,7 +98,7 @@ class AttentionErrors:
     """Relative L2 errors of one attention on a batch.
 
     `local` has "output", "dq", "dk" and "dv", on the inputs that it really got, against exact softmax, in float64 up to
-    LARGEST_DOUBLE pairs of tokens and in the model's dtype beyond (rounding is some 1e-6 in float32). Near logits of
+    LARGEST_DOUBLE pairs of tokens and in the model's dtype beyond. Near logits of
     their own count with dq and dk, the larger of the two. Bounds (docs/mathematics.md, section 7) are shares of the
     same norms. `output_effect`, `gradient_effect`: estimates of its part in the model's error: how far the model's
     output, and all weights' gradients, move when this attention alone is made exact.
@@ -178,7 +199,7 @@ class _Attentions(TorchDispatchMode):
         self.calls.append(call)
         if self.compare and not self.compare[index].own:
             reference = func(*_precise(inputs), ALWAYS_EXACT, "")[0]
-            bounds = _output_bounds(self.compare[index], inputs[2], reference)
+            bounds = _output_bounds(self.compare[index], inputs, reference)
             call.local["output"] = Local(relative_error(result[0], reference), _share(bounds, reference))
             call.heads = _heads(self.compare[index], inputs, result[0], reference, bounds)
         return result
@@ -198,7 +219,7 @@ class _Attentions(TorchDispatchMode):
                 torch.ops.fastgrad, func._schema.name.split("::")[1].removesuffix("_backward")
             ).default
             reference = func(cotangent, *inputs, *forward(*inputs, ALWAYS_EXACT, ""), ALWAYS_EXACT, "")
-            bounds = _gradient_bounds(served, cotangent, inputs, reference)
+            bounds = _gradient_bounds(served, cotangent, inputs, reference, served.rounding(*args[1:4]))
             for place, (gradient, exact) in zip(PLACES, zip(gradients, reference, strict=True), strict=False):
                 if exact.numel():
                     measured = max(relative_error(gradient, exact), call.local[place].measured)
@@ -354,11 +375,18 @@ def _value_range(v: Tensor) -> Tensor:
     return v.double().amax(-2, keepdim=True) - v.double().amin(-2, keepdim=True)
 
 
-def _output_bounds(served: Served, v: Tensor, reference: Tensor) -> Tensor:
+def _largest_value(v: Tensor) -> Tensor:
+    """max |v| of each column over the keys: [batch, kv heads, 1, dv]."""
+    return v.double().abs().amax(-2, keepdim=True)
+
+
+def _output_bounds(served: Served, inputs: Sequence[Any], reference: Tensor) -> Tensor:
     """The certificate of each entry of the output on these values, in the output's shape."""
+    q, k, v = inputs[:3]
     groups = reference.shape[1] // v.shape[1]
-    per_row = output_bound(served.eps, _value_range(v)).repeat_interleave(groups, 1)
-    return per_row.expand_as(reference)
+    added = output_rounding(served.eps, served.rounding(q, k, v))
+    per_row = output_bound(served.eps, _value_range(v)) + added * _largest_value(v)
+    return per_row.repeat_interleave(groups, 1).expand_as(reference)
 
 
 def _heads(
@@ -380,9 +408,9 @@ def _heads(
 
 
 def _gradient_bounds(
-    served: Served, cotangent: Tensor, inputs: Sequence[Any], reference: Sequence[Tensor]
+    served: Served, cotangent: Tensor, inputs: Sequence[Any], reference: Sequence[Tensor], added: Rounding
 ) -> dict[str, float]:
-    """The certificates of dq, dk and dv on these inputs, as shares of the gradients' norms.
+    """The certificates of dq, dk and dv on these inputs with what rounding adds, as shares of the gradients' norms.
 
     Near logits of their own get the same bound: it is one of the whole row of dS, near and far.
     """
@@ -396,15 +424,24 @@ def _gradient_bounds(
 
     value_range = _value_range(v).repeat_interleave(q.shape[1] // heads, 1)
     omega = (cotangent.abs() * value_range).sum(-1)  # at least max_j dO_i.v_j - min_j dO_i.v_j
-    upstream = of_groups(value_gradient_bound(eps, cotangent.norm(dim=-1).sum(-1)))
+    largest_value = _largest_value(v).repeat_interleave(q.shape[1] // heads, 1)
+    products = (cotangent.abs() * largest_value).sum(-1)  # at least max_j sum_c |dO_ic v_jc|
+    given = cotangent.norm(dim=-1).sum(-1)
+    upstream = of_groups(
+        value_gradient_bound(eps, given) + value_gradient_rounding(eps, added) * given,
+    )
+    rounded = score_gradient_rounding(eps, eps_prime, added) * products
     shares = {"dq": 0.0, "dk": 0.0, "dv": _share(upstream, reference[2])}
     pairs = [(q * served.scale, k * served.scale, reference[0], reference[1])]
     if near_q is not None:
         pairs.append((near_q, near_k, reference[3], reference[4]))
     for queries, keys, dq, dk in pairs:
         largest = keys.norm(dim=-1).amax(-1, keepdim=True).repeat_interleave(q.shape[1] // heads, 1)
-        of_queries = query_gradient_bound(eps, eps_prime, omega, 1.0) * largest
-        of_keys = of_groups(key_gradient_bound(eps, eps_prime, (omega * queries.norm(dim=-1)).sum(-1)))
+        of_queries = (query_gradient_bound(eps, eps_prime, omega, 1.0) + rounded) * largest
+        lengths = queries.norm(dim=-1)
+        of_keys = of_groups(
+            key_gradient_bound(eps, eps_prime, (omega * lengths).sum(-1)) + (rounded * lengths).sum(-1)
+        )
         shares["dq"] = max(shares["dq"], _share(of_queries, dq))
         shares["dk"] = max(shares["dk"], _share(of_keys, dk))
     return shares

@@ -11,7 +11,7 @@ from typing import Any
 from fastgrad_compiler.certificates import certificate
 from fastgrad_compiler.codegen.attention_kernels import kernel_module
 from fastgrad_compiler.cost import flops
-from fastgrad_compiler.graph import Attribute, Program
+from fastgrad_compiler.graph import Attribute, Node, Program
 from fastgrad_compiler.passes.attention_table import (
     OWN,
     AttentionEntry,
@@ -20,7 +20,9 @@ from fastgrad_compiler.passes.attention_table import (
     is_guarded,
     range_source,
 )
+from fastgrad_compiler.rounding import EXACT, USUAL_LENGTH, Rounding, Sizes
 from fastgrad_compiler.targets import BACKENDS
+from fastgrad_dsl.attention_rounding import entry_rounding, rounding_document
 from fastgrad_dsl.batches import Input, model_inputs, target_inputs
 
 FORMAT = "fastgrad-plan-2"
@@ -58,16 +60,17 @@ def attention_document(program: Program, entry: AttentionEntry, target: str) -> 
 
     A polynomial that is the model's own has the family "own", an error of 0 and no `bound`: it needs none. `queries`,
     `keys` are the two lengths, dims as text; `d`, `dv` the widths of a head; `kernel` is the module that
-    serves the attention, None where PyTorch does.
+    serves the attention, None where PyTorch does; `precision` is that of its arithmetic at least.
 
     `bound` is R with its `proof`, its `range_source` (one of ranges.SOURCES) and whether it is only `asserted`;
-    `guarded` says whether a run checks it; `flops` are per head and sequence at the longest
-    declared length; `certificate` holds the proved worst cases that need no data (docs/mathematics.md, section 7).
+    `guarded` says whether a run checks it; `flops` are per head and sequence at the longest declared length;
+    `certificate` holds the proved worst cases that need no data (docs/mathematics.md, section 7), those of
+    rounding (section 10) for a float32 run on a CPU; `reach` bounds |scale| sum_a |q_a k_a|; `rounding` says more.
     """
     node = entry.node
     polynomial = node.get("decision") == "polynomial" or node.op == "poly_attention"
     eps, eps_prime = (_number(node.get(key)) if polynomial else None for key in ("eps", "eps_prime"))
-    return {
+    document: dict[str, Any] = {
         "path": entry.path,
         "source": entry.place or None,
         "decision": "polynomial" if polynomial else "exact",
@@ -99,8 +102,26 @@ def attention_document(program: Program, entry: AttentionEntry, target: str) -> 
         "positive_from": _number(node.get("positive_from")) if polynomial else None,
         "break_even": node.get("break_even") if polynomial else None,
         "flops": _flops(program, entry, polynomial),
-        "certificate": _certificate(eps, eps_prime) if eps is not None and eps_prime is not None else None,
+        "precision": (node.get("precision") or "float32") if polynomial else None,
+        "reach": _reach(node),
+        "rounding": None,
+        "certificate": None,
     }
+    if eps is None or eps_prime is None:
+        return document
+    added = EXACT
+    if is_approximated(document) and entry.d is not None and entry.dv is not None:
+        lengths = Lengths(program)
+        declared = [lengths.longest(dim) for dim in (entry.queries, entry.keys)]
+        n, m = (length or USUAL_LENGTH for length in declared)
+        sizes = Sizes(n, m, entry.groups)
+        document["rounding"] = rounding_document(document, target, sizes, None not in declared)
+        added = entry_rounding(document, target, sizes)
+    return document | {"certificate": _certificate(eps, eps_prime, added)}
+
+
+def _reach(node: Node) -> float | None:
+    return _number(node["bound"] if node.get("reach") is None else node.get("reach"))
 
 
 def is_approximated(entry: Mapping[str, Any]) -> bool:
@@ -130,12 +151,15 @@ def _flops(program: Program, entry: AttentionEntry, polynomial: bool) -> dict[st
     return document
 
 
-def _certificate(eps: float, eps_prime: float) -> dict[str, float | None]:
-    worst = certificate(eps, eps_prime)
+def _certificate(eps: float, eps_prime: float, added: Rounding) -> dict[str, float | None]:
+    worst = certificate(eps, eps_prime, added)
     return {
         "output_of_value_range": _number(worst.output),
         "value_gradient_of_upstream": _number(worst.value_gradient),
         "score_gradient_of_omega": _number(worst.score_gradient),
+        "output_rounding_of_largest_value": _number(worst.output_rounding),
+        "value_rounding_of_upstream": _number(worst.value_rounding),
+        "score_rounding_of_products": _number(worst.score_rounding),
     }
 
 

@@ -131,7 +131,7 @@ def _print_headline(out: Console, report: Mapping[str, Any]) -> None:
 
 def _table(report: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("attention", "decision", "rank", "R", "eps (bound)", "exact below"):
+    for heading in ("attention", "decision", "rank", "R", "eps (bound)", "rounding (bound)", "exact below"):
         named = heading in ("attention", "decision")
         table.add_column(heading, justify="left" if named else "right", no_wrap=named)
     for what in ("output", "gradient"):
@@ -146,6 +146,7 @@ def _table(report: Mapping[str, Any]) -> Table:
             number(entry["rank"]),
             number(entry["bound"]),
             number(entry["eps"]),
+            number(entry["rounding"]["weights"] if entry["rounding"] else None),
         ]
         row.append(number(entry["break_even"]))
         for what in ("output", "gradient"):

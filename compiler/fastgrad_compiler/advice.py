@@ -11,16 +11,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fastgrad_compiler.certificates import certificate
-from fastgrad_compiler.cost import PACE, flops
+from fastgrad_compiler.cost import flops
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.graph import Budget, Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table, is_own
 from fastgrad_compiler.passes.plan import case_of
-from fastgrad_compiler.passes.plan_decision import Caps, Case, search, stays_positive, unservable
+from fastgrad_compiler.passes.plan_decision import (
+    PRECISIONS,
+    Caps,
+    Case,
+    Evaluated,
+    search,
+    stays_positive,
+    unservable,
+    vanishing,
+)
 from fastgrad_compiler.passes.plan_settings import settings_of
 from fastgrad_compiler.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
 
-USUAL_LENGTH = 65_536  # where the file declares no longest sequence
 NEAR = 64  # block of a near field that is proposed
 GAINS = (4.0, 2.0, 1.0, 0.5)  # proposed where nothing limits the logits
 USEFUL = 0.1  # largest eps that is proposed where the budget sets no limit
@@ -36,8 +44,9 @@ class Advice:
         kind: what it changes: "plan" or "model".
         degree, rank: of the polynomial; None for exact.
         bound: R of the logits; None for exact.
-        eps: bound of the relative error of a weight; 0 for exact.
-        output, gradient: certificates, as shares of the values' range and of omega (docs/mathematics.md, section 7).
+        eps: bound of the relative error of a weight, without rounding; 0 for exact.
+        output, gradient: certificates with what rounding adds, as shares of the values' range and of omega
+            (docs/mathematics.md, sections 7 and 10).
         time: beside exact attention of the model as it is, an estimate; 1 is as long.
         feasible: whether it meets the attention's share of the budget, or eps of at most USEFUL without limits.
     """
@@ -75,21 +84,18 @@ def advise(program: Program, target: str = "auto") -> tuple[Advised, ...]:
     alike: dict[Case, list[AttentionEntry]] = {}
     for entry in entries:
         settings = settings_of(entry.full_path, budget.rules)
-        case = case_of(program, entry, settings, sharing=len(entries), pace=PACE[target])
+        case = case_of(program, entry, settings, sharing=len(entries), target=target)
         alike.setdefault(case, []).append(entry)
     return tuple(
-        Advised(tuple(group), max(_length(case)), str(_caps(case)), tuple(_advice(case)))
+        Advised(
+            tuple(group), max(case.sizes.queries, case.sizes.keys), str(_caps(case)), tuple(_advice(case))
+        )
         for case, group in alike.items()
     )
 
 
 def _caps(case: Case) -> Caps:
     return case.caps if case.caps.given else Caps(relative=USEFUL)
-
-
-def _length(case: Case) -> tuple[int, int]:
-    n, m = case.longest
-    return n or USUAL_LENGTH, m or USUAL_LENGTH
 
 
 def _advice(case: Case) -> Iterator[Advice]:
@@ -126,14 +132,27 @@ def _degrees(case: Case) -> Iterator[Advice]:
         except PrecisionError:
             continue
         if stays_positive(case, polynomial) and polynomial.eps < 1:
-            yield _priced(case, polynomial, f"degree = {degree}", "plan", case)
+            yield _priced(case, _evaluated(case, polynomial), f"degree = {degree}", "plan", case)
+
+
+def _evaluated(case: Case, polynomial: Polynomial) -> Evaluated:
+    """In float32 if the limits are met so, or met in float64 neither."""
+    single, double = (
+        Evaluated(polynomial, precision, case.rounding(polynomial, precision)) for precision in PRECISIONS
+    )
+    return single if _feasible(case, single) or not _feasible(case, double) else double
+
+
+def _feasible(case: Case, evaluated: Evaluated) -> bool:
+    polynomial, rounded = evaluated.polynomial, evaluated.rounding
+    return not (_caps(case).missed(polynomial, rounded) or vanishing(polynomial, rounded))
 
 
 def _least(changed: Case, change: str, kind: str, case: Case) -> Iterator[Advice]:
     """The least degree that meets the limits after a change; nothing where none does."""
-    polynomial, _ = search(replace(changed, caps=_caps(case)))
-    if polynomial is not None:
-        yield _priced(changed, polynomial, f"{change}, degree = {polynomial.degree}", kind, case)
+    evaluated, _ = search(replace(changed, caps=_caps(case)))
+    if evaluated is not None:
+        yield _priced(changed, evaluated, f"{change}, degree = {evaluated.polynomial.degree}", kind, case)
 
 
 def _with(case: Case, bound: float, near: int | None = None) -> Case:
@@ -145,9 +164,10 @@ def _with(case: Case, bound: float, near: int | None = None) -> Case:
     )
 
 
-def _priced(changed: Case, polynomial: Polynomial, text: str, kind: str, case: Case) -> Advice:
-    proved = certificate(polynomial.eps, polynomial.eps_prime)
-    n, m = _length(case)
+def _priced(changed: Case, evaluated: Evaluated, text: str, kind: str, case: Case) -> Advice:
+    polynomial = evaluated.polynomial
+    proved = certificate(polynomial.eps, polynomial.eps_prime, evaluated.rounding)
+    n, m = case.sizes.queries, case.sizes.keys
     d, dv = changed.d or 1, changed.dv or 1
     causal, documents = case.causal, case.documents
     work = flops(
@@ -155,16 +175,16 @@ def _priced(changed: Case, polynomial: Polynomial, text: str, kind: str, case: C
     )
     exact = flops(n=n, m=m, d=case.d or 1, dv=dv, degree=None, causal=causal)
     return Advice(
-        text,
+        text if evaluated.precision == "float32" else f"{text}, in float64",
         kind,
         polynomial.degree,
         rank(d, polynomial.degree),
         polynomial.bound,
         polynomial.eps,
-        proved.output,
-        proved.score_gradient,
-        work.total / (case.pace.speed * (1 + case.pace.keys / m) * exact.total),
-        not _caps(case).missed(polynomial),
+        proved.whole_output,
+        proved.whole_gradient,
+        work.total / (case.pace.at(evaluated.precision).speed * (1 + case.pace.keys / m) * exact.total),
+        _feasible(case, evaluated),
     )
 
 

@@ -23,14 +23,21 @@ class LogitRange:
             known.
         reasons: the chain of reasons, one sentence each, first cause first.
         centre: what is subtracted from the keys, one vector of width d for each key head; None: nothing.
+        norms: |scale| max ||q|| max ||k|| of each query head, from the same source; None: not known apart from R.
     """
 
     source: Source
     heads: tuple[float, ...]
     reasons: tuple[str, ...]
     centre: tuple[tuple[float, ...], ...] | None = None
+    norms: tuple[float, ...] | None = None
 
     @property
     def bound(self) -> float:
         """R of the whole attention: the largest of its heads'."""
         return max(self.heads)
+
+    @property
+    def reach(self) -> float:
+        """Bound of |scale| sum_a |q_a k_a| for the whole attention: R where it is not known apart (section 10)."""
+        return max(max(self.norms), self.bound) if self.norms else self.bound

@@ -23,9 +23,13 @@ _SLACK = 1 + 1e-6  # for the rounding of float64
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """R of each query head, why, the part that all keys share [key heads, d], and the centre that was subtracted."""
+    """R of each query head, why, the part that all keys share [key heads, d], and the centre that was subtracted.
+
+    `norms`: |scale| max ||q|| max ||k|| of each query head, which R may be below.
+    """
 
     heads: tuple[float, ...]
+    norms: tuple[float, ...]
     reasons: tuple[str, ...]
     shared: Tensor
     centre: Tensor | None
@@ -76,7 +80,8 @@ def logits(q: Rows, k: Rows, heads: int, groups: int, scale: float, centre: Tens
     if heads > 1 and float(least.min()) < 0.99 * float(least.max()):
         reasons.append(f"R of the other heads goes down to {number(float(least.min()))}")
     values = tuple((least * _SLACK).tolist())
-    return Logits(values, tuple(dict.fromkeys(reasons)), shared, centre)
+    norms = tuple((by_norms.nan_to_num(nan=inf, posinf=inf) * _SLACK).tolist())
+    return Logits(values, norms, tuple(dict.fromkeys(reasons)), shared, centre)
 
 
 def _named(q: Rows, k: Rows) -> str:

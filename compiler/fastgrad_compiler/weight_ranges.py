@@ -172,7 +172,8 @@ def _best(node: Node, plain: Logits, centred: Logits | None, proved: float) -> L
             f"subtracting from the keys of a head what they share, which softmax ignores, narrows R from "
             f"{number(limited)} to {number(centred.largest)}"
         )
-        return LogitRange("weights", centred.heads, (*centred.reasons, gain), _tuples(centred.centre))
+        reasons = (*centred.reasons, gain)
+        return LogitRange("weights", centred.heads, reasons, _tuples(centred.centre), centred.norms)
     if isfinite(proved) and min(plain.heads) >= proved:
         return LogitRange("program", (proved,) * len(plain.heads), _texts(node.get("proof")))
     reasons = plain.reasons
@@ -180,8 +181,8 @@ def _best(node: Node, plain: Logits, centred: Logits | None, proved: float) -> L
         reasons += (f"no head exceeds {number(proved)}, which the program proves",)
     elif centred is not None and centred.largest < limited:
         reasons += (f"centred keys would narrow R from {number(limited)} to {number(centred.largest)} only",)
-    heads = tuple(min(r, proved) for r in plain.heads)
-    return LogitRange("weights", heads, reasons)
+    heads, norms = (tuple(min(r, proved) for r in found) for found in (plain.heads, plain.norms))
+    return LogitRange("weights", heads, reasons, norms=norms)
 
 
 def _static(graph: Graph) -> set[str]:

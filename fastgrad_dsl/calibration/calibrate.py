@@ -224,9 +224,8 @@ def _range(node: Node, proved: LogitRange | None, logits: Logits, certified: boo
 def _with_room(proved: LogitRange) -> LogitRange:
     """What is proved of weights, with room for what training makes of them."""
     room = f"{MARGIN:g} times that is R: weights may grow"
-    return replace(
-        proved, heads=tuple(MARGIN * bound for bound in proved.heads), reasons=(*proved.reasons, room)
-    )
+    heads, norms = (tuple(MARGIN * each for each in found) for found in (proved.heads, proved.norms or ()))
+    return replace(proved, heads=heads, reasons=(*proved.reasons, room), norms=norms or None)
 
 
 def _measured(logits: Logits) -> Served:
@@ -239,7 +238,8 @@ def _measured(logits: Logits) -> Served:
     reasons = [f"|s| <= {max(sizes):.3g} was measured, and {MARGIN:g} times that is R"]
     if centring:
         reasons.append(f"keys are centred, which softmax does not see: without, |s| <= {max(seen):.3g}")
-    served = LogitRange("data", bounds, tuple(reasons), logits.centre if centring else None)
+    norms = tuple(MARGIN * max(size, LEAST_RANGE) for size in logits.norms)
+    served = LogitRange("data", bounds, tuple(reasons), logits.centre if centring else None, norms)
     return Served(served, logits.mean and centring, MARGIN * max(seen) if centring else None)
 
 

@@ -107,5 +107,7 @@ def _name(way: Way) -> str:
         text = "exact" if c is None else f"{c.polynomial.family} {c.polynomial.degree}"
         if c is not None and c.near is not None:
             text += f", near {c.near}"
+        if part.precision == "float64":
+            text += ", float64"
         texts.append(text if len(way.parts) == 1 else f"{len(part.heads)} heads {text}")
     return "; ".join(texts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Logits:
         centred: largest |q.(k - c)|; None where keys cannot be centred.
         centre: c by key head [Hk, d], the mean of the keys on the batches; None with `mean`.
         mean: keys are centred by their own mean, sequence by sequence.
+        norms: scale max ||q|| max ||k||, or of k - c where centring is worth it: no smaller than what is beside it.
         edges, counts: histogram of what a polynomial would get (centred, if that is narrower); counts [H, BINS].
     """
 
@@ -33,6 +34,7 @@ class Logits:
     centred: tuple[float, ...] | None
     centre: tuple[tuple[float, ...], ...] | None
     mean: bool
+    norms: tuple[float, ...]
     edges: tuple[float, ...]
     counts: tuple[tuple[int, ...], ...]
 
@@ -72,10 +74,21 @@ def measure_logits(calls: Sequence[Call], near: int | None) -> Logits:
         mean,
         (),
         (),
+        (),
     )
     served = centres if found.centring else None
     edges, counts = _histogram(samples, served, near, found)
-    return Logits(found.least, found.largest, found.centred, found.centre, found.mean, edges, counts)
+    return replace(found, norms=_norms(samples, served), edges=edges, counts=counts)
+
+
+def _norms(samples: Sequence[Sample], centres: Sequence[Tensor] | None) -> tuple[float, ...]:
+    """The longest query times the longest key of each head."""
+    queries, keys = [], []
+    for place, rows in enumerate(samples):
+        own = rows.k if centres is None else rows.k - centres[place]
+        queries.append(rows.q.norm(dim=-1).amax((0, 2)))
+        keys.append(own.norm(dim=-1).amax((0, 2)))
+    return tuple((torch.stack(queries).amax(0) * torch.stack(keys).amax(0)).tolist())
 
 
 def _own_mean(call: Call) -> bool:

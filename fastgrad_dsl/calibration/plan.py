@@ -4,28 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import inf, sqrt
 
-from fastgrad_compiler.certificates import certificate
+from fastgrad_compiler.certificates import Certificate, certificate
+from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.cost import DOUBLE
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.knapsack import Option, choose
 from fastgrad_compiler.passes.attention_table import Lengths
 from fastgrad_compiler.passes.bound_proof import number
-from fastgrad_compiler.passes.plan_decision import LEAST_LENGTH, Decision
+from fastgrad_compiler.passes.plan_decision import LEAST_LENGTH, PRECISIONS, Decision
+from fastgrad_compiler.rounding import WIDEST_NEAR, Rounding, Run, Sizes, rounding
+from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration
 from fastgrad_dsl.calibration.candidates import Candidate
 from fastgrad_dsl.calibration.pace import MachinePace, attention_seconds
 
 NEVER = 2**40  # a break-even length that no sequence has
+ROUNDED = 0.1  # share of a candidate's own error above which rounding in float32 is a reason for float64
 BYTES_A_SECOND = 5e9  # of copying heads that are served apart, there and back
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some heads of an attention and what serves them; None is exact."""
+    """Some heads of an attention and what serves them, in which precision; None is exact."""
 
     heads: tuple[int, ...]
     candidate: Candidate | None
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,13 @@ class _Sized:
         return _Sized(attention, n, lengths.longest(attention.entry.keys) or keys, pace)
 
     def seconds(
-        self, heads: int, candidate: Candidate | None, n: int | None = None, *, fused: bool = False
+        self,
+        heads: int,
+        candidate: Candidate | None,
+        n: int | None = None,
+        *,
+        fused: bool = False,
+        precision: str = "float32",
     ) -> float:
         entry = self.attention.entry
         node = entry.node
@@ -124,7 +137,8 @@ class _Sized:
         near = node["near"] if isinstance(node["near"], int) else candidate.near if candidate else None
         window = node.get("window")
         size = (self.n, self.m) if n is None else (n, n)
-        return attention_seconds(
+        slower = DOUBLE if precision == "float64" else 1.0
+        return (1 / slower) * attention_seconds(
             self.pace,
             heads=heads,
             n=size[0],
@@ -149,11 +163,50 @@ class _Sized:
         widths = 2 * (entry.d or 1) + 3 * (entry.dv or 1)
         return 2 * 2 * 4 * self.attention.heads * self.n * widths / BYTES_A_SECOND
 
-    def break_even(self, heads: int, candidate: Candidate) -> int:
+    def rounding(self, candidate: Candidate, precision: str) -> Rounding:
+        """What rounding adds to a candidate computed in `precision`, at the planned lengths, in float32 runs."""
+        entry, polynomial = self.attention.entry, candidate.polynomial
+        node = entry.node
+        roles = node["roles"]
+        spec = KernelSpec(
+            d=entry.d or 1,
+            dv=entry.dv or 1,
+            coefficients=polynomial.coefficients,
+            causal=bool(node["causal"]),
+            near=node["near"] if isinstance(node["near"], int) else candidate.near,
+            near_d=WIDEST_NEAR if isinstance(roles, tuple) and "near_q" in roles else None,
+            documents=isinstance(roles, tuple) and "documents" in roles,
+            precision=precision,
+        )
+        served = self.attention.served[candidate.near].range
+        norms = served.norms or served.heads
+        reach = max(polynomial.bound, *(norms[head] for head in candidate.heads))
+        sizes, backends = Sizes(self.n, self.m, entry.groups), BACKENDS[self.pace.target]
+        return rounding(spec, sizes, polynomial.bound, reach, backends, Run())
+
+    def proved(self, candidate: Candidate, precision: str) -> Certificate:
+        """Its certificate then."""
+        polynomial = candidate.polynomial
+        return certificate(polynomial.eps, polynomial.eps_prime, self.rounding(candidate, precision))
+
+    def precisions(self, candidate: Candidate) -> tuple[str, ...]:
+        """Those in which a candidate is worth a try: float64 where rounding in float32 is a share of its error."""
+        single = self.proved(candidate, PRECISIONS[0])
+        both = single.output_rounding > ROUNDED * candidate.output
+        both = both or single.score_rounding > ROUNDED * candidate.gradient
+        limit = self.attention.settings.relative
+        most = inf if limit is None else float(str(limit.value))
+        return tuple(
+            precision
+            for precision in (PRECISIONS if both else PRECISIONS[:1])
+            if candidate.polynomial.eps + self.rounding(candidate, precision).weights <= most
+        )
+
+    def break_even(self, heads: int, candidate: Candidate, precision: str) -> int:
         """Least length from which the polynomial is no slower than exact attention; NEVER where there is none."""
 
         def slower(n: int) -> bool:
-            return self.seconds(heads, candidate, n) > self.seconds(heads, None, n)
+            return self.seconds(heads, candidate, n, precision=precision) > self.seconds(heads, None, n)
 
         high = LEAST_LENGTH
         while slower(high):
@@ -178,7 +231,8 @@ def _ways(sized: _Sized, calibration: Calibration) -> Iterator[Way]:
         yield Way((Part(everything, None),), Option(sized.exact(each.heads), 0.0, 0.0))
     whole = [c for c in each.candidates if len(c.heads) == each.heads and _allowed(c, each)]
     for candidate in whole:
-        yield _way(sized, (Part(everything, candidate),), calibration)
+        for precision in sized.precisions(candidate):
+            yield _way(sized, (Part(everything, candidate, precision),), calibration)
     low = [c for c in each.candidates if len(c.heads) < each.heads and _allowed(c, each)]
     for candidate in low:
         rest = tuple(head for head in everything if head not in candidate.heads)
@@ -186,7 +240,10 @@ def _ways(sized: _Sized, calibration: Calibration) -> Iterator[Way]:
         for other in others:
             if other is None and each.settings.asked is not None:
                 continue
-            yield _way(sized, (Part(candidate.heads, candidate), Part(rest, other)), calibration)
+            pairs = product(sized.precisions(candidate), sized.precisions(other) if other else PRECISIONS[:1])
+            for one, two in pairs:
+                parts = (Part(candidate.heads, candidate, one), Part(rest, other, two))
+                yield _way(sized, parts, calibration)
 
 
 def _allowed(candidate: Candidate, each: Attention) -> bool:
@@ -198,9 +255,10 @@ def _allowed(candidate: Candidate, each: Attention) -> bool:
 
 def _way(sized: _Sized, parts: tuple[Part, ...], calibration: Calibration) -> Way:
     each = sized.attention
-    seconds = sum(sized.seconds(len(part.heads), part.candidate) for part in parts)
+    seconds = sum(sized.seconds(len(part.heads), part.candidate, precision=part.precision) for part in parts)
     seconds += sized.apart() if len(parts) > 1 else 0.0
-    local, least = (_proved(parts), 1.0) if calibration.certified else (_joint(parts), 0.0)
+    proved = [sized.proved(part.candidate, part.precision) for part in parts if part.candidate]
+    local, least = (_proved(proved), 1.0) if calibration.certified else (_joint(parts, proved), 0.0)
     output, gradient = (
         error * max(1.0 if gain is None else gain.value, least)
         for error, gain in zip(local, (each.output_gain, each.gradient_gain), strict=True)
@@ -208,20 +266,24 @@ def _way(sized: _Sized, parts: tuple[Part, ...], calibration: Calibration) -> Wa
     return Way(parts, Option(seconds, output, gradient))
 
 
-def _proved(parts: Sequence[Part]) -> tuple[float, float]:
-    """Certificates of output and score gradient: the worst of the polynomials that serve."""
-    served = [part.candidate.polynomial for part in parts if part.candidate]
-    proved = [certificate(polynomial.eps, polynomial.eps_prime) for polynomial in served]
-    return max(each.output for each in proved), max(each.score_gradient for each in proved)
+def _proved(proved: Sequence[Certificate]) -> tuple[float, float]:
+    """Certificates of output and score gradient, with rounding: the worst of the polynomials that serve."""
+    return max(each.whole_output for each in proved), max(each.whole_gradient for each in proved)
 
 
-def _joint(parts: Sequence[Part]) -> tuple[float, float]:
-    """Local errors of output and gradient of heads that are served by several polynomials."""
+def _joint(parts: Sequence[Part], proved: Sequence[Certificate]) -> tuple[float, float]:
+    """Local errors of output and gradient of heads that are served by several polynomials.
+
+    Sampled rows are computed in float64: what the certificates say of rounding is added.
+    """
     served = [(list(part.heads), part.candidate.errors) for part in parts if part.candidate]
     sizes = served[0][1]
     output = sum(float(errors.output[heads].sum()) for heads, errors in served)
     gradient = sum(float(errors.gradient[heads].sum()) for heads, errors in served)
-    return _root(output, float(sizes.output_size.sum())), _root(gradient, float(sizes.gradient_size.sum()))
+    return (
+        _root(output, float(sizes.output_size.sum())) + max(each.output_rounding for each in proved),
+        _root(gradient, float(sizes.gradient_size.sum())) + max(each.score_rounding for each in proved),
+    )
 
 
 def _root(squares: float, size: float) -> float:
@@ -258,23 +320,29 @@ def _decision(sized: _Sized, way: Way, part: Part, calibration: Calibration) -> 
         served.range,
         heads=tuple(served.range.heads[head] for head in part.heads),
         centre=None if centre is None else tuple(centre[key] for key in keys),
+        norms=tuple(served.range.norms[head] for head in part.heads) if served.range.norms else None,
     )
     return Decision(
-        _why(way, candidate, served.uncentred, calibration),
+        _why(way, part, candidate, served.uncentred, calibration),
         candidate.polynomial,
         candidate.near if each.entry.node["near"] is None else None,
-        sized.break_even(len(part.heads), candidate),
+        sized.break_even(len(part.heads), candidate, part.precision),
         range=used,
         own_mean=served.mean,
         heads=heads,
+        precision=part.precision,
     )
 
 
-def _why(way: Way, candidate: Candidate, uncentred: float | None, calibration: Calibration) -> str:
+def _why(
+    way: Way, part: Part, candidate: Candidate, uncentred: float | None, calibration: Calibration
+) -> str:
     polynomial = candidate.polynomial
     errors = f"{number(way.option.output)} of the output and {number(way.option.gradient)} of the gradient"
     kind = "at most (gains of at least 1)" if calibration.certified else "an estimated"
     text = f"{polynomial.family} {polynomial.degree} is a part of the fastest plan: {kind} {errors}"
+    if part.precision == "float64":
+        text += "; computed in float64, since float32 might round too much"
     if uncentred is not None:
         text += f"; centred keys narrow R from {number(uncentred)} to {number(polynomial.bound)}"
     if polynomial.positive_from is not None:

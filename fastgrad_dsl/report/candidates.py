@@ -11,9 +11,12 @@ from functools import cache
 from typing import Any
 
 from fastgrad_compiler.certificates import certificate
+from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.cost import Pace
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.polynomial import FAMILIES, MAX_DEGREE, Family, Polynomial, PrecisionError, fit
+from fastgrad_compiler.rounding import EXACT, Rounding, Run, Sizes, rounding
+from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.plan_document import is_approximated
 from fastgrad_dsl.report.entries import Entry
 from fastgrad_dsl.report.prediction import exact_time, lengths_of, polynomial_time
@@ -69,11 +72,13 @@ def candidates_key(entry: Entry) -> object:
         "keys",
         "window",
         "alibi",
+        "precision",
+        "reach",
     )
     return (*(entry[key] for key in keys), entry["asserted"], "documents" in entry["roles"])
 
 
-def certified(entry: Entry, sizes: Mapping[str, int], pace: Pace) -> dict[str, Any] | None:
+def certified(entry: Entry, sizes: Mapping[str, int], pace: Pace, target: str) -> dict[str, Any] | None:
     """The candidates on the range of the plan; None where no polynomial could serve."""
     own = entry["decision"] == "polynomial" and not is_approximated(entry)
     if (
@@ -88,14 +93,23 @@ def certified(entry: Entry, sizes: Mapping[str, int], pace: Pace) -> dict[str, A
     n, m = lengths_of(entry, sizes)
     unit = exact_time(entry, n, m, pace).total
     points = [_point(entry, None, None, 1.0)]
+    lengths = Sizes(n, m, max(1, entry["query_heads"] // entry["key_heads"]))
     for polynomial in _polynomials(entry["bound"], entry["d"]):
         for near in dict.fromkeys((None, entry["near"])):
-            time = polynomial_time(entry, n, m, pace, polynomial.degree, near).total / unit
-            points.append(_point(entry, polynomial, near, float(f"{time:.5g}")))
+            for precision in ("float32", "float64"):
+                added = _rounding(entry, polynomial, near, precision, lengths, target)
+                if polynomial.eps + added.weights >= 1:
+                    continue
+                time = polynomial_time(entry, n, m, pace, polynomial.degree, near, precision).total / unit
+                points.append(
+                    _point(entry, polynomial, near, float(f"{time:.5g}"), precision=precision, added=added)
+                )
+                if added.weights <= polynomial.eps:
+                    break
     return {
         "error_kind": "bound",
-        "errors": "certificates: of the output as a share of the values' range, of the scores' gradient as a share of "
-        "omega",
+        "errors": "certificates with rounding: of the output as a share of the values' range, of the scores' gradient "
+        "as a share of omega",
         "time_kind": "estimate",
         "time_unit": f"share of exact attention's time at n = {n:,}, forward and backward",
         "points": points,
@@ -120,17 +134,42 @@ def _fit(family: Family, degree: int, bound: float) -> Polynomial | None:
         return None
 
 
-def _point(entry: Entry, polynomial: Polynomial | None, near: int | None, time: float) -> dict[str, Any]:
+def _rounding(
+    entry: Entry, polynomial: Polynomial, near: int | None, precision: str, sizes: Sizes, target: str
+) -> Rounding:
+    spec = KernelSpec(
+        d=entry["d"],
+        dv=entry["dv"],
+        coefficients=polynomial.coefficients,
+        causal=entry["causal"],
+        near=near,
+        documents="documents" in entry["roles"],
+        precision=precision,
+    )
+    return rounding(spec, sizes, entry["bound"], entry["reach"], BACKENDS[target], Run())
+
+
+def _point(
+    entry: Entry,
+    polynomial: Polynomial | None,
+    near: int | None,
+    time: float,
+    *,
+    precision: str = "float32",
+    added: Rounding = EXACT,
+) -> dict[str, Any]:
     chosen = entry["decision"] != "polynomial"
     name, proved = "exact", None
     if polynomial is not None:
-        chosen = (entry["family"], entry["degree"], entry["near"]) == (
+        chosen = tuple(entry[key] for key in ("family", "degree", "near", "precision")) == (
             polynomial.family,
             polynomial.degree,
             near,
+            precision,
         )
         name = f"{polynomial.family} {polynomial.degree}" + ("" if near is None else f", near {near}")
-        proved = certificate(polynomial.eps, polynomial.eps_prime)
+        name += ", float64" if precision == "float64" else ""
+        proved = certificate(polynomial.eps, polynomial.eps_prime, added)
     return {
         "name": name,
         "family": polynomial.family if polynomial else None,
@@ -139,8 +178,8 @@ def _point(entry: Entry, polynomial: Polynomial | None, near: int | None, time: 
         "centred": False,
         "range": entry["bound"] if polynomial else None,
         "time": time,
-        "output": proved.output if proved else 0.0,
-        "gradient": proved.score_gradient if proved else 0.0,
+        "output": proved.whole_output if proved else 0.0,
+        "gradient": proved.whole_gradient if proved else 0.0,
         "proved": polynomial is None or not entry["asserted"],
         "chosen": chosen,
     }

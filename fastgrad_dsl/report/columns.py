@@ -9,7 +9,7 @@ from typing import Any
 from fastgrad_dsl.report.words import SOURCES, bound, decision, number
 
 GROUPS = (
-    ("", 6),
+    ("", 7),
     ("output", 3),
     ("gradient of weights", 1),
     ("dQ", 2),
@@ -77,6 +77,15 @@ def _reason(entry: Mapping[str, Any]) -> Cell:
     return Cell(SOURCES.get(entry["range_source"], "nothing bounds it") + guarded)
 
 
+def _rounding(entry: Mapping[str, Any]) -> Cell:
+    """What it adds to eps in a float32 run, and where the kernel computes in float64."""
+    found = entry["rounding"]
+    if found is None:
+        return Cell("")
+    precise = " (float64)" if entry["precision"] == "float64" else ""
+    return Cell(number(found["weights"]) + precise, found["weights"])
+
+
 def _seen(head: Mapping[str, Any]) -> Cell:
     if head["least"] is not None:
         return Cell(f"logits {number(head['least'])} to {number(head['largest'])} (measured)")
@@ -94,6 +103,7 @@ COLUMNS = (
         "R", lambda e: Cell(number(e["bound"]), e["bound"]), lambda h: Cell(number(h["range"]), h["range"])
     ),
     Column("R is", _reason, _seen, is_number=False),
+    Column("rounding (bound)", _rounding),
     _error("output", "bound"),
     _error("output", "estimate"),
     _error("output", "measured"),

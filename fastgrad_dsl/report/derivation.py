@@ -17,6 +17,7 @@ def derivation_key(entry: Entry) -> object:
     keys = (
         "decision", "family", "degree", "near", "causal", "window", "alibi", "scale", "bound", "asserted", "eps",
         "eps_prime", "positive_from", "break_even", "d", "dv", "query_heads", "key_heads", "queries", "keys", "why",
+        "precision", "reach",
     )  # fmt: skip
     lists = (tuple(entry[key] or ()) for key in ("coefficients", "proof", "roles"))
     return (*(entry[key] for key in keys), entry["range_source"], *lists)
@@ -76,7 +77,29 @@ def _polynomial(entry: Entry) -> list[str]:
             f"  positive for s > {number(entry['positive_from'])} only"
             if entry["positive_from"] is not None
             else "  positive for every s <= R",
+            *_rounding(entry),
         ]
+    return lines
+
+
+def _rounding(entry: Entry) -> list[str]:
+    """What rounding adds to eps and eps', for each run of which the plan states it."""
+    found = entry["rounding"]
+    if found is None:
+        return []
+    length = f"{max(found['n'], found['m']):,} tokens"
+    undeclared = "" if found["declared"] else ", where the file declares no longest sequence"
+    lines = [
+        f"rounding: computed in {entry['precision']}; at most {length}{undeclared}, |scale| sum |q_a k_a| <= "
+        f"{number(found['reach'])}; a bound of what is added to eps and eps' (section 10)"
+    ]
+    for run in found["runs"]:
+        added = " and ".join(
+            number(run[key]) if run[key] is not None else "no bound" for key in ("weights", "slopes")
+        )
+        lines.append(f"  {run['dtype']} on a {run['device'].upper()}: {added}")
+    if found["holds_to"] is not None:
+        lines.append(f"  from {found['holds_to'] + 1:,} tokens on there is no bound in float32 runs")
     return lines
 
 

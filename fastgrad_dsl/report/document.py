@@ -70,6 +70,7 @@ def build_report(
     pace, kind = pace_of(plan, calibration)
     sizes, undeclared = longest_sizes(plan)
     described = None if batch is None else {"batches": 1, **{key: batch[key] for key in MEASURED_ON}}
+    trust = (calibration or {}).get("trust", "calibrated")
     document = {
         "format": FORMAT,
         **{key: plan[key] for key in ("model", "source", "target", "params", "dims", "budget")},
@@ -82,7 +83,7 @@ def build_report(
         "whole": whole,
         "attentions": attentions,
         "waterfall": waterfall(plan, attentions, whole, calibration),
-        **_shared(attentions, sizes, pace, calibrations, (calibration or {}).get("trust", "calibrated")),
+        **_shared(attentions, sizes, (pace, plan["target"]), calibrations, trust),
         "code": code,
         "weight_gradients": None if errors is None else dict(errors.weight_gradients),
         "calibration": None if calibration is None else dict(calibration),
@@ -104,15 +105,19 @@ def to_json(report: Mapping[str, Any]) -> str:
 def _shared(
     attentions: list[dict[str, Any]],
     sizes: Mapping[str, int],
-    pace: Pace,
+    served: tuple[Pace, str],
     calibrations: Mapping[str, Mapping[str, Any] | None],
     trust: str,
 ) -> dict[str, Any]:
-    """What equal attentions share, each once; the attentions get their places in these lists."""
+    """What equal attentions share, each once; the attentions get their places in these lists.
+
+    served: the pace and the target.
+    """
+    pace, target = served
 
     def candidates_of(entry: Mapping[str, Any]) -> dict[str, Any] | None:
         own = calibrations[entry["path"]]
-        return calibrated(own, trust) if own and own["candidates"] else certified(entry, sizes, pace)
+        return calibrated(own, trust) if own and own["candidates"] else certified(entry, sizes, pace, target)
 
     def key_of_candidates(entry: Mapping[str, Any]) -> object:
         own = calibrations[entry["path"]]

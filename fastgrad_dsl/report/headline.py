@@ -16,9 +16,9 @@ EFFECTS = "how far the model moves when this attention alone is made exact"
 CALIBRATED = "what the calibration expects of each attention"
 CERTIFICATES = "certificates added up, every gain taken as 1"
 FACTORS = {
-    "output": "output_of_value_range",
-    "gradient": "score_gradient_of_omega",
-}  # in a plan's `certificate`
+    "output": ("output_of_value_range", "output_rounding_of_largest_value"),
+    "gradient": ("score_gradient_of_omega", "score_rounding_of_products"),
+}  # in a plan's `certificate`: what is added up
 
 
 def headline(
@@ -100,8 +100,15 @@ def _use(
 
 
 def _added_up(what: str, entries: Sequence[Entry]) -> float | None:
-    factors = [e["certificate"][FACTORS[what]] for e in entries if is_approximated(e) and e["certificate"]]
-    return added(factors) if factors and None not in factors else None
+    factors = [_factor(e["certificate"], what) for e in entries if is_approximated(e) and e["certificate"]]
+    known = [factor for factor in factors if factor is not None]
+    return added(known) if factors and len(known) == len(factors) else None
+
+
+def _factor(found: Mapping[str, Any], what: str) -> float | None:
+    """Of one certificate, with rounding; None where it is infinite or there is none."""
+    terms = [found.get(name) for name in FACTORS[what]]
+    return None if None in terms else added(float(str(term)) for term in terms)
 
 
 def _verdict(plan: Mapping[str, Any], use: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -158,7 +165,7 @@ def _waterfall(
         basis, parts = CALIBRATED, [(path, found[what]) for path, found in estimates if found.get(what)]
     else:
         certificates = ((entry["path"], entry["certificate"] or {}) for entry in approximated)
-        basis, parts = CERTIFICATES, [(path, found.get(FACTORS[what])) for path, found in certificates]
+        basis, parts = CERTIFICATES, [(path, _factor(found, what)) for path, found in certificates]
     steps, total = [], 0.0
     for path, part in parts:
         if part is not None:

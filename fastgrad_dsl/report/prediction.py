@@ -71,12 +71,18 @@ def exact_time(entry: Entry, n: int, m: int, pace: Pace) -> Time:
 
 
 def polynomial_time(
-    entry: Entry, n: int, m: int, pace: Pace, degree: int | None = None, near: int | None = None
+    entry: Entry,
+    n: int,
+    m: int,
+    pace: Pace,
+    degree: int | None = None,
+    near: int | None = None,
+    precision: str | None = None,
 ) -> Time:
-    """Of a polynomial: the attention's own, or of another degree and near field."""
+    """Of a polynomial: the attention's own, or of another degree, near field and precision."""
     if degree is None:
         degree, near = entry["degree"], entry["near"]
-    return _time(_flops(entry, n, m, degree, near), 1 / pace.speed)
+    return _time(_flops(entry, n, m, degree, near), 1 / pace.at(precision or entry["precision"]).speed)
 
 
 def predict(
@@ -131,6 +137,7 @@ def cost_key(entry: Entry) -> object:
         "break_even",
         "queries",
         "keys",
+        "precision",
     )
     return (*(entry[key] for key in keys), "documents" in entry["roles"])
 

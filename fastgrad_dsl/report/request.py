@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgrad_compiler.targets import BACKENDS
 from fastgrad_compiler.text_parser import parse_dim
+from fastgrad_dsl.attention_rounding import spec_of
 from fastgrad_dsl.batches import Input, random_batch, tokens_of
 from fastgrad_dsl.plan_document import is_approximated
 from fastgrad_dsl.report.document import build_report
@@ -100,7 +102,14 @@ def measure_plan(
 
     served = [
         Served(
-            entry["path"], entry["eps"], entry["eps_prime"], entry["scale"], own=not is_approximated(entry)
+            entry["path"],
+            entry["eps"],
+            entry["eps_prime"],
+            entry["scale"],
+            own=not is_approximated(entry),
+            bound=entry["bound"] or 0.0,
+            spec=spec_of(entry) if is_approximated(entry) else None,
+            backends=BACKENDS[plan["target"]],
         )
         for entry in plan["attentions"]
         if entry["decision"] == "polynomial"

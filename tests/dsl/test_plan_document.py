@@ -10,9 +10,12 @@ import torch
 
 import fastgrad_dsl as fg
 from fastgrad_compiler.certificates import certificate
+from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.cost import flops
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.polynomial import fit
+from fastgrad_compiler.rounding import Run, Sizes, rounding
+from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.compiled import Compiled
 from tests.dsl.models import EXAMPLES
 
@@ -72,8 +75,21 @@ def test_a_polynomial_attention(compiled: Compiled) -> None:
         cost = flops(degree=degree, **sizes)  # type: ignore[arg-type]
         assert entry["flops"][way] == {"forward": cost.forward, "backward": cost.backward}
     assert entry["flops"]["n"] == entry["flops"]["m"] == 4096
-    worst = certificate(polynomial.eps, polynomial.eps_prime)
-    assert list(entry["certificate"].values()) == [worst.output, worst.value_gradient, worst.score_gradient]
+    spec = KernelSpec(4, 4, polynomial.coefficients, causal=True)
+    added = rounding(spec, Sizes(4096, 4096), 0.5, 0.5, BACKENDS["auto"], Run())
+    worst = certificate(polynomial.eps, polynomial.eps_prime, added)
+    exact = [worst.output, worst.value_gradient, worst.score_gradient]
+    rounded = [worst.output_rounding, worst.value_rounding, worst.score_rounding]
+    assert list(entry["certificate"].values()) == [*exact, *rounded]
+    assert 0 < worst.output_rounding < worst.output
+    assert (entry["precision"], entry["reach"]) == ("float32", 0.5)
+    found = entry["rounding"]
+    assert (found["n"], found["m"], found["declared"]) == (4096, 4096, True)
+    assert (found["weights"], found["slopes"]) == (added.weights, added.slopes)
+    assert [(run["device"], run["dtype"]) for run in found["runs"]] == [
+        (device, dtype) for device in ("cpu", "gpu") for dtype in ("float32", "bfloat16", "float16")
+    ]
+    assert found["runs"][0]["output"] == worst.output_rounding < found["runs"][1]["output"]
 
 
 def test_an_exact_attention(compiled: Compiled) -> None:
@@ -85,7 +101,8 @@ def test_an_exact_attention(compiled: Compiled) -> None:
     )
     assert entry["bound"] == 0.5  # it could have been served
     assert "polynomial" not in entry["flops"]
-    for key in ("family", "degree", "coefficients", "rank", "eps", "eps_prime", "break_even", "certificate"):
+    numbers = ("family", "degree", "coefficients", "rank", "eps", "eps_prime", "break_even", "certificate")
+    for key in (*numbers, "precision", "rounding"):
         assert entry[key] is None, key
 
 

@@ -107,9 +107,8 @@ def test_headline_by_what_is_known() -> None:
         assert use["kind"] == kind
         if value is not None:
             assert use["value"] == value
-    added = sum(
-        entry["certificate"]["output_of_value_range"] for entry in compiled.plan_document["attentions"]
-    )
+    terms = ("output_of_value_range", "output_rounding_of_largest_value")
+    added = sum(sum(e["certificate"][t] for t in terms) for e in compiled.plan_document["attentions"])
     assert compiled.report()["headline"]["output"]["value"] == added
     same = compiled.report(
         calibration={**calibration, "data": "given batches, one batch: the plan is verified on the same"}

@@ -373,7 +373,7 @@ def test_worst_cases_without_data() -> None:
 @pytest.mark.parametrize("eps", [1.0, 1.5])
 def test_no_certificate_from_eps_one_on(eps: float) -> None:
     found = certificates.certificate(eps, 0.1)
-    assert found == certificates.Certificate(*[float("inf")] * 4)
+    assert found == certificates.Certificate(*[float("inf")] * 7)
 
 
 def test_negative_errors_are_refused() -> None:

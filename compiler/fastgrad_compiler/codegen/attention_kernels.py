@@ -32,6 +32,7 @@ def kernel_spec(graph: Graph, node: Node) -> KernelSpec:
         scale=float(scale),
         documents="documents" in roles,
         window=window if isinstance(window, int) else None,
+        precision=str(node.get("precision") or "float32"),
     )
 
 

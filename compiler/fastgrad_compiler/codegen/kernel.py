@@ -37,6 +37,7 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
         "guard_key.py",
         "logit_range.py",
         "polynomial_features.py",
+        "precision.py",
     )
 )
 CPP_RUNTIME_FILES: tuple[Path, ...] = tuple(RUNTIME / name for name in ("native.py", "native_attention.py"))
@@ -69,6 +70,7 @@ class KernelSpec:
         padding: a key padding mask is an input.
         near: block size w; pairs whose blocks of w tokens are the same or touch weigh exp(t) instead of p(s).
         window: softmax of the pairs with |i - j| < window instead, exactly; then there is no polynomial.
+        precision: of the arithmetic at least, "float32" or "float64"; inputs and results keep their dtype.
         near_d: width of separate queries and keys for t, already scaled; None: t = scale * q.k.
         scale: of the logits.
         chunk: tokens handled at a time; None: chosen here. The function does not depend on it.
@@ -89,6 +91,7 @@ class KernelSpec:
     chunk: int | None = None
     documents: bool = False
     window: int | None = None
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         sizes = {
@@ -106,6 +109,8 @@ class KernelSpec:
             raise ValueError("an attention kernel with a window has neither a polynomial nor a near field")
         if self.window is None and len(self.coefficients) < 2:
             raise ValueError("an attention kernel needs a polynomial of degree 1 at least")
+        if self.precision not in ("float32", "float64"):
+            raise ValueError(f"the arithmetic of a kernel is float32 or float64, not {self.precision}")
         if self.near_d is not None and self.near is None:
             raise ValueError("near_d is the width of a near field's queries and keys: give `near` too")
 
@@ -242,6 +247,7 @@ def _common(spec: KernelSpec) -> dict[str, object]:
         "padding": spec.padding,
         "documents": spec.documents,
         "window": spec.window,
+        "precise": spec.precision == "float64",
     }
 
 
@@ -269,7 +275,7 @@ def _context(spec: KernelSpec) -> dict[str, object]:
         "state_upstream": "document_upstream" if spec.documents else "",
         "needs_inf": spec.near is not None and (mixed or spec.causal or spec.padding or spec.documents),
         "polynomial_scores": dense and (mixed or spec.near is None),
-        "states": 4 if suffix else 2,
+        "states": 5 if suffix else 3,  # with the product that is added to one
         "met_keys": _window_expression(spec),
         "unrolled": len(table) <= UNROLLED_BLOCKS,
         "blocks": [(b.level, b.index, *b.source, *b.target) for b in table],
@@ -296,6 +302,8 @@ def kernel_title(spec: KernelSpec) -> str:
         parts.append("packed")
     if spec.near is not None:
         parts.append(f"exact in blocks of {spec.near} tokens")
+    if spec.precision == "float64":
+        parts.append("computed in float64")
     return ", ".join(parts)
 
 

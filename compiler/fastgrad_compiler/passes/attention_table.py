@@ -57,8 +57,8 @@ class AttentionEntry:
 
     `full_path` is its calls' labels and its own name; `path` is what users are shown, the calls' labels
     alone where the called graph holds no other attention. `d`, `dv` are the widths of queries and values,
-    None where known at run time only; `queries` and `keys` the two lengths; `calls` are the places of the
-    enclosing calls, outermost first.
+    None where known at run time only; `queries` and `keys` the two lengths; `groups` query heads share a
+    key head; `calls` are the places of the enclosing calls, outermost first.
     """
 
     path: str
@@ -69,6 +69,7 @@ class AttentionEntry:
     dv: int | None
     queries: Dim
     keys: Dim
+    groups: int = 1
     calls: tuple[Span, ...] = field(default=(), compare=False, repr=False)
 
     @property
@@ -168,8 +169,14 @@ def _entry(graph: Graph, node: Node, where: _Where, alone: bool) -> AttentionEnt
         dv=value[-1].constant,
         queries=query[-2],
         keys=key[-2],
+        groups=max(1, _heads(query) // _heads(key)),
         calls=where.calls,
     )
+
+
+def _heads(shape: tuple[Dim, ...]) -> int:
+    """Of queries or keys [.., h, n, d]; 1 where there is no such axis, or its size is known at run time only."""
+    return (shape[-3].constant or 1) if len(shape) > 2 else 1
 
 
 @dataclass(frozen=True)

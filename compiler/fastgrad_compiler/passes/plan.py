@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from fastgrad_compiler.cost import PACE, Pace
+from fastgrad_compiler.cost import PACE
 from fastgrad_compiler.flatten import Indices, iterations, path_of
 from fastgrad_compiler.graph import Budget, Graph, Node, Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, Lengths, attention_table, is_own
@@ -28,6 +28,7 @@ from fastgrad_compiler.passes.plan_own import refuse_own
 from fastgrad_compiler.passes.plan_refusal import diagnose
 from fastgrad_compiler.passes.plan_settings import Settings, check_budget, settings_of
 from fastgrad_compiler.polynomial import Family
+from fastgrad_compiler.targets import BACKENDS
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 __all__ = ["MAX_RANK", "AttentionEntry", "attention_table", "plan_attention"]
@@ -65,7 +66,7 @@ def plan_attention(
     settings = {entry.full_path: settings_of(entry.full_path, budget.rules) for entry in entries}
     assigned = assignment or {}
     entries = tuple(entry for entry in entries if entry.full_path not in assigned)
-    outcomes, cases = _decide_all(program, entries, settings, family, max_rank, PACE[target])
+    outcomes, cases = _decide_all(program, entries, settings, family, max_rank, target)
     wrong += _refusals(entries, outcomes, cases)
     wrong += refuse_own([entry for entry in table if is_own(entry.node)], budget.rules, max_rank)
     if wrong:
@@ -81,7 +82,7 @@ def _decide_all(
     settings: Mapping[str, Settings],
     family: Family,
     max_rank: int,
-    pace: Pace,
+    target: str,
 ) -> tuple[dict[str, Outcome], dict[str, Case]]:
     """Decisions with shares that fit their number: fewer approximated attentions, larger shares."""
     budget = program.budget or Budget()
@@ -92,7 +93,7 @@ def _decide_all(
             key = (entry.graph, entry.node.name, settings[entry.full_path])
             if key not in known:
                 case = case_of(
-                    program, entry, key[2], sharing=sharing, pace=pace, family=family, max_rank=max_rank
+                    program, entry, key[2], sharing=sharing, target=target, family=family, max_rank=max_rank
                 )
                 known[key] = decide(case), case
         found = {e.full_path: known[(e.graph, e.node.name, settings[e.full_path])] for e in entries}
@@ -120,7 +121,7 @@ def case_of(
     settings: Settings,
     *,
     sharing: int,
-    pace: Pace,
+    target: str,
     family: Family = "balanced",
     max_rank: int = MAX_RANK,
 ) -> Case:
@@ -142,8 +143,10 @@ def case_of(
         (lengths.longest(entry.queries), lengths.longest(entry.keys)),
         entry.queries == entry.keys,
         budget.near,
-        pace,
+        PACE[target],
         program.trust == "certified",
+        BACKENDS[target],
+        entry.groups,
     )
 
 

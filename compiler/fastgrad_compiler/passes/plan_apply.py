@@ -28,6 +28,7 @@ def decided(node: Node, decision: Decision) -> Node:
             "eps": polynomial.eps,
             "eps_prime": polynomial.eps_prime,
             "positive_from": polynomial.positive_from,
+            "precision": decision.precision,
         }
         if decision.near is not None:
             values["near"] = decision.near
@@ -37,6 +38,7 @@ def decided(node: Node, decision: Decision) -> Node:
                 "bound": polynomial.bound,
                 "proof": decision.range.reasons,
                 "asserted": decision.range.source == "asserted",
+                "reach": decision.range.reach,
             }
     return node.with_attributes(**values)
 

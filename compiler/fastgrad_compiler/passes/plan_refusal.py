@@ -67,7 +67,8 @@ def _better_degree(refusal: Refusal, case: Case) -> list[str]:
     caps = Caps(relative=case.caps.relative or _USEFUL)
     remedies: list[str] = []
     for option in (case, replace(case, settings=replace(case.settings, family=None), family="balanced")):
-        found = search(replace(option, caps=caps))[0] if not remedies else None
+        evaluated = search(replace(option, caps=caps))[0] if not remedies else None
+        found = evaluated.polynomial if evaluated is not None else None
         if found is not None and (found.family, found.degree) != (case.chosen_family, degree):
             found_rank = rank(case.d or 1, found.degree)
             family = "" if found.family == case.chosen_family else f" of family {found.family}"

@@ -171,6 +171,11 @@ def load_tokens(work: Workspace, name: str, tokens: Tensor) -> Tensor:
     return buffer
 
 
+def add_product(work: Workspace, state: Tensor, left: Tensor, right: Tensor) -> None:
+    """state += left @ right, in one addition: a library may add the terms of a product to the state one by one."""
+    state.add_(torch.bmm(left, right, out=work.take("addend", *state.shape)))
+
+
 def load_values(work: Workspace, v: Tensor, mask: Tensor | None) -> Tensor:
     """v~ = [v, 1] (rows, t, dv + 1) of v [b, h, t, dv]; zero where the mask [b, t] is False, which hides the key."""
     b, h, t, dv = v.shape

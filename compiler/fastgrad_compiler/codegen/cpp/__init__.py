@@ -29,7 +29,7 @@ def _context(spec: KernelSpec) -> dict[str, object]:
     banded = window is not None
     exponential = banded or spec.near is not None
     total = not (banded or spec.causal or spec.near is not None or spec.documents)
-    block, pieces, tile = _chunks(spec)
+    block, pieces, tile = token_chunks(spec)
     r = 1 if banded else rank(spec.d, spec.degree)
     mixed = spec.near is not None and spec.near < tile
     return {
@@ -66,7 +66,7 @@ def _context(spec: KernelSpec) -> dict[str, object]:
     }
 
 
-def _chunks(spec: KernelSpec) -> tuple[int, int, int]:
+def token_chunks(spec: KernelSpec) -> tuple[int, int, int]:
     """Tokens in a block, chunks in a block, most tokens in a chunk; chunks never cross a near field's blocks."""
     chunk = spec.chunk or CHUNK
     if spec.near is None:
