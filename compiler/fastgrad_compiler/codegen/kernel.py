@@ -35,6 +35,7 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
         "guard.py",
         "logit_range.py",
         "polynomial_features.py",
+        "selection.py",
     )
 )
 CPP_RUNTIME_FILES: tuple[Path, ...] = tuple(RUNTIME / name for name in ("native.py", "native_attention.py"))
