@@ -61,8 +61,13 @@ def softmax_attention(
 def _hidden(
     scores: Tensor, causal: bool, window: int | None, mask: Tensor | None, documents: Tensor | None
 ) -> Tensor:
-    """True where a query does not see a key, broadcastable to the scores."""
-    n, m = scores.shape[-2:]
+    return hidden_pairs(*scores.shape[-2:], causal, window, mask, documents)
+
+
+def hidden_pairs(
+    n: int, m: int, causal: bool, window: int | None, mask: Tensor | None, documents: Tensor | None
+) -> Tensor:
+    """True where one of n queries does not see one of m keys, broadcastable to the scores [.., H, n, m]."""
     distance = torch.arange(n)[:, None] - torch.arange(m)[None, :]
     hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
     if window is not None:

@@ -38,6 +38,7 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
         "logit_range.py",
         "polynomial_features.py",
         "precision.py",
+        "selection.py",
     )
 )
 CPP_RUNTIME_FILES: tuple[Path, ...] = tuple(RUNTIME / name for name in ("native.py", "native_attention.py"))

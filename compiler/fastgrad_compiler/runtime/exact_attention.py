@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from .attention_op import (
     row_groups,
 )
 from .documents import document_ranges, document_runs
+from .selection import Sight, select_backward, select_forward
 
 BUFFERS = 5  # live [rows, keys] tensors of a block, in the backward pass
 LEAST_ROWS = 16
@@ -334,10 +336,20 @@ def _fused_backward(
     return first, second, third, none, none.clone()
 
 
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given, attributes = inputs[:7], inputs[7:]
+    return select_forward(exact_forward, given, attributes, _sight(*attributes), maximum=False)
+
+
+def _backward(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    given, saved, attributes = inputs[:7], inputs[7:10], inputs[10:]
+    return select_backward(exact_backward, gradient, given, saved, attributes, _sight(*attributes))
+
+
+def _sight(scale: float, causal: bool, near: int, window: int) -> Sight:
+    return Sight(causal, window)
+
+
 OPERATION = register_attention(
-    "exact_attention",
-    ", float scale, bool causal, int near, int window",
-    exact_forward,
-    exact_backward,
-    maximum=False,
+    "exact_attention", ", float scale, bool causal, int near, int window", _forward, _backward, maximum=False
 )

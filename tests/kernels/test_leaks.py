@@ -1,0 +1,69 @@
+"""Nothing hidden leaks: NaN, Inf and huge numbers in tokens that a query does not see, on PyTorch's kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.runtime.exact_attention import exact_attention
+from tests.kernels.inputs import Inputs, run_kernel
+from tests.kernels.leaks import KINDS, WINDOWS, attack
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def run_exact_below(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
+    return run_kernel(spec, inputs, exact_below=1000)
+
+
+def run_exact(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
+    options: dict[str, Any] = {"scale": spec.scale, "causal": spec.causal, "window": spec.window}
+    options |= {"near": spec.near, "mask": inputs.mask, "documents": inputs.documents}
+    out = exact_attention(*inputs.tensors[:3], **inputs.near, **options)
+    return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_polynomial(kind: str, dtype: torch.dtype) -> None:
+    attack(run_kernel, KINDS[kind], dtype, every=dtype == torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["causal, padding", "near, documents, causal"])
+def test_grouped_heads(kind: str) -> None:
+    attack(run_kernel, KINDS[kind], torch.float32, groups=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [*WINDOWS, "causal", "padding", "near, documents, causal"])
+def test_exact(kind: str, dtype: torch.dtype) -> None:
+    attack(run_exact, {**KINDS, **WINDOWS}[kind], dtype, every=dtype == torch.float32)
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_window_kernels(kind: str) -> None:
+    attack(run_kernel_of_window, WINDOWS[kind], torch.float32)
+
+
+def run_kernel_of_window(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
+    from fastgrad_compiler.codegen.kernel import load_kernel
+
+    out = load_kernel(spec)(*inputs.tensors[:3], mask=inputs.mask, documents=inputs.documents)
+    return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
+
+
+@pytest.mark.parametrize("kind", ["causal", "padding", "near, documents"])
+def test_exact_below_the_break_even(kind: str) -> None:
+    attack(run_exact_below, KINDS[kind], torch.float32)
+
+
+@pytest.mark.parametrize("length", [8, 130, 300])
+def test_many_tiles(length: int) -> None:
+    spec = replace(KINDS["causal"], chunk=None)
+    if length > 37:
+        attack(run_kernel, spec, torch.float32, length=length, every=False)
