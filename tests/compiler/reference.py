@@ -57,7 +57,8 @@ def _mask(op: str) -> Definition:
     return lambda xs, a: np.where(visible(op, xs[0], xs[1:], a), xs[0], a.get("fill", -math.inf))
 
 
-def _near(n: int, m: int, block: int) -> Array:
+def _near(s: Array, block: int) -> Array:
+    n, m = s.shape[-2:]
     return np.abs(np.arange(n)[:, None] // block - np.arange(m)[None, :] // block) <= 1
 
 
@@ -195,7 +196,7 @@ def _attention(xs: Inputs, a: Values) -> Array:
         if "near_q" in extra:
             near_k = np.repeat(extra["near_k"], times, -3)
             near = extra["near_q"] @ np.swapaxes(near_k, -1, -2)
-        s = np.where(_near(*s.shape[-2:], a["near"]), near, s)
+        s = np.where(_near(s, a["near"]), near, s)
     s = _alibi(s) if a["alibi"] else s
     for op, wanted in (("causal", a["causal"]), ("window", a["window"] is not None)):
         if wanted:
@@ -268,11 +269,11 @@ REFERENCE: dict[str, Definition] = {
     "mean": _reduce(np.mean),
     "amax": _reduce(np.max),
     "softmax": lambda xs, a: softmax(xs[0], a["axis"]),
-    "layer_norm": lambda xs, a: _layer_norm(*xs, a["eps"]),
+    "layer_norm": lambda xs, a: _layer_norm(xs[0], xs[1], xs[2], a["eps"]),
     "rms_norm": lambda xs, a: xs[0] / np.sqrt((xs[0] ** 2).mean(-1, keepdims=True) + a["eps"]) * xs[1],
     "unit": lambda xs, a: _unit(xs[0]),
     **{op: _mask(op) for op in ("causal", "window", "padding", "documents")},
-    "near_far": lambda xs, a: np.where(_near(*xs[0].shape[-2:], a["block"]), xs[0], xs[1]),
+    "near_far": lambda xs, a: np.where(_near(xs[0], a["block"]), xs[0], xs[1]),
     "polynomial": lambda xs, a: _polynomial(xs[0], a["coefficients"]),
     "normalize_rows": lambda xs, a: _normalize_rows(xs[0]),
     "assume_bound": lambda xs, a: xs[0],

@@ -312,7 +312,8 @@ def test_the_attack_finds_a_rule_that_claims_too_much(end: str, monkeypatch: pyt
             value = getattr(fact, end)
             inwards = 0.7 if (value > 0) == (end == "high") else 1 / 0.7
             shift = 1e-9 if end == "low" else -1e-9
-            return replace(fact, **{end: inwards * value if value else shift})
+            moved = inwards * value if value else shift
+            return replace(fact, low=moved) if end == "low" else replace(fact, high=moved)
 
         return claim
 

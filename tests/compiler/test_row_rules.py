@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, sqrt
 
 import numpy as np
 import pytest
@@ -125,9 +125,9 @@ def drawn_input(
         value = np.asarray(rng.normal(size=shape) + rng.choice([0.0, 3.0]))
         return Drawn(Rows((), torch.from_numpy(value), weights=("w",)), value)
     if kind < 0.4 or not shape or constants[-1] is None:
-        limit = float(rng.choice([0.5, 1.0, 2.0]))
-        norm = limit * (shape[-1] if shape else 1) ** 0.5
-        return Drawn(None, rng.choice([-limit, limit, 0.0], shape), Bound(-limit, limit, norm))
+        most = float(rng.choice([0.5, 1.0, 2.0]))
+        norm = most * sqrt(shape[-1] if shape else 1)
+        return Drawn(None, rng.choice([-most, most, 0.0], shape), Bound(-most, most, norm))
     rows = drawn_rows(rng, constants[:-1], shape[-1])
     return Drawn(rows, member(rng, rows, shape))
 
@@ -135,7 +135,7 @@ def drawn_input(
 def excess(claim: Rows, y: Array, rng: np.random.Generator) -> float:
     """The most by which a row is beyond the set in some direction, relative to its extent there."""
     offset = np.broadcast_to(claim.offset.numpy(), y.shape)
-    worst = -1.0
+    worst: float = -1.0
     for direction in (y - offset, *rng.normal(size=(3, *y.shape))):
         reach = np.zeros(y.shape[:-1])
         for term in claim.terms:
