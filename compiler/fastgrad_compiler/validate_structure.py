@@ -1,0 +1,116 @@
+"""What a pass left of a graph, and what it claims: which nodes are as they were, and which values stand for which.
+
+Where a node that stayed reads something else than before, or the graph returns something else, the pass claims that the
+two are equal: those claims are what `validate.py` puts to the test. The names that a pass gives mean nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from fastgrad_compiler.flatten import iterations
+from fastgrad_compiler.graph import Graph, Node, Program
+
+REMARKS = frozenset(
+    "bound asserted proof decision why family degree coefficients eps eps_prime break_even positive_from source".split()
+)
+"""Attributes of an `attention` that say how to compute it, and nothing of what it is."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The node `new` of the graph as it is now has the value that `old` had; `reader` is who relies on it."""
+
+    old: str
+    new: str
+    reader: str
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """How two graphs compare: nodes of the later one that stayed, what is claimed, graphs that must agree in turn."""
+
+    stayed: frozenset[str]
+    claims: tuple[Claim, ...]
+    graphs: tuple[tuple[str, str], ...]
+
+
+class SignatureChanged(Exception):
+    """The two graphs take or give different numbers of values, or of other types."""
+
+
+def correspond(before: Graph, after: Graph) -> Correspondence:
+    """What the later graph kept of the earlier one. Raises SignatureChanged where one cannot stand for the other."""
+    if _signature(before) != _signature(after):
+        raise SignatureChanged(f"{_signature(before)} became {_signature(after)}")
+    alive = ancestors(after, after.outputs)
+    stayed: dict[str, Node] = {}
+    claims: dict[tuple[str, str], Claim] = {}
+    graphs: dict[tuple[str, str], None] = {}
+
+    def claim(old: str, new: str, reader: str) -> None:
+        if old != new or new not in stayed:
+            claims.setdefault((old, new), Claim(old, new, reader))
+
+    for node in after.nodes:
+        known = before.by_name.get(node.name)
+        if node.name not in alive or known is None or not _alike(known, node):
+            continue
+        stayed[node.name] = node
+        graphs.update(dict.fromkeys(zip(_bodies(known), _bodies(node), strict=True)))
+        for old, new in zip(known.inputs, node.inputs, strict=True):
+            claim(old, new, node.name)
+    for old, new in zip(before.outputs, after.outputs, strict=True):
+        claim(old, new, "return")
+    return Correspondence(frozenset(stayed), tuple(claims.values()), tuple(graphs))
+
+
+def _signature(graph: Graph) -> tuple[tuple[str, ...], int]:
+    return tuple(f"{node.name}: {node.type}" for node in graph.inputs), len(graph.outputs)
+
+
+def _alike(old: Node, new: Node) -> bool:
+    if (old.op, len(old.inputs)) != (new.op, len(new.inputs)):
+        return False
+    if old.op in ("weight", "buffer") and old.type != new.type:
+        return False
+    if len(_bodies(old)) != len(_bodies(new)):
+        return False
+    return _meaning(old) == _meaning(new)
+
+
+def _meaning(node: Node) -> dict[str, object]:
+    """The attributes without names of graphs, whose meaning is compared by itself, and remarks."""
+    left_out = REMARKS if node.op == "attention" else {"graph", "bodies"}
+    return {key: value for key, value in node.attributes if key not in left_out}
+
+
+def _bodies(node: Node) -> tuple[str, ...]:
+    """The graphs that a node runs, one for each time."""
+    if node.op == "call":
+        return (str(node["graph"]),)
+    return tuple(body for _, body in iterations(node)) if node.op == "repeat" else ()
+
+
+def ancestors(graph: Graph, names: Iterable[str], stop: frozenset[str] = frozenset()) -> frozenset[str]:
+    """These nodes and all that they are computed from; of the nodes in `stop`, nothing that is behind them."""
+    found = set(names)
+    for node in reversed(graph.nodes):
+        if node.name in found and node.name not in stop:
+            found.update(node.inputs)
+    return frozenset(found)
+
+
+def pairs(before: Program, after: Program) -> Iterator[tuple[Graph, Graph, Correspondence]]:
+    """The graphs whose values must agree if the model's and the objective's do, each pair once."""
+    roots = [(before.main, after.main)]
+    if before.objective is not None and after.objective is not None:
+        roots.append((before.objective, after.objective))
+    queue, known = list(roots), set(roots)
+    while queue:
+        old, new = queue.pop(0)
+        found = correspond(before[old], after[new])
+        yield before[old], after[new], found
+        queue.extend(pair for pair in found.graphs if pair not in known)
+        known.update(found.graphs)
