@@ -31,11 +31,11 @@ Sizes = Mapping[str, int]
 
 
 class Finding(Exception):
-    """A claim that does not hold: the check's letter, and what was seen."""
+    """A claim that does not hold: the check's letter, the kind of claim (equal for equal defects), what was seen."""
 
-    def __init__(self, check: str, message: str) -> None:
-        super().__init__(f"({check}) {message}")
-        self.check, self.message = check, message
+    def __init__(self, check: str, kind: str, message: str) -> None:
+        super().__init__(f"({check}) {kind}: {message}")
+        self.check, self.kind, self.message = check, kind, message
 
 
 class Undecided(Exception):
@@ -212,8 +212,7 @@ def _discrete(rng: random.Random, node: Node, shape: tuple[int, ...]) -> Array:
 
 def run_meaning(program: Program, point: Point, watch: Watch | None = None) -> list[Array]:
     """What the text means of a point: the oracle's results."""
-    with np.errstate(all="ignore"):
-        return [np.asarray(each) for each in meaning(program, point.inputs, point.weights, watch)]
+    return [np.asarray(each) for each in meaning(program, point.inputs, point.weights, watch)]
 
 
 def walk(

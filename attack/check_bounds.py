@@ -19,6 +19,7 @@ from fastgrad_compiler.passes.attention_table import is_own, range_source
 STARTS = 6  # structured points at which every claim is looked at
 CLIMBS = 3  # claims that are climbed towards by gradients
 STEPS = 12
+LARGEST_INT = 2.0**53
 SLACK = 1e-9  # of the rounding of float64, relative to the claim
 
 
@@ -34,7 +35,7 @@ class Claim:
 
     def excess(self, values: Mapping[str, Tensor]) -> float:
         """By how much the claim is broken; not above 0 where it holds within rounding."""
-        reached = float(self.reach(values))
+        reached = float(self.reach(values).detach())
         return reached - self.limit - SLACK * (1.0 + abs(self.limit)) if isfinite(reached) else -inf
 
 
@@ -71,16 +72,16 @@ def _at(reach: Callable[[Tensor], Tensor], name: str) -> Callable[[Mapping[str, 
 
 
 def _highest(x: Tensor) -> Tensor:
-    x = x if x.is_floating_point() else x.double()
+    x = x.double()
     return torch.where(x.isfinite(), x, -inf).max() if x.numel() else torch.tensor(-inf)
 
 
 def _lowest(x: Tensor) -> Tensor:
-    return _highest(-1.0 * x)
+    return _highest(-x.double())
 
 
 def _longest(x: Tensor) -> Tensor:
-    return _highest(torch.linalg.vector_norm(1.0 * x, dim=-1)) if x.dim() else _highest(1.0 * x.abs())
+    return _highest(torch.linalg.vector_norm(x.double(), dim=-1)) if x.dim() else _highest(x.double().abs())
 
 
 def _range_claims(program: Program) -> Iterator[Claim]:
@@ -118,10 +119,12 @@ def _attack(case: Case, program: Program, flat: object, claims: list[Claim]) -> 
 def _look(program: Program, claims: list[Claim], point: Point) -> None:
     inputs, weights = point.tensors()
     values = walk(program, program.flatten(), inputs, weights)
+    if _overflows(program, values):
+        return
     held = assertions_hold(program, values)
     for claim in claims:
         if (held or not claim.asserted) and claim.excess(values) > 0:
-            raise Finding("b", _words(claim, float(claim.reach(values))))
+            raise Finding("b", f"{claim.node.op} {claim.what}", _words(claim, float(claim.reach(values))))
 
 
 def assertions_hold(program: Program, values: Mapping[str, Tensor]) -> bool:
@@ -132,6 +135,12 @@ def assertions_hold(program: Program, values: Mapping[str, Tensor]) -> bool:
         for node in nodes
         if node.inputs[0] in values
     )
+
+
+def _overflows(program: Program, values: Mapping[str, Tensor]) -> bool:
+    """Whether a float beyond the range of ints, or none at all, becomes an int: that has no meaning."""
+    casts = [node for node in program.flatten().nodes if node.op == "cast" and node["dtype"] == "int"]
+    return any(not bool((values[node.inputs[0]].abs() < LARGEST_INT).all()) for node in casts)
 
 
 def _words(claim: Claim, reached: float) -> str:
@@ -152,8 +161,10 @@ def _climb(program: Program, claim: Claim, claims: list[Claim], start: Point, rn
     adam = torch.optim.Adam(leaves, lr=rng.choice((0.03, 0.3, 3.0)))
     for _ in range(STEPS):
         values = walk(program, flat, inputs, weights)
+        if _overflows(program, values):
+            return
         if claim.excess(values) > 0 and (not claim.asserted or assertions_hold(program, values)):
-            raise Finding("b", _words(claim, float(claim.reach(values))))
+            raise Finding("b", f"{claim.node.op} {claim.what}", _words(claim, float(claim.reach(values))))
         reached = claim.reach(values)
         if not reached.requires_grad or not torch.isfinite(reached):
             return
@@ -196,4 +207,4 @@ def _certificates(case: Case) -> None:
                 by_head = largest.reshape(-1, largest.shape[-1]).amax(0) if largest.dim() else largest[None]
                 for head, (limit, reached) in enumerate(zip(each.range.heads, by_head.tolist(), strict=False)):
                     if reached > limit * (1.0 + 1e-6) + 1e-12:
-                        raise Finding("b", f"certify {each.path}: R of head {head} is {limit:.6g}, a logit {reached:.6g}")
+                        raise Finding("b", "certify", f"{each.path}: R of head {head} is {limit:.6g}, a logit {reached:.6g}")
