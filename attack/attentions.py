@@ -270,6 +270,9 @@ def attention(g: Grower) -> Typed:
         width = keys.size(-1) or 1
         queries = replace(queries, text=f"unit({queries.text} @ {_weight(g, queries.size(-1) or 1, width)})")
     s = chain(g, product(g, queries, keys))
+    if g.rng.random() < 0.2:  # the user's word of scores that nothing limits: what guards are for
+        masks = g.rng.choice(("{}", "causal({})", "near_far({0}, {0}; block = 2)"))
+        s = g.sometimes(masks.format(f"assume_bound({product(g, q, k).text}; bound = {g.positive()})"))
     result = _weighted(g, s, v)
     if result.rank == 4 and g.rng.random() < 0.6:
         result = g.say(f"merge_heads({result.text})")

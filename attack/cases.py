@@ -241,7 +241,7 @@ def sizes_of(text: str, rng: random.Random) -> dict[str, int]:
     """Small sizes of the run-time dims of a program, edges among them."""
     found = {}
     for dim in elaborate(Source("<attack>", text)).dims:
-        choices = (1, 1, 2, 3) if dim.name == "b" else (1, 2, 3, 4, 5, 7, 8, 9, 13, 17, 20)
+        choices = (1, 1, 2, 3) if dim.name == "b" else (1, 2, 3, 4, 5, 7, 8, 9, 13, 17, 20, 36)
         size = rng.choice(choices) * dim.multiple_of
         found[dim.name] = size if dim.at_most is None else min(size, dim.at_most)
     return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.cases import Array, Case, Finding, Point, Undecided, built, run_meaning, run_module
+from attack.check_targets import check_targets
 from fastgrad_compiler import interpret
 from fastgrad_compiler.flatten import weights as weights_of
 from fastgrad_compiler.graph import Program
@@ -32,6 +33,7 @@ def check_agreement(case: Case) -> None:
             point = _point(case, attempt)
             _forward(case, exact, program, point)
             _backward(case, exact, program, point)
+            check_targets(case)
             return
         except Undecided as error:
             reason = str(error)

@@ -69,6 +69,7 @@ class Grower:
     signature: list[Typed]
     name: str = "attacked"
     blocks: dict[str, str] = field(default_factory=dict)
+    prefix: str = ""  # of new names: those of blocks are none of the model's
     params: dict[str, str] = field(default_factory=dict)  # name of a compile-time float to its value
     lines: list[str] = field(default_factory=list)
     pool: list[Typed] = field(default_factory=list)
@@ -96,7 +97,7 @@ class Grower:
     def fresh(self, letter: str = "v") -> str:
         """A name that is free."""
         self._count += 1
-        return f"{letter}{self._count}"
+        return f"{self.prefix}{letter}{self._count}"
 
     # ------------------------------------------------------------ statements
 
@@ -125,9 +126,13 @@ class Grower:
         self.pool.append(found)
         return found
 
+    def typed(self, lines: Sequence[str], name: str) -> Typed:
+        """What a name is that these lines bind, which are not taken."""
+        return self._type(name, self._elaborated(lines))
+
     def raw(self, lines: Sequence[str], name: str) -> Typed:
         """Several lines that bind a name."""
-        found = self._type(name, self._elaborated(lines))
+        found = self.typed(lines, name)
         self.lines += lines
         self.pool.append(found)
         return found

@@ -15,11 +15,6 @@ def ranked(g: Grower, least: int, dtype: str = "float") -> Typed:
     return g.pick(dtype, lambda each: each.rank >= least)
 
 
-def anything(g: Grower) -> Typed:
-    """A value of any dtype."""
-    return g.pick(g.rng.choices(("float", "int", "bool"), (6, 3, 1))[0])
-
-
 def numeric(g: Grower) -> Typed:
     """A float or int value."""
     return g.pick(g.rng.choices(("float", "int"), (3, 1))[0])
@@ -266,7 +261,10 @@ def _extreme(name: str) -> Rule:
 
 def _where(g: Grower) -> str:
     condition = g.pick("bool")
-    x = g.partner(condition, g.rng.choice(("float", "float", "int", "bool")))
+    if g.rng.random() < 0.4:
+        x = g.pick()
+        return f"where({x.text} > {g.number(0.0)}, {x.text}, {g.partner(x).text})"
+    x = g.partner(condition, g.rng.choice(("float", "float", "float", "int", "bool")))
     if x.dtype == "bool":
         other = g.partner(x, "bool").text
     else:
@@ -276,7 +274,7 @@ def _where(g: Grower) -> str:
 
 def _cast(dtype: str) -> Rule:
     def rule(g: Grower) -> str:
-        x = anything(g)
+        x = g.pick(g.rng.choice(("bool", "int" if dtype == "float" else "float", "float")))
         if dtype == "int" and x.dtype == "float":
             return f"int({g.positive()} * {x.text})" if g.rng.random() < 0.6 else f"int({x.text})"
         return f"{dtype}({x.text})"

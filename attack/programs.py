@@ -40,12 +40,13 @@ def grow(seed: int) -> Grown:
     before = _header(rng, params)
     used, refused, tried = Counter[str](), Counter[str](), 0
     blocks: list[_Block] = []
+    inputs = _inputs(rng)
     for index in range(rng.choice((0, 0, 1, 2))):
-        grower = Grower(rng, before, _inputs(rng), f"part{index}", params=params)
+        grower = Grower(rng, before, inputs, f"part{index}", prefix="in_"[index:], params=params)
         blocks += _block(grower)
         used, refused, tried = used + grower.used, refused + grower.refused, tried + grower.tried
     texts = {block.name: block.text for block in blocks}
-    g = Grower(rng, before, _inputs(rng), "attacked", texts, params)
+    g = Grower(rng, before, inputs, "attacked", texts, params=params)
     _fill(g, rng.randint(2, 12), blocks)
     text = _finished(g)
     return Grown(_with_budget(rng, text), used + g.used, refused + g.refused, tried + g.tried)
@@ -111,7 +112,12 @@ def _call(g: Grower, blocks: list[_Block]) -> None:
     ]
     values = g.rng.choice(("", f"; scale = {g.number(0.5, 2.0)}", "; flag = false"))
     label = f" as {g.fresh('label')}" if g.rng.random() < 0.3 else ""
-    g.say(f"{block.name}({', '.join(arguments)}{values}){label}")
+    names = [g.fresh() for _ in range(block.results)]
+    targets = names[0] if len(names) == 1 else f"({', '.join(names)})"
+    line = f"{targets} = {block.name}({', '.join(arguments)}{values}){label}"
+    for name in names:
+        g.pool.append(g.typed([line], name))
+    g.lines.append(line)
     g.used["block"] += 1
 
 
@@ -158,10 +164,10 @@ def _branch(g: Grower, _: list[_Block]) -> None:
 _KINDS: dict[Callable[[Grower, list[_Block]], None], float] = {
     _operation: 8.0,
     _attention: 3.0,
-    _call: 1.0,
-    _library: 0.6,
-    _repeat: 0.7,
-    _branch: 0.3,
+    _call: 2.0,
+    _library: 0.8,
+    _repeat: 0.8,
+    _branch: 0.5,
 }
 
 
@@ -172,22 +178,26 @@ class _Block:
     name: str
     text: str
     inputs: tuple[Typed, ...]
+    results: int
 
 
 def _block(g: Grower) -> list[_Block]:
     """The statements of a model as a block with two compile-time values; none where nothing came about."""
     _fill(g, g.rng.randint(1, 4), [])
-    results = _leaves(g, 1)
+    results = _leaves(g, g.rng.choice((1, 2)))
     if not results:
         return []
-    result = results[-1]
+    result, *rest = results
     g.lines += ["if flag {", f"out = {result.text} * scale", "} else {", f"out = {result.text} + scale", "}"]
     inputs = tuple(each for each in g.signature if _reads(g.lines, each.text)) or (g.signature[0],)
     signature = ", ".join(f"{each.text}: {each.type}" for each in inputs)
     body = "\n".join(f"    {line}" for line in g.lines)
     values = "scale: float = 1.0, flag: bool = true"
-    text = f"block {g.name}({signature}; {values}) -> {result.type} {{\n{body}\n    return out\n}}\n"
-    return [_Block(g.name, text, inputs)]
+    types, names = result.type, "out"
+    if rest:
+        types, names = f"({types}, {rest[0].type})", f"(out, {rest[0].text})"
+    text = f"block {g.name}({signature}; {values}) -> {types} {{\n{body}\n    return {names}\n}}\n"
+    return [_Block(g.name, text, inputs, len(results))]
 
 
 def _reads(lines: list[str], name: str) -> bool:
