@@ -1,0 +1,1 @@
+"""`make attack`: random programs, and every claim that the product makes of them put to the test. Not part of the wheel."""

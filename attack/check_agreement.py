@@ -1,0 +1,244 @@
+"""(a) The text, the interpreter, the reference and the module agree: forward, and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attack.cases import Array, Case, Finding, Point, Undecided, built, run_meaning, run_module
+from attack.check_targets import check_targets
+from fastgrad_compiler import interpret
+from fastgrad_compiler.flatten import weights as weights_of
+from fastgrad_compiler.graph import Program
+
+NUDGE = 1e-12  # relative: what rounding may do to an input
+JUMP = 1e-3  # a result that moves by more of its size under a nudge stands at a discontinuity, or is all rounding
+TINY = 1e-9  # a move by less is none: what is 0 but for rounding may move by its size
+ROUNDING = 1e-10  # of float64 in a sum of some hundred terms, relative to the largest entry
+DRAWS = 4  # points before a case is given up
+STEP = 1e-6  # of central differences
+
+
+def check_agreement(case: Case) -> None:
+    """Forward and backward. Raises Finding, or Undecided where no point is in the smooth interior."""
+    exact = case.elaborated
+    program = case.served
+    reason = ""
+    for attempt in range(DRAWS):
+        try:
+            point = _point(case, attempt)
+            _forward(case, exact, program, point)
+            _backward(case, exact, program, point)
+            check_targets(case)
+            return
+        except Undecided as error:
+            reason = str(error)
+    raise Undecided(reason)
+
+
+def _point(case: Case, attempt: int) -> Point:
+    scale = 0.5**attempt
+    return replace_seed(case, attempt).point.moved(lambda value: value * scale)
+
+
+def replace_seed(case: Case, attempt: int) -> Case:
+    """The case with another seed; the same for attempt 0."""
+    if attempt == 0:
+        return case
+    other = Case(case.text, case.sizes, case.seed + 7919 * attempt)
+    other.__dict__["compiled"] = case.compiled
+    return other
+
+
+# ---------------------------------------------------------------- forward
+
+
+def _forward(case: Case, exact: Program, program: Program, point: Point) -> None:
+    expected, noise = steady(partial(run_meaning, exact), case, point)
+    agree("the interpreter of the text", _interpreted(exact, point), expected, noise)
+    agree("the interpreter after recognition", _interpreted(case.stage("attention"), point), expected, noise)
+    reference = built(case.compiled.program, point.weights, exact=True)
+    agree("the reference module", _outputs(reference, point), expected, noise)
+    served, served_noise = steady(partial(run_meaning, program), case, point)
+    module = built(program, point.weights)
+    agree("the module with its polynomials", _outputs(module, point), served, served_noise)
+
+
+def _outputs(model: nn.Module, point: Point) -> list[Array]:
+    with torch.no_grad():
+        return [each.numpy() for each in run_module(model, point.tensors()[0])]
+
+
+def _interpreted(program: Program, point: Point) -> list[Array]:
+    inputs, weights = point.tensors()
+    with torch.no_grad():
+        found = interpret.run(program, inputs, weights, dtype=torch.float64)
+    return [each.detach().numpy() for each in (found if isinstance(found, tuple) else (found,))]
+
+
+def steady(
+    function: Callable[[Point], Sequence[Array]], case: Case, point: Point
+) -> tuple[Sequence[Array], list[Array]]:
+    """Results, and for each entry how far it moves under nudges. Raises Undecided where one jumps."""
+    results = function(point)
+    noise = [np.zeros(np.shape(each)) for each in results]
+    draws = np.random.default_rng(case.seed)
+    if not all(np.isfinite(each).all() for each in results if each.dtype == np.float64):
+        raise Undecided("a result is not finite")
+    for _ in range(3):
+        nudged = function(
+            point.moved(lambda x: x * (1.0 + NUDGE * draws.uniform(-1, 1, x.shape)) + NUDGE * draws.uniform(-1, 1, x.shape))
+        )  # fmt: skip
+        with np.errstate(invalid="ignore"):
+            noise = [np.maximum(n, np.abs(1.0 * a - 1.0 * b)) for n, a, b in zip(noise, nudged, results, strict=True)]
+    floats = [each for each in results if each.dtype == np.float64]
+    size = max((np.abs(each).max(initial=0.0) for each in floats), default=0.0)
+    for level, result in zip(noise, results, strict=True):
+        allowed = JUMP * size + TINY if result.dtype == np.float64 else 0.0
+        if not np.isfinite(level).all() or level.max(initial=0.0) > allowed:
+            raise Undecided("a result jumps")
+    return results, noise
+
+
+def agree(what: str, got: Sequence[Array], want: Sequence[Array], noise: Sequence[Array]) -> None:
+    """Raises Finding where a result differs by more than rounding."""
+    for place, (one, other, level) in enumerate(zip(got, want, noise, strict=True)):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            raise Finding("a", f"{what}, type", f"result {place} is {one.dtype}{one.shape}, not {other.dtype}{other.shape}")
+        if one.dtype == np.float64:
+            size = np.abs(other).max(initial=0.0)
+            allowed = ROUNDING * size + 1e4 * level.max(initial=0.0) + 1e-300
+            off = np.abs(one - other)
+        else:
+            size, allowed, off = 1.0, 0.5, 1.0 * (one != other)
+        if not (off <= allowed).all():
+            worst = np.nanmax(off) if np.isfinite(off).any() else np.nan
+            raise Finding("a", what, f"result {place} is off by {worst:.3g}, of {size:.3g}")
+
+
+# ---------------------------------------------------------------- backward
+
+Gradients = Mapping[str, Array]
+
+
+def _backward(case: Case, exact: Program, program: Program, point: Point) -> None:
+    cotangents = _cotangents(case, run_meaning(exact, point))
+    if not cotangents:
+        return
+    for what, text, model in (
+        ("the reference module", exact, built(case.compiled.program, point.weights, exact=True)),
+        ("the module with its polynomials", program, built(program, point.weights)),
+    ):
+        interpreter = partial(_of_interpreter, text, cotangents)
+        want, noise = steady(lambda p, run=interpreter: list(run(p).values()), case, point)  # type: ignore[misc]
+        names = list(interpreter(point))
+        got = _of_module(model, cotangents, point)
+        agree_gradients(f"the gradient of {what}", names, got, want, noise)
+        if program.gradient is not None and text is program:
+            graph = _of_graph(program, cotangents, point)
+            buffers = {path for path, node in weights_of(program) if node.op == "buffer"}  # nothing flows there
+            agree_gradients("the derived gradient graph", names, graph, want, noise, buffers)
+        _central(what, text, cotangents, point, dict(zip(names, want, strict=True)), case)
+
+
+def _cotangents(case: Case, results: Sequence[Array]) -> list[Array]:
+    draws = np.random.default_rng(case.seed + 1)
+    return [draws.standard_normal(each.shape) for each in results if each.dtype == np.float64]
+
+
+def _of_interpreter(program: Program, cotangents: Sequence[Array], point: Point) -> dict[str, Array]:
+    inputs, weights = point.tensors()
+    found = interpret.run(program, inputs, weights, dtype=torch.float64)
+    results = found if isinstance(found, tuple) else (found,)
+    return _gradients(point, inputs, weights, results, cotangents)
+
+
+def _of_module(model: nn.Module, cotangents: Sequence[Array], point: Point) -> dict[str, Array]:
+    inputs, _ = point.tensors()
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    missing = sorted(set(point.weights) - set(held))
+    if missing:
+        raise Finding("a", "weights", f"the state_dict lacks {missing[0]}, a weight of the text")
+    weights = {path: held[path].requires_grad_() for path in point.weights}
+    return _gradients(point, inputs, weights, run_module(model, inputs), cotangents)
+
+
+def _of_graph(program: Program, cotangents: Sequence[Array], point: Point) -> dict[str, Array]:
+    inputs, weights = point.tensors()
+    given = [torch.as_tensor(each) for each in cotangents]
+    with torch.no_grad():
+        of_inputs, of_weights = interpret.run_gradient(program, inputs, weights, given, dtype=torch.float64)
+    zeros = {path: torch.zeros_like(weight) for path, weight in weights.items()}
+    return {name: value.numpy() for name, value in {**of_inputs, **zeros, **of_weights}.items()}
+
+
+def _gradients(
+    point: Point,
+    inputs: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
+    results: Sequence[Tensor],
+    cotangents: Sequence[Array],
+) -> dict[str, Array]:
+    leaves = {name: x for name, x in zip(point.inputs, inputs, strict=True) if x.requires_grad} | dict(weights)
+    floats = [each for each in results if each.is_floating_point()]
+    scalar = sum(((each * torch.as_tensor(c)).sum() for each, c in zip(floats, cotangents, strict=True)),
+                 torch.zeros((), dtype=torch.float64))  # fmt: skip
+    if not scalar.requires_grad:
+        return {name: np.zeros(leaf.shape) for name, leaf in leaves.items()}
+    found = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True)
+    return {
+        name: np.zeros(leaf.shape) if each is None else each.detach().numpy()
+        for (name, leaf), each in zip(leaves.items(), found, strict=True)
+    }
+
+
+def agree_gradients(
+    what: str,
+    names: Sequence[str],
+    got: Gradients,
+    want: Sequence[Array],
+    noise: Sequence[Array],
+    without: Collection[str] = (),
+) -> None:
+    """As `agree`, relative to the largest entry of all gradients: small ones are sums of large terms."""
+    if set(got) != set(names):
+        raise Finding("a", what, f"there are gradients of {sorted(got)}, not of {sorted(names)}")
+    largest = max((np.abs(each).max(initial=0.0) for each in want), default=0.0)
+    level = max((each.max(initial=0.0) for each in noise), default=0.0)
+    for name, expected in zip(names, want, strict=True):
+        off = np.abs(got[name] - expected)
+        if name not in without and not (off <= ROUNDING * largest + 1e4 * level).all():
+            raise Finding("a", what, f"by {name} it is off by {np.nanmax(off):.3g}, of {largest:.3g}")
+
+
+def _central(
+    what: str, program: Program, cotangents: Sequence[Array], point: Point, gradient: Gradients, case: Case
+) -> None:
+    """Central differences of the text's meaning along random directions, where they settle."""
+    draws = np.random.default_rng(case.seed + 2)
+    for _ in range(2):
+        directions = {name: draws.standard_normal(each.shape) for name, each in gradient.items()}
+        slopes = [_slope(program, cotangents, point, directions, h) for h in (STEP, STEP / 2, STEP / 4)]
+        wanted = float(sum((gradient[name] * directions[name]).sum() for name in gradient))
+        size = float(sum(np.abs(gradient[name] * directions[name]).sum() for name in gradient))
+        spread = max(slopes) - min(slopes)
+        if not np.isfinite(slopes).all() or spread > 1e-4 * (size + abs(slopes[-1])):
+            continue  # a kink or a jump within reach
+        if abs(slopes[-1] - wanted) > 1e-4 * size + 10 * spread + 1e-7:
+            raise Finding("a", f"differences of {what}", f"{wanted:.6g} along a direction; its text's, {slopes[-1]:.6g}")
+
+
+def _slope(
+    program: Program, cotangents: Sequence[Array], point: Point, directions: Gradients, h: float
+) -> float:
+    values = []
+    for sign in (1.0, -1.0):
+        inputs = {k: v + sign * h * directions[k] if k in directions else v for k, v in point.inputs.items()}
+        weights = {k: v + sign * h * directions[k] if k in directions else v for k, v in point.weights.items()}
+        floats = [each for each in run_meaning(program, Point(inputs, weights)) if each.dtype == np.float64]
+        values.append(float(sum((a * c).sum() for a, c in zip(floats, cotangents, strict=True))))
+    return (values[0] - values[1]) / (2 * h)

@@ -1,0 +1,210 @@
+"""(b) No input and no weight leads beyond a claimed range, norm or sign, at any node; nor beyond the R of a logit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import inf, isfinite
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attack.cases import Case, Finding, Point, built, draw, moderate, walk, wild
+from attack.logits import far_logits
+from fastgrad_compiler.graph import Node, Program
+from fastgrad_compiler.passes.attention_table import is_own, range_source
+
+STARTS = 6  # structured points at which every claim is looked at
+CLIMBS = 3  # claims that are climbed towards by gradients
+STEPS = 12
+LARGEST_INT = 2.0**53
+SLACK = 1e-9  # of the rounding of float64, relative to the claim
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That `reach` of a node's value is at most `limit`. `asserted`: where what was asserted holds."""
+
+    node: Node
+    what: str
+    limit: float
+    asserted: bool
+    reach: Callable[[Mapping[str, Tensor]], Tensor]
+
+    def excess(self, values: Mapping[str, Tensor]) -> float:
+        """By how much the claim is broken; not above 0 where it holds within rounding."""
+        reached = float(self.reach(values).detach())
+        return reached - self.limit - SLACK * (1.0 + abs(self.limit)) if isfinite(reached) else -inf
+
+
+def check_bounds(case: Case) -> None:
+    """Bounds of the proof, then R of the attentions that run, then what the weights prove."""
+    for stage, claims in (("bounds", _node_claims), ("served", _range_claims)):
+        program = case.served if stage == "served" else case.stage(stage)
+        flat = program.flatten()
+        found = list(claims(program))
+        if found:
+            _attack(case, program, flat, found)  # type: ignore[arg-type]
+    _certificates(case)
+
+
+# ---------------------------------------------------------------- claims
+
+
+def _node_claims(program: Program) -> Iterator[Claim]:
+    for node in program.flatten().nodes:
+        bound = node.bound
+        if bound is None or node.op in ("constant", "fill"):
+            continue
+        for what, limit, reach in (
+            ("above", bound.high, _highest),
+            ("below", -bound.low, _lowest),
+            ("norm", bound.norm, _longest),
+        ):
+            if limit < inf:
+                yield Claim(node, what, limit, bound.asserted, _at(reach, node.name))
+
+
+def _at(reach: Callable[[Tensor], Tensor], name: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    return lambda values: reach(values[name])
+
+
+def _highest(x: Tensor) -> Tensor:
+    x = x.double()
+    return torch.where(x.isfinite(), x, -inf).max() if x.numel() else torch.tensor(-inf)
+
+
+def _lowest(x: Tensor) -> Tensor:
+    return _highest(-x.double())
+
+
+def _longest(x: Tensor) -> Tensor:
+    return _highest(torch.linalg.vector_norm(x.double(), dim=-1)) if x.dim() else _highest(x.double().abs())
+
+
+def _range_claims(program: Program) -> Iterator[Claim]:
+    """R of each attention that has one, on the pairs that a polynomial serves."""
+    for node in program.flatten().nodes:
+        if node.op not in ("attention", "poly_attention") or is_own(node):
+            continue
+        limit = node.get("bound")
+        if isinstance(limit, float | int) and range_source(node) in ("program", "asserted"):
+            asserted = bool(node.get("asserted")) or range_source(node) == "asserted"
+            yield Claim(node, "R", float(limit), asserted, _logit(node))
+
+
+def _logit(node: Node) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    def reach(values: Mapping[str, Tensor]) -> Tensor:
+        logits = far_logits(node, [values[name] for name in node.inputs])
+        return _highest(logits.abs())
+
+    return reach
+
+
+# ---------------------------------------------------------------- the attack
+
+
+def _attack(case: Case, program: Program, flat: object, claims: list[Claim]) -> None:
+    rng = case.random("bounds")
+    points = [case.point, *(draw(case, rng, rng.choice((wild, wild, moderate))) for _ in range(STARTS))]
+    for point in points:
+        with torch.no_grad():
+            _look(program, claims, point)
+    for claim in rng.sample(claims, min(CLIMBS, len(claims))):
+        _climb(program, claim, claims, rng.choice(points), rng)
+
+
+def _look(program: Program, claims: list[Claim], point: Point) -> None:
+    inputs, weights = point.tensors()
+    values = walk(program, program.flatten(), inputs, weights)
+    if _overflows(program, values):
+        return
+    held = assertions_hold(program, values)
+    for claim in claims:
+        if (held or not claim.asserted) and claim.excess(values) > 0:
+            raise Finding("b", f"{claim.node.op} {claim.what}", _words(claim, float(claim.reach(values))))
+
+
+def assertions_hold(program: Program, values: Mapping[str, Tensor]) -> bool:
+    """Whether what every `assume_bound` says is so."""
+    nodes = [node for node in program.flatten().nodes if node.op == "assume_bound"]
+    return all(
+        float(_highest(values[node.inputs[0]].abs())) <= float(str(node["bound"]))
+        for node in nodes
+        if node.inputs[0] in values
+    )
+
+
+def _overflows(program: Program, values: Mapping[str, Tensor]) -> bool:
+    """Whether a float beyond the range of ints, or none at all, becomes an int: that has no meaning."""
+    casts = [node for node in program.flatten().nodes if node.op == "cast" and node["dtype"] == "int"]
+    return any(not bool((values[node.inputs[0]].abs() < LARGEST_INT).all()) for node in casts)
+
+
+def _words(claim: Claim, reached: float) -> str:
+    node = claim.node
+    claimed = {"above": "at most", "below": "at least", "norm": "a norm of at most", "R": "logits of at most"}
+    sign = -1.0 if claim.what == "below" else 1.0
+    reached, limit = sign * reached, sign * claim.limit
+    return f"{node.op} {node.name}: {claimed[claim.what]} {limit:.6g} is claimed, {reached:.6g} was reached"
+
+
+def _climb(program: Program, claim: Claim, claims: list[Claim], start: Point, rng: random.Random) -> None:
+    """Adam on inputs and weights, each tensor with a free scale."""
+    inputs, weights = start.tensors()
+    leaves = [x for x in (*inputs, *weights.values()) if x.requires_grad]
+    if not leaves:
+        return
+    flat = program.flatten()
+    adam = torch.optim.Adam(leaves, lr=rng.choice((0.03, 0.3, 3.0)))
+    for _ in range(STEPS):
+        values = walk(program, flat, inputs, weights)
+        if _overflows(program, values):
+            return
+        if claim.excess(values) > 0 and (not claim.asserted or assertions_hold(program, values)):
+            raise Finding("b", f"{claim.node.op} {claim.what}", _words(claim, float(claim.reach(values))))
+        reached = claim.reach(values)
+        if not reached.requires_grad or not torch.isfinite(reached):
+            return
+        adam.zero_grad()
+        (-reached).backward()  # type: ignore[no-untyped-call]
+        if any(x.grad is not None and not x.grad.isfinite().all() for x in leaves):
+            return
+        adam.step()
+    names = [*start.inputs]
+    moved = Point(
+        {name: x.detach().numpy() for name, x in zip(names, inputs, strict=True)},
+        {path: x.detach().numpy() for path, x in weights.items()},
+    )
+    with torch.no_grad():
+        _look(program, claims, moved)
+
+
+def _certificates(case: Case) -> None:
+    """R of each head as the weights prove it (`Compiled.certify`), over inputs."""
+    program, rng = case.stage("attention"), case.random("certificates")
+    flat = program.flatten()
+    nodes = {node.name: node for node in flat.nodes if node.op == "attention"}
+    if not nodes:
+        return
+    point = draw(case, rng, rng.choice((wild, moderate)))
+    model = built(case.compiled.program, point.weights)
+    certified = case.compiled.certify(model)
+    for _ in range(STARTS):
+        given = Point(draw(case, rng, rng.choice((wild, moderate))).inputs, point.weights)
+        inputs, weights = given.tensors()
+        with torch.no_grad(), np.errstate(all="ignore"):
+            values = walk(program, flat, inputs, weights)
+            held = assertions_hold(program, values)
+            for each in certified:
+                node = nodes.get(each.full_path)
+                if node is None or (each.range.source == "asserted" and not held):
+                    continue
+                logits = far_logits(node, [values[name] for name in node.inputs]).abs()
+                largest = torch.where(logits.isfinite(), logits, 0.0).amax((-1, -2))
+                by_head = largest.reshape(-1, largest.shape[-1]).amax(0) if largest.dim() else largest[None]
+                for head, (limit, reached) in enumerate(zip(each.range.heads, by_head.tolist(), strict=False)):
+                    if reached > limit * (1.0 + 1e-6) + 1e-12:
+                        raise Finding("b", "certify", f"{each.path}: R of head {head} is {limit:.6g}, a logit {reached:.6g}")

@@ -1,0 +1,212 @@
+"""(d) Guards see every violation that docs/guards.md promises, report none that is not there, and act by their policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attack.cases import Case, Finding, Point, built, draw, moderate, run_module, wild, without_break_even
+from attack.logits import far_logits, served_pairs
+from fastgrad_compiler.graph import ON_VIOLATION, Graph, Node, Program
+from fastgrad_compiler.interpret import bind_dims
+from fastgrad_compiler.operations_torch import TORCH
+from fastgrad_compiler.passes.attention_table import attention_table, is_guarded
+from fastgrad_compiler.runtime.guard import BudgetViolation
+from fastgrad_compiler.torch_env import Env
+
+POINTS = 3
+MARGIN = 1e-9  # logits within this share of R are on neither side
+LONGEST = 8
+ALL = 16
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a guarded attention: |s| [.., H, n, m] of the pairs that it serves, and the norms of its rows."""
+
+    logits: Tensor
+    queries: Tensor
+    keys: Tensor
+
+
+def _among_longest(norms: Tensor) -> Tensor:
+    """True for the rows of the LONGEST largest norms of a sequence and head; not for those that tie with another."""
+    if norms.shape[-1] <= LONGEST:
+        return torch.ones_like(norms, dtype=torch.bool)
+    return norms > norms.topk(LONGEST + 1).values[..., -1:]
+
+
+PROMISES: dict[str, Callable[[Call], Tensor]] = {
+    "up to 16 tokens every pair": lambda call: torch.full_like(
+        call.logits, call.logits.shape[-2] <= ALL, dtype=torch.bool
+    ),
+    "a query among the 8 of largest norm": lambda call: _among_longest(call.queries)[..., :, None].expand_as(call.logits),
+    "a key among the 8 of largest norm": lambda call: _among_longest(call.keys)[..., None, :].expand_as(call.logits),
+}
+"""By what is promised: the pairs whose violation is always seen."""
+
+
+def check_guards(case: Case) -> None:
+    """Each policy on some points, where the program has a guarded attention."""
+    program = case.served
+    if not any(is_guarded(entry.node) for entry in attention_table(program)):
+        return
+    rng = case.random("guards")
+    policy = rng.choice(ON_VIOLATION)
+    for _ in range(POINTS):
+        point = draw(case, rng, rng.choice((moderate, wild)))
+        for each in dict.fromkeys(("warn", policy)):
+            guarded = without_break_even(case.compiled.program, each)
+            _Attack(guarded, guarded.flatten(), each).on(point)
+
+
+@dataclass
+class _Attack:
+    """The text's own run of a program under a policy, beside the module's."""
+
+    program: Program
+    flat: Graph
+    policy: str
+    calls: dict[str, tuple[Node, Call]] = field(default_factory=dict)
+    uncertain: bool = False  # whether what the guard does depends on a sample that nothing promises
+
+    def on(self, point: Point) -> None:
+        """Compare what the guards say and do with the logits."""
+        inputs, weights = point.tensors()
+        with torch.no_grad():
+            results = self._run(inputs, weights)
+            if not all(bool(call.logits.isfinite().all()) for _, call in self.calls.values()):
+                return
+            model = built(self.program, point.weights)
+            try:
+                found = run_module(model, inputs)
+            except BudgetViolation as error:
+                self._raised(str(error))
+                return
+        if self.policy == "raise" and any(_promised(node, call) for node, call in self.calls.values()):
+            raise Finding("d", "raise stays silent", self._words())
+        if self.policy != "raise":
+            self._status(model)
+            self._compare(found, results)
+
+    def _run(self, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
+        env = Env(bind_dims(self.program, self.program[self.program.main], inputs), torch.float64, torch.device("cpu"))
+        values = dict(zip((node.name for node in self.flat.inputs), inputs, strict=True))
+        for node in self.flat.nodes:
+            if node.op in ("weight", "buffer"):
+                values[node.name] = weights[str(node["label"])]
+            elif node.op != "input":
+                given = [values[name] for name in node.inputs]
+                values[node.name] = self._attention(node, given, env) if is_guarded(node) else _value(node, given, env)
+        return [values[name] for name in self.flat.outputs]
+
+    def _attention(self, node: Node, given: list[Tensor], env: Env) -> Tensor:
+        """What docs/guards.md says of a guarded attention under the policy."""
+        call = _call(node, given)
+        self.calls[node.name] = (node, call)
+        if not _beyond(node, call):
+            return _value(node, given, env)
+        if self.policy == "clamp":
+            return _value(node, [_clamped(node, given), *given[1:]], env)
+        if self.policy == "exact":
+            self.uncertain |= not _promised(node, call)
+            attributes: dict[str, Any] = {"window": None, "alibi": False, "decision": "exact"}
+            return _value(node.with_attributes(**attributes), given, env, op="attention")
+        return _value(node, given, env)
+
+    # ------------------------------------------------------------ what the guards say
+
+    def _raised(self, message: str) -> None:
+        if self.policy != "raise":
+            raise Finding("d", f"{self.policy} raises", message)
+        if not any(_beyond(node, call, -MARGIN) for node, call in self.calls.values()):
+            raise Finding("d", "raise without a violation", f"{message}; {self._words()}")
+
+    def _status(self, model: nn.Module) -> None:
+        """Counts of one call each, by path."""
+        status: list[dict[str, Any]] = model.budget_status()  # type: ignore[operator]
+        entries = [entry for entry in attention_table(self.program) if is_guarded(entry.node)]
+        by_path = {each["path"]: each for each in status}
+        for entry in entries:
+            if entry.full_path not in self.calls or self.uncertain:
+                continue
+            node, call = self.calls[entry.full_path]
+            if entry.path not in by_path:
+                raise Finding("d", "a guard is missing", f"{entry.path} is not among {sorted(by_path)}")
+            said = by_path[entry.path]
+            if said["calls"] == 0:
+                continue  # nothing reads the attention, or it has no pairs
+            if said["violations"] == 0 and (names := _promised(node, call)):
+                raise Finding("d", f"missed: {names[0]}", f"{entry.path}: {self._words()}; {said}")
+            if said["violations"] and not _beyond(node, call, -MARGIN):
+                raise Finding("d", "a violation that is none", f"{entry.path}: {self._words()}; {said}")
+            largest = float(call.logits.max()) if call.logits.numel() else 0.0
+            if call.logits.shape[-2] <= ALL and said["largest"] < largest * (1.0 - MARGIN):
+                raise Finding("d", "largest is too small", f"{entry.path}: {said['largest']:.6g} of {largest:.6g}")
+
+    def _compare(self, found: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """What the module gives is what the policy says; where that does not hang on a sample."""
+        close = [abs(float(call.logits.max()) / _limit(node) - 1.0) < MARGIN for node, call in self.calls.values()
+                 if call.logits.numel()]  # fmt: skip
+        if self.uncertain or any(close) or len(self.calls) != 1 or self.policy not in ("exact", "clamp"):
+            return
+        for one, other in zip(found, results, strict=True):
+            size = float(other.double().abs().max()) if other.numel() else 0.0
+            if not bool(other.double().isfinite().all()) or size > 1e6:
+                return
+            off = float((one.double() - other.double()).abs().max()) if other.numel() else 0.0
+            if not off <= 1e-6 * (1.0 + size):
+                raise Finding("d", f"what {self.policy} computes", f"off by {off:.3g}, of {size:.3g}; {self._words()}")
+
+    def _words(self) -> str:
+        return ", ".join(
+            f"{name}: |s| up to {float(call.logits.max()) if call.logits.numel() else 0.0:.4g}, R = {_limit(node):.4g}"
+            for name, (node, call) in self.calls.items()
+        )
+
+
+def _value(node: Node, given: list[Tensor], env: Env, op: str = "") -> Tensor:
+    found = TORCH[op or node.op](node, given, env)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _call(node: Node, given: list[Tensor]) -> Call:
+    q, k = given[:2]
+    logits = far_logits(node, given).abs()
+    k_norms = k.norm(dim=-1)
+    roles = node["roles"]
+    if isinstance(roles, tuple) and "padding" in roles:
+        mask = given[3 + roles.index("padding")]
+        k_norms = torch.where(mask[:, None], k_norms, 0.0)
+    groups = q.shape[-3] // k.shape[-3]
+    return Call(logits, q.norm(dim=-1), k_norms.repeat_interleave(groups, -2))
+
+
+def _limit(node: Node) -> float:
+    return float(str(node["bound"]))
+
+
+def _beyond(node: Node, call: Call, margin: float = MARGIN) -> bool:
+    return bool((call.logits > _limit(node) * (1.0 + margin)).any())
+
+
+def _promised(node: Node, call: Call) -> list[str]:
+    """The promises by which a violation of this call is always seen."""
+    beyond = call.logits > _limit(node) * (1.0 + MARGIN)
+    return [name for name, seen in PROMISES.items() if bool((beyond & seen(call)).any())]
+
+
+def _clamped(node: Node, given: list[Tensor]) -> Tensor:
+    """Queries times min(1, R / (|scale| K ||q||)), K the largest norm of a key that a query may see."""
+    q, k = given[:2]
+    call = _call(node, given)
+    shown = served_pairs(node.with_attributes(near=None), given, call.logits).expand_as(call.logits)
+    largest = torch.where(shown, call.keys[..., None, :], 0.0).amax(-1)
+    reach = abs(float(str(node["scale"]))) * largest * call.queries
+    factor = torch.where(reach > _limit(node), _limit(node) / reach, 1.0)
+    return q * factor[..., None]

@@ -1,0 +1,121 @@
+"""(e) plan.json, report.json, the tables on a terminal and the module itself say the same of each attention."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from typing import Any
+
+from attack.cases import Case, Finding
+from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.passes.attention_table import OWN, AttentionEntry, attention_table, range_source
+from fastgrad_compiler.text import print_program
+from fastgrad_compiler.text_parser import parse_program
+from fastgrad_dsl.report.words import folded, number
+from fastgrad_dsl.terminal import print_plan, print_report
+from fastgrad_grammar.format import format_source
+from fastgrad_grammar.source import Source
+
+Entry = Mapping[str, Any]
+SHARED = ("path", "decision", "family", "degree", "coefficients", "bound", "range_source", "asserted", "eps", "eps_prime",
+          "why", "rank", "near", "break_even", "guarded", "certificate", "proof")  # fmt: skip
+_DECISION = re.compile(r"^  (.+?)  (exact|(\w+|own polynomial) degree (\d+))(?:, .*)?  \(.*\)$")
+
+
+def check_texts(case: Case) -> None:
+    """Files against each other and against the program; text forms against what they are read back as."""
+    compiled = case.compiled
+    plan = json.loads(compiled.files["plan.json"])
+    report = json.loads(compiled.files["report.json"])
+    _same_entries(plan["attentions"], report["attentions"])
+    _same_as_program(plan["attentions"], compiled.plan)
+    _check_text(case, plan["attentions"])
+    _report_text(report)
+    _read_back(case)
+
+
+def _same_entries(plan: list[Entry], report: list[Entry]) -> None:
+    if [entry["path"] for entry in plan] != [entry["path"] for entry in report]:
+        raise Finding("e", "paths", f"plan.json has {[e['path'] for e in plan]}, report.json {[e['path'] for e in report]}")
+    for one, other in zip(plan, report, strict=True):
+        for key in SHARED:
+            if one[key] != other[key]:
+                raise Finding("e", f"{key} of report", f"{one['path']}: {one[key]} in plan.json, {other[key]} in report.json")
+
+
+def _same_as_program(plan: list[Entry], table: tuple[AttentionEntry, ...]) -> None:
+    for said, entry in zip(plan, table, strict=True):
+        node = entry.node
+        polynomial = node.op == "poly_attention"
+        runs = {
+            "path": entry.path,
+            "decision": "polynomial" if polynomial else "exact",
+            "degree": node.get("degree") if polynomial else None,
+            "bound": node["bound"],
+            "range_source": range_source(node),
+            "eps": node.get("eps") if polynomial else None,
+        }
+        for key, value in runs.items():
+            if said[key] != value:
+                raise Finding("e", f"{key} of plan", f"{entry.path}: {said[key]} in plan.json, {value} in what runs")
+
+
+def _printed(show: Callable[[], None]) -> list[str]:
+    out = io.StringIO()
+    with redirect_stdout(out):
+        show()
+    return out.getvalue().splitlines()
+
+
+def _check_text(case: Case, plan: list[Entry]) -> None:
+    """What `fastgrad check` prints: one line for each group of equal attentions."""
+    planned = case.stage("plan")
+    lines = _printed(lambda: print_plan(planned, "attack.tfg"))
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for entry, row in zip(plan, attention_table(planned), strict=True):
+        family = "own polynomial" if entry["family"] == OWN else entry["family"]
+        decision = f"{family} degree {entry['degree']}" if entry["decision"] == "polynomial" else "exact"
+        near = f", in blocks of {entry['near']}" if entry["near"] is not None and decision != "exact" else ""
+        place = row.span.short_place if row.span else ""
+        groups.setdefault((place, decision + near, str(entry["why"])), []).append(entry["path"])
+    wanted = [(folded(paths), decision.split(",")[0], why) for (_, decision, why), paths in groups.items()]
+    found = []
+    for line, why in zip(lines[1::2], lines[2::2], strict=False):
+        match = _DECISION.match(line)
+        if match is None:
+            raise Finding("e", "a line of check", f"{line!r} is not of the form that is documented")
+        found.append((match[1], match[2], why.strip()))
+    if found != [(path, decision, why.strip()) for path, decision, why in wanted]:
+        raise Finding("e", "text of check", f"{found} is printed, {wanted} is planned")
+
+
+def _report_text(report: Mapping[str, Any]) -> None:
+    """The table of `fastgrad report`: decision, rank, R and eps of each attention."""
+    lines = _printed(lambda: print_report(report))
+    for entry in report["attentions"]:
+        line = next((line for line in lines if re.match(rf"{re.escape(entry['path'])}\s", line)), None)
+        if line is None:
+            raise Finding("e", "a row of report", f"{entry['path']} is not in the table")
+        family = "own polynomial" if entry["family"] == OWN else entry["family"]
+        decision = f"{family} {entry['degree']}" if entry["decision"] == "polynomial" else "exact"
+        cells = [decision, number(entry["rank"]), number(entry["bound"]), number(entry["eps"])]
+        if not re.match(r"\s*".join(map(re.escape, [entry["path"], *cells])) + r"\s", line):
+            raise Finding("e", "a row of report", f"{line!r} does not say {cells}")
+
+
+def _read_back(case: Case) -> None:
+    """A program's text form is read back as the program, and a formatted text means the same."""
+    for stage in case.compiled.stages:
+        text = print_program(stage.program)
+        if print_program(parse_program(text)) != text:
+            raise Finding("e", "text form", f"the stage {stage.name} is not what its text is read back as")
+    source = Source("<attack>", case.text)
+    formatted = format_source(source)
+    again = elaborate(Source("<attack>", formatted))
+    if again != elaborate(source):
+        raise Finding("e", "format", "the formatted text is another program")
+    if format_source(Source("<attack>", formatted)) != formatted:
+        raise Finding("e", "format", "formatting twice is not formatting once")

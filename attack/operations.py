@@ -1,0 +1,432 @@
+"""How each operation of the language is written: one rule an operation, from the values that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attack.grower import Grower, Typed, Unfit, constant_shape, tuple_of
+
+Rule = Callable[[Grower], str]  # an expression; raises Unfit where the pool has no operand
+IDS = 5  # ids of tokens are below it
+
+
+def ranked(g: Grower, least: int, dtype: str = "float") -> Typed:
+    """A value of at least so many dims."""
+    return g.pick(dtype, lambda each: each.rank >= least)
+
+
+def numeric(g: Grower) -> Typed:
+    """A float or int value."""
+    return g.pick(g.rng.choices(("float", "int"), (3, 1))[0])
+
+
+def ids(g: Grower) -> str:
+    """Ids below IDS, of any shape."""
+    tokens = g.pick("int")
+    safe = tokens.text in ("tokens", "ids")
+    return tokens.text if safe and g.rng.random() < 0.6 else f"clamp({tokens.text}; low = 0, high = {IDS - 1})"
+
+
+def keyword(g: Grower, text: str, share: float = 0.6) -> str:
+    """An argument that may be left out."""
+    return text if g.rng.random() < share else ""
+
+
+# ---------------------------------------------------------------- shape
+
+
+def _reshape(g: Grower) -> str:
+    x = ranked(g, 1)
+    dims = list(x.shape)
+    choice, last = g.rng.randrange(5), x.size(-1)
+    if choice == 0 and x.rank >= 2:
+        dims[-2:] = [dims[-2] * dims[-1]]
+    elif choice == 1:
+        dims.insert(g.rng.randint(0, x.rank), type(dims[0]).of(1))
+    elif choice == 2 and last is not None and last % 2 == 0:
+        dims[-1:] = [type(dims[0]).of(2), type(dims[0]).of(last // 2)]
+    elif choice == 3 and x.rank >= 2:
+        return f"reshape({x.text}, {', '.join(map(str, dims[:-2]))}{', ' if dims[:-2] else ''}-1)"
+    elif x.rank >= 3:
+        dims[:2] = [dims[0] * dims[1]]
+    return f"reshape({x.text}, {tuple_of(dims)})"
+
+
+def _permute(g: Grower) -> str:
+    x = ranked(g, 2)
+    axes = g.rng.sample(range(x.rank), x.rank)
+    if g.rng.random() < 0.3:
+        axes = [axis - x.rank for axis in axes]
+    return f"permute({x.text}, {tuple_of(axes)})"
+
+
+def _transpose(g: Grower) -> str:
+    x = ranked(g, 2)
+    axes = keyword(g, f"; first = {g.axis(x)}, second = {g.axis(x)}")
+    return f"transpose({x.text}{axes})"
+
+
+def _unsqueeze(g: Grower) -> str:
+    x = g.pick(where=lambda each: each.rank < 4)
+    return f"unsqueeze({x.text}; axis = {g.rng.randint(-x.rank - 1, x.rank)})"
+
+
+def _squeeze(g: Grower) -> str:
+    x = g.pick(where=lambda each: any(dim.constant == 1 for dim in each.shape))
+    axes = [axis for axis in range(x.rank) if x.size(axis) == 1]
+    return f"squeeze({x.text}; axis = {g.rng.choice(axes)})"
+
+
+def _broadcast_to(g: Grower) -> str:
+    x = g.pick(where=lambda each: each.rank < 4)
+    dims = [g.rng.choice((2, 3)) if dim.constant == 1 else dim for dim in x.shape]
+    return f"broadcast_to({x.text}, {tuple_of([*g.rng.sample([1, 2, 3], g.rng.randint(0, 1)), *dims] or [2])})"
+
+
+def _pad(g: Grower) -> str:
+    x = ranked(g, 1)
+    return f"pad({x.text}; axis = {g.axis(x)}, before = {g.rng.randint(0, 2)}, after = {g.rng.randint(0, 2)})"
+
+
+def _split_heads(g: Grower) -> str:
+    x = g.pick(where=lambda each: 2 <= each.rank <= 3 and (each.size(-1) or 0) > 0)
+    divisors = [h for h in range(1, 7) if (x.size(-1) or 1) % h == 0]
+    return f"split_heads({x.text}; heads = {g.rng.choice(divisors)})"
+
+
+def _repeat_heads(g: Grower) -> str:
+    return f"repeat_heads({ranked(g, 3).text}; times = {g.rng.randint(1, 3)})"
+
+
+def _patches(g: Grower) -> str:
+    x = g.pick(where=lambda each: each.rank == 4 and constant_shape(each.shape[2:]))
+    sizes = [size for size in (1, 2, 4) if not any((x.size(axis) or 1) % size for axis in (2, 3))]
+    return f"patches({x.text}; size = {g.rng.choice(sizes)})"
+
+
+def _concat(g: Grower) -> str:
+    x = ranked(g, 1)
+    axis = g.axis(x) % x.rank
+    rest = [place for place in range(x.rank) if place != axis]
+    others = [
+        each
+        for each in g.pool
+        if each.dtype == "float"
+        and each.rank == x.rank
+        and all(each.shape[place] == x.shape[place] for place in rest)
+    ]
+    chosen = [x, *(g.rng.choice(others) for _ in range(g.rng.randint(0, 2)))]
+    return f"concat({', '.join(each.text for each in chosen)}; axis = {g.rng.choice((axis, axis - x.rank))})"
+
+
+def _stack(g: Grower) -> str:
+    x = g.pick(where=lambda each: each.rank < 4)
+    others = [each for each in g.pool if each.dtype == "float" and each.shape == x.shape]
+    chosen = [x, *(g.rng.choice(others) for _ in range(g.rng.randint(0, 2)))]
+    return f"stack({', '.join(each.text for each in chosen)}; axis = {g.rng.randint(-x.rank - 1, x.rank)})"
+
+
+def _filled(name: str) -> Rule:
+    def rule(g: Grower) -> str:
+        shape = g.pick(where=lambda each: each.rank > 0).shape
+        dims = g.rng.choice([shape, shape[-1:], (2, shape[-1])])
+        return f"{name}({tuple_of(dims)}{f'; value = {g.number(0.5, -2.0)}' if name == 'full' else ''})"
+
+    return rule
+
+
+def _index(g: Grower) -> str:
+    x = g.pick(g.rng.choice(("float", "float", "float", "int", "bool")), lambda each: each.rank >= 1)
+    return f"{x.text}[{g.rng.choice(_INDICES)(g, x)}]"
+
+
+_INDICES: tuple[Callable[[Grower, Typed], str], ...] = (
+    lambda g, x: "..," + f" {g.rng.choice((0, -1))}",
+    lambda g, x: ", ".join([":"] * g.rng.randrange(x.rank)) or "0",
+    lambda g, x: ".., 0:1",
+    lambda g, x: f".., {g.rng.randint(0, 1)}:{g.rng.randint(1, 2)}",
+    lambda g, x: ", ".join([":"] * g.rng.randrange(x.rank) + ["0"]),
+    lambda g, x: ", ".join([":"] * g.rng.randrange(x.rank) + ["-1:"]),
+    lambda g, x: ", ".join(["0"] * g.rng.randint(1, x.rank)),
+    lambda g, x: f"..{', :' if x.rank > 1 else ''}",
+    lambda g, x: ".., -1:" if g.rng.random() < 0.5 else ".., :1",
+)
+
+# ---------------------------------------------------------------- lookup and positions
+
+
+def _embedding(g: Grower) -> str:
+    table = g.declare("weight", (g.rng.choice((IDS, 7)), g.rng.choice((1, 3, 4, 6))), "normal(std = 1.0)")
+    return f"embedding({table.text}, {ids(g)})"
+
+
+def _positions(name: str) -> Rule:
+    def rule(g: Grower) -> str:
+        dim = g.rng.choice([dim for each in g.pool for dim in each.shape] or [2])
+        return f"{name}({dim})"
+
+    return rule
+
+
+def _sinusoid(g: Grower) -> str:
+    x = ranked(g, 2)
+    return f"sinusoid({x.shape[-2]}, {x.size(-1) or 4})"
+
+
+def _rotary(g: Grower) -> str:
+    x = g.pick(where=lambda each: each.rank >= 2 and (each.size(-1) or 1) % 2 == 0)
+    return f"rotary({x.text}{keyword(g, f'; base = {g.rng.choice((10.0, 1000.0, 10000.0))}')})"
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def _unary(name: str) -> Rule:
+    return lambda g: f"{name}({g.pick().text})"
+
+
+def _guarded(name: str, guard: str) -> Rule:
+    """A function with a small domain, half of the time inside it for certain."""
+    return lambda g: f"{name}({guard.format(g.pick().text) if g.rng.random() < 0.7 else g.pick().text})"
+
+
+def _binary(operator: str) -> Rule:
+    def rule(g: Grower) -> str:
+        x = numeric(g)
+        if g.rng.random() < 0.3:
+            number = g.number(0.5, 1.0, -1.0, 2.0, 0.0)
+            pair = (x.text, number) if g.rng.random() < 0.6 else (number, x.text)
+        else:
+            other = g.partner(x, g.rng.choice(("float", "float", x.dtype)))
+            pair = (x.text, other.text)
+        return f"{pair[0]} {operator} {pair[1]}"
+
+    return rule
+
+
+def _division(g: Grower) -> str:
+    x = numeric(g)
+    other = g.partner(x, g.rng.choice(("float", "int")))
+    below = f"(abs({other.text}) + {g.positive()})" if g.rng.random() < 0.8 else other.text
+    return f"{x.text} / {g.rng.choice((below, g.positive()))}"
+
+
+def _matmul(g: Grower) -> str:
+    x = ranked(g, 2)
+    if g.rng.random() < 0.5 and x.size(-1) is not None:
+        other = g.declare("weight", (x.shape[-1], g.rng.choice((1, 2, 4, 6))), "normal(std = 0.7)").text
+        return f"{x.text} @ {other}"
+    other = g.pick(where=lambda each: each.rank >= 2 and x.shape[-1] in each.shape[-2:]).text
+    return f"{x.text} @ {g.rng.choice((other, f'{other}.T'))}"
+
+
+def _compared(operator: str) -> Rule:
+    def rule(g: Grower) -> str:
+        x = numeric(g)
+        right = g.number(0.0, 0.5) if g.rng.random() < 0.5 else g.partner(x).text
+        return f"{x.text} {operator} {right}"
+
+    return rule
+
+
+def _equal(operator: str) -> Rule:
+    """Of ints and bools, and of floats where both are the same or rounded: others are never equal."""
+
+    def rule(g: Grower) -> str:
+        x = g.pick(g.rng.choice(("int", "int", "bool")))
+        right = str(g.rng.randint(0, 3)) if x.dtype == "int" and g.rng.random() < 0.5 else ""
+        return f"{x.text} {operator} {right or g.partner(x, x.dtype).text}"
+
+    return rule
+
+
+def _clamp(g: Grower) -> str:
+    x = numeric(g)
+    low = g.rng.choice((-3.0, -2.0, -1.0, -0.5, 0.0, 0.5))
+    if x.dtype == "int" and g.rng.random() < 0.7:
+        return f"clamp({x.text}; low = {int(low)}, high = {int(low) + g.rng.randint(0, 4)})"
+    return f"clamp({x.text}; low = {low}, high = {low + g.rng.choice((0.0, 0.5, 1.5, 4.0))})"
+
+
+def _extreme(name: str) -> Rule:
+    def rule(g: Grower) -> str:
+        if g.rng.random() < 0.5:
+            return _reduction(name)(g)
+        x = numeric(g)
+        other = g.number(0.0, 1.0) if g.rng.random() < 0.4 else g.partner(x).text
+        return f"{name}({x.text}, {other})"
+
+    return rule
+
+
+def _where(g: Grower) -> str:
+    condition = g.pick("bool")
+    if g.rng.random() < 0.4:
+        x = g.pick()
+        return f"where({x.text} > {g.number(0.0)}, {x.text}, {g.partner(x).text})"
+    x = g.partner(condition, g.rng.choice(("float", "float", "float", "int", "bool")))
+    if x.dtype == "bool":
+        other = g.partner(x, "bool").text
+    else:
+        other = g.number(0.0, 1.0) if g.rng.random() < 0.4 else g.partner(x).text
+    return f"where({condition.text}, {x.text}, {other})"
+
+
+def _cast(dtype: str) -> Rule:
+    def rule(g: Grower) -> str:
+        x = g.pick(g.rng.choice(("bool", "int" if dtype == "float" else "float", "float")))
+        if dtype == "int" and x.dtype == "float":
+            return f"int({g.positive()} * {x.text})" if g.rng.random() < 0.6 else f"int({x.text})"
+        return f"{dtype}({x.text})"
+
+    return rule
+
+
+# ---------------------------------------------------------------- reductions and norms
+
+
+def _reduction(name: str) -> Rule:
+    def rule(g: Grower) -> str:
+        dtype = "float" if name == "mean" else g.rng.choice(("float", "float", "int"))
+        x = g.pick(dtype, lambda each: each.rank > 0)
+        axes = g.rng.sample(range(x.rank), g.rng.randint(1, x.rank))
+        axis = g.rng.choice((f"axis = {axes[0]}", f"axis = {axes[0] - x.rank}", f"axis = {tuple_of(axes)}", ""))
+        keep = keyword(g, f"keepdim = {g.rng.choice(('true', 'false'))}")
+        given = ", ".join(part for part in (axis, keep) if part)
+        return f"{name}({x.text}{f'; {given}' if given else ''})"
+
+    return rule
+
+
+def _softmax(g: Grower) -> str:
+    x = ranked(g, 1)
+    return f"softmax({x.text}{keyword(g, f'; axis = {g.axis(x)}')})"
+
+
+def _norm(name: str, count: int) -> Rule:
+    def rule(g: Grower) -> str:
+        x = g.pick(where=lambda each: each.rank >= 1 and each.size(-1) is not None)
+        weights = [g.declare("weight", x.shape[-1:], g.rng.choice(("ones()", "normal(std = 0.5)"))).text
+                   for _ in range(count)]  # fmt: skip
+        eps = keyword(g, f"; eps = {g.rng.choice(('1e-6', '1e-3', '0.5'))}")
+        return f"{name}({', '.join([x.text, *weights])}{eps})"
+
+    return rule
+
+
+# ---------------------------------------------------------------- masks, weights, losses
+
+
+def _masked(name: str, mask: str = "") -> Rule:
+    """Scores with hidden pairs; what reads them is a softmax, since -inf stays in no sum."""
+
+    def rule(g: Grower) -> str:
+        if mask:
+            which = g.pick("bool" if name == "padding" else "int", lambda each: each.rank == 2)
+            x = g.pick(where=lambda e: e.rank >= 3 and (e.shape[0], e.shape[-1]) == which.shape
+                       and (name == "padding" or e.shape[-2] == e.shape[-1]))  # fmt: skip
+            return f"softmax({name}({x.text}, {which.text}))"
+        x = g.pick(where=lambda e: e.rank >= 2 and (name == "window" or e.shape[-2] == e.shape[-1]))
+        width = f"; width = {g.rng.randint(1, 4)}" if name == "window" else ""
+        return f"softmax({name}({x.text}{width}))"
+
+    return rule
+
+
+def _alibi(g: Grower) -> str:
+    x = g.pick(where=lambda each: each.rank >= 3 and each.size(-3) is not None)
+    return f"alibi({x.text}{keyword(g, f'; heads = {x.size(-3)}')})"
+
+
+def _near_far(g: Grower) -> str:
+    x = ranked(g, 2)
+    other = g.pick(where=lambda each: each.shape == x.shape)
+    return f"near_far({x.text}, {other.text}; block = {g.rng.randint(1, 4)})"
+
+
+COEFFICIENTS = ("(1.0, 1.0, 0.5)", "(0.0, 0.0, 1.0)", "(1.0, 0.0, 0.5)", "(2.0, -1.0, 1.0)",
+                "(1.0, 0.5, 0.5, 0.1, 0.05)")  # fmt: skip
+
+
+def _normalize_rows(g: Grower) -> str:
+    x = ranked(g, 1).text
+    return f"normalize_rows({g.rng.choice((x, f'exp({x})', f'abs({x})', f'sigmoid({x})'))})"
+
+
+def _cross_entropy(g: Grower) -> str:
+    x = g.pick(where=lambda each: each.rank >= 1 and (each.size(-1) or 0) >= IDS)
+    targets = g.pick("int", lambda each: each.shape == x.shape[:-1])
+    return f"cross_entropy({x.text}, clamp({targets.text}; low = 0, high = {IDS - 1}))"
+
+
+def _mse(g: Grower) -> str:
+    x = g.pick()
+    return f"mse({x.text}, {g.pick(where=lambda each: each.shape == x.shape).text})"
+
+
+RULES: dict[str, Rule] = {
+    "reshape": _reshape,
+    "permute": _permute,
+    "transpose": _transpose,
+    "unsqueeze": _unsqueeze,
+    "squeeze": _squeeze,
+    "broadcast_to": _broadcast_to,
+    "pad": _pad,
+    "split_heads": _split_heads,
+    "merge_heads": lambda g: f"merge_heads({ranked(g, 3).text})",
+    "repeat_heads": _repeat_heads,
+    "patches": _patches,
+    "concat": _concat,
+    "stack": _stack,
+    **{name: _filled(name) for name in ("zeros", "ones", "full")},
+    "embedding": _embedding,
+    "one_hot": lambda g: f"one_hot({ids(g)}; classes = {g.rng.choice((IDS, 6))})",
+    **{name: _positions(name) for name in ("positions", "arange")},
+    **{name: _cast(name) for name in ("float", "int")},
+    **{name: _unary(name) for name in ("tanh", "sigmoid", "relu", "gelu", "silu", "softplus", "erf")},
+    "abs": lambda g: f"abs({numeric(g).text})",
+    "exp": _guarded("exp", "tanh({})"),
+    **{name: _guarded(name, "abs({}) + 0.1") for name in ("log", "sqrt", "rsqrt")},
+    **{name: _extreme(name) for name in ("min", "max")},
+    "clamp": _clamp,
+    "where": _where,
+    **{name: _reduction(name) for name in ("sum", "mean")},
+    "softmax": _softmax,
+    "layer_norm": _norm("layer_norm", 2),
+    "rms_norm": _norm("rms_norm", 1),
+    "unit": lambda g: f"unit({ranked(g, 1).text})",
+    "causal": _masked("causal"),
+    "window": _masked("window"),
+    "padding": _masked("padding", "mask"),
+    "documents": _masked("documents", "ids"),
+    "assume_bound": lambda g: f"assume_bound({g.pick().text}; bound = {g.positive()})",
+    "near_far": _near_far,
+    "polynomial": lambda g: f"polynomial({g.pick().text}; {g.rng.choice(COEFFICIENTS)})",
+    "normalize_rows": _normalize_rows,
+    "rotary": _rotary,
+    "sinusoid": _sinusoid,
+    "alibi": _alibi,
+    "dropout": lambda g: f"dropout({g.pick().text}; p = {g.rng.choice((0.0, 0.1, 0.5))})",
+    "cross_entropy": _cross_entropy,
+    "mse": _mse,
+    # what is written with signs
+    **{operator: _binary(operator) for operator in ("+", "-", "*")},
+    "/": _division,
+    "@": _matmul,
+    **{operator: _compared(operator) for operator in ("<", "<=", ">", ">=")},
+    **{operator: _equal(operator) for operator in ("==", "!=")},
+    "negation": lambda g: f"-{numeric(g).text}",
+    "not": lambda g: f"not {g.pick('bool').text}",
+    ".T": lambda g: f"{ranked(g, 2).text}.T",
+    "[..]": _index,
+    "if else": lambda g: f"{g.pick().text} if {g.rng.choice(('true', 'false'))} else {g.pick().text} * 2.0",
+}
+"""By the name of an operation, or the sign of one that is written with signs."""
+
+
+def statement(g: Grower, names: tuple[str, ...] = tuple(RULES)) -> Typed:
+    """One more value, by an operation that was used rarely. Raises Unfit where it did not come about."""
+    chosen = min(g.rng.sample(names, min(3, len(names))), key=lambda name: g.used[name])
+    found = g.say(RULES[chosen](g))
+    g.used[chosen] += 1
+    return found
