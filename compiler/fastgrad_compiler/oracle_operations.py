@@ -3,9 +3,12 @@
 softmax         exp(s) / sum exp(s); a row where every s is -inf gives zeros
 unit            x / max(||x||, 1e-6)
 polynomial      0 where the score is -inf, as exp
-normalize_rows  an entry of -inf, which a mask leaves, is 0; a row without any weight stays 0
-cast            from float to int towards 0; from bool 0 or 1; to bool whether it is not 0
+normalize_rows  an entry of -inf, which a mask leaves, is 0; a row whose sum is 0 is left as it is
+cast            from float to int towards 0, NaN to 0, and to the nearest where 64 bits do not hold it;
+                from bool 0 or 1; to bool whether it is not 0
 div             gives a float, of ints too
+clamp           gives ints of ints, those within the limits
+mean            of nothing is NaN, a sum 0
 rotary          turns pairs (i, i + d/2) by position * base^(-2 i / d)
 sinusoid        sin in even and cos in odd columns c, of position / 10000^((c - c % 2) / width)
 dropout         the identity: a run here evaluates, it does not train
