@@ -3,9 +3,12 @@
 softmax         exp(s) / sum exp(s); a row where every s is -inf gives zeros
 unit            x / max(||x||, 1e-6)
 polynomial      0 where the score is -inf, as exp
-normalize_rows  an entry of -inf, which a mask leaves, is 0; a row without any weight stays 0
-cast            from float to int towards 0; from bool 0 or 1; to bool whether it is not 0
+normalize_rows  an entry of -inf, which a mask leaves, is 0; a row whose sum is 0 is left as it is
+cast            from float to int towards 0, NaN to 0, and to the nearest where 64 bits do not hold it;
+                from bool 0 or 1; to bool whether it is not 0
 div             gives a float, of ints too
+clamp           gives ints of ints, those within the limits
+mean            of nothing is NaN, a sum 0
 rotary          turns pairs (i, i + d/2) by position * base^(-2 i / d)
 sinusoid        sin in even and cos in odd columns c, of position / 10000^((c - c % 2) / width)
 dropout         the identity: a run here evaluates, it does not train
@@ -214,7 +217,13 @@ def _sigmoid(x: Array) -> Array:
 
 
 def _cast(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
-    return inputs[0].astype(KINDS[str(node["dtype"])])
+    (x,) = inputs
+    if node["dtype"] != "int" or x.dtype != np.float64:
+        return x.astype(KINDS[str(node["dtype"])])
+    most = np.iinfo(np.int64)
+    inside = (x >= -(2.0**63)) & (x < 2.0**63)
+    beyond = np.where(np.isnan(x), 0, np.where(x > 0, most.max, most.min))
+    return np.where(inside, np.trunc(np.where(inside, x, 0.0)).astype(np.int64), beyond)
 
 
 def _clamp(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
@@ -245,17 +254,23 @@ def _over(function: Callable[..., Array]) -> Rule:
     return rule
 
 
+def _mean(x: Array, axis: tuple[int, ...] | None = None, keepdims: bool = False) -> Array:
+    """0 / 0 of nothing."""
+    total = np.asarray(x.sum(axis=axis, keepdims=keepdims))
+    return np.asarray(total / (x.size / total.size if total.size and x.size else 0.0))
+
+
 def _softmax(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     return pairs.softmax(inputs[0], integer(node["axis"]))
 
 
 def _over_root_mean_square(x: Array, eps: Attribute) -> Array:
-    return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + _number(eps)))
+    return np.asarray(x / np.sqrt(_mean(x * x, (-1,), True) + _number(eps)))
 
 
 def _layer_norm(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     x, w, b = inputs
-    return _over_root_mean_square(x - np.mean(x, axis=-1, keepdims=True), node["eps"]) * w + b
+    return _over_root_mean_square(x - _mean(x, (-1,), True), node["eps"]) * w + b
 
 
 def _rms_norm(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
@@ -269,7 +284,9 @@ def _unit(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
 
 
 def _normalize_rows(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
-    return pairs.over_sum(np.where(inputs[0] == -math.inf, 0.0, inputs[0]))
+    weights = np.where(inputs[0] == -math.inf, 0.0, inputs[0])
+    total = weights.sum(axis=-1, keepdims=True)
+    return np.asarray(weights / np.where(total == 0.0, 1.0, total))
 
 
 def _cross_entropy(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
@@ -277,11 +294,11 @@ def _cross_entropy(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     _known(targets, logits.shape[-1], "targets")
     top = logits.max(axis=-1, keepdims=True)
     total = np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]
-    return np.asarray(np.mean(total - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]))
+    return _mean(total - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0])
 
 
 def _mse(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
-    return np.asarray(np.mean((inputs[0] - inputs[1]) ** 2))
+    return _mean((inputs[0] - inputs[1]) ** 2)
 
 
 # ---------------------------------------------------------------- positions and masks
@@ -365,7 +382,7 @@ MEANING: dict[str, Rule] = {
     "where": _where,
     "matmul": _binary(np.matmul),
     "sum": _over(np.sum),
-    "mean": _over(np.mean),
+    "mean": _over(_mean),
     "amax": _over(np.max),
     "softmax": _softmax,
     "layer_norm": _layer_norm,

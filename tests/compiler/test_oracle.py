@@ -169,6 +169,26 @@ def test_softmax_and_rows_that_see_nothing() -> None:
 
 def test_a_cast_goes_towards_zero() -> None:
     assert apply("cast", np.array([-1.9, -0.5, 0.5, 1.9]), dtype="int").tolist() == [-1, 0, 0, 1]
+    beyond = apply("cast", np.array([math.nan, INF, -INF, 1e300, -(2.0**63)]), dtype="int")
+    assert beyond.tolist() == [0, 2**63 - 1, -(2**63), 2**63 - 1, -(2**63)]
+
+
+def test_reductions_of_nothing() -> None:
+    nothing = np.zeros((2, 0))
+    with np.errstate(all="ignore"):
+        assert apply("sum", nothing, axes=(-1,), keepdim=False).tolist() == [0, 0]
+        assert np.isnan(apply("mean", nothing, axes=(-1,), keepdim=False)).tolist() == [True, True]
+        assert np.isnan(apply("mse", nothing, nothing))
+        assert apply("matmul", nothing, nothing.T).tolist() == [[0, 0], [0, 0]]
+    with pytest.raises(ValueError, match="zero-size"):
+        apply("amax", nothing, axes=(-1,), keepdim=False)
+
+
+def test_a_row_whose_sum_is_zero_is_left_as_it_is() -> None:
+    assert apply("normalize_rows", np.array([[1.0, -1.0, -INF], [1.0, 3.0, 0.0]])).tolist() == [
+        [1, -1, 0],
+        [0.25, 0.75, 0],
+    ]
 
 
 def test_a_clamp_of_ints_gives_ints() -> None:

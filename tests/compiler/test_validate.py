@@ -100,6 +100,7 @@ FORMS = {
     "assertion": "softmax(causal(assume_bound(s; 1.0))) @ v",
     "wide band": "softmax(window(near_far(s, u; 1000); 3000)) @ v",
     "steep": "softmax(1000.0 * s) @ v",
+    "infinite values": "softmax(40.0 * s) @ log(abs(v))",
 }
 WIDTHS = {"grouped": 8}
 

@@ -17,6 +17,7 @@ LARGEST, LEAST = 1e150, 1e-250  # magnitudes whose squares and quotients float64
 _SELECTING = frozenset(  # operations whose results are no larger than their operands
     ("causal", "window", "padding", "documents", "near_far", "softmax", "permute", "reshape", "broadcast_to")
 )
+_POLES = ("div", "log", "rsqrt")
 
 
 def each(value: Values) -> tuple[Array, ...]:
@@ -79,21 +80,33 @@ def _allowed(wanted: Array) -> Array:
 
 
 def is_extreme(graph: Graph, values: Mapping[str, Values]) -> bool:
-    """Whether float64 ends near a value: then two programs that mean the same may differ."""
-    return any(
-        _is_extreme(tensor, graph[name].op == "exp")
-        for name, value in values.items()
-        if graph[name].op not in _SELECTING
-        for tensor in each(value)
-        if tensor.dtype == np.float64
-    )
+    """Whether float64 ends near a value: then two programs that mean the same may differ.
+
+    So do they where a pole of a function is met: 0 of an infinite value is NaN, and nearly 0 of it is infinite.
+    """
+    for name, value in values.items():
+        node = graph[name]
+        tensors = [tensor for tensor in each(value) if tensor.dtype == np.float64]
+        if node.op not in _SELECTING and any(map(_is_large, tensors)):
+            return True
+        if node.op == "exp" and any(map(_ends, tensors)):
+            return True
+        if node.op in _POLES and _any_infinite(tensors) and not _any_infinite(each(values[node.inputs[0]])):
+            return True
+    return False
 
 
-def _is_extreme(tensor: Array, is_exp: bool) -> bool:
+def _any_infinite(tensors: Iterable[Array]) -> bool:
+    return any(bool(np.isinf(tensor).any()) for tensor in tensors)
+
+
+def _is_large(tensor: Array) -> bool:
     sizes = np.abs(tensor)
-    if np.isfinite(sizes[sizes > LARGEST]).any():
-        return True
-    return is_exp and bool((sizes == inf).any() or ((sizes > 0) & (sizes < LEAST)).any())
+    return bool(np.isfinite(sizes[sizes > LARGEST]).any())
+
+
+def _ends(exponentials: Array) -> bool:
+    return bool(((exponentials == inf) | ((exponentials > 0) & (exponentials < LEAST))).any())
 
 
 def is_as_proved(graph: Graph, values: Mapping[str, Values]) -> bool:
