@@ -23,7 +23,7 @@ from fastgrad_compiler.verify import verify
 
 Array = NDArray[Any]
 
-B, H, N, D = 2, 3, 6, 6  # mostly as many queries as keys and columns: only the axis tells them apart
+B, H, N, D = 2, 2, 6, 6  # as many heads as sequences, and mostly as many queries as keys and columns
 M = 4  # keys of another sequence
 WIDTHS = (1, 2, 4)
 BLOCKS = (1, 2)
@@ -170,7 +170,8 @@ def gained(text: Text, s: str) -> str:
     elif text.chance(0.6):
         gain = text.op("tanh", gain, value=np.tanh(text.values[gain]))
         gain = text.binary("sub", gain, text.number(float(text.random.choice([-1.5, -1.5, -0.5, 1.5]))))
-    return text.binary(text.pick("mul", "div"), s, gain)
+    pair = (s, gain) if text.chance(0.8) else (gain, s)
+    return text.binary(text.pick("mul", "div"), *pair)
 
 
 def masked(text: Text, s: str) -> str:
@@ -219,6 +220,8 @@ def cast(text: Text, s: str) -> str:
 
 def clamped(text: Text, s: str) -> str:
     low, high = sorted(text.random.choice([-40.0, -1.0, 0.0, 1.0, 40.0], 2, replace=False).tolist())
+    if text.chance(0.4):
+        low, high = -1.0, 1.0  # of no effect on products of unit rows
     return text.op("clamp", s, value=np.clip(text.values[s], low, high), more=f", low = {low}, high = {high}")
 
 
@@ -243,6 +246,13 @@ def turned(text: Text, s: str) -> str:
     return text.swap(stepped(text, text.swap(s), 1))
 
 
+def exchanged(text: Text, s: str) -> str:
+    """Heads for sequences."""
+    if len(text.lead) < 2:
+        return s
+    return text.op("permute", s, value=text.values[s].swapaxes(0, 1), more=", axes = (1, 0, 2, 3)")
+
+
 def split(text: Text, s: str) -> str:
     """Near and far, each with steps of its own; the same scores, or others, nearby."""
     block = int(text.random.choice(BLOCKS))
@@ -258,7 +268,7 @@ def split(text: Text, s: str) -> str:
 Step = Callable[[Text, str], str]
 STEPS: dict[Step, float] = {
     scaled: 3, negated: 1, gained: 2, masked: 4, shifted: 4, cast: 1.5, clamped: 1.5, sloped: 1.5, assumed: 0.5,
-    undropped: 0.5, turned: 1.5, split: 2,
+    undropped: 0.5, turned: 1.5, exchanged: 0.4, split: 2,
 }  # fmt: skip
 
 
@@ -312,7 +322,7 @@ def attended(text: Text, s: str, v: str) -> str:
     else:
         local = stepped(text, s, 1) if text.chance(0.5) else product(text, N, text.keys)
         close, far = (
-            of_scores(text, local, "exp"),
+            of_scores(text, local, text.pick("exp", "exp", "exp", "polynomial")),
             of_scores(text, s, text.pick("polynomial", "polynomial", "exp")),
         )
         value = np.where(near(text.values[s], 2), text.values[close], text.values[far])
