@@ -8,13 +8,16 @@ from math import inf, sqrt
 import pytest
 import torch
 
+from fastgrad_compiler.elaborate import elaborate
 from fastgrad_compiler.graph import Bound, Program
 from fastgrad_compiler.interpret import run
 from fastgrad_compiler.ops import OPS
 from fastgrad_compiler.passes.bound_rules import BOUND, DECLINED
 from fastgrad_compiler.passes.bounds import prove_bounds
 from fastgrad_compiler.passes.shapes import infer_shapes
+from fastgrad_compiler.pipeline import run as pipeline
 from fastgrad_compiler.text import parse_program
+from fastgrad_grammar.source import Source
 
 INPUTS = """
 %x = input() : float[2, 4, 6, 8]  # a.tfg:1
@@ -220,6 +223,27 @@ TRUE_RANGES = {
 def test_a_range_holds_what_a_run_can_give(body: str, true: tuple[float, float]) -> None:
     found = program(body)["main"]["y"].bound
     assert found is None or (found.low <= true[0] and true[1] <= found.high)
+
+
+TRUNCATED = """dim b
+dim n
+model m(x: float[b, n, 4]) -> float[b, n, 4] {{
+    weight tau: float[1] = zeros()
+    q = unit(x) / (float({whole}) - 0.8)
+    return softmax(causal(q @ unit(x).T)) @ x
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("whole", "limit"),
+    [("int(sigmoid(tau) * 0.2 + 1.85)", None), ("clamp(int(sigmoid(tau) * 0.2 + 1.85); 1, 2)", 5.0)],
+)
+def test_logits_over_whole_numbers(whole: str, limit: float | None) -> None:
+    """The divisor is 0.2 or 1.2, so that logits reach 5; of an `int` that may come of NaN nothing above 0 is proved."""
+    stages = pipeline(elaborate(Source("m.tfg", TRUNCATED.format(whole=whole))), until="attention")
+    (found,) = (node for node in stages[-1].program["m"].nodes if node.op == "attention")
+    assert found["bound"] == (limit if limit is None else pytest.approx(limit, rel=1e-12))
 
 
 def test_proof_names_each_step_and_its_line_once() -> None:
