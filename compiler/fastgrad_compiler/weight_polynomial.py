@@ -68,9 +68,8 @@ def _not_positive(coefficients: Sequence[float]) -> Objection:
     with localcontext(arithmetic(DIGITS)):
         exact = list(map(Decimal, coefficients))
         slope = derivative(exact)
-        reach = 1 + max(
-            abs(each / slope[-1]) for each in slope
-        )  # beyond it the slope has no root, by Cauchy's bound
+        # Twice Cauchy's bound of the slope's roots: its sign at the ends is that of the last term.
+        reach = 2 + 2 * max(abs(each / slope[-1]) for each in slope)
         score = min(pieces(slope, -reach, reach).cuts[1:-1], key=lambda point: value(exact, point))
         least, place, furthest = (float(each) for each in (value(exact, score), score, reach))
     if not isfinite(least) or not isfinite(furthest):
