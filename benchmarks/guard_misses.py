@@ -1,6 +1,6 @@
 """How often a guard's sample misses a call that is beyond its range: the table of docs/guards.md.
 
-    python -m benchmarks.guard_misses [--trials 100]
+    python -m benchmarks.guard_misses [--trials 50]
 
 Each call has two heads of width 32 and is beyond R in one pair at least. That a miss is counted as `unsettled` is
 checked.
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--trials", type=int, default=100, help="calls of each kind")
+    parser.add_argument("--trials", type=int, default=50, help="calls of each kind")
     LOGGER.disabled = True
     for line in table(parser.parse_args().trials):
         print(line, flush=True)

@@ -370,7 +370,7 @@ def _waits(device: torch.device) -> bool:
 
 def _in_backward() -> bool:
     """Whether a backward pass runs, which runs forward passes again that were not kept."""
-    return bool(torch._C._current_graph_task_id() != -1)  # type: ignore[attr-defined]
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _capturing(device: torch.device) -> bool:
