@@ -51,8 +51,11 @@ def log_budget(model: nn.Module, every: int = 1) -> RemovableHandle:
 
 def _summary(found: list[dict[str, object]]) -> str:
     broken = [str(one["path"]) for one in found if one["violations"]]
-    state = f"beyond their range: {', '.join(broken)}" if broken else "all logits seen within their range"
-    return f"{len(found)} guarded attentions, {state}"
+    state = f"beyond their range: {', '.join(broken)}" if broken else "no logit seen beyond its range"
+    unsettled = sum(int(str(one["unsettled"])) for one in found)
+    return f"{len(found)} guarded attentions, {state}" + (
+        f", {unsettled} calls unsettled" if unsettled else ""
+    )
 
 
 class JsonLinesHandler(logging.FileHandler):

@@ -14,7 +14,7 @@ from torch import nn
 
 import fastgrad_dsl as fg
 from fastgrad_compiler.runtime.guard import Guard, budget_status, name_guards
-from fastgrad_compiler.runtime.logit_range import Pairs
+from fastgrad_compiler.runtime.logit_range import Pairs, rows_of
 
 PAIRS = Pairs(1.0, False, 0)
 LOGGER = logging.getLogger("fastgrad.budget")
@@ -31,10 +31,8 @@ class Model(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = x.expand(1, 2, 3, 4)
-        inputs = (q, q, q, None, None, None, None)
         for guard in (self.y_guard, *self.z_guard):
-            rows, limit = guard._look(inputs)
-            guard._count(rows, PAIRS, limit)
+            guard.allows(rows_of(q, q, None, None), PAIRS)
         return x
 
     def budget_status(self, reset: bool = False) -> list[dict[str, object]]:
@@ -60,7 +58,7 @@ def test_every_second_pass_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert [vars(record)["step"] for record in records] == [2, 4]
     assert [[one["calls"] for one in vars(record)["budget"]] for record in records] == [[2, 2], [4, 4]]
     assert [one["path"] for one in vars(records[0])["budget"]] == ["y", "z.0"]
-    assert records[0].getMessage() == "2 guarded attentions, all logits seen within their range"
+    assert records[0].getMessage() == "2 guarded attentions, no logit seen beyond its range"
     handle.remove()
     model(torch.zeros(4))
     model(torch.zeros(4))
@@ -116,3 +114,19 @@ def test_what_cannot_be_logged() -> None:
         fg.log_budget(Model(), every=0)
     with pytest.raises(TypeError, match="Linear has no budget_status"):
         fg.log_budget(nn.Linear(1, 1))
+
+
+def test_unsettled_calls_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Norms beyond R in a long call where no logit that was seen is: the record does not say that all is well."""
+    model = Model()
+    fg.log_budget(model)
+    guard = Guard("w", bound=3.0, source="data")
+    model.z_guard.append(guard)
+    q, k = (
+        torch.eye(40, dtype=torch.float64)[None, None].mul(2.0).expand(1, 2, 40, 40).split(20, 2)
+    )  # orthogonal, with norms of 2
+    guard.allows(rows_of(q, k, None, None), PAIRS)
+    model(torch.zeros(4))
+    assert guard.status()["violations"] == 0
+    assert guard.status()["unsettled"] == 1
+    assert caplog.records[-1].getMessage().endswith(", no logit seen beyond its range, 1 calls unsettled")

@@ -113,13 +113,13 @@ def test_headline_by_what_is_known() -> None:
     same = compiled.report(
         calibration={**calibration, "data": "given batches, one batch: the plan is verified on the same"}
     )
-    text = same["headline"]["verdict"]["text"]
-    assert "measured by the calibration, on 2 batches of 4,026 tokens in all that it planned on" in text
-    text = compiled.report(calibration=calibration)["headline"]["verdict"]["text"]
-    assert "measured by the calibration, on 2 batches of 4,026 tokens in all that it held out" in text
+    said = same["headline"]["verdict"]["text"]
+    assert "measured by the calibration, on 2 batches of 4,096 tokens in all that it planned on" in said
+    said = compiled.report(calibration=calibration)["headline"]["verdict"]["text"]
+    assert "measured by the calibration, on 2 batches of 4,096 tokens in all that it held out" in said
     old = {key: value for key, value in calibration["verification"].items() if key != "tokens"}
-    text = compiled.report(calibration={**calibration, "verification": old})["headline"]["verdict"]["text"]
-    assert "measured by the calibration, on 2 batches that it held out" in text
+    said = compiled.report(calibration={**calibration, "verification": old})["headline"]["verdict"]["text"]
+    assert "measured by the calibration, on 2 batches that it held out" in said
     missed = {**calibration, "verification": {**calibration["verification"], "gradient": 9.0}}
     report = compiled.report(calibration=missed)
     assert report["headline"]["verdict"]["state"] == "missed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import pickle
 from dataclasses import replace
 from itertools import product
@@ -150,6 +151,8 @@ def test_nan_is_beyond_every_range() -> None:
     guard = Guard(bound=9.0, source="data")
     guarded(BASE, inputs, guard)
     assert counts(guard) == (1, 0, 1, 1)
+    status = guard.status()
+    assert all(math.isnan(float(str(status[name]))) for name in ("largest", "at_most", "norms"))
 
 
 # ---------------------------------------------------------------- in range

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -202,8 +202,8 @@ class Guard:
         """The counts as `budget_status` gives them; waits for the device."""
         found = [counts.tolist() for counts in self._counts.values()]
         calls, proved, sampled, unsettled, violations = (int(sum(c[i] for c in found)) for i in range(NORMS))
-        norms, at_most = (max((c[i] for c in found), default=0.0) for i in (NORMS, AT_MOST))
-        heads = [max(values) for values in zip(*(c[LARGEST:] for c in found), strict=False)]
+        norms, at_most = (_largest(c[i] for c in found) for i in (NORMS, AT_MOST))
+        heads = [_largest(values) for values in zip(*(c[LARGEST:] for c in found), strict=False)]
         if reset:
             for counts in self._counts.values():
                 counts.zero_()
@@ -219,11 +219,16 @@ class Guard:
             "sampled": sampled,
             "unsettled": unsettled,
             "violations": violations,
-            "largest": max(heads, default=0.0),
+            "largest": _largest(heads),
             "heads": heads,
             "at_most": at_most,
             "norms": norms,
         }
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest, NaN where one is; 0 of none."""
+    return max(values, key=lambda value: (value != value, value), default=0.0)
 
 
 _CONSEQUENCES = {
@@ -370,7 +375,7 @@ def _waits(device: torch.device) -> bool:
 
 def _in_backward() -> bool:
     """Whether a backward pass runs, which runs forward passes again that were not kept."""
-    return bool(torch._C._current_graph_task_id() != -1)  # type: ignore[attr-defined]
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _capturing(device: torch.device) -> bool:
