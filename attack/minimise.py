@@ -83,7 +83,9 @@ def _pruned(text: str) -> str:
         ]
         if not unread:
             return text
-        text = _edited(text, [edit for edit in unread if not any(_inside(edit[0], other) for other, _ in unread)])
+        text = _edited(
+            text, [edit for edit in unread if not any(_inside(edit[0], other) for other, _ in unread)]
+        )
 
 
 def _inside(one: Span, other: Span) -> bool:
@@ -159,7 +161,9 @@ def _well_typed(text: str) -> str | None:
             if found is None or "value" in found[2]:
                 return None
             name, actual = found[1], found[2]
-            text = re.sub(rf"((?:block|model) {name}\([^{{]*\) -> )[^{{]*( \{{)", rf"\g<1>{actual}\g<2>", text)
+            text = re.sub(
+                rf"((?:block|model) {name}\([^{{]*\) -> )[^{{]*( \{{)", rf"\g<1>{actual}\g<2>", text
+            )
         except Exception:  # a crash of the compiler may be what is looked for
             return text
     return None

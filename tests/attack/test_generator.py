@@ -22,7 +22,24 @@ from fastgrad_compiler.elaborate.operations import NAMES, NEEDED, OPERATIONS, OV
 from fastgrad_compiler.ops import OPS
 from fastgrad_grammar.source import Source
 
-SIGNS = {"+", "-", "*", "/", "@", "<", "<=", ">", ">=", "==", "!=", "negation", "not", ".T", "[..]", "if else"}
+SIGNS = {
+    "+",
+    "-",
+    "*",
+    "/",
+    "@",
+    "<",
+    "<=",
+    ">",
+    ">=",
+    "==",
+    "!=",
+    "negation",
+    "not",
+    ".T",
+    "[..]",
+    "if else",
+}
 TRIES = 40
 NOT_WRITTEN = {
     **dict.fromkeys(("sum_to", "embedding_gradient", "repeat_backward", "weight_gradient", "poly_attention_backward"),
