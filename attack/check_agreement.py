@@ -90,9 +90,7 @@ def steady(
     if not all(np.isfinite(each).all() for each in results if each.dtype == np.float64):
         raise Undecided("a result is not finite")
     for _ in range(3):
-        nudged = function(
-            point.moved(lambda x: x * (1.0 + NUDGE * draws.uniform(-1, 1, x.shape)) + NUDGE * draws.uniform(-1, 1, x.shape))
-        )  # fmt: skip
+        nudged = function(point.moved(partial(_nudged, draws)))
         with np.errstate(invalid="ignore"):
             noise = [
                 np.maximum(n, np.abs(1.0 * a - 1.0 * b))
@@ -105,6 +103,10 @@ def steady(
         if not np.isfinite(level).all() or level.max(initial=0.0) > allowed:
             raise Undecided("a result jumps")
     return results, noise
+
+
+def _nudged(draws: np.random.Generator, x: Array) -> Array:
+    return x * (1.0 + NUDGE * draws.uniform(-1, 1, x.shape)) + NUDGE * draws.uniform(-1, 1, x.shape)
 
 
 def agree(what: str, got: Sequence[Array], want: Sequence[Array], noise: Sequence[Array]) -> None:
@@ -147,16 +149,14 @@ def _backward(case: Case, exact: Program, program: Program, point: Point) -> Non
         agree_gradients(f"the gradient of {what}", names, got, want, noise)
         if program.gradient is not None and text is program:
             graph = _of_graph(program, cotangents, point)
-            buffers = {
-                path for path, node in weights_of(program) if node.op == "buffer"
-            }  # nothing flows there
+            buffers = {path for path, node in weights_of(program) if node.op == "buffer"}  # no gradient there
             agree_gradients("the derived gradient graph", names, graph, want, noise, buffers)
         _central(what, text, cotangents, point, dict(zip(names, want, strict=True)), case)
 
 
 def _cotangents(case: Case, results: Sequence[Array]) -> list[Array]:
     draws = np.random.default_rng(case.seed + 1)
-    return [draws.standard_normal(each.shape) for each in results if each.dtype == np.float64]
+    return [np.asarray(draws.standard_normal(each.shape)) for each in results if each.dtype == np.float64]
 
 
 def _of_interpreter(program: Program, cotangents: Sequence[Array], point: Point) -> dict[str, Array]:
@@ -232,10 +232,10 @@ def _central(
     """Central differences of the text's meaning along random directions, where they settle."""
     draws = np.random.default_rng(case.seed + 2)
     for _ in range(2):
-        directions = {name: draws.standard_normal(each.shape) for name, each in gradient.items()}
+        directions = {name: np.asarray(draws.standard_normal(each.shape)) for name, each in gradient.items()}
         slopes = [_slope(program, cotangents, point, directions, h) for h in (STEP, STEP / 2, STEP / 4)]
-        wanted = float(sum((gradient[name] * directions[name]).sum() for name in gradient))
-        size = float(sum(np.abs(gradient[name] * directions[name]).sum() for name in gradient))
+        wanted = sum(float((gradient[name] * directions[name]).sum()) for name in gradient)
+        size = sum(float(np.abs(gradient[name] * directions[name]).sum()) for name in gradient)
         spread = max(slopes) - min(slopes)
         if not np.isfinite(slopes).all() or spread > 1e-4 * (size + abs(slopes[-1])):
             continue  # a kink or a jump within reach

@@ -43,10 +43,9 @@ def check_bounds(case: Case) -> None:
     """Bounds of the proof, then R of the attentions that run, then what the weights prove."""
     for stage, claims in (("bounds", _node_claims), ("served", _range_claims)):
         program = case.served if stage == "served" else case.stage(stage)
-        flat = program.flatten()
         found = list(claims(program))
         if found:
-            _attack(case, program, flat, found)  # type: ignore[arg-type]
+            _attack(case, program, found)
     _certificates(case)
 
 
@@ -105,7 +104,7 @@ def _logit(node: Node) -> Callable[[Mapping[str, Tensor]], Tensor]:
 # ---------------------------------------------------------------- the attack
 
 
-def _attack(case: Case, program: Program, flat: object, claims: list[Claim]) -> None:
+def _attack(case: Case, program: Program, claims: list[Claim]) -> None:
     rng = case.random("bounds")
     points = [case.point, *(draw(case, rng, rng.choice((wild, wild, moderate))) for _ in range(STARTS))]
     for point in points:
@@ -172,7 +171,7 @@ def _climb(program: Program, claim: Claim, claims: list[Claim], start: Point, rn
         if not reached.requires_grad or not torch.isfinite(reached):
             return
         adam.zero_grad()
-        (-reached).backward()  # type: ignore[no-untyped-call]
+        (-reached).backward()
         if any(x.grad is not None and not x.grad.isfinite().all() for x in leaves):
             return
         adam.step()

@@ -120,7 +120,7 @@ class _Rows:
         if (
             kind == SHARP
         ):  # two scores, where the polynomial is most too large and most too small, for one query
-            k, v = _sharp(entry, k, v, q, rng)
+            k, v = _sharp(entry, k, v, q)
             upstream[:, :, :-1] = 0.0
         elif kind == 1:  # keys near the negatives of the queries, where exp is smallest
             q, k = q[:, :, :1].expand_as(q).clone(), -q[:, :, :1].expand_as(q) * (1.0 - 0.05 * k.abs())
@@ -142,13 +142,13 @@ class _Rows:
         return [*held, v, upstream]
 
 
-def _sharp(entry: Entry, k: Tensor, v: Tensor, q: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
+def _sharp(entry: Entry, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values for which the bounds of output and dV are reached, as `test_certificates.py` has it; q is set."""
     bound, sign = entry["bound"], 1.0 if entry["scale"] >= 0 else -1.0
     s = torch.linspace(-bound, bound, 401, dtype=torch.float64)
     error = sum(c * s**power for power, c in enumerate(entry["coefficients"])) * (-s).exp() - 1.0
     high, low = float(s[error.argmax()]), float(s[error.argmin()])
-    share = rng.choice((0.5, exp(low) / (exp(low) + exp(high))))
+    share = exp(low) / (exp(low) + exp(high))  # both halves of the weight
     first = torch.arange(k.shape[2])[:, None] < share * k.shape[2]
     along = torch.zeros(k.shape[-1], dtype=torch.float64)
     along[0] = 1.0
@@ -170,7 +170,7 @@ def _climb(entry: Entry, rows: _Rows, name: str) -> None:
         if not isinstance(share, Tensor) or not share.requires_grad or not bool(share.isfinite()):
             return
         adam.zero_grad()
-        (-share).backward()  # type: ignore[no-untyped-call]
+        (-share).backward()
         if any(x.grad is None or not bool(x.grad.isfinite().all()) for x in rows.free):
             return
         adam.step()
@@ -201,7 +201,8 @@ def _pairs(entry: Entry, n: int) -> tuple[Tensor, Tensor]:
 def _softmax(entry: Entry) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen, _ = _pairs(entry, q.shape[2])
-        return (entry["scale"] * (q @ k.mT)).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+        scores: Tensor = entry["scale"] * (q @ k.mT)
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
     return attend
 

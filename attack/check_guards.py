@@ -1,4 +1,4 @@
-"""(d) Guards see every violation that docs/guards.md promises, report none that is not there, and act by their policy."""
+"""(d) Guards see every violation that docs/guards.md promises, report none that is not there, and do as they are told."""
 
 from __future__ import annotations
 
@@ -217,8 +217,7 @@ def _promised(node: Node, call: Call) -> list[str]:
 
 def _clamped(node: Node, given: list[Tensor]) -> Tensor:
     """Queries times min(1, R / (|scale| K ||q||)), K the largest norm of a key that a query may see."""
-    q, k = given[:2]
-    call = _call(node, given)
+    q, call = given[0], _call(node, given)
     shown = served_pairs(node.with_attributes(near=None), given, call.logits).expand_as(call.logits)
     largest = torch.where(shown, call.keys[..., None, :], 0.0).amax(-1)
     reach = abs(float(str(node["scale"]))) * largest * call.queries

@@ -20,8 +20,8 @@ from fastgrad_grammar.format import format_source
 from fastgrad_grammar.source import Source
 
 Entry = Mapping[str, Any]
-SHARED = ("path", "decision", "family", "degree", "coefficients", "bound", "range_source", "asserted", "eps", "eps_prime",
-          "why", "rank", "near", "break_even", "guarded", "certificate", "proof")  # fmt: skip
+SHARED = ("path", "decision", "family", "degree", "coefficients", "bound", "range_source", "asserted", "eps",
+          "eps_prime", "why", "rank", "near", "break_even", "guarded", "certificate", "proof")  # fmt: skip
 _DECISION = re.compile(r"^  (.+?)  (exact|(\w+|own polynomial) degree (\d+))(?:, .*)?  \(.*\)$")
 
 

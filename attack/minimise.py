@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from typing import Any
 
 from attack.cases import Case
 from fastgrad_compiler.elaborate import elaborate
@@ -138,14 +139,14 @@ def _fewer_results(text: str, block: ast.BlockDecl) -> Iterator[str]:
         yield _edited(text, [(whole, result.span.text), (last.value.span, item.span.text)])
 
 
-def _nodes(node: object, kinds: tuple[type, ...]) -> Iterator[ast.Node]:
+def _nodes(node: object, kinds: tuple[type, ...]) -> Iterator[Any]:
     """A node and what is below it, of these kinds."""
     if isinstance(node, tuple):
         for each in node:
             yield from _nodes(each, kinds)
     elif is_dataclass(node) and not isinstance(node, Span):
         if isinstance(node, kinds):
-            yield node  # type: ignore[misc]
+            yield node
         for each in fields(node):
             yield from _nodes(getattr(node, each.name), kinds)
 

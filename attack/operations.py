@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from attack.grower import Grower, Typed, Unfit, constant_shape, tuple_of
+from attack.grower import Grower, Typed, constant_shape, tuple_of
 
 Rule = Callable[[Grower], str]  # an expression; raises Unfit where the pool has no operand
 IDS = 5  # ids of tokens are below it

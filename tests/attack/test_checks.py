@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
-from attack import check_errors, check_guards, check_texts
-from attack.cases import Case, Finding, sizes_of
-from attack.findings import CHECKS, CRASH, Kept, examine, read, smallest
-from attack.grower import Grower
+from attack import cases, check_errors, check_guards, check_texts
+from attack.cases import Case, Finding
+from attack.findings import CHECKS, CRASH, examine, read, smallest
 from attack.minimise import minimise
 from attack.run import Attack, main
+from fastgrad_compiler import certificates
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.operations_torch import TORCH
 from fastgrad_compiler.passes import attention, bound_rules, bound_step
 from fastgrad_compiler.passes.bound_facts import interval
+from fastgrad_dsl.terminal import print_report
 
 PLAIN = """dim b
 dim n <= 40
@@ -105,13 +106,13 @@ def test_a_false_bound_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_false_certificate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = check_errors.eta
+    whole = certificates.eta
     monkeypatch.setattr(check_errors, "eta", lambda eps: 0.8 * whole(eps))
     assert _found("c", _case(PLAIN)).kind.startswith("certificate")
 
 
 def test_a_blind_guard_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = check_guards.built
+    right = cases.built
 
     def blind(*given: Any) -> nn.Module:
         model = right(*given)
@@ -149,9 +150,7 @@ def test_a_table_that_says_something_else_is_found(
     monkeypatch.setattr(check_texts, "_printed", lambda show: wrong(printed(show)))
     kinds = {"print_plan": "text of check", "print_report": "a row of report"}
     if name == "print_report":
-        assert "balanced 2" in "\n".join(
-            printed(lambda: check_texts.print_report(_case(PLAIN).compiled.report()))
-        )
+        assert "balanced 2" in "\n".join(printed(lambda: print_report(_case(PLAIN).compiled.report())))
     assert _found("e", _case(PLAIN)).kind == kinds[name]
 
 
