@@ -1,4 +1,4 @@
-"""(d) Guards see every violation that docs/guards.md promises, report none that is not there, and do as they are told."""
+"""(d) Guards see every violation that docs/guards.md promises, report no other, and do as they are told."""
 
 from __future__ import annotations
 

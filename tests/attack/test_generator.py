@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 
@@ -117,7 +118,7 @@ def test_every_argument_is_given_and_left_out(name: str, argument: str) -> None:
 
 
 def test_every_spelling_of_attention_comes_about() -> None:
-    tables = {"rows": ROWS, "gain": GAINS, "scores": SCORES, "weights": WEIGHTED}
+    tables: dict[str, Iterable[str]] = {"rows": ROWS, "gain": GAINS, "scores": SCORES, "weights": WEIGHTED}
     wanted = {f"{kind}: {name}" for kind, table in tables.items() for name in table}
     used: Counter[str] = Counter()
     for seed in range(400):
