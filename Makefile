@@ -17,7 +17,7 @@ PIP_INSTALL := $(PIP) install $(if $(CI),-qq --progress-bar off) -c constraints.
 WORKERS     ?= 2
 PYTEST      := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup demo test test-all lint fmt bench clean
+.PHONY: help setup demo test test-all attack lint fmt bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,9 @@ test: setup ## Run the tests (PYTEST_ARGS="..." for more options, WORKERS=0 for 
 
 test-all: setup ## Run the tests and the wide grids marked slow
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
+
+attack: setup ## Attack every claim with random programs, for an hour (MINUTES=30 SEED=7 CHECKS=abcde)
+	$(BIN)/python -m attack.run --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED)) $(if $(CHECKS),--checks $(CHECKS))
 
 lint: setup ## Check style, formatting (of the .tfg files too) and types
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""`make attack`: random programs, and every claim that the product makes of them put to the test. Not part of the wheel."""
+"""`make attack`: random programs, and every claim that the product makes of them put to the test."""

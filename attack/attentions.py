@@ -124,7 +124,9 @@ SCORES: dict[str, Step] = {
     "padding": _padding,
     "documents": lambda g, s: f"documents({s.text}, ids)",
     "alibi": lambda g, s: f"alibi({s.text})",
-    "clamp": lambda g, s: f"clamp({s.text}; low = {g.rng.choice((-4.0, -1.0))}, high = {g.rng.choice((1.0, 3.0))})",
+    "clamp": lambda g, s: (
+        f"clamp({s.text}; low = {g.rng.choice((-4.0, -1.0))}, high = {g.rng.choice((1.0, 3.0))})"
+    ),
     "assumed": lambda g, s: f"assume_bound({s.text}; bound = {g.positive()})",
     "cast": lambda g, s: f"float(int({g.positive()} * {s.text}))",
     "float of float": lambda g, s: f"float({s.text} + 0.0)",
@@ -236,17 +238,13 @@ def _heads(g: Grower) -> tuple[Typed, Typed, Typed]:
         weight = _weight(g, source.size(-1) or 1, count * width)
         made.append(g.sometimes(f"split_heads({source.text} @ {weight}; heads = {count})"))
     if groups != heads or g.rng.random() < 0.1:
-        made[1:] = [
-            g.sometimes(f"repeat_heads({each.text}; times = {heads // groups})") for each in made[1:]
-        ]
+        made[1:] = [g.sometimes(f"repeat_heads({each.text}; times = {heads // groups})") for each in made[1:]]
     return made[0], made[1], made[2]
 
 
 def _wide(g: Grower) -> tuple[Typed, Typed, Typed]:
     q = g.pick(where=lambda each: each.rank == 4 and each.size(-1) is not None)
-    k = g.pick(
-        where=lambda e: e.rank == 4 and e.shape[:2] == q.shape[:2] and e.shape[-1] == q.shape[-1]
-    )
+    k = g.pick(where=lambda e: e.rank == 4 and e.shape[:2] == q.shape[:2] and e.shape[-1] == q.shape[-1])
     v = g.pick(where=lambda e: e.rank == 4 and e.shape[:3] == k.shape[:3])
     return q, k, v
 

@@ -84,9 +84,7 @@ class Case:
 
 def without_break_even(program: Program, policy: str) -> Program:
     """The program with polynomials that serve at every length, and this policy of guards."""
-    graphs = [
-        replace(graph, nodes=tuple(_always(node) for node in graph.nodes)) for graph in program.graphs
-    ]
+    graphs = [replace(graph, nodes=tuple(_always(node) for node in graph.nodes)) for graph in program.graphs]
     budget = None if program.budget is None else replace(program.budget, on_violation=policy)
     return replace(program.with_graphs(graphs), budget=budget)
 

@@ -90,11 +90,12 @@ def steady(
     if not all(np.isfinite(each).all() for each in results if each.dtype == np.float64):
         raise Undecided("a result is not finite")
     for _ in range(3):
-        nudged = function(
-            point.moved(lambda x: x * (1.0 + NUDGE * draws.uniform(-1, 1, x.shape)) + NUDGE * draws.uniform(-1, 1, x.shape))
-        )  # fmt: skip
+        nudged = function(point.moved(partial(_nudged, draws)))
         with np.errstate(invalid="ignore"):
-            noise = [np.maximum(n, np.abs(1.0 * a - 1.0 * b)) for n, a, b in zip(noise, nudged, results, strict=True)]
+            noise = [
+                np.maximum(n, np.abs(1.0 * a - 1.0 * b))
+                for n, a, b in zip(noise, nudged, results, strict=True)
+            ]
     floats = [each for each in results if each.dtype == np.float64]
     size = max((np.abs(each).max(initial=0.0) for each in floats), default=0.0)
     for level, result in zip(noise, results, strict=True):
@@ -104,11 +105,19 @@ def steady(
     return results, noise
 
 
+def _nudged(draws: np.random.Generator, x: Array) -> Array:
+    return x * (1.0 + NUDGE * draws.uniform(-1, 1, x.shape)) + NUDGE * draws.uniform(-1, 1, x.shape)
+
+
 def agree(what: str, got: Sequence[Array], want: Sequence[Array], noise: Sequence[Array]) -> None:
     """Raises Finding where a result differs by more than rounding."""
     for place, (one, other, level) in enumerate(zip(got, want, noise, strict=True)):
         if one.shape != other.shape or one.dtype != other.dtype:
-            raise Finding("a", f"{what}, type", f"result {place} is {one.dtype}{one.shape}, not {other.dtype}{other.shape}")
+            raise Finding(
+                "a",
+                f"{what}, type",
+                f"result {place} is {one.dtype}{one.shape}, not {other.dtype}{other.shape}",
+            )
         if one.dtype == np.float64:
             size = np.abs(other).max(initial=0.0)
             allowed = ROUNDING * size + 1e4 * level.max(initial=0.0) + 1e-300
@@ -140,14 +149,14 @@ def _backward(case: Case, exact: Program, program: Program, point: Point) -> Non
         agree_gradients(f"the gradient of {what}", names, got, want, noise)
         if program.gradient is not None and text is program:
             graph = _of_graph(program, cotangents, point)
-            buffers = {path for path, node in weights_of(program) if node.op == "buffer"}  # nothing flows there
+            buffers = {path for path, node in weights_of(program) if node.op == "buffer"}  # no gradient there
             agree_gradients("the derived gradient graph", names, graph, want, noise, buffers)
         _central(what, text, cotangents, point, dict(zip(names, want, strict=True)), case)
 
 
 def _cotangents(case: Case, results: Sequence[Array]) -> list[Array]:
     draws = np.random.default_rng(case.seed + 1)
-    return [draws.standard_normal(each.shape) for each in results if each.dtype == np.float64]
+    return [np.asarray(draws.standard_normal(each.shape)) for each in results if each.dtype == np.float64]
 
 
 def _of_interpreter(program: Program, cotangents: Sequence[Array], point: Point) -> dict[str, Array]:
@@ -183,7 +192,9 @@ def _gradients(
     results: Sequence[Tensor],
     cotangents: Sequence[Array],
 ) -> dict[str, Array]:
-    leaves = {name: x for name, x in zip(point.inputs, inputs, strict=True) if x.requires_grad} | dict(weights)
+    leaves = {name: x for name, x in zip(point.inputs, inputs, strict=True) if x.requires_grad} | dict(
+        weights
+    )
     floats = [each for each in results if each.is_floating_point()]
     scalar = sum(((each * torch.as_tensor(c)).sum() for each, c in zip(floats, cotangents, strict=True)),
                  torch.zeros((), dtype=torch.float64))  # fmt: skip
@@ -221,15 +232,17 @@ def _central(
     """Central differences of the text's meaning along random directions, where they settle."""
     draws = np.random.default_rng(case.seed + 2)
     for _ in range(2):
-        directions = {name: draws.standard_normal(each.shape) for name, each in gradient.items()}
+        directions = {name: np.asarray(draws.standard_normal(each.shape)) for name, each in gradient.items()}
         slopes = [_slope(program, cotangents, point, directions, h) for h in (STEP, STEP / 2, STEP / 4)]
-        wanted = float(sum((gradient[name] * directions[name]).sum() for name in gradient))
-        size = float(sum(np.abs(gradient[name] * directions[name]).sum() for name in gradient))
+        wanted = sum(float((gradient[name] * directions[name]).sum()) for name in gradient)
+        size = sum(float(np.abs(gradient[name] * directions[name]).sum()) for name in gradient)
         spread = max(slopes) - min(slopes)
         if not np.isfinite(slopes).all() or spread > 1e-4 * (size + abs(slopes[-1])):
             continue  # a kink or a jump within reach
         if abs(slopes[-1] - wanted) > 1e-4 * size + 10 * spread + 1e-7:
-            raise Finding("a", f"differences of {what}", f"{wanted:.6g} along a direction; its text's, {slopes[-1]:.6g}")
+            raise Finding(
+                "a", f"differences of {what}", f"{wanted:.6g} along a direction; its text's, {slopes[-1]:.6g}"
+            )
 
 
 def _slope(
@@ -238,7 +251,9 @@ def _slope(
     values = []
     for sign in (1.0, -1.0):
         inputs = {k: v + sign * h * directions[k] if k in directions else v for k, v in point.inputs.items()}
-        weights = {k: v + sign * h * directions[k] if k in directions else v for k, v in point.weights.items()}
+        weights = {
+            k: v + sign * h * directions[k] if k in directions else v for k, v in point.weights.items()
+        }
         floats = [each for each in run_meaning(program, Point(inputs, weights)) if each.dtype == np.float64]
         values.append(float(sum((a * c).sum() for a, c in zip(floats, cotangents, strict=True))))
     return (values[0] - values[1]) / (2 * h)

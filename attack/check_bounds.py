@@ -43,10 +43,9 @@ def check_bounds(case: Case) -> None:
     """Bounds of the proof, then R of the attentions that run, then what the weights prove."""
     for stage, claims in (("bounds", _node_claims), ("served", _range_claims)):
         program = case.served if stage == "served" else case.stage(stage)
-        flat = program.flatten()
         found = list(claims(program))
         if found:
-            _attack(case, program, flat, found)  # type: ignore[arg-type]
+            _attack(case, program, found)
     _certificates(case)
 
 
@@ -85,14 +84,13 @@ def _longest(x: Tensor) -> Tensor:
 
 
 def _range_claims(program: Program) -> Iterator[Claim]:
-    """R of each attention that has one, on the pairs that a polynomial serves."""
+    """R of each attention that is proved from the program, on the pairs that a polynomial serves."""
     for node in program.flatten().nodes:
         if node.op not in ("attention", "poly_attention") or is_own(node):
             continue
         limit = node.get("bound")
-        if isinstance(limit, float | int) and range_source(node) in ("program", "asserted"):
-            asserted = bool(node.get("asserted")) or range_source(node) == "asserted"
-            yield Claim(node, "R", float(limit), asserted, _logit(node))
+        if isinstance(limit, float | int) and range_source(node) == "program" and not node.get("asserted"):
+            yield Claim(node, "R", float(limit), False, _logit(node))
 
 
 def _logit(node: Node) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -106,7 +104,7 @@ def _logit(node: Node) -> Callable[[Mapping[str, Tensor]], Tensor]:
 # ---------------------------------------------------------------- the attack
 
 
-def _attack(case: Case, program: Program, flat: object, claims: list[Claim]) -> None:
+def _attack(case: Case, program: Program, claims: list[Claim]) -> None:
     rng = case.random("bounds")
     points = [case.point, *(draw(case, rng, rng.choice((wild, wild, moderate))) for _ in range(STARTS))]
     for point in points:
@@ -124,14 +122,16 @@ def _look(program: Program, claims: list[Claim], point: Point) -> None:
     held = assertions_hold(program, values)
     for claim in claims:
         if (held or not claim.asserted) and claim.excess(values) > 0:
-            raise Finding("b", f"{claim.node.op} {claim.what}", _words(claim, float(claim.reach(values))))
+            raise Finding(
+                "b", f"{claim.node.op} {claim.what}", _words(claim, float(claim.reach(values).detach()))
+            )
 
 
 def assertions_hold(program: Program, values: Mapping[str, Tensor]) -> bool:
     """Whether what every `assume_bound` says is so."""
     nodes = [node for node in program.flatten().nodes if node.op == "assume_bound"]
     return all(
-        float(_highest(values[node.inputs[0]].abs())) <= float(str(node["bound"]))
+        float(_highest(values[node.inputs[0]].detach().abs())) <= float(str(node["bound"]))
         for node in nodes
         if node.inputs[0] in values
     )
@@ -164,12 +164,14 @@ def _climb(program: Program, claim: Claim, claims: list[Claim], start: Point, rn
         if _overflows(program, values):
             return
         if claim.excess(values) > 0 and (not claim.asserted or assertions_hold(program, values)):
-            raise Finding("b", f"{claim.node.op} {claim.what}", _words(claim, float(claim.reach(values))))
+            raise Finding(
+                "b", f"{claim.node.op} {claim.what}", _words(claim, float(claim.reach(values).detach()))
+            )
         reached = claim.reach(values)
         if not reached.requires_grad or not torch.isfinite(reached):
             return
         adam.zero_grad()
-        (-reached).backward()  # type: ignore[no-untyped-call]
+        (-reached).backward()
         if any(x.grad is not None and not x.grad.isfinite().all() for x in leaves):
             return
         adam.step()
@@ -197,14 +199,19 @@ def _certificates(case: Case) -> None:
         inputs, weights = given.tensors()
         with torch.no_grad(), np.errstate(all="ignore"):
             values = walk(program, flat, inputs, weights)
-            held = assertions_hold(program, values)
             for each in certified:
                 node = nodes.get(each.full_path)
-                if node is None or (each.range.source == "asserted" and not held):
-                    continue
+                if node is None or each.range.source == "asserted":
+                    continue  # nothing is claimed but the user's word
                 logits = far_logits(node, [values[name] for name in node.inputs]).abs()
                 largest = torch.where(logits.isfinite(), logits, 0.0).amax((-1, -2))
                 by_head = largest.reshape(-1, largest.shape[-1]).amax(0) if largest.dim() else largest[None]
-                for head, (limit, reached) in enumerate(zip(each.range.heads, by_head.tolist(), strict=False)):
+                for head, (limit, reached) in enumerate(
+                    zip(each.range.heads, by_head.tolist(), strict=False)
+                ):
                     if reached > limit * (1.0 + 1e-6) + 1e-12:
-                        raise Finding("b", "certify", f"{each.path}: R of head {head} is {limit:.6g}, a logit {reached:.6g}")
+                        raise Finding(
+                            "b",
+                            "certify",
+                            f"{each.path}: R of head {head} is {limit:.6g}, a logit {reached:.6g}",
+                        )

@@ -1,4 +1,4 @@
-"""(d) Guards see every violation that docs/guards.md promises, report none that is not there, and act by their policy."""
+"""(d) Guards see every violation that docs/guards.md promises, report no other, and do as they are told."""
 
 from __future__ import annotations
 
@@ -44,8 +44,12 @@ PROMISES: dict[str, Callable[[Call], Tensor]] = {
     "up to 16 tokens every pair": lambda call: torch.full_like(
         call.logits, call.logits.shape[-2] <= ALL, dtype=torch.bool
     ),
-    "a query among the 8 of largest norm": lambda call: _among_longest(call.queries)[..., :, None].expand_as(call.logits),
-    "a key among the 8 of largest norm": lambda call: _among_longest(call.keys)[..., None, :].expand_as(call.logits),
+    "a query among the 8 of largest norm": lambda call: _among_longest(call.queries)[..., :, None].expand_as(
+        call.logits
+    ),
+    "a key among the 8 of largest norm": lambda call: _among_longest(call.keys)[..., None, :].expand_as(
+        call.logits
+    ),
 }
 """By what is promised: the pairs whose violation is always seen."""
 
@@ -94,14 +98,20 @@ class _Attack:
             self._compare(found, results)
 
     def _run(self, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
-        env = Env(bind_dims(self.program, self.program[self.program.main], inputs), torch.float64, torch.device("cpu"))
+        env = Env(
+            bind_dims(self.program, self.program[self.program.main], inputs),
+            torch.float64,
+            torch.device("cpu"),
+        )
         values = dict(zip((node.name for node in self.flat.inputs), inputs, strict=True))
         for node in self.flat.nodes:
             if node.op in ("weight", "buffer"):
                 values[node.name] = weights[str(node["label"])]
             elif node.op != "input":
                 given = [values[name] for name in node.inputs]
-                values[node.name] = self._attention(node, given, env) if is_guarded(node) else _value(node, given, env)
+                values[node.name] = (
+                    self._attention(node, given, env) if is_guarded(node) else _value(node, given, env)
+                )
         return [values[name] for name in self.flat.outputs]
 
     def _attention(self, node: Node, given: list[Tensor], env: Env) -> Tensor:
@@ -146,7 +156,9 @@ class _Attack:
                 raise Finding("d", "a violation that is none", f"{entry.path}: {self._words()}; {said}")
             largest = float(call.logits.max()) if call.logits.numel() else 0.0
             if call.logits.shape[-2] <= ALL and said["largest"] < largest * (1.0 - MARGIN):
-                raise Finding("d", "largest is too small", f"{entry.path}: {said['largest']:.6g} of {largest:.6g}")
+                raise Finding(
+                    "d", "largest is too small", f"{entry.path}: {said['largest']:.6g} of {largest:.6g}"
+                )
 
     def _compare(self, found: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """What the module gives is what the policy says; where that does not hang on a sample."""
@@ -160,7 +172,9 @@ class _Attack:
                 return
             off = float((one.double() - other.double()).abs().max()) if other.numel() else 0.0
             if not off <= 1e-6 * (1.0 + size):
-                raise Finding("d", f"what {self.policy} computes", f"off by {off:.3g}, of {size:.3g}; {self._words()}")
+                raise Finding(
+                    "d", f"what {self.policy} computes", f"off by {off:.3g}, of {size:.3g}; {self._words()}"
+                )
 
     def _words(self) -> str:
         return ", ".join(
@@ -203,8 +217,7 @@ def _promised(node: Node, call: Call) -> list[str]:
 
 def _clamped(node: Node, given: list[Tensor]) -> Tensor:
     """Queries times min(1, R / (|scale| K ||q||)), K the largest norm of a key that a query may see."""
-    q, k = given[:2]
-    call = _call(node, given)
+    q, call = given[0], _call(node, given)
     shown = served_pairs(node.with_attributes(near=None), given, call.logits).expand_as(call.logits)
     largest = torch.where(shown, call.keys[..., None, :], 0.0).amax(-1)
     reach = abs(float(str(node["scale"]))) * largest * call.queries

@@ -35,7 +35,9 @@ def check_targets(case: Case) -> None:
                 return
             off, usual = (float((x.double() - exact).abs().max()) for x in (one, plain))
             if not off <= FACTOR * usual + FLOOR * size + FLOOR * FLOOR:
-                raise Finding("a", f"the target {target}", f"tensor {place} is off by {off:.3g}; torch's by {usual:.3g}")
+                raise Finding(
+                    "a", f"the target {target}", f"tensor {place} is off by {off:.3g}; torch's by {usual:.3g}"
+                )
 
 
 def _served_by_kernels(program: Program) -> bool:
@@ -57,7 +59,9 @@ def _interprets() -> bool:
 def _both(model: nn.Module, point: Point, dtype: torch.dtype) -> list[Tensor]:
     """Float results, then gradients of their sum, weighted, by the float inputs and all weights."""
     model = model.to(dtype)
-    inputs = [x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in point.tensors()[0]]
+    inputs = [
+        x.detach().to(dtype).requires_grad_() if x.is_floating_point() else x for x in point.tensors()[0]
+    ]
     results = [each for each in run_module(model, inputs) if each.is_floating_point()]
     return [x.detach() for x in results] + _gradients(model, inputs, results)
 

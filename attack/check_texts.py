@@ -20,8 +20,8 @@ from fastgrad_grammar.format import format_source
 from fastgrad_grammar.source import Source
 
 Entry = Mapping[str, Any]
-SHARED = ("path", "decision", "family", "degree", "coefficients", "bound", "range_source", "asserted", "eps", "eps_prime",
-          "why", "rank", "near", "break_even", "guarded", "certificate", "proof")  # fmt: skip
+SHARED = ("path", "decision", "family", "degree", "coefficients", "bound", "range_source", "asserted", "eps",
+          "eps_prime", "why", "rank", "near", "break_even", "guarded", "certificate", "proof")  # fmt: skip
 _DECISION = re.compile(r"^  (.+?)  (exact|(\w+|own polynomial) degree (\d+))(?:, .*)?  \(.*\)$")
 
 
@@ -39,11 +39,19 @@ def check_texts(case: Case) -> None:
 
 def _same_entries(plan: list[Entry], report: list[Entry]) -> None:
     if [entry["path"] for entry in plan] != [entry["path"] for entry in report]:
-        raise Finding("e", "paths", f"plan.json has {[e['path'] for e in plan]}, report.json {[e['path'] for e in report]}")
+        raise Finding(
+            "e",
+            "paths",
+            f"plan.json has {[e['path'] for e in plan]}, report.json {[e['path'] for e in report]}",
+        )
     for one, other in zip(plan, report, strict=True):
         for key in SHARED:
             if one[key] != other[key]:
-                raise Finding("e", f"{key} of report", f"{one['path']}: {one[key]} in plan.json, {other[key]} in report.json")
+                raise Finding(
+                    "e",
+                    f"{key} of report",
+                    f"{one['path']}: {one[key]} in plan.json, {other[key]} in report.json",
+                )
 
 
 def _same_as_program(plan: list[Entry], table: tuple[AttentionEntry, ...]) -> None:
@@ -60,7 +68,9 @@ def _same_as_program(plan: list[Entry], table: tuple[AttentionEntry, ...]) -> No
         }
         for key, value in runs.items():
             if said[key] != value:
-                raise Finding("e", f"{key} of plan", f"{entry.path}: {said[key]} in plan.json, {value} in what runs")
+                raise Finding(
+                    "e", f"{key} of plan", f"{entry.path}: {said[key]} in plan.json, {value} in what runs"
+                )
 
 
 def _printed(show: Callable[[], None]) -> list[str]:

@@ -71,7 +71,9 @@ def examine(check: str, case: Case) -> Kept | None:
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        own = next((f for f in reversed(frames) if "fastgrad" in f.filename or "attack" in f.filename), frames[-1])
+        own = next(
+            (f for f in reversed(frames) if "fastgrad" in f.filename or "attack" in f.filename), frames[-1]
+        )
         kind = f"{CRASH}, {type(error).__name__} in {Path(own.filename).stem}.{own.name}"
         return Kept(check, kind, str(error).splitlines()[0] if str(error) else "", case)
     return None

@@ -92,7 +92,8 @@ class Grower:
         one = len(results) == 1
         body = "\n".join(f"    {line}" for line in (*self.lines, *extra, *"}" * self._open))
         header = f"model {self.name}({inputs}) -> {types if one else f'({types})'} {{"
-        return f"{self.before}{''.join(self.blocks.values())}{header}\n{body}\n    return {values if one else f'({values})'}\n}}\n"
+        above = self.before + "".join(self.blocks.values())
+        return f"{above}{header}\n{body}\n    return {values if one else f'({values})'}\n}}\n"
 
     def fresh(self, letter: str = "v") -> str:
         """A name that is free."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from typing import Any
 
 from attack.cases import Case
 from fastgrad_compiler.elaborate import elaborate
@@ -83,7 +84,9 @@ def _pruned(text: str) -> str:
         ]
         if not unread:
             return text
-        text = _edited(text, [edit for edit in unread if not any(_inside(edit[0], other) for other, _ in unread)])
+        text = _edited(
+            text, [edit for edit in unread if not any(_inside(edit[0], other) for other, _ in unread)]
+        )
 
 
 def _inside(one: Span, other: Span) -> bool:
@@ -136,14 +139,14 @@ def _fewer_results(text: str, block: ast.BlockDecl) -> Iterator[str]:
         yield _edited(text, [(whole, result.span.text), (last.value.span, item.span.text)])
 
 
-def _nodes(node: object, kinds: tuple[type, ...]) -> Iterator[ast.Node]:
+def _nodes(node: object, kinds: tuple[type, ...]) -> Iterator[Any]:
     """A node and what is below it, of these kinds."""
     if isinstance(node, tuple):
         for each in node:
             yield from _nodes(each, kinds)
     elif is_dataclass(node) and not isinstance(node, Span):
         if isinstance(node, kinds):
-            yield node  # type: ignore[misc]
+            yield node
         for each in fields(node):
             yield from _nodes(getattr(node, each.name), kinds)
 
@@ -159,7 +162,9 @@ def _well_typed(text: str) -> str | None:
             if found is None or "value" in found[2]:
                 return None
             name, actual = found[1], found[2]
-            text = re.sub(rf"((?:block|model) {name}\([^{{]*\) -> )[^{{]*( \{{)", rf"\g<1>{actual}\g<2>", text)
+            text = re.sub(
+                rf"((?:block|model) {name}\([^{{]*\) -> )[^{{]*( \{{)", rf"\g<1>{actual}\g<2>", text
+            )
         except Exception:  # a crash of the compiler may be what is looked for
             return text
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from attack.grower import Grower, Typed, Unfit, constant_shape, tuple_of
+from attack.grower import Grower, Typed, constant_shape, tuple_of
 
 Rule = Callable[[Grower], str]  # an expression; raises Unfit where the pool has no operand
 IDS = 5  # ids of tokens are below it
@@ -24,7 +24,9 @@ def ids(g: Grower) -> str:
     """Ids below IDS, of any shape."""
     tokens = g.pick("int")
     safe = tokens.text in ("tokens", "ids")
-    return tokens.text if safe and g.rng.random() < 0.6 else f"clamp({tokens.text}; low = 0, high = {IDS - 1})"
+    return (
+        tokens.text if safe and g.rng.random() < 0.6 else f"clamp({tokens.text}; low = 0, high = {IDS - 1})"
+    )
 
 
 def keyword(g: Grower, text: str, share: float = 0.6) -> str:
@@ -80,7 +82,9 @@ def _squeeze(g: Grower) -> str:
 def _broadcast_to(g: Grower) -> str:
     x = g.pick(where=lambda each: each.rank < 4)
     dims = [g.rng.choice((2, 3)) if dim.constant == 1 else dim for dim in x.shape]
-    return f"broadcast_to({x.text}, {tuple_of([*g.rng.sample([1, 2, 3], g.rng.randint(0, 1)), *dims] or [2])})"
+    return (
+        f"broadcast_to({x.text}, {tuple_of([*g.rng.sample([1, 2, 3], g.rng.randint(0, 1)), *dims] or [2])})"
+    )
 
 
 def _pad(g: Grower) -> str:
@@ -290,7 +294,9 @@ def _reduction(name: str) -> Rule:
         dtype = "float" if name == "mean" else g.rng.choice(("float", "float", "int"))
         x = g.pick(dtype, lambda each: each.rank > 0)
         axes = g.rng.sample(range(x.rank), g.rng.randint(1, x.rank))
-        axis = g.rng.choice((f"axis = {axes[0]}", f"axis = {axes[0] - x.rank}", f"axis = {tuple_of(axes)}", ""))
+        axis = g.rng.choice(
+            (f"axis = {axes[0]}", f"axis = {axes[0] - x.rank}", f"axis = {tuple_of(axes)}", "")
+        )
         keep = keyword(g, f"keepdim = {g.rng.choice(('true', 'false'))}")
         given = ", ".join(part for part in (axis, keep) if part)
         return f"{name}({x.text}{f'; {given}' if given else ''})"

@@ -139,7 +139,9 @@ def _library(g: Grower, _: list[_Block]) -> None:
 
 def _repeat(g: Grower, blocks: list[_Block]) -> None:
     carried = g.pick(where=lambda each: each.named and each.rank > 0)
-    with g.inside(f"repeat {g.fresh('i')} in {g.rng.randint(1, 3)} {{", f"{carried.text} = {carried.text} * 0.8"):
+    with g.inside(
+        f"repeat {g.fresh('i')} in {g.rng.randint(1, 3)} {{", f"{carried.text} = {carried.text} * 0.8"
+    ):
         _fill(g, g.rng.randint(1, 3), blocks)
         g.lines.append(f"{carried.text} = {_like(g, carried)}")
     g.used["repeat"] += 1
@@ -218,7 +220,11 @@ def _finished(g: Grower) -> str:
     read = [each for each in g.signature if _reads(g.lines, each.text) or each in results]
     bound = {str(dim) for each in read for dim in each.shape}
     text = "\n".join(g.lines)
-    binders = [each for name, each in (("n", "z"), ("m", "keys")) if re.search(rf"\b{name}\b", text) and name not in bound]
+    binders = [
+        each
+        for name, each in (("n", "z"), ("m", "keys"))
+        if re.search(rf"\b{name}\b", text) and name not in bound
+    ]
     g.signature = [each for each in g.signature if each in read or each.text in binders] or g.signature[:1]
     return g.text(results)
 

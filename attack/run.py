@@ -104,10 +104,16 @@ def main(arguments: list[str] | None = None) -> int:
             given.out.mkdir(parents=True, exist_ok=True)
             path = given.out / f"{found.name}.tfg"
             path.write_text(found.text, encoding="utf-8")
-            print(f"\nfound ({found.check}) {found.kind}\n  {found.message}\n  kept as {path}\n{found.case.text}", flush=True)
+            print(
+                f"\nfound ({found.check}) {found.kind}\n  {found.message}\n  kept as {path}\n{found.case.text}",
+                flush=True,
+            )
     for line in attack.lines():
         print(line)
-    print(f"seed {seed}: " + ("nothing was found" if not attack.found else f"{len(attack.found)} kinds of findings"))
+    print(
+        f"seed {seed}: "
+        + ("nothing was found" if not attack.found else f"{len(attack.found)} kinds of findings")
+    )
     return 1 if attack.found else 0
 
 
