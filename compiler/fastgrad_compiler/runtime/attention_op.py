@@ -162,6 +162,10 @@ def check_inputs(
     """Raise ValueError unless q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv] and the rest fit together."""
     if min(q.ndim, k.ndim, v.ndim) < 3:
         raise ValueError("q, k and v need at least three dimensions: [.., heads, tokens, width]")
+    if k.shape[-3] == 0:
+        raise ValueError("k and v have no key head, but attention needs one at least")
+    if q.shape[-1] == 0:
+        raise ValueError("q and k have a width of 0, but attention needs one of at least 1")
     _require("k", k.shape, (*q.shape[:-3], k.shape[-3], k.shape[-2], q.shape[-1]), "[.., kv_heads, m, d]")
     _require("v", v.shape, (*k.shape[:-1], v.shape[-1]), "[.., kv_heads, m, dv]")
     if q.shape[-3] % k.shape[-3] != 0:

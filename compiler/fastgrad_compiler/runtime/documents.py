@@ -37,15 +37,24 @@ def same_document(runs: Tensor, queries: slice, keys: slice) -> Tensor:
 
 def keep_document(state: Tensor, runs: Tensor, old: int, new: int) -> None:
     """Zero a state [b * h, ..] of the document of token `old` where token `new` is of another; runs [b, n]."""
-    state.view(runs.shape[0], -1).mul_(runs[:, old, None] == runs[:, new, None])
+    state.view(runs.shape[0], -1).masked_fill_(runs[:, old, None] != runs[:, new, None], 0.0)
 
 
 def select_tokens(tokens: Tensor, selected: Tensor, out: Tensor) -> Tensor:
     """tokens (b * h, G * t, width), and 0 where `selected` [b, t] is False; `out` may be `tokens` itself."""
     b, t = selected.shape
     shape = (b, -1, t, tokens.shape[-1])
-    torch.mul(tokens.view(shape), selected[:, None, :, None], out=out.view(shape))
+    if out is not tokens:
+        out.copy_(tokens)
+    out.view(shape).masked_fill_(~selected[:, None, :, None], 0.0)
     return out
+
+
+def select_columns(gradient: Tensor, selected: Tensor) -> Tensor:
+    """gradient (b * h, width, G * t), with 0 in place where `selected` [b, t] is False: there 0 met an overflow."""
+    b, t = selected.shape
+    gradient.unflatten(0, (b, -1)).unflatten(-1, (-1, t)).masked_fill_(~selected[:, None, None, None], 0.0)
+    return gradient
 
 
 def _begins(ids: Tensor) -> Tensor:

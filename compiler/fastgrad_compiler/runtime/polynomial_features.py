@@ -186,7 +186,7 @@ def load_values(work: Workspace, v: Tensor, mask: Tensor | None) -> Tensor:
         view[..., dv].fill_(1.0)
     else:
         view[..., dv].copy_(mask[:, None].expand(b, h, t))
-        view[..., :dv].mul_(view[..., dv:])
+        view[..., :dv].masked_fill_(~mask[:, None, :, None], 0.0)
     return buffer
 
 
