@@ -37,8 +37,8 @@ def test_the_module_keeps_its_certificate(gain: float, precision: str) -> None:
     q, k, v = (torch.randn(1, 1400, 2, generator=generator) for _ in range(3))
     q, k = q.new_tensor([1.0, 0.0]) + 0.05 * q, k.new_tensor([-1.0, 0.0]) + 0.05 * k
     out = compiled.module()(q, k, v)
-    sides = [normalize(x.double(), dim=-1) for x in (q, k)]
-    exact = softmax_attention(*sides, v.double(), scale=gain, causal=True)
+    queries, keys = (normalize(x.double(), dim=-1) for x in (q, k))
+    exact = softmax_attention(queries, keys, v.double(), scale=gain, causal=True)
     proved = entry["certificate"]
     limit = proved["output_of_value_range"] * (v.amax() - v.amin())
     limit = limit + proved["output_rounding_of_largest_value"] * v.abs().amax()
