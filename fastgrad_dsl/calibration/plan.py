@@ -190,17 +190,18 @@ class _Sized:
         return certificate(polynomial.eps, polynomial.eps_prime, self.rounding(candidate, precision))
 
     def precisions(self, candidate: Candidate) -> tuple[str, ...]:
-        """Those in which a candidate is worth a try: float64 where rounding in float32 is a share of its error."""
+        """Those in which a candidate is worth a try: float64 where rounding in float32 is a share of its error.
+
+        None in which it has no bound, or misses the rule of its attention.
+        """
         single = self.proved(candidate, PRECISIONS[0])
         both = single.output_rounding > ROUNDED * candidate.output
         both = both or single.score_rounding > ROUNDED * candidate.gradient
         limit = self.attention.settings.relative
-        most = inf if limit is None else float(str(limit.value))
-        return tuple(
-            precision
-            for precision in (PRECISIONS if both else PRECISIONS[:1])
-            if candidate.polynomial.eps + self.rounding(candidate, precision).weights <= most
-        )
+        most = 1.0 if limit is None else float(str(limit.value))
+        tried = PRECISIONS if both else PRECISIONS[:1]
+        totals = {each: candidate.polynomial.eps + self.rounding(candidate, each).weights for each in tried}
+        return tuple(each for each, total in totals.items() if total < 1 and total <= most)
 
     def break_even(self, heads: int, candidate: Candidate, precision: str) -> int:
         """Least length from which the polynomial is no slower than exact attention; NEVER where there is none."""

@@ -116,7 +116,8 @@ def test_numbers_of_the_table_are_those_of_the_json(name: str) -> None:
     expected: list[float] = []
     for entry in found["attentions"]:
         errors = entry["errors"]
-        row = [entry["degree"], entry["rank"], entry["bound"], *errors["output"].values()]
+        rounded = entry["rounding"]["weights"] if entry["rounding"] else None
+        row = [entry["degree"], entry["rank"], entry["bound"], rounded, *errors["output"].values()]
         row += [errors["gradient"]["estimate"]]
         row += [errors[what][kind] for what in ("dq", "dk", "dv") for kind in ("bound", "measured")]
         expected += [value for value in row if value is not None]
@@ -192,7 +193,7 @@ def test_the_table_sorts_attentions_with_their_heads(tmp_path: Path) -> None:
         const bodies = () => [...document.querySelectorAll("#attentions tbody")];
         const names = () => bodies().map(body => body.rows[0].cells[0].textContent);
         const results = [names()];
-        const column = 8;  // the measured error of the output
+        const column = 9;  // the measured error of the output
         for (let i = 0; i < 2; i++) { heads[column].click(); results.push(names()); }
         const rows = bodies().map(body => body.rows.length);
         return [heads[column].textContent, results, rows, heads[column].parentElement.getAttribute("aria-sort")];

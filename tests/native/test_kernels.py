@@ -9,6 +9,7 @@ import torch
 
 from fastgrad_compiler.codegen.cpp import emit_cpp
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
+from fastgrad_compiler.polynomial import fit
 from tests import dense
 from tests.kernels.inputs import COEFFICIENTS, CPP, Inputs, make_inputs, run_dense, run_kernel, worst_error
 
@@ -102,6 +103,20 @@ def test_float32_and_bfloat16(name: str) -> None:
     assert (
         worst_error(found, run_dense(spec, rounded.to(torch.float64))) < 2e-2
     )  # 8 bits, of sums of 300 terms
+
+
+def test_float32_computed_in_float64() -> None:
+    """Rounding rules at R = 8: keys near the negatives of the queries, and the C++ kernel of the variant float64."""
+    p = fit("balanced", 14, 8.0)
+    spec = KernelSpec(2, 3, p.coefficients, True, precision="float64")
+    made = make_inputs(spec, 200)
+    towards = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    q, k = 7.9 * (towards + 0.0 * made.tensors[0]), 0.05 * made.tensors[1] - 0.94 * towards
+    tensors = tuple(x.detach().requires_grad_() for x in (q, k, made.tensors[2]))
+    inputs = replace(made, tensors=tensors).to(torch.float32)
+    wide = inputs.to(torch.float64)
+    assert worst_error(run_native(spec, inputs), run_dense(spec, wide)) < SINGLE
+    assert worst_error(run_native(replace(spec, precision="float32"), inputs), run_dense(spec, wide)) > 1e-2
 
 
 def test_great_logits_nearby() -> None:

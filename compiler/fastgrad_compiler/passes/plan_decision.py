@@ -10,7 +10,7 @@ turn negative, and what `bounds.py` proves of an attention's result would be fal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from typing import TypeAlias, cast
@@ -302,6 +302,9 @@ def _pinned(case: Case, degree: int) -> Outcome:
     lost = vanishing(polynomial, evaluated.rounding)
     if lost:
         return Refusal("FG306", f"at degree {degree} {lost}", "degree", polynomial)
+    relative = replace(case.caps, output=None, gradient=None).missed(polynomial, evaluated.rounding)
+    if relative:
+        return Refusal("FG305", f"at degree {degree} {relative}", "degree", polynomial)
     missed = case.caps.missed(polynomial, evaluated.rounding)
     note = f"; {missed}: what the report measures decides" if missed else ""
     return _polynomial(case, evaluated, f"degree {degree} is pinned by the budget{note}")
