@@ -84,7 +84,7 @@ def planted(q: Tensor, k: Tensor, pairs: Pairs, generator: torch.Generator, *, b
 
 
 def hidden(q: Tensor, k: Tensor, pairs: Pairs, generator: torch.Generator) -> Call:
-    """All are equally long, and one query points the way of a key. R is midway from the largest other logit to theirs."""
+    """All are equally long, and one query points the way of a key. R is between its logit and all others."""
     q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
     others = largest(q, k, pairs)
     query, key = _pair(q.shape[2], pairs, generator)
