@@ -76,8 +76,12 @@ GAINS: dict[str, Step] = {
 }
 
 
+OFTEN = {"gain": 4, "shift": 3, "near_far": 3, "assumed": 3, "cast": 2}
+"""Steps that are taken more often than others: those where a claim hangs on what stands around them."""
+
+
 def _step(g: Grower, table: dict[str, Step], kind: str, x: Typed) -> str:
-    name = g.rng.choice(tuple(table))
+    name = g.rng.choices(tuple(table), [OFTEN.get(each, 1) for each in table])[0]
     text = table[name](g, x)
     g.used[f"{kind}: {name}"] += 1
     return text
@@ -158,6 +162,8 @@ def near_far(g: Grower, s: Typed) -> str:
         matching = [each for each in g.pool if each.dtype == "float" and each.shape == s.shape]
         other = g.rng.choice(matching or [s])
     pair = [chain(g, each, 2) for each in (other, s)]
+    if g.rng.random() < 0.3:  # a shift of one branch is none of the whole
+        pair[0] = g.say(_shift(g, pair[0]), inline=True)
     g.rng.shuffle(pair)
     return f"near_far({pair[0].text}, {pair[1].text}; block = {g.rng.choice((1, 2, 4, 8))})"
 
@@ -257,8 +263,20 @@ def _flat(g: Grower) -> tuple[Typed, Typed, Typed]:
 _OPERANDS = (_plain, _plain, _heads, _heads, _wide, _flat)
 
 
+def _chained(g: Grower) -> Typed:
+    """An attention to what another one gives, whose values have a proved range."""
+    x, other, _ = _plain(g)
+    limit = g.rng.choice(("tanh({})", "sigmoid({})", "clamp({}; low = 0.2, high = 1.0)", "softmax({})"))
+    values = g.sometimes(limit.format(other.text))
+    s = g.sometimes(f"assume_bound({product(g, x, other).text}; bound = {g.positive()})")
+    inner = g.say(f"softmax({s.text}) @ {values.text}")
+    return g.say(f"softmax({inner.text} @ {inner.text}.T) @ {x.text}")
+
+
 def attention(g: Grower) -> Typed:
     """An attention, or what looks like one. Raises Unfit where it did not come about."""
+    if g.rng.random() < 0.06:
+        return _chained(g)
     q, k, v = g.rng.choice(_OPERANDS)(g)
     limited = g.rng.random() < 0.7
     same = g.rng.random() < 0.2

@@ -18,7 +18,9 @@ from fastgrad_compiler.graph import Program
 NUDGE = 1e-12  # relative: what rounding may do to an input
 JUMP = 1e-3  # a result that moves by more of its size under a nudge stands at a discontinuity, or is all rounding
 TINY = 1e-9  # a move by less is none: what is 0 but for rounding may move by its size
-ROUNDING = 1e-10  # of float64 in a sum of some hundred terms, relative to the largest entry
+ROUNDING = (
+    1e-10  # of float64 in sums of some hundred terms, relative to the largest entry, of terms of size 1
+)
 DRAWS = 4  # points before a case is given up
 STEP = 1e-6  # of central differences
 
@@ -120,7 +122,7 @@ def agree(what: str, got: Sequence[Array], want: Sequence[Array], noise: Sequenc
             )
         if one.dtype == np.float64:
             size = np.abs(other).max(initial=0.0)
-            allowed = ROUNDING * size + 1e4 * level.max(initial=0.0) + 1e-300
+            allowed = ROUNDING * (1.0 + size) + 1e4 * level.max(initial=0.0)
             off = np.abs(one - other)
         else:
             size, allowed, off = 1.0, 0.5, 1.0 * (one != other)
@@ -222,7 +224,7 @@ def agree_gradients(
     level = max((each.max(initial=0.0) for each in noise), default=0.0)
     for name, expected in zip(names, want, strict=True):
         off = np.abs(got[name] - expected)
-        if name not in without and not (off <= ROUNDING * largest + 1e4 * level).all():
+        if name not in without and not (off <= ROUNDING * (1.0 + largest) + 1e4 * level).all():
             raise Finding("a", what, f"by {name} it is off by {np.nanmax(off):.3g}, of {largest:.3g}")
 
 

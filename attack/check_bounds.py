@@ -140,7 +140,7 @@ def assertions_hold(program: Program, values: Mapping[str, Tensor]) -> bool:
 def _overflows(program: Program, values: Mapping[str, Tensor]) -> bool:
     """Whether a float beyond the range of ints, or none at all, becomes an int: that has no meaning."""
     casts = [node for node in program.flatten().nodes if node.op == "cast" and node["dtype"] == "int"]
-    return any(not bool((values[node.inputs[0]].abs() < LARGEST_INT).all()) for node in casts)
+    return any(not bool((values[node.inputs[0]].double().abs() < LARGEST_INT).all()) for node in casts)
 
 
 def _words(claim: Claim, reached: float) -> str:

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from attack.cases import Case, Finding, Undecided, run_meaning
+import numpy as np
+
+from attack.cases import Array, Case, Finding, Undecided, run_meaning
 from attack.check_agreement import check_agreement
 from attack.check_bounds import check_bounds
 from attack.check_errors import check_errors
 from attack.check_guards import check_guards
 from attack.check_texts import check_texts
 from attack.minimise import minimise
+from fastgrad_compiler.graph import Node
 
 CHECKS: dict[str, Callable[[Case], None]] = {
     "a": check_agreement,
@@ -80,11 +83,22 @@ def examine(check: str, case: Case) -> Kept | None:
 
 
 def _has_meaning(case: Case) -> None:
-    """Raises Undecided where the text has no value at this point: an id beyond a table, a slice beyond an end."""
+    """Raises Undecided where the text has no value here: an id beyond a table, an int of what is not finite."""
+    finite: dict[str, bool] = {}
+
+    def watch(path: str, node: Node, value: Array) -> None:
+        finite[path] = bool(np.isfinite(value).all())
+        if node.op == "cast" and node["dtype"] == "int":
+            before, _, after = path.rpartition(node.name)
+            if not finite.get(f"{before}{node.inputs[0]}{after}", True):
+                raise Undecided("an int of what is not finite")
+
     try:
-        run_meaning(case.elaborated, case.point)
+        run_meaning(case.elaborated, case.point, watch)
     except ValueError as error:
         raise Undecided(f"no value: {error}") from None
+    except Undecided:
+        raise
     except Exception:  # the checks will meet it
         return
 

@@ -11,7 +11,7 @@ from attack.findings import examine, read
 from attack.run import ALL, Attack
 
 REGRESSIONS = Path(__file__).parent / "regressions"
-PROGRAMS = range(6)
+PROGRAMS = range(1, 7)
 
 
 @pytest.mark.parametrize("seed", PROGRAMS)

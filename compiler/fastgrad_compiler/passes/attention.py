@@ -22,6 +22,7 @@ from fastgrad_compiler.passes.attention_table import ATTENTION, own_polynomial
 from fastgrad_compiler.passes.bound_proof import place
 from fastgrad_compiler.passes.builder import Builder, Value
 
+_KEPT = ("input", "weight", "buffer", "call", "repeat")  # also where nothing reads them
 _ROWWISE = ("unit", "rotary", "neg")  # what repeating heads commutes with
 
 
@@ -73,12 +74,12 @@ def _rename(node: Node, renamed: Mapping[str, str]) -> Node:
 
 def _alive(nodes: list[Node], outputs: tuple[str, ...]) -> tuple[Node, ...]:
     """Without what neither an output nor a weight's place in the state_dict needs; inputs stay, they are
-    the signature.
+    the signature, and so do calls and repeats, which may hold weights.
     """
     needed = set(outputs)
     kept = []
     for node in reversed(nodes):
-        if node.name in needed or node.op in ("input", "weight", "buffer"):
+        if node.name in needed or node.op in _KEPT:
             needed.update(node.inputs)
             kept.append(node)
     return tuple(reversed(kept))
