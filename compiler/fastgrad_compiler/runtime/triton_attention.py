@@ -233,26 +233,26 @@ class Launches:
         dq, dk, dv, dnear_q, dnear_k = (
             self.q.new_empty((0,)) if x is None else self._empty(x.shape, self.dtype) for x in self.given
         )
-        delta = self._empty(denominator.shape)
+        delta, inverse = self._empty(denominator.shape), self._empty(denominator.shape)
         sizes = (*gradient.stride()[:3], out.stride(2), self.queries, self.heads)
         grid = (self.batch * self.heads * _ceil(self.queries, DELTA_ROWS),)
-        self.kernels.delta_kernel[grid](gradient, out, delta, *sizes, ROWS=DELTA_ROWS)
+        self.kernels.delta_kernel[grid](gradient, out, denominator, delta, inverse, *sizes, ROWS=DELTA_ROWS)
         if self.fused:
-            self._fused_backward(gradient, denominator, delta, dq, dk, dv)
+            self._fused_backward(gradient, inverse, delta, dq, dk, dv)
         else:
-            self._backward(gradient, (denominator, maximum, delta), dq, dk, dv, dnear_q, dnear_k)
+            self._backward(gradient, (inverse, maximum, delta), dq, dk, dv, dnear_q, dnear_k)
         gradients = (dq, dk, dv, dnear_q, dnear_k)
         return tuple(  # type: ignore[return-value]
             g if x is None else g.to(x.dtype) for x, g in zip(self.given, gradients, strict=True)
         )
 
     def _fused_backward(
-        self, gradient: Tensor, denominator: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+        self, gradient: Tensor, inverse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
     ) -> None:
-        inputs = (gradient, self.q, self.k, self.v, self.mask, self.index, self.weight, denominator, delta)
+        inputs = (gradient, self.q, self.k, self.v, self.mask, self.index, self.weight, inverse, delta)
         sizes = (*self._strides(gradient, self.q, self.k, self.v), self.queries, self.heads, self.groups)
         self._launch("fused_query_gradient_kernel", self._rows, *inputs, dq, *sizes)
-        self._launch("fused_key_gradient_kernel", self._rows, *inputs, dk, dv, *sizes)
+        self._launch("fused_key_gradient_kernel", self._rows, *inputs, self._reached(inverse), dk, dv, *sizes)
 
     def _backward(
         self,
@@ -279,10 +279,18 @@ class Launches:
         self._launch(
             "key_gradient_kernel",
             self._key_tiles,
-            *(*inputs, before, after, *saved, dk, dv, dnear_k),
+            *(*inputs, before, after, *saved, self._reached(saved[0]), dk, dv, dnear_k),
             *(*strides, *self._sizes()),
             MIXED=self._mixed,
         )
+
+    def _reached(self, inverse: Tensor) -> Tensor | None:
+        """int32 [B, Hk]: one past the last query that has a gradient, of all heads of a group; None if not causal."""
+        if not self.case.causal:
+            return None
+        kept = (inverse != 0).view(self.batch, self.shared, self.groups, self.queries).any(2)
+        places = torch.arange(1, self.queries + 1, device=self.device, dtype=torch.int32)
+        return torch.where(kept, places, 0).amax(-1)
 
     # ---------------------------------------------------------------- states
 
@@ -300,8 +308,8 @@ class Launches:
     def _query_states(self, gradient: Tensor, saved: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """W Y of the queries before each chunk, and of those behind it, or of all."""
         case = self.case
-        denominator, maximum, delta = saved
-        inputs = (self.q, gradient, None, denominator, delta, maximum)
+        inverse, maximum, delta = saved
+        inputs = (self.q, gradient, None, inverse, delta, maximum)
 
         def make(shift: int, mode: int) -> Tensor:
             return self._states(inputs, self.queries, shift, mode, upstream=True)
