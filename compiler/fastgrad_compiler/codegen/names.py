@@ -29,6 +29,7 @@ HELPERS = frozenset(
         "padding_mask",
         "rotary",
         "sinusoid",
+        "softmax_attention",
         "window_mask",
     }
 )
