@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.runtime.exact_attention import exact_attention
+from fastgrad_compiler.runtime.functions import softmax_attention
 from tests.kernels.inputs import Inputs, run_kernel
-from tests.kernels.leaks import KINDS, WINDOWS, attack
+from tests.kernels.leaks import HUGE, KINDS, WINDOWS, attack, check, inputs_of, targets_of, visible_pairs
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -67,3 +68,28 @@ def test_many_tiles(length: int) -> None:
     spec = replace(KINDS["causal"], chunk=None)
     if length > 37:
         attack(run_kernel, spec, torch.float32, length=length, every=False)
+
+
+def run_softmax(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
+    """As a generated module calls PyTorch's function."""
+    q, k, v = inputs.tensors
+    options: dict[str, Any] = {"is_causal": spec.causal}
+    if inputs.mask is not None:
+        visible = inputs.mask[:, None, None]
+        if spec.causal:
+            visible = visible & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        options = {"attn_mask": visible}
+    out = softmax_attention(q, k, v, scale=0.7, enable_gqa=q.shape[1] != k.shape[1], **options)
+    return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", ["causal", "padding"])
+def test_exact_attention_of_pytorch(kind: str, groups: int) -> None:
+    spec = replace(KINDS[kind], dv=3)
+    for dtype in DTYPES:
+        inputs = inputs_of(spec, dtype, groups)
+        visible = visible_pairs(spec, inputs)
+        for tokens in targets_of(spec):
+            for value, names in ((float("nan"), "qkv"), (float("inf"), "v"), (HUGE[dtype], "qkv")):
+                check(run_softmax, spec, inputs, visible, tokens, value, names, silent=True)

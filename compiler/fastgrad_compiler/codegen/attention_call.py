@@ -127,7 +127,7 @@ def _softmax(place: Place, node: Node, tensors: list[_Tensor], others: dict[str,
     for position in (0, 1) if extra > 0 else (2,) if extra < 0 else ():
         values[position] = call("F.pad", values[position], f"(0, {abs(extra)})")
     result = call(
-        "F.scaled_dot_product_attention",
+        place.helper("softmax_attention"),
         *values,
         attn_mask=mask,
         is_causal=True if node["causal"] and mask is None else None,

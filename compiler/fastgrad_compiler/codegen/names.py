@@ -30,6 +30,7 @@ HELPERS = frozenset(
         "padding_mask",
         "rotary",
         "sinusoid",
+        "softmax_attention",
         "truncate",
         "window_mask",
     }

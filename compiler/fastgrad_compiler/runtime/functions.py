@@ -76,6 +76,54 @@ def sinusoid(length: int, width: int, like: Tensor) -> Tensor:
     return table[:, :width].to(like.dtype)
 
 
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """F.scaled_dot_product_attention, in which a token that is not finite does not reach rows that do not see it.
+
+    A hidden key has the weight 0 there, and 0 * NaN is NaN. So a call with such tokens is made with zeros in their place,
+    and the rows that see them are NaN. A graph that is compiled or exported, and a GPU, where asking would wait, have
+    PyTorch's function as it is.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    if torch.compiler.is_compiling() or q.device.type != "cpu":
+        return attend(q, k, v)
+    if all(map(_is_finite, (q, k, v))) and _is_finite(out := attend(q, k, v)):
+        return out
+    keys = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
+    queries = ~q.isfinite().all(-1)
+    k, v = (x.masked_fill(keys.unsqueeze(-1), 0.0) for x in (k, v))
+    with torch.no_grad():  # logits that overflow make a row NaN too
+        out = attend(q.masked_fill(queries.unsqueeze(-1), 0.0), k, v)
+        queries = queries | ~out.isfinite().all(-1)
+    visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
+    if is_causal:
+        visible = visible.tril()
+    elif attn_mask is not None:
+        visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf
+    spread = keys.repeat_interleave(q.shape[-3] // k.shape[-3], -2) if enable_gqa else keys
+    rows = (visible & spread.unsqueeze(-2)).any(-1) | queries & visible.any(-1)
+    out = attend(q.masked_fill(queries.unsqueeze(-1), 0.0), k, v)
+    return torch.where(rows.unsqueeze(-1), out + math.nan, out)  # both sides pass a gradient on
+
+
+def _is_finite(x: Tensor) -> bool:
+    """True only if all numbers are finite; a sum of large ones may overflow."""
+    return math.isfinite(x.detach().sum(dtype=_precision(x)).item())
+
+
 def causal_mask(q: Tensor, k: Tensor) -> Tensor:
     """bool [n, m]: keys up to the query's own place; q [.., n, d], k [.., m, d]."""
     return _lower(q.shape[-2], k.shape[-2], q.device)
