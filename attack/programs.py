@@ -111,7 +111,7 @@ def _call(g: Grower, blocks: list[_Block]) -> None:
         for each in block.inputs
     ]
     values = g.rng.choice(("", f"; scale = {g.number(0.5, 2.0)}", "; flag = false"))
-    label = f" as {g.fresh('label')}" if g.rng.random() < 0.3 else ""
+    label = f" as {g.fresh('label')}" if g.rng.random() < 0.5 else ""
     names = [g.fresh() for _ in range(block.results)]
     targets = names[0] if len(names) == 1 else f"({', '.join(names)})"
     line = f"{targets} = {block.name}({', '.join(arguments)}{values}){label}"
