@@ -61,7 +61,7 @@ def softmax_attention(
 def _hidden(
     scores: Tensor, causal: bool, window: int | None, mask: Tensor | None, documents: Tensor | None
 ) -> Tensor:
-    return hidden_pairs(*scores.shape[-2:], causal, window, mask, documents)
+    return hidden_pairs(scores.shape[-2], scores.shape[-1], causal, window, mask, documents)
 
 
 def hidden_pairs(

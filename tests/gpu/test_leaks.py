@@ -36,7 +36,10 @@ SCHEDULES = [(kind, False) for kind in SPECS] + [(kind, True) for kind in FUSED]
     ("value", "names"),
     [
         (float("nan"), "qkv"),
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((float("inf"), "v"), (1e30, "qkv"), (1e30, "k"))),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in ((float("inf"), "v"), (1e30, "qkv"), (1e30, "k"))
+        ),
     ],
 )
 @pytest.mark.parametrize(("kind", "fused"), SCHEDULES)

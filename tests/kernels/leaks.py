@@ -147,13 +147,23 @@ def check(
 
 
 def attack(
-    run: Run, spec: KernelSpec, dtype: torch.dtype, groups: int = 1, length: int = LENGTH, *, every: bool = True
+    run: Run,
+    spec: KernelSpec,
+    dtype: torch.dtype,
+    groups: int = 1,
+    length: int = LENGTH,
+    *,
+    every: bool = True,
 ) -> None:
     """All sets of hidden tokens, with each kind of bad number in each of the inputs."""
     inputs = inputs_of(spec, dtype, groups, length)
     cases = [(float("nan"), "qkv"), (float("inf"), "v"), (HUGE[dtype], "qkv")]
     if every:
-        cases += [(float("nan"), x) for x in "qkv"] + [(float("-inf"), "k"), (HUGE[dtype], "k"), (HUGE[dtype], "kv")]
+        cases += [(float("nan"), x) for x in "qkv"] + [
+            (float("-inf"), "k"),
+            (HUGE[dtype], "k"),
+            (HUGE[dtype], "kv"),
+        ]
     visible = visible_pairs(spec, inputs)
     for tokens in targets_of(spec, length):
         for value, names in cases:

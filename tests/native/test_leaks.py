@@ -40,6 +40,8 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     attack(run_native, KINDS["causal, padding"], dtype, every=False)
 
 
-@pytest.mark.parametrize("kind", ["window, documents", *(pytest.param(k, marks=pytest.mark.slow) for k in WINDOWS)])
+@pytest.mark.parametrize(
+    "kind", ["window, documents", *(pytest.param(k, marks=pytest.mark.slow) for k in WINDOWS)]
+)
 def test_window(kind: str) -> None:
     attack(run_window, WINDOWS[kind], torch.float32)

@@ -88,9 +88,9 @@ def softmax_attention(
 ) -> Tensor:
     """F.scaled_dot_product_attention, in which a token that is not finite does not reach rows that do not see it.
 
-    A hidden key has the weight 0 there, and 0 * NaN is NaN. So a call with such tokens is made with zeros in their place,
-    and the rows that see them are NaN. A graph that is compiled or exported, and a GPU, where asking would wait, have
-    PyTorch's function as it is.
+    A hidden key has the weight 0 there, and 0 * NaN is NaN. So a call with such tokens is made with zeros in their
+    place, and the rows that see them are NaN. A graph that is compiled or exported, and a GPU, where asking would wait,
+    have PyTorch's function as it is.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -93,7 +93,9 @@ def selective(
 
     def run_forward(*inputs: Any) -> Any:
         given, attributes = inputs[:7], inputs[7:]
-        return select_forward(forward, given, attributes, _exactly(sight, given, attributes), maximum, on_device)
+        return select_forward(
+            forward, given, attributes, _exactly(sight, given, attributes), maximum, on_device
+        )
 
     def run_backward(gradient: Tensor, *inputs: Any) -> Any:
         given, saved, attributes = inputs[:7], inputs[7:10], inputs[10:]
@@ -109,7 +111,12 @@ def _exactly(sight: Sight, inputs: Inputs, attributes: Sequence[Any]) -> Sight:
 
 
 def select_forward(
-    run: Kernel, inputs: Inputs, attributes: Sequence[Any], sight: Sight, maximum: bool, on_device: bool = False
+    run: Kernel,
+    inputs: Inputs,
+    attributes: Sequence[Any],
+    sight: Sight,
+    maximum: bool,
+    on_device: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """run(*inputs, *attributes), in which nothing hidden leaks: out, denominator, maximum. See `selective`."""
     q, k, v = inputs[:3]
@@ -119,7 +126,7 @@ def select_forward(
         return out, rows, rows.clone() if maximum else rows.new_zeros((0,))
     if _reads(q) or on_device:
         outputs: tuple[Tensor, Tensor, Tensor] = run(*inputs, *attributes)
-        if on_device and not _reads(q) or _sum_is_finite(outputs[0]):
+        if (on_device and not _reads(q)) or _sum_is_finite(outputs[0]):
             return outputs
     careful = _Careful(inputs, sight)
     outputs = run(*careful.inputs, *attributes)
@@ -141,7 +148,7 @@ def select_backward(
         return tuple(gradient.new_empty((0,)) if x is None else torch.zeros_like(x) for x in inputs[:5])
     if _reads(q) or on_device:
         gradients: tuple[Tensor, ...] = run(gradient, *inputs, *saved, *attributes)
-        if on_device and not _reads(q) or all(map(_sum_is_finite, gradients)):
+        if (on_device and not _reads(q)) or all(map(_sum_is_finite, gradients)):
             return gradients
     careful = _Careful(inputs, sight)
     return careful.gradients(gradient, saved, lambda *arguments: run(*arguments, *attributes))
@@ -165,7 +172,11 @@ class _Careful:
         self.groups, self.work = q.shape[1] // k.shape[1], compute_dtype(q, k, v)
         n, m = q.shape[2], k.shape[2]
         self.hidden = None if mask is None else ~mask[:, None]
-        visible = torch.ones_like(k[..., 0], dtype=torch.bool) if mask is None else mask[:, None].expand(k.shape[:3])
+        visible = (
+            torch.ones_like(k[..., 0], dtype=torch.bool)
+            if mask is None
+            else mask[:, None].expand(k.shape[:3])
+        )
         spoilt = self._spoilt(k, sight.degree) | self._spoilt(v)
         spoilt_rows = self._spoilt(q, sight.degree)
         if near_q is not None:
@@ -174,7 +185,7 @@ class _Careful:
         self.queries = sight.seen_by(n, m, documents, q.device)
         seeing = keys.hold(visible).repeat_interleave(self.groups, 1)
         self.rows = (keys.hold(spoilt & visible).repeat_interleave(self.groups, 1) | spoilt_rows) & seeing
-        self.inputs = [
+        self.inputs: list[Any] = [
             None if x is None else _without(x, flags)
             for x, flags in zip(
                 (q, k, v, near_q, near_k),
@@ -192,9 +203,11 @@ class _Careful:
         return ~monomial.isfinite()
 
     def outputs(
-        self, outputs: tuple[Tensor, Tensor, Tensor], run: Callable[[list[Any]], tuple[Tensor, Tensor, Tensor]]
+        self,
+        outputs: tuple[Tensor, Tensor, Tensor],
+        run: Callable[[list[Any]], tuple[Tensor, Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of the pass on `inputs`, repeated by `run` where they overflowed, NaN in rows that see a spoilt token."""
+        """Those of a pass on `inputs`, by `run` again where they overflowed, NaN in rows that see a spoilt token."""
         out, denominator, maximum = outputs
         rows = self.rows.unsqueeze(-1)
         whole = rows | out.isfinite()
@@ -259,7 +272,7 @@ def _without(x: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _scale(x: Tensor, groups: int = 1) -> Tensor:
-    """Powers of 2, [b, heads / groups, 1, 1]: 1 / the largest of a head's numbers where that is beyond LARGE, else 1."""
+    """Powers of 2, [b, heads / groups, 1, 1]: 1 / a head's largest number where that is beyond LARGE, else 1."""
     largest = x.to(compute_dtype(x)).abs().unflatten(1, (-1, groups)).amax((2, 3, 4))
     exponent = torch.frexp(largest).exponent
     inverse = torch.ldexp(torch.ones_like(largest), -exponent)
