@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from attack.grower import Grower, Typed, Unfit
+from attack.grower import Grower, Typed, Unfit, constant_shape
 from attack.operations import COEFFICIENTS
 
 Step = Callable[[Grower, Typed], str]
@@ -264,13 +264,12 @@ _OPERANDS = (_plain, _plain, _heads, _heads, _wide, _flat)
 
 
 def _chained(g: Grower) -> Typed:
-    """An attention to what another one gives, whose values have a proved range."""
-    x, other, _ = _plain(g)
-    limit = g.rng.choice(("tanh({})", "sigmoid({})", "clamp({}; low = 0.2, high = 1.0)", "softmax({})"))
-    values = g.sometimes(limit.format(other.text))
-    s = g.sometimes(f"assume_bound({product(g, x, other).text}; bound = {g.positive()})")
-    inner = g.say(f"softmax({s.text}) @ {values.text}")
-    return g.say(f"softmax({inner.text} @ {inner.text}.T) @ {x.text}")
+    """An attention to what another one gives, whose values have a proved range: its keys are of a known number."""
+    x = g.pick(where=lambda each: each.rank >= 3 and constant_shape(each.shape[-2:]))
+    values = g.rng.choice(("unit({})", "0.5 * unit({})", "tanh({})", "clamp({}; low = -0.5, high = 0.5)"))
+    s = g.sometimes(f"assume_bound({x.text} @ {x.text}.T; bound = {g.positive()})")
+    inner = g.say(f"softmax({s.text}) @ {g.sometimes(values.format(x.text)).text}")
+    return g.say(f"softmax({g.rng.choice((0.02, 0.1, 0.5))} * ({inner.text} @ {inner.text}.T)) @ {x.text}")
 
 
 def attention(g: Grower) -> Typed:

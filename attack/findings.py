@@ -18,6 +18,7 @@ from attack.check_guards import check_guards
 from attack.check_texts import check_texts
 from attack.minimise import minimise
 from fastgrad_compiler.graph import Node
+from fastgrad_grammar.diagnostics import TfgError
 
 CHECKS: dict[str, Callable[[Case], None]] = {
     "a": check_agreement,
@@ -72,6 +73,8 @@ def examine(check: str, case: Case) -> Kept | None:
         return Kept(check, found.kind, found.message, case)
     except Undecided:
         raise
+    except TfgError as error:
+        raise Undecided(f"a diagnostic, {error.diagnostics[0].code}") from None
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         own = next(
