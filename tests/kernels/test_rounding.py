@@ -190,13 +190,14 @@ def test_other_masks_stay_within_it(options: dict[str, object]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bound", [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0])
-def test_every_degree_that_may_be_chosen(bound: float, dtype: str) -> None:
-    for degree, causal, n in itertools.product(range(1, MAX_DEGREE + 1), (True, False), (96, 1000)):
+def test_every_degree_that_may_be_chosen(bound: float, dtype: str, causal: bool) -> None:
+    for degree, n in itertools.product(range(1, MAX_DEGREE + 1), (96, 400)):
         for case in planned(bound, degree, dtype, causal=causal, n=n, chunk=None):
             worst = ascent(case, steps=4, seed=degree)
-            assert (worst <= 1).all(), (degree, causal, n, case.spec.precision, worst)
+            assert (worst <= 1).all(), (degree, n, case.spec.precision, worst)
 
 
 @pytest.mark.parametrize(("bound", "degree"), [(8.0, 14), (12.0, 18)])
