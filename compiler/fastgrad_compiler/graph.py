@@ -131,6 +131,15 @@ class Graph:
                 found[name].append(node)
         return {name: tuple(nodes) for name, nodes in found.items()}
 
+    @cached_property
+    def alive(self) -> frozenset[str]:
+        """The names of the nodes that a result is computed from."""
+        needed = set(self.outputs)
+        for node in reversed(self.nodes):
+            if node.name in needed:
+                needed.update(node.inputs)
+        return frozenset(needed)
+
     @property
     def output_type(self) -> Type | None:
         """The type of the result, a tuple where there are several."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ def test_a_blind_guard_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def blind(*given: Any) -> nn.Module:
         model = right(*given)
         for watching in (value for value in vars(model).values() if type(value).__name__ == "Guard"):
-            watching.bound *= 1e9
+            watching.spec = replace(watching.spec, bound=1e9)
+            watching.key = str(watching.spec)
         return model
 
     monkeypatch.setattr(check_guards, "built", blind)

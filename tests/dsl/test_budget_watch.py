@@ -64,7 +64,7 @@ def test_a_quiet_budget_keeps_its_plan(batches: list[tuple[torch.Tensor, torch.T
     assert watch.compiled is before
     assert 0 < state.output <= 0.05
     assert 0 < state.gradient <= 0.1
-    assert "(measured)" in lines[0]
+    assert "(measured on one batch of 64 tokens, held out)" in lines[0]
 
 
 def test_growing_logits_bring_a_new_plan(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

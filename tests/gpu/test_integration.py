@@ -189,6 +189,14 @@ def test_launches_wait_for_nothing_and_allocate_by_shape(spec: KernelSpec, tmp_p
         runs.append(operations.seen)
     assert runs[1] == runs[2]
     allowed = {"empty", "new_empty", "view", "constant_pad_nd", "clone", "_to_copy", "slice", "detach"}
+    allowed |= {
+        "ne",
+        "any",
+        "arange",
+        "scalar_tensor",
+        "where",
+        "amax",
+    }  # the last query with a gradient, of each row
     assert {name.partition(".")[0] for name, _ in runs[1]} <= allowed
 
 

@@ -11,12 +11,13 @@ _SILENT = frozenset({"input", "weight", "buffer", "literal", "constant"})
 class Statements:
     """The statements of a graph: the nodes that the user named, that are read twice, or that give several results.
 
-    Every other node is part of the one expression that reads it.
+    Every other node is part of the one expression that reads it, or of none: what no result needs is left out.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.uses = {name: len(users) for name, users in graph.users.items()}
+        alive = graph.alive
+        self.uses = {name: sum(user.name in alive for user in users) for name, users in graph.users.items()}
         for name in graph.outputs:
             self.uses[name] += 1
         self.roots = [node for node in graph.nodes if self._is_root(node)]

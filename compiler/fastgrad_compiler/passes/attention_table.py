@@ -5,7 +5,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from fastgrad_compiler.dim import Dim
@@ -58,7 +58,8 @@ class AttentionEntry:
     `full_path` is its calls' labels and its own name; `path` is what users are shown, the calls' labels
     alone where the called graph holds no other attention. `d`, `dv` are the widths of queries and values,
     None where known at run time only; `queries` and `keys` the two lengths; `groups` query heads share a
-    key head; `calls` are the places of the enclosing calls, outermost first.
+    key head; `calls` are the places of the enclosing calls, outermost first. `runs`: whether a result of the
+    model needs it.
     """
 
     path: str
@@ -71,6 +72,7 @@ class AttentionEntry:
     keys: Dim
     groups: int = 1
     calls: tuple[Span, ...] = field(default=(), compare=False, repr=False)
+    runs: bool = True
 
     @property
     def span(self) -> Span | None:
@@ -92,7 +94,7 @@ class AttentionEntry:
 
 
 def attention_table(program: Program) -> tuple[AttentionEntry, ...]:
-    """Every attention that the model runs, in program order; after `plan` their nodes say what was decided."""
+    """Every attention of the model, in program order; after `plan` their nodes say what was decided."""
     holders = _Holders(program)
     return tuple(_entries(program, holders, _Where(program.main)))
 
@@ -100,7 +102,12 @@ def attention_table(program: Program) -> tuple[AttentionEntry, ...]:
 def stands_alone(program: Program, graph: str) -> bool:
     """Whether a graph that a call runs holds one attention, itself and no other: its path is that of the call."""
     nodes = _Holders(program).nodes(graph)
-    return graph != program.main and len(nodes) == 1 and nodes[0].op in ATTENTION
+    return _is_called(program, graph) and len(nodes) == 1 and nodes[0].op in ATTENTION
+
+
+def _is_called(program: Program, graph: str) -> bool:
+    """Whether calls run a graph; others are the model's own, and bodies of repeats."""
+    return any(node.op == "call" and node["graph"] == graph for each in program.graphs for node in each.nodes)
 
 
 class _Holders:
@@ -133,28 +140,32 @@ class _Where:
     scope: tuple[str, ...] = ()
     calls: tuple[Span, ...] = ()
     indices: Indices = ()
+    runs: bool = True
 
-    def called(self, node: Node) -> _Where:
+    def called(self, node: Node, runs: bool) -> _Where:
         """Inside a call."""
         scope = (*self.scope, str(node["label"]), *map(str, self.indices))
-        return _Where(str(node["graph"]), scope, (*self.calls, node.span) if node.span else self.calls)
+        calls = (*self.calls, node.span) if node.span else self.calls
+        return _Where(str(node["graph"]), scope, calls, runs=runs)
 
-    def repeated(self, body: str, index: int) -> _Where:
+    def repeated(self, body: str, index: int, runs: bool) -> _Where:
         """Inside an iteration."""
-        return _Where(body, self.scope, self.calls, (*self.indices, index))
+        return _Where(body, self.scope, self.calls, (*self.indices, index), runs)
 
 
 def _entries(program: Program, holders: _Holders, where: _Where) -> Iterator[AttentionEntry]:
     nodes = holders.nodes(where.graph)
     alone = len(nodes) == 1 and bool(where.scope) and not where.indices
+    graph = program[where.graph]
     for node in nodes:
+        needed = where.runs and node.name in graph.alive
         if node.op == "call":
-            yield from _entries(program, holders, where.called(node))
+            yield from _entries(program, holders, where.called(node, needed))
         elif node.op == "repeat":
             for index, body in iterations(node):
-                yield from _entries(program, holders, where.repeated(body, index))
+                yield from _entries(program, holders, where.repeated(body, index, needed))
         else:
-            yield _entry(program[where.graph], node, where, alone)
+            yield replace(_entry(graph, node, where, alone), runs=needed)
 
 
 def _entry(graph: Graph, node: Node, where: _Where, alone: bool) -> AttentionEntry:

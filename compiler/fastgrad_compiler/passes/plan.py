@@ -38,6 +38,7 @@ MAX_RANK = 20_000  # a state of rank x (dv + 1) floats for each head: 5 MB at dv
 Assignment: TypeAlias = Mapping[str, Sequence[Decision]]  # by full path, one decision for each group of heads
 
 _OUTSIDE = Decision("it is not a part of the model that the budget is for")
+_UNREAD = Decision("nothing reads its result, so that it does not run")
 
 
 def plan_attention(
@@ -65,7 +66,8 @@ def plan_attention(
         raise TfgError(wrong)
     settings = {entry.full_path: settings_of(entry.full_path, budget.rules) for entry in entries}
     assigned = assignment or {}
-    entries = tuple(entry for entry in entries if entry.full_path not in assigned)
+    unread = {entry.full_path: (_UNREAD,) for entry in entries if not entry.runs}
+    entries = tuple(entry for entry in entries if entry.full_path not in {*assigned, *unread})
     outcomes, cases = _decide_all(program, entries, settings, family, max_rank, target)
     wrong += _refusals(entries, outcomes, cases)
     wrong += refuse_own([entry for entry in table if is_own(entry.node)], budget.rules, max_rank)
@@ -73,7 +75,7 @@ def plan_attention(
         raise TfgError(wrong)
     decisions: dict[str, Sequence[Decision]] = dict(assigned)
     decisions |= {path: (outcome,) for path, outcome in outcomes.items() if isinstance(outcome, Decision)}
-    return _Specialiser(program, decisions).program_of_decisions()
+    return _Specialiser(program, {**decisions, **unread}).program_of_decisions()
 
 
 def _decide_all(

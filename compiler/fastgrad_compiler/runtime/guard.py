@@ -24,7 +24,16 @@ from torch import Tensor, nn
 
 from .attention_op import NAMESPACE
 from .guard_key import GuardKey, new_id, read_key
-from .logit_range import Clamp, Pairs, Rows, choose_sample, clamp, norm_bound, rows_of, sampled_range
+from .logit_range import (
+    Clamp,
+    Pairs,
+    Rows,
+    choose_sample,
+    clamp,
+    norm_bound,
+    rows_of,
+    sampled_range,
+)
 
 LOGGER = logging.getLogger("fastgrad.budget")
 ATTRIBUTES = ", int exact_below, str guard"  # of the operations: the tail of their schema
