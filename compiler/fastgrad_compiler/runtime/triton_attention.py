@@ -9,7 +9,7 @@ other kernels are for them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -252,7 +252,7 @@ class Launches:
         inputs = (gradient, self.q, self.k, self.v, self.mask, self.index, self.weight, inverse, delta)
         sizes = (*self._strides(gradient, self.q, self.k, self.v), self.queries, self.heads, self.groups)
         self._launch("fused_query_gradient_kernel", self._rows, *inputs, dq, *sizes)
-        self._launch("fused_key_gradient_kernel", self._rows, *inputs, self._reached(inverse), dk, dv, *sizes)
+        self._launch("fused_key_gradient_kernel", self._rows, *inputs, dk, dv, *sizes)
 
     def _backward(
         self,
@@ -275,22 +275,15 @@ class Launches:
             MIXED=self._mixed,
         )
         del before, after
-        before, after = self._query_states(gradient, saved)
+        live = [self._empty((self.batch * self.shared * self.chunks,))] if self.case.causal else []
+        before, after = self._query_states(gradient, saved, live)
         self._launch(
             "key_gradient_kernel",
             self._key_tiles,
-            *(*inputs, before, after, *saved, self._reached(saved[0]), dk, dv, dnear_k),
+            *(*inputs, before, after, *saved, *live, dk, dv, dnear_k),
             *(*strides, *self._sizes()),
             MIXED=self._mixed,
         )
-
-    def _reached(self, inverse: Tensor) -> Tensor | None:
-        """int32 [B, Hk]: one past the last query that has a gradient, of all heads of a group; None if not causal."""
-        if not self.case.causal:
-            return None
-        kept = (inverse != 0).view(self.batch, self.shared, self.groups, self.queries).any(2)
-        places = torch.arange(1, self.queries + 1, device=self.device, dtype=torch.int32)
-        return torch.where(kept, places, 0).amax(-1)
 
     # ---------------------------------------------------------------- states
 
@@ -300,25 +293,33 @@ class Launches:
         inputs = (self.k, self.v, self.mask, None, None, None)
 
         def make(shift: int, mode: int) -> Tensor:
-            return self._states(inputs, self.keys, shift, mode, upstream=False)
+            return self._states(inputs, self.keys, shift, mode, upstream=False, live=[None] * case.causal)
 
         before = make(-case.near, TOTAL if case.total else PREFIX)
         return before, make(case.near, SUFFIX) if case.two_sided else before
 
-    def _query_states(self, gradient: Tensor, saved: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """W Y of the queries before each chunk, and of those behind it, or of all."""
+    def _query_states(
+        self, gradient: Tensor, saved: tuple[Tensor, Tensor, Tensor], live: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """W Y of the queries before each chunk, and of those behind it, or of all; causal: `live` is written too."""
         case = self.case
         inverse, maximum, delta = saved
         inputs = (self.q, gradient, None, inverse, delta, maximum)
 
         def make(shift: int, mode: int) -> Tensor:
-            return self._states(inputs, self.queries, shift, mode, upstream=True)
+            return self._states(inputs, self.queries, shift, mode, upstream=True, live=live)
 
         after = make(case.near, TOTAL if case.total else SUFFIX)
         return make(-case.near, PREFIX) if case.two_sided else after, after
 
     def _states(
-        self, inputs: tuple[Tensor | None, ...], tokens: int, shift: int, mode: int, upstream: bool
+        self,
+        inputs: tuple[Tensor | None, ...],
+        tokens: int,
+        shift: int,
+        mode: int,
+        upstream: bool,
+        live: Sequence[Tensor | None],
     ) -> Tensor:
         kernels, rows = self.kernels, self.batch * self.shared
         x, y = inputs[:2]
@@ -328,7 +329,7 @@ class Launches:
         self._launch(
             "state_kernel",
             lambda config: rows * self.chunks * (kernels.RANK.value // config["FEATURES"]),
-            *(*inputs, self.index, self.origin, state),
+            *(*inputs, self.index, self.origin, state, *live),
             *self._strides(x, y),
             *(tokens, self.chunk, self.chunks, shift, self.shared, self.groups if upstream else 1),
             UPSTREAM=upstream,
