@@ -73,6 +73,7 @@ CODES: dict[str, str] = {
     "FG240": "model where a block is meant",
     "FG241": "program that is too large",
     "FG242": "polynomial that is no weight",
+    "FG243": "dimension that no input shows",
     # FG3xx: bounds and budgets
     "FG301": "attention without a proved bound",
     "FG302": "budget pattern that matches no attention",

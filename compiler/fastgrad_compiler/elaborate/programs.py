@@ -60,7 +60,10 @@ def elaborate(
         assert name is not None  # otherwise something was reported
         graphs = _reachable(state.graphs, [each for each in (name, objective) if each])
         used = _used_dims(graphs, dims)
-        return Program(graphs, name, objective, None, used, budget, block.name.text)
+        program = Program(graphs, name, objective, None, used, budget, block.name.text)
+        _shown(reporter, program, dims)
+        reporter.check()
+        return program
 
 
 @contextmanager
@@ -247,6 +250,20 @@ def _reachable(graphs: Mapping[str, Graph], roots: Sequence[str]) -> tuple[Graph
     for root in roots:
         visit(root)
     return tuple(done.values())
+
+
+def _shown(reporter: Reporter, program: Program, dims: Mapping[str, DimInfo]) -> None:
+    """FG243 for run-time dims that a run needs and no input shows."""
+    from fastgrad_compiler.codegen.needs import needs
+
+    found = needs(program)
+    roots = [("model", program.main)] + [("objective", each) for each in (program.objective,) if each]
+    for kind, root in roots:
+        for name in found[root].extra:
+            info = dims[name]
+            reporter.error("FG243", f"no input of the {kind} `{root}` shows the dimension `{name}`", info.span,
+                           "its size is needed at run time",
+                           help_=(f"give it an input with the dimension {name}, or make {name} a param",))  # fmt: skip
 
 
 def _used_dims(graphs: Sequence[Graph], dims: Mapping[str, DimInfo]) -> tuple[DimInfo, ...]:
