@@ -30,10 +30,21 @@ def run_exact(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_polynomial(kind: str, dtype: torch.dtype) -> None:
-    attack(run_kernel, KINDS[kind], dtype, every=dtype == torch.float32)
+def test_polynomial(kind: str) -> None:
+    attack(run_kernel, KINDS[kind], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(FEW := ("causal, padding", "near, documents, causal")),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in FEW),
+    ],
+)
+def test_other_precisions(kind: str, dtype: torch.dtype) -> None:
+    attack(run_kernel, KINDS[kind], dtype, every=False)
 
 
 @pytest.mark.parametrize("kind", ["causal, padding", "near, documents, causal"])
@@ -62,7 +73,7 @@ def test_exact_below_the_break_even(kind: str) -> None:
     attack(run_exact_below, KINDS[kind], torch.float32)
 
 
-@pytest.mark.parametrize("length", [130, 300])
+@pytest.mark.parametrize("length", [130, pytest.param(300, marks=pytest.mark.slow)])
 def test_tiles_of_the_usual_size(length: int) -> None:
     attack(run_kernel, replace(KINDS["causal"], chunk=None), torch.float32, length=length, every=False)
 
