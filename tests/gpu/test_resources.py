@@ -32,11 +32,29 @@ SPILLING = [
     for label in ("d32 dv128 degree3 unmasked", "d64 dv128 degree4")
     for kernel in ("key", "query")
 ]
+# A few words since rows that are not finite are selected before products. Tiles without spills would be far smaller:
+# which of the two is faster, a GPU has to say.
+SPILLING_A_LITTLE = [
+    "gfx942 bfloat16 d12 dv20 degree3 unmasked padding near24 near_d20 forward_kernel",
+    "sm_80 bfloat16 d64 dv128 degree2 forward_kernel",
+    "sm_80 bfloat16 d64 dv128 degree2 query_gradient_kernel",
+    "sm_80 bfloat16 d64 dv128 degree4 forward_kernel",
+    "sm_80 bfloat16 d64 dv24 degree2 near128 query_gradient_kernel",
+    "sm_80 bfloat16 d64 dv64 degree2 key_gradient_kernel",
+    "sm_80 float32 d8 dv8 degree4 near64 near_d8 key_gradient_kernel",
+    "sm_90 bfloat16 d64 dv128 degree2 key_gradient_kernel",
+    "sm_90 bfloat16 d64 dv128 degree4 key_gradient_kernel",
+    "sm_90 bfloat16 d64 dv64 degree2 query_gradient_kernel",
+    "sm_90 float16 d12 dv20 degree3 unmasked padding near24 near_d20 query_gradient_kernel",
+]
+LITTLE = 25  # words of four bytes a thread
 
 
 def test_every_kernel_fits_and_all_but_those_named_spill_nothing() -> None:
     assert all(entry["fits"] for _, _, entry in entries())
-    assert sorted(name for name, _, entry in entries() if entry["spills"]) == SPILLING
+    spills = {name: entry["spills"] for name, _, entry in entries() if entry["spills"]}
+    assert sorted(spills) == sorted([*SPILLING, *SPILLING_A_LITTLE])
+    assert max(spills[name] for name in SPILLING_A_LITTLE) <= LITTLE
 
 
 def test_every_product_is_made_of_matrix_instructions() -> None:
