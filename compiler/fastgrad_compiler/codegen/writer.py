@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -193,6 +194,9 @@ class Writer:
         elif len(arguments) == 1 and arguments[0][-1] in "]}":
             with self.indented():
                 self.names("", _items(arguments[0]), arguments[0][0], arguments[0][-1])
+        elif len(arguments) == 1 and (generator := _GENERATOR.fullmatch(arguments[0])):
+            for part in generator.groups():  # a comma behind a generator is an error of syntax
+                self.line(INDENT + part)
         else:
             for argument in arguments:
                 self.line(f"{INDENT}{argument},")
@@ -203,6 +207,9 @@ class Writer:
 
     def __str__(self) -> str:
         return "\n".join(self.lines) + "\n"
+
+
+_GENERATOR = re.compile(r"(.*) (for _ in range\(\d+\))")
 
 
 def _items(text: str) -> list[str]:
