@@ -17,7 +17,7 @@ from fastgrad_compiler.graph import Program
 
 NUDGE = 1e-12  # relative: what rounding may do to an input
 JUMP = 1e-3  # a result that moves by more of its size under a nudge stands at a discontinuity, or is all rounding
-TINY = 1e-9  # a move by less is none: what is 0 but for rounding may move by its size
+TINY = 1e-9  # a move by less is none: what is 0 except for rounding may move by its size
 ROUNDING = (
     1e-10  # of float64 in sums of some hundred terms, relative to the largest entry, of terms of size 1
 )

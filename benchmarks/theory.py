@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from benchmarks.running_bound import Shape, running_bound
 from benchmarks.settings import ROOT, say
 from fastgrad_dsl.compiled import Compiled
 from fastgrad_dsl.files import write_atomically
-from fastgrad_dsl.measure import Served, measure_errors
+from fastgrad_dsl.measure import ModelErrors, Served, measure_errors
 from fastgrad_dsl.text_data import TextData, load_text
 from fastgrad_dsl.training import Options, make_optimiser, training_step
 
@@ -109,8 +109,7 @@ def measure_point(degree: int, depth: int, n: int, data: TextData, target: str) 
     model = compiled.module(seed=0, dtype=torch.float64)
     tokens, following = next(data.validation_batches(n, 1, 1))
     entries = compiled.plan_document["attentions"]
-    served = [Served(e["path"], e["eps"], e["eps_prime"], e["scale"]) for e in entries]
-    errors = measure_errors(model, (tokens,), (following,), compiled.loss, served, at_any_length=True)
+    errors = _errors(compiled, model, (tokens,), (following,))
     say(
         f"degree {degree}, depth {depth}, n = {n:,}: output {errors.output:.1e}, gradient {errors.gradient:.1e}"
     )
@@ -127,6 +126,15 @@ def measure_point(degree: int, depth: int, n: int, data: TextData, target: str) 
         sum(attention.output_bound for attention in errors.attentions),
         sum(attention.gradient_bound for attention in errors.attentions),
     )
+
+
+def _errors(
+    compiled: Compiled, model: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Tensor]
+) -> ModelErrors:
+    """Measured errors, of every polynomial at any length, with the certificates of real arithmetic."""
+    entries = compiled.plan_document["attentions"]
+    served = [Served(e["path"], e["eps"], e["eps_prime"], e["scale"]) for e in entries]
+    return measure_errors(model, inputs, targets, compiled.loss, served, at_any_length=True)
 
 
 def points(grid: Grid) -> list[tuple[int, int, int]]:
@@ -154,9 +162,7 @@ def measure_running(data: TextData, target: str, *, quick: bool) -> dict[str, An
     for degree in (2, 4, 6, 8, 10):
         planned = fg.compile(spec(degree, RUNNING_DEPTH), target=target)
         entries = planned.plan_document["attentions"]
-        served = [Served(e["path"], e["eps"], e["eps_prime"], e["scale"]) for e in entries]
-        moved = planned.adopt(model).double()
-        errors = measure_errors(moved, batch[:1], batch[1:], planned.loss, served, at_any_length=True)
+        errors = _errors(planned, planned.adopt(model).double(), batch[:1], batch[1:])
         eps = entries[0]["eps"]
         bound = running_bound(batch[0][0], weights, RUNNING_DEPTH, shape, eps)
         measured.append({"degree": degree, "eps": eps, "output": errors.output, "layers": _finite(bound)})

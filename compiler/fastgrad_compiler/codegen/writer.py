@@ -195,7 +195,7 @@ class Writer:
             with self.indented():
                 self.names("", _items(arguments[0]), arguments[0][0], arguments[0][-1])
         elif len(arguments) == 1 and (generator := _GENERATOR.fullmatch(arguments[0])):
-            for part in generator.groups():  # a comma behind a generator is an error of syntax
+            for part in generator.groups():  # a comma after a generator is an error of syntax
                 self.line(INDENT + part)
         else:
             for argument in arguments:
