@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attack.cases import Array, Case, Finding, Point, Undecided, built, run_meaning, run_module
 from attack.check_targets import check_targets
+from attack.meaning import rounded_otherwise
 from fastgrad_compiler import interpret
 from fastgrad_compiler.flatten import weights as weights_of
 from fastgrad_compiler.graph import Program
@@ -60,14 +61,24 @@ def replace_seed(case: Case, attempt: int) -> Case:
 
 
 def _forward(case: Case, exact: Program, program: Program, point: Point) -> None:
-    expected, noise = steady(partial(run_meaning, exact), case, point)
+    expected, noise = _meant(exact, case, point)
     agree("the interpreter of the text", _interpreted(exact, point), expected, noise)
     agree("the interpreter after recognition", _interpreted(case.stage("attention"), point), expected, noise)
     reference = built(case.compiled.program, point.weights, exact=True)
     agree("the reference module", _outputs(reference, point), expected, noise)
-    served, served_noise = steady(partial(run_meaning, program), case, point)
+    served, served_noise = _meant(program, case, point)
     module = built(program, point.weights)
     agree("the module with its polynomials", _outputs(module, point), served, served_noise)
+
+
+def _meant(program: Program, case: Case, point: Point) -> tuple[Sequence[Array], list[Array]]:
+    draws = np.random.default_rng(case.seed + 3)
+
+    def otherwise(moved: Point) -> list[Array]:
+        found = rounded_otherwise(program, moved.inputs, moved.weights, draws)
+        return [np.asarray(each) for each in found]
+
+    return steady(partial(run_meaning, program), case, point, otherwise)
 
 
 def _outputs(model: nn.Module, point: Point) -> list[Array]:
@@ -83,16 +94,22 @@ def _interpreted(program: Program, point: Point) -> list[Array]:
 
 
 def steady(
-    function: Callable[[Point], Sequence[Array]], case: Case, point: Point
+    function: Callable[[Point], Sequence[Array]],
+    case: Case,
+    point: Point,
+    otherwise: Callable[[Point], Sequence[Array]] | None = None,
 ) -> tuple[Sequence[Array], list[Array]]:
-    """Results, and for each entry how far it moves under nudges. Raises Undecided where one jumps."""
+    """Results, and for each entry how far it moves under nudges. Raises Undecided where one jumps.
+
+    Nudged points are computed by `otherwise` where it is given: the same function, rounded in another way.
+    """
     results = function(point)
     noise = [np.zeros(np.shape(each)) for each in results]
     draws = np.random.default_rng(case.seed)
     if not all(np.isfinite(each).all() for each in results if each.dtype == np.float64):
         raise Undecided("a result is not finite")
     for _ in range(3):
-        nudged = function(point.moved(partial(_nudged, draws)))
+        nudged = (otherwise or function)(point.moved(partial(_nudged, draws)))
         with np.errstate(invalid="ignore"):
             noise = [
                 np.maximum(n, np.abs(1.0 * a - 1.0 * b))
