@@ -167,9 +167,17 @@ def _amplified(
         return _gamma(arithmetic, ways.fixed[which] + j * ways.power, operands)
 
     sizes = [abs(c) for c in coefficients]
-    weights = sum(size * reach**j * gamma(0, j) for j, size in enumerate(sizes))
-    slopes = sum(j * size * reach ** (j - 1) * gamma(1, j) for j, size in enumerate(sizes) if j)
+    weights = _horner([size * gamma(0, j) for j, size in enumerate(sizes)], reach)
+    slopes = _horner([j * size * gamma(1, j) for j, size in enumerate(sizes) if j], reach)
     return _SLACK * exp(bound) * weights, _SLACK * exp(bound) * slopes
+
+
+def _horner(coefficients: Sequence[float], x: float) -> float:
+    """A polynomial by products and sums alone: powers of a float may differ between C libraries."""
+    value = 0.0
+    for coefficient in reversed(coefficients):
+        value = value * x + coefficient
+    return value
 
 
 def _gamma(arithmetic: _Arithmetic, operations: int, operands: int) -> float:

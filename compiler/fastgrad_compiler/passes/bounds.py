@@ -24,7 +24,7 @@ from fastgrad_compiler.graph import Bound, Graph, Node, Program, TensorType
 from fastgrad_compiler.passes.attention_pattern import match
 from fastgrad_compiler.passes.bound_facts import Fact, join, tighten, unknown, widen
 from fastgrad_compiler.passes.bound_proof import ASSUMED, sentence
-from fastgrad_compiler.passes.bound_rules import BOUND, DECLINED, MASK_AWARE
+from fastgrad_compiler.passes.bound_rules import BOUND, DECLINED
 from fastgrad_compiler.passes.bound_step import Step
 
 _CONTEXTS = 16  # ways to enter one graph that are told apart; further ones know nothing of their inputs
@@ -234,23 +234,8 @@ def _ruled(node: Node, inputs: tuple[Fact, ...], shapes: Sequence[tuple[Dim, ...
 def _bare(node: Node, inputs: tuple[Fact, ...], shapes: Sequence[tuple[Dim, ...]]) -> Fact:
     """What the rule says, without proof."""
     shape = node.tensor.shape
-    if not _keeps_masks(node, inputs):
-        return unknown(len(shape))
     fact = tighten(replace(BOUND[node.op](Step(node, inputs, tuple(shapes))), proof=()), shape)
     return fact if fact.known else unknown(len(shape))
-
-
-def _keeps_masks(node: Node, inputs: tuple[Fact, ...]) -> bool:
-    """Whether the interval rule is right about inputs that hold a mask's fill; a positive factor keeps a
-    fill a fill.
-    """
-    if not any(fact.masked for fact in inputs) or node.op in MASK_AWARE:
-        return True
-    return (
-        node.op in ("mul", "div")
-        and all(fact.masked or fact.low > 0 for fact in inputs)
-        and (node.op == "mul" or not inputs[1].masked)
-    )
 
 
 def _premises(

@@ -26,9 +26,9 @@ It needs nothing but the standard library.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
 
 CHUNKS = (128, 256, 512, 1024, 2048)
 FUSED_DEGREE, FUSED_RANK, FUSED_DV = 2, 64, 64  # a larger state spills the registers of one program
@@ -224,7 +224,7 @@ def _visited(shape: Shape, start: int, chunk: int, own: int, other: int, tiles: 
             low = first
         elif shape.causal:
             high = min(first + tiles.rows, limit)
-        pairs += tiles.rows * tiles.keys * ceil(max(0, high - low) / tiles.keys)
+        pairs += tiles.rows * tiles.keys * math.ceil(max(0, high - low) / tiles.keys)
     return pairs
 
 
@@ -245,7 +245,7 @@ def parallel_forward(shape: Shape, chunk: int, tiles: Tiles, cache: int) -> tupl
         pairs * 2 * (s.width + padded(s.dv)),
         s.heads * s.n * (s.main + s.selections) * s.sides,
         s.heads * s.n * s.rank * (g + 1) * s.sides + pairs * (2 * g + 1 + (4 if s.near else 0)),
-        s.heads * ceil(s.n / tiles.rows),
+        s.heads * math.ceil(s.n / tiles.rows),
     )
     return (*_key_states(s, chunk, tiles, cache), forward)
 
@@ -266,7 +266,7 @@ def parallel_backward(shape: Shape, chunk: int, tiles: Tiles, cache: int) -> tup
         pairs * 2 * (2 * s.width + padded(s.dv)),
         queries * (s.main + s.selections + s.pull_back) * s.sides,
         queries * pull + pairs * (2 * g + near),
-        s.heads * ceil(s.n / tiles.rows),
+        s.heads * math.ceil(s.n / tiles.rows),
     )
     key = Work(
         "key_gradient_kernel",
@@ -276,7 +276,7 @@ def parallel_backward(shape: Shape, chunk: int, tiles: Tiles, cache: int) -> tup
         met * 2 * (2 * s.width + 2 * padded(s.dv)),
         keys * (2 * s.main + s.selections + s.pull_back) * s.sides,
         keys * pull + met * (4 * g + near),
-        s.key_heads * ceil(s.m / tiles.rows),
+        s.key_heads * math.ceil(s.m / tiles.rows),
     )
     states = _query_states(s, chunk, tiles, cache)
     return (_delta(s, tiles), *_key_states(s, chunk, tiles, cache), query, *states, key)
@@ -284,8 +284,8 @@ def parallel_backward(shape: Shape, chunk: int, tiles: Tiles, cache: int) -> tup
 
 def _states_read(s: Shape, chunk: int, tiles: Tiles, cache: int, tokens: int) -> int:
     """Bytes of states that one head's output programs read: one a chunk, or one in all."""
-    states, sharing = (1, tokens) if s.single_state else (ceil(tokens / chunk), min(chunk, tokens))
-    return s.sides * states * s.state_bytes * _repeats(s.state_bytes, ceil(sharing / tiles.rows), cache)
+    states, sharing = (1, tokens) if s.single_state else (math.ceil(tokens / chunk), min(chunk, tokens))
+    return s.sides * states * s.state_bytes * _repeats(s.state_bytes, math.ceil(sharing / tiles.rows), cache)
 
 
 def _key_states(s: Shape, chunk: int, tiles: Tiles, cache: int) -> tuple[Work, ...]:
@@ -303,7 +303,7 @@ def _states(
     s: Shape, chunk: int, tiles: Tiles, cache: int, tokens: int, length: int, row: int
 ) -> tuple[Work, ...]:
     """tokens: of all heads; length: of the sequence; row: bytes of a token."""
-    chunks, blocks = ceil(max(s.n, s.m) / chunk), ceil(s.rank / tiles.features)
+    chunks, blocks = math.ceil(max(s.n, s.m) / chunk), math.ceil(s.rank / tiles.features)
     written = s.key_heads * chunks * s.state_bytes
     tokens = (
         tokens // length * max(0, length - s.near)
@@ -318,7 +318,7 @@ def _states(
         s.key_heads * chunks * blocks,
     )
     kept = s.key_heads * s.state_bytes if s.single_state else written
-    parts = ceil(s.rank * (ceil(s.dv / 16) * 16 + 1) / SCAN)
+    parts = math.ceil(s.rank * (math.ceil(s.dv / 16) * 16 + 1) / SCAN)
     scan = Work("scan_kernel", written + kept, 0, 0, 2 * written // FLOAT32, s.key_heads * parts)
     return (state, scan) * s.sides
 
@@ -326,7 +326,7 @@ def _states(
 def _delta(s: Shape, tiles: Tiles) -> Work:
     tokens = s.heads * s.n
     moved = tokens * (2 * s.dv * s.itemsize + 2 * FLOAT32)
-    return Work("delta_kernel", moved, 0, 0, 3 * tokens * s.dv, s.heads * ceil(s.n / tiles.rows))
+    return Work("delta_kernel", moved, 0, 0, 3 * tokens * s.dv, s.heads * math.ceil(s.n / tiles.rows))
 
 
 def fused_forward(shape: Shape, tiles: Tiles) -> tuple[Work, ...]:
@@ -373,7 +373,7 @@ def fused_backward(shape: Shape, tiles: Tiles) -> tuple[Work, ...]:
 
 
 def _tile_pairs(s: Shape, tiles: Tiles) -> int:
-    return ceil(s.n / tiles.rows) * tiles.rows**2
+    return math.ceil(s.n / tiles.rows) * tiles.rows**2
 
 
 def can_fuse(shape: Shape) -> bool:
@@ -398,13 +398,13 @@ def modelled_time(
     """Modelled seconds of a forward pass, or of both passes."""
     first, second = works(schedule, shape, chunk, tiles, device.cache)
     launches = first + second if backward else first
-    return sum(kernel_time(work, device, shape.dtype) for work in launches)
+    return math.fsum(kernel_time(work, device, shape.dtype) for work in launches)
 
 
 @lru_cache(maxsize=4096)
 def choose_chunk(device: Device, shape: Shape, tiles: Tiles = TILES, backward: bool = True) -> int:
     """Tokens of a chunk that take the least modelled time: of CHUNKS, with a near field up to whole blocks of it."""
-    lengths = [chunk if not shape.near else shape.near * ceil(chunk / shape.near) for chunk in CHUNKS]
+    lengths = [chunk if not shape.near else shape.near * math.ceil(chunk / shape.near) for chunk in CHUNKS]
     return min(lengths, key=lambda chunk: modelled_time(device, shape, "parallel", chunk, tiles, backward))
 
 
