@@ -82,9 +82,10 @@ def test_the_same_attention(decisions: list[Decision]) -> None:
 def test_the_gradient_graph_follows(decisions: list[Decision]) -> None:
     compiled = _compiled(decisions)
     model = compiled.module(seed=0, dtype=torch.float64)
-    x = torch.randn(2, 13, 32, dtype=torch.float64, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 13, 32, dtype=torch.float64, generator=generator).requires_grad_()
     out = model(x)
-    cotangent = torch.randn_like(out)
+    cotangent = torch.randn(out.shape, dtype=torch.float64, generator=generator)
     out.backward(cotangent)
     inputs, weights = interpret.run_gradient(
         compiled.program, [x.detach()], {k: v.detach() for k, v in model.state_dict().items()}, [cotangent]

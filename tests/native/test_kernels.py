@@ -75,9 +75,14 @@ def test_cross_attention(name: str, n: int, m: int) -> None:
         assert worst_error(run_native(spec, inputs, threads), run_dense(spec, inputs)) < DOUBLE
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [1, 40, pytest.param(64, marks=SLOW), pytest.param(1000, marks=SLOW)])
-def test_window(causal: bool, window: int) -> None:
+WIDTHS = [(1, False), (40, True)]
+OTHERS = [(1, True), (40, False), *((width, causal) for width in (64, 1000) for causal in (False, True))]
+
+
+@pytest.mark.parametrize(
+    ("window", "causal"), [*WIDTHS, *(pytest.param(*each, marks=SLOW) for each in OTHERS)]
+)
+def test_window(window: int, causal: bool) -> None:
     spec = KernelSpec(7, 20, (), causal=causal, window=window, scale=3.0, documents=True, padding=True)
     for n, threads in ((1, 1), (301, 2), (517, 16)):
         inputs = make_inputs(spec, n, groups=2)
@@ -91,7 +96,9 @@ def test_window(causal: bool, window: int) -> None:
         assert worst_error([found, *gradients[0]], [expected, *gradients[1]]) < DOUBLE
 
 
-@pytest.mark.parametrize("name", ["causal", "causal, near", "unmasked, near"])
+@pytest.mark.parametrize(
+    "name", ["causal, near", *(pytest.param(name, marks=SLOW) for name in ("causal", "unmasked, near"))]
+)
 def test_float32_and_bfloat16(name: str) -> None:
     spec = specification(name)
     inputs = make_inputs(spec, 301)

@@ -25,9 +25,7 @@ def run_window(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
 @pytest.mark.parametrize(
     "kind",
     [
-        "causal, padding",
-        "near, documents, causal",
-        "documents",
+        *("causal, padding", "near, documents, causal"),
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS),
     ],
 )
@@ -35,7 +33,7 @@ def test_polynomial(kind: str) -> None:
     attack(run_native, KINDS[kind], torch.float32, groups=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
 def test_other_precisions(dtype: torch.dtype) -> None:
     attack(run_native, KINDS["causal, padding"], dtype, every=False)
 
