@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attack.cases import Array, Case, Finding, Point, Undecided, built, run_meaning, run_module
+from attack.cases import Array, Case, Finding, Point, Undecided, built, run_meaning, run_module, walk
 from attack.check_targets import check_targets
 from attack.meaning import rounded_otherwise
 from fastgrad_compiler import interpret
@@ -157,6 +157,7 @@ def _backward(case: Case, exact: Program, program: Program, point: Point) -> Non
     cotangents = _cotangents(case, run_meaning(exact, point))
     if not cotangents:
         return
+    inner = _largest_inside(case.stage("attention"), cotangents, point)
     for what, text, model in (
         ("the reference module", exact, built(case.compiled.program, point.weights, exact=True)),
         ("the module with its polynomials", program, built(program, point.weights)),
@@ -165,11 +166,11 @@ def _backward(case: Case, exact: Program, program: Program, point: Point) -> Non
         want, noise = steady(lambda p, run=interpreter: list(run(p).values()), case, point)  # type: ignore[misc]
         names = list(interpreter(point))
         got = _of_module(model, cotangents, point)
-        agree_gradients(f"the gradient of {what}", names, got, want, noise)
+        agree_gradients(f"the gradient of {what}", names, got, want, noise, inner=inner)
         if program.gradient is not None and text is program:
             graph = _of_graph(program, cotangents, point)
             buffers = {path for path, node in weights_of(program) if node.op == "buffer"}  # no gradient there
-            agree_gradients("the derived gradient graph", names, graph, want, noise, buffers)
+            agree_gradients("the derived gradient graph", names, graph, want, noise, buffers, inner)
         _central(what, text, cotangents, point, dict(zip(names, want, strict=True)), case)
 
 
@@ -204,6 +205,23 @@ def _of_graph(program: Program, cotangents: Sequence[Array], point: Point) -> di
     return {name: value.numpy() for name, value in {**of_inputs, **zeros, **of_weights}.items()}
 
 
+def _largest_inside(program: Program, cotangents: Sequence[Array], point: Point) -> float:
+    """The largest entry of a gradient by any value of the program."""
+    inputs, weights = point.tensors()
+    flat = program.flatten()
+    values = walk(program, flat, inputs, weights)
+    floats = [values[name] for name in flat.outputs if values[name].is_floating_point()]
+    pairs = [(x, torch.as_tensor(c)) for x, c in zip(floats, cotangents, strict=True) if x.requires_grad]
+    inside = [x for x in values.values() if x.requires_grad]
+    if not pairs:
+        return 0.0
+    found = torch.autograd.grad([x for x, _ in pairs], inside, [c for _, c in pairs], allow_unused=True)
+    largest = max((float(g.abs().max()) for g in found if g is not None and g.numel()), default=0.0)
+    if not np.isfinite(largest):
+        raise Undecided("a gradient inside is not finite")
+    return largest
+
+
 def _gradients(
     point: Point,
     inputs: Sequence[Tensor],
@@ -233,15 +251,21 @@ def agree_gradients(
     want: Sequence[Array],
     noise: Sequence[Array],
     without: Collection[str] = (),
+    inner: float = 0.0,
 ) -> None:
-    """As `agree`, relative to the largest entry of all gradients: small ones are sums of large terms."""
+    """As `agree`, relative to the largest entry of all gradients: small ones are sums of large terms.
+
+    `inner`: the largest entry of a gradient by an intermediate value, such as unit of rows near 0, whose rounding remains
+    where the gradients themselves cancel.
+    """
     if set(got) != set(names):
         raise Finding("a", what, f"there are gradients of {sorted(got)}, not of {sorted(names)}")
     largest = max((np.abs(each).max(initial=0.0) for each in want), default=0.0)
+    size = max(largest, inner)
     level = max((each.max(initial=0.0) for each in noise), default=0.0)
     for name, expected in zip(names, want, strict=True):
         off = np.abs(got[name] - expected)
-        if name not in without and not (off <= ROUNDING * (1.0 + largest) + 1e4 * level).all():
+        if name not in without and not (off <= ROUNDING * (1.0 + size) + 1e4 * level).all():
             raise Finding("a", what, f"by {name} it is off by {np.nanmax(off):.3g}, of {largest:.3g}")
 
 
