@@ -255,8 +255,8 @@ def agree_gradients(
 ) -> None:
     """As `agree`, relative to the largest entry of all gradients: small ones are sums of large terms.
 
-    `inner`: the largest entry of a gradient by an intermediate value, such as unit of rows near 0, whose rounding remains
-    where the gradients themselves cancel.
+    `inner`: the largest entry of a gradient by an intermediate value, such as a unit of rows near 0, whose rounding
+    remains where the gradients themselves cancel.
     """
     if set(got) != set(names):
         raise Finding("a", what, f"there are gradients of {sorted(got)}, not of {sorted(names)}")

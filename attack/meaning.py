@@ -15,11 +15,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Watch = Callable[[str, Node, Array], None]
 
 ROUNDING = 1e-13  # relative: what the order of sums and the choice of formulas may do to one result
-EXACT = frozenset(
-    "constant fill literal reshape permute split_heads merge_heads repeat_heads concat stack slice select pad patches"
-    " broadcast_to embedding arange one_hot minimum maximum neg relu abs logical_not less less_equal equal cast clamp"
-    " where amax causal window padding documents near_far assume_bound dropout".split()
-)
+# fmt: off
+EXACT = frozenset([
+    "constant", "fill", "literal", "reshape", "permute", "split_heads", "merge_heads", "repeat_heads",
+    "concat", "stack", "slice", "select", "pad", "patches", "broadcast_to", "embedding", "arange",
+    "one_hot", "minimum", "maximum", "neg", "relu", "abs", "logical_not", "less", "less_equal", "equal",
+    "cast", "clamp", "where", "amax", "causal", "window", "padding", "documents", "near_far",
+    "assume_bound", "dropout",
+])
+# fmt: on
 
 
 def meaning(
