@@ -22,6 +22,9 @@ TINY = 1e-9  # a move by less is none: what is 0 except for rounding may move by
 ROUNDING = (
     1e-10  # of float64 in sums of some hundred terms, relative to the largest entry, of terms of size 1
 )
+NUDGES = 3
+AT_JUMPS = 30  # nudges of a program that can jump: int of what is 2 except for rounding is 1 in half of them
+JUMPS = frozenset(["cast", "less", "less_equal", "equal"])
 DRAWS = 4  # points before a case is given up
 STEP = 1e-6  # of central differences
 
@@ -73,12 +76,14 @@ def _forward(case: Case, exact: Program, program: Program, point: Point) -> None
 
 def _meant(program: Program, case: Case, point: Point) -> tuple[Sequence[Array], list[Array]]:
     draws = np.random.default_rng(case.seed + 3)
+    jumps = any(node.op in JUMPS for graph in program.graphs for node in graph.nodes)
 
     def otherwise(moved: Point) -> list[Array]:
         found = rounded_otherwise(program, moved.inputs, moved.weights, draws)
         return [np.asarray(each) for each in found]
 
-    return steady(partial(run_meaning, program), case, point, otherwise)
+    times = AT_JUMPS if jumps else NUDGES
+    return steady(partial(run_meaning, program), case, point, otherwise, times)
 
 
 def _outputs(model: nn.Module, point: Point) -> list[Array]:
@@ -98,6 +103,7 @@ def steady(
     case: Case,
     point: Point,
     otherwise: Callable[[Point], Sequence[Array]] | None = None,
+    times: int = NUDGES,
 ) -> tuple[Sequence[Array], list[Array]]:
     """Results, and for each entry how far it moves under nudges. Raises Undecided where one jumps.
 
@@ -108,7 +114,7 @@ def steady(
     draws = np.random.default_rng(case.seed)
     if not all(np.isfinite(each).all() for each in results if each.dtype == np.float64):
         raise Undecided("a result is not finite")
-    for _ in range(3):
+    for _ in range(times):
         nudged = (otherwise or function)(point.moved(partial(_nudged, draws)))
         with np.errstate(invalid="ignore"):
             noise = [
