@@ -146,9 +146,6 @@ def test_data_sheets_are_consistent() -> None:
 def test_the_runtime_file_needs_the_standard_library_alone() -> None:
     """It is copied into generated folders."""
     tree = ast.parse(Path(schedule.__file__).read_text(encoding="utf-8"))
-    modules = {
-        node.module.partition(".")[0] if isinstance(node, ast.ImportFrom) and node.module else ""
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    }
-    assert modules <= sys.stdlib_module_names
+    modules = {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert {module.partition(".")[0] for module in modules} <= sys.stdlib_module_names
