@@ -30,6 +30,7 @@ from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.rounding import EXACT, UNITS, Rounding, Run, Sizes, rounding
 from fastgrad_compiler.runtime.guard import BudgetViolation
 from fastgrad_compiler.targets import PYTORCH, Backends
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 ALWAYS_EXACT = 2**62  # as `exact_below`: every length is below it
 INPUTS = 7  # of an attention operation: q, k, v, near_q, near_k, mask, documents
@@ -301,10 +302,10 @@ def whole_errors(
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """||value - reference|| / ||reference|| in float64; 0 where both vanish."""
+    """||value - reference|| / ||reference|| in float64; 0 where both vanish, infinite where one is not finite."""
     reference = reference.double()
     size, difference = reference.norm().item(), (value.double() - reference).norm().item()
-    return 0.0 if difference == 0.0 else difference / size if size else math.inf
+    return _ratio(difference, size)
 
 
 def _joint_error(values: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> float:
@@ -313,7 +314,14 @@ def _joint_error(values: Mapping[str, Tensor], references: Mapping[str, Tensor])
         (values[name].double() - r.double()).square().sum().item() for name, r in references.items()
     )
     size = sum(r.double().square().sum().item() for r in references.values())
-    return 0.0 if difference == 0.0 else math.sqrt(difference / size) if size else math.inf
+    return math.sqrt(_ratio(difference, size))
+
+
+def _ratio(difference: float, size: float) -> float:
+    """0 where both vanish; infinite where one is no number."""
+    if difference == 0.0:
+        return 0.0
+    return difference / size if size and not math.isnan(difference / size) else math.inf
 
 
 def _pass(
@@ -325,35 +333,60 @@ def _pass(
 ) -> tuple[Tensor, dict[str, Tensor], float | None]:
     """Output (several are flattened into one), weights' gradients and loss of one evaluation pass.
 
-    The backward pass goes on to the float inputs, so that attentions of a model without weights have one too.
+    Gradients are those of all weights, frozen ones too, whatever the caller's gradient mode. The backward pass goes on to
+    the float inputs, so that attentions of a model without weights have one too. Raises TfgError FG434 where a result
+    is not finite: no error can be told of it.
     """
     training = model.training
     model.eval()
-    parameters = dict(model.named_parameters())
-    inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
-    moving = [x for x in inputs if x.requires_grad]
-    with mode:
-        results = model(*inputs)
-        outputs = results if isinstance(results, tuple) else (results,)
-        if objective is None:
-            floats = [out for out in outputs if out.is_floating_point()]
-            scalar = sum((projection(out) * out).sum() for out in floats) + torch.zeros(())
-        else:
-            scalar = objective(*outputs, *targets)
-        found = (
-            torch.autograd.grad(scalar, [*parameters.values(), *moving], allow_unused=True)
-            if scalar.requires_grad
-            else [None] * len(parameters)
-        )
+    with torch.inference_mode(False), torch.enable_grad():
+        weights = {name: _leaf(parameter) for name, parameter in model.named_parameters()}
+        inputs = [_leaf(x) for x in inputs]
+        moving = [x for x in (*weights.values(), *inputs) if x.requires_grad]
+        with mode:
+            results = torch.func.functional_call(model, weights, tuple(inputs))
+            outputs = results if isinstance(results, tuple) else (results,)
+            if objective is None:
+                floats = [out for out in outputs if out.is_floating_point()]
+                scalar = sum((projection(out) * out).sum() for out in floats) + torch.zeros(())
+            else:
+                scalar = objective(*outputs, *targets)
+            found = (
+                torch.autograd.grad(scalar, moving, allow_unused=True)
+                if scalar.requires_grad
+                else [None] * len(moving)
+            )
     model.train(training)
     gradients = {
-        name: torch.zeros_like(parameter) if gradient is None else gradient
-        for (name, parameter), gradient in zip(parameters.items(), found, strict=False)
+        name: torch.zeros_like(weight) if gradient is None else gradient
+        for (name, weight), gradient in zip(weights.items(), found, strict=False)
     }
     joined = (
         outputs[0].detach() if len(outputs) == 1 else torch.cat([out.detach().flatten() for out in outputs])
     )
+    _refuse_what_is_not_finite(mode, joined, gradients)
     return joined, gradients, None if objective is None else scalar.item()
+
+
+def _leaf(x: Tensor) -> Tensor:
+    x = x.clone() if x.is_inference() else x.detach()
+    return x.requires_grad_(x.is_floating_point())
+
+
+def _refuse_what_is_not_finite(mode: _Attentions, output: Tensor, gradients: Mapping[str, Tensor]) -> None:
+    named = [("output", output), *((f"gradient of {name}", x) for name, x in gradients.items())]
+    what = next((name for name, x in named if not x.isfinite().all()), None)
+    if what is None:
+        return
+    which, help_ = (
+        ("exact model", "look for values that are not finite, or very large, in weights and inputs")
+        if mode.exact
+        else ("compiled model", "compare with the exact model: where that is finite, inputs are far beyond R")
+    )
+    raise TfgError(
+        [Diagnostic("FG434", f"the {which}'s {what} is not finite on this batch: no error can be measured",
+                    help=(help_,))]
+    )  # fmt: skip
 
 
 def projection(output: Tensor) -> Tensor:
