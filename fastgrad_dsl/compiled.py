@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from fastgrad_dsl.batches import dims_of, tokens_of
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.plan_document import plan_document
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
-from fastgrad_grammar.read import read_source
+from fastgrad_grammar.read import included, read_source
 from fastgrad_grammar.source import Source
 
 if TYPE_CHECKING:
@@ -42,15 +42,17 @@ def compile(
     target: str = "auto",
     out: str | Path | None = None,
     validate: bool = True,
+    include: Iterable[str | Path] = (),
 ) -> Compiled:
     """Compile a `.tfg` file, or source text, to a Compiled; with `out`, also write its files there.
 
     A string with a line break is source text; any other is a path. `params` override the file's; `model` picks one of
-    several. With `validate`, each pass is put to the test on small random inputs (docs/architecture.md). Raises
+    several; `include` names folders, besides the file's own, from which it may `use` files. With `validate`, each pass is put to the test on small random inputs (docs/architecture.md). Raises
     TfgError with every diagnostic that was found, CompilerBug where a pass changed what the model computes.
     """
     check_target(target)
-    source = Source("<text>", spec) if isinstance(spec, str) and "\n" in spec else read_source(spec)
+    is_text = isinstance(spec, str) and "\n" in spec
+    source = Source("<text>", str(spec), included(include)) if is_text else read_source(spec, include=include)
     stages = run(elaborate(source, model=model, params=params), target=target, validate=validate)
     compiled = Compiled(source, target, stages, dict(params or {}), validate=validate)
     if out is not None:
