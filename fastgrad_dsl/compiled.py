@@ -47,8 +47,9 @@ def compile(
     """Compile a `.tfg` file, or source text, to a Compiled; with `out`, also write its files there.
 
     A string with a line break is source text; any other is a path. `params` override the file's; `model` picks one of
-    several; `include` names folders, besides the file's own, from which it may `use` files. With `validate`, each pass is put to the test on small random inputs (docs/architecture.md). Raises
-    TfgError with every diagnostic that was found, CompilerBug where a pass changed what the model computes.
+    several; `include` names folders, besides the file's own, from which it may `use` files. With `validate`, each pass
+    is put to the test on small random inputs (docs/architecture.md). Raises TfgError with every diagnostic that was
+    found, CompilerBug where a pass changed what the model computes.
     """
     check_target(target)
     is_text = isinstance(spec, str) and "\n" in spec
