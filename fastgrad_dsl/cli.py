@@ -82,6 +82,10 @@ def compile_(
             "--validate/--no-validate", help="Compare the program before and after each pass on small inputs."
         ),
     ] = True,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Write to a folder that holds something else, or was changed by hand."),
+    ] = False,
 ) -> None:
     """Compile a file to a folder with a readable model.py that needs only PyTorch.
 
@@ -90,10 +94,12 @@ def compile_(
     --calibrate names nothing else.
     """
     import fastgrad_dsl as fg
+    from fastgrad_dsl.build_manifest import check_folder
     from fastgrad_dsl.calibration.data import RANDOM, CalibrationRequest, calibrated
     from fastgrad_dsl.native_build import build_kernels
     from fastgrad_dsl.terminal import print_calibration, print_plan, progress
 
+    check_folder(out, force=force)  # before anything that takes time
     compiled = fg.compile(
         file,
         params=_params(set_),
@@ -109,7 +115,7 @@ def compile_(
         with progress("calibrating:") as tell:
             request = CalibrationRequest(calibrate, weights, _sizes(dim), seed)
             compiled = calibrated(compiled, request, tell)
-    compiled.write(out)
+    compiled.write(out, force=force)
     print_plan(compiled.program, str(file))
     if compiled.calibration is not None:
         print_calibration(compiled.calibration)

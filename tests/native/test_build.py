@@ -95,7 +95,7 @@ def test_a_library_cut_short_is_built_again(builder: Builder, size: int) -> None
 
 def test_what_a_crash_left_is_removed_and_what_is_being_written_is_not(builder: Builder) -> None:
     builder.cache.mkdir(mode=0o700)
-    old, new = builder.cache / ".old.so.abcdefgh.tmp", builder.cache / ".new.so.abcdefgh.tmp"
+    old, new = builder.cache / ".old.so.01234567.tmp", builder.cache / ".new.so.01234567.tmp"
     for file in (old, new):
         file.write_bytes(b"half a lib")
     with new.open() as stream:

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import os
 import re
+import secrets
 import shutil
 import signal
 import stat
@@ -147,7 +148,7 @@ def private_folder() -> Path:
             folder.rmdir()
             raise PermissionError(13, f"others may change what is loaded from it: {reason}")
         descriptor = _open(folder)  # open, and locked, until the process ends
-        if descriptor is None or (_lock(descriptor) is not False and folder.exists()):
+        if descriptor is None or (lock(descriptor) is not False and folder.exists()):
             atexit.register(_remove, folder, os.getpid())
             return folder
         os.close(descriptor)  # another process took it for a dead one's
@@ -187,16 +188,15 @@ def _end_compilers(folder: Path) -> None:
 def write_whole(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Write through a temporary file beside `path`, so that a crash leaves the old file or the new one.
 
-    Raises OSError where that fails; nothing is left then.
+    `mode` is that of a new file, less the process's mask. Raises OSError where that fails; nothing is left then.
     """
     prefix = f".{path.name[:100]}."
     remove_dead_files(path.parent, prefix)
-    descriptor, aside = _temporary(path.parent, prefix)
+    descriptor, aside = _temporary(path.parent, prefix, mode)
     try:
         with open(descriptor, "wb") as stream:
             stream.write(data)
             stream.flush()
-            os.chmod(aside, mode)
             os.fsync(descriptor)
             if fcntl is None:
                 stream.close()  # Windows renames no open file
@@ -208,21 +208,27 @@ def write_whole(path: Path, data: bytes, mode: int = 0o600) -> None:
     sync_folder(path.parent)
 
 
-def _temporary(folder: Path, prefix: str) -> tuple[int, str]:
+def _temporary(folder: Path, prefix: str, mode: int) -> tuple[int, Path]:
     """A new file, locked as long as it is open."""
     while True:
-        descriptor, aside = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
-        if _lock(descriptor) is not False and os.path.exists(aside):
+        aside = folder / f"{prefix}{secrets.token_hex(4)}.tmp"
+        try:
+            descriptor = os.open(
+                aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode
+            )
+        except FileExistsError:
+            continue
+        if lock(descriptor) is not False and aside.exists():
             return descriptor, aside
         os.close(descriptor)  # another process took it for a dead one's
 
 
 def remove_dead_files(folder: Path, prefix: str) -> None:
-    """Remove the temporary files of killed processes whose names are `prefix`, eight letters and .tmp.
+    """Remove the temporary files of killed processes whose names are `prefix`, eight digits and .tmp.
 
     With the prefix "." those of every file.
     """
-    ours = re.compile(rf"{re.escape(prefix)}{'.*' if prefix == '.' else ''}[a-z0-9_]{{8}}\.tmp")
+    ours = re.compile(rf"{re.escape(prefix)}{'.*' if prefix == '.' else ''}[0-9a-f]{{8}}\.tmp")
     with contextlib.suppress(OSError):
         for path in [Path(entry.path) for entry in os.scandir(folder) if ours.fullmatch(entry.name)]:
             with contextlib.suppress(OSError), _held(path) as dead:
@@ -251,7 +257,7 @@ def _held(path: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        yield _lock(descriptor) is True and path.exists()
+        yield lock(descriptor) is True and path.exists()
     finally:
         os.close(descriptor)
 
@@ -261,7 +267,7 @@ def _open(path: str | os.PathLike[str]) -> int | None:
     return None if fcntl is None else os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
-def _lock(descriptor: int) -> bool | None:
+def lock(descriptor: int) -> bool | None:
     """Take the lock of an open file: False where another has it, None where there are no locks."""
     if fcntl is None:
         return None
