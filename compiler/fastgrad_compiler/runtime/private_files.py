@@ -218,7 +218,7 @@ def _temporary(folder: Path, prefix: str, mode: int) -> tuple[int, Path]:
             )
         except FileExistsError:
             continue
-        if lock(descriptor) is not False and aside.exists():
+        if lock(descriptor) is not False and os.path.exists(aside):
             return descriptor, aside
         os.close(descriptor)  # another process took it for a dead one's
 
