@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from fastgrad_compiler.runtime.private_files import write_whole
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -12,12 +13,4 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Folders that are missing are made. Raises OSError where that or the writing fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, content.encode() if isinstance(content, str) else content, 0o666)
