@@ -203,13 +203,14 @@ def train(
     batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 1,
     rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 1e-3,
     clip: Annotated[float, typer.Option(min=0.0, help="Largest gradient norm.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the weights and of the batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the weights and of the batches.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/NAME by default.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the checkpoint in the run's folder.")
+        bool, typer.Option("--resume", help="Go on from the checkpoint in the run's folder.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")] = False,
     every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 100,
     exact: Annotated[bool, typer.Option("--exact", help="Train the exact softmax model instead.")] = False,
     calibrate: Annotated[
@@ -220,18 +221,26 @@ def train(
     set_: Set = None,
     target: Target = "auto",
 ) -> None:
-    """Train a byte-level language model on a text file; loss is printed and logged as JSON lines."""
+    """Train a byte-level language model on a text file; loss is printed and logged as JSON lines.
+
+    The run's folder holds the compiled model, the spec, the weights and a checkpoint. Ctrl-C, or SIGTERM, saves a
+    checkpoint and stops; the same command with --resume goes on from there, also with more --steps.
+    """
     import fastgrad_dsl as fg
     from fastgrad_dsl.language_model import TrainRequest, train_language_model
     from fastgrad_dsl.training import Options
 
+    if resume and force:
+        raise TfgError(
+            [Diagnostic("FG416", "--resume goes on with a run, and --force replaces it: give one")]
+        )
     compiled = fg.compile(file, params=_params(set_), model=model, target=target)
     options = Options(
         steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
         validate_every=every, checkpoint_every=every,
     )  # fmt: skip
     folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
-    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample, calibrate))
+    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample, calibrate, force))
 
 
 @app.command()

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastgrad_dsl.run_folder import CHECKPOINT, LOG
 from fastgrad_dsl.text_data import TextData, load_text
-from fastgrad_dsl.training import CHECKPOINT, LOG, Options, generate, learning_rate, train
+from fastgrad_dsl.training import Options, generate, learning_rate, train
 from fastgrad_grammar.diagnostics import TfgError
 
 TEXT = bytes(range(32, 127)) * 40
@@ -97,6 +98,7 @@ def test_a_resumed_run_continues_bit_for_bit(data: TextData, tmp_path: Path) -> 
     for event in stopped:  # killed after step 6: the checkpoint is that of step 4
         if event.step == 6:
             break
+    stopped.close()
     with (tmp_path / "broken" / LOG).open("a") as file:
         file.write('{"step": 7, "lo')
     torch.manual_seed(99)  # whatever another process does with its generator
