@@ -216,7 +216,9 @@ class _Run:
         progress = checkpoint.progress
         self.step, self.validated, self.before = progress.step, progress.validated, progress.seconds
         self.saved = (self.step, self.validated)
-        self._write_log(kept_lines(self.folder / LOG, self.step, self.validated))
+        with writing(self.folder / LOG, kept=self._kept):
+            lines = kept_lines(self.folder / LOG, self.step, self.validated)
+        self._write_log(lines)
         self.context.publish()
 
     @property

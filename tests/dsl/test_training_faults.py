@@ -85,9 +85,12 @@ def assert_whole(folder: Path) -> bool:
     return True
 
 
-def assert_ends_as(folder: Path, data: TextData, compiled: Compiled, whole: dict[str, Tensor]) -> None:
+def assert_ends_as(
+    folder: Path, data: TextData, compiled: Compiled, whole: dict[str, Tensor], *, force: bool = False
+) -> None:
     with failing(Faults(folder)):
-        run(folder, data, compiled, resume=assert_whole(folder))
+        resume = assert_whole(folder)
+        run(folder, data, compiled, resume=resume, force=force and not resume)
     weights = load_file(folder / "weights.safetensors")
     assert weights.keys() == whole.keys()
     assert all(torch.equal(weights[name], whole[name]) for name in whole)
@@ -159,7 +162,7 @@ def test_every_operation_of_a_resumed_run_and_of_a_replacement_fails_once(
             with failing(Faults(folder, at, error)), pytest.raises((TfgError, Killed)):
                 run(folder, data, compiled, resume=resume, force=not resume)
                 raise TfgError([])
-            assert_ends_as(folder, data, compiled, whole)
+            assert_ends_as(folder, data, compiled, whole, force=not resume)
 
 
 PROGRAM = """
