@@ -20,7 +20,6 @@ from torch import nn
 
 import fastgrad_dsl as fg
 from fastgrad_dsl import budget_watch, run_plan, training
-from fastgrad_dsl.calibration import calibrate
 from fastgrad_dsl.calibration.pace import Line, MachinePace, default_pace
 from fastgrad_dsl.checkpoint import read_checkpoint
 from fastgrad_dsl.cli import main
@@ -256,8 +255,6 @@ def calibrated(fastgrad: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...
     their calls; such a run is in the folder `whole`, and nothing disturbed it.
     """
     monkeypatch.setattr(budget_watch, "CLOSE", 0.0)
-    monkeypatch.setattr(calibrate, "PROBES", 2)
-    Path("tiny.tfg").write_text(SPEC.replace("output <=", 'at "*" degree = 10\n    output <='))
     options = (*OPTIONS, "--calibrate", "--seq", "130", "--steps", "5")
     assert fastgrad(*options, "-o", "whole")[0] == 0
     kept = read_checkpoint(Path("whole/checkpoint.safetensors"))
