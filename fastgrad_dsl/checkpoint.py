@@ -178,7 +178,9 @@ def is_finite(model: nn.Module, optimiser: torch.optim.Optimizer) -> bool:
 
 def described(optimiser: torch.optim.Optimizer) -> dict[str, Scalar]:
     """The optimiser's name, and those of its constants that its groups share and no schedule changes."""
-    constants = {key: str(optimiser.defaults[key]) for key in ("betas", "eps") if key in optimiser.defaults}
+    constants: dict[str, Scalar] = {
+        key: str(optimiser.defaults[key]) for key in ("betas", "eps") if key in optimiser.defaults
+    }
     return {"name": type(optimiser).__name__, **constants}
 
 

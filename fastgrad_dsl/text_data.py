@@ -25,8 +25,8 @@ class TextData:
     @property
     def digest(self) -> str:
         """The SHA-256 of the whole text, in hexadecimal digits."""
-        found = sha256(self.train.numpy())
-        found.update(self.validation.numpy())
+        found = sha256(self.train.numpy().data)
+        found.update(self.validation.numpy().data)
         return found.hexdigest()
 
     def batch(self, tokens: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

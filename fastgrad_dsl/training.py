@@ -25,7 +25,8 @@ from fastgrad_dsl.checkpoint import (
     save_weights,
 )
 from fastgrad_dsl.files import write_atomically
-from fastgrad_dsl.run_folder import CHECKPOINT, LOG, WEIGHTS, claimed, writing
+from fastgrad_dsl.loader import WEIGHTS
+from fastgrad_dsl.run_folder import CHECKPOINT, LOG, claimed, writing
 from fastgrad_dsl.run_log import Event, kept_lines
 from fastgrad_dsl.stopping import Stop, StopAsked, Stopped
 from fastgrad_dsl.text_data import TextData

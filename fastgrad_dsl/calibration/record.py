@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from sys import float_info
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastgrad_compiler.passes.attention_table import attention_table
 from fastgrad_compiler.passes.plan import Assignment
@@ -107,20 +107,20 @@ def _range(record: Mapping[str, Any]) -> LogitRange:
 # ---------------------------------------------------------------- of what kind a value is
 
 
-def _mapping(value: object) -> Mapping[str, Any]:
-    return _checked(value, isinstance(value, Mapping), "an object")
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return cast("Mapping[str, Any]", _checked(value, isinstance(value, Mapping), "an object"))
 
 
-def _text(value: object) -> str:
-    return _checked(value, isinstance(value, str), "a text")
+def _text(value: Any) -> str:
+    return str(_checked(value, isinstance(value, str), "a text"))
 
 
-def _whole(value: object) -> int:
-    return _checked(value, type(value) is int and 0 <= value < 2**62, "a whole number")
+def _whole(value: Any) -> int:
+    return int(_checked(value, type(value) is int and 0 <= value < 2**62, "a whole number"))
 
 
-def _number(value: object) -> float:
-    finite = type(value) in (int, float) and abs(value) <= LARGEST  # type: ignore[arg-type]
+def _number(value: Any) -> float:
+    finite = type(value) in (int, float) and abs(value) <= LARGEST
     return float(_checked(value, finite, "a finite number"))
 
 
@@ -139,7 +139,8 @@ def _list(read: _Read[_Item]) -> _Read[tuple[_Item, ...]]:
 def _of(*known: _Item) -> _Read[_Item]:
     def one(value: object) -> _Item:
         listed = ", ".join(map(str, known))
-        return _checked(value, any(value is each or value == each for each in known), f"one of {listed}")
+        is_known = any(type(value) is type(each) and value == each for each in known)
+        return cast("_Item", _checked(value, is_known, f"one of {listed}"))
 
     return one
 

@@ -110,7 +110,11 @@ def failing(faults: Faults) -> Iterator[Faults]:
 
         return run
 
-    replaced = {"open": os_open, "fsync": fsync}
+    replaced: dict[str, Any] = {"open": os_open, "fsync": fsync}
     replaced |= {name: of_path(name) for name in ("replace", "rename", "unlink", "mkdir")}
-    with patch.object(io, "open", open_), patch.object(builtins, "open", open_), patch.multiple(os, **replaced):
+    with (
+        patch.object(io, "open", open_),
+        patch.object(builtins, "open", open_),
+        patch.multiple(os, **replaced),
+    ):
         yield faults

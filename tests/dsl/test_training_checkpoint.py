@@ -60,7 +60,20 @@ def test_the_good_one_goes_on(tmp_path: Path, contents: Contents) -> None:
 
 
 LIES = {
-    "step": ["abc", "-1", "1.5", "true", "null", '"2"', "1e999", "NaN", "9" * 5000, "", "[2]", "9007199254740993"],
+    "step": [
+        "abc",
+        "-1",
+        "1.5",
+        "true",
+        "null",
+        '"2"',
+        "1e999",
+        "NaN",
+        "9" * 5000,
+        "",
+        "[2]",
+        "9007199254740993",
+    ],
     "validated": ["3", "-2", "x", "1.0"],
     "seconds": ["-1", "Infinity", "NaN", '"1"', "1e300", "[]"],
     "settings": ["[]", "null", '{"seed": null}', '{"seed": [0]}', "{", "[" * 100_000],
@@ -95,7 +108,10 @@ def test_headers_of_another_run(tmp_path: Path, contents: Contents) -> None:
     assert "seed was 7, is 0" in messages["settings"][1]
     assert "the text was sha256 000000000000, is none" in messages["identity"][1]
     assert "the optimiser was SGD" in messages["optimiser"][1]
-    assert "format fastgrad-checkpoint-1" in code_of(tmp_path, tensors, header | {"format": "fastgrad-checkpoint-1"})[1]
+    assert (
+        "format fastgrad-checkpoint-1"
+        in code_of(tmp_path, tensors, header | {"format": "fastgrad-checkpoint-1"})[1]
+    )
 
 
 Change = Callable[[Tensor], Tensor]

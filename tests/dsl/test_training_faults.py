@@ -47,7 +47,9 @@ model tiny(tokens: int[b, n]) -> float[b, n, 256] {
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
     made = fg.compile(SPEC, target="torch")
-    made.__dict__["files"] = {"model.py": made.modules["model.py"]}  # one stands for all: `compile` has its own test
+    made.__dict__["files"] = {
+        "model.py": made.modules["model.py"]
+    }  # one stands for all: `compile` has its own test
     return made
 
 
@@ -56,7 +58,9 @@ def data() -> TextData:
     return text_data()
 
 
-def run(folder: Path, data: TextData, compiled: Compiled, *, resume: bool = False, force: bool = False) -> None:
+def run(
+    folder: Path, data: TextData, compiled: Compiled, *, resume: bool = False, force: bool = False
+) -> None:
     context = Context({"the text": data.digest}, publish=lambda: publish(compiled, folder))
     with claimed(folder, resume=resume, force=force):
         list(train_in(Bigram(), loss, data, OPTIONS, folder, context, resume=resume, watch=None))

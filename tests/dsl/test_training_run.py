@@ -20,6 +20,7 @@ from torch import nn
 
 import fastgrad_dsl as fg
 from fastgrad_dsl import budget_watch, run_plan, training
+from fastgrad_dsl.calibration import replan as replan_module
 from fastgrad_dsl.calibration.pace import Line, MachinePace, default_pace
 from fastgrad_dsl.checkpoint import read_checkpoint
 from fastgrad_dsl.cli import main
@@ -49,7 +50,20 @@ block layer(x: float[b, n, d]) -> float[b, n, d] {
 }
 """
 Run = Callable[..., tuple[int, str, str]]
-OPTIONS = ("train", "tiny.tfg", "--text", "text.txt", "--seq", "24", "--every", "2", "--sample", "0", "-o", "run")
+OPTIONS = (
+    "train",
+    "tiny.tfg",
+    "--text",
+    "text.txt",
+    "--seq",
+    "24",
+    "--every",
+    "2",
+    "--sample",
+    "0",
+    "-o",
+    "run",
+)
 
 
 @pytest.fixture
@@ -216,7 +230,9 @@ def test_one_training_at_a_time(fastgrad: Run) -> None:
 # ---------------------------------------------------------------- stopping and going on
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(
     fastgrad: Run, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
@@ -264,7 +280,9 @@ def calibrated(fastgrad: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...
     return options
 
 
-@pytest.mark.parametrize("step", [4, pytest.param(5, marks=pytest.mark.slow)])  # before and after a checkpoint
+@pytest.mark.parametrize(
+    "step", [4, pytest.param(5, marks=pytest.mark.slow)]
+)  # before and after a checkpoint
 def test_a_calibrated_run_that_is_killed_goes_on_bit_for_bit(
     fastgrad: Run, monkeypatch: pytest.MonkeyPatch, calibrated: tuple[str, ...], step: int
 ) -> None:
@@ -281,7 +299,7 @@ def test_a_signal_within_a_validation(
     fastgrad: Run, monkeypatch: pytest.MonkeyPatch, calibrated: tuple[str, ...]
 ) -> None:
     """It is given up, and made anew by the resumed run with guards and generators as they were before."""
-    real, calls = run_plan.replan, 0
+    real, calls = replan_module.replan, 0
 
     def replan(*arguments: object) -> object:
         nonlocal calls
@@ -371,7 +389,9 @@ def test_another_run_is_refused_by_what_differs(fastgrad: Run, what: str) -> Non
     options, message = OTHERS[what]
     arguments = [options[0] if what == "spec" and each == "tiny.tfg" else each for each in OPTIONS]
     for steps in ("1", "2"):
-        status, _, err = fastgrad(*arguments, *(() if what == "spec" else options), "--steps", steps, "--resume")
+        status, _, err = fastgrad(
+            *arguments, *(() if what == "spec" else options), "--steps", steps, "--resume"
+        )
         assert status == 2
         assert "[FG414]" in err
         assert message in " ".join(err.split())
