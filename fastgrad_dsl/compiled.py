@@ -15,7 +15,7 @@ from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_t
 from fastgrad_compiler.pipeline import Stage, run
 from fastgrad_compiler.targets import BACKENDS, check_target
 from fastgrad_compiler.text import print_program
-from fastgrad_dsl.batches import dims_of, tokens_of
+from fastgrad_dsl.batches import ENTRY_BYTES, check_memory, dims_of, tokens_of, weight_entries
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.plan_document import plan_document
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
@@ -133,7 +133,14 @@ class Compiled:
             raise TfgError([Diagnostic("FG421", f"cannot write to {path}: {reason}")]) from None
 
     def module(self, seed: int = 0, dtype: torch.dtype | None = None) -> nn.Module:
-        """A new module with initial weights from `seed`, float32 unless `dtype` says otherwise."""
+        """A new module with initial weights from `seed`, float32 unless `dtype` says otherwise.
+
+        Raises TfgError FG426 where they are larger than the machine's memory.
+        """
+        import torch
+
+        if torch.get_default_device().type != "meta":
+            check_memory("the model", ENTRY_BYTES * weight_entries(self.program))
         model: nn.Module = self._package.MODEL(seed)
         return model if dtype is None else model.to(dtype)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgrad_dsl.batches import check_memory
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 VALIDATION_SHARE = 0.1  # the end of the text is held out: neighbouring windows would otherwise leak
@@ -23,6 +24,7 @@ class TextData:
 
     def batch(self, tokens: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs and next-byte targets, int64 [batch, tokens] each, from random places to train on."""
+        check_memory(f"a batch of {batch} times {tokens} tokens", 2 * 8 * batch * tokens)
         starts = torch.randint(self.train.numel() - tokens, (batch,), generator=generator)
         return _windows(self.train, starts.tolist(), tokens)
 

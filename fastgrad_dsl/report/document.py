@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgrad_compiler.cost import Pace
-from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.outputs import write_output
 from fastgrad_dsl.report.candidates import calibrated, candidates_key, certified
 from fastgrad_dsl.report.cautions import notes, warnings
 from fastgrad_dsl.report.curves import curve, curve_key
@@ -94,7 +94,7 @@ def build_report(
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """Write a report, atomically."""
-    write_atomically(path, to_json(report))
+    write_output(path, to_json(report))
 
 
 def to_json(report: Mapping[str, Any]) -> str:

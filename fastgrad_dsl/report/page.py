@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.outputs import write_output
 from fastgrad_dsl.report import figures, words
 from fastgrad_dsl.report.columns import COLUMNS, GROUPS, attention_rows
 from fastgrad_dsl.report.entries import calibration_of
@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent
 
 def write_html(path: Path, report: Mapping[str, Any]) -> None:
     """Write the page of a report, atomically."""
-    write_atomically(path, render_html(report))
+    write_output(path, render_html(report))
 
 
 def render_html(report: Mapping[str, Any]) -> str:

@@ -98,10 +98,12 @@ CODES: dict[str, str] = {
     "FG418": "weights that cannot be used",
     "FG419": "folder that is no compiled model",
     "FG420": "target that is not available",
-    "FG421": "folder that cannot be written",
+    "FG421": "file or folder that cannot be written",
     "FG422": "native kernels that cannot be built",
     "FG423": "batches that cannot be used",
     "FG424": "GPU kernels that cannot be timed",
+    "FG425": "file or stream that the system refuses",
+    "FG426": "not enough memory",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",
