@@ -367,7 +367,7 @@ def test_a_batch_larger_than_memory_is_refused(
     fastgrad: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr("fastgrad_dsl.batches.memory_bytes", lambda: 1 << 34)
-    status, _, err = fastgrad(*command, "tiny.tfg", "--dim", "b=2147483647")
+    status, _, err = fastgrad(*command, "--dim", "b=2147483647")
     assert status == 2
     assert err.startswith("error[FG426]: not enough memory: a batch of b = 2147483647 takes ")
 
