@@ -101,12 +101,13 @@ def compile_(
     compiled when it first runs on a GPU. A budget that says `trust = calibrated` is calibrated on random inputs where
     --calibrate names nothing else.
     """
+    try_folder(out)
+
     import fastgrad_dsl as fg
     from fastgrad_dsl.calibration.data import RANDOM, CalibrationRequest, calibrated
     from fastgrad_dsl.native_build import build_kernels
     from fastgrad_dsl.terminal import print_calibration, print_plan, progress
 
-    try_folder(out)
     compiled = fg.compile(file, params=_params(set_), model=model, target=target, validate=validate)
     budget = compiled.program.budget
     if calibrate is None and budget is not None and budget.trust == "calibrated":
@@ -148,11 +149,12 @@ def advise(
     target: Target = "auto",
 ) -> None:
     """For each attention, what would make the budget feasible or cheaper, and its price in time and error."""
+    try_file(json_)
+
     from fastgrad_dsl.advice import AdviceRequest, make_advice, print_advice, write_advice
     from fastgrad_dsl.terminal import progress
 
     request = AdviceRequest(file, _params(set_), model, target, calibrate, weights, _sizes(dim), seed)
-    try_file(json_)
     with progress("measuring") as tell:
         advice = make_advice(request, tell)
     print_advice(advice)
@@ -202,12 +204,13 @@ def report(
     set_: Set = None,
 ) -> None:
     """Show bound, estimate and measured error of each attention and of the whole model."""
+    try_file(json_)
+    try_file(html)
+
     from fastgrad_dsl.report import ReportRequest, make_report, write_html, write_json
     from fastgrad_dsl.terminal import print_report, progress
 
     request = ReportRequest(where, _params(set_), model, text, weights, _sizes(dim), seed, measure)
-    try_file(json_)
-    try_file(html)
     with progress("measuring") as tell:
         result = make_report(request, tell)
     print_report(result)
@@ -248,12 +251,13 @@ def train(
     target: Target = "auto",
 ) -> None:
     """Train a byte-level language model on a text file; loss is printed and logged as JSON lines."""
+    folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
+    try_folder(folder)
+
     import fastgrad_dsl as fg
     from fastgrad_dsl.language_model import TrainRequest, train_language_model
     from fastgrad_dsl.training import Options
 
-    folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
-    try_folder(folder)
     compiled = fg.compile(file, params=_params(set_), model=model, target=target)
     options = Options(
         steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
@@ -286,11 +290,12 @@ def bench(
     target: Target = "auto",
 ) -> None:
     """Time polynomial attention against PyTorch's on this machine, forward and backward."""
+    try_file(json_)
+    try_file(svg)
+
     from fastgrad_dsl.bench.command import BenchRequest, print_bench, run_bench, write_files
     from fastgrad_dsl.terminal import progress
 
-    try_file(json_)
-    try_file(svg)
     request = BenchRequest(tuple(n or ()), d, degree, near, heads, dv, threads, repeats, target, quick)
     with progress("measuring") as tell:
         result = run_bench(request, tell)
