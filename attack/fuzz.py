@@ -92,7 +92,10 @@ class Fuzz:
             print("\n".join(self.lines()), flush=True)
 
     def _found(self, name: str, error: BaseException, example: bytes) -> None:
-        kind = f"{type(error).__name__} at {_place(error)}"
+        said = next(iter(str(error).splitlines()), "")[:120]
+        kind = f"{type(error).__name__} at {_place(error)}" + (
+            f": {said}" if type(error).__name__ == "Told" else ""
+        )
         self.findings[kind] += 1
         if self.findings[kind] > 1:
             return

@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -58,6 +59,7 @@ PATHS = (
     "/dev/null", "/dev/full", "/proc/self/mem", "/proc/none", "\udcff.tfg", "it's.tfg", "x" * 300, "text.txt",
     "tiny.tfg", "broken.safetensors", "build", "hollow",
 )  # fmt: skip
+FRAME = re.compile(r'/(fastgrad_\w+/.*?", line \d+)')
 ENDLESS = {("train", "--steps"), ("train", "--sample")}
 """Options that ask for as much work as their number says: only numbers that are refused, or small ones, are tried."""
 
@@ -80,8 +82,12 @@ def fuzz_commands(fuzz: Fuzz, pairs: int, folder: Path) -> None:
             )
 
 
+class Told(Exception):
+    """A command ended neither well nor with a diagnostic: what it said, its kind on the first line."""
+
+
 def run(arguments: list[str]) -> str:
-    """Run a command line as `main` does; any traceback is an AssertionError with it."""
+    """Run a command line as `main` does; any traceback is Told."""
     told = io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["fastgrad", *arguments]),
@@ -98,7 +104,9 @@ def run(arguments: list[str]) -> str:
         or "Traceback" in err
         or (status == 2 and not ("error[FG" in err or "Error: " in err))
     ):
-        raise AssertionError(f"status {status}: {err[-3000:]}")
+        place = (FRAME.findall(err) or ["nowhere"])[-1]
+        last = next((line for line in reversed(err.splitlines()) if ": " in line and "bug" not in line), "")
+        raise Told(f"status {status}, {place}, {last[:60]}\n{err[-3000:]}")
     return f"status {status}"
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgrad_dsl.batches import check_memory
+from fastgrad_dsl.files import check_regular
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 VALIDATION_SHARE = 0.1  # the end of the text is held out: neighbouring windows would otherwise leak
@@ -41,6 +42,7 @@ def load_text(path: Path, tokens: int) -> TextData:
     Raises TfgError FG411 where the file cannot be read, FG412 where a part is too short for one window.
     """
     try:
+        check_regular(path)
         content = path.read_bytes()
     except OSError as error:
         raise TfgError(
