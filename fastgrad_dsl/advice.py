@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,13 @@ class AdviceRequest:
     weights: Path | None = None
     dims: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
+    include: Sequence[Path] = ()
 
 
 def make_advice(request: AdviceRequest, tell: Any = lambda what: None) -> dict[str, Any]:
     """The advice for a file, also for one whose budget is refused. Raises TfgError for what is wrong otherwise."""
     check_target(request.target)
-    source = read_source(request.file)
+    source = read_source(request.file, include=request.include)
     elaborated = elaborate(source, model=request.model, params=request.params)
     program = run(elaborated, until="attention", target=request.target, validate=False)[-1].program
     measured: Mapping[str, Any] = {}

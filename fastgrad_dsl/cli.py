@@ -50,17 +50,23 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Override a param; can be repeated."),
 ]
+Include = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--include", "-I", metavar="DIR", help="A folder from which `use` may read; can be repeated."
+    ),
+]
 Target = Annotated[
     str, typer.Option(help="torch, cpp (C++ on a CPU), triton (on a GPU) or auto (both, by device).")
 ]
 
 
 @app.command()
-def check(file: File, model: Model = None, set_: Set = None) -> None:
+def check(file: File, model: Model = None, set_: Set = None, include: Include = None) -> None:
     """Check a file: report every error, or say what each attention will be."""
     from fastgrad_dsl.terminal import print_plan
 
-    stages = _stages(file, model, set_, until="plan")
+    stages = _stages(file, model, set_, include, until="plan")
     print_plan(stages[-1].program, str(file))
 
 
@@ -70,6 +76,7 @@ def compile_(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     model: Model = None,
     set_: Set = None,
+    include: Include = None,
     target: Target = "auto",
     calibrate: Annotated[
         str | None,
@@ -94,6 +101,10 @@ def compile_(
             "--validate/--no-validate", help="Compare the program before and after each pass on small inputs."
         ),
     ] = True,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Write to a folder that holds something else, or was changed by hand."),
+    ] = False,
 ) -> None:
     """Compile a file to a folder with a readable model.py that needs only PyTorch.
 
@@ -104,11 +115,20 @@ def compile_(
     try_folder(out)
 
     import fastgrad_dsl as fg
+    from fastgrad_dsl.build_manifest import check_folder
     from fastgrad_dsl.calibration.data import RANDOM, CalibrationRequest, calibrated
     from fastgrad_dsl.native_build import build_kernels
     from fastgrad_dsl.terminal import print_calibration, print_plan, progress
 
-    compiled = fg.compile(file, params=_params(set_), model=model, target=target, validate=validate)
+    check_folder(out, force=force)  # before anything that takes time
+    compiled = fg.compile(
+        file,
+        params=_params(set_),
+        model=model,
+        target=target,
+        validate=validate,
+        include=include or (),
+    )
     budget = compiled.program.budget
     if calibrate is None and budget is not None and budget.trust == "calibrated":
         calibrate = RANDOM
@@ -116,7 +136,7 @@ def compile_(
         with progress("calibrating:") as tell:
             request = CalibrationRequest(calibrate, weights, _sizes(dim), seed)
             compiled = calibrated(compiled, request, tell)
-    compiled.write(out)
+    compiled.write(out, force=force)
     print_plan(compiled.program, str(file))
     if compiled.calibration is not None:
         print_calibration(compiled.calibration)
@@ -146,6 +166,7 @@ def advise(
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the advice as JSON.")] = None,
     model: Model = None,
     set_: Set = None,
+    include: Include = None,
     target: Target = "auto",
 ) -> None:
     """For each attention, what would make the budget feasible or cheaper, and its price in time and error."""
@@ -154,7 +175,9 @@ def advise(
     from fastgrad_dsl.advice import AdviceRequest, make_advice, print_advice, write_advice
     from fastgrad_dsl.terminal import progress
 
-    request = AdviceRequest(file, _params(set_), model, target, calibrate, weights, _sizes(dim), seed)
+    request = AdviceRequest(
+        file, _params(set_), model, target, calibrate, weights, _sizes(dim), seed, include or ()
+    )
     with progress("measuring") as tell:
         advice = make_advice(request, tell)
     print_advice(advice)
@@ -168,6 +191,7 @@ def stages(
     after: Annotated[str | None, typer.Option(help="Only the program after this pass.")] = None,
     model: Model = None,
     set_: Set = None,
+    include: Include = None,
 ) -> None:
     """Print the program as each pass leaves it."""
     from fastgrad_compiler.pipeline import PASSES
@@ -176,7 +200,7 @@ def stages(
     names = ["elaborate", *(p.name for p in PASSES)]
     if after is not None and after not in names:
         raise TfgError([_unknown("pass", after, names)])
-    for stage in _stages(file, model, set_, until=after):
+    for stage in _stages(file, model, set_, include, until=after):
         if after in (None, stage.name):
             print(f"# after {stage.name} ({1000 * stage.seconds:.1f} ms)\n\n{print_program(stage.program)}")
 
@@ -202,6 +226,7 @@ def report(
     ] = True,
     model: Model = None,
     set_: Set = None,
+    include: Include = None,
 ) -> None:
     """Show bound, estimate and measured error of each attention and of the whole model."""
     try_file(json_)
@@ -210,7 +235,9 @@ def report(
     from fastgrad_dsl.report import ReportRequest, make_report, write_html, write_json
     from fastgrad_dsl.terminal import print_report, progress
 
-    request = ReportRequest(where, _params(set_), model, text, weights, _sizes(dim), seed, measure)
+    request = ReportRequest(
+        where, _params(set_), model, text, weights, _sizes(dim), seed, measure, include=include or ()
+    )
     with progress("measuring") as tell:
         result = make_report(request, tell)
     print_report(result)
@@ -248,6 +275,7 @@ def train(
     ] = 200,
     model: Model = None,
     set_: Set = None,
+    include: Include = None,
     target: Target = "auto",
 ) -> None:
     """Train a byte-level language model on a text file; loss is printed and logged as JSON lines."""
@@ -258,7 +286,7 @@ def train(
     from fastgrad_dsl.language_model import TrainRequest, train_language_model
     from fastgrad_dsl.training import Options
 
-    compiled = fg.compile(file, params=_params(set_), model=model, target=target)
+    compiled = fg.compile(file, params=_params(set_), model=model, target=target, include=include or ())
     options = Options(
         steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
         validate_every=every, checkpoint_every=every,
@@ -314,12 +342,13 @@ def tune(
     ] = False,
     model: Model = None,
     set_: Set = None,
+    include: Include = None,
 ) -> None:
     """Find the fastest configurations of a model's Triton kernels on this GPU, and keep them in the user's cache."""
     from fastgrad_dsl.terminal import progress
     from fastgrad_dsl.tune_command import TuneRequest, print_candidates, print_choices, run_tune
 
-    request = TuneRequest(file, _params(set_), model, batch, seq, dtype)
+    request = TuneRequest(file, _params(set_), model, batch, seq, dtype, include or ())
     if dry_run:
         print_candidates(request)
         return
@@ -375,11 +404,13 @@ def _parse_and_run() -> int | None:
     return status
 
 
-def _stages(file: Path, model: str | None, set_: list[str] | None, until: str | None) -> tuple[Stage, ...]:
+def _stages(
+    file: Path, model: str | None, set_: list[str] | None, include: list[Path] | None, until: str | None
+) -> tuple[Stage, ...]:
     from fastgrad_compiler.elaborate import elaborate
     from fastgrad_compiler.pipeline import run
 
-    program: Program = elaborate(read_source(file), model=model, params=_params(set_))
+    program: Program = elaborate(read_source(file, include=include or ()), model=model, params=_params(set_))
     return run(program, until=until, validate=False)  # nothing that runs is made of it
 
 

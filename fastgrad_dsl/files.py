@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from errno import EINVAL, EISDIR
 from pathlib import Path
 
+from fastgrad_compiler.runtime.private_files import write_whole
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write through a temporary file beside `path`, so that a crash leaves the old file or the new one.
@@ -16,18 +18,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Folders that are missing are made; an existing file keeps its mode and, where we may give files away, its owner.
     Raises OSError, which names `path`.
     """
+    data = content.encode() if isinstance(content, str) else content
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(content.encode() if isinstance(content, str) else content)
-                _dress_like(stream.fileno(), path)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        old = _regular_file(path)
+        if old is None:
+            write_whole(path, data, 0o666)
+            return
+        mode = old.st_mode & 0o777
+        write_whole(path, data, mode)  # less the process's mask: nobody sees more meanwhile
+        with suppress(PermissionError):
+            os.chown(path, old.st_uid, old.st_gid)
+        path.chmod(mode)
 
 
 def check_regular(path: Path) -> None:
@@ -49,13 +51,9 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _dress_like(number: int, path: Path) -> None:
-    """Give an open file the mode and the owner of the regular file at `path`, where there is one."""
-    try:
-        old = path.lstat()
-    except FileNotFoundError:
-        return
-    if stat.S_ISREG(old.st_mode):
-        with suppress(PermissionError):
-            os.fchown(number, old.st_uid, old.st_gid)
-        os.fchmod(number, old.st_mode & 0o777)
+def _regular_file(path: Path) -> os.stat_result | None:
+    """What is known of the file at a path; None where there is none, or a link."""
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        return found if stat.S_ISREG(found.st_mode) else None
+    return None

@@ -46,6 +46,7 @@ def load_objective(folder: Path) -> Callable[..., Tensor] | None:
 
 def load_plan(folder: Path) -> dict[str, Any]:
     """plan.json of a compiled folder; TfgError FG419 where there is none, or one of another version."""
+    _restore(folder)
     try:
         plan: dict[str, Any] = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -60,6 +61,7 @@ def load_plan(folder: Path) -> dict[str, Any]:
 
 def load_package(folder: Path) -> ModuleType:
     """Import a compiled folder as a package of its own."""
+    _restore(folder)
     init = folder / "__init__.py"
     if not init.is_file() or not (folder / "model.py").is_file():
         raise _not_compiled(folder, "model.py")
@@ -114,6 +116,14 @@ class _TextFinder:
         if path not in self.texts:
             raise FileNotFoundError(path)
         return self.texts[path].encode()
+
+
+def _restore(folder: Path) -> None:
+    """Put a folder back whose replacement by a compile was cut short."""
+    if not folder.exists():
+        from fastgrad_dsl.build_folder import recover
+
+        recover(folder)
 
 
 def _not_compiled(folder: Path, missing: str) -> TfgError:

@@ -26,7 +26,7 @@ from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from fastgrad_compiler.codegen.triton import has_triton
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.passes.attention_table import attention_table
-from fastgrad_compiler.runtime.native import cache_folder
+from fastgrad_compiler.runtime.private_files import cache_folder
 from fastgrad_compiler.runtime.triton_attention import Launches, TritonAttention, architecture
 from fastgrad_compiler.runtime.triton_kernels import cannot_build, refusal
 from fastgrad_compiler.runtime.triton_tables import TILE

@@ -35,6 +35,7 @@ WITHOUT_FILE = {
     "FG422": "tests/dsl/test_cli.py::test_cpp_kernels_are_built_ahead_or_a_warning_says_why_not",
     "FG423": "tests/dsl/test_advise.py::test_wrong_batches",
     "FG424": "tests/dsl/test_tune.py::test_tuning_without_a_gpu_is_a_diagnostic",
+    "FG428": "tests/dsl/test_build_folder.py::test_a_folder_of_the_users_is_refused",
 }
 """Codes that no text file in golden/errors can show, and the test that shows each."""
 

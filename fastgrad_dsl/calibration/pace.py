@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastgrad_compiler.cost import flops
 from fastgrad_compiler.runtime.exact_attention import exact_attention
-from fastgrad_compiler.runtime.native import cache_folder
+from fastgrad_compiler.runtime.private_files import cache_folder
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.bench.contenders import Attention, Contender
 from fastgrad_dsl.bench.machine import describe_machine

@@ -43,6 +43,7 @@ class ReportRequest:
     seed: int
     measure: bool
     calibration: Mapping[str, Any] | None = None
+    include: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _subject(request: ReportRequest) -> Subject:
             lambda seed: fg.load(folder, seed=seed),
             lambda: load_objective(folder),
         )
-    compiled = fg.compile(request.where, params=request.params, model=request.model)
+    compiled = fg.compile(request.where, params=request.params, model=request.model, include=request.include)
     return Subject(
         compiled.plan_document,
         compiled.source.text,

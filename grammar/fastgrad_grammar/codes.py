@@ -104,6 +104,7 @@ CODES: dict[str, str] = {
     "FG424": "GPU kernels that cannot be timed",
     "FG425": "file or stream that the system refuses",
     "FG426": "not enough memory",
+    "FG428": "folder that holds something else",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from .native import cache_folder
+from .private_files import cache_folder
 
 FILE = "triton-tuned.json"
 NUMBERS = 5
