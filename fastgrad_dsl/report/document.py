@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,6 +21,7 @@ from fastgrad_dsl.report.headline import headline, summary, waterfall
 from fastgrad_dsl.report.prediction import cost_curve, cost_key, longest_sizes, pace_of, predict
 from fastgrad_dsl.report.reproduce import reproduce
 from fastgrad_dsl.report.sources import annotated_spec, kernel_code
+from fastgrad_grammar.quote import json_text
 
 if TYPE_CHECKING:
     from fastgrad_dsl.measure import ModelErrors
@@ -99,7 +99,7 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
 
 def to_json(report: Mapping[str, Any]) -> str:
     """The text of report.json; ValueError for a number that is not finite."""
-    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+    return json_text(report, 2) + "\n"
 
 
 def _shared(
