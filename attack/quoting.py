@@ -18,11 +18,13 @@ from html.parser import HTMLParser
 from fastgrad_grammar import quote
 
 PARTS = (
-    "gpt", "bob's.tfg", '"', "'", '"""', "'''", "\\", "\\\n", "\\ \n", "\n", "\r", "\r\n", "\t", "\0", "\x0b", "\x0c", "\x1a",
-    "\x1b[2J", "\x1b]0;title\x07", "\x7f", "\x85", "\u2028", "\u2029", "\u202e", "\u2066", "\u200b", "\ufeff", "\xa0", "\ud800",
-    "\udcff", "\U000e0041", "é", "漢", "😀", "/*", "*/", "*", "/", "//", "??/", "?", "??", "#", "<script>", "</script>", "]]>", "<!--", "-->",
-    "<", ">", "&", "&lt;", "&amp", "=", "`", "{", "}", "{x}", "%s", "$(id)", "[red]", "[/]", "\\x1b", "\\n", "\\N{DASH}", "\\u0041", "\\",
-    '"+__import__("os").system("id")+"', "');raise SystemExit#", "\nimport os\n", "# coding: utf-7", ":smile:", " ", "",
+    "gpt", "bob's.tfg", '"', "'", '"""', "'''", "\\", "\\\n", "\\ \n", "\n", "\r", "\r\n", "\t", "\0",
+    "\x0b", "\x0c", "\x1a", "\x1b[2J", "\x1b]0;title\x07", "\x7f", "\x85", "\u2028", "\u2029", "\u202e",
+    "\u2066", "\u200b", "\ufeff", "\xa0", "\ud800", "\udcff", "\U000e0041", "é", "漢", "😀", "/*", "*/", "*",
+    "/", "//", "??/", "?", "??", "#", "<script>", "</script>", "]]>", "<!--", "-->", "<", ">", "&", "&lt;",
+    "&amp", "=", "`", "{", "}", "{x}", "%s", "$(id)", "[red]", "[/]", "\\x1b", "\\n", "\\N{DASH}",
+    "\\u0041", '"+__import__("os").system("id")+"', "');raise SystemExit#", "\nimport os\n",
+    "# coding: utf-7", ":smile:", " ", "",
 )  # fmt: skip
 """What texts are made of: all that means something in one of the languages, and what is shown as something else."""
 
@@ -163,7 +165,10 @@ def compiler_agrees(found: Sequence[str], compiler: str) -> bool:
         written = quote.cpp_comment(text)
         lines += [f"// {written}", f"static_assert(__LINE__ == {len(lines) + 2}); /* {written} */"]
     command = [compiler, "-std=c++17", "-trigraphs", "-Werror=comment", "-fsyntax-only", "-x", "c++", "-"]
-    return subprocess.run(command, input="\n".join(lines).encode(), capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(command, input="\n".join(lines).encode(), capture_output=True, check=False).returncode
+        == 0
+    )
 
 
 def main() -> None:
@@ -179,7 +184,9 @@ def main() -> None:
     compiler = shutil.which("g++") or shutil.which("clang++")
     agreed = compiler is None or compiler_agrees(tried, compiler)
     said = "no C++ compiler" if compiler is None else f"C++ compiler {'agrees' if agreed else 'disagrees'}"
-    print(f"{len(tried)} texts ({len(set(tried))} different), {len(CHECKS)} languages, {len(failed)} failures; {said}")
+    print(
+        f"{len(tried)} texts ({len(set(tried))} different), {len(CHECKS)} languages, {len(failed)} failures; {said}"
+    )
     raise SystemExit(bool(failed) or not agreed)
 
 

@@ -119,7 +119,7 @@ def measure_plan(
 
 def _options(request: ReportRequest, sizes: Mapping[str, int]) -> list[str]:
     """The options of the command line that measure on this batch again."""
-    options = [f"--dim {name}={size}" for name, size in sizes.items()]
+    options = [f"--dim {shlex.quote(f'{name}={size}')}" for name, size in sizes.items()]
     for name, path in (("text", request.text), ("weights", request.weights)):
         options += [f"--{name} {shlex.quote(str(path))}"] if path else []
     return [*options, f"--seed {request.seed}"]

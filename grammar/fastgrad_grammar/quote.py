@@ -2,7 +2,7 @@
 
 Names of files, comments, values of params and strings of documents may hold anything. Strings of Python, JSON and HTML
 give back the very text. Where a language has no escape (a comment, a terminal), a character that is not plain is
-written as Python's escape for it, such as `\\x1b`: controls, breaks of lines, halves of pairs, what turns or hides text.
+written as Python's escape for it, such as `\\x1b`: controls, breaks of lines, unpaired surrogates, marks of direction.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _NOT_PLAIN = frozenset({"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"})
 """Categories of Unicode: controls, formats such as marks of direction, surrogates, unassigned, breaks of lines."""
 
 _UNUSUAL = re.compile(r"[^ -~]")
-_CPP = re.compile(r"(?<=\*)/|/(?=\*)|(?<=\?\?)/|\\(?= *\Z)")  # ends of comments, and what joins one with the next line
+_CPP = re.compile(
+    r"(?<=\*)/|/(?=\*)|(?<=\?\?)/|\\(?= *\Z)"
+)  # ends of comments, and what joins one with the next line
 
 
 def python_string(text: str) -> str:
@@ -39,7 +41,7 @@ def comment(text: str) -> str:
 
 
 def cpp_comment(text: str) -> str:
-    """What follows `//` or stands between `/*` and `*/`: one line, not joined with the next by a backslash or trigraph."""
+    """What follows `//` or stands between `/*` and `*/`: one line, not joined with the next."""
     return _CPP.sub(_escape, _plain(text))
 
 

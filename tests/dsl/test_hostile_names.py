@@ -110,7 +110,9 @@ def test_a_file_name_changes_strings_and_comments_only(name: str, tmp_path: Path
     for text in made.files.values():
         text.encode()
     model = made.module()
-    with pytest.raises(ValueError, match=r"dim n is 63, but (.|\n)+\.tfg:3 declares a multiple of 2") as refused:
+    with pytest.raises(
+        ValueError, match=r"dim n is 63, but (.|\n)+\.tfg:3 declares a multiple of 2"
+    ) as refused:
         model(torch.zeros(1, 63, 4))
     assert undone(f"{name}.tfg:3") in undone(str(refused.value))
     assert is_shown(str(refused.value))
@@ -157,7 +159,12 @@ def test_comments_of_all_kinds_give_packages_that_load(tmp_path: Path) -> None:
 def test_commands_that_reproduce_a_report_run_nothing_else(tmp_path: Path) -> None:
     """A plan.json with code for a shell in each of its strings; its commands are split as a shell does."""
     made = compiled(tmp_path, PLAIN)
-    plan = {**made.plan_document, "model": "m; touch pwned", "target": "torch", "source": "a b.tfg;touch pwned"}
+    plan = {
+        **made.plan_document,
+        "model": "m; touch pwned",
+        "target": "torch",
+        "source": "a b.tfg;touch pwned",
+    }
     report = fg.report.build_report({**plan, "params": {"$(touch pwned)": "`touch pwned`"}})
     for command in report["reproduce"]["commands"]:
         words = shlex.split(command, comments=True)
@@ -187,9 +194,10 @@ def test_a_console_obeys_nothing_in_texts() -> None:
 
 def test_a_spinner_reads_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm")
     made = terminal.PlainConsole(width=100)
     monkeypatch.setattr(type(made), "is_terminal", True)
-    made.file = out
+    made.file, made.is_interactive = out, True
     monkeypatch.setattr(terminal, "console", lambda **_: made)
     with terminal.progress("measuring") as tell:
         tell("[/red] [bold]a\x1b]0;title\x07")
