@@ -26,8 +26,7 @@ from fastgrad_grammar.quote import json_text
 if TYPE_CHECKING:
     from fastgrad_dsl.measure import ModelErrors
 
-FORMAT = "fastgrad-report-2"
-SCHEMA = Path(__file__).parent / "schema.json"
+FORMAT = "fastgrad-report-3"
 MEASURED_ON = ("tokens", "kind", "dims", "seed", "weights")
 PACKAGES = {"fastgrad": "fastgrad-dsl", "torch": "torch"}
 
@@ -41,7 +40,7 @@ def build_report(
     files: Mapping[str, str] | None = None,
     calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The report of a plan (docs/report.md), valid by SCHEMA; deterministic. None stands for what is not known.
+    """The report of a plan (docs/report.md), valid by schema.json; deterministic. None stands for what is not known.
 
     Args:
         plan: plan.json as data.
