@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import fastgrad_dsl as fg
 from attack.quoting import PARTS, is_shown
 from fastgrad_dsl.cli import main
 from fastgrad_dsl.documents import SCHEMAS, check_document, form, parse_document, read_document, validator
@@ -21,7 +20,7 @@ from fastgrad_dsl.terminal import print_report
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.render import render
 from tests.dsl.calibrations import calibration_of
-from tests.dsl.models import NAMES, small, text
+from tests.dsl.models import NAMES, small
 
 VALUES = (
     None, True, 0, -1, 1, 1.5, 1e99, 1e-199, 2**62, 10**30, "", "x", "1", "n*n*n", "n/7", [], [0], {}, {"a": 1}, [[[]]],
@@ -59,19 +58,6 @@ def test_what_we_write_is_of_its_form(name: str) -> None:
     files = small(name).files
     for kind in ("plan.json", "report.json"):
         assert parse_document(files[kind].encode(), kind, kind) == json.loads(files[kind])
-
-
-def test_a_real_calibration_is_of_its_form() -> None:
-    compiled = fg.compile(
-        text(
-            "q = unit(x)\nreturn softmax(2.0 * q @ q.T) @ x", more="budget { output <= 0.5\ngradient <= 0.9 }"
-        ),
-    )
-    made = compiled.calibrate(dims={"b": 1, "n": 64}, measured_pace=False)
-    assert made.calibration is not None
-    assert made.calibration["attentions"]
-    check_document(made.calibration, "calibration.json", "calibration.json")
-    check_document(json.loads(made.files["report.json"]), "report.json", "report.json")
 
 
 @pytest.mark.parametrize("kind", SCHEMAS)
@@ -188,7 +174,11 @@ def other(source: random.Random, value: Any) -> Any:
         return source.choice((0, 1, 2, 3, 7, 64, 1000, 2**40, 2**62))
     if isinstance(value, float):
         return value * source.choice((0.0, 1e-190, 1e-30, 0.5, 2.0, 1e3, 1e30, 1e90))
-    return source.choice((*PARTS, "exact", "auto", "own", "taylor", "n", "data")) if isinstance(value, str) else value
+    return (
+        source.choice((*PARTS, "exact", "auto", "own", "taylor", "n", "data"))
+        if isinstance(value, str)
+        else value
+    )
 
 
 def mutated(source: random.Random, document: str) -> bytes:
