@@ -16,6 +16,7 @@ import typer
 from fastgrad_dsl.failures import diagnostics, run_command
 from fastgrad_dsl.outputs import rewrite, try_file, try_folder
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.quote import terminal
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.render import render
 
@@ -140,7 +141,7 @@ def compile_(
     print_plan(compiled.program, str(file))
     if compiled.calibration is not None:
         print_calibration(compiled.calibration)
-    print(f"written to {out}/ (model.py, plan.json, report.html, report.json, stages/)")
+    print(f"written to {terminal(str(out))}/ (model.py, plan.json, report.html, report.json, stages/)")
     if target == "cpp":
         with progress("building") as tell:
             warning = build_kernels(compiled.modules, tell)
@@ -381,7 +382,7 @@ def fmt(
         except (TfgError, OSError) as error:  # the other files are formatted all the same
             errors.extend(diagnostics(error))
     for file in unformatted:
-        print(f"{'would format' if check_ else 'formatted'} {file}")
+        print(f"{'would format' if check_ else 'formatted'} {terminal(str(file))}")
     if errors:
         raise TfgError(errors)
     if check_ and unformatted:

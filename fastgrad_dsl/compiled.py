@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +17,7 @@ from fastgrad_compiler.text import print_program
 from fastgrad_dsl.batches import ENTRY_BYTES, check_memory, dims_of, tokens_of, weight_entries
 from fastgrad_dsl.build_folder import write_build
 from fastgrad_dsl.plan_document import plan_document
+from fastgrad_grammar.quote import json_text
 from fastgrad_grammar.read import included, read_source
 from fastgrad_grammar.source import Source
 
@@ -108,13 +108,13 @@ class Compiled:
         }
         report = self.report()
         texts = {
-            "plan.json": json.dumps(self.plan_document, indent=2) + "\n",
+            "plan.json": json_text(self.plan_document, 2) + "\n",
             "report.json": to_json(report),
             "report.html": render_html(report),
             SPEC: self.source.text,
         }
         if self.calibration is not None:
-            texts["calibration.json"] = json.dumps(self.calibration, indent=2) + "\n"
+            texts["calibration.json"] = json_text(self.calibration, 2) + "\n"
         return {**self.modules, **texts, **stages}
 
     def write(self, folder: str | Path, *, force: bool = False) -> None:

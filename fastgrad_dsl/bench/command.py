@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from fastgrad_dsl.bench.timing import time_together
 from fastgrad_dsl.outputs import write_output
 from fastgrad_dsl.terminal import console
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.quote import json_text
 
 LARGEST_RANK = 20_000
 LENGTHS, QUICK_LENGTHS = (1024, 4096, 16384), (256, 1024)
@@ -142,7 +142,7 @@ def write_files(document: dict[str, Any], json_file: Path | None, svg_file: Path
     """Write what is asked for. Raises OSError."""
     texts = []
     if json_file is not None:
-        texts.append((json_file, json.dumps(document, indent=2) + "\n"))
+        texts.append((json_file, json_text(document, 2) + "\n"))
     if svg_file is not None:
         texts.append((svg_file, plot(document)))
     for path, text in texts:

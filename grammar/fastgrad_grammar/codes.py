@@ -105,6 +105,7 @@ CODES: dict[str, str] = {
     "FG425": "file or stream that the system refuses",
     "FG426": "not enough memory",
     "FG428": "folder that holds something else",
+    "FG430": "document that does not have its form",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",
