@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from fastgrad_compiler.elaborate import elaborate
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.targets import check_target
-from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.outputs import write_output
 from fastgrad_dsl.terminal import console
+from fastgrad_grammar.quote import json_text
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
 
@@ -36,12 +36,13 @@ class AdviceRequest:
     weights: Path | None = None
     dims: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
+    include: Sequence[Path] = ()
 
 
 def make_advice(request: AdviceRequest, tell: Any = lambda what: None) -> dict[str, Any]:
     """The advice for a file, also for one whose budget is refused. Raises TfgError for what is wrong otherwise."""
     check_target(request.target)
-    source = read_source(request.file)
+    source = read_source(request.file, include=request.include)
     elaborated = elaborate(source, model=request.model, params=request.params)
     program = run(elaborated, until="attention", target=request.target, validate=False)[-1].program
     measured: Mapping[str, Any] = {}
@@ -93,7 +94,7 @@ def _document(advised: Advised, measured: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_advice(path: Path, advice: Mapping[str, Any]) -> None:
     """Write the advice as JSON, atomically."""
-    write_atomically(path, json.dumps(advice, indent=2) + "\n")
+    write_output(path, json_text(advice, 2) + "\n")
 
 
 def print_advice(document: Mapping[str, Any]) -> None:

@@ -178,10 +178,10 @@ def is_finite(model: nn.Module, optimiser: torch.optim.Optimizer) -> bool:
 
 def described(optimiser: torch.optim.Optimizer) -> dict[str, Scalar]:
     """The optimiser's name, and those of its constants that its groups share and no schedule changes."""
-    constants: dict[str, Scalar] = {
+    found: dict[str, Scalar] = {"name": type(optimiser).__name__}
+    return found | {
         key: str(optimiser.defaults[key]) for key in ("betas", "eps") if key in optimiser.defaults
     }
-    return {"name": type(optimiser).__name__, **constants}
 
 
 def idle_weights(model: nn.Module, optimiser: torch.optim.Optimizer) -> list[str]:

@@ -5,13 +5,18 @@ PyTorch is imported only by the commands that run a model.
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from fastgrad_dsl.failures import diagnostics, run_command
+from fastgrad_dsl.outputs import rewrite, try_file, try_folder
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.quote import terminal
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.render import render
 
@@ -27,11 +32,30 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+USAGE_ERROR = typer.BadParameter.__mro__[1]  # and what else is wrong with a command line
+
+MANY = 2**31 - 1  # of anything that is made one by one, or is a size
+LARGEST = 2**63 - 1  # what PyTorch takes as a seed
+
+
+def _finite(value: float) -> float:
+    """A number of an option: `min` and `max` let nan pass."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 File = Annotated[Path, typer.Argument(help="A .tfg file.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Which model, where the file has several.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Override a param; can be repeated."),
+]
+Include = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--include", "-I", metavar="DIR", help="A folder from which `use` may read; can be repeated."
+    ),
 ]
 Target = Annotated[
     str, typer.Option(help="torch, cpp (C++ on a CPU), triton (on a GPU) or auto (both, by device).")
@@ -39,11 +63,11 @@ Target = Annotated[
 
 
 @app.command()
-def check(file: File, model: Model = None, set_: Set = None) -> None:
+def check(file: File, model: Model = None, set_: Set = None, include: Include = None) -> None:
     """Check a file: report every error, or say what each attention will be."""
     from fastgrad_dsl.terminal import print_plan
 
-    stages = _stages(file, model, set_, until="plan")
+    stages = _stages(file, model, set_, include, until="plan")
     print_plan(stages[-1].program, str(file))
 
 
@@ -53,6 +77,7 @@ def compile_(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     model: Model = None,
     set_: Set = None,
+    include: Include = None,
     target: Target = "auto",
     calibrate: Annotated[
         str | None,
@@ -68,13 +93,19 @@ def compile_(
         list[str] | None,
         typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the batches to calibrate on."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of initial weights and of batches to calibrate on.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST, help="Of initial weights and of batches to calibrate on.")
+    ] = 0,
     validate: Annotated[
         bool,
         typer.Option(
             "--validate/--no-validate", help="Compare the program before and after each pass on small inputs."
         ),
     ] = True,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Write to a folder that holds something else, or was changed by hand."),
+    ] = False,
 ) -> None:
     """Compile a file to a folder with a readable model.py that needs only PyTorch.
 
@@ -82,12 +113,23 @@ def compile_(
     compiled when it first runs on a GPU. A budget that says `trust = calibrated` is calibrated on random inputs where
     --calibrate names nothing else.
     """
+    try_folder(out)
+
     import fastgrad_dsl as fg
+    from fastgrad_dsl.build_manifest import check_folder
     from fastgrad_dsl.calibration.data import RANDOM, CalibrationRequest, calibrated
     from fastgrad_dsl.native_build import build_kernels
     from fastgrad_dsl.terminal import print_calibration, print_plan, progress
 
-    compiled = fg.compile(file, params=_params(set_), model=model, target=target, validate=validate)
+    check_folder(out, force=force)  # before anything that takes time
+    compiled = fg.compile(
+        file,
+        params=_params(set_),
+        model=model,
+        target=target,
+        validate=validate,
+        include=include or (),
+    )
     budget = compiled.program.budget
     if calibrate is None and budget is not None and budget.trust == "calibrated":
         calibrate = RANDOM
@@ -95,11 +137,11 @@ def compile_(
         with progress("calibrating:") as tell:
             request = CalibrationRequest(calibrate, weights, _sizes(dim), seed)
             compiled = calibrated(compiled, request, tell)
-    compiled.write(out)
+    compiled.write(out, force=force)
     print_plan(compiled.program, str(file))
     if compiled.calibration is not None:
         print_calibration(compiled.calibration)
-    print(f"written to {out}/ (model.py, plan.json, report.html, report.json, stages/)")
+    print(f"written to {terminal(str(out))}/ (model.py, plan.json, report.html, report.json, stages/)")
     if target == "cpp":
         with progress("building") as tell:
             warning = build_kernels(compiled.modules, tell)
@@ -121,22 +163,27 @@ def advise(
         list[str] | None,
         typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the batches to measure on."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of initial weights and of batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of initial weights and of batches.")] = 0,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the advice as JSON.")] = None,
     model: Model = None,
     set_: Set = None,
+    include: Include = None,
     target: Target = "auto",
 ) -> None:
     """For each attention, what would make the budget feasible or cheaper, and its price in time and error."""
+    try_file(json_)
+
     from fastgrad_dsl.advice import AdviceRequest, make_advice, print_advice, write_advice
     from fastgrad_dsl.terminal import progress
 
-    request = AdviceRequest(file, _params(set_), model, target, calibrate, weights, _sizes(dim), seed)
+    request = AdviceRequest(
+        file, _params(set_), model, target, calibrate, weights, _sizes(dim), seed, include or ()
+    )
     with progress("measuring") as tell:
         advice = make_advice(request, tell)
+    print_advice(advice)
     if json_ is not None:
         write_advice(json_, advice)
-    print_advice(advice)
 
 
 @app.command()
@@ -145,6 +192,7 @@ def stages(
     after: Annotated[str | None, typer.Option(help="Only the program after this pass.")] = None,
     model: Model = None,
     set_: Set = None,
+    include: Include = None,
 ) -> None:
     """Print the program as each pass leaves it."""
     from fastgrad_compiler.pipeline import PASSES
@@ -153,7 +201,7 @@ def stages(
     names = ["elaborate", *(p.name for p in PASSES)]
     if after is not None and after not in names:
         raise TfgError([_unknown("pass", after, names)])
-    for stage in _stages(file, model, set_, until=after):
+    for stage in _stages(file, model, set_, include, until=after):
         if after in (None, stage.name):
             print(f"# after {stage.name} ({1000 * stage.seconds:.1f} ms)\n\n{print_program(stage.program)}")
 
@@ -173,37 +221,43 @@ def report(
         list[str] | None,
         typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the measured batch."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of initial weights and random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of initial weights and random inputs.")] = 0,
     measure: Annotated[
         bool, typer.Option(help="Run the model; without, only what is known before any data.")
     ] = True,
     model: Model = None,
     set_: Set = None,
+    include: Include = None,
 ) -> None:
     """Show bound, estimate and measured error of each attention and of the whole model."""
+    try_file(json_)
+    try_file(html)
+
     from fastgrad_dsl.report import ReportRequest, make_report, write_html, write_json
     from fastgrad_dsl.terminal import print_report, progress
 
-    request = ReportRequest(where, _params(set_), model, text, weights, _sizes(dim), seed, measure)
+    request = ReportRequest(
+        where, _params(set_), model, text, weights, _sizes(dim), seed, measure, include=include or ()
+    )
     with progress("measuring") as tell:
         result = make_report(request, tell)
+    print_report(result)
     if json_ is not None:
         write_json(json_, result)
     if html is not None:
         write_html(html, result)
-    print_report(result)
 
 
 @app.command()
 def train(
     file: File,
     text: Annotated[Path, typer.Option(help="The text to learn, any file; its bytes are the tokens.")],
-    steps: Annotated[int, typer.Option(min=0, help="Optimiser steps.")] = 1000,
-    seq: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 1,
-    rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 1e-3,
-    clip: Annotated[float, typer.Option(min=0.0, help="Largest gradient norm.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the weights and of the batches.")] = 0,
+    steps: Annotated[int, typer.Option(min=0, max=LARGEST, help="Optimiser steps.")] = 1000,
+    seq: Annotated[int, typer.Option(min=1, max=MANY, help="Tokens of a sequence.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences a step.")] = 1,
+    rate: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Peak learning rate.")] = 1e-3,
+    clip: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Largest gradient norm.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the weights and of the batches.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/NAME by default.")
     ] = None,
@@ -211,14 +265,19 @@ def train(
         bool, typer.Option("--resume", help="Go on from the checkpoint in the run's folder.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")] = False,
-    every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 100,
+    every: Annotated[
+        int, typer.Option(min=1, max=MANY, help="Steps between validations and checkpoints.")
+    ] = 100,
     exact: Annotated[bool, typer.Option("--exact", help="Train the exact softmax model instead.")] = False,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Plan by what is measured on the text before training.")
     ] = False,
-    sample: Annotated[int, typer.Option(min=0, help="Bytes of text to generate at the end.")] = 200,
+    sample: Annotated[
+        int, typer.Option(min=0, max=LARGEST, help="Bytes of text to generate at the end.")
+    ] = 200,
     model: Model = None,
     set_: Set = None,
+    include: Include = None,
     target: Target = "auto",
 ) -> None:
     """Train a byte-level language model on a text file; loss is printed and logged as JSON lines.
@@ -226,37 +285,42 @@ def train(
     The run's folder holds the compiled model, the spec, the weights and a checkpoint. Ctrl-C, or SIGTERM, saves a
     checkpoint and stops; the same command with --resume goes on from there, also with more --steps.
     """
-    import fastgrad_dsl as fg
-    from fastgrad_dsl.language_model import TrainRequest, train_language_model
-    from fastgrad_dsl.training import Options
-
     if resume and force:
         raise TfgError(
             [Diagnostic("FG416", "--resume goes on with a run, and --force replaces it: give one")]
         )
-    compiled = fg.compile(file, params=_params(set_), model=model, target=target)
+    folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
+    if not resume:  # where a run that is finished changes nothing
+        try_folder(folder)
+
+    import fastgrad_dsl as fg
+    from fastgrad_dsl.language_model import TrainRequest, train_language_model
+    from fastgrad_dsl.training import Options
+
+    compiled = fg.compile(file, params=_params(set_), model=model, target=target, include=include or ())
     options = Options(
         steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
         validate_every=every, checkpoint_every=every,
     )  # fmt: skip
-    folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
     train_language_model(compiled, TrainRequest(text, folder, options, resume, sample, calibrate, force))
 
 
 @app.command()
 def bench(
     n: Annotated[
-        list[int] | None, typer.Option("--n", min=1, help="A length in tokens; can be repeated.")
+        list[int] | None, typer.Option("--n", min=1, max=MANY, help="A length in tokens; can be repeated.")
     ] = None,
-    d: Annotated[int, typer.Option("--d", min=1, help="Width of queries and keys.")] = 16,
-    degree: Annotated[int, typer.Option(min=1, help="Of the polynomial.")] = 2,
+    d: Annotated[int, typer.Option("--d", min=1, max=MANY, help="Width of queries and keys.")] = 16,
+    degree: Annotated[int, typer.Option(min=1, max=1000, help="Of the polynomial.")] = 2,
     near: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a block of the exact near field.")
+        int | None, typer.Option(min=1, max=MANY, help="Tokens in a block of the exact near field.")
     ] = None,
-    heads: Annotated[int, typer.Option(min=1)] = 8,
-    dv: Annotated[int, typer.Option("--dv", min=1, help="Width of values.")] = 64,
-    threads: Annotated[int | None, typer.Option(min=1, help="By default as many as PyTorch takes.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Passes of which the median is taken.")] = 5,
+    heads: Annotated[int, typer.Option(min=1, max=MANY)] = 8,
+    dv: Annotated[int, typer.Option("--dv", min=1, max=MANY, help="Width of values.")] = 64,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=os.cpu_count(), help="By default as many as PyTorch takes.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, max=MANY, help="Passes of which the median is taken.")] = 5,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Also draw time against length.")] = None,
     quick: Annotated[
@@ -265,6 +329,9 @@ def bench(
     target: Target = "auto",
 ) -> None:
     """Time polynomial attention against PyTorch's on this machine, forward and backward."""
+    try_file(json_)
+    try_file(svg)
+
     from fastgrad_dsl.bench.command import BenchRequest, print_bench, run_bench, write_files
     from fastgrad_dsl.terminal import progress
 
@@ -278,20 +345,21 @@ def bench(
 @app.command()
 def tune(
     file: File,
-    seq: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 8192,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of a batch.")] = 1,
+    seq: Annotated[int, typer.Option(min=1, max=MANY, help="Tokens of a sequence.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences of a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of the inputs: float32, float16 or bfloat16.")] = "bfloat16",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the candidates and time nothing; needs no GPU.")
     ] = False,
     model: Model = None,
     set_: Set = None,
+    include: Include = None,
 ) -> None:
     """Find the fastest configurations of a model's Triton kernels on this GPU, and keep them in the user's cache."""
     from fastgrad_dsl.terminal import progress
     from fastgrad_dsl.tune_command import TuneRequest, print_candidates, print_choices, run_tune
 
-    request = TuneRequest(file, _params(set_), model, batch, seq, dtype)
+    request = TuneRequest(file, _params(set_), model, batch, seq, dtype, include or ())
     if dry_run:
         print_candidates(request)
         return
@@ -308,7 +376,6 @@ def fmt(
     ] = False,
 ) -> None:
     """Format .tfg files in place, keeping comments."""
-    from fastgrad_dsl.files import write_atomically
     from fastgrad_grammar.format import format_source
 
     errors: list[Diagnostic] = []
@@ -317,15 +384,15 @@ def fmt(
         try:
             source = read_source(file)
             formatted = format_source(source)
-        except TfgError as error:
-            errors.extend(error.diagnostics)
-            continue
-        if formatted.encode() != file.read_bytes():
-            unformatted.append(file)
+            if formatted.encode() == file.read_bytes():
+                continue
             if not check_:
-                write_atomically(file, formatted)
+                rewrite(file, formatted)
+            unformatted.append(file)
+        except (TfgError, OSError) as error:  # the other files are formatted all the same
+            errors.extend(diagnostics(error))
     for file in unformatted:
-        print(f"{'would format' if check_ else 'formatted'} {file}")
+        print(f"{'would format' if check_ else 'formatted'} {terminal(str(file))}")
     if errors:
         raise TfgError(errors)
     if check_ and unformatted:
@@ -333,23 +400,28 @@ def fmt(
 
 
 def main() -> None:
-    """Run the command line; every error of the user's is a diagnostic on stderr and exit status 2."""
+    """Run the command line (`failures.py` says what its exit status tells)."""
+    sys.exit(run_command(_parse_and_run))
+
+
+def _parse_and_run() -> int | None:
+    """Run a command; a wrong command line is told as typer tells it."""
     try:
-        app()
-    except TfgError as error:
-        sys.stderr.write(render(error.diagnostics, colour=sys.stderr.isatty()))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(1)
+        status: int | None = app(prog_name="fastgrad", standalone_mode=False)
+    except USAGE_ERROR as error:
+        told = cast(typer.BadParameter, error)  # its class is not exported
+        told.show()
+        return told.exit_code
+    return status
 
 
-def _stages(file: Path, model: str | None, set_: list[str] | None, until: str | None) -> tuple[Stage, ...]:
+def _stages(
+    file: Path, model: str | None, set_: list[str] | None, include: list[Path] | None, until: str | None
+) -> tuple[Stage, ...]:
     from fastgrad_compiler.elaborate import elaborate
     from fastgrad_compiler.pipeline import run
 
-    program: Program = elaborate(read_source(file), model=model, params=_params(set_))
+    program: Program = elaborate(read_source(file, include=include or ()), model=model, params=_params(set_))
     return run(program, until=until, validate=False)  # nothing that runs is made of it
 
 
@@ -360,10 +432,9 @@ def _params(assignments: list[str] | None) -> dict[str, object]:
 def _sizes(assignments: list[str] | None) -> dict[str, int]:
     sizes = {}
     for name, value in (_split("--dim", text) for text in assignments or []):
-        if not value.isdecimal() or int(value) < 1:
-            raise TfgError(
-                [Diagnostic("FG416", f"--dim {name}={value}: a size is a whole number of at least 1")]
-            )
+        if not value.isdecimal() or len(value) > len(str(MANY)) or not 1 <= int(value) <= MANY:
+            message = f"--dim {name}={value}: a size is a whole number from 1 to {MANY}"
+            raise TfgError([Diagnostic("FG416", message)])
         sizes[name] = int(value)
     return sizes
 

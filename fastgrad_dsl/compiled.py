@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +15,11 @@ from fastgrad_compiler.passes.plan import Assignment
 from fastgrad_compiler.pipeline import Stage, run
 from fastgrad_compiler.targets import BACKENDS, check_target
 from fastgrad_compiler.text import print_program
-from fastgrad_dsl.batches import dims_of, tokens_of
-from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.batches import ENTRY_BYTES, check_memory, dims_of, tokens_of, weight_entries
+from fastgrad_dsl.build_folder import write_build
 from fastgrad_dsl.plan_document import plan_document
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
-from fastgrad_grammar.read import read_source
+from fastgrad_grammar.quote import json_text
+from fastgrad_grammar.read import included, read_source
 from fastgrad_grammar.source import Source
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from fastgrad_dsl.certify import AttentionCertificate
 
 SPEC = "spec.tfg"  # in a written folder, what it was compiled from
-MANIFEST = "files.json"  # which files of a folder are ours, so that a later compile removes only those
 
 
 def compile(
@@ -43,19 +41,23 @@ def compile(
     target: str = "auto",
     out: str | Path | None = None,
     validate: bool = True,
+    include: Iterable[str | Path] = (),
+    force: bool = False,
 ) -> Compiled:
-    """Compile a `.tfg` file, or source text, to a Compiled; with `out`, also write its files there.
+    """Compile a `.tfg` file, or source text, to a Compiled; with `out`, also write its files there (`Compiled.write`).
 
     A string with a line break is source text; any other is a path. `params` override the file's; `model` picks one of
-    several. With `validate`, each pass is put to the test on small random inputs (docs/architecture.md). Raises
-    TfgError with every diagnostic that was found, CompilerBug where a pass changed what the model computes.
+    several; `include` names folders, besides the file's own, from which it may `use` files. With `validate`, each pass
+    is put to the test on small random inputs (docs/architecture.md). Raises TfgError with every diagnostic that was
+    found, CompilerBug where a pass changed what the model computes.
     """
     check_target(target)
-    source = Source("<text>", spec) if isinstance(spec, str) and "\n" in spec else read_source(spec)
+    is_text = isinstance(spec, str) and "\n" in spec
+    source = Source("<text>", str(spec), included(include)) if is_text else read_source(spec, include=include)
     stages = run(elaborate(source, model=model, params=params), target=target, validate=validate)
     compiled = Compiled(source, target, stages, dict(params or {}), validate=validate)
     if out is not None:
-        compiled.write(out)
+        compiled.write(out, force=force)
     return compiled
 
 
@@ -109,34 +111,32 @@ class Compiled:
         }
         report = self.report()
         texts = {
-            "plan.json": json.dumps(self.plan_document, indent=2) + "\n",
+            "plan.json": json_text(self.plan_document, 2) + "\n",
             "report.json": to_json(report),
             "report.html": render_html(report),
             SPEC: self.source.text,
         }
         if self.calibration is not None:
-            texts["calibration.json"] = json.dumps(self.calibration, indent=2) + "\n"
+            texts["calibration.json"] = json_text(self.calibration, 2) + "\n"
         return {**self.modules, **texts, **stages}
 
-    def write(self, folder: str | Path) -> None:
-        """Write all files, each whole or not at all, and remove those of an earlier compile that are no longer made.
+    def write(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write all files; a build that is there is replaced as a whole, and the user's own files beside it are kept.
 
-        Raises TfgError FG421 where the folder cannot be written.
+        Raises TfgError FG421 where the folder cannot be written, and FG428 where it holds something else than a build,
+        or a build that was changed by hand, and `force` is not set. The folder is as it was then.
         """
-        path = Path(folder)
-        try:
-            stale = _written_before(path) - self.files.keys()
-            for name, text in self.files.items():
-                write_atomically(path / name, text)
-            write_atomically(path / MANIFEST, json.dumps(sorted(self.files), indent=2) + "\n")
-            for name in sorted(stale):
-                (path / name).unlink(missing_ok=True)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise TfgError([Diagnostic("FG421", f"cannot write to {path}: {reason}")]) from None
+        write_build(Path(folder), self.files, force=force)
 
     def module(self, seed: int = 0, dtype: torch.dtype | None = None) -> nn.Module:
-        """A new module with initial weights from `seed`, float32 unless `dtype` says otherwise."""
+        """A new module with initial weights from `seed`, float32 unless `dtype` says otherwise.
+
+        Raises TfgError FG426 where they are larger than the machine's memory.
+        """
+        import torch
+
+        if torch.get_default_device().type != "meta":
+            check_memory("the model", ENTRY_BYTES * weight_entries(self.program))
         model: nn.Module = self._package.MODEL(seed)
         return model if dtype is None else model.to(dtype)
 
@@ -255,14 +255,3 @@ def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     for name in parents:
         module = module._modules[name]  # type: ignore[assignment]  # get_submodule takes a label like `half` for a method
     return module, key
-
-
-def _written_before(folder: Path) -> set[str]:
-    """The files that an earlier compile wrote, as its manifest says; only names that lie inside the folder."""
-    try:
-        names = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return set()
-    return {
-        str(name) for name in names if ".." not in Path(str(name)).parts and not Path(str(name)).is_absolute()
-    }

@@ -25,6 +25,8 @@ from filelock import FileLock, Timeout
 
 from fastgrad_compiler.elaborate.modules import Module, load, standard_library
 from fastgrad_compiler.elaborate.reporter import Reporter
+from fastgrad_compiler.runtime.private_files import remove_dead_files
+from fastgrad_dsl.build_folder import recover
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.loader import MODEL, WEIGHTS
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
@@ -35,8 +37,9 @@ if TYPE_CHECKING:
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 SPEC, LOCK = "spec", ".lock"
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # as `write_atomically` names them
 _FILES = (CHECKPOINT, WEIGHTS, LOG)  # in the order in which a run that is replaced is removed
+_TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, _FILES))}|{MODEL})\.\w+\.(tmp|new|old)")
+"""What `write_atomically` and `write_build` leave where they are killed; they remove it the next time."""
 
 
 @contextmanager
@@ -76,7 +79,7 @@ def writing(path: Path, *, kept: str = "") -> Iterator[None]:
 
 
 def _make_room(folder: Path, force: bool) -> None:
-    there = {entry.name for entry in folder.iterdir()} - {LOCK}
+    there = {entry.name for entry in folder.iterdir() if not _TEMPORARY.fullmatch(entry.name)} - {LOCK}
     known = {*_FILES, MODEL, SPEC}
     run = {CHECKPOINT} & there or {name for name in {LOG} & there if (folder / name).lstat().st_size}
     if (run or there - known) and not force:
@@ -86,10 +89,10 @@ def _make_room(folder: Path, force: bool) -> None:
 
 
 def _clean(folder: Path) -> None:
-    """Remove the temporary files of writers that were killed: nobody else writes while the lock is held."""
-    for place, _, names in os.walk(folder):  # which follows no links
-        for name in filter(_TEMPORARY.fullmatch, names):
-            Path(place, name).unlink(missing_ok=True)
+    """Remove what writers left that were killed."""
+    for place in (folder, folder / SPEC):
+        remove_dead_files(place, ".")
+    recover(folder / MODEL)
 
 
 def publish(compiled: Compiled, folder: Path) -> None:

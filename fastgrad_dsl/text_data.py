@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgrad_dsl.batches import check_memory
+from fastgrad_dsl.files import check_regular
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 VALIDATION_SHARE = 0.1  # the end of the text is held out: neighbouring windows would otherwise leak
@@ -31,6 +33,7 @@ class TextData:
 
     def batch(self, tokens: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs and next-byte targets, int64 [batch, tokens] each, from random places to train on."""
+        check_memory(f"a batch of {batch} times {tokens} tokens", 2 * 8 * batch * tokens)
         starts = torch.randint(self.train.numel() - tokens, (batch,), generator=generator)
         return _windows(self.train, starts.tolist(), tokens)
 
@@ -48,8 +51,7 @@ def load_text(path: Path, tokens: int) -> TextData:
     window.
     """
     try:
-        if path.exists() and not path.is_dir() and not path.is_file():
-            raise OSError("it is no regular file")  # a pipe may never end
+        check_regular(path)
         content = path.read_bytes()
     except (OSError, ValueError, MemoryError) as error:  # ValueError: a NUL character in the path
         reason = getattr(error, "strerror", None) or str(error) or "it does not fit into memory"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class TuneRequest:
     batch: int
     tokens: int
     dtype: str
+    include: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def _shapes(request: TuneRequest) -> tuple[Shape, ...]:
         near = nearest(request.dtype, tuple(DTYPES))
         help_ = ((f"did you mean {near}?",) if near else ()) + (f"known: {', '.join(DTYPES)}",)
         raise TfgError([Diagnostic("FG416", f"--dtype {request.dtype}: unknown type", help=help_)])
-    compiled = fg.compile(request.file, params=request.params, model=request.model, target="triton")
+    compiled = fg.compile(
+        request.file, params=request.params, model=request.model, target="triton", include=request.include
+    )
     found = shapes(compiled.program)
     if not found:
         message = f"no attention of {compiled.program.name} has Triton kernels"

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from fastgrad_compiler.cost import flops
 from fastgrad_compiler.runtime.exact_attention import exact_attention
-from fastgrad_compiler.runtime.native import cache_folder
+from fastgrad_compiler.runtime.private_files import cache_folder
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.bench.contenders import Attention, Contender
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.timing import time_together
 from fastgrad_dsl.files import write_atomically
+from fastgrad_grammar.quote import json_text
 
 HEADS, D, DV, DEGREE, NEAR = 8, 16, 64, 2, 64
 LENGTHS = (512, 4096)
@@ -106,7 +107,7 @@ def machine_pace(target: str) -> MachinePace:
     pace = _measure(target, str(described["cpu"]), threads)
     if path is not None:
         with suppress(OSError):  # it is measured again another time
-            write_atomically(path, json.dumps(asdict(pace), indent=2) + "\n")
+            write_atomically(path, json_text(asdict(pace), 2) + "\n")
     return pace
 
 

@@ -1,29 +1,31 @@
-"""The parser tables of tfg.lark, built once and kept in the user's cache folder."""
+"""The parser tables of tfg.lark, which are data of the package: nothing is kept in a folder of the user's.
+
+`python -m fastgrad_grammar.grammar` writes tfg.tables.json anew, after a change of tfg.lark or of lark's release.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import tempfile
+import json
 from functools import lru_cache
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 
 import lark
-from platformdirs import user_cache_dir
+from lark.grammar import Rule
+from lark.lexer import TerminalDef
 
 _GRAMMAR = Path(__file__).with_name("tfg.lark")
-_DIGEST_BYTES = 32
+_TABLES = Path(__file__).with_name("tfg.tables.json")
 
 
 @lru_cache(maxsize=1)
 def load_grammar() -> lark.Lark:
-    """The LALR parser of tfg.lark, from the cache where there is a good entry, else built and cached."""
+    """The LALR parser of tfg.lark, from its tables where they are of this grammar and this lark, else built anew."""
     text = _GRAMMAR.read_text(encoding="utf-8")
-    entry = _cache_entry(text)
-    return _read(entry) or _build(text, entry)
+    if not _TABLES.exists():
+        return build_grammar(text)
+    tables = json.loads(_TABLES.read_text(encoding="utf-8"), object_pairs_hook=_with_numbers)
+    return lark.Lark.load(tables["tables"]) if tables["of"] == _identity(text) else build_grammar(text)
 
 
 def build_grammar(text: str) -> lark.Lark:
@@ -31,44 +33,23 @@ def build_grammar(text: str) -> lark.Lark:
     return lark.Lark(text, parser="lalr", lexer="basic", propagate_positions=True, maybe_placeholders=True)
 
 
-def _cache_entry(text: str) -> Path:
-    """Where the tables for this grammar, this lark and this Python are kept."""
-    key = sha256(f"{lark.__version__} {sys.version} {text}".encode()).hexdigest()[:24]
-    return Path(user_cache_dir("fastgrad")) / f"grammar-{key}.pickle"
+def write_tables() -> None:
+    """Write the tables of tfg.lark, as lark serialises them, to the package."""
+    text = _GRAMMAR.read_text(encoding="utf-8")
+    data, memo = build_grammar(text).memo_serialize([TerminalDef, Rule])
+    tables = {"of": _identity(text), "tables": {"data": data, "memo": memo}}
+    _TABLES.write_text(json.dumps(tables, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
-def _read(entry: Path) -> lark.Lark | None:
-    """The cached tables, or None where there are none or their checksum is wrong."""
-    try:
-        data = entry.read_bytes()
-    except OSError:
-        return None
-    digest, payload = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-    if sha256(payload).digest() != digest:
-        return None
-    return lark.Lark.load(BytesIO(payload))
+def _identity(text: str) -> str:
+    """What tables depend on."""
+    return f"lark {lark.__version__}, grammar {sha256(text.encode()).hexdigest()}"
 
 
-def _build(text: str, entry: Path) -> lark.Lark:
-    """Build the tables and try to keep them; a cache folder that cannot be written is no error."""
-    built = build_grammar(text)
-    buffer = BytesIO()
-    built.save(buffer)
-    payload = buffer.getvalue()
-    with contextlib.suppress(OSError):
-        _write(entry, sha256(payload).digest() + payload)
-    return built
+def _with_numbers(pairs: list[tuple[str, object]]) -> dict[str | int, object]:
+    """An object of the tables: the numbers of states, tokens and rules are keys, which JSON makes strings."""
+    return {int(key) if key.isdecimal() else key: value for key, value in pairs}
 
 
-def _write(entry: Path, data: bytes) -> None:
-    """Write through a temporary file, so that no reader ever sees half an entry."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=entry.parent, prefix=entry.stem)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, entry)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+if __name__ == "__main__":
+    write_tables()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
@@ -12,15 +14,30 @@ MAX_BYTES = 1 << 18
 """Files above this size are refused: a hand-written model is a few kilobytes."""
 
 
-def read_source(path: str | os.PathLike[str]) -> Source:
+_KINDS = {
+    stat.S_IFDIR: "it is a folder",
+    stat.S_IFIFO: "it is a pipe, not a regular file",
+    stat.S_IFSOCK: "it is a socket, not a regular file",
+    stat.S_IFCHR: "it is a device, not a regular file",
+    stat.S_IFBLK: "it is a device, not a regular file",
+}
+
+
+def read_source(
+    path: str | os.PathLike[str],
+    *,
+    include: Iterable[str | os.PathLike[str]] = (),
+    place: str | None = None,
+) -> Source:
     """Read a UTF-8 `.tfg` file; a byte order mark is dropped and CRLF line ends become LF.
 
-    Raises TfgError: FG001 (missing, a folder, no permission), FG002 (not UTF-8), FG003 (above `MAX_BYTES`).
+    `include` names folders, besides the file's own, from which it may `use` files. `place` is where the file lies,
+    without links, if that is not `path`. Raises TfgError: FG001 (missing, no permission, no regular file), FG002 (not
+    UTF-8), FG003 (above `MAX_BYTES`), FG416 (`include` names what is no folder).
     """
-    shown = os.fspath(path)
+    shown, folders = os.fspath(path), included(include)
     try:
-        with Path(shown).open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = _read(place or shown)
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         raise TfgError([_unreadable(shown, error)]) from None
     if len(data) > MAX_BYTES:
@@ -29,7 +46,34 @@ def read_source(path: str | os.PathLike[str]) -> Source:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TfgError([_not_utf8(shown, data, error)]) from None
-    return Source(shown, text.replace("\r\n", "\n").replace("\r", "\n"))
+    return Source(shown, text.replace("\r\n", "\n").replace("\r", "\n"), folders)
+
+
+def included(folders: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
+    """The names of folders that are there; TfgError FG416 for any other."""
+    names = tuple(os.fspath(folder) for folder in folders)
+    for name in names:
+        if not os.path.isdir(name):
+            raise TfgError([Diagnostic("FG416", f"--include {name}: there is no such folder")])
+    return names
+
+
+def _read(path: str) -> bytes:
+    """Up to `MAX_BYTES` + 1 bytes of a regular file; nothing else is opened, for a pipe would wait for its writer."""
+    _check_kind(os.stat(path).st_mode)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(descriptor, "rb") as file:
+        _check_kind(os.fstat(descriptor).st_mode)
+        return file.read(MAX_BYTES + 1)
+
+
+def _check_kind(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise _NoFileError(_KINDS.get(stat.S_IFMT(mode), "it is not a regular file"))
+
+
+class _NoFileError(OSError):
+    """Something else than a regular file; the message says what."""
 
 
 def too_large(path: str) -> Diagnostic:
@@ -48,8 +92,7 @@ def _unreadable(path: str, error: OSError | ValueError) -> Diagnostic:
         reason = "no such file"
         near = _nearest_file(Path(path))
         help_lines = (f"did you mean {near}?",) if near else ()
-    elif isinstance(error, IsADirectoryError):
-        reason = "it is a folder"
+    elif os.path.isdir(path):
         inside = sorted(Path(path).glob("*.tfg"))
         help_lines = (f"name a file, such as {inside[0]}",) if inside else ("name a .tfg file",)
     return Diagnostic("FG001", f"cannot read {path}: {reason}", help=help_lines)

@@ -12,10 +12,12 @@ class Source:
     """One `.tfg` text and the name that diagnostics show for it.
 
     `path` is what the user typed (or `<text>` for source given as a string, `std` for the standard library).
+    `include` are folders, besides its own, from which it may `use` files.
     """
 
     path: str
     text: str = field(repr=False)
+    include: tuple[str, ...] = field(default=(), repr=False)
 
     @cached_property
     def _line_starts(self) -> list[int]:

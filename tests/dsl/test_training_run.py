@@ -25,7 +25,7 @@ from fastgrad_dsl.calibration.pace import Line, MachinePace, default_pace
 from fastgrad_dsl.checkpoint import read_checkpoint
 from fastgrad_dsl.cli import main
 from fastgrad_dsl.run_folder import claimed
-from tests.dsl.faults import Killed
+from tests.dsl.file_faults import Killed
 
 SPEC = """use "parts/layer.tfg" as parts
 use std
@@ -330,7 +330,7 @@ def test_killed_for_good(fastgrad: Run, place: Path) -> None:
         time.sleep(0.002)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    left = Path("run/.checkpoint.safetensors.99999.tmp")
+    left = Path("run/.checkpoint.safetensors.0123abcd.tmp")
     left.write_bytes(b"half")
     assert fastgrad(*options, "--resume")[0] == 0
     assert not left.exists()
@@ -360,8 +360,8 @@ def test_more_steps_and_other_validations(fastgrad: Run, monkeypatch: pytest.Mon
     assert fastgrad(*OPTIONS, "--steps", "7", "--resume", "-o", "other")[0] == 0
     same_run("run", "other")
     assert [(event["step"], "loss" in event) for event in log()] == [
-        (1, True), (2, True), (2, False), (3, True), (3, False), (4, True), (4, False), (5, True), (6, True), (6, False),
-        (7, True), (7, False),
+        (1, True), (2, True), (2, False), (3, True), (3, False), (4, True), (4, False), (5, True), (6, True),
+        (6, False), (7, True), (7, False),
     ]  # fmt: skip
     assert fastgrad(*OPTIONS, "--steps", "9", "--every", "5", "--resume")[0] == 0
     status, _, err = fastgrad(*OPTIONS, "--steps", "8", "--resume")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,13 @@ def test_name_that_is_too_long(tmp_path: Path) -> None:
 
 
 def test_file_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*_: object) -> None:
+    def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", denied)  # a superuser may read every file
-    found = refused(tmp_path / "a.tfg")
+    with monkeypatch.context() as patch:
+        (tmp_path / "a.tfg").touch()
+        patch.setattr(os, "open", denied)  # a superuser may read every file
+        found = refused(tmp_path / "a.tfg")
     assert found.code == "FG001"
     assert found.message.endswith("a.tfg: permission denied")
 

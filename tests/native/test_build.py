@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fastgrad_compiler.runtime import native
+from fastgrad_compiler.runtime import native, private_files
 from fastgrad_compiler.runtime.native import NativeError, build
 from tests.native.compilers import NEEDS_COMPILER, Builder
 
@@ -92,14 +93,14 @@ def test_a_library_cut_short_is_built_again(builder: Builder, size: int) -> None
     assert len(builder.compilations) == 2
 
 
-def test_what_a_crash_left_long_ago_is_removed(builder: Builder) -> None:
-    builder.cache.mkdir()
-    old, new = builder.cache / ".old.so.1.tmp", builder.cache / ".new.so.2.tmp"
+def test_what_a_crash_left_is_removed_and_what_is_being_written_is_not(builder: Builder) -> None:
+    builder.cache.mkdir(mode=0o700)
+    old, new = builder.cache / ".old.so.01234567.tmp", builder.cache / ".new.so.01234567.tmp"
     for file in (old, new):
         file.write_bytes(b"half a lib")
-    hours = time.time() - 2 * native.STALE_SECONDS
-    os.utime(old, (hours, hours))
-    build_one()
+    with new.open() as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        build_one()
     assert not old.exists()
     assert new.exists()
 
@@ -195,17 +196,17 @@ def test_a_build_is_announced_once(builder: Builder, monkeypatch: pytest.MonkeyP
 
 def test_folders_of_the_systems(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FASTGRAD_CACHE", str(tmp_path / "chosen"))
-    assert native.cache_folder() == tmp_path / "chosen"
+    assert private_files.cache_folder() == tmp_path / "chosen"
     monkeypatch.delenv("FASTGRAD_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(native, "_APPLE", False)
+    monkeypatch.setattr(private_files, "_APPLE", False)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert native.cache_folder() == tmp_path / "xdg" / "fastgrad"
+    assert private_files.cache_folder() == tmp_path / "xdg" / "fastgrad"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert native.cache_folder() == tmp_path / ".cache" / "fastgrad"
-    monkeypatch.setattr(native, "_APPLE", True)
-    assert native.cache_folder() == tmp_path / "Library" / "Caches" / "fastgrad"
+    assert private_files.cache_folder() == tmp_path / ".cache" / "fastgrad"
+    monkeypatch.setattr(private_files, "_APPLE", True)
+    assert private_files.cache_folder() == tmp_path / "Library" / "Caches" / "fastgrad"
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
-    assert native.cache_folder() == tmp_path / "local" / "fastgrad"
+    assert private_files.cache_folder() == tmp_path / "local" / "fastgrad"

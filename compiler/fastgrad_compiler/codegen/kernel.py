@@ -41,11 +41,13 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
         "selection.py",
     )
 )
-CPP_RUNTIME_FILES: tuple[Path, ...] = tuple(RUNTIME / name for name in ("native.py", "native_attention.py"))
+CPP_RUNTIME_FILES: tuple[Path, ...] = tuple(
+    RUNTIME / name for name in ("native.py", "native_attention.py", "private_files.py")
+)
 TRITON_RUNTIME_FILES: tuple[Path, ...] = tuple(
     RUNTIME / name
     for name in (
-        "native.py",
+        "private_files.py",
         "triton_attention.py",
         "triton_kernels.py",
         "triton_schedule.py",

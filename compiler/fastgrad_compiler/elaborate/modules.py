@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.resources import files
@@ -12,8 +13,11 @@ from fastgrad_compiler.elaborate.reporter import Reporter, did_you_mean
 from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import Note, TfgError
 from fastgrad_grammar.parser import parse
-from fastgrad_grammar.read import read_source
+from fastgrad_grammar.read import MAX_BYTES, read_source
 from fastgrad_grammar.source import Source, Span
+
+MAX_CHAIN = 32
+"""Files that use each other in a row."""
 
 
 @dataclass(eq=False, slots=True)
@@ -57,15 +61,22 @@ def standard_library() -> Module:
 
 def load(source: Source, reporter: Reporter) -> Module:
     """The main file and all that it uses. Raises TfgError for its syntax; the rest goes to `reporter`."""
-    return _Loader(reporter).module("", source, parse(source), ())
+    return _Loader(source, reporter).module("", source, parse(source), ())
 
 
 class _Loader:
-    """Loads each file once; `chain` are the `use` items that lead to the file being loaded."""
+    """Loads each file once; `chain` are the `use` items that lead to the file being loaded.
 
-    def __init__(self, reporter: Reporter) -> None:
+    A file lies in the folder of the main file, the current one for a text, or in one that `include` names, with all
+    links followed: a spec from a stranger shows no other file.
+    """
+
+    def __init__(self, main: Source, reporter: Reporter) -> None:
         self.reporter = reporter
-        self._loaded: dict[Path, Module] = {}
+        self.include = main.include
+        self.roots = [Path(os.path.realpath(folder)) for folder in (_folder(main), *main.include)]
+        self.characters = len(main.text)
+        self._loaded: dict[Path, Module | None] = {}
 
     def module(
         self, name: str, source: Source, file: ast.File, chain: tuple[tuple[Path, ast.Use | None], ...]
@@ -102,23 +113,54 @@ class _Loader:
     def _file(
         self, use: ast.Use, source: Source, chain: tuple[tuple[Path, ast.Use | None], ...]
     ) -> Module | None:
-        shown = (
-            str(Path(source.path).parent / (use.path or ""))
-            if not source.path.startswith("<")
-            else use.path or ""
-        )
-        path = Path(shown).resolve()
+        shown, path = self._find(use, source)
+        if path is None:
+            self._refuse(
+                use, f"{shown} lies outside of the folder of the spec",
+                "a folder that is trusted is named by --include DIR, or fg.compile(..., include=[DIR])",
+            )  # fmt: skip
+            return None
         places = [place for place, _ in chain]
         if path in places:
             self._cycle(use, chain, places.index(path), path)
             return None
-        if path in self._loaded:
-            return self._loaded[path]
+        if path not in self._loaded:
+            self._loaded[path] = None  # one that fails is reported once
+            self._loaded[path] = self._load(use, shown, path, chain)
+        return self._loaded[path]
+
+    def _find(self, use: ast.Use, source: Source) -> tuple[str, Path | None]:
+        """What to call a used file, and where it lies, without links; None for a place that may not be read."""
+        names = list(_candidates(use.path or "", source, self.include))
+        places = [(name, path) for name in names if (path := self._allowed(name)) is not None]
+        there = (each for each in places if os.path.exists(each[1]))
+        return next(there, places[0] if places else (names[0], None))
+
+    def _allowed(self, name: str) -> Path | None:
         try:
-            text = read_source(shown)
+            path = Path(os.path.realpath(name))
+        except (OSError, ValueError):  # no path at all: reading it says why
+            return Path(name)
+        return path if any(path.is_relative_to(root) for root in self.roots) else None
+
+    def _load(
+        self, use: ast.Use, shown: str, path: Path, chain: tuple[tuple[Path, ast.Use | None], ...]
+    ) -> Module | None:
+        if len(chain) >= MAX_CHAIN:
+            self._refuse(
+                use, f"more than {MAX_CHAIN} files use each other in a row", "use fewer, longer files"
+            )
+            return None
+        try:
+            text = read_source(shown, place=str(path))
         except TfgError as error:
             first = error.diagnostics[0]
-            self.reporter.error("FG235", first.message, use.span, "used here", help_=first.help)
+            self._refuse(use, first.message, *first.help)
+            return None
+        self.characters += len(text.text)
+        if self.characters > MAX_BYTES:
+            size = f"{MAX_BYTES >> 10} KiB"
+            self._refuse(use, f"with {shown} the files are too large together", f"they may have {size}")
             return None
         try:
             tree = parse(text)
@@ -126,9 +168,10 @@ class _Loader:
             self.reporter.adopt(error.diagnostics)
             return None
         within = (*chain[:-1], (chain[-1][0], use))
-        found = self.module(use.name.text, text, tree, within)
-        self._loaded[path] = found
-        return found
+        return self.module(use.name.text, text, tree, within)
+
+    def _refuse(self, use: ast.Use, message: str, *help_: str) -> None:
+        self.reporter.error("FG235", message, use.span, "used here", help_=help_)
 
     def _cycle(
         self, use: ast.Use, chain: tuple[tuple[Path, ast.Use | None], ...], start: int, path: Path
@@ -143,6 +186,17 @@ class _Loader:
             "FG234", f"files use each other in a cycle: {' -> '.join(names)}", use.span, "closes the cycle",
             notes=notes, help_=("move what both need into a third file",),
         )  # fmt: skip
+
+
+def _folder(source: Source) -> str:
+    """The folder of a file, the current one (an empty name) for a text."""
+    return "" if source.path.startswith("<") else os.path.dirname(source.path)
+
+
+def _candidates(name: str, source: Source, include: Iterable[str]) -> Iterator[str]:
+    """Where a used file may lie: relative to the file that uses it, then to each folder that is included."""
+    for folder in (_folder(source), *include):
+        yield str(Path(folder) / name)
 
 
 def _declare(module: Module, reporter: Reporter) -> None:

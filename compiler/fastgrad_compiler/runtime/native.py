@@ -2,11 +2,12 @@
 
 An entry of the cache is one library, `NAME_VARIANT-KEY-CHECKSUM.so`. KEY hashes all that the machine code depends on:
 the text, the flags, the compiler and what it takes `native` to be, the release of PyTorch. CHECKSUM is of the library
-itself, so that one that a crash cut short is never loaded. A library is made elsewhere and renamed into the cache,
-under a lock that ends with its process. Where the cache cannot be written, it lasts as long as the process.
+itself, so that one that was damaged is never loaded. That a library was built here is not shown by its name, which
+anyone could give it, but by the folder and the file: nobody else may write either (`private_files`). A library is made
+elsewhere and renamed into the cache, under a lock that ends with its process. Where the cache cannot be used, it lasts
+as long as the process.
 
-Read from the environment: CXX, FASTGRAD_CACHE, FASTGRAD_NATIVE (0: no native kernels), FASTGRAD_QUIET (1: builds are
-not announced).
+Read from the environment: CXX, FASTGRAD_NATIVE (0: no native kernels), FASTGRAD_QUIET (1: builds are not announced).
 """
 
 from __future__ import annotations
@@ -21,13 +22,21 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from .private_files import (
+    cache_folder,
+    private_folder,
+    read_own,
+    remove_dead_files,
+    remove_dead_folders,
+    write_whole,
+)
 
 try:
     import fcntl
@@ -38,7 +47,6 @@ VARIANTS = ("float32", "float64", "bfloat16")
 COMPILERS = ("g++", "c++", "clang++")  # g++ first: its OpenMP run-time library is the one that PyTorch brings
 INSTALL = "install g++ (Debian and Ubuntu: apt install g++; macOS: xcode-select --install)"
 BUILD_SECONDS = 600
-STALE_SECONDS = 3600  # a temporary file this old is a dead process's
 
 _ARM = platform.machine().lower() in ("arm64", "aarch64")
 _APPLE = sys.platform == "darwin"
@@ -72,6 +80,8 @@ def load(name: str, text: str, variant: str) -> None:
     except OSError as error:
         reason = str(error.__cause__ or error)
         raise NativeError(f"the library {path} cannot be loaded: {reason}") from error
+    if not hasattr(torch.ops.fastgrad, f"{name}_{variant}_backward"):
+        raise NativeError(f"the library {path} has not the operations of {name}")
 
 
 def build(name: str, text: str, variant: str, announce: Callable[[str], None] | None = None) -> Path:
@@ -80,6 +90,7 @@ def build(name: str, text: str, variant: str, announce: Callable[[str], None] | 
     `announce` is called with the name and the variant before a compilation; by default a line goes to stderr. Raises
     NativeError where there is no compiler or it fails.
     """
+    remove_dead_folders()
     compiler = find_compiler()
     entry = f"{name}_{variant}-{_key(compiler, text, variant)}"
     folder = cache_folder()
@@ -139,8 +150,9 @@ def _cpu() -> str:
     return platform.processor()
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "LC_ALL": "C"}
+def _run(command: Sequence[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a compiler, with `folder` for its temporary files, by which it is found if this process is killed."""
+    environment = {**os.environ, "LC_ALL": "C", **({"TMPDIR": str(folder)} if folder else {})}
     try:
         return subprocess.run(
             command,
@@ -172,16 +184,14 @@ def _compile(
         include = f"-I{Path(torch.__file__).parent / 'include'}"
         names = [f"-DFASTGRAD_KERNEL={name}_{variant}", f"-DFASTGRAD_VARIANT={VARIANTS.index(variant)}"]
         job = [*OPENMP_FLAGS, include, *names, "-c", str(source), "-o", str(object_file)]
-        result = _run([*compiler.command, *FLAGS, *OPTIONAL_FLAGS, *job])
+        result = _run([*compiler.command, *FLAGS, *OPTIONAL_FLAGS, *job], library.parent)
         if result.returncode:
             taken = [flag for flag in OPTIONAL_FLAGS if _takes(compiler, flag)]
             if len(taken) < len(OPTIONAL_FLAGS):
-                result = _run([*compiler.command, *FLAGS, *taken, *job])
+                result = _run([*compiler.command, *FLAGS, *taken, *job], library.parent)
         _check(compiler, result)
-        _check(
-            compiler,
-            _run([*compiler.command, "-shared", str(object_file), "-o", str(library), *_libraries()]),
-        )
+        link = [*compiler.command, "-shared", str(object_file), "-o", str(library), *_libraries()]
+        _check(compiler, _run(link, library.parent))
     except OSError as error:
         raise NativeError(
             f"a kernel cannot be built in {library.parent}: {error.strerror or error}"
@@ -228,26 +238,6 @@ def _libraries() -> list[str]:
 # ---------------------------------------------------------------- the cache
 
 
-def cache_folder() -> Path | None:
-    """FASTGRAD_CACHE, else `fastgrad` in the user's cache folder; made if need be. None where there cannot be one."""
-    try:
-        folder = _wanted_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
-        return None
-    return folder
-
-
-def _wanted_folder() -> Path:
-    if chosen := os.environ.get("FASTGRAD_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "fastgrad"
-    if _APPLE:
-        return Path.home() / "Library" / "Caches" / "fastgrad"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgrad"
-
-
 def _key(compiler: Compiler, text: str, variant: str) -> str:
     openmp = Path(_libraries()[-1]).name
     parts = (
@@ -263,45 +253,34 @@ def _key(compiler: Compiler, text: str, variant: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _find(folder: Path, entry: str) -> Path | None:
-    """A whole library of the cache; one that is not what its name says is removed."""
+    """A library of the cache; one that is damaged, or that others may have made or changed, is removed."""
     for path in sorted(folder.glob(f"{entry}-*.so")):
         with contextlib.suppress(OSError):
-            if path.stem.rpartition("-")[2] == _checksum(path):
+            data = read_own(path)
+            if data is not None and path.stem.rpartition("-")[2] == _checksum(data):
                 return path
+        with contextlib.suppress(OSError):
             path.unlink()
     return None
 
 
 def _publish(made: Path, folder: Path, entry: str) -> Path:
     """Move a library into the cache, whole or not at all; where that fails it is used where it is."""
-    final = folder / f"{entry}-{_checksum(made)}.so"
-    aside = folder / f".{final.name}.{os.getpid()}.tmp"
     try:
-        _remove_stale(folder)
-        with aside.open("wb") as stream:
-            stream.write(made.read_bytes())
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(final)
+        data = made.read_bytes()
+        final = folder / f"{entry}-{_checksum(data)}.so"
+        remove_dead_files(folder, ".")
+        write_whole(final, data)
     except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         return made
     with contextlib.suppress(OSError):
         made.unlink()
     return final
-
-
-def _remove_stale(folder: Path) -> None:
-    for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
 
 
 @contextlib.contextmanager
@@ -331,14 +310,9 @@ def _wait(descriptor: int) -> None:
             return
 
 
-@functools.cache
-def _private() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="fastgrad-", ignore_cleanup_errors=True)
-
-
 def _private_folder() -> Path:
     """A folder of this process, removed when it ends."""
     try:
-        return Path(_private().name)
+        return private_folder()
     except OSError as error:
         raise NativeError(f"there is no folder for temporary files: {error.strerror or error}") from error

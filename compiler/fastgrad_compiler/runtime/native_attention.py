@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .attention_op import NAMESPACE, compute_dtype
 from .native import NativeError, enabled, load
+from .private_files import warn_once
 
 Operation = Callable[..., None]
 
@@ -159,9 +159,5 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _warn(reason: str) -> None:
-    """One warning a process, whichever kernel and whichever copy of this file is the first to need it."""
-    shared = vars(getattr(torch.ops, NAMESPACE))
-    if "native_warning" not in shared:
-        shared["native_warning"] = reason
-        message = f"attention runs without native kernels, and slower: {reason}"
-        warnings.warn(message, NativeWarning, stacklevel=2)
+    message = f"attention runs without native kernels, and slower: {reason}"
+    warn_once("native_warning", message, NativeWarning)

@@ -17,8 +17,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
-import warnings
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -26,8 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .attention_op import NAMESPACE
-from .native import cache_folder
+from .private_files import cache_folder, private_folder, read_own, warn_once, write_whole
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 LEAST_CAPABILITY = 8
@@ -72,11 +69,8 @@ def _installed() -> bool:
 
 def warn(reason: str) -> None:
     """One warning a process, whichever kernel and whichever copy of this file is the first to need it."""
-    shared = vars(getattr(torch.ops, NAMESPACE))
-    if "triton_warning" not in shared:
-        shared["triton_warning"] = reason
-        message = f"attention runs without Triton kernels, and slower: {reason}"
-        warnings.warn(message, TritonWarning, stacklevel=2)
+    message = f"attention runs without Triton kernels, and slower: {reason}"
+    warn_once("triton_warning", message, TritonWarning)
 
 
 def cannot_build(error: Exception) -> bool:
@@ -98,13 +92,14 @@ def import_kernels(name: str, spec: ModuleSpec | None) -> ModuleType:
     full = f"{spec.name.rpartition('.')[0] if spec is not None else __package__}.{name}"
     if full in sys.modules:
         return sys.modules[full]
-    found = importlib.util.spec_from_file_location(full, _file(name, spec))
+    path = _file(name, spec)
+    found = importlib.util.spec_from_file_location(full, path)
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[full] = module
     try:
-        found.loader.exec_module(module)
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))  # its text, no bytecode beside it
     except BaseException:
         del sys.modules[full]
         raise
@@ -125,33 +120,16 @@ def _file(name: str, spec: ModuleSpec | None) -> Path:
 
 
 def _written(name: str, text: bytes) -> Path:
-    """A file that holds `text`: of the cache, or of this process where the cache cannot be written."""
+    """A file that holds `text`: of the cache, or of this process where the cache cannot be used."""
     file = f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.py"
     folder = cache_folder()
     if folder is not None:
         with contextlib.suppress(OSError):
             return _publish(folder / file, text)
-    return _publish(Path(_private().name) / file, text)
+    return _publish(private_folder() / file, text)
 
 
 def _publish(path: Path, text: bytes) -> Path:
-    if path.is_file() and path.read_bytes() == text:
-        return path
-    descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with open(descriptor, "wb") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
-        raise
+    if not path.exists() or read_own(path) != text:
+        write_whole(path, text)
     return path
-
-
-@functools.cache
-def _private() -> tempfile.TemporaryDirectory[str]:
-    """A folder of this process, removed when it ends."""
-    return tempfile.TemporaryDirectory(prefix="fastgrad-", ignore_cleanup_errors=True)

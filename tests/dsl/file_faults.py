@@ -1,6 +1,6 @@
 """Files that fail: one operation on the files below a folder raises an error, or is the last that a process does.
 
-A killed process is imitated: from that operation on every other one is refused too, so that no clean-up reaches the disk.
+A killed process is imitated: from that operation on every other one is refused, so that no clean-up reaches the disk.
 `real=True` ends the process instead, for tests that run it apart.
 """
 
@@ -77,41 +77,52 @@ class _File:
         return iter(self._file)
 
 
+def _of_path(faults: Faults, name: str) -> Callable[..., Any]:
+    real = getattr(os, name)
+
+    def run(path: Any, *arguments: Any, **options: Any) -> Any:
+        if (name == "mkdir" or os.path.exists(path)) and faults.meets(name, path):
+            faults.fail(path)
+        return real(path, *arguments, **options)
+
+    return run
+
+
 @contextmanager
 def failing(faults: Faults) -> Iterator[Faults]:
     """Operations on files go through `faults`: open, write, fsync (which waits for no disk), rename, unlink, mkdir."""
     opened: dict[int, object] = {}
-    real_open, real_os_open = io.open, os.open
+    real_open, real_os_open, real_write = io.open, os.open, os.write
 
     def open_(path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        if faults.meets("open", path):
+        if not isinstance(path, int) and faults.meets("open", path):
             faults.fail(path)
         file = real_open(path, mode, *arguments, **options)
-        opened[file.fileno()] = path
-        return _File(file, path, faults) if set(mode) & set("wax+") else file
+        of = opened.setdefault(path, None) if isinstance(path, int) else path
+        opened[file.fileno()] = of
+        return _File(file, of, faults) if set(mode) & set("wax+") else file
 
     def os_open(path: Any, *arguments: Any, **options: Any) -> int:
         if faults.meets("open", path):
             faults.fail(path)
-        return real_os_open(path, *arguments, **options)
+        number = real_os_open(path, *arguments, **options)
+        opened[number] = path
+        return number
+
+    def write(number: int, content: bytes) -> int:
+        if faults.meets("write", opened.get(number)):
+            real_write(number, content[: len(content) // 2])
+            faults.fail(opened[number])
+        return real_write(number, content)
 
     def fsync(number: int) -> None:
-        path = opened.get(number)
-        if path is not None and faults.meets("fsync", path):
-            faults.fail(path)
+        if faults.meets("fsync", opened.get(number)):
+            faults.fail(opened[number])
 
-    def of_path(name: str) -> Callable[..., Any]:
-        real = getattr(os, name)
-
-        def run(path: Any, *arguments: Any, **options: Any) -> Any:
-            if (name == "mkdir" or os.path.exists(path)) and faults.meets(name, path):
-                faults.fail(path)
-            return real(path, *arguments, **options)
-
-        return run
-
-    replaced: dict[str, Any] = {"open": os_open, "fsync": fsync}
-    replaced |= {name: of_path(name) for name in ("replace", "rename", "unlink", "mkdir")}
+    replaced: dict[str, Any] = {"open": os_open, "write": write, "fsync": fsync}
+    replaced |= {
+        name: _of_path(faults, name) for name in ("replace", "rename", "unlink", "rmdir", "link", "mkdir")
+    }
     with (
         patch.object(io, "open", open_),
         patch.object(builtins, "open", open_),
