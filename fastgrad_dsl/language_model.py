@@ -122,7 +122,7 @@ def _train(
         named,
         {"calibration": planner.places},
         lambda: plan_of(watch.compiled, planner.pace),
-        lambda: publish(watch.compiled, request.folder),
+        lambda: publish(watch.compiled, request.folder, force=request.force),
         stop,
     )
     watched = None if request.options.exact else watch

@@ -27,6 +27,7 @@ from fastgrad_compiler.elaborate.modules import Module, load, standard_library
 from fastgrad_compiler.elaborate.reporter import Reporter
 from fastgrad_compiler.runtime.private_files import remove_dead_files
 from fastgrad_dsl.build_folder import recover
+from fastgrad_dsl.build_manifest import MANIFEST
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.loader import MODEL, WEIGHTS
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
@@ -80,7 +81,7 @@ def writing(path: Path, *, kept: str = "") -> Iterator[None]:
 
 def _make_room(folder: Path, force: bool) -> None:
     there = {entry.name for entry in folder.iterdir() if not _TEMPORARY.fullmatch(entry.name)} - {LOCK}
-    known = {*_FILES, MODEL, SPEC}
+    known = {*_FILES, MODEL, SPEC} if (folder / MODEL / MANIFEST).is_file() else {*_FILES}
     run = {CHECKPOINT} & there or {name for name in {LOG} & there if (folder / name).lstat().st_size}
     if (run or there - known) and not force:
         raise _occupied(folder, run, sorted(there - known))
@@ -95,13 +96,13 @@ def _clean(folder: Path) -> None:
     recover(folder / MODEL)
 
 
-def publish(compiled: Compiled, folder: Path) -> None:
+def publish(compiled: Compiled, folder: Path, *, force: bool = False) -> None:
     """Write the compiled model and its spec into a run's folder, where they are not there already.
 
-    Raises TfgError FG421 where they cannot be written.
+    Raises TfgError FG421 where they cannot be written, FG428 where the model was changed by hand, and not `force`.
     """
     if not _holds(folder / MODEL, compiled.files):
-        compiled.write(folder / MODEL)
+        compiled.write(folder / MODEL, force=force)
     texts = spec_files(compiled.source)
     if not _holds(folder / SPEC, texts):
         with writing(folder / SPEC):

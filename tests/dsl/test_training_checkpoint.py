@@ -154,7 +154,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, contents: Contents) -> Non
 
 
 def test_mutated_bytes(tmp_path: Path, contents: Contents) -> None:
-    """Headers with a few bytes changed, short form of attack/checkpoints.py: a diagnostic or a run, nothing else."""
+    """Headers with a few bytes changed: a diagnostic or a run, nothing else."""
     save_file(*contents[:1], tmp_path / CHECKPOINT, contents[1])
     whole = (tmp_path / CHECKPOINT).read_bytes()
     size = 8 + int.from_bytes(whole[:8], "little")

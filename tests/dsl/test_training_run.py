@@ -199,6 +199,10 @@ def test_a_strangers_folder_is_refused_unless_forced(fastgrad: Run) -> None:
     assert "thesis.txt" in err
     assert fastgrad(*OPTIONS, "--steps", "1", "--force")[0] == 0
     assert Path("run/thesis.txt").read_text() == "mine"
+    for name in ("model", "spec"):
+        Path("project", name).mkdir(parents=True)
+        assert "[FG431]" in fastgrad(*OPTIONS, "--steps", "1", "-o", "project")[2]
+        Path("project", name).rmdir()
 
 
 def test_links_in_a_run_folder_are_not_followed(fastgrad: Run, place: Path) -> None:
