@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.flatten import flatten
 from fastgrad_compiler.graph import Graph, Node, Program
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ID_OPERATIONS = {"embedding": 1, "cross_entropy": 1, "one_hot": 0}  # op -> which of its inputs holds ids
+ENTRY_BYTES = 4  # of the smallest entries that a batch is made of
 BOUNDARIES = 3  # of documents in a random sequence, on average
 
 
@@ -47,14 +50,18 @@ def target_inputs(program: Program) -> tuple[Input, ...]:
 def random_batch(inputs: Sequence[Input], dims: Mapping[str, int], seed: int = 0) -> tuple[Tensor, ...]:
     """Gaussian floats, uniform ids, packed documents of random lengths, masks that are true for a random leading part.
 
-    That part is one token at least.
+    That part is one token at least. Raises TfgError FG426 for a batch larger than the machine's memory.
     """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     batch = []
-    for tensor in inputs:
-        shape = tuple(dim.evaluate(dims) for dim in tensor.shape)
+    shapes = [tuple(dim.evaluate(dims) for dim in tensor.shape) for tensor in inputs]
+    check_memory(
+        f"a batch of {', '.join(f'{name} = {size}' for name, size in dims.items())}",
+        ENTRY_BYTES * sum(map(prod, shapes)),
+    )
+    for tensor, shape in zip(inputs, shapes, strict=True):
         if tensor.documents:
             begins = torch.rand(shape, generator=generator) < BOUNDARIES / shape[-1]
             batch.append(begins.cumsum(-1))
@@ -66,6 +73,27 @@ def random_batch(inputs: Sequence[Input], dims: Mapping[str, int], seed: int = 0
         else:
             batch.append(torch.randn(shape, generator=generator))
     return tuple(batch)
+
+
+def check_memory(what: str, size: int) -> None:
+    """TfgError FG426 where `what`, of `size` bytes, is larger than the machine's memory.
+
+    The system grants more than it has, and kills who uses it.
+    """
+    if size > memory_bytes():
+        message = f"not enough memory: {what} takes {size:,} bytes, and the machine has {memory_bytes():,}"
+        raise TfgError([Diagnostic("FG426", message)])
+
+
+def weight_entries(program: Program) -> int:
+    """How many numbers the weights and buffers of a program have."""
+    nodes = [node for node in flatten(program).nodes if node.op in ("weight", "buffer")]
+    return sum(prod(dim.evaluate({}) for dim in node.tensor.shape) for node in nodes)
+
+
+def memory_bytes() -> int:
+    """Of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def dims_of(plan: Mapping[str, Any], batch: Sequence[Tensor]) -> dict[str, int]:

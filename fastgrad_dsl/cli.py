@@ -5,13 +5,18 @@ PyTorch is imported only by the commands that run a model.
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from fastgrad_dsl.failures import diagnostics, run_command
+from fastgrad_dsl.outputs import rewrite, try_file, try_folder
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.quote import terminal
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.render import render
 
@@ -26,6 +31,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+USAGE_ERROR = typer.BadParameter.__mro__[1]  # and what else is wrong with a command line
+
+MANY = 2**31 - 1  # of anything that is made one by one, or is a size
+LARGEST = 2**63 - 1  # what PyTorch takes as a seed
+
+
+def _finite(value: float) -> float:
+    """A number of an option: `min` and `max` let nan pass."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
 
 File = Annotated[Path, typer.Argument(help="A .tfg file.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Which model, where the file has several.")]
@@ -75,7 +93,9 @@ def compile_(
         list[str] | None,
         typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the batches to calibrate on."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of initial weights and of batches to calibrate on.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST, help="Of initial weights and of batches to calibrate on.")
+    ] = 0,
     validate: Annotated[
         bool,
         typer.Option(
@@ -93,6 +113,8 @@ def compile_(
     compiled when it first runs on a GPU. A budget that says `trust = calibrated` is calibrated on random inputs where
     --calibrate names nothing else.
     """
+    try_folder(out)
+
     import fastgrad_dsl as fg
     from fastgrad_dsl.build_manifest import check_folder
     from fastgrad_dsl.calibration.data import RANDOM, CalibrationRequest, calibrated
@@ -119,7 +141,7 @@ def compile_(
     print_plan(compiled.program, str(file))
     if compiled.calibration is not None:
         print_calibration(compiled.calibration)
-    print(f"written to {out}/ (model.py, plan.json, report.html, report.json, stages/)")
+    print(f"written to {terminal(str(out))}/ (model.py, plan.json, report.html, report.json, stages/)")
     if target == "cpp":
         with progress("building") as tell:
             warning = build_kernels(compiled.modules, tell)
@@ -141,7 +163,7 @@ def advise(
         list[str] | None,
         typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the batches to measure on."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of initial weights and of batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of initial weights and of batches.")] = 0,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the advice as JSON.")] = None,
     model: Model = None,
     set_: Set = None,
@@ -149,6 +171,8 @@ def advise(
     target: Target = "auto",
 ) -> None:
     """For each attention, what would make the budget feasible or cheaper, and its price in time and error."""
+    try_file(json_)
+
     from fastgrad_dsl.advice import AdviceRequest, make_advice, print_advice, write_advice
     from fastgrad_dsl.terminal import progress
 
@@ -157,9 +181,9 @@ def advise(
     )
     with progress("measuring") as tell:
         advice = make_advice(request, tell)
+    print_advice(advice)
     if json_ is not None:
         write_advice(json_, advice)
-    print_advice(advice)
 
 
 @app.command()
@@ -197,7 +221,7 @@ def report(
         list[str] | None,
         typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the measured batch."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of initial weights and random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of initial weights and random inputs.")] = 0,
     measure: Annotated[
         bool, typer.Option(help="Run the model; without, only what is known before any data.")
     ] = True,
@@ -206,6 +230,9 @@ def report(
     include: Include = None,
 ) -> None:
     """Show bound, estimate and measured error of each attention and of the whole model."""
+    try_file(json_)
+    try_file(html)
+
     from fastgrad_dsl.report import ReportRequest, make_report, write_html, write_json
     from fastgrad_dsl.terminal import print_report, progress
 
@@ -214,41 +241,58 @@ def report(
     )
     with progress("measuring") as tell:
         result = make_report(request, tell)
+    print_report(result)
     if json_ is not None:
         write_json(json_, result)
     if html is not None:
         write_html(html, result)
-    print_report(result)
 
 
 @app.command()
 def train(
     file: File,
     text: Annotated[Path, typer.Option(help="The text to learn, any file; its bytes are the tokens.")],
-    steps: Annotated[int, typer.Option(min=0, help="Optimiser steps.")] = 1000,
-    seq: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 1,
-    rate: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.")] = 1e-3,
-    clip: Annotated[float, typer.Option(min=0.0, help="Largest gradient norm.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the weights and of the batches.")] = 0,
+    steps: Annotated[int, typer.Option(min=0, max=LARGEST, help="Optimiser steps.")] = 1000,
+    seq: Annotated[int, typer.Option(min=1, max=MANY, help="Tokens of a sequence.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences a step.")] = 1,
+    rate: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Peak learning rate.")] = 1e-3,
+    clip: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Largest gradient norm.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the weights and of the batches.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/NAME by default.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the checkpoint in the run's folder.")
+        bool, typer.Option("--resume", help="Go on from the checkpoint in the run's folder.")
     ] = False,
-    every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 100,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")] = False,
+    every: Annotated[
+        int, typer.Option(min=1, max=MANY, help="Steps between validations and checkpoints.")
+    ] = 100,
     exact: Annotated[bool, typer.Option("--exact", help="Train the exact softmax model instead.")] = False,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Plan by what is measured on the text before training.")
     ] = False,
-    sample: Annotated[int, typer.Option(min=0, help="Bytes of text to generate at the end.")] = 200,
+    sample: Annotated[
+        int, typer.Option(min=0, max=LARGEST, help="Bytes of text to generate at the end.")
+    ] = 200,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
     target: Target = "auto",
 ) -> None:
-    """Train a byte-level language model on a text file; loss is printed and logged as JSON lines."""
+    """Train a byte-level language model on a text file; loss is printed and logged as JSON lines.
+
+    The run's folder holds the compiled model, the spec, the weights and a checkpoint. Ctrl-C, or SIGTERM, saves a
+    checkpoint and stops; the same command with --resume goes on from there, also with more --steps.
+    """
+    if resume and force:
+        raise TfgError(
+            [Diagnostic("FG416", "--resume goes on with a run, and --force replaces it: give one")]
+        )
+    folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
+    if not resume:  # where a run that is finished changes nothing
+        try_folder(folder)
+
     import fastgrad_dsl as fg
     from fastgrad_dsl.language_model import TrainRequest, train_language_model
     from fastgrad_dsl.training import Options
@@ -258,24 +302,25 @@ def train(
         steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
         validate_every=every, checkpoint_every=every,
     )  # fmt: skip
-    folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
-    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample, calibrate))
+    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample, calibrate, force))
 
 
 @app.command()
 def bench(
     n: Annotated[
-        list[int] | None, typer.Option("--n", min=1, help="A length in tokens; can be repeated.")
+        list[int] | None, typer.Option("--n", min=1, max=MANY, help="A length in tokens; can be repeated.")
     ] = None,
-    d: Annotated[int, typer.Option("--d", min=1, help="Width of queries and keys.")] = 16,
-    degree: Annotated[int, typer.Option(min=1, help="Of the polynomial.")] = 2,
+    d: Annotated[int, typer.Option("--d", min=1, max=MANY, help="Width of queries and keys.")] = 16,
+    degree: Annotated[int, typer.Option(min=1, max=1000, help="Of the polynomial.")] = 2,
     near: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a block of the exact near field.")
+        int | None, typer.Option(min=1, max=MANY, help="Tokens in a block of the exact near field.")
     ] = None,
-    heads: Annotated[int, typer.Option(min=1)] = 8,
-    dv: Annotated[int, typer.Option("--dv", min=1, help="Width of values.")] = 64,
-    threads: Annotated[int | None, typer.Option(min=1, help="By default as many as PyTorch takes.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Passes of which the median is taken.")] = 5,
+    heads: Annotated[int, typer.Option(min=1, max=MANY)] = 8,
+    dv: Annotated[int, typer.Option("--dv", min=1, max=MANY, help="Width of values.")] = 64,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=os.cpu_count(), help="By default as many as PyTorch takes.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, max=MANY, help="Passes of which the median is taken.")] = 5,
     json_: Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Also draw time against length.")] = None,
     quick: Annotated[
@@ -284,6 +329,9 @@ def bench(
     target: Target = "auto",
 ) -> None:
     """Time polynomial attention against PyTorch's on this machine, forward and backward."""
+    try_file(json_)
+    try_file(svg)
+
     from fastgrad_dsl.bench.command import BenchRequest, print_bench, run_bench, write_files
     from fastgrad_dsl.terminal import progress
 
@@ -297,8 +345,8 @@ def bench(
 @app.command()
 def tune(
     file: File,
-    seq: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 8192,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences of a batch.")] = 1,
+    seq: Annotated[int, typer.Option(min=1, max=MANY, help="Tokens of a sequence.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences of a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of the inputs: float32, float16 or bfloat16.")] = "bfloat16",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the candidates and time nothing; needs no GPU.")
@@ -328,7 +376,6 @@ def fmt(
     ] = False,
 ) -> None:
     """Format .tfg files in place, keeping comments."""
-    from fastgrad_dsl.files import write_atomically
     from fastgrad_grammar.format import format_source
 
     errors: list[Diagnostic] = []
@@ -337,15 +384,15 @@ def fmt(
         try:
             source = read_source(file)
             formatted = format_source(source)
-        except TfgError as error:
-            errors.extend(error.diagnostics)
-            continue
-        if formatted.encode() != file.read_bytes():
-            unformatted.append(file)
+            if formatted.encode() == file.read_bytes():
+                continue
             if not check_:
-                write_atomically(file, formatted)
+                rewrite(file, formatted)
+            unformatted.append(file)
+        except (TfgError, OSError) as error:  # the other files are formatted all the same
+            errors.extend(diagnostics(error))
     for file in unformatted:
-        print(f"{'would format' if check_ else 'formatted'} {file}")
+        print(f"{'would format' if check_ else 'formatted'} {terminal(str(file))}")
     if errors:
         raise TfgError(errors)
     if check_ and unformatted:
@@ -353,16 +400,19 @@ def fmt(
 
 
 def main() -> None:
-    """Run the command line; every error of the user's is a diagnostic on stderr and exit status 2."""
+    """Run the command line (`failures.py` says what its exit status tells)."""
+    sys.exit(run_command(_parse_and_run))
+
+
+def _parse_and_run() -> int | None:
+    """Run a command; a wrong command line is told as typer tells it."""
     try:
-        app()
-    except TfgError as error:
-        sys.stderr.write(render(error.diagnostics, colour=sys.stderr.isatty()))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(1)
+        status: int | None = app(prog_name="fastgrad", standalone_mode=False)
+    except USAGE_ERROR as error:
+        told = cast(typer.BadParameter, error)  # its class is not exported
+        told.show()
+        return told.exit_code
+    return status
 
 
 def _stages(
@@ -382,10 +432,9 @@ def _params(assignments: list[str] | None) -> dict[str, object]:
 def _sizes(assignments: list[str] | None) -> dict[str, int]:
     sizes = {}
     for name, value in (_split("--dim", text) for text in assignments or []):
-        if not value.isdecimal() or int(value) < 1:
-            raise TfgError(
-                [Diagnostic("FG416", f"--dim {name}={value}: a size is a whole number of at least 1")]
-            )
+        if not value.isdecimal() or len(value) > len(str(MANY)) or not 1 <= int(value) <= MANY:
+            message = f"--dim {name}={value}: a size is a whole number from 1 to {MANY}"
+            raise TfgError([Diagnostic("FG416", message)])
         sizes[name] = int(value)
     return sizes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from fastgrad_compiler.elaborate import elaborate
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table
+from fastgrad_compiler.passes.plan import Assignment
 from fastgrad_compiler.pipeline import Stage, run
 from fastgrad_compiler.targets import BACKENDS, check_target
 from fastgrad_compiler.text import print_program
-from fastgrad_dsl.batches import dims_of, tokens_of
+from fastgrad_dsl.batches import ENTRY_BYTES, check_memory, dims_of, tokens_of, weight_entries
 from fastgrad_dsl.build_folder import write_build
 from fastgrad_dsl.plan_document import plan_document
+from fastgrad_grammar.quote import json_text
 from fastgrad_grammar.read import included, read_source
 from fastgrad_grammar.source import Source
 
@@ -65,7 +66,8 @@ class Compiled:
     """One compiled model.
 
     `stages` holds the program as elaborated and after each pass; `params` are those that override the file's.
-    `calibration` is calibration.json as data, where the plan rests on one; `validate` says whether passes are tested.
+    `calibration` is calibration.json as data and `assignment` what it decided, where the plan rests on one; `validate`
+    says whether passes are tested.
     """
 
     source: Source
@@ -74,6 +76,7 @@ class Compiled:
     params: Mapping[str, object] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
     validate: bool = True
+    assignment: Assignment | None = None
 
     @property
     def program(self) -> Program:
@@ -108,13 +111,13 @@ class Compiled:
         }
         report = self.report()
         texts = {
-            "plan.json": json.dumps(self.plan_document, indent=2) + "\n",
+            "plan.json": json_text(self.plan_document, 2) + "\n",
             "report.json": to_json(report),
             "report.html": render_html(report),
             SPEC: self.source.text,
         }
         if self.calibration is not None:
-            texts["calibration.json"] = json.dumps(self.calibration, indent=2) + "\n"
+            texts["calibration.json"] = json_text(self.calibration, 2) + "\n"
         return {**self.modules, **texts, **stages}
 
     def write(self, folder: str | Path, *, force: bool = False) -> None:
@@ -126,7 +129,14 @@ class Compiled:
         write_build(Path(folder), self.files, force=force)
 
     def module(self, seed: int = 0, dtype: torch.dtype | None = None) -> nn.Module:
-        """A new module with initial weights from `seed`, float32 unless `dtype` says otherwise."""
+        """A new module with initial weights from `seed`, float32 unless `dtype` says otherwise.
+
+        Raises TfgError FG426 where they are larger than the machine's memory.
+        """
+        import torch
+
+        if torch.get_default_device().type != "meta":
+            check_memory("the model", ENTRY_BYTES * weight_entries(self.program))
         model: nn.Module = self._package.MODEL(seed)
         return model if dtype is None else model.to(dtype)
 

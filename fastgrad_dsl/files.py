@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from errno import EINVAL, EISDIR
 from pathlib import Path
 
 from fastgrad_compiler.runtime.private_files import write_whole
@@ -10,7 +15,45 @@ from fastgrad_compiler.runtime.private_files import write_whole
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write through a temporary file beside `path`, so that a crash leaves the old file or the new one.
 
-    Folders that are missing are made. Raises OSError where that or the writing fails.
+    Folders that are missing are made; an existing file keeps its mode and, where we may give files away, its owner.
+    Raises OSError, which names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, content.encode() if isinstance(content, str) else content, 0o666)
+    data = content.encode() if isinstance(content, str) else content
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        old = _regular_file(path)
+        if old is None:
+            write_whole(path, data, 0o666)
+            return
+        mode = old.st_mode & 0o777
+        write_whole(path, data, mode)  # less the process's mask: nobody sees more meanwhile
+        with suppress(PermissionError):
+            os.chown(path, old.st_uid, old.st_gid)
+        path.chmod(mode)
+
+
+def check_regular(path: Path) -> None:
+    """OSError where something else than a regular file is to be read: pipes wait for a writer, devices may not end."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise OSError(EISDIR, "it is a folder", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(EINVAL, "it is a device or a pipe, not a regular file", str(path))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the body names `path`, and not a file that is only a means to it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _regular_file(path: Path) -> os.stat_result | None:
+    """What is known of the file at a path; None where there is none, or a link."""
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        return found if stat.S_ISREG(found.st_mode) else None
+    return None

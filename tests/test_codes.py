@@ -34,8 +34,14 @@ WITHOUT_FILE = {
     "FG421": "tests/dsl/test_cli.py::test_a_folder_that_cannot_be_written_is_a_diagnostic",
     "FG422": "tests/dsl/test_cli.py::test_cpp_kernels_are_built_ahead_or_a_warning_says_why_not",
     "FG423": "tests/dsl/test_advise.py::test_wrong_batches",
+    "FG430": "tests/dsl/test_documents.py::test_a_text_that_is_no_document_is_named_with_its_place",
     "FG424": "tests/dsl/test_tune.py::test_tuning_without_a_gpu_is_a_diagnostic",
+    "FG425": "tests/dsl/test_failures.py::test_a_stream_that_cannot_be_written",
+    "FG426": "tests/dsl/test_failures.py::test_a_batch_larger_than_memory_is_refused",
     "FG428": "tests/dsl/test_build_folder.py::test_a_folder_of_the_users_is_refused",
+    "FG431": "tests/dsl/test_training_run.py::test_a_run_that_exists_is_refused_unless_forced",
+    "FG432": "tests/dsl/test_training_run.py::test_one_training_at_a_time",
+    "FG433": "tests/dsl/test_training_run.py::test_a_rate_that_is_far_too_large_stops_the_run",
 }
 """Codes that no text file in golden/errors can show, and the test that shows each."""
 

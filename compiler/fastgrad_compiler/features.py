@@ -11,6 +11,7 @@ for tests.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache
 from math import comb
@@ -43,6 +44,11 @@ def rank(d: int, degree: int) -> int:
     """Number r of monomials of degree at most `degree` in d variables: C(d + degree, degree)."""
     _check(d, degree)
     return comb(d + degree, degree)
+
+
+def widest(degree: int, largest: int, below: int) -> int | None:
+    """The largest d less than `below` with a rank of at most `largest` at this degree; None where there is none."""
+    return bisect_right(range(1, max(below, 1)), largest, key=lambda d: rank(d, degree)) or None
 
 
 @cache

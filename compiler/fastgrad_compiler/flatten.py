@@ -59,6 +59,23 @@ def _weights(
                 yield from _weights(program, body, scope, (*indices, index))
 
 
+def flat_size(program: Program, graph: str) -> int:
+    """How many nodes `flatten` would make of a graph, found without doing so."""
+    sizes: dict[str, int] = {}
+
+    def size(name: str) -> int:
+        if name not in sizes:
+            sizes[name] = sum(map(of_node, program[name].nodes))
+        return sizes[name]
+
+    def of_node(node: Node) -> int:
+        if node.op == "call":
+            return size(str(node["graph"]))
+        return sum(times * size(body) for body, times in runs(node)) if node.op == "repeat" else 1
+
+    return size(graph)
+
+
 def flatten(program: Program, graph: str | None = None) -> Graph:
     """One graph without `call` and `repeat` that computes what `graph` (by default main) computes.
 

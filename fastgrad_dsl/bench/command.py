@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,9 +20,10 @@ from fastgrad_dsl.bench.memory import attention_peaks
 from fastgrad_dsl.bench.peak import peak_flops
 from fastgrad_dsl.bench.plot import Panel, Series, render
 from fastgrad_dsl.bench.timing import time_together
-from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.outputs import write_output
 from fastgrad_dsl.terminal import console
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.quote import json_text
 
 LARGEST_RANK = 20_000
 LENGTHS, QUICK_LENGTHS = (1024, 4096, 16384), (256, 1024)
@@ -139,17 +139,14 @@ def _output_error(request: BenchRequest, n: int) -> dict[str, object]:
 
 
 def write_files(document: dict[str, Any], json_file: Path | None, svg_file: Path | None) -> None:
-    """Write what is asked for. Raises TfgError FG421 where a file cannot be written."""
+    """Write what is asked for. Raises OSError."""
     texts = []
     if json_file is not None:
-        texts.append((json_file, json.dumps(document, indent=2) + "\n"))
+        texts.append((json_file, json_text(document, 2) + "\n"))
     if svg_file is not None:
         texts.append((svg_file, plot(document)))
     for path, text in texts:
-        try:
-            write_atomically(path, text)
-        except OSError as error:
-            raise TfgError([Diagnostic("FG421", f"cannot write {path}: {error.strerror or error}")]) from None
+        write_output(path, text)
 
 
 def plot(document: dict[str, Any]) -> str:

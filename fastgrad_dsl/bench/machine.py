@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fastgrad_dsl.batches import memory_bytes
 from fastgrad_dsl.bench.peak import compiler_command
 
 VECTORS = (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("asimd", "NEON"))
@@ -33,11 +34,6 @@ def describe_machine(threads: int) -> dict[str, object]:
         "threads": threads,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
-
-
-def memory_bytes() -> int:
-    """Of the machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def package_version(name: str) -> str | None:

@@ -41,7 +41,7 @@ def time_together(
         taken[name] = [first] if slow else []
         affordable = int(seconds / max(sum(first), 1e-9))
         left[name] = min(repeats, affordable) - (1 if slow else 0)
-    for turn in range(repeats):
+    for turn in range(max(left.values(), default=0)):
         for name, attention in contenders.items():
             if turn < left[name]:
                 taken[name].append(one_pass(attention, inputs))

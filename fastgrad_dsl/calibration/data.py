@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgrad_dsl.calibration.calibrate import Tell
 from fastgrad_dsl.calibration.replan import Request, replan
 from fastgrad_dsl.report.request import batch_sizes, text_sizes
 from fastgrad_dsl.text_data import load_text
-from fastgrad_dsl.weights import load_weights
+from fastgrad_dsl.weights import load_weights, read_tensors
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 if TYPE_CHECKING:
@@ -68,10 +66,7 @@ def named_batches(
 
 
 def _stored(compiled: Compiled, path: Path) -> list[list[Tensor]]:
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise TfgError([Diagnostic("FG423", f"cannot read batches {path}: {error}")]) from None
+    tensors = read_tensors(path, "FG423", "batches")
     plan = compiled.plan_document
     described = [*plan["inputs"], *plan["targets"]]
     names = [tensor["name"] for tensor in described]

@@ -12,6 +12,7 @@ from torch import Tensor
 import fastgrad_dsl as fg
 from fastgrad_dsl.batches import model_inputs, random_batch, target_inputs
 from fastgrad_dsl.compiled import Compiled
+from fastgrad_dsl.documents import check_document
 from fastgrad_dsl.measure import whole_errors
 from fastgrad_dsl.plan_document import is_approximated
 from tests.calibration.random_specs import random_spec
@@ -52,6 +53,7 @@ def test_measured_errors_stay_within_the_budget(seed: int, trust: str) -> None:
         output, gradient = _measured(planned, batch)
         assert output <= spec.output
         assert gradient <= spec.gradient
+    check_document(planned.calibration, "calibration.json", "calibration.json")
     for entry in planned.plan_document["attentions"]:
         if trust == "certified":
             assert entry["range_source"] in (None, "program", "weights")

@@ -11,6 +11,7 @@ import torch
 import fastgrad_dsl as fg
 from fastgrad_dsl.batches import model_inputs, random_batch
 from fastgrad_dsl.compiled import Compiled
+from fastgrad_dsl.documents import parse_document
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 SPEC = """use std
@@ -123,5 +124,6 @@ def test_calibrated_plans_are_deterministic() -> None:
         _planned("output <= 0.02\n    gradient <= 0.1"),
     )
     assert first.files == second.files
-    assert "calibration.json" in first.files
+    for kind in ("plan.json", "calibration.json", "report.json"):
+        parse_document(first.files[kind].encode(), kind, kind)
     assert replace(first, calibration=None).files.keys() == first.files.keys() - {"calibration.json"}

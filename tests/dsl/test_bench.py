@@ -90,7 +90,8 @@ def test_bench_extrapolates_a_pass_that_would_take_too_long(
         (["--threads", "0"], "--threads"),
         (["--degree", "30", "--d", "1"], "[FG416]"),
         (["--degree", "8"], "[FG416]"),
-        (["--n", "1000000000000"], "[FG416]"),
+        (["--n", "1000000000"], "[FG416]"),
+        (["--n", "1000000000000"], "--n"),
         (["--target", "toorch"], "[FG420]"),
         (["--nonsense"], "--nonsense"),
     ],
@@ -106,7 +107,7 @@ def test_a_file_that_cannot_be_written_is_a_diagnostic(bench: Run) -> None:
     status, out, err = bench("--quick", "--n", "8", "--heads", "1", "--json", "taken/bench.json")
     assert status == 2
     assert "[FG421]" in err
-    assert "degree 2" in out, "what was measured is shown all the same"
+    assert out == "", "nothing was measured"
 
 
 def counted(calls: list[int]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

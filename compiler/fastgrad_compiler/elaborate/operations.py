@@ -133,6 +133,8 @@ def _reshape(emit: Emit, a: Arguments) -> Tensor:
 
 def _transpose(emit: Emit, a: Arguments) -> Tensor:
     axes = list(range(len(a["x"].type.shape)))
+    if len(axes) < 2:
+        emit.refuse("FG205", f"transpose needs two dimensions, and {a['x'].type} has {len(axes)}")
     first, second = a["first"], a["second"]
     axes[first], axes[second] = axes[second], axes[first]
     return emit.node("permute", a["x"], axes=tuple(axes))

@@ -15,9 +15,10 @@ from fastgrad_compiler.elaborate.modules import Module, check_names, load
 from fastgrad_compiler.elaborate.parameters import dim_info, file_scope
 from fastgrad_compiler.elaborate.reporter import Abort, Reporter, did_you_mean
 from fastgrad_compiler.elaborate.scope import Binding, Failed, Scope
-from fastgrad_compiler.elaborate.state import State
+from fastgrad_compiler.elaborate.state import MAX_UNROLLED, State
 from fastgrad_compiler.elaborate.statements import dim_origin, tensor_type
 from fastgrad_compiler.elaborate.values import Origin, Tensor
+from fastgrad_compiler.flatten import flat_size
 from fastgrad_compiler.graph import DimInfo, Graph, Program
 from fastgrad_compiler.passes.shapes import callees
 from fastgrad_grammar import ast
@@ -61,9 +62,19 @@ def elaborate(
         graphs = _reachable(state.graphs, [each for each in (name, objective) if each])
         used = _used_dims(graphs, dims)
         program = Program(graphs, name, objective, None, used, budget, block.name.text)
+        _check_size(reporter, program)
         _shown(reporter, program, dims)
         reporter.check()
         return program
+
+
+def _check_size(reporter: Reporter, program: Program) -> None:
+    """FG241 where calls and repeats, which cost nothing here, multiply to what no pass could go through."""
+    size = flat_size(program, program.main)
+    if size > MAX_UNROLLED:
+        reporter.error("FG241", f"the program is too large: {size:,} operations with those of every repeat and call, "
+                       f"more than {MAX_UNROLLED:,}", program[program.main].span)  # fmt: skip
+        reporter.stop()
 
 
 @contextmanager

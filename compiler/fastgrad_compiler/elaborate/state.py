@@ -16,6 +16,7 @@ from fastgrad_grammar import ast
 from fastgrad_grammar.source import Span
 
 MAX_STEPS = 100_000
+MAX_UNROLLED = 200_000  # counting every iteration of repeats and every call of blocks
 MAX_DEPTH = 64
 MAX_REPEAT = 100_000
 

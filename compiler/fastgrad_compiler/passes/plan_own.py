@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from fastgrad_compiler.features import rank
+from fastgrad_compiler.features import rank, widest
 from fastgrad_compiler.graph import BudgetRule
 from fastgrad_compiler.passes.attention_table import AttentionEntry
 from fastgrad_compiler.passes.plan_refusal import places
@@ -56,7 +56,7 @@ def _too_large(group: Sequence[AttentionEntry], max_rank: int) -> Diagnostic:
     d, degree = first.d or 1, int(str(first.node["degree"]))
     text = f"degree {degree} at width {d} has rank {first.rank:,}, over the limit of {max_rank:,}"
     help_ = []
-    width = max((each for each in range(1, d) if rank(each, degree) <= max_rank), default=None)
+    width = widest(degree, max_rank, below=d)
     if width is not None:
         help_.append(f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}")
     lower = max((g for g in range(2, degree, 2) if rank(d, g) <= max_rank), default=None)

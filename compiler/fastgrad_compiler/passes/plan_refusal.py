@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from fastgrad_compiler.features import rank
+from fastgrad_compiler.features import rank, widest
 from fastgrad_compiler.graph import BudgetRule
 from fastgrad_compiler.passes.attention_table import LIBRARY, AttentionEntry
 from fastgrad_compiler.passes.bound_proof import number
@@ -103,7 +103,7 @@ def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
     if degree is None:
         return []
     remedies = []
-    width = max((d for d in range(1, case.d or 1) if rank(d, degree) <= case.max_rank), default=None)
+    width = widest(degree, case.max_rank, below=case.d or 1)
     if width is not None:
         remedies.append(f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}")
     lower = max((g for g in range(1, degree) if rank(case.d or 1, g) <= case.max_rank), default=None)

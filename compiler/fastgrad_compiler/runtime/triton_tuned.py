@@ -53,7 +53,7 @@ def read(path: Path) -> dict[str, Configuration]:
         return {str(name): _checked(numbers) for name, numbers in document.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(f"{path} is ignored: {error}", TunedWarning, stacklevel=2)
         return {}
 

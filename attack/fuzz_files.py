@@ -1,0 +1,218 @@
+"""Mutated files of a build and of a run, through what reads them: documents, weights, checkpoints, batches."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+import fastgrad_dsl as fg
+from attack.fuzz import Fuzz
+from attack.mutations import mutated_bytes
+from fastgrad_compiler.runtime import triton_tuned
+from fastgrad_dsl.calibration.data import named_batches
+from fastgrad_dsl.compiled import Compiled
+from fastgrad_dsl.failures import diagnostics
+from fastgrad_dsl.report import ReportRequest, make_report, render_html, to_json
+from fastgrad_dsl.terminal import print_report
+from fastgrad_dsl.text_data import load_text
+from fastgrad_dsl.training import CHECKPOINT, Options, train
+from fastgrad_dsl.weights import load_weights
+from fastgrad_grammar.render import render
+
+SPEC = """use std
+dim b
+dim n <= 64
+model tiny(tokens: int[b, n]) -> float[b, n, 256] {
+    weight table: float[256, 4] = normal(std = 0.02)
+    x = embedding(table, tokens)
+    x = x + std.attention(x; heads = 1, qk_dim = 2, causal = true, gain = 1.0)
+    return x @ table.T
+}
+objective loss(logits: float[b, n, 256], targets: int[b, n]) = cross_entropy(logits, targets)
+budget {
+    output <= 0.1
+    gradient <= 0.1
+}
+"""
+STRANGE: tuple[object, ...] = (
+    None, True, False, 0, 1, -1, 2, 0.5, -0.5, 1e308, -1e308, 1e-308, 2**31, 2**63, 10**30, float("nan"),
+    float("inf"), "", "x", "nan", "../x", "/etc/passwd", "\x00", "\ud800", "<script>", "n", "b * n", "9" * 5000, [], {},
+    [[]], [None], {"": None}, [0] * 1000,
+)  # fmt: skip
+"""What stands in the place of a value of a document."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A kind of file: where it lies, its sound content, how it is mutated, and what reads it."""
+
+    name: str
+    path: Path
+    content: bytes
+    mutate: Callable[[random.Random, bytes], bytes]
+    read: Callable[[], object]
+
+
+def fuzz_files(fuzz: Fuzz, first: int, count: int, folder: Path) -> None:
+    """Mutated files, a kind after another."""
+    kinds = readers(folder)
+    for index in range(first, first + count):
+        reader = kinds[index % len(kinds)]
+        chance = random.Random(fuzz.seed * 7919 + index)
+        data = reader.mutate(chance, reader.content)
+        reader.path.write_bytes(data)
+        fuzz.case(f"{reader.name} {index}", lambda read=reader.read: outcome(read), lambda data=data: data)  # type: ignore[misc]
+        reader.path.write_bytes(reader.content)
+
+
+def outcome(read: Callable[[], object]) -> str:
+    """Read; a refusal is rendered as the command line does."""
+    try:
+        read()
+    except Exception as error:
+        found = diagnostics(error)
+        if not found:
+            raise
+        render(found, colour=True).encode()
+        return f"refused, {found[0].code}"
+    return "taken"
+
+
+def readers(folder: Path) -> tuple[Reader, ...]:
+    """Every kind, made from one tiny model that is compiled, calibrated and trained for a step."""
+    spec, text = folder / "tiny.tfg", folder / "text"
+    spec.write_text(SPEC, encoding="utf-8")
+    text.write_bytes(bytes(range(256)) * 4)
+    compiled = fg.compile(spec, target="torch").calibrate(dims={"n": 16}, measured_pace=False)
+    build, run = folder / "build", folder / "run"
+    compiled.write(build)
+    model = compiled.module()
+    tokens = torch.zeros(1, 16, dtype=torch.int64)
+    weights, batches, tuned = (folder / name for name in ("w.safetensors", "b.safetensors", "tuned.json"))
+    tuned.write_text(json.dumps({"a kernel": [64, 64, 16, 4, 2]}))
+    weights.write_bytes(save(model.state_dict()))
+    batches.write_bytes(
+        save({f"{name}.{i}": tokens.clone() for name in ("tokens", "targets") for i in (0, 1)})
+    )
+    _train(compiled, text, run, resume=False)
+    saved = run / CHECKPOINT
+    made = [
+        ("plan", build / "plan.json", mutated_json, lambda: _report(build)),
+        ("calibration", build / "calibration.json", mutated_json, lambda: _report(build)),
+        ("weights", weights, mutated_safetensors, lambda: load_weights(compiled.module(), weights)),
+        ("batches", batches, mutated_safetensors, lambda: named_batches(compiled, str(batches), {}, 0)),
+        ("checkpoint", saved, mutated_safetensors, lambda: _resume(compiled, text, run)),
+        ("checkpoint-weights", saved, mutated_safetensors, lambda: load_weights(compiled.module(), saved)),
+        ("manifest", build / "files.json", mutated_json, lambda: compiled.write(build)),
+        ("tuned", tuned, mutated_json, lambda: triton_tuned.read(tuned)),
+    ]  # fmt: skip
+    return tuple(Reader(name, path, path.read_bytes(), mutate, read) for name, path, mutate, read in made)
+
+
+def _report(build: Path) -> None:
+    report = make_report(ReportRequest(build, {}, None, None, None, {}, 0, measure=False), lambda what: None)
+    to_json(report).encode()
+    render_html(report).encode()
+    with redirect_stdout(io.StringIO()):
+        print_report(report)
+
+
+def _train(compiled: Compiled, text: Path, run: Path, *, resume: bool) -> None:
+    assert compiled.loss is not None
+    options = Options(steps=1, tokens=8, validation_batches=1, warmup=1)
+    for _ in train(compiled.module(), compiled.loss, load_text(text, 8), options, run, resume=resume):
+        pass
+
+
+def _resume(compiled: Compiled, text: Path, run: Path) -> None:
+    again = run.with_name("again")
+    shutil.rmtree(again, ignore_errors=True)
+    shutil.copytree(run, again)
+    _train(compiled, text, again, resume=True)
+
+
+# ---------------------------------------------------------------- mutations
+
+
+def mutated_json(chance: random.Random, data: bytes) -> bytes:
+    """A document with values replaced, dropped, doubled or moved; one of four is damaged as bytes."""
+    if chance.random() < 0.25:
+        return mutated_bytes(chance, data)
+    document = json.loads(data)
+    for _ in range(min(chance.randint(1, 3), chance.randint(1, 3))):
+        document = _changed(chance, document)
+    if chance.random() < 0.01:
+        return b"[" * 100_000
+    return json.dumps(document).encode()
+
+
+def _changed(chance: random.Random, document: Any) -> Any:
+    """The document with one change at a random place; places near the top are as likely as those below."""
+    if not isinstance(document, dict | list) or not document or chance.random() < 0.1:
+        return chance.choice(STRANGE)
+    keys = list(document) if isinstance(document, dict) else list(range(len(document)))
+    key = chance.choice(keys)
+    match chance.randrange(8):
+        case 0:
+            del document[key]
+        case 1 if isinstance(document, list):
+            document.append(document[key])
+        case 1:
+            document[f"{key}_"] = document.pop(key)
+        case 2:
+            document[key] = document[chance.choice(keys)]
+        case _:
+            document[key] = _changed(chance, document[key])
+    return document
+
+
+def mutated_safetensors(chance: random.Random, data: bytes) -> bytes:
+    """A file with its header changed as a document, its numbers as bytes, or both."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header, numbers = data[8 : 8 + length], data[8 + length :]
+    kind = chance.randrange(4)
+    if kind == 0:
+        return mutated_bytes(chance, data)
+    if kind == 1:
+        numbers = _strange_numbers(chance, numbers)
+    else:
+        header = _mutated_header(chance, header)
+    size = len(header) if chance.random() < 0.95 else chance.choice((0, 1, 2**31, 2**63, 2**64 - 1))
+    return struct.pack("<Q", size) + header + numbers
+
+
+def _strange_numbers(chance: random.Random, numbers: bytes) -> bytes:
+    found = bytearray(numbers)
+    for _ in range(chance.randint(1, 4)):
+        place = chance.randrange(max(1, len(found) - 3)) & ~3
+        found[place : place + 4] = struct.pack(
+            "<f", chance.choice((float("nan"), float("inf"), -1.0, 3e38, 1e-40))
+        )
+    return bytes(found)
+
+
+def _mutated_header(chance: random.Random, header: bytes) -> bytes:
+    """The JSON in front; the metadata, whose values must be texts, are changed as texts."""
+    document = json.loads(header)
+    metadata = document.get("__metadata__")
+    if metadata and chance.random() < 0.5:
+        key = chance.choice(list(metadata))
+        if chance.random() < 0.3:
+            del metadata[key]
+        elif metadata[key].startswith("{") and chance.random() < 0.7:
+            metadata[key] = json.dumps(_changed(chance, json.loads(metadata[key])))
+        else:
+            metadata[key] = str(chance.choice(STRANGE))
+        return json.dumps(document).encode()
+    return json.dumps(_changed(chance, document)).encode()
