@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,10 @@ from fastgrad_compiler.runtime import triton_tuned
 from fastgrad_dsl.calibration.data import named_batches
 from fastgrad_dsl.compiled import Compiled
 from fastgrad_dsl.failures import diagnostics
+from fastgrad_dsl.language_model import TrainRequest, train_language_model
 from fastgrad_dsl.report import ReportRequest, make_report, render_html, to_json
 from fastgrad_dsl.terminal import print_report
-from fastgrad_dsl.text_data import load_text
-from fastgrad_dsl.training import CHECKPOINT, Options, train
+from fastgrad_dsl.training import Options
 from fastgrad_dsl.weights import load_weights
 from fastgrad_grammar.render import render
 
@@ -64,9 +64,8 @@ class Reader:
     read: Callable[[], object]
 
 
-def fuzz_files(fuzz: Fuzz, first: int, count: int, folder: Path) -> None:
+def fuzz_files(fuzz: Fuzz, first: int, count: int, kinds: Sequence[Reader]) -> None:
     """Mutated files, a kind after another."""
-    kinds = readers(folder)
     for index in range(first, first + count):
         reader = kinds[index % len(kinds)]
         chance = random.Random(fuzz.seed * 7919 + index)
@@ -106,7 +105,7 @@ def readers(folder: Path) -> tuple[Reader, ...]:
         save({f"{name}.{i}": tokens.clone() for name in ("tokens", "targets") for i in (0, 1)})
     )
     _train(compiled, text, run, resume=False)
-    saved = run / CHECKPOINT
+    saved = run / "checkpoint.safetensors"
     made = [
         ("plan", build / "plan.json", mutated_json, lambda: _report(build)),
         ("calibration", build / "calibration.json", mutated_json, lambda: _report(build)),
@@ -129,10 +128,9 @@ def _report(build: Path) -> None:
 
 
 def _train(compiled: Compiled, text: Path, run: Path, *, resume: bool) -> None:
-    assert compiled.loss is not None
     options = Options(steps=1, tokens=8, validation_batches=1, warmup=1)
-    for _ in train(compiled.module(), compiled.loss, load_text(text, 8), options, run, resume=resume):
-        pass
+    with redirect_stdout(io.StringIO()):
+        train_language_model(compiled, TrainRequest(text, run, options, resume=resume, sample=0))
 
 
 def _resume(compiled: Compiled, text: Path, run: Path) -> None:
