@@ -110,7 +110,7 @@ def readers(folder: Path) -> tuple[Reader, ...]:
         ("plan", build / "plan.json", mutated_json, lambda: _report(build)),
         ("calibration", build / "calibration.json", mutated_json, lambda: _report(build)),
         ("weights", weights, mutated_safetensors, lambda: load_weights(compiled.module(), weights)),
-        ("batches", batches, mutated_safetensors, lambda: named_batches(compiled, str(batches), {}, 0)),
+        ("batches", batches, mutated_safetensors, lambda: _calibrate(compiled, batches)),
         ("checkpoint", saved, mutated_safetensors, lambda: _resume(compiled, text, run)),
         ("checkpoint-weights", saved, mutated_safetensors, lambda: load_weights(compiled.module(), saved)),
         ("manifest", build / "files.json", mutated_json, lambda: compiled.write(build)),
@@ -125,6 +125,14 @@ def _report(build: Path) -> None:
     render_html(report).encode()
     with redirect_stdout(io.StringIO()):
         print_report(report)
+
+
+def _calibrate(compiled: Compiled, batches: Path) -> None:
+    """A batch that is taken is one that the model and its objective run on."""
+    found, _ = named_batches(compiled, str(batches), {}, 0)
+    assert compiled.loss is not None
+    for inputs, targets in found or ():
+        compiled.loss(compiled.module()(inputs), targets)
 
 
 def _train(compiled: Compiled, text: Path, run: Path, *, resume: bool) -> None:
