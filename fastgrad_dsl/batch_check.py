@@ -70,4 +70,5 @@ def _sizes(program: Program, described: Sequence[Input], batch: Sequence[Tensor]
     for info in program.dims:
         size = found.get(info.name, info.multiple_of)
         if size > (info.at_most or size) or size % info.multiple_of:
-            yield f"the file declares {info.name} at most {info.at_most}, a multiple of {info.multiple_of}: it is {size}"
+            most, multiple = info.at_most, info.multiple_of
+            yield f"the file declares {info.name} at most {most}, a multiple of {multiple}: it is {size}"

@@ -23,7 +23,7 @@ BOUNDARIES = 3  # of documents in a random sequence, on average
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor that a model or its objective takes; `ids` of an int tensor are less than `below`, or name `documents`."""
+    """One tensor that a model or its objective takes; `ids` are less than `below`; others may name `documents`."""
 
     name: str
     dtype: str
