@@ -204,13 +204,14 @@ def _put(new: Path, real: Path) -> None:
 
 def _swap(new: Path, real: Path) -> Path | None:
     """Where the folder's former content is now; None if it had none."""
-    if not os.path.lexists(real):
+    try:
+        if exchange(new, real):
+            return new
+        old = real.with_name(f".{real.name}.{real.stat().st_ino}.old")
+        os.rename(real, old)
+    except FileNotFoundError:
         os.rename(new, real)
         return None
-    if exchange(new, real):
-        return new
-    old = real.with_name(f".{real.name}.{real.stat().st_ino}.old")
-    os.rename(real, old)
     try:
         os.rename(new, real)
     except BaseException:
@@ -256,8 +257,8 @@ def _retire(old: Path, real: Path) -> None:
 
     What cannot be removed now is removed by the next compile.
     """
-    ours = {MANIFEST, *(read_manifest(old) or {}), *(read_manifest(real) or {})}
     with contextlib.suppress(OSError):
+        ours = {MANIFEST, *(read_manifest(old) or {}), *(read_manifest(real) or {})}
         for where, folders, files in os.walk(old, topdown=False):
             os.chmod(where, 0o700)
             links = [name for name in folders if os.path.islink(os.path.join(where, name))]

@@ -218,9 +218,10 @@ def _temporary(folder: Path, prefix: str, mode: int) -> tuple[int, Path]:
             )
         except FileExistsError:
             continue
-        if lock(descriptor) is not False and aside.exists():
+        if lock(descriptor) is not False and os.path.exists(aside):
             return descriptor, aside
         os.close(descriptor)  # another process took it for a dead one's
+        aside.unlink(missing_ok=True)
 
 
 def remove_dead_files(folder: Path, prefix: str) -> None:

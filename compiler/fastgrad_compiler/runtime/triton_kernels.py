@@ -99,7 +99,8 @@ def import_kernels(name: str, spec: ModuleSpec | None) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[full] = module
     try:
-        exec(compile(path.read_bytes(), path, "exec"), vars(module))  # its text, no bytecode beside it
+        text = compile(path.read_bytes(), path, "exec", dont_inherit=True)
+        exec(text, vars(module))  # and no bytecode that lies beside it
     except BaseException:
         del sys.modules[full]
         raise
