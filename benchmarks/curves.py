@@ -15,8 +15,9 @@ from benchmarks.budget import TEXT, demo_spec
 from benchmarks.settings import Settings, heading, say
 from fastgrad_dsl.calibration.replan import Request, replan
 from fastgrad_dsl.compiled import Compiled
+from fastgrad_dsl.run_log import Event
 from fastgrad_dsl.text_data import TextData, load_text
-from fastgrad_dsl.training import Event, Options, train
+from fastgrad_dsl.training import Options, train
 
 STEPS, TOKENS, EVERY = 300, 2048, 25
 RATE = 2e-3  # the demonstration's

@@ -26,9 +26,10 @@ from fastgrad_dsl.calibration.data import CalibrationRequest, calibrated
 from fastgrad_dsl.compiled import Compiled
 from fastgrad_dsl.language_model import TrainRequest, language_model_loss, print_sample, run
 from fastgrad_dsl.report import ReportRequest, make_report, write_html, write_json
+from fastgrad_dsl.run_folder import CHECKPOINT, LOG
 from fastgrad_dsl.terminal import print_calibration, print_plan, print_report, progress
 from fastgrad_dsl.text_data import load_text
-from fastgrad_dsl.training import CHECKPOINT, LOG, Loss, Options
+from fastgrad_dsl.training import Loss, Options
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # relative: generated files name the spec as it was given
 SPEC, TEXT = HERE / "gpt.tfg", HERE / "data" / "emma.txt"
@@ -61,7 +62,7 @@ def main() -> None:
     data = load_text(TEXT, training.tokens)
     loss = language_model_loss(compiled, training.tokens)
     model = compiled.module(seed=0)
-    run(console, model, loss, data, TrainRequest(TEXT, folder, training))
+    run(console, model, loss, data, TrainRequest(TEXT, folder, training, force=True))
     weights = build / "weights.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
     console.rule("3. what the approximation costs, on held-out text")

@@ -77,14 +77,15 @@ class JsonLinesHandler(logging.FileHandler):
         else:
             step = getattr(record, "step", None)
             rows = [{"time": record.created, "step": step, **status} for status in budget]
-        return "\n".join(json_text(_finite(row)) for row in rows)
+        return "\n".join(json_text(finite(row)) for row in rows)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data with None for each number that is not finite: strict JSON has none of them."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

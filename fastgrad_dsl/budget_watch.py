@@ -88,7 +88,11 @@ class BudgetWatch:
         state = self._state(model)
         self.states.append(state)
         self.tell(state.line(limits))
-        if state.share(limits) < CLOSE and not state.violations:
+        share = state.share(limits)
+        if not isfinite(share):
+            self.tell("errors are not finite, so that no plan can be made at these weights")
+            return state, model
+        if share < CLOSE and not state.violations:
             return state, model
         try:
             self.compiled = self.again(self.compiled, model)

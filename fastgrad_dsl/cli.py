@@ -262,8 +262,9 @@ def train(
         Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/NAME by default.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the checkpoint in the run's folder.")
+        bool, typer.Option("--resume", help="Go on from the checkpoint in the run's folder.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")] = False,
     every: Annotated[
         int, typer.Option(min=1, max=MANY, help="Steps between validations and checkpoints.")
     ] = 100,
@@ -279,9 +280,18 @@ def train(
     include: Include = None,
     target: Target = "auto",
 ) -> None:
-    """Train a byte-level language model on a text file; loss is printed and logged as JSON lines."""
+    """Train a byte-level language model on a text file; loss is printed and logged as JSON lines.
+
+    The run's folder holds the compiled model, the spec, the weights and a checkpoint. Ctrl-C, or SIGTERM, saves a
+    checkpoint and stops; the same command with --resume goes on from there, also with more --steps.
+    """
+    if resume and force:
+        raise TfgError(
+            [Diagnostic("FG416", "--resume goes on with a run, and --force replaces it: give one")]
+        )
     folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
-    try_folder(folder)
+    if not resume:  # where a run that is finished changes nothing
+        try_folder(folder)
 
     import fastgrad_dsl as fg
     from fastgrad_dsl.language_model import TrainRequest, train_language_model
@@ -292,7 +302,7 @@ def train(
         steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
         validate_every=every, checkpoint_every=every,
     )  # fmt: skip
-    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample, calibrate))
+    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample, calibrate, force))
 
 
 @app.command()

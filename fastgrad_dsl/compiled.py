@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastgrad_compiler.elaborate import elaborate
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table
+from fastgrad_compiler.passes.plan import Assignment
 from fastgrad_compiler.pipeline import Stage, run
 from fastgrad_compiler.targets import BACKENDS, check_target
 from fastgrad_compiler.text import print_program
@@ -65,7 +66,8 @@ class Compiled:
     """One compiled model.
 
     `stages` holds the program as elaborated and after each pass; `params` are those that override the file's.
-    `calibration` is calibration.json as data, where the plan rests on one; `validate` says whether passes are tested.
+    `calibration` is calibration.json as data and `assignment` what it decided, where the plan rests on one; `validate`
+    says whether passes are tested.
     """
 
     source: Source
@@ -74,6 +76,7 @@ class Compiled:
     params: Mapping[str, object] = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
     validate: bool = True
+    assignment: Assignment | None = None
 
     @property
     def program(self) -> Program:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from fastgrad_compiler.graph import Program, TensorType
 from fastgrad_dsl.budget_watch import BudgetWatch
-from fastgrad_dsl.calibration.replan import Request, replan
+from fastgrad_dsl.checkpoint import read_checkpoint
 from fastgrad_dsl.compiled import Compiled
-from fastgrad_dsl.terminal import PlainConsole, print_calibration, print_plan, progress
+from fastgrad_dsl.run_folder import CHECKPOINT, LOG, claimed, identity, publish
+from fastgrad_dsl.run_log import Event
+from fastgrad_dsl.run_plan import TextPlanner, plan_of, resumed_pace, resumed_plan, without_polynomials
+from fastgrad_dsl.stopping import Stop, StopAsked, Stopped, stop_on_signals
+from fastgrad_dsl.terminal import PlainConsole, print_calibration, print_plan
 from fastgrad_dsl.text_data import TextData, load_text
-from fastgrad_dsl.training import CHECKPOINT, LOG, Event, Loss, Options, generate, train
+from fastgrad_dsl.training import Context, Loss, Options, generate, is_finished, train, train_in
 from fastgrad_dsl.weights import load_weights
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 BYTES = 256
-CALIBRATION_BATCHES = 2
 PROMPT_BYTES = 64
 
 
@@ -29,7 +34,8 @@ PROMPT_BYTES = 64
 class TrainRequest:
     """What the command line asks for; `sample` is how many bytes to generate at the end.
 
-    `calibrate`: the plan is made from the text, at the weights that training starts from.
+    `calibrate`: the plan is made from the text, at the weights that training starts from. `resume`: the run of the
+    folder goes on; `force`: it is replaced.
     """
 
     text: Path
@@ -38,54 +44,108 @@ class TrainRequest:
     resume: bool = False
     sample: int = 200
     calibrate: bool = False
+    force: bool = False
 
 
 def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module:
     """Train, showing losses as they come, and return the trained module.
 
     Raises TfgError: FG411 to FG414 for the text and the checkpoint, FG415 where the spec is no byte-level language
-    model.
+    model, FG416 for options that no run can have, and as `train`. Raises SystemExit with 128 and the signal's number
+    where a signal stopped the run, after its checkpoint is saved.
     """
-    loss = language_model_loss(compiled, request.options.tokens)
-    data = load_text(request.text, request.options.tokens)
-    model = compiled.module(seed=request.options.seed)
+    options = request.options
+    _check(options)
+    loss = language_model_loss(compiled, options.tokens)
+    data = load_text(request.text, options.tokens)
     console = PlainConsole()
-    if request.options.exact:
-        model = compiled.reference(model)
-        run(console, model, loss, data, request)
-    else:
-        watch = _watch(console, compiled, data, request.options)
-        if request.calibrate:
-            if request.resume:
-                load_weights(model, request.folder / CHECKPOINT)
-            watch.compiled = watch.again(compiled, model)
-            print_plan(watch.compiled.program, str(compiled.source.path))
-            print_calibration(watch.compiled.calibration or {})
-            model = watch.compiled.adopt(model)
-        run(console, model, loss, data, request, watch)
+    exact, calibrate = options.exact, request.calibrate
+    named = identity(compiled, data.digest, exact=exact, calibrate=calibrate)
+    compiled = without_polynomials(compiled) if exact else compiled
+    model = None
+    if request.resume:
+        model = _finished(console, compiled, request, Context(named))
+    if model is None:
+        with claimed(request.folder, resume=request.resume, force=request.force), stop_on_signals() as stop:
+            try:
+                model = _train(console, compiled, loss, data, request, named, stop)
+            except (Stopped, StopAsked) as stopped:
+                _say_stopped(stopped, request.folder)
+                raise SystemExit(128 + (stop.signal or 0)) from None
     console.print(f"log: {request.folder / LOG}\ncheckpoint: {request.folder / CHECKPOINT}", highlight=False)
     if request.sample:
-        print_sample(console, model, compiled.program, data, request.options.tokens, request.sample)
+        print_sample(console, model, compiled.program, data, options.tokens, request.sample)
     return model
 
 
-def _watch(console: Console, compiled: Compiled, data: TextData, options: Options) -> BudgetWatch:
-    """Looks at the budget on the first held-out batch, and calibrates on the text."""
-    places = torch.Generator().manual_seed(options.seed)
+def _finished(
+    console: Console, compiled: Compiled, request: TrainRequest, context: Context
+) -> nn.Module | None:
+    """The model of a run that has done its steps, None where there are some to do; writes nothing."""
+    checkpoint = read_checkpoint(request.folder / CHECKPOINT)
+    if not is_finished(checkpoint, request.options, context):
+        return None
+    model = resumed_plan(compiled, checkpoint).module(seed=request.options.seed)
+    load_weights(model, checkpoint.path)
+    steps = checkpoint.progress.step
+    console.print(
+        f"{request.folder}: the run has done its {steps} steps; more --steps go on with it", highlight=False
+    )
+    return model
 
-    def again(compiled: Compiled, model: nn.Module) -> Compiled:
-        used = [data.batch(options.tokens, options.batch, places) for _ in range(CALIBRATION_BATCHES)]
-        held_out = list(data.validation_batches(options.tokens, options.batch, 1))
-        with progress("calibrating:") as tell:
-            request = Request(model, [*used, *held_out], "the text", "the present weights")
-            return replan(compiled, request, tell)
 
-    held_out = next(data.validation_batches(options.tokens, options.batch, 1))
+def _train(
+    console: Console,
+    compiled: Compiled,
+    loss: Loss,
+    data: TextData,
+    request: TrainRequest,
+    named: Mapping[str, str],
+    stop: Stop,
+) -> nn.Module:
+    """One run, or the rest of one, in a folder that is claimed."""
+    planner = TextPlanner(data, request.options, stop)
+    watch = BudgetWatch(compiled, planner.held_out, planner, _teller(console))
+    model = compiled.module(seed=request.options.seed)
+    if request.resume:
+        checkpoint = read_checkpoint(request.folder / CHECKPOINT)
+        checkpoint.belongs_to(request.options.settings, named)
+        watch.compiled = resumed_plan(compiled, checkpoint)
+        planner.pace = resumed_pace(checkpoint)
+        model = watch.compiled.module(seed=request.options.seed)
+    elif request.calibrate and not request.options.exact:
+        watch.compiled = planner(compiled, model)
+        print_plan(watch.compiled.program, str(compiled.source.path))
+        print_calibration(watch.compiled.calibration or {})
+        model = watch.compiled.adopt(model)
+    context = Context(
+        named,
+        {"calibration": planner.places},
+        lambda: plan_of(watch.compiled, planner.pace),
+        lambda: publish(watch.compiled, request.folder),
+        stop,
+    )
+    watched = None if request.options.exact else watch
+    run(console, model, loss, data, request, watched, context)
+    return watch.compiled.adopt(model)
 
-    def tell(line: str) -> None:
-        console.print(f"        {line}", highlight=False, soft_wrap=True)
 
-    return BudgetWatch(compiled, held_out, again, tell)
+def _say_stopped(stopped: Stopped | StopAsked, folder: Path) -> None:
+    if isinstance(stopped, Stopped):
+        said = f"stopped: {folder / CHECKPOINT} holds step {stopped.step}; the same command with --resume goes on"
+    else:
+        said = "stopped before the first step"
+    PlainConsole(stderr=True).print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def _check(options: Options) -> None:
+    for name, value in (("--rate", options.learning_rate), ("--clip", options.clip)):
+        if not math.isfinite(value):
+            raise TfgError([Diagnostic("FG416", f"{name} {value}: a finite number is wanted")])
+
+
+def _teller(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(f"        {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def run(
@@ -95,17 +155,25 @@ def run(
     data: TextData,
     request: TrainRequest,
     watch: BudgetWatch | None = None,
+    context: Context | None = None,
 ) -> None:
-    """The training loop with a progress bar; losses are printed on lines of their own, the budget below them."""
-    options = request.options
+    """The training loop with a progress bar; losses are printed on lines of their own, the budget below them.
+
+    With `context` the folder is claimed already; without, it is for as long as the run takes.
+    """
+    options, folder, resume = request.options, request.folder, request.resume
+    if context is None:
+        events = train(model, loss, data, options, folder, resume=resume, force=request.force, watch=watch)
+    else:
+        events = train_in(model, loss, data, options, folder, context, resume=resume, watch=watch)
     total = options.steps if options.seconds is None else None
     bar = Progress(
         TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
         console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip
-    with bar:
+    with bar, closing(events):
         task = bar.add_task("training", total=total, loss="")
-        for event in train(model, loss, data, options, request.folder, resume=request.resume, watch=watch):
+        for event in events:
             bar.update(task, completed=event.step, loss=_loss_text(event))
             if _is_printed(event, options):
                 console.print(_line(event), highlight=False)

@@ -20,23 +20,34 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PLAN, WEIGHTS = "plan.json", "weights.safetensors"
+MODEL = "model"  # in the folder of a training run, what `compile` would have written
 PACKAGE = "fastgrad_generated"
 
 
 def load(folder: str | Path, *, seed: int = 0) -> nn.Module:
     """The model of a folder that `fastgrad compile` wrote: weights.safetensors if it is there, else initial weights.
 
-    Raises TfgError FG419 where the folder is no compiled model, FG418 where its weights are not the model's.
+    Also of the folder of a training run, with the weights of its last checkpoint. Raises TfgError FG419 where the
+    folder is no compiled model, or a run without weights yet, FG418 where its weights are not the model's.
     """
     path = Path(folder)
     package = load_package(path)
-    model: nn.Module = package.MODEL(seed)
     weights = path / WEIGHTS
+    if built(path) != path and not weights.exists():
+        raise _not_compiled(path, WEIGHTS)
+    model: nn.Module = package.MODEL(seed)
     if weights.exists():
         from fastgrad_dsl.weights import load_weights
 
         load_weights(model, weights)
     return model
+
+
+def built(folder: Path) -> Path:
+    """The folder that `compile` wrote: this one, or the one in the folder of a training run."""
+    inside = folder / MODEL
+    is_run = (inside / "model.py").is_file() and not (folder / "model.py").exists()
+    return inside if is_run else folder
 
 
 def load_objective(folder: Path) -> Callable[..., Tensor] | None:
@@ -47,6 +58,7 @@ def load_objective(folder: Path) -> Callable[..., Tensor] | None:
 def load_plan(folder: Path) -> dict[str, Any]:
     """plan.json of a compiled folder; TfgError FG419 where there is none, FG430 where it is not of its form."""
     _restore(folder)
+    folder = built(folder)
     if not (folder / PLAN).is_file():
         raise _not_compiled(folder, PLAN)
     return read_document(folder / PLAN, PLAN)
@@ -58,6 +70,7 @@ def load_package(folder: Path) -> ModuleType:
     Raises TfgError FG419 where it is none, or its code, which anybody may have changed, does not load.
     """
     _restore(folder)
+    folder = built(folder)
     init = folder / "__init__.py"
     if not init.is_file() or not (folder / "model.py").is_file():
         raise _not_compiled(folder, "model.py")

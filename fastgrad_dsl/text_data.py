@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -23,6 +24,13 @@ class TextData:
     train: Tensor
     validation: Tensor
 
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the whole text, in hexadecimal digits."""
+        found = sha256(self.train.numpy().data)
+        found.update(self.validation.numpy().data)
+        return found.hexdigest()
+
     def batch(self, tokens: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs and next-byte targets, int64 [batch, tokens] each, from random places to train on."""
         check_memory(f"a batch of {batch} times {tokens} tokens", 2 * 8 * batch * tokens)
@@ -39,15 +47,15 @@ class TextData:
 def load_text(path: Path, tokens: int) -> TextData:
     """Read any file as bytes for windows of `tokens`.
 
-    Raises TfgError FG411 where the file cannot be read, FG412 where a part is too short for one window.
+    Raises TfgError FG411 where the file is no regular one or cannot be read, FG412 where a part is too short for one
+    window.
     """
     try:
         check_regular(path)
         content = path.read_bytes()
-    except OSError as error:
-        raise TfgError(
-            [Diagnostic("FG411", f"cannot read the text {path}: {error.strerror or error}")]
-        ) from None
+    except (OSError, ValueError, MemoryError) as error:  # ValueError: a NUL character in the path
+        reason = getattr(error, "strerror", None) or str(error) or "it does not fit into memory"
+        raise TfgError([Diagnostic("FG411", f"cannot read the text {path}: {reason}")]) from None
     data = (
         torch.frombuffer(bytearray(content), dtype=torch.uint8)
         if content

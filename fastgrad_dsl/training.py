@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgrad_dsl.budget_watch import BudgetState, BudgetWatch
-from fastgrad_dsl.checkpoint import Progress, load_checkpoint, save_checkpoint
+from fastgrad_dsl.budget_watch import BudgetWatch
+from fastgrad_dsl.checkpoint import (
+    Checkpoint,
+    Progress,
+    States,
+    described,
+    idle_weights,
+    is_finite,
+    read_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
 from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.loader import WEIGHTS
+from fastgrad_dsl.run_folder import CHECKPOINT, LOG, claimed, writing
+from fastgrad_dsl.run_log import Event, kept_lines
+from fastgrad_dsl.stopping import Stop, StopAsked, Stopped
 from fastgrad_dsl.text_data import TextData
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+MAY_CHANGE = {"steps", "seconds", "validate_every", "validation_batches", "checkpoint_every"}  # on resuming
 LEAST_RATE = 0.1  # the cosine ends at this share of the peak learning rate
 
 
@@ -47,28 +62,8 @@ class Options:
 
     @property
     def settings(self) -> dict[str, int | float | str | bool]:
-        """What a resumed run must share for the same result: all but how often things are written."""
-        reported = {"checkpoint_every"}
-        return {
-            key: value for key, value in asdict(self).items() if key not in reported and value is not None
-        }
-
-
-@dataclass(frozen=True)
-class Event:
-    """One line of the log: a step's loss and rate, or a validation loss; losses in nats per byte."""
-
-    step: int
-    seconds: float
-    loss: float | None = None
-    validation_loss: float | None = None
-    learning_rate: float | None = None
-    gradient_norm: float | None = None
-    budget: BudgetState | None = None
-
-    def line(self) -> str:
-        """The event as one line of JSON."""
-        return json.dumps({key: value for key, value in asdict(self).items() if value is not None}) + "\n"
+        """What a resumed run must share: all but how long it trains, and how often it is looked at and saved."""
+        return {key: value for key, value in asdict(self).items() if key not in MAY_CHANGE}
 
 
 def learning_rate(options: Options, step: int, done: float) -> float:
@@ -78,19 +73,42 @@ def learning_rate(options: Options, step: int, done: float) -> float:
     return options.learning_rate * warm * cosine
 
 
-def validation_loss(model: nn.Module, loss: Loss, data: TextData, options: Options) -> float:
-    """Mean loss over the held-out batches, nats per byte."""
+def validation_loss(
+    model: nn.Module, loss: Loss, data: TextData, options: Options, check: Callable[[], None] = lambda: None
+) -> float:
+    """Mean loss over the held-out batches, nats per byte; `check` is called before each of them, and may raise."""
     training = model.training
     model.eval()
-    with torch.no_grad():
-        losses = [
-            loss(model(inputs), targets).item()
+    losses = []
+    try:
+        with torch.no_grad():
             for inputs, targets in data.validation_batches(
                 options.tokens, options.batch, options.validation_batches
-            )
-        ]
-    model.train(training)
+            ):
+                check()
+                losses.append(loss(model(inputs), targets).item())
+    finally:
+        model.train(training)
     return sum(losses) / len(losses)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a run is of, and what is kept beside its weights.
+
+    Args:
+        identity: what a resumed run must share, by the name that a person knows it by.
+        generators: random generators besides those of batches and dropout, by name.
+        plan: what the plan rests on, as plain data for the checkpoint.
+        publish: writes the model of the present plan into the run's folder.
+        stop: says when to stop.
+    """
+
+    identity: Mapping[str, str] = field(default_factory=dict)
+    generators: Mapping[str, torch.Generator] = field(default_factory=dict)
+    plan: Callable[[], Mapping[str, Any] | None] = lambda: None
+    publish: Callable[[], None] = lambda: None
+    stop: Stop = field(default_factory=Stop)
 
 
 def train(
@@ -101,61 +119,220 @@ def train(
     folder: Path,
     *,
     resume: bool = False,
+    force: bool = False,
     watch: BudgetWatch | None = None,
-) -> Iterator[Event]:
-    """Train in place, yielding an Event a step and a validation; `folder` gets the log and the checkpoint.
+) -> Generator[Event, None, None]:
+    """Train in place, yielding an Event a step and a validation; `folder` gets the log, checkpoints and weights.
 
     `watch` looks at the budget at every validation and may give another module with the same weights to go on with.
+    `force`: a run that is in the folder already is replaced. On the CPU, a resumed run continues bit for bit for the
+    same number of threads; one that has done its steps changes nothing.
 
-    On the CPU, a resumed run continues bit for bit for the same number of threads. Raises TfgError FG413 or
-    FG414 where `resume` finds no checkpoint, or that of another run.
+    Raises TfgError: FG413 or FG414 where `resume` finds no checkpoint, or that of another run; FG421 where the folder
+    cannot be written; FG431 and FG432 where it is occupied; FG433 where a loss or gradient is not finite.
     """
-    optimiser = make_optimiser(model, options)
-    places = torch.Generator().manual_seed(options.seed)
-    generators = {"places": places, "dropout": torch.default_generator}
-    settings = options.settings
-    first = 0
-    log = folder / LOG
-    if resume:
-        first = load_checkpoint(folder / CHECKPOINT, model, optimiser, generators, settings).step
-    else:
-        torch.manual_seed(options.seed)
-    write_atomically(log, _kept_lines(log, first) if resume else "")
-    started = time.monotonic()
+    context = Context()
+    if resume and is_finished(read_checkpoint(folder / CHECKPOINT), options, context):
+        return
+    with claimed(folder, resume=resume, force=force):
+        yield from train_in(model, loss, data, options, folder, context, resume=resume, watch=watch)
 
-    def record(event: Event) -> Event:
-        with log.open("a") as stream:
-            stream.write(event.line())
+
+def is_finished(checkpoint: Checkpoint, options: Options, context: Context) -> bool:
+    """Whether a run has done the steps that it is asked for. Raises TfgError FG414 where it is another run's."""
+    checkpoint.belongs_to(options.settings, context.identity)
+    progress = checkpoint.progress
+    if options.seconds is not None:
+        return progress.seconds >= options.seconds
+    if progress.step > options.steps:
+        message = f"the run of {checkpoint.path} has done {progress.step} steps, more than {options.steps}"
+        raise TfgError([Diagnostic("FG414", message, help=("give as many steps or more",))])
+    return progress.step == options.steps and progress.validated == progress.step
+
+
+def train_in(
+    model: nn.Module,
+    loss: Loss,
+    data: TextData,
+    options: Options,
+    folder: Path,
+    context: Context,
+    *,
+    resume: bool,
+    watch: BudgetWatch | None,
+) -> Generator[Event, None, None]:
+    """As `train`, in a folder that is `claimed`. Raises Stopped where `context.stop` asks for it."""
+    run = _Run(model, loss, data, options, folder, context, watch)
+    if resume:
+        run.resume()
+    else:
+        run.begin()
+    yield from run.events()
+
+
+class _Run:
+    """One run from here to its end.
+
+    A checkpoint holds the state after some step, and is written when the gradient of the next step is known to be
+    finite: no state from which training cannot go on replaces one from which it can.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: TextData,
+        options: Options,
+        folder: Path,
+        context: Context,
+        watch: BudgetWatch | None,
+    ) -> None:
+        self.model, self.loss, self.data, self.options = model, loss, data, options
+        self.folder, self.context, self.watch = folder, context, watch
+        self.optimiser = make_optimiser(model, options)
+        self.places = torch.Generator()
+        own = {"places": self.places, "dropout": torch.default_generator}
+        self.generators = {**own, **context.generators}
+        self.step, self.validated = 0, -1
+        self.saved = (-1, -1)  # step and validation of the last checkpoint
+        self.before = 0.0  # seconds trained by earlier processes
+        self.started = time.monotonic()
+
+    def begin(self) -> None:
+        """A new run from the model's weights."""
+        self.places.manual_seed(self.options.seed)
+        torch.manual_seed(self.options.seed)
+        self._write_log("")
+        self.context.publish()
+
+    def resume(self) -> None:
+        """Go on from the folder's checkpoint."""
+        checkpoint = read_checkpoint(self.folder / CHECKPOINT)
+        is_finished(checkpoint, self.options, self.context)
+
+        def run_once() -> None:
+            validation_loss(self.model, self.loss, self.data, replace(self.options, validation_batches=1))
+
+        checkpoint.restore(self.model, self.optimiser, self.generators, run_once)
+        progress = checkpoint.progress
+        self.step, self.validated, self.before = progress.step, progress.validated, progress.seconds
+        self.saved = (self.step, self.validated)
+        with writing(self.folder / LOG, kept=self._kept):
+            lines = kept_lines(self.folder / LOG, self.step, self.validated)
+        self._write_log(lines)
+        self.context.publish()
+
+    @property
+    def seconds(self) -> float:
+        """Trained so far, by all processes of the run."""
+        return self.before + time.monotonic() - self.started
+
+    def events(self) -> Iterator[Event]:
+        """Train to the end."""
+        self.model.train()
+        while True:
+            total = self.options.seconds
+            done = self.step / max(1, self.options.steps) if total is None else self.seconds / total
+            states = self._states()
+            try:
+                yield from self._validate(last=done >= 1.0)
+            except StopAsked:
+                states.restore(self.model, self.generators)
+            else:
+                states = self._states()
+                if done >= 1.0:
+                    self._save(states)
+                    return
+            yield self._next_step(done, states)
+
+    def _next_step(self, done: float, states: States) -> Event:
+        options = self.options
+        rate = learning_rate(options, self.step, done)
+        batch = self.data.batch(options.tokens, options.batch, self.places)
+        value, norm = gradients(self.model, self.loss, self.optimiser, batch, options)
+        for what, number in (("loss", value), ("norm of the gradient", norm)):
+            if not math.isfinite(number):
+                raise self._not_finite(f"the {what} of step {self.step + 1} is {number}")
+        if self.context.stop.signal is not None:
+            self._save(states)
+            raise Stopped(self.step)
+        if self.step % options.checkpoint_every == 0:
+            self._save(states)
+        update(self.optimiser, rate)
+        self.step += 1
+        return self._record(Event(self.step, self.seconds, value, None, rate, norm))
+
+    def _validate(self, *, last: bool) -> Iterator[Event]:
+        """Where it is due, or the run is done; the budget is looked at only where it is due."""
+        due = self.step > 0 and self.step % self.options.validate_every == 0
+        if self.validated == self.step or not (due or last):
+            return
+        before = self._states()
+        state = None
+        with torch.random.fork_rng(devices=[]):
+            check = self.context.stop.check
+            held_out = validation_loss(self.model, self.loss, self.data, self.options, check)
+            if not math.isfinite(held_out):
+                raise self._not_finite(f"the validation loss after step {self.step} is {held_out}")
+            if due and self.watch is not None:
+                state, self.model = self.watch.look(self.model)
+        if not due:  # as if it had not been, should the run go on to more steps
+            before.restore(self.model, self.generators)
+        self.validated = self.step
+        yield self._record(Event(self.step, self.seconds, validation_loss=held_out, budget=state))
+
+    def _states(self) -> States:
+        return States.of(self.model, self.generators)
+
+    def _save(self, states: States) -> None:
+        if self.saved == (self.step, self.validated):
+            return
+        if not is_finite(self.model, self.optimiser):
+            raise self._not_finite(f"a weight or moment after step {self.step} is not finite")
+        progress = Progress(
+            self.step,
+            self.validated,
+            self.seconds,
+            self.options.settings,
+            self.context.identity,
+            described(self.optimiser),
+            idle_weights(self.model, self.optimiser),
+            self.context.plan(),
+        )
+        with writing(self.folder / WEIGHTS, kept=self._kept):
+            save_weights(self.folder / WEIGHTS, self.model)
+        self.context.publish()
+        with writing(self.folder / CHECKPOINT, kept=self._kept):  # the last: with it a step counts as done
+            save_checkpoint(self.folder / CHECKPOINT, self.model, self.optimiser, states, progress)
+        self.saved = (self.step, self.validated)
+
+    def _record(self, event: Event) -> Event:
+        with (
+            writing(self.folder / LOG, kept=self._kept),
+            (self.folder / LOG).open("a", encoding="utf-8") as log,
+        ):
+            log.write(event.line())
         return event
 
-    def save(step: int) -> None:
-        save_checkpoint(folder / CHECKPOINT, model, optimiser, generators, Progress(step, settings))
+    def _write_log(self, text: str) -> None:
+        with writing(self.folder / LOG, kept=self._kept):
+            write_atomically(self.folder / LOG, text)
 
-    step = first
-    model.train()
-    while True:
-        elapsed = time.monotonic() - started
-        done = step / options.steps if options.seconds is None else elapsed / options.seconds
-        if done >= 1.0:
-            break
-        rate = learning_rate(options, step, done)
-        value, norm = training_step(
-            model, loss, optimiser, data.batch(options.tokens, options.batch, places), rate, options
+    @property
+    def _kept(self) -> str:
+        step, _ = self.saved
+        if step < 0:
+            return "no checkpoint is written yet"
+        return f"the checkpoint of step {step} is whole: --resume goes on from there"
+
+    def _not_finite(self, what: str) -> TfgError:
+        help_ = (
+            "no checkpoint is written yet"
+            if self.saved[0] < 0
+            else f"the checkpoint of step {self.saved[0]} is kept",
+            f"train anew with a --rate below {self.options.learning_rate:g}, or with a smaller --clip",
         )
-        step += 1
-        yield record(Event(step, time.monotonic() - started, value, None, rate, norm))
-        if step % options.validate_every == 0:
-            held_out = validation_loss(model, loss, data, options)
-            state = None
-            if watch is not None:
-                state, model = watch.look(model)
-            yield record(Event(step, time.monotonic() - started, validation_loss=held_out, budget=state))
-        if step % options.checkpoint_every == 0:
-            save(step)
-    save(step)
-    if step % options.validate_every != 0 or step == first:
-        held_out = validation_loss(model, loss, data, options)
-        yield record(Event(step, time.monotonic() - started, validation_loss=held_out))
+        return TfgError([Diagnostic("FG433", f"{what}: the run is stopped", help=help_)])
 
 
 def training_step(
@@ -167,15 +344,32 @@ def training_step(
     options: Options,
 ) -> tuple[float, float]:
     """One forward and backward pass and one step of the optimiser; loss, and gradient norm before clipping."""
+    found = gradients(model, loss, optimiser, batch, options)
+    update(optimiser, rate)
+    return found
+
+
+def gradients(
+    model: nn.Module,
+    loss: Loss,
+    optimiser: torch.optim.Optimizer,
+    batch: tuple[Tensor, Tensor],
+    options: Options,
+) -> tuple[float, float]:
+    """One forward and backward pass; loss, and norm of the gradient before it is clipped."""
     inputs, targets = batch
-    for group in optimiser.param_groups:
-        group["lr"] = rate
     optimiser.zero_grad(set_to_none=True)
     value = loss(model(inputs), targets)
     value.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-    optimiser.step()
     return value.item(), norm.item()
+
+
+def update(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """One step of the optimiser by the gradients that are there."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.step()
 
 
 def make_optimiser(model: nn.Module, options: Options) -> torch.optim.AdamW:
@@ -187,19 +381,6 @@ def make_optimiser(model: nn.Module, options: Options) -> torch.optim.AdamW:
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95))
-
-
-def _kept_lines(log: Path, step: int) -> str:
-    """The lines of an earlier run up to the checkpoint that it is resumed from."""
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    return "".join(line for line in lines if _step_of(line) <= step)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return math.inf  # a line cut off by a crash is dropped
 
 
 def generate(

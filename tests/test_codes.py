@@ -40,6 +40,9 @@ WITHOUT_FILE = {
     "FG426": "tests/dsl/test_failures.py::test_a_batch_larger_than_memory_is_refused",
     "FG427": "tests/dsl/test_failures.py::test_weights_that_are_not_finite_are_refused",
     "FG428": "tests/dsl/test_build_folder.py::test_a_folder_of_the_users_is_refused",
+    "FG431": "tests/dsl/test_training_run.py::test_a_run_that_exists_is_refused_unless_forced",
+    "FG432": "tests/dsl/test_training_run.py::test_one_training_at_a_time",
+    "FG433": "tests/dsl/test_training_run.py::test_a_rate_that_is_far_too_large_stops_the_run",
 }
 """Codes that no text file in golden/errors can show, and the test that shows each."""
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ from fastgrad_grammar.quote import json_text
 HEADS, D, DV, DEGREE, NEAR = 8, 16, 64, 2, 64
 LENGTHS = (512, 4096)
 KEYS_AT = 1024  # length at which a call's overhead is told in keys
+MOST = 1e30  # flops a second and seconds of a call; beyond, a file is broken
 REPEATS, SECONDS = 5, 1.0  # of each contender at each length
 LEAST_RATE_SHARE = 0.1  # a fitted rate is at least this share of what the longer call alone shows
 
@@ -100,19 +102,33 @@ def machine_pace(target: str) -> MachinePace:
     name = hashlib.sha256(json.dumps([target, identity], sort_keys=True).encode()).hexdigest()[:16]
     path = None if folder is None else folder / f"pace-{name}.json"
     if path is not None and path.exists():
-        try:
-            return _read(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # a broken file is measured anew
+        with suppress(OSError, ValueError, RecursionError):  # a broken file is measured anew
+            return read_pace(json.loads(path.read_text(encoding="utf-8")))
     pace = _measure(target, str(described["cpu"]), threads)
     if path is not None:
-        write_atomically(path, json_text(asdict(pace), 2) + "\n")
+        with suppress(OSError):  # it is measured again another time
+            write_atomically(path, json_text(asdict(pace), 2) + "\n")
     return pace
 
 
-def _read(kept: Mapping[str, Any]) -> MachinePace:
-    lines = {name: Line(**kept[name]) for name in ("polynomial", "fused", "blocks")}
-    return MachinePace(**{**kept, **lines})
+def read_pace(kept: object) -> MachinePace:
+    """A pace that was kept as plain data (`asdict`). ValueError where it is none."""
+    try:
+        fields = dict(kept)  # type: ignore[call-overload]
+        lines = {name: Line(**fields[name]) for name in ("polynomial", "fused", "blocks")}
+        pace = MachinePace(**{**fields, **lines})
+    except (TypeError, KeyError, ValueError):
+        raise ValueError("it is no pace of a machine") from None
+    numbers = [number for line in lines.values() for number in (line.overhead, line.rate)]
+    sound = all(type(number) in (int, float) and 0 <= number < MOST for number in numbers)
+    described = isinstance(pace.machine, str) and isinstance(pace.kind, str) and type(pace.threads) is int
+    if (
+        not (sound and described)
+        or 0 in (line.rate for line in lines.values())
+        or pace.target not in BACKENDS
+    ):
+        raise ValueError("it is no pace of a machine")
+    return pace
 
 
 def _measure(target: str, machine: str, threads: int) -> MachinePace:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad_compiler.graph import Budget, Program
+from fastgrad_compiler.passes.plan import Assignment
 from fastgrad_compiler.pipeline import Stage, run
 from fastgrad_compiler.runtime.attention_op import compute_dtype
 from fastgrad_compiler.runtime.guard import LOGGER
@@ -21,7 +22,7 @@ from fastgrad_dsl.batches import dims_of, model_inputs, random_batch, target_inp
 from fastgrad_dsl.calibration.calibrate import Calibration, Data, Tell, calibrate
 from fastgrad_dsl.calibration.capture import Subject
 from fastgrad_dsl.calibration.document import calibration_document
-from fastgrad_dsl.calibration.pace import default_pace, machine_pace
+from fastgrad_dsl.calibration.pace import MachinePace, default_pace, machine_pace
 from fastgrad_dsl.calibration.plan import Limits, Plan, decisions, make_plan
 from fastgrad_dsl.calibration.refusal import refusal
 from fastgrad_dsl.measure import whole_errors
@@ -45,7 +46,7 @@ class Request:
 
     model: None is one with the initial weights of `seed`; batches: None are random ones of the sizes `dims`. A batch is
     the model's inputs, then what its objective takes beyond the results; the last third of several is held out.
-    measured_pace: the micro-benchmark of this machine instead of round figures.
+    measured_pace: the micro-benchmark of this machine instead of round figures; pace: what it gave earlier.
     """
 
     model: nn.Module | None = None
@@ -55,6 +56,7 @@ class Request:
     dims: Mapping[str, int] | None = None
     seed: int = 0
     measured_pace: bool = True
+    pace: MachinePace | None = None
 
 
 def replan(compiled: Compiled, request: Request, tell: Tell = lambda what: None) -> Compiled:
@@ -70,7 +72,8 @@ def replan(compiled: Compiled, request: Request, tell: Tell = lambda what: None)
     dtype = compute_dtype(*model.parameters())
     used, held_out = ([_cast(batch, dtype) for batch in batches] for batches in (used, held_out))
     tell("the pace of this machine")
-    pace = machine_pace(compiled.target) if request.measured_pace else default_pace(compiled.target)
+    measured = machine_pace if request.measured_pace else default_pace
+    pace = request.pace or measured(compiled.target)
     weights = {name: _cast((weight,), dtype)[0] for name, weight in model.state_dict().items()}
     subject = Subject(program, weights, compiled.loss)
     data = Data(used, described, request.weights, dims_of(compiled.plan_document, used[0]), request.seed)
@@ -133,23 +136,24 @@ class _Verified:
             if plan is None:
                 break
             self.tell(f"verifying plan {place + 1}")
-            stages = self._stages(plan)
+            chosen = decisions(plan, self.calibration, self.program)
+            stages = self._stages(chosen)
             output, gradient, violations = self._errors(stages)
             rounds.append({"output": output.largest, "gradient": gradient.largest, "violations": violations})
             excess = output.share(budget.output), gradient.share(budget.gradient)
             if max(excess) <= 1:
-                return self._compiled(plan, stages, rounds)
+                return self._compiled(plan, chosen, stages, rounds)
             limits = Limits(
                 _tightened(limits.output, excess[0], plan.output),
                 _tightened(limits.gradient, excess[1], plan.gradient),
             )
         plan = make_plan(self.calibration, self.program, Limits(0.0, 0.0))
         if plan is not None:
-            return self._compiled(plan, self._stages(plan), rounds)
+            chosen = decisions(plan, self.calibration, self.program)
+            return self._compiled(plan, chosen, self._stages(chosen), rounds)
         raise refusal(self.calibration, self.program, Limits(budget.output, budget.gradient), rounds)
 
-    def _stages(self, plan: Plan) -> tuple[Stage, ...]:
-        chosen = decisions(plan, self.calibration, self.program)
+    def _stages(self, chosen: Assignment) -> tuple[Stage, ...]:
         compiled = self.compiled
         return run(
             compiled.stages[0].program, target=compiled.target, assignment=chosen, validate=compiled.validate
@@ -184,14 +188,18 @@ class _Verified:
         return _Measured(output, len(self.held_out)), _Measured(gradient, len(self.held_out)), violations
 
     def _compiled(
-        self, plan: Plan, stages: tuple[Stage, ...], rounds: Sequence[Mapping[str, float]]
+        self,
+        plan: Plan,
+        chosen: Assignment,
+        stages: tuple[Stage, ...],
+        rounds: Sequence[Mapping[str, float]],
     ) -> Compiled:
         nothing = {"output": 0.0, "gradient": 0.0, "violations": 0}
         last: dict[str, Any] = dict(rounds[-1]) if plan.output or plan.gradient else nothing
         tokens = sum(tokens_of(self.compiled.plan_document, batch) for batch in self.held_out)
         verification = {"batches": len(self.held_out), "tokens": tokens, **last, "rounds": list(rounds)}
         document = calibration_document(self.calibration, plan, self.program, verification)
-        return replace(self.compiled, stages=stages, calibration=document)
+        return replace(self.compiled, stages=stages, calibration=document, assignment=chosen)
 
 
 @dataclass(frozen=True)

@@ -130,10 +130,10 @@ def _options(request: ReportRequest, sizes: Mapping[str, int]) -> list[str]:
 def _subject(request: ReportRequest) -> Subject:
     import fastgrad_dsl as fg
     from fastgrad_dsl.compiled import SPEC
-    from fastgrad_dsl.loader import load_objective, load_plan
+    from fastgrad_dsl.loader import built, load_objective, load_plan
 
     if request.where.is_dir():
-        folder = request.where
+        folder = built(request.where)
         plan = load_plan(folder)
         kernels = {f"{e['kernel']}{suffix}" for e in plan["attentions"] for suffix in (".py", ".cpp")}
         files = {name: text for name in sorted(kernels) if (text := _code(folder / name)) is not None}

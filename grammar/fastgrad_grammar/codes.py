@@ -107,6 +107,9 @@ CODES: dict[str, str] = {
     "FG427": "numbers that are not finite",
     "FG428": "folder that holds something else",
     "FG430": "document that does not have its form",
+    "FG431": "folder that holds a run already",
+    "FG432": "run that is being trained",
+    "FG433": "loss or gradient that is not finite",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",
