@@ -132,9 +132,10 @@ def _is_dim(value: object) -> bool:
 
 
 def _is_inside(value: object) -> bool:
-    """Whether a text is the path of a file within a folder."""
-    parts = PurePosixPath(str(value)).parts
-    return bool(parts) and parts[0] != "/" and ".." not in parts and "\0" not in str(value)
+    """Whether a text is the path of a file within a folder, written in the plain way."""
+    path = PurePosixPath(str(value))
+    plain = str(path) == value and not path.is_absolute() and "\0" not in str(value)
+    return plain and not {".", ".."} & {*path.parts, value}
 
 
 def _matches(pattern: str) -> Callable[[object], bool]:

@@ -128,7 +128,7 @@ def test_a_text_that_is_no_document_is_named_with_its_place(content: bytes, said
 def test_names_of_files_stay_inside() -> None:
     good = {"format": form("files.json"), "files": {"stages/01-a.txt": "0" * 64}}
     assert parse_document(json.dumps(good).encode(), "files.json", "files.json") == good
-    for name in ("../a", "/etc/passwd", "a/../../b", "", "a\0b"):
+    for name in ("../a", "/etc/passwd", "a/../../b", "", ".", "./a", "a//b", "a/", "a\0b"):
         refusal(json.dumps({**good, "files": {name: "0" * 64}}).encode(), "files.json")
     refusal(json.dumps({**good, "files": {"a": "0" * 63}}).encode(), "files.json")
 
@@ -243,6 +243,6 @@ def test_mutated_documents_are_read_or_refused(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 def test_many_mutated_documents_are_read_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for seed in range(20_000):
+    for seed in range(4_000):
         reads_or_refuses(random.Random(seed))
         capsys.readouterr()
