@@ -64,7 +64,7 @@ ENDLESS = {("train", "--steps"), ("train", "--sample")}
 """Options that ask for as much work as their number says: only numbers that are refused, or small ones, are tried."""
 
 
-LARGE = ("2147483647", "9223372036854775807", "1_000")
+LARGE = ("2147483647", "2147483648", "9223372036854775807", "1_000")
 
 
 def fuzz_commands(fuzz: Fuzz, pairs: int, folder: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,18 +167,19 @@ def mutated_json(chance: random.Random, data: bytes) -> bytes:
 def _changed(chance: random.Random, document: Any) -> Any:
     """The document with one change at a random place; places near the top are as likely as those below."""
     if not isinstance(document, dict | list) or not document or chance.random() < 0.1:
-        return chance.choice(STRANGE)
-    keys = list(document) if isinstance(document, dict) else list(range(len(document)))
-    key = chance.choice(keys)
+        return deepcopy(chance.choice(STRANGE))
+    keys: list[Any] = list(document) if isinstance(document, dict) else list(range(len(document)))
+    key: Any = chance.choice(keys)
     match chance.randrange(8):
         case 0:
             del document[key]
         case 1 if isinstance(document, list):
-            document.append(document[key])
+            document.append(deepcopy(document[key]))
         case 1:
-            document[f"{key}_"] = document.pop(key)
+            renamed: Any = f"{key}_"
+            document[renamed] = document.pop(key)
         case 2:
-            document[key] = document[chance.choice(keys)]
+            document[key] = deepcopy(document[chance.choice(keys)])
         case _:
             document[key] = _changed(chance, document[key])
     return document

@@ -70,13 +70,13 @@ def _check_ours(folder: Path, names: Iterable[str]) -> None:
         )
     changed = [name for name, value in known.items() if not _agrees(folder, name, value)]
     strange = sorted(set(_in_the_way(folder, names)) - set(known))
-    for found, what in (
+    for these, what in (
         (changed, "was changed since fastgrad wrote it"),
         (strange, "is not of the build there"),
     ):
-        if found:
-            shown = ", ".join(found[:_SHOWN]) + (
-                f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        if these:
+            shown = ", ".join(these[:_SHOWN]) + (
+                f" and {len(these) - _SHOWN} more" if len(these) > _SHOWN else ""
             )
             raise _error(
                 "FG428",

@@ -332,8 +332,8 @@ def test_nothing_but_an_error_of_the_command_line_is_told_by_typer(fastgrad: Run
 # ---------------------------------------------------------------- numbers of the command line
 
 NUMBERS = [
-    ("--rate", "nan", "inf", "-1", "x"),
-    ("--clip", "nan", "inf", "-1"),
+    ("--rate", "nan", "inf", "-1", "x", "1e39", "1e308"),
+    ("--clip", "nan", "inf", "-1", "1e39"),
     ("--seed", "-1", str(1 << 70), "1.5", "nan"),
     ("--steps", "-1", str(1 << 70), "1e3"),
     ("--seq", "0", str(1 << 40), "-5"),
@@ -387,7 +387,8 @@ def test_a_model_larger_than_memory_is_refused(fastgrad: Run) -> None:
 
 
 def test_a_thousand_million_repeats_take_no_time() -> None:
-    from fastgrad_dsl.bench.timing import Inputs, time_together
+    from fastgrad_dsl.bench.contenders import Inputs
+    from fastgrad_dsl.bench.timing import time_together
 
     one = torch.ones(1, 1, 1, 1, requires_grad=True)
     found = time_together(
