@@ -32,7 +32,7 @@ from fastgrad_grammar.read import read_source
 from fastgrad_grammar.render import render
 
 SECONDS = 10.0  # of processor time: the machine may be busy
-WAITING = 20.0
+WAITING = 60.0
 MEMORY = (
     8 << 30
 )  # bytes of address space: a case that wants more is a finding, and not the end of the machine
@@ -173,9 +173,9 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(name)
         fuzz_specs(fuzz, given.first, given.specs, folder)
         if given.files:
-            from attack.fuzz_files import fuzz_files
+            from attack.fuzz_files import fuzz_files, readers
 
-            fuzz_files(fuzz, given.first, given.files, folder)
+            fuzz_files(fuzz, given.first, given.files, readers(folder))
         if given.commands:
             from attack.fuzz_commands import fuzz_commands
 

@@ -64,7 +64,7 @@ ENDLESS = {("train", "--steps"), ("train", "--sample")}
 """Options that ask for as much work as their number says: only numbers that are refused, or small ones, are tried."""
 
 
-LARGE = ("2147483647", "9223372036854775807", "1_000")
+LARGE = ("2147483647", "2147483648", "9223372036854775807", "1_000")
 
 
 def fuzz_commands(fuzz: Fuzz, pairs: int, folder: Path) -> None:
@@ -154,7 +154,7 @@ def drawn(seed: int, count: int) -> Iterator[list[str]]:
         yield line
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, build: bool = True) -> None:
     """What the paths name: sound and broken files, a build, a folder that is none, a pipe, a loop of links."""
     folder.mkdir()
     for name in ("tiny.tfg", "\udcff.tfg", "it's.tfg"):
@@ -168,8 +168,9 @@ def prepare(folder: Path) -> None:
         (folder / name).mkdir()
     for name in ("model.py", "__init__.py", "plan.json"):
         (folder / "hollow" / name).write_text("")
-    with contextlib.chdir(folder):
-        run(["compile", *SOUND["compile"][:-1], "build"])
+    if build:
+        with contextlib.chdir(folder):
+            run(["compile", *SOUND["compile"][:-1], "build"])
 
 
 def copy(sound: Path, place: Path) -> None:

@@ -7,8 +7,9 @@ import json
 import random
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from fastgrad_compiler.runtime import triton_tuned
 from fastgrad_dsl.calibration.data import named_batches
 from fastgrad_dsl.compiled import Compiled
 from fastgrad_dsl.failures import diagnostics
+from fastgrad_dsl.language_model import TrainRequest, train_language_model
 from fastgrad_dsl.report import ReportRequest, make_report, render_html, to_json
 from fastgrad_dsl.terminal import print_report
-from fastgrad_dsl.text_data import load_text
-from fastgrad_dsl.training import CHECKPOINT, Options, train
+from fastgrad_dsl.training import Options
 from fastgrad_dsl.weights import load_weights
 from fastgrad_grammar.render import render
 
@@ -64,9 +65,8 @@ class Reader:
     read: Callable[[], object]
 
 
-def fuzz_files(fuzz: Fuzz, first: int, count: int, folder: Path) -> None:
+def fuzz_files(fuzz: Fuzz, first: int, count: int, kinds: Sequence[Reader]) -> None:
     """Mutated files, a kind after another."""
-    kinds = readers(folder)
     for index in range(first, first + count):
         reader = kinds[index % len(kinds)]
         chance = random.Random(fuzz.seed * 7919 + index)
@@ -106,12 +106,12 @@ def readers(folder: Path) -> tuple[Reader, ...]:
         save({f"{name}.{i}": tokens.clone() for name in ("tokens", "targets") for i in (0, 1)})
     )
     _train(compiled, text, run, resume=False)
-    saved = run / CHECKPOINT
+    saved = run / "checkpoint.safetensors"
     made = [
         ("plan", build / "plan.json", mutated_json, lambda: _report(build)),
         ("calibration", build / "calibration.json", mutated_json, lambda: _report(build)),
         ("weights", weights, mutated_safetensors, lambda: load_weights(compiled.module(), weights)),
-        ("batches", batches, mutated_safetensors, lambda: named_batches(compiled, str(batches), {}, 0)),
+        ("batches", batches, mutated_safetensors, lambda: _calibrate(compiled, batches)),
         ("checkpoint", saved, mutated_safetensors, lambda: _resume(compiled, text, run)),
         ("checkpoint-weights", saved, mutated_safetensors, lambda: load_weights(compiled.module(), saved)),
         ("manifest", build / "files.json", mutated_json, lambda: compiled.write(build)),
@@ -128,11 +128,18 @@ def _report(build: Path) -> None:
         print_report(report)
 
 
-def _train(compiled: Compiled, text: Path, run: Path, *, resume: bool) -> None:
+def _calibrate(compiled: Compiled, batches: Path) -> None:
+    """A batch that is taken is one that the model and its objective run on."""
+    found, _ = named_batches(compiled, str(batches), {}, 0)
     assert compiled.loss is not None
+    for inputs, targets in found or ():
+        compiled.loss(compiled.module()(inputs), targets)
+
+
+def _train(compiled: Compiled, text: Path, run: Path, *, resume: bool) -> None:
     options = Options(steps=1, tokens=8, validation_batches=1, warmup=1)
-    for _ in train(compiled.module(), compiled.loss, load_text(text, 8), options, run, resume=resume):
-        pass
+    with redirect_stdout(io.StringIO()):
+        train_language_model(compiled, TrainRequest(text, run, options, resume=resume, sample=0))
 
 
 def _resume(compiled: Compiled, text: Path, run: Path) -> None:
@@ -160,18 +167,19 @@ def mutated_json(chance: random.Random, data: bytes) -> bytes:
 def _changed(chance: random.Random, document: Any) -> Any:
     """The document with one change at a random place; places near the top are as likely as those below."""
     if not isinstance(document, dict | list) or not document or chance.random() < 0.1:
-        return chance.choice(STRANGE)
-    keys = list(document) if isinstance(document, dict) else list(range(len(document)))
-    key = chance.choice(keys)
+        return deepcopy(chance.choice(STRANGE))
+    keys: list[Any] = list(document) if isinstance(document, dict) else list(range(len(document)))
+    key: Any = chance.choice(keys)
     match chance.randrange(8):
         case 0:
             del document[key]
         case 1 if isinstance(document, list):
-            document.append(document[key])
+            document.append(deepcopy(document[key]))
         case 1:
-            document[f"{key}_"] = document.pop(key)
+            renamed: Any = f"{key}_"
+            document[renamed] = document.pop(key)
         case 2:
-            document[key] = document[chance.choice(keys)]
+            document[key] = deepcopy(document[chance.choice(keys)])
         case _:
             document[key] = _changed(chance, document[key])
     return document

@@ -160,7 +160,7 @@ def failures(found: Sequence[str]) -> list[tuple[str, str]]:
 
 def compiler_agrees(found: Sequence[str], compiler: str) -> bool:
     """Whether a C++ compiler counts the same lines, and sees no end of a comment but ours."""
-    lines = []
+    lines: list[str] = []
     for text in found:
         written = quote.cpp_comment(text)
         lines += [f"// {written}", f"static_assert(__LINE__ == {len(lines) + 2}); /* {written} */"]

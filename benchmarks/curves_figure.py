@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from fastgrad_dsl.bench.plot import COLOURS
 from fastgrad_dsl.report.svg import (
     BOTTOM,
@@ -14,6 +16,7 @@ from fastgrad_dsl.report.svg import (
     WIDTH,
     Axis,
     bottom_axis,
+    element,
     figure,
     key,
     left_axis,
@@ -52,14 +55,15 @@ def curves_figure(section: Mapping[str, Any]) -> str:
             (x.at(p["step"]), y.at(p["validation_loss"])) for p in curves[name] if "validation_loss" in p
         ]
         parts.append(line(places, colour, dashed=name == "exact"))
-    svg = figure("curves", TITLE, _words(curves), HEIGHT, parts)
+    svg = str(figure("curves", TITLE, _words(curves), HEIGHT, parts))
     svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     return svg.replace("><title", f">{STYLE}<title", 1) + "\n"
 
 
-def _faint(points: Sequence[tuple[float, float]], colour: int) -> str:
+def _faint(points: Sequence[tuple[float, float]], colour: int) -> Markup:
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    return f'<path d="M{path}" fill="none" stroke="{COLOURS[colour]}" stroke-width="1" opacity="0.35"/>'
+    faint = '<path d="M{}" fill="none" stroke="{}" stroke-width="1" opacity="0.35"/>'
+    return element(faint, path, COLOURS[colour])
 
 
 def final(curve: Curve) -> float:

@@ -23,13 +23,14 @@ BOUNDARIES = 3  # of documents in a random sequence, on average
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor that a model or its objective takes; ids of an int tensor are less than `below`, or name documents."""
+    """One tensor that a model or its objective takes; `ids` are less than `below`; others may name `documents`."""
 
     name: str
     dtype: str
     shape: tuple[Dim, ...]
     below: int = 2
     documents: bool = False
+    ids: bool = False
 
 
 def model_inputs(program: Program) -> tuple[Input, ...]:
@@ -120,7 +121,9 @@ def _input(graph: Graph, node: Node) -> Input:
     users = graph.users[node.name]
     limits = [limit for user in users if (limit := _id_limit(graph, node, user))]
     documents = not limits and any(_names_documents(node, user) for user in users)
-    return Input(node.name, node.tensor.dtype, node.tensor.shape, min(limits, default=2), documents)
+    return Input(
+        node.name, node.tensor.dtype, node.tensor.shape, min(limits, default=2), documents, bool(limits)
+    )
 
 
 def _names_documents(node: Node, user: Node) -> bool:

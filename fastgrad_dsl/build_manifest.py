@@ -7,17 +7,16 @@ the very content that was written. Everything else in the folder is the user's.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+from fastgrad_dsl.documents import form, parse_document
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.quote import json_text
 
 MANIFEST = "files.json"
-FORMAT = 2
 _MOST_BYTES = 1 << 20
 _SHOWN = 5
 
@@ -25,25 +24,20 @@ _SHOWN = 5
 def manifest_text(files: Mapping[str, str]) -> str:
     """files.json for files, by name within the folder."""
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in sorted(files.items())}
-    return json.dumps({"format": FORMAT, "files": hashes}, indent=2) + "\n"
+    return json_text({"format": form(MANIFEST), "files": hashes}, 2) + "\n"
 
 
 def read_manifest(folder: Path) -> dict[str, str] | None:
-    """Names and hashes of a folder's files.json; None where there is none, or it is not as `manifest_text` makes it.
+    """Names and hashes of a folder's files.json; None where there is none, or it is not of its schema.
 
     Raises OSError where it is there and cannot be read.
     """
     try:
         with open(_open_inside(folder, MANIFEST), "rb") as stream:
-            document = json.loads(stream.read(_MOST_BYTES))
-    except (FileNotFoundError, _NotOursError, ValueError, RecursionError):
+            content = stream.read(_MOST_BYTES)
+        return dict(parse_document(content, MANIFEST, str(folder / MANIFEST))["files"])
+    except (FileNotFoundError, _NotOursError, TfgError):
         return None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        return None
-    files = document.get("files")
-    if not isinstance(files, dict) or not all(_is_entry(name, value) for name, value in files.items()):
-        return None
-    return files
 
 
 def check_folder(folder: Path, names: Iterable[str] = (), force: bool = False) -> None:
@@ -76,13 +70,13 @@ def _check_ours(folder: Path, names: Iterable[str]) -> None:
         )
     changed = [name for name, value in known.items() if not _agrees(folder, name, value)]
     strange = sorted(set(_in_the_way(folder, names)) - set(known))
-    for found, what in (
+    for these, what in (
         (changed, "was changed since fastgrad wrote it"),
         (strange, "is not of the build there"),
     ):
-        if found:
-            shown = ", ".join(found[:_SHOWN]) + (
-                f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        if these:
+            shown = ", ".join(these[:_SHOWN]) + (
+                f" and {len(these) - _SHOWN} more" if len(these) > _SHOWN else ""
             )
             raise _error(
                 "FG428",
@@ -127,14 +121,6 @@ def _open_inside(folder: Path, name: str) -> int:
     if not stat.S_ISREG(os.lstat(folder / name).st_mode):
         raise _NotOursError
     return os.open(folder / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
-
-
-def _is_entry(name: str, value: object) -> bool:
-    path = PurePosixPath(name)
-    inside = str(path) == name and not path.is_absolute() and not {"..", "."} & {*path.parts, name}
-    return (
-        inside and "\0" not in name and isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
-    )
 
 
 def _error(code: str, message: str, *help_: str) -> TfgError:

@@ -5,7 +5,6 @@ PyTorch is imported only by the commands that run a model.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from pathlib import Path
@@ -32,16 +31,18 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-USAGE_ERROR = typer.BadParameter.__mro__[1]  # and what else is wrong with a command line
+# What a BadParameter is, and what else is wrong with a command line: a class that typer does not export.
+USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
 
 MANY = 2**31 - 1  # of anything that is made one by one, or is a size
+LARGEST_FLOAT = 3.4028234e38
 LARGEST = 2**63 - 1  # what PyTorch takes as a seed
 
 
 def _finite(value: float) -> float:
-    """A number of an option: `min` and `max` let nan pass."""
-    if not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number")
+    """A number of an option that float32 can hold: `min` and `max` let nan pass."""
+    if not abs(value) <= LARGEST_FLOAT:
+        raise typer.BadParameter(f"{value} is not a finite number of 32 bits")
     return value
 
 
@@ -409,9 +410,8 @@ def _parse_and_run() -> int | None:
     try:
         status: int | None = app(prog_name="fastgrad", standalone_mode=False)
     except USAGE_ERROR as error:
-        told = cast(typer.BadParameter, error)  # its class is not exported
-        told.show()
-        return told.exit_code
+        error.show()
+        return error.exit_code
     return status
 
 

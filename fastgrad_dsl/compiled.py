@@ -158,10 +158,15 @@ class Compiled:
         A batch is the model's inputs, then what its objective takes beyond the results; of several the last third is
         held out to verify the plan. Without batches they are random inputs of the sizes `dims`, without a model its
         weights are the initial ones of `seed`. `measured_pace`: the cost model is fitted to this machine, once, in some
-        ten seconds. Raises TfgError FG312 where rules of the budget keep it from being met.
+        ten seconds. Raises TfgError FG312 where rules of the budget keep it from being met, ValueError for tensors that
+        are no batch of the model.
         """
+        from fastgrad_dsl.batch_check import batch_problem
         from fastgrad_dsl.calibration.replan import Request, replan
 
+        for problem in (batch_problem(self.program, batch) for batch in batches or ()):
+            if problem is not None:
+                raise ValueError(problem)
         return replan(self, Request(model, batches, dims=dims, seed=seed, measured_pace=measured_pace))
 
     def reference(self, model: nn.Module) -> nn.Module:
@@ -187,8 +192,9 @@ class Compiled:
 
         `batch` holds the model's inputs, then what its objective takes beyond its results (docs/language.md);
         `calibration` is a calibration document to show. Raises ValueError where only one of model and batch is given,
-        or the batch has another number of tensors.
+        or the tensors are no batch of the model.
         """
+        from fastgrad_dsl.batch_check import batch_problem
         from fastgrad_dsl.report import build_report, measure_plan
 
         plan, calibration = self.plan_document, calibration or self.calibration
@@ -197,11 +203,10 @@ class Compiled:
             if model is not None or batch is not None:
                 raise ValueError("report takes a model and a batch, or neither")
             return build_report(plan, **shown)
+        problem = batch_problem(self.program, batch)
+        if problem is not None:
+            raise ValueError(problem)
         count = len(plan["inputs"])
-        if len(batch) not in (count, count + len(plan["targets"])):
-            raise ValueError(
-                f"the batch has {len(batch)} tensors; expected {count} inputs, then {len(plan['targets'])} targets"
-            )
         errors = measure_plan(plan, model, batch[:count], batch[count:], self.loss)
         described: dict[str, Any] = {
             "tokens": tokens_of(plan, batch),

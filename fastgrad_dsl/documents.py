@@ -81,7 +81,8 @@ def check_document(document: Any, kind: str, shown: str) -> None:
     error = best_match(validator(kind).iter_errors(document))
     if error is not None:
         raise _refused(shown, tuple(error.absolute_path), _said(error))
-    for place, said in RULES.get(kind, lambda _: iter(()))(document):
+    rules = RULES.get(kind)
+    for place, said in rules(document) if rules else ():
         raise _refused(shown, place, said)
 
 
@@ -131,9 +132,10 @@ def _is_dim(value: object) -> bool:
 
 
 def _is_inside(value: object) -> bool:
-    """Whether a text is the path of a file within a folder."""
-    parts = PurePosixPath(str(value)).parts
-    return bool(parts) and parts[0] != "/" and ".." not in parts and "\0" not in str(value)
+    """Whether a text is the path of a file within a folder, written in the plain way."""
+    path = PurePosixPath(str(value))
+    plain = str(path) == value and not path.is_absolute() and "\0" not in str(value)
+    return plain and not {".", ".."} & {*path.parts, value}
 
 
 def _matches(pattern: str) -> Callable[[object], bool]:
@@ -256,11 +258,13 @@ def _value(value: object) -> str:
 
 def _said(error: ValidationError) -> str:
     """What is wrong with a value, without the whole of it."""
-    wanted, value = error.validator_value, error.instance
+    wanted: Any = error.validator_value
+    schema: Any = error.schema
+    value: Any = error.instance
     if error.validator == "required":
         return f"the key {_value(next(key for key in wanted if key not in value))} is missing"
     if error.validator == "additionalProperties":
-        known = error.schema.get("properties", {})
+        known = schema.get("properties", {})
         return f"the key {_value(next((key for key in value if key not in known), '?'))} is unknown"
     words = WORDS.get(str(error.validator), "something else than")
     listed = wanted if isinstance(wanted, list) else [wanted]

@@ -151,9 +151,10 @@ class _Printed:
 
 def _settle(stream: TextIO | None) -> None:
     """Where a stream cannot be written, let what it still holds go nowhere: Python would complain of it at the end."""
+    if stream is None:
+        return
     try:
-        if stream is not None:
-            stream.flush()
+        stream.flush()
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

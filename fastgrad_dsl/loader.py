@@ -65,14 +65,23 @@ def load_plan(folder: Path) -> dict[str, Any]:
 
 
 def load_package(folder: Path) -> ModuleType:
-    """Import a compiled folder as a package of its own."""
+    """Import a compiled folder as a package of its own.
+
+    Raises TfgError FG419 where it is none, or its code, which anybody may have changed, does not load.
+    """
     _restore(folder)
     folder = built(folder)
     init = folder / "__init__.py"
     if not init.is_file() or not (folder / "model.py").is_file():
         raise _not_compiled(folder, "model.py")
     files = (file for file in sorted(folder.iterdir()) if file.suffix in (".py", ".cpp"))
-    return package_from_texts({file.name: file.read_text(encoding="utf-8") for file in files})
+    try:
+        package = package_from_texts({file.name: file.read_text(encoding="utf-8") for file in files})
+        package.MODEL  # noqa: B018 (is it there?)
+    except Exception as error:
+        message = f"{folder} does not load: {type(error).__name__}: {error}"
+        raise TfgError([Diagnostic("FG419", message, help=("compile the spec again",))]) from error
+    return package
 
 
 def package_from_texts(files: Mapping[str, str]) -> ModuleType:

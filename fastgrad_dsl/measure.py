@@ -243,7 +243,7 @@ def measure_errors(
     `served` are the polynomial attentions, the model's own among them, in the order in which the model runs them.
     Without an objective, gradients are those of a fixed random projection of the output. `at_any_length`: polynomials
     are measured below their break-even length too. Runs two forward and backward passes and one for each approximated
-    attention; `progress` is told of each.
+    attention; `progress` is told of each. Raises TfgError FG427 where the batch gives what is not finite.
     """
     approximated = [index for index, attention in enumerate(served) if not attention.own]
     progress("the compiled model")
@@ -252,6 +252,8 @@ def measure_errors(
     progress("the exact model")
     everywhere = _Attentions(exact=frozenset(approximated))
     exact_output, exact_gradients, exact_loss = _pass(model, inputs, targets, objective, everywhere)
+    check_finite("the exact model", exact_output, *exact_gradients.values())
+    check_finite("the compiled model", output, *gradients.values())
     attentions = []
     for index in approximated:
         attention = served[index]
@@ -298,7 +300,17 @@ def whole_errors(
     output, gradients, _ = _pass(model, inputs, targets, objective, served)
     exact = frozenset(index for index, each in enumerate(approximated) if each)
     reference, wanted, _ = _pass(model, inputs, targets, objective, _Attentions(exact=exact))
+    check_finite("the exact model", reference, *wanted.values())
     return relative_error(output, reference), _joint_error(gradients, wanted)
+
+
+def check_finite(what: str, *tensors: Tensor) -> None:
+    """Raise TfgError FG427 where a number is not finite: nothing can be compared with it."""
+    if all(bool(x.isfinite().all()) for x in tensors):
+        return
+    message = f"{what} gives numbers that are not finite on this batch, so that no error can be measured"
+    help_ = ("look for weights or inputs that are NaN, infinite or too large for the model",)
+    raise TfgError([Diagnostic("FG427", message, help=help_)])
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

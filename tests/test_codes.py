@@ -38,6 +38,7 @@ WITHOUT_FILE = {
     "FG424": "tests/dsl/test_tune.py::test_tuning_without_a_gpu_is_a_diagnostic",
     "FG425": "tests/dsl/test_failures.py::test_a_stream_that_cannot_be_written",
     "FG426": "tests/dsl/test_failures.py::test_a_batch_larger_than_memory_is_refused",
+    "FG427": "tests/dsl/test_failures.py::test_weights_that_are_not_finite_are_refused",
     "FG428": "tests/dsl/test_build_folder.py::test_a_folder_of_the_users_is_refused",
     "FG431": "tests/dsl/test_training_run.py::test_a_run_that_exists_is_refused_unless_forced",
     "FG432": "tests/dsl/test_training_run.py::test_one_training_at_a_time",

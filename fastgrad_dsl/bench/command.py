@@ -13,9 +13,10 @@ from rich.text import Text
 
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.polynomial import fit
+from fastgrad_dsl.batches import memory_bytes
 from fastgrad_dsl.bench.cells import Cell, extrapolated
 from fastgrad_dsl.bench.contenders import Contender, Inputs, make_inputs
-from fastgrad_dsl.bench.machine import describe_machine, memory_bytes
+from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.memory import attention_peaks
 from fastgrad_dsl.bench.peak import peak_flops
 from fastgrad_dsl.bench.plot import Panel, Series, render

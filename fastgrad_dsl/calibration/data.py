@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastgrad_dsl.batch_check import batch_problem, is_whole
 from fastgrad_dsl.calibration.calibrate import Tell
 from fastgrad_dsl.calibration.replan import Request, replan
 from fastgrad_dsl.report.request import batch_sizes, text_sizes
@@ -79,17 +80,8 @@ def _stored(compiled: Compiled, path: Path) -> list[list[Tensor]]:
             help_ = (f"each batch holds {', '.join(names)}",)
             raise TfgError([Diagnostic("FG423", f"{path} has no tensor {missing[0]}{ending}", help=help_)])
         batch = [tensors[name + ending] for name in names]
-        for tensor, given in zip(described, batch, strict=True):
-            _check(path, tensor, given)
-        batches.append(batch)
+        problem = batch_problem(compiled.program, batch)
+        if problem is not None:
+            raise TfgError([Diagnostic("FG423", f"{path}: {problem}")])
+        batches.append([each.long() if is_whole(each) else each for each in batch])
     return batches
-
-
-def _check(path: Path, tensor: Mapping[str, object], given: Tensor) -> None:
-    kind = "float" if given.is_floating_point() else "bool" if given.dtype == torch.bool else "int"
-    shape = tensor["shape"]
-    assert isinstance(shape, list)
-    if kind != tensor["dtype"] or given.dim() != len(shape):
-        wanted = f"{tensor['dtype']}[{', '.join(shape)}]"
-        message = f"{path}: {tensor['name']} is {kind}{list(given.shape)}, not {wanted}"
-        raise TfgError([Diagnostic("FG423", message)])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgrad_dsl.calibration.capture import Call
 from fastgrad_dsl.calibration.samples import Sample, sample
+from fastgrad_dsl.measure import check_finite
 
 ENTRIES = 2**23  # of a matrix of scores whose range is taken: beyond it, evenly spaced rows stand for all
 BINS = 40
@@ -52,9 +53,11 @@ class Logits:
 def measure_logits(calls: Sequence[Call], near: int | None) -> Logits:
     """The logits on the far pairs of some batches, beyond the block `near` where the rewrite has one.
 
-    Without any far pair, as in a short sequence within its near field, all are 0.
+    Without any far pair, as in a short sequence within its near field, all are 0. Raises TfgError FG427 where a query
+    or a key is not finite.
     """
     samples = [sample(call, ENTRIES) for call in calls]
+    check_finite("the exact model", *(x for rows in samples for x in (rows.q, rows.k)))
     least, largest = _extremes(samples, [rows.logits() for rows in samples], near)
     mean = _own_mean(calls[0])
     centres = _centres(calls, samples, mean)

@@ -174,6 +174,9 @@ def batch_sizes(plan: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, 
             near = nearest(name, names)
             help_ = (f"did you mean {near}?",) if near else (f"the model's dims are {', '.join(names)}",)
             raise TfgError([Diagnostic("FG416", f"the model has no run-time dim {name}", help=help_)])
+        if not isinstance(given[name], int) or given[name] < 1:
+            message = f"--dim {name}={given[name]}: a size is a whole number of at least 1"
+            raise TfgError([Diagnostic("FG416", message)])
     limits = {dim["name"]: dim for dim in plan["dims"]}
     sizes = {}
     for place, name in enumerate(names):

@@ -104,6 +104,7 @@ CODES: dict[str, str] = {
     "FG424": "GPU kernels that cannot be timed",
     "FG425": "file or stream that the system refuses",
     "FG426": "not enough memory",
+    "FG427": "numbers that are not finite",
     "FG428": "folder that holds something else",
     "FG430": "document that does not have its form",
     "FG431": "folder that holds a run already",

@@ -110,7 +110,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, kind: str, strid
         try:
             write_atomically(file, "new")
         except OSError as error:
-            return error.strerror
+            return str(error.strerror)
         return "written"
 
     for outcome in each_fault(kind, prepare, run, stride):

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 import fastgrad_dsl as fg
-from fastgrad_dsl import build_folder, build_manifest
+from fastgrad_dsl import build_folder
 from fastgrad_dsl.build_folder import recover, write_build
 from fastgrad_dsl.build_manifest import MANIFEST, read_manifest
 from fastgrad_dsl.cli import main
+from fastgrad_dsl.documents import form
 from tests.dsl.test_cli import SPEC
 
 OLD = {"model.py": "old = 1\n", "plan.json": "{}\n", "gone.py": "gone = 1\n", "stages/00-a.txt": "a\n"}
@@ -195,7 +196,7 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, manifest: str) -> No
 def forge(folder: Path, *names: str) -> None:
     """A manifest that names files with the hashes that they have, through links too."""
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    (folder / MANIFEST).write_text(json.dumps({"format": build_manifest.FORMAT, "files": hashes}))
+    (folder / MANIFEST).write_text(json.dumps({"format": form("files.json"), "files": hashes}))
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -22,7 +22,7 @@ from fastgrad_grammar.render import render
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import NAMES, small
 
-VALUES = (
+VALUES: tuple[object, ...] = (
     None, True, 0, -1, 1, 1.5, 1e99, 1e-199, 2**62, 10**30, "", "x", "1", "n*n*n", "n/7", [], [0], {}, {"a": 1}, [[[]]],
     *PARTS[:20],
 )  # fmt: skip
@@ -63,8 +63,9 @@ def test_what_we_write_is_of_its_form(name: str) -> None:
 @pytest.mark.parametrize("kind", SCHEMAS)
 def test_schemas_are_schemas_and_closed(kind: str) -> None:
     """A key that a schema does not know is refused, so that none can be added without a new version."""
-    validator(kind).check_schema(validator(kind).schema)
-    assert validator(kind).schema["additionalProperties"] is False
+    schema = json.loads(SCHEMAS[kind].read_text(encoding="utf-8"))
+    validator(kind).check_schema(schema)
+    assert schema["additionalProperties"] is False
     assert form(kind).startswith(f"fastgrad-{kind.removesuffix('.json')}-")
 
 
@@ -127,7 +128,7 @@ def test_a_text_that_is_no_document_is_named_with_its_place(content: bytes, said
 def test_names_of_files_stay_inside() -> None:
     good = {"format": form("files.json"), "files": {"stages/01-a.txt": "0" * 64}}
     assert parse_document(json.dumps(good).encode(), "files.json", "files.json") == good
-    for name in ("../a", "/etc/passwd", "a/../../b", "", "a\0b"):
+    for name in ("../a", "/etc/passwd", "a/../../b", "", ".", "./a", "a//b", "a/", "a\0b"):
         refusal(json.dumps({**good, "files": {name: "0" * 64}}).encode(), "files.json")
     refusal(json.dumps({**good, "files": {"a": "0" * 63}}).encode(), "files.json")
 
@@ -242,6 +243,6 @@ def test_mutated_documents_are_read_or_refused(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.slow
 def test_many_mutated_documents_are_read_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for seed in range(20_000):
+    for seed in range(4_000):
         reads_or_refuses(random.Random(seed))
         capsys.readouterr()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -11,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import fastgrad_dsl as fg
 from fastgrad_dsl import cli, failures
+from fastgrad_dsl.calibration.pace import default_pace
 from fastgrad_dsl.failures import run_command
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.outputs import rewrite, try_file, try_folder, write_output
@@ -327,8 +332,8 @@ def test_nothing_but_an_error_of_the_command_line_is_told_by_typer(fastgrad: Run
 # ---------------------------------------------------------------- numbers of the command line
 
 NUMBERS = [
-    ("--rate", "nan", "inf", "-1", "x"),
-    ("--clip", "nan", "inf", "-1"),
+    ("--rate", "nan", "inf", "-1", "x", "1e39", "1e308"),
+    ("--clip", "nan", "inf", "-1", "1e39"),
     ("--seed", "-1", str(1 << 70), "1.5", "nan"),
     ("--steps", "-1", str(1 << 70), "1e3"),
     ("--seq", "0", str(1 << 40), "-5"),
@@ -382,10 +387,120 @@ def test_a_model_larger_than_memory_is_refused(fastgrad: Run) -> None:
 
 
 def test_a_thousand_million_repeats_take_no_time() -> None:
-    from fastgrad_dsl.bench.timing import Inputs, time_together
+    from fastgrad_dsl.bench.contenders import Inputs
+    from fastgrad_dsl.bench.timing import time_together
 
     one = torch.ones(1, 1, 1, 1, requires_grad=True)
     found = time_together(
         {"one": lambda q, k, v: q + k + v}, Inputs(one, one.clone(), one.clone(), one), 10**9, 0.01
     )
     assert found["one"].repeats < 10**6
+
+
+LEARNT = """use std
+dim b
+dim n <= 64
+model tiny(tokens: int[b, n]) -> float[b, n, 8] {
+    weight table: float[8, 4] = normal(std = 0.02)
+    x = embedding(table, tokens)
+    x = x + std.attention(x; heads = 1, qk_dim = 2, gain = 1.0)
+    return x @ table.T
+}
+objective loss(logits: float[b, n, 8], targets: int[b, n]) = cross_entropy(logits, targets)
+budget {
+    output <= 0.1
+}
+"""
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("command", [("report", "tiny.tfg"), ("advise", "tiny.tfg", "--calibrate", "random")])
+def test_weights_that_are_not_finite_are_refused(
+    fastgrad: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], number: float
+) -> None:
+    monkeypatch.setattr("fastgrad_dsl.calibration.replan.machine_pace", default_pace)
+    Path("tiny.tfg").write_text(LEARNT)
+    weights = fg.compile("tiny.tfg", target="torch", validate=False).module().state_dict()
+    save_file({name: torch.full_like(each, number) for name, each in weights.items()}, "w.safetensors")
+    status, _, err = fastgrad(*command, "--dim", "n=8", "--weights", "w.safetensors", "--json", "out.json")
+    assert status == 2
+    assert err.startswith("error[FG427]: the exact model gives numbers that are not finite on this batch")
+    assert not Path("out.json").exists()
+
+
+TOKENS = torch.zeros(1, 8, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ({"tokens": TOKENS + 8, "targets": TOKENS}, "tokens holds 8: its ids lie from 0 to 7"),
+        ({"tokens": TOKENS, "targets": TOKENS - 1}, "targets holds -1: its ids lie from 0 to 7"),
+        ({"tokens": TOKENS.double(), "targets": TOKENS}, "tokens is float[1, 8], not int[b, n]"),
+        ({"tokens": TOKENS[0].clone(), "targets": TOKENS}, "tokens is int[8], not int[b, n]"),
+        ({"tokens": TOKENS, "targets": TOKENS[:, :4].clone()}, "targets has the size 4 where n is 8"),
+        ({"tokens": TOKENS[:0], "targets": TOKENS[:0].clone()}, "tokens has a size of 0"),
+        ({"tokens": TOKENS.repeat(1, 9), "targets": TOKENS.repeat(1, 9)}, "the file declares n at most 64"),
+        ({"tokens": TOKENS.to(torch.complex64), "targets": TOKENS}, "tokens is complex64[1, 8], not int[b, n]"),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_no_batch_are_refused(
+    fastgrad: Run, batch: dict[str, torch.Tensor], said: str
+) -> None:
+    Path("tiny.tfg").write_text(LEARNT)
+    save_file(batch, "batch.safetensors")
+    status, _, err = fastgrad("compile", "tiny.tfg", "-o", "out", "--calibrate", "batch.safetensors")
+    assert status == 2
+    assert err.startswith(f"error[FG423]: batch.safetensors: {said}")
+    compiled = fg.compile("tiny.tfg", target="torch", validate=False)
+    tensors = [batch["tokens"], batch["targets"]]
+    with pytest.raises(ValueError, match=re.escape(said)):
+        compiled.calibrate(batches=[tensors], measured_pace=False)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        compiled.report(compiled.module(), tensors)
+
+
+@pytest.mark.parametrize("given", [[], [TOKENS] * 3, [None, None]])
+def test_what_is_no_list_of_tensors_is_a_value_error(fastgrad: Run, given: list[torch.Tensor]) -> None:
+    compiled = fg.compile(LEARNT, target="torch", validate=False)
+    with pytest.raises(ValueError, match=r"tensors"):
+        compiled.report(compiled.module(), given)
+
+
+def test_ints_of_any_width_are_ids(fastgrad: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgrad_dsl.calibration.replan.machine_pace", default_pace)
+    Path("tiny.tfg").write_text(LEARNT)
+    save_file({"tokens": TOKENS.to(torch.uint8), "targets": TOKENS.to(torch.int16)}, "batch.safetensors")
+    command = ("compile", "tiny.tfg", "-o", "out", "--target", "torch", "--calibrate", "batch.safetensors")
+    assert fastgrad(*command)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("model.py", b"x ="), ("model.py", b"\xff"), ("model.py", b"1 / 0"), ("__init__.py", b"")],
+)
+def test_a_folder_whose_code_does_not_load(fastgrad: Run, name: str, content: bytes) -> None:
+    fg.compile(LEARNT, target="torch", validate=False, out="built")
+    Path("built", name).write_bytes(content)
+    with pytest.raises(TfgError, match=r"\[FG419\] built does not load: "):
+        fg.load("built")
+    status, _, err = fastgrad("report", "built", "--dim", "n=8")
+    assert status == 2
+    assert err.startswith("error[FG419]: built does not load: ")
+
+
+@pytest.mark.parametrize("file", ["pipe", "/dev/zero", "folder"])
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("train", "tiny.tfg", "--seq", "8", "--text"), "FG411"),
+        (("report", "tiny.tfg", "--dim", "n=8", "--weights"), "FG418"),
+    ],
+)
+def test_only_regular_files_are_read(fastgrad: Run, file: str, command: tuple[str, ...], code: str) -> None:
+    Path("tiny.tfg").write_text(LEARNT.replace("8", "256"))
+    os.mkfifo("pipe")
+    status, _, err = fastgrad(*command, file)
+    assert status == 2
+    assert err.startswith(f"error[{code}]: cannot read ")
+    assert "it is a" in err

@@ -54,7 +54,7 @@ def test_they_are_those_of_the_grammar() -> None:
     assert {repr(terminal) for terminal in stored.terminals} == {
         repr(terminal) for terminal in fresh.terminals
     }
-    tables = [each.parser.parser._parse_table for each in (stored, fresh)]  # type: ignore[attr-defined]
+    tables = [each.parser.parser._parse_table for each in (stored, fresh)]
     first, second = ([len(actions) for _, actions in sorted(table.states.items())] for table in tables)
     assert sorted(first) == sorted(second)
 

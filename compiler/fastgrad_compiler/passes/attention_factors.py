@@ -59,7 +59,12 @@ _CONSTANT: dict[str, Callable[..., float]] = {
 
 
 def factor_of(nodes: Mapping[str, Node], node: Node) -> tuple[str, float] | None:
-    """(the other operand, c) where the node is c times it for a constant c."""
+    """(the other operand, c) where the node is c times it for a constant c, and of its type: not 0.5 times an int."""
+    found = _factor(nodes, node)
+    return found if found is not None and nodes[found[0]].tensor.dtype == node.tensor.dtype else None
+
+
+def _factor(nodes: Mapping[str, Node], node: Node) -> tuple[str, float] | None:
     if node.op == "neg":
         return node.inputs[0], -1.0
     if node.op not in ("mul", "div"):
