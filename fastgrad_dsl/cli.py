@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastgrad_dsl import __version__
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.render import render
@@ -26,6 +27,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fastgrad {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
 
 File = Annotated[Path, typer.Argument(help="A .tfg file.", show_default=False)]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Which model, where the file has several.")]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgrad_compiler.cost import Pace
+from fastgrad_dsl import __version__
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.report.candidates import calibrated, candidates_key, certified
 from fastgrad_dsl.report.cautions import notes, warnings
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 FORMAT = "fastgrad-report-2"
 SCHEMA = Path(__file__).parent / "schema.json"
 MEASURED_ON = ("tokens", "kind", "dims", "seed", "weights")
-PACKAGES = {"fastgrad": "fastgrad-dsl", "torch": "torch"}
 
 
 def build_report(
@@ -138,10 +138,8 @@ def _shared(
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name, package in PACKAGES.items():
-        try:
-            found[name] = version(package)
-        except PackageNotFoundError:
-            found[name] = None
-    return {**found, "python": platform.python_version()}
+    try:
+        torch: str | None = version("torch")  # of the package, without loading it
+    except PackageNotFoundError:
+        torch = None
+    return {"fastgrad": __version__, "torch": torch, "python": platform.python_version()}

@@ -131,7 +131,7 @@ def test_a_file_without_a_model_is_a_diagnostic(fastgrad: Run, content: str) -> 
 HEAVY = {"torch", "scipy", "networkx", "numpy", "jinja2", "matplotlib", "fastgrad_dsl.report.document"}
 
 
-@pytest.mark.parametrize("options, more", [([], {"pydantic"}), (["--set", "depth=2"], set())])
+@pytest.mark.parametrize(("options", "more"), [([], {"pydantic"}), (["--set", "depth=2"], set())])
 def test_check_loads_only_what_it_needs(options: list[str], more: set[str]) -> None:
     """Typer reads options with pydantic, which takes as long to load as half of a check; a plain one does without."""
     code = (

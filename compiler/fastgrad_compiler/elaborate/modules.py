@@ -61,7 +61,7 @@ class _Library(Mapping[str, ast.BlockDecl]):
     def __getitem__(self, name: str) -> ast.BlockDecl:
         if name not in self._parsed:
             source, start, end = self._places[name]
-            self._parsed[name] = block = parse(source, start, end).items[0]  # type: ignore[assignment]
+            self._parsed[name] = parse(source, start, end).items[0]  # type: ignore[assignment]
         return self._parsed[name]
 
     def __iter__(self) -> Iterator[str]:
