@@ -76,10 +76,18 @@ class Served:
 
 @dataclass(frozen=True)
 class Local:
-    """Relative L2 error of one tensor of one attention: `measured`, and the `bound` proved for the same inputs."""
+    """Relative L2 error of one tensor of one attention: `measured`, and the `bound` proved for the same inputs.
+
+    `exact_is_zero`: the exact tensor is 0 up to its own rounding, as dq and dk are where each query sees one key.
+    No error is relative to it, and both numbers are 0.
+    """
 
     measured: float
     bound: float
+    exact_is_zero: bool = False
+
+
+ZERO = Local(0.0, 0.0, exact_is_zero=True)
 
 
 @dataclass(frozen=True)
@@ -220,10 +228,12 @@ class _Attentions(TorchDispatchMode):
             ).default
             reference = func(cotangent, *inputs, *forward(*inputs, ALWAYS_EXACT, ""), ALWAYS_EXACT, "")
             bounds = _gradient_bounds(served, cotangent, inputs, reference, served.rounding(*args[1:4]))
-            for place, (gradient, exact) in zip(PLACES, zip(gradients, reference, strict=True), strict=False):
-                if exact.numel():
-                    measured = max(relative_error(gradient, exact), call.local[place].measured)
-                    call.local[place] = Local(measured, bounds[place])
+            found: dict[str, Local] = dict.fromkeys(GRADIENTS, ZERO)
+            for place, gradient, exact, bound in zip(PLACES, gradients, reference, bounds, strict=False):
+                if bound is not None:
+                    measured = relative_error(gradient, exact)
+                    found[place] = Local(max(measured, found[place].measured), max(bound, found[place].bound))
+            call.local |= found
         return gradients
 
 
@@ -409,10 +419,11 @@ def _heads(
 
 def _gradient_bounds(
     served: Served, cotangent: Tensor, inputs: Sequence[Any], reference: Sequence[Tensor], added: Rounding
-) -> dict[str, float]:
-    """The certificates of dq, dk and dv on these inputs with what rounding adds, as shares of the gradients' norms.
+) -> list[float | None]:
+    """The certificates of the gradients (PLACES) on these inputs with what rounding adds, as shares of their norms.
 
-    Near logits of their own get the same bound: it is one of the whole row of dS, near and far.
+    Near logits of their own get the same bound: it is one of the whole row of dS, near and far. None for a gradient
+    that is 0 up to its own rounding: for each query it is a sum of products whose sizes add up to at most `products`.
     """
     q, k, v, near_q, near_k = inputs[:5]
     heads = k.shape[1]
@@ -431,7 +442,8 @@ def _gradient_bounds(
         value_gradient_bound(eps, given) + value_gradient_rounding(eps, added) * given,
     )
     rounded = score_gradient_rounding(eps, eps_prime, added) * products
-    shares = {"dq": 0.0, "dk": 0.0, "dv": _share(upstream, reference[2])}
+    noise = torch.finfo(reference[0].dtype).eps * (k.shape[-2] + v.shape[-1])
+    shares: list[float | None] = []
     pairs = [(q * served.scale, k * served.scale, reference[0], reference[1])]
     if near_q is not None:
         pairs.append((near_q, near_k, reference[3], reference[4]))
@@ -442,9 +454,10 @@ def _gradient_bounds(
         of_keys = of_groups(
             key_gradient_bound(eps, eps_prime, (omega * lengths).sum(-1)) + (rounded * lengths).sum(-1)
         )
-        shares["dq"] = max(shares["dq"], _share(of_queries, dq))
-        shares["dk"] = max(shares["dk"], _share(of_keys, dk))
-    return shares
+        terms = of_groups((products * lengths).sum(-1))
+        shares.append(_share(of_queries, dq) if dq.norm() > noise * (products * largest).norm() else None)
+        shares.append(_share(of_keys, dk) if dk.norm() > noise * terms.norm() else None)
+    return [*shares[:2], _share(upstream, reference[2]), *shares[2:]]
 
 
 def _share(bounds: Tensor, reference: Tensor) -> float:

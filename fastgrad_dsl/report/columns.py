@@ -61,7 +61,8 @@ def _error(what: str, kind: str) -> Column:
 
     def of_attention(entry: Mapping[str, Any]) -> Cell:
         value = entry["errors"][what][kind]
-        return Cell(write(value), value)
+        zero = kind != "estimate" and what in entry["exact_zero"]
+        return Cell("exact is 0" if zero else write(value), value)
 
     def of_head(head: Mapping[str, Any]) -> Cell:
         value = head[what][kind] if what in head else None

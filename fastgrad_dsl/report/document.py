@@ -18,7 +18,14 @@ from fastgrad_dsl.report.cautions import notes, warnings
 from fastgrad_dsl.report.curves import curve, curve_key
 from fastgrad_dsl.report.derivation import derivation, derivation_key
 from fastgrad_dsl.report.entries import Entry, calibration_of, shared
-from fastgrad_dsl.report.errors import attention_errors, found_errors, heads_of, whole_errors
+from fastgrad_dsl.report.errors import (
+    attention_errors,
+    exact_zero,
+    finite,
+    found_errors,
+    heads_of,
+    whole_errors,
+)
 from fastgrad_dsl.report.headline import headline, summary, waterfall
 from fastgrad_dsl.report.prediction import cost_curve, cost_key, longest_sizes, pace_of, predict
 from fastgrad_dsl.report.reproduce import reproduce
@@ -63,6 +70,7 @@ def build_report(
                 "errors": attention_errors(
                     entry, found, own if own and own["path"] == entry["path"] else None
                 ),
+                "exact_zero": exact_zero(found),
                 "per_head": heads_of(entry, found, own),
                 "code": names,
             }
@@ -85,7 +93,7 @@ def build_report(
         "waterfall": waterfall(plan, attentions, whole, calibration),
         **_shared(attentions, sizes, (pace, plan["target"]), calibrations, trust),
         "code": code,
-        "weight_gradients": None if errors is None else dict(errors.weight_gradients),
+        "weight_gradients": None if errors is None else finite(errors.weight_gradients),
         "calibration": None if calibration is None else dict(calibration),
         "notes": notes(plan, errors, undeclared),
     }
