@@ -50,6 +50,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Override a param; can be repeated."),
 ]
+Wide = Annotated[bool, typer.Option("--wide", help="Show every column of the tables.")]
 Target = Annotated[
     str, typer.Option(help="torch, cpp (C++ on a CPU), triton (on a GPU) or auto (both, by device).")
 ]
@@ -143,6 +144,7 @@ def advise(
     model: Model = None,
     set_: Set = None,
     target: Target = "auto",
+    wide: Wide = False,
 ) -> None:
     """For each attention, what would make the budget feasible or cheaper, and its price in time and error."""
     from fastgrad_dsl.advice import AdviceRequest, make_advice, print_advice, write_advice
@@ -153,7 +155,7 @@ def advise(
         advice = make_advice(request, tell)
     if json_ is not None:
         write_advice(json_, advice)
-    print_advice(advice)
+    print_advice(advice, wide=wide)
 
 
 @app.command()
@@ -194,6 +196,7 @@ def report(
     measure: Annotated[
         bool, typer.Option(help="Run the model; without, only what is known before any data.")
     ] = True,
+    wide: Wide = False,
     model: Model = None,
     set_: Set = None,
 ) -> None:
@@ -208,7 +211,7 @@ def report(
         write_json(json_, result)
     if html is not None:
         write_html(html, result)
-    print_report(result)
+    print_report(result, wide=wide)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from fastgrad_compiler.graph import Program, TensorType
 from fastgrad_dsl.budget_watch import BudgetWatch
 from fastgrad_dsl.calibration.replan import Request, replan
 from fastgrad_dsl.compiled import Compiled
+from fastgrad_dsl.terminal import console as console_of_lines
 from fastgrad_dsl.terminal import print_calibration, print_plan, progress
 from fastgrad_dsl.text_data import TextData, load_text
 from fastgrad_dsl.training import CHECKPOINT, LOG, Event, Loss, Options, generate, train
@@ -49,7 +50,7 @@ def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module
     loss = language_model_loss(compiled, request.options.tokens)
     data = load_text(request.text, request.options.tokens)
     model = compiled.module(seed=request.options.seed)
-    console = Console()
+    console = console_of_lines()
     if request.options.exact:
         model = compiled.reference(model)
         run(console, model, loss, data, request)
