@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.report.words import folded
 from fastgrad_dsl.tables import Column, print_table, say
 from fastgrad_dsl.terminal import console
+from fastgrad_grammar.quote import json_text
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
 
@@ -94,7 +94,7 @@ def _document(advised: Advised, measured: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_advice(path: Path, advice: Mapping[str, Any]) -> None:
     """Write the advice as JSON, atomically."""
-    write_atomically(path, json.dumps(advice, indent=2) + "\n")
+    write_atomically(path, json_text(advice, 2) + "\n")
 
 
 def print_advice(document: Mapping[str, Any], *, wide: bool = False) -> None:

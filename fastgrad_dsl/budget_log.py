@@ -9,12 +9,13 @@ pass. What the guards say themselves, once an attention, goes to the same logger
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from fastgrad_grammar.quote import json_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +77,7 @@ class JsonLinesHandler(logging.FileHandler):
         else:
             step = getattr(record, "step", None)
             rows = [{"time": record.created, "step": step, **status} for status in budget]
-        return "\n".join(json.dumps(_finite(row), allow_nan=False) for row in rows)
+        return "\n".join(json_text(_finite(row)) for row in rows)
 
 
 def _finite(value: Any) -> Any:

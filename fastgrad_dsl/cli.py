@@ -13,6 +13,7 @@ import typer
 
 from fastgrad_dsl import __version__
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.quote import terminal
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.render import render
 
@@ -117,7 +118,7 @@ def compile_(
     print_plan(compiled.program, str(file))
     if compiled.calibration is not None:
         print_calibration(compiled.calibration)
-    print(f"written to {out}/ (model.py, plan.json, report.html, report.json, stages/)")
+    print(f"written to {terminal(str(out))}/ (model.py, plan.json, report.html, report.json, stages/)")
     if target == "cpp":
         with progress("building") as tell:
             warning = build_kernels(compiled.modules, tell)
@@ -336,7 +337,7 @@ def fmt(
             if not check_:
                 write_atomically(file, formatted)
     for file in unformatted:
-        print(f"{'would format' if check_ else 'formatted'} {file}")
+        print(f"{'would format' if check_ else 'formatted'} {terminal(str(file))}")
     if errors:
         raise TfgError(errors)
     if check_ and unformatted:

@@ -19,6 +19,7 @@ from fastgrad_dsl.batches import dims_of, tokens_of
 from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.plan_document import plan_document
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.quote import json_text
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
 
@@ -106,13 +107,13 @@ class Compiled:
         }
         report = self.report()
         texts = {
-            "plan.json": json.dumps(self.plan_document, indent=2) + "\n",
+            "plan.json": json_text(self.plan_document, 2) + "\n",
             "report.json": to_json(report),
             "report.html": render_html(report),
             SPEC: self.source.text,
         }
         if self.calibration is not None:
-            texts["calibration.json"] = json.dumps(self.calibration, indent=2) + "\n"
+            texts["calibration.json"] = json_text(self.calibration, 2) + "\n"
         return {**self.modules, **texts, **stages}
 
     def write(self, folder: str | Path) -> None:
@@ -125,7 +126,7 @@ class Compiled:
             stale = _written_before(path) - self.files.keys()
             for name, text in self.files.items():
                 write_atomically(path / name, text)
-            write_atomically(path / MANIFEST, json.dumps(sorted(self.files), indent=2) + "\n")
+            write_atomically(path / MANIFEST, json_text(sorted(self.files), 2) + "\n")
             for name in sorted(stale):
                 (path / name).unlink(missing_ok=True)
         except OSError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from fastgrad_dsl.plan_document import FORMAT
+from fastgrad_dsl.documents import read_document
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 if TYPE_CHECKING:
@@ -45,17 +45,10 @@ def load_objective(folder: Path) -> Callable[..., Tensor] | None:
 
 
 def load_plan(folder: Path) -> dict[str, Any]:
-    """plan.json of a compiled folder; TfgError FG419 where there is none, or one of another version."""
-    try:
-        plan: dict[str, Any] = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise _not_compiled(folder, PLAN) from None
-    found = plan.get("format") if isinstance(plan, dict) else None
-    if found != FORMAT:
-        message = f"{folder}/{PLAN} is of the format {found}, not {FORMAT}"
-        help_ = ("another version of fastgrad wrote it: compile the spec again",)
-        raise TfgError([Diagnostic("FG419", message, help=help_)])
-    return plan
+    """plan.json of a compiled folder; TfgError FG419 where there is none, FG430 where it is not of its form."""
+    if not (folder / PLAN).is_file():
+        raise _not_compiled(folder, PLAN)
+    return read_document(folder / PLAN, PLAN)
 
 
 def load_package(folder: Path) -> ModuleType:

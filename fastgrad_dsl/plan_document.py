@@ -25,7 +25,7 @@ from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.attention_rounding import entry_rounding, rounding_document
 from fastgrad_dsl.batches import Input, model_inputs, target_inputs
 
-FORMAT = "fastgrad-plan-2"
+FORMAT = "fastgrad-plan-3"
 
 
 def plan_document(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len
 from rich.text import Text
 
+from fastgrad_grammar import quote
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -26,12 +28,13 @@ class Column:
 
 def say(out: Console, text: str, *, indent: int = 0, style: str = "") -> None:
     """A paragraph: broken between words on a terminal, with every line indented, else one line."""
-    for line in _broken(out, text, indent):
+    for line in _broken(out, quote.terminal(text), indent):
         _line(out, " " * indent + line, style)
 
 
 def print_table(out: Console, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
     """Cells below their headings where the rows fit, else each row as a paragraph: its name, then `heading: cell`."""
+    rows = [list(map(quote.terminal, row)) for row in rows]
     headings = [column.heading.split("\n") for column in columns]
     widths = [
         max(map(cell_len, [*lines, *cells]))

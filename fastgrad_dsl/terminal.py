@@ -6,21 +6,36 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
 
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.passes.attention_table import OWN, attention_table, is_own
 from fastgrad_dsl.report.words import as_exact, counted, folded, run_on, size, verified_on
 from fastgrad_dsl.tables import print_table, say
+from fastgrad_grammar import quote
 
 VERDICTS = {"kept": "bold green", "likely": "green", "missed": "bold red", "unlikely": "red"}
 WIDTH_OF_A_FILE = 1_000_000  # where the output is no terminal: no line is broken
 
 
+class PlainConsole(Console):
+    """A console that obeys nothing inside a text: no markup of rich, no control character, no mark of direction."""
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """What is shown, with rich's own control sequences as they are."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=quote.terminal(segment.text, "\n"))
+
+
 def console(*, error: bool = False) -> Console:
     """A console for results (stdout) or progress (stderr); no colour and no end of a line where it is no terminal."""
-    made = Console(stderr=error, highlight=False)
-    return made if made.is_terminal else Console(stderr=error, highlight=False, width=WIDTH_OF_A_FILE)
+    made = PlainConsole(stderr=error)
+    return made if made.is_terminal else PlainConsole(stderr=error, width=WIDTH_OF_A_FILE)
 
 
 @contextmanager
@@ -31,7 +46,7 @@ def progress(doing: str) -> Iterator[Callable[[str], None]]:
         yield lambda what: None
         return
     with out.status("starting") as status:
-        yield lambda what: status.update(f"{doing} {what}")
+        yield lambda what: status.update(Text(f"{doing} {what}"))
 
 
 def print_plan(program: Program, file: str) -> None:

@@ -7,7 +7,6 @@ cache, where `runtime/triton_tuned.py` reads it; a launch never times anything b
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from fastgrad_compiler.runtime.triton_tuned import FILE, Configuration, entry_na
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.files import write_atomically
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.quote import json_text
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCE = {
@@ -161,7 +161,7 @@ def store(choices: list[Choice]) -> Path | None:
         known.pop(choice.name, None)
         if choice.found != choice.table:
             known[choice.name] = choice.found
-    write_atomically(path, json.dumps(dict(sorted(known.items())), indent=2) + "\n")
+    write_atomically(path, json_text(dict(sorted(known.items())), 2) + "\n")
     return path
 
 

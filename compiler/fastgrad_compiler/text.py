@@ -19,13 +19,13 @@ parsed (`shapes` infers them). A trailing comment `# file:line` is the node's pl
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import Attribute, Bound, Budget, DimInfo, Graph, Node, Program, Type
 from fastgrad_compiler.text_parser import parse_program
+from fastgrad_grammar.quote import comment, json_text
 from fastgrad_grammar.source import Span
 
 __all__ = ["parse_program", "print_attribute", "print_graph", "print_node", "print_program", "print_type"]
@@ -74,7 +74,7 @@ def print_attribute(value: Attribute) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        return json.dumps(value)
+        return json_text(value)
     if isinstance(value, Dim):
         return f"<{value}>"
     if isinstance(value, tuple):
@@ -124,7 +124,7 @@ def _budget(budget: Budget) -> Iterable[str]:
         yield f"{_INDENT}on_violation = {budget.on_violation}"
     for rule in budget.rules:
         value = "" if rule.value is None else f" = {print_attribute(rule.value)}"
-        yield _placed(f"{_INDENT}at {json.dumps(rule.pattern)} {_name(rule.kind)}{value}", rule.span)
+        yield _placed(f"{_INDENT}at {json_text(rule.pattern)} {_name(rule.kind)}{value}", rule.span)
     yield "}"
 
 
@@ -133,12 +133,12 @@ def _bound(bound: Bound) -> str:
     if bound.asserted:
         parts.append("asserted")
     if bound.proof:
-        parts.append("by " + ", ".join(map(json.dumps, bound.proof)))
+        parts.append("by " + ", ".join(map(json_text, bound.proof)))
     return ", ".join(parts)
 
 
 def _name(name: str) -> str:
-    return name if _PLAIN_NAME.fullmatch(name) else json.dumps(name)
+    return name if _PLAIN_NAME.fullmatch(name) else json_text(name)
 
 
 def _reference(name: str) -> str:
@@ -146,4 +146,4 @@ def _reference(name: str) -> str:
 
 
 def _placed(text: str, span: Span | None) -> str:
-    return text if span is None else f"{text}  # {span.short_place}"
+    return text if span is None else f"{text}  # {comment(span.short_place)}"

@@ -22,6 +22,7 @@ from fastgrad_compiler.validation.cone import Pair
 from fastgrad_compiler.validation.runs import Checked, Difference, Pass, compare_graphs
 from fastgrad_compiler.validation.structure import Claim, SignatureChanged, pairs
 from fastgrad_compiler.verify import CompilerBug
+from fastgrad_grammar.quote import python_docstring
 
 __all__ = ["Checked", "Difference", "compare", "reproduce", "validate"]
 
@@ -82,7 +83,7 @@ def _told(found: Difference) -> str:
 
 
 def _reproducer(before: Program, after: Program, name: str, found: Difference) -> str:
-    return f'''"""After {name}, {_told(found).replace(chr(92), "/")}.
+    return f'''"""After {name}, {python_docstring(_told(found))}.
 
 Run this file: it compares the program before the pass with what the pass made of it, and, where the pass needs nothing
 but the program, with what it makes of it now. It ends with status 1 where it finds a difference.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from fastgrad_dsl.files import write_atomically
 from fastgrad_dsl.tables import Column, print_table, say
 from fastgrad_dsl.terminal import console
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.quote import json_text
 
 LARGEST_RANK = 20_000
 LENGTHS, QUICK_LENGTHS = (1024, 4096, 16384), (256, 1024)
@@ -148,7 +148,7 @@ def write_files(document: dict[str, Any], json_file: Path | None, svg_file: Path
     """Write what is asked for. Raises TfgError FG421 where a file cannot be written."""
     texts = []
     if json_file is not None:
-        texts.append((json_file, json.dumps(document, indent=2) + "\n"))
+        texts.append((json_file, json_text(document, 2) + "\n"))
     if svg_file is not None:
         texts.append((svg_file, plot(document)))
     for path, text in texts:

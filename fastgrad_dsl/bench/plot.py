@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from fastgrad_grammar.quote import html
 
 COLOURS = (
     "#e8590c",
@@ -56,8 +57,8 @@ def render(panels: Sequence[Panel], title: str, description: str) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" height="{HEIGHT}" '
         'role="img" aria-labelledby="title description">',
-        f'<title id="title">{escape(title)}</title>',
-        f'<desc id="description">{escape(description)}</desc>',
+        f'<title id="title">{html(title)}</title>',
+        f'<desc id="description">{html(description)}</desc>',
         f"<style>{STYLE}</style>",
         f'<rect class="paper" width="{width}" height="{HEIGHT}"/>',
     ]
@@ -68,11 +69,11 @@ def render(panels: Sequence[Panel], title: str, description: str) -> str:
 
 def _panel(panel: Panel) -> list[str]:
     points = [point for series in panel.series for point in series.points]
-    parts = [f'<text class="title" x="{LEFT}" y="22">{escape(panel.title)}</text>']
+    parts = [f'<text class="title" x="{LEFT}" y="22">{html(panel.title)}</text>']
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts += [
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{escape(panel.x_label)}</text>',
-        f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{escape(panel.y_label)}</text>',
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{html(panel.x_label)}</text>',
+        f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{html(panel.y_label)}</text>',
     ]
     if not points:
         return parts
@@ -115,7 +116,7 @@ def _series(
     if series.label and spots:
         left, y = _place(*spots[-1], LETTER * len(series.label), placed)
         parts.append(
-            f'<text x="{left:.1f}" y="{y + 4:.1f}" style="fill:{colour}">{escape(series.label)}</text>'
+            f'<text x="{left:.1f}" y="{y + 4:.1f}" style="fill:{colour}">{html(series.label)}</text>'
         )
     return parts
 

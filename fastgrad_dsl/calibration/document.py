@@ -9,7 +9,7 @@ from fastgrad_compiler.graph import Program
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration, Gain
 from fastgrad_dsl.calibration.plan import Plan, Way, candidates_of
 
-FORMAT = "fastgrad-calibration-1"
+FORMAT = "fastgrad-calibration-2"
 
 
 def calibration_document(

@@ -26,6 +26,7 @@ from fastgrad_dsl.bench.contenders import Attention, Contender
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.timing import time_together
 from fastgrad_dsl.files import write_atomically
+from fastgrad_grammar.quote import json_text
 
 HEADS, D, DV, DEGREE, NEAR = 8, 16, 64, 2, 64
 LENGTHS = (512, 4096)
@@ -105,7 +106,7 @@ def machine_pace(target: str) -> MachinePace:
             pass  # a broken file is measured anew
     pace = _measure(target, str(described["cpu"]), threads)
     if path is not None:
-        write_atomically(path, json.dumps(asdict(pace), indent=2) + "\n")
+        write_atomically(path, json_text(asdict(pace), 2) + "\n")
     return pace
 
 

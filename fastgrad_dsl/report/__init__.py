@@ -9,14 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastgrad_dsl.report.document import FORMAT, SCHEMA, build_report, to_json, write_json
+    from fastgrad_dsl.report.document import FORMAT, build_report, to_json, write_json
     from fastgrad_dsl.report.page import render_html, write_html
     from fastgrad_dsl.report.request import DEFAULT_LENGTH, ReportRequest, Subject, make_report, measure_plan
 
 __all__ = [
     "DEFAULT_LENGTH",
     "FORMAT",
-    "SCHEMA",
     "ReportRequest",
     "Subject",
     "build_report",
@@ -29,7 +28,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "document": ("FORMAT", "SCHEMA", "build_report", "to_json", "write_json"),
+    "document": ("FORMAT", "build_report", "to_json", "write_json"),
     "page": ("render_html", "write_html"),
     "request": ("DEFAULT_LENGTH", "ReportRequest", "Subject", "make_report", "measure_plan"),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -30,12 +29,12 @@ from fastgrad_dsl.report.headline import headline, summary, waterfall
 from fastgrad_dsl.report.prediction import cost_curve, cost_key, longest_sizes, pace_of, predict
 from fastgrad_dsl.report.reproduce import reproduce
 from fastgrad_dsl.report.sources import annotated_spec, kernel_code
+from fastgrad_grammar.quote import json_text
 
 if TYPE_CHECKING:
     from fastgrad_dsl.measure import ModelErrors
 
-FORMAT = "fastgrad-report-2"
-SCHEMA = Path(__file__).parent / "schema.json"
+FORMAT = "fastgrad-report-3"
 MEASURED_ON = ("tokens", "kind", "dims", "seed", "weights")
 
 
@@ -48,7 +47,7 @@ def build_report(
     files: Mapping[str, str] | None = None,
     calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The report of a plan (docs/report.md), valid by SCHEMA; deterministic. None stands for what is not known.
+    """The report of a plan (docs/report.md), valid by schema.json; deterministic. None stands for what is not known.
 
     Args:
         plan: plan.json as data.
@@ -107,7 +106,7 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
 
 def to_json(report: Mapping[str, Any]) -> str:
     """The text of report.json; ValueError for a number that is not finite."""
-    return json.dumps(report, indent=2, allow_nan=False) + "\n"
+    return json_text(report, 2) + "\n"
 
 
 def _shared(

@@ -12,10 +12,12 @@ Entry = Mapping[str, Any]
 def head_numbers(entry: Entry) -> tuple[int, ...]:
     """The numbers of an attention's query heads; of one that serves a group of another's heads, those there."""
     count: int = entry["query_heads"]
-    found = re.search(r"_heads_((?:\d+|_to_|_)+)$", entry["path"])
+    found = re.search(r"_heads_(\d{1,6}(?:(?:_to)?_\d{1,6})*)$", entry["path"])
     runs = re.findall(r"(\d+)(?:_to_(\d+))?", found[1]) if found else ()
-    numbers = tuple(head for first, last in runs for head in range(int(first), int(last or first) + 1))
-    return numbers if len(numbers) == count else tuple(range(count))
+    ends = [(int(first), int(last or first) + 1) for first, last in runs]
+    if sum(max(0, end - first) for first, end in ends) != count:
+        return tuple(range(count))
+    return tuple(head for first, end in ends for head in range(first, end))
 
 
 def calibration_of(entry: Entry, calibration: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from fastgrad_dsl.bench.plot import COLOURS
 from fastgrad_dsl.report.svg import (
     BOTTOM,
@@ -18,6 +20,7 @@ from fastgrad_dsl.report.svg import (
     WIDTH,
     Axis,
     bottom_axis,
+    element,
     figure,
     key,
     left_axis,
@@ -25,7 +28,7 @@ from fastgrad_dsl.report.svg import (
     logarithmic,
     text,
 )
-from fastgrad_dsl.report.words import folded, number
+from fastgrad_dsl.report.words import number
 
 ROW = 17.0  # height of a step of the waterfall
 NAMES = 190.0  # room for the names of attentions beside it
@@ -34,7 +37,7 @@ PANEL = 300.0  # height of the other figures
 FAMILY_COLOURS = {None: 4, "taylor": 2, "minimax": 3, "balanced": 0}
 
 
-def waterfall(what: str, document: Mapping[str, Any]) -> str:
+def waterfall(what: str, document: Mapping[str, Any]) -> Markup:
     """Each attention's part of the error, one after the other, with the limit and what was measured of the whole."""
     steps, limit, measured = document["steps"], document["limit"], document["measured"]
     top, bottom = 30.0, 30.0 + ROW * (len(steps) + 1)
@@ -62,7 +65,7 @@ def waterfall(what: str, document: Mapping[str, Any]) -> str:
     )
 
 
-def curve(place: int, document: Mapping[str, Any], histogram: str | None) -> str:
+def curve(place: int, document: Mapping[str, Any], histogram: str | None) -> Markup:
     """p(s)/exp(s) - 1 and the same of p' over the range; under it, where given, the path of a head's histogram."""
     bound, bottom = document["range"], TOP + 16 + CURVE
     x_axis = Axis(-bound, bound, LEFT, WIDTH - RIGHT)
@@ -82,7 +85,7 @@ def curve(place: int, document: Mapping[str, Any], histogram: str | None) -> str
     names = ("p(s)/exp(s) − 1", "p'(s)/exp(s) − 1", "±eps (bound)")
     parts += key(LEFT + 8, TOP + 4, [(0, names[0], False), (1, names[1], False), (4, names[2], True)])
     if histogram is not None:
-        parts.append(f'<path class="histogram" fill="{COLOURS[6]}" d="{histogram}"/>')
+        parts.append(element('<path class="histogram" fill="{}" d="{}"/>', COLOURS[6], histogram))
         parts.append(text(LEFT - 6, bottom + 14 + HISTOGRAM, "logits", "end"))
         bottom += HISTOGRAM + 14
     parts += bottom_axis(x_axis, bottom, TOP + 16, "logit s, on the range [−R, R] of the plan")
@@ -108,7 +111,7 @@ def histogram_path(document: Mapping[str, Any], bound: float) -> str:
     return "".join(parts)
 
 
-def pareto(place: int, what: str, document: Mapping[str, Any]) -> str:
+def pareto(place: int, what: str, document: Mapping[str, Any]) -> Markup:
     """Error against time of all candidates on logarithmic axes; those without any lie on the lowest line."""
     points = document["points"]
     top, bottom = TOP + 16, TOP + 16 + PANEL
@@ -137,7 +140,7 @@ def pareto(place: int, what: str, document: Mapping[str, Any]) -> str:
     )
 
 
-def cost(place: int, what: str, document: Mapping[str, Any]) -> str:
+def cost(place: int, what: str, document: Mapping[str, Any]) -> Markup:
     """Time of exact and polynomial attention against the length, with the break-even point (of both passes)."""
     lengths, ways = document["lengths"], [w for w in ("exact", "polynomial") if document[w] is not None]
     top, bottom = TOP + 16, TOP + 16 + PANEL
@@ -166,33 +169,27 @@ def cost(place: int, what: str, document: Mapping[str, Any]) -> str:
     )
 
 
-def group_label(document: Mapping[str, Any]) -> str:
-    """The attentions that share a figure."""
-    return folded(document["attentions"])
-
-
-def _bar(axis: Axis, y: float, name: str, start: float, end: float, colour: int) -> list[str]:
+def _bar(axis: Axis, y: float, name: str, start: float, end: float, colour: int) -> list[Markup]:
     room = int((NAMES - 12) / LETTER)
     shown = name if len(name) <= room else "…" + name[1 - room :]
     x = axis.at(start)
     width = max(axis.at(end) - x, 1.0)
+    bar = '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:g}" fill="{}"><title>{}</title></rect>'
     return [
         text(NAMES - 8, y + 12, shown, "end"),
-        f'<rect x="{x:.1f}" y="{y + 2:.1f}" width="{width:.1f}" height="{ROW - 4:g}" fill="{COLOURS[colour]}">'
-        f"<title>{name}: {number(end - start)} (estimate)</title></rect>",
+        element(bar, x, y + 2, width, ROW - 4, COLOURS[colour], f"{name}: {number(end - start)} (estimate)"),
     ]
 
 
 def _candidate(
     point: Mapping[str, Any], x: float, y: float, taken: list[tuple[float, float, float]]
-) -> Sequence[str]:
+) -> Sequence[Markup]:
     """A point with its name, where there is room for it; the chosen one has a ring and is always named."""
     colour = COLOURS[FAMILY_COLOURS.get(point["family"], 1)]
-    parts = [
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"><title>{point["name"]}</title></circle>'
-    ]
+    dot = '<circle cx="{:.1f}" cy="{:.1f}" r="3.5" fill="{}"><title>{}</title></circle>'
+    parts = [element(dot, x, y, colour, point["name"])]
     if point["chosen"]:
-        parts.append(f'<circle class="chosen" cx="{x:.1f}" cy="{y:.1f}" r="8"/>')
+        parts.append(element('<circle class="chosen" cx="{:.1f}" cy="{:.1f}" r="8"/>', x, y))
     name = point["name"] + (" (chosen)" if point["chosen"] else "")
     width = LETTER * len(name) + 10
     left = x + 11 if x + 11 + width < WIDTH - RIGHT else x - 11 - width

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from fastgrad_dsl.report import figures, words
 from fastgrad_dsl.report.columns import COLUMNS, GROUPS, attention_rows
 from fastgrad_dsl.report.entries import calibration_of
 from fastgrad_dsl.report.headline import WHATS
+from fastgrad_grammar import quote
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -41,7 +44,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         waterfalls=[
             (
                 what,
-                Markup(figures.waterfall(what, report["waterfall"][what])),
+                figures.waterfall(what, report["waterfall"][what]),
                 report["waterfall"][what]["basis"],
             )
             for what in WHATS
@@ -49,17 +52,15 @@ def render_html(report: Mapping[str, Any]) -> str:
         ],
         heads=heads,
         curves=[
-            Markup(
-                figures.curve(place, document, next((h["path"] for h in heads if h["curve"] == place), None))
-            )
+            figures.curve(place, document, next((h["path"] for h in heads if h["curve"] == place), None))
             for place, document in enumerate(report["curves"])
         ],
         candidates=[
-            (document, [Markup(figures.pareto(place, what, document)) for what in WHATS])
+            (document, [figures.pareto(place, what, document) for what in WHATS])
             for place, document in enumerate(report["candidates"])
         ],
         costs=[
-            (document, [Markup(figures.cost(place, what, document)) for what in ("forward", "total")])
+            (document, [figures.cost(place, what, document) for what in ("forward", "total")])
             for place, document in enumerate(report["costs"])
         ],
         shows_heads=sum(len(entry["per_head"] or ()) for entry in report["attentions"]) <= FEW_HEADS,
@@ -79,11 +80,18 @@ def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
+        finalize=lambda value: quote.html(value) if isinstance(value, str) else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["hash"] = _hash
     return environment.get_template("page.html.j2")
+
+
+def _hash(text: str) -> str:
+    """The source of a content security policy that allows an element with this very text."""
+    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
 def _remarks(spec: Mapping[str, Any]) -> dict[int, list[str]]:

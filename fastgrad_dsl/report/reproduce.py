@@ -36,9 +36,9 @@ def _commands(
         return None
     params = [shlex.quote(f"{name}={value}") for name, value in plan["params"].items()]
     options = [
-        f"--model {plan['model']}",
+        f"--model {shlex.quote(plan['model'])}",
         *(f"--set {param}" for param in params),
-        f"--target {plan['target']}",
+        f"--target {shlex.quote(plan['target'])}",
     ]
     return [
         " ".join(["fastgrad compile", shlex.quote(plan["source"]), *options, *calibrated, f"-o {FOLDER}"]),
@@ -54,7 +54,7 @@ def _calibrate(calibration: Mapping[str, Any]) -> list[str] | None:
     if data is None or not weights.startswith((INITIAL, STORED)):
         return None
     options = [f"--calibrate {shlex.quote(data)}"]
-    options += [f"--dim {name}={size}" for name, size in calibration["dims"].items()]
+    options += [f"--dim {shlex.quote(f'{name}={size}')}" for name, size in calibration["dims"].items()]
     if weights.startswith(STORED):
         options.append(f"--weights {shlex.quote(weights.removeprefix(STORED))}")
     return [*options, f"--seed {calibration['seed']}"]

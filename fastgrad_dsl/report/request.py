@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +12,11 @@ from fastgrad_compiler.targets import BACKENDS
 from fastgrad_compiler.text_parser import parse_dim
 from fastgrad_dsl.attention_rounding import spec_of
 from fastgrad_dsl.batches import Input, random_batch, tokens_of
+from fastgrad_dsl.documents import read_document
 from fastgrad_dsl.plan_document import is_approximated
 from fastgrad_dsl.report.document import build_report
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
+from fastgrad_grammar.read import read_source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -119,7 +120,7 @@ def measure_plan(
 
 def _options(request: ReportRequest, sizes: Mapping[str, int]) -> list[str]:
     """The options of the command line that measure on this batch again."""
-    options = [f"--dim {name}={size}" for name, size in sizes.items()]
+    options = [f"--dim {shlex.quote(f'{name}={size}')}" for name, size in sizes.items()]
     for name, path in (("text", request.text), ("weights", request.weights)):
         options += [f"--{name} {shlex.quote(str(path))}"] if path else []
     return [*options, f"--seed {request.seed}"]
@@ -134,10 +135,10 @@ def _subject(request: ReportRequest) -> Subject:
         folder = request.where
         plan = load_plan(folder)
         kernels = {f"{e['kernel']}{suffix}" for e in plan["attentions"] for suffix in (".py", ".cpp")}
-        files = {name: text for name in sorted(kernels) if (text := _read(folder / name)) is not None}
+        files = {name: text for name in sorted(kernels) if (text := _code(folder / name)) is not None}
         return Subject(
             plan,
-            _read(folder / SPEC),
+            read_source(folder / SPEC).text if (folder / SPEC).is_file() else None,
             files,
             _calibration(folder),
             lambda seed: fg.load(folder, seed=seed),
@@ -155,18 +156,12 @@ def _subject(request: ReportRequest) -> Subject:
 
 
 def _calibration(folder: Path) -> dict[str, Any] | None:
-    text = _read(folder / CALIBRATION)
-    try:
-        return None if text is None else dict(json.loads(text))
-    except ValueError:
-        message = f"{folder / CALIBRATION} is no calibration: it is not JSON"
-        raise TfgError(
-            [Diagnostic("FG419", message, help=("calibrate again, or remove the file",))]
-        ) from None
+    path = folder / CALIBRATION
+    return read_document(path, CALIBRATION) if path.is_file() else None
 
 
-def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+def _code(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def batch_sizes(plan: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, int]:

@@ -20,7 +20,11 @@ def annotated_spec(path: str, text: str | None, attentions: Sequence[Mapping[str
         {"line": line, "text": f"{folded([e['path'] for e in entries])}: {remark}{_largest(entries)}"}
         for (line, remark), entries in sorted(groups.items(), key=lambda group: group[0][0])
     ]
-    return {"path": path, "lines": None if text is None else text.splitlines(), "remarks": remarks}
+    return {
+        "path": path,
+        "lines": None if text is None else text.removesuffix("\n").split("\n"),
+        "remarks": remarks,
+    }
 
 
 def kernel_code(

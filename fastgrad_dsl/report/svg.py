@@ -1,4 +1,7 @@
-"""Axes and paths of the report's figures: SVG text that takes its colours from the page and names itself in words."""
+"""Axes and paths of the report's figures: SVG text that takes its colours from the page and names itself in words.
+
+Every part is `Markup` made by `element`, which escapes values; what is no Markup is escaped where parts are joined.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,23 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from html import escape
+
+from markupsafe import Markup
 
 from fastgrad_compiler.elementary import log10, power
 from fastgrad_dsl.bench.plot import COLOURS
+from fastgrad_grammar.quote import html
 
 WIDTH = 640.0  # of every figure; a narrow page scrolls it in a box of its own
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 16.0, 14.0, 44.0
 LETTER = 6.4  # mean width of a letter
 
 _logarithm = lru_cache(1024)(log10)  # ends of axes come again and again
+
+
+def element(template: str, *values: float | str) -> Markup:
+    """SVG from a template of ours and the values of its fields, which are escaped unless they are SVG."""
+    return Markup(template).format(*(html(value) if isinstance(value, str) else value for value in values))
 
 
 @dataclass(frozen=True)
@@ -73,50 +83,54 @@ def tick(value: float) -> str:
     return f"{value:.3g}"
 
 
-def bottom_axis(axis: Axis, y: float, top: float, label: str) -> list[str]:
+def bottom_axis(axis: Axis, y: float, top: float, label: str) -> list[Markup]:
     """Ticks, grid lines up to `top`, and the label, below the line at y."""
     parts = []
     for value in axis.ticks():
         x = axis.at(value)
-        parts.append(f'<path class="grid" d="M{x:.1f} {top:g}V{y:g}"/>')
+        parts.append(element('<path class="grid" d="M{:.1f} {:g}V{:g}"/>', x, top, y))
         parts.append(text(x, y + 16, tick(value), "middle"))
     middle = (axis.first + axis.last) / 2
     return [
         *parts,
-        f'<path class="axis" d="M{axis.first:g} {y:g}H{axis.last:g}"/>',
+        element('<path class="axis" d="M{:g} {:g}H{:g}"/>', axis.first, y, axis.last),
         text(middle, y + 36, label, "middle"),
     ]
 
 
-def left_axis(axis: Axis, x: float, right: float, label: str) -> list[str]:
+def left_axis(axis: Axis, x: float, right: float, label: str) -> list[Markup]:
     """Ticks, grid lines to `right`, and the label, upright, left of the line at x."""
     parts = []
     for value in axis.ticks():
         y = axis.at(value)
-        parts.append(f'<path class="grid" d="M{x:g} {y:.1f}H{right:g}"/>')
+        parts.append(element('<path class="grid" d="M{:g} {:.1f}H{:g}"/>', x, y, right))
         parts.append(text(x - 6, y + 4, tick(value), "end"))
     middle = (axis.first + axis.last) / 2
     return [
         *parts,
-        f'<path class="axis" d="M{x:g} {axis.first:g}V{axis.last:g}"/>',
-        f'<text transform="translate(13 {middle:g}) rotate(-90)" text-anchor="middle">{escape(label)}</text>',
+        element('<path class="axis" d="M{:g} {:g}V{:g}"/>', x, axis.first, axis.last),
+        element(
+            '<text transform="translate(13 {:g}) rotate(-90)" text-anchor="middle">{}</text>', middle, label
+        ),
     ]
 
 
-def line(points: Sequence[tuple[float, float]], colour: int, *, dashed: bool = False) -> str:
+def line(points: Sequence[tuple[float, float]], colour: int, *, dashed: bool = False) -> Markup:
     """A line through points of the figure."""
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    dashes = ' stroke-dasharray="5 4"' if dashed else ""
-    return f'<path d="M{path}" fill="none" stroke="{COLOURS[colour]}" stroke-width="2"{dashes}/>'
+    dashes = Markup(' stroke-dasharray="5 4"' if dashed else "")
+    return element(
+        '<path d="M{}" fill="none" stroke="{}" stroke-width="2"{}/>', path, COLOURS[colour], dashes
+    )
 
 
-def text(x: float, y: float, content: str, anchor: str = "start", kind: str = "") -> str:
+def text(x: float, y: float, content: str, anchor: str = "start", kind: str = "") -> Markup:
     """A text; `kind` is a class of the page."""
-    class_ = f' class="{kind}"' if kind else ""
-    return f'<text{class_} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(content)}</text>'
+    class_ = element(' class="{}"', kind) if kind else Markup("")
+    return element('<text{} x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>', class_, x, y, anchor, content)
 
 
-def key(x: float, y: float, entries: Sequence[tuple[int, str, bool]]) -> list[str]:
+def key(x: float, y: float, entries: Sequence[tuple[int, str, bool]]) -> list[Markup]:
     """A legend in one row: colour, name, whether its line is dashed."""
     parts = []
     for colour, name, dashed in entries:
@@ -126,10 +140,15 @@ def key(x: float, y: float, entries: Sequence[tuple[int, str, bool]]) -> list[st
     return parts
 
 
-def figure(name: str, title: str, description: str, height: float, parts: Iterable[str]) -> str:
+def figure(name: str, title: str, description: str, height: float, parts: Iterable[Markup]) -> Markup:
     """An SVG whose title and description stand for it where it cannot be seen; `name` is unique in the page."""
-    return (
-        f'<svg viewBox="0 0 {WIDTH:g} {height:g}" width="{WIDTH:g}" height="{height:g}" role="img" '
-        f'aria-labelledby="{name}-title {name}-desc"><title id="{name}-title">{escape(title)}</title>'
-        f'<desc id="{name}-desc">{escape(description)}</desc>{"".join(parts)}</svg>'
+    return element(
+        '<svg viewBox="0 0 {0:g} {1:g}" width="{0:g}" height="{1:g}" role="img" '
+        'aria-labelledby="{2}-title {2}-desc"><title id="{2}-title">{3}</title><desc id="{2}-desc">{4}</desc>{5}</svg>',
+        WIDTH,
+        height,
+        name,
+        title,
+        description,
+        Markup("").join(parts),
     )

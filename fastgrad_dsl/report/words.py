@@ -82,7 +82,9 @@ def run_on(report: Mapping[str, Any]) -> str:
     if calibration is None:
         return "no model was run: this is what is known before any data"
     measured = "estimates and measurements" if calibration["verification"] else "estimates"
-    return f"no model was run for this report: {measured} are those of the calibration on {calibration['data']}"
+    return (
+        f"no model was run for this report: {measured} are those of the calibration on {calibration['data']}"
+    )
 
 
 def seconds(time: float) -> str:

@@ -102,6 +102,7 @@ CODES: dict[str, str] = {
     "FG422": "native kernels that cannot be built",
     "FG423": "batches that cannot be used",
     "FG424": "GPU kernels that cannot be timed",
+    "FG430": "document that does not have its form",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fastgrad_grammar.diagnostics import Diagnostic, Note
+from fastgrad_grammar.quote import terminal
 from fastgrad_grammar.source import Span
 
 MAX_COLUMNS = 100
@@ -46,7 +47,7 @@ def _summary(found: list[Diagnostic]) -> str:
 
 def _diagnostic(diagnostic: Diagnostic, paint: _Painter) -> Iterator[str]:
     kind = "error" if diagnostic.severity == "error" else "warning"
-    yield paint(kind, f"{kind}[{diagnostic.code}]") + paint("bold", f": {_clean(diagnostic.message)}")
+    yield paint(kind, f"{kind}[{diagnostic.code}]") + paint("bold", f": {terminal(diagnostic.message)}")
     spans = [
         span for span in (diagnostic.span, *(note.span for note in diagnostic.notes)) if span is not None
     ]
@@ -56,16 +57,16 @@ def _diagnostic(diagnostic: Diagnostic, paint: _Painter) -> Iterator[str]:
     margin = " " * (width + 1) + paint("gutter", "=") + " "
     for note in diagnostic.notes:
         if note.span is None:
-            yield f"{margin}{paint('bold', 'note')}: {_clean(note.message)}"
+            yield f"{margin}{paint('bold', 'note')}: {terminal(note.message)}"
     for line in diagnostic.help:
-        yield f"{margin}{paint('help', 'help')}: {_clean(line)}"
+        yield f"{margin}{paint('help', 'help')}: {terminal(line)}"
     for note in diagnostic.notes:
         yield from _note(note, width, paint)
 
 
 def _note(note: Note, width: int, paint: _Painter) -> Iterator[str]:
     if note.span is not None:
-        yield f"{paint('note', 'note')}: {_clean(note.message)}"
+        yield f"{paint('note', 'note')}: {terminal(note.message)}"
         yield from _snippet(note.span, "", width, "-", "note", paint)
 
 
@@ -82,13 +83,13 @@ def _snippet(span: Span, label: str, width: int, mark: str, kind: str, paint: _P
     first, column = source.position(span.start)
     last = _last_line(span)
     bar = paint("gutter", "|")
-    yield f"{' ' * width}{paint('gutter', '-->')} {_clean(source.path)}:{first}:{column}"
+    yield f"{' ' * width}{paint('gutter', '-->')} {terminal(source.path)}:{first}:{column}"
     yield f"{' ' * (width + 1)}{bar}"
     for number in dict.fromkeys((first, last)):
         if number == last and last > first + 1:
             yield paint("gutter", _ELIDED)
         text, marks = _marked_line(span, number, mark)
-        words = f" {_clean(label)}" if label and number == last else ""
+        words = f" {terminal(label)}" if label and number == last else ""
         yield f"{paint('gutter', f'{number:>{width}} |')} {text}".rstrip()
         yield f"{' ' * (width + 1)}{bar} {marks[0]}{paint(kind, marks[1] + words)}"
 
@@ -116,19 +117,8 @@ def _indentation(text: str) -> int:
 
 
 def _show(text: str) -> str:
-    """Text as it is safe to print: tabs widened, control and unpaired characters replaced."""
-    return _clean(text.replace("\t", _TAB))
-
-
-def _clean(text: str) -> str:
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(char if _printable(char) else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
-def _printable(char: str) -> bool:
-    # Format characters (Cf) turn the direction of text or hide; surrogates (Cs) cannot be encoded.
-    return unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
+    """Text of a source line as it is safe to print, with tabs widened."""
+    return terminal(text.replace("\t", _TAB))
 
 
 def _columns(text: str) -> int:

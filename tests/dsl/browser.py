@@ -37,6 +37,15 @@ def evaluate(page: str, script: str, folder: Path, *, width: int = 1200, dark: b
     Raises AssertionError where the browser fails, or anything is written to the console: errors of scripts and requests
     that the page's own policy refuses are.
     """
+    found, console = load(page, script, folder, width=width, dark=dark)
+    assert not console, console
+    return found
+
+
+def load(
+    page: str, script: str, folder: Path, *, width: int = 1200, dark: bool = False
+) -> tuple[Any, list[str]]:
+    """What `evaluate` returns, and what was written to the console; AssertionError where the browser fails."""
     file = folder / "harness.html"
     file.write_text(HARNESS.format(width=width, page=html.escape(page), script=script), encoding="utf-8")
     chromium = find_chromium()
@@ -50,8 +59,7 @@ def evaluate(page: str, script: str, folder: Path, *, width: int = 1200, dark: b
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert not console, console
     found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found is not None, done.stdout[:1000]
     assert found[1], "the page was not loaded"
-    return json.loads(html.unescape(found[1]))
+    return json.loads(html.unescape(found[1])), console

@@ -14,14 +14,21 @@ def calibration_of(plan: Mapping[str, Any], **changes: object) -> dict[str, Any]
     """For every attention of a plan that a polynomial serves; `changes` replace entries of the document."""
     served = [entry for entry in plan["attentions"] if entry["decision"] == "polynomial" and entry["bound"]]
     document = {
-        "format": "fastgrad-calibration-1",
+        "format": "fastgrad-calibration-2",
         "data": "held-out text of emma.txt",
         "weights": "the given weights",
         "batches": 2,
         "dims": {"b": 1, "n": 2048},
         "seed": 0,
         "trust": "calibrated",
-        "pace": {"target": "cpp", "machine": "a machine", "threads": 2, "kind": "measured"},
+        "pace": {
+            "speed": 1.9,
+            "keys": 40,
+            "target": "cpp",
+            "machine": "a machine",
+            "threads": 2,
+            "kind": "measured",
+        },
         "attentions": [_attention(place, entry) for place, entry in enumerate(served)],
         "planned": {
             "length": 2048,
@@ -36,7 +43,8 @@ def calibration_of(plan: Mapping[str, Any], **changes: object) -> dict[str, Any]
             "tokens": 4096,
             "output": 0.015,
             "gradient": 0.06,
-            "rounds": [{"output": 0.015, "gradient": 0.06}],
+            "violations": 0,
+            "rounds": [{"output": 0.015, "gradient": 0.06, "violations": 0}],
         },
     }
     return {**document, **changes}
@@ -57,7 +65,8 @@ def _attention(place: int, entry: Mapping[str, Any]) -> dict[str, Any]:
                 "degree": None,
                 "near": None,
                 "centred": False,
-                "bound": entry["bound"],
+                "bound": None,
+                "source": None,
                 "seconds": 0.4,
                 "output": 0.0,
                 "gradient": 0.0,
@@ -95,6 +104,7 @@ def _candidate(entry: Mapping[str, Any], degree: int, near: int | None) -> dict[
         "near": near,
         "centred": False,
         "bound": entry["bound"],
+        "source": "program",
         "seconds": 1e-4 * math.comb(entry["d"] + degree, degree) + (0 if near is None else 0.002),
         "output": error,
         "gradient": 4 * error,

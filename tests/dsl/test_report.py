@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from jsonschema import Draft202012Validator
 
 import fastgrad_dsl as fg
 from fastgrad_compiler.cost import PACE, flops
 from fastgrad_compiler.polynomial import fit
 from fastgrad_dsl.compiled import Compiled
-from fastgrad_dsl.report import SCHEMA, ReportRequest, build_report, make_report, render_html, to_json
+from fastgrad_dsl.documents import validator
+from fastgrad_dsl.report import ReportRequest, build_report, make_report, render_html, to_json
 from fastgrad_dsl.report.entries import head_numbers
 from fastgrad_dsl.report.words import percent, size
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, NAMES, always_polynomial, small, text
 
-VALIDATOR = Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+VALIDATOR = validator("report.json")
 GPT = EXAMPLES / "gpt.tfg"
 SIZES = {"depth": 2, "d_model": 16, "heads": 2, "near": 2, "vocab": 11}
 ATTEND = """
@@ -61,7 +61,7 @@ def test_the_schema_refuses_what_is_missing_or_unknown() -> None:
     for broken in (
         {key: value for key, value in report.items() if key != "headline"},
         {**report, "more": 1},
-        {**report, "format": "fastgrad-report-1"},
+        {**report, "format": "fastgrad-report-2"},
         {**report, "attentions": [{**report["attentions"][0], "decision": "maybe"}]},
     ):
         assert not VALIDATOR.is_valid(broken)
@@ -318,7 +318,7 @@ def test_a_folder_gives_its_calibration(tmp_path: Path) -> None:
     assert report["calibration"] == calibration
     assert report == compiled.report(calibration=calibration)
     (tmp_path / "calibration.json").write_text("{")
-    with pytest.raises(fg.TfgError, match="no calibration"):
+    with pytest.raises(fg.TfgError, match=r"FG430.*calibration\.json: no JSON: .* at line 1, column 2"):
         make_report(request, lambda what: None)
     shutil.rmtree(tmp_path)
 

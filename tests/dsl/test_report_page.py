@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import json
 import re
 from functools import cache
@@ -13,7 +16,7 @@ import pytest
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.report import render_html
-from tests.dsl.browser import evaluate, find_chromium
+from tests.dsl.browser import evaluate, find_chromium, load
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, NAMES, always_polynomial, small, text
 
@@ -256,3 +259,119 @@ def test_examples_load_without_a_complaint(name: str, tmp_path: Path) -> None:
     assert evaluate(page, "return document.querySelectorAll('tbody').length;", tmp_path) == len(
         small(name).plan
     )
+
+
+# ---------------------------------------------------------------- hostile reports
+
+
+ATTACKS = (
+    "</title><script>window.pwned = 1</script>",
+    "\"><img src=x onerror='window.pwned = 1'>",
+    "' onmouseover='window.pwned = 1",
+    "</style></script><svg onload='window.pwned = 1'>",
+    "</pre></text></svg><body onload=window.pwned=1>",
+    "{{ 7 * 7 }}\x00\x1b\u202e\u2028\ud800",
+)
+
+
+OPEN = ("code", "versions", "params", "dims")  # tables whose names come from outside too
+FIXED = (
+    "decision",
+    "family",
+    "range_source",
+    "kind",
+    "state",
+    "precision",
+    "device",
+    "dtype",
+    "error_kind",
+    "format",
+)
+
+
+def hostile(value: Any, attack: str, *, named: bool = False) -> Any:
+    """A document whose texts end with an attack, and the names of its open tables too."""
+    if isinstance(value, str):
+        return value + attack
+    if isinstance(value, list):
+        return [hostile(item, attack) for item in value]
+    if isinstance(value, dict):
+        return {
+            name + attack * named: item if name in FIXED else hostile(item, attack, named=name in OPEN)
+            for name, item in value.items()
+        }
+    return value
+
+
+class Elements(HTMLParser):
+    """Counts elements and the names of attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, ...]] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note an element."""
+        self.found.append((tag, *(name for name, _ in attrs)))
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=ascii)
+@pytest.mark.parametrize("name", ["measured", "own"])
+def test_a_hostile_document_makes_no_element(name: str, attack: str) -> None:
+    found = json.loads(json.dumps(report(name)))
+    page = render_html(hostile(found, attack))
+    page.encode()
+    assert Elements(page).found == Elements(render_html(found)).found
+
+
+@browser
+def test_a_hostile_document_runs_nothing_and_looks_as_it_should(tmp_path: Path) -> None:
+    page = render_html(hostile(json.loads(json.dumps(report("measured"))), "".join(ATTACKS[:5])))
+    script = """
+        const style = window.getComputedStyle(document.querySelector(".verdict"));
+        const track = document.querySelector(".track");
+        return [window.pwned === undefined, style.fontWeight, track.getBoundingClientRect().height > 5,
+                document.querySelectorAll("[data-figure=curve]:not([hidden])").length];
+    """
+    assert evaluate(page, script, tmp_path) == [True, "600", True, 1]
+
+
+@browser
+@pytest.mark.parametrize(
+    "body",
+    [
+        "<script>window.pwned = 1</script>",
+        "<img src='data:,' onerror='window.pwned = 1'>",
+        "<a id=go href='javascript:window.pwned = 1'>a</a>",
+        "<style>h1 { display: none }</style>",
+        "<p id=p style='position:fixed'>a</p>",
+        "<base href='https://example.org/'><script src='a.js'></script>",
+    ],
+)
+def test_the_policy_refuses_what_is_not_ours(body: str, tmp_path: Path) -> None:
+    """Were anything ever written without being escaped, the browser would not run it."""
+    page = render_html(report("none")).replace("</main>", f"{body}</main>")
+    script = """
+        if (document.getElementById("go")) document.getElementById("go").click();
+        const placed = document.getElementById("p");
+        return [window.pwned === undefined, window.getComputedStyle(document.querySelector("h1")).display,
+                placed ? window.getComputedStyle(placed).position : "static"];
+    """
+    found, console = load(page, script, tmp_path)
+    assert found == [True, "block", "static"]
+    assert any("Content Security Policy" in line for line in console)
+
+
+def test_the_policy_allows_the_very_texts_of_the_page() -> None:
+    for name in PAGES:
+        page = render_html(report(name))
+        policy = html.unescape(re.findall(r'Content-Security-Policy" content="([^"]+)"', page)[0])
+        assert "unsafe" not in policy
+        texts = re.findall(r"<(style|script)>(.*?)</\1>", page, re.DOTALL)
+        assert [kind for kind, _ in texts] == ["style", "style", "script"]
+        for kind, content in texts:
+            digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+            assert f"'sha256-{digest}'" in policy.split(f"{kind}-src ")[1].split(";")[0]
+        assert not re.search(r'\sstyle="|\son\w+="', page)

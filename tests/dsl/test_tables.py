@@ -280,3 +280,14 @@ def test_a_terminal_of_hardly_any_width_loses_nothing(width: int) -> None:
     print_table(console, [Column("name", is_number=False), Column("error")], [["layers.0.attend", "0.0123"]])
     say(console, "at 0.5 of it", indent=2)
     assert "".join(out.getvalue().split()) == "layers.0.attenderror:0.0123at0.5ofit"
+
+
+def test_what_is_quoted_is_counted_as_it_is_shown() -> None:
+    """A control character is written as four; the row that then fits no line is stacked."""
+    out = io.StringIO()
+    console = terminal.PlainConsole.__new__(terminal.PlainConsole)
+    Console.__init__(console, file=out, force_terminal=True, width=24, color_system=None)
+    print_table(
+        console, [Column("name", is_number=False), Column("error")], [["a\x1b\x07\x08b", "0.0123456"]]
+    )
+    assert out.getvalue().splitlines() == [r"a\x1b\x07\x08b", "    error: 0.0123456"]

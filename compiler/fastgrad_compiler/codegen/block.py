@@ -34,6 +34,7 @@ from fastgrad_compiler.codegen.writer import (
 from fastgrad_compiler.dim import Dim
 from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType
 from fastgrad_compiler.targets import PYTORCH, Backends
+from fastgrad_grammar.quote import comment
 from fastgrad_grammar.source import Span
 
 LONGEST = 88  # of an expression, before parts of it get a name of their own
@@ -63,9 +64,9 @@ class Module:
 
 
 def place_of(span: Span) -> str:
-    """`gpt.tfg:14`; the folder of the user's file is left out."""
+    """`gpt.tfg:14`, on one line; the folder of the user's file is left out."""
     path, _, line = span.short_place.rpartition(":")
-    return f"{path if path.startswith('std/') else PurePath(path).name}:{line}"
+    return comment(f"{path if path.startswith('std/') else PurePath(path).name}:{line}")
 
 
 def source_line(span: Span) -> str:

@@ -6,6 +6,8 @@ import keyword
 import re
 from collections.abc import Collection
 
+from fastgrad_grammar.quote import python_string
+
 # What the generated module itself uses; a variable of the user's of that name gets an underscore behind it.
 HELPERS = frozenset(
     {
@@ -81,8 +83,9 @@ def variable(name: str) -> str:
 
 def member_access(label: str, kind: str, owner: str = "self") -> str:
     """`self.label`; where Python or nn.Module knows another thing by that name, its entry among the members."""
-    if keyword.iskeyword(label) or label.startswith("__") or label in MODULE_ATTRIBUTES:
-        return f'{owner}._{kind}s["{label}"]'
+    usual = label.isidentifier() and not keyword.iskeyword(label) and not label.startswith("__")
+    if not usual or label in MODULE_ATTRIBUTES:
+        return f"{owner}._{kind}s[{python_string(label)}]"
     return f"{owner}.{label}"
 
 

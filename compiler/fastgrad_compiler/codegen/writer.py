@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fastgrad_compiler.graph import Node
+from fastgrad_grammar.quote import comment, python_docstring, python_string
 
 LINE_LENGTH = 110
 INDENT = "    "
@@ -83,8 +84,10 @@ def negative(operand: Expr) -> Expr:
 
 def literal(value: float | int | bool | str | None) -> Expr:
     """A Python literal; infinities need `import math` in the module."""
-    if isinstance(value, str) or value is None:
-        return Expr(repr(value).replace("'", '"'))
+    if isinstance(value, str):
+        return Expr(python_string(value))
+    if value is None:
+        return Expr("None")
     if isinstance(value, float) and math.isinf(value):
         return Expr("math.inf" if value > 0 else "-math.inf", ATOM if value > 0 else UNARY, number=True)
     return Expr(repr(value), UNARY if value < 0 else ATOM, number=True)
@@ -139,13 +142,13 @@ class Writer:
 
     def comment(self, text: str) -> None:
         """A comment, cut to the line length."""
-        room = LINE_LENGTH - self.column - 2
+        room, text = LINE_LENGTH - self.column - 2, comment(text)
         self.line("# " + (text if len(text) <= room else text[: room - 3] + "..."))
 
     def docstring(self, text: str) -> None:
         """A docstring of one paragraph, filled to the line length."""
         room = LINE_LENGTH - self.column
-        text = text.replace("\\", "\\\\").replace('"""', "'''")
+        text = python_docstring(text)
         if len(text) + 6 <= room:
             self.line(f'"""{text}"""')
             return

@@ -11,6 +11,7 @@ from functools import cache
 from fastgrad_compiler.codegen.kernel import KernelSpec, folded_coefficients, kernel_title
 from fastgrad_compiler.codegen.templates import render
 from fastgrad_compiler.features import rank
+from fastgrad_grammar.quote import cpp_comment
 
 CHUNK = 64  # tokens at a time: scores, features and values of a chunk stay in the caches next to a core
 LEAST_BLOCK = 16  # a near field of smaller blocks is handled several blocks at a time
@@ -33,7 +34,7 @@ def _context(spec: KernelSpec) -> dict[str, object]:
     r = 1 if banded else rank(spec.d, spec.degree)
     mixed = spec.near is not None and spec.near < tile
     return {
-        "title": kernel_title(spec),
+        "title": cpp_comment(kernel_title(spec)),
         "specification": f"d = {spec.d}, dv = {spec.dv}" + ("" if banded else f", degree {spec.degree}"),
         "local": "near_q.near_k" if spec.near_d else "SCALE q.k",
         "d": spec.d,
