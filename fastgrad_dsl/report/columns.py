@@ -45,6 +45,12 @@ class Row:
     heads: tuple[tuple[Cell, ...], ...]
 
 
+def column_labels() -> list[str]:
+    """The headings of the columns with those over them, each complete, as in `output bound`."""
+    groups = [name for name, span in GROUPS for _ in range(span)]
+    return [f"{group} {column.heading}".strip() for group, column in zip(groups, COLUMNS, strict=True)]
+
+
 def attention_rows(report: Mapping[str, Any]) -> list[Row]:
     """A row for each attention of a report."""
     return [
