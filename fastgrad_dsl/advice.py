@@ -120,7 +120,7 @@ def print_advice(document: Mapping[str, Any], *, wide: bool = False) -> None:
     say(
         out,
         f"{eps}output (share of the values' range) and gradient (share of omega): bounds. "
-        f"A change of the model needs training.{'' if wide else ' --wide shows rank and eps.'}",
+        f"A change of the model needs training.{'' if wide else ' `fastgrad advise --wide` shows rank and eps.'}",
         style="dim",
     )
 

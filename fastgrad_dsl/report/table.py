@@ -70,7 +70,7 @@ def _legend(report: Mapping[str, Any], kinds: set[str], *, wide: bool) -> list[s
         *(found if kinds else []),
         *eps,
         speed,
-        *([] if wide else ["--wide shows all that is known of each"]),
+        *([] if wide else ["`fastgrad report --wide` shows all that is known of each"]),
     ]
 
 
