@@ -457,7 +457,8 @@ def _gradient_bounds(
         terms = of_groups((products * lengths).sum(-1))
         shares.append(_share(of_queries, dq) if dq.norm() > noise * (products * largest).norm() else None)
         shares.append(_share(of_keys, dk) if dk.norm() > noise * terms.norm() else None)
-    return [*shares[:2], _share(upstream, reference[2]), *shares[2:]]
+    of_values = _share(upstream, reference[2]) if reference[2].norm() > noise * given.norm() else None
+    return [*shares[:2], of_values, *shares[2:]]
 
 
 def _share(bounds: Tensor, reference: Tensor) -> float:
