@@ -103,14 +103,16 @@ def _check_text(case: Case, plan: list[Entry]) -> None:
 
 
 def _report_text(report: Mapping[str, Any]) -> None:
-    """The table of `fastgrad report`: decision, rank, R and eps of each attention."""
-    lines = _printed(lambda: print_report(report))
+    """The table of `fastgrad report --wide`: decision, rank, R and eps of each attention."""
+    lines = _printed(lambda: print_report(report, wide=True))
     for entry in report["attentions"]:
         line = next((line for line in lines if re.match(rf"{re.escape(entry['path'])}\s", line)), None)
         if line is None:
             raise Finding("e", "a row of report", f"{entry['path']} is not in the table")
         family = "own polynomial" if entry["family"] == OWN else entry["family"]
         decision = f"{family} {entry['degree']}" if entry["decision"] == "polynomial" else "exact"
+        if entry["near"] is not None and decision != "exact":
+            decision += f", near {entry['near']}"
         cells = [decision, number(entry["rank"]), number(entry["bound"]), number(entry["eps"])]
         if not re.match(r"\s*".join(map(re.escape, [entry["path"], *cells])) + r"\s", line):
             raise Finding("e", "a row of report", f"{line!r} does not say {cells}")

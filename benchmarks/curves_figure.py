@@ -9,11 +9,8 @@ from markupsafe import Markup
 
 from fastgrad_dsl.bench.plot import COLOURS
 from fastgrad_dsl.report.svg import (
-    BOTTOM,
-    LEFT,
     RIGHT,
     TOP,
-    WIDTH,
     Axis,
     bottom_axis,
     element,
@@ -24,7 +21,7 @@ from fastgrad_dsl.report.svg import (
 )
 
 TITLE = "Training with the planned and with exact attention"
-HEIGHT = 320.0
+WIDTH, HEIGHT, LEFT, BOTTOM = 640.0, 320.0, 64.0, 44.0
 LOW = 0.97  # of the least held-out loss: where the axis begins
 STYLE = """<style>
 svg { background: #ffffff; color: #1a1a1a; font: 12px sans-serif }
@@ -55,15 +52,15 @@ def curves_figure(section: Mapping[str, Any]) -> str:
             (x.at(p["step"]), y.at(p["validation_loss"])) for p in curves[name] if "validation_loss" in p
         ]
         parts.append(line(places, colour, dashed=name == "exact"))
-    svg = str(figure("curves", TITLE, _words(curves), HEIGHT, parts))
+    svg = str(figure("curves", TITLE, _words(curves), HEIGHT, parts, WIDTH))
     svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     return svg.replace("><title", f">{STYLE}<title", 1) + "\n"
 
 
 def _faint(points: Sequence[tuple[float, float]], colour: int) -> Markup:
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    faint = '<path d="M{}" fill="none" stroke="{}" stroke-width="1" opacity="0.35"/>'
-    return element(faint, path, COLOURS[colour])
+    shape = '<path d="M{}" fill="none" stroke="{}" stroke-width="1" opacity="0.35"/>'
+    return element(shape, path, COLOURS[colour])
 
 
 def final(curve: Curve) -> float:

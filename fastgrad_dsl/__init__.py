@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fastgrad_dsl.loader import load
     from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
+__version__ = "0.1.0"  # what pyproject.toml, the command and reports say, too
+
 __all__ = [
     "BudgetViolation",
     "Compiled",
@@ -27,6 +29,7 @@ __all__ = [
     "JsonLinesHandler",
     "TensorBoardHandler",
     "TfgError",
+    "__version__",
     "compile",
     "functional",
     "load",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from fastgrad_compiler.advice import Advice, Advised, advise, cheapest
 from fastgrad_compiler.elaborate import elaborate
@@ -16,6 +15,8 @@ from fastgrad_compiler.graph import Program
 from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.targets import check_target
 from fastgrad_dsl.outputs import write_output
+from fastgrad_dsl.report.words import folded
+from fastgrad_dsl.tables import Column, print_table, say
 from fastgrad_dsl.terminal import console
 from fastgrad_grammar.quote import json_text
 from fastgrad_grammar.read import read_source
@@ -97,55 +98,76 @@ def write_advice(path: Path, advice: Mapping[str, Any]) -> None:
     write_output(path, json_text(advice, 2) + "\n")
 
 
-def print_advice(document: Mapping[str, Any]) -> None:
-    """A table for each kind of attention; every number says what it is."""
+def print_advice(document: Mapping[str, Any], *, wide: bool = False) -> None:
+    """A table for each kind of attention; every number says what it is. `wide`: with rank, eps and what is changed."""
     out = console()
-    out.print(Text(f"model {document['model']} ({document['source']})", style="bold"))
+    say(out, f"model {document['model']} ({document['source']})", style="bold")
     if not document["attentions"]:
-        out.print(Text("no attention that a budget could change"))
+        say(out, "no attention that a budget could change")
+        return
     for each in document["attentions"]:
-        paths = each["paths"]
-        named = paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]} ({len(paths)})"
         known = "nothing limits its logits" if each["bound"] is None else f"|s| <= {each['bound']:.3g}"
-        out.print(Text(f"\n{named}  {known}; limits: {each['limits']}", style="bold"), soft_wrap=True)
-        out.print(_table([Advice(**advice) for advice in each["advice"]], each["length"]))
+        out.print()
+        say(out, f"{folded(each['paths'])}  {known}; limits: {each['limits']}", style="bold")
+        advice = [Advice(**advice) for advice in each["advice"]]
+        _print_options(out, advice, each["length"], [*OPTION, *(OPTION_MORE if wide else ())])
         if each["candidates"]:
-            out.print(_measured_table(each["candidates"], document["measured"]))
-    notes = "time: beside exact attention of the model as it is, an estimate of the cost model. eps, output (share of the values' range) and gradient (share of omega): bounds. A change of the model needs training."  # noqa: E501 (one paragraph)
-    out.print(Text(notes, style="dim"))
-
-
-def _table(advice: list[Advice], length: int) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading in (
-        "change",
-        "of the",
-        "rank",
-        "eps",
-        "output",
-        "gradient",
-        f"time at n = {length:,}",
-        "feasible",
-    ):
-        table.add_column(heading, justify="left" if heading in ("change", "of the", "feasible") else "right")
-    best = cheapest(advice)
-    for each in sorted(advice, key=lambda a: (not a.feasible, a.time)):
-        mark = " (cheapest)" if each == best else ""
-        numbers = (f"{each.eps:.2g}", f"{each.output:.2g}", f"{each.gradient:.2g}", f"{each.time:.2g}")
-        cells = (each.change + mark, each.kind, "-" if each.rank is None else f"{each.rank:,}", *numbers)
-        table.add_row(*map(Text, (*cells, "yes" if each.feasible else "no")))
-    return table
-
-
-def _measured_table(candidates: list[Mapping[str, Any]], measured: Mapping[str, Any]) -> Table:
-    sizes = ", ".join(f"{name} = {size}" for name, size in measured["dims"].items())
-    table = Table(
-        box=None, pad_edge=False, title=f"measured on {measured['data']} ({sizes})", title_justify="left"
+            _print_measured(out, each["candidates"], document["measured"])
+    out.print()
+    say(
+        out, "time: beside exact attention of the model as it is, an estimate of the cost model.", style="dim"
     )
-    for heading in ("candidate", "R", "seconds (estimate)", "output (estimate)", "gradient (estimate)", ""):
-        table.add_column(heading, justify="left" if heading in ("candidate", "") else "right")
-    for each in sorted(candidates, key=lambda c: c["seconds"]):
-        bound = "-" if each["bound"] is None else f"{each['bound']:.2g}"
-        numbers = (bound, f"{each['seconds']:.2g}", f"{each['output']:.2g}", f"{each['gradient']:.2g}")
-        table.add_row(*map(Text, (each["name"], *numbers, "chosen" if each["chosen"] else "")))
-    return table
+    eps = "eps, " if wide else ""
+    say(
+        out,
+        f"{eps}output (share of the values' range) and gradient (share of omega): bounds. "
+        f"A change of the model needs training.{'' if wide else ' `fastgrad advise --wide` shows rank and eps.'}",
+        style="dim",
+    )
+
+
+Shown = tuple[Column, Callable[[Advice], str]]
+OPTION: tuple[Shown, ...] = (
+    (Column("output"), lambda advice: f"{advice.output:.2g}"),
+    (Column("gradient"), lambda advice: f"{advice.gradient:.2g}"),
+    (Column("feasible", is_number=False), lambda advice: "yes" if advice.feasible else "no"),
+)
+OPTION_MORE: tuple[Shown, ...] = (
+    (Column("of the", is_number=False), lambda advice: advice.kind),
+    (Column("rank"), lambda advice: "-" if advice.rank is None else f"{advice.rank:,}"),
+    (Column("eps"), lambda advice: f"{advice.eps:.2g}"),
+)
+
+
+def _print_options(out: Console, advice: list[Advice], length: int, shown: list[Shown]) -> None:
+    """What could be done, feasible changes first, the fastest of them first."""
+    best = cheapest(advice)
+    time = Column(f"time at\nn = {length:,}")
+    rows = [
+        [
+            each.change + (" (cheapest)" if each == best else ""),
+            f"{each.time:.2g}",
+            *(cell(each) for _, cell in shown),
+        ]
+        for each in sorted(advice, key=lambda a: (not a.feasible, a.time))
+    ]
+    print_table(out, [Column("change", is_number=False), time, *(column for column, _ in shown)], rows)
+
+
+def _print_measured(out: Console, candidates: list[Mapping[str, Any]], measured: Mapping[str, Any]) -> None:
+    sizes = ", ".join(f"{name} = {size}" for name, size in measured["dims"].items())
+    say(out, f"estimates from what was measured on {measured['data']} ({sizes}):", style="italic")
+    columns = [
+        Column("candidate", is_number=False), Column("R"), Column("seconds"), Column("output"), Column("gradient"),
+        Column("", is_number=False),
+    ]  # fmt: skip
+    rows = [
+        [
+            each["name"],
+            "-" if each["bound"] is None else f"{each['bound']:.2g}",
+            *(f"{each[key]:.2g}" for key in ("seconds", "output", "gradient")),
+            "chosen" if each["chosen"] else "",
+        ]
+        for each in sorted(candidates, key=lambda c: c["seconds"])
+    ]
+    print_table(out, columns, rows)

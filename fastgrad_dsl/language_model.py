@@ -20,7 +20,8 @@ from fastgrad_dsl.run_folder import CHECKPOINT, LOG, claimed, identity, publish
 from fastgrad_dsl.run_log import Event
 from fastgrad_dsl.run_plan import TextPlanner, plan_of, resumed_pace, resumed_plan, without_polynomials
 from fastgrad_dsl.stopping import Stop, StopAsked, Stopped, stop_on_signals
-from fastgrad_dsl.terminal import PlainConsole, print_calibration, print_plan
+from fastgrad_dsl.terminal import console as console_of_lines
+from fastgrad_dsl.terminal import print_calibration, print_plan
 from fastgrad_dsl.text_data import TextData, load_text
 from fastgrad_dsl.training import Context, Loss, Options, generate, is_finished, train, train_in
 from fastgrad_dsl.weights import load_weights
@@ -58,7 +59,7 @@ def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module
     _check(options)
     loss = language_model_loss(compiled, options.tokens)
     data = load_text(request.text, options.tokens)
-    console = PlainConsole()
+    console = console_of_lines()
     exact, calibrate = options.exact, request.calibrate
     named = identity(compiled, data.digest, exact=exact, calibrate=calibrate)
     compiled = without_polynomials(compiled) if exact else compiled
@@ -135,7 +136,7 @@ def _say_stopped(stopped: Stopped | StopAsked, folder: Path) -> None:
         said = f"stopped: {folder / CHECKPOINT} holds step {stopped.step}; the same command with --resume goes on"
     else:
         said = "stopped before the first step"
-    PlainConsole(stderr=True).print(said, highlight=False, markup=False, soft_wrap=True)
+    console_of_lines(error=True).print(said, soft_wrap=True)
 
 
 def _check(options: Options) -> None:

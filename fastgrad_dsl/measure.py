@@ -77,10 +77,18 @@ class Served:
 
 @dataclass(frozen=True)
 class Local:
-    """Relative L2 error of one tensor of one attention: `measured`, and the `bound` proved for the same inputs."""
+    """Relative L2 error of one tensor of one attention: `measured`, and the `bound` proved for the same inputs.
+
+    `exact_is_zero`: the exact tensor is 0 up to its own rounding, as dq and dk are where each query sees one key.
+    No error is relative to it, and both numbers are 0.
+    """
 
     measured: float
     bound: float
+    exact_is_zero: bool = False
+
+
+ZERO = Local(0.0, 0.0, exact_is_zero=True)
 
 
 @dataclass(frozen=True)
@@ -221,10 +229,12 @@ class _Attentions(TorchDispatchMode):
             ).default
             reference = func(cotangent, *inputs, *forward(*inputs, ALWAYS_EXACT, ""), ALWAYS_EXACT, "")
             bounds = _gradient_bounds(served, cotangent, inputs, reference, served.rounding(*args[1:4]))
-            for place, (gradient, exact) in zip(PLACES, zip(gradients, reference, strict=True), strict=False):
-                if exact.numel():
-                    measured = max(relative_error(gradient, exact), call.local[place].measured)
-                    call.local[place] = Local(measured, bounds[place])
+            found: dict[str, Local] = dict.fromkeys(GRADIENTS, ZERO)
+            for place, gradient, exact, bound in zip(PLACES, gradients, reference, bounds, strict=False):
+                if bound is not None:
+                    measured = relative_error(gradient, exact)
+                    found[place] = Local(max(measured, found[place].measured), max(bound, found[place].bound))
+            call.local |= found
         return gradients
 
 
@@ -252,8 +262,6 @@ def measure_errors(
     progress("the exact model")
     everywhere = _Attentions(exact=frozenset(approximated))
     exact_output, exact_gradients, exact_loss = _pass(model, inputs, targets, objective, everywhere)
-    check_finite("the exact model", exact_output, *exact_gradients.values())
-    check_finite("the compiled model", output, *gradients.values())
     attentions = []
     for index in approximated:
         attention = served[index]
@@ -300,7 +308,6 @@ def whole_errors(
     output, gradients, _ = _pass(model, inputs, targets, objective, served)
     exact = frozenset(index for index, each in enumerate(approximated) if each)
     reference, wanted, _ = _pass(model, inputs, targets, objective, _Attentions(exact=exact))
-    check_finite("the exact model", reference, *wanted.values())
     return relative_error(output, reference), _joint_error(gradients, wanted)
 
 
@@ -345,9 +352,8 @@ def _pass(
 ) -> tuple[Tensor, dict[str, Tensor], float | None]:
     """Output (several are flattened into one), weights' gradients and loss of one evaluation pass.
 
-    Gradients are those of all weights, frozen ones too, whatever the caller's gradient mode. The backward pass goes on to
-    the float inputs, so that attentions of a model without weights have one too. Raises TfgError FG434 where a result
-    is not finite: no error can be told of it.
+    Gradients are those of all weights, frozen ones too, whatever the caller's gradient mode. The backward pass goes on
+    to the float inputs, so that attentions of a model without weights have one too. Raises TfgError FG427.
     """
     training = model.training
     model.eval()
@@ -376,29 +382,13 @@ def _pass(
     joined = (
         outputs[0].detach() if len(outputs) == 1 else torch.cat([out.detach().flatten() for out in outputs])
     )
-    _refuse_what_is_not_finite(mode, joined, gradients)
+    check_finite("the exact model" if mode.exact else "the compiled model", joined, *gradients.values())
     return joined, gradients, None if objective is None else scalar.item()
 
 
 def _leaf(x: Tensor) -> Tensor:
     x = x.clone() if x.is_inference() else x.detach()
     return x.requires_grad_(x.is_floating_point())
-
-
-def _refuse_what_is_not_finite(mode: _Attentions, output: Tensor, gradients: Mapping[str, Tensor]) -> None:
-    named = [("output", output), *((f"gradient of {name}", x) for name, x in gradients.items())]
-    what = next((name for name, x in named if not x.isfinite().all()), None)
-    if what is None:
-        return
-    which, help_ = (
-        ("exact model", "look for values that are not finite, or very large, in weights and inputs")
-        if mode.exact
-        else ("compiled model", "compare with the exact model: where that is finite, inputs are far beyond R")
-    )
-    raise TfgError(
-        [Diagnostic("FG434", f"the {which}'s {what} is not finite on this batch: no error can be measured",
-                    help=(help_,))]
-    )  # fmt: skip
 
 
 def projection(output: Tensor) -> Tensor:
@@ -454,10 +444,11 @@ def _heads(
 
 def _gradient_bounds(
     served: Served, cotangent: Tensor, inputs: Sequence[Any], reference: Sequence[Tensor], added: Rounding
-) -> dict[str, float]:
-    """The certificates of dq, dk and dv on these inputs with what rounding adds, as shares of the gradients' norms.
+) -> list[float | None]:
+    """The certificates of the gradients (PLACES) on these inputs with what rounding adds, as shares of their norms.
 
-    Near logits of their own get the same bound: it is one of the whole row of dS, near and far.
+    Near logits of their own get the same bound: it is one of the whole row of dS, near and far. None for a gradient
+    that is 0 up to its own rounding: for each query it is a sum of products whose sizes add up to at most `products`.
     """
     q, k, v, near_q, near_k = inputs[:5]
     heads = k.shape[1]
@@ -476,7 +467,8 @@ def _gradient_bounds(
         value_gradient_bound(eps, given) + value_gradient_rounding(eps, added) * given,
     )
     rounded = score_gradient_rounding(eps, eps_prime, added) * products
-    shares = {"dq": 0.0, "dk": 0.0, "dv": _share(upstream, reference[2])}
+    noise = torch.finfo(reference[0].dtype).eps * (k.shape[-2] + v.shape[-1])
+    shares: list[float | None] = []
     pairs = [(q * served.scale, k * served.scale, reference[0], reference[1])]
     if near_q is not None:
         pairs.append((near_q, near_k, reference[3], reference[4]))
@@ -487,9 +479,11 @@ def _gradient_bounds(
         of_keys = of_groups(
             key_gradient_bound(eps, eps_prime, (omega * lengths).sum(-1)) + (rounded * lengths).sum(-1)
         )
-        shares["dq"] = max(shares["dq"], _share(of_queries, dq))
-        shares["dk"] = max(shares["dk"], _share(of_keys, dk))
-    return shares
+        terms = of_groups((products * lengths).sum(-1))
+        shares.append(_share(of_queries, dq) if dq.norm() > noise * (products * largest).norm() else None)
+        shares.append(_share(of_keys, dk) if dk.norm() > noise * terms.norm() else None)
+    of_values = _share(upstream, reference[2]) if reference[2].norm() > noise * given.norm() else None
+    return [*shares[:2], of_values, *shares[2:]]
 
 
 def _share(bounds: Tensor, reference: Tensor) -> float:

@@ -8,16 +8,16 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
-from rich.table import Table
 from rich.text import Text
 
 from fastgrad_compiler.graph import Program
 from fastgrad_compiler.passes.attention_table import OWN, attention_table, is_own
-from fastgrad_dsl.report.words import bound, folded, number, size, times, verified_on
+from fastgrad_dsl.report.words import as_exact, counted, folded, run_on, size, verified_on
+from fastgrad_dsl.tables import print_table, say
 from fastgrad_grammar import quote
 
 VERDICTS = {"kept": "bold green", "likely": "green", "missed": "bold red", "unlikely": "red"}
-WIDTH_OF_A_FILE = 200  # where the output is no terminal
+WIDTH_OF_A_FILE = 1_000_000  # where the output is no terminal: no line is broken
 
 
 class PlainConsole(Console):
@@ -33,7 +33,7 @@ class PlainConsole(Console):
 
 
 def console(*, error: bool = False) -> Console:
-    """A console for results (stdout) or progress (stderr); no colour and a fixed width where it is no terminal."""
+    """A console for results (stdout) or progress (stderr); no colour and no end of a line where it is no terminal."""
     made = PlainConsole(stderr=error)
     return made if made.is_terminal else PlainConsole(stderr=error, width=WIDTH_OF_A_FILE)
 
@@ -50,10 +50,10 @@ def progress(doing: str) -> Iterator[Callable[[str], None]]:
 
 
 def print_plan(program: Program, file: str) -> None:
-    """One line an attention: what it will be and why; equal ones of a repeat are folded."""
+    """What each attention will be and why; equal ones of a repeat are folded."""
     out = console()
     table = attention_table(program)
-    out.print(Text(f"{file}: model {program.name}, {len(table)} attention{'s' if len(table) != 1 else ''}"))
+    say(out, f"{file}: model {program.name}, {counted(len(table), 'attention')}")
     rows: dict[tuple[str, str, str], list[str]] = {}
     for entry in table:
         node = entry.node
@@ -64,8 +64,8 @@ def print_plan(program: Program, file: str) -> None:
         place = entry.span.short_place if entry.span else ""
         rows.setdefault((place, decision, str(node.get("why", ""))), []).append(entry.path)
     for (place, decision, why), paths in rows.items():
-        out.print(Text(f"  {folded(paths)}  {decision}  ({place})", style="bold"), soft_wrap=True)
-        out.print(Text(f"      {why}"), soft_wrap=True)
+        say(out, f"{folded(paths)}  {decision}  ({place})", indent=2, style="bold")
+        say(out, why, indent=6)
 
 
 def print_calibration(document: Mapping[str, Any]) -> None:
@@ -73,98 +73,62 @@ def print_calibration(document: Mapping[str, Any]) -> None:
     out = console()
     planned, verified = document["planned"], document["verification"]
     sizes = ", ".join(f"{name} = {size}" for name, size in document["dims"].items())
-    out.print(Text(f"calibrated on {document['data']} ({sizes}), {document['weights']}"), soft_wrap=True)
+    say(out, f"calibrated on {document['data']} ({sizes}), {document['weights']}")
     ratio = planned["exact_seconds"] / planned["seconds"] if planned["seconds"] else 1.0
-    out.print(
-        Text(
-            f"  attention at n = {planned['length']:,}: {ratio:.1f} times as fast as PyTorch's fused softmax"
-            f" (estimate); no plan is more than {100 * planned['gap']:.2g} % faster (bound, given the estimates)"
-        )
+    say(
+        out,
+        f"attention at n = {planned['length']:,}: {ratio:.1f} times as fast as PyTorch's fused softmax (estimate);"
+        f" no plan is more than {100 * planned['gap']:.2g} % faster (bound, given the estimates)",
+        indent=2,
     )
     kind = "bound, gains of at least 1" if document["trust"] == "certified" else "estimate"
     for what in ("output", "gradient"):
         measured = "" if verified is None else f", {verified[what]:.2g} (measured on {verified_on(document)})"
-        out.print(Text(f"  {what} error {planned[what]:.2g} ({kind}){measured}"))
+        say(out, f"{what} error {planned[what]:.2g} ({kind}){measured}", indent=2)
     if verified is not None and verified["violations"]:
-        out.print(
-            Text(
-                f"  {verified['violations']} calls had logits beyond their R: calibrate on more data",
-                style="yellow",
-            )
-        )
+        text = f"{counted(verified['violations'], 'call')} had logits beyond their R: calibrate on more data"
+        say(out, text, indent=2, style="yellow")
 
 
 def _family(family: object) -> str:
     return "own polynomial" if family == OWN else str(family)
 
 
-def print_report(report: Mapping[str, Any]) -> None:
-    """The headline, the warnings, then a table of attentions; every number is named bound, estimate or measured."""
+def print_report(report: Mapping[str, Any], *, wide: bool = False) -> None:
+    """The headline, the warnings, then a table of attentions; every number is named bound, estimate or measured.
+
+    wide: all that is known of each attention, in place of what is asked most: decision, errors and time.
+    """
     out = console()
-    out.print(Text(f"model {report['model']} ({report['source']})", style="bold"))
+    say(out, f"model {report['model']} ({report['source']})", style="bold")
     _print_headline(out, report)
     for warning in report["warnings"]:
-        out.print(Text(f"warning: {warning['text']}", style="yellow"))
+        say(out, f"warning: {warning['text']}", style="yellow")
     if report["attentions"]:
-        out.print(_table(report))
-        out.print(
-            Text(
-                "relative L2 errors, smaller is better. bound: proved for this batch; estimate: how far the whole "
-                "model moves when this attention alone is made exact; measured, on this batch: this attention alone "
-                "against exact softmax.",
-                style="dim",
-            )
-        )
+        from fastgrad_dsl.report.table import report_table  # loads what `check` does without
+
+        columns, rows, legend = report_table(report, wide=wide)
+        print_table(out, columns, rows)
+        for sentence in legend:
+            say(out, sentence, style="dim")
     for note in report["notes"]:
-        out.print(Text(f"note: {note}"))
+        say(out, f"note: {note}")
 
 
 def _print_headline(out: Console, report: Mapping[str, Any]) -> None:
     """Verdict, use of the budget, the batch and what was measured of it, predicted time and memory."""
-    headline, batch = report["headline"], report["batch"]
-    out.print(Text(headline["verdict"]["text"], style=VERDICTS.get(headline["verdict"]["state"], "bold")))
+    headline = report["headline"]
+    say(out, headline["verdict"]["text"], style=VERDICTS.get(headline["verdict"]["state"], "bold"))
     for what in ("output", "gradient"):
-        out.print(Text(f"  {what}: {headline[what]['words']}"))
-    if batch is None:
-        out.print(Text("no model was run: bounds only"))
-    else:
-        sizes = ", ".join(f"{name} = {size}" for name, size in batch["dims"].items())
-        out.print(Text(", ".join(filter(None, (f"on {batch['kind']}", sizes, batch["weights"])))))
+        say(out, f"{what}: {headline[what]['words']}", indent=2)
+    say(out, run_on(report))
     for line in report["summary"]:
-        out.print(Text(f"  {line}"))
+        say(out, line, indent=2)
     prediction = headline["prediction"]
     if prediction is not None:
         memory = prediction["memory"]
-        out.print(
-            Text(
-                f"at n = {prediction['n']:,}: attention {times(prediction['speed_up']['total'])} faster than exact, "
-                f"forward and backward, in {size(memory['compiled'])}, exact {size(memory['exact'])} (estimates)"
-            )
+        say(
+            out,
+            f"at n = {prediction['n']:,}: attention {as_exact(prediction['speed_up']['total'])}, "
+            f"forward and backward, in {size(memory['compiled'])}, exact {size(memory['exact'])} (estimates)",
         )
-
-
-def _table(report: Mapping[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("attention", "decision", "rank", "R", "eps (bound)", "rounding (bound)", "exact below"):
-        named = heading in ("attention", "decision")
-        table.add_column(heading, justify="left" if named else "right", no_wrap=named)
-    for what in ("output", "gradient"):
-        for kind in ("bound", "estimate", "measured"):
-            table.add_column(f"{what} {kind}", justify="right")
-    for entry in report["attentions"]:
-        polynomial = entry["decision"] == "polynomial"
-        decision = f"{_family(entry['family'])} {entry['degree']}" if polynomial else "exact"
-        row = [
-            entry["path"],
-            decision,
-            number(entry["rank"]),
-            number(entry["bound"]),
-            number(entry["eps"]),
-            number(entry["rounding"]["weights"] if entry["rounding"] else None),
-        ]
-        row.append(number(entry["break_even"]))
-        for what in ("output", "gradient"):
-            errors = entry["errors"][what]
-            row += [bound(errors["bound"]), number(errors["estimate"]), number(errors["measured"])]
-        table.add_row(*map(Text, row))
-    return table

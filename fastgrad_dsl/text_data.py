@@ -44,8 +44,8 @@ class TextData:
             yield _windows(self.validation, places[first : first + batch], tokens)
 
 
-def load_text(path: Path, tokens: int) -> TextData:
-    """Read any file as bytes for windows of `tokens`.
+def load_text(path: Path, tokens: int, option: str = "--seq") -> TextData:
+    """Read any file as bytes for windows of `tokens`, whose number `option` of the command sets.
 
     Raises TfgError FG411 where the file is no regular one or cannot be read, FG412 where a part is too short for one
     window.
@@ -72,7 +72,7 @@ def load_text(path: Path, tokens: int) -> TextData:
                     f"{path} has {data.numel()} bytes, too few for windows of {tokens} tokens",
                     help=(
                         f"a tenth is held out for validation, so at least {needed} bytes are needed",
-                        "give a longer text or a smaller --seq",
+                        f"give a longer text or a smaller {option}",
                     ),
                 )
             ]

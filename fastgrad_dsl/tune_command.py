@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-from rich.text import Text
-
 import fastgrad_dsl as fg
 from fastgrad_compiler.codegen.kernel import kernel_title
 from fastgrad_compiler.runtime.triton_tuned import Configuration
 from fastgrad_dsl.report.words import folded
+from fastgrad_dsl.tables import Column, print_table, say
 from fastgrad_dsl.terminal import console
 from fastgrad_dsl.tuning import (
     DTYPES,
@@ -64,30 +62,28 @@ def print_candidates(request: TuneRequest) -> None:
     out = console()
     for shape in _shapes(request):
         row, kernels = listed(shape, request.dtype)
-        out.print(_title(shape, f"{request.dtype}, table of {row}"))
+        say(out, _title(shape, f"{request.dtype}, table of {row}"), style="bold")
         for kernel, (table, *others) in kernels.items():
-            out.print(Text(f"  {kernel}  {_text(table)}, and {len(others)} others:"))
-            out.print(Text(f"      {'; '.join(map(_text, others))}"), soft_wrap=True)
+            say(out, f"{kernel}  {_text(table)}, and {len(others)} others:", indent=2)
+            say(out, "; ".join(map(_text, others)), indent=6)
 
 
 def print_choices(result: Tuned) -> None:
     """A line for each kernel: the table's configuration, the one that was found, and their times."""
     out = console()
+    texts = {"kernel", "table", "found"}
+    headings = ("kernel", "table", "us", "found", "us", "candidates")
+    columns = [Column(heading, is_number=heading not in texts) for heading in headings]
     for shape, choices in result.found:
-        out.print(_title(shape, ""))
-        table = Table(box=None, pad_edge=False)
-        for heading in ("kernel", "table", "us", "found", "us", "candidates"):
-            table.add_column(heading, justify="right" if heading in ("us", "candidates") else "left")
+        say(out, _title(shape, ""), style="bold")
+        rows = []
         for choice in choices:
             found = "the same" if choice.found == choice.table else _text(choice.found)
-            times = (f"{1e6 * seconds:.1f}" for seconds in (choice.table_seconds, choice.seconds))
-            table.add_row(
-                choice.kernel, _text(choice.table), next(times), found, next(times), str(choice.tried)
-            )
-        out.print(table)
-    out.print(Text("medians, measured on this GPU; lower is better", style="dim"))
-    kept = f"kept in {result.path}" if result.path else "kept nowhere: there is no cache folder"
-    out.print(Text(kept), soft_wrap=True)
+            before, after = (f"{1e6 * seconds:.1f}" for seconds in (choice.table_seconds, choice.seconds))
+            rows.append([choice.kernel, _text(choice.table), before, found, after, str(choice.tried)])
+        print_table(out, columns, rows)
+    say(out, "medians, measured on this GPU; lower is better", style="dim")
+    say(out, f"kept in {result.path}" if result.path else "kept nowhere: there is no cache folder")
 
 
 def _shapes(request: TuneRequest) -> tuple[Shape, ...]:
@@ -105,11 +101,11 @@ def _shapes(request: TuneRequest) -> tuple[Shape, ...]:
     return found
 
 
-def _title(shape: Shape, work: str) -> Text:
+def _title(shape: Shape, work: str) -> str:
     heads = f"{shape.heads} heads" + (f" on {shape.key_heads}" if shape.key_heads != shape.heads else "")
     spec = shape.spec
     what = f"{kernel_title(spec)}, d = {spec.d}, dv = {spec.dv}, {heads}"
-    return Text(f"{folded(list(shape.paths))}  {what}" + (f"; {work}" if work else ""), style="bold")
+    return f"{folded(list(shape.paths))}  {what}" + (f"; {work}" if work else "")
 
 
 def _text(config: Configuration) -> str:

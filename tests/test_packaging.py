@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -64,3 +65,24 @@ def test_the_installed_packages_do_not_need_the_checkout(site: Path, tmp_path: P
     program = "\n".join(f"import {name}; print({name}.__file__)" for name in PACKAGES)
     output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site))
     assert [Path(line).parent for line in output.splitlines()] == [site / name for name in PACKAGES]
+
+
+def test_one_version_in_the_tree_the_wheel_and_the_command(wheel: Path, site: Path, tmp_path: Path) -> None:
+    program = "import fastgrad_dsl as fg; print(fg.__version__)"
+    source = os.pathsep.join(str(folder.parent) for folder in PACKAGES.values())
+    command = "from fastgrad_dsl.cli import main; main()"
+    found = [
+        run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=source).strip(),
+        run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site)).strip(),
+        run(sys.executable, "-c", command, "--version", cwd=tmp_path, PYTHONPATH=source).split()[-1],
+        wheel.name.split("-")[1],
+    ]
+    assert len(set(found)) == 1, found
+    assert re.fullmatch(r"\d+\.\d+\.\d+", found[0])
+
+
+def test_the_version_of_a_tree_that_is_not_installed(tmp_path: Path) -> None:
+    """Without the metadata of an installation; `-S` leaves out what is installed."""
+    program = "import sys, fastgrad_dsl as fg; print(fg.__version__)"
+    output = run(sys.executable, "-S", "-c", program, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", output.strip())

@@ -14,7 +14,6 @@ from fastgrad_compiler.passes.bounds import prove_bounds
 from fastgrad_compiler.passes.lowrank import rewrite_low_rank
 from fastgrad_compiler.passes.plan import Assignment, plan_attention
 from fastgrad_compiler.passes.shapes import infer_shapes
-from fastgrad_compiler.validate import validate as keeps_meaning
 from fastgrad_compiler.verify import verify
 
 
@@ -80,6 +79,10 @@ def run(
         seconds = time.perf_counter() - started
         verify(program, after=step.name)
         if validate and step.exact:
+            from fastgrad_compiler.validate import (
+                validate as keeps_meaning,
+            )  # needs numpy, which `check` does without
+
             keeps_meaning(before, program, step.name, partial(step.run, **given))
         stages.append(Stage(step.name, program, seconds))
     return tuple(stages)

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
-from rich.text import Text
 
 from fastgrad_compiler.features import rank
 from fastgrad_compiler.polynomial import fit
@@ -22,6 +20,7 @@ from fastgrad_dsl.bench.peak import peak_flops
 from fastgrad_dsl.bench.plot import Panel, Series, render
 from fastgrad_dsl.bench.timing import time_together
 from fastgrad_dsl.outputs import write_output
+from fastgrad_dsl.tables import Column, print_table, say
 from fastgrad_dsl.terminal import console
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 from fastgrad_grammar.quote import json_text
@@ -29,6 +28,13 @@ from fastgrad_grammar.quote import json_text
 LARGEST_RANK = 20_000
 LENGTHS, QUICK_LENGTHS = (1024, 4096, 16384), (256, 1024)
 SECONDS, QUICK_SECONDS = 10.0, 2.0  # for the passes of one attention at one length
+COLUMNS = [
+    Column("attention", is_number=False),
+    *map(
+        Column,
+        ("n", "forward\nms", "backward\nms", "total\nms", "faster\nthan SDPA", "of FMA\npeak", "peak\nMiB"),
+    ),
+]
 LONGEST_EXACT = 60.0  # seconds that a pass of exact attention may take; longer ones are extrapolated
 
 
@@ -177,49 +183,35 @@ def print_bench(document: dict[str, Any]) -> None:
     section = document["sections"]["attention"]
     machine, cells = section["machine"], section["cells"]
     shape = cells[0]
-    out.print(
-        Text(
-            f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; {shape['heads']} heads, "
-            f"d = {shape['d']}, dv = {shape['dv']}, causal, float32, target {shape['target']}",
-            style="bold",
-        )
+    say(
+        out,
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; {shape['heads']} heads, "
+        f"d = {shape['d']}, dv = {shape['dv']}, causal, float32, target {shape['target']}",
+        style="bold",
     )
-    table = Table(box=None, pad_edge=False)
-    for index, heading in enumerate(
-        (
-            "n",
-            "attention",
-            "forward ms",
-            "backward ms",
-            "total ms",
-            "faster than SDPA",
-            "of FMA peak",
-            "peak MiB",
-        )
-    ):
-        table.add_column(heading, justify="left" if index == 1 else "right", no_wrap=True)
     peaks = {(entry["n"], entry["contender"]["degree"]): entry["total"] for entry in section["memory"]}
     exact = {cell["n"]: cell["total_s"] for cell in cells if cell["degree"] is None}
+    rows = []
     for cell in cells:
-        memory = peaks.get((cell["n"], cell["degree"]))
-        share = cell["peak_share_total"]
-        table.add_row(
-            f"{cell['n']:,}",
-            cell["name"] + ("" if cell["measured"] else " (extrapolated)"),
-            *(f"{1e3 * cell[key]:.1f}" for key in ("forward_s", "backward_s", "total_s")),
-            f"{exact[cell['n']] / cell['total_s']:.1f} x",
-            "-" if share is None else f"{share:.0%}",
-            "-" if memory is None else f"{memory / 2**20:.1f}",
+        memory, share = peaks.get((cell["n"], cell["degree"])), cell["peak_share_total"]
+        rows.append(
+            [
+                cell["name"] + ("" if cell["measured"] else " (extrapolated)"),
+                f"{cell['n']:,}",
+                *(f"{1e3 * cell[key]:.1f}" for key in ("forward_s", "backward_s", "total_s")),
+                f"{exact[cell['n']] / cell['total_s']:.1f} x",
+                "-" if share is None else f"{share:.0%}",
+                "-" if memory is None else f"{memory / 2**20:.1f}",
+            ]
         )
-    out.print(table)
+    print_table(out, COLUMNS, rows)
     error = section["output_error"]
     notes = "medians of interleaved passes; lower is better; peak memory beyond inputs, outputs and gradients"
-    out.print(Text(notes, style="dim"))
-    out.print(
-        Text(
-            f"relative error of the output against float64 softmax, logits within 1, n = {error['n']:,}: "
-            f"{error['relative_l2']:.2g} (measured)"
-        )
+    say(out, notes, style="dim")
+    say(
+        out,
+        f"relative error of the output against float64 softmax, logits within 1, n = {error['n']:,}: "
+        f"{error['relative_l2']:.2g} (measured)",
     )
 
 

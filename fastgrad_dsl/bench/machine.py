@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fastgrad_dsl import __version__
 from fastgrad_dsl.batches import memory_bytes
 from fastgrad_dsl.bench.peak import compiler_command
 
@@ -30,7 +31,7 @@ def describe_machine(threads: int) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "compiler": _compiler(),
-        "fastgrad": package_version("fastgrad-dsl"),
+        "fastgrad": __version__,
         "threads": threads,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }

@@ -60,7 +60,7 @@ def named_batches(
     if path.suffix == ".safetensors":
         return _stored(compiled, path), f"batches of {path}"
     rows, tokens = text_sizes(compiled.plan_document, batch_sizes(compiled.plan_document, dims))
-    text = load_text(path, tokens)
+    text = load_text(path, tokens, "--dim")
     places = torch.Generator().manual_seed(seed)
     used = [text.batch(tokens, rows, places) for _ in range(TEXT_BATCHES)]
     return [*used, *text.validation_batches(tokens, rows, 1)], f"text of {path}"

@@ -46,11 +46,17 @@ def notes(plan: Mapping[str, Any], errors: ModelErrors | None, undeclared: Seque
         )
     if any(map(is_approximated, entries)):
         found.append(
-            "no useful bound is proved through several layers; the whole has an estimate and a measurement"
+            "no useful bound is proved through several layers: of the whole model's errors there are estimates and "
+            "measurements only"
         )
     if undeclared:
         found.append(
             f"the file declares no longest {' or '.join(undeclared)}: time and memory are predicted at 65,536"
+        )
+    zero = [e.path for e in errors.attentions if e.local["dq"].exact_is_zero] if errors is not None else []
+    if zero:
+        found.append(
+            f"{folded(zero)}: the exact dq and dk are 0 on this batch, so that no error is relative to them"
         )
     if errors is not None and errors.loss is None:
         found.append(

@@ -45,6 +45,12 @@ class Row:
     heads: tuple[tuple[Cell, ...], ...]
 
 
+def column_labels() -> list[str]:
+    """The headings of the columns with those over them, each complete, as in `output bound`."""
+    groups = [name for name, span in GROUPS for _ in range(span)]
+    return [f"{group} {column.heading}".strip() for group, column in zip(groups, COLUMNS, strict=True)]
+
+
 def attention_rows(report: Mapping[str, Any]) -> list[Row]:
     """A row for each attention of a report."""
     return [
@@ -61,7 +67,8 @@ def _error(what: str, kind: str) -> Column:
 
     def of_attention(entry: Mapping[str, Any]) -> Cell:
         value = entry["errors"][what][kind]
-        return Cell(write(value), value)
+        zero = kind != "estimate" and what in entry["exact_zero"]
+        return Cell("exact is 0" if zero else write(value), value)
 
     def of_head(head: Mapping[str, Any]) -> Cell:
         value = head[what][kind] if what in head else None

@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgrad_compiler.cost import Pace
+from fastgrad_dsl import __version__
 from fastgrad_dsl.outputs import write_output
 from fastgrad_dsl.report.candidates import calibrated, candidates_key, certified
 from fastgrad_dsl.report.cautions import notes, warnings
 from fastgrad_dsl.report.curves import curve, curve_key
 from fastgrad_dsl.report.derivation import derivation, derivation_key
 from fastgrad_dsl.report.entries import Entry, calibration_of, shared
-from fastgrad_dsl.report.errors import attention_errors, found_errors, heads_of, whole_errors
+from fastgrad_dsl.report.errors import (
+    attention_errors,
+    exact_zero,
+    finite,
+    found_errors,
+    heads_of,
+    whole_errors,
+)
 from fastgrad_dsl.report.headline import headline, summary, waterfall
 from fastgrad_dsl.report.prediction import cost_curve, cost_key, longest_sizes, pace_of, predict
 from fastgrad_dsl.report.reproduce import reproduce
@@ -28,7 +36,6 @@ if TYPE_CHECKING:
 
 FORMAT = "fastgrad-report-3"
 MEASURED_ON = ("tokens", "kind", "dims", "seed", "weights")
-PACKAGES = {"fastgrad": "fastgrad-dsl", "torch": "torch"}
 
 
 def build_report(
@@ -62,6 +69,7 @@ def build_report(
                 "errors": attention_errors(
                     entry, found, own if own and own["path"] == entry["path"] else None
                 ),
+                "exact_zero": exact_zero(found),
                 "per_head": heads_of(entry, found, own),
                 "code": names,
             }
@@ -84,7 +92,7 @@ def build_report(
         "waterfall": waterfall(plan, attentions, whole, calibration),
         **_shared(attentions, sizes, (pace, plan["target"]), calibrations, trust),
         "code": code,
-        "weight_gradients": None if errors is None else dict(errors.weight_gradients),
+        "weight_gradients": None if errors is None else finite(errors.weight_gradients),
         "calibration": None if calibration is None else dict(calibration),
         "notes": notes(plan, errors, undeclared),
     }
@@ -137,10 +145,8 @@ def _shared(
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name, package in PACKAGES.items():
-        try:
-            found[name] = version(package)
-        except PackageNotFoundError:
-            found[name] = None
-    return {**found, "python": platform.python_version()}
+    try:
+        torch: str | None = version("torch")  # of the package, without loading it
+    except PackageNotFoundError:
+        torch = None
+    return {"fastgrad": __version__, "torch": torch, "python": platform.python_version()}

@@ -39,8 +39,22 @@ def attention_errors(
         return unknown
     three = {what: _three(found.local[what], None) for what in LOCAL}
     three["output"] = _three(found.local["output"], found.output_effect)
-    gradient = {"bound": found.gradient_bound, "estimate": found.gradient_effect, "measured": found.gradient}
-    return {**three, "gradient": _finite(gradient)}
+    gradient: dict[str, float | None] = {
+        "bound": found.gradient_bound,
+        "estimate": found.gradient_effect,
+        "measured": found.gradient,
+    }
+    if "gradient" in exact_zero(found):
+        gradient |= {"bound": None, "measured": None}
+    return {**three, "gradient": finite(gradient)}
+
+
+def exact_zero(found: AttentionErrors | None) -> list[str]:
+    """Which of output, dq, dk, dv and all gradients are 0 in exact attention: no error is relative to them."""
+    if found is None:
+        return []
+    zero = [what for what in LOCAL if found.local[what].exact_is_zero]
+    return [*zero, "gradient"] if {"dq", "dk", "dv"} <= set(zero) else zero
 
 
 def calibrated_estimates(calibration: Mapping[str, Any] | None) -> dict[str, float]:
@@ -102,10 +116,13 @@ def whole_errors(
 
 
 def _three(local: Local, estimate: float | None) -> dict[str, float | None]:
-    return _finite({"bound": local.bound, "estimate": estimate, "measured": local.measured})
+    if local.exact_is_zero:
+        return {"bound": None, "estimate": estimate, "measured": None}
+    return finite({"bound": local.bound, "estimate": estimate, "measured": local.measured})
 
 
-def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
+def finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Numbers, and None for what is not finite: an error beside an exact value of 0."""
     return {name: value if value is not None and isfinite(value) else None for name, value in values.items()}
 
 

@@ -15,11 +15,13 @@ from fastgrad_dsl.report.svg import (
     BOTTOM,
     LEFT,
     LETTER,
+    LINE,
     RIGHT,
     TOP,
     WIDTH,
     Axis,
     bottom_axis,
+    broken,
     element,
     figure,
     key,
@@ -30,32 +32,33 @@ from fastgrad_dsl.report.svg import (
 )
 from fastgrad_dsl.report.words import number
 
-ROW = 17.0  # height of a step of the waterfall
-NAMES = 190.0  # room for the names of attentions beside it
-CURVE, HISTOGRAM = 230.0, 80.0  # heights of the two panels of a range
-PANEL = 300.0  # height of the other figures
+BAR = 10.0  # height of a step of the waterfall
+MARGIN = 8.0  # left of the waterfall
+CURVE, HISTOGRAM = 210.0, 70.0  # heights of the two panels of a range
+PANEL = 260.0  # height of the other figures
 FAMILY_COLOURS = {None: 4, "taylor": 2, "minimax": 3, "balanced": 0}
 
 
 def waterfall(what: str, document: Mapping[str, Any]) -> Markup:
     """Each attention's part of the error, one after the other, with the limit and what was measured of the whole."""
     steps, limit, measured = document["steps"], document["limit"], document["measured"]
-    top, bottom = 30.0, 30.0 + ROW * (len(steps) + 1)
+    top = bottom = 40.0
     largest = max(document["total"], limit or 0.0, measured or 0.0) or 1.0
-    axis = Axis(0.0, 1.04 * largest, NAMES, WIDTH - RIGHT)
-    parts = bottom_axis(axis, bottom, top, f"relative L2 error of the {what}, added up; smaller is better")
-    for place, step in enumerate(steps):
-        parts += _bar(axis, top + ROW * place, step["path"], step["start"], step["end"], 1)
-    parts += _bar(axis, top + ROW * len(steps), "all (estimate)", 0.0, document["total"], 4)
-    known = ((limit, "budget", 5), (measured, "measured", 2))
-    marks = sorted((value, name, colour) for value, name, colour in known if value is not None)
-    for place, (value, name, colour) in enumerate(marks):
-        x = axis.at(value)
-        parts.append(line([(x, top - 6), (x, bottom)], colour, dashed=name == "measured"))
-        before = place < len(marks) - 1 or x > WIDTH - 130
-        parts.append(
-            text(x + (-3 if before else 3), top - 10, f"{name} {number(value)}", "end" if before else "start")
-        )
+    axis = Axis(0.0, 1.04 * largest, MARGIN, WIDTH - RIGHT)
+    bars: list[Markup] = []
+    rows = [(step["path"], step["start"], step["end"], 1) for step in steps]
+    for row in (*rows, ("all (estimate)", 0.0, document["total"], 4)):
+        bottom, parts = _bar(axis, bottom, *row)
+        bars += parts
+    label = f"relative L2 error of the {what}, added up"
+    parts = bottom_axis(axis, bottom, top, label)
+    for place, (value, name, colour) in enumerate(((limit, "budget", 5), (measured, "measured", 2))):
+        if value is not None:
+            x, words, y = axis.at(value), f"{name} {number(value)}", 12 + LINE * place
+            parts.append(line([(x, y + 4), (x, bottom)], colour, dashed=name == "measured"))
+            before = x + LETTER * len(words) > WIDTH - RIGHT
+            parts.append(text(x + (-3 if before else 3), y, words, "end" if before else "start"))
+    parts += bars  # names over the lines
     description = (
         f"{len(steps)} attentions. Their estimated parts add up to {number(document['total'])}; "
         f"the budget is {number(limit)}, measured {number(measured)}. Basis: {document['basis']}."
@@ -83,7 +86,7 @@ def curve(place: int, document: Mapping[str, Any], histogram: str | None) -> Mar
         y = y_axis.at(sign * document["eps"])
         parts.append(line([(LEFT, y), (WIDTH - RIGHT, y)], 4, dashed=True))
     names = ("p(s)/exp(s) − 1", "p'(s)/exp(s) − 1", "±eps (bound)")
-    parts += key(LEFT + 8, TOP + 4, [(0, names[0], False), (1, names[1], False), (4, names[2], True)])
+    parts += key(2, TOP, [(0, names[0], False), (1, names[1], False), (4, names[2], True)])
     if histogram is not None:
         parts.append(element('<path class="histogram" fill="{}" d="{}"/>', COLOURS[6], histogram))
         parts.append(text(LEFT - 6, bottom + 14 + HISTOGRAM, "logits", "end"))
@@ -126,7 +129,7 @@ def pareto(place: int, what: str, document: Mapping[str, Any]) -> Markup:
     for point, (x, y) in sorted(zip(points, spots, strict=True), key=lambda placed: not placed[0]["chosen"]):
         parts += _candidate(point, x, y, taken)
     families = [f for f in FAMILY_COLOURS if any(p["family"] == f for p in points)]
-    parts += key(LEFT + 8, TOP + 2, [(FAMILY_COLOURS[f], f or "exact", False) for f in families])
+    parts += key(2, TOP, [(FAMILY_COLOURS[f], f or "exact", False) for f in families])
     chosen = next((p for p in points if p["chosen"]), None)
     description = f"{len(points)} candidates; lower left is better."
     if chosen is not None:
@@ -153,7 +156,7 @@ def cost(place: int, what: str, document: Mapping[str, Any]) -> Markup:
     for way in ways:
         spots = zip(lengths, document[way][what], strict=True)
         parts.append(line([(x_axis.at(n), y_axis.at(t)) for n, t in spots], colours[way]))
-    parts += key(LEFT + 8, TOP + 2, [(colours[way], way, False) for way in ways])
+    parts += key(2, TOP, [(colours[way], way, False) for way in ways])
     even = document["break_even"]
     description = (
         f"From {lengths[0]:,} to {lengths[-1]:,} tokens; 1 is exact, both passes, at {document['longest']:,}."
@@ -161,7 +164,9 @@ def cost(place: int, what: str, document: Mapping[str, Any]) -> Markup:
     if even and what == "total":
         x = x_axis.at(even)
         parts.append(line([(x, top), (x, bottom)], 2, dashed=True))
-        parts.append(text(x + 4, top + 12, f"break-even: {even:,} tokens"))
+        words = f"break-even: {even:,} tokens"
+        before = x + LETTER * len(words) > WIDTH - RIGHT
+        parts.append(text(x + (-4 if before else 4), top + 12, words, "end" if before else "start"))
         description += f" The polynomial pays from {even:,} tokens on (estimate)."
     passes = "forward and backward" if what == "total" else "forward"
     return figure(
@@ -169,16 +174,19 @@ def cost(place: int, what: str, document: Mapping[str, Any]) -> Markup:
     )
 
 
-def _bar(axis: Axis, y: float, name: str, start: float, end: float, colour: int) -> list[Markup]:
-    room = int((NAMES - 12) / LETTER)
-    shown = name if len(name) <= room else "…" + name[1 - room :]
+def _bar(
+    axis: Axis, y: float, name: str, start: float, end: float, colour: int
+) -> tuple[float, list[Markup]]:
+    """The end of a row and what stands in it: a name, in as many lines as it takes, and a bar below."""
+    parts = []
+    for words in broken(name, WIDTH - RIGHT - MARGIN):
+        y += LINE
+        parts.append(text(MARGIN, y - 3, words))
     x = axis.at(start)
     width = max(axis.at(end) - x, 1.0)
     bar = '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:g}" fill="{}"><title>{}</title></rect>'
-    return [
-        text(NAMES - 8, y + 12, shown, "end"),
-        element(bar, x, y + 2, width, ROW - 4, COLOURS[colour], f"{name}: {number(end - start)} (estimate)"),
-    ]
+    words = f"{name}: {number(end - start)} (estimate)"
+    return y + BAR + 5, [*parts, element(bar, x, y + 1, width, BAR, COLOURS[colour], words)]
 
 
 def _candidate(
@@ -192,7 +200,9 @@ def _candidate(
         parts.append(element('<circle class="chosen" cx="{:.1f}" cy="{:.1f}" r="8"/>', x, y))
     name = point["name"] + (" (chosen)" if point["chosen"] else "")
     width = LETTER * len(name) + 10
-    left = x + 11 if x + 11 + width < WIDTH - RIGHT else x - 11 - width
+    left = x + 11 if x + 11 + width < WIDTH else x - 11 - width
+    if left < LEFT:  # room at neither side: below
+        left, y = min(max(x - width / 2, LEFT), WIDTH - width), y + 18
     free = all(abs(y - other) > 13 or left > end or left + width < start for start, end, other in taken)
     if point["chosen"] or free:
         parts.append(text(left, y + 4, name, kind="strong" if point["chosen"] else ""))

@@ -114,10 +114,10 @@ def _factor(found: Mapping[str, Any], what: str) -> float | None:
 def _verdict(plan: Mapping[str, Any], use: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """`state`: exact, unlimited, kept, missed, likely, unlikely or open; and `text`."""
     if not any(map(is_approximated, plan["attentions"])):
-        text = "Nothing is approximated" + (
-            ": every attention is exact." if plan["attentions"] else ": no attentions."
-        )
-        return {"state": "exact", "text": text}
+        own = any(entry["decision"] == "polynomial" for entry in plan["attentions"])
+        every = "runs as the file defines it" if own else "is exact"
+        why = f"every attention {every}" if plan["attentions"] else "no attentions"
+        return {"state": "exact", "text": f"Nothing is approximated: {why}."}
     limited = {what: each for what, each in use.items() if each["limit"] is not None}
     if not limited:
         return {"state": "unlimited", "text": "The file sets no budget, so that none can be missed."}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgrad_dsl.outputs import write_output
 from fastgrad_dsl.report import figures, words
-from fastgrad_dsl.report.columns import COLUMNS, GROUPS, attention_rows
+from fastgrad_dsl.report.columns import COLUMNS, GROUPS, attention_rows, column_labels
 from fastgrad_dsl.report.entries import calibration_of
 from fastgrad_dsl.report.headline import WHATS
 from fastgrad_grammar import quote
@@ -39,6 +39,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         uses=[(what, report["headline"][what]) for what in WHATS],
         groups=GROUPS,
         columns=COLUMNS,
+        labels=column_labels(),
         rows=attention_rows(report),
         remarks=_remarks(report["spec"]),
         waterfalls=[

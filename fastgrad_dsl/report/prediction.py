@@ -145,12 +145,16 @@ def cost_key(entry: Entry) -> object:
 def cost_curve(entry: Entry, sizes: Mapping[str, int], pace: Pace) -> dict[str, Any] | None:
     """Time against the length, with as many keys as queries; 1 is exact attention, both passes, at the longest length.
 
+    `speed_up`: how many times as fast as exact attention it runs at the longest lengths of queries and keys.
+
     None where the widths are known at run time only.
     """
     if not _is_counted(entry):
         return None
     served = entry["decision"] == "polynomial"
-    longest = max(lengths_of(entry, sizes))
+    n, m = lengths_of(entry, sizes)
+    longest = max(n, m)
+    own = polynomial_time(entry, n, m, pace) if _served(entry, m) else exact_time(entry, n, m, pace)
     last = max(longest, 2 * (entry["break_even"] or 0), 2 * SHORTEST)
     lengths = sorted({round(SHORTEST * power(last / SHORTEST, i / (POINTS - 1))) for i in range(POINTS)})
     unit = exact_time(entry, longest, longest, pace).total
@@ -164,6 +168,7 @@ def cost_curve(entry: Entry, sizes: Mapping[str, int], pace: Pace) -> dict[str, 
         }
     return {
         "longest": longest,
+        "speed_up": exact_time(entry, n, m, pace).total / own.total,
         "lengths": lengths,
         **curves,
         "break_even": entry["break_even"] if served else None,

@@ -221,6 +221,6 @@ def _batch(
     from fastgrad_dsl.text_data import load_text
 
     rows, tokens = text_sizes(plan, sizes)
-    text = load_text(request.text, tokens)
+    text = load_text(request.text, tokens, "--dim")
     held_out, following = next(text.validation_batches(tokens, rows, 1))
     return f"held-out text of {request.text}", (held_out,), (following,) if targets else ()

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from textwrap import wrap
 
 from markupsafe import Markup
 
@@ -16,9 +17,10 @@ from fastgrad_compiler.elementary import log10, power
 from fastgrad_dsl.bench.plot import COLOURS
 from fastgrad_grammar.quote import html
 
-WIDTH = 640.0  # of every figure; a narrow page scrolls it in a box of its own
-LEFT, RIGHT, TOP, BOTTOM = 64.0, 16.0, 14.0, 44.0
-LETTER = 6.4  # mean width of a letter
+WIDTH = 400.0  # of every figure: a phone shows it whole, with letters that can be read
+LEFT, RIGHT, TOP, BOTTOM = 74.0, 16.0, 14.0, 60.0
+LETTER = 7.2  # mean width of a letter, of a wide font
+LINE = 15.0  # from a line of text to the next
 
 _logarithm = lru_cache(1024)(log10)  # ends of axes come again and again
 
@@ -84,18 +86,25 @@ def tick(value: float) -> str:
 
 
 def bottom_axis(axis: Axis, y: float, top: float, label: str) -> list[Markup]:
-    """Ticks, grid lines up to `top`, and the label, below the line at y."""
-    parts = []
+    """Ticks, grid lines up to `top`, and the label, below the line at y; numbers only where there is room for them."""
+    parts, end = [], -math.inf
     for value in axis.ticks():
-        x = axis.at(value)
+        x, half = axis.at(value), LETTER * len(tick(value)) / 2
         parts.append(element('<path class="grid" d="M{:.1f} {:g}V{:g}"/>', x, top, y))
-        parts.append(text(x, y + 16, tick(value), "middle"))
-    middle = (axis.first + axis.last) / 2
-    return [
-        *parts,
-        element('<path class="axis" d="M{:g} {:g}H{:g}"/>', axis.first, y, axis.last),
-        text(middle, y + 36, label, "middle"),
-    ]
+        if x - half > end and x + half < axis.last + RIGHT:
+            parts.append(text(x, y + 16, tick(value), "middle"))
+            end = x + half + LETTER
+    parts.append(element('<path class="axis" d="M{:g} {:g}H{:g}"/>', axis.first, y, axis.last))
+    for place, words in enumerate(broken(label, axis.last + RIGHT)):
+        half = LETTER * len(words) / 2
+        middle = max(min((axis.first + axis.last) / 2, axis.last + RIGHT - half), half)
+        parts.append(text(middle, y + 36 + LINE * place, words, "middle"))
+    return parts
+
+
+def broken(words: str, width: float) -> list[str]:
+    """The lines of a text in so much room."""
+    return wrap(words, max(int(width / LETTER), 1)) or [""]
 
 
 def left_axis(axis: Axis, x: float, right: float, label: str) -> list[Markup]:
@@ -134,18 +143,20 @@ def key(x: float, y: float, entries: Sequence[tuple[int, str, bool]]) -> list[Ma
     """A legend in one row: colour, name, whether its line is dashed."""
     parts = []
     for colour, name, dashed in entries:
-        parts.append(line([(x, y - 4), (x + 18, y - 4)], colour, dashed=dashed))
-        parts.append(text(x + 23, y, name))
-        x += 36 + LETTER * len(name)
+        parts.append(line([(x, y - 4), (x + 16, y - 4)], colour, dashed=dashed))
+        parts.append(text(x + 20, y, name))
+        x += 28 + LETTER * len(name)
     return parts
 
 
-def figure(name: str, title: str, description: str, height: float, parts: Iterable[Markup]) -> Markup:
+def figure(
+    name: str, title: str, description: str, height: float, parts: Iterable[Markup], width: float = WIDTH
+) -> Markup:
     """An SVG whose title and description stand for it where it cannot be seen; `name` is unique in the page."""
     return element(
         '<svg viewBox="0 0 {0:g} {1:g}" width="{0:g}" height="{1:g}" role="img" '
         'aria-labelledby="{2}-title {2}-desc"><title id="{2}-title">{3}</title><desc id="{2}-desc">{4}</desc>{5}</svg>',
-        WIDTH,
+        width,
         height,
         name,
         title,

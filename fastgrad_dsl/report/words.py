@@ -39,9 +39,52 @@ def percent(share: float) -> str:
     )
 
 
-def times(factor: float) -> str:
+def factor(value: float) -> str:
+    """A factor, as in `31` and `1.7`."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def times(value: float) -> str:
     """A factor, as in `31 times`."""
-    return f"{factor:.0f} times" if factor >= 10 else f"{factor:.2g} times"
+    return f"{factor(value)} times"
+
+
+def as_exact(value: float) -> str:
+    """How fast beside exact attention, as in `31 times as fast as exact`."""
+    return "as fast as exact" if factor(value) == "1" else f"{times(value)} as fast as exact"
+
+
+def counted(count: int, noun: str) -> str:
+    """As in `1 token` and `2,048 tokens`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def pace(found: Mapping[str, Any]) -> str:
+    """What predicted times rest on: arithmetic a second, and where exact attention is slow."""
+    where = (
+        "measured on this machine" if found["kind"] == "measured" else f"usual for target {found['target']}"
+    )
+    speed = f"{found['speed']:.2g} times as much" if f"{found['speed']:.2g}" != "1" else "as much"
+    slow = f", which reaches half of its full speed at {found['keys']:,} tokens" if found["keys"] else ""
+    return (
+        f"Other times count arithmetic: a polynomial does {speed} of it a second as exact attention{slow} "
+        f"(estimate, {where})."
+    )
+
+
+def run_on(report: Mapping[str, Any]) -> str:
+    """What the model was run on, or what the numbers rest on where it was not."""
+    batch = report["batch"]
+    if batch is not None:
+        sizes = ", ".join(f"{name} = {size}" for name, size in batch["dims"].items())
+        return ", ".join(filter(None, (f"on {batch['kind']}", sizes, batch["weights"])))
+    calibration = report["calibration"]
+    if calibration is None:
+        return "no model was run: this is what is known before any data"
+    measured = "estimates and measurements" if calibration["verification"] else "estimates"
+    return (
+        f"no model was run for this report: {measured} are those of the calibration on {calibration['data']}"
+    )
 
 
 def seconds(time: float) -> str:
@@ -60,10 +103,10 @@ def size(count: float) -> str:
 
 def sample(batches: int, tokens: int | None) -> str:
     """What was measured on, as in `one batch of 2,048 tokens` and `3 batches of 6,144 tokens in all`."""
-    counted = "" if tokens is None else f" of {tokens:,} tokens"
+    size = "" if tokens is None else f" of {counted(tokens, 'token')}"
     if batches == 1:
-        return f"one batch{counted}"
-    return f"{batches} batches{counted and counted + ' in all'}"
+        return f"one batch{size}"
+    return f"{batches} batches{size and size + ' in all'}"
 
 
 def verified_on(calibration: Mapping[str, Any]) -> str:

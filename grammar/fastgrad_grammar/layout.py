@@ -52,14 +52,21 @@ class Layout:
         return Span(self.source, token.start_pos or 0, token.end_pos or 0)
 
 
-def lex(source: Source, grammar: lark.Lark) -> tuple[list[lark.Token], dict[int, Diagnostic]]:
-    """Every token but blanks and comments, line ends included; what no token matches becomes a BROKEN one."""
+def lex(
+    source: Source, grammar: lark.Lark, start: int = 0, stop: int | None = None
+) -> tuple[list[lark.Token], dict[int, Diagnostic]]:
+    """Every token from `start` to `stop` but blanks and comments, line ends included.
+
+    What no token matches becomes a BROKEN one.
+    """
     lexer: Lexer = grammar.parser.lexer
-    text, start = source.text, 0
+    text = source.text
     tokens: list[lark.Token] = []
     broken: dict[int, Diagnostic] = {}
     while len(broken) < MAX_LEXICAL_ERRORS:
-        thread = LexerThread.from_text(lexer, lark.TextSlice(text, start, len(text)))
+        thread = LexerThread.from_text(
+            lexer, lark.TextSlice(text, start, len(text) if stop is None else stop)
+        )
         try:
             tokens.extend(thread.lex(None))
         except lark.UnexpectedCharacters as error:
@@ -72,9 +79,9 @@ def lex(source: Source, grammar: lark.Lark) -> tuple[list[lark.Token], dict[int,
     return tokens, broken
 
 
-def lay_out(source: Source, grammar: lark.Lark) -> Layout:
-    """Lex, match brackets and keep the line ends that end something."""
-    raw, broken = lex(source, grammar)
+def lay_out(source: Source, grammar: lark.Lark, start: int = 0, stop: int | None = None) -> Layout:
+    """Lex from `start` to `stop`, match brackets and keep the line ends that end something."""
+    raw, broken = lex(source, grammar, start, stop)
     return _LayoutBuilder(source, raw, broken).run()
 
 

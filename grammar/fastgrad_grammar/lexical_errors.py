@@ -45,7 +45,7 @@ _HELP = {
     "'": 'strings stand in double quotes, as in "layers.*"',
     "`": 'strings stand in double quotes, as in "layers.*"',
     "\\": "a line goes on by itself inside brackets and behind an operator",
-    "$": "values from outside are declared with `param` and set with `--set name=value`",
+    "$": "values from outside are declared with `param`, and given when the file is compiled",
 }
 
 

@@ -20,8 +20,8 @@ from fastgrad_grammar.syntax_errors import Situation, explain
 MAX_DIAGNOSTICS = 20
 
 
-def parse(source: Source) -> ast.File:
-    """The syntax tree of a text; an empty text is a File without items.
+def parse(source: Source, start: int = 0, end: int | None = None) -> ast.File:
+    """The syntax tree of a text, or of its characters from `start` to `end`; an empty text is a File without items.
 
     Raises TfgError, and nothing else, with up to `MAX_DIAGNOSTICS` diagnostics in the order of the text:
     FG003 for a text that is too large, FG1xx for its syntax. After an error, parsing goes on at the next
@@ -30,7 +30,7 @@ def parse(source: Source) -> ast.File:
     if len(source.text) > MAX_BYTES:
         raise TfgError([too_large(source.path)])
     grammar = load_grammar()
-    layout = lay_out(source, grammar)
+    layout = lay_out(source, grammar, start, end)
     diagnostics = list(layout.diagnostics)
     if layout.stopped:
         raise TfgError(_first(diagnostics + list(layout.broken.values())))

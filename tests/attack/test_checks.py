@@ -152,7 +152,9 @@ def test_a_table_that_says_something_else_is_found(
     monkeypatch.setattr(check_texts, "_printed", lambda show: wrong(printed(show)))
     kinds = {"print_plan": "text of check", "print_report": "a row of report"}
     if name == "print_report":
-        assert "balanced 2" in "\n".join(printed(lambda: print_report(_case(PLAIN).compiled.report())))
+        assert "balanced 2" in "\n".join(
+            printed(lambda: print_report(_case(PLAIN).compiled.report(), wide=True))
+        )
     assert _found("e", _case(PLAIN)).kind == kinds[name]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_a_false_record_is_refused_or_a_plan(planned: Compiled) -> None:
 
 @pytest.mark.parametrize("record", [None, [], 1, {"elsewhere": []}, {1: []}, {"layers": [{}]}])
 def test_what_is_no_record(record: object) -> None:
-    with pytest.raises(ValueError, match="expected|no decision"):
+    with pytest.raises(ValueError, match=r"expected|no decision"):
         read_plan(record)
 
 
@@ -102,19 +103,20 @@ def test_a_pace_is_read_as_it_was_kept_or_refused() -> None:
     kept = asdict(default_pace("cpp"))
     assert read_pace(json.loads(json.dumps(kept))) == default_pace("cpp")
     for key in kept:
-        for wrong in (
+        values: list[Any] = [
             None,
             [],
             {},
             {"overhead": "1", "rate": 1.0},
             {"overhead": 0.0, "rate": 0.0},
-            float("nan"),
-        ):
+            math.nan,
+        ]
+        for wrong in values:
             with pytest.raises(ValueError, match="no pace"):
                 read_pace({**kept, key: wrong})
-    for wrong in (None, [], "x", {}, 1):
+    for record in (None, [], "x", {}, 1):
         with pytest.raises(ValueError, match="no pace"):
-            read_pace(wrong)
+            read_pace(record)
 
 
 def test_a_pace_that_cannot_be_kept_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

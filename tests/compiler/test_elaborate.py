@@ -5,13 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
 from fastgrad_compiler.elaborate import elaborate, models
+from fastgrad_compiler.elaborate.modules import standard_library
 from fastgrad_compiler.graph import BudgetRule, DimInfo, Graph, Node, Program
+from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import TfgError
+from fastgrad_grammar.parser import parse
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
 
@@ -528,3 +533,27 @@ def test_elaboration_does_not_import_torch() -> None:
     root = EXAMPLES.parent
     path = [str(root / "compiler"), str(root / "grammar")]
     subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}; {code}"], check=True)
+
+
+def places(node: object) -> Iterator[tuple[str, int, int]]:
+    """The type and the span of every node of a tree, in order."""
+    if isinstance(node, tuple):
+        for each in node:
+            yield from places(each)
+    elif is_dataclass(node) and hasattr(node, "span"):
+        yield type(node).__name__, node.span.start, node.span.end
+        for each in fields(node):
+            yield from places(getattr(node, each.name))
+
+
+def test_blocks_of_the_library_are_those_of_its_files() -> None:
+    """Each is parsed alone, when it is first used; the tree, places included, is that of the whole file."""
+    library = standard_library().blocks
+    names = []
+    for file in sorted(Path(ast.__file__).with_name("std").glob("*.tfg")):
+        for item in parse(Source(f"std/{file.name}", file.read_text())).items:
+            assert isinstance(item, ast.BlockDecl), f"{file.name} declares more than blocks"
+            assert library[item.name.text] == item
+            assert list(places(library[item.name.text])) == list(places(item))
+            names.append(item.name.text)
+    assert names == list(library), "every block once, and nothing else"

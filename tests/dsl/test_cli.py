@@ -131,18 +131,33 @@ def test_a_file_without_a_model_is_a_diagnostic(fastgrad: Run, content: str) -> 
     assert "error[FG" in err
 
 
-def test_check_starts_without_torch() -> None:
+HEAVY = {"torch", "scipy", "networkx", "numpy", "jinja2", "matplotlib", "fastgrad_dsl.report.document"}
+
+
+@pytest.mark.parametrize(("options", "more"), [([], {"pydantic"}), (["--set", "depth=2"], set())])
+def test_check_loads_only_what_it_needs(options: list[str], more: set[str]) -> None:
+    """Typer reads options with pydantic, which takes as long to load as half of a check; a plain one does without."""
     code = (
-        "import sys; sys.argv = ['fastgrad', 'check', 'examples/gpt.tfg']\n"
+        f"import sys; sys.argv = ['fastgrad', 'check', 'examples/gpt.tfg', *{options!r}]\n"
         "from fastgrad_dsl.cli import main\n"
         "try: main()\n"
-        "except SystemExit: pass\n"
-        "assert not {'torch', 'scipy', 'networkx'} & set(sys.modules), 'slow imports'\n"
+        "except SystemExit as stopped: assert not stopped.code\n"
+        f"loaded = {HEAVY | more!r} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
     )
     path = ":".join(map(str, (ROOT, ROOT / "compiler", ROOT / "grammar")))
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": path}, capture_output=True
-    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False, cwd=ROOT, env={"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "model gpt, " in done.stdout
+
+
+@pytest.mark.parametrize("file", ["bad.tfg", "missing.tfg", "tiny.tfg"])
+def test_a_plain_check_is_that_of_typer(fastgrad: Run, file: str) -> None:
+    Path("bad.tfg").write_text("param depth 6\n")
+    assert fastgrad("check", file) == fastgrad("check", "--", file)
 
 
 def test_params_are_overridden_and_checked(fastgrad: Run) -> None:
@@ -278,7 +293,7 @@ def test_report_as_a_page_and_the_headline_first(fastgrad: Run) -> None:
 def test_report_without_measuring_knows_no_measurement(fastgrad: Run) -> None:
     status, out, _ = fastgrad("report", "tiny.tfg", "--no-measure", "--json", "report.json")
     assert status == 0
-    assert "bounds only" in out
+    assert "no model was run: this is what is known before any data" in out
     report = json.loads(Path("report.json").read_text())
     assert report["whole"]["output"] == {"bound": None, "estimate": None, "measured": None}
 

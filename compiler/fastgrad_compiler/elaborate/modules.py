@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 
 from fastgrad_compiler.elaborate.reporter import Reporter, did_you_mean
@@ -29,7 +29,7 @@ class Module:
 
     name: str
     items: tuple[ast.Item, ...]
-    blocks: dict[str, ast.BlockDecl] = field(default_factory=dict)
+    blocks: Mapping[str, ast.BlockDecl] = field(default_factory=dict)
     uses: dict[str, Module] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
 
@@ -43,18 +43,42 @@ class Module:
         return {name: block for name, block in self.blocks.items() if block.is_model}
 
 
+_HEAD = re.compile(r"^block (\w+)", re.MULTILINE)
+
+
+class _Library(Mapping[str, ast.BlockDecl]):
+    """The blocks of the standard library by name, each parsed when it is first asked for.
+
+    Its files declare nothing but blocks, whose heads alone stand at the left edge (a test holds both).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._places: dict[str, tuple[Source, int, int]] = {}
+        self._parsed: dict[str, ast.BlockDecl] = {}
+        for file in sorted(folder.glob("*.tfg")):
+            source = Source(f"std/{file.name}", file.read_text(encoding="utf-8"))
+            heads = list(_HEAD.finditer(source.text))
+            ends = [head.start() for head in heads[1:]] + [len(source.text)]
+            for head, end in zip(heads, ends, strict=True):
+                self._places[head[1]] = source, head.start(), end
+
+    def __getitem__(self, name: str) -> ast.BlockDecl:
+        if name not in self._parsed:
+            source, start, end = self._places[name]
+            self._parsed[name] = parse(source, start, end).items[0]  # type: ignore[assignment]
+        return self._parsed[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 @lru_cache(maxsize=1)
 def standard_library() -> Module:
-    """The namespace `std`: every `.tfg` file of the library, parsed once a process."""
-    items: list[ast.Item] = []
-    for entry in sorted(files("fastgrad_grammar").joinpath("std").iterdir(), key=lambda entry: entry.name):
-        if entry.name.endswith(".tfg"):
-            source = Source(f"std/{entry.name}", entry.read_text(encoding="utf-8"))
-            items.extend(parse(source).items)
-    module = Module("std", tuple(items))
-    reporter = Reporter()
-    _declare(module, reporter)
-    reporter.check()
+    """The namespace `std`: the blocks of every `.tfg` file of the library."""
+    module = Module("std", (), _Library(Path(ast.__file__).with_name("std")))
     module.uses["std"] = module
     return module
 
@@ -202,9 +226,10 @@ def _candidates(name: str, source: Source, include: Iterable[str]) -> Iterator[s
 def _declare(module: Module, reporter: Reporter) -> None:
     """Enter the blocks; FG202 for every name that is declared twice."""
     seen: dict[tuple[str, str], Span] = {}
+    blocks: dict[str, ast.BlockDecl] = {}
     for item in module.items:
         if isinstance(item, ast.BlockDecl):
-            module.blocks.setdefault(item.name.text, item)
+            blocks.setdefault(item.name.text, item)
             check_names([*(p.name for p in item.tensors), *(p.name for p in item.values)], reporter)
         kind = "block" if isinstance(item, ast.BlockDecl) else _VALUE_KINDS.get(type(item))
         if kind is None:
@@ -213,6 +238,7 @@ def _declare(module: Module, reporter: Reporter) -> None:
         first = seen.setdefault((kind, name.text), name.span)
         if first is not name.span:
             _twice(reporter, name, first)
+    module.blocks = blocks
 
 
 _VALUE_KINDS: dict[type, str] = {ast.Param: "value", ast.DimDecl: "value"}

@@ -1,0 +1,145 @@
+"""Every option and command that a text of the product names exists where the text can be read."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import typer
+
+from fastgrad_dsl.cli import app, main
+from fastgrad_dsl.report.reproduce import reproduce
+from fastgrad_dsl.text_data import load_text
+from fastgrad_grammar.diagnostics import TfgError
+from tests.dsl.calibrations import calibration_of
+from tests.dsl.models import small
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("fastgrad_dsl", "compiler/fastgrad_compiler", "grammar/fastgrad_grammar")
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+COMMAND = re.compile(r"`fastgrad ([a-z]+)")
+ALL = ("check", "compile", "advise", "stages", "report", "train", "tune")
+
+SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "fastgrad_dsl/advice.py": {"--wide": ("advise",)},
+    "fastgrad_dsl/bench/command.py": dict.fromkeys(("--n", "--heads", "--degree", "--d"), ("bench",)),
+    "fastgrad_dsl/calibration/data.py": {"--dim": ("compile", "advise")},
+    "fastgrad_dsl/checkpoint.py": {"--out": ("train",)},
+    "fastgrad_dsl/native_build.py": {"--target": ("compile",)},
+    "fastgrad_dsl/report/cautions.py": {"--dim": ("report",)},
+    "fastgrad_dsl/report/request.py": {"--dim": ("report",), "--seed": ("report",)},
+    "fastgrad_dsl/report/table.py": {"--wide": ("report",)},
+    "fastgrad_dsl/text_data.py": {"--seq": ("train",)},
+    "fastgrad_dsl/tune_command.py": {"--dtype": ("tune",)},
+    "fastgrad_dsl/tuning.py": {"--dry-run": ("tune",)},
+    "compiler/fastgrad_compiler/elaborate/programs.py": {"--model": ALL},
+}
+"""By file: the options that its texts name, and the commands that can show them."""
+
+APART = {
+    "fastgrad_dsl/cli.py",  # declares the options
+    "fastgrad_dsl/report/reproduce.py",  # writes whole commands, which are read below
+    "fastgrad_dsl/bench/machine.py",  # asks a compiler
+    "compiler/fastgrad_compiler/runtime/native.py",  # how g++ is installed
+}
+
+
+@cache
+def options() -> dict[str, set[str]]:
+    """The options of each command."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in commands.items()
+    }
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """Every string of the product that is no docstring, with its file."""
+    for file in (file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))):
+        tree = ast.parse(file.read_text())
+        described = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in described:
+                yield file.relative_to(ROOT).as_posix(), node.value
+
+
+def test_options_exist_on_the_commands_that_show_them() -> None:
+    found: dict[str, set[str]] = {}
+    for file, text in texts():
+        if file not in APART and (named := OPTION.findall(text)):
+            found.setdefault(file, set()).update(named)
+    assert found == {file: set(named) for file, named in SHOWN_BY.items()}, "say which commands show it"
+    for file, shown in SHOWN_BY.items():
+        for option, commands in shown.items():
+            for command in commands:
+                assert option in options()[command], f"{file} names {option}, which {command} lacks"
+
+
+def test_commands_that_are_named_exist() -> None:
+    named = {(file, command) for file, text in texts() for command in COMMAND.findall(text)}
+    assert named
+    assert {command for _, command in named} <= set(options()), named
+
+
+def test_commands_that_reproduce_a_report_have_their_options() -> None:
+    compiled = small("gpt")
+    plan = {**compiled.plan_document, "params": {"depth": "2"}}
+    calibration = calibration_of(plan, data="text of a.txt", weights="weights of w.safetensors")
+    batch = {
+        "kind": "text of a.txt",
+        "dims": {},
+        "seed": 1,
+        "weights": "weights of w",
+        "options": ["--text a.txt", "--seed 1"],
+    }
+    for given in (None, batch):
+        for line in reproduce(plan, given, calibration)["commands"]:
+            _, command, *words = line.split()
+            assert {word for word in words if word.startswith("--")} <= options()[command] | {
+                "--no-measure"
+            }, line
+
+
+@pytest.mark.parametrize("option", ["--seq", "--dim"])
+def test_a_short_text_is_mended_by_the_option_of_the_command(option: str, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(TfgError) as raised:
+        load_text(tmp_path / "short.txt", 64, option)
+    (found,) = raised.value.diagnostics
+    assert found.code == "FG412"
+    assert OPTION.findall(" ".join(found.help)) == [option]
+
+
+@pytest.mark.parametrize("line", ["report", "advise", "compile", "train"])
+def test_a_short_text_names_an_option_that_is_there(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("short")
+    file = str(ROOT / "examples" / "gpt.tfg")
+    more = {
+        "report": ["--text", "short.txt"],
+        "train": ["--text", "short.txt"],
+        "advise": ["--calibrate", "short.txt"],
+        "compile": ["--calibrate", "short.txt", "-o", "build"],
+    }[line]
+    monkeypatch.setattr(sys, "argv", ["fastgrad", line, file, *more, "--set", "depth=1"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "[FG412]" in said
+    assert (named := set(OPTION.findall(said))), said
+    assert named <= options()[line]
