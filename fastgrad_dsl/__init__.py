@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastgrad_compiler.runtime.guard import BudgetViolation
+    from fastgrad_compiler.runtime.initialise import initialise
     from fastgrad_dsl import functional
     from fastgrad_dsl.budget_log import JsonLinesHandler, TensorBoardHandler, log_budget
     from fastgrad_dsl.compiled import Compiled, compile
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "compile",
     "functional",
+    "initialise",
     "load",
     "log_budget",
 ]
@@ -44,6 +46,7 @@ _HOMES = {
     "TensorBoardHandler": "fastgrad_dsl.budget_log",
     "TfgError": "fastgrad_grammar.diagnostics",
     "compile": "fastgrad_dsl.compiled",
+    "initialise": "fastgrad_compiler.runtime.initialise",
     "load": "fastgrad_dsl.loader",
     "log_budget": "fastgrad_dsl.budget_log",
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from fastgrad_dsl.documents import read_document
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
@@ -87,30 +87,40 @@ def load_package(folder: Path) -> ModuleType:
 def package_from_texts(files: Mapping[str, str]) -> ModuleType:
     """Import generated files, by name, as one package; the same texts give the same package.
 
-    The sources stay visible to inspect, tracebacks and torch.compile.
+    The sources stay visible to inspect, tracebacks and torch.compile. A pickle of one of its modules holds the texts,
+    which are imported where it is read.
     """
-    digest = hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()[:16]
-    name = f"{PACKAGE}_{digest}"
-    if name not in sys.modules:
-        finder = _TextFinder(name, files)
-        sys.meta_path.append(finder)
-        try:
-            return importlib.import_module(name)
-        finally:
-            sys.meta_path.remove(finder)
-    return sys.modules[name]
+    return _Package(dict(files)).imported()
 
 
-class _TextFinder:
+class _Package:
     """Finds and loads the modules of one package from their texts, and gives what lies beside them."""
 
-    def __init__(self, package: str, texts: Mapping[str, str]) -> None:
-        self.package, self.texts = package, texts
+    def __init__(self, texts: dict[str, str]) -> None:
+        self.texts = texts
+        digest = hashlib.sha256(json.dumps(sorted(texts.items())).encode()).hexdigest()[:16]
+        self.name = f"{PACKAGE}_{digest}"
+
+    def imported(self) -> ModuleType:
+        """The package, executed once a process."""
+        if self.name not in sys.modules:
+            sys.meta_path.append(self)
+            try:
+                return importlib.import_module(self.name)
+            finally:
+                sys.meta_path.remove(self)
+        return sys.modules[self.name]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _Package, (self.texts,)
+
+    def __deepcopy__(self, memo: object) -> _Package:
+        return self
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """The spec of a module of the package; None for any other."""
         package, _, module = name.partition(".")
-        if package != self.package or f"{module or '__init__'}.py" not in self.texts:
+        if package != self.name or f"{module or '__init__'}.py" not in self.texts:
             return None
         spec = ModuleSpec(name, self, origin=f"<{name}>", is_package=not module)  # type: ignore[arg-type]
         spec.has_location = True
@@ -125,6 +135,9 @@ class _TextFinder:
         file = f"<{module.__name__}>"
         linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
         exec(compile(text, file, "exec"), module.__dict__)
+        for value in vars(module).values():
+            if isinstance(value, type) and value.__module__ == module.__name__:
+                _carry_texts(value, self)
 
     def get_data(self, path: str) -> bytes:
         """A file of the package by its name; OSError where there is none."""
@@ -139,6 +152,31 @@ def _restore(folder: Path) -> None:
         from fastgrad_dsl.build_folder import recover
 
         recover(folder)
+
+
+def _carry_texts(cls: type, package: _Package) -> None:
+    """Have pickles of a class of modules hold its package, since no other process can import that by its name.
+
+    A subclass is pickled as its own text says.
+    """
+    from torch import nn
+
+    def reduce(module: nn.Module, protocol: SupportsIndex) -> object:
+        usual = object.__reduce_ex__(module, max(2, protocol.__index__()))
+        if type(module) is not cls or isinstance(usual, str):
+            return usual
+        return (_remade, (package, cls.__module__.rpartition(".")[2], cls.__qualname__), *usual[2:])
+
+    if issubclass(cls, nn.Module):
+        cls.__reduce_ex__ = reduce  # type: ignore[method-assign, assignment]
+
+
+def _remade(package: _Package, module: str, name: str) -> nn.Module:
+    """A module without its state, of a package that is imported where need be."""
+    package.imported()
+    cls = getattr(sys.modules[f"{package.name}.{module}"], name)
+    made: nn.Module = cls.__new__(cls)
+    return made
 
 
 def _not_compiled(folder: Path, missing: str) -> TfgError:

@@ -114,7 +114,8 @@ def test_a_pace_is_read_as_it_was_kept_or_refused() -> None:
         for wrong in values:
             with pytest.raises(ValueError, match="no pace"):
                 read_pace({**kept, key: wrong})
-    for record in (None, [], "x", {}, 1):
+    records: list[Any] = [None, [], "x", {}, 1]
+    for record in records:
         with pytest.raises(ValueError, match="no pace"):
             read_pace(record)
 

@@ -113,3 +113,24 @@ def test_centres_are_constants_and_no_weights() -> None:
     assert not any("centre" in name for name in model.state_dict())
     assert not any("centre" in name for name in compiled.reference(model).state_dict())
     assert compiled.module(seed=0).to(torch.float64).state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_centres_survive_the_device_meta(dtype: torch.dtype) -> None:
+    """Memory without values is filled with those of the text: no state_dict brings them."""
+    compiled = _compiled(GROUPS[1])
+    expected = compiled.module(seed=3, dtype=dtype)
+    x = torch.randn(2, 13, 32, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        model = compiled.module(seed=3, dtype=dtype)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    model.to_empty(device="cpu")
+    assert model(x).isnan().all()
+    model.load_state_dict(expected.state_dict())
+    assert torch.equal(model(x), expected(x))
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(7)
+    model.reset_parameters(3)  # type: ignore[operator]
+    assert torch.equal(model(x), expected(x))
+    assert len(list(model.buffers())) > 0

@@ -80,3 +80,29 @@ def test_nothing_of_exact_attention_is_quadratic() -> None:
 
     record = largest(exact_forward, exact_backward, inputs, 0.25, True, 64, 0)
     assert record.elements <= N * N / 8
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        KernelSpec(16, 64, COEFFICIENTS[2], causal=True),
+        KernelSpec(16, 64, COEFFICIENTS[2], near=48, near_d=16),
+        KernelSpec(16, 64, COEFFICIENTS[2], documents=True),
+    ],
+    ids=["causal", "unmasked near", "documents"],
+)
+def test_a_tangent_does_not_grow_either(spec: KernelSpec) -> None:
+    n = N // 4
+    inputs = make_inputs(spec, n, batch=1, heads=1).to(torch.float32)
+    module: Any = sys.modules[load_kernel(spec).__module__]
+    q, k, v, *near = (x.detach() for x in inputs.tensors)
+    tensors = (q, k, v, *(near or (None, None)))
+    given = (*tensors, inputs.mask, inputs.documents)
+    with torch.no_grad():
+        saved = module._forward(*given, 0)
+        flag = torch.empty(0, dtype=torch.bool)
+        with LargestStorage() as record:
+            module.TANGENT(*tensors, *given, *saved, flag, 0, "")
+    assert record.operations > n / 256
+    assert record.elements <= max(n * (spec.dv + 1), 256 * rank(spec.d, spec.degree))
+    assert record.elements < min(n * n, n * rank(spec.d, spec.degree)) / 2

@@ -36,9 +36,11 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
         "guard.py",
         "guard_key.py",
         "logit_range.py",
+        "operation.py",
         "polynomial_features.py",
         "precision.py",
         "selection.py",
+        "tangent.py",
     )
 )
 CPP_RUNTIME_FILES: tuple[Path, ...] = tuple(

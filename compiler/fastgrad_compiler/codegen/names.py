@@ -37,7 +37,9 @@ HELPERS = frozenset(
         "window_mask",
     }
 )
-MODULE_NAMES = frozenset({"F", "Guard", "Tensor", "budget_status", "math", "name_guards", "nn", "torch"})
+MODULE_NAMES = frozenset(
+    {"F", "Generated", "Guard", "Tensor", "budget_status", "math", "name_guards", "nn", "torch"}
+)
 LOCAL_NAMES = HELPERS | MODULE_NAMES | {"MODEL", "exact_attention", "initialise", "like", "range", "self"}
 CLASS_NAMES = HELPERS | MODULE_NAMES | {"ClassVar", "False", "None", "True"}
 _NUMBERED = re.compile(r"(.+?)_\d+")
@@ -58,7 +60,7 @@ _OF_MODULE = """
     register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule
     share_memory state_dict to to_empty train training type xpu zero_grad
 """
-MODULE_ATTRIBUTES = frozenset(_OF_MODULE.split()) | {"INIT", "budget_status"}
+MODULE_ATTRIBUTES = frozenset(_OF_MODULE.split()) | {"INIT", "budget_status", "reset_parameters"}
 
 
 def class_name(block: str, taken: Collection[str]) -> str:

@@ -96,7 +96,8 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
         lines.append("import torch")
     if re.search(r"\bF\.", code):
         lines.append("import torch.nn.functional as F")
-    lines += ["from torch import Tensor, nn", ""]
+    uses_modules = re.search(r"\bnn\.", code) is not None
+    lines += ["from torch import Tensor, nn" if uses_modules else "from torch import Tensor", ""]
     siblings = {
         f"from .{kernel_name(spec, imports.backends)} import attention as {name}"
         for spec, name in imports.kernels.items()
@@ -105,7 +106,7 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
         siblings.add("from .exact_attention import exact_attention")
     if re.search(rf"\b{GUARD}\(", code):
         siblings.add(f"from .guard import {GUARD}, {STATUS}, {NAME}")
-    siblings.add("from .initialise import initialise")
+    siblings.add("from .initialise import Generated, initialise")
     lines += sorted(siblings)
     text = "\n".join(lines) + "\n"
     if helpers:
@@ -188,8 +189,8 @@ def _class(module: Module, graph: Graph) -> str:
         found = members(module.program, graph, module.classes, guards)
     if graph.span is not None:
         writer.comment(f"{place_of(graph.span)}: {_head_line(graph)}")
-    writer.line(f"class {module.classes[graph.name]}(nn.Module):")
     main = graph.name == module.program.main
+    writer.line(f"class {module.classes[graph.name]}({'Generated' if main else 'nn.Module'}):")
     with writer.indented():
         writer.docstring(f"{_signature(graph)}.")
         writer.line()

@@ -1,4 +1,4 @@
-"""What attention kernels share: checks of their inputs, registration with torch.library, a budget of memory."""
+"""What attention kernels share: checks of their inputs, the call of an operation, a budget of memory."""
 
 from __future__ import annotations
 
@@ -13,110 +13,7 @@ WORK_BYTES = (
 )  # what the work buffers of one call may take, whatever the batch, the heads and the rank
 LEAST_TILE = 16
 SCORE_BUFFERS = 4  # tensors (queries, window) that a kernel's backward holds
-INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? near_q, Tensor? near_k, Tensor? mask, Tensor? documents"
-SAVED = "Tensor out, Tensor denominator, Tensor maximum"
-Flag = Callable[[Tensor, str], Tensor]
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-SECOND_DERIVATIVE = (
-    "second derivatives of {name} are not available: its backward pass is itself a custom operation "
-    "without a derivative; differentiate the exact reference model instead"
-)
-
-
-def register_attention(
-    name: str,
-    attributes: str,
-    forward: Callable[..., object],
-    backward: Callable[..., object],
-    maximum: bool,
-    flag: Flag | None = None,
-) -> Callable[..., tuple[Tensor, ...]]:
-    """Register `fastgrad::name` and `fastgrad::name_backward` once a process and return the operation.
-
-    forward(q, k, v, near_q, near_k, mask, documents, *attributes) -> (out, denominator, maximum)
-    backward(gradient, q, k, v, near_q, near_k, mask, documents, out, denominator, maximum, *attributes)
-        -> 5 gradients
-
-    The inputs have four dimensions, [batch, heads, tokens, width], mask and documents two. `attributes` is the tail
-    of the schema (", int exact_below"). `maximum` says whether a row maximum is saved; without one it has no elements.
-    With `flag` the forward operation has one more result, `exact`, saved too and like flag(q, the last attribute).
-    A name that another copy of this file registered before is kept as it is: the name holds a hash of the content.
-    """
-    registered = getattr(torch.ops, NAMESPACE)
-    if not hasattr(registered, name):
-        _register(name, attributes, forward, backward, maximum, flag)
-    operation: Callable[..., tuple[Tensor, ...]] = getattr(registered, name).default
-    return operation
-
-
-def _register(
-    name: str,
-    attributes: str,
-    forward: Callable[..., object],
-    backward: Callable[..., object],
-    maximum: bool,
-    flag: Flag | None,
-) -> None:
-    full, full_backward = f"{NAMESPACE}::{name}", f"{NAMESPACE}::{name}_backward"
-
-    def run_forward(*inputs: object) -> object:
-        with torch.autocast(_device(inputs[0]), enabled=False):
-            return forward(*inputs)
-
-    def run_backward(*inputs: object) -> object:
-        with torch.autocast(_device(inputs[0]), enabled=False):
-            return backward(*inputs)
-
-    def fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, ...]:
-        rows = q.shape[:-1]
-        dtype = compute_dtype(q, k, v)
-        saved = q.new_empty(rows if maximum else (0,), dtype=dtype)
-        out = v.new_empty((*rows, v.shape[-1]))
-        more = () if flag is None else (flag(q, str(rest[-1])),)
-        return out, q.new_empty(rows, dtype=dtype), saved, *more
-
-    def fake_backward(gradient: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(
-            gradient.new_empty((0,)) if tensor is None else tensor.new_empty(tensor.shape)
-            for tensor in inputs[:5]
-        )
-
-    def setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
-        ctx.save_for_backward(*inputs[:7], *output)  # type: ignore[misc, arg-type]
-        ctx.attributes = inputs[7:]  # type: ignore[attr-defined]
-
-    def differentiate(
-        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor, *_: object
-    ) -> tuple[object, ...]:
-        saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        operation = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward").default
-        gradients = operation(gradient, *saved, *ctx.attributes)  # type: ignore[attr-defined]
-        given = [None if tensor is None else g for tensor, g in zip(saved[:5], gradients, strict=True)]
-        return (*given, None, None, *(None for _ in ctx.attributes))  # type: ignore[attr-defined]
-
-    def decline(ctx: object, *gradients: object) -> object:
-        raise RuntimeError(SECOND_DERIVATIVE.format(name=f"polynomial attention ({full})"))
-
-    results = SAVED if flag is None else f"{SAVED}, Tensor exact"
-    outputs = "(" + ", ".join("Tensor" for _ in results.split(",")) + ")"
-    first = torch.library.custom_op(
-        full, run_forward, mutates_args=(), schema=f"({INPUTS}{attributes}) -> {outputs}"
-    )
-    first.register_fake(fake_forward)
-    first.register_autograd(differentiate, setup_context=setup)
-    second = torch.library.custom_op(
-        full_backward,
-        run_backward,
-        mutates_args=(),
-        schema=f"(Tensor gradient, {INPUTS}, {results}{attributes}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    )
-    second.register_fake(fake_backward)
-    second.register_autograd(decline)
-
-
-def _device(tensor: object) -> str:
-    assert isinstance(tensor, Tensor)
-    return tensor.device.type
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

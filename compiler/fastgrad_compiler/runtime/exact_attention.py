@@ -11,7 +11,7 @@ its forward and backward are called directly, because autograd is off inside a c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,11 @@ from .attention_op import (
     call_attention,
     check_inputs,
     compute_dtype,
-    register_attention,
     row_groups,
 )
 from .documents import document_ranges, document_runs
-from .selection import Sight, select_backward, select_forward
+from .operation import register_attention
+from .selection import Sight, select_backward, select_forward, select_tangent
 
 BUFFERS = 5  # live [rows, keys] tensors of a block, in the backward pass
 LEAST_ROWS = 16
@@ -162,6 +162,41 @@ def exact_backward(
     return first, second, third, fourth, fifth
 
 
+def exact_tangent(
+    tangents: Sequence[Any],
+    inputs: Sequence[Any],
+    out: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+    causal: bool,
+    near: int,
+    window: int,
+) -> Tensor:
+    """The tangent of out, from those of q, k, v, near_q and near_k (None where there is no such input)."""
+    *given, mask, documents = inputs
+    heads = given[1].shape[1]
+    grouped_out, logsumexp = out.unflatten(1, (heads, -1)), logsumexp.unflatten(1, (heads, -1))
+    result = torch.empty_like(out, memory_format=torch.contiguous_format)
+    grouped = result.unflatten(1, (heads, -1))
+    runs = None if documents is None else document_runs(documents)
+    sight = _Sight(scale, causal, near, window, mask, runs)
+    moved_inputs = (tangents[0], tangents[1], tangents[2], tangents[3], tangents[4])
+    for block in _blocks((given[0], given[1], given[2], given[3], given[4]), sight):
+        moved = _Block(moved_inputs, sight, block.rows, block.queries, block.keys)
+        logits, neighbours = block.logits()
+        weights = logits.sub_(logsumexp[block.index].unsqueeze(-1)).exp_()
+        slopes = (torch.matmul(moved.q, block.k.mT) + torch.matmul(block.q, moved.k.mT)).mul_(scale)
+        if neighbours is not None:
+            columns, is_near = neighbours
+            target = slopes[..., columns]
+            target.copy_(torch.where(is_near, block.near_slopes(moved, columns), target))
+        slopes.mul_(weights)
+        total = torch.matmul(slopes, block.v) + torch.matmul(weights, moved.v)
+        total -= slopes.sum(-1, keepdim=True) * grouped_out[block.index]
+        grouped[block.index] = total.to(result.dtype)
+    return result
+
+
 @dataclass(frozen=True)
 class _Sight:
     """Scale of the logits, and what decides which keys a query sees; runs: the document of each token [B, n]."""
@@ -216,6 +251,14 @@ class _Block:
             target.copy_(torch.where(is_near, local, target))
         self._hide(logits)
         return logits, neighbours
+
+    def near_slopes(self, moved: _Block, columns: slice) -> Tensor:
+        """The tangent of the near logits, from a block of tangents."""
+        queries, keys, moved_queries, moved_keys = self.near_q, self.near_k, moved.near_q, moved.near_k
+        if queries is None or keys is None or moved_queries is None or moved_keys is None:
+            raise ValueError("a near field has queries and keys of its own, and so have its tangents")
+        keys, moved_keys = keys[..., columns, :], moved_keys[..., columns, :]
+        return torch.matmul(moved_queries, keys.mT) + torch.matmul(queries, moved_keys.mT)
 
     def _neighbours(self, near: int) -> tuple[slice, Tensor]:
         (first, last), (low, high) = self.queries, self.keys
@@ -346,10 +389,27 @@ def _backward(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return select_backward(exact_backward, gradient, given, saved, attributes, _sight(*attributes))
 
 
+def _tangent(
+    tangents: Sequence[Any], inputs: Sequence[Any], saved: Sequence[Tensor], *attributes: Any
+) -> Tensor:
+    out, logsumexp = saved[:2]
+    return exact_tangent(tangents, inputs, out, logsumexp, *attributes)
+
+
+def _moved(*arguments: Any) -> Tensor:
+    attributes = arguments[15:]
+    return select_tangent(_tangent, arguments, _sight(*attributes))
+
+
 def _sight(scale: float, causal: bool, near: int, window: int) -> Sight:
     return Sight(causal, window)
 
 
 OPERATION = register_attention(
-    "exact_attention", ", float scale, bool causal, int near, int window", _forward, _backward, maximum=False
+    "exact_attention",
+    ", float scale, bool causal, int near, int window",
+    _forward,
+    _backward,
+    _moved,
+    maximum=False,
 )

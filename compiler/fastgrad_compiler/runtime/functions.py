@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
@@ -89,16 +92,18 @@ def softmax_attention(
     """F.scaled_dot_product_attention, in which a token that is not finite does not reach rows that do not see it.
 
     A hidden key has the weight 0 there, and 0 * NaN is NaN. So a call with such tokens is made with zeros in their
-    place, and the rows that see them are NaN. A graph that is compiled or exported, and a GPU, where asking would wait,
-    have PyTorch's function as it is.
+    place, and the rows that see them are NaN. A graph that is compiled or exported, torch.vmap, where nothing can be
+    asked, and a GPU, where asking would wait, have PyTorch's function as it is. In forward mode it is PyTorch's
+    formula in n x m memory, since the fused kernels have no tangent.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        with _forward_mode():
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            )
 
-    if torch.compiler.is_compiling() or q.device.type != "cpu":
+    if torch.compiler.is_compiling() or q.device.type != "cpu" or _is_mapped():
         return attend(q, k, v)
     if all(map(_is_finite, (q, k, v))) and _is_finite(out := attend(q, k, v)):
         return out
@@ -117,6 +122,21 @@ def softmax_attention(
     rows = (visible & spread.unsqueeze(-2)).any(-1) | queries & visible.any(-1)
     out = attend(q.masked_fill(queries.unsqueeze(-1), 0.0), k, v)
     return torch.where(rows.unsqueeze(-1), out + math.nan, out)  # both sides pass a gradient on
+
+
+def _forward_mode() -> AbstractContextManager[None]:
+    """Where tangents are computed, what has one of PyTorch's attention kernels."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def _is_mapped() -> bool:
+    """Whether torch.vmap is at work, under which a number cannot be read."""
+    functorch = torch._C._functorch
+    return any(
+        level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ()
+    )
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -292,6 +292,27 @@ def guarded(
     return run_forward, run_backward
 
 
+def guarded_tangent(tangent: Kernel, scale: float, causal: bool, near: int) -> Kernel:
+    """The tangent of a kernel whose passes are `guarded`, of the function that its forward pass was."""
+    pairs = Pairs(scale, causal, near)
+
+    def run_tangent(*arguments: Any) -> Any:
+        *given, flag, exact_below, key = arguments
+        moved, inputs, saved = given[:5], given[5:12], given[12:]
+        if flag.numel() and bool(flag):
+            return tangent(*given, ALWAYS_EXACT)
+        if not _is_checked(key, inputs, exact_below) or read_key(key).policy != "clamp":
+            return tangent(*given, exact_below)
+        clamped = _clamp(key, rows_of(inputs[0], inputs[1], inputs[5], inputs[6]), pairs)
+        if clamped is None:
+            return tangent(*given, exact_below)
+        dq, *others = moved
+        dq = clamped.push(dq, others[0])
+        return tangent(dq, *others, clamped.queries(), *inputs[1:], *saved, exact_below)
+
+    return run_tangent
+
+
 def exact_flag(q: Tensor, key: str) -> Tensor:
     """bool [1], on the CPU: whether a guard made a forward pass exact, saved for the backward pass. Here False.
 

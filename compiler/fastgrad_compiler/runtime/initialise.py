@@ -1,9 +1,10 @@
-"""Initial values of weights: each rule fills a tensor in place, from a generator where it draws numbers."""
+"""Initial values of tensors: each rule fills one in place, from a generator where it draws numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Generator, Tensor, nn
@@ -63,31 +64,98 @@ INITIALISERS: dict[str, Callable[..., Tensor]] = {
 """The rules by the first member of a weight's `init`; the other members are the positional arguments."""
 
 
+class Generated(nn.Module):
+    """The base of a generated model: its tensors can be made again where it was built without memory for them."""
+
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Give every tensor the value that it has in a model made with `seed`."""
+        initialise(self, seed)
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """As PyTorch's, but nothing is left to chance: constants have their values, weights are NaN.
+
+        Until `reset_parameters` or `load_state_dict`. Whole numbers and truth values start as those of seed 0.
+        """
+        super().to_empty(device=device, recurse=recurse)
+        _restore_constants(self)
+        _visit(self, torch.Generator(device="cpu").manual_seed(0), None, _blank)
+        return self
+
+
 def initialise(model: nn.Module, seed: int = 0) -> None:
-    """Give every tensor of a generated model its initial value, in place.
+    """Give every tensor of a generated model its initial value, in place, constants of its text too.
 
     One generator, seeded once, serves what a module holds itself, in the order of its INIT, then its children. Values
-    are drawn in float32 on the CPU, so that every dtype and device starts from the same ones.
+    are drawn in float32 on the CPU, so that every dtype, device and sharding starts from the same ones. What is on the
+    device "meta" stays without values.
     """
-    _initialise(model, torch.Generator().manual_seed(seed), None)
+    _restore_constants(model)
+    _visit(model, torch.Generator(device="cpu").manual_seed(seed), None, draw)
 
 
-def _initialise(module: nn.Module, generator: Generator, rule: tuple[str | float, ...] | None) -> None:
-    """`rule` is what a list of tensors takes from the class that it is a member of."""
+Rule = tuple[str | float, ...]
+
+
+def _visit(
+    module: nn.Module,
+    generator: Generator,
+    rule: Rule | None,
+    fill: Callable[[Tensor, Rule | None, Generator], None],
+) -> None:
+    """fill(tensor, rule, generator) for what has a rule; `rule` is what a list takes from its owner's class."""
     rules = getattr(module, "INIT", {})
     constants = module._non_persistent_buffers_set
     buffers = {n: b for n, b in module.named_buffers(recurse=False) if n not in constants}
     own = dict(module.named_parameters(recurse=False)) | buffers
     for name in [*(label for label in rules if label in own), *(name for name in own if name not in rules)]:
-        draw(own[name], rules.get(name, rule), generator)
+        fill(own[name], rules.get(name, rule), generator)
     for name, child in module.named_children():
-        _initialise(child, generator, rules.get(name, rule))
+        _visit(child, generator, rules.get(name, rule), fill)
 
 
 @torch.no_grad()
-def draw(tensor: Tensor, rule: tuple[str | float, ...] | None, generator: Generator) -> None:
+def draw(tensor: Tensor, rule: Rule | None, generator: Generator) -> None:
     """Fill a tensor by a rule (name, argument...) of INITIALISERS; TypeError where it has none."""
     if rule is None:
         raise TypeError(f"no initial value is known for a tensor of shape {list(tensor.shape)}")
+    if tensor.is_meta:
+        return
     kind, *arguments = rule
-    tensor.copy_(INITIALISERS[str(kind)](torch.empty(tensor.shape), *arguments, generator=generator))
+    whole = torch.empty(tensor.shape, device="cpu")
+    _copy(tensor, INITIALISERS[str(kind)](whole, *arguments, generator=generator))
+
+
+@torch.no_grad()
+def _blank(tensor: Tensor, rule: Rule | None, generator: Generator) -> None:
+    if tensor.is_floating_point():
+        tensor.fill_(math.nan)
+    else:
+        draw(tensor, rule, generator)
+
+
+def _copy(tensor: Tensor, whole: Tensor) -> None:
+    """Into a tensor of one device, or of FSDP, of which every process has a part."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is not None:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(tensor, DTensor)
+        whole = distribute_tensor(whole.to(tensor.device), mesh, tensor.placements)
+    tensor.copy_(whole)
+
+
+@torch.no_grad()
+def _restore_constants(model: nn.Module) -> None:
+    """Buffers outside of the state_dict have the values of the text, which a new module has."""
+    kept = [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    if not kept or model.get_buffer(kept[0]).is_meta:
+        return
+    root = hasattr(model, "reset_parameters")  # of this package or another's copy of this file
+    with torch.device("cpu"):
+        other = type(model)(None) if root else type(model)()
+    for name in kept:
+        _copy(model.get_buffer(name), other.get_buffer(name))

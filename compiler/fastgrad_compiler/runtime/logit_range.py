@@ -203,6 +203,20 @@ class Clamp:
         """q' in the dtype of q."""
         return (self.rows.q.to(self.rows.dtype) * self.factor.unsqueeze(-1)).to(self.rows.q.dtype)
 
+    def push(self, dq: Tensor | None, dk: Tensor | None) -> Tensor:
+        """The tangent of q' from those of q and k, None for zeros: dq' = f dq, and q' times the tangent of log f."""
+        rows = self.rows
+        q, k = rows.q.to(rows.dtype), rows.k.to(rows.dtype)
+        turned = torch.zeros_like(q) if dq is None else dq.to(rows.dtype)
+        rate = torch.linalg.vecdot(turned, q) / rows.q_norms.square()
+        if dk is not None:
+            growth = torch.linalg.vecdot(dk.to(rows.dtype), k) / rows.k_norms.square()
+            growth = growth.gather(-1, self.index).repeat_interleave(q.shape[1] // k.shape[1], 1)
+            rate = rate + growth
+        rate = torch.where(self.factor < 1.0, rate, 0.0)
+        pushed = (turned - q * rate.unsqueeze(-1)) * self.factor.unsqueeze(-1)
+        return pushed.to(rows.q.dtype)
+
     def pull(self, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of q and k from those of q' and of k as the kernel sees them.
 

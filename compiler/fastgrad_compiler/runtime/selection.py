@@ -29,6 +29,7 @@ from .documents import document_ranges, document_runs
 
 Kernel = Callable[..., Any]
 Inputs = Sequence[Any]  # q, k, v, near_q, near_k, mask, documents
+OF_QUERIES = (0, 3)  # of q, k, v, near_q and near_k
 LARGE = 2.0**32  # values below it are not scaled: float32 leaves 2^95 to weights and sums
 
 
@@ -105,6 +106,19 @@ def selective(
     return run_forward, run_backward
 
 
+def selective_tangent(run: Kernel, sight: Sight) -> Kernel:
+    """The tangent of a kernel, in which nothing hidden leaks, by the arguments of its operation.
+
+    run(5 tangents, 7 inputs, (out, denominator, maximum), *attributes) -> the tangent of out; a first attribute as for
+    `selective`.
+    """
+
+    def run_tangent(*arguments: Any) -> Tensor:
+        return select_tangent(run, arguments, _exactly(sight, arguments[5:12], arguments[15:]))
+
+    return run_tangent
+
+
 def _exactly(sight: Sight, inputs: Inputs, attributes: Sequence[Any]) -> Sight:
     tokens = max(inputs[0].shape[2], inputs[1].shape[2])
     return Sight(sight.causal, sight.window) if attributes and tokens < attributes[0] else sight
@@ -154,6 +168,26 @@ def select_backward(
     return careful.gradients(gradient, saved, lambda *arguments: run(*arguments, *attributes))
 
 
+def select_tangent(run: Kernel, arguments: Sequence[Any], sight: Sight) -> Tensor:
+    """The tangent of out, in which nothing hidden leaks; arguments and run as for `selective_tangent`.
+
+    A tangent that is not there is zeros. One that overflows stays so.
+    """
+    inputs, saved, attributes = arguments[5:12], arguments[12:15], arguments[15:]
+    if 0 in (x.numel() for x in inputs[:3]):
+        return torch.zeros_like(saved[0])
+    tangents = [
+        torch.zeros_like(x) if dx is None and x is not None else dx
+        for x, dx in zip(inputs[:5], arguments[:5], strict=True)
+    ]
+    if _reads(inputs[0]):
+        found: Tensor = run(tangents, inputs, saved, *attributes)
+        if _sum_is_finite(found):
+            return found
+    careful = _Careful(inputs, sight, tangents)
+    return careful.tangent(tangents, saved, lambda *given: run(*given, *attributes))
+
+
 def _reads(tensor: Tensor) -> bool:
     """Whether a result can be read without waiting for a device."""
     return tensor.device.type == "cpu"
@@ -165,9 +199,9 @@ def _sum_is_finite(tensor: Tensor) -> bool:
 
 
 class _Careful:
-    """The inputs of a call without their spoilt tokens, and which rows see those."""
+    """The inputs of a call without their spoilt tokens, and which rows see those; a tangent spoils its token too."""
 
-    def __init__(self, inputs: Inputs, sight: Sight) -> None:
+    def __init__(self, inputs: Inputs, sight: Sight, tangents: Sequence[Any] | None = None) -> None:
         q, k, v, near_q, near_k, mask, documents = inputs
         self.groups, self.work = q.shape[1] // k.shape[1], compute_dtype(q, k, v)
         n, m = q.shape[2], k.shape[2]
@@ -181,18 +215,23 @@ class _Careful:
         spoilt_rows = self._spoilt(q, sight.degree)
         if near_q is not None:
             spoilt, spoilt_rows = spoilt | self._spoilt(near_k), spoilt_rows | self._spoilt(near_q)
+        for place, x in enumerate(tangents or ()):
+            if x is not None and place in OF_QUERIES:
+                spoilt_rows = spoilt_rows | self._spoilt(x)
+            elif x is not None:
+                spoilt = spoilt | self._spoilt(x)
         keys = sight.ranges(n, m, documents, q.device)
         self.queries = sight.seen_by(n, m, documents, q.device)
         seeing = keys.hold(visible).repeat_interleave(self.groups, 1)
         self.rows = (keys.hold(spoilt & visible).repeat_interleave(self.groups, 1) | spoilt_rows) & seeing
-        self.inputs: list[Any] = [
-            None if x is None else _without(x, flags)
-            for x, flags in zip(
-                (q, k, v, near_q, near_k),
-                (spoilt_rows, spoilt | ~visible, spoilt | ~visible, spoilt_rows, spoilt | ~visible),
-                strict=True,
-            )
-        ] + [mask, documents]
+        self.flags = [spoilt_rows if place in OF_QUERIES else spoilt | ~visible for place in range(5)]
+        self.inputs: list[Any] = [*self._cleaned((q, k, v, near_q, near_k)), mask, documents]
+
+    def _cleaned(self, tensors: Sequence[Any]) -> list[Any]:
+        """Five tensors like q, k, v, near_q and near_k without the spoilt tokens."""
+        return [
+            None if x is None else _without(x, flags) for x, flags in zip(tensors, self.flags, strict=True)
+        ]
 
     def _spoilt(self, x: Tensor, degree: int = 1) -> Tensor:
         """bool [b, h, t]: tokens of x [b, h, t, width] whose largest monomial of that degree is not finite."""
@@ -217,6 +256,15 @@ class _Careful:
             again = scaled.to(self.work) / scale.repeat_interleave(self.groups, 1)
             out = torch.where(whole, out, again.to(out.dtype))
         return out.masked_fill(rows, math.nan), denominator, maximum
+
+    def tangent(self, tangents: Sequence[Any], saved: Sequence[Tensor], run: Callable[..., Tensor]) -> Tensor:
+        """The tangent of out by run(tangents, inputs, saved), NaN in rows that see a spoilt token."""
+        out, denominator, maximum = saved
+        broken = self.rows | ~(out.isfinite().all(-1) & denominator.isfinite())
+        maximum = maximum.masked_fill(broken, 0.0) if maximum.numel() else maximum
+        kept = (_without(out, broken), denominator.masked_fill(broken, 1.0), maximum)
+        found = run(self._cleaned(tangents), self.inputs, kept)
+        return found.masked_fill(broken.unsqueeze(-1), math.nan)
 
     def gradients(
         self, gradient: Tensor, saved: Sequence[Tensor], run: Callable[..., tuple[Tensor, ...]]

@@ -1,0 +1,314 @@
+"""The tangent of polynomial attention: what torch.func.jvp and torch.autograd.forward_ad ask of a kernel.
+
+With weights a_ij and O_i = N_i / D_i, N_i = sum of a_ij v_j, D_i = sum of a_ij:
+
+    dO_i = (dN_i - O_i dD_i) / D_i
+    d(phi(q)^T W Z) = dphi(q)^T W Z + phi(q)^T W dZ,  Z = sum of phi(k) [v, 1]
+
+One sweep over the sequence, as the forward pass makes it, with a state for Z and one for dZ, and a second sweep where
+there are far keys on both sides: O(n) time and memory, in PyTorch's operations on every target and device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention_op import compute_dtype, plan_tiles, row_groups
+from .documents import document_runs, of_document, same_document
+from .exact_attention import exact_tangent
+from .guard import guarded_tangent
+from .polynomial_features import Block, far_decay, inverse
+from .selection import Sight, selective_tangent
+
+TILE = 64  # queries at a time, and keys; the result does not depend on it
+Pair = tuple[Tensor, Tensor]  # a value and its tangent
+Window = tuple[slice, tuple[int, int]]  # a tile of queries, and the keys that it meets one by one
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """A kernel: coefficients of q.k, the diagonal of W and the blocks of the features; scale of the logits; precise:
+    its arithmetic is float64.
+    """
+
+    coefficients: Sequence[float]
+    weights: Sequence[float]
+    blocks: Sequence[Block]
+    scale: float
+    causal: bool
+    near: int
+    precise: bool = False
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether a query meets keys one by one, and others on both sides of those."""
+        return not self.causal and bool(self.near)
+
+
+def polynomial_tangent(kernel: Polynomial) -> Any:
+    """The tangent of a kernel's operation, by `register_attention`'s arguments."""
+
+    def run(
+        tangents: Sequence[Any], inputs: Sequence[Any], saved: Sequence[Tensor], exact_below: int
+    ) -> Tensor:
+        out, denominator, maximum = saved
+        if max(inputs[0].shape[2], inputs[1].shape[2]) < exact_below:
+            return exact_tangent(
+                tangents, inputs, out, denominator, kernel.scale, kernel.causal, kernel.near, 0
+            )
+        return _tangent(kernel, tangents, inputs, out, denominator, maximum)
+
+    sight = Sight(kernel.causal, degree=len(kernel.coefficients) - 1)
+    return guarded_tangent(selective_tangent(run, sight), kernel.scale, kernel.causal, kernel.near)
+
+
+def _tangent(
+    kernel: Polynomial,
+    tangents: Sequence[Tensor],
+    inputs: Sequence[Any],
+    out: Tensor,
+    denominator: Tensor,
+    maximum: Tensor,
+) -> Tensor:
+    """The tangent of out [B, H, n, dv], from those of q, k, v, near_q and near_k, the last two None without them."""
+    (q, k, v, near_q, near_k), (mask, documents) = inputs[:5], inputs[5:]
+    dtype = torch.float64 if kernel.precise else compute_dtype(q, k, v)
+    heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    rank, width = len(kernel.weights), v.shape[-1] + 1
+    window = TILE + 3 * kernel.near
+    tile, row_bytes = plan_tiles(
+        TILE, groups, 2 * window, 6 * rank + 6 * width, 6 * rank * width, dtype.itemsize
+    )
+    runs = None if documents is None else document_runs(documents)
+
+    def by_key_head(x: Tensor) -> Tensor:
+        grouped: Tensor = x.unflatten(1, (heads, -1))
+        return grouped
+
+    result = torch.empty_like(out, memory_format=torch.contiguous_format)
+    for rows in row_groups(k.shape[0], heads, row_bytes):
+        near = None
+        if near_q is not None and near_k is not None:
+            near = (
+                (by_key_head(near_q)[rows].to(dtype), by_key_head(tangents[3])[rows].to(dtype)),
+                (near_k[rows].to(dtype), tangents[4][rows].to(dtype)),
+            )
+        total = _Rows(
+            kernel,
+            tile,
+            (by_key_head(q)[rows].to(dtype), by_key_head(tangents[0])[rows].to(dtype)),
+            (k[rows].to(dtype), tangents[1][rows].to(dtype)),
+            (v[rows].to(dtype), tangents[2][rows].to(dtype)),
+            near,
+            by_key_head(maximum)[rows].to(dtype) if kernel.near else None,
+            None if mask is None else mask[rows[0]],
+            None if runs is None else runs[rows[0]],
+        ).total()
+        share = inverse(by_key_head(denominator)[rows].to(dtype)).unsqueeze(-1)
+        moved = (total[..., :-1] - by_key_head(out)[rows] * total[..., -1:]) * share
+        by_key_head(result)[rows] = moved.to(out.dtype)
+    return result
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a call: queries [b, h, G, n, ..], keys and values [b, h, m, ..], maximum [b, h, G, n], the rest
+    [b, tokens].
+    """
+
+    kernel: Polynomial
+    tile: int
+    q: Pair
+    k: Pair
+    v: Pair
+    near: tuple[Pair, Pair] | None  # queries and keys of near logits
+    maximum: Tensor | None
+    mask: Tensor | None
+    runs: Tensor | None
+    state: list[Tensor] = field(default_factory=list)  # W Z and W dZ, [b, h, rank, dv + 1]
+
+    @property
+    def n(self) -> int:
+        """Queries."""
+        return self.q[0].shape[3]
+
+    @property
+    def m(self) -> int:
+        """Keys."""
+        return self.k[0].shape[2]
+
+    def total(self) -> Tensor:
+        """[b, h, G, n, dv + 1]: the tangents of N and D, in units of e^maximum."""
+        q, v = self.q[0], self.v[0]
+        total = q.new_zeros((*q.shape[:-1], v.shape[-1] + 1))
+        windows = list(self._windows())
+        self._add_earlier(total, windows)
+        if self.kernel.two_sided or (self.runs is not None and not self.kernel.causal):
+            self._add_later(total, windows)
+        if self.maximum is not None:
+            total *= far_decay(self.maximum).unsqueeze(-1)
+        for queries, (low, high) in windows:
+            if low < high:
+                total[:, :, :, queries] += self._met(queries, slice(low, high))
+        return total
+
+    def _add_earlier(self, total: Tensor, windows: list[Window]) -> None:
+        """What the keys before each window add."""
+        self._restart()
+        start = 0
+        for queries, (low, _) in windows:
+            if start < low:
+                self._absorb(start, low, old=start - 1, own=low - 1)
+                start = low
+            if low:
+                total[:, :, :, queries] += self._read(queries, low - 1)
+
+    def _add_later(self, total: Tensor, windows: list[Window]) -> None:
+        """What the keys behind each window add."""
+        self._restart()
+        stop = self.m
+        for queries, (_, high) in reversed(windows):
+            if high < stop:
+                self._absorb(high, stop, old=stop, own=high)
+                stop = high
+            if high < self.m:
+                total[:, :, :, queries] += self._read(queries, high)
+
+    def _windows(self) -> Iterator[Window]:
+        """Tiles of queries, and the keys [low, high) that each meets one by one; the rest reach it by a state."""
+        near, n, m = self.kernel.near, self.n, self.m
+        for first in range(0, n, self.tile):
+            last = min(first + self.tile, n)
+            low, high = first, last
+            if near:
+                low, high = (first // near - 1) * near, ((last - 1) // near + 2) * near
+            elif not self.kernel.causal and self.runs is None:
+                low = high = m
+            if self.kernel.causal:
+                high = last
+            yield slice(first, last), (min(m, max(0, low)), min(m, high))
+
+    # ------------------------------------------------------------ states
+
+    def _restart(self) -> None:
+        k, v = self.k[0], self.v[0]
+        shape = (*k.shape[:2], len(self.kernel.weights), v.shape[-1] + 1)
+        self.state[:] = [k.new_zeros(shape), k.new_zeros(shape)]
+
+    def _absorb(self, first: int, last: int, old: int, own: int) -> None:
+        """Add the keys [first, last); of documents only that of token `own` stays, where `old` was the one before."""
+        state, moved = self.state
+        if self.runs is not None:
+            left = self.runs[:, own] != self.runs[:, min(max(old, 0), self.m - 1)]
+            for x in self.state:
+                x.masked_fill_(left[:, None, None, None], 0.0)
+        for start in range(first, last, self.tile):
+            part = slice(start, min(start + self.tile, last))
+            shown = None if self.mask is None else self.mask[:, part]
+            if self.runs is not None:
+                of_own = of_document(self.runs, part.start, part.stop, own)
+                shown = of_own if shown is None else shown & of_own
+            phi, dphi = self._features(*(x[:, :, part] for x in self.k))
+            values, dvalues = self._values(part, shown)
+            weights = phi.new_tensor(self.kernel.weights)[:, None]
+            state += weights * (phi @ values)
+            moved += weights * (dphi @ values + phi @ dvalues)
+
+    def _read(self, queries: slice, token: int) -> Tensor:
+        """[b, h, G, t, dv + 1]: what the state adds to the tangents of N and D; for the document of `token` alone."""
+        phi, dphi = self._features(*(x[:, :, :, queries].flatten(2, 3) for x in self.q))
+        sums = dphi.mT @ self.state[0] + phi.mT @ self.state[1]
+        found: Tensor = sums.unflatten(2, (self.q[0].shape[2], -1))
+        if self.runs is not None:
+            own = of_document(self.runs, queries.start, queries.stop, token)
+            found = found.masked_fill(~own[:, None, None, :, None], 0.0)
+        return found
+
+    def _features(self, x: Tensor, dx: Tensor) -> Pair:
+        """phi and its tangent, [b, h, rank, t], of x and dx [b, h, t, d]."""
+        d = x.shape[-1]
+        phi, dphi = (x.new_empty((*x.shape[:2], len(self.kernel.weights), x.shape[2])) for _ in range(2))
+        phi[:, :, 0], dphi[:, :, 0] = 1.0, 0.0
+        phi[:, :, 1 : 1 + d], dphi[:, :, 1 : 1 + d] = x.mT, dx.mT
+        for _, index, start, stop, first, last in self.kernel.blocks:
+            factor, dfactor = (f[:, :, 1 + index, None] for f in (phi, dphi))
+            source, dsource = (f[:, :, start:stop] for f in (phi, dphi))
+            torch.mul(factor, source, out=phi[:, :, first:last])
+            torch.mul(dfactor, source, out=dphi[:, :, first:last]).addcmul_(factor, dsource)
+        return phi, dphi
+
+    def _values(self, keys: slice, shown: Tensor | None) -> Pair:
+        """[v, 1] and its tangent [dv, 0], [b, h, t, dv + 1]; zeros where not `shown`, bool [b, t]."""
+        pair = [
+            torch.nn.functional.pad(x[:, :, keys], (0, 1), value=one)
+            for x, one in zip(self.v, (1.0, 0.0), strict=True)
+        ]
+        if shown is not None:
+            pair = [x.masked_fill(~shown[:, None, :, None], 0.0) for x in pair]
+        return pair[0], pair[1]
+
+    # ------------------------------------------------------------ pairs
+
+    def _met(self, queries: slice, keys: slice) -> Tensor:
+        """[b, h, G, t, dv + 1]: what the keys that are met one by one add to the tangents of N and D."""
+        shown = None if self.mask is None else self.mask[:, keys]
+        values, dvalues = self._values(keys, shown)
+        scores, slopes = self._products(self.q, self.k, queries, keys)
+        weights, dweights = self._polynomial(scores), self._polynomial(scores, 1) * slopes
+        if self.kernel.near and self.maximum is not None:
+            largest = self.maximum[:, :, :, queries, None]
+            if self.near is not None:
+                local, dlocal = self._products(*self.near, queries, keys)
+            else:
+                local, dlocal = scores * self.kernel.scale, slopes * self.kernel.scale
+            near, decay = self._near(queries, keys), far_decay(largest)
+            exponentials = (local - largest).masked_fill(~near, 0.0).exp()
+            weights = torch.where(near, exponentials, weights * decay)
+            dweights = torch.where(near, exponentials * dlocal, dweights * decay)
+        hidden = self._hidden(queries, keys, shown)
+        if hidden is not None:
+            weights, dweights = (x.masked_fill(hidden, 0.0) for x in (weights, dweights))
+        return dweights @ values[:, :, None] + weights @ dvalues[:, :, None]
+
+    def _products(self, q: Pair, k: Pair, queries: slice, keys: slice) -> Pair:
+        """q.k and its tangent, [b, h, G, t, keys]."""
+        (x, dx), (y, dy) = ([a[:, :, :, queries] for a in q], [a[:, :, None, keys] for a in k])
+        return x @ y.mT, dx @ y.mT + x @ dy.mT
+
+    def _polynomial(self, scores: Tensor, derivative: int = 0) -> Tensor:
+        """p(scores), or p'(scores), by Horner's rule."""
+        coefficients = list(self.kernel.coefficients)
+        if derivative:
+            coefficients = [power * c for power, c in enumerate(coefficients)][1:]
+        total = torch.full_like(scores, coefficients.pop())
+        while coefficients:
+            total.mul_(scores).add_(coefficients.pop())
+        return total
+
+    def _near(self, queries: slice, keys: slice) -> Tensor:
+        """bool [t, keys]: blocks that are one or touch."""
+        own, other = (
+            torch.arange(x.start, x.stop, device=self.q[0].device).div(
+                self.kernel.near, rounding_mode="floor"
+            )
+            for x in (queries, keys)
+        )
+        return (own[:, None] - other).abs() <= 1
+
+    def _hidden(self, queries: slice, keys: slice, shown: Tensor | None) -> Tensor | None:
+        """bool, [b, h, G, t, keys] or broadcast to it: pairs that a query does not see; None without such."""
+        found = []
+        if self.kernel.causal:
+            own, other = (torch.arange(x.start, x.stop, device=self.q[0].device) for x in (queries, keys))
+            found.append(other > own[:, None])
+        if self.runs is not None:
+            found.append(~same_document(self.runs, queries, keys))
+        if shown is not None:
+            found.append(~shown[:, None, None, None])
+        return reduce(torch.logical_or, found) if found else None
