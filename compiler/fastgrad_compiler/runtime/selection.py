@@ -2,7 +2,9 @@
 
 Kernels leave pairs out by weights of 0 in products of whole tiles, and 0 * NaN is NaN. In what is not a product they
 select, so that a leak is always a number that is not finite in an output or a gradient. Hence a pass runs as it is, and
-where all its results are finite they stand: one reading of the results is the whole cost. Where not, `_Careful`
+where all its results are finite they stand: one reading of the results is the whole cost. A backward pass whose outputs
+or upstream gradients are not finite is none of these: a row of NaN has no weights, and its gradients are NaN, whatever
+a kernel makes of it. Elsewhere `_Careful`
 
 * replaces spoilt tokens by zeros: those with a number that is not finite, or with a monomial that overflows;
 * runs the same pass: a row that sees none of them gets the same bits, because a kernel's row does not depend on finite
@@ -146,9 +148,9 @@ def select_backward(
     q, k, v = inputs[:3]
     if 0 in (q.numel(), k.numel(), v.numel()):
         return tuple(gradient.new_empty((0,)) if x is None else torch.zeros_like(x) for x in inputs[:5])
-    if _reads(q) or on_device:
+    if (on_device and not _reads(q)) or (_reads(q) and all(map(_sum_is_finite, (gradient, saved[0])))):
         gradients: tuple[Tensor, ...] = run(gradient, *inputs, *saved, *attributes)
-        if (on_device and not _reads(q)) or all(map(_sum_is_finite, gradients)):
+        if not _reads(q) or all(map(_sum_is_finite, gradients)):
             return gradients
     careful = _Careful(inputs, sight)
     return careful.gradients(gradient, saved, lambda *arguments: run(*arguments, *attributes))
