@@ -113,9 +113,12 @@ def _fill(out: Tensor, logsumexp: Tensor, inputs: _Inputs, sight: _Sight) -> Non
 
 
 def _restore(out: Tensor, logsumexp: Tensor, inputs: _Inputs, sight: _Sight) -> None:
-    """NaN in rows whose logits all are: up to 15 of them the fused kernel takes for hidden keys, and gives 0 and 0."""
-    lost = logsumexp == 0
-    if not (lost.any() and (lost := lost & ~out.any(-1)).any()):
+    """Rows of NaN as blocks give them: the fused kernel takes up to 15 logits of NaN for hidden keys, and gives 0.
+
+    Its logsumexp is 0 then. In bfloat16 it gives 0 also where logits are infinite.
+    """
+    lost = (logsumexp == 0) | ~logsumexp.isfinite()
+    if not (lost.any() and (lost := lost & ~(out != 0).any(-1)).any()):
         return
     n = int(lost.any(0).any(0).nonzero().max()) + 1
     q, k, v = inputs[:3]
