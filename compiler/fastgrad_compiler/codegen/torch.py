@@ -48,7 +48,7 @@ def emit_package(
         "initialise.py": _runtime("initialise.py"),
     }
     if uses_helpers:
-        files["functions.py"] = _runtime("functions.py")
+        files |= {name: _runtime(name) for name in ("functions.py", "softmax_pairs.py")}
     for spec in imports.kernels:
         files.update(kernel_files(spec, backends))
     if imports.kernels or imports.exact_attention:

@@ -32,6 +32,7 @@ from .selection import Sight, select_backward, select_forward, select_tangent
 BUFFERS = 5  # live [rows, keys] tensors of a block, in the backward pass
 LEAST_ROWS = 16
 BANDED_ROWS = 64  # queries of a block whose keys are limited to a band: as many as the band is wide, or these
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # q, k, v, near_q, near_k
 
 
 def exact_attention(
@@ -87,21 +88,46 @@ def exact_forward(
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *_padded(q, k, v), 0.0, causal, scale=scale
         )
-        return out[..., : v.shape[-1]].to(v.dtype).contiguous(), logsumexp.to(dtype).contiguous(), none
+        out, logsumexp = out[..., : v.shape[-1]].to(v.dtype).contiguous(), logsumexp.to(dtype).contiguous()
+        _restore(out, logsumexp, (q, k, v, None, None), _Sight(scale, causal, 0, 0, None, None))
+        return out, logsumexp, none
     out = v.new_empty((*q.shape[:-1], v.shape[-1]))
     logsumexp = q.new_empty(q.shape[:-1], dtype=dtype)
-    heads = k.shape[1]
-    grouped_out, grouped_sum = out.unflatten(1, (heads, -1)), logsumexp.unflatten(1, (heads, -1))
     runs = None if documents is None else document_runs(documents)
     sight = _Sight(scale, causal, near, window, mask, runs)
-    for block in _blocks((q, k, v, near_q, near_k), sight):
+    _fill(out, logsumexp, (q, k, v, near_q, near_k), sight)
+    return out, logsumexp, none
+
+
+def _fill(out: Tensor, logsumexp: Tensor, inputs: _Inputs, sight: _Sight) -> None:
+    """Both results of all rows, block by block."""
+    heads = inputs[1].shape[1]
+    grouped_out, grouped_sum = out.unflatten(1, (heads, -1)), logsumexp.unflatten(1, (heads, -1))
+    for block in _blocks(inputs, sight):
         logits, _ = block.logits()
         total = torch.logsumexp(logits, -1)
         total.masked_fill_(total == -math.inf, 0.0)
         weights = logits.sub_(total.unsqueeze(-1)).exp_()
         grouped_sum[block.index] = total
-        grouped_out[block.index] = torch.matmul(weights, block.v).to(v.dtype)
-    return out, logsumexp, none
+        grouped_out[block.index] = torch.matmul(weights, block.v).to(out.dtype)
+
+
+def _restore(out: Tensor, logsumexp: Tensor, inputs: _Inputs, sight: _Sight) -> None:
+    """Rows of NaN as blocks give them: the fused kernel takes up to 15 logits of NaN for hidden keys, and gives 0.
+
+    Its logsumexp is 0 then. In bfloat16 it gives 0 also where logits are infinite.
+    """
+    lost = (logsumexp == 0) | ~logsumexp.isfinite()
+    if not (lost.any() and (lost := lost & ~(out != 0).any(-1)).any()):
+        return
+    n = int(lost.any(0).any(0).nonzero().max()) + 1
+    q, k, v = inputs[:3]
+    keys = n if sight.causal else k.shape[2]
+    again, total = torch.empty_like(out[:, :, :n]), torch.empty_like(logsumexp[:, :, :n])
+    _fill(again, total, (q[:, :, :n], k[:, :, :keys], v[:, :, :keys], None, None), sight)
+    lost = lost[:, :, :n]
+    out[:, :, :n] = torch.where(lost.unsqueeze(-1), again, out[:, :, :n])
+    logsumexp[:, :, :n] = torch.where(lost, total, logsumexp[:, :, :n])
 
 
 def exact_backward(
@@ -217,7 +243,7 @@ class _Block:
 
     def __init__(
         self,
-        inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+        inputs: _Inputs,
         sight: _Sight,
         rows: tuple[slice, slice],
         queries: tuple[int, int],
@@ -289,9 +315,7 @@ class _Block:
             logits.masked_fill_(~sight.mask[self.rows[0], None, None, None, low:high], -math.inf)
 
 
-def _blocks(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], sight: _Sight
-) -> Iterator[_Block]:
+def _blocks(inputs: _Inputs, sight: _Sight) -> Iterator[_Block]:
     """Blocks that cover all rows and queries, as large as WORK_BYTES and the band of visible keys allow."""
     q, k, v = inputs[:3]
     (batch, heads, m), n = k.shape[:3], q.shape[2]

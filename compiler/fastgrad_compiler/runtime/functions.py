@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .softmax_pairs import Marks, Pairs, is_finite, is_small, select
+
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
     """Raise ValueError unless the shape is `expected`, where a name stands for any size but 0."""
@@ -89,12 +91,12 @@ def softmax_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """F.scaled_dot_product_attention, in which a token that is not finite does not reach rows that do not see it.
+    """F.scaled_dot_product_attention, in which a token reaches no row that does not see it, whatever it holds.
 
-    A hidden key has the weight 0 there, and 0 * NaN is NaN. So a call with such tokens is made with zeros in their
-    place, and the rows that see them are NaN. A graph that is compiled or exported, torch.vmap, where nothing can be
-    asked, and a GPU, where asking would wait, have PyTorch's function as it is. In forward mode it is PyTorch's
-    formula in n x m memory, since the fused kernels have no tangent.
+    Rows that see one that is not finite are NaN, and so are the gradients that they reach (softmax_pairs.py). A graph
+    that is compiled or exported, torch.vmap, where nothing can be asked, and a GPU, where asking would wait, have
+    PyTorch's function as it is. In forward mode it is PyTorch's formula in n x m memory, since the fused kernels have
+    no tangent.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -105,23 +107,13 @@ def softmax_attention(
 
     if torch.compiler.is_compiling() or q.device.type != "cpu" or _is_mapped():
         return attend(q, k, v)
-    if all(map(_is_finite, (q, k, v))) and _is_finite(out := attend(q, k, v)):
-        return out
-    keys = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
-    queries = ~q.isfinite().all(-1)
-    k, v = (x.masked_fill(keys.unsqueeze(-1), 0.0) for x in (k, v))
-    with torch.no_grad():  # logits that overflow make a row NaN too
-        out = attend(q.masked_fill(queries.unsqueeze(-1), 0.0), k, v)
-        queries = queries | ~out.isfinite().all(-1)
-    visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
-    if is_causal:
-        visible = visible.tril()
-    elif attn_mask is not None:
-        visible = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -math.inf
-    spread = keys.repeat_interleave(q.shape[-3] // k.shape[-3], -2) if enable_gqa else keys
-    rows = (visible & spread.unsqueeze(-2)).any(-1) | queries & visible.any(-1)
-    out = attend(q.masked_fill(queries.unsqueeze(-1), 0.0), k, v)
-    return torch.where(rows.unsqueeze(-1), out + math.nan, out)  # both sides pass a gradient on
+    groups = q.shape[-3] // k.shape[-3] if enable_gqa else 1
+    marks = Marks(Pairs(attn_mask, is_causal, groups, q.shape[-2], k.shape[-2]))
+    q, k, v = marks.enter(q, of_keys=False), marks.enter(k), marks.enter(v)
+    if all(map(is_small, (q, k, v))) and is_finite(out := attend(q, k, v)):
+        return marks.leave(out, None)
+    factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return marks.leave(*select(attend, q, k, v, marks.pairs, factor))
 
 
 def _forward_mode() -> AbstractContextManager[None]:
@@ -137,11 +129,6 @@ def _is_mapped() -> bool:
     return any(
         level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ()
     )
-
-
-def _is_finite(x: Tensor) -> bool:
-    """True only if all numbers are finite; a sum of large ones may overflow."""
-    return math.isfinite(x.detach().sum(dtype=_precision(x)).item())
 
 
 def causal_mask(q: Tensor, k: Tensor) -> Tensor:

@@ -2,14 +2,17 @@
 
 Kernels leave pairs out by weights of 0 in products of whole tiles, and 0 * NaN is NaN. In what is not a product they
 select, so that a leak is always a number that is not finite in an output or a gradient. Hence a pass runs as it is, and
-where all its results are finite they stand: one reading of the results is the whole cost. Where not, `_Careful`
+where all its results are finite they stand: one reading of the results is the whole cost. A backward pass whose outputs
+or upstream gradients are not finite is none of these: a row of NaN has no weights, and its gradients are NaN, whatever
+a kernel makes of it. Elsewhere `_Careful`
 
 * replaces spoilt tokens by zeros: those with a number that is not finite, or with a monomial that overflows;
 * runs the same pass: a row that sees none of them gets the same bits, because a kernel's row does not depend on finite
   numbers that it does not see;
 * makes rows that see a spoilt token NaN, and the gradients that such a row reaches, unless its own gradient is 0;
-* repeats the pass with values, and their gradients, times powers of 2 where it overflowed all the same: sums of weights
-  times values of 1e37 do in float32. What had not overflowed is kept from the first.
+* repeats the pass with values times a power of 2 where it overflowed all the same: sums of weights times values of 1e37
+  do in float32. What had not overflowed is kept from the first. A backward pass is repeated twice: for the rows that
+  see no value beyond LARGE without these, and for the others, so that no hidden value decides how others are rounded.
 
 On a device whose results cannot be read without waiting, every call is a careful one, and nothing is read.
 """
@@ -31,6 +34,11 @@ Kernel = Callable[..., Any]
 Inputs = Sequence[Any]  # q, k, v, near_q, near_k, mask, documents
 OF_QUERIES = (0, 3)  # of q, k, v, near_q and near_k
 LARGE = 2.0**32  # values below it are not scaled: float32 leaves 2^95 to weights and sums
+LARGE_UPSTREAM = 2.0**64  # nor upstream gradients below this one
+SCALES = {
+    torch.float32: (2.0**-100, 2.0**-40),
+    torch.float64: (2.0**-800, 2.0**-400),
+}  # of values, of gradients
 
 
 @dataclass(frozen=True)
@@ -138,9 +146,9 @@ def select_forward(
         rows = q.new_zeros(q.shape[:-1], dtype=compute_dtype(q, k, v))
         out = v.new_zeros((*q.shape[:-1], v.shape[-1]))
         return out, rows, rows.clone() if maximum else rows.new_zeros((0,))
-    if _reads(q) or on_device:
+    if (on_device and not _reads(q)) or (_reads(q) and all(map(_sum_is_finite, _of_logits(inputs)))):
         outputs: tuple[Tensor, Tensor, Tensor] = run(*inputs, *attributes)
-        if (on_device and not _reads(q)) or _sum_is_finite(outputs[0]):
+        if not _reads(q) or _sum_is_finite(outputs[0]):
             return outputs
     careful = _Careful(inputs, sight)
     outputs = run(*careful.inputs, *attributes)
@@ -160,9 +168,9 @@ def select_backward(
     q, k, v = inputs[:3]
     if 0 in (q.numel(), k.numel(), v.numel()):
         return tuple(gradient.new_empty((0,)) if x is None else torch.zeros_like(x) for x in inputs[:5])
-    if _reads(q) or on_device:
+    if (on_device and not _reads(q)) or (_reads(q) and all(map(_sum_is_finite, (gradient, saved[0])))):
         gradients: tuple[Tensor, ...] = run(gradient, *inputs, *saved, *attributes)
-        if (on_device and not _reads(q)) or all(map(_sum_is_finite, gradients)):
+        if not _reads(q) or all(map(_sum_is_finite, gradients)):
             return gradients
     careful = _Careful(inputs, sight)
     return careful.gradients(gradient, saved, lambda *arguments: run(*arguments, *attributes))
@@ -186,6 +194,10 @@ def select_tangent(run: Kernel, arguments: Sequence[Any], sight: Sight) -> Tenso
             return found
     careful = _Careful(inputs, sight, tangents)
     return careful.tangent(tangents, saved, lambda *given: run(*given, *attributes))
+
+
+def _of_logits(inputs: Inputs) -> list[Tensor]:
+    return [x for x in (*inputs[:2], *inputs[3:5]) if x is not None]
 
 
 def _reads(tensor: Tensor) -> bool:
@@ -220,7 +232,7 @@ class _Careful:
                 spoilt_rows = spoilt_rows | self._spoilt(x)
             elif x is not None:
                 spoilt = spoilt | self._spoilt(x)
-        keys = sight.ranges(n, m, documents, q.device)
+        keys = self.keys = sight.ranges(n, m, documents, q.device)
         self.queries = sight.seen_by(n, m, documents, q.device)
         seeing = keys.hold(visible).repeat_interleave(self.groups, 1)
         self.rows = (keys.hold(spoilt & visible).repeat_interleave(self.groups, 1) | spoilt_rows) & seeing
@@ -251,7 +263,7 @@ class _Careful:
         rows = self.rows.unsqueeze(-1)
         whole = rows | out.isfinite()
         if not (_reads(out) and bool(whole.all())):
-            scale = _scale(self.inputs[2])
+            scale = _scale(self.inputs[2], LARGE, SCALES[self.work][0])
             scaled = run([*self.inputs[:2], self.inputs[2] * scale.to(out.dtype), *self.inputs[3:]])[0]
             again = scaled.to(self.work) / scale.repeat_interleave(self.groups, 1)
             out = torch.where(whole, out, again.to(out.dtype))
@@ -270,36 +282,56 @@ class _Careful:
         self, gradient: Tensor, saved: Sequence[Tensor], run: Callable[..., tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
         """The gradients of the inputs, by run(gradient, *inputs, *saved) once or twice."""
-        out, denominator, maximum = saved
+        out, denominator, _ = saved
         broken = self.rows | ~(out.isfinite().all(-1) & denominator.isfinite() & gradient.isfinite().all(-1))
         silent = ~(gradient != 0).any(-1)  # NaN is not 0
-        dropped = broken | silent
-        gradient, out = _without(gradient, dropped), _without(out, dropped)
-        denominator = denominator.masked_fill(dropped, 1.0)
-        maximum = maximum.masked_fill(dropped, 0.0) if maximum.numel() else maximum
-        q, k, v, near_q, *rest = self.inputs
-        q, near_q = _without(q, dropped), None if near_q is None else _without(near_q, dropped)
-        found = run(gradient, q, k, v, near_q, *rest, out, denominator, maximum)
-        if not (_reads(q) and all(bool(x.isfinite().all()) for x in found)):
-            above, values = _scale(gradient, self.groups), _scale(v)
-            shared = values.repeat_interleave(self.groups, 1)
+        dropped, v = broken | silent, self.inputs[2]
+        found = self._pass(run, gradient, saved, dropped, v)
+        if not (_reads(gradient) and all(bool(x.isfinite().all()) for x in found)):
+            large = (v.abs() > LARGE).any(-1)
+            rows = self.keys.hold(large).repeat_interleave(self.groups, 1)
+            values, factor = SCALES[self.work]
+            above = _scale(gradient, LARGE_UPSTREAM, factor, self.groups)
             gradient = gradient * above.repeat_interleave(self.groups, 1).to(gradient.dtype)
-            v, out = v * values.to(v.dtype), out * shared.to(out.dtype)
-            again = run(gradient, q, k, v, near_q, *rest, out, denominator, maximum)
-            found = self._merged(found, again, above, values)
+            first = self._pass(run, gradient, saved, dropped | rows, _without(v, large))
+            scaled = (out * values, *saved[1:])
+            second = self._pass(run, gradient, scaled, dropped | ~rows, v * values)
+            found = self._merged(found, first, second, above, values)
         return self._marked(found, broken & ~silent, silent)
 
-    def _merged(
-        self, first: tuple[Tensor, ...], again: tuple[Tensor, ...], above: Tensor, values: Tensor
+    def _pass(
+        self,
+        run: Callable[..., tuple[Tensor, ...]],
+        gradient: Tensor,
+        saved: Sequence[Tensor],
+        dropped: Tensor,
+        v: Tensor,
     ) -> tuple[Tensor, ...]:
-        """The first gradients where they are finite, else those of scaled ones; above, values [b, Hk, 1, 1]."""
+        """The gradients that rows have part in, except those dropped, bool [b, H, n]; v: the values."""
+        out, denominator, maximum = saved
+        q, k, _, near_q, *rest = self.inputs
+        q, near_q = _without(q, dropped), None if near_q is None else _without(near_q, dropped)
+        denominator = denominator.masked_fill(dropped, 1.0)
+        maximum = maximum.masked_fill(dropped, 0.0) if maximum.numel() else maximum
+        gradient, out = _without(gradient, dropped), _without(out, dropped)
+        return run(gradient, q, k, v, near_q, *rest, out, denominator, maximum)
+
+    def _merged(
+        self,
+        found: tuple[Tensor, ...],
+        first: tuple[Tensor, ...],
+        second: tuple[Tensor, ...],
+        above: Tensor,
+        values: float,
+    ) -> tuple[Tensor, ...]:
+        """What was found where it is finite, else the sum of the others, which are divided by their scales."""
         merged = []
-        for place, (x, y) in enumerate(zip(first, again, strict=True)):
+        for place, (x, y, z) in enumerate(zip(found, first, second, strict=True)):
             if x.numel():
-                unscaled = y.to(self.work) / above.repeat_interleave(y.shape[1] // above.shape[1], 1)
-                if place != 2:  # not of v
-                    unscaled = unscaled / values.repeat_interleave(y.shape[1] // values.shape[1], 1)
-                x = torch.where(x.isfinite(), x, unscaled.to(x.dtype))
+                factor = 1.0 if place == 2 else values  # the gradient of v does not depend on v
+                total = y.to(self.work) + z.to(self.work) / factor
+                total = total / above.repeat_interleave(x.shape[1] // above.shape[1], 1)
+                x = torch.where(x.isfinite(), x, total.to(x.dtype))
             merged.append(x)
         return tuple(merged)
 
@@ -319,9 +351,7 @@ def _without(x: Tensor, tokens: Tensor) -> Tensor:
     return x.masked_fill(tokens.unsqueeze(-1), 0.0)
 
 
-def _scale(x: Tensor, groups: int = 1) -> Tensor:
-    """Powers of 2, [b, heads / groups, 1, 1]: 1 / a head's largest number where that is beyond LARGE, else 1."""
+def _scale(x: Tensor, limit: float, factor: float, groups: int = 1) -> Tensor:
+    """The factor for heads with a number beyond the limit, 1 for others: [b, heads / groups, 1, 1]."""
     largest = x.to(compute_dtype(x)).abs().unflatten(1, (-1, groups)).amax((2, 3, 4))
-    exponent = torch.frexp(largest).exponent
-    inverse = torch.ldexp(torch.ones_like(largest), -exponent)
-    return torch.where(largest > LARGE, inverse, 1.0)[:, :, None, None]
+    return torch.where(largest > limit, factor, torch.ones_like(largest))[:, :, None, None]
