@@ -260,10 +260,10 @@ def test_ordinary_calls_have_the_bits_of_pytorch() -> None:
     for sight in ("", "causal", "causal, mask"):
         call = make(sight, 45, torch.float32)
         mask = None if sight in ("", "causal") else call.visible[:, None]
-        tensors = tuple(x.requires_grad_() for x in call.tensors)
-        expected = torch.nn.functional.scaled_dot_product_attention(
-            *tensors, attn_mask=mask, is_causal=sight == "causal", scale=SCALE
+        q, k, v = (x.requires_grad_() for x in call.tensors)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=sight == "causal", scale=SCALE
         )
-        expected = [expected, *torch.autograd.grad(expected, tensors, call.cotangent)]
+        expected = [out, *torch.autograd.grad(out, (q, k, v), call.cotangent)]
         found = of("pytorch", call)
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))

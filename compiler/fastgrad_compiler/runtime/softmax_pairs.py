@@ -62,7 +62,8 @@ class Pairs:
         else:
             rows = rows.any(-1, keepdim=True) if self.visible.shape[-2] == 1 else rows
             found = (self.visible & rows.unsqueeze(-1)).any(-2)
-        return found.expand(*found.shape[:-1], self.m).unflatten(-2, (-1, self.groups)).any(-2)
+        groups: Tensor = found.expand(*found.shape[:-1], self.m).unflatten(-2, (-1, self.groups))
+        return groups.any(-2)
 
 
 class Marks:
