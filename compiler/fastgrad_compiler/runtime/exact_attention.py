@@ -364,16 +364,25 @@ def _fused(
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The fused kernel wants one dtype, one head count and one width; zeros change neither logits nor values."""
+    """The fused kernel wants one dtype, one head count and one width; zeros change neither logits nor values.
+
+    It also reads rows as if their numbers were neighbours in memory.
+    """
     dtype = v.dtype if q.dtype == k.dtype == v.dtype else compute_dtype(q, k, v)
     width = max(q.shape[-1], v.shape[-1])
     groups = q.shape[1] // k.shape[1]
 
     def padded(x: Tensor, times: int) -> Tensor:
-        x = torch.nn.functional.pad(x.to(dtype), (0, width - x.shape[-1]))
+        x = _wide(x, dtype, width)
         return x.repeat_interleave(times, 1) if times > 1 else x
 
     return padded(q, 1), padded(k, groups), padded(v, groups)
+
+
+def _wide(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+    """x with zeros up to a width, each row's numbers next to each other."""
+    x = torch.nn.functional.pad(x.to(dtype), (0, width - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _fused_backward(
@@ -387,8 +396,7 @@ def _fused_backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     queries, keys, values = _padded(q, k, v)
-    extra = values.shape[-1] - v.shape[-1]
-    upstream, result = (torch.nn.functional.pad(x.to(values.dtype), (0, extra)) for x in (gradient, out))
+    upstream, result = (_wide(x, values.dtype, values.shape[-1]) for x in (gradient, out))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         upstream, queries, keys, values, result, logsumexp, 0.0, causal, scale=scale
     )
