@@ -146,3 +146,30 @@ def test_losses_are_means_over_all_positions() -> None:
     )
     assert found.item() == pytest.approx(log(4) + 4)
     assert not isnan(found.item())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "base"),
+    [(torch.float32, 1e6), (torch.float32, 2e8), (torch.float32, 1e17), (torch.float64, 1e17),
+     (torch.bfloat16, 3e8), (torch.float16, 3e4)],
+)  # fmt: skip
+@pytest.mark.parametrize("width", [2, 3, 64])
+def test_a_row_of_large_and_nearly_equal_entries_is_normalised(
+    dtype: torch.dtype, base: float, width: int
+) -> None:
+    """The proved bound of its norm, sqrt(d), is kept, and each entry is right; F.layer_norm alone is off by thousands."""
+    body = f"return layer_norm(x, ones({width}), zeros({width}))"
+    model = fg.compile(text(body, f"x: float[n, {width}]", f"float[n, {width}]")).module(dtype=dtype)
+    generator = torch.Generator().manual_seed(width)
+    x = (base * (1 + torch.rand(500, 1, generator=generator, dtype=torch.float64))).expand(-1, width)
+    x = x.to(dtype).clone()
+    above = torch.nextafter(x, torch.full_like(x, inf))
+    x = torch.where(torch.rand(500, width, generator=generator) < 0.5, above, x)
+    found = model(x)
+    assert found.dtype == dtype
+    steps = x.double() - x[:, :1].double()  # exact: a few units in the last place
+    steps = steps - steps.mean(-1, keepdim=True)
+    expected = steps / (steps.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    unit = 4.0 * torch.finfo(dtype).eps
+    assert (found.double().norm(dim=-1) <= width**0.5 * (1 + unit)).all()
+    torch.testing.assert_close(found.double(), expected, rtol=unit, atol=8 * unit)

@@ -279,9 +279,7 @@ def _width(place: Place, node: Node) -> str:
 
 
 def _layer_norm(place: Place, node: Node, operands: Operands) -> Expr:
-    return call(
-        "F.layer_norm", operands[0], _width(place, node), *operands[1:], literal(_number(node["eps"]))
-    )
+    return call(place.helper("centred_layer_norm"), *operands, literal(_number(node["eps"])))
 
 
 def _rms_norm(place: Place, node: Node, operands: Operands) -> Expr:

@@ -22,6 +22,7 @@ HELPERS = frozenset(
         "apply_polynomial",
         "apply_window",
         "causal_mask",
+        "centred_layer_norm",
         "check_dim",
         "check_shape",
         "document_mask",

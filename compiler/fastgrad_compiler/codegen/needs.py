@@ -194,7 +194,7 @@ def _makes_tensor(graph: Graph, node: Node) -> bool:
 def _dims(program: Program, graph: Graph, node: Node) -> Iterator[Dim]:
     for key in _SHAPED.get(node.op, ()):
         yield from _of(node[key])
-    if node.op in ("layer_norm", "rms_norm"):
+    if node.op == "rms_norm":
         yield graph[node.inputs[0]].tensor.shape[-1]
     if node.op in ("attention", "poly_attention"):
         yield from _attention_dims(graph, node)

@@ -197,6 +197,18 @@ def apply_polynomial(scores: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     return result.masked_fill(hidden, 0.0)
 
 
+def centred_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """F.layer_norm of the last axis, of rows from which their mean is taken before.
+
+    F.layer_norm alone leaves rows longer than sqrt(d) where a row's entries are large and nearly equal, since it rounds
+    the mean and each entry over the deviation. A mean that is rounded to the dtype leaves a difference that is exact
+    there, of which F.layer_norm takes the rest.
+    """
+    wide, weight, bias = (t.to(_precision(x)) for t in (x, weight, bias))
+    centred = wide - wide.mean(-1, keepdim=True)
+    return F.layer_norm(centred, x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
 def normalize_rows(weights: Tensor) -> Tensor:
     """Weights over the sum of their row; those of -inf are 0, and a row of zeros stays one."""
     visible = weights.masked_fill(weights == -math.inf, 0.0)
