@@ -194,7 +194,6 @@ class Compiled:
         `calibration` is a calibration document to show. Raises ValueError where only one of model and batch is given,
         or the tensors are no batch of the model.
         """
-        from fastgrad_dsl.batch_check import batch_problem
         from fastgrad_dsl.report import build_report, measure_plan
 
         plan, calibration = self.plan_document, calibration or self.calibration
@@ -203,6 +202,9 @@ class Compiled:
             if model is not None or batch is not None:
                 raise ValueError("report takes a model and a batch, or neither")
             return build_report(plan, **shown)
+
+        from fastgrad_dsl.batch_check import batch_problem  # needs PyTorch, which files are made without
+
         problem = batch_problem(self.program, batch)
         if problem is not None:
             raise ValueError(problem)

@@ -68,7 +68,7 @@ def diagnostics(error: BaseException) -> tuple[Diagnostic, ...]:
         isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)
     ):
         reason = next((line for line in text.splitlines() if line), "an allocation failed")
-        help_ = ("take a smaller batch, a shorter length (--dim, --seq, --n) or a smaller model",)
+        help_ = ("take a smaller batch, a shorter length or a smaller model",)
         return (Diagnostic("FG426", f"not enough memory: {reason}", help=help_),)
     return ()
 

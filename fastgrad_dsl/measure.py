@@ -262,6 +262,8 @@ def measure_errors(
     progress("the exact model")
     everywhere = _Attentions(exact=frozenset(approximated))
     exact_output, exact_gradients, exact_loss = _pass(model, inputs, targets, objective, everywhere)
+    check_finite("the exact model", exact_output, *exact_gradients.values())
+    check_finite("the compiled model", output, *gradients.values())
     attentions = []
     for index in approximated:
         attention = served[index]
@@ -302,12 +304,14 @@ def whole_errors(
     """Relative L2 errors of a model's output and of all weights' gradients against itself made exact.
 
     `approximated` says of each polynomial attention, in the order in which the model runs them, whether it stands in
-    for softmax. Polynomials are measured at any length, below their break-even too.
+    for softmax. Polynomials are measured at any length, below their break-even too. Raises TfgError FG427.
     """
     served = _Attentions(at_any_length=True)
     output, gradients, _ = _pass(model, inputs, targets, objective, served)
     exact = frozenset(index for index, each in enumerate(approximated) if each)
     reference, wanted, _ = _pass(model, inputs, targets, objective, _Attentions(exact=exact))
+    check_finite("the exact model", reference, *wanted.values())
+    check_finite("the compiled model", output, *gradients.values())
     return relative_error(output, reference), _joint_error(gradients, wanted)
 
 
@@ -353,7 +357,7 @@ def _pass(
     """Output (several are flattened into one), weights' gradients and loss of one evaluation pass.
 
     Gradients are those of all weights, frozen ones too, whatever the caller's gradient mode. The backward pass goes on
-    to the float inputs, so that attentions of a model without weights have one too. Raises TfgError FG427.
+    to the float inputs, so that attentions of a model without weights have one too.
     """
     training = model.training
     model.eval()
@@ -382,7 +386,6 @@ def _pass(
     joined = (
         outputs[0].detach() if len(outputs) == 1 else torch.cat([out.detach().flatten() for out in outputs])
     )
-    check_finite("the exact model" if mode.exact else "the compiled model", joined, *gradients.values())
     return joined, gradients, None if objective is None else scalar.item()
 
 

@@ -121,7 +121,8 @@ def read_pace(kept: object) -> MachinePace:
         raise ValueError("it is no pace of a machine") from None
     numbers = [number for line in lines.values() for number in (line.overhead, line.rate)]
     sound = all(type(number) in (int, float) and 0 <= number < MOST for number in numbers)
-    described = isinstance(pace.machine, str) and isinstance(pace.kind, str) and type(pace.threads) is int
+    named = all(isinstance(text, str) for text in (pace.machine, pace.kind, pace.target))
+    described = named and type(pace.threads) is int
     if (
         not (sound and described)
         or 0 in (line.rate for line in lines.values())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from fastgrad_compiler.passes.attention_table import attention_table
 from fastgrad_compiler.passes.plan import Assignment
 from fastgrad_compiler.passes.plan_decision import PRECISIONS, Decision
+from fastgrad_compiler.passes.shape_errors import ShapeError
 from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.polynomial import FAMILIES, fit
 from fastgrad_compiler.ranges import SOURCES, LogitRange
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from fastgrad_dsl.compiled import Compiled
 
 LARGEST = float_info.max
+FALSE_RECORD = (TfgError, CompilerBug, ShapeError, ArithmeticError, LookupError, TypeError)
+"""What a false record leads to."""
 _Item = TypeVar("_Item")
 _Read = Callable[[Any], _Item]
 
@@ -53,13 +56,7 @@ def with_recorded_plan(
     start = compiled.stages[0].program
     try:
         stages = run(start, target=compiled.target, assignment=assignment, validate=compiled.validate)
-    except (
-        TfgError,
-        CompilerBug,
-        ArithmeticError,
-        LookupError,
-        TypeError,
-    ) as error:  # what a false record leads to
+    except FALSE_RECORD as error:
         raise ValueError(f"the model cannot be planned so: {error}") from None
     return replace(compiled, stages=stages, assignment=assignment, calibration=calibration)
 

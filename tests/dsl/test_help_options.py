@@ -28,16 +28,24 @@ ALL = ("check", "compile", "advise", "stages", "report", "train", "tune")
 SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/advice.py": {"--wide": ("advise",)},
     "fastgrad_dsl/bench/command.py": dict.fromkeys(("--n", "--heads", "--degree", "--d"), ("bench",)),
+    "fastgrad_dsl/build_manifest.py": {"--force": ("compile", "train")},
     "fastgrad_dsl/calibration/data.py": {"--dim": ("compile", "advise")},
     "fastgrad_dsl/checkpoint.py": {"--out": ("train",)},
+    "fastgrad_dsl/language_model.py": dict.fromkeys(("--rate", "--resume", "--steps", "--clip"), ("train",)),
     "fastgrad_dsl/native_build.py": {"--target": ("compile",)},
     "fastgrad_dsl/report/cautions.py": {"--dim": ("report",)},
     "fastgrad_dsl/report/request.py": {"--dim": ("report",), "--seed": ("report",)},
     "fastgrad_dsl/report/table.py": {"--wide": ("report",)},
+    "fastgrad_dsl/run_folder.py": dict.fromkeys(
+        ("--target", "--exact", "--resume", "--force", "--out", "--calibrate", "--set", "--model"), ("train",)
+    ),
     "fastgrad_dsl/text_data.py": {"--seq": ("train",)},
+    "fastgrad_dsl/training.py": dict.fromkeys(("--rate", "--resume", "--clip"), ("train",)),
     "fastgrad_dsl/tune_command.py": {"--dtype": ("tune",)},
     "fastgrad_dsl/tuning.py": {"--dry-run": ("tune",)},
+    "compiler/fastgrad_compiler/elaborate/modules.py": {"--include": ALL},
     "compiler/fastgrad_compiler/elaborate/programs.py": {"--model": ALL},
+    "grammar/fastgrad_grammar/read.py": {"--include": ALL},
 }
 """By file: the options that its texts name, and the commands that can show them."""
 

@@ -157,7 +157,7 @@ def test_losses_are_means_over_all_positions() -> None:
 def test_a_row_of_large_and_nearly_equal_entries_is_normalised(
     dtype: torch.dtype, base: float, width: int
 ) -> None:
-    """The proved bound of its norm, sqrt(d), is kept, and each entry is right; F.layer_norm alone is off by thousands."""
+    """The proved bound of its norm, sqrt(d), is kept, and each entry is right; F.layer_norm is off by thousands."""
     body = f"return layer_norm(x, ones({width}), zeros({width}))"
     model = fg.compile(text(body, f"x: float[n, {width}]", f"float[n, {width}]")).module(dtype=dtype)
     generator = torch.Generator().manual_seed(width)

@@ -7,6 +7,7 @@ import hashlib
 import html
 import json
 import re
+from collections import Counter
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -285,6 +286,7 @@ FIXED = (
     "device",
     "dtype",
     "error_kind",
+    "exact_zero",
     "format",
 )
 
@@ -323,7 +325,9 @@ def test_a_hostile_document_makes_no_element(name: str, attack: str) -> None:
     found = json.loads(json.dumps(report(name)))
     page = render_html(hostile(found, attack))
     page.encode()
-    assert Elements(page).found == Elements(render_html(found)).found
+    drawn, expected = Counter(Elements(page).found), Counter(Elements(render_html(found)).found)
+    assert drawn <= expected
+    assert {name for name, *_ in expected - drawn} <= {"text"}  # a plot leaves out a name that finds no room
 
 
 @browser

@@ -231,7 +231,7 @@ def test_files_and_plan_of_a_model() -> None:
     assert compiled.plan_document["target"] == "triton"
     for kernel in kernels:
         assert {f"{kernel}.py", f"{kernel}_triton.py"} <= compiled.files.keys()
-    assert {"triton_attention.py", "triton_tables.py", "native.py"} <= compiled.files.keys()
+    assert {"triton_attention.py", "triton_tables.py", "private_files.py"} <= compiled.files.keys()
     assert not [name for name in compiled.files if name.endswith(".cpp") or name == "native_attention.py"]
     plain = fg.compile(EXAMPLES / "gpt.tfg", params=SIZES["gpt"], target="torch")
     assert not [name for name in plain.files if "triton" in name]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .softmax_pairs import Marks, Pairs, is_finite, is_small, select
+from .softmax_pairs import Marks, Pairs, is_finite, is_mapped, is_small, select
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
@@ -105,7 +105,7 @@ def softmax_attention(
                 q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
             )
 
-    if torch.compiler.is_compiling() or q.device.type != "cpu" or _is_mapped():
+    if torch.compiler.is_compiling() or q.device.type != "cpu" or is_mapped():
         return attend(q, k, v)
     groups = q.shape[-3] // k.shape[-3] if enable_gqa else 1
     marks = Marks(Pairs(attn_mask, is_causal, groups, q.shape[-2], k.shape[-2]))
@@ -121,14 +121,6 @@ def _forward_mode() -> AbstractContextManager[None]:
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return nullcontext()
     return sdpa_kernel(SDPBackend.MATH)
-
-
-def _is_mapped() -> bool:
-    """Whether torch.vmap is at work, under which a number cannot be read."""
-    functorch = torch._C._functorch
-    return any(
-        level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ()
-    )
 
 
 def causal_mask(q: Tensor, k: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class Marks:
 
     def _of_result(self, gradient: Tensor) -> Tensor | None:
         self._broken = None
-        if self._spoilt is None and is_finite(gradient):
+        if self._spoilt is None and not is_mapped() and is_finite(gradient):
             return None
         broken = ~gradient.isfinite().all(-1)
         if self._spoilt is not None:
@@ -160,6 +160,14 @@ def _by_pairs(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, pairs: Pairs, scale
         else:
             parts.append(part.new_zeros((*part.shape[:-1], v.shape[-1])))
     return torch.cat(parts, -2)
+
+
+def is_mapped() -> bool:
+    """Whether torch.vmap is at work, under which a number cannot be read."""
+    functorch = torch._C._functorch
+    return any(
+        level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ()
+    )
 
 
 def is_finite(x: Tensor) -> bool:

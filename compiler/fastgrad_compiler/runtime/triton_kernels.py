@@ -24,7 +24,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .private_files import cache_folder, private_folder, read_own, warn_once, write_whole
+from .private_files import (
+    cache_folder,
+    private_folder,
+    read_own,
+    warn_once,
+    write_whole,
+)
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 LEAST_CAPABILITY = 8
