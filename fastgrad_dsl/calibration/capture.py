@@ -19,7 +19,7 @@ from fastgrad_compiler.interpret import Values, run
 from fastgrad_compiler.operations_torch import TORCH
 from fastgrad_compiler.runtime.exact_attention import exact_attention
 from fastgrad_compiler.torch_env import Env
-from fastgrad_dsl.measure import projection
+from fastgrad_dsl.measure import check_finite, projection
 
 Objective = Callable[..., Tensor]
 STEP = 1e-3  # of a finite difference, as a share of the weights' norm: beyond it float32 rounds, before it curves
@@ -70,12 +70,15 @@ class Subject:
 
 
 def capture(subject: Subject, batch: Sequence[Tensor]) -> Run:
-    """Run a batch forward and backward, exactly."""
+    """Run a batch forward and backward, exactly. Raises TfgError FG427 where what comes out is not finite."""
     recorded = _forward(subject, subject.weights, batch)
     found = torch.autograd.grad(
         recorded.loss, [*recorded.leaves, *recorded.outputs.values()], allow_unused=True
     )
     gradients, upstream = found[: len(recorded.leaves)], found[len(recorded.leaves) :]
+    results = [out.detach() for out in recorded.results]
+    existing = [gradient for gradient in gradients if gradient is not None]
+    check_finite("the exact model", *results, *existing)
     return Run(
         {
             path: Call(
@@ -86,8 +89,8 @@ def capture(subject: Subject, batch: Sequence[Tensor]) -> Run:
             )
             for (path, output), given in zip(recorded.outputs.items(), upstream, strict=True)
         },
-        _norm([out.detach() for out in recorded.results]),
-        _norm([gradient for gradient in gradients if gradient is not None]),
+        _norm(results),
+        _norm(existing),
     )
 
 

@@ -105,8 +105,14 @@ def _centres(calls: Sequence[Call], samples: Sequence[Sample], mean: bool) -> li
         return None
     if mean:
         return [rows.k.mean(2, keepdim=True) for rows in samples]
-    total = torch.stack([rows.k.mean((0, 2)) for rows in samples]).mean(0)
+    total = torch.stack([_mean_key(rows) for rows in samples]).mean(0)
     return [total[None, :, None]] * len(samples)
+
+
+def _mean_key(rows: Sample) -> Tensor:
+    """Of each head, over the keys that a query sees: [H, d]."""
+    seen = rows.visible.any(-2).expand(rows.k.shape[0], -1, -1)
+    return (rows.k * seen.unsqueeze(-1)).sum((0, 2)) / seen.sum((0, 2)).clamp(min=1).unsqueeze(-1)
 
 
 def _where_narrower(

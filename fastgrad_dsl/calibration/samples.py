@@ -57,7 +57,7 @@ class Sample:
 
     q [b, H, m, d] with the scale of the logits, k [b, H, n, d], v [b, H, n, dv], upstream [b, H, m, dv]; near_q,
     near_k the same of near pairs with logits of their own; visible and near (of the model's own near field) [b or 1, 1,
-    m, n].
+    m, n]. Keys and values that a mask hides are 0: whatever padding holds decides nothing.
     """
 
     q: Tensor
@@ -103,8 +103,10 @@ def sample_rows(call: Call, rows: Tensor, stretch: float = 1.0) -> Sample:
     if node["causal"]:
         visible = causal_mask(n, m, q.device)[rows]
     visible = visible[None, None]
+    hidden = torch.zeros(1, 1, m, 1, dtype=torch.bool, device=q.device)
     if "padding" in others:
-        visible = visible & padding_mask(_spread(others["padding"], q), q)
+        mask = padding_mask(_spread(others["padding"], q), q)
+        visible, hidden = visible & mask, ~mask.mT
     if "documents" in others:
         visible = visible & documents_mask(_spread(others["documents"], q), q)[..., rows, :]
     near = node["near"]
@@ -114,7 +116,7 @@ def sample_rows(call: Call, rows: Tensor, stretch: float = 1.0) -> Sample:
     groups = q.shape[1] // k.shape[1]
 
     def repeated(x: Tensor) -> Tensor:
-        return x.double().repeat_interleave(groups, 1)
+        return x.double().masked_fill(hidden, 0.0).repeat_interleave(groups, 1)
 
     own = "near_q" in others
     return Sample(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, nan
 
 import pytest
 import torch
@@ -161,3 +161,42 @@ def _effect(
 
 def test_an_infinite_error_is_expected_again() -> None:
     assert _Measured((1e-3, inf, 2e-3), held_out=1).expected == inf
+
+
+PADDED = """use std
+dim b
+dim n <= 8192
+dim k <= 8192
+model m(x: float[b, n, 16], mem: float[b, k, 16], mask: bool[b, k]) -> float[b, n, 16] {
+    y = std.cross_attention_padded(x, mem, mask; heads = 2, qk_dim = 4) as att
+    return x + y
+}
+budget {
+    output <= 0.1
+    gradient <= 0.3
+}
+"""
+
+
+def test_what_padding_holds_decides_nothing() -> None:
+    compiled = fg.compile(PADDED, target="torch")
+    model = compiled.module()
+
+    def planned(fill: float) -> tuple[object, object]:
+        generator = torch.Generator().manual_seed(3)
+        batches = []
+        for _ in range(2):
+            x, memory = (torch.randn(1, n, 16, generator=generator) for n in (210, 230))
+            mask = torch.rand(1, 230, generator=generator) < 0.8
+            batches.append((x, torch.where(mask.unsqueeze(-1), memory * 0.3, fill), mask))
+        found = compiled.calibrate(model, batches, measured_pace=False)
+        return found.plan_document, found.calibration
+
+    plan, calibration = planned(0.0)
+    assert plan["attentions"][0]["decision"] == "polynomial"  # type: ignore[index]
+    assert planned(1e3) == (plan, calibration)
+    assert planned(1e30) == (plan, calibration)
+    with pytest.raises(
+        fg.TfgError, match=r"FG427.*exact model"
+    ):  # 0 * NaN in the gradient of the weights of keys
+        planned(nan)

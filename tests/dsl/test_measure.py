@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from math import inf, nan
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from fastgrad_compiler.polynomial import fit
 from fastgrad_dsl.measure import Served, measure_errors, relative_error
+from fastgrad_grammar.diagnostics import TfgError
 from tests.dense import polynomial_attention, softmax_attention
 
 POLYNOMIALS = (fit("balanced", 2, 1.0), fit("balanced", 4, 1.0))
@@ -154,3 +158,33 @@ def test_without_an_objective_gradients_are_of_a_projection() -> None:
     errors = measure_errors(stack(None, None), [INPUT], [], None, SERVED)
     assert errors.loss is None
     assert 0 < errors.gradient < 1
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "frozen", "one frozen weight"])
+def test_gradients_are_measured_whatever_the_callers_mode(mode: str) -> None:
+    """Else zeros are compared with zeros, and the budget is "kept"."""
+    expected = measure_errors(stack(None, None), [INPUT], [TARGET], objective, SERVED)
+    model = stack(None, None)
+    for index, weight in enumerate(model.parameters()):
+        weight.requires_grad_(not (mode == "frozen" or (mode == "one frozen weight" and index == 0)))
+    needs = [weight.requires_grad for weight in model.parameters()]
+    with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(mode, nullcontext)():
+        found = measure_errors(model, [INPUT], [TARGET], objective, SERVED)
+    assert found == expected
+    assert 0 < found.gradient < 0.2
+    assert [weight.requires_grad for weight in model.parameters()] == needs
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_what_is_not_finite_has_no_error() -> None:
+    """A polynomial far beyond R overflows where softmax does not: no number may be said of it, and not 0."""
+    model = stack(None, None)
+    with pytest.raises(TfgError, match=r"FG427.*exact model"):
+        measure_errors(model, [INPUT * nan], [TARGET], objective, SERVED)
+    wild = KernelSpec(d=4, dv=6, coefficients=(1.0, 1.0, 0.5, 1e308), causal=True, scale=0.5)
+    served = Served("layers.0", 0.1, 0.1, 0.5)
+    with pytest.raises(TfgError, match=r"FG427.*compiled model"):
+        measure_errors(nn.Sequential(Layer(wild)), [INPUT], [TARGET], objective, [served])
+    finite = torch.ones(3)
+    assert relative_error(finite * nan, finite) == relative_error(finite, finite * nan) == inf
+    assert relative_error(finite * 0, finite * 0) == 0
