@@ -55,7 +55,7 @@ def compile(
     is_text = isinstance(spec, str) and "\n" in spec
     source = Source("<text>", str(spec), included(include)) if is_text else read_source(spec, include=include)
     stages = run(elaborate(source, model=model, params=params), target=target, validate=validate)
-    compiled = Compiled(source, target, stages, dict(params or {}), validate=validate)
+    compiled = Compiled(source, target, stages, dict(sorted((params or {}).items())), validate=validate)
     if out is not None:
         compiled.write(out, force=force)
     return compiled
@@ -129,7 +129,9 @@ class Compiled:
         write_build(Path(folder), self.files, force=force)
 
     def module(self, seed: int = 0, dtype: torch.dtype | None = None) -> nn.Module:
-        """A new module with initial weights from `seed`, float32 unless `dtype` says otherwise.
+        """A new module with initial weights from `seed`, in torch's default dtype unless `dtype` says otherwise.
+
+        The values are drawn in float32, so that each dtype starts from the same ones.
 
         Raises TfgError FG426 where they are larger than the machine's memory.
         """

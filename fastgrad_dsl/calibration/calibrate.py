@@ -181,7 +181,8 @@ def _attention(
         reason = (
             "no bound of its logits is proved"
             if certified
-            else "the data has no pair beyond its near field: calibrate on longer sequences"
+            else "its logits on the data are 0, or it has no pair beyond a near field there: calibrate on longer, "
+            "typical sequences"
         )
         return replace(found, logits=logits, obstacle=reason)
     candidates = _candidates(replace(found, logits=logits, served=served), calls)

@@ -94,6 +94,14 @@ def test_without_limits_nothing_is_approximated() -> None:
     assert [entry.node["decision"] for entry in planned.plan] == ["exact", "exact"]
 
 
+def test_logits_of_zero_are_said() -> None:
+    compiled = fg.compile(SPEC.format(budget="output <= 0.1"), target="torch")
+    (decision, _) = compiled.calibrate(
+        compiled.module(), [(torch.zeros(1, 48, 16),)] * 2, measured_pace=False
+    ).plan
+    assert "its logits on the data are 0" in str(decision.node["why"])
+
+
 def test_a_relative_cap_holds() -> None:
     planned = _planned('output <= 0.5\n    gradient <= 0.5\n    at "layers.0" relative <= 1e-3')
     caps = [entry.node.get("eps") for entry in planned.plan]

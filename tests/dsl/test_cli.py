@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import fastgrad_dsl as fg
 from fastgrad_compiler import pipeline
 from fastgrad_compiler.graph import Program
 from fastgrad_dsl.cli import main
@@ -372,3 +373,10 @@ def test_compile_shows_the_plan_that_it_wrote(fastgrad: Run) -> None:
     assert "(2)  balanced degree 2" in out
     plan = json.loads(Path("build/plan.json").read_text())
     assert [entry["degree"] for entry in plan["attentions"]] == [2, 2]
+
+
+def test_python_runs_the_package() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "fastgrad_dsl", "--version"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout == f"fastgrad {fg.__version__}\n"

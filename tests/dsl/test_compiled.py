@@ -90,6 +90,28 @@ def test_initial_weights_are_those_of_the_interpreter(name: str) -> None:
     assert any(not torch.equal(found[path], other[path]) for path in found)
 
 
+def test_initial_weights_are_drawn_in_float32_whatever_the_default_dtype() -> None:
+    expected = small("gpt").module(seed=3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found, asked = small("gpt").module(seed=3), small("gpt").module(seed=3, dtype=torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for weight, wide, narrow in zip(
+        expected.parameters(), found.parameters(), asked.parameters(), strict=True
+    ):
+        assert wide.dtype == torch.float64
+        assert torch.equal(weight.double(), wide)
+        assert torch.equal(weight, narrow)
+
+
+def test_the_order_of_params_changes_no_file() -> None:
+    source, sizes = EXAMPLES / "gpt.tfg", SIZES["gpt"]
+    assert len(sizes) > 1
+    files = fg.compile(source, params=sizes).files
+    assert fg.compile(source, params=dict(reversed(sizes.items()))).files == files
+
+
 def test_keys_are_paths() -> None:
     keys = list(small("gpt").module().state_dict())
     assert {"table", "layers.1.attention.wq", "layers.0.mlp_norm.w", "rms_norm.w"} <= set(keys)

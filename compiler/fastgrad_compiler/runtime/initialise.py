@@ -121,7 +121,7 @@ def draw(tensor: Tensor, rule: Rule | None, generator: Generator) -> None:
     if tensor.is_meta:
         return
     kind, *arguments = rule
-    whole = torch.empty(tensor.shape, device="cpu")
+    whole = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
     _copy(tensor, INITIALISERS[str(kind)](whole, *arguments, generator=generator))
 
 
