@@ -19,6 +19,7 @@ from fastgrad_compiler.analysis.weights.shapes import SHAPES, repeated
 from fastgrad_compiler.analysis.weights.step import Rule, Step, broadcast
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.reference.torch_env import number as float_of
 
 # ---------------------------------------------------------------- sources
@@ -259,7 +260,7 @@ DECLINED: dict[str, str] = {
     ),
     **dict.fromkeys(("less", "less_equal", "equal", "logical_not"), "its result is a mask"),
     **dict.fromkeys(
-        ("causal", "window", "padding", "documents", "near_far", "alibi"),
+        (*MASKS, "near_far", "alibi"),
         "it works on scores, which no row is made of",
     ),
     **dict.fromkeys(
