@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attack.cases import Case, Finding, Point, built, draw, moderate, walk, wild
 from attack.logits import far_logits
-from fastgrad_compiler.attention.table import is_own, range_source
+from fastgrad_compiler.attention.table import is_own
 from fastgrad_compiler.ir.graph import Node, Program
 
 STARTS = 6  # structured points at which every claim is looked at

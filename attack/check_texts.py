@@ -10,7 +10,8 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from attack.cases import Case, Finding
-from fastgrad_compiler.attention.table import OWN, AttentionEntry, attention_table, range_source
+from fastgrad_compiler.attention.table import AttentionEntry, attention_table
+from fastgrad_compiler.attention.value import OWN
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.text import print_program
 from fastgrad_compiler.ir.text_parser import parse_program

@@ -84,7 +84,7 @@ def _document(advised: Advised, measured: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "paths": paths,
         "place": first.place or None,
-        "bound": first.node["bound"],
+        "bound": first.attention.range.bound,
         "limits": advised.limits,
         "length": advised.length,
         "cheapest": None if best is None else best.change,

@@ -10,16 +10,10 @@ from typing import Any
 
 from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.rounding import EXACT, USUAL_LENGTH, Rounding, Sizes
-from fastgrad_compiler.attention.table import (
-    OWN,
-    AttentionEntry,
-    Lengths,
-    attention_table,
-    is_guarded,
-    range_source,
-)
+from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention_table
+from fastgrad_compiler.attention.value import OWN
 from fastgrad_compiler.codegen.attention_kernels import kernel_module
-from fastgrad_compiler.ir.graph import Attribute, Node, Program
+from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.planning.cost import flops
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.api.attention_rounding import entry_rounding, rounding_document
@@ -67,43 +61,44 @@ def attention_document(program: Program, entry: AttentionEntry, target: str) -> 
     `certificate` holds the proved worst cases that need no data (docs/mathematics.md, section 7), those of
     rounding (section 10) for a float32 run on a CPU; `reach` bounds |scale| sum_a |q_a k_a|; `rounding` says more.
     """
-    node = entry.node
-    polynomial = node.get("decision") == "polynomial" or node.op == "poly_attention"
-    eps, eps_prime = (_number(node.get(key)) if polynomial else None for key in ("eps", "eps_prime"))
+    node, attention = entry.node, entry.attention
+    polynomial, verdict, known = attention.polynomial, attention.verdict, attention.range
+    eps = None if polynomial is None else polynomial.eps
+    eps_prime = None if polynomial is None else polynomial.eps_prime
     document: dict[str, Any] = {
         "path": entry.path,
         "source": entry.place or None,
         "decision": "polynomial" if polynomial else "exact",
-        "why": node.get("why"),
-        "family": node.get("family") if polynomial else None,
-        "degree": node.get("degree") if polynomial else None,
-        "coefficients": _listed(node.get("coefficients")) if polynomial else None,
-        "rank": entry.rank if polynomial else None,
-        "scale": node["scale"],
-        "causal": node["causal"],
-        "near": node["near"],
-        "window": node.get("window"),
-        "alibi": node.get("alibi", False),
-        "roles": _listed(node["roles"]),
+        "why": verdict.why if verdict else None,
+        "family": polynomial.family if polynomial else None,
+        "degree": polynomial.degree if polynomial else None,
+        "coefficients": list(polynomial.coefficients) if polynomial else None,
+        "rank": entry.rank,
+        "scale": attention.scale,
+        "causal": attention.mask.causal,
+        "near": attention.near,
+        "window": attention.mask.window,
+        "alibi": attention.alibi,
+        "roles": list(attention.roles),
         "queries": str(entry.queries),
         "keys": str(entry.keys),
-        "query_heads": _heads(program, entry, 0),
-        "key_heads": _heads(program, entry, 1),
+        "query_heads": entry.heads,
+        "key_heads": entry.key_heads,
         "d": entry.d,
         "dv": entry.dv,
         "kernel": kernel_module(program[entry.graph], node, BACKENDS[target]),
-        "bound": _number(node["bound"]),
-        "range_source": range_source(node),
-        "guarded": is_guarded(node),
-        "asserted": node.get("asserted", False),
-        "proof": _listed(node.get("proof")),
+        "bound": _number(known.limit),
+        "range_source": known.origin,
+        "guarded": attention.is_guarded,
+        "asserted": known.asserted,
+        "proof": list(known.proof),
         "eps": eps,
         "eps_prime": eps_prime,
-        "positive_from": _number(node.get("positive_from")) if polynomial else None,
-        "break_even": node.get("break_even") if polynomial else None,
-        "flops": _flops(program, entry, polynomial),
-        "precision": (node.get("precision") or "float32") if polynomial else None,
-        "reach": _reach(node),
+        "positive_from": polynomial.positive_from if polynomial else None,
+        "break_even": verdict.break_even if polynomial and verdict else None,
+        "flops": _flops(program, entry),
+        "precision": polynomial.precision if polynomial else None,
+        "reach": attention.reach,
         "rounding": None,
         "certificate": None,
     }
@@ -120,34 +115,22 @@ def attention_document(program: Program, entry: AttentionEntry, target: str) -> 
     return document | {"certificate": _certificate(eps, eps_prime, added)}
 
 
-def _reach(node: Node) -> float | None:
-    return _number(node["bound"] if node.get("reach") is None else node.get("reach"))
-
-
 def is_approximated(entry: Mapping[str, Any]) -> bool:
     """Whether a polynomial stands in for the exp of this attention of a plan; the model's own stands in for nothing."""
     return bool(entry["decision"] == "polynomial" and entry["family"] != OWN)
 
 
-def _heads(program: Program, entry: AttentionEntry, place: int) -> int:
-    """Heads of the queries (0) or the keys (1); 1 for tensors without an axis of heads."""
-    shape = program[entry.graph][entry.node.inputs[place]].tensor.shape
-    return (shape[-3].constant if len(shape) > 2 else None) or 1
-
-
-def _flops(program: Program, entry: AttentionEntry, polynomial: bool) -> dict[str, Any] | None:
+def _flops(program: Program, entry: AttentionEntry) -> dict[str, Any] | None:
     """Of both ways at the longest declared lengths; None where none is declared."""
-    node, lengths = entry.node, Lengths(program)
+    attention, lengths = entry.attention, Lengths(program)
     n, m = lengths.longest(entry.queries), lengths.longest(entry.keys)
     if n is None or m is None or entry.d is None or entry.dv is None:
         return None
-    near, window, degree, roles = (node.get(key) for key in ("near", "window", "degree", "roles"))
-    documents = isinstance(roles, tuple) and "documents" in roles
-    work = partial(flops, n=n, m=m, d=entry.d, dv=entry.dv, causal=bool(node["causal"]), documents=documents)
-    exact = work(degree=None, window=window if isinstance(window, int) else None)
-    document: dict[str, Any] = {"n": n, "m": m, "exact": asdict(exact)}
-    if polynomial and isinstance(degree, int):
-        document["polynomial"] = asdict(work(degree=degree, near=near if isinstance(near, int) else None))
+    mask, polynomial = attention.mask, attention.polynomial
+    work = partial(flops, n=n, m=m, d=entry.d, dv=entry.dv, causal=mask.causal, documents=mask.documents)
+    document: dict[str, Any] = {"n": n, "m": m, "exact": asdict(work(degree=None, window=mask.window))}
+    if polynomial is not None:
+        document["polynomial"] = asdict(work(degree=polynomial.degree, near=attention.near))
     return document
 
 
@@ -172,9 +155,5 @@ def _input(tensor: Input) -> dict[str, Any]:
     }
 
 
-def _number(value: Attribute) -> float | None:
-    return float(value) if isinstance(value, int | float) and isfinite(value) else None
-
-
-def _listed(value: Attribute) -> list[Attribute]:
-    return list(value) if isinstance(value, tuple) else []
+def _number(value: float) -> float | None:
+    return value if isfinite(value) else None

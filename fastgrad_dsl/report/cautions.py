@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastgrad_compiler.attention.table import OWN
+from fastgrad_compiler.attention.value import OWN
 from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.report.errors import LOCAL
 from fastgrad_dsl.report.words import VACUOUS, folded

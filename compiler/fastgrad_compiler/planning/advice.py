@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
-from fastgrad_compiler.attention.table import AttentionEntry, attention_table, is_own
+from fastgrad_compiler.attention.table import AttentionEntry, attention_table
 from fastgrad_compiler.ir.graph import Budget, Program
 from fastgrad_compiler.planning.cost import flops
 from fastgrad_compiler.planning.decision import (
@@ -23,8 +23,8 @@ from fastgrad_compiler.planning.decision import (
     Evaluated,
     search,
     stays_positive,
-    unservable,
     vanishing,
+    with_bound,
 )
 from fastgrad_compiler.planning.plan import case_of
 from fastgrad_compiler.planning.settings import settings_of
@@ -80,7 +80,7 @@ def advise(program: Program, target: str = "auto") -> tuple[Advised, ...]:
     calibration does.
     """
     budget = program.budget or Budget()
-    entries = [entry for entry in attention_table(program) if not is_own(entry.node)]
+    entries = [entry for entry in attention_table(program) if not entry.attention.is_own]
     alike: dict[Case, list[AttentionEntry]] = {}
     for entry in entries:
         settings = settings_of(entry.full_path, budget.rules)
@@ -100,10 +100,10 @@ def _caps(case: Case) -> Caps:
 
 def _advice(case: Case) -> Iterator[Advice]:
     yield Advice("exact", "plan", None, None, None, 0.0, 0.0, 0.0, 1.0, True)
-    if unservable(case.node) or case.d is None or case.dv is None:
+    if case.attention.unservable or case.d is None or case.dv is None:
         return
-    asserted = bool(case.node["asserted"])
-    if case.node["bound"] is None:
+    known = case.attention.range
+    if known.bound is None:
         for gain in GAINS:
             yield from _least(_with(case, gain), f"gain = {gain:g}", "model", case)
             yield from _least(
@@ -114,7 +114,7 @@ def _advice(case: Case) -> Iterator[Advice]:
     yield from _degrees(case)
     if case.near is None and case.same_length:
         yield from _least(_with(case, bound, near=NEAR), f"near = {NEAR}", "plan", case)
-    word = "assume_bound" if asserted else "gain"
+    word = "assume_bound" if known.asserted else "gain"
     for factor in (2.0, 0.5, 0.25):
         yield from _least(_with(case, factor * bound), f"{word} = {factor * bound:.3g}", "model", case)
     for width in (2 * case.d, case.d // 2, case.d // 4):
@@ -156,7 +156,7 @@ def _least(changed: Case, change: str, kind: str, case: Case) -> Iterator[Advice
 
 
 def _with(case: Case, bound: float, near: int | None = None) -> Case:
-    changed = replace(case, node=case.node.with_attributes(bound=bound))
+    changed = with_bound(case, bound)
     return (
         changed
         if near is None

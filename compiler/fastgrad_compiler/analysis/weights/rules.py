@@ -17,6 +17,7 @@ from fastgrad_compiler.analysis.bounds.proof import number
 from fastgrad_compiler.analysis.weights.rows import Rows, Term, add, ball, through, times
 from fastgrad_compiler.analysis.weights.shapes import SHAPES, repeated
 from fastgrad_compiler.analysis.weights.step import Rule, Step, broadcast
+from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Node
 from fastgrad_compiler.ir.masks import MASKS
@@ -202,7 +203,7 @@ def _cast(step: Step) -> Rows | None:
 def _attention(step: Step) -> Rows | None:
     """Means of values with positive weights that add up to 1, or 0 where a query sees no key."""
     values = step.rows[2]
-    if values is None or step.rank < 3 or step.node.get("decision") == "polynomial":
+    if values is None or Attention.of(step.node).is_polynomial:
         return None
     heads, of = step.shape[-3].constant, step.inputs[2].tensor.shape[-3].constant
     if heads is None or of is None:
