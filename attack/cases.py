@@ -16,14 +16,14 @@ import fastgrad_dsl as fg
 from attack.meaning import Watch, meaning
 from attack.operations import IDS
 from fastgrad_compiler.codegen.torch import emit_package
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.flatten import weights as weights_of
-from fastgrad_compiler.graph import Graph, Node, Program
-from fastgrad_compiler.interpret import bind_dims
-from fastgrad_compiler.operations_torch import TORCH
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.flatten import weights as weights_of
+from fastgrad_compiler.ir.graph import Graph, Node, Program
+from fastgrad_compiler.reference.interpret import bind_dims
+from fastgrad_compiler.reference.operations_torch import TORCH
+from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_compiler.targets import BACKENDS
-from fastgrad_compiler.torch_env import Env
-from fastgrad_dsl.loader import package_from_texts
+from fastgrad_dsl.api.loader import package_from_texts
 from fastgrad_grammar.source import Source
 
 Array = np.ndarray[Any, np.dtype[Any]]

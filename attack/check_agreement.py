@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from attack.cases import Array, Case, Finding, Point, Undecided, built, run_meaning, run_module, walk
 from attack.check_targets import check_targets
 from attack.meaning import rounded_otherwise
-from fastgrad_compiler import interpret
-from fastgrad_compiler.flatten import weights as weights_of
-from fastgrad_compiler.graph import Program
+from fastgrad_compiler.ir.flatten import weights as weights_of
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.reference import interpret
 
 NUDGE = 1e-12  # relative: what rounding may do to an input
 JUMP = 1e-3  # a result that moves by more of its size under a nudge stands at a discontinuity, or is all rounding

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attack.cases import Case, Finding, Point, built, draw, moderate, walk, wild
 from attack.logits import far_logits
-from fastgrad_compiler.graph import Node, Program
-from fastgrad_compiler.passes.attention_table import is_own, range_source
+from fastgrad_compiler.attention.table import is_own, range_source
+from fastgrad_compiler.ir.graph import Node, Program
 
 STARTS = 6  # structured points at which every claim is looked at
 CLIMBS = 3  # claims that are climbed towards by gradients

@@ -14,10 +14,10 @@ from torch import Tensor
 from attack.cases import Case, Finding, built, walk
 from attack.check_bounds import assertions_hold
 from attack.logits import far_logits
-from fastgrad_compiler.certificates import eta, score_factor
+from fastgrad_compiler.approximation.certificates import eta, score_factor
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
-from fastgrad_compiler.graph import Program
-from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.report import measure_plan
 
 Entry = Mapping[str, Any]

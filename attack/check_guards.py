@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from attack.cases import Case, Finding, Point, built, draw, moderate, run_module, wild, without_break_even
 from attack.logits import far_logits, served_pairs
-from fastgrad_compiler.graph import ON_VIOLATION, Graph, Node, Program
-from fastgrad_compiler.interpret import bind_dims
-from fastgrad_compiler.operations_torch import TORCH
-from fastgrad_compiler.passes.attention_table import attention_table, is_guarded
+from fastgrad_compiler.attention.table import attention_table, is_guarded
+from fastgrad_compiler.ir.graph import ON_VIOLATION, Graph, Node, Program
+from fastgrad_compiler.reference.interpret import bind_dims
+from fastgrad_compiler.reference.operations_torch import TORCH
+from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_compiler.runtime.guard import BudgetViolation
-from fastgrad_compiler.torch_env import Env
 
 POINTS = 3
 MARGIN = 1e-9  # logits within this share of R are on neither side

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.cases import Case, Finding, Point, built, run_module
-from fastgrad_compiler.graph import Program
+from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.runtime import triton_kernels
 
 TARGETS = {"triton": 40, "cpp": 240}

@@ -10,12 +10,12 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from attack.cases import Case, Finding
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.passes.attention_table import OWN, AttentionEntry, attention_table, range_source
-from fastgrad_compiler.text import print_program
-from fastgrad_compiler.text_parser import parse_program
+from fastgrad_compiler.attention.table import OWN, AttentionEntry, attention_table, range_source
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.text import print_program
+from fastgrad_compiler.ir.text_parser import parse_program
+from fastgrad_dsl.commands.terminal import print_plan, print_report
 from fastgrad_dsl.report.words import folded, number
-from fastgrad_dsl.terminal import print_plan, print_report
 from fastgrad_grammar.format import format_source
 from fastgrad_grammar.source import Source
 

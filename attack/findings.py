@@ -17,7 +17,7 @@ from attack.check_errors import check_errors
 from attack.check_guards import check_guards
 from attack.check_texts import check_texts
 from attack.minimise import minimise
-from fastgrad_compiler.graph import Node
+from fastgrad_compiler.ir.graph import Node
 from fastgrad_grammar.diagnostics import TfgError
 
 CHECKS: dict[str, Callable[[Case], None]] = {

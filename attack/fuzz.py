@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from attack.mutations import ROOT, mutated_spec
-from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.pipeline import run
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.read import read_source

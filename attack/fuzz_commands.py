@@ -18,7 +18,7 @@ import typer
 
 from attack.fuzz import Fuzz
 from attack.fuzz_files import SPEC
-from fastgrad_dsl import cli
+from fastgrad_dsl.commands import cli
 
 SOUND: dict[str, list[str]] = {
     "check": ["tiny.tfg"],

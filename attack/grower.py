@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.graph import Program, TensorType
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Program, TensorType
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.source import Source
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.graph import Node
+from fastgrad_compiler.ir.graph import Node
 
 
 def far_logits(node: Node, inputs: Sequence[Tensor]) -> Tensor:

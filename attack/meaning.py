@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fastgrad_compiler.graph import Node, Program
-from fastgrad_compiler.oracle import Run, evaluate, sizes_of
-from fastgrad_compiler.oracle_operations import MEANING, Rule, Sizes
+from fastgrad_compiler.ir.graph import Node, Program
+from fastgrad_compiler.reference.oracle import Run, evaluate, sizes_of
+from fastgrad_compiler.reference.oracle_operations import MEANING, Rule, Sizes
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Watch = Callable[[str, Node, Array], None]

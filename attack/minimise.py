@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from attack.cases import Case
-from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.frontend import elaborate
 from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.parser import parse

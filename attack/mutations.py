@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from fastgrad_compiler.ops import OPS
+from fastgrad_compiler.ir.ops import OPS
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.parser import parse
 from fastgrad_grammar.source import Source

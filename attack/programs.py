@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from attack.attentions import attention
 from attack.grower import Grower, Typed, Unfit
 from attack.operations import statement
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.graph import ON_VIOLATION
-from fastgrad_compiler.passes.attention_table import attention_table, is_own
+from fastgrad_compiler.attention.table import attention_table, is_own
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import ON_VIOLATION
 from fastgrad_compiler.pipeline import run
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.source import Source

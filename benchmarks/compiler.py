@@ -9,7 +9,7 @@ import sys
 import time
 
 from benchmarks.settings import ROOT, Settings, heading, say
-from fastgrad_dsl.compiled import compile as compile_spec
+from fastgrad_dsl.api.compiled import compile as compile_spec
 
 SPEC = ROOT / "examples" / "gpt.tfg"
 RUNS, QUICK_RUNS = 7, 1
@@ -38,7 +38,7 @@ def _compile(depth: int) -> float:
 
 def _check() -> float:
     started = time.perf_counter()
-    command = [sys.executable, "-c", "from fastgrad_dsl.cli import main; main()", "check", str(SPEC)]
+    command = [sys.executable, "-c", "from fastgrad_dsl.commands.cli import main; main()", "check", str(SPEC)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return time.perf_counter() - started

@@ -16,7 +16,7 @@ from benchmarks import figures, gpu_tables, tables
 from benchmarks.curves_figure import curves_figure
 from benchmarks.headlines import HEADLINES
 from benchmarks.settings import ROOT
-from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.storage.files import write_atomically
 
 Document = Mapping[str, Any]
 PAGE, FIGURE, README = "docs/performance.md", "docs/performance.svg", "README.md"

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from benchmarks.settings import ROOT, Settings, heading, say
-from fastgrad_compiler.roofline import (
+from fastgrad_compiler.planning.roofline import (
     DEVICES,
     Device,
     Shape,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.linear_attention import elu_attention
 from benchmarks.settings import Settings, heading, say
-from fastgrad_compiler.polynomial import Family
+from fastgrad_compiler.approximation.polynomial import Family
 from fastgrad_dsl.bench.contenders import Attention, Contender, Inputs, exact, make_inputs
 from fastgrad_dsl.bench.machine import package_version
 from fastgrad_dsl.bench.timing import Timing, time_together

@@ -25,7 +25,7 @@ from fastgrad_compiler.codegen.attention_kernels import kernel_spec
 from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.codegen.triton import has_triton, is_fused
 from fastgrad_compiler.codegen.triton.configurations import FUSED_KERNELS, configurations
-from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.storage.files import write_atomically
 
 COEFFICIENTS = (1.0, 1.0, 0.5, 0.2, 0.05)
 TARGETS = {

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import attention, budget, compiler, curves, demo, gpu, gpu_model, peers, training
 from benchmarks.settings import ROOT, Settings, say
-from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.storage.files import write_atomically
 
 FORMAT = 1
 SECTIONS: dict[str, Callable[[Settings], dict[str, object]]] = {

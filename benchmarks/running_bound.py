@@ -15,7 +15,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.certificates import eta
+from fastgrad_compiler.approximation.certificates import eta
 
 _NORM_EPS = 1e-6  # of rms_norm
 _UNIT_SLOPE = 1.1  # |silu'| is at most 1.0999

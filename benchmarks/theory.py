@@ -22,11 +22,11 @@ import fastgrad_dsl as fg
 from benchmarks import theory_page
 from benchmarks.running_bound import Shape, running_bound
 from benchmarks.settings import ROOT, say
-from fastgrad_dsl.compiled import Compiled
-from fastgrad_dsl.files import write_atomically
-from fastgrad_dsl.measure import ModelErrors, Served, measure_errors
-from fastgrad_dsl.text_data import TextData, load_text
-from fastgrad_dsl.training import Options, make_optimiser, training_step
+from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.api.measure import ModelErrors, Served, measure_errors
+from fastgrad_dsl.storage.files import write_atomically
+from fastgrad_dsl.training.loop import Options, make_optimiser, training_step
+from fastgrad_dsl.training.text_data import TextData, load_text
 
 TEXT = ROOT / "examples" / "data" / "emma.txt"
 HEADS, GAIN, FAMILY = 4, 1.0, "balanced"

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.settings import ROOT, Settings, heading, say
+from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.api.compiled import compile as compile_spec
 from fastgrad_dsl.bench.memory import peak_of, run_child
-from fastgrad_dsl.compiled import Compiled
-from fastgrad_dsl.compiled import compile as compile_spec
-from fastgrad_dsl.training import Options, make_optimiser, training_step
+from fastgrad_dsl.training.loop import Options, make_optimiser, training_step
 
 SPEC = ROOT / "examples" / "gpt.tfg"
 LENGTHS, QUICK_LENGTHS = (4096, 16_384, 65_536), (128, 256)

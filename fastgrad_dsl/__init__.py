@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from fastgrad_compiler.runtime.guard import BudgetViolation
     from fastgrad_compiler.runtime.initialise import initialise
     from fastgrad_dsl import functional
-    from fastgrad_dsl.budget_log import JsonLinesHandler, TensorBoardHandler, log_budget
-    from fastgrad_dsl.compiled import Compiled, compile
-    from fastgrad_dsl.loader import load
+    from fastgrad_dsl.api.compiled import Compiled, compile
+    from fastgrad_dsl.api.loader import load
+    from fastgrad_dsl.training.budget_log import JsonLinesHandler, TensorBoardHandler, log_budget
     from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 __version__ = "0.1.0"  # what pyproject.toml, the command and reports say, too
@@ -40,15 +40,15 @@ __all__ = [
 
 _HOMES = {
     "BudgetViolation": "fastgrad_compiler.runtime.guard",
-    "Compiled": "fastgrad_dsl.compiled",
+    "Compiled": "fastgrad_dsl.api.compiled",
     "Diagnostic": "fastgrad_grammar.diagnostics",
-    "JsonLinesHandler": "fastgrad_dsl.budget_log",
-    "TensorBoardHandler": "fastgrad_dsl.budget_log",
+    "JsonLinesHandler": "fastgrad_dsl.training.budget_log",
+    "TensorBoardHandler": "fastgrad_dsl.training.budget_log",
     "TfgError": "fastgrad_grammar.diagnostics",
-    "compile": "fastgrad_dsl.compiled",
+    "compile": "fastgrad_dsl.api.compiled",
     "initialise": "fastgrad_compiler.runtime.initialise",
-    "load": "fastgrad_dsl.loader",
-    "log_budget": "fastgrad_dsl.budget_log",
+    "load": "fastgrad_dsl.api.loader",
+    "log_budget": "fastgrad_dsl.training.budget_log",
 }
 
 

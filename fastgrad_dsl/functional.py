@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
+from fastgrad_compiler.approximation.polynomial import Family, fit
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
-from fastgrad_compiler.polynomial import Family, fit
 from fastgrad_compiler.targets import BACKENDS, check_target
 
 

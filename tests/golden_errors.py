@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.pipeline import run
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.read import read_source

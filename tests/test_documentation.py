@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.elaborate.operations import NAMES
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.frontend.operations import NAMES
 from fastgrad_compiler.pipeline import run
 from fastgrad_grammar.source import Source
 

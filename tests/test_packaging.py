@@ -70,7 +70,7 @@ def test_the_installed_packages_do_not_need_the_checkout(site: Path, tmp_path: P
 def test_one_version_in_the_tree_the_wheel_and_the_command(wheel: Path, site: Path, tmp_path: Path) -> None:
     program = "import fastgrad_dsl as fg; print(fg.__version__)"
     source = os.pathsep.join(str(folder.parent) for folder in PACKAGES.values())
-    command = "from fastgrad_dsl.cli import main; main()"
+    command = "from fastgrad_dsl.commands.cli import main; main()"
     found = [
         run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=source).strip(),
         run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site)).strip(),

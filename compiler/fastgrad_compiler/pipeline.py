@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.passes.attention import recognise_attention
+from fastgrad_compiler.analysis.bounds.prove import prove_bounds
+from fastgrad_compiler.attention.recognise import recognise_attention
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.ir.shapes import infer_shapes
+from fastgrad_compiler.ir.verify import verify
 from fastgrad_compiler.passes.backward import derive_gradient
-from fastgrad_compiler.passes.bounds import prove_bounds
 from fastgrad_compiler.passes.lowrank import rewrite_low_rank
-from fastgrad_compiler.passes.plan import Assignment, plan_attention
-from fastgrad_compiler.passes.shapes import infer_shapes
-from fastgrad_compiler.verify import verify
+from fastgrad_compiler.planning.plan import Assignment, plan_attention
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def run(
         seconds = time.perf_counter() - started
         verify(program, after=step.name)
         if validate and step.exact:
-            from fastgrad_compiler.validate import (
+            from fastgrad_compiler.validation.validate import (
                 validate as keeps_meaning,
             )  # needs numpy, which `check` does without
 

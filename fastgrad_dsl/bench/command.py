@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fastgrad_compiler.features import rank
-from fastgrad_compiler.polynomial import fit
-from fastgrad_dsl.batches import memory_bytes
+from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.approximation.polynomial import fit
+from fastgrad_dsl.api.batches import memory_bytes
 from fastgrad_dsl.bench.cells import Cell, extrapolated
 from fastgrad_dsl.bench.contenders import Contender, Inputs, make_inputs
 from fastgrad_dsl.bench.machine import describe_machine
@@ -19,9 +19,9 @@ from fastgrad_dsl.bench.memory import attention_peaks
 from fastgrad_dsl.bench.peak import peak_flops
 from fastgrad_dsl.bench.plot import Panel, Series, render
 from fastgrad_dsl.bench.timing import time_together
-from fastgrad_dsl.outputs import write_output
-from fastgrad_dsl.tables import Column, print_table, say
-from fastgrad_dsl.terminal import console
+from fastgrad_dsl.commands.tables import Column, print_table, say
+from fastgrad_dsl.commands.terminal import console
+from fastgrad_dsl.storage.outputs import write_output
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 from fastgrad_grammar.quote import json_text
 

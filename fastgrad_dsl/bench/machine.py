@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fastgrad_dsl import __version__
-from fastgrad_dsl.batches import memory_bytes
+from fastgrad_dsl.api.batches import memory_bytes
 from fastgrad_dsl.bench.peak import compiler_command
 
 VECTORS = (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("asimd", "NEON"))

@@ -14,14 +14,14 @@ from math import inf, isfinite, sqrt
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.graph import Budget, Node
-from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table, is_own
-from fastgrad_compiler.passes.plan import MAX_RANK
-from fastgrad_compiler.passes.plan_decision import unservable
-from fastgrad_compiler.passes.plan_settings import Settings, settings_of
-from fastgrad_compiler.polynomial import FAMILIES
-from fastgrad_compiler.ranges import LogitRange
-from fastgrad_compiler.weight_ranges import weight_ranges
+from fastgrad_compiler.analysis.ranges import LogitRange
+from fastgrad_compiler.analysis.weights.ranges import weight_ranges
+from fastgrad_compiler.approximation.polynomial import FAMILIES
+from fastgrad_compiler.attention.table import AttentionEntry, attention_table, is_own
+from fastgrad_compiler.ir.graph import Budget, Node
+from fastgrad_compiler.planning.decision import unservable
+from fastgrad_compiler.planning.plan import MAX_RANK
+from fastgrad_compiler.planning.settings import Settings, settings_of
 from fastgrad_dsl.calibration.candidates import Candidate, polynomials, whole_errors
 from fastgrad_dsl.calibration.capture import Call, Errors, Probe, Subject, capture, probe
 from fastgrad_dsl.calibration.logits import Logits, measure_logits

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.approximation.polynomial import FAMILIES, MAX_DEGREE, Polynomial, PrecisionError, fit
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
-from fastgrad_compiler.features import rank
-from fastgrad_compiler.polynomial import FAMILIES, MAX_DEGREE, Polynomial, PrecisionError, fit
 from fastgrad_dsl.calibration.capture import Call, Errors, exact
 from fastgrad_dsl.calibration.samples import LocalErrors, headed
 

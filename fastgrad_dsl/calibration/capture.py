@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgrad_compiler.graph import Node, Program
-from fastgrad_compiler.interpret import Values, run
-from fastgrad_compiler.operations_torch import TORCH
+from fastgrad_compiler.ir.graph import Node, Program
+from fastgrad_compiler.reference.interpret import Values, run
+from fastgrad_compiler.reference.operations_torch import TORCH
+from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_compiler.runtime.exact_attention import exact_attention
-from fastgrad_compiler.torch_env import Env
-from fastgrad_dsl.measure import check_finite, projection
+from fastgrad_dsl.api.measure import check_finite, projection
 
 Objective = Callable[..., Tensor]
 STEP = 1e-3  # of a finite difference, as a share of the weights' norm: beyond it float32 rounds, before it curves

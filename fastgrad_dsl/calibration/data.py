@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgrad_dsl.batch_check import batch_problem, is_whole
+from fastgrad_dsl.api.batch_check import batch_problem, is_whole
 from fastgrad_dsl.calibration.calibrate import Tell
 from fastgrad_dsl.calibration.replan import Request, replan
 from fastgrad_dsl.report.request import batch_sizes, text_sizes
-from fastgrad_dsl.text_data import load_text
-from fastgrad_dsl.weights import load_weights, read_tensors
+from fastgrad_dsl.storage.weights import load_weights, read_tensors
+from fastgrad_dsl.training.text_data import load_text
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 if TYPE_CHECKING:
-    from fastgrad_dsl.compiled import Compiled
+    from fastgrad_dsl.api.compiled import Compiled
 
 RANDOM = "random"
 TEXT_BATCHES = 2  # of the part to train on; the last one is of the held-out part

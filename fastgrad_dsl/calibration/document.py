@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastgrad_compiler.graph import Program
+from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration, Gain
 from fastgrad_dsl.calibration.plan import Plan, Way, candidates_of
 

@@ -3,7 +3,7 @@
     seconds of a call, forward and backward = overhead + flops / rate
 
 one line each for polynomial kernels of the target, for PyTorch's fused softmax, and for exact attention in blocks (near
-fields, windows, documents). Flops are those of `fastgrad_compiler.cost`.
+fields, windows, documents). Flops are those of `fastgrad_compiler.planning.cost`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.cost import flops
+from fastgrad_compiler.planning.cost import flops
 from fastgrad_compiler.runtime.exact_attention import exact_attention
 from fastgrad_compiler.runtime.private_files import cache_folder
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.bench.contenders import Attention, Contender
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.timing import time_together
-from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.storage.files import write_atomically
 from fastgrad_grammar.quote import json_text
 
 HEADS, D, DV, DEGREE, NEAR = 8, 16, 64, 2, 64

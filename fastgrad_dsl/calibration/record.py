@@ -10,18 +10,18 @@ from dataclasses import asdict, replace
 from sys import float_info
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from fastgrad_compiler.passes.attention_table import attention_table
-from fastgrad_compiler.passes.plan import Assignment
-from fastgrad_compiler.passes.plan_decision import PRECISIONS, Decision
-from fastgrad_compiler.passes.shape_errors import ShapeError
+from fastgrad_compiler.analysis.ranges import SOURCES, LogitRange
+from fastgrad_compiler.approximation.polynomial import FAMILIES, fit
+from fastgrad_compiler.attention.table import attention_table
+from fastgrad_compiler.ir.shape_errors import ShapeError
+from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.pipeline import run
-from fastgrad_compiler.polynomial import FAMILIES, fit
-from fastgrad_compiler.ranges import SOURCES, LogitRange
-from fastgrad_compiler.verify import CompilerBug
+from fastgrad_compiler.planning.decision import PRECISIONS, Decision
+from fastgrad_compiler.planning.plan import Assignment
 from fastgrad_grammar.diagnostics import TfgError
 
 if TYPE_CHECKING:
-    from fastgrad_dsl.compiled import Compiled
+    from fastgrad_dsl.api.compiled import Compiled
 
 LARGEST = float_info.max
 FALSE_RECORD = (TfgError, CompilerBug, ShapeError, ArithmeticError, LookupError, TypeError)

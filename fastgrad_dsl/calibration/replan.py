@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastgrad_compiler.graph import Budget, Program
-from fastgrad_compiler.passes.plan import Assignment
+from fastgrad_compiler.ir.graph import Budget, Program
 from fastgrad_compiler.pipeline import Stage, run
+from fastgrad_compiler.planning.plan import Assignment
 from fastgrad_compiler.runtime.attention_op import compute_dtype
 from fastgrad_compiler.runtime.guard import LOGGER
-from fastgrad_dsl.batches import dims_of, model_inputs, random_batch, target_inputs, tokens_of
+from fastgrad_dsl.api.batches import dims_of, model_inputs, random_batch, target_inputs, tokens_of
+from fastgrad_dsl.api.measure import whole_errors
 from fastgrad_dsl.calibration.calibrate import Calibration, Data, Tell, calibrate
 from fastgrad_dsl.calibration.capture import Subject
 from fastgrad_dsl.calibration.document import calibration_document
 from fastgrad_dsl.calibration.pace import MachinePace, default_pace, machine_pace
 from fastgrad_dsl.calibration.plan import Limits, Plan, decisions, make_plan
 from fastgrad_dsl.calibration.refusal import refusal
-from fastgrad_dsl.measure import whole_errors
-from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.report.request import batch_sizes
 
 if TYPE_CHECKING:
-    from fastgrad_dsl.compiled import Compiled
+    from fastgrad_dsl.api.compiled import Compiled
 
 ROUNDS = 6  # of planning within tighter limits, before what is not pinned becomes exact
 HEADROOM = 0.75  # of a limit that the held-out batches may take: others that nobody has seen will differ

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.attention_torch import (
+from fastgrad_compiler.reference.attention_torch import (
     causal_mask,
     documents_mask,
     near_mask,

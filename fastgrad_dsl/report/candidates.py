@@ -10,14 +10,21 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from fastgrad_compiler.certificates import certificate
+from fastgrad_compiler.approximation.certificates import certificate
+from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.approximation.polynomial import (
+    FAMILIES,
+    MAX_DEGREE,
+    Family,
+    Polynomial,
+    PrecisionError,
+    fit,
+)
+from fastgrad_compiler.approximation.rounding import EXACT, Rounding, Run, Sizes, rounding
 from fastgrad_compiler.codegen.kernel import KernelSpec
-from fastgrad_compiler.cost import Pace
-from fastgrad_compiler.features import rank
-from fastgrad_compiler.polynomial import FAMILIES, MAX_DEGREE, Family, Polynomial, PrecisionError, fit
-from fastgrad_compiler.rounding import EXACT, Rounding, Run, Sizes, rounding
+from fastgrad_compiler.planning.cost import Pace
 from fastgrad_compiler.targets import BACKENDS
-from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.report.entries import Entry
 from fastgrad_dsl.report.prediction import exact_time, lengths_of, polynomial_time
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastgrad_compiler.passes.attention_table import OWN
-from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_compiler.attention.table import OWN
+from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.report.errors import LOCAL
 from fastgrad_dsl.report.words import VACUOUS, folded
 
 if TYPE_CHECKING:
-    from fastgrad_dsl.measure import ModelErrors
+    from fastgrad_dsl.api.measure import ModelErrors
 
 Attentions = Sequence[Mapping[str, Any]]
 Warned = tuple[str, str, list[str]]  # kind, text, paths

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastgrad_compiler.elementary import exp
-from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_compiler.approximation.elementary import exp
+from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.report.entries import Entry
 
 POINTS = 201  # odd, so that s = 0 is one

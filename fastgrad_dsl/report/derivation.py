@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import comb
 from typing import Any
 
-from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.report.entries import Entry
 from fastgrad_dsl.report.words import SOURCES, number
 

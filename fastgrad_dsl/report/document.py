@@ -9,9 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgrad_compiler.cost import Pace
+from fastgrad_compiler.planning.cost import Pace
 from fastgrad_dsl import __version__
-from fastgrad_dsl.outputs import write_output
 from fastgrad_dsl.report.candidates import calibrated, candidates_key, certified
 from fastgrad_dsl.report.cautions import notes, warnings
 from fastgrad_dsl.report.curves import curve, curve_key
@@ -29,10 +28,11 @@ from fastgrad_dsl.report.headline import headline, summary, waterfall
 from fastgrad_dsl.report.prediction import cost_curve, cost_key, longest_sizes, pace_of, predict
 from fastgrad_dsl.report.reproduce import reproduce
 from fastgrad_dsl.report.sources import annotated_spec, kernel_code
+from fastgrad_dsl.storage.outputs import write_output
 from fastgrad_grammar.quote import json_text
 
 if TYPE_CHECKING:
-    from fastgrad_dsl.measure import ModelErrors
+    from fastgrad_dsl.api.measure import ModelErrors
 
 FORMAT = "fastgrad-report-3"
 MEASURED_ON = ("tokens", "kind", "dims", "seed", "weights")

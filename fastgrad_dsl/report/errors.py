@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.report.entries import Entry, head_ranges
 
 if TYPE_CHECKING:
-    from fastgrad_dsl.measure import AttentionErrors, Local, ModelErrors
+    from fastgrad_dsl.api.measure import AttentionErrors, Local, ModelErrors
 
 LOCAL = ("output", "dq", "dk", "dv")
 KINDS = ("bound", "estimate", "measured")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastgrad_compiler.elementary import added
-from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_compiler.approximation.elementary import added
+from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.report.entries import Entry
 from fastgrad_dsl.report.errors import calibrated_estimates
 from fastgrad_dsl.report.words import number, percent, sample, verified_on

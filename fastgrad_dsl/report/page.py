@@ -9,11 +9,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgrad_dsl.outputs import write_output
 from fastgrad_dsl.report import figures, words
 from fastgrad_dsl.report.columns import COLUMNS, GROUPS, attention_rows, column_labels
 from fastgrad_dsl.report.entries import calibration_of
 from fastgrad_dsl.report.headline import WHATS
+from fastgrad_dsl.storage.outputs import write_output
 from fastgrad_grammar import quote
 
 if TYPE_CHECKING:

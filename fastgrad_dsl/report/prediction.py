@@ -1,6 +1,6 @@
 """Estimates of time and memory from the cost model, at the longest declared lengths and against the length.
 
-A time is flops divided by what the target's kernels do of them beside exact attention (`fastgrad_compiler.cost.Pace`),
+A time is flops divided by what the target's kernels do of them beside exact attention (`fastgrad_compiler.planning.cost.Pace`),
 so that it is relative: in units of one flop of exact attention at great lengths.
 """
 
@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastgrad_compiler.cost import PACE, Flops, Pace, flops, state_bytes
-from fastgrad_compiler.elementary import power
-from fastgrad_compiler.text_parser import parse_dim
-from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_compiler.approximation.elementary import power
+from fastgrad_compiler.ir.text_parser import parse_dim
+from fastgrad_compiler.planning.cost import PACE, Flops, Pace, flops, state_bytes
+from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.report.entries import Entry
 
 LONGEST = 65536  # of a dim for which the file declares no limit

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgrad_compiler.ir.text_parser import parse_dim
 from fastgrad_compiler.targets import BACKENDS
-from fastgrad_compiler.text_parser import parse_dim
-from fastgrad_dsl.attention_rounding import spec_of
-from fastgrad_dsl.batches import Input, random_batch, tokens_of
-from fastgrad_dsl.documents import read_document
-from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_dsl.api.attention_rounding import spec_of
+from fastgrad_dsl.api.batches import Input, random_batch, tokens_of
+from fastgrad_dsl.documents.plan import is_approximated
+from fastgrad_dsl.documents.read import read_document
 from fastgrad_dsl.report.document import build_report
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
 from fastgrad_grammar.read import read_source
@@ -21,7 +21,7 @@ from fastgrad_grammar.read import read_source
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fastgrad_dsl.measure import ModelErrors
+    from fastgrad_dsl.api.measure import ModelErrors
 
 DEFAULT_LENGTH = 2048  # tokens of a batch whose size nobody gave
 CALIBRATION = "calibration.json"  # in a build folder
@@ -74,7 +74,7 @@ def make_report(request: ReportRequest, tell: Tell) -> dict[str, Any]:
     kind, inputs, targets = _batch(subject.plan, request, sizes)
     model = subject.module(request.seed)
     if request.weights is not None:
-        from fastgrad_dsl.weights import load_weights
+        from fastgrad_dsl.storage.weights import load_weights
 
         load_weights(model, request.weights)
     batch = {
@@ -100,7 +100,7 @@ def measure_plan(
     tell: Tell = lambda what: None,
 ) -> ModelErrors:
     """Measured errors of a model that was compiled with this plan."""
-    from fastgrad_dsl.measure import Served, measure_errors
+    from fastgrad_dsl.api.measure import Served, measure_errors
 
     served = [
         Served(
@@ -129,8 +129,8 @@ def _options(request: ReportRequest, sizes: Mapping[str, int]) -> list[str]:
 
 def _subject(request: ReportRequest) -> Subject:
     import fastgrad_dsl as fg
-    from fastgrad_dsl.compiled import SPEC
-    from fastgrad_dsl.loader import built, load_objective, load_plan
+    from fastgrad_dsl.api.compiled import SPEC
+    from fastgrad_dsl.api.loader import built, load_objective, load_plan
 
     if request.where.is_dir():
         folder = built(request.where)
@@ -218,7 +218,7 @@ def _batch(
     if request.text is None:
         batch = random_batch([*inputs, *targets], sizes, request.seed)
         return "random inputs", batch[: len(inputs)], batch[len(inputs) :]
-    from fastgrad_dsl.text_data import load_text
+    from fastgrad_dsl.training.text_data import load_text
 
     rows, tokens = text_sizes(plan, sizes)
     text = load_text(request.text, tokens, "--dim")

@@ -13,7 +13,7 @@ from textwrap import wrap
 
 from markupsafe import Markup
 
-from fastgrad_compiler.elementary import log10, power
+from fastgrad_compiler.approximation.elementary import log10, power
 from fastgrad_dsl.bench.plot import COLOURS
 from fastgrad_grammar.quote import html
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_dsl.commands.tables import Column
+from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.report.words import bound, factor, number
-from fastgrad_dsl.tables import Column
 
 WHATS = ("output", "gradient")
 KINDS = ("measured", "estimate", "bound")  # of errors, the best first

@@ -15,12 +15,14 @@ from attack.cases import Case, Finding
 from attack.findings import CHECKS, CRASH, examine, read, smallest
 from attack.minimise import minimise
 from attack.run import Attack, main
-from fastgrad_compiler import certificates
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.operations_torch import TORCH
-from fastgrad_compiler.passes import attention, bound_rules, bound_step
-from fastgrad_compiler.passes.bound_facts import interval
-from fastgrad_dsl.terminal import print_report
+from fastgrad_compiler.analysis.bounds import rules as bound_rules
+from fastgrad_compiler.analysis.bounds import step as bound_step
+from fastgrad_compiler.analysis.bounds.facts import interval
+from fastgrad_compiler.approximation import certificates
+from fastgrad_compiler.attention import recognise as attention
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.reference.operations_torch import TORCH
+from fastgrad_dsl.commands.terminal import print_report
 
 PLAIN = """dim b
 dim n <= 40

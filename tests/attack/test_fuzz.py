@@ -13,9 +13,9 @@ from attack import fuzz as attack_fuzz
 from attack.fuzz import Fuzz, Hang, check, fuzz_specs, limited
 from attack.fuzz_commands import SOUND, copy, options, prepare, run, with_value
 from attack.fuzz_files import fuzz_files, readers
-from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.pipeline import run as run_passes
-from fastgrad_dsl import cli
+from fastgrad_dsl.commands import cli
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.read import read_source
 

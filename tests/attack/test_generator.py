@@ -17,10 +17,10 @@ from attack.cases import sizes_of
 from attack.grower import Grower, Typed, Unfit
 from attack.operations import RULES
 from attack.programs import Grown, grow
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.elaborate.operations import NAMES, NEEDED, OPERATIONS, OVERLOADS, Operation
-from fastgrad_compiler.ops import OPS
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.frontend.operations import NAMES, NEEDED, OPERATIONS, OVERLOADS, Operation
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.ops import OPS
 from fastgrad_grammar.source import Source
 
 SIGNS = {

@@ -12,7 +12,7 @@ from benchmarks import running_bound, theory_page
 from benchmarks.running_bound import Shape
 from benchmarks.settings import ROOT
 from benchmarks.theory import GAIN, HEADS, Grid, points
-from fastgrad_compiler.polynomial import fit
+from fastgrad_compiler.approximation.polynomial import fit
 
 WIDTH, TOKENS = 8, 9
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import fastgrad_dsl as fg
+from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.calibration import pace
 from fastgrad_dsl.calibration.pace import default_pace, machine_pace, read_pace
 from fastgrad_dsl.calibration.record import plan_record, read_plan, with_recorded_plan
 from fastgrad_dsl.calibration.replan import Request, replan
-from fastgrad_dsl.compiled import Compiled
 
 SPEC = """use std
 dim b

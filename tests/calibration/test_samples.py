@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import fastgrad_dsl as fg
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.polynomial import fit
-from fastgrad_dsl.batches import model_inputs, random_batch
+from fastgrad_compiler.approximation.polynomial import fit
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_dsl.api.batches import model_inputs, random_batch
 from fastgrad_dsl.calibration.calibrate import _gain
 from fastgrad_dsl.calibration.candidates import whole_errors
 from fastgrad_dsl.calibration.capture import Errors, Run, Subject, capture, probe
@@ -139,10 +139,10 @@ def _effect(
     subject: Subject, batch: tuple[Tensor, ...], run: Run, errors: Errors, coefficients: tuple[float, ...]
 ) -> tuple[float, float]:
     """Relative changes of output and weights' gradients when the polynomial runs instead."""
-    from fastgrad_compiler.interpret import run as interpret
+    from fastgrad_compiler.reference.interpret import run as interpret
+    from fastgrad_dsl.api.measure import projection
     from fastgrad_dsl.calibration.candidates import kernel_of
     from fastgrad_dsl.calibration.capture import exact
-    from fastgrad_dsl.measure import projection
 
     (call,) = run.calls.values()
     results = []

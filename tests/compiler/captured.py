@@ -8,11 +8,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from fastgrad_compiler import operations_torch
-from fastgrad_compiler.graph import Node, Program
-from fastgrad_compiler.interpret import run
-from fastgrad_compiler.passes.attention_table import ATTENTION, attention_table, is_own
-from fastgrad_compiler.torch_env import Env, Rule, number
+from fastgrad_compiler.attention.table import ATTENTION, attention_table, is_own
+from fastgrad_compiler.ir.graph import Node, Program
+from fastgrad_compiler.reference import operations_torch
+from fastgrad_compiler.reference.interpret import run
+from fastgrad_compiler.reference.torch_env import Env, Rule, number
 
 
 def captured_logits(

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.graph import Program, TensorType
-from fastgrad_compiler.interpret import run, run_gradient
+from fastgrad_compiler.ir.graph import Program, TensorType
+from fastgrad_compiler.ir.shapes import infer_shapes
+from fastgrad_compiler.ir.text import parse_program, print_program
+from fastgrad_compiler.ir.verify import verify
 from fastgrad_compiler.passes.backward import derive_gradient
-from fastgrad_compiler.passes.shapes import infer_shapes
-from fastgrad_compiler.text import parse_program, print_program
-from fastgrad_compiler.verify import verify
+from fastgrad_compiler.reference.interpret import run, run_gradient
 
 SIZES = {"b": 2, "n": 5, "m": 4}
 

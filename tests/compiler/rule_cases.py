@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Graph, Node, Program
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Graph, Node, Program
 from tests.compiler.gradients import program_of
 
 

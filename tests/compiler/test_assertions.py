@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.graph import Bound, Graph, Node, Program
-from fastgrad_compiler.interpret import run
-from fastgrad_compiler.passes.attention_table import attention_table
-from fastgrad_compiler.passes.bounds import prove_bounds
-from fastgrad_compiler.passes.shapes import infer_shapes
+from fastgrad_compiler.analysis.bounds.prove import prove_bounds
+from fastgrad_compiler.attention.table import attention_table
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.graph import Bound, Graph, Node, Program
+from fastgrad_compiler.ir.shapes import infer_shapes
+from fastgrad_compiler.ir.text import parse_program
 from fastgrad_compiler.pipeline import run as compiled
-from fastgrad_compiler.text import parse_program
+from fastgrad_compiler.reference.interpret import run
 from fastgrad_grammar.source import Source
 
 PROGRAMS = 250

@@ -7,13 +7,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastgrad_compiler.graph import Node, Program
-from fastgrad_compiler.interpret import run
-from fastgrad_compiler.passes.attention import recognise_attention
-from fastgrad_compiler.passes.bounds import prove_bounds
-from fastgrad_compiler.passes.shapes import infer_shapes
-from fastgrad_compiler.text import parse_program
-from fastgrad_compiler.verify import verify
+from fastgrad_compiler.analysis.bounds.prove import prove_bounds
+from fastgrad_compiler.attention.recognise import recognise_attention
+from fastgrad_compiler.ir.graph import Node, Program
+from fastgrad_compiler.ir.shapes import infer_shapes
+from fastgrad_compiler.ir.text import parse_program
+from fastgrad_compiler.ir.verify import verify
+from fastgrad_compiler.reference.interpret import run
 
 SIZES = {"b": 2, "h": 4, "g": 2, "n": 6, "m": 5, "d": 8, "c": 3}
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.interpret import initial_weights, run, run_gradient
-from fastgrad_compiler.ops import OPS
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.ir.ops import OPS
+from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.passes.backward import DECLINED, VJP, derive_gradient
-from fastgrad_compiler.verify import CompilerBug
+from fastgrad_compiler.reference.interpret import initial_weights, run, run_gradient
 from tests.compiler.attention_variants import PADDING, VARIANTS, Variant
 from tests.compiler.gradients import assert_gradient, derive, program_of, sample_of
 

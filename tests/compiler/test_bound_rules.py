@@ -15,13 +15,13 @@ from math import inf, isfinite, isinf, nextafter
 import numpy as np
 import pytest
 
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Node, TensorType, attributes
-from fastgrad_compiler.ops import OPS
-from fastgrad_compiler.passes import bound_rounding as rounding
-from fastgrad_compiler.passes.bound_facts import Fact, tighten, unknown
-from fastgrad_compiler.passes.bound_rules import BOUND, DECLINED
-from fastgrad_compiler.passes.bound_step import Rule, Step
+from fastgrad_compiler.analysis.bounds import outward as rounding
+from fastgrad_compiler.analysis.bounds.facts import Fact, tighten, unknown
+from fastgrad_compiler.analysis.bounds.rules import BOUND, DECLINED
+from fastgrad_compiler.analysis.bounds.step import Rule, Step
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Node, TensorType, attributes
+from fastgrad_compiler.ir.ops import OPS
 from tests.compiler.reference import Array, reference
 from tests.compiler.rule_cases import CASES, Case, evaluated
 

@@ -8,15 +8,15 @@ from math import inf, sqrt
 import pytest
 import torch
 
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.graph import Bound, Program
-from fastgrad_compiler.interpret import run
-from fastgrad_compiler.ops import OPS
-from fastgrad_compiler.passes.bound_rules import BOUND, DECLINED
-from fastgrad_compiler.passes.bounds import prove_bounds
-from fastgrad_compiler.passes.shapes import infer_shapes
+from fastgrad_compiler.analysis.bounds.prove import prove_bounds
+from fastgrad_compiler.analysis.bounds.rules import BOUND, DECLINED
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.graph import Bound, Program
+from fastgrad_compiler.ir.ops import OPS
+from fastgrad_compiler.ir.shapes import infer_shapes
+from fastgrad_compiler.ir.text import parse_program
 from fastgrad_compiler.pipeline import run as pipeline
-from fastgrad_compiler.text import parse_program
+from fastgrad_compiler.reference.interpret import run
 from fastgrad_grammar.source import Source
 
 INPUTS = """

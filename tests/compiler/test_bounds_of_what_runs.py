@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.interpret import run
-from fastgrad_compiler.passes.attention_table import attention_table
+from fastgrad_compiler.attention.table import attention_table
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.pipeline import run as compiled
+from fastgrad_compiler.reference.interpret import run
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 from fastgrad_grammar.source import Source
 from tests.compiler.captured import captured_logits

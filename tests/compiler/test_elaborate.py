@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fastgrad_compiler.elaborate import elaborate, models
-from fastgrad_compiler.elaborate.modules import standard_library
-from fastgrad_compiler.graph import BudgetRule, DimInfo, Graph, Node, Program
+from fastgrad_compiler.frontend import elaborate, models
+from fastgrad_compiler.frontend.modules import standard_library
+from fastgrad_compiler.ir.graph import BudgetRule, DimInfo, Graph, Node, Program
 from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.parser import parse
@@ -527,7 +527,7 @@ def test_ninety_six_layers_are_as_fast_as_one() -> None:
 
 def test_elaboration_does_not_import_torch() -> None:
     code = (
-        "import sys; from fastgrad_compiler.elaborate import elaborate; from fastgrad_grammar.read import read_source;"
+        "import sys; from fastgrad_compiler.frontend import elaborate; from fastgrad_grammar.read import read_source;"
         f"elaborate(read_source({str(EXAMPLES / 'gpt.tfg')!r})); assert 'torch' not in sys.modules"
     )
     root = EXAMPLES.parent

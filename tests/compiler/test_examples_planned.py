@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.interpret import initial_weights, run
-from fastgrad_compiler.passes.attention import recognise_attention
-from fastgrad_compiler.passes.attention_table import is_own
-from fastgrad_compiler.passes.bounds import prove_bounds
-from fastgrad_compiler.passes.plan import attention_table, plan_attention
+from fastgrad_compiler.analysis.bounds.prove import prove_bounds
+from fastgrad_compiler.attention.recognise import recognise_attention
+from fastgrad_compiler.attention.table import is_own
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.planning.plan import attention_table, plan_attention
+from fastgrad_compiler.reference.interpret import initial_weights, run
 from fastgrad_grammar.read import read_source
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.tfg"))

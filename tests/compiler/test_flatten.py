@@ -6,14 +6,14 @@ import networkx as nx
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.flatten import flatten, weights
-from fastgrad_compiler.graph import Graph
-from fastgrad_compiler.interpret import run
+from fastgrad_compiler.ir.flatten import flatten, weights
+from fastgrad_compiler.ir.graph import Graph
+from fastgrad_compiler.ir.shapes import infer_shapes
+from fastgrad_compiler.ir.text import parse_program, print_graph
+from fastgrad_compiler.ir.verify import verify
+from fastgrad_compiler.ir.view import to_networkx
 from fastgrad_compiler.passes.backward import derive_gradient
-from fastgrad_compiler.passes.shapes import infer_shapes
-from fastgrad_compiler.text import parse_program, print_graph
-from fastgrad_compiler.verify import verify
-from fastgrad_compiler.view import to_networkx
+from fastgrad_compiler.reference.interpret import run
 
 DEEP = infer_shapes(
     parse_program("""

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.flatten import weights
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.interpret import bind_dims, initial_weights, run, run_gradient
+from fastgrad_compiler.ir.flatten import weights
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.ir.shapes import infer_shapes
+from fastgrad_compiler.ir.text import parse_program
 from fastgrad_compiler.passes.backward import derive_gradient
-from fastgrad_compiler.passes.shapes import infer_shapes
+from fastgrad_compiler.reference.interpret import bind_dims, initial_weights, run, run_gradient
 from fastgrad_compiler.runtime import initialise
-from fastgrad_compiler.text import parse_program
 
 
 def program(text: str) -> Program:

@@ -7,8 +7,8 @@ from itertools import product
 
 import pytest
 
-from fastgrad_compiler import knapsack
-from fastgrad_compiler.knapsack import GAP, Option, choose
+from fastgrad_compiler.planning import knapsack
+from fastgrad_compiler.planning.knapsack import GAP, Option, choose
 
 EXACT = Option(2.0, 0.0, 0.0)
 

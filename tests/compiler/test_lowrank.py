@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.interpret import run_gradient
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.ir.text import parse_program, print_program
+from fastgrad_compiler.ir.verify import CompilerBug, verify
 from fastgrad_compiler.passes.attention_backward import BLOCK
 from fastgrad_compiler.passes.backward import derive_gradient
 from fastgrad_compiler.passes.lowrank import rewrite_low_rank
-from fastgrad_compiler.text import parse_program, print_program
-from fastgrad_compiler.verify import CompilerBug, verify
+from fastgrad_compiler.reference.interpret import run_gradient
 from tests.compiler.attention_variants import VARIANTS, Variant
 from tests.compiler.gradients import assert_gradient, derive, program_of, run_one, sample_of
 

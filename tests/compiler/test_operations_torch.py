@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Attribute, Node, attributes
-from fastgrad_compiler.operations_torch import DECLINED, TORCH
-from fastgrad_compiler.ops import OPS
-from fastgrad_compiler.torch_env import Env
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Attribute, Node, attributes
+from fastgrad_compiler.ir.ops import OPS
+from fastgrad_compiler.reference.operations_torch import DECLINED, TORCH
+from fastgrad_compiler.reference.torch_env import Env
 from tests.compiler.reference import REFERENCE, Array, reference
 from tests.compiler.rule_cases import CASES as RULE_CASES
 from tests.compiler.rule_cases import Case

@@ -15,20 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fastgrad_compiler import oracle_attention
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.graph import Attribute, Node, Program, attributes
-from fastgrad_compiler.interpret import initial_weights
-from fastgrad_compiler.interpret import run as run_torch
-from fastgrad_compiler.operations_torch import TORCH
-from fastgrad_compiler.ops import OPS
-from fastgrad_compiler.oracle import evaluate
-from fastgrad_compiler.oracle_operations import DECLINED, MEANING, STRUCTURE
-from fastgrad_compiler.passes.shapes import infer_shapes
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Attribute, Node, Program, attributes
+from fastgrad_compiler.ir.ops import OPS
+from fastgrad_compiler.ir.shapes import infer_shapes
+from fastgrad_compiler.ir.text import parse_program
 from fastgrad_compiler.pipeline import run
-from fastgrad_compiler.text import parse_program
-from fastgrad_compiler.torch_env import Env
+from fastgrad_compiler.reference import oracle_attention
+from fastgrad_compiler.reference.interpret import initial_weights
+from fastgrad_compiler.reference.interpret import run as run_torch
+from fastgrad_compiler.reference.operations_torch import TORCH
+from fastgrad_compiler.reference.oracle import evaluate
+from fastgrad_compiler.reference.oracle_operations import DECLINED, MEANING, STRUCTURE
+from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_grammar.source import Source
 from tests.compiler.attention_variants import VARIANTS, Variant
 
@@ -66,7 +66,7 @@ def test_every_operation_has_a_meaning_or_is_declined_by_name() -> None:
 def test_it_needs_no_torch_and_no_rule_of_the_compiler() -> None:
     """Beside itself it imports the graph and how paths are made of it."""
     code = (
-        "import sys, fastgrad_compiler.oracle\n"
+        "import sys, fastgrad_compiler.reference.oracle\n"
         "print(*sorted(m for m in sys.modules if m.startswith('fastgrad_compiler.') or m in ('torch', 'scipy')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

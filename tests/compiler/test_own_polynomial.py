@@ -7,16 +7,16 @@ import math
 import pytest
 import torch
 
-from fastgrad_compiler.graph import Node, Program
-from fastgrad_compiler.interpret import run_gradient
-from fastgrad_compiler.passes.attention import recognise_attention
-from fastgrad_compiler.passes.attention_table import attention_table, is_own
+from fastgrad_compiler.analysis.bounds.prove import prove_bounds
+from fastgrad_compiler.approximation.own_polynomial import objection, trimmed
+from fastgrad_compiler.attention.recognise import recognise_attention
+from fastgrad_compiler.attention.table import attention_table, is_own
+from fastgrad_compiler.ir.graph import Node, Program
+from fastgrad_compiler.ir.text import parse_program, print_program
+from fastgrad_compiler.ir.verify import verify
 from fastgrad_compiler.passes.backward import derive_gradient
-from fastgrad_compiler.passes.bounds import prove_bounds
-from fastgrad_compiler.passes.plan import MAX_RANK, plan_attention
-from fastgrad_compiler.text import parse_program, print_program
-from fastgrad_compiler.verify import verify
-from fastgrad_compiler.weight_polynomial import objection, trimmed
+from fastgrad_compiler.planning.plan import MAX_RANK, plan_attention
+from fastgrad_compiler.reference.interpret import run_gradient
 from fastgrad_grammar.diagnostics import TfgError
 from tests.compiler.gradients import assert_gradient, derive, program_of, run_one, sample_of
 from tests.compiler.test_attention import HEADS, SCORES, program, results

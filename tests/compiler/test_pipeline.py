@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from fastgrad_compiler import pipeline
-from fastgrad_compiler.graph import Program
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.ir.text import parse_program
+from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.pipeline import Pass, run
-from fastgrad_compiler.text import parse_program
-from fastgrad_compiler.verify import CompilerBug
 
 ORDER = ["elaborate", "shapes", "bounds", "attention", "plan", "backward", "lowrank"]
 

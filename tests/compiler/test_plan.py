@@ -7,17 +7,17 @@ import time
 import pytest
 import torch
 
-from fastgrad_compiler.certificates import certificate
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.interpret import initial_weights, run
-from fastgrad_compiler.passes.attention import recognise_attention
-from fastgrad_compiler.passes.bounds import prove_bounds
-from fastgrad_compiler.passes.plan import AttentionEntry, attention_table, plan_attention
-from fastgrad_compiler.passes.plan_settings import matches
-from fastgrad_compiler.passes.shapes import infer_shapes
-from fastgrad_compiler.polynomial import fit
-from fastgrad_compiler.text import parse_program, print_program
-from fastgrad_compiler.verify import verify
+from fastgrad_compiler.analysis.bounds.prove import prove_bounds
+from fastgrad_compiler.approximation.certificates import certificate
+from fastgrad_compiler.approximation.polynomial import fit
+from fastgrad_compiler.attention.recognise import recognise_attention
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.ir.shapes import infer_shapes
+from fastgrad_compiler.ir.text import parse_program, print_program
+from fastgrad_compiler.ir.verify import verify
+from fastgrad_compiler.planning.plan import AttentionEntry, attention_table, plan_attention
+from fastgrad_compiler.planning.settings import matches
+from fastgrad_compiler.reference.interpret import initial_weights, run
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 LAYER = """

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from fastgrad_compiler import interpret
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table
-from fastgrad_compiler.passes.plan_decision import Decision
+from fastgrad_compiler.analysis.ranges import LogitRange
+from fastgrad_compiler.approximation.polynomial import fit
+from fastgrad_compiler.attention.table import AttentionEntry, attention_table
+from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.pipeline import Stage, run
-from fastgrad_compiler.polynomial import fit
-from fastgrad_compiler.ranges import LogitRange
-from fastgrad_dsl.compiled import Compiled
+from fastgrad_compiler.planning.decision import Decision
+from fastgrad_compiler.reference import interpret
+from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_grammar.source import Source
 
 SPEC = """

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.interpret import run
-from fastgrad_compiler.passes.attention import recognise_attention
-from fastgrad_compiler.passes.bounds import prove_bounds
-from fastgrad_compiler.passes.shapes import infer_shapes
-from fastgrad_compiler.text import parse_program
-from fastgrad_compiler.verify import verify
+from fastgrad_compiler.analysis.bounds.prove import prove_bounds
+from fastgrad_compiler.attention.recognise import recognise_attention
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.ir.shapes import infer_shapes
+from fastgrad_compiler.ir.text import parse_program
+from fastgrad_compiler.ir.verify import verify
+from fastgrad_compiler.reference.interpret import run
 
 Array = NDArray[Any]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastgrad_compiler import roofline
-from fastgrad_compiler.roofline import DEVICES, Shape, Work, best, break_even, flash_time, shape_of
+from fastgrad_compiler.planning import roofline
+from fastgrad_compiler.planning.roofline import DEVICES, Shape, Work, best, break_even, flash_time, shape_of
 from fastgrad_compiler.runtime import triton_schedule as schedule
 from fastgrad_compiler.runtime.triton_schedule import Tiles
 

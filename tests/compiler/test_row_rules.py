@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Bound, Node, TensorType, attributes
-from fastgrad_compiler.weight_rows import Form, Rows, Term
-from fastgrad_compiler.weight_rules import ROWS, UNREAD
-from fastgrad_compiler.weight_step import Step
+from fastgrad_compiler.analysis.weights.rows import Form, Rows, Term
+from fastgrad_compiler.analysis.weights.rules import ROWS, UNREAD
+from fastgrad_compiler.analysis.weights.step import Step
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Bound, Node, TensorType, attributes
 from tests.compiler.reference import Array, reference
 from tests.compiler.rule_cases import CASES, Case, evaluated
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Attribute, TensorType
-from fastgrad_compiler.passes.shapes import SHAPE, ShapeError, infer
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Attribute, TensorType
+from fastgrad_compiler.ir.shapes import SHAPE, ShapeError, infer
 from tests.compiler.reference import REFERENCE, Array, reference
 from tests.compiler.rule_cases import CASES, Case, evaluated
 

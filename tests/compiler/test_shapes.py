@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.graph import Attribute, Node, Program, TensorType, Type
-from fastgrad_compiler.ops import OPS
-from fastgrad_compiler.passes.shapes import SHAPE, ShapeError, infer, infer_shapes
-from fastgrad_compiler.text import parse_program
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Attribute, Node, Program, TensorType, Type
+from fastgrad_compiler.ir.ops import OPS
+from fastgrad_compiler.ir.shapes import SHAPE, ShapeError, infer, infer_shapes
+from fastgrad_compiler.ir.text import parse_program
 from fastgrad_grammar.source import Source
 
 B, N, M = (Dim.of(name) for name in "bnm")

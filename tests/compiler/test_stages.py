@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.certificates import eta, score_factor
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.flatten import flatten
-from fastgrad_compiler.graph import Graph, Node, Program
-from fastgrad_compiler.interpret import initial_weights, run, run_gradient
-from fastgrad_compiler.operations_torch import TORCH
+from fastgrad_compiler.approximation.certificates import eta, score_factor
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.flatten import flatten
+from fastgrad_compiler.ir.graph import Graph, Node, Program
+from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_compiler.passes.attention_backward import BLOCK
 from fastgrad_compiler.passes.lowrank import rewrite_low_rank
 from fastgrad_compiler.pipeline import run as run_pipeline
-from fastgrad_compiler.text import parse_program, print_program
-from fastgrad_compiler.torch_env import Env
+from fastgrad_compiler.reference.interpret import initial_weights, run, run_gradient
+from fastgrad_compiler.reference.operations_torch import TORCH
+from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_grammar.source import Source
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import (
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import (
     ON_VIOLATION,
     TRUST,
     Attribute,
@@ -23,7 +23,7 @@ from fastgrad_compiler.graph import (
     Program,
     TensorType,
 )
-from fastgrad_compiler.text import parse_program, print_program
+from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_grammar.source import Source, Span
 
 EXAMPLE = """\

@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 
 from fastgrad_compiler import pipeline
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.flatten import runs
-from fastgrad_compiler.graph import Attribute, Graph, Node, Program
-from fastgrad_compiler.oracle_attention import Array
-from fastgrad_compiler.passes.attention import recognise_attention
-from fastgrad_compiler.passes.bounds import prove_bounds
-from fastgrad_compiler.passes.shapes import infer_shapes
+from fastgrad_compiler.analysis.bounds.prove import prove_bounds
+from fastgrad_compiler.attention.recognise import recognise_attention
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.flatten import runs
+from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.ir.shapes import infer_shapes
+from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.pipeline import Pass, run
-from fastgrad_compiler.validate import Checked, Difference, compare, validate
+from fastgrad_compiler.reference.oracle_attention import Array
 from fastgrad_compiler.validation import cases
 from fastgrad_compiler.validation.shrink import ENTRIES, fits
-from fastgrad_compiler.verify import CompilerBug
+from fastgrad_compiler.validation.validate import Checked, Difference, compare, validate
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
 from tests.calibration.random_specs import random_spec
@@ -282,7 +282,7 @@ def test_a_fault_of_recognition_is_found_and_can_be_reproduced(
     assert f"{file} reproduces it" in str(caught.value)
     namespace: dict[str, str] = {"__name__": "reproducer"}
     exec(file.read_text(), namespace)
-    from fastgrad_compiler.validate import reproduce
+    from fastgrad_compiler.validation.validate import reproduce
 
     assert reproduce(namespace["BEFORE"], namespace["AFTER"], "attention") == 1
 
@@ -497,7 +497,7 @@ model m(images: float[b, 3, 256, 256]) -> float[b, 4096, 192] {
 
 def test_attributes_are_those_of_the_vocabulary() -> None:
     """The remarks of an attention are attributes that it has."""
-    from fastgrad_compiler.ops import OPS
+    from fastgrad_compiler.ir.ops import OPS
     from fastgrad_compiler.validation.structure import REMARKS
 
     attention = OPS["attention"]

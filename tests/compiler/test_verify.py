@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from fastgrad_compiler.passes.shapes import infer_shapes
-from fastgrad_compiler.text import parse_program
-from fastgrad_compiler.verify import CompilerBug, verify
+from fastgrad_compiler.ir.shapes import infer_shapes
+from fastgrad_compiler.ir.text import parse_program
+from fastgrad_compiler.ir.verify import CompilerBug, verify
 
 GOOD = """\
 main main

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastgrad_compiler.interpret import run_gradient
-from fastgrad_compiler.ops import OPS
+from fastgrad_compiler.ir.ops import OPS
 from fastgrad_compiler.passes.backward import DECLINED, VJP
+from fastgrad_compiler.reference.interpret import run_gradient
 from tests.compiler.gradients import derive
 from tests.compiler.reference import REFERENCE, Array, reference
 from tests.compiler.rule_cases import CASES, Case

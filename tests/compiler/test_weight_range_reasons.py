@@ -8,14 +8,14 @@ from math import inf, isinf
 import pytest
 import torch
 
-from fastgrad_compiler.passes.attention_table import attention_table
-from fastgrad_compiler.passes.plan import plan_attention
-from fastgrad_compiler.passes.plan_decision import Decision
-from fastgrad_compiler.polynomial import fit
-from fastgrad_compiler.ranges import LogitRange
-from fastgrad_compiler.text import parse_program
-from fastgrad_compiler.weight_ranges import weight_ranges
-from fastgrad_compiler.weight_rows import spectral_norm
+from fastgrad_compiler.analysis.ranges import LogitRange
+from fastgrad_compiler.analysis.weights.ranges import weight_ranges
+from fastgrad_compiler.analysis.weights.rows import spectral_norm
+from fastgrad_compiler.approximation.polynomial import fit
+from fastgrad_compiler.attention.table import attention_table
+from fastgrad_compiler.ir.text import parse_program
+from fastgrad_compiler.planning.decision import Decision
+from fastgrad_compiler.planning.plan import plan_attention
 from tests.compiler.attention_variants import VARIANTS, Variant
 from tests.compiler.weight_specs import ascended, only, program_of, spec_program, weights_of, with_attention
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.interpret import initial_weights
-from fastgrad_compiler.ops import OPS
-from fastgrad_compiler.passes.attention_table import attention_table, is_own
+from fastgrad_compiler.analysis.weights.ranges import weight_ranges
+from fastgrad_compiler.analysis.weights.rows import product_norm, spectral_norm
+from fastgrad_compiler.analysis.weights.rules import DECLINED, ROWS, UNREAD
+from fastgrad_compiler.attention.table import attention_table, is_own
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.ir.ops import OPS
 from fastgrad_compiler.pipeline import run
-from fastgrad_compiler.weight_ranges import weight_ranges
-from fastgrad_compiler.weight_rows import product_norm, spectral_norm
-from fastgrad_compiler.weight_rules import DECLINED, ROWS, UNREAD
+from fastgrad_compiler.reference.interpret import initial_weights
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
 from tests.compiler.captured import captured_logits

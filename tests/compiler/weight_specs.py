@@ -8,13 +8,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.graph import Node, Program
-from fastgrad_compiler.interpret import initial_weights
-from fastgrad_compiler.passes.attention_table import ATTENTION
+from fastgrad_compiler.analysis.ranges import LogitRange
+from fastgrad_compiler.analysis.weights.ranges import weight_ranges
+from fastgrad_compiler.attention.table import ATTENTION
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.graph import Node, Program
 from fastgrad_compiler.pipeline import run
-from fastgrad_compiler.ranges import LogitRange
-from fastgrad_compiler.weight_ranges import weight_ranges
+from fastgrad_compiler.reference.interpret import initial_weights
 from fastgrad_grammar.source import Source
 from tests.compiler.captured import captured_logits
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.compiled import Compiled
-from fastgrad_dsl.loader import package_from_texts
+from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.api.loader import package_from_texts
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES: dict[str, dict[str, object]] = {

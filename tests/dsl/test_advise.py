@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from fastgrad_compiler.advice import advise, cheapest
-from fastgrad_compiler.elaborate import elaborate
+from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.pipeline import run
-from fastgrad_dsl.cli import app
+from fastgrad_compiler.planning.advice import advise, cheapest
+from fastgrad_dsl.commands.cli import app
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.source import Source
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.budget_watch import CLOSE, BudgetState, BudgetWatch
+from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.calibration.replan import Request, replan
-from fastgrad_dsl.compiled import Compiled
-from fastgrad_dsl.text_data import load_text
-from fastgrad_dsl.training import Options, train
+from fastgrad_dsl.training.budget_watch import CLOSE, BudgetState, BudgetWatch
+from fastgrad_dsl.training.loop import Options, train
+from fastgrad_dsl.training.text_data import load_text
 
 SPEC = """use std
 dim b

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import fastgrad_dsl as fg
-from fastgrad_dsl import build_folder
-from fastgrad_dsl.build_folder import recover, write_build
-from fastgrad_dsl.files import write_atomically
+from fastgrad_dsl.storage import build_folder
+from fastgrad_dsl.storage.build_folder import recover, write_build
+from fastgrad_dsl.storage.files import write_atomically
 from tests.dsl.test_build_folder import NEW, OLD, content
 from tests.dsl.test_cli import SPEC
 from tests.faults import KINDS, each_fault, fresh

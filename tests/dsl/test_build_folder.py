@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 import fastgrad_dsl as fg
-from fastgrad_dsl import build_folder
-from fastgrad_dsl.build_folder import recover, write_build
-from fastgrad_dsl.build_manifest import MANIFEST, read_manifest
-from fastgrad_dsl.cli import main
-from fastgrad_dsl.documents import form
+from fastgrad_dsl.commands.cli import main
+from fastgrad_dsl.documents.read import form
+from fastgrad_dsl.storage import build_folder
+from fastgrad_dsl.storage.build_folder import recover, write_build
+from fastgrad_dsl.storage.build_manifest import MANIFEST, read_manifest
 from tests.dsl.test_cli import SPEC
 
 OLD = {"model.py": "old = 1\n", "plan.json": "{}\n", "gone.py": "gone = 1\n", "stages/00-a.txt": "a\n"}
@@ -341,10 +341,10 @@ def test_the_command_refuses_before_it_compiles(
     Path("project").mkdir()
     Path("project/model.py").write_text("mine")
     compile_: Callable[..., object] = fg.compile
-    monkeypatch.setattr("fastgrad_dsl.compiled.compile", None)
+    monkeypatch.setattr("fastgrad_dsl.api.compiled.compile", None)
     status, err = run()
     assert (status, "error[FG428]" in err, Path("project/model.py").read_text()) == (2, True, "mine")
-    monkeypatch.setattr("fastgrad_dsl.compiled.compile", compile_)
+    monkeypatch.setattr("fastgrad_dsl.api.compiled.compile", compile_)
     assert run("--force") == (0, "")
     assert run() == (0, "")
     with Path("project/model.py").open("a") as stream:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import fastgrad_dsl as fg
-from fastgrad_compiler.certificates import Certificate, certificate
-from fastgrad_compiler.polynomial import errors
-from fastgrad_dsl.certify import AttentionCertificate
-from fastgrad_dsl.compiled import Compiled
+from fastgrad_compiler.approximation.certificates import Certificate, certificate
+from fastgrad_compiler.approximation.polynomial import errors
+from fastgrad_dsl.api.certify import AttentionCertificate
+from fastgrad_dsl.api.compiled import Compiled
 from tests.compiler.captured import captured_logits
 from tests.dsl.models import INPUTS, NAMES, disturbed, small
 

@@ -16,8 +16,8 @@ import pytest
 
 import fastgrad_dsl as fg
 from fastgrad_compiler import pipeline
-from fastgrad_compiler.graph import Program
-from fastgrad_dsl.cli import main
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_dsl.commands.cli import main
 
 ROOT = Path(__file__).parent.parent.parent
 SPEC = """
@@ -140,7 +140,7 @@ def test_check_loads_only_what_it_needs(options: list[str], more: set[str]) -> N
     """Typer reads options with pydantic, which takes as long to load as half of a check; a plain one does without."""
     code = (
         f"import sys; sys.argv = ['fastgrad', 'check', 'examples/gpt.tfg', *{options!r}]\n"
-        "from fastgrad_dsl.cli import main\n"
+        "from fastgrad_dsl.commands.cli import main\n"
         "try: main()\n"
         "except SystemExit as stopped: assert not stopped.code\n"
         f"loaded = {HEAVY | more!r} & set(sys.modules)\n"

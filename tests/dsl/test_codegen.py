@@ -15,10 +15,10 @@ from torch import Tensor
 import fastgrad_dsl as fg
 from fastgrad_compiler.codegen.expressions import DECLINED, STRUCTURE, TORCH
 from fastgrad_compiler.codegen.names import HELPERS, MODULE_ATTRIBUTES
-from fastgrad_compiler.interpret import run
-from fastgrad_compiler.ops import OPS
+from fastgrad_compiler.ir.ops import OPS
+from fastgrad_compiler.reference.interpret import run
 from fastgrad_compiler.runtime import functions
-from fastgrad_dsl.compiled import Compiled
+from fastgrad_dsl.api.compiled import Compiled
 from tests.conftest import Golden
 from tests.dsl.models import EXAMPLES, NAMES, always_polynomial, disturbed, small, text
 

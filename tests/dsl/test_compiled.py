@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastgrad_dsl as fg
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.interpret import initial_weights, run
-from fastgrad_dsl.loader import load_package
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.reference.interpret import initial_weights, run
+from fastgrad_dsl.api.loader import load_package
 from tests.dsl.models import EXAMPLES, INPUTS, NAMES, SIZES, always_polynomial, disturbed, small, text
 
 

@@ -13,10 +13,17 @@ from typing import Any
 import pytest
 
 from attack.quoting import PARTS, is_shown
-from fastgrad_dsl.cli import main
-from fastgrad_dsl.documents import SCHEMAS, check_document, form, parse_document, read_document, validator
+from fastgrad_dsl.commands.cli import main
+from fastgrad_dsl.commands.terminal import print_report
+from fastgrad_dsl.documents.read import (
+    SCHEMAS,
+    check_document,
+    form,
+    parse_document,
+    read_document,
+    validator,
+)
 from fastgrad_dsl.report import build_report, render_html, to_json
-from fastgrad_dsl.terminal import print_report
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.render import render
 from tests.dsl.calibrations import calibration_of

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 
 import fastgrad_dsl as fg
-from fastgrad_dsl import cli, failures
 from fastgrad_dsl.calibration.pace import default_pace
-from fastgrad_dsl.failures import run_command
-from fastgrad_dsl.files import write_atomically
-from fastgrad_dsl.outputs import rewrite, try_file, try_folder, write_output
+from fastgrad_dsl.commands import cli, failures
+from fastgrad_dsl.commands.failures import run_command
+from fastgrad_dsl.storage.files import write_atomically
+from fastgrad_dsl.storage.outputs import rewrite, try_file, try_folder, write_output
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -56,7 +56,7 @@ def fastgrad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 def shell(line: str, folder: Path) -> tuple[int, str]:
     """Status and stderr of a command line in which FASTGRAD stands for the command."""
-    code = "from fastgrad_dsl.cli import main; main()"
+    code = "from fastgrad_dsl.commands.cli import main; main()"
     path = os.pathsep.join(map(str, (ROOT, ROOT / "compiler", ROOT / "grammar")))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHON": sys.executable, "CODE": code}
     line = line.replace("FASTGRAD", '"$PYTHON" -c "$CODE"')
@@ -101,11 +101,11 @@ def test_text_that_the_terminal_lacks_is_escaped(tmp_path: Path) -> None:
 OUTPUTS = [
     (("report", "tiny.tfg"), "--json", "fastgrad_dsl.report.make_report"),
     (("report", "tiny.tfg"), "--html", "fastgrad_dsl.report.make_report"),
-    (("advise", "tiny.tfg"), "--json", "fastgrad_dsl.advice.make_advice"),
+    (("advise", "tiny.tfg"), "--json", "fastgrad_dsl.commands.advise.make_advice"),
     (("bench",), "--json", "fastgrad_dsl.bench.command.run_bench"),
     (("bench",), "--svg", "fastgrad_dsl.bench.command.run_bench"),
-    (("compile", "tiny.tfg"), "-o", "fastgrad_dsl.compiled.compile"),
-    (("train", "tiny.tfg", "--text", "text.txt"), "-o", "fastgrad_dsl.compiled.compile"),
+    (("compile", "tiny.tfg"), "-o", "fastgrad_dsl.api.compiled.compile"),
+    (("train", "tiny.tfg", "--text", "text.txt"), "-o", "fastgrad_dsl.api.compiled.compile"),
 ]
 
 
@@ -153,7 +153,7 @@ def test_a_full_disk_is_found_by_trying(monkeypatch: pytest.MonkeyPatch, tmp_pat
         def write(self, data: bytes) -> int:
             raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("fastgrad_dsl.outputs.tempfile.TemporaryFile", lambda dir: Full())
+    monkeypatch.setattr("fastgrad_dsl.storage.outputs.tempfile.TemporaryFile", lambda dir: Full())
     for tried in (try_file, try_folder):
         with pytest.raises(TfgError, match=r"FG421.*no/where: No space left on device"):
             tried(tmp_path / "no/where")
@@ -371,7 +371,7 @@ def test_sizes_that_are_none_are_refused(fastgrad: Run, size: str) -> None:
 def test_a_batch_larger_than_memory_is_refused(
     fastgrad: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("fastgrad_dsl.batches.memory_bytes", lambda: 1 << 34)
+    monkeypatch.setattr("fastgrad_dsl.api.batches.memory_bytes", lambda: 1 << 34)
     status, _, err = fastgrad(*command, "--dim", "b=2147483647")
     assert status == 2
     assert err.startswith("error[FG426]: not enough memory: a batch of b = 2147483647 takes ")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.compiled import Compiled
+from fastgrad_dsl.api.compiled import Compiled
 
 N = 40
 MODEL = """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastgrad_dsl as fg
-from fastgrad_compiler.polynomial import Family, fit
+from fastgrad_compiler.approximation.polynomial import Family, fit
 from fastgrad_dsl.functional import polynomial_attention
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from fastgrad_dsl.cli import app, main
+from fastgrad_dsl.commands.cli import app, main
 from fastgrad_dsl.report.reproduce import reproduce
-from fastgrad_dsl.text_data import load_text
+from fastgrad_dsl.training.text_data import load_text
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import small
@@ -26,31 +26,33 @@ COMMAND = re.compile(r"`fastgrad ([a-z]+)")
 ALL = ("check", "compile", "advise", "stages", "report", "train", "tune")
 
 SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
-    "fastgrad_dsl/advice.py": {"--wide": ("advise",)},
+    "fastgrad_dsl/commands/advise.py": {"--wide": ("advise",)},
     "fastgrad_dsl/bench/command.py": dict.fromkeys(("--n", "--heads", "--degree", "--d"), ("bench",)),
-    "fastgrad_dsl/build_manifest.py": {"--force": ("compile", "train")},
+    "fastgrad_dsl/storage/build_manifest.py": {"--force": ("compile", "train")},
     "fastgrad_dsl/calibration/data.py": {"--dim": ("compile", "advise")},
-    "fastgrad_dsl/checkpoint.py": {"--out": ("train",)},
-    "fastgrad_dsl/language_model.py": dict.fromkeys(("--rate", "--resume", "--steps", "--clip"), ("train",)),
-    "fastgrad_dsl/native_build.py": {"--target": ("compile",)},
+    "fastgrad_dsl/training/checkpoint.py": {"--out": ("train",)},
+    "fastgrad_dsl/training/language_model.py": dict.fromkeys(
+        ("--rate", "--resume", "--steps", "--clip"), ("train",)
+    ),
+    "fastgrad_dsl/api/native_build.py": {"--target": ("compile",)},
     "fastgrad_dsl/report/cautions.py": {"--dim": ("report",)},
     "fastgrad_dsl/report/request.py": {"--dim": ("report",), "--seed": ("report",)},
     "fastgrad_dsl/report/table.py": {"--wide": ("report",)},
-    "fastgrad_dsl/run_folder.py": dict.fromkeys(
+    "fastgrad_dsl/training/folder.py": dict.fromkeys(
         ("--target", "--exact", "--resume", "--force", "--out", "--calibrate", "--set", "--model"), ("train",)
     ),
-    "fastgrad_dsl/text_data.py": {"--seq": ("train",)},
-    "fastgrad_dsl/training.py": dict.fromkeys(("--rate", "--resume", "--clip"), ("train",)),
-    "fastgrad_dsl/tune_command.py": {"--dtype": ("tune",)},
-    "fastgrad_dsl/tuning.py": {"--dry-run": ("tune",)},
-    "compiler/fastgrad_compiler/elaborate/modules.py": {"--include": ALL},
-    "compiler/fastgrad_compiler/elaborate/programs.py": {"--model": ALL},
+    "fastgrad_dsl/training/text_data.py": {"--seq": ("train",)},
+    "fastgrad_dsl/training/loop.py": dict.fromkeys(("--rate", "--resume", "--clip"), ("train",)),
+    "fastgrad_dsl/commands/tune.py": {"--dtype": ("tune",)},
+    "fastgrad_dsl/bench/tuning.py": {"--dry-run": ("tune",)},
+    "compiler/fastgrad_compiler/frontend/modules.py": {"--include": ALL},
+    "compiler/fastgrad_compiler/frontend/programs.py": {"--model": ALL},
     "grammar/fastgrad_grammar/read.py": {"--include": ALL},
 }
 """By file: the options that its texts name, and the commands that can show them."""
 
 APART = {
-    "fastgrad_dsl/cli.py",  # declares the options
+    "fastgrad_dsl/commands/cli.py",  # declares the options
     "fastgrad_dsl/report/reproduce.py",  # writes whole commands, which are read below
     "fastgrad_dsl/bench/machine.py",  # asks a compiler
     "compiler/fastgrad_compiler/runtime/native.py",  # how g++ is installed

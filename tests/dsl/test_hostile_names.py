@@ -18,10 +18,10 @@ from rich.table import Table
 
 import fastgrad_dsl as fg
 from attack.quoting import PARTS, is_shown, undone
-from fastgrad_compiler.text import parse_program, print_program
-from fastgrad_dsl import terminal
-from fastgrad_dsl.cli import main
-from fastgrad_dsl.compiled import Compiled
+from fastgrad_compiler.ir.text import parse_program, print_program
+from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.commands import terminal
+from fastgrad_dsl.commands.cli import main
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.render import render
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import fastgrad_dsl as fg
-from fastgrad_compiler.elaborate.modules import MAX_CHAIN
-from fastgrad_dsl.cli import main
+from fastgrad_compiler.frontend.modules import MAX_CHAIN
+from fastgrad_dsl.commands.cli import main
 from fastgrad_grammar.read import MAX_BYTES
 
 MODEL = "dim n\n\nmodel m(x: float[n, 4]) -> float[n, 4] {\n    return parts.twice(x)\n}\n"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
-from fastgrad_compiler.polynomial import fit
-from fastgrad_dsl.measure import Served, measure_errors, relative_error
+from fastgrad_dsl.api.measure import Served, measure_errors, relative_error
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dense import polynomial_attention, softmax_attention
 

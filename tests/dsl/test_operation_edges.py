@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastgrad_dsl as fg
-from fastgrad_compiler.interpret import run
+from fastgrad_compiler.reference.interpret import run
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.models import EXAMPLES, text
 

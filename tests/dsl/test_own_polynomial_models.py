@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastgrad_dsl as fg
-from fastgrad_compiler.interpret import run
-from fastgrad_dsl.compiled import Compiled
+from fastgrad_compiler.reference.interpret import run
+from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.functional import polynomial_attention as kernel
 from fastgrad_grammar.format import format_source
 from fastgrad_grammar.source import Source

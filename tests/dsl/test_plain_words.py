@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.documents import validator
+from fastgrad_dsl.commands.terminal import print_report
+from fastgrad_dsl.documents.read import validator
 from fastgrad_dsl.report import render_html, to_json
 from fastgrad_dsl.report.words import as_exact, counted, pace
-from fastgrad_dsl.terminal import print_report
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import INPUTS, NAMES, always_polynomial, small
 

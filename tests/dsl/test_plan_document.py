@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import fastgrad_dsl as fg
-from fastgrad_compiler.certificates import certificate
+from fastgrad_compiler.approximation.certificates import certificate
+from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.approximation.polynomial import fit
+from fastgrad_compiler.approximation.rounding import Run, Sizes, rounding
 from fastgrad_compiler.codegen.kernel import KernelSpec
-from fastgrad_compiler.cost import flops
-from fastgrad_compiler.features import rank
-from fastgrad_compiler.polynomial import fit
-from fastgrad_compiler.rounding import Run, Sizes, rounding
+from fastgrad_compiler.planning.cost import flops
 from fastgrad_compiler.targets import BACKENDS
-from fastgrad_dsl.compiled import Compiled
+from fastgrad_dsl.api.compiled import Compiled
 from tests.dsl.models import EXAMPLES
 
 SPEC = """dim b

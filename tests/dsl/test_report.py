@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import fastgrad_dsl as fg
-from fastgrad_compiler.cost import PACE, flops
-from fastgrad_compiler.polynomial import fit
-from fastgrad_dsl.compiled import Compiled
-from fastgrad_dsl.documents import validator
+from fastgrad_compiler.approximation.polynomial import fit
+from fastgrad_compiler.planning.cost import PACE, flops
+from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.documents.read import validator
 from fastgrad_dsl.report import ReportRequest, build_report, make_report, render_html, to_json
 from fastgrad_dsl.report.entries import head_numbers
 from fastgrad_dsl.report.words import percent, size

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.run_folder import claimed, publish, spec_files
+from fastgrad_dsl.training.folder import claimed, publish, spec_files
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.read import read_source
 

@@ -14,7 +14,7 @@ from fastgrad_grammar.source import Source
 
 ROOT = Path(__file__).parents[2]
 BAD = "param depth 6\n"
-COMMAND = [sys.executable, "-c", "from fastgrad_dsl.cli import main; main()", "check", "bad.tfg"]
+COMMAND = [sys.executable, "-c", "from fastgrad_dsl.commands.cli import main; main()", "check", "bad.tfg"]
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")},
     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "compiler", ROOT / "grammar"))),

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgrad_dsl.run_folder import CHECKPOINT
-from fastgrad_dsl.training import Options, train
+from fastgrad_dsl.training.folder import CHECKPOINT
+from fastgrad_dsl.training.loop import Options, train
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.training_model import Bigram, loss, text_data
 

@@ -19,12 +19,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fastgrad_dsl as fg
-from fastgrad_dsl import budget_watch, run_plan, training
 from fastgrad_dsl.calibration import replan as replan_module
 from fastgrad_dsl.calibration.pace import Line, MachinePace, default_pace
-from fastgrad_dsl.checkpoint import read_checkpoint
-from fastgrad_dsl.cli import main
-from fastgrad_dsl.run_folder import claimed
+from fastgrad_dsl.commands.cli import main
+from fastgrad_dsl.training import budget_watch
+from fastgrad_dsl.training import loop as training
+from fastgrad_dsl.training import plan as run_plan
+from fastgrad_dsl.training.checkpoint import read_checkpoint
+from fastgrad_dsl.training.folder import claimed
 from tests.dsl.file_faults import Killed
 
 SPEC = """use "parts/layer.tfg" as parts
@@ -333,7 +335,7 @@ def test_killed_for_good(fastgrad: Run, place: Path) -> None:
     """A process that is killed by the system, and what it leaves."""
     options = (*OPTIONS, "--steps", "40")
     assert fastgrad(*options, "-o", "whole")[0] == 0
-    command = [sys.executable, "-c", "from fastgrad_dsl.cli import main; main()", *options]
+    command = [sys.executable, "-c", "from fastgrad_dsl.commands.cli import main; main()", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     ends = time.monotonic() + 100
     while process.poll() is None and time.monotonic() < ends:
@@ -446,7 +448,7 @@ def test_texts_that_never_end(fastgrad: Run) -> None:
 
 def test_a_model_in_half_precision_goes_on_bit_for_bit(place: Path) -> None:
     """From Python: weights and moments in bfloat16."""
-    from fastgrad_dsl.text_data import load_text
+    from fastgrad_dsl.training.text_data import load_text
 
     compiled = fg.compile("tiny.tfg")
     assert compiled.loss is not None

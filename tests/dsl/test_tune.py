@@ -15,10 +15,10 @@ from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.runtime import triton_tuned
 from fastgrad_compiler.runtime.triton_attention import Launches
 from fastgrad_compiler.runtime.triton_tuned import FILE, Configuration, TunedWarning, read
-from fastgrad_dsl import tuning
-from fastgrad_dsl.cli import main
-from fastgrad_dsl.tune_command import Tuned, TuneRequest, print_choices, run_tune
-from fastgrad_dsl.tuning import Shape, Work, neighbours, tune
+from fastgrad_dsl.bench import tuning
+from fastgrad_dsl.bench.tuning import Shape, Work, neighbours, tune
+from fastgrad_dsl.commands.cli import main
+from fastgrad_dsl.commands.tune import Tuned, TuneRequest, print_choices, run_tune
 from tests.kernels.inputs import COEFFICIENTS
 
 SPEC = """

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastgrad_dsl as fg
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.interpret import initial_weights, run
-from fastgrad_dsl.compiled import Compiled
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.reference.interpret import initial_weights, run
+from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
 from tests.examples.plain import bert, encoder, gpt

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastgrad_compiler.attention_torch import near_mask
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.interpret import initial_weights, run
-from fastgrad_compiler.text import parse_program, print_program
-from fastgrad_compiler.verify import verify
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.ir.text import parse_program, print_program
+from fastgrad_compiler.ir.verify import verify
+from fastgrad_compiler.reference.attention_torch import near_mask
+from fastgrad_compiler.reference.interpret import initial_weights, run
 from fastgrad_grammar.format import format_source
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source

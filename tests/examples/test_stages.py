@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastgrad_compiler import pipeline
-from fastgrad_compiler.elaborate import elaborate
-from fastgrad_compiler.flatten import flatten
-from fastgrad_compiler.graph import Program
-from fastgrad_compiler.interpret import initial_weights, run, run_gradient
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.flatten import flatten
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.reference.interpret import initial_weights, run, run_gradient
 from fastgrad_grammar.read import read_source
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
-from fastgrad_compiler.elaborate.operations import OPERATIONS, OVERLOADS
+from fastgrad_compiler.frontend.operations import OPERATIONS, OVERLOADS
 from fastgrad_grammar.comments import find_comments
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.format import MAX_COLUMNS, format_source

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.certificates import (
+from fastgrad_compiler.approximation.certificates import (
     key_gradient_bound,
     output_bound,
     query_gradient_bound,
     value_gradient_bound,
 )
+from fastgrad_compiler.approximation.polynomial import Polynomial, fit
 from fastgrad_compiler.codegen.kernel import KernelSpec
-from fastgrad_compiler.polynomial import Polynomial, fit
 from tests.kernels.inputs import Inputs, make_inputs, run_dense, run_kernel
 
 POLYNOMIALS = [fit("balanced", 2, 1.0), fit("balanced", 4, 3.0)]

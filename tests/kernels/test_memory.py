@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
-from fastgrad_compiler.features import rank
 from fastgrad_compiler.runtime.exact_attention import exact_backward, exact_forward
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs
 

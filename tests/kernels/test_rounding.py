@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fastgrad_compiler.certificates import Certificate, certificate
+from fastgrad_compiler.approximation.certificates import Certificate, certificate
+from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
+from fastgrad_compiler.approximation.rounding import EXACT, UNITS, Run, Sizes, rounding, torch_tile
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
-from fastgrad_compiler.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
-from fastgrad_compiler.rounding import EXACT, UNITS, Run, Sizes, rounding, torch_tile
 from fastgrad_compiler.targets import PYTORCH
 from tests.dense import softmax_attention
 from tests.kernels.inputs import make_inputs, run_kernel

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgrad_compiler.approximation.features import blocks, weights
 from fastgrad_compiler.codegen.kernel import (
     RUNTIME_FILES,
     KernelSpec,
@@ -20,7 +21,6 @@ from fastgrad_compiler.codegen.kernel import (
     kernel_name,
     load_kernel,
 )
-from fastgrad_compiler.features import blocks, weights
 from fastgrad_compiler.runtime.polynomial_features import monomial_weights
 from tests.kernels.inputs import COEFFICIENTS, make_inputs
 

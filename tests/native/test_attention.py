@@ -17,7 +17,7 @@ import fastgrad_dsl as fg
 from fastgrad_compiler.codegen.kernel import KernelSpec, kernel_name, load_kernel
 from fastgrad_compiler.runtime.native_attention import NativeAttention
 from fastgrad_compiler.targets import PYTORCH
-from fastgrad_dsl.loader import load_package
+from fastgrad_dsl.api.loader import load_package
 from tests.dsl.models import EXAMPLES, SIZES
 from tests.kernels.inputs import COEFFICIENTS, CPP, Inputs, make_inputs, worst_error
 from tests.native.compilers import NEEDS_COMPILER

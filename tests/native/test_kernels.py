@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.codegen.cpp import emit_cpp
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
-from fastgrad_compiler.polynomial import fit
 from tests import dense
 from tests.kernels.inputs import COEFFICIENTS, CPP, Inputs, make_inputs, run_dense, run_kernel, worst_error
 

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastgrad_compiler import certificates
-from fastgrad_compiler.polynomial import Family, Polynomial, fit
-from fastgrad_compiler.rational import values
+from fastgrad_compiler.approximation import certificates
+from fastgrad_compiler.approximation.polynomial import Family, Polynomial, fit
+from fastgrad_compiler.approximation.rational import values
 
 ROUNDING = 1e-9  # relative slack for float64 sums; every other part of the bounds is proved
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fastgrad_compiler.cost import Flops, break_even, cost, flops, state_bytes
-from fastgrad_compiler.features import rank
+from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.planning.cost import Flops, break_even, cost, flops, state_bytes
 
 
 def matmul(rows: int, inner: int, columns: int) -> int:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgrad_compiler import elementary
+from fastgrad_compiler.approximation import elementary
 
 FUNCTIONS: dict[str, tuple[float, float]] = {
     "exp": (-740.0, 709.0),

@@ -8,7 +8,7 @@ from math import comb, factorial, prod
 import numpy as np
 import pytest
 
-from fastgrad_compiler.features import (
+from fastgrad_compiler.approximation.features import (
     blocks,
     exponents,
     features,

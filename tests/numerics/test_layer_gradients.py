@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.polynomial import fit
+from fastgrad_compiler.approximation.polynomial import fit
 
 N, WIDTH, D, DV = 6, 5, 3, 4
 POLYNOMIAL = fit("balanced", 3, 2.0)

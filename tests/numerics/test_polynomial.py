@@ -16,9 +16,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from fastgrad_compiler import polynomial, remez
-from fastgrad_compiler.polynomial import FAMILIES, MAX_DEGREE, Family, Polynomial, PrecisionError, errors, fit
-from fastgrad_compiler.rational import values
+from fastgrad_compiler.approximation import polynomial, remez
+from fastgrad_compiler.approximation.polynomial import (
+    FAMILIES,
+    MAX_DEGREE,
+    Family,
+    Polynomial,
+    PrecisionError,
+    errors,
+    fit,
+)
+from fastgrad_compiler.approximation.rational import values
 
 # bound, degree, then eps and eps' of taylor, minimax, balanced: the table of docs/mathematics.md, section 1.
 TABLE = [
@@ -344,8 +352,8 @@ def test_import_needs_neither_numpy_nor_torch() -> None:
     root = Path(polynomial.__file__).parents[1]
     program = (
         f"import sys; sys.path.insert(0, {str(root)!r});"
-        "import fastgrad_compiler.polynomial, fastgrad_compiler.features, fastgrad_compiler.cost,"
-        " fastgrad_compiler.certificates;"
+        "import fastgrad_compiler.approximation.polynomial, fastgrad_compiler.approximation.features, fastgrad_compiler.planning.cost,"
+        " fastgrad_compiler.approximation.certificates;"
         "print([name for name in ('numpy', 'torch', 'scipy') if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgrad_compiler.rational import count_real_roots, largest_root, sign_at, values
+from fastgrad_compiler.approximation.rational import count_real_roots, largest_root, sign_at, values
 
 
 def expand(roots: list[int], quadratics: list[tuple[int, int]], lead: int) -> list[float]:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgrad_compiler.elementary import arithmetic
-from fastgrad_compiler.polynomial import errors
-from fastgrad_compiler.turning_points import Pieces, all_roots, derivative, pieces
+from fastgrad_compiler.approximation.elementary import arithmetic
+from fastgrad_compiler.approximation.polynomial import errors
+from fastgrad_compiler.approximation.turning_points import Pieces, all_roots, derivative, pieces
 
 Rational = list[Fraction]
 ROOTS = st.lists(st.integers(-8, 8).map(lambda root: Fraction(root, 8)), min_size=1, max_size=7)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.attention.table import is_own
 from fastgrad_compiler.codegen.attention_kernels import has_window_kernel
 from fastgrad_compiler.codegen.place import Operands, Place
 from fastgrad_compiler.codegen.writer import COMPARE, Expr, binary, call, index, literal, method
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.features import rank
-from fastgrad_compiler.graph import Node
-from fastgrad_compiler.passes.attention_table import is_own
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Node
 
 Shape = tuple[Dim, ...]
 

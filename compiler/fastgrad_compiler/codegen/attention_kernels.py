@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, kernel_name
-from fastgrad_compiler.graph import Graph, Node
+from fastgrad_compiler.ir.graph import Graph, Node
 from fastgrad_compiler.targets import Backends
 
 

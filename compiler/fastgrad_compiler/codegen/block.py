@@ -31,8 +31,8 @@ from fastgrad_compiler.codegen.writer import (
     noun,
     weight,
 )
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType
 from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import comment
 from fastgrad_grammar.source import Span

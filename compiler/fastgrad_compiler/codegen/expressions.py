@@ -21,8 +21,8 @@ from fastgrad_compiler.codegen.writer import (
     negative,
     tuple_text,
 )
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Attribute, Node
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Attribute, Node
 
 _NO_TARGET = "-(2**63)"  # in place of -100, the targets that PyTorch leaves out in silence by default
 

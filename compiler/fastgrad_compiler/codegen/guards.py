@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from fastgrad_compiler.attention.table import is_guarded, stands_alone
 from fastgrad_compiler.codegen.names import base, unique, variable
 from fastgrad_compiler.codegen.writer import Expr, call, literal, tuple_text
-from fastgrad_compiler.flatten import runs
-from fastgrad_compiler.graph import Attribute, Graph, Node, Program
-from fastgrad_compiler.passes.attention_table import is_guarded, stands_alone
+from fastgrad_compiler.ir.flatten import runs
+from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
 
 Guards = dict[
     tuple[str, str], str

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from fastgrad_compiler.approximation.elementary import power
+from fastgrad_compiler.approximation.features import blocks, rank
 from fastgrad_compiler.codegen.templates import render
-from fastgrad_compiler.elementary import power
-from fastgrad_compiler.features import blocks, rank
 from fastgrad_compiler.targets import PYTORCH, Backends
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgrad_compiler.graph import Graph, Node
+from fastgrad_compiler.ir.graph import Graph, Node
 
 FOREVER = 1 << 60
 _SILENT = frozenset({"input", "weight", "buffer", "literal", "constant"})

@@ -11,7 +11,7 @@ from fastgrad_compiler.codegen.liveness import FOREVER
 from fastgrad_compiler.codegen.members import runs_of
 from fastgrad_compiler.codegen.names import base, unique, variable
 from fastgrad_compiler.codegen.writer import INDENT, Expr, Writer, noun, weight
-from fastgrad_compiler.graph import Node
+from fastgrad_compiler.ir.graph import Node
 
 if TYPE_CHECKING:
     from fastgrad_compiler.codegen.block import Block

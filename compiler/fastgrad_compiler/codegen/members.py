@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from fastgrad_compiler.codegen.guards import Guards, guard_value
 from fastgrad_compiler.codegen.writer import Expr, call, literal, tuple_text
-from fastgrad_compiler.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
 
 Run: TypeAlias = "tuple[int, Member | None]"
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from fastgrad_compiler.codegen.members import runs_of
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType
 
 _MAKING = frozenset({"arange", "fill", "one_hot", "sinusoid"})  # make a tensor from nothing but dims
 _MIXING = frozenset(

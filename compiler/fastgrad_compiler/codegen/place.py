@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from fastgrad_compiler.codegen.writer import Expr
-from fastgrad_compiler.graph import Attribute, Node, TensorType
+from fastgrad_compiler.ir.graph import Attribute, Node, TensorType
 from fastgrad_compiler.targets import Backends
 
 Operands: TypeAlias = Sequence[Expr]

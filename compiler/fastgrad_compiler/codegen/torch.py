@@ -22,7 +22,7 @@ from fastgrad_compiler.codegen.members import Leaf, Member, container, leaf_init
 from fastgrad_compiler.codegen.names import class_name, member_access, variable
 from fastgrad_compiler.codegen.needs import is_counted, needs, reachable
 from fastgrad_compiler.codegen.writer import Writer, call, literal, method, tuple_text
-from fastgrad_compiler.graph import DimInfo, Graph, Program
+from fastgrad_compiler.ir.graph import DimInfo, Graph, Program
 from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import python_docstring, python_string
 

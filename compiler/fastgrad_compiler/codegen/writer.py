@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fastgrad_compiler.graph import Node
+from fastgrad_compiler.ir.graph import Node
 from fastgrad_grammar.quote import comment, python_docstring, python_string
 
 LINE_LENGTH = 110

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fastgrad_compiler.graph import Graph, Node, Type
-from fastgrad_compiler.passes.builder import Builder, Value
+from fastgrad_compiler.ir.builder import Builder, Value
+from fastgrad_compiler.ir.graph import Graph, Node, Type
 from fastgrad_compiler.passes.vjp_rules import number, split_near_far, sum_groups
 
 BLOCK = "attention.backward"  # what such a graph has for its block

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from fastgrad_compiler.graph import Graph, Node, Program, TensorType, Type
-from fastgrad_compiler.ops import OPS
+from fastgrad_compiler.ir.builder import Builder, Value
+from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type
+from fastgrad_compiler.ir.ops import OPS
+from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.passes.attention_backward import attention_backward
-from fastgrad_compiler.passes.builder import Builder, Value
 from fastgrad_compiler.passes.vjp_rules import BINARY, MANY, UNARY, Cotangents
-from fastgrad_compiler.verify import CompilerBug
 
 
 def derive_gradient(program: Program) -> Program:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from fastgrad_compiler.graph import Attribute, Graph, Node, Program
-from fastgrad_compiler.ops import OPS
+from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.ir.ops import OPS
+from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.passes.attention_backward import BLOCK
-from fastgrad_compiler.verify import CompilerBug
 
 SERVED_ROLES = ("near_q", "near_k", "padding", "documents")
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from math import inf, pi, sqrt
 from typing import TypeAlias
 
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Attribute
-from fastgrad_compiler.passes.builder import Operand, Value
+from fastgrad_compiler.ir.builder import Operand, Value
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Attribute
 
 Cotangents: TypeAlias = Sequence[Value | None]
 

@@ -10,11 +10,11 @@ from math import inf, isfinite
 
 import numpy as np
 
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.flatten import weights
-from fastgrad_compiler.graph import Bound, DimInfo, Graph, Node, Program, TensorType
-from fastgrad_compiler.oracle import Values
-from fastgrad_compiler.oracle_attention import Array
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.flatten import weights
+from fastgrad_compiler.ir.graph import Bound, DimInfo, Graph, Node, Program, TensorType
+from fastgrad_compiler.reference.oracle import Values
+from fastgrad_compiler.reference.oracle_attention import Array
 
 STYLES = ("plain", "large", "ties", "mixed", "alike")
 """How floats are drawn: standard normal; rows of sizes from 1/100 to 30; of few values, often 0; all of these; each row

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from fastgrad_compiler.graph import Graph, Node, Program, TensorType, Type
+from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type
 from fastgrad_compiler.validation.structure import Correspondence, ancestors
 
 LARGE = 1 << 20  # entries of a weight with which a product is not computed

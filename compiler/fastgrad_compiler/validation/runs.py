@@ -8,10 +8,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fastgrad_compiler.graph import Graph, Node, Program
-from fastgrad_compiler.oracle import Run, Values
-from fastgrad_compiler.oracle_attention import Array
-from fastgrad_compiler.oracle_operations import MEANING, Rule
+from fastgrad_compiler.ir.graph import Graph, Node, Program
+from fastgrad_compiler.reference.oracle import Run, Values
+from fastgrad_compiler.reference.oracle_attention import Array
+from fastgrad_compiler.reference.oracle_operations import MEANING, Rule
 from fastgrad_compiler.validation.cases import Case, Weights, drawn
 from fastgrad_compiler.validation.cone import Pair, cut, fresh_nodes, kept_nodes
 from fastgrad_compiler.validation.shrink import Fit, fits

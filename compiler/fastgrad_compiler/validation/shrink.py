@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fastgrad_compiler.dim import Dim
-from fastgrad_compiler.graph import Attribute, Graph, Node, Program, TensorType, Type
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType, Type
 from fastgrad_compiler.validation.cases import Case, cases
 
 ENTRIES = 2_500_000  # of the largest tensor of a run

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from fastgrad_compiler.flatten import iterations
-from fastgrad_compiler.graph import Graph, Node, Program
+from fastgrad_compiler.ir.flatten import iterations
+from fastgrad_compiler.ir.graph import Graph, Node, Program
 
 REMARKS = frozenset(
     (

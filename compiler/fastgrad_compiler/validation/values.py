@@ -7,9 +7,9 @@ from math import inf
 
 import numpy as np
 
-from fastgrad_compiler.graph import Graph
-from fastgrad_compiler.oracle import Values
-from fastgrad_compiler.oracle_attention import Array
+from fastgrad_compiler.ir.graph import Graph
+from fastgrad_compiler.reference.oracle import Values
+from fastgrad_compiler.reference.oracle_attention import Array
 
 TOLERANCE = 1e-9  # of the largest entry of a row; what rounding does to these operations stays far below
 AMPLIFIED = 100.0  # times what noise on inputs does to a value, and no more, is what rounding may do to it

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
+from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.codegen.kernel import KernelSpec, folded_coefficients, kernel_title
 from fastgrad_compiler.codegen.templates import render
 from fastgrad_compiler.codegen.triton.configurations import configurations
-from fastgrad_compiler.features import rank
 from fastgrad_compiler.runtime.triton_schedule import (
     BLOCK,
     FUSED_DEGREE,

@@ -1,0 +1,123 @@
+"""Bound rules of operations that move entries without changing them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf
+
+from fastgrad_compiler.analysis.bounds.facts import (
+    Fact,
+    join,
+    root_size,
+    spread,
+)
+from fastgrad_compiler.analysis.bounds.outward import root_sum_up, root_up, times_up
+from fastgrad_compiler.analysis.bounds.step import Rule, Step, same
+from fastgrad_compiler.ir.dim import Dim
+
+
+def _reshape(step: Step) -> Fact:
+    """Row-major order is kept: equal trailing dims keep their axes, the last axis may be cut or joined
+    evenly.
+    """
+    (fact,), (source,), target = step.facts, step.shapes, step.shape
+    norms = [inf] * len(target)
+    for back in range(1, min(len(source), len(target)) + 1):
+        if source[-back] != target[-back]:
+            if back == 1:
+                norms[-1] = _regrouped(fact.norms[-1], source[-1], target[-1])
+            break
+        norms[-back] = fact.norms[-back]
+    return replace(fact, norms=tuple(norms))
+
+
+def _regrouped(norm: float, old: Dim, new: Dim) -> float:
+    """A row cut into shorter ones, or whole rows joined."""
+    if new.terms and old.divide(new) is not None and new.constant:
+        return norm
+    joined = new.divide(old) if old.constant else None
+    return times_up(root_size(joined), norm) if joined is not None else inf
+
+
+def _permute(step: Step) -> Fact:
+    axes = step.node["axes"]
+    if not isinstance(axes, tuple):
+        raise TypeError(f"permute {step.node.name}: axes {axes!r}")
+    fact = step.facts[0]
+    return replace(fact, norms=tuple(fact.norms[axis] for axis in axes if isinstance(axis, int)))
+
+
+def _split_heads(step: Step) -> Fact:
+    fact = step.facts[0]
+    *leading, tokens, row = fact.norms
+    return replace(fact, norms=(*leading, row, tokens, row))
+
+
+def _merge_heads(step: Step) -> Fact:
+    fact = step.facts[0]
+    *leading, heads, tokens, row = fact.norms
+    count, width = root_size(step.shapes[0][-3]), root_size(step.shapes[0][-1])
+    merged = min(times_up(count, row), times_up(width, heads))
+    return replace(fact, norms=(*leading, tokens, merged))
+
+
+def _repeat_heads(step: Step) -> Fact:
+    fact = step.facts[0]
+    *leading, heads, tokens, row = fact.norms
+    return replace(fact, norms=(*leading, times_up(root_up(step.number("times")), heads), tokens, row))
+
+
+def _concat(step: Step) -> Fact:
+    joined = join(step.facts)
+    norms = list(joined.norms)
+    norms[step.axis()] = root_sum_up(*(fact.norms[step.axis()] for fact in step.facts))
+    return replace(joined, norms=tuple(norms))
+
+
+def _stack(step: Step) -> Fact:
+    joined = join(step.facts)
+    norms = list(joined.norms)
+    norms.insert(step.rank + step.axis(), inf)
+    return replace(joined, norms=tuple(norms))
+
+
+def _select(step: Step) -> Fact:
+    fact = step.facts[0]
+    norms = list(fact.norms)
+    del norms[step.axis(rank=len(norms))]
+    return replace(fact, norms=tuple(norms))
+
+
+def _pad(step: Step) -> Fact:
+    fact = step.facts[0]
+    return replace(fact, low=min(fact.low, 0.0), high=max(fact.high, 0.0))
+
+
+def _entries(step: Step) -> Fact:
+    return replace(step.facts[0], norms=(inf,) * step.rank)
+
+
+def _broadcast(step: Step) -> Fact:
+    return replace(step.facts[0], norms=spread(step.facts[0], step.shapes[0], step.shape))
+
+
+def _embedding(step: Step) -> Fact:
+    table = step.facts[0]
+    return replace(table, norms=(*(inf,) * (step.rank - 1), table.norms[-1]))
+
+
+SHAPES: dict[str, Rule] = {
+    "reshape": _reshape,
+    "permute": _permute,
+    "split_heads": _split_heads,
+    "merge_heads": _merge_heads,
+    "repeat_heads": _repeat_heads,
+    "concat": _concat,
+    "stack": _stack,
+    "slice": same,
+    "select": _select,
+    "pad": _pad,
+    "patches": _entries,
+    "broadcast_to": _broadcast,
+    "embedding": _embedding,
+}

@@ -1,0 +1,1 @@
+"""Ranges of logits that the weights of a model prove."""

@@ -1,0 +1,284 @@
+"""ROWS: for each operation, what its inputs' rows say of the rows of its result, given the values of the weights.
+
+A rule takes a `Step` and returns Rows, or None where it knows nothing; then what was proved from the program serves
+(`Node.bound`). Operations in `DECLINED` have that alone, with the reason. Nodes that are computed from weights and
+constants alone need no rule: `weight_ranges.py` runs them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil, isfinite, sqrt
+
+import torch
+from torch import Tensor
+
+from fastgrad_compiler.analysis.bounds.proof import number
+from fastgrad_compiler.analysis.weights.rows import Rows, Term, add, ball, through, times
+from fastgrad_compiler.analysis.weights.shapes import SHAPES, repeated
+from fastgrad_compiler.analysis.weights.step import Rule, Step, broadcast
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.reference.torch_env import number as float_of
+
+# ---------------------------------------------------------------- sources
+
+
+def _weight_name(step: Step, place: int) -> str:
+    rows = step.rows[place]
+    return f"`{rows.weights[0]}`" if rows is not None and rows.weights else "its weight"
+
+
+def _rms_norm(step: Step) -> Rows | None:
+    if len(step.rows) < 2 or (gamma := step.rows[1]) is None or gamma.terms or step.width is None:
+        return None
+    root = sqrt(step.width)
+    row = ball(torch.full((1,) * (step.rank - 1), root, dtype=torch.float64), step.width)
+    scaled = times(row, replace(gamma, weights=()).shaped(step.rank, step.width))
+    most = number(float(scaled.norm.max()))
+    source = f"row norm at most {most} through the rms norm {_weight_name(step, 1)} (sqrt(d) max|gamma|)"
+    return replace(scaled, sources=(source,))
+
+
+def _layer_norm(step: Step) -> Rows | None:
+    gamma, beta = step.rows[1:]
+    if gamma is None or beta is None or gamma.terms or beta.terms or step.width is None:
+        return None
+    radius = torch.full((1,) * (step.rank - 1), sqrt(step.width), dtype=torch.float64)
+    matrix = gamma.shaped(step.rank, step.width).offset.unsqueeze(-2)
+    offset = beta.shaped(step.rank, step.width).offset
+    rows = Rows((Term(radius, matrix, "centred"),), offset)
+    most = number(float(rows.norm.max()))
+    source = (
+        f"row norm at most {most} through the layer norm {_weight_name(step, 1)}, {_weight_name(step, 2)} "
+        "(sqrt(d) max|gamma| + ||beta||)"
+    )
+    return replace(rows, sources=(source,))
+
+
+def _unit(step: Step) -> Rows | None:
+    return step.ball(1.0, source="row norm at most 1: unit divides each row by its norm")
+
+
+def _embedding(step: Step) -> Rows | None:
+    table = step.rows[0]
+    if table is None:
+        return None
+    longest = float(table.norm.max())
+    source = f"row norm at most {number(longest)}: the longest row of {_weight_name(step, 0)}"
+    return step.ball(longest, source=source)
+
+
+def _sinusoid(step: Step) -> Rows | None:
+    """A sine and a cosine of each angle."""
+    return None if step.width is None else step.ball(sqrt(ceil(step.width / 2)))
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def _add(step: Step) -> Rows | None:
+    left, right = broadcast(step)
+    return None if left is None or right is None else add(left, right)
+
+
+def _neg(step: Step) -> Rows | None:
+    rows = step.rows[0]
+    return None if rows is None else _scaled(rows, -1.0)
+
+
+def _scaled(rows: Rows, factor: float) -> Rows:
+    terms = tuple(replace(term, matrix=term.matrix * factor) for term in rows.terms)
+    return replace(rows, terms=terms, offset=rows.offset * factor)
+
+
+def _sub(step: Step) -> Rows | None:
+    left, right = broadcast(step)
+    return None if left is None or right is None else add(left, _scaled(right, -1.0))
+
+
+def _mul(step: Step) -> Rows | None:
+    """By a known factor; else no entry of a row grows by more than the other's largest."""
+    pair = broadcast(step)
+    found: list[Rows] = []
+    for place in (0, 1):
+        rows, other = pair[place], pair[1 - place]
+        if rows is None:
+            continue
+        if other is not None and not other.terms:
+            return times(rows, other)
+        most = _magnitude(step.inputs[1 - place], other)
+        bounded = _bounded(step, rows, most, step.inputs[1 - place]) if most is not None else None
+        found += [bounded] if bounded is not None else []
+    return min(found, key=lambda rows: float(rows.norm.max()), default=None)
+
+
+def _bounded(step: Step, rows: Rows, most: Tensor, factor: Node) -> Rows | None:
+    """Times entries of at most `most` in size; one factor for the whole row leaves its direction."""
+    shape = factor.tensor.shape
+    if (shape and shape[-1] != Dim.of(1)) or step.width == 1:
+        return step.ball(rows.norm * most, rows)
+    shrunk = _with_origin(rows)
+    terms = tuple(replace(term, radius=term.radius * most) for term in shrunk.terms)
+    return replace(shrunk, terms=terms)
+
+
+def _with_origin(rows: Rows) -> Rows:
+    """Rows as they are, shortened or turned round: the offset becomes a term."""
+    one = torch.ones((1,) * (rows.rank - 1), dtype=torch.float64)
+    terms = (*rows.terms, Term(one, rows.offset.unsqueeze(-2)))
+    return replace(rows, terms=terms, offset=torch.zeros_like(rows.offset))
+
+
+def _magnitude(node: Node, rows: Rows | None) -> Tensor | None:
+    """The largest entry, from the program (unless a mask may hide entries, which have no norm then) or as the norm of
+    its row.
+    """
+    if node.bound is not None and not node.bound.asserted and isfinite(node.bound.norm):
+        return torch.tensor(node.bound.magnitude, dtype=torch.float64)
+    return None if rows is None else rows.norm
+
+
+def _div(step: Step) -> Rows | None:
+    rows, divisor = broadcast(step)
+    if rows is None or divisor is None or divisor.terms or not bool(divisor.offset.all()):
+        return None
+    return times(rows, replace(divisor, offset=divisor.offset.reciprocal()))
+
+
+def _matmul(step: Step) -> Rows | None:
+    rows, weight = step.rows
+    size = tuple(dim.constant for dim in step.inputs[1].tensor.shape[-2:])
+    if rows is None or weight is None or weight.terms or weight.offset.shape[-2:] != size:
+        return None
+    return through(rows, weight)
+
+
+def _shrinking(most: float = 1.0) -> Rule:
+    """f(x) with |f(x)| <= most |x|."""
+
+    def rule(step: Step) -> Rows | None:
+        rows = step.rows[0]
+        return None if rows is None else step.ball(rows.norm * most, rows)
+
+    return rule
+
+
+def _clamp(step: Step) -> Rows | None:
+    low, high = step.node["low"], step.node["high"]
+    around_zero = (low is None or float_of(low) <= 0) and (high is None or float_of(high) >= 0)
+    return _shrinking()(step) if around_zero else None
+
+
+def _either(step: Step) -> Rows | None:
+    """Entries of one or the other."""
+    left, right = broadcast(step)[-2:]
+    if left is None or right is None:
+        return None
+    return step.ball((left.norm.square() + right.norm.square()).sqrt(), left, right)
+
+
+def _dropout(step: Step) -> Rows | None:
+    """What is not dropped in training is scaled up."""
+    rows, p = step.rows[0], float_of(step.node["p"])
+    if rows is None or p == 0:
+        return rows
+    return step.ball(rows.norm / (1 - p) if p < 1 else rows.norm, rows)
+
+
+def _same(step: Step) -> Rows | None:
+    return step.rows[0]
+
+
+def _cast(step: Step) -> Rows | None:
+    floats = step.inputs[0].tensor.dtype == step.node.tensor.dtype == "float"
+    return step.rows[0] if floats else None
+
+
+# ---------------------------------------------------------------- position, attention
+
+
+def _attention(step: Step) -> Rows | None:
+    """Means of values with positive weights that add up to 1, or 0 where a query sees no key."""
+    values = step.rows[2]
+    if values is None or step.rank < 3 or step.node.get("decision") == "polynomial":
+        return None
+    heads, of = step.shape[-3].constant, step.inputs[2].tensor.shape[-3].constant
+    if heads is None or of is None:
+        return None
+    if values.norm.shape[-1] != 1:  # each place has rows of its own
+        return step.ball(repeated(values, heads // of).norm.amax(-1, keepdim=True), values)
+    return repeated(_with_origin(values), heads // of)
+
+
+ROWS: dict[str, Rule] = {
+    **SHAPES,
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "unit": _unit,
+    "embedding": _embedding,
+    "sinusoid": _sinusoid,
+    "add": _add,
+    "sub": _sub,
+    "neg": _neg,
+    "mul": _mul,
+    "div": _div,
+    "matmul": _matmul,
+    **dict.fromkeys(("relu", "gelu", "silu", "tanh", "abs"), _shrinking()),
+    "erf": _shrinking(1.1284),  # the slope at 0 is 2 / sqrt(pi)
+    "clamp": _clamp,
+    **dict.fromkeys(("where", "minimum", "maximum"), _either),
+    "dropout": _dropout,
+    "assume_bound": _same,
+    "cast": _cast,
+    "rotary": _shrinking(),  # a rotation, another for each place: norms are what it keeps
+    "attention": _attention,
+}
+
+DECLINED: dict[str, str] = {
+    "input": "nothing is known of it",
+    **dict.fromkeys(
+        ("weight", "buffer", "constant", "fill", "literal", "arange"),
+        "computed, or known from the program where it depends on the run",
+    ),
+    **dict.fromkeys(("call", "repeat", "item", "repeat_backward"), "a flat graph has none"),
+    **dict.fromkeys(
+        (
+            "exp",
+            "log",
+            "sqrt",
+            "rsqrt",
+            "sigmoid",
+            "softplus",
+            "softmax",
+            "normalize_rows",
+            "polynomial",
+            "one_hot",
+        ),
+        "norms of its rows do not carry over: what the program proves of its entries serves",
+    ),
+    **dict.fromkeys(("less", "less_equal", "equal", "logical_not"), "its result is a mask"),
+    **dict.fromkeys(
+        ("causal", "window", "padding", "documents", "near_far", "alibi"),
+        "it works on scores, which no row is made of",
+    ),
+    **dict.fromkeys(
+        ("stack", "pad", "patches", "sum_to", "sum", "mean", "amax"),
+        "rare before queries and keys: the program serves",
+    ),
+    **dict.fromkeys(("cross_entropy", "mse"), "its result has no rows"),
+    "poly_attention": "its weights are positive only while its logits keep their range",
+    **dict.fromkeys(
+        ("embedding_gradient", "poly_attention_backward", "weight_gradient"),
+        "it stands only in gradient graphs",
+    ),
+}
+
+UNREAD: dict[str, tuple[int, ...]] = {
+    "rms_norm": (0,),
+    "layer_norm": (0,),
+    "unit": (0,),
+    "embedding": (1,),
+    "attention": (0, 1),
+}
+"""Inputs whose rows a rule does not ask for, by place: what leads to them alone need not be looked at."""

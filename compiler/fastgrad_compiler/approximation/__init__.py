@@ -1,0 +1,1 @@
+"""Polynomials in place of exp: coefficients, features, certificates and what rounding adds."""

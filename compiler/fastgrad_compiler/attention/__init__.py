@@ -1,0 +1,1 @@
+"""What an attention is, and how it is recognised in a program."""

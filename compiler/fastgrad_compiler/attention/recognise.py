@@ -1,0 +1,261 @@
+"""Attention, recognised by structure: what `attention_pattern` matches becomes one `attention` node, or one
+`poly_attention` where the weights are a polynomial that the model gives: that is low-rank as it stands.
+
+The node keeps the span of the product with the values, takes its name where the user gave one, and says in
+`bound` and `proof` what is proved of its logits. Constant factors of q, of k and of the scores are one
+`scale`; learned ones are multiplied into q. Key and value heads that were repeated for grouped attention
+are taken as they were before. Tensors without a head axis get one. What nobody reads any more is removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import isfinite
+
+from fastgrad_compiler.analysis.bounds.proof import place
+from fastgrad_compiler.attention.factors import factor_of
+from fastgrad_compiler.attention.pattern import Match, match
+from fastgrad_compiler.attention.scores import Masks, Product, obstacle
+from fastgrad_compiler.attention.table import ATTENTION, own_polynomial
+from fastgrad_compiler.ir.builder import Builder, Value
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
+
+_KEPT = ("input", "weight", "buffer", "call", "repeat")  # also where nothing reads them
+_ROWWISE = ("unit", "rotary", "neg")  # what repeating heads commutes with
+
+
+def recognise_attention(program: Program) -> Program:
+    """The program with every attention as one node; graphs without one are returned as they are.
+
+    Types must be there, and bounds, if the logits' range is to be known.
+    """
+    certified = program.trust == "certified"
+    return program.with_graphs(_recognise(graph, program.multiples, certified) for graph in program.graphs)
+
+
+def _recognise(graph: Graph, multiples: Mapping[str, int], certified: bool) -> Graph:
+    builder = Builder(graph.nodes, multiples)
+    first_new, renamed = len(graph.nodes), dict[str, str]()
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        builder.span = node.span
+        found = match(graph, node) if node.op in ("matmul", "div") else None
+        result = _attention(builder, found, _reasons(graph, found, certified)) if found else None
+        if result is None:
+            nodes.append(node)
+            continue
+        nodes.extend(builder.nodes[first_new:])
+        first_new = len(builder.nodes)
+        renamed[node.name] = result
+    if not renamed:
+        return graph
+    nodes = [_rename(node, renamed) for node in nodes]
+    outputs = tuple(renamed.get(name, name) for name in graph.outputs)
+    return _keep_names(replace(graph, nodes=_alive(nodes, outputs), outputs=outputs), renamed)
+
+
+def _reasons(graph: Graph, found: Match, certified: bool) -> tuple[str, ...]:
+    """The proof of R, or why nothing is known of the logits."""
+    if isfinite(found.range.limit):
+        return found.range.proof
+    told = [node for node in graph.nodes if node.op == "assume_bound"] if certified else []
+    unheard = tuple(
+        f"`trust = certified` does not count what assume_bound says{place(node)}" for node in told
+    )
+    return (*obstacle(graph, found.far), *unheard)
+
+
+def _rename(node: Node, renamed: Mapping[str, str]) -> Node:
+    inputs = tuple(renamed.get(name, name) for name in node.inputs)
+    return node if inputs == node.inputs else replace(node, inputs=inputs)
+
+
+def _alive(nodes: list[Node], outputs: tuple[str, ...]) -> tuple[Node, ...]:
+    """Without what neither an output nor a weight's place in the state_dict needs; inputs stay, they are
+    the signature, and so do calls and repeats, which may hold weights.
+    """
+    needed = set(outputs)
+    kept = []
+    for node in reversed(nodes):
+        if node.name in needed or node.op in _KEPT:
+            needed.update(node.inputs)
+            kept.append(node)
+    return tuple(reversed(kept))
+
+
+def _keep_names(graph: Graph, renamed: Mapping[str, str]) -> Graph:
+    """The attention takes the name that the user gave to its result, now that the old node is gone."""
+    names = {}
+    for old, new in renamed.items():
+        node = graph.by_name.get(new)
+        attention = _source(graph, new) if node else None
+        if attention and not old.startswith("_"):
+            names[attention] = old
+    nodes = tuple(replace(_rename(node, names), name=names.get(node.name, node.name)) for node in graph.nodes)
+    return replace(graph, nodes=nodes, outputs=tuple(names.get(name, name) for name in graph.outputs))
+
+
+def _source(graph: Graph, name: str) -> str:
+    """The attention behind the reshape or transposition of its result."""
+    while graph[name].op not in ATTENTION:
+        name = graph[name].inputs[0]
+    return name
+
+
+# ---------------------------------------------------------------- the node
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """q [.., h, n, d] and k [.., hk, m, d], with the scale of their product."""
+
+    query: Value
+    key: Value
+    scale: float
+
+
+def _attention(builder: Builder, found: Match, reasons: tuple[str, ...]) -> str | None:
+    """Emit the attention of a match: the name of its result; None, and no node, where the operands do not
+    fit the node. `reasons` are the proof of its range, or why it has none.
+    """
+    start = len(builder.nodes)
+    scope = _Scope(builder)
+    pairs = [scope.pair(product) for product in (found.far, found.local) if product is not None]
+    value = scope[found.value]
+    pairs, value = scope.ungrouped(pairs, scope.swapped(value) if found.transposed else value)
+    if not _fit(pairs, value, found.masks):
+        del builder.nodes[start:]
+        return None
+    rank = len(value.shape)
+    headless = rank == 2 or (rank == 3 and not found.masks.alibi)
+    if headless:
+        pairs = [_Pair(_with_head(pair.query), _with_head(pair.key), pair.scale) for pair in pairs]
+        value = _with_head(value)
+    result = _emit(scope, found, pairs, value, reasons)
+    if headless:
+        result = result.reshape((*result.shape[:-3], *result.shape[-2:]))
+    return (result.T if found.transposed else result).name
+
+
+def _with_head(value: Value) -> Value:
+    *leading, tokens, width = value.shape
+    return value.reshape((*leading, Dim.of(1), tokens, width))
+
+
+def _fit(pairs: list[_Pair], value: Value, masks: Masks) -> bool:
+    """Whether these are operands of one attention: the same leading dims, key heads that divide query
+    heads.
+    """
+    rank = len(value.shape)
+    operands = [operand for pair in pairs for operand in (pair.query, pair.key)]
+    if rank < 2 or any(len(operand.shape) != rank for operand in operands):
+        return False
+    if any(operand.shape[-1].constant is None for operand in (*operands, value)):
+        return False  # attention over channels: no kernel has a width that the run decides
+    if masks.alibi and len(pairs) > 1:
+        return False  # nothing that is emitted adds slopes to near and far logits
+    if rank == 3 and masks.alibi and (masks.padding or masks.documents):
+        return False  # the first axis would be heads and batch at once
+    batch = slice(0, -3 if rank > 3 else -2)
+    if any(operand.shape[batch] != value.shape[batch] for operand in operands):
+        return False
+    return rank <= 3 or all(
+        pair.key.shape[-3] == value.shape[-3] and pair.query.shape[-3].divide(pair.key.shape[-3]) is not None
+        for pair in pairs
+    )
+
+
+def _emit(scope: _Scope, found: Match, pairs: list[_Pair], value: Value, reasons: tuple[str, ...]) -> Value:
+    far, masks, known = pairs[0], found.masks, isfinite(found.range.limit)
+    inputs, roles = [far.query, far.key, value], list[str]()
+    for local in pairs[1:]:
+        inputs += [scope.times(local.query, local.scale), local.key]
+        roles += ["near_q", "near_k"]
+    for role, mask in (("padding", masks.padding), ("documents", masks.documents)):
+        if mask is not None:
+            inputs.append(scope[mask])
+            roles.append(role)
+    common: dict[str, Attribute] = {
+        "roles": tuple(roles),
+        "causal": masks.causal,
+        "scale": far.scale,
+        "near": found.near,
+    }
+    if found.coefficients:
+        return scope.builder.emit(
+            "poly_attention", inputs, common | own_polynomial(found.coefficients), name="_attention"
+        )
+    values = common | {
+        "window": masks.window,
+        "alibi": masks.alibi,
+        "bound": found.range.limit if known else None,
+        "asserted": found.range.asserted and known,
+        "proof": reasons,
+    }
+    return scope.builder.emit("attention", inputs, values)
+
+
+class _Scope:
+    """The nodes of the graph and those that were added, as values to build on."""
+
+    def __init__(self, builder: Builder) -> None:
+        self.builder = builder
+        self.nodes = {node.name: node for node in builder.nodes}
+
+    def __getitem__(self, name: str) -> Value:
+        return Value(self.builder, self.nodes[name])
+
+    def times(self, value: Value, scale: float) -> Value:
+        """The value times a constant, itself for 1."""
+        if scale == 1:
+            return value
+        return value * self.builder.emit("constant", (), {"value": scale})
+
+    def pair(self, product: Product) -> _Pair:
+        """q and k of a product, their constant factors taken into the scale and its gains into q."""
+        left, scale = self.peeled(self[product.left], product.scale)
+        right, scale = self.peeled(self[product.right], scale)
+        right, scale = self.peeled(self.swapped(right), scale)
+        query, key = (right, left) if product.flipped else (left, right)
+        for op, gain in product.gains:
+            query = query.op(op, self[gain])
+        return _Pair(query, key, scale)
+
+    def peeled(self, value: Value, scale: float) -> tuple[Value, float]:
+        """A tensor without its constant factors, and the scale with them."""
+        while (found := factor_of(self.nodes, value.node)) is not None and isfinite(scale * found[1]):
+            value, scale = self[found[0]], scale * found[1]
+        return value, scale
+
+    def swapped(self, value: Value) -> Value:
+        """The last two axes exchanged, by as few permutations as it takes."""
+        axes = value.node.get("axes") if value.node.op == "permute" else None
+        if not isinstance(axes, tuple):
+            return value.T
+        exchanged = tuple(axis for axis in (*axes[:-2], axes[-1], axes[-2]) if isinstance(axis, int))
+        source = self[value.node.inputs[0]]
+        return source if exchanged == tuple(range(len(axes))) else source.permute(exchanged)
+
+    def ungrouped(self, pairs: list[_Pair], value: Value) -> tuple[list[_Pair], Value]:
+        """Keys and values as they were before their heads were repeated, where all were repeated alike."""
+        repeats = {self.repeats(operand) for operand in (value, *(pair.key for pair in pairs))}
+        if repeats == {1} or len(repeats) > 1:
+            return pairs, value
+        return [replace(pair, key=self.unrepeated(pair.key)) for pair in pairs], self.unrepeated(value)
+
+    def repeats(self, value: Value) -> int:
+        """How often each head stands in a row, 1 where they were not repeated."""
+        node = value.node
+        while node.op in _ROWWISE:
+            node = self.nodes[node.inputs[0]]
+        times = node["times"] if node.op == "repeat_heads" else 1
+        return times if isinstance(times, int) else 1
+
+    def unrepeated(self, value: Value) -> Value:
+        """The same rows without the repetition."""
+        if value.node.op == "repeat_heads":
+            return self[value.node.inputs[0]]
+        inner = self.unrepeated(self[value.node.inputs[0]])
+        return inner.op(value.node.op, **dict(value.node.attributes))

@@ -1,0 +1,208 @@
+"""The attentions of a program by path: one entry for each place where one runs, however few graphs hold
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.flatten import Indices, iterations, path_of, runs
+from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
+from fastgrad_grammar.source import Span
+
+LIBRARY = "std/"  # how the paths of the standard library's sources begin
+ATTENTION = ("attention", "poly_attention")
+OWN = "own"  # the family of a polynomial that is the model's own: it stands in for nothing, and has no error
+
+
+def own_polynomial(coefficients: tuple[Attribute, ...]) -> dict[str, Attribute]:
+    """The attributes of a `poly_attention` that say so."""
+    return {
+        "coefficients": coefficients,
+        "family": OWN,
+        "degree": len(coefficients) - 1,
+        "eps": 0.0,
+        "eps_prime": 0.0,
+        "bound": None,
+        "why": "exact: the model's own polynomial",
+    }
+
+
+def is_own(node: Node) -> bool:
+    """Whether an attention's weights are the model's own polynomial."""
+    return node.get("family") == OWN
+
+
+def is_guarded(node: Node) -> bool:
+    """Whether a run checks the logits of an attention: a polynomial serves it, on a range that the program does
+    not prove.
+    """
+    return node.op == "poly_attention" and not is_own(node) and range_source(node) != "program"
+
+
+def range_source(node: Node) -> str | None:
+    """Where R comes from, one of ranges.SOURCES; None where there is none."""
+    if node.get("bound") is None:
+        return None
+    return str(node.get("source") or ("asserted" if node.get("asserted") else "program"))
+
+
+@dataclass(frozen=True)
+class AttentionEntry:
+    """One attention of the model.
+
+    `full_path` is its calls' labels and its own name; `path` is what users are shown, the calls' labels
+    alone where the called graph holds no other attention. `d`, `dv` are the widths of queries and values,
+    None where known at run time only; `queries` and `keys` the two lengths; `groups` query heads share a
+    key head; `calls` are the places of the enclosing calls, outermost first. `runs`: whether a result of the
+    model needs it.
+    """
+
+    path: str
+    full_path: str
+    graph: str
+    node: Node
+    d: int | None
+    dv: int | None
+    queries: Dim
+    keys: Dim
+    groups: int = 1
+    calls: tuple[Span, ...] = field(default=(), compare=False, repr=False)
+    runs: bool = True
+
+    @property
+    def span(self) -> Span | None:
+        """Where the user wrote it: the attention itself, or the innermost call that is not in the library."""
+        spans = [span for span in (self.node.span, *reversed(self.calls)) if span is not None]
+        own = (span for span in spans if not span.source.path.startswith(LIBRARY))
+        return next(own, spans[0] if spans else None)
+
+    @property
+    def place(self) -> str:
+        """`gpt.tfg:12:9` of `span`, empty for a program without a source."""
+        return self.span.place if self.span else ""
+
+    @property
+    def rank(self) -> int | None:
+        """Monomials of the polynomial's features; None for an exact attention."""
+        degree = self.node.get("degree")
+        return rank(self.d, degree) if isinstance(degree, int) and self.d is not None else None
+
+
+def attention_table(program: Program) -> tuple[AttentionEntry, ...]:
+    """Every attention of the model, in program order; after `plan` their nodes say what was decided."""
+    holders = _Holders(program)
+    return tuple(_entries(program, holders, _Where(program.main)))
+
+
+def stands_alone(program: Program, graph: str) -> bool:
+    """Whether a graph that a call runs holds one attention, itself and no other: its path is that of the call."""
+    nodes = _Holders(program).nodes(graph)
+    return _is_called(program, graph) and len(nodes) == 1 and nodes[0].op in ATTENTION
+
+
+def _is_called(program: Program, graph: str) -> bool:
+    """Whether calls run a graph; others are the model's own, and bodies of repeats."""
+    return any(node.op == "call" and node["graph"] == graph for each in program.graphs for node in each.nodes)
+
+
+class _Holders:
+    """For each graph, the nodes that are attentions or lead to some."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._known: dict[str, tuple[Node, ...]] = {}
+
+    def nodes(self, name: str) -> tuple[Node, ...]:
+        if name not in self._known:
+            self._known[name] = tuple(node for node in self.program[name].nodes if self._leads(node))
+        return self._known[name]
+
+    def _leads(self, node: Node) -> bool:
+        if node.op == "call":
+            return bool(self.nodes(str(node["graph"])))
+        if node.op == "repeat":
+            return any(self.nodes(graph) for graph, _ in runs(node))
+        return node.op in ATTENTION
+
+
+@dataclass(frozen=True)
+class _Where:
+    """A graph as it is run: the labels of the enclosing calls with their places, and the indices of
+    repeats.
+    """
+
+    graph: str
+    scope: tuple[str, ...] = ()
+    calls: tuple[Span, ...] = ()
+    indices: Indices = ()
+    runs: bool = True
+
+    def called(self, node: Node, runs: bool) -> _Where:
+        """Inside a call."""
+        scope = (*self.scope, str(node["label"]), *map(str, self.indices))
+        calls = (*self.calls, node.span) if node.span else self.calls
+        return _Where(str(node["graph"]), scope, calls, runs=runs)
+
+    def repeated(self, body: str, index: int, runs: bool) -> _Where:
+        """Inside an iteration."""
+        return _Where(body, self.scope, self.calls, (*self.indices, index), runs)
+
+
+def _entries(program: Program, holders: _Holders, where: _Where) -> Iterator[AttentionEntry]:
+    nodes = holders.nodes(where.graph)
+    alone = len(nodes) == 1 and bool(where.scope) and not where.indices
+    graph = program[where.graph]
+    for node in nodes:
+        needed = where.runs and node.name in graph.alive
+        if node.op == "call":
+            yield from _entries(program, holders, where.called(node, needed))
+        elif node.op == "repeat":
+            for index, body in iterations(node):
+                yield from _entries(program, holders, where.repeated(body, index, needed))
+        else:
+            yield replace(_entry(graph, node, where, alone), runs=needed)
+
+
+def _entry(graph: Graph, node: Node, where: _Where, alone: bool) -> AttentionEntry:
+    query, key, value = (graph[name].tensor.shape for name in node.inputs[:3])
+    full = path_of(where.scope, node.name, where.indices)
+    return AttentionEntry(
+        path=".".join(where.scope) if alone else full,
+        full_path=full,
+        graph=graph.name,
+        node=node,
+        d=query[-1].constant,
+        dv=value[-1].constant,
+        queries=query[-2],
+        keys=key[-2],
+        groups=max(1, _heads(query) // _heads(key)),
+        calls=where.calls,
+    )
+
+
+def _heads(shape: tuple[Dim, ...]) -> int:
+    """Of queries or keys [.., h, n, d]; 1 where there is no such axis, or its size is known at run time only."""
+    return (shape[-3].constant or 1) if len(shape) > 2 else 1
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What the file declares of the run-time lengths."""
+
+    program: Program
+
+    @cached_property
+    def _at_most(self) -> dict[str, int]:
+        return {dim.name: dim.at_most for dim in self.program.dims if dim.at_most is not None}
+
+    def longest(self, dim: Dim) -> int | None:
+        """The largest value of a dim, None where the file sets no limit."""
+        if not dim.names <= self._at_most.keys():
+            return None
+        bound = dim.substitute({name: self._at_most[name] for name in dim.names})
+        return max(bound.constant, 1) if bound.constant is not None else None

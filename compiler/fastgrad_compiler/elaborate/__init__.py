@@ -1,7 +1,0 @@
-"""Elaboration: syntax tree to Program. Names, params, dims; blocks instantiated once per signature."""
-
-from __future__ import annotations
-
-from fastgrad_compiler.elaborate.programs import elaborate, models
-
-__all__ = ["elaborate", "models"]

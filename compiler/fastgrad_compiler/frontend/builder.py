@@ -1,0 +1,158 @@
+"""Building one graph: names, labels, nodes with their types and where their dims came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from fastgrad_compiler.frontend.values import Origin, Tensor, ValueProblem, check_dim
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Attribute, Graph, Node, TensorType, Type, attributes
+from fastgrad_grammar.source import Span
+
+MAX_RANK = 16
+
+
+class UniqueNames:
+    """Names in use; a wanted name that is taken gets `_2`, `_3` ..."""
+
+    def __init__(self, used: Iterable[str] = ()) -> None:
+        self._used = set(used)
+        self._count: dict[str, int] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._used
+
+    def add(self, name: str) -> None:
+        """Mark a name as used."""
+        self._used.add(name)
+
+    def free(self, name: str) -> None:
+        """Give a name back."""
+        self._used.discard(name)
+
+    def take(self, wanted: str, avoid: frozenset[str] = frozenset()) -> str:
+        """`wanted`, or the first `wanted_2`, `wanted_3` ... that is neither used nor to avoid."""
+        if wanted not in self._used and wanted not in avoid:
+            self._used.add(wanted)
+            return wanted
+        count = self._count.get(wanted, 1) + 1
+        while f"{wanted}_{count}" in self._used or f"{wanted}_{count}" in avoid:
+            count += 1
+        self._count[wanted] = count
+        self._used.add(f"{wanted}_{count}")
+        return f"{wanted}_{count}"
+
+    def copy(self) -> UniqueNames:
+        """The same names, to go on from."""
+        other = UniqueNames(self._used)
+        other._count = dict(self._count)
+        return other
+
+    def merge(self, other: UniqueNames) -> None:
+        """Take over the names of another."""
+        self._used |= other._used
+
+
+class Builder:
+    """The nodes of a graph under construction.
+
+    `reserved` are names that nodes must not take; `labels` are the labels in use in this block instance, shared by the
+    bodies of its repeats; `weights` are the names of all its weights, which no call's label takes.
+    """
+
+    def __init__(
+        self, reserved: Iterable[str] = (), labels: UniqueNames | None = None, weights: Iterable[str] = ()
+    ) -> None:
+        self.nodes: list[Node] = []
+        self.inputs: list[Node] = []
+        self.labels = UniqueNames() if labels is None else labels
+        self.weights = frozenset(weights)
+        self._names = UniqueNames(reserved)
+        self._place: dict[str, int] = {}
+
+    # ------------------------------------------------------------ names
+
+    def label(self, wanted: str, *, weight: bool = False) -> str:
+        """A label that is not in use yet: `wanted`, or `wanted_2`, `wanted_3` ...; calls avoid weights' names."""
+        return self.labels.take(wanted, frozenset() if weight else self.weights)
+
+    def rename(self, tensor: Tensor, name: str) -> Tensor:
+        """Give a fresh temporary the user's name; what already has a name keeps it."""
+        if not tensor.node.startswith("_") or tensor.node not in self._place or tensor.owner is not self:
+            return tensor
+        place = self._place[tensor.node]
+        if place < len(self.nodes) - 1 and self.nodes[place].op != "item":
+            return tensor
+        new = self._names.take(name)
+        self.nodes[place] = replace(self.nodes[place], name=new)
+        self._names.free(tensor.node)
+        del self._place[tensor.node]
+        self._place[new] = place
+        return replace(tensor, node=new)
+
+    # ------------------------------------------------------------ nodes
+
+    def input(
+        self, name: str, kind: TensorType, origins: tuple[Origin | None, ...], span: Span | None
+    ) -> Tensor:
+        """An input of the graph; its name is the caller's to keep free."""
+        self._names.add(name)
+        self.inputs.append(Node(name, "input", type=kind, span=span))
+        return Tensor(name, kind, origins, self)
+
+    def add(
+        self,
+        op: str,
+        operands: Sequence[str],
+        kind: Type,
+        span: Span,
+        values: Mapping[str, Attribute],
+        name: str | None = None,
+    ) -> Node:
+        """One more node of a known type, called `name` or after its operation."""
+        node_name = self._names.take(name or f"_{op}")
+        node = Node(node_name, op, tuple(operands), attributes(**values), kind, span=span)
+        self._place[node_name] = len(self.nodes)
+        self.nodes.append(node)
+        return node
+
+    def tensor(self, node: Node, origins: tuple[Origin | None, ...]) -> Tensor:
+        """A node with one result as a value."""
+        return Tensor(node.name, node.tensor, origins, self)
+
+    def graph(self, name: str, outputs: Sequence[str], block: str, span: Span | None) -> Graph:
+        """The finished graph."""
+        return Graph(name, (*self.inputs, *self.nodes), tuple(outputs), block, span)
+
+
+def check_size(kind: TensorType) -> None:
+    """FG219 where a tensor has more dims, or larger ones, than a model can need."""
+    if len(kind.shape) > MAX_RANK:
+        raise ValueProblem("FG219", f"a tensor of more than {MAX_RANK} dimensions")
+    for dim in kind.shape:
+        check_dim(dim)
+
+
+def trace_origins(shape: Sequence[Dim], operands: Sequence[Tensor]) -> tuple[Origin | None, ...]:
+    """Where the dims of a result came from: an operand's dim of the same size, at the same place if there is one."""
+    found: list[Origin | None] = []
+    rank = len(shape)
+    for index, dim in enumerate(shape):
+        found.append(_same_place(dim, index - rank, operands) or _any_place(dim, operands))
+    return tuple(found)
+
+
+def _same_place(dim: Dim, axis: int, operands: Sequence[Tensor]) -> Origin | None:
+    for operand in operands:
+        if len(operand.type.shape) >= -axis and operand.type.shape[axis] == dim and operand.origins[axis]:
+            return operand.origins[axis]
+    return None
+
+
+def _any_place(dim: Dim, operands: Sequence[Tensor]) -> Origin | None:
+    for operand in operands:
+        for other, origin in zip(operand.type.shape, operand.origins, strict=True):
+            if origin is not None and other == dim:
+                return origin
+    return None

@@ -1,0 +1,271 @@
+"""The operations of the language: their parameters, and the IR nodes that each becomes.
+
+Surface of each operation (docs/language.md lists the same); `;` or `,` may stand before the compile-time values:
+
+    reshape(x, (b, n, 4, d / 4))  one entry may be -1; also reshape(x, b, n, 4)
+    permute(x, (0, 2, 1))  transpose(x, 1, 2)
+    unsqueeze(x, axis)  squeeze(x, axis)  broadcast_to(x, (b, n, d))  pad(x, axis, before, after)
+    split_heads(x, heads)  merge_heads(x)  repeat_heads(x, times)  patches(image, size)
+    concat(x, y, ..., axis = -1)  stack(x, y, ..., axis = 0)  zeros((n, d))  ones((n, d))  full((n, d), 0.5)
+    embedding(table, ids)  one_hot(ids, classes)  positions(n)  arange(n)  float(x)  int(x)
+    exp log sqrt rsqrt tanh sigmoid relu gelu silu softplus erf abs of x
+    min(a, b)  max(a, b)  clamp(x, low, high)
+    where(condition, a, b)
+    sum mean max min of (x, axis = -1, keepdim = false): an axis, a tuple of axes, all by default
+    softmax(x, axis = -1)  layer_norm(x, w, b, eps = 1e-5)  rms_norm(x, w, eps = 1e-6)  unit(x)
+    causal(s)  window(s, width)  padding(s, mask)  documents(s, ids)  assume_bound(s, bound)
+    near_far(local, far; block = w)  polynomial(s; coefficients = (1.0, 1.0, 0.5))  normalize_rows(weights)
+    rotary(x, base = 10000.0)  sinusoid(n, d)  alibi(s, heads)  dropout(x, p)  cross_entropy(logits, targets)
+    mse(a, b)
+
+An axis is a number or the name of a dimension (`mean(x, axis = n)`). sqrt, rsqrt, exp, log, tanh, abs, min, max, int
+and float of compile-time numbers are compile-time numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fastgrad_compiler.frontend.values import Tensor
+from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import Attribute
+
+
+class _Needed:
+    """The default of a parameter without one."""
+
+
+NEEDED = _Needed()
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """`kind` is a key of `calls.KINDS`; `least` (at least), `below` and `positive` (above 0) limit numbers."""
+
+    name: str
+    kind: str
+    default: object = NEEDED
+    least: float | None = None
+    below: float | None = None
+    positive: bool = False
+
+
+class Emit(Protocol):
+    """What an operation's rule may do: add a node at the call's place, or give up with a diagnostic."""
+
+    def node(self, op: str, *operands: Tensor, **attributes: Attribute) -> Tensor:
+        """A node typed by the shape rules."""
+
+    def number(self, value: float) -> Tensor:
+        """A constant."""
+
+    def refuse(self, code: str, message: str, help_: str | None = None) -> Any:
+        """Report and give up."""
+
+
+Arguments = Mapping[str, Any]
+Rule = Callable[[Emit, Arguments], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """An operation of the language; `rest` is the parameter that takes all further positional arguments."""
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    rule: Rule = field(compare=False)
+    rest: str | None = None
+
+
+X = Parameter("x", "tensor")
+SCORES = Parameter("scores", "tensor")
+AXIS = Parameter("axis", "axis")
+KEEPDIM = Parameter("keepdim", "bool", False)
+
+
+def _unary(name: str, op: str | None = None) -> Operation:
+    return Operation(name, (X,), lambda emit, a: emit.node(op or name, a["x"]))
+
+
+def _cast(dtype: str) -> Operation:
+    return Operation(dtype, (X,), lambda emit, a: a["x"] if a["x"].type.dtype == dtype
+                     else emit.node("cast", a["x"], dtype=dtype))  # fmt: skip
+
+
+def _reduce(name: str) -> Operation:
+    return Operation(
+        name,
+        (X, Parameter("axis", "all_axes", None), KEEPDIM),
+        lambda emit, a: emit.node(name, a["x"], axes=a["axis"], keepdim=a["keepdim"]),
+    )
+
+
+def _amax(emit: Emit, a: Arguments) -> Tensor:
+    return emit.node("amax", a["x"], axes=a["axis"], keepdim=a["keepdim"])
+
+
+def _amin(emit: Emit, a: Arguments) -> Tensor:
+    largest = emit.node("amax", emit.node("neg", a["x"]), axes=a["axis"], keepdim=a["keepdim"])
+    return emit.node("neg", largest)
+
+
+_OVER_AXES = (X, Parameter("axis", "all_axes", None), KEEPDIM)
+_PAIR = (Parameter("a", "tensor"), Parameter("b", "tensor"))
+
+OVERLOADS: dict[str, tuple[Operation, Operation]] = {
+    "max": (
+        Operation("max", _OVER_AXES, _amax),
+        Operation("max", _PAIR, lambda emit, a: emit.node("maximum", a["a"], a["b"])),
+    ),
+    "min": (
+        Operation("min", _OVER_AXES, _amin),
+        Operation("min", _PAIR, lambda emit, a: emit.node("minimum", a["a"], a["b"])),
+    ),
+}
+"""Operations with one operand (over axes) and with two (elementwise)."""
+
+
+def _reshape(emit: Emit, a: Arguments) -> Tensor:
+    return emit.node("reshape", a["x"], shape=tuple(a["shape"]))
+
+
+def _transpose(emit: Emit, a: Arguments) -> Tensor:
+    axes = list(range(len(a["x"].type.shape)))
+    if len(axes) < 2:
+        emit.refuse("FG205", f"transpose needs two dimensions, and {a['x'].type} has {len(axes)}")
+    first, second = a["first"], a["second"]
+    axes[first], axes[second] = axes[second], axes[first]
+    return emit.node("permute", a["x"], axes=tuple(axes))
+
+
+def _unsqueeze(emit: Emit, a: Arguments) -> Tensor:
+    shape = list(a["x"].type.shape)
+    shape.insert(a["axis"] + len(shape) + 1, Dim.of(1))
+    return emit.node("reshape", a["x"], shape=tuple(shape))
+
+
+def _squeeze(emit: Emit, a: Arguments) -> Tensor:
+    shape = list(a["x"].type.shape)
+    if shape[a["axis"]] != Dim.of(1):
+        emit.refuse(
+            "FG207", f"squeeze of axis {a['axis']} of {a['x'].type}: its size is {shape[a['axis']]}, not 1"
+        )
+    del shape[a["axis"]]
+    return emit.node("reshape", a["x"], shape=tuple(shape))
+
+
+def _join(op: str) -> Rule:
+    def rule(emit: Emit, a: Arguments) -> Tensor:
+        tensors: Sequence[Tensor] = a["tensors"]
+        return emit.node(op, *tensors, axis=a["axis"])
+
+    return rule
+
+
+def _fill(value: float) -> Rule:
+    return lambda emit, a: emit.node("fill", shape=tuple(a["shape"]), value=value)
+
+
+def _clamp(emit: Emit, a: Arguments) -> Tensor:
+    if a["low"] > a["high"]:
+        emit.refuse("FG218", f"clamp from {a['low']} to {a['high']}: the lower limit is above the upper one")
+    low, high = a["low"], a["high"]
+    if a["x"].type.dtype == "int":
+        for limit in (low, high):
+            if not float(limit).is_integer() or abs(limit) >= 2.0**63:
+                emit.refuse("FG218", f"clamp of {a['x'].type} at {limit}: a limit of ints is a whole number")
+        low, high = int(low), int(high)
+    return emit.node("clamp", a["x"], low=low, high=high)
+
+
+def _alibi(emit: Emit, a: Arguments) -> Tensor:
+    scores, heads = a["scores"], a["heads"]
+    shape = scores.type.shape
+    if heads is not None and len(shape) > 2 and shape[-3] != Dim.of(heads):
+        emit.refuse("FG203", f"alibi with {heads} heads of {scores.type}: it has {shape[-3]}")
+    return emit.node("alibi", scores)
+
+
+def _normalise(name: str, eps: float, *weights: str) -> Operation:
+    return Operation(
+        name,
+        (X, *(Parameter(each, "tensor") for each in weights), Parameter("eps", "float", eps, least=0)),
+        lambda emit, a: emit.node(name, a["x"], *(a[each] for each in weights), eps=a["eps"]),
+    )
+
+
+_OPERATIONS = (
+    Operation("reshape", (X, Parameter("shape", "shape")), _reshape, "shape"),
+    Operation("permute", (X, Parameter("axes", "axes")),
+              lambda emit, a: emit.node("permute", a["x"], axes=a["axes"]), "axes"),
+    Operation("transpose", (X, Parameter("first", "axis", -2), Parameter("second", "axis", -1)), _transpose),
+    Operation("unsqueeze", (X, Parameter("axis", "new_axis")), _unsqueeze),
+    Operation("squeeze", (X, AXIS), _squeeze),
+    Operation("broadcast_to", (X, Parameter("shape", "shape")),
+              lambda emit, a: emit.node("broadcast_to", a["x"], shape=tuple(a["shape"])), "shape"),
+    Operation("pad", (X, AXIS, Parameter("before", "int", least=0), Parameter("after", "int", least=0)),
+              lambda emit, a: emit.node("pad", a["x"], axis=a["axis"], before=a["before"], after=a["after"])),
+    Operation("split_heads", (X, Parameter("heads", "int", least=1)),
+              lambda emit, a: emit.node("split_heads", a["x"], heads=a["heads"])),
+    _unary("merge_heads"),
+    Operation("repeat_heads", (X, Parameter("times", "int", least=1)),
+              lambda emit, a: emit.node("repeat_heads", a["x"], times=a["times"])),
+    Operation("patches", (Parameter("image", "tensor"), Parameter("size", "int", least=1)),
+              lambda emit, a: emit.node("patches", a["image"], size=a["size"])),
+    Operation("concat", (Parameter("tensors", "tensors"), AXIS), _join("concat"), "tensors"),
+    Operation("stack", (Parameter("tensors", "tensors"), Parameter("axis", "new_axis")), _join("stack"), "tensors"),
+    Operation("zeros", (Parameter("shape", "shape"),), _fill(0.0), "shape"),
+    Operation("ones", (Parameter("shape", "shape"),), _fill(1.0), "shape"),
+    Operation("full", (Parameter("shape", "shape"), Parameter("value", "float")),
+              lambda emit, a: emit.node("fill", shape=tuple(a["shape"]), value=a["value"])),
+    Operation("embedding", (Parameter("table", "tensor"), Parameter("ids", "tensor")),
+              lambda emit, a: emit.node("embedding", a["table"], a["ids"])),
+    Operation("one_hot", (Parameter("ids", "tensor"), Parameter("classes", "int", least=1)),
+              lambda emit, a: emit.node("one_hot", a["ids"], classes=a["classes"])),
+    *(Operation(name, (Parameter("n", "dim"),), lambda emit, a: emit.node("arange", stop=a["n"]))
+      for name in ("positions", "arange")),
+    *(_unary(name) for name in ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu")),
+    *(_unary(name) for name in ("softplus", "erf", "abs", "unit")),
+    _cast("float"),
+    _cast("int"),
+    Operation("clamp", (X, Parameter("low", "float"), Parameter("high", "float")), _clamp),
+    Operation("where", (Parameter("condition", "tensor"), *_PAIR),
+              lambda emit, a: emit.node("where", a["condition"], a["a"], a["b"])),
+    _reduce("sum"),
+    _reduce("mean"),
+    Operation("softmax", (X, Parameter("axis", "axis", -1)),
+              lambda emit, a: emit.node("softmax", a["x"], axis=a["axis"])),
+    _normalise("layer_norm", 1e-5, "w", "b"),
+    _normalise("rms_norm", 1e-6, "w"),
+    Operation("causal", (SCORES,), lambda emit, a: emit.node("causal", a["scores"])),
+    Operation("window", (SCORES, Parameter("width", "int", least=1)),
+              lambda emit, a: emit.node("window", a["scores"], width=a["width"])),
+    Operation("padding", (SCORES, Parameter("mask", "tensor")),
+              lambda emit, a: emit.node("padding", a["scores"], a["mask"])),
+    Operation("documents", (SCORES, Parameter("ids", "tensor")),
+              lambda emit, a: emit.node("documents", a["scores"], a["ids"])),
+    Operation("near_far",
+              (Parameter("local", "tensor"), Parameter("far", "tensor"), Parameter("block", "int", least=1)),
+              lambda emit, a: emit.node("near_far", a["local"], a["far"], block=a["block"])),
+    Operation("polynomial", (SCORES, Parameter("coefficients", "weight_polynomial")),
+              lambda emit, a: emit.node("polynomial", a["scores"], coefficients=a["coefficients"])),
+    Operation("normalize_rows", (Parameter("weights", "tensor"),),
+              lambda emit, a: emit.node("normalize_rows", a["weights"])),
+    Operation("assume_bound", (SCORES, Parameter("bound", "float", positive=True)),
+              lambda emit, a: emit.node("assume_bound", a["scores"], bound=a["bound"])),
+    Operation("rotary", (X, Parameter("base", "float", 10000.0, positive=True)),
+              lambda emit, a: emit.node("rotary", a["x"], base=a["base"])),
+    Operation("sinusoid", (Parameter("n", "dim"), Parameter("d", "dim")),
+              lambda emit, a: emit.node("sinusoid", length=a["n"], width=a["d"])),
+    Operation("alibi", (SCORES, Parameter("heads", "int", None, least=1)), _alibi),
+    Operation("dropout", (X, Parameter("p", "float", least=0, below=1)),
+              lambda emit, a: emit.node("dropout", a["x"], p=a["p"])),
+    Operation("cross_entropy", (Parameter("logits", "tensor"), Parameter("targets", "tensor")),
+              lambda emit, a: emit.node("cross_entropy", a["logits"], a["targets"])),
+    Operation("mse", _PAIR, lambda emit, a: emit.node("mse", a["a"], a["b"])),
+)  # fmt: skip
+
+OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in _OPERATIONS}
+NAMES: frozenset[str] = frozenset(OPERATIONS) | frozenset(OVERLOADS)

@@ -1,0 +1,1 @@
+"""The program: graphs, operations, dims and types, their text, and what every pass keeps."""

@@ -1,0 +1,122 @@
+"""Shape rules of what stands around attention: masks on scores, positions, and losses."""
+
+from __future__ import annotations
+
+from fastgrad_compiler.ir.graph import TensorType, Type
+from fastgrad_compiler.ir.shape_errors import Blame, Site, fail, show, want_dtype, want_equal, want_rank
+from fastgrad_compiler.ir.shape_rules import Rule, dim_attribute, divide
+
+# ---------------------------------------------------------------- masks on scores [.., n, m]
+
+
+def _scores(site: Site, square: bool = False) -> TensorType:
+    found = want_dtype(site, 0, "float")
+    want_rank(site, 0, 2)
+    if square:
+        text = f"{site.op} of scores {show(found.shape)}: queries and keys differ in number"
+        want_equal(site, (0, -2), (0, -1), text)
+    return found
+
+
+def _causal(site: Site) -> Type:
+    return _scores(site, square=True)
+
+
+def _window(site: Site) -> Type:
+    return _scores(site)
+
+
+def _padding(site: Site) -> Type:
+    found = _scores(site)
+    want_rank(site, 0, 3)
+    mask = want_dtype(site, 1, "bool", help_="compare it, for instance padding(s, tokens != 0)")
+    want_rank(site, 1, 2, 2)
+    for own, other in ((0, 0), (-1, 1)):
+        text = f"padding of scores {show(found.shape)} by a mask of {show(mask.shape)}"
+        want_equal(site, (0, own), (1, other), text)
+    return found
+
+
+def _documents(site: Site) -> Type:
+    found = _scores(site, square=True)
+    want_rank(site, 0, 3)
+    ids = want_dtype(site, 1, "int")
+    want_rank(site, 1, 2, 2)
+    for own, other in ((0, 0), (-1, 1)):
+        text = f"documents of scores {show(found.shape)} by ids of {show(ids.shape)}"
+        want_equal(site, (0, own), (1, other), text)
+    return found
+
+
+def _near_far(site: Site) -> Type:
+    local, far = _scores(site), want_dtype(site, 1, "float")
+    want_rank(site, 1, len(local.shape), len(local.shape))
+    for axis in range(-len(local.shape), 0):
+        text = f"near_far of {show(local.shape)} and {show(far.shape)}: axis {axis} differs"
+        want_equal(site, (0, axis), (1, axis), text)
+    return local
+
+
+def _normalize_rows(site: Site) -> Type:
+    found = want_dtype(site, 0, "float")
+    want_rank(site, 0, 1)
+    return found
+
+
+def _alibi(site: Site) -> Type:
+    found = _scores(site)
+    want_rank(site, 0, 3)
+    if found.shape[-3].constant is None:
+        fail("FG212", f"alibi needs a known number of heads, not {found.shape[-3]}",
+             Blame(0, -3, f"{found.shape[-3]} here"))  # fmt: skip
+    return found
+
+
+# ---------------------------------------------------------------- position, other
+
+
+def _rotary(site: Site) -> Type:
+    found = want_dtype(site, 0, "float")
+    want_rank(site, 0, 2)
+    divide(site, -1, 2, "rotary turns pairs of entries")
+    return found
+
+
+def _sinusoid(site: Site) -> Type:
+    return TensorType(
+        "float", tuple(dim_attribute(site, site.attributes[name]) for name in ("length", "width"))
+    )
+
+
+def _cross_entropy(site: Site) -> Type:
+    logits, targets = want_dtype(site, 0, "float"), want_dtype(site, 1, "int", help_="class ids are ints")
+    want_rank(site, 0, 1)
+    want_rank(site, 1, len(logits.shape) - 1, len(logits.shape) - 1)
+    for axis in range(len(targets.shape)):
+        text = f"cross_entropy of logits {show(logits.shape)} and targets {show(targets.shape)}: axis {axis} differs"
+        want_equal(site, (0, axis), (1, axis), text)
+    return TensorType("float", ())
+
+
+def _mse(site: Site) -> Type:
+    first, second = want_dtype(site, 0, "float"), want_dtype(site, 1, "float")
+    want_rank(site, 1, len(first.shape), len(first.shape))
+    for axis in range(len(first.shape)):
+        text = f"mse of {show(first.shape)} and {show(second.shape)}: axis {axis} differs"
+        want_equal(site, (0, axis), (1, axis), text)
+    return TensorType("float", ())
+
+
+MASK_RULES: dict[str, Rule] = {
+    "causal": _causal,
+    "window": _window,
+    "padding": _padding,
+    "documents": _documents,
+    "near_far": _near_far,
+    "normalize_rows": _normalize_rows,
+    "alibi": _alibi,
+    "rotary": _rotary,
+    "sinusoid": _sinusoid,
+    "cross_entropy": _cross_entropy,
+    "mse": _mse,
+}

@@ -1,0 +1,1 @@
+"""What each attention becomes, at which cost and error."""

@@ -1,0 +1,193 @@
+"""What would make a budget feasible, or cheaper: for each attention other degrees, ranges, widths, near fields, exact.
+
+Each piece of advice has its price: time beside exact attention at the longest declared length (an estimate, from the
+cost model), and the certificates of output and gradient (bounds). A change of gain or width is one of the model, which
+then is to be trained anew; a change of degree or near field is one of the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from fastgrad_compiler.approximation.certificates import certificate
+from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
+from fastgrad_compiler.attention.table import AttentionEntry, attention_table, is_own
+from fastgrad_compiler.ir.graph import Budget, Program
+from fastgrad_compiler.planning.cost import flops
+from fastgrad_compiler.planning.decision import (
+    PRECISIONS,
+    Caps,
+    Case,
+    Evaluated,
+    search,
+    stays_positive,
+    unservable,
+    vanishing,
+)
+from fastgrad_compiler.planning.plan import case_of
+from fastgrad_compiler.planning.settings import settings_of
+
+NEAR = 64  # block of a near field that is proposed
+GAINS = (4.0, 2.0, 1.0, 0.5)  # proposed where nothing limits the logits
+USEFUL = 0.1  # largest eps that is proposed where the budget sets no limit
+_LEAST_WIDTH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One change and its price.
+
+    Args:
+        change: in words, as it is written in the file.
+        kind: what it changes: "plan" or "model".
+        degree, rank: of the polynomial; None for exact.
+        bound: R of the logits; None for exact.
+        eps: bound of the relative error of a weight, without rounding; 0 for exact.
+        output, gradient: certificates with what rounding adds, as shares of the values' range and of omega
+            (docs/mathematics.md, sections 7 and 10).
+        time: beside exact attention of the model as it is, an estimate; 1 is as long.
+        feasible: whether it meets the attention's share of the budget, or eps of at most USEFUL without limits.
+    """
+
+    change: str
+    kind: str
+    degree: int | None
+    rank: int | None
+    bound: float | None
+    eps: float
+    output: float
+    gradient: float
+    time: float
+    feasible: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Advised:
+    """The advice for attentions that are alike: their entries, the length that times are for, and the limits."""
+
+    entries: tuple[AttentionEntry, ...]
+    length: int
+    limits: str
+    advice: tuple[Advice, ...]
+
+
+def advise(program: Program, target: str = "auto") -> tuple[Advised, ...]:
+    """Advice for every attention of a program behind recognition, alike ones together.
+
+    The budget is shared out equally, with gains from an attention to the model taken as 1, as the plan without
+    calibration does.
+    """
+    budget = program.budget or Budget()
+    entries = [entry for entry in attention_table(program) if not is_own(entry.node)]
+    alike: dict[Case, list[AttentionEntry]] = {}
+    for entry in entries:
+        settings = settings_of(entry.full_path, budget.rules)
+        case = case_of(program, entry, settings, sharing=len(entries), target=target)
+        alike.setdefault(case, []).append(entry)
+    return tuple(
+        Advised(
+            tuple(group), max(case.sizes.queries, case.sizes.keys), str(_caps(case)), tuple(_advice(case))
+        )
+        for case, group in alike.items()
+    )
+
+
+def _caps(case: Case) -> Caps:
+    return case.caps if case.caps.given else Caps(relative=USEFUL)
+
+
+def _advice(case: Case) -> Iterator[Advice]:
+    yield Advice("exact", "plan", None, None, None, 0.0, 0.0, 0.0, 1.0, True)
+    if unservable(case.node) or case.d is None or case.dv is None:
+        return
+    asserted = bool(case.node["asserted"])
+    if case.node["bound"] is None:
+        for gain in GAINS:
+            yield from _least(_with(case, gain), f"gain = {gain:g}", "model", case)
+            yield from _least(
+                _with(case, gain, near=NEAR), f"gain = {gain:g} beyond near = {NEAR}", "model", case
+            )
+        return
+    bound = case.bound
+    yield from _degrees(case)
+    if case.near is None and case.same_length:
+        yield from _least(_with(case, bound, near=NEAR), f"near = {NEAR}", "plan", case)
+    word = "assume_bound" if asserted else "gain"
+    for factor in (2.0, 0.5, 0.25):
+        yield from _least(_with(case, factor * bound), f"{word} = {factor * bound:.3g}", "model", case)
+    for width in (2 * case.d, case.d // 2, case.d // 4):
+        if width >= _LEAST_WIDTH:
+            yield from _least(replace(case, d=width), f"qk_dim = {width}", "model", case)
+
+
+def _degrees(case: Case) -> Iterator[Advice]:
+    """Every degree whose polynomial may serve at all."""
+    for degree in range(1, MAX_DEGREE + 1):
+        if rank(case.d or 1, degree) > case.max_rank:
+            return
+        try:
+            polynomial = fit(case.chosen_family, degree, case.bound)
+        except PrecisionError:
+            continue
+        if stays_positive(case, polynomial) and polynomial.eps < 1:
+            yield _priced(case, _evaluated(case, polynomial), f"degree = {degree}", "plan", case)
+
+
+def _evaluated(case: Case, polynomial: Polynomial) -> Evaluated:
+    """In float32 if the limits are met so, or met in float64 neither."""
+    single, double = (
+        Evaluated(polynomial, precision, case.rounding(polynomial, precision)) for precision in PRECISIONS
+    )
+    return single if _feasible(case, single) or not _feasible(case, double) else double
+
+
+def _feasible(case: Case, evaluated: Evaluated) -> bool:
+    polynomial, rounded = evaluated.polynomial, evaluated.rounding
+    return not (_caps(case).missed(polynomial, rounded) or vanishing(polynomial, rounded))
+
+
+def _least(changed: Case, change: str, kind: str, case: Case) -> Iterator[Advice]:
+    """The least degree that meets the limits after a change; nothing where none does."""
+    evaluated, _ = search(replace(changed, caps=_caps(case)))
+    if evaluated is not None:
+        yield _priced(changed, evaluated, f"{change}, degree = {evaluated.polynomial.degree}", kind, case)
+
+
+def _with(case: Case, bound: float, near: int | None = None) -> Case:
+    changed = replace(case, node=case.node.with_attributes(bound=bound))
+    return (
+        changed
+        if near is None
+        else replace(changed, budget_near=near, settings=replace(case.settings, near=None))
+    )
+
+
+def _priced(changed: Case, evaluated: Evaluated, text: str, kind: str, case: Case) -> Advice:
+    polynomial = evaluated.polynomial
+    proved = certificate(polynomial.eps, polynomial.eps_prime, evaluated.rounding)
+    n, m = case.sizes.queries, case.sizes.keys
+    d, dv = changed.d or 1, changed.dv or 1
+    causal, documents = case.causal, case.documents
+    work = flops(
+        n=n, m=m, d=d, dv=dv, degree=polynomial.degree, near=changed.near, causal=causal, documents=documents
+    )
+    exact = flops(n=n, m=m, d=case.d or 1, dv=dv, degree=None, causal=causal)
+    return Advice(
+        text if evaluated.precision == "float32" else f"{text}, in float64",
+        kind,
+        polynomial.degree,
+        rank(d, polynomial.degree),
+        polynomial.bound,
+        polynomial.eps,
+        proved.whole_output,
+        proved.whole_gradient,
+        work.total / (case.pace.at(evaluated.precision).speed * (1 + case.pace.keys / m) * exact.total),
+        _feasible(case, evaluated),
+    )
+
+
+def cheapest(advice: Sequence[Advice]) -> Advice | None:
+    """The feasible change of the plan that takes least time."""
+    return min((a for a in advice if a.feasible and a.kind == "plan"), key=lambda a: a.time, default=None)

@@ -1,0 +1,138 @@
+"""Decisions as nodes: attributes on an attention, keys that are centred, heads that are served apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from fastgrad_compiler.ir.builder import Builder, Value
+from fastgrad_compiler.ir.graph import Attribute, Graph, Node
+from fastgrad_compiler.planning.decision import Decision
+
+_BY_HEAD = ("near_q", "near_k")  # roles whose tensors have a head axis, beside q, k and v
+
+
+def decided(node: Node, decision: Decision) -> Node:
+    """The attention with a decision's attributes."""
+    polynomial = decision.polynomial
+    values: dict[str, Attribute] = {
+        "decision": "exact" if polynomial is None else "polynomial",
+        "why": decision.why,
+        "break_even": decision.break_even,
+    }
+    if polynomial is not None:
+        values |= {
+            "family": polynomial.family,
+            "degree": polynomial.degree,
+            "coefficients": polynomial.coefficients,
+            "eps": polynomial.eps,
+            "eps_prime": polynomial.eps_prime,
+            "positive_from": polynomial.positive_from,
+            "precision": decision.precision,
+        }
+        if decision.near is not None:
+            values["near"] = decision.near
+        if decision.range is not None:
+            values |= {
+                "source": decision.range.source,
+                "bound": polynomial.bound,
+                "proof": decision.range.reasons,
+                "asserted": decision.range.source == "asserted",
+                "reach": decision.range.reach,
+            }
+    return node.with_attributes(**values)
+
+
+def applied(
+    graph: Graph, node: Node, decisions: Sequence[Decision], multiples: Mapping[str, int]
+) -> tuple[Node, ...]:
+    """The nodes that stand in an attention's place, the last under its name.
+
+    Several decisions are for groups of heads: each group gets an attention of its own, and their results are put
+    together again. Heads are taken as runs of neighbours, so that a run is one slice.
+    """
+    if len(decisions) == 1 and not _is_centred(decisions[0]):
+        return (decided(node, decisions[0]),)
+    builder = Builder(graph.nodes, multiples)
+    builder.span = node.span
+    operands = [Value(builder, graph[name]) for name in node.inputs]
+    parts = [_group(builder, node, operands, decision, len(decisions) > 1) for decision in decisions]
+    added = builder.nodes[len(graph.nodes) :]
+    if len(parts) == 1:
+        return (*added[:-1], replace(added[-1], name=node.name))
+    heads = [head for decision in decisions for head in decision.heads or ()]
+    result = _in_order(builder, parts, heads)
+    added = builder.nodes[len(graph.nodes) :]
+    assert added[-1].name == result.name
+    return (*added[:-1], replace(added[-1], name=node.name))
+
+
+def _is_centred(decision: Decision) -> bool:
+    return decision.own_mean or (decision.range is not None and decision.range.centre is not None)
+
+
+def _group(builder: Builder, node: Node, operands: Sequence[Value], decision: Decision, apart: bool) -> Value:
+    """The attention of one decision, on the heads that it is for."""
+    roles = node["roles"]
+    assert isinstance(roles, tuple)
+    q, k, v = operands[:3]
+    others = dict(zip(map(str, roles), operands[3:], strict=True))
+    name = f"{node.name}_attention"
+    groups = _groups(q, k)
+    if apart and decision.heads is not None:
+        keys = tuple(dict.fromkeys(head // groups for head in decision.heads))
+        q, k, v = _taken(q, decision.heads), _taken(k, keys), _taken(v, keys)
+        for role in _BY_HEAD:
+            if role in others:
+                others[role] = _taken(others[role], decision.heads if role == "near_q" else keys)
+        name = f"{node.name}_heads_{'_'.join(_run_text(run) for run in _runs(decision.heads))}"
+    if decision.own_mean:
+        k = k - k.op("mean", axes=(-2,), keepdim=True)
+    elif decision.range is not None and decision.range.centre is not None:
+        values = tuple((row,) for row in decision.range.centre)
+        label = builder.fresh(f"{name}_centre")
+        k = k - builder.emit("literal", (), {"label": label, "values": values}, name=label)
+    inputs = [q, k, v, *(others[str(role)] for role in roles)]
+    plain = decided(node, decision)
+    return builder.emit("attention", inputs, dict(plain.attributes), name=name)
+
+
+def _groups(q: Value, k: Value) -> int:
+    """Query heads for each key head."""
+    query, key = q.shape[-3].constant, k.shape[-3].constant
+    assert query is not None
+    assert key is not None
+    return query // key
+
+
+def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, behind the last) of each run of neighbours."""
+    runs: list[tuple[int, int]] = []
+    for head in heads:
+        if runs and runs[-1][1] == head:
+            runs[-1] = (runs[-1][0], head + 1)
+        else:
+            runs.append((head, head + 1))
+    return runs
+
+
+def _run_text(run: tuple[int, int]) -> str:
+    return str(run[0]) if run[1] - run[0] == 1 else f"{run[0]}_to_{run[1] - 1}"
+
+
+def _taken(value: Value, heads: Sequence[int]) -> Value:
+    """Some heads of a tensor [.., h, n, d]."""
+    if value.shape[-3].constant == len(heads):
+        return value
+    slices = [value.op("slice", axis=-3, start=start, stop=stop) for start, stop in _runs(heads)]
+    return slices[0] if len(slices) == 1 else value.builder.emit("concat", slices, {"axis": -3})
+
+
+def _in_order(builder: Builder, parts: Sequence[Value], heads: Sequence[int]) -> Value:
+    """The results put together, head by head in the order of the attention."""
+    whole = builder.emit("concat", parts, {"axis": -3})
+    places = [heads.index(head) for head in range(len(heads))]
+    if places == sorted(places):
+        return whole
+    slices = [whole.op("slice", axis=-3, start=start, stop=stop) for start, stop in _runs(places)]
+    return builder.emit("concat", slices, {"axis": -3})

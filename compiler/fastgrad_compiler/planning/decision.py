@@ -1,0 +1,453 @@
+"""One attention's decision: exact or a polynomial, and why; or what forbids what the budget asks for.
+
+A degree meets its caps where eps is at most `relative`, and where the certificates (docs/mathematics.md,
+section 7) of output and score gradient are at most the attention's shares of the budget, all of them with what rounding
+adds at the longest declared length (section 10). Where it adds too much in float32, a polynomial is computed in
+float64, at twice the cost. Odd degrees serve
+only where positivity on the range is proved and the range itself is not the user's word: beyond it they
+turn negative, and what `bounds.py` proves of an attention's result would be false. A rule that pins one is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
+from typing import TypeAlias, cast
+
+from fastgrad_compiler.analysis.bounds.proof import number
+from fastgrad_compiler.analysis.ranges import LogitRange
+from fastgrad_compiler.approximation.certificates import certificate
+from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
+from fastgrad_compiler.approximation.rounding import (
+    EXACT,
+    USUAL_LENGTH,
+    WIDEST_NEAR,
+    Rounding,
+    Run,
+    Sizes,
+    rounding,
+)
+from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.planning.cost import DOUBLE, EQUAL, Pace, break_even, flops
+from fastgrad_compiler.planning.roofline import modelled_break_even
+from fastgrad_compiler.planning.settings import Settings
+from fastgrad_compiler.runtime.triton_schedule import LARGEST_D, LARGEST_DV
+from fastgrad_compiler.targets import PYTORCH, Backends
+
+LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
+
+
+@dataclass(frozen=True)
+class Caps:
+    """What one attention may be off by: `relative` caps eps, the others its shares of the budget; None is
+    no cap.
+    """
+
+    relative: float | None = None
+    output: float | None = None
+    gradient: float | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether there is any."""
+        return (self.relative, self.output, self.gradient) != (None, None, None)
+
+    def missed(self, polynomial: Polynomial, rounded: Rounding = EXACT) -> str:
+        """The first cap that a polynomial misses, in words; empty where it meets all."""
+        proved = certificate(polynomial.eps, polynomial.eps_prime, rounded)
+        for value, added, cap, what in (
+            (polynomial.eps, rounded.weights, self.relative, "eps {} exceeds relative <= {}"),
+            (
+                proved.output,
+                proved.output_rounding,
+                self.output,
+                "the output's certificate {} exceeds its share {} of the budget",
+            ),
+            (
+                proved.score_gradient,
+                proved.score_rounding,
+                self.gradient,
+                "the gradient's certificate {} exceeds its share {} of the budget",
+            ),
+        ):
+            if cap is not None and value + added > cap:
+                note = f" with {number(added)} of rounding" if value <= cap else ""
+                return what.format(number(value) + note, number(cap))
+        return ""
+
+    def __str__(self) -> str:
+        parts = (
+            ("relative", self.relative),
+            ("output share", self.output),
+            ("gradient share", self.gradient),
+        )
+        return ", ".join(f"{name} <= {number(cap)}" for name, cap in parts if cap is not None)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An attention with all that its decision depends on: equal cases are decided alike.
+
+    `longest` are the largest numbers of queries and keys that the file allows; `budget_near` is the
+    budget's near field; `pace` and `backends` are the target's; `groups` query heads share a key head. `certified`:
+    ranges must be proved.
+    """
+
+    node: Node
+    settings: Settings
+    caps: Caps
+    family: Family
+    max_rank: int
+    d: int | None
+    dv: int | None
+    longest: tuple[int | None, int | None]
+    same_length: bool
+    budget_near: int | None
+    pace: Pace = EQUAL
+    certified: bool = False
+    backends: Backends = PYTORCH
+    groups: int = 1
+
+    @property
+    def chosen_family(self) -> Family:
+        """The family of the rule, or the default."""
+        rule = self.settings.family
+        return cast("Family", rule.value) if rule else self.family
+
+    @property
+    def bound(self) -> float:
+        """R; only for a case that has one."""
+        return float(str(self.node["bound"]))
+
+    @property
+    def reach(self) -> float:
+        """Bound of |scale| sum_a |q_a k_a|: R, where nothing else is known."""
+        reach = self.node.get("reach")
+        return self.bound if reach is None else float(str(reach))
+
+    @property
+    def sizes(self) -> Sizes:
+        """Those for which rounding is stated: the longest declared ones, USUAL_LENGTH where none is."""
+        n, m = (length or USUAL_LENGTH for length in self.longest)
+        return Sizes(n, m, self.groups)
+
+    def rounding(self, polynomial: Polynomial, precision: str) -> Rounding:
+        """What rounding adds to a polynomial that is computed in `precision`, in a float32 run on a CPU."""
+        roles = self.node["roles"]
+        named = roles if isinstance(roles, tuple) else ()
+        spec = KernelSpec(
+            d=self.d or 1,
+            dv=self.dv or 1,
+            coefficients=polynomial.coefficients,
+            causal=self.causal,
+            near=self.near,
+            near_d=WIDEST_NEAR if "near_q" in named else None,
+            documents=self.documents,
+            padding="padding" in named,
+            precision=precision,
+        )
+        return rounding(spec, self.sizes, polynomial.bound, self.reach, self.backends, Run())
+
+    @property
+    def causal(self) -> bool:
+        """Whether a query sees only the keys up to its own place."""
+        return bool(self.node["causal"])
+
+    @property
+    def documents(self) -> bool:
+        """Whether a query sees only keys of its own document."""
+        roles = self.node["roles"]
+        return isinstance(roles, tuple) and "documents" in roles
+
+    @property
+    def near(self) -> int | None:
+        """The block of the near field: the model's own, a pinned one, or the budget's."""
+        own = self.node["near"]
+        if isinstance(own, int):
+            return own
+        if self.settings.near is not None:
+            return int(str(self.settings.near.value))
+        return self.budget_near if self.same_length else None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Exact (`polynomial` None) or a polynomial, with the reason; `near` is set on the node where it is not
+    None.
+
+    `range` is what the polynomial rests on where that is not the bound of the node; `own_mean`: each sequence's mean is
+    taken from its keys. `heads` are the query heads that it is for, in order, None for all. `precision` is that of the
+    arithmetic.
+    """
+
+    why: str
+    polynomial: Polynomial | None = None
+    near: int | None = None
+    break_even: int | None = None
+    range: LogitRange | None = None
+    own_mean: bool = False
+    heads: tuple[int, ...] | None = None
+    precision: str = "float32"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A polynomial with the precision of its arithmetic, and what rounding then adds to its errors."""
+
+    polynomial: Polynomial
+    precision: str
+    rounding: Rounding
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A rule that cannot be obeyed: the code, and what is wrong. `rule` names the kind of the rule at
+    fault.
+    """
+
+    code: str
+    message: str
+    rule: str
+    polynomial: Polynomial | None = None
+
+
+Outcome: TypeAlias = Decision | Refusal
+
+
+def decide(case: Case) -> Outcome:
+    """The decision for a case whose rules have valid values."""
+    settings = case.settings
+    if settings.exact is not None:
+        return Decision("the budget leaves it exact")
+    if settings.degree is None and not case.caps.given:
+        return Decision("no budget asks for an approximation: it sets neither a limit nor a degree")
+    blocked = _blocked(case)
+    if blocked is not None:
+        return blocked
+    if settings.degree is not None:
+        return _pinned(case, int(str(settings.degree.value)))
+    return _planned(case)
+
+
+def unservable(node: Node) -> str:
+    """The mask that no polynomial serves; empty where there is none."""
+    if node["window"] is not None:
+        return "window"
+    return "alibi" if node["alibi"] else ""
+
+
+def _blocked(case: Case) -> Outcome | None:
+    """What rules a polynomial out before its degree is thought of."""
+    node, settings = case.node, case.settings
+    asked = _kind(settings)
+    mask = unservable(node)
+    if mask:
+        text = f"a polynomial cannot serve the mask `{mask}`"
+        if asked:
+            return Refusal("FG309", text, asked)
+        band = f": O(n w), w = {node['window']}" if mask == "window" and not node["alibi"] else ""
+        return Decision(f"{text}, which stays exact{band}")
+    if settings.near is not None and node["near"] is not None:
+        return Refusal("FG308", f"it has a near field of its own, of block {node['near']}", "near")
+    if settings.near is not None and not case.same_length:
+        return Refusal(
+            "FG308", "queries and keys are of different sequences, so none of them are neighbours", "near"
+        )
+    if case.d is None or case.dv is None:
+        text = "the width of its queries or values is known at run time only"
+        return Refusal("FG310", text, asked) if asked else Decision(text)
+    if node["bound"] is None:
+        proof = node["proof"]
+        reasons = (
+            "; ".join(map(str, proof)) if isinstance(proof, tuple) and proof else "nothing limits its logits"
+        )
+        text = f"no bound of its logits is proved: {reasons}"
+        return Refusal("FG301", text, asked) if asked else Decision(text)
+    return None
+
+
+def _kind(settings: Settings) -> str:
+    return settings.asked.kind if settings.asked else ""
+
+
+def _pinned(case: Case, degree: int) -> Outcome:
+    """The pinned degree, if it is a polynomial that can be trusted at all and meets an explicit `relative`."""
+    family, bound = case.chosen_family, case.bound
+    found_rank = rank(case.d or 1, degree)
+    if found_rank > case.max_rank:
+        text = (
+            f"degree {degree} at width {case.d} has rank {found_rank:,}, over the limit of {case.max_rank:,}"
+        )
+        return Refusal("FG307", text, "degree")
+    try:
+        polynomial = fit(family, degree, bound)
+    except PrecisionError as error:
+        return Refusal("FG306", str(error), "degree")
+    if not polynomial.positive:
+        text = f"the {family} polynomial of degree {degree} is not positive on [-{number(bound)}, {number(bound)}]"
+        return Refusal("FG304", text, "degree", polynomial)
+    if not stays_positive(case, polynomial):
+        text = (
+            f"the {family} polynomial of degree {degree} is negative for logits below"
+            f" {number(polynomial.positive_from or 0.0)}, and |s| <= {number(bound)} is asserted, not proved"
+        )
+        return Refusal("FG304", text, "degree", polynomial)
+    if polynomial.eps >= 1:
+        text = (
+            f"with |s| <= {number(bound)} the {family} polynomial of degree {degree} has eps {number(polynomial.eps)}:"
+            " weights may be off by their own size"
+        )
+        return Refusal("FG306", text, "degree", polynomial)
+    if case.caps.relative is not None and polynomial.eps > case.caps.relative:
+        text = (
+            f"degree {degree} has eps {number(polynomial.eps)}, over relative <= {number(case.caps.relative)}"
+        )
+        return Refusal("FG305", text, "degree", polynomial)
+    evaluated = _evaluated(case, polynomial)
+    lost = vanishing(polynomial, evaluated.rounding)
+    if lost:
+        return Refusal("FG306", f"at degree {degree} {lost}", "degree", polynomial)
+    relative = replace(case.caps, output=None, gradient=None).missed(polynomial, evaluated.rounding)
+    if relative:
+        return Refusal("FG305", f"at degree {degree} {relative}", "degree", polynomial)
+    missed = case.caps.missed(polynomial, evaluated.rounding)
+    note = f"; {missed}: what the report measures decides" if missed else ""
+    return _polynomial(case, evaluated, f"degree {degree} is pinned by the budget{note}")
+
+
+def _evaluated(case: Case, polynomial: Polynomial) -> Evaluated:
+    """In float32 where rounding adds less than the polynomial's own eps and misses no cap that float64 meets."""
+    single, double = (
+        Evaluated(polynomial, precision, case.rounding(polynomial, precision)) for precision in PRECISIONS
+    )
+    rules = single.rounding.weights > polynomial.eps
+    missed = case.caps.missed(polynomial, single.rounding)
+    return double if rules or (missed and not case.caps.missed(polynomial, double.rounding)) else single
+
+
+PRECISIONS = ("float32", "float64")
+
+
+def vanishing(polynomial: Polynomial, rounded: Rounding) -> str:
+    """Why weights may vanish, in words; empty where they cannot."""
+    if polynomial.eps >= 1:
+        return "weights may vanish"
+    if polynomial.eps + rounded.weights >= 1:
+        return f"rounding may be {number(rounded.weights)} of a weight"
+    return ""
+
+
+def _planned(case: Case) -> Outcome:
+    """The cheapest polynomial that meets the caps, or exact where none does or where that is cheaper."""
+    evaluated, obstacle = search(case)
+    asked = _kind(case.settings)
+    if evaluated is None:
+        return Refusal("FG310", obstacle, asked) if asked else Decision(f"no degree serves it: {obstacle}")
+    degree = evaluated.polynomial.degree
+    decision = _polynomial(case, evaluated, f"degree {degree} is the least that meets {case.caps}")
+    cheaper = "" if asked else _cheaper_exact(case, degree, decision.near, evaluated.precision)
+    return Decision(cheaper, break_even=decision.break_even) if cheaper else decision
+
+
+def stays_positive(case: Case, polynomial: Polynomial) -> bool:
+    """Whether no weight can be negative: everywhere, or on a range that logits are proved not to leave."""
+    return polynomial.positive and (polynomial.positive_from is None or not case.node["asserted"])
+
+
+def search(case: Case) -> tuple[Evaluated | None, str]:
+    """(the cheapest polynomial that meets the caps within the rank limit, else what the last one tried lacks).
+
+    That is the one of least degree, unless float32 rounds it too much: it costs twice as much in float64, and a higher
+    degree may leave more room for rounding.
+    """
+    best: Evaluated | None = None
+    least = inf
+    obstacle = "no degree is positive on its range"
+    for degree in range(1, MAX_DEGREE + 1):
+        found_rank = rank(case.d or 1, degree)
+        if found_rank >= least:
+            break
+        if found_rank > case.max_rank:
+            obstacle = f"{obstacle}, and degree {degree} has rank {found_rank:,}, over the limit of {case.max_rank:,}"
+            break
+        evaluated, missed = _candidate(case, degree)
+        obstacle = missed or obstacle
+        if evaluated is None:
+            continue
+        cost = found_rank / (DOUBLE if evaluated.precision == "float64" else 1.0)
+        if cost < least:
+            best, least = evaluated, cost
+    return best, "" if best else obstacle
+
+
+def _candidate(case: Case, degree: int) -> tuple[Evaluated | None, str]:
+    """(the polynomial of a degree in the precision that meets the caps, else what it lacks)."""
+    try:
+        polynomial = fit(case.chosen_family, degree, case.bound)
+    except PrecisionError as error:
+        return None, str(error)
+    if not stays_positive(case, polynomial):
+        return None, ""
+    missed = ""
+    for precision in PRECISIONS:
+        rounded = case.rounding(polynomial, precision)
+        missed = case.caps.missed(polynomial, rounded) or vanishing(polynomial, rounded)
+        if not missed:
+            return Evaluated(polynomial, precision, rounded), ""
+    return None, f"at degree {degree} {missed}"
+
+
+def _polynomial(case: Case, evaluated: Evaluated, why: str) -> Decision:
+    near, polynomial = case.near, evaluated.polynomial
+    even = _break_even(case, polynomial.degree, near, evaluated.precision)
+    if evaluated.precision == "float64":
+        added = case.rounding(polynomial, "float32").weights
+        why += f"; computed in float64: in float32 rounding might add {number(added)} to eps"
+    if case.node["asserted"]:
+        why += f"; |s| <= {number(case.bound)} is asserted, not proved"
+    if polynomial.positive_from is not None:
+        why += f"; positive only for logits above {number(polynomial.positive_from)}"
+    return Decision(
+        why,
+        polynomial,
+        near if case.node["near"] is None else None,
+        even,
+        precision=evaluated.precision,
+    )
+
+
+def _cheaper_exact(case: Case, degree: int, near: int | None, precision: str) -> str:
+    """Why exact is cheaper at every allowed length; empty where it is not, or where lengths have no limit."""
+    n, m = case.longest
+    if n is None or m is None:
+        return ""
+    block = near if near is not None else case.near
+    work = partial(
+        flops, n=n, m=m, d=case.d or 1, dv=case.dv or 1, causal=case.causal, documents=case.documents
+    )
+    even, pace = _break_even(case, degree, block, precision), case.pace.at(precision)
+    longer = 1 + pace.keys / m
+    dearer = work(degree=degree, near=block).total > pace.speed * longer * work(degree=None).total
+    if max(n, m) >= even and not dearer:
+        return ""
+    return f"exact is cheaper below n = {even:,} at degree {degree}, and the file allows no more than {max(n, m):,}"
+
+
+def _break_even(case: Case, degree: int, near: int | None, precision: str) -> int:
+    """Of the polynomial, on one document as long as the sequence."""
+    d, dv, pace = case.d or 1, case.dv or 1, case.pace.at(precision)
+    if pace.device and not case.documents and d <= LARGEST_D and dv <= LARGEST_DV:
+        return modelled_break_even(pace.device, d=d, dv=dv, degree=degree, causal=case.causal, near=near or 0)
+    even = break_even(
+        d=d,
+        dv=dv,
+        degree=degree,
+        near=near,
+        causal=case.causal,
+        documents=case.documents,
+        pace=pace,
+    )
+    return max(even, LEAST_LENGTH)

@@ -1,0 +1,71 @@
+"""Attentions whose weights are a polynomial of the model's own: nothing is to be decided, but some cannot be had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from fastgrad_compiler.approximation.features import rank, widest
+from fastgrad_compiler.attention.table import AttentionEntry
+from fastgrad_compiler.ir.graph import BudgetRule
+from fastgrad_compiler.planning.refusal import places
+from fastgrad_compiler.planning.settings import settings_of
+from fastgrad_grammar.diagnostics import Diagnostic
+
+
+def refuse_own(
+    entries: Iterable[AttentionEntry], rules: Sequence[BudgetRule], max_rank: int
+) -> list[Diagnostic]:
+    """FG311 for rules that would change such an attention, FG307 where its rank is over the limit.
+
+    One diagnostic for each rule, or for each place in the file, with the paths that it concerns.
+    """
+    asked: dict[BudgetRule, list[AttentionEntry]] = {}
+    large: dict[tuple[str, str], list[AttentionEntry]] = {}
+    for entry in entries:
+        rule = settings_of(entry.full_path, rules).asked
+        if rule is not None:
+            asked.setdefault(rule, []).append(entry)
+        if entry.rank is not None and entry.rank > max_rank:
+            large.setdefault((entry.graph, entry.node.name), []).append(entry)
+    found = [_fixed(rule, group) for rule, group in asked.items()]
+    return found + [_too_large(group, max_rank) for group in large.values()]
+
+
+def _named(group: Sequence[AttentionEntry]) -> str:
+    more = f" (and {len(group) - 1} more)" if len(group) > 1 else ""
+    return f'attention "{group[0].path}"{more}'
+
+
+def _fixed(rule: BudgetRule, group: Sequence[AttentionEntry]) -> Diagnostic:
+    first = group[0]
+    return Diagnostic(
+        "FG311",
+        f"{_named(group)}: its weights are a polynomial of the model's own, which no budget changes",
+        rule.span if rule.span is not None else first.node.span,
+        f"`{rule.kind}` is for what a polynomial approximates",
+        notes=tuple(places(first)),
+        help=(
+            "it needs no rule: its error is 0",
+            f'where the pattern is for others too, put behind it: at "{first.path}" exact',
+        ),
+    )
+
+
+def _too_large(group: Sequence[AttentionEntry], max_rank: int) -> Diagnostic:
+    first = group[0]
+    d, degree = first.d or 1, int(str(first.node["degree"]))
+    text = f"degree {degree} at width {d} has rank {first.rank:,}, over the limit of {max_rank:,}"
+    help_ = []
+    width = widest(degree, max_rank, below=d)
+    if width is not None:
+        help_.append(f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}")
+    lower = max((g for g in range(2, degree, 2) if rank(d, g) <= max_rank), default=None)
+    if lower is not None:
+        help_.append(f"a polynomial of degree {lower} has rank {rank(d, lower):,}")
+    return Diagnostic(
+        "FG307",
+        f"{_named(group)}: {text}",
+        first.node.span,
+        notes=tuple(places(first)[1:]),
+        help=tuple(help_),
+    )

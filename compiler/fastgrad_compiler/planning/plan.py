@@ -1,0 +1,269 @@
+"""The plan: each attention of the model stays exact or becomes a polynomial, as the budget allows; every
+decision has a reason.
+
+The budget's `output` and `gradient` are shared out equally: of L approximated attentions each may be off by
+1/L of them, by its certificate, with the gain from an attention to the model's output taken as 1. That is
+an estimate; the report measures the whole. A rule that cannot be obeyed is refused (FG3xx). Without a
+budget nothing is approximated. Attentions whose weights are a polynomial of the model's own need none and take no
+share: they were decided when the model was written.
+
+A decision is an attribute of the node. Where one graph's attentions are decided differently at different
+places, the graph is cloned; equal decisions share one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+from fastgrad_compiler.analysis.bounds.proof import number
+from fastgrad_compiler.approximation.polynomial import Family
+from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention_table, is_own
+from fastgrad_compiler.ir.flatten import Indices, iterations, path_of
+from fastgrad_compiler.ir.graph import Budget, Graph, Node, Program
+from fastgrad_compiler.planning.apply import applied, decided
+from fastgrad_compiler.planning.cost import PACE
+from fastgrad_compiler.planning.decision import Caps, Case, Decision, Outcome, Refusal, decide
+from fastgrad_compiler.planning.own import refuse_own
+from fastgrad_compiler.planning.refusal import diagnose
+from fastgrad_compiler.planning.settings import Settings, check_budget, settings_of
+from fastgrad_compiler.targets import BACKENDS
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+
+__all__ = ["MAX_RANK", "AttentionEntry", "attention_table", "plan_attention"]
+
+MAX_RANK = 20_000  # a state of rank x (dv + 1) floats for each head: 5 MB at dv = 64
+
+Assignment: TypeAlias = Mapping[str, Sequence[Decision]]  # by full path, one decision for each group of heads
+
+_OUTSIDE = Decision("it is not a part of the model that the budget is for")
+_UNREAD = Decision("nothing reads its result, so that it does not run")
+
+
+def plan_attention(
+    program: Program,
+    *,
+    family: Family = "balanced",
+    max_rank: int = MAX_RANK,
+    target: str = "auto",
+    assignment: Assignment | None = None,
+) -> Program:
+    """The program with `decision` and `why` on every attention, and the polynomial where it is one.
+
+    `family` serves where no rule names another; no polynomial has a higher rank than `max_rank`. `target` decides how
+    fast a polynomial is beside exact attention, and so from which length on it serves. `assignment`, by full path, is
+    what calibration chose; attentions that it does not name are decided here, by certificates alone.
+
+    Raises:
+        TfgError: FG301-FG311, for rules that are wrong in themselves or cannot be obeyed.
+    """
+    table = attention_table(program)
+    entries = tuple(entry for entry in table if not is_own(entry.node))
+    budget = program.budget or Budget()
+    wrong = check_budget(budget, [(entry.path, entry.full_path) for entry in table])
+    if any(diagnostic.code == "FG303" for diagnostic in wrong):
+        raise TfgError(wrong)
+    settings = {entry.full_path: settings_of(entry.full_path, budget.rules) for entry in entries}
+    assigned = assignment or {}
+    unread = {entry.full_path: (_UNREAD,) for entry in entries if not entry.runs}
+    entries = tuple(entry for entry in entries if entry.full_path not in {*assigned, *unread})
+    outcomes, cases = _decide_all(program, entries, settings, family, max_rank, target)
+    wrong += _refusals(entries, outcomes, cases)
+    wrong += refuse_own([entry for entry in table if is_own(entry.node)], budget.rules, max_rank)
+    if wrong:
+        raise TfgError(wrong)
+    decisions: dict[str, Sequence[Decision]] = dict(assigned)
+    decisions |= {path: (outcome,) for path, outcome in outcomes.items() if isinstance(outcome, Decision)}
+    return _Specialiser(program, {**decisions, **unread}).program_of_decisions()
+
+
+def _decide_all(
+    program: Program,
+    entries: tuple[AttentionEntry, ...],
+    settings: Mapping[str, Settings],
+    family: Family,
+    max_rank: int,
+    target: str,
+) -> tuple[dict[str, Outcome], dict[str, Case]]:
+    """Decisions with shares that fit their number: fewer approximated attentions, larger shares."""
+    budget = program.budget or Budget()
+
+    def decided(sharing: int) -> tuple[dict[str, Outcome], dict[str, Case]]:
+        known: dict[tuple[str, str, Settings], tuple[Outcome, Case]] = {}
+        for entry in entries:
+            key = (entry.graph, entry.node.name, settings[entry.full_path])
+            if key not in known:
+                case = case_of(
+                    program, entry, key[2], sharing=sharing, target=target, family=family, max_rank=max_rank
+                )
+                known[key] = decide(case), case
+        found = {e.full_path: known[(e.graph, e.node.name, settings[e.full_path])] for e in entries}
+        return {path: pair[0] for path, pair in found.items()}, {
+            path: pair[1] for path, pair in found.items()
+        }
+
+    sharing = max(len(entries), 1)
+    outcomes, cases = decided(sharing)
+    while 0 < (served := _approximated(outcomes)) < sharing:
+        larger = decided(served)
+        if _approximated(larger[0]) > served:
+            break
+        sharing, (outcomes, cases) = served, larger
+    return _with_shares(outcomes, budget, sharing), cases
+
+
+def _approximated(outcomes: Mapping[str, Outcome]) -> int:
+    return sum(isinstance(each, Decision) and each.polynomial is not None for each in outcomes.values())
+
+
+def case_of(
+    program: Program,
+    entry: AttentionEntry,
+    settings: Settings,
+    *,
+    sharing: int,
+    target: str,
+    family: Family = "balanced",
+    max_rank: int = MAX_RANK,
+) -> Case:
+    """All that the decision of one attention depends on, with the budget shared equally by `sharing`."""
+    lengths, budget = Lengths(program), program.budget or Budget()
+    caps = Caps(
+        relative=float(str(settings.relative.value)) if settings.relative else None,
+        output=None if budget.output is None else budget.output / sharing,
+        gradient=None if budget.gradient is None else budget.gradient / sharing,
+    )
+    return Case(
+        entry.node,
+        settings,
+        caps,
+        family,
+        max_rank,
+        entry.d,
+        entry.dv,
+        (lengths.longest(entry.queries), lengths.longest(entry.keys)),
+        entry.queries == entry.keys,
+        budget.near,
+        PACE[target],
+        program.trust == "certified",
+        BACKENDS[target],
+        entry.groups,
+    )
+
+
+def _with_shares(outcomes: Mapping[str, Outcome], budget: Budget, sharing: int) -> dict[str, Outcome]:
+    """Polynomials say how the budget was shared out, and what that leaves open."""
+    limits = [f"{name} <= {number(limit)}" for name, limit in (("output", budget.output), ("gradient", budget.gradient))
+              if limit is not None]  # fmt: skip
+    if not limits:
+        return dict(outcomes)
+    shared = f"{' and '.join(limits)} shared equally by {sharing}, layer gains taken as 1"
+    note = f"; {shared}: the report measures the whole"
+    return {
+        path: replace(each, why=each.why + note) if isinstance(each, Decision) and each.polynomial else each
+        for path, each in outcomes.items()
+    }
+
+
+def _refusals(
+    entries: Iterable[AttentionEntry], outcomes: Mapping[str, Outcome], cases: Mapping[str, Case]
+) -> list[Diagnostic]:
+    """One diagnostic for each distinct refusal, with the paths that it concerns."""
+    grouped: dict[tuple[Refusal, Settings], list[AttentionEntry]] = {}
+    for entry in entries:
+        outcome = outcomes[entry.full_path]
+        if isinstance(outcome, Refusal):
+            grouped.setdefault((outcome, cases[entry.full_path].settings), []).append(entry)
+    return [diagnose(refusal, cases[group[0].full_path], group) for (refusal, _), group in grouped.items()]
+
+
+# ---------------------------------------------------------------- decisions on nodes
+
+
+class _Specialiser:
+    """Copies of graphs for each way in which their attentions are decided; the first way keeps the graph's
+    name.
+    """
+
+    def __init__(self, program: Program, decisions: Mapping[str, Sequence[Decision]]) -> None:
+        self.program = program
+        self.decisions = decisions
+        self._names = set(program.by_name)
+        self._variants: dict[str, dict[tuple[Node, ...], str]] = {}
+        self._untouched: dict[str, bool] = {}
+
+    def program_of_decisions(self) -> Program:
+        """The program whose nodes hold the decisions; variants stand behind the graph they were made from."""
+        self.variant(self.program.main, (), ())
+        graphs: list[Graph] = []
+        for graph in self.program.graphs:
+            variants = self._variants.get(graph.name, {graph.nodes: graph.name})
+            graphs += (
+                replace(graph, name=name, nodes=tuple(map(_outside, nodes)))
+                for nodes, name in variants.items()
+            )
+        return self.program.with_graphs(graphs)
+
+    def variant(self, name: str, scope: tuple[str, ...], indices: Indices) -> str:
+        """The graph to run in place of `name` when called at `scope`."""
+        if self._is_untouched(name):
+            return name
+        graph = self.program[name]
+        nodes = tuple(each for node in graph.nodes for each in self._nodes(graph, node, scope, indices))
+        variants = self._variants.setdefault(name, {})
+        if nodes not in variants:
+            variants[nodes] = self._fresh(name) if variants else name
+        return variants[nodes]
+
+    def _is_untouched(self, name: str) -> bool:
+        """Whether no attention is reached from a graph."""
+        if name not in self._untouched:
+            self._untouched[name] = not any(
+                node.op == "attention" or any(not self._is_untouched(each) for each in _graphs(node))
+                for node in self.program[name].nodes
+            )
+        return self._untouched[name]
+
+    def _fresh(self, name: str) -> str:
+        number_ = 2
+        while f"{name}_{number_}" in self._names:
+            number_ += 1
+        self._names.add(f"{name}_{number_}")
+        return f"{name}_{number_}"
+
+    def _nodes(self, graph: Graph, node: Node, scope: tuple[str, ...], indices: Indices) -> tuple[Node, ...]:
+        if node.op == "attention":
+            decisions = self.decisions[path_of(scope, node.name, indices)]
+            return applied(graph, node, decisions, self.program.multiples)
+        return (self._node(node, scope, indices),)
+
+    def _node(self, node: Node, scope: tuple[str, ...], indices: Indices) -> Node:
+        if node.op == "call":
+            inner = (*scope, str(node["label"]), *map(str, indices))
+            return node.with_attributes(graph=self.variant(str(node["graph"]), inner, ()))
+        if node.op == "repeat":
+            names = [self.variant(body, scope, (*indices, index)) for index, body in iterations(node)]
+            return node.with_attributes(bodies=_runs(names)) if names else node
+        return node
+
+
+def _graphs(node: Node) -> tuple[str, ...]:
+    if node.op == "call":
+        return (str(node["graph"]),)
+    return tuple(dict.fromkeys(body for _, body in iterations(node))) if node.op == "repeat" else ()
+
+
+def _runs(names: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """Equal neighbours as one run."""
+    runs: list[tuple[str, int]] = []
+    for name in names:
+        if runs and runs[-1][0] == name:
+            runs[-1] = (name, runs[-1][1] + 1)
+        else:
+            runs.append((name, 1))
+    return tuple(runs)
+
+
+def _outside(node: Node) -> Node:
+    return decided(node, _OUTSIDE) if node.op == "attention" and node.get("decision") is None else node

@@ -1,0 +1,195 @@
+"""Refusals as diagnostics: where, why, and what would make the budget feasible, with numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from fastgrad_compiler.analysis.bounds.proof import number
+from fastgrad_compiler.approximation.features import rank, widest
+from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
+from fastgrad_compiler.attention.table import LIBRARY, AttentionEntry
+from fastgrad_compiler.ir.graph import BudgetRule
+from fastgrad_compiler.planning.decision import Caps, Case, Refusal, search, stays_positive
+from fastgrad_grammar.diagnostics import Diagnostic, Note
+
+_USEFUL = 0.1  # largest eps that is recommended where the budget sets none
+_HALVINGS = 24  # of the interval in which the largest feasible bound is sought
+
+
+def diagnose(refusal: Refusal, case: Case, entries: Sequence[AttentionEntry]) -> Diagnostic:
+    """The diagnostic of one refusal for all attentions that it concerns."""
+    paths = [entry.path for entry in entries]
+    rule: BudgetRule | None = getattr(case.settings, refusal.rule, None)
+    more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+    notes = places(entries[0])
+    if case.node["bound"] is not None and refusal.code not in ("FG308", "FG309"):
+        notes += _range(case)
+    return Diagnostic(
+        refusal.code,
+        f'attention "{paths[0]}"{more}: {refusal.message}',
+        rule.span if rule is not None and rule.span is not None else case.node.span,
+        notes=tuple(notes),
+        help=(*_REMEDIES[refusal.code](refusal, case), f'leave it exact: at "{paths[0]}" exact'),
+    )
+
+
+def places(entry: AttentionEntry) -> list[Note]:
+    """Where the attention stands and, where that is in the library, the call in the user's file that leads
+    there.
+    """
+    notes = [] if entry.node.span is None else [Note("the attention is here", entry.node.span)]
+    own = [span for span in entry.calls if not span.source.path.startswith(LIBRARY)]
+    if own and entry.node.span is not None and entry.node.span.source.path.startswith(LIBRARY):
+        notes.append(Note("which is called from here", own[-1]))
+    return notes
+
+
+def _range(case: Case) -> list[Note]:
+    word = "asserted" if case.node["asserted"] else "proved"
+    proof = case.node["proof"]
+    lines = [f"|s| <= {number(case.bound)} is {word}"]
+    return [Note(line) for line in (*lines, *(map(str, proof) if isinstance(proof, tuple) else ()))]
+
+
+def _unbounded(refusal: Refusal, case: Case) -> list[str]:
+    word = [] if case.certified else ["or assert a limit that you know: assume_bound(scores, R)"]
+    return [
+        "limit the logits: gain * (unit(q) @ unit(k).T) never exceeds the gain; std.attention(gain = 1.0) does it",
+        "limit only distant ones: near_far(q @ k.T, gain * (unit(q) @ unit(k).T); 64)",
+        *word,
+    ]
+
+
+def _better_degree(refusal: Refusal, case: Case) -> list[str]:
+    """A higher degree, or a smaller range at the pinned one."""
+    degree = _degree(case)
+    caps = Caps(relative=case.caps.relative or _USEFUL)
+    remedies: list[str] = []
+    for option in (case, replace(case, settings=replace(case.settings, family=None), family="balanced")):
+        evaluated = search(replace(option, caps=caps))[0] if not remedies else None
+        found = evaluated.polynomial if evaluated is not None else None
+        if found is not None and (found.family, found.degree) != (case.chosen_family, degree):
+            found_rank = rank(case.d or 1, found.degree)
+            family = "" if found.family == case.chosen_family else f" of family {found.family}"
+            remedies.append(
+                f"degree {found.degree}{family} does it: eps {number(found.eps)}, rank {found_rank:,}"
+            )
+    if degree is not None:
+        remedies += _smaller_range(case, degree, lambda p: not caps.missed(p))
+    return remedies
+
+
+def _positive_degree(refusal: Refusal, case: Case) -> list[str]:
+    """The next higher degree that is positive and says something, or a range on which the pinned one is."""
+    degree = _degree(case) or 1
+    remedies = []
+    for higher in range(degree + 1, MAX_DEGREE + 1):
+        found_rank, polynomial = rank(case.d or 1, higher), _fit(case, higher, case.bound)
+        if (
+            found_rank <= case.max_rank
+            and polynomial is not None
+            and stays_positive(case, polynomial)
+            and polynomial.eps <= _USEFUL
+        ):
+            eps = number(polynomial.eps)
+            remedies.append(f"degree {higher} is positive there: eps {eps}, rank {found_rank:,}")
+            break
+    return remedies + _smaller_range(case, degree, lambda p: p.eps <= _USEFUL)
+
+
+def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
+    degree = _degree(case)
+    if degree is None:
+        return []
+    remedies = []
+    width = widest(degree, case.max_rank, below=case.d or 1)
+    if width is not None:
+        remedies.append(f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}")
+    lower = max((g for g in range(1, degree) if rank(case.d or 1, g) <= case.max_rank), default=None)
+    polynomial = _fit(case, lower, case.bound) if lower is not None else None
+    if polynomial is not None and stays_positive(case, polynomial):
+        found_rank = rank(case.d or 1, polynomial.degree)
+        remedies.append(
+            f"degree {polynomial.degree} has rank {found_rank:,} and eps {number(polynomial.eps)}"
+        )
+    return remedies
+
+
+def _feasible(refusal: Refusal, case: Case) -> list[str]:
+    """A smaller range or narrower heads, with which some degree meets all caps."""
+    if case.d is None or case.dv is None:
+        return ["declare the widths of heads as constants"]
+    remedies = []
+    width = next((d for d in _halves(case.d) if search(replace(case, d=d))[0] is not None), None)
+    if width is not None:
+        remedies.append(f"a qk_dim of {width} affords a degree that meets the limits")
+    largest = _largest(case.bound, lambda bound: search(_with_bound(case, bound))[0] is not None)
+    return remedies + _gain(case, largest, "meets the limits")
+
+
+def _halves(width: int) -> list[int]:
+    return [width >> shift for shift in range(1, width.bit_length())]
+
+
+def _with_bound(case: Case, bound: float) -> Case:
+    return replace(case, node=case.node.with_attributes(bound=bound))
+
+
+def _near(refusal: Refusal, case: Case) -> list[str]:
+    return [
+        "remove this rule"
+        if case.node["near"] is None
+        else "change the block of near_far in the model instead"
+    ]
+
+
+def _masked(refusal: Refusal, case: Case) -> list[str]:
+    return ["windows and alibi stay exact: remove the mask, or this rule"]
+
+
+def _smaller_range(case: Case, degree: int, suits: Callable[[Polynomial], bool]) -> list[str]:
+    def serves(bound: float) -> bool:
+        polynomial = _fit(case, degree, bound)
+        return polynomial is not None and stays_positive(case, polynomial) and suits(polynomial)
+
+    return _gain(case, _largest(case.bound, serves), f"serves at degree {degree}")
+
+
+def _gain(case: Case, largest: float | None, what: str) -> list[str]:
+    if largest is None:
+        return []
+    return [f"a smaller gain: |s| <= {largest:.3g} instead of {number(case.bound)} {what}"]
+
+
+def _largest(bound: float, serves: Callable[[float], bool]) -> float | None:
+    """The largest bound below `bound` that serves, rounded down to three digits."""
+    low, high = 0.0, bound
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if serves(middle) else (low, middle)
+    rounded = float(f"{low * 0.995:.3g}")
+    return rounded if rounded > 0.01 * bound and serves(rounded) else None
+
+
+def _fit(case: Case, degree: int, bound: float) -> Polynomial | None:
+    try:
+        return fit(case.chosen_family, degree, bound)
+    except PrecisionError:
+        return None
+
+
+def _degree(case: Case) -> int | None:
+    return int(str(case.settings.degree.value)) if case.settings.degree else None
+
+
+_REMEDIES: dict[str, Callable[[Refusal, Case], list[str]]] = {
+    "FG301": _unbounded,
+    "FG304": _positive_degree,
+    "FG305": _better_degree,
+    "FG306": _better_degree,
+    "FG307": _smaller_rank,
+    "FG308": _near,
+    "FG309": _masked,
+    "FG310": _feasible,
+}

@@ -1,0 +1,220 @@
+"""The Triton target's kernels beside FlashAttention, by bytes and flops on paper: a model, not a measurement.
+
+The counts, the devices with their sources and the rule that turns a kernel's work into seconds are those by which
+the kernels choose their schedule (runtime/triton_schedule.py). FlashAttention gets the same rule: each kernel at the
+peak of whatever limits it, exp for one flop, its keys and values read from memory once. That flatters both, and
+FlashAttention somewhat more: at a width of 64, exp takes an H100 about as long as the products do.
+
+FlashAttention's kernels have one width for q, k and v (FlashAttention-2 and PyTorch's backend; FlashAttention-3 for
+these shapes), one of WIDTHS: d = 16 and dv = 64 are padded to 64. `padded` counts that, `ideal` what a kernel for
+exactly d and dv would do. Forward, per pair: 2 (d + dv) flops; backward 2.5 times that, five products for two. A
+causal kernel visits half of the pairs; whole tiles on its diagonal are neglected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from math import ceil
+
+from fastgrad_compiler.approximation.elementary import added
+from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.runtime.triton_schedule import (
+    DEVICES,
+    FLOAT32,
+    TILES,
+    Device,
+    Shape,
+    Tiles,
+    Work,
+    choose_chunk,
+    choose_schedule,
+    kernel_time,
+    modelled_time,
+    works,
+)
+from fastgrad_compiler.runtime.triton_tables import TILE, padded_rank
+
+__all__ = [
+    "DEVICES",
+    "Choice",
+    "Device",
+    "Shape",
+    "Work",
+    "best",
+    "break_even",
+    "choose_chunk",
+    "choose_schedule",
+    "flash_time",
+    "flash_works",
+    "kernel_time",
+    "kernels",
+    "limit",
+    "shape_of",
+    "timed",
+]
+
+WIDTHS = (32, 64, 96, 128, 192, 256)  # head dimensions of FlashAttention-2's kernels
+FLASH_ROWS = 128  # queries of a program
+FLASH_VECTOR_FLOPS = 5  # of a pair: scale and subtract, maximum, exp, sum
+LARGE_RANK = 10_000  # from which on gaps between features are too few to be worth counting one by one
+LONGEST = 1 << 26
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one call is served, with the modelled seconds of its passes.
+
+    chunk: tokens; None in the fused schedule, whose chunk is its tile.
+    """
+
+    schedule: str
+    chunk: int | None
+    forward: float
+    total: float
+
+
+def shape_of(
+    *,
+    heads: int,
+    n: int,
+    d: int,
+    dv: int,
+    degree: int,
+    key_heads: int | None = None,
+    m: int | None = None,
+    dtype: str = "bfloat16",
+    causal: bool = True,
+    near: int = 0,
+    near_d: int = 0,
+) -> Shape:
+    """The shape with the rank of its features, padded. ValueError for sizes that no kernel serves."""
+    key_heads, m = heads if key_heads is None else key_heads, n if m is None else m
+    if min(heads, key_heads, n, m, d, dv, degree) < 1 or heads % key_heads:
+        raise ValueError("sizes must be at least 1, and key_heads must divide heads")
+    if causal and m != n:
+        raise ValueError(f"causal attention needs as many keys as queries, not {m} for {n}")
+    r = rank(d, degree)
+    r = padded_rank(d, degree) if r <= LARGE_RANK else ceil(r / TILE) * TILE
+    return Shape(heads, key_heads, n, m, d, dv, degree, r, dtype, causal, near, near_d)
+
+
+def best(device: Device, shape: Shape, tiles: Tiles = TILES) -> Choice:
+    """What the kernels choose on a device for a forward and backward pass."""
+    schedule = choose_schedule(device, shape, tiles)
+    chunk = choose_chunk(device, shape, tiles)
+    return timed(device, shape, schedule, chunk, tiles)
+
+
+def timed(device: Device, shape: Shape, schedule: str, chunk: int, tiles: Tiles = TILES) -> Choice:
+    """A schedule with its modelled times."""
+    forward, total = (modelled_time(device, shape, schedule, chunk, tiles, both) for both in (False, True))
+    return Choice(schedule, None if schedule == "fused" else chunk, forward, total)
+
+
+def kernels(device: Device, shape: Shape, schedule: str, chunk: int) -> tuple[Work, ...]:
+    """The launches of both passes, in order."""
+    forward, backward = works(schedule, shape, chunk, TILES, device.cache)
+    return forward + backward
+
+
+def limit(work: Work, device: Device, dtype: str) -> str:
+    """What a kernel waits for by the model: "memory", "matrix" or "vector" units."""
+    only = {
+        "memory": replace(work, pair_flops=0, feature_flops=0, vector_flops=0),
+        "matrix": replace(work, bytes=0, vector_flops=0),
+        "vector": replace(work, bytes=0, pair_flops=0, feature_flops=0),
+    }
+    return max(only, key=lambda unit: kernel_time(only[unit], device, dtype))
+
+
+def flash_width(d: int, dv: int) -> int:
+    """Of FlashAttention's kernel for these widths. ValueError beyond 256."""
+    found = next((width for width in WIDTHS if width >= max(d, dv)), None)
+    if found is None:
+        raise ValueError(f"FlashAttention has no kernel for a width of {max(d, dv)}")
+    return found
+
+
+def flash_works(shape: Shape, *, ideal: bool = False) -> tuple[Work, Work, Work]:
+    """FlashAttention's forward kernel, the sums of dO * O, and its backward kernel, on the same shape.
+
+    ideal: by exactly d and dv, instead of the padded width. The near field makes no difference to softmax.
+    """
+    s = shape
+    d, dv = (s.d, s.dv) if ideal else (flash_width(s.d, s.dv),) * 2
+    pairs = s.heads * s.n * s.m // (2 if s.causal else 1)
+    queries, keys = s.heads * s.n, s.key_heads * s.m
+    row = (d + dv) * s.itemsize
+    products = 2 * pairs * (d + dv)
+    forward = Work(
+        "flash forward",
+        (queries + keys) * row + queries * FLOAT32,
+        products,
+        0,
+        pairs * FLASH_VECTOR_FLOPS,
+        s.heads * ceil(s.n / FLASH_ROWS),
+    )
+    delta = Work(
+        "flash delta",
+        queries * (2 * dv * s.itemsize + FLOAT32),
+        0,
+        0,
+        2 * queries * dv,
+        s.heads * ceil(s.n / FLASH_ROWS),
+    )
+    backward = Work(
+        "flash backward",
+        queries * (row + d * s.itemsize + 2 * FLOAT32) + 2 * keys * row,
+        products * 5 // 2,
+        0,
+        pairs * FLASH_VECTOR_FLOPS,
+        s.heads * ceil(s.m / FLASH_ROWS),
+    )
+    return forward, delta, backward
+
+
+def flash_time(device: Device, shape: Shape, *, ideal: bool = False) -> tuple[float, float]:
+    """Modelled seconds of FlashAttention: the forward pass, and both passes."""
+    times = [kernel_time(work, device, shape.dtype) for work in flash_works(shape, ideal=ideal)]
+    return times[0], added(times)
+
+
+def break_even(device: Device, shape: Shape, *, ideal: bool = False) -> int | None:
+    """Least n, a multiple of 64, from which on both passes take no longer than FlashAttention's by the model.
+
+    The shape's own n and m are replaced. None: not up to LONGEST tokens.
+    """
+
+    @cache
+    def faster(n: int) -> bool:
+        longer = replace(shape, n=n, m=n)
+        return best(device, longer).total <= flash_time(device, longer, ideal=ideal)[1]
+
+    if not faster(LONGEST):
+        return None
+    high = LONGEST
+    while high > TILE and faster(high // 2):
+        high //= 2
+    return _first(faster, high // 2, high) if high > TILE else high
+
+
+def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """Least multiple of 64 in (low, high] where it holds, if it does not below; it holds at high and not at low."""
+    while high - low > TILE:
+        middle = (low + high) // (2 * TILE) * TILE
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+MODEL_HEADS = 64  # times batch: enough to fill a device at any length that matters
+
+
+@cache
+def modelled_break_even(
+    architecture: str, *, d: int, dv: int, degree: int, causal: bool = True, near: int = 0
+) -> int:
+    """`break_even` of a key of DEVICES for bfloat16 and MODEL_HEADS heads, LONGEST where there is none."""
+    shape = shape_of(heads=MODEL_HEADS, n=1, d=d, dv=dv, degree=degree, causal=causal, near=near)
+    return break_even(DEVICES[architecture], shape) or LONGEST

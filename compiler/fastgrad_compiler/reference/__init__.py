@@ -1,0 +1,1 @@
+"""What each operation means: on torch tensors, and in numpy for translation validation."""

@@ -1,0 +1,169 @@
+"""Masks, softmax, attention and polynomial attention by their definitions, in numpy: see `oracle.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgrad_compiler.ir.graph import Node
+
+Array: TypeAlias = "NDArray[Any]"
+
+
+def softmax(scores: Array, axis: int = -1) -> Array:
+    """exp(s) / sum exp(s) along an axis; zeros where every s is -inf."""
+    top = scores.max(axis=axis, keepdims=True, initial=-math.inf)
+    weights: Array = scores - np.where(top == -math.inf, 0.0, top)
+    np.exp(weights, out=weights)  # in place: this is most of the time of a run
+    total = weights.sum(axis=axis, keepdims=True)
+    weights /= np.where(total == 0.0, 1.0, total)
+    return weights
+
+
+def over_sum(weights: Array, axis: int = -1) -> Array:
+    """Weights over their sum along an axis; where all of them are 0 they stay 0."""
+    nothing = (weights == 0).all(axis=axis, keepdims=True)
+    return np.asarray(weights / np.where(nothing, 1.0, weights.sum(axis=axis, keepdims=True)))
+
+
+def horner(coefficients: list[float], s: Array) -> Array:
+    """sum of c_j s^j."""
+    result = np.zeros_like(s)
+    for coefficient in reversed(coefficients):
+        result = result * s + coefficient
+    return result
+
+
+# ---------------------------------------------------------------- which pairs see each other
+
+
+def distance(n: int, m: int) -> Array:
+    """i - j of query i and key j, [n, m]."""
+    return np.asarray(np.arange(n)[:, None] - np.arange(m)[None, :])
+
+
+def causal(n: int, m: int) -> Array:
+    """True where the key is not later than the query, [n, m]."""
+    return np.asarray(distance(n, m) >= 0)
+
+
+def window(n: int, m: int, width: int) -> Array:
+    """True where |i - j| < width, [n, m]."""
+    return np.asarray(np.abs(distance(n, m)) < width)
+
+
+def near(n: int, m: int, block: int) -> Array:
+    """True where query and key are in the same or in neighbouring blocks, [n, m]."""
+    blocks = np.arange(n)[:, None] // block - np.arange(m)[None, :] // block
+    return np.asarray(np.abs(blocks) <= 1)
+
+
+def padding(mask: Array, rank: int) -> Array:
+    """The mask of keys bool[b, m] for scores [b, .., n, m] of a rank, [b, 1, .., 1, m]."""
+    batch, keys = mask.shape
+    return mask.reshape(batch, *[1] * (rank - 2), keys)
+
+
+def documents(ids: Array, rank: int) -> Array:
+    """True where no id from query to key differs from its neighbour: int[b, n] gives [b, 1, .., n, n]."""
+    batch, length = ids.shape
+    change = np.zeros((batch, length), np.int64)
+    change[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    run = change.cumsum(axis=1)
+    same = run[:, :, None] == run[:, None, :]
+    return np.asarray(same).reshape(batch, *[1] * (rank - 3), length, length)
+
+
+def alibi(scores: Array) -> Array:
+    """What `alibi` adds to scores [.., h, n, m], [h, n, m]: -2^(-8 (i + 1) / h) |query - key| for head i."""
+    heads, n, m = scores.shape[-3:]
+    slopes = 2.0 ** (-8.0 * (np.arange(heads) + 1) / heads)
+    return np.asarray(-slopes[:, None, None] * np.abs(distance(n, m)))
+
+
+# ---------------------------------------------------------------- attention
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The logits and masks of an attention node: `near_scores` are those of near pairs, `is_near` is [n, m]."""
+
+    scores: Array
+    near_scores: Array
+    is_near: Array
+    seen: Array
+    value: Array
+
+
+def _pairs(node: Node, inputs: list[Array]) -> _Pairs:
+    q, k, v, *rest = inputs
+    extra = dict(zip(_names(node), rest, strict=True))
+    scores = float(str(node["scale"])) * _product(q, k)
+    n, m = scores.shape[-2:]
+    block = node["near"]
+    is_near = near(n, m, block) if isinstance(block, int) else np.zeros((n, m), np.bool_)
+    own = _product(extra["near_q"], extra["near_k"]) if "near_q" in extra else scores
+    return _Pairs(scores, own, is_near, _seen(node, extra, scores), _per_head(v, q))
+
+
+def _names(node: Node) -> list[str]:
+    roles = node["roles"]
+    return [str(role) for role in roles] if isinstance(roles, tuple) else []
+
+
+def _product(q: Array, k: Array) -> Array:
+    """q.k for all pairs."""
+    return np.asarray(q @ np.swapaxes(_per_head(k, q), -1, -2))
+
+
+def _per_head(shared: Array, q: Array) -> Array:
+    """Keys or values [.., hk, m, d] for query heads [.., h, n, d]: each of them serves h / hk heads in a row."""
+    if shared.ndim < 3 or q.ndim < 3 or shared.shape[-3] == q.shape[-3]:
+        return shared
+    return np.repeat(shared, q.shape[-3] // shared.shape[-3], axis=-3)
+
+
+def _seen(node: Node, extra: Mapping[str, Array], scores: Array) -> Array:
+    """True where no mask hides the key from the query."""
+    n, m = scores.shape[-2:]
+    seen = np.ones((n, m), np.bool_)
+    if node["causal"]:
+        seen = seen & causal(n, m)
+    if isinstance(width := node.get("window"), int):
+        seen = seen & window(n, m, width)
+    if "padding" in extra:
+        seen = seen & padding(extra["padding"], scores.ndim)
+    if "documents" in extra:
+        seen = seen & documents(extra["documents"], scores.ndim)
+    return seen
+
+
+def attention(node: Node, inputs: list[Array]) -> Array:
+    """softmax over the keys that a query sees, of near or far logits, times the values: [.., h, n, dv]."""
+    pairs = _pairs(node, inputs)
+    scores = pairs.scores
+    if pairs.near_scores is not scores:
+        scores = np.where(pairs.is_near, pairs.near_scores, scores)
+    if node["alibi"]:
+        scores = scores + alibi(scores)
+    return softmax(np.where(pairs.seen, scores, -math.inf)) @ pairs.value
+
+
+def poly_attention(node: Node, inputs: list[Array]) -> Array:
+    """The same with weights exp(s) of near and p(s) of far pairs, over their sum.
+
+    Both are divided by exp of the row's largest near logit, where that is above 0: a factor that cancels.
+    """
+    pairs = _pairs(node, inputs)
+    exponents = np.where(pairs.is_near & pairs.seen, pairs.near_scores, -math.inf)
+    top = np.maximum(exponents.max(axis=-1, keepdims=True, initial=-math.inf), 0.0)
+    given = node["coefficients"]
+    coefficients = [float(str(c)) for c in given] if isinstance(given, tuple) else []
+    far = np.where(pairs.is_near, 0.0, horner(coefficients, pairs.scores) * np.exp(-top))
+    weights = np.where(pairs.is_near, np.exp(exponents - top), far)
+    return over_sum(np.where(pairs.seen, weights, 0.0)) @ pairs.value

@@ -1,0 +1,1 @@
+"""What Python programs call: compile, load, certify, measure, attention without a spec."""

@@ -1,0 +1,266 @@
+"""`compile` and what it gives: the stages of one program, its generated files, and modules made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgrad_compiler.attention.table import AttentionEntry, attention_table
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.ir.text import print_program
+from fastgrad_compiler.pipeline import Stage, run
+from fastgrad_compiler.planning.plan import Assignment
+from fastgrad_compiler.targets import BACKENDS, check_target
+from fastgrad_dsl.api.batches import ENTRY_BYTES, check_memory, dims_of, tokens_of, weight_entries
+from fastgrad_dsl.documents.plan import plan_document
+from fastgrad_dsl.storage.build_folder import write_build
+from fastgrad_grammar.quote import json_text
+from fastgrad_grammar.read import included, read_source
+from fastgrad_grammar.source import Source
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    import torch
+    from torch import Tensor, nn
+
+    from fastgrad_dsl.api.certify import AttentionCertificate
+
+SPEC = "spec.tfg"  # in a written folder, what it was compiled from
+
+
+def compile(
+    spec: str | Path,
+    *,
+    params: Mapping[str, object] | None = None,
+    model: str | None = None,
+    target: str = "auto",
+    out: str | Path | None = None,
+    validate: bool = True,
+    include: Iterable[str | Path] = (),
+    force: bool = False,
+) -> Compiled:
+    """Compile a `.tfg` file, or source text, to a Compiled; with `out`, also write its files there (`Compiled.write`).
+
+    A string with a line break is source text; any other is a path. `params` override the file's; `model` picks one of
+    several; `include` names folders, besides the file's own, from which it may `use` files. With `validate`, each pass
+    is put to the test on small random inputs (docs/architecture.md). Raises TfgError with every diagnostic that was
+    found, CompilerBug where a pass changed what the model computes.
+    """
+    check_target(target)
+    is_text = isinstance(spec, str) and "\n" in spec
+    source = Source("<text>", str(spec), included(include)) if is_text else read_source(spec, include=include)
+    stages = run(elaborate(source, model=model, params=params), target=target, validate=validate)
+    compiled = Compiled(source, target, stages, dict(sorted((params or {}).items())), validate=validate)
+    if out is not None:
+        compiled.write(out, force=force)
+    return compiled
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled model.
+
+    `stages` holds the program as elaborated and after each pass; `params` are those that override the file's.
+    `calibration` is calibration.json as data and `assignment` what it decided, where the plan rests on one; `validate`
+    says whether passes are tested.
+    """
+
+    source: Source
+    target: str
+    stages: tuple[Stage, ...]
+    params: Mapping[str, object] = field(default_factory=dict)
+    calibration: Mapping[str, Any] | None = None
+    validate: bool = True
+    assignment: Assignment | None = None
+
+    @property
+    def program(self) -> Program:
+        """The program after the last pass."""
+        return self.stages[-1].program
+
+    @property
+    def plan(self) -> tuple[AttentionEntry, ...]:
+        """Every attention, with what was decided of it."""
+        return attention_table(self.program)
+
+    @cached_property
+    def plan_document(self) -> dict[str, Any]:
+        """plan.json as data."""
+        return plan_document(self.program, self.source.path, self.target, self.params)
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """The generated package: file name to text."""
+        from fastgrad_compiler.codegen.torch import emit_package
+
+        return emit_package(self.program, source=self.source.path, backends=BACKENDS[self.target])
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Every file that `write` writes: path within the folder to text; deterministic."""
+        from fastgrad_dsl.report import render_html, to_json
+
+        stages = {
+            f"stages/{index:02d}-{stage.name}.txt": print_program(stage.program)
+            for index, stage in enumerate(self.stages)
+        }
+        report = self.report()
+        texts = {
+            "plan.json": json_text(self.plan_document, 2) + "\n",
+            "report.json": to_json(report),
+            "report.html": render_html(report),
+            SPEC: self.source.text,
+        }
+        if self.calibration is not None:
+            texts["calibration.json"] = json_text(self.calibration, 2) + "\n"
+        return {**self.modules, **texts, **stages}
+
+    def write(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write all files; a build that is there is replaced as a whole, and the user's own files beside it are kept.
+
+        Raises TfgError FG421 where the folder cannot be written, and FG428 where it holds something else than a build,
+        or a build that was changed by hand, and `force` is not set. The folder is as it was then.
+        """
+        write_build(Path(folder), self.files, force=force)
+
+    def module(self, seed: int = 0, dtype: torch.dtype | None = None) -> nn.Module:
+        """A new module with initial weights from `seed`, in torch's default dtype unless `dtype` says otherwise.
+
+        The values are drawn in float32, so that each dtype starts from the same ones.
+
+        Raises TfgError FG426 where they are larger than the machine's memory.
+        """
+        import torch
+
+        if torch.get_default_device().type != "meta":
+            check_memory("the model", ENTRY_BYTES * weight_entries(self.program))
+        model: nn.Module = self._package.MODEL(seed)
+        return model if dtype is None else model.to(dtype)
+
+    def adopt(self, model: nn.Module) -> nn.Module:
+        """A module of this plan with the very weights of `model`, a module of another plan of the same spec."""
+        return _with_weights_of(model, self._package.MODEL(None))
+
+    def calibrate(
+        self,
+        model: nn.Module | None = None,
+        batches: Sequence[Sequence[Tensor]] | None = None,
+        *,
+        dims: Mapping[str, int] | None = None,
+        seed: int = 0,
+        measured_pace: bool = True,
+    ) -> Compiled:
+        """The same model with the fastest plan that keeps the budget on data (docs/calibration.md).
+
+        A batch is the model's inputs, then what its objective takes beyond the results; of several the last third is
+        held out to verify the plan. Without batches they are random inputs of the sizes `dims`, without a model its
+        weights are the initial ones of `seed`. `measured_pace`: the cost model is fitted to this machine, once, in some
+        ten seconds. Raises TfgError FG312 where rules of the budget keep it from being met, ValueError for tensors that
+        are no batch of the model.
+        """
+        from fastgrad_dsl.api.batch_check import batch_problem
+        from fastgrad_dsl.calibration.replan import Request, replan
+
+        for problem in (batch_problem(self.program, batch) for batch in batches or ()):
+            if problem is not None:
+                raise ValueError(problem)
+        return replan(self, Request(model, batches, dims=dims, seed=seed, measured_pace=measured_pace))
+
+    def reference(self, model: nn.Module) -> nn.Module:
+        """The exact model with the very weights of `model`, where a change of one is of both.
+
+        No attention is approximated: all are softmax but those whose weights are a polynomial of the model's own.
+        """
+        return _with_weights_of(model, self._reference_package.MODEL(None))
+
+    @property
+    def loss(self) -> Callable[..., Tensor] | None:
+        """The objective of the file as a function of tensors, None where it has none."""
+        return getattr(self._package, "OBJECTIVE", None)
+
+    def report(
+        self,
+        model: nn.Module | None = None,
+        batch: Sequence[Tensor] | None = None,
+        *,
+        calibration: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The error report (docs/report.md), measured on a batch where one is given.
+
+        `batch` holds the model's inputs, then what its objective takes beyond its results (docs/language.md);
+        `calibration` is a calibration document to show. Raises ValueError where only one of model and batch is given,
+        or the tensors are no batch of the model.
+        """
+        from fastgrad_dsl.report import build_report, measure_plan
+
+        plan, calibration = self.plan_document, calibration or self.calibration
+        shown: dict[str, Any] = {"spec": self.source.text, "files": self.modules, "calibration": calibration}
+        if model is None or batch is None:
+            if model is not None or batch is not None:
+                raise ValueError("report takes a model and a batch, or neither")
+            return build_report(plan, **shown)
+
+        from fastgrad_dsl.api.batch_check import batch_problem  # needs PyTorch, which files are made without
+
+        problem = batch_problem(self.program, batch)
+        if problem is not None:
+            raise ValueError(problem)
+        count = len(plan["inputs"])
+        errors = measure_plan(plan, model, batch[:count], batch[count:], self.loss)
+        described: dict[str, Any] = {
+            "tokens": tokens_of(plan, batch),
+            "kind": "a given batch",
+            "dims": dims_of(plan, batch),
+            "seed": None,
+            "weights": "the given weights",
+        }
+        return build_report(plan, errors, described, **shown)
+
+    def certify(self, model: nn.Module) -> tuple[AttentionCertificate, ...]:
+        """What the weights of `model` prove now of each attention: R, whether the planned one holds, the worst cases.
+
+        At any time in training, in seconds and without gradients (docs/mathematics.md, section 7). Attentions whose
+        weights are a polynomial of the model's own need no certificate. Raises ValueError for another model's weights.
+        """
+        from fastgrad_dsl.api.certify import certify
+
+        return certify(self.program, model, self.target)
+
+    @cached_property
+    def _package(self) -> ModuleType:
+        from fastgrad_dsl.api.loader import package_from_texts
+
+        return package_from_texts(self.modules)
+
+    @cached_property
+    def _reference_package(self) -> ModuleType:
+        from fastgrad_compiler.codegen.torch import emit_package
+        from fastgrad_dsl.api.loader import package_from_texts
+
+        return package_from_texts(emit_package(self.program, source=self.source.path, exact=True))
+
+
+def _with_weights_of(model: nn.Module, other: nn.Module) -> nn.Module:
+    """`other` with the parameters and buffers of `model` in place of its own."""
+    for name, parameter in model.named_parameters():
+        owner, key = _owner(other, name)
+        setattr(owner, key, parameter)
+    kept = other.state_dict()
+    for name, buffer in model.named_buffers():
+        if name not in kept:
+            continue  # a constant of the program, which `other` has itself
+        owner, key = _owner(other, name)
+        owner.register_buffer(key, buffer)
+    return other.train(model.training)
+
+
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    *parents, key = path.split(".")
+    for name in parents:
+        module = module._modules[name]  # type: ignore[assignment]  # get_submodule takes a label like `half` for a method
+    return module, key

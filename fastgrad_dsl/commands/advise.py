@@ -1,0 +1,173 @@
+"""`fastgrad advise`: the advice of the compiler, and measured candidates beside it, as a document and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.pipeline import run
+from fastgrad_compiler.planning.advice import Advice, Advised, advise, cheapest
+from fastgrad_compiler.targets import check_target
+from fastgrad_dsl.commands.tables import Column, print_table, say
+from fastgrad_dsl.commands.terminal import console
+from fastgrad_dsl.report.words import folded
+from fastgrad_dsl.storage.outputs import write_output
+from fastgrad_grammar.quote import json_text
+from fastgrad_grammar.read import read_source
+from fastgrad_grammar.source import Source
+
+FORMAT = "fastgrad-advice-1"
+
+
+@dataclass(frozen=True)
+class AdviceRequest:
+    """Which model of which file, and, with `data`, what to measure candidates on (`CalibrationRequest`)."""
+
+    file: Path
+    params: Mapping[str, object]
+    model: str | None = None
+    target: str = "auto"
+    data: str | None = None
+    weights: Path | None = None
+    dims: Mapping[str, int] = field(default_factory=dict)
+    seed: int = 0
+    include: Sequence[Path] = ()
+
+
+def make_advice(request: AdviceRequest, tell: Any = lambda what: None) -> dict[str, Any]:
+    """The advice for a file, also for one whose budget is refused. Raises TfgError for what is wrong otherwise."""
+    check_target(request.target)
+    source = read_source(request.file, include=request.include)
+    elaborated = elaborate(source, model=request.model, params=request.params)
+    program = run(elaborated, until="attention", target=request.target, validate=False)[-1].program
+    measured: Mapping[str, Any] = {}
+    if request.data is not None:
+        measured = _measured(request, source, elaborated, tell)
+    budget = program.budget
+    return {
+        "format": FORMAT,
+        "model": program.name,
+        "source": str(request.file),
+        "target": request.target,
+        "budget": None if budget is None else {"output": budget.output, "gradient": budget.gradient},
+        "attentions": [_document(each, measured) for each in advise(program, request.target)],
+        "measured": None
+        if not measured
+        else {key: measured[key] for key in ("data", "weights", "dims", "planned")},
+    }
+
+
+def _measured(request: AdviceRequest, source: Source, elaborated: Program, tell: Any) -> Mapping[str, Any]:
+    """The calibration document of the file, rules of its budget left out: all candidates are to be seen."""
+    from fastgrad_dsl.api.compiled import Compiled
+    from fastgrad_dsl.calibration.data import CalibrationRequest, calibrated
+
+    budget = elaborated.budget
+    free = elaborated if budget is None else replace(elaborated, budget=replace(budget, rules=()))
+    stages = run(free, target=request.target, validate=False)
+    compiled = Compiled(source, request.target, stages, dict(request.params), validate=False)
+    asked = CalibrationRequest(str(request.data), request.weights, request.dims, request.seed)
+    return calibrated(compiled, asked, tell).calibration or {}
+
+
+def _document(advised: Advised, measured: Mapping[str, Any]) -> dict[str, Any]:
+    best = cheapest(advised.advice)
+    paths = [entry.path for entry in advised.entries]
+    found = {each["path"]: each["candidates"] for each in measured.get("attentions", ())}
+    first = advised.entries[0]
+    return {
+        "paths": paths,
+        "place": first.place or None,
+        "bound": first.node["bound"],
+        "limits": advised.limits,
+        "length": advised.length,
+        "cheapest": None if best is None else best.change,
+        "advice": [asdict(each) for each in advised.advice],
+        "candidates": found.get(paths[0]),
+    }
+
+
+def write_advice(path: Path, advice: Mapping[str, Any]) -> None:
+    """Write the advice as JSON, atomically."""
+    write_output(path, json_text(advice, 2) + "\n")
+
+
+def print_advice(document: Mapping[str, Any], *, wide: bool = False) -> None:
+    """A table for each kind of attention; every number says what it is. `wide`: with rank, eps and what is changed."""
+    out = console()
+    say(out, f"model {document['model']} ({document['source']})", style="bold")
+    if not document["attentions"]:
+        say(out, "no attention that a budget could change")
+        return
+    for each in document["attentions"]:
+        known = "nothing limits its logits" if each["bound"] is None else f"|s| <= {each['bound']:.3g}"
+        out.print()
+        say(out, f"{folded(each['paths'])}  {known}; limits: {each['limits']}", style="bold")
+        advice = [Advice(**advice) for advice in each["advice"]]
+        _print_options(out, advice, each["length"], [*OPTION, *(OPTION_MORE if wide else ())])
+        if each["candidates"]:
+            _print_measured(out, each["candidates"], document["measured"])
+    out.print()
+    say(
+        out, "time: beside exact attention of the model as it is, an estimate of the cost model.", style="dim"
+    )
+    eps = "eps, " if wide else ""
+    say(
+        out,
+        f"{eps}output (share of the values' range) and gradient (share of omega): bounds. "
+        f"A change of the model needs training.{'' if wide else ' `fastgrad advise --wide` shows rank and eps.'}",
+        style="dim",
+    )
+
+
+Shown = tuple[Column, Callable[[Advice], str]]
+OPTION: tuple[Shown, ...] = (
+    (Column("output"), lambda advice: f"{advice.output:.2g}"),
+    (Column("gradient"), lambda advice: f"{advice.gradient:.2g}"),
+    (Column("feasible", is_number=False), lambda advice: "yes" if advice.feasible else "no"),
+)
+OPTION_MORE: tuple[Shown, ...] = (
+    (Column("of the", is_number=False), lambda advice: advice.kind),
+    (Column("rank"), lambda advice: "-" if advice.rank is None else f"{advice.rank:,}"),
+    (Column("eps"), lambda advice: f"{advice.eps:.2g}"),
+)
+
+
+def _print_options(out: Console, advice: list[Advice], length: int, shown: list[Shown]) -> None:
+    """What could be done, feasible changes first, the fastest of them first."""
+    best = cheapest(advice)
+    time = Column(f"time at\nn = {length:,}")
+    rows = [
+        [
+            each.change + (" (cheapest)" if each == best else ""),
+            f"{each.time:.2g}",
+            *(cell(each) for _, cell in shown),
+        ]
+        for each in sorted(advice, key=lambda a: (not a.feasible, a.time))
+    ]
+    print_table(out, [Column("change", is_number=False), time, *(column for column, _ in shown)], rows)
+
+
+def _print_measured(out: Console, candidates: list[Mapping[str, Any]], measured: Mapping[str, Any]) -> None:
+    sizes = ", ".join(f"{name} = {size}" for name, size in measured["dims"].items())
+    say(out, f"estimates from what was measured on {measured['data']} ({sizes}):", style="italic")
+    columns = [
+        Column("candidate", is_number=False), Column("R"), Column("seconds"), Column("output"), Column("gradient"),
+        Column("", is_number=False),
+    ]  # fmt: skip
+    rows = [
+        [
+            each["name"],
+            "-" if each["bound"] is None else f"{each['bound']:.2g}",
+            *(f"{each[key]:.2g}" for key in ("seconds", "output", "gradient")),
+            "chosen" if each["chosen"] else "",
+        ]
+        for each in sorted(candidates, key=lambda c: c["seconds"])
+    ]
+    print_table(out, columns, rows)

@@ -1,0 +1,478 @@
+"""The `fastgrad` command. Exit status 0, 2 for an error in the user's input, 1 for a bug.
+
+PyTorch is imported only by the commands that run a model.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from fastgrad_dsl import __version__
+from fastgrad_dsl.commands.failures import diagnostics, run_command
+from fastgrad_dsl.storage.outputs import rewrite, try_file, try_folder
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.quote import terminal
+from fastgrad_grammar.read import read_source
+from fastgrad_grammar.render import render
+
+if TYPE_CHECKING:
+    from fastgrad_compiler.ir.graph import Program
+    from fastgrad_compiler.pipeline import Stage
+
+app = typer.Typer(
+    name="fastgrad",
+    help="Compile .tfg models to PyTorch modules with almost-linear attention, and see what it costs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# What a BadParameter is, and what else is wrong with a command line: a class that typer does not export.
+USAGE_ERROR = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])
+
+MANY = 2**31 - 1  # of anything that is made one by one, or is a size
+LARGEST_FLOAT = 3.4028234e38
+LARGEST = 2**63 - 1  # what PyTorch takes as a seed
+
+
+def _finite(value: float) -> float:
+    """A number of an option that float32 can hold: `min` and `max` let nan pass."""
+    if not abs(value) <= LARGEST_FLOAT:
+        raise typer.BadParameter(f"{value} is not a finite number of 32 bits")
+    return value
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fastgrad {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+File = Annotated[Path, typer.Argument(help="A .tfg file.", show_default=False)]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Which model, where the file has several.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Override a param; can be repeated."),
+]
+Include = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--include", "-I", metavar="DIR", help="A folder from which `use` may read; can be repeated."
+    ),
+]
+Wide = Annotated[bool, typer.Option("--wide", help="Show every column of the tables.")]
+Target = Annotated[
+    str, typer.Option(help="torch, cpp (C++ on a CPU), triton (on a GPU) or auto (both, by device).")
+]
+
+
+@app.command()
+def check(file: File, model: Model = None, set_: Set = None, include: Include = None) -> None:
+    """Check a file: report every error, or say what each attention will be."""
+    from fastgrad_dsl.commands.terminal import print_plan
+
+    stages = _stages(file, model, set_, include, until="plan")
+    print_plan(stages[-1].program, str(file))
+
+
+@app.command(name="compile")
+def compile_(
+    file: File,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    model: Model = None,
+    set_: Set = None,
+    include: Include = None,
+    target: Target = "auto",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Plan by what is measured on DATA: a text, a .safetensors file of batches, or the word random.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A .safetensors file with the weights to calibrate at.")
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the batches to calibrate on."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST, help="Of initial weights and of batches to calibrate on.")
+    ] = 0,
+    validate: Annotated[
+        bool,
+        typer.Option(
+            "--validate/--no-validate", help="Compare the program before and after each pass on small inputs."
+        ),
+    ] = True,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Write to a folder that holds something else, or was changed by hand."),
+    ] = False,
+) -> None:
+    """Compile a file to a folder with a readable model.py that needs only PyTorch.
+
+    With --target cpp the C++ kernels are built now; with auto, when the model first runs on a CPU. Triton kernels are
+    compiled when it first runs on a GPU. A budget that says `trust = calibrated` is calibrated on random inputs where
+    --calibrate names nothing else.
+    """
+    try_folder(out)
+
+    import fastgrad_dsl as fg
+    from fastgrad_dsl.api.native_build import build_kernels
+    from fastgrad_dsl.calibration.data import RANDOM, CalibrationRequest, calibrated
+    from fastgrad_dsl.commands.terminal import print_calibration, print_plan, progress
+    from fastgrad_dsl.storage.build_manifest import check_folder
+
+    check_folder(out, force=force)  # before anything that takes time
+    compiled = fg.compile(
+        file,
+        params=_params(set_),
+        model=model,
+        target=target,
+        validate=validate,
+        include=include or (),
+    )
+    budget = compiled.program.budget
+    if calibrate is None and budget is not None and budget.trust == "calibrated":
+        calibrate = RANDOM
+    if calibrate is not None:
+        with progress("calibrating:") as tell:
+            request = CalibrationRequest(calibrate, weights, _sizes(dim), seed)
+            compiled = calibrated(compiled, request, tell)
+    compiled.write(out, force=force)
+    print_plan(compiled.program, str(file))
+    if compiled.calibration is not None:
+        print_calibration(compiled.calibration)
+    print(f"written to {terminal(str(out))}/ (model.py, plan.json, report.html, report.json, stages/)")
+    if target == "cpp":
+        with progress("building") as tell:
+            warning = build_kernels(compiled.modules, tell)
+        if warning is not None:
+            sys.stderr.write(render([warning], colour=sys.stderr.isatty()))
+
+
+@app.command()
+def advise(
+    file: File,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Also measure candidates on DATA, as `compile --calibrate` does."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A .safetensors file with the weights to measure at.")
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the batches to measure on."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of initial weights and of batches.")] = 0,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the advice as JSON.")] = None,
+    model: Model = None,
+    set_: Set = None,
+    include: Include = None,
+    target: Target = "auto",
+    wide: Wide = False,
+) -> None:
+    """For each attention, what would make the budget feasible or cheaper, and its price in time and error."""
+    try_file(json_)
+
+    from fastgrad_dsl.commands.advise import AdviceRequest, make_advice, print_advice, write_advice
+    from fastgrad_dsl.commands.terminal import progress
+
+    request = AdviceRequest(
+        file, _params(set_), model, target, calibrate, weights, _sizes(dim), seed, include or ()
+    )
+    with progress("measuring") as tell:
+        advice = make_advice(request, tell)
+    print_advice(advice, wide=wide)
+    if json_ is not None:
+        write_advice(json_, advice)
+
+
+@app.command()
+def stages(
+    file: File,
+    after: Annotated[str | None, typer.Option(help="Only the program after this pass.")] = None,
+    model: Model = None,
+    set_: Set = None,
+    include: Include = None,
+) -> None:
+    """Print the program as each pass leaves it."""
+    from fastgrad_compiler.ir.text import print_program
+    from fastgrad_compiler.pipeline import PASSES
+
+    names = ["elaborate", *(p.name for p in PASSES)]
+    if after is not None and after not in names:
+        raise TfgError([_unknown("pass", after, names)])
+    for stage in _stages(file, model, set_, include, until=after):
+        if after in (None, stage.name):
+            print(f"# after {stage.name} ({1000 * stage.seconds:.1f} ms)\n\n{print_program(stage.program)}")
+
+
+@app.command()
+def report(
+    where: Annotated[
+        Path, typer.Argument(metavar="DIR_OR_FILE", help="A folder that `compile` wrote, or a .tfg file.")
+    ],
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the report as JSON.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also write the report as one HTML page that opens offline.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Measure on this text instead of random inputs.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="A .safetensors file with trained weights.")] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the measured batch."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of initial weights and random inputs.")] = 0,
+    measure: Annotated[
+        bool, typer.Option(help="Run the model; without, only what is known before any data.")
+    ] = True,
+    wide: Wide = False,
+    model: Model = None,
+    set_: Set = None,
+    include: Include = None,
+) -> None:
+    """Show bound, estimate and measured error of each attention and of the whole model."""
+    try_file(json_)
+    try_file(html)
+
+    from fastgrad_dsl.commands.terminal import print_report, progress
+    from fastgrad_dsl.report import ReportRequest, make_report, write_html, write_json
+
+    request = ReportRequest(
+        where, _params(set_), model, text, weights, _sizes(dim), seed, measure, include=include or ()
+    )
+    with progress("measuring") as tell:
+        result = make_report(request, tell)
+    print_report(result, wide=wide)
+    if json_ is not None:
+        write_json(json_, result)
+    if html is not None:
+        write_html(html, result)
+
+
+@app.command()
+def train(
+    file: File,
+    text: Annotated[Path, typer.Option(help="The text to learn, any file; its bytes are the tokens.")],
+    steps: Annotated[int, typer.Option(min=0, max=LARGEST, help="Optimiser steps.")] = 1000,
+    seq: Annotated[int, typer.Option(min=1, max=MANY, help="Tokens of a sequence.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences a step.")] = 1,
+    rate: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Peak learning rate.")] = 1e-3,
+    clip: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Largest gradient norm.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the weights and of the batches.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/NAME by default.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint in the run's folder.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")] = False,
+    every: Annotated[
+        int, typer.Option(min=1, max=MANY, help="Steps between validations and checkpoints.")
+    ] = 100,
+    exact: Annotated[bool, typer.Option("--exact", help="Train the exact softmax model instead.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Plan by what is measured on the text before training.")
+    ] = False,
+    sample: Annotated[
+        int, typer.Option(min=0, max=LARGEST, help="Bytes of text to generate at the end.")
+    ] = 200,
+    model: Model = None,
+    set_: Set = None,
+    include: Include = None,
+    target: Target = "auto",
+) -> None:
+    """Train a byte-level language model on a text file; loss is printed and logged as JSON lines.
+
+    The run's folder holds the compiled model, the spec, the weights and a checkpoint. Ctrl-C, or SIGTERM, saves a
+    checkpoint and stops; the same command with --resume goes on from there, also with more --steps.
+    """
+    if resume and force:
+        raise TfgError(
+            [Diagnostic("FG416", "--resume goes on with a run, and --force replaces it: give one")]
+        )
+    folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
+    if not resume:  # where a run that is finished changes nothing
+        try_folder(folder)
+
+    import fastgrad_dsl as fg
+    from fastgrad_dsl.training.language_model import TrainRequest, train_language_model
+    from fastgrad_dsl.training.loop import Options
+
+    compiled = fg.compile(file, params=_params(set_), model=model, target=target, include=include or ())
+    options = Options(
+        steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
+        validate_every=every, checkpoint_every=every,
+    )  # fmt: skip
+    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample, calibrate, force))
+
+
+@app.command()
+def bench(
+    n: Annotated[
+        list[int] | None, typer.Option("--n", min=1, max=MANY, help="A length in tokens; can be repeated.")
+    ] = None,
+    d: Annotated[int, typer.Option("--d", min=1, max=MANY, help="Width of queries and keys.")] = 16,
+    degree: Annotated[int, typer.Option(min=1, max=1000, help="Of the polynomial.")] = 2,
+    near: Annotated[
+        int | None, typer.Option(min=1, max=MANY, help="Tokens in a block of the exact near field.")
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, max=MANY)] = 8,
+    dv: Annotated[int, typer.Option("--dv", min=1, max=MANY, help="Width of values.")] = 64,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=os.cpu_count(), help="By default as many as PyTorch takes.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, max=MANY, help="Passes of which the median is taken.")] = 5,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Also draw time against length.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Short lengths and no memory: a few seconds.")
+    ] = False,
+    target: Target = "auto",
+) -> None:
+    """Time polynomial attention against PyTorch's on this machine, forward and backward."""
+    try_file(json_)
+    try_file(svg)
+
+    from fastgrad_dsl.bench.command import BenchRequest, print_bench, run_bench, write_files
+    from fastgrad_dsl.commands.terminal import progress
+
+    request = BenchRequest(tuple(n or ()), d, degree, near, heads, dv, threads, repeats, target, quick)
+    with progress("measuring") as tell:
+        result = run_bench(request, tell)
+    print_bench(result)
+    write_files(result, json_, svg)
+
+
+@app.command()
+def tune(
+    file: File,
+    seq: Annotated[int, typer.Option(min=1, max=MANY, help="Tokens of a sequence.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences of a batch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of the inputs: float32, float16 or bfloat16.")] = "bfloat16",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the candidates and time nothing; needs no GPU.")
+    ] = False,
+    model: Model = None,
+    set_: Set = None,
+    include: Include = None,
+) -> None:
+    """Find the fastest configurations of a model's Triton kernels on this GPU, and keep them in the user's cache."""
+    from fastgrad_dsl.commands.terminal import progress
+    from fastgrad_dsl.commands.tune import TuneRequest, print_candidates, print_choices, run_tune
+
+    request = TuneRequest(file, _params(set_), model, batch, seq, dtype, include or ())
+    if dry_run:
+        print_candidates(request)
+        return
+    with progress("timing") as tell:
+        result = run_tune(request, tell)
+    print_choices(result)
+
+
+@app.command()
+def fmt(
+    files: Annotated[list[Path], typer.Argument(help=".tfg files.", show_default=False)],
+    check_: Annotated[
+        bool, typer.Option("--check", help="Change nothing; fail if a file is not formatted.")
+    ] = False,
+) -> None:
+    """Format .tfg files in place, keeping comments."""
+    from fastgrad_grammar.format import format_source
+
+    errors: list[Diagnostic] = []
+    unformatted = []
+    for file in files:
+        try:
+            source = read_source(file)
+            formatted = format_source(source)
+            if formatted.encode() == file.read_bytes():
+                continue
+            if not check_:
+                rewrite(file, formatted)
+            unformatted.append(file)
+        except (TfgError, OSError) as error:  # the other files are formatted all the same
+            errors.extend(diagnostics(error))
+    for file in unformatted:
+        print(f"{'would format' if check_ else 'formatted'} {terminal(str(file))}")
+    if errors:
+        raise TfgError(errors)
+    if check_ and unformatted:
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Run the command line (`failures.py` says what its exit status tells)."""
+    sys.exit(run_command(_parse_and_run))
+
+
+def _parse_and_run() -> int | None:
+    """Run a command; a wrong command line is told as typer tells it."""
+    if len(sys.argv) == 3 and sys.argv[1] == "check" and not sys.argv[2].startswith("-"):
+        # typer would first load pydantic, which takes a third of the time of a check
+        check(Path(sys.argv[2]))
+        return 0
+    try:
+        status: int | None = app(prog_name="fastgrad", standalone_mode=False)
+    except USAGE_ERROR as error:
+        error.show()
+        return error.exit_code
+    return status
+
+
+def _stages(
+    file: Path, model: str | None, set_: list[str] | None, include: list[Path] | None, until: str | None
+) -> tuple[Stage, ...]:
+    from fastgrad_compiler.frontend import elaborate
+    from fastgrad_compiler.pipeline import run
+
+    program: Program = elaborate(read_source(file, include=include or ()), model=model, params=_params(set_))
+    return run(program, until=until, validate=False)  # nothing that runs is made of it
+
+
+def _params(assignments: list[str] | None) -> dict[str, object]:
+    return dict(_split("--set", text) for text in assignments or [])
+
+
+def _sizes(assignments: list[str] | None) -> dict[str, int]:
+    sizes = {}
+    for name, value in (_split("--dim", text) for text in assignments or []):
+        if not value.isdecimal() or len(value) > len(str(MANY)) or not 1 <= int(value) <= MANY:
+            message = f"--dim {name}={value}: a size is a whole number from 1 to {MANY}"
+            raise TfgError([Diagnostic("FG416", message)])
+        sizes[name] = int(value)
+    return sizes
+
+
+def _split(option: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        help_ = (f"write {option} {name or 'name'}=value",)
+        raise TfgError([Diagnostic("FG416", f"{option} {text}: expected NAME=VALUE", help=help_)])
+    return name.strip(), value.strip()
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> Diagnostic:
+    from fastgrad_grammar.diagnostics import nearest
+
+    near = nearest(name, known)
+    help_ = ((f"did you mean {near}?",) if near else ()) + (f"known: {', '.join(known)}",)
+    return Diagnostic("FG417", f"unknown {kind} {name}", help=help_)

@@ -1,0 +1,134 @@
+"""What the command line shows: plans and reports as tables, progress on a terminal. Nothing is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from fastgrad_compiler.attention.table import OWN, attention_table, is_own
+from fastgrad_compiler.ir.graph import Program
+from fastgrad_dsl.commands.tables import print_table, say
+from fastgrad_dsl.report.words import as_exact, counted, folded, run_on, size, verified_on
+from fastgrad_grammar import quote
+
+VERDICTS = {"kept": "bold green", "likely": "green", "missed": "bold red", "unlikely": "red"}
+WIDTH_OF_A_FILE = 1_000_000  # where the output is no terminal: no line is broken
+
+
+class PlainConsole(Console):
+    """A console that obeys nothing inside a text: no markup of rich, no control character, no mark of direction."""
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """What is shown, with rich's own control sequences as they are."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=quote.terminal(segment.text, "\n"))
+
+
+def console(*, error: bool = False) -> Console:
+    """A console for results (stdout) or progress (stderr); no colour and no end of a line where it is no terminal."""
+    made = PlainConsole(stderr=error)
+    return made if made.is_terminal else PlainConsole(stderr=error, width=WIDTH_OF_A_FILE)
+
+
+@contextmanager
+def progress(doing: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr that says what is being done ("measuring") and to what; silent where it is no terminal."""
+    out = console(error=True)
+    if not out.is_terminal:
+        yield lambda what: None
+        return
+    with out.status("starting") as status:
+        yield lambda what: status.update(Text(f"{doing} {what}"))
+
+
+def print_plan(program: Program, file: str) -> None:
+    """What each attention will be and why; equal ones of a repeat are folded."""
+    out = console()
+    table = attention_table(program)
+    say(out, f"{file}: model {program.name}, {counted(len(table), 'attention')}")
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for entry in table:
+        node = entry.node
+        polynomial = node.op == "poly_attention" or node.get("decision") == "polynomial"
+        decision = f"{_family(node['family'])} degree {node['degree']}" if polynomial else "exact"
+        if polynomial and node["near"] is not None:
+            decision += f", {'exp' if is_own(node) else 'exact'} in blocks of {node['near']}"
+        place = entry.span.short_place if entry.span else ""
+        rows.setdefault((place, decision, str(node.get("why", ""))), []).append(entry.path)
+    for (place, decision, why), paths in rows.items():
+        say(out, f"{folded(paths)}  {decision}  ({place})", indent=2, style="bold")
+        say(out, why, indent=6)
+
+
+def print_calibration(document: Mapping[str, Any]) -> None:
+    """What the plan rests on, what it is expected to cost, and what was measured of it."""
+    out = console()
+    planned, verified = document["planned"], document["verification"]
+    sizes = ", ".join(f"{name} = {size}" for name, size in document["dims"].items())
+    say(out, f"calibrated on {document['data']} ({sizes}), {document['weights']}")
+    ratio = planned["exact_seconds"] / planned["seconds"] if planned["seconds"] else 1.0
+    say(
+        out,
+        f"attention at n = {planned['length']:,}: {ratio:.1f} times as fast as PyTorch's fused softmax (estimate);"
+        f" no plan is more than {100 * planned['gap']:.2g} % faster (bound, given the estimates)",
+        indent=2,
+    )
+    kind = "bound, gains of at least 1" if document["trust"] == "certified" else "estimate"
+    for what in ("output", "gradient"):
+        measured = "" if verified is None else f", {verified[what]:.2g} (measured on {verified_on(document)})"
+        say(out, f"{what} error {planned[what]:.2g} ({kind}){measured}", indent=2)
+    if verified is not None and verified["violations"]:
+        text = f"{counted(verified['violations'], 'call')} had logits beyond their R: calibrate on more data"
+        say(out, text, indent=2, style="yellow")
+
+
+def _family(family: object) -> str:
+    return "own polynomial" if family == OWN else str(family)
+
+
+def print_report(report: Mapping[str, Any], *, wide: bool = False) -> None:
+    """The headline, the warnings, then a table of attentions; every number is named bound, estimate or measured.
+
+    wide: all that is known of each attention, in place of what is asked most: decision, errors and time.
+    """
+    out = console()
+    say(out, f"model {report['model']} ({report['source']})", style="bold")
+    _print_headline(out, report)
+    for warning in report["warnings"]:
+        say(out, f"warning: {warning['text']}", style="yellow")
+    if report["attentions"]:
+        from fastgrad_dsl.report.table import report_table  # loads what `check` does without
+
+        columns, rows, legend = report_table(report, wide=wide)
+        print_table(out, columns, rows)
+        for sentence in legend:
+            say(out, sentence, style="dim")
+    for note in report["notes"]:
+        say(out, f"note: {note}")
+
+
+def _print_headline(out: Console, report: Mapping[str, Any]) -> None:
+    """Verdict, use of the budget, the batch and what was measured of it, predicted time and memory."""
+    headline = report["headline"]
+    say(out, headline["verdict"]["text"], style=VERDICTS.get(headline["verdict"]["state"], "bold"))
+    for what in ("output", "gradient"):
+        say(out, f"{what}: {headline[what]['words']}", indent=2)
+    say(out, run_on(report))
+    for line in report["summary"]:
+        say(out, line, indent=2)
+    prediction = headline["prediction"]
+    if prediction is not None:
+        memory = prediction["memory"]
+        say(
+            out,
+            f"at n = {prediction['n']:,}: attention {as_exact(prediction['speed_up']['total'])}, "
+            f"forward and backward, in {size(memory['compiled'])}, exact {size(memory['exact'])} (estimates)",
+        )

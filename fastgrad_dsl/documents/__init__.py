@@ -1,0 +1,1 @@
+"""The JSON documents of a build: what they hold, and how they are read."""

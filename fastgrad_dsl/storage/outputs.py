@@ -1,0 +1,96 @@
+"""What a user names to be written: tried before anything is measured, and rewritten without a loss."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EISDIR, ENOTDIR, EROFS
+from pathlib import Path
+
+from fastgrad_dsl.storage.files import naming, write_atomically
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+
+TRIED = bytes(1 << 14)
+"""A disk that has no room for as little has none for any output."""
+
+
+def write_output(path: Path, content: str) -> None:
+    """Write a file that the user named, whole or not at all; a device or a pipe is written as it is.
+
+    Raises OSError, which names `path`.
+    """
+    if not _is_stream(path):
+        write_atomically(path, content)
+        return
+    with naming(path):
+        number = os.open(
+            path, os.O_WRONLY | os.O_NONBLOCK
+        )  # a pipe that nobody reads is an error, not waited for
+        os.set_blocking(number, True)
+        with os.fdopen(number, "wb") as stream:
+            stream.write(content.encode())
+
+
+def rewrite(path: Path, content: str) -> None:
+    """Write a user's own file anew: behind its symbolic links, with its mode; in place where it has other hard links.
+
+    Raises OSError, which names `path`; PermissionError for a file that is marked as read-only.
+    """
+    with naming(path):
+        found = path.stat()
+        if not os.access(path, os.W_OK) or not found.st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+            raise OSError(EROFS, "it is marked as read-only")
+        if found.st_nlink > 1:
+            path.write_text(content, encoding="utf-8", newline="")
+        else:
+            write_atomically(path.resolve(), content)
+
+
+def try_file(path: Path | None) -> None:
+    """Find out whether a file can be written, and leave everything as it is. Raises TfgError FG421."""
+    if path is None:
+        return
+    with _refused(path):
+        if path.is_dir():
+            raise OSError(EISDIR, os.strerror(EISDIR))
+        if not _is_stream(path):
+            _try_folder(path.parent)
+
+
+def try_folder(path: Path) -> None:
+    """Find out whether a folder, which need not exist, can be written to. Raises TfgError FG421."""
+    with _refused(path):
+        _try_folder(path)
+
+
+def _try_folder(path: Path) -> None:
+    """The folder, or the nearest above it that is there, takes a file, which is gone at once."""
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise OSError(ENOTDIR, os.strerror(ENOTDIR))
+    with tempfile.TemporaryFile(dir=path) as stream:
+        stream.write(TRIED)
+        stream.flush()
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot write {path}: {error.strerror or error}"
+        raise TfgError([Diagnostic("FG421", message)]) from None
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is there and is a device, a pipe or a socket, or names an open file (/dev/stdout, /dev/fd/1)."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    named = path.is_symlink() and path.is_absolute() and path.parts[1] in ("dev", "proc")
+    return named or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

@@ -1,0 +1,39 @@
+"""Weights from safetensors files: a model's own, or those inside a training checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastgrad_dsl.storage.files import check_regular
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+
+MODEL = "model."  # before the names of weights in a checkpoint
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a model's weights in place; TfgError FG418 where the file is unreadable or another model's."""
+    tensors = read_tensors(path, "FG418", "weights")
+    of_checkpoint = {name.removeprefix(MODEL): t for name, t in tensors.items() if name.startswith(MODEL)}
+    try:
+        model.load_state_dict(of_checkpoint or tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TfgError(
+            [Diagnostic("FG418", f"{path} does not hold this model's weights: {reason}")]
+        ) from None
+
+
+def read_tensors(path: Path, code: str, what: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; TfgError with this code where it is none, "cannot read `what` PATH"."""
+    try:
+        check_regular(path)
+        return load_file(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except SafetensorError as error:
+        reason = str(error)
+    raise TfgError([Diagnostic(code, f"cannot read {what} {path}: {reason}")])

@@ -1,0 +1,328 @@
+"""Checkpoints of a training run: safetensors, written whole or not at all, and checked before anything is used.
+
+Tensors are the weights, the optimiser's moments, the states of random generators and the counts of guards; the header
+holds the rest (`Progress`) as strict JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fastgrad_dsl.storage.files import write_atomically
+from fastgrad_dsl.storage.weights import MODEL
+from fastgrad_dsl.training.guard_counts import guard_counts, restore_guard_counts
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+
+MOMENTS, GENERATORS, GUARDS = "optimiser.", "generator.", "guard."
+MOMENT_NAMES = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
+FORMAT = "fastgrad-checkpoint-2"
+Scalar = int | float | str | bool
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, and what a run that goes on from here must share.
+
+    Args:
+        step: steps done. validated: the last of them that was followed by a validation, -1 for none.
+        seconds: trained so far.
+        settings, identity: what a resumed run must share: options, and what else it is of.
+        optimiser: its name and constants.
+        idle: weights that no gradient has reached, so that they have no moments.
+        plan: what the run's plan rests on, None where it is the compiler's own.
+    """
+
+    step: int
+    validated: int
+    seconds: float
+    settings: Mapping[str, Scalar]
+    identity: Mapping[str, str]
+    optimiser: Mapping[str, Scalar]
+    idle: Sequence[str]
+    plan: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class States:
+    """What changes with every batch besides weights and moments: generators by name, counts of guards."""
+
+    generators: Mapping[str, Tensor]
+    guards: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(model: nn.Module, generators: Mapping[str, torch.Generator]) -> States:
+        """A copy of the present ones."""
+        kept = {name: generator.get_state() for name, generator in generators.items()}
+        return States(kept, guard_counts(model))
+
+    def restore(self, model: nn.Module, generators: Mapping[str, torch.Generator]) -> None:
+        """Put them back. Raises RuntimeError or ValueError for states of other generators or guards."""
+        for name, generator in generators.items():
+            generator.set_state(self.generators[name])
+        restore_guard_counts(model, self.guards)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read: its file, tensors by name, and progress."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    progress: Progress
+
+    def belongs_to(self, settings: Mapping[str, Scalar], identity: Mapping[str, str]) -> None:
+        """Raise TfgError FG414, which names what differs, where it is of another run."""
+        kept = {**self.progress.settings, **self.progress.identity}
+        given = {**settings, **identity}
+        names = [name for name in {**kept, **given} if kept.get(name) != given.get(name)]
+        if names:
+            differences = (f"{name} was {_shown(kept, name)}, is {_shown(given, name)}" for name in names)
+            raise _mismatch(self.path, differences)
+
+    def restore(
+        self,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        generators: Mapping[str, torch.Generator],
+        run_once: Callable[[], object],
+    ) -> None:
+        """Put the state back; `run_once` runs the model on any batch, which shows how many counts its guards have.
+
+        Raises TfgError FG414 where it is another model's, FG413 where it is not whole.
+        """
+        weights = self._of(MODEL)
+        _same_tensors(self.path, weights, model.state_dict())
+        if self.progress.optimiser != described(optimiser):
+            was = " ".join(map(str, self.progress.optimiser.values()))
+            raise _mismatch(self.path, [f"the optimiser was {was}"])
+        moments = self._moments(model, optimiser)
+        states = States(self._of(GENERATORS), self._of(GUARDS))
+        if states.generators.keys() != generators.keys():
+            raise _broken(
+                self.path, f"it has the states of the generators {', '.join(states.generators) or 'none'}"
+            )
+        if states.guards:
+            run_once()
+        try:
+            states.restore(model, generators)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise _broken(self.path, f"the state of a generator or guard is wrong: {error}") from None
+        model.load_state_dict(weights)
+        state = optimiser.state_dict()
+        state["state"] = moments
+        optimiser.load_state_dict(state)
+
+    def _of(self, prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+
+    def _moments(self, model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+        """By the optimiser's number of a weight; each weight that has been moved has all of them."""
+        kept, found = self._of(MOMENTS), dict[int, dict[str, Tensor]]()
+        weights = dict(model.named_parameters())
+        for index, name in enumerate(_moment_order(model, optimiser)):
+            if name in self.progress.idle or not self.progress.step:
+                continue
+            wanted = {key: weights[name] for key in MOMENT_NAMES} | {"step": torch.zeros(())}
+            each = {key: kept.pop(f"{name}.{key}") for key in wanted if f"{name}.{key}" in kept}
+            for key, like in wanted.items():
+                if key not in each or not _alike(each[key], like):
+                    raise _broken(
+                        self.path, f"the moment {key} of weight {name} is missing, or of another shape"
+                    )
+            if not 0 < each["step"].item() <= self.progress.step:
+                raise _broken(self.path, f"weight {name} was moved {each['step'].item():g} times")
+            found[index] = each
+        if kept:
+            raise _broken(self.path, f"it has a moment of no weight: {min(kept)}")
+        return found
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    states: States,
+    progress: Progress,
+) -> None:
+    """Everything in one file, atomically. Raises OSError where it cannot be written; the file is then as it was."""
+    tensors = {MODEL + name: value.detach() for name, value in model.state_dict().items()}
+    names = _moment_order(model, optimiser)
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"{MOMENTS}{names[index]}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    tensors |= {GENERATORS + name: state for name, state in states.generators.items()}
+    tensors |= {GUARDS + name: counts for name, counts in states.guards.items()}
+    header = {field.name: _written(getattr(progress, field.name)) for field in fields(progress)}
+    write_atomically(path, save(_contiguous(tensors), {"format": FORMAT, **header}))
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """The weights alone, atomically, for `load`. Raises OSError where they cannot be written."""
+    write_atomically(path, save(_contiguous(model.state_dict()), {"format": "pt"}))
+
+
+def is_finite(model: nn.Module, optimiser: torch.optim.Optimizer) -> bool:
+    """Whether all weights and moments are."""
+    moments = (value for state in optimiser.state.values() for value in state.values())
+    tensors = (value for value in (*model.state_dict().values(), *moments) if isinstance(value, Tensor))
+    return all(bool(value.isfinite().all()) for value in tensors if value.is_floating_point())
+
+
+def described(optimiser: torch.optim.Optimizer) -> dict[str, Scalar]:
+    """The optimiser's name, and those of its constants that its groups share and no schedule changes."""
+    found: dict[str, Scalar] = {"name": type(optimiser).__name__}
+    return found | {
+        key: str(optimiser.defaults[key]) for key in ("betas", "eps") if key in optimiser.defaults
+    }
+
+
+def idle_weights(model: nn.Module, optimiser: torch.optim.Optimizer) -> list[str]:
+    """The names of the weights that the optimiser has no moments of."""
+    moved = optimiser.state_dict()["state"]
+    return [name for index, name in enumerate(_moment_order(model, optimiser)) if index not in moved]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a file and check everything that can be checked without its model; FG413 where it is no whole checkpoint."""
+    if path.exists() and not path.is_file():
+        raise _broken(path, "it is no regular file")
+    try:
+        with safe_open(path, framework="pt") as stream:
+            header = stream.metadata() or {}
+            if header.get("format") != FORMAT:
+                _no_checkpoint(path, header.get("format", ""))
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
+        raise _broken(path, str(error)) from None
+    try:
+        values = {field.name: _READERS[field.name](_parsed(header, field.name)) for field in fields(Progress)}
+    except ValueError as error:
+        raise _broken(path, str(error)) from None
+    progress = Progress(**values)
+    if progress.validated > progress.step:
+        raise _broken(path, f"step {progress.validated} is validated, and only {progress.step} are done")
+    return Checkpoint(path, tensors, progress)
+
+
+# ---------------------------------------------------------------- the header
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def _parsed(header: Mapping[str, str], name: str) -> tuple[str, Any]:
+    try:
+        return name, json.loads(header[name], parse_constant=_no_constant)
+    except (KeyError, ValueError, RecursionError):
+        raise ValueError(f"its header has no usable {name}: {header.get(name, 'nothing')[:40]}") from None
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _reader(holds: Callable[[Any], bool]) -> Callable[[tuple[str, Any]], Any]:
+    def read(entry: tuple[str, Any]) -> Any:
+        name, value = entry
+        if not holds(value):
+            raise ValueError(f"its header has no usable {name}: {json.dumps(value)[:40]}")
+        return value
+
+    return read
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _all_of(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(type(each) in types for each in value.values())
+
+
+_READERS: dict[str, Callable[[tuple[str, Any]], Any]] = {
+    "step": _reader(_is_count),
+    "validated": _reader(lambda value: _is_count(value) or value == -1),
+    "seconds": _reader(lambda value: type(value) in (int, float) and 0 <= value < 1e12),
+    "settings": _reader(_all_of(int, float, str, bool)),
+    "identity": _reader(_all_of(str)),
+    "optimiser": _reader(_all_of(int, float, str, bool)),
+    "idle": _reader(lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value)),
+    "plan": _reader(lambda value: value is None or isinstance(value, dict)),
+}
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+
+
+def _moment_order(model: nn.Module, optimiser: torch.optim.Optimizer) -> list[str]:
+    """The weights' names in the order in which the optimiser numbers them."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimiser.param_groups for parameter in group["params"]]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+def _same_tensors(path: Path, kept: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    wrong = sorted(kept.keys() ^ wanted.keys()) or [n for n, t in kept.items() if not _alike(t, wanted[n])]
+    if wrong:
+        raise _mismatch(
+            path, (f"weight {n} was {_kind(kept.get(n))}, is {_kind(wanted.get(n))}" for n in wrong[:3])
+        )
+
+
+def _kind(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _shown(values: Mapping[str, Scalar], name: str) -> str:
+    value = str(values.get(name, "none"))
+    return value[:19] if value.startswith("sha256 ") else value[:200]
+
+
+# ---------------------------------------------------------------- what is wrong
+
+
+def _broken(path: Path, reason: str) -> TfgError:
+    return TfgError([Diagnostic("FG413", f"cannot read the checkpoint {path}: {reason}")])
+
+
+def _no_checkpoint(path: Path, found: str) -> NoReturn:
+    message = f"{path} is a safetensors file, but not a checkpoint of a training run"
+    if found.startswith("fastgrad-checkpoint-"):
+        message = f"{path} is of the format {found}, which another version of fastgrad wrote"
+    raise TfgError([Diagnostic("FG413", message)])
+
+
+def _mismatch(path: Path, differences: Iterable[str]) -> TfgError:
+    return TfgError(
+        [
+            Diagnostic(
+                "FG414",
+                f"the checkpoint {path} belongs to another run: {'; '.join(differences)}",
+                help=("use the text, spec and options of that run, or another --out folder to start afresh",),
+            )
+        ]
+    )

@@ -1,0 +1,118 @@
+"""The plan of a training run: made on its text, kept in its checkpoint, put back when it is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgrad_compiler.attention.table import attention_table, is_own
+from fastgrad_compiler.pipeline import run
+from fastgrad_compiler.planning.decision import Decision
+from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.calibration.pace import MachinePace, machine_pace, read_pace
+from fastgrad_dsl.calibration.record import plan_record, with_recorded_plan
+from fastgrad_dsl.calibration.replan import Request, replan
+from fastgrad_dsl.commands.terminal import progress
+from fastgrad_dsl.training.budget_log import finite
+from fastgrad_dsl.training.checkpoint import Checkpoint
+from fastgrad_dsl.training.loop import Options
+from fastgrad_dsl.training.stopping import Stop
+from fastgrad_dsl.training.text_data import TextData
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+
+CALIBRATION_BATCHES = 2
+
+
+@dataclass
+class TextPlanner:
+    """Plans a model on the text that it learns, at its present weights.
+
+    The generator of its batches, `places`, and the measured `pace` of the machine are a part of a run's state: with
+    them a resumed run makes the same plans.
+    """
+
+    data: TextData
+    options: Options
+    stop: Stop
+    pace: MachinePace | None = None
+    places: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.places = torch.Generator().manual_seed(self.options.seed)
+
+    @property
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """The batch on which a budget is looked at."""
+        return next(self.data.validation_batches(self.options.tokens, self.options.batch, 1))
+
+    def __call__(self, compiled: Compiled, model: nn.Module) -> Compiled:
+        """The model with a new plan. TfgError as `replan`; StopAsked where the run is to stop."""
+        tokens, batch = self.options.tokens, self.options.batch
+        used = [self.data.batch(tokens, batch, self.places) for _ in range(CALIBRATION_BATCHES)]
+        with progress("calibrating:") as show:
+
+            def tell(what: str) -> None:
+                self.stop.check()
+                show(what)
+
+            tell("the pace of this machine")
+            self.pace = self.pace or machine_pace(compiled.target)
+            batches = [*used, self.held_out]
+            request = Request(model, batches, "the text", "the present weights", pace=self.pace)
+            return replan(compiled, request, tell)
+
+
+def without_polynomials(compiled: Compiled) -> Compiled:
+    """The same model with every attention exact, but those whose weights are a polynomial of the model's own."""
+    attentions = next(stage.program for stage in compiled.stages if stage.name == "attention")
+    chosen = {
+        entry.full_path: (Decision("it is trained as exact attention"),)
+        for entry in attention_table(attentions)
+        if not is_own(entry.node)
+    }
+    start = compiled.stages[0].program
+    stages = run(start, target=compiled.target, assignment=chosen, validate=compiled.validate)
+    return replace(compiled, stages=stages)
+
+
+def plan_of(compiled: Compiled, pace: MachinePace | None) -> dict[str, Any]:
+    """What a checkpoint keeps: decisions that are not the compiler's own, what they rest on, the machine's pace."""
+    return {
+        "decisions": None if compiled.assignment is None else plan_record(compiled.assignment),
+        "calibration": finite(compiled.calibration),
+        "pace": None if pace is None else asdict(pace),
+    }
+
+
+def resumed_plan(compiled: Compiled, checkpoint: Checkpoint) -> Compiled:
+    """The model with the plan of a checkpoint. TfgError FG413 where that is not one of this model."""
+    kept = _plan(checkpoint)
+    if kept.get("decisions") is None:
+        return compiled
+    try:
+        planned = with_recorded_plan(compiled, kept["decisions"], kept.get("calibration"))
+        _ = planned.files  # which show the calibration
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise _false(checkpoint, f"its plan is not one of this model: {error}") from None
+    return planned
+
+
+def resumed_pace(checkpoint: Checkpoint) -> MachinePace | None:
+    """The pace that a checkpoint keeps. TfgError FG413 where it is none."""
+    kept = _plan(checkpoint).get("pace")
+    try:
+        return None if kept is None else read_pace(kept)
+    except ValueError as error:
+        raise _false(checkpoint, str(error)) from None
+
+
+def _plan(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    return checkpoint.progress.plan or {}
+
+
+def _false(checkpoint: Checkpoint, reason: str) -> TfgError:
+    return TfgError([Diagnostic("FG413", f"cannot read the checkpoint {checkpoint.path}: {reason}")])
