@@ -134,7 +134,9 @@ class BudgetWatch:
 
     def _proved(self, model: nn.Module) -> dict[str, float]:
         """The share of the planned R that is proved of the present weights, where the plan rests on such a proof."""
-        rests = {e["path"] for e in self.compiled.plan_document["attentions"] if e.get("source") == "weights"}
+        rests = {
+            e["path"] for e in self.compiled.plan_document["attentions"] if e["range_source"] == "weights"
+        }
         certificates = certify(self.compiled.program, model, self.compiled.target) if rests else ()
         return {
             each.path: each.range.bound / each.planned

@@ -10,6 +10,7 @@ from torch import nn
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.budget_watch import CLOSE, BudgetState, BudgetWatch
+from fastgrad_dsl.calibration.calibrate import MARGIN
 from fastgrad_dsl.calibration.replan import Request, replan
 from fastgrad_dsl.compiled import Compiled
 from fastgrad_dsl.text_data import load_text
@@ -34,6 +35,27 @@ budget {
 """
 
 
+CERTIFIED = """use std
+dim b
+dim n <= 65536
+model certified(tokens: int[b, n]) -> float[b, n, 256] {
+    weight table: float[256, 16] = normal(std = 0.5)
+    weight wq: float[16, 4] = normal(std = 0.1)
+    weight wk: float[16, 4] = normal(std = 0.1)
+    x = embedding(table, tokens)
+    h = std.rms_norm(x)
+    s = split_heads(h @ wq, 2) @ split_heads(h @ wk, 2).T
+    return (x + merge_heads(softmax(causal(s)) @ split_heads(h, 2))) @ table.T
+}
+objective loss(logits: float[b, n, 256], targets: int[b, n]) = cross_entropy(logits, targets)
+budget {
+    output <= 0.05
+    gradient <= 0.1
+    trust = certified
+}
+"""
+
+
 @pytest.fixture
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
@@ -42,12 +64,12 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _watch(
-    batches: list[tuple[torch.Tensor, torch.Tensor]], lines: list[str]
+    batches: list[tuple[torch.Tensor, torch.Tensor]], lines: list[str], spec: str = SPEC
 ) -> tuple[BudgetWatch, nn.Module]:
     def again(compiled: Compiled, model: nn.Module) -> Compiled:
         return replan(compiled, Request(model, batches, measured_pace=False))
 
-    compiled = fg.compile(SPEC, target="torch")
+    compiled = fg.compile(spec, target="torch")
     model = compiled.module(seed=0)
     watch = BudgetWatch(compiled, batches[-1], again, lines.append)
     watch.compiled = again(compiled, model)
@@ -88,6 +110,23 @@ def test_growing_logits_bring_a_new_plan(batches: list[tuple[torch.Tensor, torch
     assert same is changed
     assert after.output <= 0.05
     assert not after.violations
+
+
+def test_a_range_proved_from_weights_is_watched_as_they_grow(
+    batches: list[tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """What is proved of the present weights counts, not what the logits of a batch happen to take."""
+    lines: list[str] = []
+    watch, model = _watch(batches, lines, CERTIFIED)
+    (entry,) = watch.compiled.plan_document["attentions"]
+    assert (entry["range_source"], entry["decision"]) == ("weights", "polynomial")
+    quiet, _ = watch.look(model)
+    assert quiet.where == entry["path"]
+    assert quiet.range == pytest.approx(1 / MARGIN, abs=0.01)
+    with torch.no_grad():
+        dict(model.named_parameters())["wq"].mul_(1.2)
+    state, _ = watch.look(model)
+    assert state.range == pytest.approx(1.2 / MARGIN, abs=0.01)
 
 
 def test_shares() -> None:
