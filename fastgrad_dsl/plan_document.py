@@ -22,10 +22,11 @@ from fastgrad_compiler.passes.attention_table import (
 )
 from fastgrad_compiler.rounding import EXACT, USUAL_LENGTH, Rounding, Sizes
 from fastgrad_compiler.targets import BACKENDS
+from fastgrad_compiler.text_parser import parse_dim
 from fastgrad_dsl.attention_rounding import entry_rounding, rounding_document
 from fastgrad_dsl.batches import Input, model_inputs, target_inputs
 
-FORMAT = "fastgrad-plan-3"
+FORMAT = "fastgrad-plan-4"
 
 
 def plan_document(
@@ -169,7 +170,14 @@ def _input(tensor: Input) -> dict[str, Any]:
         "dtype": tensor.dtype,
         "shape": [str(dim) for dim in tensor.shape],
         "below": tensor.below,
+        "documents": tensor.documents,
+        "ids": tensor.ids,
     }
+
+
+def input_of(document: Mapping[str, Any]) -> Input:
+    """The input that an entry of a plan's `inputs` or `targets` describes."""
+    return Input(**{**document, "shape": tuple(map(parse_dim, document["shape"]))})
 
 
 def _number(value: Attribute) -> float | None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_compiler.text_parser import parse_dim
 from fastgrad_dsl.attention_rounding import spec_of
-from fastgrad_dsl.batches import Input, random_batch, tokens_of
+from fastgrad_dsl.batches import random_batch, tokens_of
 from fastgrad_dsl.documents import read_document
-from fastgrad_dsl.plan_document import is_approximated
+from fastgrad_dsl.plan_document import input_of, is_approximated
 from fastgrad_dsl.report.document import build_report
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
 from fastgrad_grammar.read import read_source
@@ -211,10 +211,7 @@ def text_sizes(plan: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, 
 def _batch(
     plan: Mapping[str, Any], request: ReportRequest, sizes: Mapping[str, int]
 ) -> tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    inputs, targets = (
-        [Input(t["name"], t["dtype"], tuple(parse_dim(d) for d in t["shape"]), t["below"]) for t in plan[key]]
-        for key in ("inputs", "targets")
-    )
+    inputs, targets = ([input_of(tensor) for tensor in plan[key]] for key in ("inputs", "targets"))
     if request.text is None:
         batch = random_batch([*inputs, *targets], sizes, request.seed)
         return "random inputs", batch[: len(inputs)], batch[len(inputs) :]
