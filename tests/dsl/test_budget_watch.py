@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from fastgrad_dsl.calibration.replan import Request, replan
 from fastgrad_dsl.compiled import Compiled
 from fastgrad_dsl.text_data import load_text
 from fastgrad_dsl.training import Options, train
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from tests.dsl.models import always_polynomial
 
 SPEC = """use std
 dim b
@@ -127,6 +130,32 @@ def test_a_range_proved_from_weights_is_watched_as_they_grow(
         dict(model.named_parameters())["wq"].mul_(1.2)
     state, _ = watch.look(model)
     assert state.range == pytest.approx(1.2 / MARGIN, abs=0.01)
+
+
+def test_a_verdict_of_exact_outlives_a_look(
+    batches: list[tuple[torch.Tensor, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On devices that are not waited for, `exact` acts from a later call on: a look takes the counts alone."""
+    spec = SPEC.replace("gradient <= 0.1", "gradient <= 0.1\n    on_violation = exact")
+    watch, below = _watch(batches, [], spec)
+    model = always_polynomial(watch.compiled, below)
+    guard = sys.modules[f"{type(model).__module__.rpartition('.')[0]}.guard"]
+    monkeypatch.setattr(guard, "_waits", lambda device: False)
+    monkeypatch.setattr(watch, "again", _refused)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("wq"):
+                parameter.mul_(4.0)
+    tokens = batches[0][0]
+    polynomial, exact = model(tokens), model(tokens)
+    assert not torch.equal(polynomial, exact)
+    watch.look(model)
+    assert watch.states[-1].violations
+    assert torch.equal(model(tokens), exact)
+
+
+def _refused(compiled: Compiled, model: nn.Module) -> Compiled:
+    raise TfgError([Diagnostic("FG312", "no plan keeps the budget")])
 
 
 def test_shares() -> None:
