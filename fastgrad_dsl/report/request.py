@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgrad_compiler.codegen.kernel import ENDINGS
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_compiler.text_parser import parse_dim
 from fastgrad_dsl.attention_rounding import spec_of
@@ -135,7 +136,7 @@ def _subject(request: ReportRequest) -> Subject:
     if request.where.is_dir():
         folder = built(request.where)
         plan = load_plan(folder)
-        kernels = {f"{e['kernel']}{suffix}" for e in plan["attentions"] for suffix in (".py", ".cpp")}
+        kernels = {f"{e['kernel']}{ending}" for e in plan["attentions"] for ending in ENDINGS}
         files = {name: text for name in sorted(kernels) if (text := _code(folder / name)) is not None}
         return Subject(
             plan,

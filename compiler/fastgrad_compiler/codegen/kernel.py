@@ -61,7 +61,8 @@ TRITON_RUNTIME_FILES: tuple[Path, ...] = tuple(
 RUNTIME_PACKAGE = "fastgrad_compiler.runtime"
 UNROLLED_BLOCKS = 160  # a longer table is emitted as the loop that makes it
 NAME_PLACEHOLDER = "attention_" + "0" * 12
-CPP, TRITON = ".cpp", "_triton.py"  # what the name of a backend's file has behind the kernel's
+CPP, TRITON = ".cpp", "_triton.py"  # what the name of a backend's file has after the kernel's
+ENDINGS = (".py", CPP, TRITON)  # of all files that a kernel may have
 
 
 @dataclass(frozen=True, slots=True)
