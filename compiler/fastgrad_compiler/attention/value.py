@@ -156,7 +156,9 @@ class Attention:
         if self.own_near and self.near is None:
             raise CompilerBug("an attention has queries and keys of near pairs, and no near field")
         if self.polynomial is not None and self.unservable:
-            raise CompilerBug(f"a polynomial serves an attention with {self.unservable}")
+            raise CompilerBug(
+                f"an attention is planned polynomial, which cannot serve its mask {self.unservable}"
+            )
 
     @staticmethod
     def of(node: Node) -> Attention:
