@@ -17,13 +17,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from fastgrad_compiler.cost import PACE
+from fastgrad_compiler.cost import ON_GPU, PACE
 from fastgrad_compiler.flatten import Indices, iterations, path_of
 from fastgrad_compiler.graph import Budget, Graph, Node, Program
 from fastgrad_compiler.passes.attention_table import AttentionEntry, Lengths, attention_table, is_own
 from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_apply import applied, decided
-from fastgrad_compiler.passes.plan_decision import Caps, Case, Decision, Outcome, Refusal, decide
+from fastgrad_compiler.passes.plan_decision import Caps, Case, Decision, Outcome, Refusal, decide, with_gpu
 from fastgrad_compiler.passes.plan_own import refuse_own
 from fastgrad_compiler.passes.plan_refusal import diagnose
 from fastgrad_compiler.passes.plan_settings import Settings, check_budget, settings_of
@@ -75,6 +75,10 @@ def plan_attention(
         raise TfgError(wrong)
     decisions: dict[str, Sequence[Decision]] = dict(assigned)
     decisions |= {path: (outcome,) for path, outcome in outcomes.items() if isinstance(outcome, Decision)}
+    for entry in table:
+        if found := decisions.get(entry.full_path):
+            case = case_of(program, entry, settings[entry.full_path], sharing=1, target=target)
+            decisions[entry.full_path] = tuple(with_gpu(each, case, ON_GPU[target]) for each in found)
     return _Specialiser(program, {**decisions, **unread}).program_of_decisions()
 
 

@@ -24,9 +24,7 @@ from fastgrad_compiler.passes.bound_proof import number
 from fastgrad_compiler.passes.plan_settings import Settings
 from fastgrad_compiler.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
 from fastgrad_compiler.ranges import LogitRange
-from fastgrad_compiler.roofline import modelled_break_even
 from fastgrad_compiler.rounding import EXACT, USUAL_LENGTH, WIDEST_NEAR, Rounding, Run, Sizes, rounding
-from fastgrad_compiler.runtime.triton_schedule import LARGEST_D, LARGEST_DV
 from fastgrad_compiler.targets import PYTORCH, Backends
 
 LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
@@ -172,13 +170,15 @@ class Decision:
 
     `range` is what the polynomial rests on where that is not the bound of the node; `own_mean`: each sequence's mean is
     taken from its keys. `heads` are the query heads that it is for, in order, None for all. `precision` is that of the
-    arithmetic.
+    arithmetic. Attention is exact below `break_even` tokens on the device that the target is for, and on a GPU below
+    `break_even_gpu`.
     """
 
     why: str
     polynomial: Polynomial | None = None
     near: int | None = None
     break_even: int | None = None
+    break_even_gpu: int | None = None
     range: LogitRange | None = None
     own_mean: bool = False
     heads: tuple[int, ...] | None = None
@@ -430,16 +430,23 @@ def _cheaper_exact(case: Case, degree: int, near: int | None, precision: str) ->
 
 def _break_even(case: Case, degree: int, near: int | None, precision: str) -> int:
     """Of the polynomial, on one document as long as the sequence."""
-    d, dv, pace = case.d or 1, case.dv or 1, case.pace.at(precision)
-    if pace.device and not case.documents and d <= LARGEST_D and dv <= LARGEST_DV:
-        return modelled_break_even(pace.device, d=d, dv=dv, degree=degree, causal=case.causal, near=near or 0)
     even = break_even(
-        d=d,
-        dv=dv,
+        d=case.d or 1,
+        dv=case.dv or 1,
         degree=degree,
         near=near,
         causal=case.causal,
         documents=case.documents,
-        pace=pace,
+        pace=case.pace.at(precision),
     )
     return max(even, LEAST_LENGTH)
+
+
+def with_gpu(decision: Decision, case: Case, pace: Pace) -> Decision:
+    """The decision with the break-even of a run on a GPU, by the model: nothing is measured there."""
+    if decision.polynomial is None:
+        return decision
+    near = decision.near if decision.near is not None else case.node["near"]
+    there, degree = replace(case, pace=pace), decision.polynomial.degree
+    even = _break_even(there, degree, near if isinstance(near, int) else None, decision.precision)
+    return replace(decision, break_even_gpu=even)
