@@ -23,8 +23,8 @@ from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention
 from fastgrad_compiler.ir.flatten import Indices, iterations, path_of
 from fastgrad_compiler.ir.graph import Budget, Graph, Node, Program
 from fastgrad_compiler.planning.apply import applied, decided
-from fastgrad_compiler.planning.cost import PACE
-from fastgrad_compiler.planning.decision import Caps, Case, Decision, Outcome, Refusal, decide
+from fastgrad_compiler.planning.cost import ON_GPU, PACE
+from fastgrad_compiler.planning.decision import Caps, Case, Decision, Outcome, Refusal, decide, with_gpu
 from fastgrad_compiler.planning.own import refuse_own
 from fastgrad_compiler.planning.refusal import diagnose
 from fastgrad_compiler.planning.settings import Settings, check_budget, settings_of
@@ -75,6 +75,10 @@ def plan_attention(
         raise TfgError(wrong)
     decisions: dict[str, Sequence[Decision]] = dict(assigned)
     decisions |= {path: (outcome,) for path, outcome in outcomes.items() if isinstance(outcome, Decision)}
+    for entry in table:
+        if found := decisions.get(entry.full_path):
+            case = case_of(program, entry, settings[entry.full_path], sharing=1, target=target)
+            decisions[entry.full_path] = tuple(with_gpu(each, case, ON_GPU[target]) for each in found)
     return _Specialiser(program, {**decisions, **unread}).program_of_decisions()
 
 
