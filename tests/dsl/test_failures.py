@@ -489,6 +489,18 @@ def test_a_folder_whose_code_does_not_load(fastgrad: Run, name: str, content: by
     assert err.startswith("error[FG419]: built does not load: ")
 
 
+def test_what_is_no_file_is_no_part_of_a_package(fastgrad: Run) -> None:
+    fg.compile(LEARNT, target="torch", validate=False, out="built")
+    os.mkfifo("built/pipe.py")
+    Path("built/folder.py").mkdir()
+    Path("built/link.py").symlink_to("missing")
+    assert fg.load("built").state_dict()
+    Path("built/model.py").unlink()
+    os.mkfifo("built/model.py")
+    with pytest.raises(TfgError, match=r"\[FG419\]"):
+        fg.load("built")
+
+
 @pytest.mark.parametrize("file", ["pipe", "/dev/zero", "folder"])
 @pytest.mark.parametrize(
     ("command", "code"),
