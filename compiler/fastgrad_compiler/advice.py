@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from fastgrad_compiler.certificates import certificate
 from fastgrad_compiler.cost import flops
 from fastgrad_compiler.features import rank
-from fastgrad_compiler.graph import Budget, Program
-from fastgrad_compiler.passes.attention_table import AttentionEntry, attention_table, is_own
-from fastgrad_compiler.passes.plan import case_of
+from fastgrad_compiler.graph import Program
+from fastgrad_compiler.passes.attention_table import AttentionEntry
+from fastgrad_compiler.passes.plan import shared_cases
 from fastgrad_compiler.passes.plan_decision import (
     PRECISIONS,
     Caps,
@@ -26,7 +26,6 @@ from fastgrad_compiler.passes.plan_decision import (
     unservable,
     vanishing,
 )
-from fastgrad_compiler.passes.plan_settings import settings_of
 from fastgrad_compiler.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
 
 NEAR = 64  # block of a near field that is proposed
@@ -74,17 +73,12 @@ class Advised:
 
 
 def advise(program: Program, target: str = "auto") -> tuple[Advised, ...]:
-    """Advice for every attention of a program behind recognition, alike ones together.
+    """Advice for every attention of a program after recognition, alike ones together.
 
-    The budget is shared out equally, with gains from an attention to the model taken as 1, as the plan without
-    calibration does.
+    The budget is shared out as the plan without calibration does (`shared_cases`). Raises TfgError FG303.
     """
-    budget = program.budget or Budget()
-    entries = [entry for entry in attention_table(program) if not is_own(entry.node)]
     alike: dict[Case, list[AttentionEntry]] = {}
-    for entry in entries:
-        settings = settings_of(entry.full_path, budget.rules)
-        case = case_of(program, entry, settings, sharing=len(entries), target=target)
+    for entry, case in shared_cases(program, target=target):
         alike.setdefault(case, []).append(entry)
     return tuple(
         Advised(
