@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 
 import fastgrad_dsl as fg
@@ -321,6 +322,22 @@ def test_what_was_printed_stands_before_the_error(tmp_path: Path) -> None:
     line = "FASTGRAD fmt --check ugly.tfg none.tfg > both 2>&1; cat both >&2"
     (tmp_path / "ugly.tfg").write_text(UGLY)
     assert shell(line, tmp_path)[1].startswith("would format ugly.tfg\nerror[FG001]")
+
+
+def test_whether_a_file_can_be_read_is_left_to_what_reads_it(
+    fastgrad: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typer would refuse the command line: no code, and `fmt` would format none of the other files."""
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    for command in ("check", "stages", "report --no-measure", "report --json new", "fmt --check"):
+        name, *options = command.split()
+        status, _, err = fastgrad(name, "tiny.tfg", *options)
+        assert (status, err) == (0, ""), command
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    types = [parameter.type for command in commands.values() for parameter in command.params]
+    paths = [type_ for type_ in types if hasattr(type_, "readable")]
+    assert len(paths) > 20
+    assert not [type_ for type_ in paths if type_.readable]
 
 
 def test_nothing_but_an_error_of_the_command_line_is_told_by_typer(fastgrad: Run) -> None:

@@ -31,7 +31,7 @@ from fastgrad_compiler.planning.settings import Settings, check_budget, settings
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
-__all__ = ["MAX_RANK", "AttentionEntry", "attention_table", "plan_attention"]
+__all__ = ["MAX_RANK", "AttentionEntry", "attention_table", "plan_attention", "shared_cases"]
 
 MAX_RANK = 20_000  # a state of rank x (dv + 1) floats for each head: 5 MB at dv = 64
 
@@ -82,6 +82,34 @@ def plan_attention(
     return _Specialiser(program, {**decisions, **unread}).program_of_decisions()
 
 
+def shared_cases(program: Program, *, target: str = "auto") -> tuple[tuple[AttentionEntry, Case], ...]:
+    """Each attention that runs and a budget could change, with its share of the budget.
+
+    The share of one that the plan without calibration approximates is the plan's. One that stays exact takes none
+    there; it gets that of a plan which approximates all.
+
+    Raises:
+        TfgError: FG303, for values of the budget that are wrong in themselves.
+    """
+    table = attention_table(program)
+    entries = tuple(entry for entry in table if entry.runs and not is_own(entry.node))
+    budget = program.budget or Budget()
+    wrong = check_budget(budget, [(entry.path, entry.full_path) for entry in table])
+    if any(diagnostic.code == "FG303" for diagnostic in wrong):
+        raise TfgError(wrong)
+    settings = {entry.full_path: settings_of(entry.full_path, budget.rules) for entry in entries}
+    outcomes, cases = _decide_all(program, entries, settings, "balanced", MAX_RANK, target)
+    return tuple(
+        (
+            entry,
+            cases[entry.full_path]
+            if _is_approximated(outcomes[entry.full_path])
+            else case_of(program, entry, settings[entry.full_path], sharing=len(entries), target=target),
+        )
+        for entry in entries
+    )
+
+
 def _decide_all(
     program: Program,
     entries: tuple[AttentionEntry, ...],
@@ -118,7 +146,11 @@ def _decide_all(
 
 
 def _approximated(outcomes: Mapping[str, Outcome]) -> int:
-    return sum(isinstance(each, Decision) and each.polynomial is not None for each in outcomes.values())
+    return sum(map(_is_approximated, outcomes.values()))
+
+
+def _is_approximated(outcome: Outcome) -> bool:
+    return isinstance(outcome, Decision) and outcome.polynomial is not None
 
 
 def case_of(
