@@ -20,13 +20,14 @@ from fastgrad_compiler.ir.verify import CompilerBug
 ATTENTION = ("attention", "poly_attention")
 OWN = "own"  # the family of a polynomial that is the model's own: it stands in for nothing, and has no error
 QKV, NEAR = ("q", "k", "v"), ("near_q", "near_k")
-_OF_APPROXIMATIONS = (
+_OF_APPROXIMATIONS = {
     "break_even",
+    "break_even_gpu",
     "positive_from",
     "precision",
     "asserted",
     "proof",
-)  # no attributes of the own one
+}  # not of own
 T = TypeVar("T")
 
 
@@ -122,11 +123,12 @@ class Polynomial:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the plan decided, and why; break_even: the least length at which a polynomial serves."""
+    """What the plan decided, and why; break_even: the least length at which a polynomial serves, on a GPU another."""
 
     decision: str
     why: str
     break_even: int | None = None
+    break_even_gpu: int | None = None
 
 
 @dataclass(frozen=True)
@@ -251,11 +253,12 @@ class Attention:
                 "eps_prime": polynomial.eps_prime,
                 "positive_from": polynomial.positive_from,
                 "precision": polynomial.precision,
+                "break_even_gpu": None if self.verdict is None else self.verdict.break_even_gpu,
             }
         if known.source is not None:
             found |= {"source": known.source, "reach": known.reach}
         kept = {*OPS[op].attributes, *OPS[op].optional}
-        kept -= set(_OF_APPROXIMATIONS) if self.is_own else set()
+        kept -= _OF_APPROXIMATIONS if self.is_own else set()
         return {key: value for key, value in found.items() if key in kept}
 
     def on(self, node: Node) -> Node:
@@ -282,7 +285,7 @@ def _verdict(node: Node) -> Verdict | None:
     if why is None:
         return None
     decided = "polynomial" if node.op == "poly_attention" else str(node.get("decision"))
-    return Verdict(decided, str(why), _whole(node.get("break_even")))
+    return Verdict(decided, str(why), _whole(node.get("break_even")), _whole(node.get("break_even_gpu")))
 
 
 def _bound(value: Attribute) -> float | tuple[float, ...] | None:

@@ -42,9 +42,13 @@ def _masks(given: Given) -> dict[str, Expr]:
 def _polynomial(place: Place, node: Node, given: Given) -> Expr:
     attention = Attention.of(node)
     place.remark(_what(attention, _size(place.type(node.inputs[0]).shape[-1])))
-    below = 0 if attention.verdict is None else attention.verdict.break_even or 0
+    verdict = attention.verdict
+    below = {"exact_below": 0 if verdict is None else verdict.break_even or 0}
+    on_gpu = None if verdict is None else verdict.break_even_gpu
+    if on_gpu is not None and on_gpu != below["exact_below"]:
+        below["exact_below_gpu"] = on_gpu
     kernel, masks = place.kernel(node), _masks(given)
-    return call(kernel, *_floats(given), **masks, exact_below=below, guard=place.guard(node))
+    return call(kernel, *_floats(given), **masks, **below, guard=place.guard(node))
 
 
 def _what(attention: Attention, d: int) -> str:

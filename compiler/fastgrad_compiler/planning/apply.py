@@ -17,7 +17,8 @@ def decided(node: Node, decision: Decision) -> Node:
     """The attention with a decision's attributes."""
     attention, polynomial, found = Attention.of(node), decision.polynomial, decision.range
     verdict = "exact" if polynomial is None else "polynomial"
-    attention = replace(attention, verdict=Verdict(verdict, decision.why, decision.break_even))
+    even = decision.break_even, decision.break_even_gpu
+    attention = replace(attention, verdict=Verdict(verdict, decision.why, *even))
     if polynomial is not None:
         near = attention.near if decision.near is None else decision.near
         attention = attention.served(polynomial, near, decision.precision)
