@@ -41,6 +41,7 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
         "polynomial_features.py",
         "precision.py",
         "selection.py",
+        "sight.py",
         "tangent.py",
     )
 )
