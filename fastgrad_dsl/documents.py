@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from fastgrad_compiler.text_parser import parse_dim
+from fastgrad_dsl.files import check_regular
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ def read_document(path: Path, kind: str) -> dict[str, Any]:
     Raises TfgError FG430, with the place inside, for all that is wrong in it; FG001 where it cannot be read.
     """
     try:
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError("no such file")
+        check_regular(path)
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def _subject(request: ReportRequest) -> Subject:
 
 def _calibration(folder: Path) -> dict[str, Any] | None:
     path = folder / CALIBRATION
-    return read_document(path, CALIBRATION) if path.is_file() else None
+    return read_document(path, CALIBRATION) if os.path.lexists(path) else None
 
 
 def _code(path: Path) -> str | None:
