@@ -9,8 +9,9 @@ from __future__ import annotations
 from functools import cache
 
 from fastgrad_compiler.approximation.features import rank
-from fastgrad_compiler.codegen.kernel import KernelSpec, folded_coefficients, kernel_title
+from fastgrad_compiler.codegen.kernel import kernel_title
 from fastgrad_compiler.codegen.templates import render
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec, folded_coefficients
 from fastgrad_grammar.quote import cpp_comment
 
 CHUNK = 64  # tokens at a time: scores, features and values of a chunk stay in the caches next to a core
