@@ -17,12 +17,21 @@ SCORE_BUFFERS = 4  # tensors (queries, window) that a kernel's backward holds
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-class Inputs(NamedTuple):
-    """Of an attention: q [b, H, n, d], k [b, Hk, m, d], v [b, Hk, m, dv], and what else it is asked with.
+class Floats(NamedTuple):
+    """The inputs of an attention that have gradients, or these: q [b, H, n, d], k [b, Hk, m, d], v [b, Hk, m, dv].
 
-    near_q [b, H, n, near_d] and near_k [b, Hk, m, near_d]: of separate near logits. mask: bool [b, m], True for a real
-    token. documents: integer ids [b, n].
+    near_q [b, H, n, near_d] and near_k [b, Hk, m, near_d]: of separate near logits.
     """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    near_q: Tensor | None = None
+    near_k: Tensor | None = None
+
+
+class Inputs(NamedTuple):
+    """The inputs of an attention: those of `Floats`, mask, bool [b, m], True for a real token, integer ids [b, n]."""
 
     q: Tensor
     k: Tensor
@@ -32,15 +41,10 @@ class Inputs(NamedTuple):
     mask: Tensor | None = None
     documents: Tensor | None = None
 
-
-class Gradients(NamedTuple):
-    """Of the first five inputs, each like its own."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    near_q: Tensor | None
-    near_k: Tensor | None
+    @property
+    def floats(self) -> Floats:
+        """Those that have gradients."""
+        return Floats(self.q, self.k, self.v, self.near_q, self.near_k)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

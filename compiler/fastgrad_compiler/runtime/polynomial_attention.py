@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .attention_op import Gradients, Inputs, compute_dtype, plan_tiles, row_groups
+from .attention_op import Floats, Inputs, compute_dtype, plan_tiles, row_groups
 from .documents import document_runs
 from .exact_attention import exact_backward, exact_forward
 from .guard import ATTRIBUTES, exact_flag, guarded
 from .kernel_spec import KernelSpec, choose_chunk, folded_coefficients
 from .monomials import blocks, weights
-from .operation import Operation, register_attention
+from .operation import Operation, Pass, register_attention
 from .polynomial_features import Workspace
 from .polynomial_rows import Rows
 from .polynomial_sweeps import Saved, backward_rows, forward_rows
@@ -44,7 +44,7 @@ def register_polynomial(
     It takes the seven inputs, `exact_below` and the key of a guard. native, triton: serve it on a CPU and on a GPU.
     """
     backends = [backend for backend in (triton, native) if backend is not None]
-    passes = (partial(forward, spec, backends), partial(backward, spec, backends))
+    passes: tuple[Pass, Pass] = (partial(forward, spec, backends), partial(backward, spec, backends))
     if spec.precision == "float64":
         passes = in_float64(*passes)
     saves_maximum, near = spec.near is not None, spec.near or 0
@@ -83,16 +83,18 @@ def backward(
     *given, exact_below = arguments
     inputs, saved = Inputs(*given[:7]), Saved(*given[7:])
     if max(inputs.q.shape[2], inputs.k.shape[2]) < exact_below:
-        return exact_backward(gradient, *given, spec.scale, spec.causal, spec.near or 0, 0)
+        exactly = (*given, spec.scale, spec.causal, spec.near or 0, 0)
+        return exact_backward(gradient, *exactly)
     for backend in backends:
         if (found := backend.backward(gradient, *given)) is not None:
             return found
-    kept = Gradients(*inputs[:5])
-    gradients = Gradients(*(x if x is None else _zeros(x, compute_dtype(*inputs[:3])) for x in kept))
+    kept, dtype = inputs.floats, compute_dtype(*inputs[:3])
+    near = (x if x is None else _zeros(x, dtype) for x in kept[3:])
+    gradients = Floats(*(_zeros(x, dtype) for x in inputs[:3]), *near)
     for place, rows in _groups(spec, inputs):
         upstream = _by_key_head(gradient, inputs, place)
         of_rows = Saved(*(_by_key_head(x, inputs, place) for x in saved))
-        backward_rows(rows, upstream, of_rows, Gradients(*_rows_of(gradients, inputs, place)))
+        backward_rows(rows, upstream, of_rows, _rows_of(gradients, inputs, place))
     if inputs.mask is not None:
         gradients.v.masked_fill_(~inputs.mask[:, None, :, None], 0.0)
     none = inputs.q.new_empty((0,))
@@ -122,9 +124,9 @@ def _groups(spec: KernelSpec, inputs: Inputs) -> Iterator[tuple[Place, Rows]]:
     work = Workspace(q, dtype, spec.d, blocks(spec.d, spec.degree))
     diagonal = torch.tensor(weights(spec.d, folded_coefficients(spec)), dtype=dtype, device=q.device)
     runs = None if documents is None else document_runs(documents)
-    for place in row_groups(*k.shape[:2], row_bytes):
+    for place in row_groups(k.shape[0], k.shape[1], row_bytes):
         shown = None if mask is None else mask[place[0]]
-        of_rows = Inputs(*_rows_of(Gradients(*inputs[:5]), inputs, place), mask=shown)  # type: ignore[arg-type]
+        of_rows = Inputs(*_rows_of(inputs.floats, inputs, place), shown)
         own = None if runs is None else runs[place[0]]
         yield place, Rows(spec, work, size, diagonal.unsqueeze(-1), of_rows, own)
 
@@ -134,11 +136,11 @@ def _by_key_head(x: Tensor, inputs: Inputs, place: Place) -> Tensor:
     return x.unflatten(1, (inputs.k.shape[1], -1))[place] if x.ndim > 1 else x
 
 
-def _rows_of(x: Gradients, inputs: Inputs, place: Place) -> tuple[Tensor | None, ...]:
+def _rows_of(x: Floats, inputs: Inputs, place: Place) -> Floats:
     """Some rows of tensors like the first five inputs."""
     near_q = None if x.near_q is None else _by_key_head(x.near_q, inputs, place)
     near_k = None if x.near_k is None else x.near_k[place]
-    return _by_key_head(x.q, inputs, place), x.k[place], x.v[place], near_q, near_k
+    return Floats(_by_key_head(x.q, inputs, place), x.k[place], x.v[place], near_q, near_k)
 
 
 def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:

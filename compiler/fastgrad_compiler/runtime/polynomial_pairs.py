@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .attention_op import Gradients
+from .attention_op import Floats
 from .documents import same_document
 from .polynomial_features import (
     Features,
@@ -141,7 +141,7 @@ def load_maximum(rows: Rows, tile: Tile, maximum: Tensor) -> Tensor:
 # ---------------------------------------------------------------- gradients
 
 
-def pair_gradients(window: Window, upstream: Tensor, query_gradient: Tensor, gradients: Gradients) -> None:
+def pair_gradients(window: Window, upstream: Tensor, query_gradient: Tensor, gradients: Floats) -> None:
     """Without a near field: add what the pairs of a window give, to `query_gradient` (rows, d, width), dK and dV.
 
     upstream (rows, width, dv + 1): u~.
@@ -160,7 +160,7 @@ def near_gradients(
     far: Tensor,
     largest: Tensor,
     query_gradient: Tensor,
-    gradients: Gradients,
+    gradients: Floats,
 ) -> None:
     """The same with a near field, and dnear_q and dnear_k; far: u~ e^-m; largest (rows, width, 1): m."""
     spec, tile = window.rows.spec, window.tile
@@ -184,7 +184,7 @@ def near_gradients(
 
 
 def _far_gradient(
-    window: Window, far: Tensor, weight_gradient: Tensor, decay: Tensor, gradients: Gradients
+    window: Window, far: Tensor, weight_gradient: Tensor, decay: Tensor, gradients: Floats
 ) -> Tensor:
     """The gradient of q.k from far pairs; adds what they give dV."""
     weights = pair_weights(window, "far_weights")
@@ -195,9 +195,7 @@ def _far_gradient(
     return gradient
 
 
-def _pull_scores(
-    window: Window, score_gradient: Tensor, query_gradient: Tensor, gradients: Gradients
-) -> None:
+def _pull_scores(window: Window, score_gradient: Tensor, query_gradient: Tensor, gradients: Floats) -> None:
     """Add what the gradient of q.k (rows, width, keys) gives to `query_gradient` and dK."""
     query_gradient.baddbmm_(window.keys.mT, score_gradient.mT)
     add_rows(torch.bmm(score_gradient.mT, window.features.x.mT), gradients.k[window.tile.keys])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_op import Gradients, Inputs
+from .attention_op import Floats, Inputs
 from .documents import keep_document, of_document, select_columns, select_tokens
 from .kernel_spec import KernelSpec, folded_coefficients
 from .polynomial_features import Features, Workspace, add_product, add_rows, load_values
@@ -130,7 +130,7 @@ class Rows:
             add_product(self.work, state.total, phi, values)
         state.weigh(self.weights)
 
-    def key_gradients(self, state: Sum, gradients: Gradients, start: int, stop: int, token: int) -> None:
+    def key_gradients(self, state: Sum, gradients: Floats, start: int, stop: int, token: int) -> None:
         """dV += (Y^T W phi(K))[:dv], dK += J_phi(K)^T (W Y [V, 1]): keys [start, stop) of `token`'s document."""
         if start >= stop:
             return

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_op import Gradients
+from .attention_op import Floats
 from .polynomial_features import Features, add_tokens, far_decay, load_cotangent, store_output, store_tokens
 from .polynomial_pairs import (
     Window,
@@ -98,7 +98,7 @@ def _add_window(rows: Rows, tile: Tile, features: Features, total: Tensor, maxim
 # ---------------------------------------------------------------- backward
 
 
-def backward_rows(rows: Rows, gradient: Tensor, saved: Saved, gradients: Gradients) -> None:
+def backward_rows(rows: Rows, gradient: Tensor, saved: Saved, gradients: Floats) -> None:
     """Add to the gradients of some rows, in two sweeps: from the left for the queries, from the right for the keys.
 
     gradient [b, h, G, n, dv]: of out.
@@ -117,7 +117,7 @@ def _cotangent(rows: Rows, tile: Tile, gradient: Tensor, saved: Saved) -> Tensor
 
 
 def _from_the_left(
-    rows: Rows, gradient: Tensor, saved: Saved, gradients: Gradients, keys: Sum, queries: Sum | None
+    rows: Rows, gradient: Tensor, saved: Saved, gradients: Floats, keys: Sum, queries: Sum | None
 ) -> None:
     """dQ of the keys before each window and of those in it; dK, dV of the windows, and of the far queries before."""
     place, reached = 0, rows.tiles[0].high
@@ -148,7 +148,7 @@ def _from_the_left(
 
 
 def _from_the_right(
-    rows: Rows, gradient: Tensor, saved: Saved, gradients: Gradients, queries: Sum, keys: Sum | None
+    rows: Rows, gradient: Tensor, saved: Saved, gradients: Floats, queries: Sum, keys: Sum | None
 ) -> None:
     """dK and dV of the queries to come; dQ of the far keys after each window."""
     stop, reached = rows.tiles[-1].low, rows.m

@@ -246,13 +246,13 @@ class _Rows:
         coefficients = folded_coefficients(self.spec)
         weights = horner(coefficients, scores, out=torch.empty_like(scores))
         dweights = horner(derivative(coefficients), scores, out=torch.empty_like(scores)) * slopes
-        if self.spec.near and self.maximum is not None:
+        if self.spec.near is not None and self.maximum is not None:
             largest = self.maximum[:, :, :, queries, None]
             if self.near is not None:
                 local, dlocal = self._products(*self.near, queries, keys)
             else:
                 local, dlocal = scores * self.spec.scale, slopes * self.spec.scale
-            near, decay = self._near(queries, keys), far_decay(largest)
+            near, decay = self._near(queries, keys, self.spec.near), far_decay(largest)
             exponentials = (local - largest).masked_fill(~near, 0.0).exp()
             weights = torch.where(near, exponentials, weights * decay)
             dweights = torch.where(near, exponentials * dlocal, dweights * decay)
@@ -266,10 +266,10 @@ class _Rows:
         (x, dx), (y, dy) = ([a[:, :, :, queries] for a in q], [a[:, :, None, keys] for a in k])
         return x @ y.mT, dx @ y.mT + x @ dy.mT
 
-    def _near(self, queries: slice, keys: slice) -> Tensor:
+    def _near(self, queries: slice, keys: slice, block: int) -> Tensor:
         """bool [t, keys]: blocks that are one or touch."""
         own, other = (
-            torch.arange(x.start, x.stop, device=self.q[0].device).div(self.spec.near, rounding_mode="floor")
+            torch.arange(x.start, x.stop, device=self.q[0].device).div(block, rounding_mode="floor")
             for x in (queries, keys)
         )
         return (own[:, None] - other).abs() <= 1

@@ -32,7 +32,8 @@ def forward(spec: KernelSpec, native: Backend | None, *inputs: Any) -> tuple[Ten
     """out [B, H, n, dv], denominator [B, H, n] in units of e^maximum, maximum [B, H, n]."""
     if native is not None and (outputs := native.forward(*inputs)) is not None:
         return outputs
-    out, logsumexp, _ = exact_forward(*inputs, *_attributes(spec))
+    exactly = (*inputs, *_attributes(spec))
+    out, logsumexp, _ = exact_forward(*exactly)
     return out, torch.ones_like(logsumexp), logsumexp
 
 
@@ -43,8 +44,8 @@ def backward(
     if native is not None and (found := native.backward(gradient, *arguments)) is not None:
         return found
     *inputs, out, denominator, maximum = arguments
-    logsumexp = _logsumexp(denominator, maximum)
-    return exact_backward(gradient, *inputs, out, logsumexp, maximum, *_attributes(spec))
+    exactly = (*inputs, out, _logsumexp(denominator, maximum), maximum, *_attributes(spec))
+    return exact_backward(gradient, *exactly)
 
 
 def tangent(
