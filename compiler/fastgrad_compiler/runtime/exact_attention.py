@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .attention_op import (
     WORK_BYTES,
+    Floats,
+    Inputs,
     call_attention,
     check_inputs,
     compute_dtype,
@@ -33,7 +35,6 @@ from .sight import CPU, Band, Ranges, Sight
 BUFFERS = 5  # live [rows, keys] tensors of a block, in the backward pass
 LEAST_ROWS = 16
 BANDED_ROWS = 64  # queries of a block whose keys are limited to a band: as many as the band is wide, or these
-_Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # q, k, v, near_q, near_k
 
 
 def exact_attention(
@@ -57,7 +58,8 @@ def exact_attention(
     a token sees its own run of equal ones; scale: 1 / sqrt(d) by default; near: block size w; window: |i - j| < window
     for all pairs. Returns [.., H, n, dv] in the dtype of v; 0 for a query that sees no key. ValueError on wrong shapes.
     """
-    check_inputs(q, k, v, near_q, near_k, mask, documents, causal)
+    inputs = Inputs(q, k, v, near_q, near_k, mask, documents)
+    check_inputs(inputs, causal)
     if near_q is not None and near is None:
         raise ValueError("near_q and near_k need a block size `near`")
     if near is not None and near < 1:
@@ -66,7 +68,7 @@ def exact_attention(
         raise ValueError(f"window is a width of at least 1, not {window}")
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     attributes = (factor, causal, near or 0, window or 0)
-    return call_attention(OPERATION, q, k, v, near_q, near_k, mask, documents, *attributes)
+    return call_attention(OPERATION, inputs, *attributes)
 
 
 def exact_forward(
@@ -90,16 +92,16 @@ def exact_forward(
             *_padded(q, k, v), 0.0, causal, scale=scale
         )
         out, logsumexp = out[..., : v.shape[-1]].to(v.dtype).contiguous(), logsumexp.to(dtype).contiguous()
-        _restore(out, logsumexp, (q, k, v, None, None), _Seen.of(q, k, None, None, scale, causal, 0, 0))
+        _restore(out, logsumexp, Floats(q, k, v), _Seen.of(q, k, None, None, scale, causal, 0, 0))
         return out, logsumexp, none
     out = v.new_empty((*q.shape[:-1], v.shape[-1]))
     logsumexp = q.new_empty(q.shape[:-1], dtype=dtype)
     seen = _Seen.of(q, k, mask, documents, scale, causal, near, window)
-    _fill(out, logsumexp, (q, k, v, near_q, near_k), seen)
+    _fill(out, logsumexp, Floats(q, k, v, near_q, near_k), seen)
     return out, logsumexp, none
 
 
-def _fill(out: Tensor, logsumexp: Tensor, inputs: _Inputs, seen: _Seen) -> None:
+def _fill(out: Tensor, logsumexp: Tensor, inputs: Floats, seen: _Seen) -> None:
     """Both results of all rows, block by block."""
     heads = inputs[1].shape[1]
     grouped_out, grouped_sum = out.unflatten(1, (heads, -1)), logsumexp.unflatten(1, (heads, -1))
@@ -112,7 +114,7 @@ def _fill(out: Tensor, logsumexp: Tensor, inputs: _Inputs, seen: _Seen) -> None:
         grouped_out[block.index] = torch.matmul(weights, block.v).to(out.dtype)
 
 
-def _restore(out: Tensor, logsumexp: Tensor, inputs: _Inputs, seen: _Seen) -> None:
+def _restore(out: Tensor, logsumexp: Tensor, inputs: Floats, seen: _Seen) -> None:
     """Rows of NaN as blocks give them: the fused kernel takes up to 15 logits of NaN for hidden keys, and gives 0.
 
     Its logsumexp is 0 then. In bfloat16 it gives 0 also where logits are infinite.
@@ -124,7 +126,7 @@ def _restore(out: Tensor, logsumexp: Tensor, inputs: _Inputs, seen: _Seen) -> No
     q, k, v = (inputs[0][:, :, :n], *(x[:, :, : n if seen.sight.causal else None] for x in inputs[1:3]))
     again, total = torch.empty_like(out[:, :, :n]), torch.empty_like(logsumexp[:, :, :n])
     again_seen = _Seen.of(q, k, None, None, seen.scale, seen.sight.causal, 0, 0)
-    _fill(again, total, (q, k, v, None, None), again_seen)
+    _fill(again, total, Floats(q, k, v), again_seen)
     lost = lost[:, :, :n]
     out[:, :, :n] = torch.where(lost.unsqueeze(-1), again, out[:, :, :n])
     logsumexp[:, :, :n] = torch.where(lost, total, logsumexp[:, :, :n])
@@ -152,7 +154,7 @@ def exact_backward(
         return _fused_backward(gradient, q, k, v, out, logsumexp, scale, causal)
     dtype = compute_dtype(q, k, v)
     heads = k.shape[1]
-    inputs = (q, k, v, near_q, near_k)
+    inputs = Floats(q, k, v, near_q, near_k)
     dq, dk, dv, dnear_q, dnear_k = (
         gradient.new_empty((0,)) if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device)
         for x in inputs
@@ -205,8 +207,8 @@ def exact_tangent(
     result = torch.empty_like(out, memory_format=torch.contiguous_format)
     grouped = result.unflatten(1, (heads, -1))
     seen = _Seen.of(given[0], given[1], mask, documents, scale, causal, near, window)
-    moved_inputs = (tangents[0], tangents[1], tangents[2], tangents[3], tangents[4])
-    for block in _blocks((given[0], given[1], given[2], given[3], given[4]), seen):
+    moved_inputs = Floats(*tangents)
+    for block in _blocks(Floats(*given), seen):
         moved = _Block(moved_inputs, seen, block.rows, block.band)
         logits, neighbours = block.logits()
         weights = logits.sub_(logsumexp[block.index].unsqueeze(-1)).exp_()
@@ -270,7 +272,7 @@ class _Block:
 
     def __init__(
         self,
-        inputs: _Inputs,
+        inputs: Floats,
         seen: _Seen,
         rows: tuple[slice, slice],
         band: Band,
@@ -337,7 +339,7 @@ class _Block:
             logits.masked_fill_(~self.seen.mask[self.rows[0], None, None, None, low:high], -math.inf)
 
 
-def _blocks(inputs: _Inputs, seen: _Seen) -> Iterator[_Block]:
+def _blocks(inputs: Floats, seen: _Seen) -> Iterator[_Block]:
     """Blocks that cover all rows and queries, as large as WORK_BYTES and the band of visible keys allow."""
     q, k, v = inputs[:3]
     (batch, heads, m), n = k.shape[:3], q.shape[2]

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .attention_op import compute_dtype
-from .sight import Sight as Sight
+from .sight import Sight
 
 Kernel = Callable[..., Any]
 Inputs = Sequence[Any]  # q, k, v, near_q, near_k, mask, documents
