@@ -17,7 +17,7 @@ from fastgrad_compiler import pipeline
 from fastgrad_compiler.analysis.bounds.prove import prove_bounds
 from fastgrad_compiler.attention.recognise import recognise_attention
 from fastgrad_compiler.frontend import elaborate
-from fastgrad_compiler.ir.flatten import runs
+from fastgrad_compiler.ir.calls import runs
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
 from fastgrad_compiler.ir.shapes import infer_shapes
 from fastgrad_compiler.ir.verify import CompilerBug

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from fastgrad_compiler.frontend.builder import UniqueNames, check_size, trace_origins
+from fastgrad_compiler.frontend.builder import check_size, trace_origins
 from fastgrad_compiler.frontend.modules import Module
 from fastgrad_compiler.frontend.reporter import Reporter
 from fastgrad_compiler.frontend.scope import Scope
 from fastgrad_compiler.frontend.values import Tensor, Value, ValueProblem
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, TensorType, Type
+from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_compiler.ir.shapes import Blame, ShapeError, infer
 from fastgrad_grammar import ast
 from fastgrad_grammar.source import Span

@@ -22,6 +22,7 @@ from fastgrad_compiler.analysis.weights.rows import Rows, ball
 from fastgrad_compiler.analysis.weights.rules import ROWS, UNREAD
 from fastgrad_compiler.analysis.weights.step import Step
 from fastgrad_compiler.attention.table import ATTENTION, is_own
+from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env, sequence
@@ -58,7 +59,7 @@ def weight_ranges(
         ValueError: a weight is missing or has another shape than its node.
     """
     with torch.no_grad():
-        return _Walk(program.flatten(), weights, centring).ranges()
+        return _Walk(flatten(program), weights, centring).ranges()
 
 
 class _Walk:
