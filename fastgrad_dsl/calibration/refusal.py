@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import ceil, inf, log10
 
-from fastgrad_compiler.analysis.bounds.proof import number
 from fastgrad_compiler.ir.graph import BudgetRule, Program
+from fastgrad_compiler.ir.words import number
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration
 from fastgrad_dsl.calibration.plan import Limits, least_errors, make_plan
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError

@@ -282,7 +282,7 @@ def test_a_fault_of_recognition_is_found_and_can_be_reproduced(
     assert f"{file} reproduces it" in str(caught.value)
     namespace: dict[str, str] = {"__name__": "reproducer"}
     exec(file.read_text(), namespace)
-    from fastgrad_compiler.validation.validate import reproduce
+    from fastgrad_compiler.pipeline import reproduce
 
     assert reproduce(namespace["BEFORE"], namespace["AFTER"], "attention") == 1
 

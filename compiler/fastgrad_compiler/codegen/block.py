@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import PurePath
 
+from fastgrad_compiler.analysis.needs import Needs, Step, sources, weight_path
 from fastgrad_compiler.codegen.attention_kernels import kernel_spec
 from fastgrad_compiler.codegen.expressions import TORCH
 from fastgrad_compiler.codegen.guards import Guards
@@ -16,7 +17,6 @@ from fastgrad_compiler.codegen.liveness import FOREVER, Statements
 from fastgrad_compiler.codegen.loops import write_repeat
 from fastgrad_compiler.codegen.members import Leaf, Member, Repeated, members
 from fastgrad_compiler.codegen.names import base, member_access, variable
-from fastgrad_compiler.codegen.needs import Needs, Step, sources, weight_path
 from fastgrad_compiler.codegen.place import Operands
 from fastgrad_compiler.codegen.writer import (
     ADD,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePath
 
+from fastgrad_compiler.analysis.needs import is_counted, needs
 from fastgrad_compiler.codegen.block import Block, Imports, Module, place_of, source_line
 from fastgrad_compiler.codegen.guards import GUARD, NAME, STATUS, guards_of
 from fastgrad_compiler.codegen.kernel import (
@@ -20,7 +21,6 @@ from fastgrad_compiler.codegen.kernel import (
 )
 from fastgrad_compiler.codegen.members import Leaf, Member, container, leaf_init, members
 from fastgrad_compiler.codegen.names import class_name, member_access, variable
-from fastgrad_compiler.codegen.needs import is_counted, needs
 from fastgrad_compiler.codegen.writer import Writer, call, literal, method, tuple_text
 from fastgrad_compiler.ir.calls import reachable
 from fastgrad_compiler.ir.graph import DimInfo, Graph, Program

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from fastgrad_compiler.analysis.needs import needs
 from fastgrad_compiler.frontend.blocks import evaluate_call, make_graph
 from fastgrad_compiler.frontend.budgets import budget_for
 from fastgrad_compiler.frontend.builder import Builder
 from fastgrad_compiler.frontend.expressions import as_tensor, evaluate
 from fastgrad_compiler.frontend.modules import Module, check_names, load
 from fastgrad_compiler.frontend.parameters import dim_info, file_scope
+from fastgrad_compiler.frontend.repeats import run_repeat
 from fastgrad_compiler.frontend.reporter import Abort, Reporter, did_you_mean
 from fastgrad_compiler.frontend.scope import Binding, Failed, Scope
 from fastgrad_compiler.frontend.state import MAX_UNROLLED, State
@@ -48,7 +50,7 @@ def elaborate(
     with _deep_recursion():
         reporter = Reporter()
         main = load(source, reporter)
-        state = State(reporter, main, evaluate_call)
+        state = State(reporter, main, evaluate_call, run_repeat)
         _file_scopes(state, main, params or {})
         scope = state.file_scopes[main]
         dims = dim_info(state, scope)
@@ -250,8 +252,6 @@ def _fits(
 
 def _shown(reporter: Reporter, program: Program, dims: Mapping[str, DimInfo]) -> None:
     """FG243 for run-time dims that a run needs and no input shows."""
-    from fastgrad_compiler.codegen.needs import needs
-
     found = needs(program)
     roots = [("model", program.main)] + [("objective", each) for each in (program.objective,) if each]
     for kind, root in roots:

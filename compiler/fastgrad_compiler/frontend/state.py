@@ -32,11 +32,15 @@ class Instance:
 
 @dataclass(slots=True)
 class State:
-    """Shared by everything that elaborates one model; `call` evaluates a call expression."""
+    """Shared by everything that elaborates one model.
+
+    `call` evaluates a call expression and `repeat` elaborates a repeat: both run bodies again, which hold them.
+    """
 
     reporter: Reporter
     main: Module
     call: Callable[[State, Scope, ast.Call], Value]
+    repeat: Callable[[State, Scope, ast.Repeat], None]
     multiples: dict[str, int] = field(default_factory=dict)
     graphs: dict[str, Graph] = field(default_factory=dict)
     instances: dict[object, Instance] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fastgrad_compiler.ir.calls import callees, reachable
 from fastgrad_compiler.ir.graph import Graph, Node, Program
 from fastgrad_compiler.ir.ops import OPS
+from fastgrad_compiler.ir.shapes import ShapeError, infer_shapes
 
 UNTYPED_STAGES = ("text", "elaborate")  # what may come before the pass `shapes`
 
@@ -198,8 +199,6 @@ def _typed(program: Program) -> bool:
 
 
 def _types(program: Program) -> Findings:
-    from fastgrad_compiler.ir.shapes import ShapeError, infer_shapes
-
     for graph in program.graphs:
         for node in graph.nodes:
             if node.type is None:

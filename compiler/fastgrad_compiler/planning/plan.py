@@ -17,13 +17,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from fastgrad_compiler.analysis.bounds.proof import number
 from fastgrad_compiler.approximation.polynomial import Family
 from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention_table, is_own
 from fastgrad_compiler.ir.calls import graphs_with, in_runs, iterations
 from fastgrad_compiler.ir.flatten import Indices, path_of
 from fastgrad_compiler.ir.graph import Budget, Graph, Node, Program
 from fastgrad_compiler.ir.names import UniqueNames
+from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.planning.apply import applied, decided
 from fastgrad_compiler.planning.cost import PACE
 from fastgrad_compiler.planning.decision import Caps, Case, Decision, Outcome, Refusal, decide

@@ -100,10 +100,8 @@ def _run(node: Node) -> tuple[str, ...]:
 
 def pairs(before: Program, after: Program) -> Iterator[tuple[Graph, Graph, Correspondence]]:
     """The graphs whose values must agree if the model's and the objective's do, each pair once."""
-    roots = [(before.main, after.main)]
-    if before.objective is not None and after.objective is not None:
-        roots.append((before.objective, after.objective))
-    queue, known = list(roots), set(roots)
+    queue = list(zip(before.roots, after.roots, strict=False))
+    known = set(queue)
     while queue:
         old, new = queue.pop(0)
         found = correspond(before[old], after[new])

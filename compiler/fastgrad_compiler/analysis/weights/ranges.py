@@ -15,7 +15,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.analysis.bounds.proof import describe, number, place
 from fastgrad_compiler.analysis.ranges import LogitRange
 from fastgrad_compiler.analysis.weights.logits import Logits, logits
 from fastgrad_compiler.analysis.weights.rows import Rows, ball
@@ -24,6 +23,7 @@ from fastgrad_compiler.analysis.weights.step import Step
 from fastgrad_compiler.attention.table import ATTENTION, is_own
 from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.ir.words import describe, number, place
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env, sequence
 from fastgrad_compiler.reference.torch_env import number as float_of
