@@ -51,6 +51,7 @@ lint: setup ## Check style, formatting (of the .tfg files too) and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/fastgrad fmt --check examples/*.tfg grammar/fastgrad_grammar/std/*.tfg
 
 fmt: setup ## Format the sources and apply the safe fixes
