@@ -15,7 +15,7 @@ from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.approximation.rounding import Run, Sizes, rounding
 from fastgrad_compiler.codegen.kernel import KernelSpec
-from fastgrad_compiler.planning.cost import flops
+from fastgrad_compiler.planning.cost import EQUAL, GPU, NATIVE, Pace, break_even, flops
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.api.batches import model_inputs, target_inputs
 from fastgrad_dsl.api.compiled import Compiled
@@ -105,7 +105,17 @@ def test_an_exact_attention(compiled: Compiled) -> None:
     )
     assert entry["bound"] == 0.5  # it could have been served
     assert "polynomial" not in entry["flops"]
-    numbers = ("family", "degree", "coefficients", "rank", "eps", "eps_prime", "break_even", "certificate")
+    numbers = (
+        "family",
+        "degree",
+        "coefficients",
+        "rank",
+        "eps",
+        "eps_prime",
+        "break_even",
+        "break_even_gpu",
+        "certificate",
+    )
     for key in (*numbers, "precision", "rounding"):
         assert entry[key] is None, key
 
@@ -130,6 +140,20 @@ def test_the_report_holds_the_plan_and_three_kinds_of_error(compiled: Compiled) 
     assert 0 < whole["gradient"]["measured"] < 0.1
     assert whole["loss"] != whole["exact_loss"]
     assert whole["loss"] == pytest.approx(whole["exact_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("target", "of_cpu", "of_gpu"),
+    [("torch", EQUAL, EQUAL), ("cpp", NATIVE, EQUAL), ("triton", GPU, GPU), ("auto", NATIVE, GPU)],
+)
+def test_break_even_is_that_of_the_device(target: str, of_cpu: Pace, of_gpu: Pace) -> None:
+    """A model may run on either: the generated call has both lengths where they differ."""
+    compiled = fg.compile(SPEC, target=target)
+    entry = entries(compiled.plan_document)[0]
+    lengths = [max(break_even(d=4, dv=4, degree=3, pace=pace), 128) for pace in (of_cpu, of_gpu)]
+    assert [entry["break_even"], entry["break_even_gpu"]] == lengths
+    on_gpu = f", exact_below_gpu={lengths[1]}" if lengths[0] != lengths[1] else ""
+    assert f"exact_below={lengths[0]}{on_gpu})" in compiled.modules["model.py"]
 
 
 PACKED = """use std
