@@ -97,6 +97,11 @@ def _symbol(name: str) -> str:
     return str(_parser().get_terminal(name).pattern.value).partition("(")[0]
 
 
+def _line(token: Token) -> int:
+    """In a text of a program, before which an empty line stands."""
+    return (token.line or 1) - 1
+
+
 def _place(comment: Token | None) -> Span | None:
     match = _PLACE.fullmatch(comment) if comment else None
     return _span(match["path"], int(match["line"])) if match else None
@@ -128,7 +133,7 @@ class _Build(Transformer[Token, object]):
     """What each rule of the grammar gives, from what the rules within it gave."""
 
     named = limit = near = setting = attribute = _pair
-    nodes = entries = arguments = dims = tuple = tensors = proof = _several
+    nodes = entries = arguments = dims = group = tensors = proof = _several
 
     def program(self, *items: _Pair | DimInfo | Budget | Graph) -> Program:
         graphs = tuple(item for item in items if isinstance(item, Graph))
@@ -159,7 +164,7 @@ class _Build(Transformer[Token, object]):
         outputs: tuple[str, ...] | None, end: Token | None,
     ) -> Graph:  # fmt: skip
         if outputs is None:
-            raise ValueError(f"line {at.line - 1}: graph {name} returns nothing")
+            raise ValueError(f"line {_line(at)}: graph {name} returns nothing")
         return Graph(name, nodes, outputs, block or "", _place(place))
 
     def outputs(self, *names: str | None) -> tuple[str | None, ...]:
@@ -172,11 +177,11 @@ class _Build(Transformer[Token, object]):
         inputs = tuple(each for each in arguments if not isinstance(each, _Pair))
         pairs = [each for each in arguments if isinstance(each, _Pair)]
         if arguments[: len(inputs)] != inputs:
-            raise ValueError(f"line {at.line - 1}: expected inputs before attributes")
+            raise ValueError(f"line {_line(at)}: expected inputs before attributes")
         attributes = dict(pairs)
         for key in attributes:
             if sum(each.key == key for each in pairs) > 1:
-                raise ValueError(f"line {at.line - 1}: expected {key} once")
+                raise ValueError(f"line {_line(at)}: expected {key} once")
         return Node(name, op, inputs, tuple(sorted(attributes.items())), type_, bound, _place(place))
 
     def tensor(self, dtype: Token, dims: tuple[Dim, ...]) -> TensorType:
@@ -196,10 +201,10 @@ class _Build(Transformer[Token, object]):
                 sign = -1
         return total
 
-    def term(self, *factors: int | str | Dim | Token | None) -> Dim:
-        *several, over = factors
-        product = Dim.of(1) if over is None else Dim((((), Fraction(1, int(str(over)))),))
-        for factor in several:
+    def term(self, *parts: Any) -> Dim:
+        *factors, divisor = parts
+        product = Dim((((), Fraction(1, int(divisor or 1))),))
+        for factor in factors:
             product = product * Dim.of(factor)
         return product
 
