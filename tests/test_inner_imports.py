@@ -19,7 +19,7 @@ MODULES = {
     for package, folder in FOLDERS.items()
     for path in (ROOT / folder / package).rglob("*.py")
 }
-HEAVY = {"torch", "numpy", "scipy", "jinja2", "jsonschema", "markupsafe", "referencing", "rich"}
+HEAVY = {"torch", "numpy", "scipy", "jinja2", "jsonschema", "markupsafe", "msgspec", "referencing", "rich"}
 ABSENT = {"triton", "grp", "pwd"}  # not there on every machine
 SLOW = {"torch.distributed.tensor"}  # half a second more than torch alone
 CLI = "fastgrad_dsl.commands.cli"  # each command loads its own half there
