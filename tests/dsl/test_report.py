@@ -129,7 +129,7 @@ def test_headline_by_what_is_known() -> None:
 def test_prediction_at_the_longest_length() -> None:
     report = fg.compile(GPT, target="cpp").report()
     prediction = report["headline"]["prediction"]
-    assert (prediction["n"], prediction["undeclared"], prediction["attentions"]) == (65536, [], 6)
+    assert (prediction["n"], prediction["undeclared"], prediction["attentions"]) == (65536, (), 6)
     n, pace = 65536, PACE["cpp"]
     exact = flops(n=n, d=16, dv=32, degree=None).total * (1 + pace.keys / n)
     polynomial = flops(n=n, d=16, dv=32, degree=2, near=64).total / pace.speed
@@ -154,7 +154,7 @@ def test_a_measured_pace_of_the_calibration_is_used() -> None:
 
 def test_an_undeclared_length_is_said() -> None:
     report = asserted(0.5, 'at "*" degree = 2').report()
-    assert report["headline"]["prediction"]["undeclared"] == ["n"]
+    assert report["headline"]["prediction"]["undeclared"] == ("n",)
     assert report["headline"]["prediction"]["n"] == 65536
     assert any("no longest n" in note for note in report["notes"])
 
