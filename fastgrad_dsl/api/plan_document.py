@@ -97,6 +97,7 @@ def _attention(program: Program, entry: AttentionEntry, target: str) -> plan.Att
             eps_prime=of_polynomial(_number(node.get("eps_prime"))),
             positive_from=of_polynomial(_number(node.get("positive_from"))),
             break_even=of_polynomial(node.get("break_even")),
+            break_even_gpu=of_polynomial(node.get("break_even_gpu")),
             flops=_flops(program, entry, polynomial),
             precision=of_polynomial(node.get("precision") or "float32"),
             reach=_reach(node),
@@ -164,7 +165,12 @@ def _certificate(eps: float, eps_prime: float, added: Rounding) -> plan.Certific
 
 def _input(tensor: Input) -> plan.TensorEntry:
     return plan.TensorEntry(
-        tensor.name, _any(tensor.dtype), tuple(str(dim) for dim in tensor.shape), tensor.below
+        name=tensor.name,
+        dtype=_any(tensor.dtype),
+        shape=tuple(str(dim) for dim in tensor.shape),
+        below=tensor.below,
+        documents=tensor.documents,
+        ids=tensor.ids,
     )
 
 

@@ -42,12 +42,14 @@ class Dim(Document, frozen=True):
 
 
 class TensorEntry(Document, frozen=True):
-    """A tensor that the model or its objective takes; its ids are less than `below`."""
+    """A tensor that the model or its objective takes; `ids` are less than `below`; others may name `documents`."""
 
     name: str
     dtype: Literal["float", "int", "bool"]
     shape: tuple[DimText, ...]
     below: Size
+    documents: bool
+    ids: bool
 
 
 class Budget(Document, frozen=True):
@@ -123,6 +125,8 @@ class Attention(Document, frozen=True):
     `keys` are the two lengths, dims as text; `d`, `dv` the widths of a head; `kernel` is the module that
     serves the attention, None where PyTorch does; `precision` is that of its arithmetic at least.
 
+    It is exact below `break_even` tokens on the device that the target is for, on a GPU below `break_even_gpu`.
+
     `bound` is R with its `proof`, its `range_source` and whether it is only `asserted`; `guarded` says whether a run
     checks it; `certificate` holds for a float32 run on a CPU; `reach` bounds |scale| sum_a |q_a k_a|.
     """
@@ -157,6 +161,7 @@ class Attention(Document, frozen=True):
     eps_prime: Part | None
     positive_from: float | None
     break_even: Count | None
+    break_even_gpu: Count | None
     flops: Flops | None
     precision: Precision | None
     reach: Part | None
@@ -218,7 +223,7 @@ _KINDS = Meta(
 class Plan(Document, frozen=True):
     """What a compiled model takes, its budget, and what was decided of each attention. See docs/report.md."""
 
-    format: Literal["fastgrad-plan-3"]
+    format: Literal["fastgrad-plan-4"]
     model: str
     source: str
     target: Literal["torch", "cpp", "triton", "auto"]

@@ -345,7 +345,7 @@ class Warned(Document, frozen=True):
 class Report(Document, frozen=True):
     """The error-budget report of a compiled model. See docs/report.md."""
 
-    format: Literal["fastgrad-report-3"]
+    format: Literal["fastgrad-report-4"]
     model: str
     source: str
     target: str

@@ -126,10 +126,9 @@ def _rewritten(entry: Polynomial) -> list[str]:
 
 
 def _run(entry: Polynomial) -> list[str]:
-    even = entry.break_even
-    below = (
-        f"; exact below {even} tokens, where that is faster (estimate)"
-        if even and isinstance(entry, Approximated)
-        else ""
-    )
+    even, on_gpu = entry.break_even, entry.break_even_gpu
+    below = ""
+    if even and isinstance(entry, Approximated):
+        elsewhere = f" ({on_gpu} on a GPU)" if on_gpu not in (None, even) else ""
+        below = f"; exact below {even} tokens{elsewhere}, where that is faster (estimate)"
     return [f"decision: {entry.why}{below}"]

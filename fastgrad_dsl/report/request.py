@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec.structs import asdict
+
+from fastgrad_compiler.codegen.kernel import ENDINGS
 from fastgrad_compiler.ir.text_parser import parse_dim
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.api.attention_rounding import spec_of
@@ -140,7 +143,7 @@ def _subject(request: ReportRequest) -> Subject:
     if request.where.is_dir():
         folder = built(request.where)
         plan = load_plan(folder)
-        kernels = {f"{e.kernel}{suffix}" for e in plan.attentions for suffix in (".py", ".cpp")}
+        kernels = {f"{e.kernel}{ending}" for e in plan.attentions for ending in ENDINGS}
         files = {name: text for name in sorted(kernels) if (text := _code(folder / name)) is not None}
         return Subject(
             plan,
@@ -229,4 +232,4 @@ def _batch(
 
 
 def _input(tensor: TensorEntry) -> Input:
-    return Input(tensor.name, tensor.dtype, tuple(map(parse_dim, tensor.shape)), tensor.below)
+    return Input(**{**asdict(tensor), "shape": tuple(map(parse_dim, tensor.shape))})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fastgrad_compiler.codegen.kernel import ENDINGS
 from fastgrad_dsl.documents.plan import Attention
 from fastgrad_dsl.documents.report import Remark, ReportedAttention, Spec
 from fastgrad_dsl.report.words import SOURCES, decision, folded, number
@@ -28,7 +29,7 @@ def kernel_code(
 ) -> tuple[dict[str, str], list[tuple[str, ...]]]:
     """The texts of the kernels by file name, and the files of each attention."""
     names = [
-        tuple(sorted(file for file in files if entry.kernel and file.rpartition(".")[0] == entry.kernel))
+        tuple(sorted(files.keys() & {f"{entry.kernel}{ending}" for ending in ENDINGS}))
         for entry in attentions
     ]
     return {file: files[file] for file in sorted({file for each in names for file in each})}, names

@@ -80,9 +80,7 @@ _OPS = (
     _op("unit", 1),  # x / ||x||, 0 where ||x|| is tiny; last axis
     # masks on scores [.., n, m]; `fill` (default -inf) is what masked entries become
     _op("causal", 1, optional="fill"),
-    _op(
-        "window", 1, attributes="width", optional="fill"
-    ),  # i - width < j <= i + width (and j <= i under causal)
+    _op("window", 1, attributes="width", optional="fill"),  # |i - j| < width
     _op("padding", 2, optional="fill"),  # (scores [b, .., n, m], mask bool[b, m])
     _op("documents", 2, optional="fill"),  # (scores [b, .., n, n], ids int[b, n])
     _op("near_far", 2, attributes="block"),  # (local, far)
@@ -103,21 +101,23 @@ _OPS = (
     # causal: bool; scale: float, of q.k; near: int | None; window: int | None; alibi: bool; bound: float | None is a
     # proved or asserted R of |scale * q.k| on the pairs that a polynomial would serve; proof: tuple of str;
     # asserted: bool. After `plan` also decision "exact" | "polynomial", why, family, degree, coefficients, eps,
-    # eps_prime, break_even, positive_from, `source` of R: "program", "weights", "data" or "asserted", `reach`: bound of
-    # |scale| sum_a |q_a k_a| (none: R is), and `precision` of the arithmetic at least: "float32" or "float64".
+    # eps_prime, break_even, break_even_gpu, positive_from, `source` of R: "program", "weights", "data" or "asserted",
+    # `reach`: bound of |scale| sum_a |q_a k_a| (none: R is), and `precision` of the arithmetic at least: "float32" or
+    # "float64".
     _op(
         "attention",
         3,
         None,
         "roles causal scale near window alibi bound asserted proof",
-        "decision why family degree coefficients eps eps_prime break_even positive_from source reach precision",
+        "decision why family degree coefficients eps eps_prime break_even break_even_gpu positive_from source reach "
+        "precision",
     ),
     _op(
         "poly_attention",
         3,
         None,
         "roles causal scale near bound coefficients",
-        "why family degree eps eps_prime break_even positive_from asserted proof source reach precision",
+        "why family degree eps eps_prime break_even break_even_gpu positive_from asserted proof source reach precision",
     ),
     # (inputs of poly_attention, cotangent) -> cotangents of its float inputs, a tuple
     _op("poly_attention_backward", 4, None, "roles causal scale near bound coefficients", "precision"),

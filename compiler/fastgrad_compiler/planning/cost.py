@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.planning.roofline import modelled_break_even
+from fastgrad_compiler.runtime.triton_schedule import LARGEST_D, LARGEST_DV
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,10 @@ NATIVE = Pace(
 )  # measured, rounded (docs/performance.md): 300 and 162 GFLOP/s, half of which at 500 keys
 GPU = Pace(1.0, 0, "sm_90")  # modelled, not measured
 PACE = {"torch": EQUAL, "cpp": NATIVE, "triton": GPU, "auto": NATIVE}
+"""Of the device that a target is for: a CPU, for `auto` too."""
+
+ON_GPU = {"torch": EQUAL, "cpp": EQUAL, "triton": GPU, "auto": GPU}
+"""Of the same models on a GPU, where PyTorch serves what Triton does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +173,12 @@ def break_even(
 ) -> int:
     """Least n, with as many keys, from which forward and backward take no longer than exact ones.
 
-    pace: of the target; EQUAL compares flops. Without a dense part it is then 14 r (dv + 1) / (4 d + 3 dv) for a causal
-    attention, and half that for one without a mask.
+    pace: of the target and device; EQUAL compares flops. One with a `device` asks that architecture's model, for what
+    its kernels serve (LARGEST_D, LARGEST_DV, no documents). Without a dense part it is, in flops,
+    14 r (dv + 1) / (4 d + 3 dv) for a causal attention, and half that for one without a mask.
     """
+    if pace.device and not documents and d <= LARGEST_D and dv <= LARGEST_DV:
+        return modelled_break_even(pace.device, d=d, dv=dv, degree=degree, causal=causal, near=near or 0)
     exact = (1 if causal else 2) * (4 * d + 3 * dv)  # flops per query and key
     state = 14 * rank(d, degree) * (dv + 1) * _scans(near, causal, documents)
     dense = 2 * _dense_keys(chunk, near, causal, documents) * (4 * d + 3 * (dv + 1))

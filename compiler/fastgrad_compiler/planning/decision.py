@@ -32,9 +32,7 @@ from fastgrad_compiler.approximation.rounding import (
 from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.ir.graph import Node
 from fastgrad_compiler.planning.cost import DOUBLE, EQUAL, Pace, break_even, flops
-from fastgrad_compiler.planning.roofline import modelled_break_even
 from fastgrad_compiler.planning.settings import Settings
-from fastgrad_compiler.runtime.triton_schedule import LARGEST_D, LARGEST_DV
 from fastgrad_compiler.targets import PYTORCH, Backends
 
 LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
@@ -180,13 +178,15 @@ class Decision:
 
     `range` is what the polynomial rests on where that is not the bound of the node; `own_mean`: each sequence's mean is
     taken from its keys. `heads` are the query heads that it is for, in order, None for all. `precision` is that of the
-    arithmetic.
+    arithmetic. Attention is exact below `break_even` tokens on the device that the target is for, and on a GPU below
+    `break_even_gpu`.
     """
 
     why: str
     polynomial: Polynomial | None = None
     near: int | None = None
     break_even: int | None = None
+    break_even_gpu: int | None = None
     range: LogitRange | None = None
     own_mean: bool = False
     heads: tuple[int, ...] | None = None
@@ -438,16 +438,23 @@ def _cheaper_exact(case: Case, degree: int, near: int | None, precision: str) ->
 
 def _break_even(case: Case, degree: int, near: int | None, precision: str) -> int:
     """Of the polynomial, on one document as long as the sequence."""
-    d, dv, pace = case.d or 1, case.dv or 1, case.pace.at(precision)
-    if pace.device and not case.documents and d <= LARGEST_D and dv <= LARGEST_DV:
-        return modelled_break_even(pace.device, d=d, dv=dv, degree=degree, causal=case.causal, near=near or 0)
     even = break_even(
-        d=d,
-        dv=dv,
+        d=case.d or 1,
+        dv=case.dv or 1,
         degree=degree,
         near=near,
         causal=case.causal,
         documents=case.documents,
-        pace=pace,
+        pace=case.pace.at(precision),
     )
     return max(even, LEAST_LENGTH)
+
+
+def with_gpu(decision: Decision, case: Case, pace: Pace) -> Decision:
+    """The decision with the break-even of a run on a GPU, by the model: nothing is measured there."""
+    if decision.polynomial is None:
+        return decision
+    near = decision.near if decision.near is not None else case.node["near"]
+    there, degree = replace(case, pace=pace), decision.polynomial.degree
+    even = _break_even(there, degree, near if isinstance(near, int) else None, decision.precision)
+    return replace(decision, break_even_gpu=even)
