@@ -69,8 +69,8 @@ def named_batches(
 def _stored(compiled: Compiled, path: Path) -> list[list[Tensor]]:
     tensors = read_tensors(path, "FG423", "batches")
     plan = compiled.plan_document
-    described = [*plan["inputs"], *plan["targets"]]
-    names = [tensor["name"] for tensor in described]
+    described = [*plan.inputs, *plan.targets]
+    names = [tensor.name for tensor in described]
     numbers = sorted({int(key.rpartition(".")[2]) for key in tensors if key.rpartition(".")[2].isdecimal()})
     endings = [f".{number}" for number in numbers] or [""]
     batches = []

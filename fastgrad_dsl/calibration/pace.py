@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.bench.contenders import Attention, Contender
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.timing import time_together
+from fastgrad_dsl.documents.calibration import Pace, PaceKind
 from fastgrad_dsl.storage.files import write_atomically
 from fastgrad_grammar.quote import json_text
 
@@ -59,20 +59,20 @@ class MachinePace:
     target: str
     machine: str
     threads: int
-    kind: str
+    kind: PaceKind
 
     @property
-    def document(self) -> dict[str, Any]:
-        """As the calibration's document names it; `speed` and `keys` are those of `cost.Pace`."""
+    def document(self) -> Pace:
+        """As the calibration's document names it."""
         a_pair = _exact_flops(KEYS_AT) / KEYS_AT**2
-        return {
-            "speed": round(self.polynomial.rate / self.fused.rate, 2),
-            "keys": round(self.fused.overhead * self.fused.rate / (a_pair * KEYS_AT)),
-            "target": self.target,
-            "machine": self.machine,
-            "threads": self.threads,
-            "kind": self.kind,
-        }
+        return Pace(
+            speed=round(self.polynomial.rate / self.fused.rate, 2),
+            keys=round(self.fused.overhead * self.fused.rate / (a_pair * KEYS_AT)),
+            target=self.target,
+            machine=self.machine,
+            threads=self.threads,
+            kind=self.kind,
+        )
 
 
 # Measured on a server CPU with AVX-512, two threads (docs/performance.md), rounded.

@@ -22,6 +22,7 @@ from fastgrad_grammar.diagnostics import TfgError
 
 if TYPE_CHECKING:
     from fastgrad_dsl.api.compiled import Compiled
+    from fastgrad_dsl.documents.calibration import Calibration
 
 LARGEST = float_info.max
 FALSE_RECORD = (TfgError, CompilerBug, ShapeError, ArithmeticError, LookupError, TypeError)
@@ -45,7 +46,7 @@ def _decision_record(decision: Decision) -> dict[str, Any]:
 
 
 def with_recorded_plan(
-    compiled: Compiled, record: Mapping[str, Any], calibration: Mapping[str, Any] | None
+    compiled: Compiled, record: Mapping[str, Any], calibration: Calibration | None
 ) -> Compiled:
     """`compiled` with the plan of a record. ValueError where it is no record of a plan of this program."""
     assignment = read_plan(record)

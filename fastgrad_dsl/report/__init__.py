@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastgrad_dsl.report.document import FORMAT, build_report, to_json, write_json
+    from fastgrad_dsl.documents.write import to_json
+    from fastgrad_dsl.report.document import FORMAT, build_report, write_json
     from fastgrad_dsl.report.page import render_html, write_html
     from fastgrad_dsl.report.request import DEFAULT_LENGTH, ReportRequest, Subject, make_report, measure_plan
 

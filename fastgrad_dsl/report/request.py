@@ -5,16 +5,21 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from msgspec.structs import asdict
 
 from fastgrad_compiler.codegen.kernel import ENDINGS
 from fastgrad_compiler.ir.text_parser import parse_dim
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.api.attention_rounding import spec_of
-from fastgrad_dsl.api.batches import random_batch, tokens_of
-from fastgrad_dsl.documents.plan import input_of, is_approximated
+from fastgrad_dsl.api.batches import Input, random_batch, tokens_of
+from fastgrad_dsl.documents.calibration import Calibration
+from fastgrad_dsl.documents.plan import Approximated, Dim, Plan, Polynomial, TensorEntry
 from fastgrad_dsl.documents.read import read_document
+from fastgrad_dsl.documents.report import Batch, Report
 from fastgrad_dsl.report.document import build_report
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
 from fastgrad_grammar.read import read_source
@@ -44,7 +49,7 @@ class ReportRequest:
     dims: Mapping[str, int]
     seed: int
     measure: bool
-    calibration: Mapping[str, Any] | None = None
+    calibration: Calibration | None = None
     include: Sequence[Path] = ()
 
 
@@ -52,15 +57,15 @@ class ReportRequest:
 class Subject:
     """A plan with its spec and generated files and, where it is to be run, its module and objective."""
 
-    plan: Mapping[str, Any]
+    plan: Plan
     spec: str | None
     files: Mapping[str, str]
-    calibration: Mapping[str, Any] | None
+    calibration: Calibration | None
     module: Callable[[int], nn.Module]
     objective: Callable[[], Callable[..., Tensor] | None]
 
 
-def make_report(request: ReportRequest, tell: Tell) -> dict[str, Any]:
+def make_report(request: ReportRequest, tell: Tell) -> Report:
     """The report of a folder or a spec.
 
     Raises TfgError: what compiling or loading finds wrong; FG416 for an unknown dim, FG411 or FG412 for the text,
@@ -68,9 +73,11 @@ def make_report(request: ReportRequest, tell: Tell) -> dict[str, Any]:
     """
     subject = _subject(request)
     calibration = subject.calibration if request.calibration is None else request.calibration
-    shown: dict[str, Any] = {"spec": subject.spec, "files": subject.files, "calibration": calibration}
+    shown = partial(
+        build_report, subject.plan, spec=subject.spec, files=subject.files, calibration=calibration
+    )
     if not request.measure:
-        return build_report(subject.plan, **shown)
+        return shown()
     sizes = batch_sizes(subject.plan, request.dims)
     kind, inputs, targets = _batch(subject.plan, request, sizes)
     model = subject.module(request.seed)
@@ -78,22 +85,22 @@ def make_report(request: ReportRequest, tell: Tell) -> dict[str, Any]:
         from fastgrad_dsl.storage.weights import load_weights
 
         load_weights(model, request.weights)
-    batch = {
-        "tokens": tokens_of(subject.plan, inputs),
-        "kind": kind,
-        "dims": sizes,
-        "seed": request.seed,
-        "weights": f"weights of {request.weights}"
+    batch = Batch(
+        batches=1,
+        tokens=tokens_of(subject.plan, inputs),
+        kind=kind,
+        dims=sizes,
+        seed=request.seed,
+        weights=f"weights of {request.weights}"
         if request.weights
         else f"initial weights, seed {request.seed}",
-        "options": _options(request, sizes),
-    }
+    )
     errors = measure_plan(subject.plan, model, inputs, targets, subject.objective(), tell)
-    return build_report(subject.plan, errors, batch, **shown)
+    return shown(errors, batch, options=_options(request, sizes))
 
 
 def measure_plan(
-    plan: Mapping[str, Any],
+    plan: Plan,
     model: nn.Module,
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -105,17 +112,17 @@ def measure_plan(
 
     served = [
         Served(
-            entry["path"],
-            entry["eps"],
-            entry["eps_prime"],
-            entry["scale"],
-            own=not is_approximated(entry),
-            bound=entry["bound"] or 0.0,
-            spec=spec_of(entry) if is_approximated(entry) else None,
-            backends=BACKENDS[plan["target"]],
+            entry.path,
+            entry.eps or 0.0,
+            entry.eps_prime or 0.0,
+            entry.scale,
+            own=not isinstance(entry, Approximated),
+            bound=entry.bound or 0.0,
+            spec=spec_of(entry) if isinstance(entry, Approximated) else None,
+            backends=BACKENDS[plan.target],
         )
-        for entry in plan["attentions"]
-        if entry["decision"] == "polynomial"
+        for entry in plan.attentions
+        if isinstance(entry, Polynomial)
     ]
     return measure_errors(model, inputs, targets, objective if targets else None, served, progress=tell)
 
@@ -136,7 +143,7 @@ def _subject(request: ReportRequest) -> Subject:
     if request.where.is_dir():
         folder = built(request.where)
         plan = load_plan(folder)
-        kernels = {f"{e['kernel']}{ending}" for e in plan["attentions"] for ending in ENDINGS}
+        kernels = {f"{e.kernel}{ending}" for e in plan.attentions for ending in ENDINGS}
         files = {name: text for name in sorted(kernels) if (text := _code(folder / name)) is not None}
         return Subject(
             plan,
@@ -157,18 +164,18 @@ def _subject(request: ReportRequest) -> Subject:
     )
 
 
-def _calibration(folder: Path) -> dict[str, Any] | None:
+def _calibration(folder: Path) -> Calibration | None:
     path = folder / CALIBRATION
-    return read_document(path, CALIBRATION) if path.is_file() else None
+    return read_document(path, Calibration) if path.is_file() else None
 
 
 def _code(path: Path) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
-def batch_sizes(plan: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, int]:
+def batch_sizes(plan: Plan, given: Mapping[str, int]) -> dict[str, int]:
     """A size for every dim of a batch: what was given, else 1 for the first dim (the batch), else a usual length."""
-    shapes = [parse_dim(dim) for tensor in (*plan["inputs"], *plan["targets"]) for dim in tensor["shape"]]
+    shapes = [parse_dim(dim) for tensor in (*plan.inputs, *plan.targets) for dim in tensor.shape]
     names = list(dict.fromkeys(name for dim in shapes for name in sorted(dim.names)))
     for name in given:
         if name not in names:
@@ -178,18 +185,18 @@ def batch_sizes(plan: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, 
         if not isinstance(given[name], int) or given[name] < 1:
             message = f"--dim {name}={given[name]}: a size is a whole number of at least 1"
             raise TfgError([Diagnostic("FG416", message)])
-    limits = {dim["name"]: dim for dim in plan["dims"]}
+    limits = {dim.name: dim for dim in plan.dims}
     sizes = {}
     for place, name in enumerate(names):
-        limit = limits.get(name, {"at_most": None, "multiple_of": 1})
-        multiple = limit["multiple_of"] or 1
-        usual = 1 if place == 0 else min(DEFAULT_LENGTH, limit["at_most"] or DEFAULT_LENGTH)
+        limit = limits.get(name, Dim(name, None, 1))
+        multiple = limit.multiple_of
+        usual = 1 if place == 0 else min(DEFAULT_LENGTH, limit.at_most or DEFAULT_LENGTH)
         sizes[name] = given.get(name, max(usual // multiple, 1) * multiple)
-        if sizes[name] > (limit["at_most"] or sizes[name]) or sizes[name] % multiple:
+        if sizes[name] > (limit.at_most or sizes[name]) or sizes[name] % multiple:
             declared = (
-                f"at most {limit['at_most']}, a multiple of {multiple}"
+                f"at most {limit.at_most}, a multiple of {multiple}"
                 if multiple > 1
-                else f"at most {limit['at_most']}"
+                else f"at most {limit.at_most}"
             )
             raise TfgError(
                 [Diagnostic("FG416", f"--dim {name}={sizes[name]}: the spec declares {name} {declared}")]
@@ -197,22 +204,22 @@ def batch_sizes(plan: Mapping[str, Any], given: Mapping[str, int]) -> dict[str, 
     return sizes
 
 
-def text_sizes(plan: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, int]:
+def text_sizes(plan: Plan, sizes: Mapping[str, int]) -> tuple[int, int]:
     """(rows, tokens) of a batch of text; TfgError FG415 where the model does not take bytes."""
-    inputs = plan["inputs"]
-    is_text = len(inputs) == 1 and inputs[0]["dtype"] == "int" and len(inputs[0]["shape"]) == 2
-    if not is_text or inputs[0]["below"] < 256:
-        message = f"model {plan['model']} does not take bytes of text"
+    inputs = plan.inputs
+    is_text = len(inputs) == 1 and inputs[0].dtype == "int" and len(inputs[0].shape) == 2
+    if not is_text or inputs[0].below < 256:
+        message = f"model {plan.model} does not take bytes of text"
         help_ = ("random inputs need no text, and a .safetensors file can hold batches",)
         raise TfgError([Diagnostic("FG415", message, help=help_)])
-    rows, tokens = (parse_dim(dim).evaluate(sizes) for dim in inputs[0]["shape"])
+    rows, tokens = (parse_dim(dim).evaluate(sizes) for dim in inputs[0].shape)
     return rows, tokens
 
 
 def _batch(
-    plan: Mapping[str, Any], request: ReportRequest, sizes: Mapping[str, int]
+    plan: Plan, request: ReportRequest, sizes: Mapping[str, int]
 ) -> tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    inputs, targets = ([input_of(tensor) for tensor in plan[key]] for key in ("inputs", "targets"))
+    inputs, targets = (list(map(_input, tensors)) for tensors in (plan.inputs, plan.targets))
     if request.text is None:
         batch = random_batch([*inputs, *targets], sizes, request.seed)
         return "random inputs", batch[: len(inputs)], batch[len(inputs) :]
@@ -222,3 +229,7 @@ def _batch(
     text = load_text(request.text, tokens, "--dim")
     held_out, following = next(text.validation_batches(tokens, rows, 1))
     return f"held-out text of {request.text}", (held_out,), (following,) if targets else ()
+
+
+def _input(tensor: TensorEntry) -> Input:
+    return Input(**{**asdict(tensor), "shape": tuple(map(parse_dim, tensor.shape))})

@@ -119,7 +119,8 @@ def _train(
     elif request.calibrate and not request.options.exact:
         watch.compiled = planner(compiled, model)
         print_plan(watch.compiled.program, str(compiled.source.path))
-        print_calibration(watch.compiled.calibration or {})
+        if watch.compiled.calibration is not None:
+            print_calibration(watch.compiled.calibration)
         model = watch.compiled.adopt(model)
     context = Context(
         named,

@@ -17,6 +17,9 @@ from fastgrad_dsl.calibration.pace import MachinePace, machine_pace, read_pace
 from fastgrad_dsl.calibration.record import plan_record, with_recorded_plan
 from fastgrad_dsl.calibration.replan import Request, replan
 from fastgrad_dsl.commands.terminal import progress
+from fastgrad_dsl.documents.calibration import Calibration
+from fastgrad_dsl.documents.read import document_of
+from fastgrad_dsl.documents.write import plain
 from fastgrad_dsl.training.budget_log import finite
 from fastgrad_dsl.training.checkpoint import Checkpoint
 from fastgrad_dsl.training.loop import Options
@@ -83,7 +86,7 @@ def plan_of(compiled: Compiled, pace: MachinePace | None) -> dict[str, Any]:
     """What a checkpoint keeps: decisions that are not the compiler's own, what they rest on, the machine's pace."""
     return {
         "decisions": None if compiled.assignment is None else plan_record(compiled.assignment),
-        "calibration": finite(compiled.calibration),
+        "calibration": finite(plain(compiled.calibration)),
         "pace": None if pace is None else asdict(pace),
     }
 
@@ -94,8 +97,12 @@ def resumed_plan(compiled: Compiled, checkpoint: Checkpoint) -> Compiled:
     if kept.get("decisions") is None:
         return compiled
     try:
-        planned = with_recorded_plan(compiled, kept["decisions"], kept.get("calibration"))
+        shown = kept.get("calibration")
+        calibration = None if shown is None else document_of(shown, Calibration, "its calibration")
+        planned = with_recorded_plan(compiled, kept["decisions"], calibration)
         _ = planned.files  # which show the calibration
+    except TfgError as error:
+        raise _false(checkpoint, error.diagnostics[0].message) from None
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         raise _false(checkpoint, f"its plan is not one of this model: {error}") from None
     return planned
