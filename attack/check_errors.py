@@ -19,7 +19,7 @@ from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.documents.plan import is_approximated
-from fastgrad_dsl.report import measure_plan
+from fastgrad_dsl.models.measure_plan import measure_plan
 
 Entry = Mapping[str, Any]
 LENGTHS = (2, 3, 8, 40, 200)

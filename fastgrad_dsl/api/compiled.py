@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgrad_compiler.attention.table import AttentionEntry, attention_table
+from fastgrad_compiler.codegen.torch import emit_package
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.text import print_program
 from fastgrad_compiler.pipeline import Stage, run
 from fastgrad_compiler.planning.plan import Assignment
 from fastgrad_compiler.targets import BACKENDS, check_target
-from fastgrad_dsl.api.batches import ENTRY_BYTES, check_memory, dims_of, tokens_of, weight_entries
+from fastgrad_dsl.api.loader import package_from_texts
+from fastgrad_dsl.documents.report import Batch
+from fastgrad_dsl.documents.write import to_json
+from fastgrad_dsl.models.batches import ENTRY_BYTES, check_memory, dims_of, tokens_of, weight_entries
+from fastgrad_dsl.models.plan_document import plan_document
+from fastgrad_dsl.report.document import build_report
+from fastgrad_dsl.report.page import render_html
 from fastgrad_dsl.storage.build_folder import write_build
 from fastgrad_grammar.read import included, read_source
 from fastgrad_grammar.source import Source
@@ -26,10 +33,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from fastgrad_dsl.api.certify import AttentionCertificate
     from fastgrad_dsl.documents.calibration import Calibration
     from fastgrad_dsl.documents.plan import Plan
     from fastgrad_dsl.documents.report import Report
+    from fastgrad_dsl.models.certify import AttentionCertificate
 
 SPEC = "spec.tfg"  # in a written folder, what it was compiled from
 
@@ -92,23 +99,16 @@ class Compiled:
     @cached_property
     def plan_document(self) -> Plan:
         """plan.json; by key too, as the JSON: `plan_document["attentions"]`."""
-        from fastgrad_dsl.api.plan_document import plan_document  # `check` starts without
-
         return plan_document(self.program, self.source.path, self.target, self.params)
 
     @cached_property
     def modules(self) -> dict[str, str]:
         """The generated package: file name to text."""
-        from fastgrad_compiler.codegen.torch import emit_package
-
         return emit_package(self.program, source=self.source.path, backends=BACKENDS[self.target])
 
     @cached_property
     def files(self) -> dict[str, str]:
         """Every file that `write` writes: path within the folder to text; deterministic."""
-        from fastgrad_dsl.documents.write import to_json
-        from fastgrad_dsl.report import render_html
-
         stages = {
             f"stages/{index:02d}-{stage.name}.txt": print_program(stage.program)
             for index, stage in enumerate(self.stages)
@@ -167,8 +167,8 @@ class Compiled:
         ten seconds. Raises TfgError FG312 where rules of the budget keep it from being met, ValueError for tensors that
         are no batch of the model.
         """
-        from fastgrad_dsl.api.batch_check import batch_problem
         from fastgrad_dsl.calibration.replan import Request, replan
+        from fastgrad_dsl.models.batch_check import batch_problem
 
         for problem in (batch_problem(self.program, batch) for batch in batches or ()):
             if problem is not None:
@@ -200,9 +200,6 @@ class Compiled:
         `calibration` is a calibration document to show. Raises ValueError where only one of model and batch is given,
         or the tensors are no batch of the model.
         """
-        from fastgrad_dsl.documents.report import Batch
-        from fastgrad_dsl.report import build_report, measure_plan
-
         plan, calibration = self.plan_document, calibration or self.calibration
         shown = partial(
             build_report, plan, spec=self.source.text, files=self.modules, calibration=calibration
@@ -212,7 +209,9 @@ class Compiled:
                 raise ValueError("report takes a model and a batch, or neither")
             return shown()
 
-        from fastgrad_dsl.api.batch_check import batch_problem  # needs PyTorch, which files are made without
+        # they need PyTorch, which files are made without
+        from fastgrad_dsl.models.batch_check import batch_problem
+        from fastgrad_dsl.models.measure_plan import measure_plan
 
         problem = batch_problem(self.program, batch)
         if problem is not None:
@@ -235,21 +234,16 @@ class Compiled:
         At any time in training, in seconds and without gradients (docs/mathematics.md, section 7). Attentions whose
         weights are a polynomial of the model's own need no certificate. Raises ValueError for another model's weights.
         """
-        from fastgrad_dsl.api.certify import certify
+        from fastgrad_dsl.models.certify import certify
 
         return certify(self.program, model, self.target)
 
     @cached_property
     def _package(self) -> ModuleType:
-        from fastgrad_dsl.api.loader import package_from_texts
-
         return package_from_texts(self.modules)
 
     @cached_property
     def _reference_package(self) -> ModuleType:
-        from fastgrad_compiler.codegen.torch import emit_package
-        from fastgrad_dsl.api.loader import package_from_texts
-
         return package_from_texts(emit_package(self.program, source=self.source.path, exact=True))
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 
 from fastgrad_dsl.documents.plan import Plan
 from fastgrad_dsl.documents.read import read_document
+from fastgrad_dsl.storage.build_folder import recover
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 if TYPE_CHECKING:
@@ -151,8 +152,6 @@ class _Package:
 def _restore(folder: Path) -> None:
     """Put a folder back whose replacement by a compile was cut short."""
     if not folder.exists():
-        from fastgrad_dsl.storage.build_folder import recover
-
         recover(folder)
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgrad_dsl.api.batch_check import batch_problem, is_whole
 from fastgrad_dsl.calibration.calibrate import Tell
 from fastgrad_dsl.calibration.replan import Request, replan
-from fastgrad_dsl.report.request import batch_sizes, text_sizes
+from fastgrad_dsl.models.batch_check import batch_problem, is_whole
+from fastgrad_dsl.models.sizes import batch_sizes, text_sizes
+from fastgrad_dsl.models.text_data import load_text
 from fastgrad_dsl.storage.weights import load_weights, read_tensors
-from fastgrad_dsl.training.text_data import load_text
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 if TYPE_CHECKING:

@@ -19,8 +19,6 @@ from fastgrad_compiler.pipeline import Stage, run
 from fastgrad_compiler.planning.plan import Assignment
 from fastgrad_compiler.runtime.attention_op import compute_dtype
 from fastgrad_compiler.runtime.guard import LOGGER
-from fastgrad_dsl.api.batches import dims_of, model_inputs, random_batch, target_inputs, tokens_of
-from fastgrad_dsl.api.measure import whole_errors
 from fastgrad_dsl.calibration.calibrate import Calibration, Data, Tell, calibrate
 from fastgrad_dsl.calibration.capture import Subject
 from fastgrad_dsl.calibration.document import calibration_document
@@ -29,7 +27,9 @@ from fastgrad_dsl.calibration.plan import Limits, Plan, decisions, make_plan
 from fastgrad_dsl.calibration.refusal import refusal
 from fastgrad_dsl.documents.calibration import Round, Verification
 from fastgrad_dsl.documents.plan import is_approximated
-from fastgrad_dsl.report.request import batch_sizes
+from fastgrad_dsl.models.batches import dims_of, model_inputs, random_batch, target_inputs, tokens_of
+from fastgrad_dsl.models.measure import whole_errors
+from fastgrad_dsl.models.sizes import batch_sizes
 
 if TYPE_CHECKING:
     from fastgrad_dsl.api.compiled import Compiled

@@ -14,6 +14,7 @@ from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.planning.advice import Advice, Advised, advise, cheapest
 from fastgrad_compiler.targets import check_target
+from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
 from fastgrad_dsl.documents.calibration import Calibration
@@ -72,7 +73,6 @@ def make_advice(request: AdviceRequest, tell: Any = lambda what: None) -> dict[s
 
 def _measured(request: AdviceRequest, source: Source, elaborated: Program, tell: Any) -> Calibration | None:
     """The calibration document of the file, rules of its budget left out: all candidates are to be seen."""
-    from fastgrad_dsl.api.compiled import Compiled
     from fastgrad_dsl.calibration.data import CalibrationRequest, calibrated
 
     budget = elaborated.budget

@@ -111,7 +111,7 @@ def print_report(report: Report, *, wide: bool = False) -> None:
     for warning in report.warnings:
         say(out, f"warning: {warning.text}", style="yellow")
     if report.attentions:
-        from fastgrad_dsl.report.table import report_table  # loads what `check` does without
+        from fastgrad_dsl.commands.report_table import report_table  # loads what `check` does without
 
         columns, rows, legend = report_table(report, wide=wide)
         print_table(out, columns, rows)

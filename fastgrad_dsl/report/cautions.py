@@ -13,7 +13,7 @@ from fastgrad_dsl.report.errors import LOCAL
 from fastgrad_dsl.report.words import VACUOUS, folded
 
 if TYPE_CHECKING:
-    from fastgrad_dsl.api.measure import ModelErrors
+    from fastgrad_dsl.models.measure import ModelErrors
 
 Attentions = Sequence[ReportedAttention]
 TRUSTED: dict[Literal["data", "asserted"], str] = {

@@ -37,7 +37,7 @@ from fastgrad_dsl.report.sources import annotated_spec, kernel_code
 from fastgrad_dsl.storage.outputs import write_output
 
 if TYPE_CHECKING:
-    from fastgrad_dsl.api.measure import ModelErrors
+    from fastgrad_dsl.models.measure import ModelErrors
 
 FORMAT = format_of(Report)
 

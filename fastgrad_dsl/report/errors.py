@@ -12,7 +12,7 @@ from fastgrad_dsl.documents.report import NOTHING, UNKNOWN, Errors, Exact, Head,
 from fastgrad_dsl.report.entries import head_numbers
 
 if TYPE_CHECKING:
-    from fastgrad_dsl.api.measure import AttentionErrors, Local, ModelErrors
+    from fastgrad_dsl.models.measure import AttentionErrors, Local, ModelErrors
 
 LOCAL: tuple[Exact, ...] = ("output", "dq", "dk", "dv")
 

@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from markupsafe import Markup
 from msgspec.structs import asdict
 
 from fastgrad_dsl.documents.pairs import WHATS, of
@@ -33,8 +34,6 @@ def write_html(path: Path, report: Report) -> None:
 
 def render_html(report: Report) -> str:
     """The page of a report; deterministic."""
-    from markupsafe import Markup
-
     heads = _heads(report)
     shown = {name: Markup((FOLDER / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
     return _template().render(

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastgrad_dsl.api.batches import tokens_of
-from fastgrad_dsl.api.certify import certify
-from fastgrad_dsl.api.measure import whole_errors
 from fastgrad_dsl.documents.pairs import WHATS, of
 from fastgrad_dsl.documents.plan import Budget, is_approximated
+from fastgrad_dsl.models.batches import tokens_of
+from fastgrad_dsl.models.certify import certify
+from fastgrad_dsl.models.measure import whole_errors
 from fastgrad_dsl.report.words import sample
 from fastgrad_grammar.diagnostics import TfgError
 

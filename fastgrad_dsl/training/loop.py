@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad_dsl.api.loader import WEIGHTS
+from fastgrad_dsl.models.text_data import TextData
 from fastgrad_dsl.storage.files import write_atomically
 from fastgrad_dsl.training.budget_watch import BudgetWatch
 from fastgrad_dsl.training.checkpoint import (
@@ -29,7 +30,6 @@ from fastgrad_dsl.training.checkpoint import (
 from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, writing
 from fastgrad_dsl.training.log import Event, kept_lines
 from fastgrad_dsl.training.stopping import Stop, StopAsked, Stopped
-from fastgrad_dsl.training.text_data import TextData
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 Loss = Callable[[Tensor, Tensor], Tensor]

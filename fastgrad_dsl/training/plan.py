@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,15 +17,14 @@ from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.calibration.pace import MachinePace, machine_pace, read_pace
 from fastgrad_dsl.calibration.record import plan_record, with_recorded_plan
 from fastgrad_dsl.calibration.replan import Request, replan
-from fastgrad_dsl.commands.terminal import progress
 from fastgrad_dsl.documents.calibration import Calibration
 from fastgrad_dsl.documents.read import document_of
 from fastgrad_dsl.documents.write import plain
+from fastgrad_dsl.models.text_data import TextData
 from fastgrad_dsl.training.budget_log import finite
 from fastgrad_dsl.training.checkpoint import Checkpoint
 from fastgrad_dsl.training.loop import Options
 from fastgrad_dsl.training.stopping import Stop
-from fastgrad_dsl.training.text_data import TextData
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 CALIBRATION_BATCHES = 2
@@ -34,6 +34,8 @@ CALIBRATION_BATCHES = 2
 class TextPlanner:
     """Plans a model on the text that it learns, at its present weights.
 
+    `progress` shows what is being done.
+
     The generator of its batches, `places`, and the measured `pace` of the machine are a part of a run's state: with
     them a resumed run makes the same plans.
     """
@@ -41,6 +43,7 @@ class TextPlanner:
     data: TextData
     options: Options
     stop: Stop
+    progress: Callable[[str], AbstractContextManager[Callable[[str], None]]]
     pace: MachinePace | None = None
     places: torch.Generator = field(init=False)
 
@@ -56,7 +59,7 @@ class TextPlanner:
         """The model with a new plan. TfgError as `replan`; StopAsked where the run is to stop."""
         tokens, batch = self.options.tokens, self.options.batch
         used = [self.data.batch(tokens, batch, self.places) for _ in range(CALIBRATION_BATCHES)]
-        with progress("calibrating:") as show:
+        with self.progress("calibrating:") as show:
 
             def tell(what: str) -> None:
                 self.stop.check()

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.api.batches import model_inputs, random_batch, target_inputs
 from fastgrad_dsl.api.compiled import Compiled
-from fastgrad_dsl.api.measure import whole_errors
 from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.documents.read import check_document
+from fastgrad_dsl.models.batches import model_inputs, random_batch, target_inputs
+from fastgrad_dsl.models.measure import whole_errors
 from tests.calibration.random_specs import random_spec
 
 SEEDS = range(24)

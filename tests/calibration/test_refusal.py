@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.api.batches import model_inputs, random_batch
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.documents.read import parse_document
+from fastgrad_dsl.models.batches import model_inputs, random_batch
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 SPEC = """use std

@@ -13,9 +13,9 @@ import fastgrad_dsl as fg
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.calibration.calibrate import MARGIN
 from fastgrad_dsl.calibration.replan import Request, replan
+from fastgrad_dsl.models.text_data import load_text
 from fastgrad_dsl.training.budget_watch import CLOSE, BudgetState, BudgetWatch
 from fastgrad_dsl.training.loop import Options, train
-from fastgrad_dsl.training.text_data import load_text
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 from tests.dsl.models import always_polynomial
 

@@ -22,7 +22,8 @@ from fastgrad_dsl.documents.plan import Approximated, Plan
 from fastgrad_dsl.documents.read import KINDS, parse_document, read_document
 from fastgrad_dsl.documents.report import Report
 from fastgrad_dsl.documents.write import schema_text, to_json
-from fastgrad_dsl.report import build_report, render_html
+from fastgrad_dsl.report.document import build_report
+from fastgrad_dsl.report.page import render_html
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.render import render
 from tests.conftest import Golden

@@ -13,8 +13,8 @@ import pytest
 import typer
 
 from fastgrad_dsl.commands.cli import app, main
+from fastgrad_dsl.models.text_data import load_text
 from fastgrad_dsl.report.reproduce import reproduce
-from fastgrad_dsl.training.text_data import load_text
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import small
@@ -27,21 +27,20 @@ ALL = ("check", "compile", "advise", "stages", "report", "train", "tune")
 
 SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/commands/advise.py": {"--wide": ("advise",)},
-    "fastgrad_dsl/bench/command.py": dict.fromkeys(("--n", "--heads", "--degree", "--d"), ("bench",)),
+    "fastgrad_dsl/commands/bench.py": dict.fromkeys(("--n", "--heads", "--degree", "--d"), ("bench",)),
     "fastgrad_dsl/storage/build_manifest.py": {"--force": ("compile", "train")},
     "fastgrad_dsl/calibration/data.py": {"--dim": ("compile", "advise")},
     "fastgrad_dsl/training/checkpoint.py": {"--out": ("train",)},
-    "fastgrad_dsl/training/language_model.py": dict.fromkeys(
-        ("--rate", "--resume", "--steps", "--clip"), ("train",)
-    ),
+    "fastgrad_dsl/commands/train.py": dict.fromkeys(("--rate", "--resume", "--steps", "--clip"), ("train",)),
     "fastgrad_dsl/api/native_build.py": {"--target": ("compile",)},
     "fastgrad_dsl/report/cautions.py": {"--dim": ("report",)},
-    "fastgrad_dsl/report/request.py": {"--dim": ("report",), "--seed": ("report",)},
-    "fastgrad_dsl/report/table.py": {"--wide": ("report",)},
+    "fastgrad_dsl/api/report.py": dict.fromkeys(("--dim", "--seed"), ("report",)),
+    "fastgrad_dsl/models/sizes.py": {"--dim": ("report",)},
+    "fastgrad_dsl/commands/report_table.py": {"--wide": ("report",)},
     "fastgrad_dsl/training/folder.py": dict.fromkeys(
         ("--target", "--exact", "--resume", "--force", "--out", "--calibrate", "--set", "--model"), ("train",)
     ),
-    "fastgrad_dsl/training/text_data.py": {"--seq": ("train",)},
+    "fastgrad_dsl/models/text_data.py": {"--seq": ("train",)},
     "fastgrad_dsl/training/loop.py": dict.fromkeys(("--rate", "--resume", "--clip"), ("train",)),
     "fastgrad_dsl/commands/tune.py": {"--dtype": ("tune",)},
     "fastgrad_dsl/bench/tuning.py": {"--dry-run": ("tune",)},

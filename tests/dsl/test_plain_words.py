@@ -14,8 +14,8 @@ import torch
 import fastgrad_dsl as fg
 from fastgrad_dsl.commands.terminal import print_report
 from fastgrad_dsl.documents.report import Report, ServedPace
-from fastgrad_dsl.documents.write import plain
-from fastgrad_dsl.report import render_html, to_json
+from fastgrad_dsl.documents.write import plain, to_json
+from fastgrad_dsl.report.page import render_html
 from fastgrad_dsl.report.words import as_exact, counted, pace
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import INPUTS, NAMES, always_polynomial, small

@@ -17,10 +17,11 @@ from fastgrad_compiler.approximation.rounding import Run, Sizes, rounding
 from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.planning.cost import EQUAL, GPU, NATIVE, Pace, break_even, flops
 from fastgrad_compiler.targets import BACKENDS
-from fastgrad_dsl.api.batches import model_inputs, target_inputs
+from fastgrad_dsl.api import report as request
 from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.api.report import ReportRequest, make_report
 from fastgrad_dsl.documents.plan import input_of
-from fastgrad_dsl.report import ReportRequest, make_report, request
+from fastgrad_dsl.models.batches import model_inputs, target_inputs
 from tests.dsl.models import EXAMPLES, NAMES, small
 
 SPEC = """dim b

@@ -16,10 +16,12 @@ import fastgrad_dsl as fg
 from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.planning.cost import PACE, flops
 from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.api.report import ReportRequest, make_report
 from fastgrad_dsl.documents.report import Report
-from fastgrad_dsl.documents.write import plain
-from fastgrad_dsl.report import ReportRequest, build_report, make_report, render_html, to_json
+from fastgrad_dsl.documents.write import plain, to_json
+from fastgrad_dsl.report.document import build_report
 from fastgrad_dsl.report.entries import head_numbers
+from fastgrad_dsl.report.page import render_html
 from fastgrad_dsl.report.words import percent, size
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, NAMES, always_polynomial, small, text

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.report import render_html
+from fastgrad_dsl.report.page import render_html
 from tests.dsl.browser import evaluate, find_chromium, load
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, NAMES, always_polynomial, small, text

@@ -16,14 +16,14 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.bench import command as bench
 from fastgrad_dsl.bench import tuning
 from fastgrad_dsl.commands import advise as advice
+from fastgrad_dsl.commands import bench as bench
 from fastgrad_dsl.commands import terminal
 from fastgrad_dsl.commands import tune as tune_command
+from fastgrad_dsl.commands.report_table import report_table
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.tune import TuneRequest
-from fastgrad_dsl.report.table import report_table
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, always_polynomial, small
 

@@ -24,11 +24,11 @@ from fastgrad_compiler.ir.graph import Attribute, Node, Program
 from fastgrad_compiler.planning.cost import Flops as Work
 from fastgrad_compiler.planning.cost import flops
 from fastgrad_compiler.targets import BACKENDS
-from fastgrad_dsl.api.attention_rounding import entry_rounding, rounding_document
-from fastgrad_dsl.api.batches import Input, model_inputs, target_inputs
 from fastgrad_dsl.documents import plan
 from fastgrad_dsl.documents.base import narrowed
 from fastgrad_dsl.documents.form import format_of
+from fastgrad_dsl.models.attention_rounding import entry_rounding, rounding_document
+from fastgrad_dsl.models.batches import Input, model_inputs, target_inputs
 
 
 def plan_document(

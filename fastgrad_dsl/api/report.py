@@ -13,23 +13,20 @@ from msgspec.structs import asdict
 
 from fastgrad_compiler.codegen.kernel import ENDINGS
 from fastgrad_compiler.ir.text_parser import parse_dim
-from fastgrad_compiler.targets import BACKENDS
-from fastgrad_dsl.api.attention_rounding import spec_of
-from fastgrad_dsl.api.batches import Input, random_batch, tokens_of
+from fastgrad_dsl.api.compiled import SPEC, compile
+from fastgrad_dsl.api.loader import built, load, load_objective, load_plan
 from fastgrad_dsl.documents.calibration import Calibration
-from fastgrad_dsl.documents.plan import Approximated, Dim, Plan, Polynomial, TensorEntry
+from fastgrad_dsl.documents.plan import Plan, TensorEntry
 from fastgrad_dsl.documents.read import read_document
 from fastgrad_dsl.documents.report import Batch, Report
+from fastgrad_dsl.models.batches import Input, random_batch, tokens_of
+from fastgrad_dsl.models.sizes import batch_sizes, text_sizes
 from fastgrad_dsl.report.document import build_report
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
 from fastgrad_grammar.read import read_source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from fastgrad_dsl.api.measure import ModelErrors
-
-DEFAULT_LENGTH = 2048  # tokens of a batch whose size nobody gave
 CALIBRATION = "calibration.json"  # in a build folder
 Tell = Callable[[str], None]
 
@@ -78,6 +75,8 @@ def make_report(request: ReportRequest, tell: Tell) -> Report:
     )
     if not request.measure:
         return shown()
+    from fastgrad_dsl.models.measure_plan import measure_plan  # loads PyTorch
+
     sizes = batch_sizes(subject.plan, request.dims)
     kind, inputs, targets = _batch(subject.plan, request, sizes)
     model = subject.module(request.seed)
@@ -99,34 +98,6 @@ def make_report(request: ReportRequest, tell: Tell) -> Report:
     return shown(errors, batch, options=_options(request, sizes))
 
 
-def measure_plan(
-    plan: Plan,
-    model: nn.Module,
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    objective: Callable[..., Tensor] | None,
-    tell: Tell = lambda what: None,
-) -> ModelErrors:
-    """Measured errors of a model that was compiled with this plan."""
-    from fastgrad_dsl.api.measure import Served, measure_errors
-
-    served = [
-        Served(
-            entry.path,
-            entry.eps or 0.0,
-            entry.eps_prime or 0.0,
-            entry.scale,
-            own=not isinstance(entry, Approximated),
-            bound=entry.bound or 0.0,
-            spec=spec_of(entry) if isinstance(entry, Approximated) else None,
-            backends=BACKENDS[plan.target],
-        )
-        for entry in plan.attentions
-        if isinstance(entry, Polynomial)
-    ]
-    return measure_errors(model, inputs, targets, objective if targets else None, served, progress=tell)
-
-
 def _options(request: ReportRequest, sizes: Mapping[str, int]) -> list[str]:
     """The options of the command line that measure on this batch again."""
     options = [f"--dim {shlex.quote(f'{name}={size}')}" for name, size in sizes.items()]
@@ -136,10 +107,6 @@ def _options(request: ReportRequest, sizes: Mapping[str, int]) -> list[str]:
 
 
 def _subject(request: ReportRequest) -> Subject:
-    import fastgrad_dsl as fg
-    from fastgrad_dsl.api.compiled import SPEC
-    from fastgrad_dsl.api.loader import built, load_objective, load_plan
-
     if request.where.is_dir():
         folder = built(request.where)
         plan = load_plan(folder)
@@ -150,10 +117,10 @@ def _subject(request: ReportRequest) -> Subject:
             read_source(folder / SPEC).text if (folder / SPEC).is_file() else None,
             files,
             _calibration(folder),
-            lambda seed: fg.load(folder, seed=seed),
+            lambda seed: load(folder, seed=seed),
             lambda: load_objective(folder),
         )
-    compiled = fg.compile(request.where, params=request.params, model=request.model, include=request.include)
+    compiled = compile(request.where, params=request.params, model=request.model, include=request.include)
     return Subject(
         compiled.plan_document,
         compiled.source.text,
@@ -173,49 +140,6 @@ def _code(path: Path) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
-def batch_sizes(plan: Plan, given: Mapping[str, int]) -> dict[str, int]:
-    """A size for every dim of a batch: what was given, else 1 for the first dim (the batch), else a usual length."""
-    shapes = [parse_dim(dim) for tensor in (*plan.inputs, *plan.targets) for dim in tensor.shape]
-    names = list(dict.fromkeys(name for dim in shapes for name in sorted(dim.names)))
-    for name in given:
-        if name not in names:
-            near = nearest(name, names)
-            help_ = (f"did you mean {near}?",) if near else (f"the model's dims are {', '.join(names)}",)
-            raise TfgError([Diagnostic("FG416", f"the model has no run-time dim {name}", help=help_)])
-        if not isinstance(given[name], int) or given[name] < 1:
-            message = f"--dim {name}={given[name]}: a size is a whole number of at least 1"
-            raise TfgError([Diagnostic("FG416", message)])
-    limits = {dim.name: dim for dim in plan.dims}
-    sizes = {}
-    for place, name in enumerate(names):
-        limit = limits.get(name, Dim(name, None, 1))
-        multiple = limit.multiple_of
-        usual = 1 if place == 0 else min(DEFAULT_LENGTH, limit.at_most or DEFAULT_LENGTH)
-        sizes[name] = given.get(name, max(usual // multiple, 1) * multiple)
-        if sizes[name] > (limit.at_most or sizes[name]) or sizes[name] % multiple:
-            declared = (
-                f"at most {limit.at_most}, a multiple of {multiple}"
-                if multiple > 1
-                else f"at most {limit.at_most}"
-            )
-            raise TfgError(
-                [Diagnostic("FG416", f"--dim {name}={sizes[name]}: the spec declares {name} {declared}")]
-            )
-    return sizes
-
-
-def text_sizes(plan: Plan, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """(rows, tokens) of a batch of text; TfgError FG415 where the model does not take bytes."""
-    inputs = plan.inputs
-    is_text = len(inputs) == 1 and inputs[0].dtype == "int" and len(inputs[0].shape) == 2
-    if not is_text or inputs[0].below < 256:
-        message = f"model {plan.model} does not take bytes of text"
-        help_ = ("random inputs need no text, and a .safetensors file can hold batches",)
-        raise TfgError([Diagnostic("FG415", message, help=help_)])
-    rows, tokens = (parse_dim(dim).evaluate(sizes) for dim in inputs[0].shape)
-    return rows, tokens
-
-
 def _batch(
     plan: Plan, request: ReportRequest, sizes: Mapping[str, int]
 ) -> tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -223,7 +147,7 @@ def _batch(
     if request.text is None:
         batch = random_batch([*inputs, *targets], sizes, request.seed)
         return "random inputs", batch[: len(inputs)], batch[len(inputs) :]
-    from fastgrad_dsl.training.text_data import load_text
+    from fastgrad_dsl.models.text_data import load_text
 
     rows, tokens = text_sizes(plan, sizes)
     text = load_text(request.text, tokens, "--dim")
