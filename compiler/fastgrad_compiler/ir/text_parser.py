@@ -40,6 +40,7 @@ _EXPECTED = {
     "SIZE": "an integer",
     "STRING": "a string",
     "_NL": "the end of the line",
+    "$END": "the end of the line",
     "RBRACE": "`}` behind return",
 }
 """What a line lacks, by the first of these terminals that may stand there."""
@@ -83,8 +84,9 @@ def _said(text: str, start: str, error: UnexpectedInput) -> str:
         return f"line {error.line - first}: unexpected character {error.char!r}: {content}"
     assert isinstance(error, UnexpectedToken)
     if error.token.type == "$END" and start == "program":
-        opening = [each for each in error.interactive_parser.parser_state.value_stack if each == "{"]
-        return f"line {opening[-1].line - first}: `{{` is never closed"
+        stack = error.interactive_parser.parser_state.value_stack
+        opening = [each for each in stack if isinstance(each, Token) and each.type == "LBRACE"]
+        return f"line {_line(opening[-1])}: `{{` is never closed"
     names = error.accepts or error.expected
     known = next((words for name, words in _EXPECTED.items() if name in names), None)
     expected = known or f"`{_symbol(min(names))}`"
@@ -132,7 +134,7 @@ def _pair(_: object, key: str, value: Attribute, place: Token | None = None) -> 
 class _Build(Transformer[Token, object]):
     """What each rule of the grammar gives, from what the rules within it gave."""
 
-    named = limit = near = setting = attribute = _pair
+    named = near = setting = attribute = _pair
     nodes = entries = arguments = dims = group = tensors = proof = _several
 
     def program(self, *items: _Pair | DimInfo | Budget | Graph) -> Program:
@@ -155,6 +157,9 @@ class _Build(Transformer[Token, object]):
         rules = tuple(entry for entry in entries if isinstance(entry, BudgetRule))
         limits: dict[str, Any] = dict(entry for entry in entries if isinstance(entry, _Pair))
         return Budget(rules=rules, span=_place(place), **limits)
+
+    def limit(self, key: Token, value: float, place: Token | None) -> _Pair:
+        return _Pair(str(key), float(value))
 
     def rule(self, pattern: str, kind: str, value: float | str | None, place: Token | None) -> BudgetRule:
         return BudgetRule(pattern, kind, value, _place(place))
@@ -203,6 +208,8 @@ class _Build(Transformer[Token, object]):
 
     def term(self, *parts: Any) -> Dim:
         *factors, divisor = parts
+        if divisor is not None and int(divisor) == 0:
+            raise ValueError("a dim is divided by 0")
         product = Dim((((), Fraction(1, int(divisor or 1))),))
         for factor in factors:
             product = product * Dim.of(factor)
