@@ -35,6 +35,7 @@ _EXPECTED = {
     "DTYPE": "float, int or bool",
     "WORD": "a value",
     "NAME": "a name",
+    "SYMBOL": "a name",
     "FLOAT": "a number",
     "INT": "an integer",
     "SIZE": "an integer",
@@ -228,6 +229,8 @@ class _Build(Transformer[Token, object]):
 
     def name(self, text: Token) -> str:
         return str(json.loads(text)) if text.type == "STRING" else str(text)
+
+    symbol = name
 
     def word(self, text: Token) -> bool | None:
         return {"true": True, "false": False, "none": None}[text]
