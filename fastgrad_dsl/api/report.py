@@ -143,7 +143,7 @@ def _code(path: Path) -> str | None:
 def _batch(
     plan: Plan, request: ReportRequest, sizes: Mapping[str, int]
 ) -> tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    inputs, targets = (list(map(_input, tensors)) for tensors in (plan.inputs, plan.targets))
+    inputs, targets = (list(map(input_of, tensors)) for tensors in (plan.inputs, plan.targets))
     if request.text is None:
         batch = random_batch([*inputs, *targets], sizes, request.seed)
         return "random inputs", batch[: len(inputs)], batch[len(inputs) :]
@@ -155,5 +155,6 @@ def _batch(
     return f"held-out text of {request.text}", (held_out,), (following,) if targets else ()
 
 
-def _input(tensor: TensorEntry) -> Input:
+def input_of(tensor: TensorEntry) -> Input:
+    """The input that an entry of a plan's `inputs` or `targets` describes."""
     return Input(**{**asdict(tensor), "shape": tuple(map(parse_dim, tensor.shape))})

@@ -24,6 +24,7 @@ Hash = Annotated[str, Meta(extra_json_schema={"format": "sha256"})]
 
 Family = Literal["taylor", "minimax", "balanced"]
 Source = Literal["program", "weights", "data", "asserted"]
+Target = Literal["torch", "cpp", "triton", "auto"]
 Trust = Literal["certified", "calibrated"]
 
 

@@ -33,7 +33,7 @@ class Misfit(Exception):
     """A value is not of its type: its place, and what is wrong there."""
 
     def __init__(self, place: Place, said: str) -> None:
-        super().__init__(place, said)
+        super().__init__(f"/{'/'.join(map(str, place))}: {said}")
         self.place, self.said = place, said
 
 

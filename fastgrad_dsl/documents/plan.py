@@ -19,6 +19,7 @@ from fastgrad_dsl.documents.base import (
     Place,
     Size,
     Source,
+    Target,
     Trust,
 )
 from fastgrad_dsl.documents.form import shown
@@ -226,7 +227,7 @@ class Plan(Document, frozen=True):
     format: Literal["fastgrad-plan-4"]
     model: str
     source: str
-    target: Literal["torch", "cpp", "triton", "auto"]
+    target: Target
     params: dict[str, str]
     dims: tuple[Dim, ...]
     inputs: tuple[TensorEntry, ...]

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +105,7 @@ class Context:
 
     identity: Mapping[str, str] = field(default_factory=dict)
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
-    plan: Callable[[], Mapping[str, Any] | None] = lambda: None
+    plan: Callable[[], object] = lambda: None
     publish: Callable[[], None] = lambda: None
     stop: Stop = field(default_factory=Stop)
 

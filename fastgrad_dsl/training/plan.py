@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,12 @@ from fastgrad_compiler.attention.table import attention_table, is_own
 from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.planning.decision import Decision
 from fastgrad_dsl.api.compiled import Compiled
-from fastgrad_dsl.calibration.pace import MachinePace, machine_pace, read_pace
-from fastgrad_dsl.calibration.record import plan_record, with_recorded_plan
+from fastgrad_dsl.calibration.pace import MachinePace, machine_pace
+from fastgrad_dsl.calibration.record import PlanRecord, plan_record, with_recorded_plan
 from fastgrad_dsl.calibration.replan import Request, replan
+from fastgrad_dsl.documents.base import Document
 from fastgrad_dsl.documents.calibration import Calibration
-from fastgrad_dsl.documents.read import document_of
+from fastgrad_dsl.documents.form import Misfit, built
 from fastgrad_dsl.documents.write import plain
 from fastgrad_dsl.models.text_data import TextData
 from fastgrad_dsl.training.budget_log import finite
@@ -34,10 +34,8 @@ CALIBRATION_BATCHES = 2
 class TextPlanner:
     """Plans a model on the text that it learns, at its present weights.
 
-    `progress` shows what is being done.
-
-    The generator of its batches, `places`, and the measured `pace` of the machine are a part of a run's state: with
-    them a resumed run makes the same plans.
+    `progress` shows what is being done. The generator of its batches, `places`, and the measured `pace` of the machine
+    are a part of a run's state: with them a resumed run makes the same plans.
     """
 
     data: TextData
@@ -85,27 +83,28 @@ def without_polynomials(compiled: Compiled) -> Compiled:
     return replace(compiled, stages=stages)
 
 
-def plan_of(compiled: Compiled, pace: MachinePace | None) -> dict[str, Any]:
+class RunPlan(Document, frozen=True):
     """What a checkpoint keeps: decisions that are not the compiler's own, what they rest on, the machine's pace."""
-    return {
-        "decisions": None if compiled.assignment is None else plan_record(compiled.assignment),
-        "calibration": finite(plain(compiled.calibration)),
-        "pace": None if pace is None else asdict(pace),
-    }
+
+    decisions: PlanRecord | None
+    calibration: Calibration | None
+    pace: MachinePace | None
+
+
+def plan_of(compiled: Compiled, pace: MachinePace | None) -> object:
+    """The RunPlan as plain data."""
+    decisions = None if compiled.assignment is None else plan_record(compiled.assignment)
+    return finite(plain(RunPlan(decisions, compiled.calibration, pace)))
 
 
 def resumed_plan(compiled: Compiled, checkpoint: Checkpoint) -> Compiled:
     """The model with the plan of a checkpoint. TfgError FG413 where that is not one of this model."""
     kept = _plan(checkpoint)
-    if kept.get("decisions") is None:
+    if kept.decisions is None:
         return compiled
     try:
-        shown = kept.get("calibration")
-        calibration = None if shown is None else document_of(shown, Calibration, "its calibration")
-        planned = with_recorded_plan(compiled, kept["decisions"], calibration)
+        planned = with_recorded_plan(compiled, kept.decisions, kept.calibration)
         _ = planned.files  # which show the calibration
-    except TfgError as error:
-        raise _false(checkpoint, error.diagnostics[0].message) from None
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         raise _false(checkpoint, f"its plan is not one of this model: {error}") from None
     return planned
@@ -113,15 +112,15 @@ def resumed_plan(compiled: Compiled, checkpoint: Checkpoint) -> Compiled:
 
 def resumed_pace(checkpoint: Checkpoint) -> MachinePace | None:
     """The pace that a checkpoint keeps. TfgError FG413 where it is none."""
-    kept = _plan(checkpoint).get("pace")
+    return _plan(checkpoint).pace
+
+
+def _plan(checkpoint: Checkpoint) -> RunPlan:
     try:
-        return None if kept is None else read_pace(kept)
-    except ValueError as error:
-        raise _false(checkpoint, str(error)) from None
-
-
-def _plan(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    return checkpoint.progress.plan or {}
+        found: RunPlan | None = built(RunPlan | None, checkpoint.progress.plan)
+    except Misfit as error:
+        raise _false(checkpoint, f"its plan is not one of this model: {error}") from None
+    return found or RunPlan(None, None, None)
 
 
 def _false(checkpoint: Checkpoint, reason: str) -> TfgError:

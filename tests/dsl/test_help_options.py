@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import typer
+from msgspec.structs import replace
 
 from fastgrad_dsl.commands.cli import app, main
+from fastgrad_dsl.documents.report import Batch
 from fastgrad_dsl.models.text_data import load_text
 from fastgrad_dsl.report.reproduce import reproduce
 from fastgrad_grammar.diagnostics import TfgError
@@ -104,17 +106,11 @@ def test_commands_that_are_named_exist() -> None:
 
 def test_commands_that_reproduce_a_report_have_their_options() -> None:
     compiled = small("gpt")
-    plan = {**compiled.plan_document, "params": {"depth": "2"}}
+    plan = replace(compiled.plan_document, params={"depth": "2"})
     calibration = calibration_of(plan, data="text of a.txt", weights="weights of w.safetensors")
-    batch = {
-        "kind": "text of a.txt",
-        "dims": {},
-        "seed": 1,
-        "weights": "weights of w",
-        "options": ["--text a.txt", "--seed 1"],
-    }
+    batch = Batch(batches=1, tokens=1, kind="text of a.txt", dims={}, seed=1, weights="weights of w")
     for given in (None, batch):
-        for line in reproduce(plan, given, calibration)["commands"]:
+        for line in reproduce(plan, given, ["--text a.txt", "--seed 1"], calibration)["commands"]:
             _, command, *words = line.split()
             assert {word for word in words if word.startswith("--")} <= options()[command] | {
                 "--no-measure"
