@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from benchmarks.launches import case_of, load_kernels, write_kernels
+from benchmarks.launches import load_kernels, write_kernels
 from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.codegen.triton import is_fused
 from fastgrad_compiler.codegen.triton.configurations import FUSED_KERNELS, KERNELS
@@ -63,7 +63,7 @@ def test_flops_and_programs_are_those_of_the_launches(
     assert not fused or is_fused(spec)
     q, k, v, *near = (x.detach() for x in inputs.tensors)
     near_q, near_k = near or (None, None)
-    call = Launches(kernels, case_of(spec), q, k, v, near_q, near_k, None)
+    call = Launches(kernels, spec, q, k, v, near_q, near_k, None)
     call.fused, call.chunk = fused, CHUNK
     found = _counted(call, inputs.cotangent, Flops(monkeypatch), monkeypatch)
 

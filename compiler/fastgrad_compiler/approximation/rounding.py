@@ -19,7 +19,7 @@ from math import ceil, inf, prod
 from fastgrad_compiler.approximation.elementary import exp
 from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.codegen.cpp import token_chunks
-from fastgrad_compiler.codegen.kernel import KernelSpec, choose_chunk
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec, choose_chunk
 from fastgrad_compiler.runtime.triton_schedule import CHUNKS
 from fastgrad_compiler.targets import Backends
 

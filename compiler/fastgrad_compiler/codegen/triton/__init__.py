@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cache
 
 from fastgrad_compiler.approximation.features import rank
-from fastgrad_compiler.codegen.kernel import KernelSpec, folded_coefficients, kernel_title
+from fastgrad_compiler.codegen.kernel import kernel_title
 from fastgrad_compiler.codegen.templates import render
 from fastgrad_compiler.codegen.triton.configurations import configurations
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec, folded_coefficients
 from fastgrad_compiler.runtime.triton_schedule import (
     BLOCK,
     FUSED_DEGREE,

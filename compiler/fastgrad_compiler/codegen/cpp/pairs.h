@@ -1,6 +1,5 @@
 // ---------------------------------------------------------------- pairs of tokens, one by one
 
-{% if exponential %}
 // e^x for x <= 0, to rounding: 2^k e^r with |r| <= ln(2) / 2 and a Taylor polynomial of e^r.
 inline vector exponential(vector x) {
   constexpr bool DOUBLE = sizeof(real) == 8;
@@ -21,8 +20,6 @@ inline vector exponential(vector x) {
   return vanishes ? vector{} : sum * scale;
 }
 
-{% endif %}
-{% if polynomial_scores %}
 inline vector polynomial(vector s) {
   vector sum = vector{} + real(COEFFICIENTS[DEGREE]);
 #pragma GCC unroll 16
@@ -37,41 +34,32 @@ inline vector slope(vector s) {
   return sum;
 }
 
-{% endif %}
 // Which keys each query of a chunk sees, counted from `base`; queries beyond the chunk see all, to no effect.
 struct Reach {
   long base, least_low, most_low, least_high, most_high;
   alignas(VECTOR_BYTES) lane_integer low[CHUNK], high[CHUNK];
-{% if mixed %}
-  alignas(VECTOR_BYTES) lane_integer near_low[CHUNK], near_high[CHUNK];  // exp of t in here, p(s) in the rest
-{% endif %}
+  alignas(VECTOR_BYTES) lane_integer near_low[MIXED ? CHUNK : 1], near_high[MIXED ? CHUNK : 1];  // e^t within, p(s) beyond
 
   Reach(const Problem& p, long b, long first, long last, long from, long to) : base(from) {
     std::fill_n(low, CHUNK, 0);
     std::fill_n(high, CHUNK, static_cast<lane_integer>(to - from));
-{% if documents %}
-    const std::int64_t* ids = p.documents + b * p.keys;
-    long start = document_start(ids, first, from), stop = document_stop(ids, first, to);
-{% endif %}
+    const std::int64_t* ids = DOCUMENTS ? p.documents + b * p.keys : nullptr;
+    long start = from, stop = to;  // of the document of i
+    if constexpr (DOCUMENTS) start = document_start(ids, first, from), stop = document_stop(ids, first, to);
     for (long i = first; i < last; ++i) {
-      long lowest = from, highest = {{ "i + 1" if causal else "to" }};
-{% if window %}
-      lowest = std::max(lowest, i - WINDOW + 1);
-{% if not causal %}
-      highest = std::min(highest, i + WINDOW);
-{% endif %}
-{% endif %}
-{% if documents %}
-      if (i >= stop) start = i, stop = document_stop(ids, i, to);
-      lowest = std::max(lowest, start);
-      highest = std::min(highest, stop);
-{% endif %}
+      if constexpr (DOCUMENTS)
+        if (i >= stop) start = i, stop = document_stop(ids, i, to);
+      long lowest = start, highest = CAUSAL ? std::min(i + 1, stop) : stop;
+      if constexpr (WINDOW > 0) {
+        lowest = std::max(lowest, i - WINDOW + 1);
+        highest = std::min(highest, i + WINDOW);
+      }
       low[i - first] = static_cast<lane_integer>(lowest - from);
       high[i - first] = static_cast<lane_integer>(highest - from);
-{% if mixed %}
-      near_low[i - first] = static_cast<lane_integer>((i / NEAR - 1) * NEAR - from);
-      near_high[i - first] = static_cast<lane_integer>((i / NEAR + 2) * NEAR - from);
-{% endif %}
+      if constexpr (MIXED) {
+        near_low[i - first] = static_cast<lane_integer>((i / NEAR_BLOCK - 1) * NEAR - from);
+        near_high[i - first] = static_cast<lane_integer>((i / NEAR_BLOCK + 2) * NEAR - from);
+      }
     }
     least_low = most_low = low[0];
     least_high = most_high = high[0];
@@ -89,12 +77,10 @@ struct Reach {
     const lane_integer j = static_cast<lane_integer>(key - base);
     return (at(low + t) <= j) & (at(high + t) > j);
   }
-{% if mixed %}
-  lanes near(long key, int t) const {
+  lanes near(long key, int t) const {  // MIXED
     const lane_integer j = static_cast<lane_integer>(key - base);
     return (at(near_low + t) <= j) & (at(near_high + t) > j);
   }
-{% endif %}
 };
 
 // The keys [start, stop) of a window, and the products with the queries of a chunk that come from them.
@@ -103,41 +89,35 @@ struct Pairs {
   bool diagonal = false;  // the keys are the queries, and see no later ones
   real *k, *kx, *values, *ones;  // (CHUNK, COLUMNS), (D, CHUNK), (CHUNK, VALUES), (CHUNK)
   real *scores, *weights;        // (CHUNK keys, CHUNK queries)
-{% if separate %}
-  real *near_k, *near_kx, *local;  // (CHUNK, NEAR_COLUMNS), (NEAR_D, CHUNK), as scores
-{% endif %}
+  real *near_k, *near_kx, *local;  // SEPARATE: (CHUNK, NEAR_COLUMNS), (NEAR_D, CHUNK), as scores
 
   static constexpr long SQUARE = static_cast<long>(CHUNK) * CHUNK;
-  static constexpr long SIZE = CHUNK * (COLUMNS + D + VALUES + 1L{{ " + NEAR_COLUMNS + NEAR_D" if separate }}) + {{ 3 if separate else 2 }} * SQUARE + 320;
+  static constexpr long LOCAL = SEPARATE ? SQUARE : 0;
+  static constexpr long SIZE = CHUNK * (COLUMNS + D + VALUES + 1L + NEAR_COLUMNS + NEAR_D) + 2 * SQUARE + LOCAL + 320;
 
   explicit Pairs(Arena& memory)
       : k(memory.take(CHUNK * COLUMNS)), kx(memory.take(D * CHUNK)), values(memory.take(CHUNK * VALUES)),
-        ones(memory.take(CHUNK)), scores(memory.take(SQUARE)), weights(memory.take(SQUARE)) {
-{% if separate %}
-    near_k = memory.take(CHUNK * NEAR_COLUMNS);
-    near_kx = memory.take(NEAR_D * CHUNK);
-    local = memory.take(SQUARE);
-{% endif %}
-  }
+        ones(memory.take(CHUNK)), scores(memory.take(SQUARE)), weights(memory.take(SQUARE)),
+        near_k(memory.take(CHUNK * NEAR_COLUMNS)), near_kx(memory.take(NEAR_D * CHUNK)), local(memory.take(LOCAL)) {}
 
   int count() const { return static_cast<int>(stop - start); }
 
-  // x (D, CHUNK){{ " and near_x (NEAR_D, CHUNK)" if separate }}: the queries [first, ..) of the chunk.
-  void load(const Problem& p, long b, long h, long from, long to, long first, const real* x{{ ", const real* near_x" if separate }}) {
+  // x (D, CHUNK) and near_x (NEAR_D, CHUNK): the queries [first, ..) of the chunk.
+  void load(const Problem& p, long b, long h, long from, long to, long first, const real* x, const real* near_x) {
     start = from;
     stop = to;
-    diagonal = {{ "start == first" if causal else "false" }};
+    diagonal = CAUSAL && start == first;
     load_values(p, b, p.v.rows(b, h), start, count(), values, ones, 0);
-{% if mixed or not separate %}
-    attention::load<D, COLUMNS>(p.k.rows(b, h), start, count(), k, 0);
-    transpose<D, COLUMNS>(k, kx);
-    by_key(D, {kx, 1, CHUNK}, x, scores);
-{% endif %}
-{% if separate %}
-    attention::load<NEAR_D, NEAR_COLUMNS>(p.near_k.rows(b, h), start, count(), near_k, 0);
-    transpose<NEAR_D, NEAR_COLUMNS>(near_k, near_kx);
-    by_key(NEAR_D, {near_kx, 1, CHUNK}, near_x, local);
-{% endif %}
+    if constexpr (SCORED) {
+      attention::load<D, COLUMNS>(p.k.rows(b, h), start, count(), k, 0);
+      transpose<D, COLUMNS>(k, kx);
+      by_key(D, {kx, 1, CHUNK}, x, scores);
+    }
+    if constexpr (SEPARATE) {
+      attention::load<NEAR_D, NEAR_COLUMNS>(p.near_k.rows(b, h), start, count(), near_k, 0);
+      transpose<NEAR_D, NEAR_COLUMNS>(near_k, near_kx);
+      by_key(NEAR_D, {near_kx, 1, CHUNK}, near_x, local);
+    }
   }
 
   // square (keys, queries) = a (keys, depth) b (depth, queries); the part above a diagonal is left as it is.
@@ -177,57 +157,48 @@ struct Pairs {
                                                     nullptr, 0);
   }
 
-  bool hidden(int key) const { return {{ "ones[key] == 0" if padding else "false" }}; }
+  bool hidden(int key) const { return PADDING && ones[key] == 0; }
 };
 
-{% if exponential %}
 constexpr real NOTHING = -std::numeric_limits<real>::infinity();
 
-{% endif %}
-// Adds the pairs to rows N (CHUNK, VALUES) and column D (CHUNK){{ ", both in units of e^m, m (CHUNK) = maximum" if exponential }}.
-inline void add_pairs(Pairs& pairs, const Reach& reach, int queries, real* rows, real* column{{ ", real* maximum" if exponential }}) {
-  const bool all = !pairs.diagonal && reach.all(pairs.start, pairs.stop);
-{% if exponential %}
-  real* t = {{ "pairs.local" if separate else "pairs.weights" }};
+// t of a key for LANES queries from i on, NOTHING where it is hidden or far, and the row maxima that take it in.
+inline vector near_logit(const Pairs& pairs, const Reach& reach, bool all, int j, int i, vector& largest) {
+  vector local = SEPARATE ? at(pairs.local + j * CHUNK + i) : SCALE * at(pairs.scores + j * CHUNK + i);
+  if (!MIXED && !all) local = reach.sees(pairs.start + j, i) ? local : vector{} + NOTHING;
+  if (pairs.hidden(j)) {
+    local = vector{} + NOTHING;
+  } else if constexpr (MIXED) {
+    const lanes sees = reach.sees(pairs.start + j, i), near = reach.near(pairs.start + j, i);
+    local = sees & near ? local : vector{} + NOTHING;
+    largest = (sees & ~near) & (largest < 0) ? vector{} : largest;
+  }
+  largest = local > largest ? local : largest;
+  return local;
+}
+
+// Adds pairs that weigh exp(t), or p(s) where they are far, to rows N (CHUNK, VALUES) and column D (CHUNK), both in
+// units of e^m, m (CHUNK) = maximum, which they may raise.
+inline void add_exponential_pairs(Pairs& pairs, const Reach& reach, bool all, int queries, real* rows, real* column,
+                                  real* maximum) {
+  real* t = SEPARATE ? pairs.local : pairs.weights;
   bool moved = false;
   alignas(VECTOR_BYTES) real factors[CHUNK];
   for (int i = 0; i < CHUNK; i += LANES) {
     vector largest = at(maximum + i);
-    for (int j = 0; j < pairs.count(); ++j) {
-{% if separate %}
-      vector local = at(t + j * CHUNK + i);
-{% else %}
-      vector local = SCALE * at(pairs.scores + j * CHUNK + i);
-{% endif %}
-{% if mixed %}
-      const lanes visible = reach.sees(pairs.start + j, i) & reach.near(pairs.start + j, i);
-      const lanes far = reach.sees(pairs.start + j, i) & ~reach.near(pairs.start + j, i);
-      if (pairs.hidden(j)) {
-        local = vector{} + NOTHING;
-      } else {
-        local = visible ? local : vector{} + NOTHING;
-        largest = far & (largest < 0) ? vector{} : largest;
-      }
-{% else %}
-      if (!all) local = reach.sees(pairs.start + j, i) ? local : vector{} + NOTHING;
-      if (pairs.hidden(j)) local = vector{} + NOTHING;
-{% endif %}
-      largest = local > largest ? local : largest;
-      at(t + j * CHUNK + i) = local;
-    }
+    for (int j = 0; j < pairs.count(); ++j)
+      at(t + j * CHUNK + i) = near_logit(pairs, reach, all, j, i, largest);
     const vector before = at(maximum + i);
     const vector level = largest == NOTHING ? vector{} : largest;  // of a query that has seen nothing yet
     const vector factor = before == NOTHING ? vector{} : exponential(before - level);
     vector sum = at(column + i) * factor;
-{% if mixed %}
-    const vector decay = exponential(level > 0 ? -level : vector{});
-{% endif %}
+    const vector decay = MIXED ? exponential(level > 0 ? -level : vector{}) : vector{};
     for (int j = 0; j < pairs.count(); ++j) {
       vector weight = exponential(at(t + j * CHUNK + i) - level);
-{% if mixed %}
-      const lanes far = reach.sees(pairs.start + j, i) & ~reach.near(pairs.start + j, i);
-      if (!pairs.hidden(j)) weight = far ? decay * polynomial(at(pairs.scores + j * CHUNK + i)) : weight;
-{% endif %}
+      if constexpr (MIXED) {
+        const lanes far = reach.sees(pairs.start + j, i) & ~reach.near(pairs.start + j, i);
+        if (!pairs.hidden(j)) weight = far ? decay * polynomial(at(pairs.scores + j * CHUNK + i)) : weight;
+      }
       sum += weight;
       at(pairs.weights + j * CHUNK + i) = weight;
     }
@@ -239,7 +210,10 @@ inline void add_pairs(Pairs& pairs, const Reach& reach, int queries, real* rows,
   if (moved)
     for (int i = 0; i < queries; ++i)
       for (int c = 0; c < VALUES; c += LANES) at(rows + i * VALUES + c) *= factors[i];
-{% else %}
+}
+
+// Adds pairs that weigh p(s) to the sum of weights, column D (CHUNK).
+inline void add_polynomial_pairs(Pairs& pairs, const Reach& reach, bool all, real* column) {
   for (int i = 0; i < CHUNK; i += LANES) {
     vector sum = at(column + i);
     for (int j = 0; j < pairs.count(); ++j) {
@@ -251,56 +225,68 @@ inline void add_pairs(Pairs& pairs, const Reach& reach, int queries, real* rows,
     }
     at(column + i) = sum;
   }
-{% endif %}
+}
+
+// Adds the pairs to rows N (CHUNK, VALUES) and column D (CHUNK); maximum (CHUNK): EXPONENTIAL.
+inline void add_pairs(Pairs& pairs, const Reach& reach, int queries, real* rows, real* column, real* maximum) {
+  const bool all = !pairs.diagonal && reach.all(pairs.start, pairs.stop);
+  if constexpr (EXPONENTIAL)
+    add_exponential_pairs(pairs, reach, all, queries, rows, column, maximum);
+  else
+    add_polynomial_pairs(pairs, reach, all, column);
   pairs.to_queries(pairs.weights, pairs.values, rows, queries);
 }
 
-// Weights again, and in place of the scores their gradients, from `gradient` (keys, queries) of the weights less delta
-// (CHUNK), which is of the denominator{{ "; decay (CHUNK) = e^-m for far keys" if mixed }}.
-inline void weigh_again(Pairs& pairs, const Reach& reach, const real* delta, real* gradient{{ ", const real* maximum" if exponential }}{{ ", const real* decay" if mixed }}) {
+// Weights again of key j for LANES queries from i on, where a pair may be far, and in place of the scores (and of local,
+// where it is SEPARATE) their gradients. above: the gradient of the weight; level, decay: m, e^-m.
+inline void weigh_mixed(Pairs& pairs, const Reach& reach, int j, int i, vector above, vector level, vector decay) {
+  const long place = j * CHUNK + i;
+  const vector s = at(pairs.scores + place);
+  const vector t = SEPARATE ? at(pairs.local + place) : SCALE * s;
+  const lanes visible = pairs.hidden(j) ? lanes{} : reach.sees(pairs.start + j, i);
+  const lanes near = visible & reach.near(pairs.start + j, i), far = visible & ~near;
+  const vector weight = near ? exponential(t < level ? t - level : vector{}) : vector{};
+  const vector local_gradient = near ? weight * above : vector{};
+  const vector far_gradient = far ? decay * slope(s) * above : vector{};
+  at(pairs.weights + place) = far ? decay * polynomial(s) : weight;
+  if constexpr (SEPARATE) at(pairs.local + place) = local_gradient;
+  at(pairs.scores + place) = SEPARATE ? far_gradient : far_gradient + SCALE * local_gradient;
+}
+
+// The same where pairs are all near or, without a near field, all far.
+inline void weigh_alike(Pairs& pairs, const Reach& reach, bool all, int j, int i, vector above, vector level) {
+  const long place = j * CHUNK + i;
+  vector weight, gradient;  // of the weight; of t, or of s
+  if constexpr (EXPONENTIAL) {
+    const vector t = SEPARATE ? at(pairs.local + place) : SCALE * at(pairs.scores + place);
+    weight = exponential(t < level ? t - level : vector{});
+    gradient = SEPARATE ? weight * above : SCALE * weight * above;
+  } else {
+    const vector s = at(pairs.scores + place);
+    weight = polynomial(s);
+    gradient = slope(s) * above;
+  }
+  if (!all) {
+    const lanes visible = reach.sees(pairs.start + j, i);
+    weight = visible ? weight : vector{};
+    gradient = visible ? gradient : vector{};
+  }
+  if (pairs.hidden(j)) weight = gradient = vector{};
+  at(pairs.weights + place) = weight;
+  at((SEPARATE ? pairs.local : pairs.scores) + place) = gradient;
+}
+
+// Weights again and gradients of the logits, from `gradient` (keys, queries) of the weights less delta (CHUNK), which is
+// of the denominator; maximum, decay (CHUNK): m, and e^-m for far keys.
+inline void weigh_again(Pairs& pairs, const Reach& reach, const real* delta, real* gradient, const real* maximum,
+                        const real* decay) {
   const bool all = !pairs.diagonal && reach.all(pairs.start, pairs.stop);
   for (int j = 0; j < pairs.count(); ++j)
     for (int i = 0; i < CHUNK; i += LANES) {
-      const long place = j * CHUNK + i;
-      const vector above = at(gradient + place) + at(delta + i);  // of the weight
-{% if mixed or not exponential %}
-      const vector s = at(pairs.scores + place);
-{% endif %}
-{% if exponential %}
-{% if separate %}
-      const vector t = at(pairs.local + place);
-{% else %}
-      const vector t = SCALE * at(pairs.scores + place);
-{% endif %}
-      const vector level = at(maximum + i);
-      vector weight = exponential(t < level ? t - level : vector{});
-{% else %}
-      vector weight = polynomial(s);
-{% endif %}
-{% if mixed %}
-      const lanes visible = pairs.hidden(j) ? lanes{} : reach.sees(pairs.start + j, i);
-      const lanes near = reach.near(pairs.start + j, i);
-      const lanes far = visible & ~near;
-      weight = visible & near ? weight : vector{};
-      const vector local_gradient = visible & near ? weight * above : vector{};
-      const vector far_gradient = far ? at(decay + i) * slope(s) * above : vector{};
-      at(pairs.weights + place) = far ? at(decay + i) * polynomial(s) : weight;
-{% if separate %}
-      at(pairs.local + place) = local_gradient;
-      at(pairs.scores + place) = far_gradient;
-{% else %}
-      at(pairs.scores + place) = far_gradient + SCALE * local_gradient;
-{% endif %}
-{% else %}
-      vector score_gradient = {{ ("weight * above" if separate else "SCALE * weight * above") if exponential else "slope(s) * above" }};
-      if (!all) {
-        const lanes visible = reach.sees(pairs.start + j, i);
-        weight = visible ? weight : vector{};
-        score_gradient = visible ? score_gradient : vector{};
-      }
-      if (pairs.hidden(j)) weight = score_gradient = vector{};
-      at(pairs.weights + place) = weight;
-      at(pairs.{{ "local" if separate else "scores" }} + place) = score_gradient;
-{% endif %}
+      const vector above = at(gradient + j * CHUNK + i) + at(delta + i);
+      if constexpr (MIXED)
+        weigh_mixed(pairs, reach, j, i, above, at(maximum + i), at(decay + i));
+      else
+        weigh_alike(pairs, reach, all, j, i, above, at(maximum + i));
     }
 }

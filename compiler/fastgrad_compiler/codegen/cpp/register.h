@@ -21,16 +21,9 @@ inline Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const 
   p.q = heads<const input>(q);
   p.k = heads<const input>(k);
   p.v = heads<const input>(v);
-{% if separate %}
-  p.near_q = heads<const input>(*near_q);
-  p.near_k = heads<const input>(*near_k);
-{% endif %}
-{% if padding %}
-  p.mask = static_cast<const bool*>(mask->data_ptr());
-{% endif %}
-{% if documents %}
-  p.documents = static_cast<const std::int64_t*>(documents->data_ptr());
-{% endif %}
+  if (SEPARATE) p.near_q = heads<const input>(*near_q), p.near_k = heads<const input>(*near_k);
+  if (PADDING) p.mask = static_cast<const bool*>(mask->data_ptr());
+  if (DOCUMENTS) p.documents = static_cast<const std::int64_t*>(documents->data_ptr());
   p.denominator = static_cast<real*>(denominator.data_ptr());
   p.maximum = static_cast<real*>(maximum.data_ptr());
   p.threads = std::max<std::int64_t>(1, threads);
@@ -59,10 +52,7 @@ void attention_backward(const Tensor gradient, const Tensor q, const Tensor k, c
   p.dq = heads<real>(dq);
   p.dk = heads<real>(dk);
   p.dv = heads<real>(dv);
-{% if separate %}
-  p.dnear_q = heads<real>(*dnear_q);
-  p.dnear_k = heads<real>(*dnear_k);
-{% endif %}
+  if (SEPARATE) p.dnear_q = heads<real>(*dnear_q), p.dnear_k = heads<real>(*dnear_k);
   backward(p);
 }
 

@@ -1,46 +1,38 @@
 // ---------------------------------------------------------------- one chunk of queries
 
 struct Work {
-{% if not banded %}
-  real *phi, *dphi;  // (FEATURES, CHUNK)
-{% endif %}
-  real *q, *x, *dx;                     // (CHUNK, COLUMNS), (D, CHUNK) twice
+  real *phi, *dphi;                     // (FEATURES, CHUNK)
+  real *q, *x, *dx;                     // (CHUNK, COLUMNS), (D, CHUNK) twice; x is the rows 1 to D of phi
   real *rows, *column, *level, *decay;  // (CHUNK, VALUES), (CHUNK) three times
   real *cotangent, *transposed, *far;   // (CHUNK, VALUES), (VALUES, CHUNK), (CHUNK, VALUES)
   real *delta, *far_delta;              // (CHUNK)
   real *k, *kx, *gradients;             // (CHUNK, COLUMNS), (D, CHUNK), (CHUNK, the widest)
   long ahead = CHUNK;                   // from a chunk to the next of the sweep, in tokens
-{% if separate %}
-  real *near_q, *near_x, *near_dx;  // (CHUNK, NEAR_COLUMNS), (NEAR_D, CHUNK) twice
-{% endif %}
-{% if dense %}
+  real *near_q, *near_x, *near_dx;      // (CHUNK, NEAR_COLUMNS), (NEAR_D, CHUNK) twice
   Pairs pairs;
-{% endif %}
 
-  static constexpr long WIDEST = std::max<long>({VALUES, COLUMNS{{ ", NEAR_COLUMNS" if separate }}, CHUNK});
-  static constexpr long SIZE = {{ "2 * FEATURES * CHUNK + " if not banded }}CHUNK * (2L * COLUMNS + 3 * D + 4 * VALUES + WIDEST + 5{{ " + NEAR_COLUMNS + 2 * NEAR_D" if separate }}) + 640{{ " + Pairs::SIZE" if dense }};
+  static constexpr long WIDEST = std::max<long>({VALUES, COLUMNS, NEAR_COLUMNS, CHUNK});
+  static constexpr long SIZE = 2 * FEATURES * CHUNK + CHUNK * (2L * COLUMNS + 3 * D + 4 * VALUES + WIDEST + 5) +
+                               CHUNK * (NEAR_COLUMNS + 2 * NEAR_D) + 640 + Pairs::SIZE;
 
   explicit Work(Arena& memory)
-      : {% if not banded %}phi(memory.take(FEATURES * CHUNK)), dphi(memory.take(FEATURES * CHUNK)),
-        {% endif %}q(memory.take(CHUNK * COLUMNS)), x({{ "phi + CHUNK" if not banded else "memory.take(D * CHUNK)" }}), dx(memory.take(D * CHUNK)),
-        rows(memory.take(CHUNK * VALUES)), column(memory.take(CHUNK)), level(memory.take(CHUNK)), decay(memory.take(CHUNK)),
-        cotangent(memory.take(CHUNK * VALUES)), transposed(memory.take(CHUNK * VALUES)), far(memory.take(CHUNK * VALUES)),
-        delta(memory.take(CHUNK)), far_delta(memory.take(CHUNK)),
-        k(memory.take(CHUNK * COLUMNS)), kx(memory.take(D * CHUNK)), gradients(memory.take(CHUNK * WIDEST)){% if separate %},
-        near_q(memory.take(CHUNK * NEAR_COLUMNS)), near_x(memory.take(NEAR_D * CHUNK)), near_dx(memory.take(NEAR_D * CHUNK)){% endif %}{% if dense %},
-        pairs(memory){% endif %} {
-{% if not banded %}
+      : phi(memory.take(FEATURES * CHUNK)), dphi(memory.take(FEATURES * CHUNK)), q(memory.take(CHUNK * COLUMNS)),
+        x(phi + CHUNK), dx(memory.take(D * CHUNK)), rows(memory.take(CHUNK * VALUES)), column(memory.take(CHUNK)),
+        level(memory.take(CHUNK)), decay(memory.take(CHUNK)), cotangent(memory.take(CHUNK * VALUES)),
+        transposed(memory.take(CHUNK * VALUES)), far(memory.take(CHUNK * VALUES)), delta(memory.take(CHUNK)),
+        far_delta(memory.take(CHUNK)), k(memory.take(CHUNK * COLUMNS)), kx(memory.take(D * CHUNK)),
+        gradients(memory.take(CHUNK * WIDEST)), near_q(memory.take(CHUNK * NEAR_COLUMNS)),
+        near_x(memory.take(NEAR_D * CHUNK)), near_dx(memory.take(NEAR_D * CHUNK)), pairs(memory) {
     std::fill(phi + RANK * CHUNK, phi + FEATURES * CHUNK, real(0));
-{% endif %}
   }
 
   void load_queries(const Problem& p, long b, long h, long g, long first, int count) {
     load<D, COLUMNS>(p.q.rows(b, h * p.groups + g), first, count, q, ahead);
     transpose<D, COLUMNS>(q, x);
-{% if separate %}
-    load<NEAR_D, NEAR_COLUMNS>(p.near_q.rows(b, h * p.groups + g), first, count, near_q, ahead);
-    transpose<NEAR_D, NEAR_COLUMNS>(near_q, near_x);
-{% endif %}
+    if constexpr (SEPARATE) {
+      load<NEAR_D, NEAR_COLUMNS>(p.near_q.rows(b, h * p.groups + g), first, count, near_q, ahead);
+      transpose<NEAR_D, NEAR_COLUMNS>(near_q, near_x);
+    }
   }
 
   // cotangent (CHUNK, VALUES) = dO / D and delta (CHUNK) = -(dO . O) / D; 0 for a query that sees nothing.
@@ -59,9 +51,8 @@ struct Work {
       }
       delta[t] = -total(sum) * inverse;
     }
-{% if exponential %}
-    for (int t = 0; t < CHUNK; ++t) level[t] = t < count ? p.maximum[saved + t] : 0;
-{% endif %}
+    if constexpr (EXPONENTIAL)
+      for (int t = 0; t < CHUNK; ++t) level[t] = t < count ? p.maximum[saved + t] : 0;
   }
 };
 

@@ -37,19 +37,13 @@ struct Heads {
 struct Problem {
   long batch, heads, groups, queries, keys;  // `heads` of k and v; each has `groups` heads of q
   Heads<const input> q, k, v;
-{% if separate %}
-  Heads<const input> near_q, near_k;
-{% endif %}
-{% if padding %}
-  const bool* mask;  // [batch, keys], true for a real token
-{% endif %}
-{% if documents %}
-  const std::int64_t* documents;  // [batch, keys]; a run of equal numbers is a document
-{% endif %}
+  Heads<const input> near_q, near_k;  // SEPARATE
+  const bool* mask;                   // PADDING: [batch, keys], true for a real token
+  const std::int64_t* documents;      // DOCUMENTS: [batch, keys]; a run of equal numbers is a document
   Heads<input> out;
   real *denominator, *maximum;  // [batch, heads * groups, queries]
   Heads<const input> gradient;
-  Heads<real> dq, dk, dv{{ ", dnear_q, dnear_k" if separate }};
+  Heads<real> dq, dk, dv, dnear_q, dnear_k;
   long threads, segments;  // parts of the sequence that are done at the same time
 
   long saved(long b, long h, long g) const { return ((b * heads + h) * groups + g) * queries; }
@@ -114,13 +108,12 @@ inline void load_values(const Problem& p, long b, Rows<const input> v, long firs
                         long ahead) {
   load<DV, VALUES>(v, first, count, values, ahead);
   for (int t = 0; t < CHUNK; ++t) ones[t] = t < count;
-{% if padding %}
-  for (int t = 0; t < count; ++t)
-    if (!p.mask[b * p.keys + first + t]) {
-      ones[t] = 0;
-      std::fill_n(values + t * VALUES, VALUES, real(0));
-    }
-{% endif %}
+  if constexpr (PADDING)
+    for (int t = 0; t < count; ++t)
+      if (!p.mask[b * p.keys + first + t]) {
+        ones[t] = 0;
+        std::fill_n(values + t * VALUES, VALUES, real(0));
+      }
 }
 
 // ---------------------------------------------------------------- the chunks of a sequence and what they see
@@ -135,32 +128,20 @@ inline long chunk_last(long chunk, long tokens) {
 
 // Queries of a chunk meet the keys [low, high) one by one, those before and after by a state.
 inline long window_low(long first, long keys) {
-{% if total %}
-  return keys;
-{% elif near %}
-  return std::min(keys, std::max(0L, (first / NEAR - 1) * NEAR));
-{% elif window %}
-  return std::min(keys, std::max(0L, first - WINDOW + 1));
-{% else %}
+  if constexpr (TOTAL) return keys;
+  if constexpr (NEAR) return std::min(keys, std::max(0L, (first / NEAR_BLOCK - 1) * NEAR));
+  if constexpr (WINDOW) return std::min(keys, std::max(0L, first - WINDOW + 1));
   return first;
-{% endif %}
 }
 
 inline long window_high(long last, long keys) {
-{% if total %}
-  return keys;
-{% elif causal %}
+  if constexpr (TOTAL) return keys;
+  if constexpr (CAUSAL) return last;
+  if constexpr (NEAR) return std::min(keys, ((last - 1) / NEAR_BLOCK + 2) * NEAR);
+  if constexpr (WINDOW) return std::min(keys, last - 1 + WINDOW);
   return last;
-{% elif near %}
-  return std::min(keys, ((last - 1) / NEAR + 2) * NEAR);
-{% elif window %}
-  return std::min(keys, last - 1 + WINDOW);
-{% else %}
-  return last;
-{% endif %}
 }
 
-{% if documents %}
 // First token of the document of `token`, or `floor` if that is later.
 inline long document_start(const std::int64_t* ids, long token, long floor) {
   while (token > floor && ids[token - 1] == ids[token]) --token;
@@ -173,7 +154,6 @@ inline long document_stop(const std::int64_t* ids, long token, long ceiling) {
   return token + 1;
 }
 
-{% endif %}
 // Takes pieces of memory, each aligned to vectors.
 struct Arena {
   real* next;
