@@ -15,7 +15,7 @@ from fastgrad_compiler.approximation.rounding import (
     rounding,
     runs,
 )
-from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.documents import plan
 from fastgrad_dsl.documents.plan import Approximated

@@ -21,8 +21,8 @@ from fastgrad_compiler.approximation.polynomial import (
 )
 from fastgrad_compiler.approximation.rounding import EXACT, Rounding, Run, Sizes, rounding
 from fastgrad_compiler.attention.table import OWN
-from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.planning.cost import Pace
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.documents.base import Trust
 from fastgrad_dsl.documents.calibration import CalibratedAttention

@@ -12,13 +12,7 @@ from pathlib import Path, PurePath
 from fastgrad_compiler.analysis.needs import is_counted, needs
 from fastgrad_compiler.codegen.block import Block, Imports, Module, place_of, source_line
 from fastgrad_compiler.codegen.guards import GUARD, NAME, STATUS, guards_of
-from fastgrad_compiler.codegen.kernel import (
-    RUNTIME,
-    RUNTIME_FILES,
-    kernel_files,
-    kernel_name,
-    runtime_files,
-)
+from fastgrad_compiler.codegen.kernel import RUNTIME, RUNTIME_FILES, kernel_files, kernel_name, runtime_files
 from fastgrad_compiler.codegen.members import Leaf, Member, container, leaf_init, members
 from fastgrad_compiler.codegen.names import class_name, member_access, variable
 from fastgrad_compiler.codegen.writer import Writer, call, literal, method, tuple_text

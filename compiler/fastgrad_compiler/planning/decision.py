@@ -28,11 +28,11 @@ from fastgrad_compiler.approximation.rounding import (
     Sizes,
     rounding,
 )
-from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.ir.graph import Node
 from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.planning.cost import DOUBLE, EQUAL, Pace, break_even, flops
 from fastgrad_compiler.planning.settings import Settings
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
 
 LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
