@@ -51,7 +51,7 @@ lint: setup ## Check style, formatting (of the .tfg files too), types and import
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/fastgrad fmt --check examples/*.tfg grammar/fastgrad_grammar/std/*.tfg
 
 fmt: setup ## Format the sources and apply the safe fixes
