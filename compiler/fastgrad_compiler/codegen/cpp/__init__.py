@@ -26,6 +26,7 @@ HEADERS = (
     "pairs",
     "chunk",
     "pair_gradients",
+    "far",
     "sweeps",
     "forward",
     "backward",
