@@ -16,9 +16,10 @@ from attack.check_bounds import assertions_hold
 from attack.logits import far_logits
 from fastgrad_compiler.approximation.certificates import eta, score_factor
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
+from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.documents.plan import is_approximated
-from fastgrad_dsl.report import measure_plan
+from fastgrad_dsl.models.measure_plan import measure_plan
 
 Entry = Mapping[str, Any]
 LENGTHS = (2, 3, 8, 40, 200)
@@ -273,7 +274,7 @@ def _report(case: Case) -> None:
 
 
 def _in_range(program: Program, inputs: list[Tensor], weights: Mapping[str, Tensor]) -> bool:
-    flat = program.flatten()
+    flat = flatten(program)
     with torch.no_grad():
         values = walk(program, flat, inputs, weights)
         nodes = [node for node in flat.nodes if node.op == "poly_attention" and node.get("bound") is not None]

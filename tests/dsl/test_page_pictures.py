@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.report import render_html
+from fastgrad_dsl.report.page import render_html
 from tests.dsl.browser import evaluate, find_chromium
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import INPUTS, always_polynomial, small
