@@ -25,6 +25,7 @@ HEADERS = (
     "pairs",
     "chunk",
     "pair_gradients",
+    "far",
     "sweeps",
     "forward",
     "backward",
