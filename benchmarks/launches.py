@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.ahead import Argument, Constant, Job
-from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.codegen.triton import emit_triton
 from fastgrad_compiler.codegen.triton.configurations import FALLBACK, FUSED_KERNELS
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.runtime.triton_attention import Launches
 from fastgrad_compiler.runtime.triton_kernels import DTYPES
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import FAMILIES, MAX_DEGREE, Polynomial, PrecisionError, fit
+from fastgrad_compiler.attention.kernel import spec_of
 from fastgrad_compiler.attention.value import NEAR
 from fastgrad_compiler.attention.value import Polynomial as Weights
-from fastgrad_compiler.codegen.attention_kernels import spec_of
 from fastgrad_compiler.codegen.kernel import load_kernel
 from fastgrad_compiler.ir.masks import OPERANDS
 from fastgrad_dsl.calibration.capture import Call, Errors, exact

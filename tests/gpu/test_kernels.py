@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.launches import load_kernels, write_kernels
-from fastgrad_compiler.codegen.kernel import KernelSpec
-from fastgrad_compiler.codegen.triton import is_fused
+from fastgrad_compiler.approximation.kernel_tiles import is_fused
 from fastgrad_compiler.codegen.triton.configurations import FUSED_KERNELS, KERNELS
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.runtime.triton_attention import Launches
 from tests.gpu.interpreter import Launch, install, launches
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_dense, worst_error

@@ -11,10 +11,10 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from benchmarks.launches import load_kernels, write_kernels
-from fastgrad_compiler.codegen.kernel import KernelSpec
-from fastgrad_compiler.codegen.triton import is_fused
+from fastgrad_compiler.approximation.kernel_tiles import is_fused
 from fastgrad_compiler.codegen.triton.configurations import FUSED_KERNELS, KERNELS
 from fastgrad_compiler.runtime import triton_schedule as schedule
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.runtime.triton_attention import Launches
 from fastgrad_compiler.runtime.triton_schedule import Shape, Tiles
 from tests.gpu.interpreter import install, launches

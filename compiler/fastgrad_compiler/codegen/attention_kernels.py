@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
+from fastgrad_compiler.attention.kernel import spec_of
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.codegen.kernel import KernelSpec, kernel_name
 from fastgrad_compiler.ir.graph import Graph, Node
 from fastgrad_compiler.targets import Backends
-
-
-def spec_of(attention: Attention, d: int, dv: int, near_d: int) -> KernelSpec:
-    """The kernel that serves an attention of these widths; `near_d` counts where near pairs have their own logits."""
-    mask, polynomial = attention.mask, attention.polynomial
-    return KernelSpec(
-        d=d,
-        dv=dv,
-        coefficients=() if polynomial is None else polynomial.coefficients,
-        causal=mask.causal,
-        padding=mask.padding,
-        near=attention.near,
-        near_d=near_d if attention.own_near else None,
-        scale=attention.scale,
-        documents=mask.documents,
-        window=mask.window,
-        precision="float32" if polynomial is None else polynomial.precision,
-    )
 
 
 def kernel_spec(graph: Graph, node: Node) -> KernelSpec:

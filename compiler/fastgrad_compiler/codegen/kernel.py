@@ -16,7 +16,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from fastgrad_compiler.approximation.kernel_tiles import has_triton
+from fastgrad_compiler.codegen.cpp import emit_cpp
 from fastgrad_compiler.codegen.templates import render
+from fastgrad_compiler.codegen.titles import kernel_title
+from fastgrad_compiler.codegen.triton import emit_triton
 from fastgrad_compiler.runtime.content_name import content_name
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec as KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
@@ -113,9 +117,6 @@ def _content(path: Path) -> bytes:
 @cache
 def _backend_texts(spec: KernelSpec, backends: Backends) -> dict[str, str]:
     """What the backends of a kernel are made from, by what a file's name has behind the kernel's."""
-    from fastgrad_compiler.codegen.cpp import emit_cpp
-    from fastgrad_compiler.codegen.triton import emit_triton, has_triton
-
     texts = {CPP: emit_cpp(spec)} if backends.cpp else {}
     return {**texts, TRITON: emit_triton(spec)} if backends.triton and has_triton(spec) else texts
 
@@ -184,21 +185,3 @@ def _literal(value: object) -> object:
     if isinstance(value, tuple):
         return tuple(map(float, value))
     return repr(value) if isinstance(value, str) else value
-
-
-def kernel_title(spec: KernelSpec) -> str:
-    """One line that says what a kernel computes."""
-    parts = [f"Polynomial attention, degree {spec.degree}"]
-    if spec.window is not None:
-        parts = [f"Softmax attention within {spec.window} tokens"]
-    if spec.causal:
-        parts.append("causal")
-    if spec.padding:
-        parts.append("with a padding mask")
-    if spec.documents:
-        parts.append("packed")
-    if spec.near is not None:
-        parts.append(f"exact in blocks of {spec.near} tokens")
-    if spec.precision == "float64":
-        parts.append("computed in float64")
-    return ", ".join(parts)

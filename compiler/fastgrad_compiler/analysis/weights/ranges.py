@@ -15,7 +15,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.analysis.bounds.proof import describe, number, place
 from fastgrad_compiler.analysis.ranges import LogitRange
 from fastgrad_compiler.analysis.weights.logits import Logits, logits
 from fastgrad_compiler.analysis.weights.rows import Rows, ball
@@ -23,7 +22,9 @@ from fastgrad_compiler.analysis.weights.rules import ROWS, UNREAD
 from fastgrad_compiler.analysis.weights.step import Step
 from fastgrad_compiler.attention.table import is_own
 from fastgrad_compiler.attention.value import ATTENTION, Attention
+from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Graph, Node, Program
+from fastgrad_compiler.ir.words import describe, number, place
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env
 
@@ -58,7 +59,7 @@ def weight_ranges(
         ValueError: a weight is missing or has another shape than its node.
     """
     with torch.no_grad():
-        return _Walk(program.flatten(), weights, centring).ranges()
+        return _Walk(flatten(program), weights, centring).ranges()
 
 
 class _Walk:

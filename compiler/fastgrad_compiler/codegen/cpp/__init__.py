@@ -9,13 +9,12 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from fastgrad_compiler.codegen.kernel import kernel_title
+from fastgrad_compiler.approximation.kernel_tiles import token_chunks
 from fastgrad_compiler.codegen.templates import render
+from fastgrad_compiler.codegen.titles import kernel_title
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec, folded_coefficients
 from fastgrad_grammar.quote import cpp_comment
 
-CHUNK = 64  # tokens at a time: scores, features and values of a chunk stay in the caches next to a core
-LEAST_BLOCK = 16  # a near field of smaller blocks is handled several blocks at a time
 # Of each machine: its vector registers, and how many vectors wide a register tile is.
 MACHINES = {"avx512": (32, 2), "avx2": (16, 2), "other": (32, 2)}
 HEADERS = (
@@ -26,6 +25,7 @@ HEADERS = (
     "pairs",
     "chunk",
     "pair_gradients",
+    "far",
     "sweeps",
     "forward",
     "backward",
@@ -64,18 +64,6 @@ def _context(spec: KernelSpec) -> dict[str, object]:
         "tile": tile,
         "tiles": {name: _tiles(r, *machine) for name, machine in MACHINES.items()},
     }
-
-
-def token_chunks(spec: KernelSpec) -> tuple[int, int, int]:
-    """Tokens in a block, chunks in a block, most tokens in a chunk; chunks never cross a near field's blocks."""
-    chunk = spec.chunk or CHUNK
-    if spec.near is None:
-        return chunk, 1, chunk
-    if spec.near < LEAST_BLOCK:
-        block = max(1, chunk // spec.near) * spec.near
-        return block, 1, block
-    pieces = -(-spec.near // chunk)
-    return spec.near, pieces, -(-spec.near // pieces)
 
 
 def _tiles(r: int, registers: int, columns: int) -> dict[str, int]:

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from fastgrad_dsl.commands.tables import Column
+from fastgrad_dsl.documents.pairs import WHATS, What, of
 from fastgrad_dsl.documents.plan import is_approximated
+from fastgrad_dsl.documents.report import Kind, Report
+from fastgrad_dsl.documents.report import ReportedAttention as Entry
 from fastgrad_dsl.report.words import bound, factor, number
 
-WHATS = ("output", "gradient")
-KINDS = ("measured", "estimate", "bound")  # of errors, the best first
+KINDS: tuple[Kind, ...] = ("measured", "estimate", "bound")  # of errors, the best first
 
-Entry = Mapping[str, Any]
 Made = tuple[Column, Callable[[Entry], str]]
 
-NAME: Made = (Column("attention", is_number=False), lambda entry: entry["path"])
-EPS: Made = (Column("eps\nbound"), lambda entry: number(entry["eps"]))
+NAME: Made = (Column("attention", is_number=False), lambda entry: entry.path)
+EPS: Made = (Column("eps\nbound"), lambda entry: number(entry.eps))
 PLAN: tuple[Made, ...] = (
-    (Column("rank"), lambda entry: number(entry["rank"])),
-    (Column("R"), lambda entry: number(entry["bound"])),
+    (Column("rank"), lambda entry: number(entry.rank)),
+    (Column("R"), lambda entry: number(entry.bound)),
     EPS,
     (
         Column("rounding\nbound"),
-        lambda entry: number(entry["rounding"]["weights"] if entry["rounding"] else None),
+        lambda entry: number(entry.rounding.weights if entry.rounding else None),
     ),
-    (Column("exact\nbelow"), lambda entry: number(entry["break_even"])),
+    (Column("exact\nbelow"), lambda entry: number(entry.break_even)),
 )
 
 
-def report_table(
-    report: Mapping[str, Any], *, wide: bool = False
-) -> tuple[list[Column], list[list[str]], list[str]]:
+def report_table(report: Report, *, wide: bool = False) -> tuple[list[Column], list[list[str]], list[str]]:
     """The columns, a row for each attention, and sentences on what the columns are.
 
     Not `wide`: the decision, the best kind of error that is known (eps where none is), and time. Errors of a kind that
@@ -43,17 +41,17 @@ def report_table(
     errors = [_error(what, kind) for what, kind in known]
     middle = [*PLAN, *errors] if wide else errors or [EPS]
     made = [NAME, (Column("decision", is_number=False), _decision), *middle, _speed(report)]
-    rows = [[cell(entry) for _, cell in made] for entry in report["attentions"]]
+    rows = [[cell(entry) for _, cell in made] for entry in report.attentions]
     return [column for column, _ in made], rows, _legend(report, {kind for _, kind in known}, wide=wide)
 
 
-def _is_known(report: Mapping[str, Any], what: str, kind: str) -> bool:
-    served = [entry for entry in report["attentions"] if is_approximated(entry)]
-    return any(entry["errors"][what][kind] is not None for entry in served)
+def _is_known(report: Report, what: What, kind: Kind) -> bool:
+    served = [entry for entry in report.attentions if is_approximated(entry)]
+    return any(of(entry.errors, what).of(kind) is not None for entry in served)
 
 
-def _legend(report: Mapping[str, Any], kinds: set[str], *, wide: bool) -> list[str]:
-    measured_here = report["batch"] is not None
+def _legend(report: Report, kinds: set[str], *, wide: bool) -> list[str]:
+    measured_here = report.batch is not None
     said = {
         "measured": "measured: this attention alone against exact softmax, on this batch",
         "estimate": "estimate: how far the whole model moves when this attention alone is made exact"
@@ -75,24 +73,24 @@ def _legend(report: Mapping[str, Any], kinds: set[str], *, wide: bool) -> list[s
 
 
 def _decision(entry: Entry) -> str:
-    if entry["decision"] != "polynomial":
+    if entry.decision != "polynomial":
         return "exact"
-    family = "own polynomial" if entry["family"] == "own" else entry["family"]
-    return f"{family} {entry['degree']}" + ("" if entry["near"] is None else f", near {entry['near']}")
+    family = "own polynomial" if entry.family == "own" else entry.family
+    return f"{family} {entry.degree}" + ("" if entry.near is None else f", near {entry.near}")
 
 
-def _error(what: str, kind: str) -> Made:
+def _error(what: What, kind: Kind) -> Made:
     write = bound if kind == "bound" else number
 
     def cell(entry: Entry) -> str:
-        zero = kind != "estimate" and what in entry["exact_zero"]
-        return "exact is 0" if zero else write(entry["errors"][what][kind])
+        zero = kind != "estimate" and what in entry.exact_zero
+        return "exact is 0" if zero else write(of(entry.errors, what).of(kind))
 
     return Column(f"{what}\nerror\n{kind}"), cell
 
 
-def _speed(report: Mapping[str, Any]) -> Made:
+def _speed(report: Report) -> Made:
     def cell(entry: Entry) -> str:
-        return "-" if entry["cost"] is None else factor(report["costs"][entry["cost"]]["speed_up"])
+        return "-" if entry.cost is None else factor(report.costs[entry.cost].speed_up)
 
     return Column("times\nas fast"), cell

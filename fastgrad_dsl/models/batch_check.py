@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgrad_compiler.ir.graph import Program
-from fastgrad_dsl.api.batches import Input, model_inputs, target_inputs
+from fastgrad_dsl.models.batches import Input, model_inputs, target_inputs
 
 
 def batch_problem(program: Program, batch: Sequence[object]) -> str | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from fastgrad_compiler.codegen.members import runs_of
+from fastgrad_compiler.ir.calls import callees, reachable, runs
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType
 
@@ -70,9 +70,8 @@ def sources(graph: Graph) -> dict[str, Source]:
 def needs(program: Program) -> dict[str, Needs]:
     """Of every graph that the model and its objective reach."""
     found: dict[str, Needs] = {}
-    for name in (program.main, program.objective):
-        if name is not None:
-            _visit(program, program[name], found)
+    for graph in reachable(program.by_name, program.roots):
+        found[graph.name] = _needs(program, graph, found)
     return found
 
 
@@ -107,7 +106,7 @@ def _weight_path(program: Program, graph: Graph, owner: str, depth: int) -> tupl
             inner = weight_path(program, program[str(node["graph"])])
             inner = inner and (Step(owner, str(node["label"]), depth), *inner)
         elif node.op == "repeat":
-            inner = _weight_path(program, program[runs_of(node)[0][0]], owner, depth + 1)
+            inner = _weight_path(program, program[runs(node)[0][0]], owner, depth + 1)
         if inner:
             return inner
     return None
@@ -126,48 +125,22 @@ def is_counted(program: Program, graph: Graph, name: str) -> bool:
     return False
 
 
-def callees(node: Node) -> tuple[str, ...]:
-    """The graphs that a node runs."""
-    if node.op == "call":
-        return (str(node["graph"]),)
-    return tuple(dict.fromkeys(name for name, _ in runs_of(node))) if node.op == "repeat" else ()
-
-
-def reachable(program: Program, root: str) -> list[Graph]:
-    """The graphs that a graph runs and itself, callees first."""
-    found: dict[str, Graph] = {}
-
-    def visit(name: str) -> None:
-        if name in found:
-            return
-        for node in program[name].nodes:
-            for callee in callees(node):
-                visit(callee)
-        found[name] = program[name]
-
-    visit(root)
-    return list(found.values())
-
-
-def _visit(program: Program, graph: Graph, found: dict[str, Needs]) -> Needs:
+def _needs(program: Program, graph: Graph, found: Mapping[str, Needs]) -> Needs:
     """A repeat's body is written into its owner: it needs what it needs, its inputs show nothing new."""
-    if graph.name in found:
-        return found[graph.name]
     dims: set[str] = set()
     makes = False
     for node in graph.nodes:
         dims |= {name for dim in _dims(program, graph, node) for name in dim.names}
         makes = makes or _makes_tensor(graph, node)
         for callee in callees(node):
-            inner = _visit(program, program[callee], found)
+            inner = found[callee]
             dims |= set(inner.dims if node.op == "repeat" else inner.extra)
             makes = makes or (inner.makes if node.op == "repeat" else inner.like)
     if graph.name == program.main:
         dims |= _checked(program, graph)
     extra = dims - sources(graph).keys()
     like = makes and not has_tensor(program, graph)
-    found[graph.name] = Needs(tuple(sorted(dims)), tuple(sorted(extra)), makes, like)
-    return found[graph.name]
+    return Needs(tuple(sorted(dims)), tuple(sorted(extra)), makes, like)
 
 
 def _checked(program: Program, graph: Graph) -> set[str]:

@@ -11,7 +11,6 @@ import torch
 
 from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import fit
-from fastgrad_dsl.api.batches import memory_bytes
 from fastgrad_dsl.bench.cells import Cell, extrapolated
 from fastgrad_dsl.bench.contenders import Contender, Inputs, make_inputs
 from fastgrad_dsl.bench.machine import describe_machine
@@ -21,6 +20,7 @@ from fastgrad_dsl.bench.plot import Panel, Series, render
 from fastgrad_dsl.bench.timing import time_together
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
+from fastgrad_dsl.models.batches import memory_bytes
 from fastgrad_dsl.storage.outputs import write_output
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 from fastgrad_grammar.quote import json_text

@@ -15,7 +15,8 @@ from torch import nn
 from fastgrad_compiler.ir.graph import Program, TensorType
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.commands.terminal import console as console_of_lines
-from fastgrad_dsl.commands.terminal import print_calibration, print_plan
+from fastgrad_dsl.commands.terminal import print_calibration, print_plan, progress
+from fastgrad_dsl.models.text_data import TextData, load_text
 from fastgrad_dsl.storage.weights import load_weights
 from fastgrad_dsl.training.budget_watch import BudgetWatch
 from fastgrad_dsl.training.checkpoint import read_checkpoint
@@ -24,7 +25,6 @@ from fastgrad_dsl.training.log import Event
 from fastgrad_dsl.training.loop import Context, Loss, Options, generate, is_finished, train, train_in
 from fastgrad_dsl.training.plan import TextPlanner, plan_of, resumed_pace, resumed_plan, without_polynomials
 from fastgrad_dsl.training.stopping import Stop, StopAsked, Stopped, stop_on_signals
-from fastgrad_dsl.training.text_data import TextData, load_text
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 BYTES = 256
@@ -107,7 +107,7 @@ def _train(
     stop: Stop,
 ) -> nn.Module:
     """One run, or the rest of one, in a folder that is claimed."""
-    planner = TextPlanner(data, request.options, stop)
+    planner = TextPlanner(data, request.options, stop, progress)
     watch = BudgetWatch(compiled, planner.held_out, planner, _teller(console))
     model = compiled.module(seed=request.options.seed)
     if request.resume:
@@ -119,7 +119,8 @@ def _train(
     elif request.calibrate and not request.options.exact:
         watch.compiled = planner(compiled, model)
         print_plan(watch.compiled.program, str(compiled.source.path))
-        print_calibration(watch.compiled.calibration or {})
+        if watch.compiled.calibration is not None:
+            print_calibration(watch.compiled.calibration)
         model = watch.compiled.adopt(model)
     context = Context(
         named,

@@ -27,8 +27,8 @@ from fastgrad_compiler.approximation.certificates import (
     value_gradient_rounding,
 )
 from fastgrad_compiler.approximation.rounding import EXACT, UNITS, Rounding, Run, Sizes, rounding
-from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.runtime.guard import BudgetViolation
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastgrad_dsl.api.batches import check_memory
+from fastgrad_dsl.models.batches import check_memory
 from fastgrad_dsl.storage.files import check_regular
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.flatten import flatten
@@ -15,6 +15,8 @@ from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from fastgrad_dsl.documents.plan import Plan
 
 ID_OPERATIONS = {"embedding": 1, "cross_entropy": 1, "one_hot": 0}  # op -> which of its inputs holds ids
 ENTRY_BYTES = 4  # of the smallest entries that a batch is made of
@@ -97,22 +99,22 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def dims_of(plan: Mapping[str, Any], batch: Sequence[Tensor]) -> dict[str, int]:
+def dims_of(plan: Plan, batch: Sequence[Tensor]) -> dict[str, int]:
     """The run-time dims of a batch of a plan's model, from the inputs in whose shapes they stand alone."""
-    described = [*plan["inputs"], *plan["targets"]]
+    described = [*plan.inputs, *plan.targets]
     return {
         dim: size
         for tensor, given in zip(described, batch, strict=False)
-        for dim, size in zip(tensor["shape"], given.shape, strict=True)
+        for dim, size in zip(tensor.shape, given.shape, strict=True)
         if dim.isidentifier()
     }
 
 
-def tokens_of(plan: Mapping[str, Any], batch: Sequence[Tensor]) -> int:
+def tokens_of(plan: Plan, batch: Sequence[Tensor]) -> int:
     """How many tokens a batch of a plan's model has: the product of the run-time dims of its largest input."""
     sizes = (
-        prod(size for dim, size in zip(tensor["shape"], given.shape, strict=True) if not dim.isdigit())
-        for tensor, given in zip(plan["inputs"], batch, strict=False)
+        prod(size for dim, size in zip(tensor.shape, given.shape, strict=True) if not dim.isdigit())
+        for tensor, given in zip(plan.inputs, batch, strict=False)
     )
     return max(sizes, default=0)
 
