@@ -105,9 +105,7 @@ def _picked(
     found = []
     for name, each in contenders.items():
         say(f"errors of {name}")
-        served = [
-            is_approximated(e) for e in each.plan_document["attentions"] if e["decision"] == "polynomial"
-        ]
+        served = [is_approximated(e) for e in each.plan_document.attentions if e.decision == "polynomial"]
         errors = [whole_errors(modules[name], b[:1], b[1:], compiled.loss, served) for b in held_out]
         output, gradient = (max(e[place] for e in errors) for place in (0, 1))
         budget = compiled.plan_document["budget"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, to_builtins
 from msgspec.structs import asdict
 
 Place = tuple[str | int, ...]
@@ -31,13 +32,13 @@ Trust = Literal["certified", "calibrated"]
 class Document(Struct, frozen=True, forbid_unknown_fields=True):
     """A document or a part of one: its fields are the keys of the JSON, in their order; None is null.
 
-    For users it can be read by key too, as the JSON that it stands for: `report["whole"]["output"]`.
+    For users it can be read by key too, as the data of the JSON: `report["whole"]["output"]["measured"]`.
     """
 
     def __getitem__(self, key: str) -> Any:
         if key not in self.__struct_fields__:
             raise KeyError(key)
-        return getattr(self, key)
+        return json.loads(json.dumps(to_builtins(getattr(self, key))))
 
     def narrowest(self) -> type[Document]:
         """The class of the same fields, fewer of them None, that the values ask for."""

@@ -31,4 +31,14 @@ def schema_text(kind: type[Document]) -> str:
         **{key: value for key, value in definitions.pop(kind.__name__).items() if key != "title"},
     }
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **own, "$defs": definitions}
-    return json_text(schema, 2) + "\n"
+    return _lines(schema) + "\n"
+
+
+def _lines(schema: Any, key: str = "", margin: str = "") -> str:
+    """The text of a schema, with a line for each property."""
+    opened = {"properties", "$defs"}
+    if not isinstance(schema, dict) or not (key in opened or opened & schema.keys()):
+        return json_text(schema)
+    inner = f"{margin}  "
+    lines = (f"{inner}{json_text(name)}: {_lines(each, name, inner)}" for name, each in schema.items())
+    return "{\n" + ",\n".join(lines) + f"\n{margin}}}"

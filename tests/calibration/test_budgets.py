@@ -29,7 +29,7 @@ def _batches(compiled: Compiled, length: int, seeds: Sequence[int]) -> list[tupl
 
 def _measured(compiled: Compiled, batch: Sequence[Tensor]) -> tuple[float, float]:
     model = compiled.module(seed=0, dtype=torch.float64)
-    served = [e for e in compiled.plan_document["attentions"] if e["decision"] == "polynomial"]
+    served = [e for e in compiled.plan_document.attentions if e.decision == "polynomial"]
     count = len(compiled.plan_document["inputs"])
     given = [x.double() if x.is_floating_point() else x for x in batch]
     return whole_errors(
@@ -66,7 +66,7 @@ def test_the_random_specs_are_worth_the_trouble() -> None:
     """Most of them are served by polynomials: a plan that leaves all exact keeps any budget."""
     served = {
         trust: sum(
-            any(is_approximated(entry) for entry in _planned(seed, trust).plan_document["attentions"])
+            any(is_approximated(entry) for entry in _planned(seed, trust).plan_document.attentions)
             for seed in SEEDS
         )
         for trust in ("certified", "calibrated")

@@ -101,7 +101,7 @@ def test_a_false_record_is_refused_or_a_plan(planned: Compiled) -> None:
 
 @pytest.mark.parametrize("record", [None, [], 1, {"elsewhere": []}, {1: []}, {"layers": [{}]}])
 def test_what_is_no_record(record: object) -> None:
-    with pytest.raises(Misfit, match="expected"):
+    with pytest.raises(Misfit, match=r"expected|missing"):
         read_plan(record)
 
 

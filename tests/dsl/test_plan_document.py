@@ -55,9 +55,9 @@ def compiled() -> Compiled:
     return fg.compile(SPEC)
 
 
-def entries(document: Document) -> tuple[Any, ...]:
+def entries(document: Document) -> list[dict[str, Any]]:
     found = document["attentions"]
-    assert isinstance(found, tuple)
+    assert isinstance(found, list)
     return found
 
 

@@ -126,12 +126,12 @@ def test_numbers_of_the_table_are_those_of_the_json(name: str) -> None:
     for entry in found["attentions"]:
         errors = entry["errors"]
         rounded = entry["rounding"]["weights"] if entry["rounding"] else None
-        row = [entry["degree"], entry["rank"], entry["bound"], rounded, *asdict(errors["output"]).values()]
+        row = [entry["degree"], entry["rank"], entry["bound"], rounded, *errors["output"].values()]
         row += [errors["gradient"]["estimate"]]
         row += [errors[what][kind] for what in ("dq", "dk", "dv") for kind in ("bound", "measured")]
         expected += [value for value in row if value is not None]
         for head in entry["per_head"]:
-            expected += [v for v in (head["range"], *asdict(head["output"]).values()) if v is not None]
+            expected += [v for v in (head["range"], *head["output"].values()) if v is not None]
     assert values == expected
     assert found["headline"]["verdict"]["text"] in render_html(found)
 
