@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 
 from benchmarks.settings import Settings, heading, say
 from fastgrad_dsl.bench.cells import Cell, extrapolated
-from fastgrad_dsl.bench.command import LARGEST_RANK
 from fastgrad_dsl.bench.contenders import Contender
 from fastgrad_dsl.bench.memory import attention_peaks
 from fastgrad_dsl.bench.peak import peak_flops
 from fastgrad_dsl.bench.timing import slope, time_together
+from fastgrad_dsl.commands.bench import LARGEST_RANK
 
 HEADS, DV = 8, 64
 LONGEST = 20.0  # seconds that one pass may take, by extrapolation from the length before

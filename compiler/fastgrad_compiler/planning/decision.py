@@ -15,7 +15,6 @@ from functools import partial
 from math import inf
 from typing import TypeAlias, cast
 
-from fastgrad_compiler.analysis.bounds.proof import number
 from fastgrad_compiler.analysis.ranges import LogitRange
 from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.features import rank
@@ -29,10 +28,11 @@ from fastgrad_compiler.approximation.rounding import (
     Sizes,
     rounding,
 )
-from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.planning.cost import DOUBLE, EQUAL, Pace, break_even, flops
 from fastgrad_compiler.planning.settings import Settings
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
 
 LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call

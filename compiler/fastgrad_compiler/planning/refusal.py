@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from fastgrad_compiler.analysis.bounds.proof import number
 from fastgrad_compiler.approximation.features import rank, widest
 from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
 from fastgrad_compiler.attention.table import LIBRARY, AttentionEntry
 from fastgrad_compiler.ir.graph import BudgetRule
+from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.planning.decision import Caps, Case, Refusal, search, stays_positive
 from fastgrad_grammar.diagnostics import Diagnostic, Note
 
