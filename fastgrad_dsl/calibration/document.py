@@ -7,7 +7,7 @@ from typing import Any
 
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration, Gain
-from fastgrad_dsl.calibration.plan import Plan, Way, candidates_of
+from fastgrad_dsl.calibration.plan import Plan, Serving, candidates_of
 
 FORMAT = "fastgrad-calibration-2"
 
@@ -41,7 +41,7 @@ def calibration_document(
     }
 
 
-def _attention(each: Attention, taken: Way, calibration: Calibration, program: Program) -> dict[str, Any]:
+def _attention(each: Attention, taken: Serving, calibration: Calibration, program: Program) -> dict[str, Any]:
     gains = {"output": _gain(each.output_gain), "gradient": _gain(each.gradient_gain)}
     ways = candidates_of(each, calibration, program)
     return {
@@ -76,7 +76,7 @@ def _gain(gain: Gain | None) -> dict[str, float] | None:
     return None if gain is None else {"value": gain.value, "low": gain.low, "high": gain.high}
 
 
-def _candidate(way: Way, chosen: bool, each: Attention, proved: bool) -> dict[str, Any]:
+def _candidate(way: Serving, chosen: bool, each: Attention, proved: bool) -> dict[str, Any]:
     served = [part.candidate for part in way.parts if part.candidate]
     first = served[0] if served else None
     return {
@@ -100,7 +100,7 @@ def _centred(each: Attention, near: int | None) -> bool:
     return served.mean or served.range.centre is not None
 
 
-def _name(way: Way) -> str:
+def _name(way: Serving) -> str:
     texts = []
     for part in way.parts:
         c = part.candidate

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -20,7 +19,7 @@ from fastgrad_compiler.attention.table import (
 )
 from fastgrad_compiler.codegen.attention_kernels import kernel_module
 from fastgrad_compiler.ir.graph import Attribute, Node, Program
-from fastgrad_compiler.planning.cost import flops
+from fastgrad_compiler.planning.cost import Shape, Way, flops
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.api.attention_rounding import entry_rounding, rounding_document
 from fastgrad_dsl.api.batches import Input, model_inputs, target_inputs
@@ -142,12 +141,19 @@ def _flops(program: Program, entry: AttentionEntry, polynomial: bool) -> dict[st
     if n is None or m is None or entry.d is None or entry.dv is None:
         return None
     near, window, degree, roles = (node.get(key) for key in ("near", "window", "degree", "roles"))
-    documents = isinstance(roles, tuple) and "documents" in roles
-    work = partial(flops, n=n, m=m, d=entry.d, dv=entry.dv, causal=bool(node["causal"]), documents=documents)
-    exact = work(degree=None, window=window if isinstance(window, int) else None)
-    document: dict[str, Any] = {"n": n, "m": m, "exact": asdict(exact)}
+    shape = Shape(
+        n=n,
+        m=m,
+        d=entry.d,
+        dv=entry.dv,
+        causal=bool(node["causal"]),
+        near=near if isinstance(near, int) else None,
+        documents=isinstance(roles, tuple) and "documents" in roles,
+        window=window if isinstance(window, int) else None,
+    )
+    document: dict[str, Any] = {"n": n, "m": m, "exact": asdict(flops(shape))}
     if polynomial and isinstance(degree, int):
-        document["polynomial"] = asdict(work(degree=degree, near=near if isinstance(near, int) else None))
+        document["polynomial"] = asdict(flops(shape, Way(degree)))
     return document
 
 

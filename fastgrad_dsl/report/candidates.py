@@ -6,31 +6,20 @@ Without one, the polynomials of all families on the same range, with times from 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Mapping
 from typing import Any
 
 from fastgrad_compiler.approximation.certificates import certificate
-from fastgrad_compiler.approximation.features import rank
-from fastgrad_compiler.approximation.polynomial import (
-    FAMILIES,
-    MAX_DEGREE,
-    Family,
-    Polynomial,
-    PrecisionError,
-    fit,
-)
-from fastgrad_compiler.approximation.rounding import EXACT, Rounding, Run, Sizes, rounding
+from fastgrad_compiler.approximation.polynomial import Polynomial
+from fastgrad_compiler.approximation.rounding import EXACT as UNROUNDED
+from fastgrad_compiler.approximation.rounding import Rounding, Run, Sizes, rounding
 from fastgrad_compiler.codegen.kernel import KernelSpec
-from fastgrad_compiler.planning.cost import Pace
+from fastgrad_compiler.planning.candidates import Limits, polynomials
+from fastgrad_compiler.planning.cost import EXACT, Pace, Way
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.report.entries import Entry
-from fastgrad_dsl.report.prediction import exact_time, lengths_of, polynomial_time
-
-LARGEST_RANK = (
-    4096  # of a candidate; wider states cost more than exact attention at any length that is common
-)
+from fastgrad_dsl.report.prediction import lengths_of, shape_of
 
 
 def calibrated(found: Mapping[str, Any], trust: str) -> dict[str, Any]:
@@ -82,7 +71,12 @@ def candidates_key(entry: Entry) -> object:
         "precision",
         "reach",
     )
-    return (*(entry[key] for key in keys), entry["asserted"], "documents" in entry["roles"])
+    return (
+        *(entry[key] for key in keys),
+        entry["asserted"],
+        entry["range_source"],
+        "documents" in entry["roles"],
+    )
 
 
 def certified(entry: Entry, sizes: Mapping[str, int], pace: Pace, target: str) -> dict[str, Any] | None:
@@ -98,16 +92,18 @@ def certified(entry: Entry, sizes: Mapping[str, int], pace: Pace, target: str) -
     ):
         return None
     n, m = lengths_of(entry, sizes)
-    unit = exact_time(entry, n, m, pace).total
+    shape = shape_of(entry, n, m)
+    unit = pace.seconds(shape, EXACT)
     points = [_point(entry, None, None, 1.0)]
     lengths = Sizes(n, m, max(1, entry["query_heads"] // entry["key_heads"]))
-    for polynomial in _polynomials(entry["bound"], entry["d"]):
+    limits = Limits(entry["d"], entry["range_source"] == "program")
+    for polynomial in polynomials(entry["bound"], limits):
         for near in dict.fromkeys((None, entry["near"])):
             for precision in ("float32", "float64"):
                 added = _rounding(entry, polynomial, near, precision, lengths, target)
                 if polynomial.eps + added.weights >= 1:
                     continue
-                time = polynomial_time(entry, n, m, pace, polynomial.degree, near, precision).total / unit
+                time = pace.seconds(shape, Way(polynomial.degree, near, precision)) / unit
                 points.append(
                     _point(entry, polynomial, near, float(f"{time:.5g}"), precision=precision, added=added)
                 )
@@ -121,24 +117,6 @@ def certified(entry: Entry, sizes: Mapping[str, int], pace: Pace, target: str) -
         "time_unit": f"share of exact attention's time at n = {n:,}, forward and backward",
         "points": points,
     }
-
-
-def _polynomials(bound: float, d: int) -> Iterator[Polynomial]:
-    for family in FAMILIES:
-        for degree in range(1, MAX_DEGREE + 1):
-            if rank(d, degree) > LARGEST_RANK:
-                break
-            polynomial = _fit(family, degree, bound)
-            if polynomial is not None and polynomial.positive and polynomial.eps < 1:
-                yield polynomial
-
-
-@cache
-def _fit(family: Family, degree: int, bound: float) -> Polynomial | None:
-    try:
-        return fit(family, degree, bound)
-    except PrecisionError:
-        return None
 
 
 def _rounding(
@@ -163,7 +141,7 @@ def _point(
     time: float,
     *,
     precision: str = "float32",
-    added: Rounding = EXACT,
+    added: Rounding = UNROUNDED,
 ) -> dict[str, Any]:
     chosen = entry["decision"] != "polynomial"
     name, proved = "exact", None

@@ -8,31 +8,17 @@ lengths.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fastgrad_compiler.approximation.elementary import power
 from fastgrad_compiler.ir.text_parser import parse_dim
-from fastgrad_compiler.planning.cost import PACE, Flops, Pace, flops, state_bytes
+from fastgrad_compiler.planning.cost import EXACT, PACE, Pace, Shape, Way, state_bytes
 from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.report.entries import Entry
 
 LONGEST = 65536  # of a dim for which the file declares no limit
 SHORTEST, POINTS = 64, 25  # of the curves of cost against the length
 NUMBER = 4  # bytes of a float32
-
-
-@dataclass(frozen=True)
-class Time:
-    """Relative time of one head of one attention."""
-
-    forward: float
-    backward: float
-
-    @property
-    def total(self) -> float:
-        """Forward and backward."""
-        return self.forward + self.backward
 
 
 def pace_of(plan: Mapping[str, Any], calibration: Mapping[str, Any] | None) -> tuple[Pace, str]:
@@ -66,24 +52,22 @@ def lengths_of(entry: Entry, sizes: Mapping[str, int]) -> tuple[int, int]:
     return n, m
 
 
-def exact_time(entry: Entry, n: int, m: int, pace: Pace) -> Time:
-    """Of exact attention, which is slower at short lengths."""
-    return _time(_flops(entry, n, m, None, None), 1 + pace.keys / m)
+def shape_of(entry: Entry, n: int, m: int) -> Shape:
+    """One head of an attention at a length."""
+    return Shape(
+        n=n,
+        m=m,
+        d=entry["d"],
+        dv=entry["dv"],
+        causal=entry["causal"],
+        documents="documents" in entry["roles"],
+        window=entry["window"],
+    )
 
 
-def polynomial_time(
-    entry: Entry,
-    n: int,
-    m: int,
-    pace: Pace,
-    degree: int | None = None,
-    near: int | None = None,
-    precision: str | None = None,
-) -> Time:
-    """Of a polynomial: the attention's own, or of another degree, near field and precision."""
-    if degree is None:
-        degree, near = entry["degree"], entry["near"]
-    return _time(_flops(entry, n, m, degree, near), 1 / pace.at(precision or entry["precision"]).speed)
+def own_way(entry: Entry) -> Way:
+    """The polynomial that serves an attention."""
+    return Way(entry["degree"], entry["near"], entry["precision"])
 
 
 def predict(
@@ -98,9 +82,9 @@ def predict(
     memory = {"exact": 0, "compiled": 0, "scores": 0}
     for entry in counted:
         n, m = lengths_of(entry, sizes)
-        exact = exact_time(entry, n, m, pace)
-        served = _served(entry, m)
-        compiled = polynomial_time(entry, n, m, pace) if served else exact
+        shape, served = shape_of(entry, n, m), _served(entry, m)
+        exact = pace.time(shape, EXACT)
+        compiled = pace.time(shape, own_way(entry)) if served else exact
         for name, time in (("exact", exact), ("compiled", compiled)):
             totals[name][0] += entry["query_heads"] * time.forward
             totals[name][1] += entry["query_heads"] * time.backward
@@ -154,22 +138,22 @@ def cost_curve(entry: Entry, sizes: Mapping[str, int], pace: Pace) -> dict[str, 
         return None
     served = entry["decision"] == "polynomial"
     n, m = lengths_of(entry, sizes)
-    longest = max(n, m)
-    own = polynomial_time(entry, n, m, pace) if _served(entry, m) else exact_time(entry, n, m, pace)
+    longest, shape = max(n, m), shape_of(entry, n, m)
+    own = own_way(entry) if _served(entry, m) else EXACT
     last = max(longest, 2 * (entry["break_even"] or 0), 2 * SHORTEST)
     lengths = sorted({round(SHORTEST * power(last / SHORTEST, i / (POINTS - 1))) for i in range(POINTS)})
-    unit = exact_time(entry, longest, longest, pace).total
-    ways = {"exact": exact_time} | ({"polynomial": polynomial_time} if served else {})
+    unit = pace.seconds(shape_of(entry, longest, longest), EXACT)
+    ways = {"exact": EXACT} | ({"polynomial": own_way(entry)} if served else {})
     curves: dict[str, Any] = {"exact": None, "polynomial": None}
     for name, way in ways.items():
-        times = [way(entry, n, n, pace) for n in lengths]
+        times = [pace.time(shape_of(entry, n, n), way) for n in lengths]
         curves[name] = {
             "forward": [_digits(time.forward / unit) for time in times],
             "total": [_digits(time.total / unit) for time in times],
         }
     return {
         "longest": longest,
-        "speed_up": exact_time(entry, n, m, pace).total / own.total,
+        "speed_up": pace.seconds(shape, EXACT) / pace.seconds(shape, own),
         "lengths": lengths,
         **curves,
         "break_even": entry["break_even"] if served else None,
@@ -199,24 +183,6 @@ def _served(entry: Entry, m: int) -> bool:
     if not is_approximated(entry):
         return bool(entry["decision"] == "polynomial")
     return m >= (entry["break_even"] or 0)
-
-
-def _flops(entry: Entry, n: int, m: int, degree: int | None, near: int | None) -> Flops:
-    return flops(
-        n=n,
-        m=m,
-        d=entry["d"],
-        dv=entry["dv"],
-        degree=degree,
-        near=near,
-        causal=entry["causal"],
-        documents="documents" in entry["roles"],
-        window=entry["window"] if degree is None else None,
-    )
-
-
-def _time(work: Flops, factor: float) -> Time:
-    return Time(work.forward * factor, work.backward * factor)
 
 
 def _memory(entry: Entry, n: int, m: int, served: bool) -> dict[str, int]:

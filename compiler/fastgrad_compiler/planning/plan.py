@@ -23,17 +23,15 @@ from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention
 from fastgrad_compiler.ir.flatten import Indices, iterations, path_of
 from fastgrad_compiler.ir.graph import Budget, Graph, Node, Program
 from fastgrad_compiler.planning.apply import applied, decided
-from fastgrad_compiler.planning.cost import PACE
+from fastgrad_compiler.planning.candidates import MAX_RANK
 from fastgrad_compiler.planning.decision import Caps, Case, Decision, Outcome, Refusal, decide
 from fastgrad_compiler.planning.own import refuse_own
 from fastgrad_compiler.planning.refusal import diagnose
 from fastgrad_compiler.planning.settings import Settings, check_budget, settings_of
-from fastgrad_compiler.targets import BACKENDS
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
-__all__ = ["MAX_RANK", "AttentionEntry", "attention_table", "plan_attention"]
+__all__ = ["AttentionEntry", "attention_table", "plan_attention"]
 
-MAX_RANK = 20_000  # a state of rank x (dv + 1) floats for each head: 5 MB at dv = 64
 
 Assignment: TypeAlias = Mapping[str, Sequence[Decision]]  # by full path, one decision for each group of heads
 
@@ -145,9 +143,8 @@ def case_of(
         (lengths.longest(entry.queries), lengths.longest(entry.keys)),
         entry.queries == entry.keys,
         budget.near,
-        PACE[target],
+        target,
         program.trust == "certified",
-        BACKENDS[target],
         entry.groups,
     )
 
