@@ -323,18 +323,26 @@ def _norm(name: str, count: int) -> Rule:
 # ---------------------------------------------------------------- masks, weights, losses
 
 
+_READERS = (
+    *("softmax({})",) * 4,
+    "tanh(2.0 * {})", "exp(2.0 * tanh({}))", "sigmoid({} + 1.0)", "exp(-abs({}))", "clamp({}; low = -1.0, high = 0.5)",
+    "max({}, -0.5)", "1.0 / (1.0 + abs({}))",
+)  # fmt: skip
+"""What reads scores with hidden pairs and is finite: -inf stays in no sum."""
+
+
 def _masked(name: str, mask: str = "") -> Rule:
-    """Scores with hidden pairs; what reads them is a softmax, since -inf stays in no sum."""
+    """Scores with hidden pairs, in what leaves no -inf."""
 
     def rule(g: Grower) -> str:
         if mask:
             which = g.pick("bool" if name == "padding" else "int", lambda each: each.rank == 2)
             x = g.pick(where=lambda e: e.rank >= 3 and (e.shape[0], e.shape[-1]) == which.shape
                        and (name == "padding" or e.shape[-2] == e.shape[-1]))  # fmt: skip
-            return f"softmax({name}({x.text}, {which.text}))"
+            return g.rng.choice(_READERS).format(f"{name}({x.text}, {which.text})")
         x = g.pick(where=lambda e: e.rank >= 2 and (name == "window" or e.shape[-2] == e.shape[-1]))
         width = f"; width = {g.rng.randint(1, 4)}" if name == "window" else ""
-        return f"softmax({name}({x.text}{width}))"
+        return g.rng.choice(_READERS).format(f"{name}({x.text}{width})")
 
     return rule
 

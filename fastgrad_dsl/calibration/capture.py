@@ -248,6 +248,8 @@ def exact(node: Node, tensors: Sequence[Tensor]) -> Tensor:
     width = max(q.shape[-1], v.shape[-1])  # PyTorch has fused kernels for equal widths only
     q, k, wide = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     grouped, causal = q.shape[1] != k.shape[1], bool(node["causal"])
+    if causal and scale <= 0:  # to which PyTorch's fused kernel has no answer
+        q, scale = q * scale, 1.0
     out = F.scaled_dot_product_attention(q, k, wide, is_causal=causal, scale=scale, enable_gqa=grouped)
     return out[..., : v.shape[-1]]
 

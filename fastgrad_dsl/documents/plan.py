@@ -19,12 +19,13 @@ from fastgrad_compiler.attention.table import (
 )
 from fastgrad_compiler.codegen.attention_kernels import kernel_module
 from fastgrad_compiler.ir.graph import Attribute, Node, Program
+from fastgrad_compiler.ir.text_parser import parse_dim
 from fastgrad_compiler.planning.cost import Shape, Way, flops
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.api.attention_rounding import entry_rounding, rounding_document
 from fastgrad_dsl.api.batches import Input, model_inputs, target_inputs
 
-FORMAT = "fastgrad-plan-3"
+FORMAT = "fastgrad-plan-4"
 
 
 def plan_document(
@@ -175,7 +176,14 @@ def _input(tensor: Input) -> dict[str, Any]:
         "dtype": tensor.dtype,
         "shape": [str(dim) for dim in tensor.shape],
         "below": tensor.below,
+        "documents": tensor.documents,
+        "ids": tensor.ids,
     }
+
+
+def input_of(document: Mapping[str, Any]) -> Input:
+    """The input that an entry of a plan's `inputs` or `targets` describes."""
+    return Input(**{**document, "shape": tuple(map(parse_dim, document["shape"]))})
 
 
 def _number(value: Attribute) -> float | None:

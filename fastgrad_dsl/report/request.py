@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgrad_compiler.codegen.kernel import ENDINGS
 from fastgrad_compiler.ir.text_parser import parse_dim
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.api.attention_rounding import spec_of
-from fastgrad_dsl.api.batches import Input, random_batch, tokens_of
-from fastgrad_dsl.documents.plan import is_approximated
+from fastgrad_dsl.api.batches import random_batch, tokens_of
+from fastgrad_dsl.documents.plan import input_of, is_approximated
 from fastgrad_dsl.documents.read import read_document
 from fastgrad_dsl.report.document import build_report
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
@@ -135,7 +136,7 @@ def _subject(request: ReportRequest) -> Subject:
     if request.where.is_dir():
         folder = built(request.where)
         plan = load_plan(folder)
-        kernels = {f"{e['kernel']}{suffix}" for e in plan["attentions"] for suffix in (".py", ".cpp")}
+        kernels = {f"{e['kernel']}{ending}" for e in plan["attentions"] for ending in ENDINGS}
         files = {name: text for name in sorted(kernels) if (text := _code(folder / name)) is not None}
         return Subject(
             plan,
@@ -211,10 +212,7 @@ def text_sizes(plan: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[int, 
 def _batch(
     plan: Mapping[str, Any], request: ReportRequest, sizes: Mapping[str, int]
 ) -> tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    inputs, targets = (
-        [Input(t["name"], t["dtype"], tuple(parse_dim(d) for d in t["shape"]), t["below"]) for t in plan[key]]
-        for key in ("inputs", "targets")
-    )
+    inputs, targets = ([input_of(tensor) for tensor in plan[key]] for key in ("inputs", "targets"))
     if request.text is None:
         batch = random_batch([*inputs, *targets], sizes, request.seed)
         return "random inputs", batch[: len(inputs)], batch[len(inputs) :]

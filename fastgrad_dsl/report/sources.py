@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastgrad_compiler.codegen.kernel import ENDINGS
 from fastgrad_dsl.report.entries import Entry
 from fastgrad_dsl.report.words import SOURCES, decision, folded, number
 
@@ -32,8 +33,7 @@ def kernel_code(
 ) -> tuple[dict[str, str], list[list[str]]]:
     """The texts of the kernels by file name, and the files of each attention."""
     names = [
-        sorted(file for file in files if entry["kernel"] and file.rpartition(".")[0] == entry["kernel"])
-        for entry in attentions
+        sorted(files.keys() & {f"{entry['kernel']}{ending}" for ending in ENDINGS}) for entry in attentions
     ]
     return {file: files[file] for file in sorted({file for each in names for file in each})}, names
 

@@ -109,12 +109,12 @@ class BudgetWatch:
     def _state(self, model: nn.Module) -> BudgetState:
         served = [e for e in self.compiled.plan_document["attentions"] if e["decision"] == "polynomial"]
         approximated = [is_approximated(entry) for entry in served]
-        statuses: Sequence[Mapping[str, Any]] = model.budget_status(reset=True)  # type: ignore[operator]
+        statuses = _counted(model)
         output = gradient = 0.0
         if any(approximated):
             inputs, targets = self.held_out[:1], self.held_out[1:]
             output, gradient = whole_errors(model, inputs, targets, self.compiled.loss, approximated)
-            model.budget_status(reset=True)  # type: ignore[operator]
+            _counted(model)
         shares = {
             status["path"]: status["largest"] / _largest(status["bound"])
             for status in statuses
@@ -134,13 +134,21 @@ class BudgetWatch:
 
     def _proved(self, model: nn.Module) -> dict[str, float]:
         """The share of the planned R that is proved of the present weights, where the plan rests on such a proof."""
-        rests = {e["path"] for e in self.compiled.plan_document["attentions"] if e.get("source") == "weights"}
+        rests = {
+            e["path"] for e in self.compiled.plan_document["attentions"] if e["range_source"] == "weights"
+        }
         certificates = certify(self.compiled.program, model, self.compiled.target) if rests else ()
         return {
             each.path: each.range.bound / each.planned
             for each in certificates
             if each.path in rests and each.planned and isfinite(each.range.bound)
         }
+
+
+def _counted(model: nn.Module) -> Sequence[Mapping[str, Any]]:
+    """What the guards counted, who count anew; calls that a policy made exact stay so."""
+    found: Sequence[Mapping[str, Any]] = model.budget_status(reset=True, keep_verdict=True)  # type: ignore[operator]
+    return found
 
 
 def _largest(bound: float | Sequence[float]) -> float:

@@ -14,10 +14,11 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from errno import ELOOP
+from errno import EEXIST, ELOOP
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from fastgrad_compiler.frontend.modules import Module, load, standard_library
 from fastgrad_compiler.frontend.reporter import Reporter
 from fastgrad_compiler.runtime.private_files import remove_dead_files
 from fastgrad_dsl.api.loader import MODEL, WEIGHTS
+from fastgrad_dsl.report.reproduce import IN_MEMORY
 from fastgrad_dsl.storage.build_folder import recover
 from fastgrad_dsl.storage.build_manifest import MANIFEST
 from fastgrad_dsl.storage.files import write_atomically
@@ -41,6 +43,8 @@ SPEC, LOCK = "spec", ".lock"
 _FILES = (CHECKPOINT, WEIGHTS, LOG)  # in the order in which a run that is replaced is removed
 _TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, _FILES))}|{MODEL})\.\w+\.(tmp|new|old)")
 """What `write_atomically` and `write_build` leave where they are killed; they remove it the next time."""
+_LOCK_TEXT = re.compile(rb"process \d+ on [^\n]*\n")
+_LOCK_BYTES = 1000  # of a lock's text, and more
 
 
 @contextmanager
@@ -48,10 +52,11 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
     """The folder for this process alone, without what killed processes left, and to begin in unless `resume`.
 
     Raises TfgError: FG431 where another run, or files that are no run's, are there and `force` is not given; FG432
-    where another process trains in it; FG421 where it cannot be written.
+    where another process trains in it; FG421 where it cannot be written. What was there is unchanged then.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        _check_lock(folder / LOCK)
         lock = FileLock(folder / LOCK)
         try:
             lock.acquire(blocking=False)
@@ -60,9 +65,14 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
     try:
         with writing(folder):
             (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            if not resume and not force:
+                _check_free(folder)
             _clean(folder)
             if not resume:
-                _make_room(folder, force)
+                for (
+                    name
+                ) in _FILES:  # the checkpoint first: what is left is no run, and never a mixture of two
+                    (folder / name).unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -79,31 +89,47 @@ def writing(path: Path, *, kept: str = "") -> Iterator[None]:
         raise TfgError([Diagnostic("FG421", f"cannot write {path}: {reason}", help=help_)]) from None
 
 
-def _make_room(folder: Path, force: bool) -> None:
+def _check_lock(path: Path) -> None:
+    """OSError where the lock's name is that of something else, which would be written over."""
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_file():
+        raise OSError(EEXIST, f"{path} is no regular file", str(path))
+    with path.open("rb") as stream:
+        content = stream.read(_LOCK_BYTES)
+    if content and not _LOCK_TEXT.fullmatch(content):
+        raise OSError(EEXIST, f"{path} is not the lock of a run", str(path))
+
+
+def _check_free(folder: Path) -> None:
     there = {entry.name for entry in folder.iterdir() if not _TEMPORARY.fullmatch(entry.name)} - {LOCK}
     known = {*_FILES, MODEL, SPEC} if (folder / MODEL / MANIFEST).is_file() else {*_FILES}
     run = {CHECKPOINT} & there or {name for name in {LOG} & there if (folder / name).lstat().st_size}
-    if (run or there - known) and not force:
+    if run or there - known:
         raise _occupied(folder, run, sorted(there - known))
-    for name in _FILES:  # the checkpoint first: what is left is no run, and never a mixture of two
-        (folder / name).unlink(missing_ok=True)
 
 
 def _clean(folder: Path) -> None:
     """Remove what writers left that were killed."""
-    for place in (folder, folder / SPEC):
-        remove_dead_files(place, ".")
-    recover(folder / MODEL)
+    for name in _FILES:
+        remove_dead_files(folder, f".{name}.")
+    for path, clean in (
+        (folder / SPEC, lambda place: remove_dead_files(place, ".")),
+        (folder / MODEL, recover),
+    ):
+        if not path.is_symlink():
+            clean(path)
 
 
-def publish(compiled: Compiled, folder: Path, *, force: bool = False) -> None:
-    """Write the compiled model and its spec into a run's folder, where they are not there already.
+def publish(compiled: Compiled, texts: Mapping[str, str], folder: Path, *, force: bool = False) -> None:
+    """Write the compiled model and the `spec_files` of its spec into a run's folder, if they are not there already.
 
     Raises TfgError FG421 where they cannot be written, FG428 where the model was changed by hand, and not `force`.
     """
     if not _holds(folder / MODEL, compiled.files):
+        with writing(folder / MODEL):
+            _refuse_links(folder / MODEL)
         compiled.write(folder / MODEL, force=force)
-    texts = spec_files(compiled.source)
     if not _holds(folder / SPEC, texts):
         with writing(folder / SPEC):
             for name, text in texts.items():
@@ -111,7 +137,7 @@ def publish(compiled: Compiled, folder: Path, *, force: bool = False) -> None:
                 write_atomically(folder / SPEC / name, text)
 
 
-def _refuse_links(place: Path, parts: Iterable[str]) -> None:
+def _refuse_links(place: Path, parts: Iterable[str] = ()) -> None:
     """OSError where a folder on the way is a link: it may lead out of the run's folder."""
     for part in ("", *parts):
         place = place / part
@@ -119,7 +145,7 @@ def _refuse_links(place: Path, parts: Iterable[str]) -> None:
             raise OSError(ELOOP, f"{place} is a link", str(place))
 
 
-def _holds(folder: Path, texts: dict[str, str]) -> bool:
+def _holds(folder: Path, texts: Mapping[str, str]) -> bool:
     """Whether a folder's files have these texts already."""
     try:
         return all((folder / name).read_bytes() == text.encode() for name, text in texts.items())
@@ -130,17 +156,22 @@ def _holds(folder: Path, texts: dict[str, str]) -> bool:
 def spec_files(source: Source) -> dict[str, str]:
     """A spec and the files that it uses, by path from the spec's folder; the spec is the first.
 
-    Files outside of that folder are named by their last part alone. The standard library is not among them.
+    Files outside of that folder are named by their last part, after others of that name in folders 2, 3 and so on. The
+    standard library is not among them.
     """
-    if source.path.startswith("<"):
-        return {"spec.tfg": source.text}
-    found = {Path(source.path).name: source.text}
+    main = "spec.tfg" if source.path == IN_MEMORY else Path(source.path).name
+    found = {main: source.text}
     above = Path(source.path).resolve().parent
     for used in _used(load(source, Reporter()), set()):
         path = Path(used.path).resolve()
-        inside = path.relative_to(above) if path.is_relative_to(above) else Path(path.name)
-        found.setdefault(inside.as_posix(), used.text)
+        inside = path.is_relative_to(above)
+        name = path.relative_to(above).as_posix() if inside else path.name
+        found[name if name not in found else _free_name(name, found)] = used.text
     return found
+
+
+def _free_name(name: str, taken: Iterable[str]) -> str:
+    return next(each for number in count(2) if (each := f"{number}/{name}") not in taken)
 
 
 def _used(module: Module, seen: set[str]) -> Iterator[Source]:
@@ -154,12 +185,14 @@ def _used(module: Module, seen: set[str]) -> Iterator[Source]:
             yield from _used(each, seen)
 
 
-def identity(compiled: Compiled, text: str, *, exact: bool, calibrate: bool) -> dict[str, str]:
+def identity(
+    compiled: Compiled, texts: Mapping[str, str], text: str, *, exact: bool, calibrate: bool
+) -> dict[str, str]:
     """What a resumed run must share with the one that was begun, by what a person calls it; texts by their hash.
 
-    `text` is the SHA-256 of the text to learn.
+    `texts` are the `spec_files`, `text` is the SHA-256 of the text to learn.
     """
-    main, *used = spec_files(compiled.source).items()
+    main, *used = texts.items()
     params = ", ".join(f"{name}={value}" for name, value in sorted(compiled.params.items()))
     return {
         "the text": f"sha256 {text}",

@@ -19,7 +19,7 @@ from fastgrad_dsl.commands.terminal import print_calibration, print_plan
 from fastgrad_dsl.storage.weights import load_weights
 from fastgrad_dsl.training.budget_watch import BudgetWatch
 from fastgrad_dsl.training.checkpoint import read_checkpoint
-from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, identity, publish
+from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, identity, publish, spec_files
 from fastgrad_dsl.training.log import Event
 from fastgrad_dsl.training.loop import Context, Loss, Options, generate, is_finished, train, train_in
 from fastgrad_dsl.training.plan import TextPlanner, plan_of, resumed_pace, resumed_plan, without_polynomials
@@ -61,7 +61,8 @@ def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module
     data = load_text(request.text, options.tokens)
     console = console_of_lines()
     exact, calibrate = options.exact, request.calibrate
-    named = identity(compiled, data.digest, exact=exact, calibrate=calibrate)
+    texts = spec_files(compiled.source)  # now, for the files may change while the run goes on
+    named = identity(compiled, texts, data.digest, exact=exact, calibrate=calibrate)
     compiled = without_polynomials(compiled) if exact else compiled
     model = None
     if request.resume:
@@ -69,7 +70,7 @@ def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module
     if model is None:
         with claimed(request.folder, resume=request.resume, force=request.force), stop_on_signals() as stop:
             try:
-                model = _train(console, compiled, loss, data, request, named, stop)
+                model = _train(console, compiled, loss, data, request, texts, named, stop)
             except (Stopped, StopAsked) as stopped:
                 _say_stopped(stopped, request.folder)
                 raise SystemExit(128 + (stop.signal or 0)) from None
@@ -101,6 +102,7 @@ def _train(
     loss: Loss,
     data: TextData,
     request: TrainRequest,
+    texts: Mapping[str, str],
     named: Mapping[str, str],
     stop: Stop,
 ) -> nn.Module:
@@ -123,7 +125,7 @@ def _train(
         named,
         {"calibration": planner.places},
         lambda: plan_of(watch.compiled, planner.pace),
-        lambda: publish(watch.compiled, request.folder, force=request.force),
+        lambda: publish(watch.compiled, texts, request.folder, force=request.force),
         stop,
     )
     watched = None if request.options.exact else watch

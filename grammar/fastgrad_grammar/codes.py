@@ -74,6 +74,7 @@ CODES: dict[str, str] = {
     "FG241": "program that is too large",
     "FG242": "polynomial that is no weight",
     "FG243": "dimension that no input shows",
+    "FG244": "dimension that is not divided evenly",
     # FG3xx: bounds and budgets
     "FG301": "attention without a proved bound",
     "FG302": "budget pattern that matches no attention",

@@ -108,6 +108,15 @@ def test_a_false_bound_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is claimed" in found.message
 
 
+@pytest.mark.parametrize("reader", ["exp({} + 1.0)", "exp(max({}, -2.0))", "tanh({} / 2.0)", "sigmoid({})"])
+def test_a_rule_that_forgets_what_a_mask_hides_is_found(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of visible scores these have a range away from what a hidden one becomes."""
+    text = PLAIN.replace("exp(tanh(y))", reader.format("causal(unit(x) @ unit(x).T)") + " @ x")
+    assert examine("b", _case(text)) is None
+    monkeypatch.setattr(bound_rules, "MASK_AWARE", frozenset(bound_rules.BOUND))
+    assert "is claimed" in _found("b", _case(text)).message
+
+
 def test_a_false_certificate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = certificates.eta
     monkeypatch.setattr(check_errors, "eta", lambda eps: 0.8 * whole(eps))

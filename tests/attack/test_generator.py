@@ -133,7 +133,7 @@ def test_every_spelling_of_attention_comes_about() -> None:
 
 @pytest.fixture(scope="module")
 def grown() -> list[Grown]:
-    return [grow(seed) for seed in range(15)]
+    return [grow(seed) for seed in range(25)]
 
 
 def test_programs_are_well_typed_and_few_statements_are_refused(grown: list[Grown]) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 import fastgrad_dsl as fg
 from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.reference.operations_torch import TORCH
+from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_dsl.api.batches import model_inputs, random_batch
 from fastgrad_dsl.calibration.calibrate import _gain
 from fastgrad_dsl.calibration.candidates import whole_errors
@@ -51,6 +53,19 @@ def _subject(spec: str, n: int, seed: int = 0) -> tuple[Subject, tuple[Tensor, .
     model = compiled.module(seed=0, dtype=torch.float64)
     subject = Subject(program, dict(model.state_dict()), None)
     return subject, batch, capture(subject, batch)
+
+
+@pytest.mark.parametrize("scale", [-2.0, 0.0])
+def test_a_causal_attention_without_a_positive_scale_is_captured(scale: float) -> None:
+    """PyTorch's fused kernel has no answer there."""
+    head = f"weight w: float[16, 16] = normal()\n    y = split_heads(x @ w, 4)\n    s = {scale} * (y @ y.T)"
+    spec = MODEL.format(inputs="", layer=f"{head}\n    x = merge_heads(softmax(causal(s)) @ y)")
+    _, batch, run = _subject(spec, 9)
+    (call,) = run.calls.values()
+    assert (call.node["causal"], call.node["scale"]) == (True, scale)
+    dense = TORCH["attention"](call.node, list(call.inputs), Env({}, torch.float64, batch[0].device))
+    assert isinstance(dense, Tensor)
+    assert torch.allclose(call.output, dense, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -71,7 +71,14 @@ def test_it_needs_no_torch_and_no_rule_of_the_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names = [name.removeprefix("fastgrad_compiler.") for name in done.stdout.split()]
-    assert names == ["dim", "flatten", "graph", "oracle", "oracle_attention", "oracle_operations"]
+    needed = ["dim", "flatten", "graph"]
+    own = ["oracle", "oracle_attention", "oracle_operations"]
+    assert names == [
+        "ir",
+        *(f"ir.{name}" for name in needed),
+        "reference",
+        *(f"reference.{name}" for name in own),
+    ]
 
 
 # ---------------------------------------------------------------- each operation against torch

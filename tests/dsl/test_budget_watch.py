@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ from torch import nn
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.calibration.calibrate import MARGIN
 from fastgrad_dsl.calibration.replan import Request, replan
 from fastgrad_dsl.training.budget_watch import CLOSE, BudgetState, BudgetWatch
 from fastgrad_dsl.training.loop import Options, train
 from fastgrad_dsl.training.text_data import load_text
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from tests.dsl.models import always_polynomial
 
 SPEC = """use std
 dim b
@@ -34,6 +38,27 @@ budget {
 """
 
 
+CERTIFIED = """use std
+dim b
+dim n <= 65536
+model certified(tokens: int[b, n]) -> float[b, n, 256] {
+    weight table: float[256, 16] = normal(std = 0.5)
+    weight wq: float[16, 4] = normal(std = 0.1)
+    weight wk: float[16, 4] = normal(std = 0.1)
+    x = embedding(table, tokens)
+    h = std.rms_norm(x)
+    s = split_heads(h @ wq, 2) @ split_heads(h @ wk, 2).T
+    return (x + merge_heads(softmax(causal(s)) @ split_heads(h, 2))) @ table.T
+}
+objective loss(logits: float[b, n, 256], targets: int[b, n]) = cross_entropy(logits, targets)
+budget {
+    output <= 0.05
+    gradient <= 0.1
+    trust = certified
+}
+"""
+
+
 @pytest.fixture
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
@@ -42,12 +67,12 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _watch(
-    batches: list[tuple[torch.Tensor, torch.Tensor]], lines: list[str]
+    batches: list[tuple[torch.Tensor, torch.Tensor]], lines: list[str], spec: str = SPEC
 ) -> tuple[BudgetWatch, nn.Module]:
     def again(compiled: Compiled, model: nn.Module) -> Compiled:
         return replan(compiled, Request(model, batches, measured_pace=False))
 
-    compiled = fg.compile(SPEC, target="torch")
+    compiled = fg.compile(spec, target="torch")
     model = compiled.module(seed=0)
     watch = BudgetWatch(compiled, batches[-1], again, lines.append)
     watch.compiled = again(compiled, model)
@@ -88,6 +113,49 @@ def test_growing_logits_bring_a_new_plan(batches: list[tuple[torch.Tensor, torch
     assert same is changed
     assert after.output <= 0.05
     assert not after.violations
+
+
+def test_a_range_proved_from_weights_is_watched_as_they_grow(
+    batches: list[tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """What is proved of the present weights counts, not what the logits of a batch happen to take."""
+    lines: list[str] = []
+    watch, model = _watch(batches, lines, CERTIFIED)
+    (entry,) = watch.compiled.plan_document["attentions"]
+    assert (entry["range_source"], entry["decision"]) == ("weights", "polynomial")
+    quiet, _ = watch.look(model)
+    assert quiet.where == entry["path"]
+    assert quiet.range == pytest.approx(1 / MARGIN, abs=0.01)
+    with torch.no_grad():
+        dict(model.named_parameters())["wq"].mul_(1.2)
+    state, _ = watch.look(model)
+    assert state.range == pytest.approx(1.2 / MARGIN, abs=0.01)
+
+
+def test_a_verdict_of_exact_outlives_a_look(
+    batches: list[tuple[torch.Tensor, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On devices that are not waited for, `exact` acts from a later call on: a look takes the counts alone."""
+    spec = SPEC.replace("gradient <= 0.1", "gradient <= 0.1\n    on_violation = exact")
+    watch, below = _watch(batches, [], spec)
+    model = always_polynomial(watch.compiled, below)
+    guard = sys.modules[f"{type(model).__module__.rpartition('.')[0]}.guard"]
+    monkeypatch.setattr(guard, "_waits", lambda device: False)
+    monkeypatch.setattr(watch, "again", _refused)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("wq"):
+                parameter.mul_(4.0)
+    tokens = batches[0][0]
+    polynomial, exact = model(tokens), model(tokens)
+    assert not torch.equal(polynomial, exact)
+    watch.look(model)
+    assert watch.states[-1].violations
+    assert torch.equal(model(tokens), exact)
+
+
+def _refused(compiled: Compiled, model: nn.Module) -> Compiled:
+    raise TfgError([Diagnostic("FG312", "no plan keeps the budget")])
 
 
 def test_shares() -> None:

@@ -67,6 +67,15 @@ def test_a_file_outside_is_not_read(fastgrad: Run, used: str) -> None:
     assert "root:" not in out + err
 
 
+def test_a_folder_whose_name_is_that_of_a_text_is_a_folder(fastgrad: Run) -> None:
+    """`<text>` is the name of a text in memory, which uses files of the current folder."""
+    Path("secret").write_text("root: x")
+    Path("<text>").mkdir()
+    write_spec("secret", "<text>/spec.tfg")
+    status, out, err = fastgrad("check", "<text>/spec.tfg")
+    assert (status, "error[FG235]" in err, "root:" in out + err) == (2, True, False)
+
+
 @pytest.mark.parametrize("kind", ["a link to a file", "a link to a folder", "a link to a link"])
 def test_a_link_that_leads_outside_is_not_followed(fastgrad: Run, kind: str) -> None:
     write_spec(make_link(kind))

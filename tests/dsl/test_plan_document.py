@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ from fastgrad_compiler.approximation.rounding import Run, Sizes, rounding
 from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.planning.cost import flops
 from fastgrad_compiler.targets import BACKENDS
+from fastgrad_dsl.api.batches import model_inputs, target_inputs
 from fastgrad_dsl.api.compiled import Compiled
-from tests.dsl.models import EXAMPLES
+from fastgrad_dsl.documents.plan import input_of
+from fastgrad_dsl.report import ReportRequest, make_report, request
+from tests.dsl.models import EXAMPLES, NAMES, small
 
 SPEC = """dim b
 dim n <= 4096
@@ -126,6 +130,46 @@ def test_the_report_holds_the_plan_and_three_kinds_of_error(compiled: Compiled) 
     assert 0 < whole["gradient"]["measured"] < 0.1
     assert whole["loss"] != whole["exact_loss"]
     assert whole["loss"] == pytest.approx(whole["exact_loss"], rel=1e-2)
+
+
+PACKED = """use std
+dim b
+dim n <= 4096
+model packed(tokens: int[b, n], ids: int[b, n]) -> float[b, n, 8] {
+    weight table: float[11, 8] = normal()
+    x = embedding(table, tokens)
+    return merge_heads(softmax(documents(split_heads(x, 2) @ split_heads(x, 2).T, ids)) @ split_heads(x, 2))
+}
+"""
+
+
+@pytest.mark.parametrize("name", [*NAMES, "packed"])
+def test_inputs_and_targets_are_what_the_program_takes(name: str) -> None:
+    compiled = fg.compile(PACKED) if name == "packed" else small(name)
+    plan = compiled.plan_document
+    assert tuple(map(input_of, plan["inputs"])) == model_inputs(compiled.program)
+    assert tuple(map(input_of, plan["targets"])) == target_inputs(compiled.program)
+
+
+def test_a_report_of_a_packed_model_draws_documents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Runs of some hundred tokens, and no ids of 0 and 1 at random, of which runs are two tokens long."""
+    met: list[torch.Tensor] = []
+
+    def spy(plan: object, model: object, inputs: list[torch.Tensor], *_: object) -> None:
+        met.append(inputs[1])
+
+    monkeypatch.setattr(request, "measure_plan", spy)
+    monkeypatch.setattr(request, "build_report", lambda *_, **__: {})
+    spec = tmp_path / "packed.tfg"
+    spec.write_text(PACKED)
+    fg.compile(spec).write(tmp_path / "folder")
+    for where in (spec, tmp_path / "folder"):
+        asked = ReportRequest(where, {}, None, None, None, {"b": 4, "n": 1024}, 0, measure=True)
+        make_report(asked, lambda what: None)
+    for ids in met:
+        assert bool((ids.diff() >= 0).all())
+        assert 1 <= int((ids.diff() != 0).sum()) <= 4 * 16
+    assert torch.equal(*met)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "report.json"])

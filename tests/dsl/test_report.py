@@ -285,6 +285,19 @@ def test_spec_derivations_and_code() -> None:
     assert list(report["code"])
 
 
+def test_a_report_shows_all_files_of_a_kernel(tmp_path: Path) -> None:
+    """What runs on a GPU too, of a spec and of a folder."""
+    compiled = fg.compile(GPT, params=SIZES, target="auto")
+    compiled.write(tmp_path / "folder")
+    of_folder = make_report(
+        ReportRequest(tmp_path / "folder", {}, None, None, None, {}, 0, measure=False), lambda what: None
+    )
+    kernel = compiled.plan_document["attentions"][0]["kernel"]
+    for report in (compiled.report(), of_folder):
+        assert list(report["code"]) == [f"{kernel}.cpp", f"{kernel}.py", f"{kernel}_triton.py"]
+        assert report["attentions"][0]["code"] == list(report["code"])
+
+
 def test_warnings_say_what_a_number_rests_on() -> None:
     wide = asserted(3.0, 'at "*" degree = 4').report()
     assert "asserted" in kinds(wide)

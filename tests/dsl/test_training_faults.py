@@ -24,7 +24,7 @@ from torch import Tensor
 import fastgrad_dsl as fg
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.training.checkpoint import read_checkpoint
-from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, publish
+from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, publish, spec_files
 from fastgrad_dsl.training.loop import Context, Options, train_in
 from fastgrad_dsl.training.text_data import TextData
 from fastgrad_grammar.diagnostics import TfgError
@@ -62,7 +62,8 @@ def data() -> TextData:
 def run(
     folder: Path, data: TextData, compiled: Compiled, *, resume: bool = False, force: bool = False
 ) -> None:
-    context = Context({"the text": data.digest}, publish=lambda: publish(compiled, folder))
+    texts = spec_files(compiled.source)
+    context = Context({"the text": data.digest}, publish=lambda: publish(compiled, texts, folder))
     with claimed(folder, resume=resume, force=force):
         list(train_in(Bigram(), loss, data, OPTIONS, folder, context, resume=resume, watch=None))
 

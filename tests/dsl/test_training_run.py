@@ -166,6 +166,14 @@ def test_a_run_folder_is_complete(fastgrad: Run) -> None:
     assert status == 0, err
 
 
+def test_the_spec_of_a_run_is_the_one_that_it_began_with(
+    fastgrad: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 1, lambda: Path("parts/layer.tfg").write_text("# edited while the run goes on\n"))
+    assert fastgrad(*OPTIONS, "--steps", "2")[0] == 0
+    assert Path("run/spec/parts/layer.tfg").read_text() == LAYER
+
+
 def test_the_model_of_an_exact_run_is_exact(fastgrad: Run) -> None:
     assert fastgrad(*OPTIONS, "--steps", "2", "--exact")[0] == 0
     plan = json.loads(Path("run/model/plan.json").read_text())

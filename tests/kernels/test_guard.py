@@ -377,6 +377,29 @@ def test_late_exact_acts_from_the_next_call_on(caplog: pytest.LogCaptureFixture)
     assert worst_error([out, *found], exact) < 1e-12  # whatever the guard now says
 
 
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.usefixtures("late")
+def test_a_verdict_is_kept_where_counts_alone_are_set_back(seen: bool) -> None:
+    """Also one that no call has `seen`, and a pass that is run again for a backward pass takes none."""
+    inputs, within = scaled(make_inputs(BASE, 13), 9.0), make_inputs(BASE, 13)
+    guard, raising = (Guard(bound=1.0, source="data", policy=policy) for policy in ("exact", "raise"))
+    guarded(BASE, inputs, guard)
+    guarded(BASE, inputs, raising)
+    if seen:
+        guarded(BASE, within, guard)
+    guard.status(reset=True, keep_verdict=True)
+    raising.status(reset=True, keep_verdict=True)
+    assert counts(guard) == (0, 0, 0, 0)
+    exact = run_dense(BASE, within, exact=True)
+    for _ in range(2):
+        assert worst_error(guarded(BASE, within, guard), exact) < 1e-12
+    with pytest.raises(BudgetViolation):
+        guarded(BASE, within, raising)
+    guarded(BASE, within, raising)  # it was raised once
+    guard.status(reset=True)
+    assert worst_error(guarded(BASE, within, guard), run_kernel(BASE, within)) == 0.0
+
+
 @pytest.mark.usefixtures("late")
 def test_a_verdict_between_the_passes() -> None:
     """A verdict that comes after a forward pass has no say in its backward pass."""

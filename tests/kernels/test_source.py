@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import itertools
 import shutil
@@ -13,15 +14,20 @@ import pytest
 import torch
 
 from fastgrad_compiler.approximation.features import blocks, weights
+from fastgrad_compiler.codegen import kernel
 from fastgrad_compiler.codegen.kernel import (
+    CPP_RUNTIME_FILES,
     RUNTIME_FILES,
+    TRITON_RUNTIME_FILES,
     KernelSpec,
     choose_chunk,
     emit_kernel,
     kernel_name,
     load_kernel,
 )
+from fastgrad_compiler.runtime import exact_attention
 from fastgrad_compiler.runtime.polynomial_features import monomial_weights
+from fastgrad_compiler.targets import BACKENDS
 from tests.kernels.inputs import COEFFICIENTS, make_inputs
 
 CASES = [
@@ -108,6 +114,50 @@ def test_weights_and_blocks_are_those_of_the_compiler(d: int, degree: int) -> No
     assert monomial_weights(d, spec.coefficients, expected) == pytest.approx(
         weights(d, spec.coefficients), rel=1e-15
     )
+
+
+RELEASED = (*RUNTIME_FILES, *CPP_RUNTIME_FILES, *TRITON_RUNTIME_FILES)
+
+
+@pytest.mark.parametrize("file", RELEASED, ids=lambda path: path.stem)
+def test_names_tell_releases_of_each_runtime_file_apart(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel depends on the files that are copied beside it; the ends of their lines do not count."""
+    spec, backends, named = CASES[0], BACKENDS["auto"], kernel_name.__wrapped__
+    read, before = kernel._content, named(spec, backends)
+    monkeypatch.setattr(kernel, "_content", lambda path: read(path).replace(b"\n", b"\r\n"))
+    assert named(spec, backends) == before
+    monkeypatch.setattr(kernel, "_content", lambda path: read(path) + b"#" * (path == file))
+    assert named(spec, backends) != before
+
+
+def test_the_name_of_exact_attention_hashes_all_that_it_imports() -> None:
+    found, left = set(), ["exact_attention"]
+    while left:
+        found.add(f"{(name := left.pop())}.py")
+        tree = ast.parse((RUNTIME_FILES[0].parent / f"{name}.py").read_text(encoding="utf-8"))
+        imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level)
+        left += [str(node.module) for node in imports if f"{node.module}.py" not in found]
+    assert sorted(found) == sorted(exact_attention.FILES)
+
+
+def test_two_releases_of_exact_attention_live_in_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that another release wrote computes what its own files say, and not what was registered before."""
+    folder = tmp_path / "another_release"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    for file in RUNTIME_FILES:
+        shutil.copy(file, folder)
+    own = folder / "exact_attention.py"
+    text = own.read_text(encoding="utf-8")
+    assert text.count("].to(v.dtype).contiguous()") == 1
+    own.write_text(text.replace("].to(v.dtype).contiguous()", "].to(v.dtype).contiguous().neg()"))
+    monkeypatch.syspath_prepend(tmp_path)
+    other = importlib.import_module("another_release.exact_attention")
+    q, k, v = make_inputs(KernelSpec(3, 2, COEFFICIENTS[2]), 20).tensors
+    assert torch.equal(other.exact_attention(q, k, v), -exact_attention.exact_attention(q, k, v))
+    assert exact_attention.OPERATION._schema.name != other.OPERATION._schema.name
 
 
 def test_copies_in_two_packages_share_their_operations(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils.checkpoint import checkpoint
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, emit_kernel, kernel_name, load_kernel
+from fastgrad_compiler.runtime.exact_attention import OPERATION as EXACT
 from fastgrad_compiler.runtime.exact_attention import exact_attention
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_kernel
 
@@ -73,7 +74,7 @@ def test_opcheck_of_transposed_inputs(exact_below: int) -> None:
 def test_opcheck_of_exact_attention() -> None:
     for spec, window in ((NEAR, 0), (PACKED, 3)):
         inputs = arguments(make_inputs(spec, 9))
-        torch.library.opcheck(torch.ops.fastgrad.exact_attention, (*inputs, 0.5, spec.causal, 4, window))
+        torch.library.opcheck(EXACT, (*inputs, 0.5, spec.causal, 4, window))
 
 
 def load_and_name(spec: KernelSpec) -> str:

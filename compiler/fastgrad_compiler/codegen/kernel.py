@@ -7,7 +7,6 @@ what is emitted can be read before it is emitted; buffers, checks and the exact 
 
 from __future__ import annotations
 
-import hashlib
 import linecache
 import sys
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 from fastgrad_compiler.approximation.elementary import power
 from fastgrad_compiler.approximation.features import blocks, rank
 from fastgrad_compiler.codegen.templates import render
+from fastgrad_compiler.runtime.content_name import content_name
 from fastgrad_compiler.targets import PYTORCH, Backends
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
     RUNTIME / name
     for name in (
         "attention_op.py",
+        "content_name.py",
         "documents.py",
         "exact_attention.py",
         "guard.py",
@@ -60,7 +61,8 @@ TRITON_RUNTIME_FILES: tuple[Path, ...] = tuple(
 RUNTIME_PACKAGE = "fastgrad_compiler.runtime"
 UNROLLED_BLOCKS = 160  # a longer table is emitted as the loop that makes it
 NAME_PLACEHOLDER = "attention_" + "0" * 12
-CPP, TRITON = ".cpp", "_triton.py"  # what the name of a backend's file has behind the kernel's
+CPP, TRITON = ".cpp", "_triton.py"  # what the name of a backend's file has after the kernel's
+ENDINGS = (".py", CPP, TRITON)  # of all files that a kernel may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +171,18 @@ def runtime_files(specs: Iterable[KernelSpec], backends: Backends) -> tuple[Path
 
 @cache
 def kernel_name(spec: KernelSpec, backends: Backends = PYTORCH) -> str:
-    """`attention_` and twelve hexadecimal digits of a hash of the sources: file, module and operation."""
-    text = "".join([_render(spec, NAME_PLACEHOLDER, backends), *_backend_texts(spec, backends).values()])
-    return "attention_" + hashlib.sha256(text.encode()).hexdigest()[:12]
+    """`attention_` and twelve hexadecimal digits of a hash of its sources: file, module and operation.
+
+    Those are the kernel's own and the files of `runtime` beside it: one process may hold builds of two releases.
+    """
+    own = [_render(spec, NAME_PLACEHOLDER, backends), *_backend_texts(spec, backends).values()]
+    shared = dict.fromkeys((*RUNTIME_FILES, *runtime_files([spec], backends)))
+    return content_name("attention", [*(text.encode() for text in own), *map(_content, shared)])
+
+
+@cache
+def _content(path: Path) -> bytes:
+    return path.read_bytes()
 
 
 @cache

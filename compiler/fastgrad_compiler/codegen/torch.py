@@ -258,11 +258,14 @@ def _declare(module: Module, writer: Writer, label: str, member: Member) -> None
 def _status(module: Module, writer: Writer) -> None:
     """The method that tells what the guards of the model counted."""
     writer.line()
-    writer.line(f"def {STATUS}(self, reset: bool = False) -> list[dict[str, object]]:")
+    parameters = "self, reset: bool = False, keep_verdict: bool = False"
+    writer.line(f"def {STATUS}({parameters}) -> list[dict[str, object]]:")
     with writer.indented():
         if module.guards:
-            writer.docstring("What the guards of attentions counted, by path; `reset` starts anew.")
-            writer.line(f"return {STATUS}(self, reset)")
+            writer.docstring(
+                "What the guards of attentions counted, by path; `reset` starts anew, `keep_verdict` but for verdicts."
+            )
+            writer.line(f"return {STATUS}(self, reset, keep_verdict)")
         else:
             writer.docstring("No attention of this model is guarded.")
             writer.line("return []")

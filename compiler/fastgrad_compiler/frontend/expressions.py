@@ -178,10 +178,24 @@ def _binary(state: State, scope: Scope, expr: ast.Binary) -> Value:
             "FG217", f"`{expr.op}` of {values.describe(left)} and {values.describe(right)}", expr.span
         )
     try:
-        return values.binary(expr.op, left, right, scope.multiples)
+        result = values.binary(expr.op, left, right, scope.multiples)
     except ValueProblem as error:
         problem(state, error, expr.span)
         raise Abort from None
+    if expr.op == "//":
+        _check_even(state, scope, expr, left, right)
+    return result
+
+
+def _check_even(state: State, scope: Scope, expr: ast.Binary, left: Value, right: Value) -> None:
+    """FG244 where a dimension is not divided evenly, of which FG208 speaks where its size is not known here."""
+    binding = scope.names.get(expr.left.name) if isinstance(expr.left, ast.Ref) else None
+    if binding is None or binding.kind != "dim" or not (isinstance(left, int) and isinstance(right, int)):
+        return
+    if left % right:
+        help_ = "give qk_dim and v_dim, the widths of a head, or a number of heads that divides it"
+        state.reporter.fail("FG244", f"{left} is not a multiple of {right}", expr.span, "does not divide evenly",
+                            help_=(help_ if scope.module.name == "std" else None,))  # fmt: skip
 
 
 def _both(state: State, scope: Scope, expr: ast.Binary) -> tuple[Value, Value]:

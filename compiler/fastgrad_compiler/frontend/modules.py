@@ -107,8 +107,7 @@ class _Loader:
     ) -> Module:
         module = Module(name, file.items)
         _declare(module, self.reporter)
-        path = Path(source.path).resolve() if not source.path.startswith("<") else None
-        here = (*chain, (path or Path(source.path), None))
+        here = (*chain, (Path(source.path).resolve(), None))
         for use in file.items:
             if not isinstance(use, ast.Use):
                 continue
@@ -213,8 +212,8 @@ class _Loader:
 
 
 def _folder(source: Source) -> str:
-    """The folder of a file, the current one (an empty name) for a text."""
-    return "" if source.path.startswith("<") else os.path.dirname(source.path)
+    """The folder of a file, the current one (an empty name) for a text, whose path is `<text>`."""
+    return os.path.dirname(source.path)
 
 
 def _candidates(name: str, source: Source, include: Iterable[str]) -> Iterator[str]:

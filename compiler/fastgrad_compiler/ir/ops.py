@@ -80,9 +80,7 @@ _OPS = (
     _op("unit", 1),  # x / ||x||, 0 where ||x|| is tiny; last axis
     # masks on scores [.., n, m]; `fill` (default -inf) is what masked entries become
     _op("causal", 1, optional="fill"),
-    _op(
-        "window", 1, attributes="width", optional="fill"
-    ),  # i - width < j <= i + width (and j <= i under causal)
+    _op("window", 1, attributes="width", optional="fill"),  # |i - j| < width
     _op("padding", 2, optional="fill"),  # (scores [b, .., n, m], mask bool[b, m])
     _op("documents", 2, optional="fill"),  # (scores [b, .., n, n], ids int[b, n])
     _op("near_far", 2, attributes="block"),  # (local, far)

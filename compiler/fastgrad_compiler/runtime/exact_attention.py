@@ -25,6 +25,7 @@ from .attention_op import (
     compute_dtype,
     row_groups,
 )
+from .content_name import content_name, read_beside
 from .documents import document_ranges, document_runs
 from .operation import register_attention
 from .selection import Sight, select_backward, select_forward, select_tangent
@@ -437,8 +438,16 @@ def _sight(scale: float, causal: bool, near: int, window: int) -> Sight:
     return Sight(causal, window)
 
 
+FILES = (
+    "attention_op.py",
+    "content_name.py",
+    "documents.py",
+    "exact_attention.py",
+    "operation.py",
+    "selection.py",
+)  # what decides how the operation behaves: this file and those that it imports, and so on
 OPERATION = register_attention(
-    "exact_attention",
+    content_name("exact_attention", (read_beside(__spec__, file) for file in FILES)),
     ", float scale, bool causal, int near, int window",
     _forward,
     _backward,

@@ -100,6 +100,7 @@ class Guard:
         self._reported = 0  # violations that were acted upon
         self._said = False
         self._exact = False  # whether a verdict that came late makes the calls exact
+        self._late: list[float] | None = None  # logits of violations that were counted and not acted upon
 
     @classmethod
     def remade(cls, spec: GuardKey) -> Guard:
@@ -179,16 +180,24 @@ class Guard:
 
     def _act(self, device: torch.device) -> None:
         """Do what the policy says where a copy of the counts has come with violations that are new."""
-        if device not in self._copies or _capturing(device) or _in_backward():
+        if _capturing(device) or _in_backward():
             return  # a pass that is run again for its backward pass takes no new verdict
+        if self._late is not None:
+            largest, self._late = self._late, None
+            self._judge(largest)
+        if device not in self._copies:
+            return
         counts, event = self._copies[device]
         if event is not None and not event.query():
             return
         del self._copies[device]
         if counts[VIOLATIONS] > self._reported:
             self._reported = int(counts[VIOLATIONS])
-            self._exact = self.spec.policy == "exact"
-            self._report(counts[LARGEST:].tolist())
+            self._judge(counts[LARGEST:].tolist())
+
+    def _judge(self, largest: Sequence[float]) -> None:
+        self._exact = self.spec.policy == "exact"
+        self._report(largest)
 
     def _report(self, largest: Sequence[float]) -> None:
         """Raise, or say once what is the matter."""
@@ -207,7 +216,7 @@ class Guard:
 
     # ------------------------------------------------------------ what users ask
 
-    def status(self, reset: bool = False) -> dict[str, object]:
+    def status(self, reset: bool = False, keep_verdict: bool = False) -> dict[str, object]:
         """The counts as `budget_status` gives them; waits for the device."""
         found = [counts.tolist() for counts in self._counts.values()]
         calls, proved, sampled, unsettled, violations = (int(sum(c[i] for c in found)) for i in range(NORMS))
@@ -217,7 +226,11 @@ class Guard:
             for counts in self._counts.values():
                 counts.zero_()
             self._copies.clear()
-            self._reported, self._said, self._exact = 0, False, False
+            if not keep_verdict:
+                self._said, self._exact, self._late = False, False, None
+            elif violations > self._reported:
+                self._late = heads
+            self._reported = 0
         return {
             "path": self.spec.path,
             "bound": list(self.spec.bound) if isinstance(self.spec.bound, tuple) else self.spec.bound,
@@ -365,16 +378,20 @@ def name_guards(model: nn.Module) -> None:
         guard.name(path)
 
 
-def budget_status(model: nn.Module, reset: bool = False) -> list[dict[str, object]]:
-    """One dict for each guarded attention of a model; `reset` sets its counts back to zero. Waits for the device.
+def budget_status(
+    model: nn.Module, reset: bool = False, keep_verdict: bool = False
+) -> list[dict[str, object]]:
+    """One dict for each guarded attention of a model. Waits for the device.
 
+    `reset` sets its counts back to zero, and forgets what they led to on devices where a policy acts late; with
+    `keep_verdict` only the counts.
     path, bound (R, or one a head), source and policy; calls that were checked, proved (norms were enough), sampled (a
     sample of the logits was looked at), unsettled (of those, without a logit beyond R that was seen, and norms do not
     exclude one) and violations (of those, with one that was seen); largest: the largest |s| that was seen, or its bound
     where norms were enough; heads: the same by head; at_most: no |s| was larger; norms: the largest
     |scale| max ||q|| max ||k|| of a call and head.
     """
-    return [guard.status(reset) for _, guard in _guards(model)]
+    return [guard.status(reset, keep_verdict) for _, guard in _guards(model)]
 
 
 def _guards(model: nn.Module) -> Iterator[tuple[str, Guard]]:

@@ -12,7 +12,6 @@ gradients, which are allocated here. Denominators, maxima and gradients are floa
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .attention_op import NAMESPACE, compute_dtype
+from .content_name import read_beside
 from .native import NativeError, enabled, load
 from .private_files import warn_once
 
@@ -122,13 +122,11 @@ class NativeAttention:
 
     def _text(self) -> str:
         """NAME.cpp, from where the module came."""
-        loader, origin = getattr(self._spec, "loader", None), getattr(self._spec, "origin", None) or ""
-        file = os.path.join(os.path.dirname(origin), f"{self.name}.cpp")
         try:
-            data: bytes = loader.get_data(file)  # type: ignore[union-attr]
-        except (AttributeError, OSError) as error:
-            raise NativeError(f"{file} is missing: compile the model again") from error
-        return data.decode()
+            return read_beside(self._spec, f"{self.name}.cpp").decode()
+        except OSError as error:
+            message = f"{error.filename or error} is missing: compile the model again"
+            raise NativeError(message) from error
 
 
 def _input_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:

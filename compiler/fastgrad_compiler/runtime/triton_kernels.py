@@ -24,6 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .content_name import read_beside
 from .private_files import (
     cache_folder,
     private_folder,
@@ -115,13 +116,13 @@ def import_kernels(name: str, spec: ModuleSpec | None) -> ModuleType:
 
 def _file(name: str, spec: ModuleSpec | None) -> Path:
     """The file of a module, where it lies or where it was written."""
-    loader, origin = getattr(spec, "loader", None), getattr(spec, "origin", None) or ""
+    origin = getattr(spec, "origin", None) or ""
     path = Path(origin).parent / f"{name}.py"
     if os.path.isfile(origin) and path.is_file():
         return path
     try:
-        text: bytes = loader.get_data(str(path))  # type: ignore[union-attr]
-    except (AttributeError, OSError) as error:
+        text = read_beside(spec, path.name)
+    except OSError as error:
         raise FileNotFoundError(f"{path} is missing: compile the model again") from error
     return _written(name, text)
 
