@@ -18,10 +18,10 @@ from fastgrad_dsl.bench.contenders import Contender, Inputs, make_inputs
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.memory import attention_peaks
 from fastgrad_dsl.bench.peak import peak_flops
-from fastgrad_dsl.bench.plot import Panel, Series, render
 from fastgrad_dsl.bench.timing import time_together
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
+from fastgrad_dsl.plots.panels import Panel, Series, render
 from fastgrad_dsl.storage.outputs import write_output
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 from fastgrad_grammar.quote import json_text

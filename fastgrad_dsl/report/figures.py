@@ -10,9 +10,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fastgrad_dsl.bench.plot import COLOURS
-from fastgrad_dsl.report.svg import (
+from fastgrad_dsl.plots.svg import (
     BOTTOM,
+    COLOURS,
     LEFT,
     LETTER,
     LINE,

@@ -79,10 +79,12 @@ EXACT = Way()
 
 
 class Cost(Protocol):
-    """A model of time. `step`: lengths that it tells apart are multiples of it."""
+    """A model of time, a value. `step`: lengths that it tells apart are multiples of it."""
 
     @property
     def step(self) -> int: ...
+
+    def __hash__(self) -> int: ...
 
     def seconds(self, shape: Shape, way: Way) -> float:
         """Of forward and backward pass, in a unit that all ways share."""
