@@ -74,7 +74,8 @@ def load_package(folder: Path) -> ModuleType:
     init = folder / "__init__.py"
     if not init.is_file() or not (folder / "model.py").is_file():
         raise _not_compiled(folder, "model.py")
-    files = (file for file in sorted(folder.iterdir()) if file.suffix in (".py", ".cpp"))
+    there = sorted(file for file in folder.iterdir() if file.is_file())  # a pipe would be waited for
+    files = (file for file in there if file.suffix in (".py", ".cpp"))
     try:
         package = package_from_texts({file.name: file.read_text(encoding="utf-8") for file in files})
         package.MODEL  # noqa: B018 (is it there?)

@@ -62,8 +62,11 @@ def _options(
     """Options of the command itself."""
 
 
-File = Annotated[Path, typer.Argument(help="A .tfg file.", show_default=False)]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Which model, where the file has several.")]
+# A file that cannot be read is told by what reads it, as all errors are, not by typer.
+File = Annotated[Path, typer.Argument(help="A .tfg file.", show_default=False, readable=False)]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="The model to use, if the file has several.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Override a param; can be repeated."),
@@ -71,18 +74,32 @@ Set = Annotated[
 Include = Annotated[
     list[Path] | None,
     typer.Option(
-        "--include", "-I", metavar="DIR", help="A folder from which `use` may read; can be repeated."
+        "--include",
+        "-I",
+        metavar="DIR",
+        help="A folder that `use` may read from; can be repeated.",
+        readable=False,
     ),
 ]
+Dim = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dim", metavar="NAME=SIZE", help="Size of a run-time dim of the batches; can be repeated."
+    ),
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="A .safetensors file with the model's weights.", readable=False)
+]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST, help="Seed of initial weights and random batches.")]
 Wide = Annotated[bool, typer.Option("--wide", help="Show every column of the tables.")]
 Target = Annotated[
-    str, typer.Option(help="torch, cpp (C++ on a CPU), triton (on a GPU) or auto (both, by device).")
+    str, typer.Option(help="torch, cpp (C++ on a CPU), triton (on a GPU) or auto (chooses by device).")
 ]
 
 
 @app.command()
 def check(file: File, model: Model = None, set_: Set = None, include: Include = None) -> None:
-    """Check a file: report every error, or say what each attention will be."""
+    """Check a file: report every error, or show what each attention will be."""
     from fastgrad_dsl.commands.terminal import print_plan
 
     stages = _stages(file, model, set_, include, until="plan")
@@ -92,7 +109,7 @@ def check(file: File, model: Model = None, set_: Set = None, include: Include = 
 @app.command(name="compile")
 def compile_(
     file: File,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", readable=False)],
     model: Model = None,
     set_: Set = None,
     include: Include = None,
@@ -101,19 +118,12 @@ def compile_(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Plan by what is measured on DATA: a text, a .safetensors file of batches, or the word random.",
+            help="Plan from measurements on DATA: a text, a .safetensors file of batches, or the word random.",
         ),
     ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="A .safetensors file with the weights to calibrate at.")
-    ] = None,
-    dim: Annotated[
-        list[str] | None,
-        typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the batches to calibrate on."),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST, help="Of initial weights and of batches to calibrate on.")
-    ] = 0,
+    weights: Weights = None,
+    dim: Dim = None,
+    seed: Seed = 0,
     validate: Annotated[
         bool,
         typer.Option(
@@ -122,14 +132,16 @@ def compile_(
     ] = True,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Write to a folder that holds something else, or was changed by hand."),
+        typer.Option(
+            "--force", help="Write even to a folder that holds something else or was changed by hand."
+        ),
     ] = False,
 ) -> None:
     """Compile a file to a folder with a readable model.py that needs only PyTorch.
 
     With --target cpp the C++ kernels are built now; with auto, when the model first runs on a CPU. Triton kernels are
-    compiled when it first runs on a GPU. A budget that says `trust = calibrated` is calibrated on random inputs where
-    --calibrate names nothing else.
+    compiled when it first runs on a GPU. A budget with `trust = calibrated` is calibrated on random inputs unless
+    --calibrate names other data.
     """
     try_folder(out)
 
@@ -174,22 +186,19 @@ def advise(
         str | None,
         typer.Option(metavar="DATA", help="Also measure candidates on DATA, as `compile --calibrate` does."),
     ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="A .safetensors file with the weights to measure at.")
+    weights: Weights = None,
+    dim: Dim = None,
+    seed: Seed = 0,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Also write the advice as JSON.", readable=False)
     ] = None,
-    dim: Annotated[
-        list[str] | None,
-        typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the batches to measure on."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of initial weights and of batches.")] = 0,
-    json_: Annotated[Path | None, typer.Option("--json", help="Also write the advice as JSON.")] = None,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
     target: Target = "auto",
     wide: Wide = False,
 ) -> None:
-    """For each attention, what would make the budget feasible or cheaper, and its price in time and error."""
+    """Show what would make the budget feasible or cheaper for each attention, and its price in time and error."""
     try_file(json_)
 
     from fastgrad_dsl.commands.advise import AdviceRequest, make_advice, print_advice, write_advice
@@ -208,7 +217,7 @@ def advise(
 @app.command()
 def stages(
     file: File,
-    after: Annotated[str | None, typer.Option(help="Only the program after this pass.")] = None,
+    after: Annotated[str | None, typer.Option(help="Show only the program after this pass.")] = None,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
@@ -228,28 +237,35 @@ def stages(
 @app.command()
 def report(
     where: Annotated[
-        Path, typer.Argument(metavar="DIR_OR_FILE", help="A folder that `compile` wrote, or a .tfg file.")
+        Path,
+        typer.Argument(
+            metavar="DIR_OR_FILE", help="A folder that `compile` wrote, or a .tfg file.", readable=False
+        ),
     ],
-    json_: Annotated[Path | None, typer.Option("--json", help="Also write the report as JSON.")] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Also write the report as JSON.", readable=False)
+    ] = None,
     html: Annotated[
-        Path | None, typer.Option("--html", help="Also write the report as one HTML page that opens offline.")
+        Path | None,
+        typer.Option(
+            "--html", help="Also write the report as one HTML page that opens offline.", readable=False
+        ),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="Measure on this text instead of random inputs.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="A .safetensors file with trained weights.")] = None,
-    dim: Annotated[
-        list[str] | None,
-        typer.Option("--dim", metavar="NAME=SIZE", help="A run-time dim of the measured batch."),
+    text: Annotated[
+        Path | None, typer.Option(help="Measure on this text instead of random inputs.", readable=False)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of initial weights and random inputs.")] = 0,
+    weights: Weights = None,
+    dim: Dim = None,
+    seed: Seed = 0,
     measure: Annotated[
-        bool, typer.Option(help="Run the model; without, only what is known before any data.")
+        bool, typer.Option(help="Run the model, or show only what is known without data.")
     ] = True,
     wide: Wide = False,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
 ) -> None:
-    """Show bound, estimate and measured error of each attention and of the whole model."""
+    """Show the error of each attention and of the whole model: bounds, estimates and measurements."""
     try_file(json_)
     try_file(html)
 
@@ -271,26 +287,35 @@ def report(
 @app.command()
 def train(
     file: File,
-    text: Annotated[Path, typer.Option(help="The text to learn, any file; its bytes are the tokens.")],
-    steps: Annotated[int, typer.Option(min=0, max=LARGEST, help="Optimiser steps.")] = 1000,
-    seq: Annotated[int, typer.Option(min=1, max=MANY, help="Tokens of a sequence.")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences a step.")] = 1,
+    text: Annotated[
+        Path, typer.Option(help="The text to learn, any file; its bytes are the tokens.", readable=False)
+    ],
+    steps: Annotated[int, typer.Option(min=0, max=LARGEST, help="Number of optimiser steps.")] = 1000,
+    seq: Annotated[int, typer.Option(min=1, max=MANY, help="Tokens per sequence.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences per step.")] = 1,
     rate: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Peak learning rate.")] = 1e-3,
-    clip: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Largest gradient norm.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the weights and of the batches.")] = 0,
+    clip: Annotated[
+        float, typer.Option(min=0.0, callback=_finite, help="Largest norm of the gradient.")
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST, help="Seed of the weights and of the batches.")
+    ] = 0,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/NAME by default.")
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of the run; runs/NAME by default.", readable=False),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint in the run's folder.")
+        bool, typer.Option("--resume", help="Continue from the checkpoint in the run's folder.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")] = False,
     every: Annotated[
         int, typer.Option(min=1, max=MANY, help="Steps between validations and checkpoints.")
     ] = 100,
-    exact: Annotated[bool, typer.Option("--exact", help="Train the exact softmax model instead.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Train with exact softmax attention instead.")
+    ] = False,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Plan by what is measured on the text before training.")
+        bool, typer.Option("--calibrate", help="Plan from measurements on the text before training.")
     ] = False,
     sample: Annotated[
         int, typer.Option(min=0, max=LARGEST, help="Bytes of text to generate at the end.")
@@ -302,8 +327,8 @@ def train(
 ) -> None:
     """Train a byte-level language model on a text file; loss is printed and logged as JSON lines.
 
-    The run's folder holds the compiled model, the spec, the weights and a checkpoint. Ctrl-C, or SIGTERM, saves a
-    checkpoint and stops; the same command with --resume goes on from there, also with more --steps.
+    The run's folder holds the compiled model, the spec, the weights and a checkpoint. Ctrl-C or SIGTERM saves a
+    checkpoint and stops; the same command with --resume continues from there, with more --steps if you like.
     """
     if resume and force:
         raise TfgError(
@@ -328,23 +353,29 @@ def train(
 @app.command()
 def bench(
     n: Annotated[
-        list[int] | None, typer.Option("--n", min=1, max=MANY, help="A length in tokens; can be repeated.")
+        list[int] | None,
+        typer.Option("--n", min=1, max=MANY, help="A sequence length in tokens; can be repeated."),
     ] = None,
     d: Annotated[int, typer.Option("--d", min=1, max=MANY, help="Width of queries and keys.")] = 16,
-    degree: Annotated[int, typer.Option(min=1, max=1000, help="Of the polynomial.")] = 2,
+    degree: Annotated[int, typer.Option(min=1, max=1000, help="Degree of the polynomial.")] = 2,
     near: Annotated[
-        int | None, typer.Option(min=1, max=MANY, help="Tokens in a block of the exact near field.")
+        int | None, typer.Option(min=1, max=MANY, help="Tokens per block of the exact near field.")
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, max=MANY)] = 8,
+    heads: Annotated[int, typer.Option(min=1, max=MANY, help="Number of heads.")] = 8,
     dv: Annotated[int, typer.Option("--dv", min=1, max=MANY, help="Width of values.")] = 64,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=os.cpu_count(), help="By default as many as PyTorch takes.")
+        int | None,
+        typer.Option(min=1, max=os.cpu_count(), help="Threads; by default as many as PyTorch uses."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, max=MANY, help="Passes of which the median is taken.")] = 5,
-    json_: Annotated[Path | None, typer.Option("--json", help="Also write the numbers as JSON.")] = None,
-    svg: Annotated[Path | None, typer.Option(help="Also draw time against length.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, max=MANY, help="Number of passes; the median is shown.")] = 5,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Also write the numbers as JSON.", readable=False)
+    ] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="Also write a plot of time against length.", readable=False)
+    ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Short lengths and no memory: a few seconds.")
+        bool, typer.Option("--quick", help="Short lengths and no memory measurements: takes seconds.")
     ] = False,
     target: Target = "auto",
 ) -> None:
@@ -365,9 +396,11 @@ def bench(
 @app.command()
 def tune(
     file: File,
-    seq: Annotated[int, typer.Option(min=1, max=MANY, help="Tokens of a sequence.")] = 8192,
-    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences of a batch.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of the inputs: float32, float16 or bfloat16.")] = "bfloat16",
+    seq: Annotated[int, typer.Option(min=1, max=MANY, help="Tokens per sequence.")] = 8192,
+    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences per batch.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="Type of the inputs: float32, float16 or bfloat16.")
+    ] = "bfloat16",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the candidates and time nothing; needs no GPU.")
     ] = False,
@@ -390,7 +423,7 @@ def tune(
 
 @app.command()
 def fmt(
-    files: Annotated[list[Path], typer.Argument(help=".tfg files.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(help=".tfg files.", show_default=False, readable=False)],
     check_: Annotated[
         bool, typer.Option("--check", help="Change nothing; fail if a file is not formatted.")
     ] = False,

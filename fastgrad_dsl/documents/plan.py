@@ -62,6 +62,8 @@ def attention_document(program: Program, entry: AttentionEntry, target: str) -> 
     `keys` are the two lengths, dims as text; `d`, `dv` the widths of a head; `kernel` is the module that
     serves the attention, None where PyTorch does; `precision` is that of its arithmetic at least.
 
+    It is exact below `break_even` tokens on the device that the target is for, on a GPU below `break_even_gpu`.
+
     `bound` is R with its `proof`, its `range_source` (one of ranges.SOURCES) and whether it is only `asserted`;
     `guarded` says whether a run checks it; `flops` are per head and sequence at the longest declared length;
     `certificate` holds the proved worst cases that need no data (docs/mathematics.md, section 7), those of
@@ -101,6 +103,7 @@ def attention_document(program: Program, entry: AttentionEntry, target: str) -> 
         "eps_prime": eps_prime,
         "positive_from": _number(node.get("positive_from")) if polynomial else None,
         "break_even": node.get("break_even") if polynomial else None,
+        "break_even_gpu": node.get("break_even_gpu") if polynomial else None,
         "flops": _flops(program, entry, polynomial),
         "precision": (node.get("precision") or "float32") if polynomial else None,
         "reach": _reach(node),

@@ -109,7 +109,7 @@ def _vacuous(attentions: Attentions) -> Iterator[Warned]:
         if names:
             groups.setdefault(names, []).append(entry["path"])
     for names, paths in groups.items():
-        text = f"{folded(paths)}: the bound of {', '.join(names)} is vacuous, 100 % and more: trust what was measured"
+        text = f"{folded(paths)}: the bound of {', '.join(names)} is vacuous (100 % or more): trust what was measured"
         yield "vacuous", text, paths
 
 

@@ -16,8 +16,8 @@ def derivation_key(entry: Entry) -> object:
     """What the derivation of an attention depends on."""
     keys = (
         "decision", "family", "degree", "near", "causal", "window", "alibi", "scale", "bound", "asserted", "eps",
-        "eps_prime", "positive_from", "break_even", "d", "dv", "query_heads", "key_heads", "queries", "keys", "why",
-        "precision", "reach",
+        "eps_prime", "positive_from", "break_even", "break_even_gpu", "d", "dv", "query_heads", "key_heads",
+        "queries", "keys", "why", "precision", "reach",
     )  # fmt: skip
     lists = (tuple(entry[key] or ()) for key in ("coefficients", "proof", "roles"))
     return (*(entry[key] for key in keys), entry["range_source"], *lists)
@@ -129,10 +129,9 @@ def _rewritten(entry: Entry) -> list[str]:
 
 
 def _run(entry: Entry) -> list[str]:
-    even = entry["break_even"]
-    below = (
-        f"; exact below {even} tokens, where that is faster (estimate)"
-        if even and is_approximated(entry)
-        else ""
-    )
+    even, on_gpu = entry["break_even"], entry["break_even_gpu"]
+    below = ""
+    if even and is_approximated(entry):
+        elsewhere = f" ({on_gpu} on a GPU)" if on_gpu not in (None, even) else ""
+        below = f"; exact below {even} tokens{elsewhere}, where that is faster (estimate)"
     return [f"decision: {entry['why']}{below}"]

@@ -34,7 +34,7 @@ from fastgrad_grammar.quote import json_text
 if TYPE_CHECKING:
     from fastgrad_dsl.api.measure import ModelErrors
 
-FORMAT = "fastgrad-report-3"
+FORMAT = "fastgrad-report-4"
 MEASURED_ON = ("tokens", "kind", "dims", "seed", "weights")
 
 

@@ -60,15 +60,15 @@ def counted(count: int, noun: str) -> str:
 
 
 def pace(found: Mapping[str, Any]) -> str:
-    """What predicted times rest on: arithmetic a second, and where exact attention is slow."""
+    """What predicted times rest on: rates of arithmetic, and where exact attention is slow."""
     where = (
         "measured on this machine" if found["kind"] == "measured" else f"usual for target {found['target']}"
     )
-    speed = f"{found['speed']:.2g} times as much" if f"{found['speed']:.2g}" != "1" else "as much"
+    speed = f"{found['speed']:.2g} times " if f"{found['speed']:.2g}" != "1" else ""
     slow = f", which reaches half of its full speed at {found['keys']:,} tokens" if found["keys"] else ""
     return (
-        f"Other times count arithmetic: a polynomial does {speed} of it a second as exact attention{slow} "
-        f"(estimate, {where})."
+        f"Other times are computed from operation counts: a polynomial runs at {speed}the arithmetic rate of exact "
+        f"attention{slow} (estimate; rates {where})."
     )
 
 

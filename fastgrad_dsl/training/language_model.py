@@ -191,7 +191,7 @@ def print_sample(
     multiple = max((program.multiples.get(name, 1) for name in dims), default=1)
     written = generate(model, prompt, length, window=window, multiple=multiple)
     text = (prompt + b" >>> " + written).decode(errors="replace")
-    console.print("\nsample (what the model wrote stands behind >>>):")
+    console.print("\nsample (the model's own text follows >>>):")
     console.print(text, markup=False, highlight=False)
 
 

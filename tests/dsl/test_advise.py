@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from fastgrad_compiler.attention.table import attention_table
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.planning.advice import advise, cheapest
@@ -50,6 +51,21 @@ def no_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replan, "machine_pace", pace.default_pace)
 
 
+MIXED = """use std
+dim b
+dim n <= 4096
+model mixed(x: float[b, n, 32]) -> float[b, n, 32] {
+    x = x + std.attention(std.rms_norm(x); heads = 4, qk_dim = 4, causal = true, gain = 1.0) as first
+    return x + std.attention(std.rms_norm(x); heads = 4, qk_dim = 4, causal = true) as second
+}
+budget {
+    output <= 0.05
+    gradient <= 0.1
+}
+"""
+"""Nothing limits the logits of the second."""
+
+
 def test_alike_attentions_are_advised_together() -> None:
     program = run(elaborate(Source("<text>", _text())), until="attention")[-1].program
     (advised,) = advise(program)
@@ -82,6 +98,18 @@ def test_advice_that_is_followed_is_feasible(options: str, word: str) -> None:
     nodes = [node for graph in planned.graphs for node in graph.nodes if node.op == "poly_attention"]
     assert nodes
     assert {node["degree"] for node in nodes} == {change.degree}
+
+
+@pytest.mark.parametrize("rule", ["", '    at "second*" exact\n'])
+def test_the_cheapest_degree_is_that_of_the_plan(rule: str) -> None:
+    """An attention that stays exact takes no share of the budget, in the advice neither."""
+    text = MIXED.replace("    gradient", f"{rule}    gradient")
+    stages = run(elaborate(Source("<text>", text)), until="plan", validate=False)
+    first, second = (entry.node for entry in attention_table(stages[-1].program))
+    assert (first["decision"], second["decision"]) == ("polynomial", "exact")
+    before = next(stage.program for stage in stages if stage.name == "attention")
+    best = [cheapest(each.advice) for each in advise(before)]
+    assert [each.degree for each in best if each is not None] == [first["degree"], None]
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 
 import fastgrad_dsl as fg
@@ -323,6 +324,22 @@ def test_what_was_printed_stands_before_the_error(tmp_path: Path) -> None:
     assert shell(line, tmp_path)[1].startswith("would format ugly.tfg\nerror[FG001]")
 
 
+def test_whether_a_file_can_be_read_is_left_to_what_reads_it(
+    fastgrad: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typer would refuse the command line: no code, and `fmt` would format none of the other files."""
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    for command in ("check", "stages", "report --no-measure", "report --json new", "fmt --check"):
+        name, *options = command.split()
+        status, _, err = fastgrad(name, "tiny.tfg", *options)
+        assert (status, err) == (0, ""), command
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    types = [parameter.type for command in commands.values() for parameter in command.params]
+    paths = [type_ for type_ in types if hasattr(type_, "readable")]
+    assert len(paths) > 20
+    assert not [type_ for type_ in paths if type_.readable]
+
+
 def test_nothing_but_an_error_of_the_command_line_is_told_by_typer(fastgrad: Run) -> None:
     status, _, err = fastgrad("check")
     assert status == 2
@@ -487,6 +504,18 @@ def test_a_folder_whose_code_does_not_load(fastgrad: Run, name: str, content: by
     status, _, err = fastgrad("report", "built", "--dim", "n=8")
     assert status == 2
     assert err.startswith("error[FG419]: built does not load: ")
+
+
+def test_what_is_no_file_is_no_part_of_a_package(fastgrad: Run) -> None:
+    fg.compile(LEARNT, target="torch", validate=False, out="built")
+    os.mkfifo("built/pipe.py")
+    Path("built/folder.py").mkdir()
+    Path("built/link.py").symlink_to("missing")
+    assert fg.load("built").state_dict()
+    Path("built/model.py").unlink()
+    os.mkfifo("built/model.py")
+    with pytest.raises(TfgError, match=r"\[FG419\]"):
+        fg.load("built")
 
 
 @pytest.mark.parametrize("file", ["pipe", "/dev/zero", "folder"])

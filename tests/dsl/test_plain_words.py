@@ -106,12 +106,12 @@ def test_words_are_plain(name: str, way: str) -> None:
 def test_a_pace_is_told_in_words() -> None:
     found = {"target": "cpp", "kind": "measured", "speed": 2.12, "keys": 106}
     assert pace(found) == (
-        "Other times count arithmetic: a polynomial does 2.1 times as much of it a second as exact attention, which "
-        "reaches half of its full speed at 106 tokens (estimate, measured on this machine)."
+        "Other times are computed from operation counts: a polynomial runs at 2.1 times the arithmetic rate of exact "
+        "attention, which reaches half of its full speed at 106 tokens (estimate; rates measured on this machine)."
     )
     assert pace({"target": "torch", "kind": "default", "speed": 1.0, "keys": 0}) == (
-        "Other times count arithmetic: a polynomial does as much of it a second as exact attention "
-        "(estimate, usual for target torch)."
+        "Other times are computed from operation counts: a polynomial runs at the arithmetic rate of exact attention "
+        "(estimate; rates usual for target torch)."
     )
 
 

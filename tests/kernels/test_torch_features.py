@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, emit_kernel, kernel_name, load_kernel
@@ -69,6 +71,28 @@ def test_opcheck_of_transposed_inputs(exact_below: int) -> None:
     ):
         operation = getattr(torch.ops.fastgrad, load_and_name(spec))
         torch.library.opcheck(operation, (q, k, v, *rest, exact_below, ""))
+
+
+class _Arguments(TorchDispatchMode):
+    """Keeps the arguments of the kernel's operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: list[tuple[object, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._opname == kernel_name(CAUSAL):
+            self.met.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+def test_exact_below_is_decided_by_device() -> None:
+    """Of a tensor that is not on a CPU the length is the GPU's, where there is one."""
+    attend, (q, k, v) = load_kernel(CAUSAL), (x.detach() for x in make_inputs(CAUSAL, 9).tensors)
+    with _Arguments() as kept:
+        for device, of_gpu in (("cpu", None), ("cpu", 9), ("meta", None), ("meta", 9)):
+            attend(*(x.to(device) for x in (q, k, v)), exact_below=5, exact_below_gpu=of_gpu)
+    assert [arguments[-2] for arguments in kept.met] == [5, 5, 5, 9]
 
 
 def test_opcheck_of_exact_attention() -> None:

@@ -85,8 +85,11 @@ def _polynomial(place: Place, node: Node, tensors: list[_Tensor], masks: dict[st
     monomials = rank(_size(tensors[0].shape[-1]), degree)
     place.remark(_what(node, degree, monomials))
     values = [tensor.value for tensor in tensors]
-    below = node.get("break_even") or 0
-    return call(place.kernel(node), *values, **masks, exact_below=below, guard=place.guard(node))
+    below = {"exact_below": node.get("break_even") or 0}
+    on_gpu = node.get("break_even_gpu")
+    if on_gpu is not None and on_gpu != below["exact_below"]:
+        below["exact_below_gpu"] = on_gpu
+    return call(place.kernel(node), *values, **masks, **below, guard=place.guard(node))
 
 
 def _what(node: Node, degree: int, monomials: int) -> str:

@@ -101,21 +101,23 @@ _OPS = (
     # causal: bool; scale: float, of q.k; near: int | None; window: int | None; alibi: bool; bound: float | None is a
     # proved or asserted R of |scale * q.k| on the pairs that a polynomial would serve; proof: tuple of str;
     # asserted: bool. After `plan` also decision "exact" | "polynomial", why, family, degree, coefficients, eps,
-    # eps_prime, break_even, positive_from, `source` of R: "program", "weights", "data" or "asserted", `reach`: bound of
-    # |scale| sum_a |q_a k_a| (none: R is), and `precision` of the arithmetic at least: "float32" or "float64".
+    # eps_prime, break_even, break_even_gpu, positive_from, `source` of R: "program", "weights", "data" or "asserted",
+    # `reach`: bound of |scale| sum_a |q_a k_a| (none: R is), and `precision` of the arithmetic at least: "float32" or
+    # "float64".
     _op(
         "attention",
         3,
         None,
         "roles causal scale near window alibi bound asserted proof",
-        "decision why family degree coefficients eps eps_prime break_even positive_from source reach precision",
+        "decision why family degree coefficients eps eps_prime break_even break_even_gpu positive_from source reach "
+        "precision",
     ),
     _op(
         "poly_attention",
         3,
         None,
         "roles causal scale near bound coefficients",
-        "why family degree eps eps_prime break_even positive_from asserted proof source reach precision",
+        "why family degree eps eps_prime break_even break_even_gpu positive_from asserted proof source reach precision",
     ),
     # (inputs of poly_attention, cotangent) -> cotangents of its float inputs, a tuple
     _op("poly_attention_backward", 4, None, "roles causal scale near bound coefficients", "precision"),

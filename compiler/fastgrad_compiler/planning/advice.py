@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import Polynomial
-from fastgrad_compiler.attention.table import AttentionEntry, attention_table, is_own
-from fastgrad_compiler.ir.graph import Budget, Program
+from fastgrad_compiler.attention.table import AttentionEntry
+from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.planning.candidates import USEFUL, polynomials
 from fastgrad_compiler.planning.cost import EXACT
 from fastgrad_compiler.planning.decision import (
@@ -26,8 +26,7 @@ from fastgrad_compiler.planning.decision import (
     unservable,
     vanishing,
 )
-from fastgrad_compiler.planning.plan import case_of
-from fastgrad_compiler.planning.settings import settings_of
+from fastgrad_compiler.planning.plan import shared_cases
 from fastgrad_compiler.planning.target_cost import cost_of
 
 NEAR = 64  # block of a near field that is proposed
@@ -74,17 +73,12 @@ class Advised:
 
 
 def advise(program: Program, target: str = "auto") -> tuple[Advised, ...]:
-    """Advice for every attention of a program behind recognition, alike ones together.
+    """Advice for every attention of a program after recognition, alike ones together.
 
-    The budget is shared out equally, with gains from an attention to the model taken as 1, as the plan without
-    calibration does.
+    The budget is shared out as the plan without calibration does (`shared_cases`). Raises TfgError FG303.
     """
-    budget = program.budget or Budget()
-    entries = [entry for entry in attention_table(program) if not is_own(entry.node)]
     alike: dict[Case, list[AttentionEntry]] = {}
-    for entry in entries:
-        settings = settings_of(entry.full_path, budget.rules)
-        case = case_of(program, entry, settings, sharing=len(entries), target=target)
+    for entry, case in shared_cases(program, target=target):
         alike.setdefault(case, []).append(entry)
     return tuple(
         Advised(

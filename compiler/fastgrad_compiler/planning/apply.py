@@ -29,6 +29,7 @@ def decided(node: Node, decision: Decision) -> Node:
             "eps_prime": polynomial.eps_prime,
             "positive_from": polynomial.positive_from,
             "precision": decision.precision,
+            "break_even_gpu": decision.break_even_gpu,
         }
         if decision.near is not None:
             values["near"] = decision.near

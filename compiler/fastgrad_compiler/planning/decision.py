@@ -198,13 +198,15 @@ class Decision:
 
     `range` is what the polynomial rests on where that is not the bound of the node; `own_mean`: each sequence's mean is
     taken from its keys. `heads` are the query heads that it is for, in order, None for all. `precision` is that of the
-    arithmetic.
+    arithmetic. Attention is exact below `break_even` tokens on the device that the target is for, and on a GPU below
+    `break_even_gpu`.
     """
 
     why: str
     polynomial: Polynomial | None = None
     near: int | None = None
     break_even: int | None = None
+    break_even_gpu: int | None = None
     range: LogitRange | None = None
     own_mean: bool = False
     heads: tuple[int, ...] | None = None
@@ -440,3 +442,13 @@ def _cheaper_exact(case: Case, evaluated: Evaluated) -> str:
     if longest >= even and cost.seconds(shape, way) <= cost.seconds(shape, EXACT):
         return ""
     return f"exact is cheaper below n = {even:,} at degree {way.degree}, and the file allows no more than {longest:,}"
+
+
+def with_gpu(decision: Decision, case: Case) -> Decision:
+    """The decision with the break-even of a run on a GPU, by the model: nothing is measured there."""
+    if decision.polynomial is None:
+        return decision
+    near = decision.near if decision.near is not None else case.node["near"]
+    way = Way(decision.polynomial.degree, near if isinstance(near, int) else None, decision.precision)
+    even = target_break_even(case.target, case.shape, way, on_gpu=True)
+    return replace(decision, break_even_gpu=even)

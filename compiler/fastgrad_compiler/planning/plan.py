@@ -24,13 +24,13 @@ from fastgrad_compiler.ir.flatten import Indices, iterations, path_of
 from fastgrad_compiler.ir.graph import Budget, Graph, Node, Program
 from fastgrad_compiler.planning.apply import applied, decided
 from fastgrad_compiler.planning.candidates import MAX_RANK
-from fastgrad_compiler.planning.decision import Caps, Case, Decision, Outcome, Refusal, decide
+from fastgrad_compiler.planning.decision import Caps, Case, Decision, Outcome, Refusal, decide, with_gpu
 from fastgrad_compiler.planning.own import refuse_own
 from fastgrad_compiler.planning.refusal import diagnose
 from fastgrad_compiler.planning.settings import Settings, check_budget, settings_of
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
-__all__ = ["AttentionEntry", "attention_table", "plan_attention"]
+__all__ = ["AttentionEntry", "attention_table", "plan_attention", "shared_cases"]
 
 
 Assignment: TypeAlias = Mapping[str, Sequence[Decision]]  # by full path, one decision for each group of heads
@@ -73,7 +73,39 @@ def plan_attention(
         raise TfgError(wrong)
     decisions: dict[str, Sequence[Decision]] = dict(assigned)
     decisions |= {path: (outcome,) for path, outcome in outcomes.items() if isinstance(outcome, Decision)}
+    for entry in table:
+        if found := decisions.get(entry.full_path):
+            case = case_of(program, entry, settings[entry.full_path], sharing=1, target=target)
+            decisions[entry.full_path] = tuple(with_gpu(each, case) for each in found)
     return _Specialiser(program, {**decisions, **unread}).program_of_decisions()
+
+
+def shared_cases(program: Program, *, target: str = "auto") -> tuple[tuple[AttentionEntry, Case], ...]:
+    """Each attention that runs and a budget could change, with its share of the budget.
+
+    The share of one that the plan without calibration approximates is the plan's. One that stays exact takes none
+    there; it gets that of a plan which approximates all.
+
+    Raises:
+        TfgError: FG303, for values of the budget that are wrong in themselves.
+    """
+    table = attention_table(program)
+    entries = tuple(entry for entry in table if entry.runs and not is_own(entry.node))
+    budget = program.budget or Budget()
+    wrong = check_budget(budget, [(entry.path, entry.full_path) for entry in table])
+    if any(diagnostic.code == "FG303" for diagnostic in wrong):
+        raise TfgError(wrong)
+    settings = {entry.full_path: settings_of(entry.full_path, budget.rules) for entry in entries}
+    outcomes, cases = _decide_all(program, entries, settings, "balanced", MAX_RANK, target)
+    return tuple(
+        (
+            entry,
+            cases[entry.full_path]
+            if _is_approximated(outcomes[entry.full_path])
+            else case_of(program, entry, settings[entry.full_path], sharing=len(entries), target=target),
+        )
+        for entry in entries
+    )
 
 
 def _decide_all(
@@ -112,7 +144,11 @@ def _decide_all(
 
 
 def _approximated(outcomes: Mapping[str, Outcome]) -> int:
-    return sum(isinstance(each, Decision) and each.polynomial is not None for each in outcomes.values())
+    return sum(map(_is_approximated, outcomes.values()))
+
+
+def _is_approximated(outcome: Outcome) -> bool:
+    return isinstance(outcome, Decision) and outcome.polynomial is not None
 
 
 def case_of(

@@ -40,6 +40,11 @@ def call_attention(
     return out.squeeze(0) if not leading else out.unflatten(0, leading) if len(leading) > 1 else out
 
 
+def exact_limit(q: Tensor, exact_below: int, exact_below_gpu: int | None) -> int:
+    """The length below which attention is exact, on the device of q; None: the same on a GPU as on a CPU."""
+    return exact_below if exact_below_gpu is None or q.device.type == "cpu" else exact_below_gpu
+
+
 def _one_batch(tensor: Tensor, inner: int) -> Tensor:
     if tensor.ndim == inner:
         return tensor.unsqueeze(0)

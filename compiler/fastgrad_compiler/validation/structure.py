@@ -15,7 +15,7 @@ from fastgrad_compiler.ir.graph import Graph, Node, Program
 REMARKS = frozenset(
     (
         *("bound", "asserted", "proof", "source", "decision", "why", "family", "degree", "coefficients"),
-        *("eps", "eps_prime", "break_even", "positive_from", "reach", "precision"),
+        *("eps", "eps_prime", "break_even", "break_even_gpu", "positive_from", "reach", "precision"),
     )
 )
 """Attributes of an `attention` that say how to compute it, and nothing of what it is."""
