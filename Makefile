@@ -47,10 +47,11 @@ test-all: setup ## Run the tests and the wide grids marked slow
 attack: setup ## Attack every claim with random programs, for an hour (MINUTES=30 SEED=7 CHECKS=abcde)
 	$(BIN)/python -m attack.run --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED)) $(if $(CHECKS),--checks $(CHECKS))
 
-lint: setup ## Check style, formatting (of the .tfg files too) and types
+lint: setup ## Check style, formatting (of the .tfg files too), types and imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/fastgrad fmt --check examples/*.tfg grammar/fastgrad_grammar/std/*.tfg
 
 fmt: setup ## Format the sources and apply the safe fixes

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attack.cases import Array, Case, Finding, Point, Undecided, built, run_meaning, run_module, walk
 from attack.check_targets import check_targets
 from attack.meaning import rounded_otherwise
+from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.flatten import weights as weights_of
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.reference import interpret
@@ -214,7 +215,7 @@ def _of_graph(program: Program, cotangents: Sequence[Array], point: Point) -> di
 def _largest_inside(program: Program, cotangents: Sequence[Array], point: Point) -> float:
     """The largest entry of a gradient by any value of the program."""
     inputs, weights = point.tensors()
-    flat = program.flatten()
+    flat = flatten(program)
     values = walk(program, flat, inputs, weights)
     floats = [values[name] for name in flat.outputs if values[name].is_floating_point()]
     pairs = [(x, torch.as_tensor(c)) for x, c in zip(floats, cotangents, strict=True) if x.requires_grad]

@@ -14,6 +14,7 @@ from torch import Tensor
 from attack.cases import Case, Finding, Point, built, draw, moderate, walk, wild
 from attack.logits import far_logits
 from fastgrad_compiler.attention.table import is_own, range_source
+from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Node, Program
 
 STARTS = 6  # structured points at which every claim is looked at
@@ -53,7 +54,7 @@ def check_bounds(case: Case) -> None:
 
 
 def _node_claims(program: Program) -> Iterator[Claim]:
-    for node in program.flatten().nodes:
+    for node in flatten(program).nodes:
         bound = node.bound
         if bound is None or node.op in ("constant", "fill"):
             continue
@@ -85,7 +86,7 @@ def _longest(x: Tensor) -> Tensor:
 
 def _range_claims(program: Program) -> Iterator[Claim]:
     """R of each attention that is proved from the program, on the pairs that a polynomial serves."""
-    for node in program.flatten().nodes:
+    for node in flatten(program).nodes:
         if node.op not in ("attention", "poly_attention") or is_own(node):
             continue
         limit = node.get("bound")
@@ -116,7 +117,7 @@ def _attack(case: Case, program: Program, claims: list[Claim]) -> None:
 
 def _look(program: Program, claims: list[Claim], point: Point) -> None:
     inputs, weights = point.tensors()
-    values = walk(program, program.flatten(), inputs, weights)
+    values = walk(program, flatten(program), inputs, weights)
     if _overflows(program, values):
         return
     held = assertions_hold(program, values)
@@ -132,7 +133,7 @@ MASKS = frozenset(("causal", "window", "padding", "documents"))
 
 def assertions_hold(program: Program, values: Mapping[str, Tensor]) -> bool:
     """Whether what every `assume_bound` says is so; -inf is what masks hide, and else no number within a bound."""
-    flat = program.flatten()
+    flat = flatten(program)
     masked = any(node.op in MASKS for node in flat.nodes)
     return all(
         _within(values[node.inputs[0]].detach(), float(str(node["bound"])), masked)
@@ -148,7 +149,7 @@ def _within(x: Tensor, bound: float, masked: bool) -> bool:
 
 def _overflows(program: Program, values: Mapping[str, Tensor]) -> bool:
     """Whether a float beyond the range of ints, or none at all, becomes an int: that has no meaning."""
-    casts = [node for node in program.flatten().nodes if node.op == "cast" and node["dtype"] == "int"]
+    casts = [node for node in flatten(program).nodes if node.op == "cast" and node["dtype"] == "int"]
     return any(not bool((values[node.inputs[0]].double().abs() < LARGEST_INT).all()) for node in casts)
 
 
@@ -166,7 +167,7 @@ def _climb(program: Program, claim: Claim, claims: list[Claim], start: Point, rn
     leaves = [x for x in (*inputs, *weights.values()) if x.requires_grad]
     if not leaves:
         return
-    flat = program.flatten()
+    flat = flatten(program)
     adam = torch.optim.Adam(leaves, lr=rng.choice((0.03, 0.3, 3.0)))
     for _ in range(STEPS):
         values = walk(program, flat, inputs, weights)
@@ -196,7 +197,7 @@ def _climb(program: Program, claim: Claim, claims: list[Claim], start: Point, rn
 def _certificates(case: Case) -> None:
     """R of each head as the weights prove it (`Compiled.certify`), over inputs."""
     program, rng = case.stage("attention"), case.random("certificates")
-    flat = program.flatten()
+    flat = flatten(program)
     nodes = {node.name: node for node in flat.nodes if node.op == "attention"}
     if not nodes:
         return

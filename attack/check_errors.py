@@ -16,9 +16,11 @@ from attack.check_bounds import assertions_hold
 from attack.logits import far_logits
 from fastgrad_compiler.approximation.certificates import eta, score_factor
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
+from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.documents.plan import is_approximated
-from fastgrad_dsl.report import measure_plan
+from fastgrad_dsl.documents.write import plain
+from fastgrad_dsl.models.measure_plan import measure_plan
 
 Entry = Mapping[str, Any]
 LENGTHS = (2, 3, 8, 40, 200)
@@ -33,7 +35,7 @@ TENSORS = ("output", "dq", "dk", "dv")
 
 def check_errors(case: Case) -> None:
     """The certificates of the plan, climbed towards on free tensors; the bounds of a report, on the model itself."""
-    entries = [entry for entry in case.compiled.plan_document["attentions"] if is_approximated(entry)]
+    entries = [plain(entry) for entry in case.compiled.plan_document.attentions if is_approximated(entry)]
     stated = [entry for entry in entries if entry["eps"] is not None and entry["eps"] < 1]
     stated = [entry for entry in stated if entry["d"] and entry["dv"] and entry["bound"] <= LARGEST_RANGE]
     if not stated:
@@ -273,7 +275,7 @@ def _report(case: Case) -> None:
 
 
 def _in_range(program: Program, inputs: list[Tensor], weights: Mapping[str, Tensor]) -> bool:
-    flat = program.flatten()
+    flat = flatten(program)
     with torch.no_grad():
         values = walk(program, flat, inputs, weights)
         nodes = [node for node in flat.nodes if node.op == "poly_attention" and node.get("bound") is not None]

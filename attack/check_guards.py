@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attack.cases import Case, Finding, Point, built, draw, moderate, run_module, wild, without_break_even
 from attack.logits import far_logits, served_pairs
 from fastgrad_compiler.attention.table import attention_table, is_guarded
+from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import ON_VIOLATION, Graph, Node, Program
 from fastgrad_compiler.reference.interpret import bind_dims
 from fastgrad_compiler.reference.operations_torch import TORCH
@@ -65,7 +66,7 @@ def check_guards(case: Case) -> None:
         point = draw(case, rng, rng.choice((moderate, wild)))
         for each in dict.fromkeys(("warn", policy)):
             guarded = without_break_even(case.compiled.program, each)
-            _Attack(guarded, guarded.flatten(), each).on(point)
+            _Attack(guarded, flatten(guarded), each).on(point)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.text import print_program
 from fastgrad_compiler.ir.text_parser import parse_program
 from fastgrad_dsl.commands.terminal import print_plan, print_report
+from fastgrad_dsl.documents.report import Report
 from fastgrad_dsl.report.words import folded, number
 from fastgrad_grammar.format import format_source
 from fastgrad_grammar.source import Source
@@ -33,7 +34,7 @@ def check_texts(case: Case) -> None:
     _same_entries(plan["attentions"], report["attentions"])
     _same_as_program(plan["attentions"], compiled.plan)
     _check_text(case, plan["attentions"])
-    _report_text(report)
+    _report_text(compiled.report())
     _read_back(case)
 
 
@@ -102,7 +103,7 @@ def _check_text(case: Case, plan: list[Entry]) -> None:
         raise Finding("e", "text of check", f"{found} is printed, {wanted} is planned")
 
 
-def _report_text(report: Mapping[str, Any]) -> None:
+def _report_text(report: Report) -> None:
     """The table of `fastgrad report --wide`: decision, rank, R and eps of each attention."""
     lines = _printed(lambda: print_report(report, wide=True))
     for entry in report["attentions"]:

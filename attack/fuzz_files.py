@@ -22,12 +22,14 @@ from attack.fuzz import Fuzz
 from attack.mutations import mutated_bytes
 from fastgrad_compiler.runtime import triton_tuned
 from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.api.report import ReportRequest, make_report
 from fastgrad_dsl.calibration.data import named_batches
 from fastgrad_dsl.commands.failures import diagnostics
 from fastgrad_dsl.commands.terminal import print_report
-from fastgrad_dsl.report import ReportRequest, make_report, render_html, to_json
+from fastgrad_dsl.commands.train import TrainRequest, train_language_model
+from fastgrad_dsl.documents.write import to_json
+from fastgrad_dsl.report.page import render_html
 from fastgrad_dsl.storage.weights import load_weights
-from fastgrad_dsl.training.language_model import TrainRequest, train_language_model
 from fastgrad_dsl.training.loop import Options
 from fastgrad_grammar.render import render
 

@@ -18,17 +18,17 @@ from benchmarks.settings import ROOT, Settings, heading, say
 from fastgrad_compiler.approximation.polynomial import FAMILIES
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.pipeline import run
-from fastgrad_dsl.api.batches import model_inputs, random_batch, target_inputs
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.loader import package_from_texts
-from fastgrad_dsl.api.measure import whole_errors
 from fastgrad_dsl.calibration.calibrate import Calibration, Data, calibrate
 from fastgrad_dsl.calibration.capture import Subject
 from fastgrad_dsl.calibration.pace import default_pace, machine_pace
 from fastgrad_dsl.calibration.plan import Limits, decisions, make_plan
 from fastgrad_dsl.calibration.replan import Request, replan
 from fastgrad_dsl.documents.plan import is_approximated
-from fastgrad_dsl.training.text_data import load_text
+from fastgrad_dsl.models.batches import model_inputs, random_batch, target_inputs
+from fastgrad_dsl.models.measure import whole_errors
+from fastgrad_dsl.models.text_data import load_text
 
 SPEC, TEXT = ROOT / "examples" / "gpt.tfg", ROOT / "examples" / "data" / "emma.txt"
 PIN = re.compile(r'    at "\*" degree = 2\n')
@@ -105,9 +105,7 @@ def _picked(
     found = []
     for name, each in contenders.items():
         say(f"errors of {name}")
-        served = [
-            is_approximated(e) for e in each.plan_document["attentions"] if e["decision"] == "polynomial"
-        ]
+        served = [is_approximated(e) for e in each.plan_document.attentions if e.decision == "polynomial"]
         errors = [whole_errors(modules[name], b[:1], b[1:], compiled.loss, served) for b in held_out]
         output, gradient = (max(e[place] for e in errors) for place in (0, 1))
         budget = compiled.plan_document["budget"]

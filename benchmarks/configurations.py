@@ -19,7 +19,6 @@ import torch
 
 from benchmarks.ahead import Ahead, Job, Resources
 from benchmarks.launches import jobs, write_kernels
-from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.codegen.triton.configurations import (
     ARCHITECTURES,
     D_CLASSES,
@@ -34,6 +33,7 @@ from fastgrad_compiler.codegen.triton.configurations import (
     Configuration,
     key,
 )
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 
 # Groups of one size of tile, the largest first: ROWS, KEYS, FEATURES, warps, stages.
 CANDIDATES: tuple[tuple[Configuration, ...], ...] = (

@@ -15,9 +15,9 @@ from benchmarks.budget import TEXT, demo_spec
 from benchmarks.settings import Settings, heading, say
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.calibration.replan import Request, replan
+from fastgrad_dsl.models.text_data import TextData, load_text
 from fastgrad_dsl.training.log import Event
 from fastgrad_dsl.training.loop import Options, train
-from fastgrad_dsl.training.text_data import TextData, load_text
 
 STEPS, TOKENS, EVERY = 300, 2048, 25
 RATE = 2e-3  # the demonstration's

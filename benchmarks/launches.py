@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.ahead import Argument, Constant, Job
-from fastgrad_compiler.codegen.kernel import KernelSpec, folded_coefficients
 from fastgrad_compiler.codegen.triton import emit_triton
 from fastgrad_compiler.codegen.triton.configurations import FALLBACK, FUSED_KERNELS
-from fastgrad_compiler.runtime.triton_attention import Case, Launches
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
+from fastgrad_compiler.runtime.triton_attention import Launches
 from fastgrad_compiler.runtime.triton_kernels import DTYPES
 
 BATCH, HEADS, TOKENS = 4, 16, 16384  # whose divisibility by 16 a kernel is compiled for
@@ -29,12 +29,6 @@ ELEMENTS = {
     torch.int32: "i32*",
     torch.uint8: "u8*",
 }
-
-
-def case_of(spec: KernelSpec) -> Case:
-    """What the launches of a specification depend on."""
-    near, near_d = spec.near or 0, spec.near_d or 0
-    return Case(spec.d, spec.dv, folded_coefficients(spec), spec.causal, near, near_d, spec.padding)
 
 
 def write_kernels(spec: KernelSpec, folder: Path, name: str) -> Path:
@@ -121,7 +115,7 @@ def jobs(
     v = tensor(BATCH, HEADS, TOKENS, spec.dv)
     near = [tensor(BATCH, HEADS, TOKENS, spec.near_d) if spec.near_d else None for _ in range(2)]
     mask = torch.empty((BATCH, TOKENS), dtype=torch.bool, device="meta") if spec.padding else None
-    launches = Launches(recorder, case_of(spec), q, k, v, near[0], near[1], mask, target)  # type: ignore[arg-type]
+    launches = Launches(recorder, spec, q, k, v, near[0], near[1], mask, target)  # type: ignore[arg-type]
     launches.fused = fused
     out, denominator, maximum = launches.forward()
     launches.backward(torch.empty_like(out), out, denominator, maximum)

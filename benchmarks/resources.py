@@ -21,10 +21,10 @@ from benchmarks.ahead import Ahead, Job, Resources
 from benchmarks.gpu_model import CASES, RESOURCES
 from benchmarks.launches import jobs, write_kernels
 from benchmarks.settings import ROOT
+from fastgrad_compiler.approximation.kernel_tiles import has_triton, is_fused
 from fastgrad_compiler.codegen.attention_kernels import kernel_spec
-from fastgrad_compiler.codegen.kernel import KernelSpec
-from fastgrad_compiler.codegen.triton import has_triton, is_fused
 from fastgrad_compiler.codegen.triton.configurations import FUSED_KERNELS, configurations
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_dsl.storage.files import write_atomically
 
 COEFFICIENTS = (1.0, 1.0, 0.5, 0.2, 0.05)

@@ -23,10 +23,10 @@ from benchmarks import theory_page
 from benchmarks.running_bound import Shape, running_bound
 from benchmarks.settings import ROOT, say
 from fastgrad_dsl.api.compiled import Compiled
-from fastgrad_dsl.api.measure import ModelErrors, Served, measure_errors
+from fastgrad_dsl.models.measure import ModelErrors, Served, measure_errors
+from fastgrad_dsl.models.text_data import TextData, load_text
 from fastgrad_dsl.storage.files import write_atomically
 from fastgrad_dsl.training.loop import Options, make_optimiser, training_step
-from fastgrad_dsl.training.text_data import TextData, load_text
 
 TEXT = ROOT / "examples" / "data" / "emma.txt"
 HEADS, GAIN, FAMILY = 4, 1.0, "balanced"

@@ -22,14 +22,16 @@ from torch import Tensor, nn
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.api.report import ReportRequest, make_report
 from fastgrad_dsl.bench.memory import peak_of
 from fastgrad_dsl.calibration.data import CalibrationRequest, calibrated
 from fastgrad_dsl.commands.terminal import print_calibration, print_plan, print_report, progress
-from fastgrad_dsl.report import ReportRequest, make_report, write_html, write_json
+from fastgrad_dsl.commands.train import TrainRequest, language_model_loss, print_sample, run
+from fastgrad_dsl.models.text_data import load_text
+from fastgrad_dsl.report.document import write_json
+from fastgrad_dsl.report.page import write_html
 from fastgrad_dsl.training.folder import CHECKPOINT, LOG
-from fastgrad_dsl.training.language_model import TrainRequest, language_model_loss, print_sample, run
 from fastgrad_dsl.training.loop import Loss, Options
-from fastgrad_dsl.training.text_data import load_text
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # relative: generated files name the spec as it was given
 SPEC, TEXT = HERE / "gpt.tfg", HERE / "data" / "emma.txt"

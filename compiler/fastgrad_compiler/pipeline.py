@@ -11,6 +11,7 @@ from fastgrad_compiler.analysis.bounds.prove import prove_bounds
 from fastgrad_compiler.attention.recognise import recognise_attention
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.shapes import infer_shapes
+from fastgrad_compiler.ir.text import parse_program
 from fastgrad_compiler.ir.verify import verify
 from fastgrad_compiler.passes.backward import derive_gradient
 from fastgrad_compiler.passes.lowrank import rewrite_low_rank
@@ -79,10 +80,25 @@ def run(
         seconds = time.perf_counter() - started
         verify(program, after=step.name)
         if validate and step.exact:
-            from fastgrad_compiler.validation.validate import (
-                validate as keeps_meaning,
-            )  # needs numpy, which `check` does without
+            # it loads numpy, which `check` does without
+            from fastgrad_compiler.validation.validate import validate as keeps_meaning
 
             keeps_meaning(before, program, step.name, partial(step.run, **given))
         stages.append(Stage(step.name, program, seconds))
     return tuple(stages)
+
+
+def reproduce(before: str, after: str, name: str) -> int:
+    """What a reproducer runs: prints what differs between two programs, and between the first and the pass run anew.
+
+    1 where anything does, else 0.
+    """
+    from fastgrad_compiler.validation.validate import Difference, compare, told  # loads numpy
+
+    step = next(step for step in PASSES if step.name == name)
+    old, status = parse_program(before), 0
+    for title, new in (("as it was", parse_program(after)), ("as it is now", step.run(old))):
+        found = next((each for each in compare(old, new, step.run) if isinstance(each, Difference)), None)
+        status = max(status, int(found is not None))
+        print(f"{name} {title}: {'no difference' if found is None else told(found)}")
+    return status

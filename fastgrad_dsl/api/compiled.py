@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastgrad_compiler.attention.table import AttentionEntry, attention_table
+from fastgrad_compiler.codegen.torch import emit_package
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.text import print_program
 from fastgrad_compiler.pipeline import Stage, run
 from fastgrad_compiler.planning.plan import Assignment
 from fastgrad_compiler.targets import BACKENDS, check_target
-from fastgrad_dsl.api.batches import ENTRY_BYTES, check_memory, dims_of, tokens_of, weight_entries
-from fastgrad_dsl.documents.plan import plan_document
+from fastgrad_dsl.api.loader import package_from_texts
+from fastgrad_dsl.documents.report import Batch
+from fastgrad_dsl.documents.write import to_json
+from fastgrad_dsl.models.batches import ENTRY_BYTES, check_memory, dims_of, tokens_of, weight_entries
+from fastgrad_dsl.models.plan_document import plan_document
+from fastgrad_dsl.report.document import build_report
+from fastgrad_dsl.report.page import render_html
 from fastgrad_dsl.storage.build_folder import write_build
-from fastgrad_grammar.quote import json_text
 from fastgrad_grammar.read import included, read_source
 from fastgrad_grammar.source import Source
 
@@ -28,7 +33,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from fastgrad_dsl.api.certify import AttentionCertificate
+    from fastgrad_dsl.documents.calibration import Calibration
+    from fastgrad_dsl.documents.plan import Plan
+    from fastgrad_dsl.documents.report import Report
+    from fastgrad_dsl.models.certify import AttentionCertificate
 
 SPEC = "spec.tfg"  # in a written folder, what it was compiled from
 
@@ -66,7 +74,7 @@ class Compiled:
     """One compiled model.
 
     `stages` holds the program as elaborated and after each pass; `params` are those that override the file's.
-    `calibration` is calibration.json as data and `assignment` what it decided, where the plan rests on one; `validate`
+    `calibration` is calibration.json and `assignment` what it decided, where the plan rests on one; `validate`
     says whether passes are tested.
     """
 
@@ -74,7 +82,7 @@ class Compiled:
     target: str
     stages: tuple[Stage, ...]
     params: Mapping[str, object] = field(default_factory=dict)
-    calibration: Mapping[str, Any] | None = None
+    calibration: Calibration | None = None
     validate: bool = True
     assignment: Assignment | None = None
 
@@ -89,35 +97,31 @@ class Compiled:
         return attention_table(self.program)
 
     @cached_property
-    def plan_document(self) -> dict[str, Any]:
-        """plan.json as data."""
+    def plan_document(self) -> Plan:
+        """plan.json; by key too, as the JSON: `plan_document["attentions"]`."""
         return plan_document(self.program, self.source.path, self.target, self.params)
 
     @cached_property
     def modules(self) -> dict[str, str]:
         """The generated package: file name to text."""
-        from fastgrad_compiler.codegen.torch import emit_package
-
         return emit_package(self.program, source=self.source.path, backends=BACKENDS[self.target])
 
     @cached_property
     def files(self) -> dict[str, str]:
         """Every file that `write` writes: path within the folder to text; deterministic."""
-        from fastgrad_dsl.report import render_html, to_json
-
         stages = {
             f"stages/{index:02d}-{stage.name}.txt": print_program(stage.program)
             for index, stage in enumerate(self.stages)
         }
         report = self.report()
         texts = {
-            "plan.json": json_text(self.plan_document, 2) + "\n",
+            "plan.json": to_json(self.plan_document),
             "report.json": to_json(report),
             "report.html": render_html(report),
             SPEC: self.source.text,
         }
         if self.calibration is not None:
-            texts["calibration.json"] = json_text(self.calibration, 2) + "\n"
+            texts["calibration.json"] = to_json(self.calibration)
         return {**self.modules, **texts, **stages}
 
     def write(self, folder: str | Path, *, force: bool = False) -> None:
@@ -163,8 +167,8 @@ class Compiled:
         ten seconds. Raises TfgError FG312 where rules of the budget keep it from being met, ValueError for tensors that
         are no batch of the model.
         """
-        from fastgrad_dsl.api.batch_check import batch_problem
         from fastgrad_dsl.calibration.replan import Request, replan
+        from fastgrad_dsl.models.batch_check import batch_problem
 
         for problem in (batch_problem(self.program, batch) for batch in batches or ()):
             if problem is not None:
@@ -188,38 +192,41 @@ class Compiled:
         model: nn.Module | None = None,
         batch: Sequence[Tensor] | None = None,
         *,
-        calibration: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """The error report (docs/report.md), measured on a batch where one is given.
+        calibration: Calibration | None = None,
+    ) -> Report:
+        """The error report (docs/report.md), measured on a batch where one is given; by key too, as the JSON.
 
         `batch` holds the model's inputs, then what its objective takes beyond its results (docs/language.md);
         `calibration` is a calibration document to show. Raises ValueError where only one of model and batch is given,
         or the tensors are no batch of the model.
         """
-        from fastgrad_dsl.report import build_report, measure_plan
-
         plan, calibration = self.plan_document, calibration or self.calibration
-        shown: dict[str, Any] = {"spec": self.source.text, "files": self.modules, "calibration": calibration}
+        shown = partial(
+            build_report, plan, spec=self.source.text, files=self.modules, calibration=calibration
+        )
         if model is None or batch is None:
             if model is not None or batch is not None:
                 raise ValueError("report takes a model and a batch, or neither")
-            return build_report(plan, **shown)
+            return shown()
 
-        from fastgrad_dsl.api.batch_check import batch_problem  # needs PyTorch, which files are made without
+        # they need PyTorch, which files are made without
+        from fastgrad_dsl.models.batch_check import batch_problem
+        from fastgrad_dsl.models.measure_plan import measure_plan
 
         problem = batch_problem(self.program, batch)
         if problem is not None:
             raise ValueError(problem)
-        count = len(plan["inputs"])
+        count = len(plan.inputs)
         errors = measure_plan(plan, model, batch[:count], batch[count:], self.loss)
-        described: dict[str, Any] = {
-            "tokens": tokens_of(plan, batch),
-            "kind": "a given batch",
-            "dims": dims_of(plan, batch),
-            "seed": None,
-            "weights": "the given weights",
-        }
-        return build_report(plan, errors, described, **shown)
+        described = Batch(
+            batches=1,
+            tokens=tokens_of(plan, batch),
+            kind="a given batch",
+            dims=dims_of(plan, batch),
+            seed=None,
+            weights="the given weights",
+        )
+        return shown(errors, described)
 
     def certify(self, model: nn.Module) -> tuple[AttentionCertificate, ...]:
         """What the weights of `model` prove now of each attention: R, whether the planned one holds, the worst cases.
@@ -227,21 +234,16 @@ class Compiled:
         At any time in training, in seconds and without gradients (docs/mathematics.md, section 7). Attentions whose
         weights are a polynomial of the model's own need no certificate. Raises ValueError for another model's weights.
         """
-        from fastgrad_dsl.api.certify import certify
+        from fastgrad_dsl.models.certify import certify
 
         return certify(self.program, model, self.target)
 
     @cached_property
     def _package(self) -> ModuleType:
-        from fastgrad_dsl.api.loader import package_from_texts
-
         return package_from_texts(self.modules)
 
     @cached_property
     def _reference_package(self) -> ModuleType:
-        from fastgrad_compiler.codegen.torch import emit_package
-        from fastgrad_dsl.api.loader import package_from_texts
-
         return package_from_texts(emit_package(self.program, source=self.source.path, exact=True))
 
 

@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
 
+from fastgrad_dsl.documents.plan import Plan
 from fastgrad_dsl.documents.read import read_document
+from fastgrad_dsl.storage.build_folder import recover
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 if TYPE_CHECKING:
@@ -55,13 +57,13 @@ def load_objective(folder: Path) -> Callable[..., Tensor] | None:
     return getattr(load_package(folder), "OBJECTIVE", None)
 
 
-def load_plan(folder: Path) -> dict[str, Any]:
+def load_plan(folder: Path) -> Plan:
     """plan.json of a compiled folder; TfgError FG419 where there is none, FG430 where it is not of its form."""
     _restore(folder)
     folder = built(folder)
     if not (folder / PLAN).is_file():
         raise _not_compiled(folder, PLAN)
-    return read_document(folder / PLAN, PLAN)
+    return read_document(folder / PLAN, Plan)
 
 
 def load_package(folder: Path) -> ModuleType:
@@ -150,8 +152,6 @@ class _Package:
 def _restore(folder: Path) -> None:
     """Put a folder back whose replacement by a compile was cut short."""
     if not folder.exists():
-        from fastgrad_dsl.storage.build_folder import recover
-
         recover(folder)
 
 

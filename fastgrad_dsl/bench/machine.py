@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from fastgrad_dsl import __version__
-from fastgrad_dsl.api.batches import memory_bytes
 from fastgrad_dsl.bench.peak import compiler_command
+from fastgrad_dsl.models.batches import memory_bytes
 
 VECTORS = (("avx512f", "AVX-512"), ("avx2", "AVX2"), ("asimd", "NEON"))
 

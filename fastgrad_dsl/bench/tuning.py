@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fastgrad_compiler.approximation.kernel_tiles import has_triton
 from fastgrad_compiler.attention.table import attention_table
 from fastgrad_compiler.codegen.attention_kernels import kernel_spec
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
-from fastgrad_compiler.codegen.triton import has_triton
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.runtime.private_files import cache_folder
 from fastgrad_compiler.runtime.triton_attention import Launches, TritonAttention, architecture

@@ -28,6 +28,7 @@ from fastgrad_dsl.calibration.capture import Call, Errors, Probe, Subject, captu
 from fastgrad_dsl.calibration.logits import Logits, measure_logits
 from fastgrad_dsl.calibration.pace import MachinePace
 from fastgrad_dsl.calibration.samples import Sample, exact_rows, polynomial_errors, sample
+from fastgrad_dsl.documents.calibration import Gain
 
 MARGIN = 1.25  # a measured range times this is R: new data may go beyond what was seen
 CLOSE = 1.25  # a proved R is taken where it is at most this many times the measured one with its margin
@@ -38,15 +39,6 @@ PROBES = 6
 LEAST_RANGE = 1e-3
 
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Gain:
-    """S of e_model <= sum S e_attention: an estimate, and a 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

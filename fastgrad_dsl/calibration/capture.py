@@ -19,7 +19,7 @@ from fastgrad_compiler.reference.interpret import Values, run
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_compiler.runtime.exact_attention import exact_attention
-from fastgrad_dsl.api.measure import check_finite, projection
+from fastgrad_dsl.models.measure import check_finite, projection
 
 Objective = Callable[..., Tensor]
 STEP = 1e-3  # of a finite difference, as a share of the weights' norm: beyond it float32 rounds, before it curves

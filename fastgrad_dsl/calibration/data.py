@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgrad_dsl.api.batch_check import batch_problem, is_whole
 from fastgrad_dsl.calibration.calibrate import Tell
 from fastgrad_dsl.calibration.replan import Request, replan
-from fastgrad_dsl.report.request import batch_sizes, text_sizes
+from fastgrad_dsl.models.batch_check import batch_problem, is_whole
+from fastgrad_dsl.models.sizes import batch_sizes, text_sizes
+from fastgrad_dsl.models.text_data import load_text
 from fastgrad_dsl.storage.weights import load_weights, read_tensors
-from fastgrad_dsl.training.text_data import load_text
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ def named_batches(
 def _stored(compiled: Compiled, path: Path) -> list[list[Tensor]]:
     tensors = read_tensors(path, "FG423", "batches")
     plan = compiled.plan_document
-    described = [*plan["inputs"], *plan["targets"]]
-    names = [tensor["name"] for tensor in described]
+    described = [*plan.inputs, *plan.targets]
+    names = [tensor.name for tensor in described]
     numbers = sorted({int(key.rpartition(".")[2]) for key in tensors if key.rpartition(".")[2].isdecimal()})
     endings = [f".{number}" for number in numbers] or [""]
     batches = []

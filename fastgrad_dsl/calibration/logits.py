@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastgrad_dsl.api.measure import check_finite
 from fastgrad_dsl.calibration.capture import Call
 from fastgrad_dsl.calibration.samples import Sample, sample
+from fastgrad_dsl.models.measure import check_finite
 
 ENTRIES = 2**23  # of a matrix of scores whose range is taken: beyond it, evenly spaced rows stand for all
 BINS = 40

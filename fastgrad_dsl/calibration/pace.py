@@ -12,10 +12,10 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar, cast
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from fastgrad_compiler.planning.cost import DOUBLE, Shape, Way, flops
@@ -25,8 +25,11 @@ from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.bench.contenders import Attention, Contender
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.timing import time_together
+from fastgrad_dsl.documents.base import Document, Target
+from fastgrad_dsl.documents.calibration import Pace, PaceKind
+from fastgrad_dsl.documents.form import Misfit, built
+from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.storage.files import write_atomically
-from fastgrad_grammar.quote import json_text
 
 HEADS, D, DV, DEGREE, NEAR = 8, 16, 64, 2, 64
 LENGTHS = (512, 4096)
@@ -36,20 +39,18 @@ REPEATS, SECONDS = 5, 1.0  # of each contender at each length
 LEAST_RATE_SHARE = 0.1  # a fitted rate is at least this share of what the longer call alone shows
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(Document, frozen=True):
     """Seconds of a call: `overhead`, and its flops at `rate` a second."""
 
-    overhead: float
-    rate: float
+    overhead: Annotated[float, Meta(ge=0, le=MOST)]
+    rate: Annotated[float, Meta(gt=0, le=MOST)]
 
     def seconds(self, work: int) -> float:
         """Of a call of so many flops, all heads and both passes."""
         return self.overhead + work / self.rate
 
 
-@dataclass(frozen=True)
-class MachinePace:
+class MachinePace(Document, frozen=True):
     """The three lines, what they were measured on, and whether they were (`kind`: measured or default).
 
     It is a model of cost (`fastgrad_compiler.planning.cost.Cost`).
@@ -58,10 +59,10 @@ class MachinePace:
     polynomial: Line
     fused: Line
     blocks: Line
-    target: str
+    target: Target
     machine: str
     threads: int
-    kind: str
+    kind: PaceKind
     step: ClassVar[int] = 1
 
     def seconds(self, shape: Shape, way: Way) -> float:
@@ -76,17 +77,17 @@ class MachinePace:
         return (self.blocks if in_blocks else self.fused).seconds(work)
 
     @property
-    def document(self) -> dict[str, Any]:
-        """As the calibration's document names it; `speed` and `keys` are those of `cost.Pace`."""
+    def document(self) -> Pace:
+        """As the calibration's document names it."""
         a_pair = _exact_flops(KEYS_AT) / KEYS_AT**2
-        return {
-            "speed": round(self.polynomial.rate / self.fused.rate, 2),
-            "keys": round(self.fused.overhead * self.fused.rate / (a_pair * KEYS_AT)),
-            "target": self.target,
-            "machine": self.machine,
-            "threads": self.threads,
-            "kind": self.kind,
-        }
+        return Pace(
+            speed=round(self.polynomial.rate / self.fused.rate, 2),
+            keys=round(self.fused.overhead * self.fused.rate / (a_pair * KEYS_AT)),
+            target=self.target,
+            machine=self.machine,
+            threads=self.threads,
+            kind=self.kind,
+        )
 
 
 # Measured on a server CPU with AVX-512, two threads (docs/performance.md), rounded.
@@ -100,7 +101,7 @@ def default_pace(target: str) -> MachinePace:
         polynomial=Line(1e-4, rate),
         fused=Line(1e-4, _FUSED_RATE),
         blocks=Line(5e-4, _BLOCKS_RATE),
-        target=target,
+        target=cast("Target", target),
         machine="",
         threads=torch.get_num_threads(),
         kind="default",
@@ -121,28 +122,16 @@ def machine_pace(target: str) -> MachinePace:
     pace = _measure(target, str(described["cpu"]), threads)
     if path is not None:
         with suppress(OSError):  # it is measured again another time
-            write_atomically(path, json_text(asdict(pace), 2) + "\n")
+            write_atomically(path, to_json(pace))
     return pace
 
 
 def read_pace(kept: object) -> MachinePace:
-    """A pace that was kept as plain data (`asdict`). ValueError where it is none."""
+    """A pace that was kept as plain data. ValueError where it is none."""
     try:
-        fields = dict(kept)  # type: ignore[call-overload]
-        lines = {name: Line(**fields[name]) for name in ("polynomial", "fused", "blocks")}
-        pace = MachinePace(**{**fields, **lines})
-    except (TypeError, KeyError, ValueError):
+        pace: MachinePace = built(MachinePace, kept)
+    except Misfit:
         raise ValueError("it is no pace of a machine") from None
-    numbers = [number for line in lines.values() for number in (line.overhead, line.rate)]
-    sound = all(type(number) in (int, float) and 0 <= number < MOST for number in numbers)
-    named = all(isinstance(text, str) for text in (pace.machine, pace.kind, pace.target))
-    described = named and type(pace.threads) is int
-    if (
-        not (sound and described)
-        or 0 in (line.rate for line in lines.values())
-        or pace.target not in BACKENDS
-    ):
-        raise ValueError("it is no pace of a machine")
     return pace
 
 
@@ -159,11 +148,13 @@ def _measure(target: str, machine: str, threads: int) -> MachinePace:
         name: _fit(work(LENGTHS[0]), work(LENGTHS[1]), short[name].total, long[name].total)
         for name, (_, work) in contenders.items()
     }
-    return MachinePace(**lines, target=target, machine=machine, threads=threads, kind="measured")
+    return MachinePace(
+        **lines, target=cast("Target", target), machine=machine, threads=threads, kind="measured"
+    )
 
 
 def _exact_flops(n: int) -> int:
-    return flops(Shape(n=n, m=n, d=D, dv=DV)).total * HEADS
+    return HEADS * flops(Shape(n=n, m=n, d=D, dv=DV)).total
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

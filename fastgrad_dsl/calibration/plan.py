@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import inf, sqrt
 
-from fastgrad_compiler.analysis.bounds.proof import number
 from fastgrad_compiler.approximation.certificates import Certificate, certificate
 from fastgrad_compiler.approximation.rounding import WIDEST_NEAR, Rounding, Run, Sizes, rounding
 from fastgrad_compiler.attention.table import Lengths
-from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.planning.cost import EXACT, Shape, Way, break_even
 from fastgrad_compiler.planning.decision import PRECISIONS, Decision
 from fastgrad_compiler.planning.knapsack import Option, choose
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration
 from fastgrad_dsl.calibration.candidates import Candidate

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import ceil, inf, log10
 
-from fastgrad_compiler.analysis.bounds.proof import number
 from fastgrad_compiler.ir.graph import BudgetRule, Program
+from fastgrad_compiler.ir.words import number
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration
 from fastgrad_dsl.calibration.plan import Limits, least_errors, make_plan
+from fastgrad_dsl.documents.calibration import Round
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 SLACK = 1.1  # a limit that is proposed lies so much above what the plan needs
 MOST = 1e6  # times a limit: beyond it no limit is proposed
 
 
-def refusal(
-    calibration: Calibration, program: Program, limits: Limits, rounds: Sequence[Mapping[str, float]]
-) -> TfgError:
+def refusal(calibration: Calibration, program: Program, limits: Limits, rounds: Sequence[Round]) -> TfgError:
     """The error: what the rules allow at best, and remedies with which a plan was found."""
     output, gradient = least_errors(calibration, program)
     kind = "by their certificates" if calibration.certified else "an estimate"
@@ -29,7 +28,7 @@ def refusal(
     ]
     if not parts and rounds:
         last = rounds[-1]
-        output, gradient = last["output"], last["gradient"]
+        output, gradient = last.output, last.gradient
         parts = [
             f"measured: {number(output)} of the output and {number(gradient)} of the gradient, at the least"
         ]
@@ -50,13 +49,13 @@ def refusal(
     )
 
 
-def _below(limits: Limits, measured: Mapping[str, float]) -> Limits:
+def _below(limits: Limits, measured: Round) -> Limits:
     """Limits on estimates that are as far below as measured errors lay above."""
 
     def scaled(limit: float | None, found: float) -> float | None:
         return limit if limit is None or found <= limit else limit * limit / found
 
-    return Limits(scaled(limits.output, measured["output"]), scaled(limits.gradient, measured["gradient"]))
+    return Limits(scaled(limits.output, measured.output), scaled(limits.gradient, measured.gradient))
 
 
 def _remedies(calibration: Calibration, program: Program, scaled: Limits, limits: Limits) -> Iterator[str]:

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import exp, isfinite, log
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from msgspec.structs import asdict
 from torch import Tensor, nn
 
 from fastgrad_compiler.ir.graph import Budget, Program
@@ -18,16 +19,17 @@ from fastgrad_compiler.pipeline import Stage, run
 from fastgrad_compiler.planning.plan import Assignment
 from fastgrad_compiler.runtime.attention_op import compute_dtype
 from fastgrad_compiler.runtime.guard import LOGGER
-from fastgrad_dsl.api.batches import dims_of, model_inputs, random_batch, target_inputs, tokens_of
-from fastgrad_dsl.api.measure import whole_errors
 from fastgrad_dsl.calibration.calibrate import Calibration, Data, Tell, calibrate
 from fastgrad_dsl.calibration.capture import Subject
 from fastgrad_dsl.calibration.document import calibration_document
 from fastgrad_dsl.calibration.pace import MachinePace, default_pace, machine_pace
 from fastgrad_dsl.calibration.plan import Limits, Plan, decisions, make_plan
 from fastgrad_dsl.calibration.refusal import refusal
+from fastgrad_dsl.documents.calibration import Round, Verification
 from fastgrad_dsl.documents.plan import is_approximated
-from fastgrad_dsl.report.request import batch_sizes
+from fastgrad_dsl.models.batches import dims_of, model_inputs, random_batch, target_inputs, tokens_of
+from fastgrad_dsl.models.measure import whole_errors
+from fastgrad_dsl.models.sizes import batch_sizes
 
 if TYPE_CHECKING:
     from fastgrad_dsl.api.compiled import Compiled
@@ -130,7 +132,7 @@ class _Verified:
 
     def plan(self) -> Compiled:
         budget = self.program.budget or Budget()
-        limits, rounds = Limits(budget.output, budget.gradient), list[dict[str, float]]()
+        limits, rounds = Limits(budget.output, budget.gradient), list[Round]()
         for place in range(ROUNDS + 1):
             plan = make_plan(self.calibration, self.program, limits)
             if plan is None:
@@ -139,7 +141,7 @@ class _Verified:
             chosen = decisions(plan, self.calibration, self.program)
             stages = self._stages(chosen)
             output, gradient, violations = self._errors(stages)
-            rounds.append({"output": output.largest, "gradient": gradient.largest, "violations": violations})
+            rounds.append(Round(output.largest, gradient.largest, violations))
             excess = output.share(budget.output), gradient.share(budget.gradient)
             if max(excess) <= 1:
                 return self._compiled(plan, chosen, stages, rounds)
@@ -167,11 +169,11 @@ class _Verified:
         portable = replace(self.compiled, target="torch", stages=stages, calibration=None)
         model = portable.module(seed=0, dtype=compute_dtype(*self.model.parameters()))
         model.load_state_dict(self.model.state_dict())
-        served = [e for e in portable.plan_document["attentions"] if e["decision"] == "polynomial"]
+        served = [e for e in portable.plan_document.attentions if e.decision == "polynomial"]
         approximated = [is_approximated(entry) for entry in served]
         if not any(approximated):
             return _Measured((0.0,), 1), _Measured((0.0,), 1), 0
-        count = len(portable.plan_document["inputs"])
+        count = len(portable.plan_document.inputs)
         with _silenced():  # what guards find is counted below
             errors = [
                 whole_errors(
@@ -192,12 +194,13 @@ class _Verified:
         plan: Plan,
         chosen: Assignment,
         stages: tuple[Stage, ...],
-        rounds: Sequence[Mapping[str, float]],
+        rounds: Sequence[Round],
     ) -> Compiled:
-        nothing = {"output": 0.0, "gradient": 0.0, "violations": 0}
-        last: dict[str, Any] = dict(rounds[-1]) if plan.output or plan.gradient else nothing
+        last = rounds[-1] if plan.output or plan.gradient else Round(0.0, 0.0, 0)
         tokens = sum(tokens_of(self.compiled.plan_document, batch) for batch in self.held_out)
-        verification = {"batches": len(self.held_out), "tokens": tokens, **last, "rounds": list(rounds)}
+        verification = Verification(
+            batches=len(self.held_out), tokens=tokens, **asdict(last), rounds=tuple(rounds)
+        )
         document = calibration_document(self.calibration, plan, self.program, verification)
         return replace(self.compiled, stages=stages, calibration=document, assignment=chosen)
 

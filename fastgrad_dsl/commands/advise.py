@@ -14,8 +14,11 @@ from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.planning.advice import Advice, Advised, advise, cheapest
 from fastgrad_compiler.targets import check_target
+from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
+from fastgrad_dsl.documents.calibration import Calibration
+from fastgrad_dsl.documents.write import plain
 from fastgrad_dsl.report.words import folded
 from fastgrad_dsl.storage.outputs import write_output
 from fastgrad_grammar.quote import json_text
@@ -46,7 +49,7 @@ def make_advice(request: AdviceRequest, tell: Any = lambda what: None) -> dict[s
     source = read_source(request.file, include=request.include)
     elaborated = elaborate(source, model=request.model, params=request.params)
     program = run(elaborated, until="attention", target=request.target, validate=False)[-1].program
-    measured: Mapping[str, Any] = {}
+    measured: Calibration | None = None
     if request.data is not None:
         measured = _measured(request, source, elaborated, tell)
     budget = program.budget
@@ -58,14 +61,18 @@ def make_advice(request: AdviceRequest, tell: Any = lambda what: None) -> dict[s
         "budget": None if budget is None else {"output": budget.output, "gradient": budget.gradient},
         "attentions": [_document(each, measured) for each in advise(program, request.target)],
         "measured": None
-        if not measured
-        else {key: measured[key] for key in ("data", "weights", "dims", "planned")},
+        if measured is None
+        else {
+            "data": measured.data,
+            "weights": measured.weights,
+            "dims": measured.dims,
+            "planned": plain(measured.planned),
+        },
     }
 
 
-def _measured(request: AdviceRequest, source: Source, elaborated: Program, tell: Any) -> Mapping[str, Any]:
+def _measured(request: AdviceRequest, source: Source, elaborated: Program, tell: Any) -> Calibration | None:
     """The calibration document of the file, rules of its budget left out: all candidates are to be seen."""
-    from fastgrad_dsl.api.compiled import Compiled
     from fastgrad_dsl.calibration.data import CalibrationRequest, calibrated
 
     budget = elaborated.budget
@@ -73,13 +80,13 @@ def _measured(request: AdviceRequest, source: Source, elaborated: Program, tell:
     stages = run(free, target=request.target, validate=False)
     compiled = Compiled(source, request.target, stages, dict(request.params), validate=False)
     asked = CalibrationRequest(str(request.data), request.weights, request.dims, request.seed)
-    return calibrated(compiled, asked, tell).calibration or {}
+    return calibrated(compiled, asked, tell).calibration
 
 
-def _document(advised: Advised, measured: Mapping[str, Any]) -> dict[str, Any]:
+def _document(advised: Advised, measured: Calibration | None) -> dict[str, Any]:
     best = cheapest(advised.advice)
     paths = [entry.path for entry in advised.entries]
-    found = {each["path"]: each["candidates"] for each in measured.get("attentions", ())}
+    found = {each.path: each.candidates for each in measured.attentions} if measured else {}
     first = advised.entries[0]
     return {
         "paths": paths,
@@ -89,7 +96,7 @@ def _document(advised: Advised, measured: Mapping[str, Any]) -> dict[str, Any]:
         "length": advised.length,
         "cheapest": None if best is None else best.change,
         "advice": [asdict(each) for each in advised.advice],
-        "candidates": found.get(paths[0]),
+        "candidates": [plain(each) for each in found[paths[0]]] if paths[0] in found else None,
     }
 
 

@@ -269,8 +269,10 @@ def report(
     try_file(json_)
     try_file(html)
 
+    from fastgrad_dsl.api.report import ReportRequest, make_report
     from fastgrad_dsl.commands.terminal import print_report, progress
-    from fastgrad_dsl.report import ReportRequest, make_report, write_html, write_json
+    from fastgrad_dsl.report.document import write_json
+    from fastgrad_dsl.report.page import write_html
 
     request = ReportRequest(
         where, _params(set_), model, text, weights, _sizes(dim), seed, measure, include=include or ()
@@ -339,7 +341,7 @@ def train(
         try_folder(folder)
 
     import fastgrad_dsl as fg
-    from fastgrad_dsl.training.language_model import TrainRequest, train_language_model
+    from fastgrad_dsl.commands.train import TrainRequest, train_language_model
     from fastgrad_dsl.training.loop import Options
 
     compiled = fg.compile(file, params=_params(set_), model=model, target=target, include=include or ())
@@ -383,7 +385,7 @@ def bench(
     try_file(json_)
     try_file(svg)
 
-    from fastgrad_dsl.bench.command import BenchRequest, print_bench, run_bench, write_files
+    from fastgrad_dsl.commands.bench import BenchRequest, print_bench, run_bench, write_files
     from fastgrad_dsl.commands.terminal import progress
 
     request = BenchRequest(tuple(n or ()), d, degree, near, heads, dv, threads, repeats, target, quick)

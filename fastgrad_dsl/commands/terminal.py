@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -13,8 +13,13 @@ from rich.text import Text
 from fastgrad_compiler.attention.table import OWN, attention_table, is_own
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.commands.tables import print_table, say
+from fastgrad_dsl.documents.pairs import WHATS, of
 from fastgrad_dsl.report.words import as_exact, counted, folded, run_on, size, verified_on
 from fastgrad_grammar import quote
+
+if TYPE_CHECKING:  # `check` starts without msgspec
+    from fastgrad_dsl.documents.calibration import Calibration
+    from fastgrad_dsl.documents.report import Report
 
 VERDICTS = {"kept": "bold green", "likely": "green", "missed": "bold red", "unlikely": "red"}
 WIDTH_OF_A_FILE = 1_000_000  # where the output is no terminal: no line is broken
@@ -68,25 +73,26 @@ def print_plan(program: Program, file: str) -> None:
         say(out, why, indent=6)
 
 
-def print_calibration(document: Mapping[str, Any]) -> None:
+def print_calibration(document: Calibration) -> None:
     """What the plan rests on, what it is expected to cost, and what was measured of it."""
     out = console()
-    planned, verified = document["planned"], document["verification"]
-    sizes = ", ".join(f"{name} = {size}" for name, size in document["dims"].items())
-    say(out, f"calibrated on {document['data']} ({sizes}), {document['weights']}")
-    ratio = planned["exact_seconds"] / planned["seconds"] if planned["seconds"] else 1.0
+    planned, verified = document.planned, document.verification
+    sizes = ", ".join(f"{name} = {size}" for name, size in document.dims.items())
+    say(out, f"calibrated on {document.data} ({sizes}), {document.weights}")
     say(
         out,
-        f"attention at n = {planned['length']:,}: {ratio:.1f} times as fast as PyTorch's fused softmax (estimate);"
-        f" no plan is more than {100 * planned['gap']:.2g} % faster (bound, given the estimates)",
+        f"attention at n = {planned.length:,}: {planned.speed_up:.1f} times as fast as PyTorch's fused softmax "
+        f"(estimate); no plan is more than {100 * planned.gap:.2g} % faster (bound, given the estimates)",
         indent=2,
     )
-    kind = "bound, gains of at least 1" if document["trust"] == "certified" else "estimate"
-    for what in ("output", "gradient"):
-        measured = "" if verified is None else f", {verified[what]:.2g} (measured on {verified_on(document)})"
-        say(out, f"{what} error {planned[what]:.2g} ({kind}){measured}", indent=2)
-    if verified is not None and verified["violations"]:
-        text = f"{counted(verified['violations'], 'call')} had logits beyond their R: calibrate on more data"
+    kind = "bound, gains of at least 1" if document.trust == "certified" else "estimate"
+    for what in WHATS:
+        measured = ""
+        if verified is not None:
+            measured = f", {of(verified, what):.2g} (measured on {verified_on(document, verified)})"
+        say(out, f"{what} error {of(planned, what):.2g} ({kind}){measured}", indent=2)
+    if verified is not None and verified.violations:
+        text = f"{counted(verified.violations, 'call')} had logits beyond their R: calibrate on more data"
         say(out, text, indent=2, style="yellow")
 
 
@@ -94,41 +100,41 @@ def _family(family: object) -> str:
     return "own polynomial" if family == OWN else str(family)
 
 
-def print_report(report: Mapping[str, Any], *, wide: bool = False) -> None:
+def print_report(report: Report, *, wide: bool = False) -> None:
     """The headline, the warnings, then a table of attentions; every number is named bound, estimate or measured.
 
     wide: all that is known of each attention, in place of what is asked most: decision, errors and time.
     """
     out = console()
-    say(out, f"model {report['model']} ({report['source']})", style="bold")
+    say(out, f"model {report.model} ({report.source})", style="bold")
     _print_headline(out, report)
-    for warning in report["warnings"]:
-        say(out, f"warning: {warning['text']}", style="yellow")
-    if report["attentions"]:
-        from fastgrad_dsl.report.table import report_table  # loads what `check` does without
+    for warning in report.warnings:
+        say(out, f"warning: {warning.text}", style="yellow")
+    if report.attentions:
+        from fastgrad_dsl.commands.report_table import report_table  # loads what `check` does without
 
         columns, rows, legend = report_table(report, wide=wide)
         print_table(out, columns, rows)
         for sentence in legend:
             say(out, sentence, style="dim")
-    for note in report["notes"]:
+    for note in report.notes:
         say(out, f"note: {note}")
 
 
-def _print_headline(out: Console, report: Mapping[str, Any]) -> None:
+def _print_headline(out: Console, report: Report) -> None:
     """Verdict, use of the budget, the batch and what was measured of it, predicted time and memory."""
-    headline = report["headline"]
-    say(out, headline["verdict"]["text"], style=VERDICTS.get(headline["verdict"]["state"], "bold"))
-    for what in ("output", "gradient"):
-        say(out, f"{what}: {headline[what]['words']}", indent=2)
+    headline = report.headline
+    say(out, headline.verdict.text, style=VERDICTS.get(headline.verdict.state, "bold"))
+    for what in WHATS:
+        say(out, f"{what}: {of(headline, what).words}", indent=2)
     say(out, run_on(report))
-    for line in report["summary"]:
+    for line in report.summary:
         say(out, line, indent=2)
-    prediction = headline["prediction"]
+    prediction = headline.prediction
     if prediction is not None:
-        memory = prediction["memory"]
+        memory = prediction.memory
         say(
             out,
-            f"at n = {prediction['n']:,}: attention {as_exact(prediction['speed_up']['total'])}, "
-            f"forward and backward, in {size(memory['compiled'])}, exact {size(memory['exact'])} (estimates)",
+            f"at n = {prediction.n:,}: attention {as_exact(prediction.speed_up.total)}, "
+            f"forward and backward, in {size(memory.compiled)}, exact {size(memory.exact)} (estimates)",
         )

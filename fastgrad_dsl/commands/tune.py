@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fastgrad_dsl as fg
-from fastgrad_compiler.codegen.kernel import kernel_title
+from fastgrad_compiler.codegen.titles import kernel_title
 from fastgrad_compiler.runtime.triton_tuned import Configuration
 from fastgrad_dsl.bench.tuning import (
     DTYPES,

@@ -2,61 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
-from math import isfinite
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal, get_args
 
-from fastgrad_compiler.approximation.certificates import certificate
-from fastgrad_compiler.approximation.rounding import EXACT, USUAL_LENGTH, Rounding, Sizes
-from fastgrad_compiler.attention.table import (
-    OWN,
-    AttentionEntry,
-    Lengths,
-    attention_table,
-    is_guarded,
-    range_source,
-)
-from fastgrad_compiler.codegen.attention_kernels import kernel_module
-from fastgrad_compiler.ir.graph import Attribute, Node, Program
+from msgspec import UNSET, Meta, UnsetType
+
+from fastgrad_compiler.attention.table import OWN
 from fastgrad_compiler.ir.text_parser import parse_dim
-from fastgrad_compiler.planning.cost import Shape, Way, flops
-from fastgrad_compiler.targets import BACKENDS
-from fastgrad_dsl.api.attention_rounding import entry_rounding, rounding_document
-from fastgrad_dsl.api.batches import Input, model_inputs, target_inputs
+from fastgrad_dsl.documents.base import (
+    Count,
+    DimText,
+    Document,
+    Family,
+    Name,
+    Part,
+    Place,
+    Size,
+    Source,
+    Target,
+    Trust,
+)
+from fastgrad_dsl.documents.form import shown
 
-FORMAT = "fastgrad-plan-4"
+LONGEST = 65536  # of a dim for which the file declares no limit
+MOST_TOKENS = 1 << 63  # of a sequence
 
-
-def plan_document(
-    program: Program, source: str, target: str, params: Mapping[str, object] | None = None
-) -> dict[str, Any]:
-    """The plan of a compiled program as plain data; deterministic. `params` are those that override the file's."""
-    budget = program.budget
-    return {
-        "format": FORMAT,
-        "model": program.name,
-        "source": source,
-        "target": target,
-        "params": {name: str(value) for name, value in (params or {}).items()},
-        "dims": [{"name": d.name, "at_most": d.at_most, "multiple_of": d.multiple_of} for d in program.dims],
-        "inputs": [_input(tensor) for tensor in model_inputs(program)],
-        "targets": [_input(tensor) for tensor in target_inputs(program)],
-        "budget": None
-        if budget is None
-        else {
-            "output": budget.output,
-            "gradient": budget.gradient,
-            "near": budget.near,
-            "trust": program.trust,
-            "on_violation": program.on_violation,
-        },
-        "attentions": [attention_document(program, entry, target) for entry in attention_table(program)],
-    }
+Heads = Annotated[int, Meta(ge=1, le=65536)]
+Width = Annotated[int, Meta(ge=1, le=1 << 20)]
+Degree = Annotated[int, Meta(ge=0, le=64)]
+Coefficients = Annotated[tuple[Annotated[float, Meta(ge=-1e30, le=1e30)], ...], Meta(min_length=1)]
+Precision = Literal["float32", "float64"]
 
 
-def attention_document(program: Program, entry: AttentionEntry, target: str) -> dict[str, Any]:
-    """One attention: numbers that do not exist for it (a degree of an exact one) are None.
+class Dim(Document, frozen=True):
+    """A run-time dim, and what the file declares of it."""
+
+    name: Name
+    at_most: Size | None
+    multiple_of: Size
+
+
+class TensorEntry(Document, frozen=True):
+    """A tensor that the model or its objective takes; `ids` are less than `below`; others may name `documents`."""
+
+    name: str
+    dtype: Literal["float", "int", "bool"]
+    shape: tuple[DimText, ...]
+    below: Size
+    documents: bool
+    ids: bool
+
+
+class Budget(Document, frozen=True):
+    """The budget of the file; None is what it does not limit."""
+
+    output: Part | None
+    gradient: Part | None
+    near: Size | None
+    trust: Trust
+    on_violation: Literal["exact", "warn", "raise"]
+
+
+class Work(Document, frozen=True):
+    """Floating-point operations of one head and sequence."""
+
+    forward: Count
+    backward: Count
+
+
+class Flops(Document, frozen=True):
+    """The work of both ways at n queries and m keys, the longest declared lengths."""
+
+    n: Size
+    m: Size
+    exact: Work
+    polynomial: Work | UnsetType = UNSET
+
+
+class RoundingRun(Document, frozen=True):
+    """Bounds of what rounding adds on one device in one dtype; None is no bound."""
+
+    device: Literal["cpu", "gpu"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    weights: Part | None
+    slopes: Part | None
+    output: Part | None
+    value_gradient: Part | None
+    score_gradient: Part | None
+
+
+class Rounding(Document, frozen=True):
+    """Bounds of what rounding adds to eps and eps', at n queries and m keys, `declared` by the file or not.
+
+    `holds_to`: the greatest length at which eps and rounding are below 1 together, None where any length will do;
+    `weights`, `slopes`: added to eps and eps' in a float32 run on a CPU.
+    """
+
+    n: Size
+    m: Size
+    declared: bool
+    reach: Part | None
+    holds_to: Count | None
+    weights: Part | None
+    slopes: Part | None
+    runs: tuple[RoundingRun, ...]
+
+
+class CertificateTerms(Document, frozen=True):
+    """Proved worst cases that need no data (docs/mathematics.md, sections 7 and 10); None is infinite."""
+
+    output_of_value_range: Part | None
+    value_gradient_of_upstream: Part | None
+    score_gradient_of_omega: Part | None
+    output_rounding_of_largest_value: Part | None
+    value_rounding_of_upstream: Part | None
+    score_rounding_of_products: Part | None
+
+
+class Attention(Document, frozen=True):
+    """One attention; numbers that do not exist for it (a degree of an exact one) are None.
 
     A polynomial that is the model's own has the family "own", an error of 0 and no `bound`: it needs none. `queries`,
     `keys` are the two lengths, dims as text; `d`, `dv` the widths of a head; `kernel` is the module that
@@ -64,134 +128,151 @@ def attention_document(program: Program, entry: AttentionEntry, target: str) -> 
 
     It is exact below `break_even` tokens on the device that the target is for, on a GPU below `break_even_gpu`.
 
-    `bound` is R with its `proof`, its `range_source` (one of ranges.SOURCES) and whether it is only `asserted`;
-    `guarded` says whether a run checks it; `flops` are per head and sequence at the longest declared length;
-    `certificate` holds the proved worst cases that need no data (docs/mathematics.md, section 7), those of
-    rounding (section 10) for a float32 run on a CPU; `reach` bounds |scale| sum_a |q_a k_a|; `rounding` says more.
+    `bound` is R with its `proof`, its `range_source` and whether it is only `asserted`; `guarded` says whether a run
+    checks it; `certificate` holds for a float32 run on a CPU; `reach` bounds |scale| sum_a |q_a k_a|.
     """
-    node = entry.node
-    polynomial = node.get("decision") == "polynomial" or node.op == "poly_attention"
-    eps, eps_prime = (_number(node.get(key)) if polynomial else None for key in ("eps", "eps_prime"))
-    document: dict[str, Any] = {
-        "path": entry.path,
-        "source": entry.place or None,
-        "decision": "polynomial" if polynomial else "exact",
-        "why": node.get("why"),
-        "family": node.get("family") if polynomial else None,
-        "degree": node.get("degree") if polynomial else None,
-        "coefficients": _listed(node.get("coefficients")) if polynomial else None,
-        "rank": entry.rank if polynomial else None,
-        "scale": node["scale"],
-        "causal": node["causal"],
-        "near": node["near"],
-        "window": node.get("window"),
-        "alibi": node.get("alibi", False),
-        "roles": _listed(node["roles"]),
-        "queries": str(entry.queries),
-        "keys": str(entry.keys),
-        "query_heads": _heads(program, entry, 0),
-        "key_heads": _heads(program, entry, 1),
-        "d": entry.d,
-        "dv": entry.dv,
-        "kernel": kernel_module(program[entry.graph], node, BACKENDS[target]),
-        "bound": _number(node["bound"]),
-        "range_source": range_source(node),
-        "guarded": is_guarded(node),
-        "asserted": node.get("asserted", False),
-        "proof": _listed(node.get("proof")),
-        "eps": eps,
-        "eps_prime": eps_prime,
-        "positive_from": _number(node.get("positive_from")) if polynomial else None,
-        "break_even": node.get("break_even") if polynomial else None,
-        "break_even_gpu": node.get("break_even_gpu") if polynomial else None,
-        "flops": _flops(program, entry, polynomial),
-        "precision": (node.get("precision") or "float32") if polynomial else None,
-        "reach": _reach(node),
-        "rounding": None,
-        "certificate": None,
+
+    path: str
+    source: str | None
+    decision: Literal["exact", "polynomial"]
+    why: str | None
+    family: Literal["taylor", "minimax", "balanced", "own", None]
+    degree: Degree | None
+    coefficients: Coefficients | None
+    rank: Size | None
+    scale: float
+    causal: bool
+    near: Size | None
+    window: Size | None
+    alibi: bool
+    roles: tuple[Literal["padding", "documents", "near_q", "near_k"], ...]
+    queries: DimText
+    keys: DimText
+    query_heads: Heads
+    key_heads: Heads
+    d: Width | None
+    dv: Width | None
+    kernel: Name | None
+    bound: Part | None
+    range_source: Source | None
+    guarded: bool
+    asserted: bool
+    proof: tuple[str, ...]
+    eps: Part | None
+    eps_prime: Part | None
+    positive_from: float | None
+    break_even: Count | None
+    break_even_gpu: Count | None
+    flops: Flops | None
+    precision: Precision | None
+    reach: Part | None
+    rounding: Rounding | None
+    certificate: CertificateTerms | None
+
+    def narrowest(self) -> type[Document]:
+        """Approximated or Polynomial, where it is one."""
+        if type(self) is not Attention or self.decision == "exact":
+            return type(self)
+        return Polynomial if self.family == OWN else Approximated
+
+
+class Polynomial(Attention, frozen=True):
+    """An attention that a polynomial serves."""
+
+    family: Literal["taylor", "minimax", "balanced", "own"]
+    degree: Degree
+    coefficients: Coefficients
+    rank: Size
+    d: Width
+    dv: Width
+    precision: Precision
+
+
+class Approximated(Polynomial, frozen=True):
+    """An attention in which a polynomial stands in for exp; the model's own stands in for nothing."""
+
+    family: Family
+    bound: Annotated[float, Meta(ge=0, le=100)]
+    range_source: Source
+    eps: Part
+    eps_prime: Part
+    reach: Part
+
+
+_KINDS = Meta(
+    extra_json_schema={
+        "allOf": [
+            {
+                "if": {"properties": {"decision": {"const": "polynomial"}}},
+                "then": {"$ref": "#/$defs/Polynomial"},
+            },
+            {
+                "if": {
+                    "properties": {
+                        "decision": {"const": "polynomial"},
+                        "family": {"enum": list(get_args(Family))},
+                    }
+                },
+                "then": {"$ref": "#/$defs/Approximated"},
+            },
+        ]
     }
-    if eps is None or eps_prime is None:
-        return document
-    added = EXACT
-    if is_approximated(document) and entry.d is not None and entry.dv is not None:
-        lengths = Lengths(program)
-        declared = [lengths.longest(dim) for dim in (entry.queries, entry.keys)]
-        n, m = (length or USUAL_LENGTH for length in declared)
-        sizes = Sizes(n, m, entry.groups)
-        document["rounding"] = rounding_document(document, target, sizes, None not in declared)
-        added = entry_rounding(document, target, sizes)
-    return document | {"certificate": _certificate(eps, eps_prime, added)}
+)
+"""Of Attention.narrowest, for the schema."""
 
 
-def _reach(node: Node) -> float | None:
-    return _number(node["bound"] if node.get("reach") is None else node.get("reach"))
+class Plan(Document, frozen=True):
+    """What a compiled model takes, its budget, and what was decided of each attention. See docs/report.md."""
+
+    format: Literal["fastgrad-plan-4"]
+    model: str
+    source: str
+    target: Target
+    params: dict[str, str]
+    dims: tuple[Dim, ...]
+    inputs: tuple[TensorEntry, ...]
+    targets: tuple[TensorEntry, ...]
+    budget: Budget | None
+    attentions: tuple[Annotated[Attention, _KINDS], ...]
+
+    def faults(self) -> Iterator[tuple[Place, str]]:
+        """What it says twice, of dims that it does not have, or of lengths that nothing has."""
+        paths: set[str] = set()
+        names = {dim.name for dim in self.dims}
+        sizes, _ = longest_sizes(self)
+        for index, entry in enumerate(self.attentions):
+            place: Place = ("attentions", index)
+            if entry.path in paths:
+                yield (*place, "path"), f"{shown(entry.path)} comes twice"
+            paths.add(entry.path)
+            for key, dim in (("queries", entry.queries), ("keys", entry.keys)):
+                unknown = sorted(parse_dim(dim).names - names)
+                if unknown:
+                    yield (*place, key), f"no dim {shown(unknown[0])} is declared"
+            if max(lengths_of(entry, sizes)) > MOST_TOKENS:
+                yield place, f"sequences of more than {MOST_TOKENS} tokens"
+            if isinstance(entry, Polynomial) and len(entry.coefficients) != entry.degree + 1:
+                yield (*place, "coefficients"), f"expected {entry.degree + 1} for this degree"
 
 
-def is_approximated(entry: Mapping[str, Any]) -> bool:
-    """Whether a polynomial stands in for the exp of this attention of a plan; the model's own stands in for nothing."""
-    return bool(entry["decision"] == "polynomial" and entry["family"] != OWN)
+def is_approximated(entry: Attention) -> bool:
+    """Whether a polynomial stands in for the exp of an attention; the model's own stands in for nothing."""
+    return entry.decision == "polynomial" and entry.family != OWN
 
 
-def _heads(program: Program, entry: AttentionEntry, place: int) -> int:
-    """Heads of the queries (0) or the keys (1); 1 for tensors without an axis of heads."""
-    shape = program[entry.graph][entry.node.inputs[place]].tensor.shape
-    return (shape[-3].constant if len(shape) > 2 else None) or 1
+def longest_sizes(plan: Plan) -> tuple[dict[str, int], list[str]]:
+    """Sizes of the dims that lengths of attentions are made of, and those among them that the file leaves open."""
+    texts = {text for entry in plan.attentions for text in (entry.queries, entry.keys)}
+    names = {name for text in texts for name in parse_dim(text).names}
+    sizes, undeclared = {}, []
+    for dim in plan.dims:
+        if dim.name in names:
+            sizes[dim.name] = dim.at_most or max(LONGEST // dim.multiple_of, 1) * dim.multiple_of
+            undeclared += [dim.name] if dim.at_most is None else []
+    return sizes, undeclared
 
 
-def _flops(program: Program, entry: AttentionEntry, polynomial: bool) -> dict[str, Any] | None:
-    """Of both ways at the longest declared lengths; None where none is declared."""
-    node, lengths = entry.node, Lengths(program)
-    n, m = lengths.longest(entry.queries), lengths.longest(entry.keys)
-    if n is None or m is None or entry.d is None or entry.dv is None:
-        return None
-    near, window, degree, roles = (node.get(key) for key in ("near", "window", "degree", "roles"))
-    shape = Shape(
-        n=n,
-        m=m,
-        d=entry.d,
-        dv=entry.dv,
-        causal=bool(node["causal"]),
-        near=near if isinstance(near, int) else None,
-        documents=isinstance(roles, tuple) and "documents" in roles,
-        window=window if isinstance(window, int) else None,
-    )
-    document: dict[str, Any] = {"n": n, "m": m, "exact": asdict(flops(shape))}
-    if polynomial and isinstance(degree, int):
-        document["polynomial"] = asdict(flops(shape, Way(degree)))
-    return document
-
-
-def _certificate(eps: float, eps_prime: float, added: Rounding) -> dict[str, float | None]:
-    worst = certificate(eps, eps_prime, added)
-    return {
-        "output_of_value_range": _number(worst.output),
-        "value_gradient_of_upstream": _number(worst.value_gradient),
-        "score_gradient_of_omega": _number(worst.score_gradient),
-        "output_rounding_of_largest_value": _number(worst.output_rounding),
-        "value_rounding_of_upstream": _number(worst.value_rounding),
-        "score_rounding_of_products": _number(worst.score_rounding),
-    }
-
-
-def _input(tensor: Input) -> dict[str, Any]:
-    return {
-        "name": tensor.name,
-        "dtype": tensor.dtype,
-        "shape": [str(dim) for dim in tensor.shape],
-        "below": tensor.below,
-        "documents": tensor.documents,
-        "ids": tensor.ids,
-    }
-
-
-def input_of(document: Mapping[str, Any]) -> Input:
-    """The input that an entry of a plan's `inputs` or `targets` describes."""
-    return Input(**{**document, "shape": tuple(map(parse_dim, document["shape"]))})
-
-
-def _number(value: Attribute) -> float | None:
-    return float(value) if isinstance(value, int | float) and isfinite(value) else None
-
-
-def _listed(value: Attribute) -> list[Attribute]:
-    return list(value) if isinstance(value, tuple) else []
+def lengths_of(entry: Attention, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Queries and keys of an attention at these sizes of dims."""
+    n, m = (max(parse_dim(text).evaluate(sizes), 1) for text in (entry.queries, entry.keys))
+    return n, m

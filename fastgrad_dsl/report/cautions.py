@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from fastgrad_compiler.attention.table import OWN
-from fastgrad_dsl.documents.plan import is_approximated
+from fastgrad_dsl.documents.calibration import Calibration
+from fastgrad_dsl.documents.plan import Budget, Plan, is_approximated
+from fastgrad_dsl.documents.report import Batch, Errors, Exact, Headline, ReportedAttention, Warned
 from fastgrad_dsl.report.errors import LOCAL
 from fastgrad_dsl.report.words import VACUOUS, folded
 
 if TYPE_CHECKING:
-    from fastgrad_dsl.api.measure import ModelErrors
+    from fastgrad_dsl.models.measure import ModelErrors
 
-Attentions = Sequence[Mapping[str, Any]]
-Warned = tuple[str, str, list[str]]  # kind, text, paths
-TRUSTED = {
+Attentions = Sequence[ReportedAttention]
+TRUSTED: dict[Literal["data", "asserted"], str] = {
     "data": "R is measured on data, with a margin",
     "asserted": "R rests on assume_bound, the file's word",
 }
 
 
-def warnings(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`kind`, `text` and the paths of the `attentions` concerned, the gravest first."""
-    found = (
-        *_budget(document["headline"]),
-        *_broken(document["attentions"]),
-        *_ranges(document["attentions"], document["budget"]),
-        *_vacuous(document["attentions"]),
-        *_unbounded(document["attentions"], document["calibration"] is not None),
-        *_batch(document["batch"], document["attentions"]),
-        *_calibration(document["calibration"]),
+def warnings(
+    headline: Headline,
+    attentions: Attentions,
+    budget: Budget | None,
+    batch: Batch | None,
+    calibration: Calibration | None,
+) -> tuple[Warned, ...]:
+    """The warnings of a report, the gravest first."""
+    return (
+        *_budget(headline),
+        *_broken(attentions),
+        *_ranges(attentions, budget),
+        *_vacuous(attentions),
+        *_unbounded(attentions, calibration is not None),
+        *_batch(batch, attentions),
+        *_calibration(calibration),
     )
-    return [{"kind": kind, "text": text, "attentions": paths} for kind, text, paths in found]
 
 
-def notes(plan: Mapping[str, Any], errors: ModelErrors | None, undeclared: Sequence[str]) -> list[str]:
+def notes(plan: Plan, errors: ModelErrors | None, undeclared: Sequence[str]) -> tuple[str, ...]:
     """Remarks on what the numbers are."""
-    entries = plan["attentions"]
+    entries = plan.attentions
     found = []
-    if any(entry["family"] == OWN for entry in entries):
+    if any(entry.family == OWN for entry in entries):
         found.append(
             "weights that are the model's own polynomial stand in for nothing: their error is 0, without a bound of the"
             " logits"
@@ -62,89 +68,83 @@ def notes(plan: Mapping[str, Any], errors: ModelErrors | None, undeclared: Seque
         found.append(
             "the file has no objective: gradients are those of a fixed random projection of the output"
         )
-    return found
+    return tuple(found)
 
 
-def _budget(headline: Mapping[str, Any]) -> Iterator[Warned]:
-    if headline["verdict"]["state"] in ("missed", "unlikely"):
-        yield "budget", headline["verdict"]["text"], []
+def _budget(headline: Headline) -> Iterator[Warned]:
+    if headline.verdict.state in ("missed", "unlikely"):
+        yield Warned("budget", headline.verdict.text, ())
 
 
 def _broken(attentions: Attentions) -> Iterator[Warned]:
-    broken = [
-        entry["path"]
-        for entry in attentions
-        for values in (entry["errors"][what] for what in LOCAL)
-        if None not in (values["measured"], values["bound"]) and values["measured"] > values["bound"]
-    ]
+    broken = [entry.path for entry in attentions if any(map(_is_broken, map(entry.errors.of, LOCAL)))]
     if broken:
-        paths = list(dict.fromkeys(broken))
-        yield (
-            "range",
-            f"{folded(paths)}: an error is above its bound, so logits left the range of the plan",
-            paths,
-        )
+        text = f"{folded(broken)}: an error is above its bound, so logits left the range of the plan"
+        yield Warned("range", text, tuple(broken))
 
 
-def _ranges(attentions: Attentions, budget: Mapping[str, Any] | None) -> Iterator[Warned]:
-    policy = (budget or {}).get("on_violation", "warn")
+def _is_broken(errors: Errors) -> bool:
+    return errors.measured is not None and errors.bound is not None and errors.measured > errors.bound
+
+
+def _ranges(attentions: Attentions, budget: Budget | None) -> Iterator[Warned]:
+    policy = budget.on_violation if budget else "warn"
     for source, text in TRUSTED.items():
-        served = [e for e in attentions if e["range_source"] == source and e["decision"] == "polynomial"]
+        served = [e for e in attentions if e.range_source == source and e.decision == "polynomial"]
         for guarded in (True, False):
-            paths = [e["path"] for e in served if e["guarded"] == guarded]
+            paths = [e.path for e in served if e.guarded == guarded]
             guard = f"a guard watches it, on_violation = {policy}" if guarded else "nothing watches it"
             if paths:
-                yield (
-                    source,
-                    f"{folded(paths)}: {text}; logits beyond it have unbounded error; {guard}",
-                    paths,
-                )
+                said = f"{folded(paths)}: {text}; logits beyond it have unbounded error; {guard}"
+                yield Warned(source, said, tuple(paths))
 
 
 def _vacuous(attentions: Attentions) -> Iterator[Warned]:
-    groups: dict[tuple[str, ...], list[str]] = {}
+    groups: dict[tuple[Exact, ...], list[str]] = {}
     for entry in attentions:
-        bounds = {what: entry["errors"][what]["bound"] for what in LOCAL}
+        bounds = {what: entry.errors.of(what).bound for what in LOCAL}
         names = tuple(what for what, bound in bounds.items() if bound is not None and bound >= VACUOUS)
         if names:
-            groups.setdefault(names, []).append(entry["path"])
+            groups.setdefault(names, []).append(entry.path)
     for names, paths in groups.items():
         text = f"{folded(paths)}: the bound of {', '.join(names)} is vacuous (100 % or more): trust what was measured"
-        yield "vacuous", text, paths
+        yield Warned("vacuous", text, tuple(paths))
 
 
 def _unbounded(attentions: Attentions, calibrated: bool) -> Iterator[Warned]:
     paths = [
-        entry["path"]
+        entry.path
         for entry in attentions
-        if entry["decision"] == "exact"
-        and entry["bound"] is None
-        and not entry["window"]
-        and not entry["alibi"]
+        if entry.decision == "exact"
+        and entry.bound is None
+        and not entry.window
+        and not entry.alibi
         and not calibrated
     ]
     if paths:
-        yield "unbounded", f"{folded(paths)}: exact, because nothing bounds the logits", paths
+        yield Warned("unbounded", f"{folded(paths)}: exact, because nothing bounds the logits", tuple(paths))
 
 
-def _batch(batch: Mapping[str, Any] | None, attentions: Attentions) -> Iterator[Warned]:
+def _batch(batch: Batch | None, attentions: Attentions) -> Iterator[Warned]:
     if batch is None:
         return
-    if str(batch["weights"]).startswith("initial weights"):
-        yield "weights", f"measured with {batch['weights']}: trained weights have other logits", []
-    if str(batch["kind"]).startswith("random"):
-        yield "data", "measured on random inputs: real data have other logits", []
-    shortest = min((e["break_even"] for e in attentions if e["break_even"] is not None), default=0)
-    longest = max(batch["dims"].values(), default=0)
+    if batch.weights.startswith("initial weights"):
+        yield Warned("weights", f"measured with {batch.weights}: trained weights have other logits", ())
+    if batch.kind.startswith("random"):
+        yield Warned("data", "measured on random inputs: real data have other logits", ())
+    shortest = min((e.break_even for e in attentions if e.break_even is not None), default=0)
+    longest = max(batch.dims.values(), default=0)
     if longest < shortest:
         text = f"below {shortest} tokens every attention runs exactly: measure a longer batch (--dim)"
-        yield "length", text, []
+        yield Warned("length", text, ())
 
 
-def _calibration(calibration: Mapping[str, Any] | None) -> Iterator[Warned]:
+def _calibration(calibration: Calibration | None) -> Iterator[Warned]:
     if calibration is None:
         return
-    if str(calibration["weights"]).startswith("initial weights"):
-        yield "calibration", f"calibrated with {calibration['weights']}: calibrate again after training", []
-    if str(calibration["data"]).startswith("random"):
-        yield "calibration", "calibrated on random inputs: estimates hold for those", []
+    if calibration.weights.startswith("initial weights"):
+        yield Warned(
+            "calibration", f"calibrated with {calibration.weights}: calibrate again after training", ()
+        )
+    if calibration.data.startswith("random"):
+        yield Warned("calibration", "calibrated on random inputs: estimates hold for those", ())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+from fastgrad_dsl.documents.report import Exact, Head, Kind, Report, ReportedAttention
 from fastgrad_dsl.report.words import SOURCES, bound, decision, number
 
 GROUPS = (
@@ -17,6 +17,9 @@ GROUPS = (
     ("dV", 2),
 )
 """Headings over the columns, and how many each spans."""
+
+GRADIENTS: tuple[Exact, ...] = ("dq", "dk", "dv")
+PROVED: tuple[Kind, ...] = ("bound", "measured")
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Column:
     """A heading with its cells for an attention and for one of its heads."""
 
     heading: str
-    attention: Callable[[Mapping[str, Any]], Cell]
-    head: Callable[[Mapping[str, Any]], Cell] = lambda head: Cell("")
+    attention: Callable[[ReportedAttention], Cell]
+    head: Callable[[Head], Cell] = lambda head: Cell("")
     is_number: bool = True
 
 
@@ -51,69 +54,65 @@ def column_labels() -> list[str]:
     return [f"{group} {column.heading}".strip() for group, column in zip(groups, COLUMNS, strict=True)]
 
 
-def attention_rows(report: Mapping[str, Any]) -> list[Row]:
+def attention_rows(report: Report) -> list[Row]:
     """A row for each attention of a report."""
     return [
         Row(
             tuple(column.attention(entry) for column in COLUMNS),
-            tuple(tuple(column.head(head) for column in COLUMNS) for head in entry["per_head"] or ()),
+            tuple(tuple(column.head(head) for column in COLUMNS) for head in entry.per_head or ()),
         )
-        for entry in report["attentions"]
+        for entry in report.attentions
     ]
 
 
-def _error(what: str, kind: str) -> Column:
+def _error(what: Exact, kind: Kind) -> Column:
     write = bound if kind == "bound" else number
 
-    def of_attention(entry: Mapping[str, Any]) -> Cell:
-        value = entry["errors"][what][kind]
-        zero = kind != "estimate" and what in entry["exact_zero"]
+    def of_attention(entry: ReportedAttention) -> Cell:
+        value = entry.errors.of(what).of(kind)
+        zero = kind != "estimate" and what in entry.exact_zero
         return Cell("exact is 0" if zero else write(value), value)
 
-    def of_head(head: Mapping[str, Any]) -> Cell:
-        value = head[what][kind] if what in head else None
+    def of_head(head: Head) -> Cell:
+        value = head.output.of(kind) if what == "output" else None
         return Cell(write(value) if value is not None else "", value)
 
     return Column(kind, of_attention, of_head)
 
 
-def _reason(entry: Mapping[str, Any]) -> Cell:
-    if entry["family"] == "own":
+def _reason(entry: ReportedAttention) -> Cell:
+    if entry.family == "own":
         return Cell("not needed")
-    guarded = ", guarded" if entry["guarded"] else ""
-    return Cell(SOURCES.get(entry["range_source"], "nothing bounds it") + guarded)
+    guarded = ", guarded" if entry.guarded else ""
+    return Cell((SOURCES[entry.range_source] if entry.range_source else "nothing bounds it") + guarded)
 
 
-def _rounding(entry: Mapping[str, Any]) -> Cell:
+def _rounding(entry: ReportedAttention) -> Cell:
     """What it adds to eps in a float32 run, and where the kernel computes in float64."""
-    found = entry["rounding"]
+    found = entry.rounding
     if found is None:
         return Cell("")
-    precise = " (float64)" if entry["precision"] == "float64" else ""
-    return Cell(number(found["weights"]) + precise, found["weights"])
+    precise = " (float64)" if entry.precision == "float64" else ""
+    return Cell(number(found.weights) + precise, found.weights)
 
 
-def _seen(head: Mapping[str, Any]) -> Cell:
-    if head["least"] is not None:
-        return Cell(f"logits {number(head['least'])} to {number(head['largest'])} (measured)")
-    return Cell(
-        "" if head["reach"] is None else f"logits at most {number(head['reach'])} (bound, this batch)"
-    )
+def _seen(head: Head) -> Cell:
+    if head.least is not None:
+        return Cell(f"logits {number(head.least)} to {number(head.largest)} (measured)")
+    return Cell("" if head.reach is None else f"logits at most {number(head.reach)} (bound, this batch)")
 
 
 COLUMNS = (
-    Column("attention", lambda e: Cell(e["path"]), lambda h: Cell(f"head {h['head']}"), is_number=False),
-    Column("decision", lambda e: Cell(decision(dict(e))), is_number=False),
-    Column("degree", lambda e: Cell(number(e["degree"]), e["degree"])),
-    Column("rank", lambda e: Cell(number(e["rank"]), e["rank"])),
-    Column(
-        "R", lambda e: Cell(number(e["bound"]), e["bound"]), lambda h: Cell(number(h["range"]), h["range"])
-    ),
+    Column("attention", lambda e: Cell(e.path), lambda h: Cell(f"head {h.head}"), is_number=False),
+    Column("decision", lambda e: Cell(decision(e)), is_number=False),
+    Column("degree", lambda e: Cell(number(e.degree), e.degree)),
+    Column("rank", lambda e: Cell(number(e.rank), e.rank)),
+    Column("R", lambda e: Cell(number(e.bound), e.bound), lambda h: Cell(number(h.range), h.range)),
     Column("R is", _reason, _seen, is_number=False),
     Column("rounding (bound)", _rounding),
     _error("output", "bound"),
     _error("output", "estimate"),
     _error("output", "measured"),
     _error("gradient", "estimate"),
-    *(_error(what, kind) for what in ("dq", "dk", "dv") for kind in ("bound", "measured")),
+    *(_error(what, kind) for what in GRADIENTS for kind in PROVED),
 )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Mapping
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from markupsafe import Markup
+from msgspec.structs import asdict
+
+from fastgrad_dsl.documents.pairs import WHATS, of
+from fastgrad_dsl.documents.report import Report, Spec
 from fastgrad_dsl.report import figures, words
 from fastgrad_dsl.report.columns import COLUMNS, GROUPS, attention_rows, column_labels
 from fastgrad_dsl.report.entries import calibration_of
-from fastgrad_dsl.report.headline import WHATS
 from fastgrad_dsl.storage.outputs import write_output
 from fastgrad_grammar import quote
 
@@ -21,54 +24,50 @@ if TYPE_CHECKING:
 
 FEW_HEADS = 16  # rows of heads that are shown from the start
 FOLDER = Path(__file__).parent
+PASSES: tuple[Literal["forward", "total"], ...] = ("forward", "total")
 
 
-def write_html(path: Path, report: Mapping[str, Any]) -> None:
+def write_html(path: Path, report: Report) -> None:
     """Write the page of a report, atomically."""
     write_output(path, render_html(report))
 
 
-def render_html(report: Mapping[str, Any]) -> str:
+def render_html(report: Report) -> str:
     """The page of a report; deterministic."""
-    from markupsafe import Markup
-
     heads = _heads(report)
     shown = {name: Markup((FOLDER / f"page.{name}").read_text(encoding="utf-8")) for name in ("css", "js")}
     return _template().render(
         report=report,
-        uses=[(what, report["headline"][what]) for what in WHATS],
+        uses=[(what, of(report.headline, what)) for what in WHATS],
         groups=GROUPS,
         columns=COLUMNS,
         labels=column_labels(),
         rows=attention_rows(report),
-        remarks=_remarks(report["spec"]),
+        remarks=_remarks(report.spec),
         waterfalls=[
-            (
-                what,
-                figures.waterfall(what, report["waterfall"][what]),
-                report["waterfall"][what]["basis"],
-            )
+            (what, figures.waterfall(what, each), each.basis)
             for what in WHATS
-            if report["waterfall"][what]["steps"]
+            if (each := of(report.waterfall, what)).steps
         ],
         heads=heads,
+        head_data=[head._asdict() for head in heads],
         curves=[
-            figures.curve(place, document, next((h["path"] for h in heads if h["curve"] == place), None))
-            for place, document in enumerate(report["curves"])
+            figures.curve(place, document, next((h.path for h in heads if h.curve == place), None))
+            for place, document in enumerate(report.curves)
         ],
         candidates=[
             (document, [figures.pareto(place, what, document) for what in WHATS])
-            for place, document in enumerate(report["candidates"])
+            for place, document in enumerate(report.candidates)
         ],
         costs=[
-            (document, [figures.cost(place, what, document) for what in ("forward", "total")])
-            for place, document in enumerate(report["costs"])
+            (document, [figures.cost(place, what, document) for what in PASSES])
+            for place, document in enumerate(report.costs)
         ],
-        shows_heads=sum(len(entry["per_head"] or ()) for entry in report["attentions"]) <= FEW_HEADS,
+        shows_heads=sum(len(entry.per_head or ()) for entry in report.attentions) <= FEW_HEADS,
         served={
-            file: words.folded([e["path"] for e in report["attentions"] if file in e["code"]])
-            for file in report["code"]
+            file: words.folded([e.path for e in report.attentions if file in e.code]) for file in report.code
         },
+        versions=asdict(report.versions),
         words=words,
         **shown,
     )
@@ -95,36 +94,45 @@ def _hash(text: str) -> str:
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 
 
-def _remarks(spec: Mapping[str, Any]) -> dict[int, list[str]]:
+def _remarks(spec: Spec) -> dict[int, list[str]]:
     """The remarks by line; 0 holds those of a spec whose text is not known."""
     remarks: dict[int, list[str]] = {}
-    for remark in spec["remarks"]:
-        line = remark["line"] if spec["lines"] is not None else 0
-        remarks.setdefault(line, []).append(remark["text"])
+    for remark in spec.remarks:
+        line = remark.line if spec.lines is not None else 0
+        remarks.setdefault(line, []).append(remark.text)
     return remarks
 
 
-def _heads(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the menu of heads offers: label, curve, the histogram's path and a sentence; empty without a calibration."""
+class _Shown(NamedTuple):
+    """What the menu of heads offers."""
+
+    label: str
+    curve: int
+    path: str
+    text: str
+
+
+def _heads(report: Report) -> list[_Shown]:
+    """Label, curve, the histogram's path and a sentence for each head; empty without a calibration."""
     found = []
-    for entry in report["attentions"]:
-        place = entry["curve"]
-        if place is None:
+    for entry in report.attentions:
+        calibration = calibration_of(entry, report.calibration)
+        if entry.curve is None or calibration is None:
             continue
-        rows = {row["head"]: row for row in entry["per_head"] or ()}
-        for head in (calibration_of(entry, report["calibration"]) or {}).get("heads", ()):
-            row = rows.get(head["head"])
+        rows = {row.head: row for row in entry.per_head or ()}
+        for head in calibration.heads:
+            row = rows.get(head.head)
             if row is None:
                 continue  # of another group of heads
             found.append(
-                {
-                    "label": f"{entry['path']}, head {head['head']}",
-                    "curve": place,
-                    "path": figures.histogram_path(head["histogram"], report["curves"][place]["range"]),
-                    "text": f"logits from {words.number(row['least'])} to {words.number(row['largest'])} (measured); "
-                    f"{words.percent(row['outside'])} beyond the range"
-                    if row["outside"] is not None
+                _Shown(
+                    f"{entry.path}, head {head.head}",
+                    entry.curve,
+                    figures.histogram_path(head.histogram, report.curves[entry.curve].range),
+                    f"logits from {words.number(row.least)} to {words.number(row.largest)} (measured); "
+                    f"{words.percent(row.outside)} beyond the range"
+                    if row.outside is not None
                     else "",
-                }
+                )
             )
     return found

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `check` starts without msgspec
+    from fastgrad_dsl.documents.calibration import Calibration, Verification
+    from fastgrad_dsl.documents.plan import Attention
+    from fastgrad_dsl.documents.report import Report, ServedPace
 
 VACUOUS = 1.0  # a proved relative error of 1 and more says nothing: 0 as an output would do as well
 ONE_BATCH = "one batch"  # how a calibration says that nothing was held out
@@ -59,32 +64,28 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def pace(found: Mapping[str, Any]) -> str:
+def pace(found: ServedPace) -> str:
     """What predicted times rest on: rates of arithmetic, and where exact attention is slow."""
-    where = (
-        "measured on this machine" if found["kind"] == "measured" else f"usual for target {found['target']}"
-    )
-    speed = f"{found['speed']:.2g} times " if f"{found['speed']:.2g}" != "1" else ""
-    slow = f", which reaches half of its full speed at {found['keys']:,} tokens" if found["keys"] else ""
+    where = "measured on this machine" if found.kind == "measured" else f"usual for target {found.target}"
+    speed = f"{found.speed:.2g} times " if f"{found.speed:.2g}" != "1" else ""
+    slow = f", which reaches half of its full speed at {found.keys:,} tokens" if found.keys else ""
     return (
         f"Other times are computed from operation counts: a polynomial runs at {speed}the arithmetic rate of exact "
         f"attention{slow} (estimate; rates {where})."
     )
 
 
-def run_on(report: Mapping[str, Any]) -> str:
+def run_on(report: Report) -> str:
     """What the model was run on, or what the numbers rest on where it was not."""
-    batch = report["batch"]
+    batch = report.batch
     if batch is not None:
-        sizes = ", ".join(f"{name} = {size}" for name, size in batch["dims"].items())
-        return ", ".join(filter(None, (f"on {batch['kind']}", sizes, batch["weights"])))
-    calibration = report["calibration"]
+        sizes = ", ".join(f"{name} = {size}" for name, size in batch.dims.items())
+        return ", ".join(filter(None, (f"on {batch.kind}", sizes, batch.weights)))
+    calibration = report.calibration
     if calibration is None:
         return "no model was run: this is what is known before any data"
-    measured = "estimates and measurements" if calibration["verification"] else "estimates"
-    return (
-        f"no model was run for this report: {measured} are those of the calibration on {calibration['data']}"
-    )
+    measured = "estimates and measurements" if calibration.verification else "estimates"
+    return f"no model was run for this report: {measured} are those of the calibration on {calibration.data}"
 
 
 def seconds(time: float) -> str:
@@ -101,20 +102,17 @@ def size(count: float) -> str:
     return f"{count:.3g} TiB"
 
 
-def sample(batches: int, tokens: int | None) -> str:
+def sample(batches: int, tokens: int) -> str:
     """What was measured on, as in `one batch of 2,048 tokens` and `3 batches of 6,144 tokens in all`."""
-    size = "" if tokens is None else f" of {counted(tokens, 'token')}"
-    if batches == 1:
-        return f"one batch{size}"
-    return f"{batches} batches{size and size + ' in all'}"
+    size = f" of {counted(tokens, 'token')}"
+    return f"one batch{size}" if batches == 1 else f"{batches} batches{size} in all"
 
 
-def verified_on(calibration: Mapping[str, Any]) -> str:
+def verified_on(calibration: Calibration, verification: Verification) -> str:
     """What a calibration verified its plan on, as in `one batch of 512 tokens that it held out`."""
-    verification = calibration["verification"]
-    same = ONE_BATCH in str(calibration["data"])
+    same = ONE_BATCH in calibration.data
     seen = "it planned on" if same else "it held out"
-    return f"{sample(verification['batches'], verification.get('tokens'))} that {seen}"
+    return f"{sample(verification.batches, verification.tokens)} that {seen}"
 
 
 def folded(paths: Sequence[str]) -> str:
@@ -122,11 +120,11 @@ def folded(paths: Sequence[str]) -> str:
     return paths[0] if len(paths) == 1 else f"{paths[0]} .. {paths[-1]} ({len(paths)})"
 
 
-def decision(entry: dict[str, object]) -> str:
+def decision(entry: Attention) -> str:
     """What an attention of a plan will be, as in `balanced degree 2, near 64`."""
-    if entry["decision"] != "polynomial":
-        window = entry.get("window")
+    if entry.decision != "polynomial":
+        window = entry.window
         return "exact" if window is None else f"exact, window {window}"
-    family = "own polynomial" if entry["family"] == "own" else entry["family"]
-    near = "" if entry["near"] is None else f", near {entry['near']}"
-    return f"{family} degree {entry['degree']}{near}"
+    family = "own polynomial" if entry.family == "own" else entry.family
+    near = "" if entry.near is None else f", near {entry.near}"
+    return f"{family} degree {entry.degree}{near}"

@@ -12,9 +12,11 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from fastgrad_dsl.documents.read import form, parse_document
+from fastgrad_dsl.documents.files import Files
+from fastgrad_dsl.documents.form import format_of
+from fastgrad_dsl.documents.read import parse_document
+from fastgrad_dsl.documents.write import to_json
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
-from fastgrad_grammar.quote import json_text
 
 MANIFEST = "files.json"
 _MOST_BYTES = 1 << 20
@@ -24,7 +26,7 @@ _SHOWN = 5
 def manifest_text(files: Mapping[str, str]) -> str:
     """files.json for files, by name within the folder."""
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in sorted(files.items())}
-    return json_text({"format": form(MANIFEST), "files": hashes}, 2) + "\n"
+    return to_json(Files(format=format_of(Files), files=hashes))
 
 
 def read_manifest(folder: Path) -> dict[str, str] | None:
@@ -35,7 +37,7 @@ def read_manifest(folder: Path) -> dict[str, str] | None:
     try:
         with open(_open_inside(folder, MANIFEST), "rb") as stream:
             content = stream.read(_MOST_BYTES)
-        return dict(parse_document(content, MANIFEST, str(folder / MANIFEST))["files"])
+        return parse_document(content, Files, str(folder / MANIFEST)).files
     except (FileNotFoundError, _NotOursError, TfgError):
         return None
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastgrad_dsl.api.batches import tokens_of
-from fastgrad_dsl.api.certify import certify
-from fastgrad_dsl.api.measure import whole_errors
-from fastgrad_dsl.documents.plan import is_approximated
+from fastgrad_dsl.documents.pairs import WHATS, of
+from fastgrad_dsl.documents.plan import Budget, is_approximated
+from fastgrad_dsl.models.batches import tokens_of
+from fastgrad_dsl.models.certify import certify
+from fastgrad_dsl.models.measure import whole_errors
 from fastgrad_dsl.report.words import sample
 from fastgrad_grammar.diagnostics import TfgError
 
@@ -44,22 +45,23 @@ class BudgetState:
     where: str | None
     violations: int
 
-    def share(self, limits: Mapping[str, Any] | None) -> float:
+    def share(self, limits: Budget | None) -> float:
         """The largest share of a limit, or of a range, that is used."""
-        given = limits or {}
         shares = [self.range or 0.0]
-        for limit, error in ((given.get("output"), self.output), (given.get("gradient"), self.gradient)):
+        for what in WHATS:
+            limit = of(limits, what) if limits else None
             if limit is not None:
-                shares.append(error / limit)
+                shares.append(of(self, what) / limit)
         return max(shares)
 
-    def line(self, limits: Mapping[str, Any] | None) -> str:
+    def line(self, limits: Budget | None) -> str:
         """One line for people: every number says what it is."""
-        given = limits or {}
         parts = []
-        for name, error in (("output", self.output), ("gradient", self.gradient)):
-            limit = given.get(name)
-            parts.append(f"{name} error {error:.2g}" + (f" of {limit:g}" if limit is not None else ""))
+        for what in WHATS:
+            limit = of(limits, what) if limits else None
+            parts.append(
+                f"{what} error {of(self, what):.2g}" + (f" of {limit:g}" if limit is not None else "")
+            )
         text = f"{', '.join(parts)} (measured on {sample(1, self.tokens)}, held out)"
         if self.range is not None:
             text += f"; logits at {100 * self.range:.0f} % of R in {self.where}"
@@ -84,7 +86,7 @@ class BudgetWatch:
 
     def look(self, model: nn.Module) -> tuple[BudgetState, nn.Module]:
         """The state, and the model to go on with: the same, or a new plan's with the very same weights."""
-        limits = self.compiled.plan_document["budget"]
+        limits = self.compiled.plan_document.budget
         state = self._state(model)
         self.states.append(state)
         self.tell(state.line(limits))
@@ -99,15 +101,14 @@ class BudgetWatch:
         except TfgError as error:
             self.tell(f"the budget is about to break, and no plan keeps it: {error.diagnostics[0].message}")
             return state, model
-        planned = (self.compiled.calibration or {}).get("planned", {})
-        ratio = planned.get("exact_seconds", 0.0) / planned["seconds"] if planned.get("seconds") else 1.0
+        ratio = self.compiled.calibration.planned.speed_up if self.compiled.calibration else 1.0
         self.tell(
             f"the budget was about to break: planned anew, attention {ratio:.1f} times as fast as exact (estimate)"
         )
         return state, self.compiled.adopt(model).train(model.training)
 
     def _state(self, model: nn.Module) -> BudgetState:
-        served = [e for e in self.compiled.plan_document["attentions"] if e["decision"] == "polynomial"]
+        served = [e for e in self.compiled.plan_document.attentions if e.decision == "polynomial"]
         approximated = [is_approximated(entry) for entry in served]
         statuses = _counted(model)
         output = gradient = 0.0
@@ -134,9 +135,7 @@ class BudgetWatch:
 
     def _proved(self, model: nn.Module) -> dict[str, float]:
         """The share of the planned R that is proved of the present weights, where the plan rests on such a proof."""
-        rests = {
-            e["path"] for e in self.compiled.plan_document["attentions"] if e["range_source"] == "weights"
-        }
+        rests = {e.path for e in self.compiled.plan_document.attentions if e.range_source == "weights"}
         certificates = certify(self.compiled.program, model, self.compiled.target) if rests else ()
         return {
             each.path: each.range.bound / each.planned

@@ -48,7 +48,7 @@ class Progress:
     identity: Mapping[str, str]
     optimiser: Mapping[str, Scalar]
     idle: Sequence[str]
-    plan: Mapping[str, Any] | None
+    plan: object
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgrad_dsl.api.loader import WEIGHTS
+from fastgrad_dsl.models.text_data import TextData
 from fastgrad_dsl.storage.files import write_atomically
 from fastgrad_dsl.training.budget_watch import BudgetWatch
 from fastgrad_dsl.training.checkpoint import (
@@ -29,7 +29,6 @@ from fastgrad_dsl.training.checkpoint import (
 from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, writing
 from fastgrad_dsl.training.log import Event, kept_lines
 from fastgrad_dsl.training.stopping import Stop, StopAsked, Stopped
-from fastgrad_dsl.training.text_data import TextData
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -106,7 +105,7 @@ class Context:
 
     identity: Mapping[str, str] = field(default_factory=dict)
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
-    plan: Callable[[], Mapping[str, Any] | None] = lambda: None
+    plan: Callable[[], object] = lambda: None
     publish: Callable[[], None] = lambda: None
     stop: Stop = field(default_factory=Stop)
 

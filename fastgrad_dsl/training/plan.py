@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,18 @@ from fastgrad_compiler.attention.table import attention_table, is_own
 from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.planning.decision import Decision
 from fastgrad_dsl.api.compiled import Compiled
-from fastgrad_dsl.calibration.pace import MachinePace, machine_pace, read_pace
-from fastgrad_dsl.calibration.record import plan_record, with_recorded_plan
+from fastgrad_dsl.calibration.pace import MachinePace, machine_pace
+from fastgrad_dsl.calibration.record import PlanRecord, plan_record, with_recorded_plan
 from fastgrad_dsl.calibration.replan import Request, replan
-from fastgrad_dsl.commands.terminal import progress
+from fastgrad_dsl.documents.base import Document
+from fastgrad_dsl.documents.calibration import Calibration
+from fastgrad_dsl.documents.form import Misfit, built
+from fastgrad_dsl.documents.write import plain
+from fastgrad_dsl.models.text_data import TextData
 from fastgrad_dsl.training.budget_log import finite
 from fastgrad_dsl.training.checkpoint import Checkpoint
 from fastgrad_dsl.training.loop import Options
 from fastgrad_dsl.training.stopping import Stop
-from fastgrad_dsl.training.text_data import TextData
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 CALIBRATION_BATCHES = 2
@@ -31,13 +34,14 @@ CALIBRATION_BATCHES = 2
 class TextPlanner:
     """Plans a model on the text that it learns, at its present weights.
 
-    The generator of its batches, `places`, and the measured `pace` of the machine are a part of a run's state: with
-    them a resumed run makes the same plans.
+    `progress` shows what is being done. The generator of its batches, `places`, and the measured `pace` of the machine
+    are a part of a run's state: with them a resumed run makes the same plans.
     """
 
     data: TextData
     options: Options
     stop: Stop
+    progress: Callable[[str], AbstractContextManager[Callable[[str], None]]]
     pace: MachinePace | None = None
     places: torch.Generator = field(init=False)
 
@@ -53,7 +57,7 @@ class TextPlanner:
         """The model with a new plan. TfgError as `replan`; StopAsked where the run is to stop."""
         tokens, batch = self.options.tokens, self.options.batch
         used = [self.data.batch(tokens, batch, self.places) for _ in range(CALIBRATION_BATCHES)]
-        with progress("calibrating:") as show:
+        with self.progress("calibrating:") as show:
 
             def tell(what: str) -> None:
                 self.stop.check()
@@ -79,22 +83,27 @@ def without_polynomials(compiled: Compiled) -> Compiled:
     return replace(compiled, stages=stages)
 
 
-def plan_of(compiled: Compiled, pace: MachinePace | None) -> dict[str, Any]:
+class RunPlan(Document, frozen=True):
     """What a checkpoint keeps: decisions that are not the compiler's own, what they rest on, the machine's pace."""
-    return {
-        "decisions": None if compiled.assignment is None else plan_record(compiled.assignment),
-        "calibration": finite(compiled.calibration),
-        "pace": None if pace is None else asdict(pace),
-    }
+
+    decisions: PlanRecord | None
+    calibration: Calibration | None
+    pace: MachinePace | None
+
+
+def plan_of(compiled: Compiled, pace: MachinePace | None) -> object:
+    """The RunPlan as plain data."""
+    decisions = None if compiled.assignment is None else plan_record(compiled.assignment)
+    return finite(plain(RunPlan(decisions, compiled.calibration, pace)))
 
 
 def resumed_plan(compiled: Compiled, checkpoint: Checkpoint) -> Compiled:
     """The model with the plan of a checkpoint. TfgError FG413 where that is not one of this model."""
     kept = _plan(checkpoint)
-    if kept.get("decisions") is None:
+    if kept.decisions is None:
         return compiled
     try:
-        planned = with_recorded_plan(compiled, kept["decisions"], kept.get("calibration"))
+        planned = with_recorded_plan(compiled, kept.decisions, kept.calibration)
         _ = planned.files  # which show the calibration
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         raise _false(checkpoint, f"its plan is not one of this model: {error}") from None
@@ -103,15 +112,15 @@ def resumed_plan(compiled: Compiled, checkpoint: Checkpoint) -> Compiled:
 
 def resumed_pace(checkpoint: Checkpoint) -> MachinePace | None:
     """The pace that a checkpoint keeps. TfgError FG413 where it is none."""
-    kept = _plan(checkpoint).get("pace")
+    return _plan(checkpoint).pace
+
+
+def _plan(checkpoint: Checkpoint) -> RunPlan:
     try:
-        return None if kept is None else read_pace(kept)
-    except ValueError as error:
-        raise _false(checkpoint, str(error)) from None
-
-
-def _plan(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    return checkpoint.progress.plan or {}
+        found: RunPlan | None = built(RunPlan | None, checkpoint.progress.plan)
+    except Misfit as error:
+        raise _false(checkpoint, f"its plan is not one of this model: {error}") from None
+    return found or RunPlan(None, None, None)
 
 
 def _false(checkpoint: Checkpoint, reason: str) -> TfgError:

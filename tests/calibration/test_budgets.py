@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.api.batches import model_inputs, random_batch, target_inputs
 from fastgrad_dsl.api.compiled import Compiled
-from fastgrad_dsl.api.measure import whole_errors
+from fastgrad_dsl.documents.calibration import Calibration
 from fastgrad_dsl.documents.plan import is_approximated
-from fastgrad_dsl.documents.read import check_document
+from fastgrad_dsl.documents.read import parse_document
+from fastgrad_dsl.documents.write import to_json
+from fastgrad_dsl.models.batches import model_inputs, random_batch, target_inputs
+from fastgrad_dsl.models.measure import whole_errors
 from tests.calibration.random_specs import random_spec
 
 SEEDS = range(24)
@@ -27,7 +29,7 @@ def _batches(compiled: Compiled, length: int, seeds: Sequence[int]) -> list[tupl
 
 def _measured(compiled: Compiled, batch: Sequence[Tensor]) -> tuple[float, float]:
     model = compiled.module(seed=0, dtype=torch.float64)
-    served = [e for e in compiled.plan_document["attentions"] if e["decision"] == "polynomial"]
+    served = [e for e in compiled.plan_document.attentions if e.decision == "polynomial"]
     count = len(compiled.plan_document["inputs"])
     given = [x.double() if x.is_floating_point() else x for x in batch]
     return whole_errors(
@@ -53,7 +55,8 @@ def test_measured_errors_stay_within_the_budget(seed: int, trust: str) -> None:
         output, gradient = _measured(planned, batch)
         assert output <= spec.output
         assert gradient <= spec.gradient
-    check_document(planned.calibration, "calibration.json", "calibration.json")
+    assert planned.calibration is not None
+    parse_document(to_json(planned.calibration).encode(), Calibration, "calibration.json")
     for entry in planned.plan_document["attentions"]:
         if trust == "certified":
             assert entry["range_source"] in (None, "program", "weights")
@@ -63,7 +66,7 @@ def test_the_random_specs_are_worth_the_trouble() -> None:
     """Most of them are served by polynomials: a plan that leaves all exact keeps any budget."""
     served = {
         trust: sum(
-            any(is_approximated(entry) for entry in _planned(seed, trust).plan_document["attentions"])
+            any(is_approximated(entry) for entry in _planned(seed, trust).plan_document.attentions)
             for seed in SEEDS
         )
         for trust in ("certified", "calibrated")

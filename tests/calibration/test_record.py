@@ -6,10 +6,10 @@ import copy
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -17,8 +17,10 @@ import fastgrad_dsl as fg
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.calibration import pace
 from fastgrad_dsl.calibration.pace import default_pace, machine_pace, read_pace
-from fastgrad_dsl.calibration.record import plan_record, read_plan, with_recorded_plan
+from fastgrad_dsl.calibration.record import PlanRecord, plan_record, with_recorded_plan
 from fastgrad_dsl.calibration.replan import Request, replan
+from fastgrad_dsl.documents.form import Misfit, built
+from fastgrad_dsl.documents.write import plain
 
 SPEC = """use std
 dim b
@@ -42,14 +44,21 @@ def planned() -> Compiled:
 
 def record_of(planned: Compiled) -> dict[str, Any]:
     assert planned.assignment is not None
-    found: dict[str, Any] = json.loads(json.dumps(plan_record(planned.assignment), allow_nan=False))
+    found: dict[str, Any] = json.loads(
+        json.dumps(msgspec.to_builtins(plan_record(planned.assignment)), allow_nan=False)
+    )
+    return found
+
+
+def read_plan(record: object) -> PlanRecord:
+    found: PlanRecord = built(PlanRecord, record)
     return found
 
 
 def test_a_recorded_plan_is_the_same(planned: Compiled) -> None:
     assert any(entry.node.op == "poly_attention" for entry in planned.plan)
     fresh = fg.compile(SPEC, target="torch")
-    again = with_recorded_plan(fresh, record_of(planned), planned.calibration)
+    again = with_recorded_plan(fresh, read_plan(record_of(planned)), planned.calibration)
     assert again.assignment == planned.assignment
     assert [stage.program for stage in again.stages] == [stage.program for stage in planned.stages]
     assert again.modules == planned.modules
@@ -84,15 +93,15 @@ def test_a_false_record_is_refused_or_a_plan(planned: Compiled) -> None:
                 inside[path[-1]] = wrong
             count += 1
             try:
-                with_recorded_plan(fresh, false, None)
-            except ValueError:
+                with_recorded_plan(fresh, read_plan(false), None)
+            except (ValueError, Misfit):
                 refused += 1
     assert refused > 0.6 * count
 
 
 @pytest.mark.parametrize("record", [None, [], 1, {"elsewhere": []}, {1: []}, {"layers": [{}]}])
 def test_what_is_no_record(record: object) -> None:
-    with pytest.raises(ValueError, match=r"expected|no decision"):
+    with pytest.raises(Misfit, match=r"expected|missing"):
         read_plan(record)
 
 
@@ -100,7 +109,7 @@ def test_what_is_no_record(record: object) -> None:
 
 
 def test_a_pace_is_read_as_it_was_kept_or_refused() -> None:
-    kept = asdict(default_pace("cpp"))
+    kept = plain(default_pace("cpp"))
     assert read_pace(json.loads(json.dumps(kept))) == default_pace("cpp")
     for key in kept:
         values: list[Any] = [

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.api.batches import model_inputs, random_batch
 from fastgrad_dsl.api.compiled import Compiled
-from fastgrad_dsl.documents.read import parse_document
+from fastgrad_dsl.documents.read import KINDS, parse_document
+from fastgrad_dsl.models.batches import model_inputs, random_batch
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 SPEC = """use std
@@ -133,5 +133,5 @@ def test_calibrated_plans_are_deterministic() -> None:
     )
     assert first.files == second.files
     for kind in ("plan.json", "calibration.json", "report.json"):
-        parse_document(first.files[kind].encode(), kind, kind)
+        parse_document(first.files[kind].encode(), KINDS[kind], kind)
     assert replace(first, calibration=None).files.keys() == first.files.keys() - {"calibration.json"}

@@ -13,13 +13,13 @@ from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env
-from fastgrad_dsl.api.batches import model_inputs, random_batch
 from fastgrad_dsl.calibration.calibrate import _gain
 from fastgrad_dsl.calibration.candidates import whole_errors
 from fastgrad_dsl.calibration.capture import Errors, Run, Subject, capture, probe
 from fastgrad_dsl.calibration.logits import measure_logits
 from fastgrad_dsl.calibration.replan import _Measured
 from fastgrad_dsl.calibration.samples import exact_rows, polynomial_errors, sample
+from fastgrad_dsl.models.batches import model_inputs, random_batch
 
 HEAD = "use std\ndim b\ndim n\n"
 LAYER = "x = x + std.{block}(std.rms_norm(x){mask}; heads = 4, kv_heads = 2, qk_dim = 4{options}) as layers"
@@ -155,9 +155,9 @@ def _effect(
 ) -> tuple[float, float]:
     """Relative changes of output and weights' gradients when the polynomial runs instead."""
     from fastgrad_compiler.reference.interpret import run as interpret
-    from fastgrad_dsl.api.measure import projection
     from fastgrad_dsl.calibration.candidates import kernel_of
     from fastgrad_dsl.calibration.capture import exact
+    from fastgrad_dsl.models.measure import projection
 
     (call,) = run.calls.values()
     results = []

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgrad_compiler.attention.table import attention_table
 from fastgrad_compiler.frontend import elaborate
+from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.pipeline import run as compiled
 from fastgrad_compiler.reference.interpret import run
@@ -46,7 +47,7 @@ def stages(body: str, rule: str = 'at "*" degree = 2') -> dict[str, Program]:
 
 def flat(program: Program) -> Program:
     """The forward pass as one graph that gives every float node of which something is proved."""
-    graph = program.flatten()
+    graph = flatten(program)
     watched = tuple(
         node.name
         for node in graph.nodes

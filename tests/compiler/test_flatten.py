@@ -1,8 +1,7 @@
-"""Flattening: paths, repeats, several results, backward graphs; the networkx view."""
+"""Flattening: paths, repeats, several results, backward graphs."""
 
 from __future__ import annotations
 
-import networkx as nx
 import torch
 from torch import Tensor
 
@@ -11,7 +10,6 @@ from fastgrad_compiler.ir.graph import Graph
 from fastgrad_compiler.ir.shapes import infer_shapes
 from fastgrad_compiler.ir.text import parse_program, print_graph
 from fastgrad_compiler.ir.verify import verify
-from fastgrad_compiler.ir.view import to_networkx
 from fastgrad_compiler.passes.backward import derive_gradient
 from fastgrad_compiler.reference.interpret import run
 
@@ -99,7 +97,6 @@ graph main {
     return %z
 }"""
     )
-    assert DEEP.flatten() == flatten(DEEP)
 
 
 def as_program(graph: Graph):  # type: ignore[no-untyped-def]  # a Program of one graph
@@ -122,11 +119,3 @@ def test_flat_gradient_computes_the_same() -> None:
     assert sorted(map(str, labels)) == sorted(given)
     found = run(program.with_graphs([flat]), inputs, given, graph=program.gradient)
     torch.testing.assert_close(found, run(program, inputs, given, graph=program.gradient))
-
-
-def test_networkx_keeps_both_edges_of_a_square() -> None:
-    program = parse_program("graph g {\n%x = input() : float[]\n%y = mul(%x, %x)\nreturn %y\n}")
-    view = to_networkx(program["g"])
-    assert [data["position"] for _, _, data in view.edges(data=True)] == [0, 1]
-    assert view.nodes["y"]["node"] == program["g"]["y"]
-    assert list(nx.topological_sort(view)) == ["x", "y"]

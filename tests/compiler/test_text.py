@@ -24,6 +24,7 @@ from fastgrad_compiler.ir.graph import (
     TensorType,
 )
 from fastgrad_compiler.ir.text import parse_program, print_program
+from fastgrad_compiler.ir.text_parser import parse_dim
 from fastgrad_grammar.source import Source, Span
 
 EXAMPLE = """\
@@ -104,6 +105,14 @@ def test_a_malformed_text_says_where(text: str, message: str) -> None:
         parse_program(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["", " ", "n +", "+", "4 n", "n m", "n/0", "n/m", "n/-2", "(n)", "n # a", "n\nm", "1.5", "%"]
+)
+def test_what_is_no_dim_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"line 1|divided by 0"):
+        parse_dim(text)
+
+
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,4}(\.[a-z0-9]{1,3}){0,2}", fullmatch=True)
 identifiers = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,4}", fullmatch=True)
 numbers = st.floats(allow_nan=False)
@@ -162,3 +171,8 @@ def test_round_trip(program: Program) -> None:
     assert print_program(parsed) == text
     proofs = [node.bound.proof for graph in program.graphs for node in graph.nodes if node.bound]
     assert proofs == [node.bound.proof for graph in parsed.graphs for node in graph.nodes if node.bound]
+
+
+@given(dims)
+def test_a_dim_is_read_from_its_text(dim: Dim) -> None:
+    assert parse_dim(str(dim)) == dim

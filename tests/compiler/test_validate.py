@@ -17,7 +17,7 @@ from fastgrad_compiler import pipeline
 from fastgrad_compiler.analysis.bounds.prove import prove_bounds
 from fastgrad_compiler.attention.recognise import recognise_attention
 from fastgrad_compiler.frontend import elaborate
-from fastgrad_compiler.ir.flatten import runs
+from fastgrad_compiler.ir.calls import runs
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
 from fastgrad_compiler.ir.shapes import infer_shapes
 from fastgrad_compiler.ir.verify import CompilerBug
@@ -282,7 +282,7 @@ def test_a_fault_of_recognition_is_found_and_can_be_reproduced(
     assert f"{file} reproduces it" in str(caught.value)
     namespace: dict[str, str] = {"__name__": "reproducer"}
     exec(file.read_text(), namespace)
-    from fastgrad_compiler.validation.validate import reproduce
+    from fastgrad_compiler.pipeline import reproduce
 
     assert reproduce(namespace["BEFORE"], namespace["AFTER"], "attention") == 1
 

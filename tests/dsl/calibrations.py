@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
+
+from fastgrad_dsl.documents.calibration import Calibration
+from fastgrad_dsl.documents.form import built
 
 BINS = 24
 
 
-def calibration_of(plan: Mapping[str, Any], **changes: object) -> dict[str, Any]:
+def calibration_of(plan: Any, **changes: object) -> Calibration:
     """For every attention of a plan that a polynomial serves; `changes` replace entries of the document."""
     served = [entry for entry in plan["attentions"] if entry["decision"] == "polynomial" and entry["bound"]]
     document = {
@@ -47,10 +49,11 @@ def calibration_of(plan: Mapping[str, Any], **changes: object) -> dict[str, Any]
             "rounds": [{"output": 0.015, "gradient": 0.06, "violations": 0}],
         },
     }
-    return {**document, **changes}
+    made: Calibration = built(Calibration, {**document, **changes})
+    return made
 
 
-def _attention(place: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _attention(place: int, entry: Any) -> dict[str, Any]:
     interval = {"value": 0.4, "low": 0.3, "high": 0.5}
     return {
         "path": entry["path"],
@@ -95,7 +98,7 @@ def _head(place: int, head: int, bound: float) -> dict[str, Any]:
     }
 
 
-def _candidate(entry: Mapping[str, Any], degree: int, near: int | None) -> dict[str, Any]:
+def _candidate(entry: Any, degree: int, near: int | None) -> dict[str, Any]:
     error = entry["bound"] ** (degree + 1) / math.factorial(degree + 1) / (8 if near is None else 16)
     return {
         "name": f"balanced {degree}" + ("" if near is None else f", near {near}"),

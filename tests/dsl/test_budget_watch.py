@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.calibration.calibrate import MARGIN
 from fastgrad_dsl.calibration.replan import Request, replan
+from fastgrad_dsl.documents.plan import Budget
+from fastgrad_dsl.models.text_data import load_text
 from fastgrad_dsl.training.budget_watch import CLOSE, BudgetState, BudgetWatch
 from fastgrad_dsl.training.loop import Options, train
-from fastgrad_dsl.training.text_data import load_text
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 from tests.dsl.models import always_polynomial
 
+LIMITS = Budget(output=0.05, gradient=0.1, near=None, trust="calibrated", on_violation="warn")
 SPEC = """use std
 dim b
 dim n <= 65536
@@ -102,7 +105,7 @@ def test_growing_logits_bring_a_new_plan(batches: list[tuple[torch.Tensor, torch
                 parameter.mul_(2.0)
     before = watch.compiled
     state, changed = watch.look(model)
-    assert state.share({"output": 0.05, "gradient": 0.1}) >= CLOSE or state.violations
+    assert state.share(LIMITS) >= CLOSE or state.violations
     assert watch.compiled is not before
     assert changed is not model
     assert dict(changed.named_parameters()).keys() == dict(model.named_parameters()).keys()
@@ -160,9 +163,9 @@ def _refused(compiled: Compiled, model: nn.Module) -> Compiled:
 
 def test_shares() -> None:
     state = BudgetState(0.04, 0.02, 2048, 0.5, "layers.0.attend", 0)
-    assert state.share({"output": 0.05, "gradient": 0.1}) == pytest.approx(0.8)
+    assert state.share(LIMITS) == pytest.approx(0.8)
     assert state.share(None) == 0.5
-    line = state.line({"output": 0.05, "gradient": None})
+    line = state.line(replace(LIMITS, gradient=None))
     assert "(measured on one batch of 2,048 tokens, held out); logits at 50 % of R in layers.0.attend" in line
     assert "3 calls beyond" in BudgetState(0.0, 0.0, 2048, None, None, 3).line(None)
 

@@ -15,7 +15,8 @@ import pytest
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.commands.cli import main
-from fastgrad_dsl.documents.read import form
+from fastgrad_dsl.documents.files import Files
+from fastgrad_dsl.documents.form import format_of
 from fastgrad_dsl.storage import build_folder
 from fastgrad_dsl.storage.build_folder import recover, write_build
 from fastgrad_dsl.storage.build_manifest import MANIFEST, read_manifest
@@ -196,7 +197,7 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, manifest: str) -> No
 def forge(folder: Path, *names: str) -> None:
     """A manifest that names files with the hashes that they have, through links too."""
     hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-    (folder / MANIFEST).write_text(json.dumps({"format": form("files.json"), "files": hashes}))
+    (folder / MANIFEST).write_text(json.dumps({"format": format_of(Files), "files": hashes}))
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -11,8 +11,8 @@ from torch import nn
 import fastgrad_dsl as fg
 from fastgrad_compiler.approximation.certificates import Certificate, certificate
 from fastgrad_compiler.approximation.polynomial import errors
-from fastgrad_dsl.api.certify import AttentionCertificate
 from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.models.certify import AttentionCertificate
 from tests.compiler.captured import captured_logits
 from tests.dsl.models import INPUTS, NAMES, disturbed, small
 

@@ -15,19 +15,21 @@ import pytest
 from attack.quoting import PARTS, is_shown
 from fastgrad_dsl.commands.cli import main
 from fastgrad_dsl.commands.terminal import print_report
-from fastgrad_dsl.documents.read import (
-    SCHEMAS,
-    check_document,
-    form,
-    parse_document,
-    read_document,
-    validator,
-)
-from fastgrad_dsl.report import build_report, render_html, to_json
+from fastgrad_dsl.documents.calibration import Calibration
+from fastgrad_dsl.documents.files import Files
+from fastgrad_dsl.documents.form import format_of
+from fastgrad_dsl.documents.plan import Approximated, Plan
+from fastgrad_dsl.documents.read import KINDS, parse_document, read_document
+from fastgrad_dsl.documents.report import Report
+from fastgrad_dsl.documents.write import schema_text, to_json
+from fastgrad_dsl.report.document import build_report
+from fastgrad_dsl.report.page import render_html
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.render import render
+from tests.conftest import Golden
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import NAMES, small
+from tests.dsl.schemas import SCHEMAS, validator
 
 VALUES: tuple[object, ...] = (
     None, True, 0, -1, 1, 1.5, 1e99, 1e-199, 2**62, 10**30, "", "x", "1", "n*n*n", "n/7", [], [0], {}, {"a": 1}, [[[]]],
@@ -39,7 +41,7 @@ ODD = ("NaN", "Infinity", "1e999", "1" * 5000, "[" * 3000, '{"a": 1, "a": 2}', '
 
 def refusal(content: bytes, kind: str = "plan.json") -> str:
     with pytest.raises(TfgError) as found:
-        parse_document(content, kind, kind)
+        parse_document(content, KINDS[kind], kind)
     (diagnostic,) = found.value.diagnostics
     assert diagnostic.code == "FG430"
     assert is_shown(render([diagnostic]), "\n")
@@ -54,7 +56,7 @@ def plan() -> str:
 
 @cache
 def calibration() -> str:
-    return json.dumps(calibration_of(json.loads(plan())))
+    return to_json(calibration_of(json.loads(plan())))
 
 
 # ---------------------------------------------------------------- what we write
@@ -64,16 +66,38 @@ def calibration() -> str:
 def test_what_we_write_is_of_its_form(name: str) -> None:
     files = small(name).files
     for kind in ("plan.json", "report.json"):
-        assert parse_document(files[kind].encode(), kind, kind) == json.loads(files[kind])
+        assert to_json(parse_document(files[kind].encode(), KINDS[kind], kind)) == files[kind]
+        validator(kind).validate(json.loads(files[kind]))
 
 
-@pytest.mark.parametrize("kind", SCHEMAS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_schemas_are_those_of_the_types(kind: str, golden: Golden) -> None:
+    golden(SCHEMAS / kind, schema_text(KINDS[kind]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_schemas_are_schemas_and_closed(kind: str) -> None:
     """A key that a schema does not know is refused, so that none can be added without a new version."""
-    schema = json.loads(SCHEMAS[kind].read_text(encoding="utf-8"))
+    schema = json.loads((SCHEMAS / kind).read_text(encoding="utf-8"))
     validator(kind).check_schema(schema)
-    assert schema["additionalProperties"] is False
-    assert form(kind).startswith(f"fastgrad-{kind.removesuffix('.json')}-")
+    objects = [each for each in (schema, *schema["$defs"].values()) if "properties" in each]
+    assert all(each["additionalProperties"] is False for each in objects)
+    assert all(each["required"] for each in objects)
+    assert format_of(KINDS[kind]).startswith(f"fastgrad-{kind.removesuffix('.json')}-")
+
+
+def test_a_document_is_read_by_key_as_its_json() -> None:
+    found, expected = parse_document(plan().encode(), Plan, "plan.json"), json.loads(plan())
+    assert (
+        found["attentions"][0]["flops"]["exact"]["forward"]
+        == expected["attentions"][0]["flops"]["exact"]["forward"]
+    )
+    assert json.loads(to_json(found)) == expected
+    with pytest.raises(KeyError):
+        found["more"]
+    with pytest.raises(AttributeError):
+        found.model = "another"  # type: ignore[misc]
+    assert [type(entry) for entry in found.attentions] == [Approximated] * 2
 
 
 # ---------------------------------------------------------------- what is refused
@@ -133,8 +157,8 @@ def test_a_text_that_is_no_document_is_named_with_its_place(content: bytes, said
 
 
 def test_names_of_files_stay_inside() -> None:
-    good = {"format": form("files.json"), "files": {"stages/01-a.txt": "0" * 64}}
-    assert parse_document(json.dumps(good).encode(), "files.json", "files.json") == good
+    good = {"format": format_of(Files), "files": {"stages/01-a.txt": "0" * 64}}
+    assert parse_document(json.dumps(good).encode(), Files, "files.json").files == good["files"]
     for name in ("../a", "/etc/passwd", "a/../../b", "", ".", "./a", "a//b", "a/", "a\0b"):
         refusal(json.dumps({**good, "files": {name: "0" * 64}}).encode(), "files.json")
     refusal(json.dumps({**good, "files": {"a": "0" * 63}}).encode(), "files.json")
@@ -143,7 +167,7 @@ def test_names_of_files_stay_inside() -> None:
 def test_only_files_are_read(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing", tmp_path / "a\0b"):
         with pytest.raises(TfgError, match="FG001"):
-            read_document(path, "plan.json")
+            read_document(path, Plan)
 
 
 @pytest.mark.parametrize("name", ["plan.json", "calibration.json", "spec.tfg"])
@@ -220,23 +244,34 @@ def mutated(source: random.Random, document: str) -> bytes:
     return bytes(content)
 
 
+def agrees_with_the_schemas(files: dict[str, bytes], *, refused: bool) -> None:
+    """What a schema refuses is refused; and what is read, the schemas take."""
+    try:
+        trees = {kind: json.loads(content) for kind, content in files.items()}
+    except (ValueError, RecursionError):
+        trees = {}
+    assert refused or all(validator(kind).is_valid(tree) for kind, tree in trees.items())
+
+
 def reads_or_refuses(source: random.Random) -> bool:
     """Whether two mutated documents were read, and their report written in all its forms; TfgError is an answer too."""
     files = {"plan.json": plan().encode(), "calibration.json": calibration().encode()}
     name = source.choice(list(files))
     files[name] = mutated(source, files[name].decode())
     try:
-        read = {kind: parse_document(content, kind, kind) for kind, content in files.items()}
+        read = parse_document(files["plan.json"], Plan, "plan.json")
+        shown = parse_document(files["calibration.json"], Calibration, "calibration.json")
     except TfgError as error:
         found = error.diagnostics
     else:
         found = ()
     assert {each.code for each in found} <= {"FG430"}
+    agrees_with_the_schemas(files, refused=bool(found))
     assert is_shown(render(found), "\n")
     if found:
         return False
-    report = build_report(read["plan.json"], calibration=read["calibration.json"], spec="model\n")
-    check_document(json.loads(to_json(report)), "report.json", "report.json")
+    report = build_report(read, calibration=shown, spec="model\n")
+    parse_document(to_json(report).encode(), Report, "report.json")
     render_html(report).encode()
     print_report(report)
     return True

@@ -103,8 +103,8 @@ OUTPUTS = [
     (("report", "tiny.tfg"), "--json", "fastgrad_dsl.report.make_report"),
     (("report", "tiny.tfg"), "--html", "fastgrad_dsl.report.make_report"),
     (("advise", "tiny.tfg"), "--json", "fastgrad_dsl.commands.advise.make_advice"),
-    (("bench",), "--json", "fastgrad_dsl.bench.command.run_bench"),
-    (("bench",), "--svg", "fastgrad_dsl.bench.command.run_bench"),
+    (("bench",), "--json", "fastgrad_dsl.commands.bench.run_bench"),
+    (("bench",), "--svg", "fastgrad_dsl.commands.bench.run_bench"),
     (("compile", "tiny.tfg"), "-o", "fastgrad_dsl.api.compiled.compile"),
     (("train", "tiny.tfg", "--text", "text.txt"), "-o", "fastgrad_dsl.api.compiled.compile"),
 ]
@@ -388,7 +388,7 @@ def test_sizes_that_are_none_are_refused(fastgrad: Run, size: str) -> None:
 def test_a_batch_larger_than_memory_is_refused(
     fastgrad: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("fastgrad_dsl.api.batches.memory_bytes", lambda: 1 << 34)
+    monkeypatch.setattr("fastgrad_dsl.models.batches.memory_bytes", lambda: 1 << 34)
     status, _, err = fastgrad(*command, "--dim", "b=2147483647")
     assert status == 2
     assert err.startswith("error[FG426]: not enough memory: a batch of b = 2147483647 takes ")

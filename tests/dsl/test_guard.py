@@ -16,7 +16,7 @@ import fastgrad_dsl as fg
 from fastgrad_compiler.codegen.torch import emit_package
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.loader import package_from_texts
-from fastgrad_dsl.api.measure import Served, measure_errors
+from fastgrad_dsl.models.measure import Served, measure_errors
 from tests.dsl.models import small
 
 SPEC = """

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import typer
+from msgspec.structs import replace
 
 from fastgrad_dsl.commands.cli import app, main
+from fastgrad_dsl.documents.report import Batch
+from fastgrad_dsl.models.text_data import load_text
 from fastgrad_dsl.report.reproduce import reproduce
-from fastgrad_dsl.training.text_data import load_text
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import small
@@ -27,21 +29,20 @@ ALL = ("check", "compile", "advise", "stages", "report", "train", "tune")
 
 SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/commands/advise.py": {"--wide": ("advise",)},
-    "fastgrad_dsl/bench/command.py": dict.fromkeys(("--n", "--heads", "--degree", "--d"), ("bench",)),
+    "fastgrad_dsl/commands/bench.py": dict.fromkeys(("--n", "--heads", "--degree", "--d"), ("bench",)),
     "fastgrad_dsl/storage/build_manifest.py": {"--force": ("compile", "train")},
     "fastgrad_dsl/calibration/data.py": {"--dim": ("compile", "advise")},
     "fastgrad_dsl/training/checkpoint.py": {"--out": ("train",)},
-    "fastgrad_dsl/training/language_model.py": dict.fromkeys(
-        ("--rate", "--resume", "--steps", "--clip"), ("train",)
-    ),
+    "fastgrad_dsl/commands/train.py": dict.fromkeys(("--rate", "--resume", "--steps", "--clip"), ("train",)),
     "fastgrad_dsl/api/native_build.py": {"--target": ("compile",)},
     "fastgrad_dsl/report/cautions.py": {"--dim": ("report",)},
-    "fastgrad_dsl/report/request.py": {"--dim": ("report",), "--seed": ("report",)},
-    "fastgrad_dsl/report/table.py": {"--wide": ("report",)},
+    "fastgrad_dsl/api/report.py": dict.fromkeys(("--dim", "--seed"), ("report",)),
+    "fastgrad_dsl/models/sizes.py": {"--dim": ("report",)},
+    "fastgrad_dsl/commands/report_table.py": {"--wide": ("report",)},
     "fastgrad_dsl/training/folder.py": dict.fromkeys(
         ("--target", "--exact", "--resume", "--force", "--out", "--calibrate", "--set", "--model"), ("train",)
     ),
-    "fastgrad_dsl/training/text_data.py": {"--seq": ("train",)},
+    "fastgrad_dsl/models/text_data.py": {"--seq": ("train",)},
     "fastgrad_dsl/training/loop.py": dict.fromkeys(("--rate", "--resume", "--clip"), ("train",)),
     "fastgrad_dsl/commands/tune.py": {"--dtype": ("tune",)},
     "fastgrad_dsl/bench/tuning.py": {"--dry-run": ("tune",)},
@@ -105,17 +106,11 @@ def test_commands_that_are_named_exist() -> None:
 
 def test_commands_that_reproduce_a_report_have_their_options() -> None:
     compiled = small("gpt")
-    plan = {**compiled.plan_document, "params": {"depth": "2"}}
+    plan = replace(compiled.plan_document, params={"depth": "2"})
     calibration = calibration_of(plan, data="text of a.txt", weights="weights of w.safetensors")
-    batch = {
-        "kind": "text of a.txt",
-        "dims": {},
-        "seed": 1,
-        "weights": "weights of w",
-        "options": ["--text a.txt", "--seed 1"],
-    }
+    batch = Batch(batches=1, tokens=1, kind="text of a.txt", dims={}, seed=1, weights="weights of w")
     for given in (None, batch):
-        for line in reproduce(plan, given, calibration)["commands"]:
+        for line in reproduce(plan, given, ["--text a.txt", "--seed 1"], calibration)["commands"]:
             _, command, *words = line.split()
             assert {word for word in words if word.startswith("--")} <= options()[command] | {
                 "--no-measure"

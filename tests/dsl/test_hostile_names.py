@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from rich.table import Table
 
 import fastgrad_dsl as fg
@@ -159,13 +160,9 @@ def test_comments_of_all_kinds_give_packages_that_load(tmp_path: Path) -> None:
 def test_commands_that_reproduce_a_report_run_nothing_else(tmp_path: Path) -> None:
     """A plan.json with code for a shell in each of its strings; its commands are split as a shell does."""
     made = compiled(tmp_path, PLAIN)
-    plan = {
-        **made.plan_document,
-        "model": "m; touch pwned",
-        "target": "torch",
-        "source": "a b.tfg;touch pwned",
-    }
-    report = fg.report.build_report({**plan, "params": {"$(touch pwned)": "`touch pwned`"}})
+    params = {"$(touch pwned)": "`touch pwned`"}
+    plan = replace(made.plan_document, model="m; touch pwned", source="a b.tfg;touch pwned", params=params)
+    report = fg.report.build_report(plan)
     for command in report["reproduce"]["commands"]:
         words = shlex.split(command, comments=True)
         done = subprocess.run(["bash", "-c", f"fastgrad() {{ printf '%s\\0' fastgrad \"$@\"; }}; {command}"],

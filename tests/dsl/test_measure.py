@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
-from fastgrad_dsl.api.measure import Served, measure_errors, relative_error
+from fastgrad_dsl.models.measure import Served, measure_errors, relative_error
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dense import polynomial_attention, softmax_attention
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.report import render_html
+from fastgrad_dsl.report.page import render_html
 from tests.dsl.browser import evaluate, find_chromium
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import INPUTS, always_polynomial, small
@@ -82,15 +82,18 @@ document.querySelectorAll("svg").forEach(svg => {
     });
   });
 });
-// Words of headings: the boxes of a word that is drawn on two lines are two.
-found.broken = [...document.querySelectorAll("#attentions th")].flatMap(heading => {
-  const text = document.createTreeWalker(heading, window.NodeFilter.SHOW_TEXT).nextNode();
-  return [...(text?.textContent.matchAll(/\\S+/g) ?? [])].filter(word => {
-    const range = document.createRange();
-    range.setStart(text, word.index);
-    range.setEnd(text, word.index + word[0].length);
-    return range.getClientRects().length > 1;
-  }).map(word => word[0]);
+// Words of headings and parts of paths: one that is drawn on two lines has two boxes.
+const named = "#attentions th, #attentions tr:not(.head) td:first-child";
+found.broken = [...document.querySelectorAll(named)].flatMap(cell => {
+  const texts = document.createTreeWalker(cell, window.NodeFilter.SHOW_TEXT), words = [];
+  while (texts.nextNode())
+    for (const word of texts.currentNode.textContent.matchAll(/\\S+/g)) {
+      const range = document.createRange();
+      range.setStart(texts.currentNode, word.index);
+      range.setEnd(texts.currentNode, word.index + word[0].length);
+      if (range.getClientRects().length > 1) words.push(word[0]);
+    }
+  return words;
 });
 found.plots = document.querySelectorAll("svg").length;
 const cells = [...document.querySelectorAll("#attentions tbody tr:first-child td")].filter(cell => cell.textContent);
@@ -144,6 +147,7 @@ def test_no_page_is_cut_or_faint_at_any_width(name: str, width: int, dark: bool,
         (("figure svg{width:100%;", "figure svg{width:600px;"), "cut"),
         (("text-anchor=\"end\">0<", "text-anchor=\"end\">a number of many digits<"), "outside"),
         ((";overflow-wrap:normal", ""), "broken"),
+        (("<wbr>", ""), "broken"),
         (("td:not(:first-child)::before", "td{flex:none;width:900px}td:not(:first-child)::before"), "scrolled"),
     ],
 )  # fmt: skip

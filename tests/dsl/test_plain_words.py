@@ -7,18 +7,19 @@ import json
 import re
 from contextlib import redirect_stdout
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.commands.terminal import print_report
-from fastgrad_dsl.documents.read import validator
-from fastgrad_dsl.report import render_html, to_json
+from fastgrad_dsl.documents.report import Report, ServedPace
+from fastgrad_dsl.documents.write import to_json
+from fastgrad_dsl.report.page import render_html
 from fastgrad_dsl.report.words import as_exact, counted, pace
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import INPUTS, NAMES, always_polynomial, small
+from tests.dsl.schemas import validator
 
 WAYS = ("planned", "calibrated", "unverified", "measured", "measured and calibrated")
 CASES = [(name, way) for name in NAMES for way in WAYS if "measured" not in way or name in ("gpt", "based")]
@@ -26,19 +27,19 @@ JARGON = ("flops", "keys more", "in the time of one", "pace", "inf", "nan", "Non
 
 
 @cache
-def report(name: str, way: str) -> dict[str, Any]:
+def report(name: str, way: str) -> Report:
     """A report of a small example, by what was done before it."""
     compiled = small(name)
     calibration = calibration_of(compiled.plan_document) if "calibrated" in way else None
     if way == "unverified":
-        calibration = {**calibration_of(compiled.plan_document), "verification": None}
+        calibration = calibration_of(compiled.plan_document, verification=None)
     if "measured" in way:
         model = always_polynomial(compiled, compiled.module(dtype=torch.float64))
         return compiled.report(model, INPUTS[name], calibration=calibration)
     return compiled.report(calibration=calibration)
 
 
-def printed(found: dict[str, Any], *, wide: bool = False) -> str:
+def printed(found: Report, *, wide: bool = False) -> str:
     out = io.StringIO()
     with redirect_stdout(out):
         print_report(found, wide=wide)
@@ -104,12 +105,12 @@ def test_words_are_plain(name: str, way: str) -> None:
 
 
 def test_a_pace_is_told_in_words() -> None:
-    found = {"target": "cpp", "kind": "measured", "speed": 2.12, "keys": 106}
+    found = ServedPace(target="cpp", kind="measured", speed=2.12, keys=106)
     assert pace(found) == (
         "Other times are computed from operation counts: a polynomial runs at 2.1 times the arithmetic rate of exact "
         "attention, which reaches half of its full speed at 106 tokens (estimate; rates measured on this machine)."
     )
-    assert pace({"target": "torch", "kind": "default", "speed": 1.0, "keys": 0}) == (
+    assert pace(ServedPace(target="torch", kind="default", speed=1.0, keys=0)) == (
         "Other times are computed from operation counts: a polynomial runs at the arithmetic rate of exact attention "
         "(estimate; rates usual for target torch)."
     )

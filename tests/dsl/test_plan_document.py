@@ -14,14 +14,15 @@ from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.approximation.rounding import Run, Sizes, rounding
-from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.planning.cost import EQUAL, NATIVE, Cost, Shape, Way, break_even, flops
 from fastgrad_compiler.planning.target_cost import GPU
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
-from fastgrad_dsl.api.batches import model_inputs, target_inputs
+from fastgrad_dsl.api import report as request
 from fastgrad_dsl.api.compiled import Compiled
-from fastgrad_dsl.documents.plan import input_of
-from fastgrad_dsl.report import ReportRequest, make_report, request
+from fastgrad_dsl.api.report import ReportRequest, make_report
+from fastgrad_dsl.documents.base import Document
+from fastgrad_dsl.models.batches import model_inputs, target_inputs
 from tests.dsl.models import EXAMPLES, NAMES, small
 
 SPEC = """dim b
@@ -55,7 +56,7 @@ def compiled() -> Compiled:
     return fg.compile(SPEC)
 
 
-def entries(document: dict[str, Any]) -> list[dict[str, Any]]:
+def entries(document: Document) -> list[dict[str, Any]]:
     found = document["attentions"]
     assert isinstance(found, list)
     return found
@@ -171,8 +172,8 @@ model packed(tokens: int[b, n], ids: int[b, n]) -> float[b, n, 8] {
 def test_inputs_and_targets_are_what_the_program_takes(name: str) -> None:
     compiled = fg.compile(PACKED) if name == "packed" else small(name)
     plan = compiled.plan_document
-    assert tuple(map(input_of, plan["inputs"])) == model_inputs(compiled.program)
-    assert tuple(map(input_of, plan["targets"])) == target_inputs(compiled.program)
+    assert tuple(map(request.input_of, plan.inputs)) == model_inputs(compiled.program)
+    assert tuple(map(request.input_of, plan.targets)) == target_inputs(compiled.program)
 
 
 def test_a_report_of_a_packed_model_draws_documents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

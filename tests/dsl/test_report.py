@@ -7,21 +7,25 @@ import shutil
 from functools import cache
 from math import exp
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 import fastgrad_dsl as fg
 from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.planning.cost import PACE, Shape, Way, flops
 from fastgrad_dsl.api.compiled import Compiled
-from fastgrad_dsl.documents.read import validator
-from fastgrad_dsl.report import ReportRequest, build_report, make_report, render_html, to_json
+from fastgrad_dsl.api.report import ReportRequest, make_report
+from fastgrad_dsl.documents.report import Report
+from fastgrad_dsl.documents.write import to_json
+from fastgrad_dsl.report.document import build_report
 from fastgrad_dsl.report.entries import head_numbers
+from fastgrad_dsl.report.page import render_html
 from fastgrad_dsl.report.words import percent, size
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, NAMES, always_polynomial, small, text
+from tests.dsl.schemas import validator
 
 VALIDATOR = validator("report.json")
 GPT = EXAMPLES / "gpt.tfg"
@@ -33,7 +37,7 @@ ATTEND = """
 
 
 @cache
-def measured(name: str) -> dict[str, Any]:
+def measured(name: str) -> Report:
     """A small example on its small inputs, with kernels that run at every length, and a calibration."""
     compiled = small(name)
     model = always_polynomial(compiled, compiled.module(dtype=torch.float64))
@@ -45,7 +49,7 @@ def asserted(bound: float, budget: str, unit: str = "") -> Compiled:
     return fg.compile(text(ATTEND.format(unit=unit, bound=bound), more=more))
 
 
-def kinds(report: dict[str, Any]) -> list[str]:
+def kinds(report: Report) -> list[str]:
     return [warning["kind"] for warning in report["warnings"]]
 
 
@@ -56,7 +60,7 @@ def test_reports_are_valid(name: str) -> None:
 
 
 def test_the_schema_refuses_what_is_missing_or_unknown() -> None:
-    report = small("gpt").report()
+    report = json.loads(to_json(small("gpt").report()))
     for broken in (
         {key: value for key, value in report.items() if key != "headline"},
         {**report, "more": 1},
@@ -99,7 +103,7 @@ def test_headline_by_what_is_known() -> None:
     planned = calibration["planned"]
     for given, kind, value in (
         (None, "estimate", None),
-        ({**calibration, "verification": None}, "estimate", planned["output"]),
+        (replace(calibration, verification=None), "estimate", planned["output"]),
         (calibration, "measured", calibration["verification"]["output"]),
     ):
         use = compiled.report(calibration=given)["headline"]["output"]
@@ -110,16 +114,14 @@ def test_headline_by_what_is_known() -> None:
     added = sum(sum(e["certificate"][t] for t in terms) for e in compiled.plan_document["attentions"])
     assert compiled.report()["headline"]["output"]["value"] == added
     same = compiled.report(
-        calibration={**calibration, "data": "given batches, one batch: the plan is verified on the same"}
+        calibration=replace(calibration, data="given batches, one batch: the plan is verified on the same")
     )
     said = same["headline"]["verdict"]["text"]
     assert "measured by the calibration, on 2 batches of 4,096 tokens in all that it planned on" in said
     said = compiled.report(calibration=calibration)["headline"]["verdict"]["text"]
     assert "measured by the calibration, on 2 batches of 4,096 tokens in all that it held out" in said
-    old = {key: value for key, value in calibration["verification"].items() if key != "tokens"}
-    said = compiled.report(calibration={**calibration, "verification": old})["headline"]["verdict"]["text"]
-    assert "measured by the calibration, on 2 batches that it held out" in said
-    missed = {**calibration, "verification": {**calibration["verification"], "gradient": 9.0}}
+    assert calibration.verification is not None
+    missed = replace(calibration, verification=replace(calibration.verification, gradient=9.0))
     report = compiled.report(calibration=missed)
     assert report["headline"]["verdict"]["state"] == "missed"
     assert report["warnings"][0]["kind"] == "budget"
@@ -145,8 +147,8 @@ def test_a_measured_pace_of_the_calibration_is_used() -> None:
     compiled = small("gpt")
     calibration = calibration_of(compiled.plan_document)
     for scale in (1.0, 2.0):
-        pace = {**calibration["pace"], "speed": scale, "keys": 0}
-        prediction = compiled.report(calibration={**calibration, "pace": pace})["headline"]["prediction"]
+        pace = replace(calibration.pace, speed=scale, keys=0)
+        prediction = compiled.report(calibration=replace(calibration, pace=pace))["headline"]["prediction"]
         assert prediction["pace"] == {"target": "torch", "kind": "measured", "speed": scale, "keys": 0}
         if scale == 1.0:
             first = prediction["speed_up"]["total"]
@@ -239,7 +241,7 @@ def test_a_calibration_gives_estimates() -> None:
         assert [step["value"] for step in report["waterfall"][what]["steps"]] == parts
         assert report["whole"][what]["estimate"] == calibration["planned"][what]
     assert report["candidates"][0]["error_kind"] == "estimate"
-    certified = compiled.report(calibration={**calibration, "trust": "certified"})
+    certified = compiled.report(calibration=replace(calibration, trust="certified"))
     assert certified["candidates"][0]["error_kind"] == "bound"
     by_machine = report["headline"]["prediction"]["calibrated"]
     assert (by_machine["n"], by_machine["speed_up"]) == (2048, 10.0)
@@ -248,22 +250,21 @@ def test_a_calibration_gives_estimates() -> None:
 def test_heads_that_are_served_apart_keep_their_numbers() -> None:
     """A plan may serve groups of an attention's heads by attentions of their own."""
     compiled = small("gpt")
-    plan = json.loads(json.dumps(compiled.plan_document))
+    plan = compiled.plan_document
     calibration = calibration_of(plan)
     first, _ = calibration["attentions"]
     paths = [f"{first['full_path']}_heads_{run}" for run in ("0", "1")]
-    for entry, path in zip(plan["attentions"], paths, strict=True):
-        entry.update(path=path, query_heads=1)
-    report = build_report(plan, calibration=calibration)
-    VALIDATOR.validate(report)
+    apart = [replace(e, path=path, query_heads=1) for e, path in zip(plan.attentions, paths, strict=True)]
+    report = build_report(replace(plan, attentions=tuple(apart)), calibration=calibration)
+    VALIDATOR.validate(json.loads(to_json(report)))
     for number, entry in enumerate(report["attentions"]):
         (row,) = entry["per_head"]
         assert (row["head"], row["largest"]) == (number, first["heads"][number]["largest"])
     page = render_html(report)
     assert [f"{path}, head {number}" in page for number, path in enumerate(paths)] == [True, True]
-    numbers = head_numbers({"path": "a.b_heads_0_to_2_5", "query_heads": 4})
+    numbers = head_numbers("a.b_heads_0_to_2_5", 4)
     assert numbers == (0, 1, 2, 5)
-    assert head_numbers({"path": "many_heads_3", "query_heads": 2}) == (0, 1)
+    assert head_numbers("many_heads_3", 2) == (0, 1)
 
 
 def test_spec_derivations_and_code() -> None:
@@ -326,9 +327,9 @@ def test_a_folder_gives_its_calibration(tmp_path: Path) -> None:
     calibration = calibration_of(compiled.plan_document)
     request = ReportRequest(tmp_path, {}, None, None, None, {}, 0, False)
     assert make_report(request, lambda what: None) == compiled.report()
-    (tmp_path / "calibration.json").write_text(json.dumps(calibration))
+    (tmp_path / "calibration.json").write_text(to_json(calibration))
     report = make_report(request, lambda what: None)
-    assert report["calibration"] == calibration
+    assert report.calibration == calibration
     assert report == compiled.report(calibration=calibration)
     (tmp_path / "calibration.json").write_text("{")
     with pytest.raises(fg.TfgError, match=r"FG430.*calibration\.json: no JSON: .* at line 1, column 2"):
@@ -354,7 +355,7 @@ def test_commands_that_reproduce_a_calibration() -> None:
             "--calibrate random --dim b=1 --dim n=2048 --seed 0 -o build",
         ),
     ):
-        known = {**calibration, "data": data, "weights": weights}
+        known = replace(calibration, data=data, weights=weights)
         (command, again) = compiled.report(calibration=known)["reproduce"]["commands"]
         assert "--set depth=2 " in command
         assert expected in command

@@ -14,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import asdict, replace
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.report import render_html
+from fastgrad_dsl.documents.base import Document
+from fastgrad_dsl.documents.read import parse_document
+from fastgrad_dsl.documents.report import Report
+from fastgrad_dsl.documents.write import to_json
+from fastgrad_dsl.report.page import render_html
 from tests.dsl.browser import evaluate, find_chromium, load
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, NAMES, always_polynomial, small, text
@@ -31,7 +36,7 @@ ORDER = ("headline", "warnings", "spec", "table", "plots", "derivations", "code"
 
 
 @cache
-def report(name: str) -> dict[str, Any]:
+def report(name: str) -> Report:
     """Reports that differ in what is known."""
     if name == "exact":
         return fg.compile(text("return softmax(x @ x.T) @ x")).report()
@@ -42,7 +47,7 @@ def report(name: str) -> dict[str, Any]:
     compiled = small("gpt")
     calibration = calibration_of(compiled.plan_document)
     if name == "planned":
-        return compiled.report(calibration={**calibration, "verification": None})
+        return compiled.report(calibration=replace(calibration, verification=None))
     model = always_polynomial(compiled, compiled.module())
     return compiled.report(model, INPUTS["gpt"] * 2, calibration=calibration)
 
@@ -132,16 +137,21 @@ def test_numbers_of_the_table_are_those_of_the_json(name: str) -> None:
 
 
 def test_texts_are_escaped() -> None:
-    found = json.loads(json.dumps(report("measured")))
-    found["model"] = "<b>bold</b>"
-    found["calibration"]["attentions"][0]["path"] = found["attentions"][0]["path"] = "</script><i>"
-    page = render_html(found)
+    found = report("measured")
+    assert found.calibration is not None
+    seen, *others = found.calibration.attentions
+    first, *rest = found.attentions
+    calibration = replace(found.calibration, attentions=(replace(seen, path="</script><i>"), *others))
+    attentions = (replace(first, path="</script><i>"), *rest)
+    page = render_html(replace(found, model="<b>bold</b>", calibration=calibration, attentions=attentions))
     assert "<b>bold" not in page
     assert "<i>" not in page
 
 
 def test_same_report_same_page() -> None:
-    assert render_html(report("measured")) == render_html(json.loads(json.dumps(report("measured"))))
+    assert render_html(report("measured")) == render_html(
+        parse_document(to_json(report("measured")).encode(), Report, "report.json")
+    )
 
 
 def test_a_page_of_many_layers_is_small() -> None:
@@ -275,7 +285,7 @@ ATTACKS = (
 )
 
 
-OPEN = ("code", "versions", "params", "dims")  # tables whose names come from outside too
+OPEN = ("code", "params", "dims")  # tables whose names come from outside too
 FIXED = (
     "decision",
     "family",
@@ -295,13 +305,15 @@ def hostile(value: Any, attack: str, *, named: bool = False) -> Any:
     """A document whose texts end with an attack, and the names of its open tables too."""
     if isinstance(value, str):
         return value + attack
-    if isinstance(value, list):
-        return [hostile(item, attack) for item in value]
+    if isinstance(value, tuple):
+        return tuple(hostile(item, attack) for item in value)
     if isinstance(value, dict):
-        return {
-            name + attack * named: item if name in FIXED else hostile(item, attack, named=name in OPEN)
-            for name, item in value.items()
-        }
+        return {name + attack * named: hostile(item, attack) for name, item in value.items()}
+    if isinstance(value, Document):
+        return type(value)(**{
+            name: item if name in FIXED else hostile(item, attack, named=name in OPEN)
+            for name, item in asdict(value).items()
+        })  # fmt: skip
     return value
 
 
@@ -322,7 +334,7 @@ class Elements(HTMLParser):
 @pytest.mark.parametrize("attack", ATTACKS, ids=ascii)
 @pytest.mark.parametrize("name", ["measured", "own"])
 def test_a_hostile_document_makes_no_element(name: str, attack: str) -> None:
-    found = json.loads(json.dumps(report(name)))
+    found = report(name)
     page = render_html(hostile(found, attack))
     page.encode()
     drawn, expected = Counter(Elements(page).found), Counter(Elements(render_html(found)).found)
@@ -332,7 +344,7 @@ def test_a_hostile_document_makes_no_element(name: str, attack: str) -> None:
 
 @browser
 def test_a_hostile_document_runs_nothing_and_looks_as_it_should(tmp_path: Path) -> None:
-    page = render_html(hostile(json.loads(json.dumps(report("measured"))), "".join(ATTACKS[:5])))
+    page = render_html(hostile(report("measured"), "".join(ATTACKS[:5])))
     script = """
         const style = window.getComputedStyle(document.querySelector(".verdict"));
         const track = document.querySelector(".track");

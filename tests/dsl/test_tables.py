@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from rich.cells import cell_len
 from rich.console import Console
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.bench import command as bench
 from fastgrad_dsl.bench import tuning
 from fastgrad_dsl.commands import advise as advice
+from fastgrad_dsl.commands import bench as bench
 from fastgrad_dsl.commands import terminal
 from fastgrad_dsl.commands import tune as tune_command
+from fastgrad_dsl.commands.report_table import report_table
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.tune import TuneRequest
-from fastgrad_dsl.report.table import report_table
+from fastgrad_dsl.documents.calibration import Calibration
+from fastgrad_dsl.documents.report import Report
+from fastgrad_dsl.documents.write import plain
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, always_polynomial, small
 
@@ -69,7 +73,7 @@ def nested() -> Any:
 
 
 @cache
-def reports() -> dict[str, dict[str, Any]]:
+def reports() -> dict[str, Report]:
     compiled = small("gpt")
     calibration = calibration_of(compiled.plan_document)
     model = always_polynomial(compiled, compiled.module())
@@ -83,9 +87,11 @@ def reports() -> dict[str, dict[str, Any]]:
     }
 
 
-def calibration() -> dict[str, Any]:
-    found = dict(reports()["calibrated"]["calibration"])
-    return {**found, "verification": {**found["verification"], "violations": 1234}}
+def calibration() -> Calibration:
+    found = reports()["calibrated"].calibration
+    assert found is not None
+    assert found.verification is not None
+    return replace(found, verification=replace(found.verification, violations=1234))
 
 
 def tuned() -> tune_command.Tuned:
@@ -144,8 +150,8 @@ def advised(name: str) -> dict[str, Any]:
 def advised_on_data() -> dict[str, Any]:
     document = dict(advised("gpt"))
     calibration = calibration_of(fg.compile(EXAMPLES / "gpt.tfg").plan_document)
-    candidates = calibration["attentions"][0]["candidates"]
-    measured = {key: calibration[key] for key in ("data", "weights", "dims", "planned")}
+    candidates = plain(calibration)["attentions"][0]["candidates"]
+    measured = {key: plain(calibration)[key] for key in ("data", "weights", "dims", "planned")}
     return {
         **document,
         "measured": measured,

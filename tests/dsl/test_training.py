@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastgrad_dsl.models.text_data import TextData, load_text
 from fastgrad_dsl.training.folder import CHECKPOINT, LOG
 from fastgrad_dsl.training.loop import Options, generate, learning_rate, train
-from fastgrad_dsl.training.text_data import TextData, load_text
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.training_model import TEXT, Bigram, loss
 

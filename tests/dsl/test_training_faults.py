@@ -23,10 +23,10 @@ from torch import Tensor
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.models.text_data import TextData
 from fastgrad_dsl.training.checkpoint import read_checkpoint
 from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, publish, spec_files
 from fastgrad_dsl.training.loop import Context, Options, train_in
-from fastgrad_dsl.training.text_data import TextData
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.file_faults import Faults, Killed, failing
 from tests.dsl.training_model import Bigram, loss, text_data

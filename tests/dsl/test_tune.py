@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.runtime import triton_tuned
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.runtime.triton_attention import Launches
 from fastgrad_compiler.runtime.triton_tuned import FILE, Configuration, TunedWarning, read
 from fastgrad_dsl.bench import tuning

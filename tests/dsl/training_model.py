@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastgrad_dsl.training.text_data import TextData
+from fastgrad_dsl.models.text_data import TextData
 
 TEXT = bytes(range(32, 127)) * 40
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.api.batches import model_inputs, random_batch, target_inputs
 from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.models.batches import model_inputs, random_batch, target_inputs
 from tests.dsl.models import EXAMPLES, NAMES, SIZES, always_polynomial
 
 # 144 patches: enough for a polynomial to be cheaper

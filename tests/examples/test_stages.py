@@ -80,7 +80,7 @@ def test_every_stage_computes_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", SIZES)
 def test_flat_programs_compute_the_same(name: str) -> None:
     stages, weights = small(name)
-    flat = stages["lowrank"].with_graphs([stages["lowrank"].flatten()])
+    flat = stages["lowrank"].with_graphs([flatten(stages["lowrank"])])
     torch.testing.assert_close(
         interpreted(flat, name, weights),
         interpreted(stages["lowrank"], name, weights),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgrad_dsl as fg
-from benchmarks.launches import Recorder, case_of, load_kernels, write_kernels
+from benchmarks.launches import Recorder, load_kernels, write_kernels
 from fastgrad_compiler.codegen.kernel import KernelSpec, emit_kernel, kernel_files, kernel_name, load_kernel
 from fastgrad_compiler.runtime import triton_attention, triton_kernels, triton_tuned
 from fastgrad_compiler.runtime.triton_attention import Launches, TritonAttention
@@ -184,7 +184,7 @@ def test_launches_wait_for_nothing_and_allocate_by_shape(spec: KernelSpec, tmp_p
     runs = []
     for _ in range(3):
         with Operations() as operations:
-            call = Launches(Recorder(load_kernels(path), path, "sm_90"), case_of(spec), *tensors, mask)  # type: ignore[arg-type, call-arg]
+            call = Launches(Recorder(load_kernels(path), path, "sm_90"), spec, *tensors, mask)  # type: ignore[arg-type, call-arg]
             call.backward(cotangent, *call.forward())
         runs.append(operations.seen)
     assert runs[1] == runs[2]
@@ -416,7 +416,7 @@ def test_a_missing_file_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
         imported("kernels", None)
     said: list[str] = []
     monkeypatch.setattr(triton_attention, "warn", said.append)
-    attention = TritonAttention("attention_x", None, case_of(CAUSAL))
+    attention = TritonAttention("attention_x", None, CAUSAL)
     q, k, v = (x.detach() for x in sample(CAUSAL).tensors)
     for _ in range(2):
         assert attention.forward(q, k, v, None, None, None, None) is None

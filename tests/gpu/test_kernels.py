@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.launches import case_of, load_kernels, write_kernels
-from fastgrad_compiler.codegen.kernel import KernelSpec
-from fastgrad_compiler.codegen.triton import is_fused
+from benchmarks.launches import load_kernels, write_kernels
+from fastgrad_compiler.approximation.kernel_tiles import is_fused
 from fastgrad_compiler.codegen.triton.configurations import FUSED_KERNELS, KERNELS
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.runtime.triton_attention import Launches
 from tests.gpu.interpreter import Launch, install, launches
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_dense, worst_error
@@ -67,7 +67,7 @@ def run(
             configurations.update(dict.fromkeys((*KERNELS, *FUSED_KERNELS), tiles))
     q, k, v, *near = (x.detach() for x in inputs.tensors)
     near_q, near_k = near or (None, None)
-    call = Launches(kernels, case_of(spec), q, k, v, near_q, near_k, inputs.mask)
+    call = Launches(kernels, spec, q, k, v, near_q, near_k, inputs.mask)
     call.fused, call.chunk = fused, chunk if spec.near is None else spec.near * -(-chunk // spec.near)
     out, denominator, maximum = call.forward()
     gradients = call.backward(inputs.cotangent.to(out.dtype), out, denominator, maximum)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from tests.gpu.test_kernels import poisoned, run
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs
 from tests.kernels.leaks import check, visible_pairs

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from benchmarks.launches import case_of, load_kernels, write_kernels
-from fastgrad_compiler.codegen.kernel import KernelSpec
-from fastgrad_compiler.codegen.triton import is_fused
+from benchmarks.launches import load_kernels, write_kernels
+from fastgrad_compiler.approximation.kernel_tiles import is_fused
 from fastgrad_compiler.codegen.triton.configurations import FUSED_KERNELS, KERNELS
 from fastgrad_compiler.runtime import triton_schedule as schedule
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.runtime.triton_attention import Launches
 from fastgrad_compiler.runtime.triton_schedule import Shape, Tiles
 from tests.gpu.interpreter import install, launches
@@ -63,7 +63,7 @@ def test_flops_and_programs_are_those_of_the_launches(
     assert not fused or is_fused(spec)
     q, k, v, *near = (x.detach() for x in inputs.tensors)
     near_q, near_k = near or (None, None)
-    call = Launches(kernels, case_of(spec), q, k, v, near_q, near_k, None)
+    call = Launches(kernels, spec, q, k, v, near_q, near_k, None)
     call.fused, call.chunk = fused, CHUNK
     found = _counted(call, inputs.cotangent, Flops(monkeypatch), monkeypatch)
 

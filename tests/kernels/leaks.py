@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from tests.dense import hidden_pairs
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs
 

@@ -18,7 +18,7 @@ from fastgrad_compiler.approximation.certificates import (
     value_gradient_bound,
 )
 from fastgrad_compiler.approximation.polynomial import Polynomial, fit
-from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from tests.kernels.inputs import Inputs, make_inputs, run_dense, run_kernel
 
 POLYNOMIALS = [fit("balanced", 2, 1.0), fit("balanced", 4, 3.0)]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.runtime import exact_attention as module
 from fastgrad_compiler.runtime.exact_attention import exact_attention, exact_backward, exact_forward
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from tests import dense
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, worst_error
 from tests.kernels.test_memory import LargestStorage

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgrad_compiler.approximation.features import rank
-from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from fastgrad_compiler.runtime.exact_attention import exact_backward, exact_forward
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
+from fastgrad_compiler.runtime.polynomial_attention import backward, forward
+from fastgrad_compiler.runtime.tangent import polynomial_tangent
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs
 
 N = 4096
@@ -65,8 +67,7 @@ def largest(forward: Any, backward: Any, inputs: Inputs, *attributes: object) ->
 def test_nothing_grows_with_length_times_rank(spec: KernelSpec) -> None:
     inputs = make_inputs(spec, N, batch=1, heads=1).to(torch.float32)
 
-    module: Any = sys.modules[load_kernel(spec).__module__]
-    record = largest(module._forward, module._backward, inputs, 0)
+    record = largest(partial(forward, spec, ()), partial(backward, spec, ()), inputs, 0)
     assert record.operations > N / 256  # it saw inside the operation
     assert record.elements <= max(N * spec.dv, 2 * 256 * rank(spec.d, spec.degree))
     assert record.elements < min(N * N, N * rank(spec.d, spec.degree)) / 2
@@ -94,15 +95,14 @@ def test_nothing_of_exact_attention_is_quadratic() -> None:
 def test_a_tangent_does_not_grow_either(spec: KernelSpec) -> None:
     n = N // 4
     inputs = make_inputs(spec, n, batch=1, heads=1).to(torch.float32)
-    module: Any = sys.modules[load_kernel(spec).__module__]
     q, k, v, *near = (x.detach() for x in inputs.tensors)
     tensors = (q, k, v, *(near or (None, None)))
     given = (*tensors, inputs.mask, inputs.documents)
     with torch.no_grad():
-        saved = module._forward(*given, 0)
+        saved = forward(spec, (), *given, 0)
         flag = torch.empty(0, dtype=torch.bool)
         with LargestStorage() as record:
-            module.TANGENT(*tensors, *given, *saved, flag, 0, "")
+            polynomial_tangent(spec)(*tensors, *given, *saved, flag, 0, "")
     assert record.operations > n / 256
     assert record.elements <= max(n * (spec.dv + 1), 256 * rank(spec.d, spec.degree))
     assert record.elements < min(n * n, n * rank(spec.d, spec.degree)) / 2

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.runtime.exact_attention import exact_attention
 from fastgrad_compiler.runtime.functions import softmax_attention
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from tests.kernels.inputs import COEFFICIENTS, run_kernel
 from tests.kernels.inputs import Inputs as KernelInputs
 

@@ -18,8 +18,8 @@ from math import ceil, inf, prod
 
 from fastgrad_compiler.approximation.elementary import exp
 from fastgrad_compiler.approximation.features import rank
-from fastgrad_compiler.codegen.cpp import token_chunks
-from fastgrad_compiler.codegen.kernel import KernelSpec, choose_chunk
+from fastgrad_compiler.approximation.kernel_tiles import has_triton, is_fused, token_chunks
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec, choose_chunk
 from fastgrad_compiler.runtime.triton_schedule import CHUNKS
 from fastgrad_compiler.targets import Backends
 
@@ -143,8 +143,6 @@ def rounding(
 
 def is_triton(spec: KernelSpec, backends: Backends) -> bool:
     """Whether Triton kernels serve a specification on a GPU."""
-    from fastgrad_compiler.codegen.triton import has_triton
-
     return backends.triton and has_triton(spec)
 
 
@@ -246,18 +244,12 @@ def _triton(spec: KernelSpec, sizes: Sizes, run: Run) -> _Ways:
     near = spec.near or 1
     chunks = [near * ceil(chunk / near) for chunk in CHUNKS]
     most = max(_summed(sizes.groups * chunk) + ceil(tokens / chunk) for chunk in chunks)
-    if _may_fuse(spec):
+    if is_fused(spec):
         most = max(most, _summed(sizes.groups * tokens))
     window = _window(spec, max(chunks))
     common = _fixed(spec, window) + most + _summed(rank(spec.d, spec.degree)) + _summed(window)
     power = 0 if run.dtype == "bfloat16" else 2  # factors that are chosen by a product, and scores
     return _Ways((common, common + _summed(spec.dv)), _power(spec), operands=(4, 6), operand_power=power)
-
-
-def _may_fuse(spec: KernelSpec) -> bool:
-    from fastgrad_compiler.codegen.triton import is_fused
-
-    return is_fused(spec)
 
 
 def _summed(terms: int) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 
-from fastgrad_compiler.analysis.bounds.proof import place
 from fastgrad_compiler.attention.factors import factor_of
 from fastgrad_compiler.attention.pattern import Match, match
 from fastgrad_compiler.attention.scores import Masks, Product, obstacle
@@ -21,6 +20,7 @@ from fastgrad_compiler.attention.table import ATTENTION, own_polynomial
 from fastgrad_compiler.ir.builder import Builder, Value
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.ir.words import place
 
 _KEPT = ("input", "weight", "buffer", "call", "repeat")  # also where nothing reads them
 _ROWWISE = ("unit", "rotary", "neg")  # what repeating heads commutes with

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite, prod
 
-from fastgrad_compiler.analysis.bounds.arithmetic import limits
-from fastgrad_compiler.analysis.bounds.proof import describe, number, place
 from fastgrad_compiler.attention.factors import factor_of, swaps
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Bound, Graph, Node
+from fastgrad_compiler.ir.ops import limits
+from fastgrad_compiler.ir.words import describe, number, place
 
 MASKS = ("causal", "window", "padding", "documents")
 

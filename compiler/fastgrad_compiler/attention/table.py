@@ -4,13 +4,15 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeAlias
 
 from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.ir.calls import callees, graphs_with, iterations
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.flatten import Indices, iterations, path_of, runs
+from fastgrad_compiler.ir.flatten import Indices, path_of
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
 from fastgrad_grammar.source import Span
 
@@ -95,13 +97,12 @@ class AttentionEntry:
 
 def attention_table(program: Program) -> tuple[AttentionEntry, ...]:
     """Every attention of the model, in program order; after `plan` their nodes say what was decided."""
-    holders = _Holders(program)
-    return tuple(_entries(program, holders, _Where(program.main)))
+    return tuple(_entries(program, _holders(program), _Where(program.main)))
 
 
 def stands_alone(program: Program, graph: str) -> bool:
     """Whether a graph that a call runs holds one attention, itself and no other: its path is that of the call."""
-    nodes = _Holders(program).nodes(graph)
+    nodes = _holders(program)[graph]
     return _is_called(program, graph) and len(nodes) == 1 and nodes[0].op in ATTENTION
 
 
@@ -110,24 +111,17 @@ def _is_called(program: Program, graph: str) -> bool:
     return any(node.op == "call" and node["graph"] == graph for each in program.graphs for node in each.nodes)
 
 
-class _Holders:
-    """For each graph, the nodes that are attentions or lead to some."""
+_Holders: TypeAlias = "Mapping[str, tuple[Node, ...]]"
+"""For each graph, the nodes that are attentions or lead to some."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self._known: dict[str, tuple[Node, ...]] = {}
 
-    def nodes(self, name: str) -> tuple[Node, ...]:
-        if name not in self._known:
-            self._known[name] = tuple(node for node in self.program[name].nodes if self._leads(node))
-        return self._known[name]
+def _holders(program: Program) -> _Holders:
+    graphs = graphs_with(program, lambda node: node.op in ATTENTION)
 
-    def _leads(self, node: Node) -> bool:
-        if node.op == "call":
-            return bool(self.nodes(str(node["graph"])))
-        if node.op == "repeat":
-            return any(self.nodes(graph) for graph, _ in runs(node))
-        return node.op in ATTENTION
+    def leads(node: Node) -> bool:
+        return node.op in ATTENTION or not graphs.isdisjoint(callees(node))
+
+    return {graph.name: tuple(filter(leads, graph.nodes)) for graph in program.graphs}
 
 
 @dataclass(frozen=True)
@@ -154,7 +148,7 @@ class _Where:
 
 
 def _entries(program: Program, holders: _Holders, where: _Where) -> Iterator[AttentionEntry]:
-    nodes = holders.nodes(where.graph)
+    nodes = holders[where.graph]
     alone = len(nodes) == 1 and bool(where.scope) and not where.indices
     graph = program[where.graph]
     for node in nodes:

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import PurePath
 
+from fastgrad_compiler.analysis.needs import Needs, Step, sources, weight_path
 from fastgrad_compiler.codegen.attention_kernels import kernel_spec
 from fastgrad_compiler.codegen.expressions import TORCH
 from fastgrad_compiler.codegen.guards import Guards
-from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.codegen.liveness import FOREVER, Statements
 from fastgrad_compiler.codegen.loops import write_repeat
 from fastgrad_compiler.codegen.members import Leaf, Member, Repeated, members
-from fastgrad_compiler.codegen.names import base, member_access, unique, variable
-from fastgrad_compiler.codegen.needs import Needs, Step, sources, weight_path
+from fastgrad_compiler.codegen.names import base, member_access, variable
 from fastgrad_compiler.codegen.place import Operands
 from fastgrad_compiler.codegen.writer import (
     ADD,
@@ -33,6 +32,8 @@ from fastgrad_compiler.codegen.writer import (
 )
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType
+from fastgrad_compiler.ir.names import unique
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import comment
 from fastgrad_grammar.source import Span

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from fastgrad_compiler.attention.table import is_guarded, stands_alone
-from fastgrad_compiler.codegen.names import base, unique, variable
+from fastgrad_compiler.codegen.names import base, variable
 from fastgrad_compiler.codegen.writer import Expr, call, literal, tuple_text
-from fastgrad_compiler.ir.flatten import runs
+from fastgrad_compiler.ir.calls import callees
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.ir.names import unique
 
 Guards = dict[
     tuple[str, str], str
@@ -28,7 +29,7 @@ def guards_of(program: Program, graph: Graph, taken: Collection[str]) -> Guards:
 def _guarded(program: Program, graph: Graph) -> Iterator[tuple[Graph, Node]]:
     for node in graph.nodes:
         if node.op == "repeat":
-            for body in dict.fromkeys(name for name, _ in runs(node)):
+            for body in callees(node):
                 yield from _guarded(program, program[body])
         elif is_guarded(node):
             yield graph, node

@@ -1,8 +1,7 @@
 """Attention kernels of the torch target: a specification, its emitted source, and the loaded function.
 
-A kernel is what docs/mathematics.md describes in sections 2 to 5, written out for one (d, dv, polynomial, mask,
-near field): constants and block table unrolled, absent cases left out. The text is a Jinja template's, so that
-what is emitted can be read before it is emitted; buffers, checks and the exact fallback are files of `runtime`.
+What is emitted is a specification's constants and the operation that they register; the algorithm of
+docs/mathematics.md, sections 2 to 5, is in files of `runtime` that read the specification.
 """
 
 from __future__ import annotations
@@ -10,17 +9,20 @@ from __future__ import annotations
 import linecache
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import fields
 from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from fastgrad_compiler.approximation.elementary import power
-from fastgrad_compiler.approximation.features import blocks, rank
+from fastgrad_compiler.approximation.kernel_tiles import has_triton
+from fastgrad_compiler.codegen.cpp import emit_cpp
 from fastgrad_compiler.codegen.templates import render
+from fastgrad_compiler.codegen.titles import kernel_title
+from fastgrad_compiler.codegen.triton import emit_triton
 from fastgrad_compiler.runtime.content_name import content_name
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec as KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
 
 if TYPE_CHECKING:
@@ -36,12 +38,20 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
         "exact_attention.py",
         "guard.py",
         "guard_key.py",
+        "kernel_call.py",
+        "kernel_spec.py",
         "logit_range.py",
+        "monomials.py",
         "operation.py",
+        "polynomial_attention.py",
         "polynomial_features.py",
+        "polynomial_pairs.py",
+        "polynomial_rows.py",
+        "polynomial_sweeps.py",
         "precision.py",
         "selection.py",
         "tangent.py",
+        "window_attention.py",
     )
 )
 CPP_RUNTIME_FILES: tuple[Path, ...] = tuple(
@@ -59,91 +69,9 @@ TRITON_RUNTIME_FILES: tuple[Path, ...] = tuple(
     )
 )
 RUNTIME_PACKAGE = "fastgrad_compiler.runtime"
-UNROLLED_BLOCKS = 160  # a longer table is emitted as the loop that makes it
 NAME_PLACEHOLDER = "attention_" + "0" * 12
 CPP, TRITON = ".cpp", "_triton.py"  # what the name of a backend's file has after the kernel's
 ENDINGS = (".py", CPP, TRITON)  # of all files that a kernel may have
-
-
-@dataclass(frozen=True, slots=True)
-class KernelSpec:
-    """What an attention kernel depends on.
-
-    Args:
-        d: width of q and k.
-        dv: width of v.
-        coefficients: of the polynomial p(s), s = scale * q.k, by ascending power; its degree is at least 1.
-        causal: query i sees the keys up to i.
-        padding: a key padding mask is an input.
-        near: block size w; pairs whose blocks of w tokens are the same or touch weigh exp(t) instead of p(s).
-        window: softmax of the pairs with |i - j| < window instead, exactly; then there is no polynomial.
-        precision: of the arithmetic at least, "float32" or "float64"; inputs and results keep their dtype.
-        near_d: width of separate queries and keys for t, already scaled; None: t = scale * q.k.
-        scale: of the logits.
-        chunk: tokens handled at a time; None: chosen here. The function does not depend on it.
-        documents: ids of packed documents are an input; a query sees only keys of its own document.
-
-    Raises:
-        ValueError: a width, a block or a chunk below 1, no coefficient beyond the constant, near_d without near.
-    """
-
-    d: int
-    dv: int
-    coefficients: tuple[float, ...]
-    causal: bool = False
-    padding: bool = False
-    near: int | None = None
-    near_d: int | None = None
-    scale: float = 1.0
-    chunk: int | None = None
-    documents: bool = False
-    window: int | None = None
-    precision: str = "float32"
-
-    def __post_init__(self) -> None:
-        sizes = {
-            "d": self.d,
-            "dv": self.dv,
-            "near": self.near,
-            "near_d": self.near_d,
-            "chunk": self.chunk,
-            "window": self.window,
-        }
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"an attention kernel needs {name} >= 1, not {size}")
-        if self.window is not None and (self.coefficients or self.near is not None):
-            raise ValueError("an attention kernel with a window has neither a polynomial nor a near field")
-        if self.window is None and len(self.coefficients) < 2:
-            raise ValueError("an attention kernel needs a polynomial of degree 1 at least")
-        if self.precision not in ("float32", "float64"):
-            raise ValueError(f"the arithmetic of a kernel is float32 or float64, not {self.precision}")
-        if self.near_d is not None and self.near is None:
-            raise ValueError("near_d is the width of a near field's queries and keys: give `near` too")
-
-    @property
-    def degree(self) -> int:
-        """Degree of the polynomial."""
-        return len(self.coefficients) - 1
-
-
-def choose_chunk(spec: KernelSpec) -> int:
-    """Tokens at a time: enough to hide the interpreter behind the products, few enough for cache and triangle.
-
-    In a near field a chunk divides the block size w where a divisor of useful size exists: then a window is near
-    throughout, and nothing in it needs the polynomial.
-    """
-    if spec.chunk is not None:
-        return spec.chunk
-    r = rank(spec.d, spec.degree)
-    chunk = 128 if r <= 512 else 256
-    if spec.near is None:
-        return chunk if spec.causal or spec.documents else 256
-    divisors = [size for size in range(SMALLEST_NEAR_CHUNK, chunk + 1) if spec.near % size == 0]
-    return max(divisors, default=max(1, chunk // spec.near) * spec.near if spec.near < chunk else chunk)
-
-
-SMALLEST_NEAR_CHUNK = 32
 
 
 @cache
@@ -188,9 +116,6 @@ def _content(path: Path) -> bytes:
 @cache
 def _backend_texts(spec: KernelSpec, backends: Backends) -> dict[str, str]:
     """What the backends of a kernel are made from, by what a file's name has behind the kernel's."""
-    from fastgrad_compiler.codegen.cpp import emit_cpp
-    from fastgrad_compiler.codegen.triton import emit_triton, has_triton
-
     texts = {CPP: emit_cpp(spec)} if backends.cpp else {}
     return {**texts, TRITON: emit_triton(spec)} if backends.triton and has_triton(spec) else texts
 
@@ -238,108 +163,24 @@ def _execute(name: str, files: dict[str, str]) -> ModuleType:
 @cache
 def _render(spec: KernelSpec, name: str, backends: Backends) -> str:
     triton = TRITON in _backend_texts(spec, backends)
+    values = {field.name: (getattr(spec, field.name), field.default) for field in fields(spec)}
+    given = {name: value for name, (value, default) in values.items() if value != default}
+    degree = "" if spec.window is not None else f", degree {spec.degree}"
     context = {
+        "title": kernel_title(spec),
+        "specification": f"d = {spec.d}, dv = {spec.dv}{degree}",
         "name": name,
+        "spec": spec,
+        "fields": {name: _literal(value) for name, value in given.items()},
         "cpp": backends.cpp,
         "triton": triton,
         "unserved": backends.triton and not (triton or backends.cpp),
-        **_common(spec),
     }
-    if spec.window is not None:
-        return render("attention_window.py.j2", context)
-    return render("attention.py.j2", {**context, **_context(spec)})
+    return render("attention.py.j2", context)
 
 
-def _common(spec: KernelSpec) -> dict[str, object]:
-    """What all templates ask for."""
-    degree = "" if spec.window is not None else f", degree {spec.degree}"
-    return {
-        "title": kernel_title(spec),
-        "specification": f"d = {spec.d}, dv = {spec.dv}{degree}",
-        "d": spec.d,
-        "dv": spec.dv,
-        "scale": float(spec.scale),
-        "causal": spec.causal,
-        "padding": spec.padding,
-        "documents": spec.documents,
-        "window": spec.window,
-        "precise": spec.precision == "float64",
-    }
-
-
-def _context(spec: KernelSpec) -> dict[str, object]:
-    """What the template asks for; flags name the cases of docs/mathematics.md, sections 3 to 5."""
-    tile = choose_chunk(spec)
-    dense = spec.causal or spec.near is not None or spec.documents
-    suffix = not spec.causal and (spec.near is not None or spec.documents)
-    mixed = spec.near is not None and spec.near % tile != 0
-    folded = folded_coefficients(spec)
-    table = blocks(spec.d, spec.degree)
-    return {
-        "local": "near_q.near_k" if spec.near_d else "SCALE q.k",
-        "degree": spec.degree,
-        "rank": rank(spec.d, spec.degree),
-        "coefficients": list(map(float, folded)),
-        "near": spec.near,
-        "near_d": spec.near_d,
-        "separate": spec.near_d is not None,
-        "tile": tile,
-        "dense": dense,
-        "mixed": mixed,
-        "suffix": suffix,
-        "lead": "b, h, groups" if spec.documents else "rows, groups",
-        "state_upstream": "document_upstream" if spec.documents else "",
-        "needs_inf": spec.near is not None and (mixed or spec.causal or spec.padding or spec.documents),
-        "polynomial_scores": dense and (mixed or spec.near is None),
-        "states": 5 if suffix else 3,  # with the product that is added to one
-        "met_keys": _window_expression(spec),
-        "unrolled": len(table) <= UNROLLED_BLOCKS,
-        "blocks": [(b.level, b.index, *b.source, *b.target) for b in table],
-        "horner": _horner(folded),
-        "horner_slope": _horner(tuple(power * c for power, c in enumerate(folded))[1:]),
-    }
-
-
-def folded_coefficients(spec: KernelSpec) -> tuple[float, ...]:
-    """Coefficients by powers of q.k: those of p with the scale of the logits folded in."""
-    return tuple(c * power(spec.scale, degree) for degree, c in enumerate(spec.coefficients))
-
-
-def kernel_title(spec: KernelSpec) -> str:
-    """One line that says what a kernel computes."""
-    parts = [f"Polynomial attention, degree {spec.degree}"]
-    if spec.window is not None:
-        parts = [f"Softmax attention within {spec.window} tokens"]
-    if spec.causal:
-        parts.append("causal")
-    if spec.padding:
-        parts.append("with a padding mask")
-    if spec.documents:
-        parts.append("packed")
-    if spec.near is not None:
-        parts.append(f"exact in blocks of {spec.near} tokens")
-    if spec.precision == "float64":
-        parts.append("computed in float64")
-    return ", ".join(parts)
-
-
-def _window_expression(spec: KernelSpec) -> str:
-    if spec.near is not None:
-        return "TILE + 2 * NEAR" if spec.causal else "TILE + 3 * NEAR"
-    return "TILE" if spec.causal or spec.documents else "0"
-
-
-def _horner(coefficients: tuple[float, ...]) -> str:
-    """In-place statements that evaluate the polynomial of `scores` into `out`."""
-    if len(coefficients) == 1:
-        return f"out.fill_({float(coefficients[0])!r})"
-    *rest, last = map(float, coefficients)
-    chain = f"torch.mul(scores, {last!r}, out=out)"
-    lines = []
-    for position, coefficient in enumerate(reversed(rest)):
-        chain += f".add_({coefficient!r})"
-        if position < len(rest) - 1:
-            lines.append(chain)
-            chain = "out.mul_(scores)"
-    lines.append(chain)
-    return "\n    ".join(lines)
+def _literal(value: object) -> object:
+    """A field of a specification as it is emitted: the same for numbers that are equal."""
+    if isinstance(value, tuple):
+        return tuple(map(float, value))
+    return repr(value) if isinstance(value, str) else value

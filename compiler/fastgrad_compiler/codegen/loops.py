@@ -8,10 +8,11 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from fastgrad_compiler.codegen.liveness import FOREVER
-from fastgrad_compiler.codegen.members import runs_of
-from fastgrad_compiler.codegen.names import base, unique, variable
+from fastgrad_compiler.codegen.names import base, variable
 from fastgrad_compiler.codegen.writer import INDENT, Expr, Writer, noun, weight
+from fastgrad_compiler.ir.calls import runs
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.names import unique
 
 if TYPE_CHECKING:
     from fastgrad_compiler.codegen.block import Block
@@ -30,15 +31,15 @@ def write_repeat(block: Block, node: Node) -> None:
     """The loop, and its results under their names."""
     results = _results(block, node)
     loop = _begin(block, node, results)
-    runs = runs_of(node)
-    firsts = list(accumulate((times for _, times in runs), initial=0))
+    ran = runs(node)
+    firsts = list(accumulate((times for _, times in ran), initial=0))
     total = firsts.pop()
-    bodies = [_body(block, name, loop, first, 1) for (name, _), first in zip(runs, firsts, strict=True)]
+    bodies = [_body(block, name, loop, first, 1) for (name, _), first in zip(ran, firsts, strict=True)]
     if len(set(bodies)) > 1:
-        bodies = [_body(block, name, loop, first, 2) for (name, _), first in zip(runs, firsts, strict=True)]
+        bodies = [_body(block, name, loop, first, 2) for (name, _), first in zip(ran, firsts, strict=True)]
     block.writer.line(f"for {loop.counter} in range({total}):")
     with block.writer.indented():
-        _alternatives(block.writer, loop.counter, bodies, [times for _, times in runs])
+        _alternatives(block.writer, loop.counter, bodies, [times for _, times in ran])
     for name, target in zip(results, loop.carried, strict=True):
         block.holders[target] = block.at if name is None else block.statements.last_use[name]
         if name is not None:
@@ -57,7 +58,7 @@ def _results(block: Block, node: Node) -> list[str | None]:
 def _begin(block: Block, node: Node, results: Sequence[str | None]) -> _Loop:
     """First values of the loop's variables are assigned where they are not there already."""
     carried: list[str] = []
-    body = block.module.program[runs_of(node)[0][0]]
+    body = block.module.program[runs(node)[0][0]]
     firsts, invariants = node.inputs[: len(results)], node.inputs[len(results) :]
     given = [block.value(name) for name in node.inputs]
     fixed = [

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from fastgrad_compiler.codegen.guards import Guards, guard_value
 from fastgrad_compiler.codegen.writer import Expr, call, literal, tuple_text
+from fastgrad_compiler.ir.calls import runs
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
 
 Run: TypeAlias = "tuple[int, Member | None]"
@@ -65,13 +66,6 @@ class Repeated:
 Member: TypeAlias = Leaf | Repeated
 
 
-def runs_of(node: Node) -> tuple[tuple[str, int], ...]:
-    """The (graph, times) of a repeat."""
-    bodies = node["bodies"]
-    assert isinstance(bodies, tuple)
-    return tuple((str(body[0]), int(str(body[1]))) for body in bodies if isinstance(body, tuple))
-
-
 def members(
     program: Program, graph: Graph, classes: dict[str, str], guards: Guards | None = None
 ) -> dict[str, Member]:
@@ -117,7 +111,7 @@ def _init_text(node: Node) -> str:
 
 
 def _repeated(program: Program, node: Node, classes: dict[str, str], guards: Guards) -> dict[str, Member]:
-    bodies = [(members(program, program[name], classes, guards), times) for name, times in runs_of(node)]
+    bodies = [(members(program, program[name], classes, guards), times) for name, times in runs(node)]
     labels = dict.fromkeys(label for body, _ in bodies for label in body)
     return {label: Repeated(_merged((times, body.get(label)) for body, times in bodies)) for label in labels}
 

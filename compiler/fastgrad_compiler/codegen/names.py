@@ -96,12 +96,3 @@ def base(name: str, others: Collection[str]) -> str:
     """The user's name of a node: `x` for `x_2`, where `x` is a node too (a name bound again is numbered)."""
     found = _NUMBERED.fullmatch(name)
     return found.group(1) if found and found.group(1) in others else name
-
-
-def unique(stem: str, taken: Collection[str]) -> str:
-    """`stem`, or the first of `stem_2`, `stem_3` ... that is not taken."""
-    number, name = 1, stem
-    while name in taken:
-        number += 1
-        name = f"{stem}_{number}"
-    return name

@@ -9,19 +9,14 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePath
 
+from fastgrad_compiler.analysis.needs import is_counted, needs
 from fastgrad_compiler.codegen.block import Block, Imports, Module, place_of, source_line
 from fastgrad_compiler.codegen.guards import GUARD, NAME, STATUS, guards_of
-from fastgrad_compiler.codegen.kernel import (
-    RUNTIME,
-    RUNTIME_FILES,
-    kernel_files,
-    kernel_name,
-    runtime_files,
-)
+from fastgrad_compiler.codegen.kernel import RUNTIME, RUNTIME_FILES, kernel_files, kernel_name, runtime_files
 from fastgrad_compiler.codegen.members import Leaf, Member, container, leaf_init, members
 from fastgrad_compiler.codegen.names import class_name, member_access, variable
-from fastgrad_compiler.codegen.needs import is_counted, needs, reachable
 from fastgrad_compiler.codegen.writer import Writer, call, literal, method, tuple_text
+from fastgrad_compiler.ir.calls import reachable
 from fastgrad_compiler.ir.graph import DimInfo, Graph, Program
 from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import python_docstring, python_string
@@ -63,10 +58,8 @@ def _runtime(name: str) -> str:
 
 def _emitted(program: Program) -> list[Graph]:
     """The graphs that become classes: all that run but the bodies of repeats and the objective."""
-    graphs = {graph.name: graph for graph in reachable(program, program.main)}
-    if program.objective is not None:
-        graphs.update({graph.name: graph for graph in reachable(program, program.objective)})
-    return [graph for graph in graphs.values() if graph.block and graph.name != program.objective]
+    graphs = reachable(program.by_name, program.roots)
+    return [graph for graph in graphs if graph.block and graph.name != program.objective]
 
 
 # ---------------------------------------------------------------- head
@@ -158,7 +151,8 @@ def _isort(name: str) -> tuple[int, str]:
 
 def _classes(program: Program, classes: dict[str, str], imports: Imports, exact: bool) -> str:
     graphs = _emitted(program)
-    hides = any(node.op in _HIDES_ROWS for graph in reachable(program, program.main) for node in graph.nodes)
+    model = reachable(program.by_name, [program.main])
+    hides = any(node.op in _HIDES_ROWS for graph in model for node in graph.nodes)
     module = Module(program, classes, needs(program), imports, exact, hides)
     texts = _distinct_classes(module, graphs)
     if program.objective is not None:

@@ -8,50 +8,10 @@ from dataclasses import replace
 from fastgrad_compiler.frontend.values import Origin, Tensor, ValueProblem, check_dim
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, TensorType, Type, attributes
+from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_grammar.source import Span
 
 MAX_RANK = 16
-
-
-class UniqueNames:
-    """Names in use; a wanted name that is taken gets `_2`, `_3` ..."""
-
-    def __init__(self, used: Iterable[str] = ()) -> None:
-        self._used = set(used)
-        self._count: dict[str, int] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._used
-
-    def add(self, name: str) -> None:
-        """Mark a name as used."""
-        self._used.add(name)
-
-    def free(self, name: str) -> None:
-        """Give a name back."""
-        self._used.discard(name)
-
-    def take(self, wanted: str, avoid: frozenset[str] = frozenset()) -> str:
-        """`wanted`, or the first `wanted_2`, `wanted_3` ... that is neither used nor to avoid."""
-        if wanted not in self._used and wanted not in avoid:
-            self._used.add(wanted)
-            return wanted
-        count = self._count.get(wanted, 1) + 1
-        while f"{wanted}_{count}" in self._used or f"{wanted}_{count}" in avoid:
-            count += 1
-        self._count[wanted] = count
-        self._used.add(f"{wanted}_{count}")
-        return f"{wanted}_{count}"
-
-    def copy(self) -> UniqueNames:
-        """The same names, to go on from."""
-        other = UniqueNames(self._used)
-        other._count = dict(self._count)
-        return other
-
-    def merge(self, other: UniqueNames) -> None:
-        """Take over the names of another."""
-        self._used |= other._used
 
 
 class Builder:

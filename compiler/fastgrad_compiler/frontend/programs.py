@@ -6,21 +6,23 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from fastgrad_compiler.analysis.needs import needs
 from fastgrad_compiler.frontend.blocks import evaluate_call, make_graph
 from fastgrad_compiler.frontend.budgets import budget_for
 from fastgrad_compiler.frontend.builder import Builder
 from fastgrad_compiler.frontend.expressions import as_tensor, evaluate
 from fastgrad_compiler.frontend.modules import Module, check_names, load
 from fastgrad_compiler.frontend.parameters import dim_info, file_scope
+from fastgrad_compiler.frontend.repeats import run_repeat
 from fastgrad_compiler.frontend.reporter import Abort, Reporter, did_you_mean
 from fastgrad_compiler.frontend.scope import Binding, Failed, Scope
 from fastgrad_compiler.frontend.state import MAX_UNROLLED, State
 from fastgrad_compiler.frontend.statements import dim_origin, tensor_type
 from fastgrad_compiler.frontend.values import Origin, Tensor
+from fastgrad_compiler.ir.calls import reachable
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.flatten import flat_size
 from fastgrad_compiler.ir.graph import DimInfo, Graph, Program
-from fastgrad_compiler.ir.shapes import callees
 from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import Note
 from fastgrad_grammar.parser import parse
@@ -48,7 +50,7 @@ def elaborate(
     with _deep_recursion():
         reporter = Reporter()
         main = load(source, reporter)
-        state = State(reporter, main, evaluate_call)
+        state = State(reporter, main, evaluate_call, run_repeat)
         _file_scopes(state, main, params or {})
         scope = state.file_scopes[main]
         dims = dim_info(state, scope)
@@ -59,7 +61,7 @@ def elaborate(
         objective = _objective(state, scope, block, name)
         reporter.check()
         assert name is not None  # otherwise something was reported
-        graphs = _reachable(state.graphs, [each for each in (name, objective) if each])
+        graphs = reachable(state.graphs, [each for each in (name, objective) if each])
         used = _used_dims(graphs, dims)
         program = Program(graphs, name, objective, None, used, budget, block.name.text)
         _check_size(reporter, program)
@@ -211,7 +213,7 @@ def _no_weights(state: State, item: ast.Objective, builder: Builder) -> None:
     """FG231 where a block that the objective calls has weights: only the model's are trained."""
     called = [str(node["graph"]) for node in builder.nodes if node.op == "call"]
     known = [name for name in called if name in state.graphs]
-    if any(node.op == "weight" for graph in _reachable(state.graphs, known) for node in graph.nodes):
+    if any(node.op == "weight" for graph in reachable(state.graphs, known) for node in graph.nodes):
         state.reporter.error(
             "FG231",
             "an objective has no weights, but a block that it calls does",
@@ -248,25 +250,8 @@ def _fits(
 # ---------------------------------------------------------------- the finished program
 
 
-def _reachable(graphs: Mapping[str, Graph], roots: Sequence[str]) -> tuple[Graph, ...]:
-    """The graphs that the roots run, callees first."""
-    done: dict[str, Graph] = {}
-
-    def visit(name: str) -> None:
-        if name not in done:
-            for callee in callees(graphs[name]):
-                visit(callee)
-            done[name] = graphs[name]
-
-    for root in roots:
-        visit(root)
-    return tuple(done.values())
-
-
 def _shown(reporter: Reporter, program: Program, dims: Mapping[str, DimInfo]) -> None:
     """FG243 for run-time dims that a run needs and no input shows."""
-    from fastgrad_compiler.codegen.needs import needs
-
     found = needs(program)
     roots = [("model", program.main)] + [("objective", each) for each in (program.objective,) if each]
     for kind, root in roots:

@@ -12,6 +12,7 @@ from fastgrad_compiler.frontend.scope import Binding, Failed, Hidden, Outer, Sco
 from fastgrad_compiler.frontend.state import MAX_REPEAT, State, emit_node
 from fastgrad_compiler.frontend.statements import bind, run_body
 from fastgrad_compiler.frontend.values import Origin, Tensor
+from fastgrad_compiler.ir.calls import in_runs
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, TensorType
 from fastgrad_grammar import ast
@@ -168,18 +169,15 @@ def _runs(
 ) -> tuple[Attribute, ...]:  # fmt: skip
     """The bodies as ((graph, times), ...): equal bodies share a graph, neighbours that do so a run."""
     made: dict[tuple[tuple[Node, ...], tuple[str, ...]], str] = {}
-    runs: list[tuple[str, int]] = []
+    run: list[str] = []
     for body in bodies:
         graph = _graph(statement, body, names, carried, tensors)
         key = (graph.nodes, graph.outputs)
         if key not in made:
             made[key] = state.graph_name(_graph_base(state, statement))
             state.graphs[made[key]] = replace(graph, name=made[key])
-        if runs and runs[-1][0] == made[key]:
-            runs[-1] = (made[key], runs[-1][1] + 1)
-        else:
-            runs.append((made[key], 1))
-    return ((runs[0][0], count),) if len(bodies) == 1 else tuple(runs)
+        run.append(made[key])
+    return in_runs(run * count if len(bodies) == 1 else run)
 
 
 def _graph_base(state: State, statement: ast.Repeat) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from fastgrad_compiler.frontend.builder import UniqueNames, check_size, trace_origins
+from fastgrad_compiler.frontend.builder import check_size, trace_origins
 from fastgrad_compiler.frontend.modules import Module
 from fastgrad_compiler.frontend.reporter import Reporter
 from fastgrad_compiler.frontend.scope import Scope
 from fastgrad_compiler.frontend.values import Tensor, Value, ValueProblem
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, TensorType, Type
+from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_compiler.ir.shapes import Blame, ShapeError, infer
 from fastgrad_grammar import ast
 from fastgrad_grammar.source import Span
@@ -31,11 +32,15 @@ class Instance:
 
 @dataclass(slots=True)
 class State:
-    """Shared by everything that elaborates one model; `call` evaluates a call expression."""
+    """Shared by everything that elaborates one model.
+
+    `call` evaluates a call expression and `repeat` elaborates a repeat: both run bodies again, which hold them.
+    """
 
     reporter: Reporter
     main: Module
     call: Callable[[State, Scope, ast.Call], Value]
+    repeat: Callable[[State, Scope, ast.Repeat], None]
     multiples: dict[str, int] = field(default_factory=dict)
     graphs: dict[str, Graph] = field(default_factory=dict)
     instances: dict[object, Instance] = field(default_factory=dict)

@@ -162,9 +162,7 @@ def _return(state: State, scope: Scope, statement: ast.Return) -> tuple[Value, a
 
 
 def _repeat(state: State, scope: Scope, statement: ast.Repeat) -> None:
-    from fastgrad_compiler.frontend.repeats import run_repeat  # the two modules run each other
-
-    run_repeat(state, scope, statement)
+    state.repeat(state, scope, statement)
 
 
 _STATEMENTS: dict[type, Callable[..., tuple[Value, ast.Return] | None]] = {

@@ -10,15 +10,12 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from fastgrad_compiler.approximation import elementary
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import TensorType
 from fastgrad_grammar.source import Span
-
-if TYPE_CHECKING:
-    from fastgrad_compiler.frontend.builder import Builder
 
 Scalar: TypeAlias = "int | float | bool | str | Dim | None"
 MAX_INT = 2**63 - 1
@@ -43,7 +40,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor of the graph that `owner` builds: its node, its type and where each of its dims came from.
+    """A tensor of the graph that the builder `owner` makes: its node, its type and where each of its dims came from.
 
     `declared` holds, for a weight, its name and its dims as they are written.
     """
@@ -51,7 +48,7 @@ class Tensor:
     node: str
     type: TensorType
     origins: tuple[Origin | None, ...]
-    owner: Builder
+    owner: object
     declared: tuple[str, tuple[str, ...]] | None = None
 
 

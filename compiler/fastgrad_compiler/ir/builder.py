@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Node, TensorType, Type, attributes
+from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_compiler.ir.shapes import infer
 from fastgrad_grammar.source import Span
 
@@ -22,18 +23,12 @@ class Builder:
         self.nodes = list(nodes)
         self.multiples: Mapping[str, int] = multiples or {}
         self.span: Span | None = None  # given to each new node
-        self._names = {node.name for node in self.nodes}
-        self._counts: dict[str, int] = {}
+        self._names = UniqueNames(node.name for node in self.nodes)
         self._constants: dict[float, Value] = {}
 
     def fresh(self, stem: str) -> str:
         """`stem`, or the first of `stem_2`, `stem_3`... that is free."""
-        count = self._counts.get(stem, 0) + 1
-        while (name := stem if count == 1 else f"{stem}_{count}") in self._names:
-            count += 1
-        self._counts[stem] = count
-        self._names.add(name)
-        return name
+        return self._names.take(stem)
 
     def emit(
         self,

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from fastgrad_compiler.ir.calls import backward_of, iterations, runs
 from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type
+from fastgrad_compiler.ir.names import UniqueNames
 
 Indices: TypeAlias = tuple[int, ...]
 Names: TypeAlias = "str | tuple[str, ...]"
@@ -15,29 +17,6 @@ Names: TypeAlias = "str | tuple[str, ...]"
 def path_of(scope: tuple[str, ...], label: str, indices: Indices = ()) -> str:
     """The path of a label in the graph called at `scope`, inside repeats at `indices`: `layers.3`."""
     return ".".join((*scope, label, *map(str, indices)))
-
-
-def iterations(repeat: Node) -> Iterator[tuple[int, str]]:
-    """(index, body graph) of each iteration of a `repeat` or `repeat_backward`, in order."""
-    index = 0
-    for graph, times in runs(repeat):
-        for _ in range(times):
-            yield index, graph
-            index += 1
-
-
-def runs(repeat: Node) -> tuple[tuple[str, int], ...]:
-    """The attribute `bodies`, typed; ValueError where it is malformed."""
-    bodies = repeat["bodies"]
-    found: list[tuple[str, int]] = []
-    for run in bodies if isinstance(bodies, tuple) else ():
-        if isinstance(run, tuple) and len(run) == 2:
-            graph, times = run
-            if isinstance(graph, str) and isinstance(times, int):
-                found.append((graph, times))
-                continue
-        raise ValueError(f"{repeat.op} {repeat.name} has bodies {bodies!r}")
-    return tuple(found)
 
 
 def weights(program: Program, graph: str | None = None) -> Iterator[tuple[str, Node]]:
@@ -69,9 +48,8 @@ def flat_size(program: Program, graph: str) -> int:
         return sizes[name]
 
     def of_node(node: Node) -> int:
-        if node.op == "call":
-            return size(str(node["graph"]))
-        return sum(times * size(body) for body, times in runs(node)) if node.op == "repeat" else 1
+        inner = runs(node)
+        return sum(times * size(body) for body, times in inner) if inner else 1
 
     return size(graph)
 
@@ -96,15 +74,11 @@ class _Flat:
 
     program: Program
     nodes: list[Node] = field(default_factory=list)
-    _taken: dict[str, int] = field(default_factory=dict)
+    _names: UniqueNames = field(default_factory=UniqueNames)
 
     def emit(self, node: Node, path: str, inputs: tuple[str, ...]) -> str:
         """Append a node under its path, or a free name like it."""
-        name, number = path, 1
-        while name in self._taken:
-            number = self._taken[path] = max(self._taken[path], number) + 1
-            name = f"{path}_{number}"
-        self._taken.setdefault(name, 1)
+        name = self._names.take(path)
         self.nodes.append(replace(node, name=name, inputs=inputs))
         return name
 
@@ -172,13 +146,6 @@ class _Flat:
         type_ = next(each.type for each in self.nodes if each.name == left)
         sum_ = Node("", "add", (left, right), type=type_, span=node.span)
         return self.emit(sum_, path_of(scope, f"{node.name}_sum", indices), (left, right))
-
-
-def backward_of(repeat: Node) -> dict[str, str]:
-    """The backward graph of each body graph of a `repeat_backward`."""
-    backward = repeat["backward"]
-    names = backward if isinstance(backward, tuple) else (backward,)
-    return {body: str(name) for (body, _), name in zip(runs(repeat), names, strict=True)}
 
 
 def is_float(type_: Type | None) -> bool:

@@ -134,11 +134,15 @@ class Graph:
     @cached_property
     def alive(self) -> frozenset[str]:
         """The names of the nodes that a result is computed from."""
-        needed = set(self.outputs)
+        return self.ancestors(self.outputs)
+
+    def ancestors(self, names: Iterable[str], stop: frozenset[str] = frozenset()) -> frozenset[str]:
+        """These nodes and all that they are computed from; of the nodes in `stop`, nothing that they read."""
+        found = set(names)
         for node in reversed(self.nodes):
-            if node.name in needed:
-                needed.update(node.inputs)
-        return frozenset(needed)
+            if node.name in found and node.name not in stop:
+                found.update(node.inputs)
+        return frozenset(found)
 
     @property
     def output_type(self) -> Type | None:
@@ -214,6 +218,11 @@ class Program:
     def __getitem__(self, name: str) -> Graph:
         return self.by_name[name]
 
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The graphs that users run: `main`, and the objective where there is one."""
+        return (self.main,) if self.objective is None else (self.main, self.objective)
+
     @cached_property
     def multiples(self) -> Mapping[str, int]:
         """What each dim is declared to be a multiple of, as `Dim.divide` takes it."""
@@ -228,12 +237,6 @@ class Program:
     def on_violation(self) -> str:
         """What a run does where a logit is beyond the range that the plan rests on, one of ON_VIOLATION."""
         return (self.budget and self.budget.on_violation) or ON_VIOLATION[0]
-
-    def flatten(self) -> Graph:
-        """The whole model as one graph whose nodes are named by their paths."""
-        from fastgrad_compiler.ir.flatten import flatten  # flatten.py builds on this file
-
-        return flatten(self)
 
     def with_graphs(self, graphs: Iterable[Graph]) -> Program:
         """A copy with other graphs."""

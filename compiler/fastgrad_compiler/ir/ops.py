@@ -7,6 +7,9 @@ declines it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
+
+from fastgrad_compiler.ir.graph import Node
 
 
 @dataclass(frozen=True)
@@ -127,3 +130,12 @@ _OPS = (
 )
 
 OPS: dict[str, Op] = {op.name: op for op in _OPS}
+
+
+def limits(clamp: Node) -> tuple[float, float]:
+    """The limits of a clamp; one that is left out is infinite."""
+    low, high = clamp["low"], clamp["high"]
+    return (
+        float(low) if isinstance(low, int | float) else -inf,
+        float(high) if isinstance(high, int | float) else inf,
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from fastgrad_compiler.ir.calls import reachable
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType, Type
 from fastgrad_compiler.ir.shape_errors import (
@@ -59,17 +60,12 @@ def infer_shapes(program: Program) -> Program:
     Raises ShapeError, its message led by `graph.node`, where operands do not fit.
     """
     done: dict[str, Graph] = {}
-    for graph in program.graphs:
-        _infer_graph(program, graph.name, done)
+    for graph in reachable(program.by_name, program.by_name):
+        done[graph.name] = _infer_graph(program, graph, done)
     return program.with_graphs(done[graph.name] for graph in program.graphs)
 
 
-def _infer_graph(program: Program, name: str, done: dict[str, Graph]) -> None:
-    if name in done:
-        return
-    graph = program[name]
-    for callee in callees(graph):
-        _infer_graph(program, callee, done)
+def _infer_graph(program: Program, graph: Graph, done: Mapping[str, Graph]) -> Graph:
     types: dict[str, Type] = {}
     nodes: list[Node] = []
     for node in graph.nodes:
@@ -77,23 +73,10 @@ def _infer_graph(program: Program, name: str, done: dict[str, Graph]) -> None:
             types[node.name] = infer_node(node, tuple(types[i] for i in node.inputs), program.multiples, done)
         except ShapeError as error:
             raise ShapeError(
-                error.code, f"{name}.{node.name}: {error.message}", error.blame, error.help
+                error.code, f"{graph.name}.{node.name}: {error.message}", error.blame, error.help
             ) from None
         nodes.append(replace(node, type=types[node.name]))
-    done[name] = replace(graph, nodes=tuple(nodes))
-
-
-def callees(graph: Graph) -> tuple[str, ...]:
-    """The graphs that a graph's nodes run, each once, in order."""
-    found: dict[str, None] = {}
-    for node in graph.nodes:
-        if node.op == "call":
-            found[str(node["graph"])] = None
-        for key in ("bodies", "backward"):
-            runs = node.get(key)
-            for run in runs if isinstance(runs, tuple) else ():
-                found[str(run[0] if isinstance(run, tuple) else run)] = None
-    return tuple(found)
+    return replace(graph, nodes=tuple(nodes))
 
 
 # ---------------------------------------------------------------- structure

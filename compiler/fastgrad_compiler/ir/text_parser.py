@@ -1,14 +1,15 @@
-"""Parses the text form of a program that `text.py` prints."""
+"""Parses the text form of a program that `text.py` prints; text.lark is its grammar."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+from lark import Lark, Token, Transformer, UnexpectedCharacters, UnexpectedInput, UnexpectedToken, v_args
 
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import (
@@ -25,94 +26,27 @@ from fastgrad_compiler.ir.graph import (
 )
 from fastgrad_grammar.source import Source, Span
 
-_TOKEN = re.compile(
-    r"""\s*(?:
-      (?P<string>"(?:\\.|[^"\\])*")
-    | (?P<float>-?(?:inf|nan)\b | -?\d+(?:\.\d*(?:[eE][-+]?\d+)?|[eE][-+]?\d+)(?![\w.]))
-    | (?P<int>-?\d+(?![\w.]))
-    | (?P<name>[\w.]+)
-    | (?P<symbol><= | [%=(),:\[\]{}<>*/+-])
-    | (?P<comment>\#.*)
-    )""",
-    re.VERBOSE | re.ASCII,
-)
-_WORDS: dict[str, Attribute] = {"true": True, "false": False, "none": None}
+_GRAMMAR = Path(__file__).with_name("text.lark")
 _PLACE = re.compile(r"#\s*(?P<path>.+):(?P<line>\d+)\s*")
+_EXPECTED = {
+    "GRAPH": "one of program, main, objective, gradient, dim, budget, graph",
+    "_AT": "output, gradient, near, trust, on_violation or at",
+    "_RETURN": "`%`",
+    "DTYPE": "float, int or bool",
+    "WORD": "a value",
+    "NAME": "a name",
+    "SYMBOL": "a name",
+    "FLOAT": "a number",
+    "INT": "an integer",
+    "SIZE": "an integer",
+    "STRING": "a string",
+    "_NL": "the end of the line",
+    "$END": "the end of the line",
+    "RBRACE": "`}` behind return",
+}
+"""What a line lacks, by the first of these terminals that may stand there."""
+
 _Item = TypeVar("_Item")
-
-
-@dataclass
-class _Line:
-    """The tokens of one line, and how many of them are read."""
-
-    number: int
-    text: str
-    tokens: list[tuple[str, str]] = field(default_factory=list)
-    span: Span | None = None
-    position: int = 0
-
-    @property
-    def kind(self) -> str:
-        return self.tokens[self.position][0] if self.position < len(self.tokens) else "end"
-
-    @property
-    def token(self) -> str:
-        return self.tokens[self.position][1] if self.position < len(self.tokens) else ""
-
-    def fail(self, expected: str) -> NoReturn:
-        found = f"`{self.token}`" if self.token else "the end of the line"
-        raise ValueError(f"line {self.number}: expected {expected}, found {found}: {self.text.strip()}")
-
-    def next(self) -> str:
-        token = self.token
-        self.position += 1
-        return token
-
-    def accept(self, token: str) -> bool:
-        if self.kind in ("symbol", "name") and self.token == token:
-            self.position += 1
-            return True
-        return False
-
-    def expect(self, token: str) -> None:
-        if not self.accept(token):
-            self.fail(f"`{token}`")
-
-    def end(self) -> None:
-        if self.kind != "end":
-            self.fail("the end of the line")
-
-    def name(self) -> str:
-        if self.kind == "string":
-            return str(json.loads(self.next()))
-        if self.kind in ("name", "int") and not self.token.startswith("-"):
-            return self.next()
-        self.fail("a name")
-
-    def string(self) -> str:
-        if self.kind != "string":
-            self.fail("a string")
-        return str(json.loads(self.next()))
-
-    def integer(self) -> int:
-        if self.kind != "int":
-            self.fail("an integer")
-        return int(self.next())
-
-    def number_(self) -> float:
-        if self.kind not in ("int", "float"):
-            self.fail("a number")
-        return float(self.next())
-
-    def list(self, item: Callable[[_Line], _Item], close: str) -> tuple[_Item, ...]:
-        """Items between commas up to `close`, which is read; a comma before it is allowed."""
-        items: list[_Item] = []
-        while not self.accept(close):
-            items.append(item(self))
-            if not self.accept(","):
-                self.expect(close)
-                break
-        return tuple(items)
 
 
 def parse_program(text: str) -> Program:
@@ -121,65 +55,58 @@ def parse_program(text: str) -> Program:
     Names default: the program to "model", `main` to the first graph. ValueError with the line number on a
     malformed text.
     """
-    lines = _lines(text)
-    state = _Header()
-    for line in lines:
-        keyword = line.name()
-        if keyword not in _ITEMS:
-            line.position -= 1
-            line.fail("one of " + ", ".join(_ITEMS))
-        _ITEMS[keyword](state, line, lines)
-    if not state.graphs:
-        raise ValueError("line 1: a program holds at least one graph")
-    return Program(
-        tuple(state.graphs),
-        state.names.get("main", state.graphs[0].name),
-        state.names.get("objective"),
-        state.names.get("gradient"),
-        tuple(state.dims),
-        state.budget,
-        state.names.get("program", "model"),
-    )
+    return cast(Program, _parse(f"\n{text}\n", "program"))
 
 
 def parse_dim(text: str) -> Dim:
     """A dim from the text that `str` gives of it; ValueError for anything else."""
-    (line,) = _lines(text)
-    dim = _dim(line)
-    line.end()
-    return dim
+    return cast(Dim, _parse(text, "dim"))
 
 
-@dataclass
-class _Header:
-    names: dict[str, str] = field(default_factory=dict)
-    dims: list[DimInfo] = field(default_factory=list)
-    budget: Budget | None = None
-    graphs: list[Graph] = field(default_factory=list)
+@lru_cache(maxsize=1)
+def _parser() -> Lark:
+    return Lark(
+        _GRAMMAR.read_text(encoding="utf-8"), parser="lalr", start=["program", "dim"], transformer=_Build(),
+        maybe_placeholders=True,
+    )  # fmt: skip
 
 
-def _lines(text: str) -> Iterator[_Line]:
-    """The lines that hold tokens."""
-    for number, content in enumerate(text.split("\n"), start=1):
-        line = _Line(number, content)
-        position = 0
-        stripped = content.rstrip()
-        while position < len(stripped):
-            match = _TOKEN.match(stripped, position)
-            if match is None or match.lastgroup is None:
-                character = stripped[position:].strip()[0]
-                raise ValueError(f"line {number}: unexpected character {character!r}: {content.strip()}")
-            if match.lastgroup == "comment":
-                line.span = _place(match["comment"])
-            else:
-                line.tokens.append((match.lastgroup, match[match.lastgroup]))
-            position = match.end()
-        if line.tokens:
-            yield line
+def _parse(text: str, start: str) -> object:
+    try:
+        return _parser().parse(text, start=start)
+    except UnexpectedInput as error:
+        raise ValueError(_said(text, start, error)) from None
 
 
-def _place(comment: str) -> Span | None:
-    match = _PLACE.fullmatch(comment)
+def _said(text: str, start: str, error: UnexpectedInput) -> str:
+    first = 1 if start == "program" else 0  # line of the text: an empty one stands before it
+    content = text.split("\n")[max(error.line, 0) - 1].strip()
+    if isinstance(error, UnexpectedCharacters):
+        return f"line {error.line - first}: unexpected character {error.char!r}: {content}"
+    assert isinstance(error, UnexpectedToken)
+    if error.token.type == "$END" and start == "program":
+        stack = error.interactive_parser.parser_state.value_stack
+        opening = [each for each in stack if isinstance(each, Token) and each.type == "LBRACE"]
+        return f"line {_line(opening[-1])}: `{{` is never closed"
+    names = error.accepts or error.expected
+    known = next((words for name, words in _EXPECTED.items() if name in names), None)
+    expected = known or f"`{_symbol(min(names))}`"
+    found = "the end of the line" if error.token.type in ("_NL", "PLACE", "$END") else f"`{error.token}`"
+    return f"line {error.line - first}: expected {expected}, found {found}: {content}"
+
+
+def _symbol(name: str) -> str:
+    """A symbol or a keyword as it is written."""
+    return str(_parser().get_terminal(name).pattern.value).partition("(")[0]
+
+
+def _line(token: Token) -> int:
+    """In a text of a program, before which an empty line stands."""
+    return (token.line or 1) - 1
+
+
+def _place(comment: Token | None) -> Span | None:
+    match = _PLACE.fullmatch(comment) if comment else None
     return _span(match["path"], int(match["line"])) if match else None
 
 
@@ -189,236 +116,121 @@ def _span(path: str, line: int) -> Span:
     return Span(Source(path, "\n" * (line - 1)), line - 1, line - 1)
 
 
-# ---------------------------------------------------------------- items
+class _Pair(NamedTuple):
+    """An attribute, or an entry of the head or of a budget."""
+
+    key: str
+    value: Attribute
 
 
-def _named(keyword: str) -> Callable[[_Header, _Line, Iterator[_Line]], None]:
-    def parse(state: _Header, line: _Line, lines: Iterator[_Line]) -> None:
-        state.names[keyword] = line.name()
-        line.end()
-
-    return parse
+def _several(_: object, *items: _Item) -> tuple[_Item, ...]:
+    return items
 
 
-def _parse_dim(state: _Header, line: _Line, lines: Iterator[_Line]) -> None:
-    name = line.name()
-    at_most = line.integer() if line.accept("<=") else None
-    multiple_of = line.integer() if line.accept("%") else 1
-    line.end()
-    state.dims.append(DimInfo(name, at_most, multiple_of, line.span))
+def _pair(_: object, key: str, value: Attribute, place: Token | None = None) -> _Pair:
+    return _Pair(str(key), value)
 
 
-def _parse_budget(state: _Header, line: _Line, lines: Iterator[_Line]) -> None:
-    line.expect("{")
-    line.end()
-    limits: dict[str, float] = {}
-    words: dict[str, str] = {}
-    near: int | None = None
-    rules: list[BudgetRule] = []
-    for entry in _body(line, lines):
-        if entry.accept("at"):
-            rules.append(_parse_rule(entry))
-        elif entry.accept("near"):
-            entry.expect("=")
-            near = entry.integer()
-        elif entry.token in ("output", "gradient"):
-            key = entry.next()
-            entry.expect("<=")
-            limits[key] = entry.number_()
-        elif entry.token in ("trust", "on_violation"):
-            key = entry.next()
-            entry.expect("=")
-            words[key] = entry.name()
-        else:
-            entry.fail("output, gradient, near, trust, on_violation or at")
-        entry.end()
-    state.budget = Budget(
-        limits.get("output"),
-        limits.get("gradient"),
-        near,
-        tuple(rules),
-        words.get("trust"),
-        words.get("on_violation"),
-        line.span,
-    )
+@v_args(inline=True)
+class _Build(Transformer[Token, object]):
+    """What each rule of the grammar gives, from what the rules within it gave."""
 
+    named = near = setting = attribute = _pair
+    nodes = entries = arguments = dims = group = tensors = proof = _several
 
-def _parse_rule(line: _Line) -> BudgetRule:
-    pattern, kind = line.string(), line.name()
-    value = _attribute(line) if line.accept("=") else None
-    if isinstance(value, tuple | Dim):
-        line.fail("a number or a string")
-    return BudgetRule(pattern, kind, value, line.span)
+    def program(self, *items: _Pair | DimInfo | Budget | Graph) -> Program:
+        graphs = tuple(item for item in items if isinstance(item, Graph))
+        if not graphs:
+            raise ValueError("line 1: a program holds at least one graph")
+        names = {item.key: str(item.value) for item in items if isinstance(item, _Pair)}
+        dims = tuple(item for item in items if isinstance(item, DimInfo))
+        budget = next((item for item in reversed(items) if isinstance(item, Budget)), None)
+        main = names.get("main", graphs[0].name)
+        name = names.get("program", "model")
+        return Program(graphs, main, names.get("objective"), names.get("gradient"), dims, budget, name)
 
+    def dim_info(self, name: str, most: int | None, multiple: int | None, place: Token | None) -> DimInfo:
+        return DimInfo(name, most, 1 if multiple is None else multiple, _place(place))
 
-def _parse_graph(state: _Header, line: _Line, lines: Iterator[_Line]) -> None:
-    name = line.name()
-    block = line.name() if line.accept("block") else ""
-    line.expect("{")
-    line.end()
-    nodes: list[Node] = []
-    outputs: tuple[str, ...] | None = None
-    for entry in _body(line, lines):
-        if outputs is not None:
-            entry.fail("`}` behind return")
-        if entry.accept("return"):
-            outputs = _outputs(entry)
-        else:
-            nodes.append(_node(entry))
-        entry.end()
-    if outputs is None:
-        raise ValueError(f"line {line.number}: graph {name} returns nothing")
-    state.graphs.append(Graph(name, tuple(nodes), outputs, block, line.span))
+    def budget(
+        self, place: Token | None, entries: tuple[_Pair | BudgetRule, ...], end: Token | None
+    ) -> Budget:
+        rules = tuple(entry for entry in entries if isinstance(entry, BudgetRule))
+        limits: dict[str, Any] = dict(entry for entry in entries if isinstance(entry, _Pair))
+        return Budget(rules=rules, span=_place(place), **limits)
 
+    def limit(self, key: Token, value: float, place: Token | None) -> _Pair:
+        return _Pair(str(key), float(value))
 
-def _body(opening: _Line, lines: Iterator[_Line]) -> Iterator[_Line]:
-    for line in lines:
-        if line.accept("}"):
-            line.end()
-            return
-        yield line
-    raise ValueError(f"line {opening.number}: `{{` is never closed")
+    def rule(self, pattern: str, kind: str, value: float | str | None, place: Token | None) -> BudgetRule:
+        return BudgetRule(pattern, kind, value, _place(place))
 
+    def graph(
+        self, at: Token, name: str, block: str | None, place: Token | None, nodes: tuple[Node, ...],
+        outputs: tuple[str, ...] | None, end: Token | None,
+    ) -> Graph:  # fmt: skip
+        if outputs is None:
+            raise ValueError(f"line {_line(at)}: graph {name} returns nothing")
+        return Graph(name, nodes, outputs, block or "", _place(place))
 
-_ITEMS: dict[str, Callable[[_Header, _Line, Iterator[_Line]], None]] = {
-    **{keyword: _named(keyword) for keyword in ("program", "main", "objective", "gradient")},
-    "dim": _parse_dim,
-    "budget": _parse_budget,
-    "graph": _parse_graph,
-}
+    def outputs(self, *names: str | None) -> tuple[str | None, ...]:
+        return names[:-1]  # the last is the place
 
+    def node(
+        self, name: str, at: Token, op: str, arguments: tuple[str | _Pair, ...], type_: Type | None,
+        bound: Bound | None, place: Token | None,
+    ) -> Node:  # fmt: skip
+        inputs = tuple(each for each in arguments if not isinstance(each, _Pair))
+        pairs = [each for each in arguments if isinstance(each, _Pair)]
+        if arguments[: len(inputs)] != inputs:
+            raise ValueError(f"line {_line(at)}: expected inputs before attributes")
+        attributes = dict(pairs)
+        for key in attributes:
+            if sum(each.key == key for each in pairs) > 1:
+                raise ValueError(f"line {_line(at)}: expected {key} once")
+        return Node(name, op, inputs, tuple(sorted(attributes.items())), type_, bound, _place(place))
 
-# ---------------------------------------------------------------- nodes
+    def tensor(self, dtype: Token, dims: tuple[Dim, ...]) -> TensorType:
+        return TensorType(str(dtype), dims)
 
+    def bound(
+        self, low: float, high: float, norm: float, asserted: Token | None, proof: tuple[str, ...] | None
+    ) -> Bound:
+        return Bound(float(low), float(high), float(norm), asserted is not None, proof or ())
 
-def _outputs(line: _Line) -> tuple[str, ...]:
-    names: list[str] = []
-    while line.kind != "end":
-        names.append(_reference(line))
-        if not line.accept(","):
-            break
-    return tuple(names)
+    def dim(self, *terms: Token | Dim) -> Dim:
+        total, sign = Dim.of(0), 1
+        for term in terms:
+            if isinstance(term, Dim):
+                total, sign = total + term * sign, 1
+            else:
+                sign = -1
+        return total
 
+    def term(self, *parts: Any) -> Dim:
+        *factors, divisor = parts
+        if divisor is not None and int(divisor) == 0:
+            raise ValueError("a dim is divided by 0")
+        product = Dim((((), Fraction(1, int(divisor or 1))),))
+        for factor in factors:
+            product = product * Dim.of(factor)
+        return product
 
-def _reference(line: _Line) -> str:
-    line.expect("%")
-    return line.name()
+    def size(self, digits: Token) -> int:
+        return int(digits)
 
+    integer = size
 
-def _node(line: _Line) -> Node:
-    name = _reference(line)
-    line.expect("=")
-    op = line.name()
-    line.expect("(")
-    inputs: list[str] = []
-    attributes: dict[str, Attribute] = {}
-    for key, value in line.list(_argument, ")"):
-        if key is None:
-            if attributes:
-                line.fail("inputs before attributes")
-            inputs.append(str(value))
-        elif key in attributes:
-            line.fail(f"{key} once")
-        else:
-            attributes[key] = value
-    type_ = _type(line) if line.accept(":") else None
-    bound = _bound(line) if line.accept("where") else None
-    return Node(name, op, tuple(inputs), tuple(sorted(attributes.items())), type_, bound, line.span)
+    def number(self, digits: Token) -> float:
+        return int(digits) if digits.type == "INT" else float(digits)
 
+    def string(self, text: Token) -> str:
+        return str(json.loads(text))
 
-def _argument(line: _Line) -> tuple[str | None, Attribute]:
-    if line.token == "%":
-        return None, _reference(line)
-    key = line.name()
-    line.expect("=")
-    return key, _attribute(line)
+    def name(self, text: Token) -> str:
+        return str(json.loads(text)) if text.type == "STRING" else str(text)
 
+    symbol = name
 
-def _attribute(line: _Line) -> Attribute:
-    if line.kind in _LITERALS:
-        return _LITERALS[line.kind](line)
-    if line.accept("<"):
-        dim = _dim(line)
-        line.expect(">")
-        return dim
-    if line.accept("["):
-        return line.list(_dim, "]")
-    if line.accept("("):
-        return line.list(_attribute, ")")
-    if line.kind == "name" and line.token in _WORDS:
-        return _WORDS[line.next()]
-    line.fail("a value")
-
-
-_LITERALS: dict[str, Callable[[_Line], Attribute]] = {
-    "string": lambda line: line.string(),
-    "int": lambda line: line.integer(),
-    "float": lambda line: line.number_(),
-}
-
-
-def _type(line: _Line) -> Type:
-    if line.accept("("):
-        return line.list(_tensor_type, ")")
-    return _tensor_type(line)
-
-
-def _tensor_type(line: _Line) -> TensorType:
-    dtype = line.name()
-    if dtype not in ("float", "int", "bool"):
-        line.position -= 1
-        line.fail("float, int or bool")
-    line.expect("[")
-    return TensorType(dtype, line.list(_dim, "]"))
-
-
-def _dim(line: _Line) -> Dim:
-    """A sum of products, each optionally over an integer, as `str(Dim)` prints it."""
-    total = _term(line)
-    while line.token in ("+", "-") or (line.kind == "int" and line.token.startswith("-")):
-        if line.token == "+":
-            line.next()
-            total += _term(line)
-        elif line.accept("-"):
-            total += _term(line) * -1
-        else:
-            total += _term(line)
-    return total
-
-
-def _term(line: _Line) -> Dim:
-    result = _factor(line)
-    while line.accept("*"):
-        result *= _factor(line)
-    if line.accept("/"):
-        result *= Dim((((), Fraction(1, line.integer())),))
-    return result
-
-
-def _factor(line: _Line) -> Dim:
-    if line.kind == "int":
-        return Dim.of(line.integer())
-    return Dim.of(line.name())
-
-
-def _bound(line: _Line) -> Bound:
-    line.expect("in")
-    line.expect("[")
-    low = line.number_()
-    line.expect(",")
-    high = line.number_()
-    line.expect("]")
-    line.expect(",")
-    line.expect("norm")
-    line.expect("<=")
-    norm = line.number_()
-    asserted = False
-    proof: list[str] = []
-    while line.accept(","):
-        if line.accept("asserted"):
-            asserted = True
-            continue
-        if not proof:
-            line.expect("by")
-        proof.append(line.string())
-    return Bound(low, high, norm, asserted, tuple(proof))
+    def word(self, text: Token) -> bool | None:
+        return {"true": True, "false": False, "none": None}[text]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+from fastgrad_compiler.ir.calls import callees, reachable
 from fastgrad_compiler.ir.graph import Graph, Node, Program
 from fastgrad_compiler.ir.ops import OPS
+from fastgrad_compiler.ir.shapes import ShapeError, infer_shapes
 
 UNTYPED_STAGES = ("text", "elaborate")  # what may come before the pass `shapes`
 
@@ -99,21 +101,11 @@ def _references(program: Program) -> Findings:
     for graph in program.graphs:
         for node in graph.nodes:
             place = f"{graph.name}.{node.name}"
-            for name in _callees(node):
+            if node.op in ("repeat", "repeat_backward"):
+                yield from ((place, message) for message in _repeat(program, node))
+            for name in callees(node):
                 if name not in program.by_name:
                     yield place, f"it runs graph {name}, which is not there"
-            if node.op in ("repeat", "repeat_backward"):
-                for message in _repeat(program, node):
-                    yield place, message
-
-
-def _callees(node: Node) -> Iterator[str]:
-    if node.op == "call":
-        yield str(node["graph"])
-    for key in ("bodies", "backward"):
-        value = node.get(key)
-        for run in value if isinstance(value, tuple) else ():
-            yield str(run[0] if isinstance(run, tuple) and run else run)
 
 
 def _repeat(program: Program, node: Node) -> Iterator[str]:
@@ -136,26 +128,15 @@ def _repeat(program: Program, node: Node) -> Iterator[str]:
 
 
 def _recursion(program: Program) -> Findings:
-    state: dict[str, bool] = {}  # False while a graph is being followed, True once it is done
-
-    def follow(name: str) -> Findings:
-        if state.get(name) is False:
-            yield name, "it runs itself"
-            return
-        if name in state:
-            return
-        state[name] = False
-        for node in program[name].nodes:
-            for callee in _callees(node):
-                yield from follow(callee)
-        state[name] = True
-
-    for graph in program.graphs:
-        yield from follow(graph.name)
+    done: set[str] = set()
+    for graph in reachable(program.by_name, program.by_name):
+        for node in graph.nodes:
+            yield from ((callee, "it runs itself") for callee in callees(node) if callee not in done)
+        done.add(graph.name)
 
 
 def _labels(program: Program) -> Findings:
-    forward = _reached(program, [name for name in (program.main, program.objective) if name is not None])
+    forward = frozenset(graph.name for graph in reachable(program.by_name, program.roots))
     for graph in program.graphs:
         seen: set[object] = set()
         for node in graph.nodes:
@@ -181,7 +162,7 @@ def _labels_of_repeats(program: Program, graph: Graph) -> Findings:
     taken: set[str] = set()
     for node in graph.nodes:
         if node.op == "repeat":
-            labels = {label for body in _callees(node) for label in _repeated(program, body)}
+            labels = {label for body in callees(node) for label in _repeated(program, body)}
             for label in sorted(labels & taken):
                 yield f"{graph.name}.{node.name}", f"label {label} is taken by another repeat"
             taken |= labels
@@ -192,19 +173,8 @@ def _repeated(program: Program, body: str) -> Iterator[str]:
         if node.op in ("weight", "buffer", "call"):
             yield str(node["label"])
         elif node.op == "repeat":
-            for inner in _callees(node):
+            for inner in callees(node):
                 yield from _repeated(program, inner)
-
-
-def _reached(program: Program, roots: list[str]) -> frozenset[str]:
-    found: set[str] = set()
-    queue = list(roots)
-    while queue:
-        name = queue.pop()
-        if name not in found:
-            found.add(name)
-            queue.extend(callee for node in program[name].nodes for callee in _callees(node))
-    return frozenset(found)
 
 
 def _dims(program: Program) -> Findings:
@@ -229,8 +199,6 @@ def _typed(program: Program) -> bool:
 
 
 def _types(program: Program) -> Findings:
-    from fastgrad_compiler.ir.shapes import ShapeError, infer_shapes
-
     for graph in program.graphs:
         for node in graph.nodes:
             if node.type is None:

@@ -8,12 +8,14 @@ an `attention` a call of its backward spelled out: the gradient of a deep model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
 from fastgrad_compiler.ir.builder import Builder, Value
+from fastgrad_compiler.ir.calls import callees, graphs_with, runs
 from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type
+from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_compiler.ir.ops import OPS
 from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.passes.attention_backward import attention_backward
@@ -38,60 +40,31 @@ class Derivation:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.graphs: list[Graph] = []
-        self._taken = {graph.name for graph in program.graphs}
+        self._names = UniqueNames(program.by_name)
         self._derived: dict[object, str] = {}
-        self._has_weights: dict[str, bool] = {}
+        self._weighted = graphs_with(program, lambda node: node.op == "weight")
 
     def backward(self, graph: str) -> str:
         """The name of the backward of `graph`, derived on the first call."""
         if graph not in self._derived:
-            self._add(graph, _differentiate(self, self.program[graph], self._free(f"{graph}.backward")))
+            self._add(graph, _differentiate(self, self.program[graph], self._names.take(f"{graph}.backward")))
         return self._derived[graph]
 
     def attention_backward(self, attention: Node, types: tuple[Type | None, ...]) -> str:
         """The name of the graph of this attention's exact backward; equal attentions share one."""
         key = (attention.attributes, types)
         if key not in self._derived:
-            name = self._free("attention.backward")
+            name = self._names.take("attention.backward")
             self._add(key, attention_backward(name, attention, types, self.program.multiples))
         return self._derived[key]
 
-    def has_weights(self, graph: str) -> bool:
-        """Whether there are weights in `graph` or in what it calls."""
-        if graph not in self._has_weights:
-            nodes = self.program[graph].nodes
-            self._has_weights[graph] = any(node.op == "weight" or self.calls_weights(node) for node in nodes)
-        return self._has_weights[graph]
-
     def calls_weights(self, node: Node) -> bool:
         """Whether there are weights in what this node runs."""
-        return any(map(self.has_weights, _callees(node)))
-
-    def _free(self, stem: str) -> str:
-        number, name = 1, stem
-        while name in self._taken:
-            number += 1
-            name = f"{stem}_{number}"
-        self._taken.add(name)
-        return name
+        return not self._weighted.isdisjoint(callees(node))
 
     def _add(self, key: object, graph: Graph) -> None:
         self._derived[key] = graph.name
         self.graphs.append(graph)
-
-
-def _callees(node: Node) -> Iterator[str]:
-    """The graphs that a `call` or `repeat` runs."""
-    if node.op == "call":
-        yield str(node["graph"])
-    elif node.op == "repeat":
-        yield from _body_names(node)
-
-
-def _body_names(repeat: Node) -> tuple[str, ...]:
-    bodies = repeat["bodies"]
-    runs = bodies if isinstance(bodies, tuple) else ()
-    return tuple(str(run[0]) for run in runs if isinstance(run, tuple))
 
 
 # the rules, keyed by op
@@ -121,7 +94,7 @@ def _poly_attention(derivation: Derivation, gs: Sequence[Value], y: Value, xs: S
 
 
 def _repeat(derivation: Derivation, gs: Sequence[Value], y: Value, xs: Sequence[Value]) -> Cotangents:
-    backward = tuple(derivation.backward(body) for body in _body_names(y.node))
+    backward = tuple(derivation.backward(body) for body, _ in runs(y.node))
     values = {"bodies": y["bodies"], "backward": backward, "carried": y["carried"]}
     return _spread(y.builder.emit("repeat_backward", (*xs, *gs), values, type=_types(xs)), xs)
 
@@ -268,7 +241,7 @@ def _finish(graph: Graph, name: str, sums: Sums, build: Builder) -> Graph:
             label = {"label": node["label"]}
             build.emit("weight_gradient", sums.of(node), label, name=f"_gradient_{node.name}")
     names = sums.names(graph.nodes)
-    live = _live(build.nodes, outputs, {node.name for node in graph.nodes})
+    live = _live(Graph(name, tuple(build.nodes), ()), outputs, {node.name for node in graph.nodes})
     nodes = sorted((_rename(node, names) for node in live), key=lambda node: node.op != "input")
     return Graph(name, tuple(nodes), tuple(names.get(output, output) for output in outputs), span=graph.span)
 
@@ -276,15 +249,11 @@ def _finish(graph: Graph, name: str, sums: Sums, build: Builder) -> Graph:
 SINKS = ("weight_gradient", "call", "repeat_backward")  # a call of a backward graph, which holds sinks
 
 
-def _live(nodes: Sequence[Node], outputs: Sequence[str], forward: set[str]) -> list[Node]:
+def _live(graph: Graph, outputs: Sequence[str], forward: set[str]) -> list[Node]:
     """The inputs, and what an output or the gradient of a weight, here or in a callee, depends on."""
-    needed, kept = set(outputs), []
-    for node in reversed(nodes):
-        sink = node.op in SINKS and node.name not in forward
-        if sink or node.op == "input" or node.name in needed:
-            needed.update(node.inputs)
-            kept.append(node)
-    return kept[::-1]
+    sinks = [node.name for node in graph.nodes if node.op in SINKS and node.name not in forward]
+    needed = graph.ancestors([*outputs, *sinks])
+    return [node for node in graph.nodes if node.op == "input" or node.name in needed]
 
 
 def _rename(node: Node, names: Mapping[str, str]) -> Node:

@@ -15,7 +15,6 @@ from itertools import takewhile
 from math import inf
 from typing import TypeAlias, cast
 
-from fastgrad_compiler.analysis.bounds.proof import number
 from fastgrad_compiler.analysis.ranges import LogitRange
 from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.features import rank
@@ -29,12 +28,13 @@ from fastgrad_compiler.approximation.rounding import (
     Sizes,
     rounding,
 )
-from fastgrad_compiler.codegen.kernel import KernelSpec
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.planning.candidates import Limits, fits
 from fastgrad_compiler.planning.cost import DOUBLE, EXACT, Shape, Way
 from fastgrad_compiler.planning.settings import Settings
 from fastgrad_compiler.planning.target_cost import cost_of, target_break_even
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
 
 

@@ -17,11 +17,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from fastgrad_compiler.analysis.bounds.proof import number
 from fastgrad_compiler.approximation.polynomial import Family
 from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention_table, is_own
-from fastgrad_compiler.ir.flatten import Indices, iterations, path_of
+from fastgrad_compiler.ir.calls import graphs_with, in_runs, iterations
+from fastgrad_compiler.ir.flatten import Indices, path_of
 from fastgrad_compiler.ir.graph import Budget, Graph, Node, Program
+from fastgrad_compiler.ir.names import UniqueNames
+from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.planning.apply import applied, decided
 from fastgrad_compiler.planning.candidates import MAX_RANK
 from fastgrad_compiler.planning.decision import Caps, Case, Decision, Outcome, Refusal, decide, with_gpu
@@ -222,9 +224,9 @@ class _Specialiser:
     def __init__(self, program: Program, decisions: Mapping[str, Sequence[Decision]]) -> None:
         self.program = program
         self.decisions = decisions
-        self._names = set(program.by_name)
+        self._names = UniqueNames(program.by_name)
         self._variants: dict[str, dict[tuple[Node, ...], str]] = {}
-        self._untouched: dict[str, bool] = {}
+        self._touched = graphs_with(program, lambda node: node.op == "attention")
 
     def program_of_decisions(self) -> Program:
         """The program whose nodes hold the decisions; variants stand behind the graph they were made from."""
@@ -240,30 +242,14 @@ class _Specialiser:
 
     def variant(self, name: str, scope: tuple[str, ...], indices: Indices) -> str:
         """The graph to run in place of `name` when called at `scope`."""
-        if self._is_untouched(name):
+        if name not in self._touched:
             return name
         graph = self.program[name]
         nodes = tuple(each for node in graph.nodes for each in self._nodes(graph, node, scope, indices))
         variants = self._variants.setdefault(name, {})
         if nodes not in variants:
-            variants[nodes] = self._fresh(name) if variants else name
+            variants[nodes] = self._names.take(name) if variants else name
         return variants[nodes]
-
-    def _is_untouched(self, name: str) -> bool:
-        """Whether no attention is reached from a graph."""
-        if name not in self._untouched:
-            self._untouched[name] = not any(
-                node.op == "attention" or any(not self._is_untouched(each) for each in _graphs(node))
-                for node in self.program[name].nodes
-            )
-        return self._untouched[name]
-
-    def _fresh(self, name: str) -> str:
-        number_ = 2
-        while f"{name}_{number_}" in self._names:
-            number_ += 1
-        self._names.add(f"{name}_{number_}")
-        return f"{name}_{number_}"
 
     def _nodes(self, graph: Graph, node: Node, scope: tuple[str, ...], indices: Indices) -> tuple[Node, ...]:
         if node.op == "attention":
@@ -277,25 +263,8 @@ class _Specialiser:
             return node.with_attributes(graph=self.variant(str(node["graph"]), inner, ()))
         if node.op == "repeat":
             names = [self.variant(body, scope, (*indices, index)) for index, body in iterations(node)]
-            return node.with_attributes(bodies=_runs(names)) if names else node
+            return node.with_attributes(bodies=in_runs(names)) if names else node
         return node
-
-
-def _graphs(node: Node) -> tuple[str, ...]:
-    if node.op == "call":
-        return (str(node["graph"]),)
-    return tuple(dict.fromkeys(body for _, body in iterations(node))) if node.op == "repeat" else ()
-
-
-def _runs(names: Iterable[str]) -> tuple[tuple[str, int], ...]:
-    """Equal neighbours as one run."""
-    runs: list[tuple[str, int]] = []
-    for name in names:
-        if runs and runs[-1][0] == name:
-            runs[-1] = (name, runs[-1][1] + 1)
-        else:
-            runs.append((name, 1))
-    return tuple(runs)
 
 
 def _outside(node: Node) -> Node:

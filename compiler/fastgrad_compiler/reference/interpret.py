@@ -10,8 +10,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fastgrad_compiler.ir.calls import backward_of, iterations
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.flatten import backward_of, is_float, iterations, path_of
+from fastgrad_compiler.ir.flatten import is_float, path_of
 from fastgrad_compiler.ir.flatten import weights as program_weights
 from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType
 from fastgrad_compiler.reference.operations_torch import TORCH

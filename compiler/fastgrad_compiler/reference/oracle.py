@@ -14,8 +14,9 @@ from typing import TypeAlias
 
 import numpy as np
 
+from fastgrad_compiler.ir.calls import iterations
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.flatten import iterations, path_of
+from fastgrad_compiler.ir.flatten import path_of
 from fastgrad_compiler.ir.graph import Graph, Node, Program
 from fastgrad_compiler.reference.oracle_attention import Array
 from fastgrad_compiler.reference.oracle_operations import DECLINED, KINDS, MEANING, Rule, Sizes, integer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,36 @@ WORK_BYTES = (
 LEAST_TILE = 16
 SCORE_BUFFERS = 4  # tensors (queries, window) that a kernel's backward holds
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+class Floats(NamedTuple):
+    """The inputs of an attention that have gradients, or these: q [b, H, n, d], k [b, Hk, m, d], v [b, Hk, m, dv].
+
+    near_q [b, H, n, near_d] and near_k [b, Hk, m, near_d]: of separate near logits.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    near_q: Tensor | None = None
+    near_k: Tensor | None = None
+
+
+class Inputs(NamedTuple):
+    """The inputs of an attention: those of `Floats`, mask, bool [b, m], True for a real token, integer ids [b, n]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    near_q: Tensor | None = None
+    near_k: Tensor | None = None
+    mask: Tensor | None = None
+    documents: Tensor | None = None
+
+    @property
+    def floats(self) -> Floats:
+        """Those that have gradients."""
+        return Floats(self.q, self.k, self.v, self.near_q, self.near_k)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -95,30 +126,6 @@ def _check_masks(q: Tensor, k: Tensor, mask: Tensor | None, documents: Tensor | 
                 f"documents are for attention of tokens to each other: {q.shape[-2]} queries, {k.shape[-2]} keys"
             )
         _require("documents", documents.shape, (*q.shape[:-3], q.shape[-2]), "[.., n]")
-
-
-def check_widths(
-    q: Tensor,
-    v: Tensor,
-    near_q: Tensor | None,
-    mask: Tensor | None,
-    documents: Tensor | None,
-    expected: dict[str, int | None],
-) -> None:
-    """Raise ValueError unless the inputs have the widths, and are present or absent, as a kernel was made for.
-
-    expected: d, dv, near_d (None: no near_q), padding and documents (1: a mask, ids of documents are needed).
-    """
-    found = {
-        "d": q.shape[-1],
-        "dv": v.shape[-1],
-        "near_d": None if near_q is None else near_q.shape[-1],
-        "padding": int(mask is not None),
-        "documents": int(documents is not None),
-    }
-    for name, value in found.items():
-        if value != expected[name]:
-            raise ValueError(f"this attention kernel was made for {name} = {expected[name]}, not {value}")
 
 
 def _require(name: str, shape: torch.Size, expected: tuple[int, ...], form: str) -> None:

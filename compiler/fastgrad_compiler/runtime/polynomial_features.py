@@ -14,28 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-Block = tuple[
-    int, int, int, int, int, int
-]  # level, index, source start, source stop, target start, target stop
-
-
-def monomial_weights(d: int, coefficients: Sequence[float], blocks: Sequence[Block]) -> list[float]:
-    """The diagonal of W: c_|a| * |a|! / prod(a_i!) for the monomial a of each row.
-
-    A row of block i is x_i times its source row, so its multinomial is the source's times level / a_i, and the
-    exponent a_i is one more than the source's where the source starts with x_i too: the first rows of the block.
-    """
-    multinomial, leading = [1.0] * (1 + d), [1] * (1 + d)
-    result = [coefficients[0], *[coefficients[1]] * d]
-    sizes = {(1, index): 1 for index in range(d)}
-    for level, index, start, stop, _, _ in blocks:
-        sizes[level, index] = stop - start
-        same = start + sizes[level - 1, index]
-        for row in range(start, stop):
-            leading.append(leading[row] + 1 if row < same else 1)
-            multinomial.append(multinomial[row] * level / leading[-1])
-            result.append(coefficients[level] * multinomial[-1])
-    return result
+from .monomials import Block
 
 
 class Workspace:
@@ -44,7 +23,7 @@ class Workspace:
     def __init__(self, like: Tensor, dtype: torch.dtype, d: int, blocks: Sequence[Block]) -> None:
         self.dtype, self.device = dtype, like.device
         self.d, self.blocks = d, blocks
-        self.rank = blocks[-1][-1] if blocks else 1 + d
+        self.rank = blocks[-1].target[1] if blocks else 1 + d
         self._storage: dict[str, Tensor] = {}
         self._views: dict[tuple[object, ...], Tensor] = {}
         self._features: dict[tuple[int, int], Features] = {}
@@ -89,8 +68,8 @@ class Workspace:
     def cotangent(self, rows: int, width: int) -> Cotangent:
         """The cotangent of `features(rows, width)`."""
         features = self.features(rows, width)
-        largest = max((stop - start for _, _, start, stop, _, _ in self.blocks), default=0)
-        levels = self.blocks[-1][0] if self.blocks else 1
+        largest = max((block.size for block in self.blocks), default=0)
+        levels = self.blocks[-1].level if self.blocks else 1
         upstream = self.take("cotangent", rows, self.rank, width)
         product = self.take("product", rows * largest * width)
         gradient = self.take("gradient", rows, levels, self.d, width)
@@ -109,8 +88,8 @@ class Features:
         self.phi, self.x = phi, phi[:, 1 : 1 + d]
         self.ones, self.tokens = phi[:, 0], phi.mT
         self.steps = [
-            (phi[:, 1 + index, None], phi[:, start:stop], phi[:, first:last])
-            for _, index, start, stop, first, last in blocks
+            (phi[:, 1 + block.index, None], phi[:, slice(*block.source)], phi[:, slice(*block.target)])
+            for block in blocks
         ]
 
     def load(self, tokens: Tensor) -> Tensor:
@@ -140,14 +119,14 @@ class Cotangent:
         self.linear = upstream[:, 1 : 1 + gradient.shape[2]]
         self.steps = [
             (
-                features.phi[:, 1 + index, None],
-                features.phi[:, start:stop],
-                upstream[:, first:last],
-                upstream[:, start:stop],
-                product[: rows * (stop - start) * width].view(rows, stop - start, width),
-                gradient[:, level - 1, index],
+                features.phi[:, 1 + block.index, None],
+                features.phi[:, slice(*block.source)],
+                upstream[:, slice(*block.target)],
+                upstream[:, slice(*block.source)],
+                product[: rows * block.size * width].view(rows, block.size, width),
+                gradient[:, block.level - 1, block.index],
             )
-            for level, index, start, stop, first, last in reversed(blocks)
+            for block in reversed(blocks)
         ]
 
     def pull(self) -> Tensor:
@@ -237,6 +216,22 @@ def add_tokens(gradient: Tensor, target: Tensor) -> None:
     """Add a feature-major gradient (rows, width, G * t) to target [b, h, G, t, width]."""
     b, h, groups, t, width = target.shape
     target.add_(gradient.view(b, h, width, groups, t).permute(0, 1, 3, 4, 2))
+
+
+def horner(coefficients: Sequence[float], scores: Tensor, out: Tensor) -> Tensor:
+    """The polynomial of `scores` with these coefficients, by ascending power, written to `out`."""
+    *rest, last = coefficients
+    if not rest:
+        return out.fill_(last)
+    torch.mul(scores, last, out=out).add_(rest.pop())
+    while rest:
+        out.mul_(scores).add_(rest.pop())
+    return out
+
+
+def derivative(coefficients: Sequence[float]) -> list[float]:
+    """The coefficients of the derivative of a polynomial, by ascending power."""
+    return [power * c for power, c in enumerate(coefficients)][1:]
 
 
 def near_and_far(

@@ -23,7 +23,9 @@ from .attention_op import compute_dtype, plan_tiles, row_groups
 from .documents import document_runs, of_document, same_document
 from .exact_attention import exact_tangent
 from .guard import guarded_tangent
-from .polynomial_features import Block, far_decay, inverse
+from .kernel_spec import KernelSpec, folded_coefficients
+from .monomials import blocks, weights
+from .polynomial_features import derivative, far_decay, horner, inverse
 from .selection import Sight, selective_tangent
 
 TILE = 64  # queries at a time, and keys; the result does not depend on it
@@ -31,27 +33,7 @@ Pair = tuple[Tensor, Tensor]  # a value and its tangent
 Window = tuple[slice, tuple[int, int]]  # a tile of queries, and the keys that it meets one by one
 
 
-@dataclass(frozen=True)
-class Polynomial:
-    """A kernel: coefficients of q.k, the diagonal of W and the blocks of the features; scale of the logits; precise:
-    its arithmetic is float64.
-    """
-
-    coefficients: Sequence[float]
-    weights: Sequence[float]
-    blocks: Sequence[Block]
-    scale: float
-    causal: bool
-    near: int
-    precise: bool = False
-
-    @property
-    def two_sided(self) -> bool:
-        """Whether a query meets keys one by one, and others on both sides of those."""
-        return not self.causal and bool(self.near)
-
-
-def polynomial_tangent(kernel: Polynomial) -> Any:
+def polynomial_tangent(spec: KernelSpec) -> Any:
     """The tangent of a kernel's operation, by `register_attention`'s arguments."""
 
     def run(
@@ -60,16 +42,16 @@ def polynomial_tangent(kernel: Polynomial) -> Any:
         out, denominator, maximum = saved
         if max(inputs[0].shape[2], inputs[1].shape[2]) < exact_below:
             return exact_tangent(
-                tangents, inputs, out, denominator, kernel.scale, kernel.causal, kernel.near, 0
+                tangents, inputs, out, denominator, spec.scale, spec.causal, spec.near or 0, 0
             )
-        return _tangent(kernel, tangents, inputs, out, denominator, maximum)
+        return _tangent(spec, tangents, inputs, out, denominator, maximum)
 
-    sight = Sight(kernel.causal, degree=len(kernel.coefficients) - 1)
-    return guarded_tangent(selective_tangent(run, sight), kernel.scale, kernel.causal, kernel.near)
+    sight = Sight(spec.causal, degree=spec.degree)
+    return guarded_tangent(selective_tangent(run, sight), spec.scale, spec.causal, spec.near or 0)
 
 
 def _tangent(
-    kernel: Polynomial,
+    spec: KernelSpec,
     tangents: Sequence[Tensor],
     inputs: Sequence[Any],
     out: Tensor,
@@ -78,10 +60,10 @@ def _tangent(
 ) -> Tensor:
     """The tangent of out [B, H, n, dv], from those of q, k, v, near_q and near_k, the last two None without them."""
     (q, k, v, near_q, near_k), (mask, documents) = inputs[:5], inputs[5:]
-    dtype = torch.float64 if kernel.precise else compute_dtype(q, k, v)
+    dtype = torch.float64 if spec.precision == "float64" else compute_dtype(q, k, v)
     heads, groups = k.shape[1], q.shape[1] // k.shape[1]
-    rank, width = len(kernel.weights), v.shape[-1] + 1
-    window = TILE + 3 * kernel.near
+    rank, width = spec.rank, v.shape[-1] + 1
+    window = TILE + 3 * (spec.near or 0)
     tile, row_bytes = plan_tiles(
         TILE, groups, 2 * window, 6 * rank + 6 * width, 6 * rank * width, dtype.itemsize
     )
@@ -100,13 +82,13 @@ def _tangent(
                 (near_k[rows].to(dtype), tangents[4][rows].to(dtype)),
             )
         total = _Rows(
-            kernel,
+            spec,
             tile,
             (by_key_head(q)[rows].to(dtype), by_key_head(tangents[0])[rows].to(dtype)),
             (k[rows].to(dtype), tangents[1][rows].to(dtype)),
             (v[rows].to(dtype), tangents[2][rows].to(dtype)),
             near,
-            by_key_head(maximum)[rows].to(dtype) if kernel.near else None,
+            by_key_head(maximum)[rows].to(dtype) if spec.near else None,
             None if mask is None else mask[rows[0]],
             None if runs is None else runs[rows[0]],
         ).total()
@@ -122,7 +104,7 @@ class _Rows:
     [b, tokens].
     """
 
-    kernel: Polynomial
+    spec: KernelSpec
     tile: int
     q: Pair
     k: Pair
@@ -149,7 +131,7 @@ class _Rows:
         total = q.new_zeros((*q.shape[:-1], v.shape[-1] + 1))
         windows = list(self._windows())
         self._add_earlier(total, windows)
-        if self.kernel.two_sided or (self.runs is not None and not self.kernel.causal):
+        if self.spec.two_sided:
             self._add_later(total, windows)
         if self.maximum is not None:
             total *= far_decay(self.maximum).unsqueeze(-1)
@@ -182,15 +164,15 @@ class _Rows:
 
     def _windows(self) -> Iterator[Window]:
         """Tiles of queries, and the keys [low, high) that each meets one by one; the rest reach it by a state."""
-        near, n, m = self.kernel.near, self.n, self.m
+        near, n, m = self.spec.near, self.n, self.m
         for first in range(0, n, self.tile):
             last = min(first + self.tile, n)
             low, high = first, last
             if near:
                 low, high = (first // near - 1) * near, ((last - 1) // near + 2) * near
-            elif not self.kernel.causal and self.runs is None:
+            elif self.spec.total:
                 low = high = m
-            if self.kernel.causal:
+            if self.spec.causal:
                 high = last
             yield slice(first, last), (min(m, max(0, low)), min(m, high))
 
@@ -198,12 +180,13 @@ class _Rows:
 
     def _restart(self) -> None:
         k, v = self.k[0], self.v[0]
-        shape = (*k.shape[:2], len(self.kernel.weights), v.shape[-1] + 1)
+        shape = (*k.shape[:2], self.spec.rank, v.shape[-1] + 1)
         self.state[:] = [k.new_zeros(shape), k.new_zeros(shape)]
 
     def _absorb(self, first: int, last: int, old: int, own: int) -> None:
         """Add the keys [first, last); of documents only that of token `own` stays, where `old` was the one before."""
         state, moved = self.state
+        factors = state.new_tensor(weights(self.spec.d, folded_coefficients(self.spec)))[:, None]
         if self.runs is not None:
             left = self.runs[:, own] != self.runs[:, min(max(old, 0), self.m - 1)]
             for x in self.state:
@@ -216,9 +199,8 @@ class _Rows:
                 shown = of_own if shown is None else shown & of_own
             phi, dphi = self._features(*(x[:, :, part] for x in self.k))
             values, dvalues = self._values(part, shown)
-            weights = phi.new_tensor(self.kernel.weights)[:, None]
-            state += weights * (phi @ values)
-            moved += weights * (dphi @ values + phi @ dvalues)
+            state += factors * (phi @ values)
+            moved += factors * (dphi @ values + phi @ dvalues)
 
     def _read(self, queries: slice, token: int) -> Tensor:
         """[b, h, G, t, dv + 1]: what the state adds to the tangents of N and D; for the document of `token` alone."""
@@ -233,14 +215,15 @@ class _Rows:
     def _features(self, x: Tensor, dx: Tensor) -> Pair:
         """phi and its tangent, [b, h, rank, t], of x and dx [b, h, t, d]."""
         d = x.shape[-1]
-        phi, dphi = (x.new_empty((*x.shape[:2], len(self.kernel.weights), x.shape[2])) for _ in range(2))
+        phi, dphi = (x.new_empty((*x.shape[:2], self.spec.rank, x.shape[2])) for _ in range(2))
         phi[:, :, 0], dphi[:, :, 0] = 1.0, 0.0
         phi[:, :, 1 : 1 + d], dphi[:, :, 1 : 1 + d] = x.mT, dx.mT
-        for _, index, start, stop, first, last in self.kernel.blocks:
-            factor, dfactor = (f[:, :, 1 + index, None] for f in (phi, dphi))
-            source, dsource = (f[:, :, start:stop] for f in (phi, dphi))
-            torch.mul(factor, source, out=phi[:, :, first:last])
-            torch.mul(dfactor, source, out=dphi[:, :, first:last]).addcmul_(factor, dsource)
+        for block in blocks(d, self.spec.degree):
+            target = slice(*block.target)
+            factor, dfactor = (f[:, :, 1 + block.index, None] for f in (phi, dphi))
+            source, dsource = (f[:, :, slice(*block.source)] for f in (phi, dphi))
+            torch.mul(factor, source, out=phi[:, :, target])
+            torch.mul(dfactor, source, out=dphi[:, :, target]).addcmul_(factor, dsource)
         return phi, dphi
 
     def _values(self, keys: slice, shown: Tensor | None) -> Pair:
@@ -260,14 +243,16 @@ class _Rows:
         shown = None if self.mask is None else self.mask[:, keys]
         values, dvalues = self._values(keys, shown)
         scores, slopes = self._products(self.q, self.k, queries, keys)
-        weights, dweights = self._polynomial(scores), self._polynomial(scores, 1) * slopes
-        if self.kernel.near and self.maximum is not None:
+        coefficients = folded_coefficients(self.spec)
+        weights = horner(coefficients, scores, out=torch.empty_like(scores))
+        dweights = horner(derivative(coefficients), scores, out=torch.empty_like(scores)) * slopes
+        if self.spec.near is not None and self.maximum is not None:
             largest = self.maximum[:, :, :, queries, None]
             if self.near is not None:
                 local, dlocal = self._products(*self.near, queries, keys)
             else:
-                local, dlocal = scores * self.kernel.scale, slopes * self.kernel.scale
-            near, decay = self._near(queries, keys), far_decay(largest)
+                local, dlocal = scores * self.spec.scale, slopes * self.spec.scale
+            near, decay = self._near(queries, keys, self.spec.near), far_decay(largest)
             exponentials = (local - largest).masked_fill(~near, 0.0).exp()
             weights = torch.where(near, exponentials, weights * decay)
             dweights = torch.where(near, exponentials * dlocal, dweights * decay)
@@ -281,22 +266,10 @@ class _Rows:
         (x, dx), (y, dy) = ([a[:, :, :, queries] for a in q], [a[:, :, None, keys] for a in k])
         return x @ y.mT, dx @ y.mT + x @ dy.mT
 
-    def _polynomial(self, scores: Tensor, derivative: int = 0) -> Tensor:
-        """p(scores), or p'(scores), by Horner's rule."""
-        coefficients = list(self.kernel.coefficients)
-        if derivative:
-            coefficients = [power * c for power, c in enumerate(coefficients)][1:]
-        total = torch.full_like(scores, coefficients.pop())
-        while coefficients:
-            total.mul_(scores).add_(coefficients.pop())
-        return total
-
-    def _near(self, queries: slice, keys: slice) -> Tensor:
+    def _near(self, queries: slice, keys: slice, block: int) -> Tensor:
         """bool [t, keys]: blocks that are one or touch."""
         own, other = (
-            torch.arange(x.start, x.stop, device=self.q[0].device).div(
-                self.kernel.near, rounding_mode="floor"
-            )
+            torch.arange(x.start, x.stop, device=self.q[0].device).div(block, rounding_mode="floor")
             for x in (queries, keys)
         )
         return (own[:, None] - other).abs() <= 1
@@ -304,7 +277,7 @@ class _Rows:
     def _hidden(self, queries: slice, keys: slice, shown: Tensor | None) -> Tensor | None:
         """bool, [b, h, G, t, keys] or broadcast to it: pairs that a query does not see; None without such."""
         found = []
-        if self.kernel.causal:
+        if self.spec.causal:
             own, other = (torch.arange(x.start, x.stop, device=self.q[0].device) for x in (queries, keys))
             found.append(other > own[:, None])
         if self.runs is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .kernel_spec import KernelSpec, folded_coefficients
 from .triton_kernels import DTYPES, cannot_build, enabled, import_kernels, refusal, warn
 from .triton_schedule import DEVICES, SCAN, Shape, choose_chunk, choose_schedule
 from .triton_tables import feature_tables
@@ -25,33 +25,6 @@ from .triton_tuned import configuration
 
 PREFIX, SUFFIX, TOTAL = 0, 1, 2  # of scan_kernel
 DELTA_ROWS = 32
-
-
-@dataclass(frozen=True)
-class Case:
-    """What the launches of a kernel depend on.
-
-    d, coefficients: of the features, the scale of the logits folded in. near: block size, 0 without. near_d: width of
-    separate near queries and keys, 0 without.
-    """
-
-    d: int
-    dv: int
-    coefficients: tuple[float, ...]
-    causal: bool
-    near: int
-    near_d: int
-    padding: bool
-
-    @property
-    def total(self) -> bool:
-        """Whether one state of all keys serves all queries."""
-        return not self.causal and not self.near
-
-    @property
-    def two_sided(self) -> bool:
-        """Whether there are far keys on both sides of a query."""
-        return not self.causal and bool(self.near)
 
 
 Forward = tuple[Tensor, Tensor, Tensor]
@@ -62,13 +35,15 @@ Result = TypeVar("Result")
 class TritonAttention:
     """The Triton kernels of one attention, imported when the first call asks for them.
 
-    name: of the kernel. spec: of its module, beside which NAME_triton.py lies. by_device: something else serves the
+    name: of the kernel. module: its own, beside which NAME_triton.py lies. by_device: something else serves the
     other devices, so that a tensor there is no reason for a warning.
     """
 
-    def __init__(self, name: str, spec: ModuleSpec | None, case: Case, by_device: bool = False) -> None:
-        self.name, self.case, self.by_device = name, case, by_device
-        self._spec = spec
+    def __init__(
+        self, name: str, module: ModuleSpec | None, spec: KernelSpec, by_device: bool = False
+    ) -> None:
+        self.name, self.spec, self.by_device = name, spec, by_device
+        self._module = module
         self._kernels: ModuleType | None = None
         self._failed = False
         self._lock = threading.Lock()
@@ -124,7 +99,7 @@ class TritonAttention:
             return None
         try:
             with torch.cuda.device_of(q):
-                return work(Launches(self.kernels(), self.case, q, k, v, near_q, near_k, mask))
+                return work(Launches(self.kernels(), self.spec, q, k, v, near_q, near_k, mask))
         except Exception as error:
             if not cannot_build(error):
                 raise
@@ -137,7 +112,7 @@ class TritonAttention:
         """The module NAME_triton; OSError where it cannot be had."""
         with self._lock:
             if self._kernels is None:
-                self._kernels = import_kernels(f"{self.name}_triton", self._spec)
+                self._kernels = import_kernels(f"{self.name}_triton", self._module)
         return self._kernels
 
 
@@ -149,7 +124,7 @@ class Launches:
     def __init__(
         self,
         kernels: ModuleType,
-        case: Case,
+        spec: KernelSpec,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -158,7 +133,7 @@ class Launches:
         mask: Tensor | None,
         target: str = "",
     ) -> None:
-        self.kernels, self.case, self.given = kernels, case, (q, k, v, near_q, near_k)
+        self.kernels, self.spec, self.given = kernels, spec, (q, k, v, near_q, near_k)
         self.dtype = q.dtype if q.dtype == k.dtype == v.dtype else torch.float32
         if self.dtype == torch.bfloat16 and q.device.type == "cpu" and not self.interprets_bfloat16:
             self.dtype = torch.float32
@@ -169,27 +144,27 @@ class Launches:
         self.batch, self.heads, self.queries = q.shape[:3]
         self.shared, self.keys = k.shape[1:3]
         self.groups = self.heads // self.shared
-        self.index, self.origin, self.weight = feature_tables(case.d, case.coefficients, self.device)
+        self.index, self.origin, self.weight = feature_tables(spec.d, folded_coefficients(spec), self.device)
         self.architecture = target or architecture(self.device)
         self.operand, self.precision = arithmetic(self.dtype, self.architecture)
         self.fused, self.chunk = self._schedule()
 
     def _schedule(self) -> tuple[bool, int]:
         """Whether one program walks a sequence, and the tokens of a chunk."""
-        device, case = DEVICES[self.architecture], self.case
+        device, spec = DEVICES[self.architecture], self.spec
         shape = Shape(
             heads=self.batch * self.heads,
             key_heads=self.batch * self.shared,
             n=self.queries,
             m=self.keys,
-            d=case.d,
-            dv=case.dv,
-            degree=len(case.coefficients) - 1,
+            d=spec.d,
+            dv=spec.dv,
+            degree=spec.degree,
             rank=self.index.shape[1],
             dtype=DTYPES[self.dtype],
-            causal=case.causal,
-            near=case.near,
-            near_d=case.near_d,
+            causal=spec.causal,
+            near=spec.near or 0,
+            near_d=spec.near_d or 0,
         )
         there = "fused_forward_kernel" in self.kernels.CONFIGS[self.architecture][DTYPES[self.dtype]]
         return there and choose_schedule(device, shape) == "fused", choose_chunk(device, shape)
@@ -202,9 +177,9 @@ class Launches:
     def forward(self) -> Forward:
         """out [B, H, n, dv], denominator [B, H, n], and maximum [B, H, n] with a near field, else empty."""
         rows = (self.batch, self.heads, self.queries)
-        out = self._empty((*rows, self.case.dv), self.dtype)
+        out = self._empty((*rows, self.spec.dv), self.dtype)
         denominator = self._empty(rows)
-        maximum = self._empty(rows if self.case.near else (0,))
+        maximum = self._empty(rows if self.spec.near else (0,))
         if self.fused:
             self._launch(
                 "fused_forward_kernel",
@@ -275,7 +250,7 @@ class Launches:
             MIXED=self._mixed,
         )
         del before, after
-        live = [self._empty((self.batch * self.shared * self.chunks,))] if self.case.causal else []
+        live = [self._empty((self.batch * self.shared * self.chunks,))] if self.spec.causal else []
         before, after = self._query_states(gradient, saved, live)
         self._launch(
             "key_gradient_kernel",
@@ -289,28 +264,28 @@ class Launches:
 
     def _key_states(self) -> tuple[Tensor, Tensor]:
         """W Z of the keys before each chunk, or of all, and of those behind it where a query sees far ones there."""
-        case = self.case
+        spec, near = self.spec, self.spec.near or 0
         inputs = (self.k, self.v, self.mask, None, None, None)
 
         def make(shift: int, mode: int) -> Tensor:
-            return self._states(inputs, self.keys, shift, mode, upstream=False, live=[None] * case.causal)
+            return self._states(inputs, self.keys, shift, mode, upstream=False, live=[None] * spec.causal)
 
-        before = make(-case.near, TOTAL if case.total else PREFIX)
-        return before, make(case.near, SUFFIX) if case.two_sided else before
+        before = make(-near, TOTAL if spec.total else PREFIX)
+        return before, make(near, SUFFIX) if spec.two_sided else before
 
     def _query_states(
         self, gradient: Tensor, saved: tuple[Tensor, Tensor, Tensor], live: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """W Y of the queries before each chunk, and of those behind it, or of all; causal: `live` is written too."""
-        case = self.case
+        spec, near = self.spec, self.spec.near or 0
         inverse, maximum, delta = saved
         inputs = (self.q, gradient, None, inverse, delta, maximum)
 
         def make(shift: int, mode: int) -> Tensor:
             return self._states(inputs, self.queries, shift, mode, upstream=True, live=live)
 
-        after = make(case.near, TOTAL if case.total else SUFFIX)
-        return make(-case.near, PREFIX) if case.two_sided else after, after
+        after = make(near, TOTAL if spec.total else SUFFIX)
+        return make(-near, PREFIX) if spec.two_sided else after, after
 
     def _states(
         self,
@@ -378,14 +353,14 @@ class Launches:
         return self.batch * self.shared * self._tiles(self.keys, config["ROWS"])
 
     def _tiles(self, tokens: int, rows: int) -> int:
-        return _ceil(tokens, rows) if self.case.total else self.chunks * _ceil(self.chunk, rows)
+        return _ceil(tokens, rows) if self.spec.total else self.chunks * _ceil(self.chunk, rows)
 
     def _sizes(self) -> tuple[int, ...]:
         return self.queries, self.keys, self.chunk, self.chunks, self.heads, self.groups
 
     @property
     def _mixed(self) -> bool:
-        return self.chunk > self.case.near
+        return self.chunk > (self.spec.near or 0)
 
     def _strides(self, *tensors: Tensor | None) -> list[int]:
         return [stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])]

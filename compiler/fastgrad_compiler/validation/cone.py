@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type
-from fastgrad_compiler.validation.structure import Correspondence, ancestors
+from fastgrad_compiler.validation.structure import Correspondence
 
 LARGE = 1 << 20  # entries of a weight with which a product is not computed
 _OPAQUE = ("call", "repeat", "embedding", "patches")
@@ -44,7 +44,7 @@ def cut(pair: Pair) -> Pair:
         if keys[node.name] in left and types[node.name] is not None and _is_opaque(graph, node)
     }
     named = {claim.old for claim in pair.found.claims} | (kept_nodes(pair) & graph.by_name.keys())
-    needed = ancestors(graph, named, stop=frozenset(opaque))
+    needed = graph.ancestors(named, stop=frozenset(opaque))
     nodes = tuple(
         _as_input(node, types[node.name], keys[node.name]) if node.name in opaque else node
         for node in graph.nodes
@@ -67,7 +67,7 @@ def kept_nodes(pair: Pair) -> frozenset[str]:
 
 
 def _reached(pair: Pair) -> frozenset[str]:
-    return ancestors(pair.after, [claim.new for claim in pair.found.claims], stop=pair.found.stayed)
+    return pair.after.ancestors([claim.new for claim in pair.found.claims], stop=pair.found.stayed)
 
 
 def _type(graph: Graph, name: str) -> Type | None:

@@ -6,10 +6,10 @@ two are equal: those claims are what `validate.py` puts to the test. The names t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastgrad_compiler.ir.flatten import iterations
+from fastgrad_compiler.ir.calls import iterations
 from fastgrad_compiler.ir.graph import Graph, Node, Program
 
 REMARKS = frozenset(
@@ -47,7 +47,6 @@ def correspond(before: Graph, after: Graph) -> Correspondence:
     """What the later graph kept of the earlier one. Raises SignatureChanged where one cannot stand for the other."""
     if _signature(before) != _signature(after):
         raise SignatureChanged(f"{_signature(before)} became {_signature(after)}")
-    alive = ancestors(after, after.outputs)
     stayed: dict[str, Node] = {}
     claims: dict[tuple[str, str], Claim] = {}
     graphs: dict[tuple[str, str], None] = {}
@@ -61,12 +60,12 @@ def correspond(before: Graph, after: Graph) -> Correspondence:
 
     for node in after.nodes:
         known = before.by_name.get(node.name)
-        if node.name not in alive or known is None or not _alike(known, node):
+        if node.name not in after.alive or known is None or not _alike(known, node):
             continue
         if node.op == "attention" and any(map(moved, known.inputs, node.inputs)):
             continue  # its keys may have been shifted, which its result does not show
         stayed[node.name] = node
-        graphs.update(dict.fromkeys(zip(_bodies(known), _bodies(node), strict=True)))
+        graphs.update(dict.fromkeys(zip(_run(known), _run(node), strict=True)))
         for old, new in zip(known.inputs, node.inputs, strict=True):
             claim(old, new, node.name)
     for old, new in zip(before.outputs, after.outputs, strict=True):
@@ -83,7 +82,7 @@ def _alike(old: Node, new: Node) -> bool:
         return False
     if old.op in ("weight", "buffer") and old.type != new.type:
         return False
-    if len(_bodies(old)) != len(_bodies(new)):
+    if len(_run(old)) != len(_run(new)):
         return False
     return _meaning(old) == _meaning(new)
 
@@ -94,28 +93,15 @@ def _meaning(node: Node) -> dict[str, object]:
     return {key: value for key, value in node.attributes if key not in left_out}
 
 
-def _bodies(node: Node) -> tuple[str, ...]:
+def _run(node: Node) -> tuple[str, ...]:
     """The graphs that a node runs, one for each time."""
-    if node.op == "call":
-        return (str(node["graph"]),)
-    return tuple(body for _, body in iterations(node)) if node.op == "repeat" else ()
-
-
-def ancestors(graph: Graph, names: Iterable[str], stop: frozenset[str] = frozenset()) -> frozenset[str]:
-    """These nodes and all that they are computed from; of the nodes in `stop`, nothing that is behind them."""
-    found = set(names)
-    for node in reversed(graph.nodes):
-        if node.name in found and node.name not in stop:
-            found.update(node.inputs)
-    return frozenset(found)
+    return tuple(graph for _, graph in iterations(node))
 
 
 def pairs(before: Program, after: Program) -> Iterator[tuple[Graph, Graph, Correspondence]]:
     """The graphs whose values must agree if the model's and the objective's do, each pair once."""
-    roots = [(before.main, after.main)]
-    if before.objective is not None and after.objective is not None:
-        roots.append((before.objective, after.objective))
-    queue, known = list(roots), set(roots)
+    queue = list(zip(before.roots, after.roots, strict=False))
+    known = set(queue)
     while queue:
         old, new = queue.pop(0)
         found = correspond(before[old], after[new])

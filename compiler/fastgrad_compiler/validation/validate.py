@@ -24,7 +24,7 @@ from fastgrad_compiler.validation.runs import Checked, Difference, Pass, compare
 from fastgrad_compiler.validation.structure import Claim, SignatureChanged, pairs
 from fastgrad_grammar.quote import python_docstring
 
-__all__ = ["Checked", "Difference", "compare", "reproduce", "validate"]
+__all__ = ["Checked", "Difference", "compare", "told", "validate"]
 
 REMEMBERED = 32  # pairs of programs of this process that agree
 
@@ -72,10 +72,11 @@ def compare(
 
 def _message(before: Program, after: Program, name: str, found: Difference) -> str:
     where = _write(_reproducer(before, after, name, found), name)
-    return f"after {name}: {_told(found)}. {where}"
+    return f"after {name}: {told(found)}. {where}"
 
 
-def _told(found: Difference) -> str:
+def told(found: Difference) -> str:
+    """What differs, on which inputs, in a sentence."""
     sizes = ", ".join(f"{key} = {size}" for key, size in found.case.sizes.items())
     given = f"inputs {found.case.style}, seed {found.case.seed}, sizes {sizes or 'none'}"
     value = f"{found.graph}.{found.claim.old}" + (f" ({found.place})" if found.place else "")
@@ -83,13 +84,13 @@ def _told(found: Difference) -> str:
 
 
 def _reproducer(before: Program, after: Program, name: str, found: Difference) -> str:
-    return f'''"""After {name}, {python_docstring(_told(found))}.
+    return f'''"""After {name}, {python_docstring(told(found))}.
 
 Run this file: it compares the program before the pass with what the pass made of it, and, where the pass needs nothing
 but the program, with what it makes of it now. It ends with status 1 where it finds a difference.
 """
 
-from fastgrad_compiler.validation.validate import reproduce
+from fastgrad_compiler.pipeline import reproduce
 
 BEFORE = {_literal(print_program(before))}
 AFTER = {_literal(print_program(after))}
@@ -113,20 +114,3 @@ def _write(text: str, name: str) -> str:
     except OSError as error:
         return f"No file that reproduces it could be written: {error}"
     return f"{Path(file.name)} reproduces it"
-
-
-def reproduce(before: str, after: str, name: str) -> int:
-    """What a reproducer runs: prints what differs between two programs, and between the first and the pass run anew.
-
-    1 where anything does, else 0.
-    """
-    from fastgrad_compiler.ir.text import parse_program
-    from fastgrad_compiler.pipeline import PASSES
-
-    step = next(step for step in PASSES if step.name == name)
-    old, status = parse_program(before), 0
-    for title, new in (("as it was", parse_program(after)), ("as it is now", step.run(old))):
-        found = next((each for each in compare(old, new, step.run) if isinstance(each, Difference)), None)
-        status = max(status, int(found is not None))
-        print(f"{name} {title}: {'no difference' if found is None else _told(found)}")
-    return status

@@ -29,7 +29,7 @@ from fastgrad_compiler.analysis.bounds.outward import (
 )
 from fastgrad_compiler.analysis.bounds.step import Rule, Step
 from fastgrad_compiler.approximation.elementary import erf, exp, log, log1p, tanh
-from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.ops import limits
 
 _LARGEST_EXPONENT = 700.0
 _GELU_LEAST = -0.1701  # the minimum is -0.16997, at -0.7518
@@ -251,15 +251,6 @@ def _clamp(step: Step) -> Fact:
     if fact.masked and low == -inf:
         return replace(fact, low=least, high=most)
     return interval(low, most, step.rank) if fact.masked else Fact(least, most, norms)
-
-
-def limits(node: Node) -> tuple[float, float]:
-    """The limits of a clamp; one that is left out is infinite."""
-    low, high = node["low"], node["high"]
-    return (
-        float(low) if isinstance(low, int | float) else -inf,
-        float(high) if isinstance(high, int | float) else inf,
-    )
 
 
 def _cast(step: Step) -> Fact:

@@ -7,9 +7,9 @@ from math import isfinite
 from fastgrad_compiler.analysis.bounds.facts import Fact
 from fastgrad_compiler.analysis.bounds.outward import times_up
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.words import describe, number, place
 
 ASSUMED = "assumed in the file, not proved"
-_LONGEST = 40  # characters of source text that stand for an expression without a name
 
 # Operations that are not worth a sentence where they leave the numbers as they are.
 _QUIET = frozenset(
@@ -56,26 +56,6 @@ _REASONS = {
     "merge_heads": "rows of all heads joined",
     "attention": "a weighted mean of values",
 }
-
-
-def describe(node: Node) -> str:
-    """How to name a node to the user: the variable's name, or the expression's text."""
-    if not node.name.startswith("_") or node.span is None:
-        return node.name
-    text = " ".join(node.span.text.split())
-    if not text:
-        return node.name
-    return f"`{text if len(text) <= _LONGEST else text[: _LONGEST - 2] + '..'}`"
-
-
-def place(node: Node) -> str:
-    """` (gpt.tfg:12)`, or nothing where the node has no source."""
-    return f" ({node.span.short_place})" if node.span else ""
-
-
-def number(value: float) -> str:
-    """A bound as text: 1, 0.25, 2.828."""
-    return f"{value:.4g}"
 
 
 def sentence(node: Node, fact: Fact, inputs: tuple[Fact, ...]) -> str:

@@ -24,6 +24,7 @@ from fastgrad_compiler.analysis.bounds.proof import ASSUMED, sentence
 from fastgrad_compiler.analysis.bounds.rules import BOUND, DECLINED
 from fastgrad_compiler.analysis.bounds.step import Step
 from fastgrad_compiler.attention.pattern import match
+from fastgrad_compiler.ir.calls import runs
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Bound, Graph, Node, Program, TensorType
 
@@ -79,7 +80,7 @@ def _with_bounds(program: Program, means: _Means) -> Program:
 def _read(program: Program, means: _Means, told: bool) -> dict[str, dict[str, Fact]]:
     """The facts of each node of each graph; `told`: with the user's word."""
     analysis = _Analysis(program, means, told)
-    for root in filter(None, (program.main, program.objective)):
+    for root in program.roots:
         analysis.enter(root, tuple(map(_untold, program[root].inputs)))
     return analysis.found
 
@@ -191,21 +192,13 @@ class _Analysis:
         """The join of the carried values behind every body, each entered with what the ones before it may
         leave.
         """
-        for name in body_names(node):
+        for name, _ in runs(node):
             carried = tuple(map(_joined, carried, self.enter(name, carried + invariants)))
         return carried
 
 
 def _joined(left: Fact, right: Fact) -> Fact:
     return join((left, right))
-
-
-def body_names(node: Node) -> tuple[str, ...]:
-    """The graphs that a `repeat` runs, in order."""
-    bodies = node["bodies"]
-    if not isinstance(bodies, tuple):
-        raise TypeError(f"repeat {node.name}: bodies {bodies!r}")
-    return tuple(str(body[0]) for body in bodies if isinstance(body, tuple))
 
 
 def _index(node: Node) -> int:

@@ -15,8 +15,8 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.analysis.bounds.proof import number
 from fastgrad_compiler.analysis.weights.rows import Rows, Term, product_norm
+from fastgrad_compiler.ir.words import number
 
 _SLACK = 1 + 1e-6  # for the rounding of float64
 

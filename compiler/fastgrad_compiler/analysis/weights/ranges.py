@@ -15,14 +15,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.analysis.bounds.proof import describe, number, place
 from fastgrad_compiler.analysis.ranges import LogitRange
 from fastgrad_compiler.analysis.weights.logits import Logits, logits
 from fastgrad_compiler.analysis.weights.rows import Rows, ball
 from fastgrad_compiler.analysis.weights.rules import ROWS, UNREAD
 from fastgrad_compiler.analysis.weights.step import Step
 from fastgrad_compiler.attention.table import ATTENTION, is_own
+from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.ir.words import describe, number, place
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env, sequence
 from fastgrad_compiler.reference.torch_env import number as float_of
@@ -58,7 +59,7 @@ def weight_ranges(
         ValueError: a weight is missing or has another shape than its node.
     """
     with torch.no_grad():
-        return _Walk(program.flatten(), weights, centring).ranges()
+        return _Walk(flatten(program), weights, centring).ranges()
 
 
 class _Walk:

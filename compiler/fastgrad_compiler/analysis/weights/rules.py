@@ -13,12 +13,12 @@ from math import ceil, isfinite, sqrt
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.analysis.bounds.proof import number
 from fastgrad_compiler.analysis.weights.rows import Rows, Term, add, ball, through, times
 from fastgrad_compiler.analysis.weights.shapes import SHAPES, repeated
 from fastgrad_compiler.analysis.weights.step import Rule, Step, broadcast
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.reference.torch_env import number as float_of
 
 # ---------------------------------------------------------------- sources

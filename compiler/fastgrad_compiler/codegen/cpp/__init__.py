@@ -7,76 +7,63 @@ OpenMP and torch's stable ABI. Vectors are the compiler's, so that one text serv
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
-from fastgrad_compiler.approximation.features import rank
-from fastgrad_compiler.codegen.kernel import KernelSpec, folded_coefficients, kernel_title
+from fastgrad_compiler.approximation.kernel_tiles import token_chunks
 from fastgrad_compiler.codegen.templates import render
+from fastgrad_compiler.codegen.titles import kernel_title
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec, folded_coefficients
 from fastgrad_grammar.quote import cpp_comment
 
-CHUNK = 64  # tokens at a time: scores, features and values of a chunk stay in the caches next to a core
-LEAST_BLOCK = 16  # a near field of smaller blocks is handled several blocks at a time
 # Of each machine: its vector registers, and how many vectors wide a register tile is.
 MACHINES = {"avx512": (32, 2), "avx2": (16, 2), "other": (32, 2)}
+HEADERS = (
+    "types",
+    "tile",
+    "features",
+    "problem",
+    "pairs",
+    "chunk",
+    "pair_gradients",
+    "far",
+    "sweeps",
+    "forward",
+    "backward",
+    "register",
+)
 
 
 @cache
 def emit_cpp(spec: KernelSpec) -> str:
-    """The C++ source of a kernel, complete and deterministic."""
-    return render("cpp/attention.cpp.j2", _context(spec))
+    """The C++ source of a kernel, complete and deterministic: its constants, then HEADERS, which branch on them."""
+    return render("cpp/attention.cpp.j2", _context(spec)) + headers()
+
+
+@cache
+def headers() -> str:
+    """The part of a kernel that is the same for all."""
+    return "\n".join((Path(__file__).parent / f"{name}.h").read_text(encoding="utf-8") for name in HEADERS)
 
 
 def _context(spec: KernelSpec) -> dict[str, object]:
-    window = spec.window
-    banded = window is not None
-    exponential = banded or spec.near is not None
-    total = not (banded or spec.causal or spec.near is not None or spec.documents)
     block, pieces, tile = token_chunks(spec)
-    r = 1 if banded else rank(spec.d, spec.degree)
-    mixed = spec.near is not None and spec.near < tile
+    polynomial = spec.window is None
+    # Within a window the features are 1 and x, and no state is made of them.
+    coefficients = folded_coefficients(spec) if polynomial else (0.0, 0.0)
+    r = spec.rank if polynomial else 1 + spec.d
     return {
         "title": cpp_comment(kernel_title(spec)),
-        "specification": f"d = {spec.d}, dv = {spec.dv}" + ("" if banded else f", degree {spec.degree}"),
-        "local": "near_q.near_k" if spec.near_d else "SCALE q.k",
-        "d": spec.d,
-        "dv": spec.dv,
-        "degree": 0 if banded else spec.degree,
+        "specification": f"d = {spec.d}, dv = {spec.dv}" + (f", degree {spec.degree}" if polynomial else ""),
+        "spec": spec,
+        "degree": len(coefficients) - 1,
         "rank": r,
-        "coefficients": [] if banded else list(map(repr, map(float, folded_coefficients(spec)))),
+        "coefficients": list(map(repr, map(float, coefficients))),
         "scale": float(spec.scale),
-        "causal": spec.causal,
-        "padding": spec.padding,
-        "documents": spec.documents,
-        "near": spec.near,
-        "near_d": spec.near_d,
-        "separate": spec.near_d is not None,
-        "window": window,
-        "banded": banded,
-        "exponential": exponential,
-        "total": total,
-        "two_sided": not (banded or spec.causal or total),
-        "dense": not total,
-        "fused": spec.causal
-        and not exponential,  # pairs of a chunk meet its gradients in the sweep that writes them
-        "mixed": mixed,
-        "polynomial_scores": not total and (mixed or not exponential),
-        "halo": None if not exponential else 2 * spec.near if spec.near else (window or 1) - 1 or None,
         "block": block,
         "pieces": pieces,
         "tile": tile,
         "tiles": {name: _tiles(r, *machine) for name, machine in MACHINES.items()},
     }
-
-
-def token_chunks(spec: KernelSpec) -> tuple[int, int, int]:
-    """Tokens in a block, chunks in a block, most tokens in a chunk; chunks never cross a near field's blocks."""
-    chunk = spec.chunk or CHUNK
-    if spec.near is None:
-        return chunk, 1, chunk
-    if spec.near < LEAST_BLOCK:
-        block = max(1, chunk // spec.near) * spec.near
-        return block, 1, block
-    pieces = -(-spec.near // chunk)
-    return spec.near, pieces, -(-spec.near // pieces)
 
 
 def _tiles(r: int, registers: int, columns: int) -> dict[str, int]:

@@ -5,28 +5,13 @@ from __future__ import annotations
 from functools import cache
 
 from fastgrad_compiler.approximation.features import rank
-from fastgrad_compiler.codegen.kernel import KernelSpec, folded_coefficients, kernel_title
+from fastgrad_compiler.approximation.kernel_tiles import has_triton, is_fused
 from fastgrad_compiler.codegen.templates import render
+from fastgrad_compiler.codegen.titles import kernel_title
 from fastgrad_compiler.codegen.triton.configurations import configurations
-from fastgrad_compiler.runtime.triton_schedule import (
-    BLOCK,
-    FUSED_DEGREE,
-    FUSED_DV,
-    FUSED_RANK,
-    LARGEST_D,
-    LARGEST_DV,
-)
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec, folded_coefficients
+from fastgrad_compiler.runtime.triton_schedule import BLOCK
 from fastgrad_compiler.runtime.triton_tables import TILE, padded_rank
-
-LARGEST_RANK = 2**20  # of features whose table takes a second or two to make
-
-
-def has_triton(spec: KernelSpec) -> bool:
-    """Whether there are Triton kernels for a specification; PyTorch's code serves the others."""
-    widths = max(spec.d, spec.near_d or 0) <= LARGEST_D and spec.dv <= LARGEST_DV
-    if spec.window is not None or spec.documents or spec.precision == "float64" or not widths:
-        return False
-    return rank(spec.d, spec.degree) <= LARGEST_RANK
 
 
 @cache
@@ -75,13 +60,6 @@ def _context(spec: KernelSpec) -> dict[str, object]:
         "horner_slope": _horner(tuple(power * c for power, c in enumerate(folded))[1:]),
         "configs": configurations(spec, is_fused(spec)),
     }
-
-
-def is_fused(spec: KernelSpec) -> bool:
-    """Whether a program can keep the state of a whole sequence in its registers."""
-    rank_fits = padded_rank(spec.d, spec.degree) <= FUSED_RANK
-    small = spec.degree <= FUSED_DEGREE and rank_fits and spec.dv <= FUSED_DV
-    return small and spec.causal and spec.near is None
 
 
 def _up(size: int, multiple: int) -> int:

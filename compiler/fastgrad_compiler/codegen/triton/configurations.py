@@ -11,7 +11,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from fastgrad_compiler.codegen.kernel import KernelSpec
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 
 TABLE = Path(__file__).with_name("configurations.json")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -1,0 +1,23 @@
+"""What a kernel is called where it is read."""
+
+from __future__ import annotations
+
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
+
+
+def kernel_title(spec: KernelSpec) -> str:
+    """One line that says what a kernel computes."""
+    parts = [f"Polynomial attention, degree {spec.degree}"]
+    if spec.window is not None:
+        parts = [f"Softmax attention within {spec.window} tokens"]
+    if spec.causal:
+        parts.append("causal")
+    if spec.padding:
+        parts.append("with a padding mask")
+    if spec.documents:
+        parts.append("packed")
+    if spec.near is not None:
+        parts.append(f"exact in blocks of {spec.near} tokens")
+    if spec.precision == "float64":
+        parts.append("computed in float64")
+    return ", ".join(parts)

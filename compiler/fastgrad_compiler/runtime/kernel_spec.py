@@ -1,0 +1,113 @@
+"""What an attention kernel is made for: the one specification that the compiler and every backend read.
+
+Plain Python: the compiler needs no torch to make one, and a generated kernel says its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+
+from .monomials import rank
+
+SMALLEST_NEAR_CHUNK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """What an attention kernel depends on.
+
+    Args:
+        d: width of q and k.
+        dv: width of v.
+        coefficients: of the polynomial p(s), s = scale * q.k, by ascending power; its degree is at least 1.
+        causal: query i sees the keys up to i.
+        padding: a key padding mask is an input.
+        near: block size w; pairs whose blocks of w tokens are the same or touch weigh exp(t) instead of p(s).
+        window: softmax of the pairs with |i - j| < window instead, exactly; then there is no polynomial.
+        precision: of the arithmetic at least, "float32" or "float64"; inputs and results keep their dtype.
+        near_d: width of separate queries and keys for t, already scaled; None: t = scale * q.k.
+        scale: of the logits.
+        chunk: tokens handled at a time; None: chosen here. The function does not depend on it.
+        documents: ids of packed documents are an input; a query sees only keys of its own document.
+
+    Raises:
+        ValueError: a width, a block or a chunk below 1, no coefficient beyond the constant, near_d without near.
+    """
+
+    d: int
+    dv: int
+    coefficients: tuple[float, ...]
+    causal: bool = False
+    padding: bool = False
+    near: int | None = None
+    near_d: int | None = None
+    scale: float = 1.0
+    chunk: int | None = None
+    documents: bool = False
+    window: int | None = None
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        sizes = {
+            "d": self.d,
+            "dv": self.dv,
+            "near": self.near,
+            "near_d": self.near_d,
+            "chunk": self.chunk,
+            "window": self.window,
+        }
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"an attention kernel needs {name} >= 1, not {size}")
+        if self.window is not None and (self.coefficients or self.near is not None):
+            raise ValueError("an attention kernel with a window has neither a polynomial nor a near field")
+        if self.window is None and len(self.coefficients) < 2:
+            raise ValueError("an attention kernel needs a polynomial of degree 1 at least")
+        if self.precision not in ("float32", "float64"):
+            raise ValueError(f"the arithmetic of a kernel is float32 or float64, not {self.precision}")
+        if self.near_d is not None and self.near is None:
+            raise ValueError("near_d is the width of a near field's queries and keys: give `near` too")
+
+    @property
+    def degree(self) -> int:
+        """Degree of the polynomial."""
+        return len(self.coefficients) - 1
+
+    @property
+    def rank(self) -> int:
+        """Features of a query or a key: monomials of its components up to the degree; 1 without a polynomial."""
+        return rank(self.d, self.degree) if self.coefficients else 1
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether a query meets keys one by one, and others on both sides of those by a state."""
+        return not self.causal and (self.near is not None or self.documents)
+
+    @property
+    def total(self) -> bool:
+        """Whether one state of all keys serves all queries, which meet none one by one."""
+        return not (self.causal or self.near is not None or self.documents or self.window is not None)
+
+
+def choose_chunk(spec: KernelSpec) -> int:
+    """Tokens at a time: enough to hide the interpreter behind the products, few enough for cache and triangle.
+
+    In a near field a chunk divides the block size w where a divisor of useful size exists: then a window is near
+    throughout, and nothing in it needs the polynomial.
+    """
+    if spec.chunk is not None:
+        return spec.chunk
+    chunk = 128 if spec.rank <= 512 else 256
+    if spec.near is None:
+        return chunk if spec.causal or spec.documents else 256
+    divisors = [size for size in range(SMALLEST_NEAR_CHUNK, chunk + 1) if spec.near % size == 0]
+    return max(divisors, default=max(1, chunk // spec.near) * spec.near if spec.near < chunk else chunk)
+
+
+@cache
+def folded_coefficients(spec: KernelSpec) -> tuple[float, ...]:
+    """Coefficients by powers of q.k: those of p with the scale of the logits folded in; powers are rounded once."""
+    powers = (float(Fraction(spec.scale) ** degree) for degree in range(len(spec.coefficients)))
+    return tuple(coefficient * power for coefficient, power in zip(spec.coefficients, powers, strict=True))

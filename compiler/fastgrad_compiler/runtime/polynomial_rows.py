@@ -1,0 +1,190 @@
+"""Some rows of a polynomial attention: tiles of queries, and the states that far keys and queries are summed up in.
+
+A state is a sum of phi(x) y^T: of keys, Z = sum of phi(k) [v, 1], and of queries, Y = sum of phi(q) [u, -delta]. Where
+sequences are packed documents it holds one document at a time: each step says which one by a token of it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention_op import Floats, Inputs
+from .documents import keep_document, of_document, select_columns, select_tokens
+from .kernel_spec import KernelSpec, folded_coefficients
+from .polynomial_features import Features, Workspace, add_product, add_rows, load_values
+
+
+class Tile(NamedTuple):
+    """Queries [first, last), and the keys [low, high) that they meet one by one; the rest reach them by a state."""
+
+    first: int
+    last: int
+    low: int
+    high: int
+    width: int  # queries of all heads of a group
+
+    @property
+    def here(self) -> tuple[slice, ...]:
+        """Index of its queries in [b, h, G, n, ..]."""
+        return (slice(None), slice(None), slice(None), slice(self.first, self.last))
+
+    @property
+    def keys(self) -> tuple[slice, ...]:
+        """Index of its keys in [b, h, m, ..]."""
+        return (slice(None), slice(None), slice(self.low, self.high))
+
+
+class Sum:
+    """A sum of phi(x) y^T over tokens, and W times it, (rows, rank, dv + 1) both; of one document at a time."""
+
+    def __init__(self, work: Workspace, name: str, shape: tuple[int, int, int]) -> None:
+        self.total = work.zeros(name, *shape)
+        self.weighted = work.zeros(f"weighted {name}", *shape)
+
+    def clear(self) -> None:
+        """Start again."""
+        self.total.zero_()
+        self.weighted.zero_()
+
+    def weigh(self, weights: Tensor) -> None:
+        """After an addition: W times the sum; weights (rank, 1)."""
+        torch.mul(self.total, weights, out=self.weighted)
+
+
+class Rows:
+    """Some rows of a call, q [b, h, G, n, d], k, v [b, h, m, ..], mask [b, m], and its work buffers.
+
+    size: queries in a tile. weights (rank, 1): the diagonal of W. runs [b, n]: `document_runs`, None without documents.
+    """
+
+    def __init__(
+        self,
+        spec: KernelSpec,
+        work: Workspace,
+        size: int,
+        weights: Tensor,
+        inputs: Inputs,
+        runs: Tensor | None,
+    ) -> None:
+        self.spec, self.work, self.size, self.weights = spec, work, size, weights
+        self.inputs, self.runs = inputs, runs
+        b, h, self.groups, self.n, _ = inputs.q.shape
+        self.heads, self.m = (b, h), inputs.k.shape[2]
+        self.count = b * h
+        self.coefficients = folded_coefficients(spec)
+        later = size if spec.causal else 0
+        self.future = torch.ones(later, later, dtype=torch.bool, device=work.device).triu_(1)
+        self.tiles = [self._tile(first, min(first + size, self.n)) for first in range(0, self.n, size)]
+
+    def _tile(self, first: int, last: int) -> Tile:
+        near, causal = self.spec.near, self.spec.causal
+        low, high, width = first, last, self.groups * (last - first)
+        if self.spec.total:
+            low = high = self.m
+        elif near is not None:
+            low = max(0, (first // near - 1) * near)
+            high = last if causal else min(self.m, ((last - 1) // near + 2) * near)
+            low = low if causal else min(self.m, low)
+        return Tile(first, last, low, high, width)
+
+    def sum(self, name: str) -> Sum:
+        """A sum with the buffers of that name, zero."""
+        return Sum(self.work, name, (self.count, self.work.rank, self.inputs.v.shape[-1] + 1))
+
+    def queries(self, tile: Tile) -> Features:
+        """The features of a tile's queries."""
+        features = self.work.features(self.count, tile.width)
+        features.load(self.inputs.q[:, :, :, tile.first : tile.last])
+        return features
+
+    def take_total(self, tile: Tile) -> Tensor:
+        """The buffer of N and D of a tile, (rows, width, dv + 1)."""
+        return self.work.take("total", self.count, tile.width, self.inputs.v.shape[-1] + 1)
+
+    def _within(self, token: int) -> int:
+        return min(max(token, 0), self.n - 1)
+
+    # ------------------------------------------------------------ the keys of a state
+
+    def _shown(self, first: int, last: int, token: int) -> Tensor | None:
+        """bool [b, last - first]: keys that count for the document of `token`; None for all."""
+        mask = self.inputs.mask
+        if self.runs is None:
+            return None if mask is None else mask[:, first:last]
+        own = of_document(self.runs, first, last, token)
+        return own if mask is None else own & mask[:, first:last]
+
+    def absorb(self, state: Sum, start: int, stop: int, token: int, old: int) -> None:
+        """Z += phi(K) [V, 1] over the keys [start, stop) of the document of `token`; before, the sum was `old`'s."""
+        if start >= stop:
+            return
+        if self.runs is not None:
+            keep_document(state.total, self.runs, self._within(old), token)
+        for first in range(start, stop, self.size):
+            last = min(first + self.size, stop)
+            phi = self.work.features(self.count, last - first).load(self.inputs.k[:, :, first:last])
+            values = load_values(self.work, self.inputs.v[:, :, first:last], self._shown(first, last, token))
+            add_product(self.work, state.total, phi, values)
+        state.weigh(self.weights)
+
+    def key_gradients(self, state: Sum, gradients: Floats, start: int, stop: int, token: int) -> None:
+        """dV += (Y^T W phi(K))[:dv], dK += J_phi(K)^T (W Y [V, 1]): keys [start, stop) of `token`'s document."""
+        if start >= stop:
+            return
+        state.weigh(self.weights)
+        k, v = self.inputs.k, self.inputs.v
+        for first in range(start, stop, self.size):
+            last = min(first + self.size, stop)
+            features = self.work.features(self.count, last - first)
+            cotangent = self.work.cotangent(self.count, last - first)
+            features.load(k[:, :, first:last])
+            shown = self._shown(first, last, token)
+            values = load_values(self.work, v[:, :, first:last], shown)
+            torch.bmm(state.weighted, values.mT, out=cotangent.upstream)
+            of_values, of_keys = torch.bmm(features.tokens, state.weighted), cotangent.pull()
+            if self.runs is not None and shown is not None:
+                select_tokens(of_values, shown, out=of_values)
+                select_columns(of_keys, shown)
+            add_rows(of_values, gradients.v[:, :, first:last])
+            gradients.k[:, :, first:last].add_(of_keys.mT.view(*self.heads, last - first, k.shape[-1]))
+
+    # ------------------------------------------------------------ the queries of a state
+
+    def _of_document(self, tile: Tile, token: int) -> Tensor | None:
+        """bool [b, t]: queries of a tile that are of the document of `token`; None without documents."""
+        if self.runs is None:
+            return None
+        return of_document(self.runs, tile.first, tile.last, self._within(token))
+
+    def _selected(self, upstream: Tensor, own: Tensor | None) -> Tensor:
+        """upstream (rows, width, dv + 1), and 0 where `own` is False, which leaves `upstream` as it is."""
+        if own is None:
+            return upstream
+        return select_tokens(upstream, own, out=self.work.take("document_upstream", *upstream.shape))
+
+    def read(self, state: Sum, features: Features, tile: Tile, token: int, out: Tensor) -> Tensor:
+        """phi(Q)^T W Z into `out`, (rows, width, dv + 1), for the queries of the document of `token`."""
+        torch.bmm(features.tokens, state.weighted, out=out)
+        own = self._of_document(tile, token)
+        return out if own is None else select_tokens(out, own, out=out)
+
+    def pull(self, state: Sum, tile: Tile, upstream: Tensor, token: int) -> Tensor:
+        """J_phi^T (W Z u~), (rows, d, width): the gradient that queries of `token`'s document owe to far keys."""
+        cotangent = self.work.cotangent(self.count, tile.width)
+        own = self._of_document(tile, token)
+        torch.bmm(state.weighted, self._selected(upstream, own).mT, out=cotangent.upstream)
+        gradient = cotangent.pull()
+        return gradient if own is None else select_columns(gradient, own)
+
+    def add_queries(
+        self, state: Sum, features: Features, tile: Tile, upstream: Tensor, token: int, old: int
+    ) -> None:
+        """Y += phi(Q)^T u~ over the queries of the document of `token`; before, the sum was that of `old`."""
+        if self.runs is not None:
+            keep_document(state.total, self.runs, self._within(old), token)
+        add_product(
+            self.work, state.total, features.phi, self._selected(upstream, self._of_document(tile, token))
+        )

@@ -1,0 +1,264 @@
+"""`fastgrad train`: a compiled spec, a text, a run folder, progress on the terminal and a sample at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from fastgrad_compiler.ir.graph import Program, TensorType
+from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.commands.terminal import console as console_of_lines
+from fastgrad_dsl.commands.terminal import print_calibration, print_plan, progress
+from fastgrad_dsl.models.text_data import TextData, load_text
+from fastgrad_dsl.storage.weights import load_weights
+from fastgrad_dsl.training.budget_watch import BudgetWatch
+from fastgrad_dsl.training.checkpoint import read_checkpoint
+from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, identity, publish, spec_files
+from fastgrad_dsl.training.log import Event
+from fastgrad_dsl.training.loop import Context, Loss, Options, generate, is_finished, train, train_in
+from fastgrad_dsl.training.plan import TextPlanner, plan_of, resumed_pace, resumed_plan, without_polynomials
+from fastgrad_dsl.training.stopping import Stop, StopAsked, Stopped, stop_on_signals
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+
+BYTES = 256
+PROMPT_BYTES = 64
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What the command line asks for; `sample` is how many bytes to generate at the end.
+
+    `calibrate`: the plan is made from the text, at the weights that training starts from. `resume`: the run of the
+    folder goes on; `force`: it is replaced.
+    """
+
+    text: Path
+    folder: Path
+    options: Options
+    resume: bool = False
+    sample: int = 200
+    calibrate: bool = False
+    force: bool = False
+
+
+def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module:
+    """Train, showing losses as they come, and return the trained module.
+
+    Raises TfgError: FG411 to FG414 for the text and the checkpoint, FG415 where the spec is no byte-level language
+    model, FG416 for options that no run can have, and as `train`. Raises SystemExit with 128 and the signal's number
+    where a signal stopped the run, after its checkpoint is saved.
+    """
+    options = request.options
+    _check(options)
+    loss = language_model_loss(compiled, options.tokens)
+    data = load_text(request.text, options.tokens)
+    console = console_of_lines()
+    exact, calibrate = options.exact, request.calibrate
+    texts = spec_files(compiled.source)  # now, for the files may change while the run goes on
+    named = identity(compiled, texts, data.digest, exact=exact, calibrate=calibrate)
+    compiled = without_polynomials(compiled) if exact else compiled
+    model = None
+    if request.resume:
+        model = _finished(console, compiled, request, Context(named))
+    if model is None:
+        with claimed(request.folder, resume=request.resume, force=request.force), stop_on_signals() as stop:
+            try:
+                model = _train(console, compiled, loss, data, request, texts, named, stop)
+            except (Stopped, StopAsked) as stopped:
+                _say_stopped(stopped, request.folder)
+                raise SystemExit(128 + (stop.signal or 0)) from None
+    console.print(f"log: {request.folder / LOG}\ncheckpoint: {request.folder / CHECKPOINT}", highlight=False)
+    if request.sample:
+        print_sample(console, model, compiled.program, data, options.tokens, request.sample)
+    return model
+
+
+def _finished(
+    console: Console, compiled: Compiled, request: TrainRequest, context: Context
+) -> nn.Module | None:
+    """The model of a run that has done its steps, None where there are some to do; writes nothing."""
+    checkpoint = read_checkpoint(request.folder / CHECKPOINT)
+    if not is_finished(checkpoint, request.options, context):
+        return None
+    model = resumed_plan(compiled, checkpoint).module(seed=request.options.seed)
+    load_weights(model, checkpoint.path)
+    steps = checkpoint.progress.step
+    console.print(
+        f"{request.folder}: the run has done its {steps} steps; more --steps go on with it", highlight=False
+    )
+    return model
+
+
+def _train(
+    console: Console,
+    compiled: Compiled,
+    loss: Loss,
+    data: TextData,
+    request: TrainRequest,
+    texts: Mapping[str, str],
+    named: Mapping[str, str],
+    stop: Stop,
+) -> nn.Module:
+    """One run, or the rest of one, in a folder that is claimed."""
+    planner = TextPlanner(data, request.options, stop, progress)
+    watch = BudgetWatch(compiled, planner.held_out, planner, _teller(console))
+    model = compiled.module(seed=request.options.seed)
+    if request.resume:
+        checkpoint = read_checkpoint(request.folder / CHECKPOINT)
+        checkpoint.belongs_to(request.options.settings, named)
+        watch.compiled = resumed_plan(compiled, checkpoint)
+        planner.pace = resumed_pace(checkpoint)
+        model = watch.compiled.module(seed=request.options.seed)
+    elif request.calibrate and not request.options.exact:
+        watch.compiled = planner(compiled, model)
+        print_plan(watch.compiled.program, str(compiled.source.path))
+        if watch.compiled.calibration is not None:
+            print_calibration(watch.compiled.calibration)
+        model = watch.compiled.adopt(model)
+    context = Context(
+        named,
+        {"calibration": planner.places},
+        lambda: plan_of(watch.compiled, planner.pace),
+        lambda: publish(watch.compiled, texts, request.folder, force=request.force),
+        stop,
+    )
+    watched = None if request.options.exact else watch
+    run(console, model, loss, data, request, watched, context)
+    return watch.compiled.adopt(model)
+
+
+def _say_stopped(stopped: Stopped | StopAsked, folder: Path) -> None:
+    if isinstance(stopped, Stopped):
+        said = f"stopped: {folder / CHECKPOINT} holds step {stopped.step}; the same command with --resume goes on"
+    else:
+        said = "stopped before the first step"
+    console_of_lines(error=True).print(said, soft_wrap=True)
+
+
+def _check(options: Options) -> None:
+    for name, value in (("--rate", options.learning_rate), ("--clip", options.clip)):
+        if not math.isfinite(value):
+            raise TfgError([Diagnostic("FG416", f"{name} {value}: a finite number is wanted")])
+
+
+def _teller(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(f"        {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def run(
+    console: Console,
+    model: nn.Module,
+    loss: Loss,
+    data: TextData,
+    request: TrainRequest,
+    watch: BudgetWatch | None = None,
+    context: Context | None = None,
+) -> None:
+    """The training loop with a progress bar; losses are printed on lines of their own, the budget below them.
+
+    With `context` the folder is claimed already; without, it is for as long as the run takes.
+    """
+    options, folder, resume = request.options, request.folder, request.resume
+    if context is None:
+        events = train(model, loss, data, options, folder, resume=resume, force=request.force, watch=watch)
+    else:
+        events = train_in(model, loss, data, options, folder, context, resume=resume, watch=watch)
+    total = options.steps if options.seconds is None else None
+    bar = Progress(
+        TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bar, closing(events):
+        task = bar.add_task("training", total=total, loss="")
+        for event in events:
+            bar.update(task, completed=event.step, loss=_loss_text(event))
+            if _is_printed(event, options):
+                console.print(_line(event), highlight=False)
+
+
+def print_sample(
+    console: Console, model: nn.Module, program: Program, data: TextData, window: int, length: int
+) -> None:
+    """A continuation of the held-out text's beginning."""
+    prompt = bytes(data.validation[:PROMPT_BYTES].tolist())
+    dims = program[program.main].inputs[0].tensor.shape[1].names
+    multiple = max((program.multiples.get(name, 1) for name in dims), default=1)
+    written = generate(model, prompt, length, window=window, multiple=multiple)
+    text = (prompt + b" >>> " + written).decode(errors="replace")
+    console.print("\nsample (the model's own text follows >>>):")
+    console.print(text, markup=False, highlight=False)
+
+
+def language_model_loss(compiled: Compiled, tokens: int) -> Loss:
+    """The objective of a spec that maps int[b, n] to float[b, n, at least 256]; TfgError FG415 for any other."""
+    program = compiled.program
+    graph = program[program.main]
+    problem = _not_a_language_model(program)
+    if problem is None and compiled.loss is not None:
+        limit = _token_limit(program)
+        if limit is None or tokens <= limit:
+            return compiled.loss
+        problem = f"its sequences have at most {limit} tokens, not {tokens}"
+    raise TfgError(
+        [
+            Diagnostic(
+                "FG415",
+                f"model {program.name} cannot be trained on text: {problem or 'the file has no objective'}",
+                span=graph.span,
+                help=(
+                    "a byte-level model takes int[b, n], gives float[b, n, 256] and has an objective(logits, targets)",
+                ),
+            )
+        ]
+    )
+
+
+def _not_a_language_model(program: Program) -> str | None:
+    inputs, result = program[program.main].inputs, program[program.main].output_type
+    if len(inputs) != 1 or inputs[0].tensor.dtype != "int" or len(inputs[0].tensor.shape) != 2:
+        return "it does not take one int[b, n] of tokens"
+    if (
+        not isinstance(result, TensorType)
+        or result.shape[:2] != inputs[0].tensor.shape
+        or len(result.shape) != 3
+    ):
+        return "it does not give float[b, n, vocab] for its tokens"
+    width = result.shape[2].constant
+    if width is None or width < BYTES:
+        return f"it has {result.shape[2]} classes, fewer than the {BYTES} values of a byte"
+    return None
+
+
+def _token_limit(program: Program) -> int | None:
+    dim = program[program.main].inputs[0].tensor.shape[1]
+    limits = [info.at_most for info in program.dims if dim.names == {info.name} and info.at_most is not None]
+    return dim.constant if dim.constant is not None else min(limits, default=None)
+
+
+def _is_printed(event: Event, options: Options) -> bool:
+    return (
+        event.validation_loss is not None
+        or event.step == 1
+        or event.step % max(1, options.validate_every // 10) == 0
+    )
+
+
+def _loss_text(event: Event) -> str:
+    return f"loss {event.loss:.4f}" if event.loss is not None else "validating"
+
+
+def _line(event: Event) -> str:
+    if event.validation_loss is not None:
+        held_out = f"validation loss {event.validation_loss:.4f} nats per byte"
+        return f"step {event.step:6d}  {held_out}  {event.seconds:7.1f} s"
+    return (
+        f"step {event.step:6d}  loss {event.loss:.4f}  rate {event.learning_rate:.2e}"
+        f"  gradient norm {event.gradient_norm:.2f}  {event.seconds:7.1f} s"
+    )
