@@ -9,13 +9,13 @@ from math import inf, sqrt
 
 from fastgrad_compiler.approximation.certificates import Certificate, certificate
 from fastgrad_compiler.approximation.rounding import WIDEST_NEAR, Rounding, Run, Sizes, rounding
+from fastgrad_compiler.attention.kernel import spec_of
 from fastgrad_compiler.attention.table import Lengths
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.words import number
-from fastgrad_compiler.planning.cost import EXACT, Shape, Way, break_even
+from fastgrad_compiler.planning.cost import EXACT, Shape, Way, break_even, shape_of
 from fastgrad_compiler.planning.decision import PRECISIONS, Decision
 from fastgrad_compiler.planning.knapsack import Option, choose
-from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration
 from fastgrad_dsl.calibration.candidates import Candidate
@@ -131,19 +131,7 @@ class _Sized:
     def shape(self, heads: int) -> Shape:
         """Of so many of its heads."""
         entry = self.attention.entry
-        node, roles = entry.node, entry.node["roles"]
-        near, window = node["near"], node.get("window")
-        return Shape(
-            n=self.n,
-            m=self.m,
-            d=entry.d or 1,
-            dv=entry.dv or 1,
-            heads=heads,
-            causal=bool(node["causal"]),
-            near=near if isinstance(near, int) else None,
-            documents=isinstance(roles, tuple) and "documents" in roles,
-            window=window if isinstance(window, int) else None,
-        )
+        return shape_of(entry.attention, self.n, self.m, entry.d or 1, entry.dv or 1, heads)
 
     def seconds(self, part: Part) -> float:
         """Of some heads, as they are served."""
@@ -163,18 +151,9 @@ class _Sized:
     def rounding(self, candidate: Candidate, precision: str) -> Rounding:
         """What rounding adds to a candidate computed in `precision`, at the planned lengths, in float32 runs."""
         entry, polynomial = self.attention.entry, candidate.polynomial
-        node = entry.node
-        roles = node["roles"]
-        spec = KernelSpec(
-            d=entry.d or 1,
-            dv=entry.dv or 1,
-            coefficients=polynomial.coefficients,
-            causal=bool(node["causal"]),
-            near=node["near"] if isinstance(node["near"], int) else candidate.near,
-            near_d=WIDEST_NEAR if isinstance(roles, tuple) and "near_q" in roles else None,
-            documents=isinstance(roles, tuple) and "documents" in roles,
-            precision=precision,
-        )
+        near = candidate.near if entry.attention.near is None else entry.attention.near
+        kernel = entry.attention.served(polynomial, near, precision)
+        spec = spec_of(kernel, entry.d or 1, entry.dv or 1, WIDEST_NEAR)
         served = self.attention.served[candidate.near].range
         norms = served.norms or served.heads
         reach = max(polynomial.bound, *(norms[head] for head in candidate.heads))
@@ -307,7 +286,7 @@ def _decision(sized: _Sized, way: Serving, part: Part, calibration: Calibration)
     return Decision(
         _why(way, part, candidate, served.uncentred, calibration),
         candidate.polynomial,
-        candidate.near if each.entry.node["near"] is None else None,
+        candidate.near if each.entry.attention.near is None else None,
         break_even(sized.pace, sized.shape(len(part.heads)), part.way),
         range=used,
         own_mean=served.mean,

@@ -25,6 +25,7 @@ from functools import cache
 from typing import ClassVar, Protocol
 
 from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.attention.value import Attention
 
 LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
 NEVER = 2**40  # a break-even length that no sequence has
@@ -56,6 +57,22 @@ class Shape:
     near: int | None = None
     documents: bool = False
     window: int | None = None
+
+
+def shape_of(attention: Attention, n: int, m: int, d: int, dv: int, heads: int = 1) -> Shape:
+    """An attention at a length; arguments as those of `Shape`."""
+    mask = attention.mask
+    return Shape(
+        n=n,
+        m=m,
+        d=d,
+        dv=dv,
+        heads=heads,
+        causal=mask.causal,
+        near=attention.near,
+        documents=mask.documents,
+        window=mask.window,
+    )
 
 
 @dataclass(frozen=True, slots=True)
