@@ -21,7 +21,7 @@ from fastgrad_compiler.approximation.polynomial import FAMILIES, Family
 from fastgrad_compiler.attention.table import AttentionEntry, attention_table
 from fastgrad_compiler.attention.value import Range
 from fastgrad_compiler.ir.graph import Budget
-from fastgrad_compiler.planning.candidates import MOST_EPS, Limits, polynomials
+from fastgrad_compiler.planning.candidates import MOST_EPS, Policy, polynomials
 from fastgrad_compiler.planning.settings import Settings, settings_of
 from fastgrad_dsl.calibration.candidates import Candidate, whole_errors
 from fastgrad_dsl.calibration.capture import Call, Errors, Probe, Subject, capture, probe
@@ -259,8 +259,8 @@ def _candidates(found: Attention, calls: Sequence[Call]) -> tuple[Candidate, ...
         centres = [_centre(served, each) for each in rows]
         for heads, bound in _levels(served.range, found.heads, found.key_heads):
             proved = served.range.source == "program"
-            limits = Limits(found.entry.d or 1, proved, max_eps=MOST_EPS)
-            for polynomial in polynomials(bound, limits, families):
+            policy = Policy(found.entry.d or 1, proved, max_eps=MOST_EPS)
+            for polynomial in polynomials(bound, policy, families):
                 errors = [
                     polynomial_errors(each, reference, polynomial.coefficients, near=near, centre=centre)
                     for each, reference, centre in zip(rows, references, centres, strict=True)

@@ -12,8 +12,8 @@ from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.polynomial import Polynomial
 from fastgrad_compiler.approximation.rounding import EXACT as UNROUNDED
 from fastgrad_compiler.approximation.rounding import Rounding, Run, Sizes, rounding
-from fastgrad_compiler.attention.table import OWN
-from fastgrad_compiler.planning.candidates import Limits, polynomials
+from fastgrad_compiler.attention.value import OWN
+from fastgrad_compiler.planning.candidates import Policy, polynomials
 from fastgrad_compiler.planning.cost import EXACT, Pace, Way
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
@@ -72,8 +72,8 @@ def certified(entry: Attention, sizes: Mapping[str, int], pace: Pace, target: st
     unit = pace.seconds(shape, EXACT)
     points = [_point(entry, None, None, 1.0)]
     lengths = Sizes(n, m, max(1, entry.query_heads // entry.key_heads))
-    limits = Limits(entry.d, entry.range_source == "program")
-    for polynomial in polynomials(entry.bound, limits):
+    policy = Policy(entry.d, entry.range_source == "program")
+    for polynomial in polynomials(entry.bound, policy):
         for near in dict.fromkeys((None, entry.near)):
             for precision in ("float32", "float64"):
                 added = _rounding(entry, polynomial, near, precision, lengths, target)

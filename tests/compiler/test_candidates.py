@@ -9,7 +9,7 @@ import pytest
 
 from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import FAMILIES, MAX_DEGREE, Polynomial, PrecisionError, fit
-from fastgrad_compiler.planning.candidates import MAX_RANK, Limits, fits, highest_degree, polynomials
+from fastgrad_compiler.planning.candidates import MAX_RANK, Policy, fits, highest_degree, polynomials
 
 
 @pytest.mark.parametrize("d", [1, 4, 16, 199, 200, 20_000])
@@ -17,14 +17,14 @@ def test_the_highest_degree_is_the_last_within_the_rank(d: int) -> None:
     found = highest_degree(d)
     assert found == 0 or rank(d, found) <= MAX_RANK
     assert found == MAX_DEGREE or rank(d, found + 1) > MAX_RANK
-    assert Limits(d, True, max_rank=rank(d, 1)).highest_degree >= 1
-    assert Limits(d, True, max_rank=rank(d, 1) - 1).highest_degree == 0
+    assert Policy(d, True, max_rank=rank(d, 1)).highest_degree >= 1
+    assert Policy(d, True, max_rank=rank(d, 1) - 1).highest_degree == 0
 
 
 @pytest.mark.parametrize("proved", [True, False])
 @pytest.mark.parametrize("bound", [0.5, 2.0, 6.0])
 def test_all_polynomials_within_the_limits(bound: float, proved: bool) -> None:
-    limits = Limits(8, proved, max_rank=rank(8, 6), max_eps=0.5)
+    limits = Policy(8, proved, max_rank=rank(8, 6), max_eps=0.5)
     expected = [
         polynomial
         for family, degree in product(FAMILIES, range(1, 7))
@@ -39,7 +39,7 @@ def test_all_polynomials_within_the_limits(bound: float, proved: bool) -> None:
 
 
 def test_eps_is_below_1_without_a_limit() -> None:
-    limits = Limits(1, True)
+    limits = Policy(1, True)
     found = list(polynomials(6.0, limits))
     assert max(each.eps for each in found) < 1 < max(fit(f, 2, 6.0).eps for f in FAMILIES)
     assert not list(polynomials(6.0, replace(limits, max_eps=0.0)))
@@ -50,4 +50,4 @@ def test_what_float64_cannot_hold_says_so() -> None:
     assert isinstance(error, PrecisionError)
     (found,) = fits("balanced", 1.0, (4,))
     assert isinstance(found, Polynomial)
-    assert not list(polynomials(25.0, Limits(1, True)))
+    assert not list(polynomials(25.0, Policy(1, True)))

@@ -118,7 +118,7 @@ def _advice(case: Case) -> Iterator[Advice]:
 
 def _degrees(case: Case) -> Iterator[Advice]:
     """Every degree whose polynomial may serve at all."""
-    for polynomial in polynomials(case.bound, case.limits, (case.chosen_family,)):
+    for polynomial in polynomials(case.bound, case.policy, (case.chosen_family,)):
         yield _priced(case, _evaluated(case, polynomial), f"degree = {polynomial.degree}", "plan", case)
 
 

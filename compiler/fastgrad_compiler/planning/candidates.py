@@ -27,7 +27,7 @@ USEFUL = 0.1
 
 
 @dataclass(frozen=True)
-class Limits:
+class Policy:
     """What a polynomial for an attention of width `d` must keep to.
 
     proved: the program proves the range, so that no logit leaves it; max_eps: of eps, which is below 1 in any case.
@@ -68,10 +68,10 @@ def fits(family: Family, bound: float, degrees: Iterable[int]) -> Iterator[Polyn
 
 
 def polynomials(
-    bound: float, limits: Limits, families: Iterable[Family] = FAMILIES, *, above: int = 0
+    bound: float, policy: Policy, families: Iterable[Family] = FAMILIES, *, above: int = 0
 ) -> Iterator[Polynomial]:
     """All polynomials within the limits for logits in [-bound, bound], of degrees above one; least degrees first."""
     for family in families:
-        for found in fits(family, bound, range(above + 1, limits.highest_degree + 1)):
-            if isinstance(found, Polynomial) and limits.admit(found):
+        for found in fits(family, bound, range(above + 1, policy.highest_degree + 1)):
+            if isinstance(found, Polynomial) and policy.admit(found):
                 yield found

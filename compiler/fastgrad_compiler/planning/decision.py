@@ -33,7 +33,7 @@ from fastgrad_compiler.attention.kernel import spec_of
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.graph import Node
 from fastgrad_compiler.ir.words import number
-from fastgrad_compiler.planning.candidates import Limits, fits
+from fastgrad_compiler.planning.candidates import Policy, fits
 from fastgrad_compiler.planning.cost import DOUBLE, EXACT, Shape, Way, shape_of
 from fastgrad_compiler.planning.settings import Settings
 from fastgrad_compiler.planning.target_cost import cost_of, target_break_even
@@ -132,9 +132,9 @@ class Case:
         return self.bound if reach is None else reach
 
     @property
-    def limits(self) -> Limits:
+    def policy(self) -> Policy:
         """What a polynomial must keep to."""
-        return Limits(self.d or 1, not self.attention.range.asserted, self.max_rank)
+        return Policy(self.d or 1, not self.attention.range.asserted, self.max_rank)
 
     @property
     def shape(self) -> Shape:
@@ -293,7 +293,7 @@ def _pinned(case: Case, degree: int) -> Outcome:
     if not polynomial.positive:
         text = f"the {family} polynomial of degree {degree} is not positive on [-{number(bound)}, {number(bound)}]"
         return Refusal("FG304", text, "degree", polynomial)
-    if not case.limits.is_positive(polynomial):
+    if not case.policy.is_positive(polynomial):
         text = (
             f"the {family} polynomial of degree {degree} is negative for logits below"
             f" {number(polynomial.positive_from or 0.0)}, and |s| <= {number(bound)} is asserted, not proved"
@@ -365,8 +365,8 @@ def search(case: Case) -> tuple[Evaluated | None, str]:
     best: Evaluated | None = None
     least = inf
     obstacle = "no degree is positive on its range"
-    limits, d = case.limits, case.d or 1
-    highest = limits.highest_degree
+    policy, d = case.policy, case.d or 1
+    highest = policy.highest_degree
     cheaper = takewhile(lambda degree: rank(d, degree) < least, range(1, highest + 1))
     for found in fits(case.chosen_family, case.bound, cheaper):
         evaluated, missed = _candidate(case, found)
@@ -386,7 +386,7 @@ def _candidate(case: Case, found: Polynomial | PrecisionError) -> tuple[Evaluate
     """(a polynomial in the precision that meets the caps, else what it lacks)."""
     if isinstance(found, PrecisionError):
         return None, str(found)
-    if not case.limits.is_positive(found):
+    if not case.policy.is_positive(found):
         return None, ""
     missed = ""
     for precision in PRECISIONS:

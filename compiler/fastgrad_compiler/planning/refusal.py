@@ -85,7 +85,7 @@ def _positive_degree(refusal: Refusal, case: Case) -> list[str]:
     degree = _degree(case) or 1
     remedies = []
     useful = polynomials(
-        case.bound, replace(case.limits, max_eps=USEFUL), (case.chosen_family,), above=degree
+        case.bound, replace(case.policy, max_eps=USEFUL), (case.chosen_family,), above=degree
     )
     for polynomial in islice(useful, 1):
         higher, found_rank = polynomial.degree, rank(case.d or 1, polynomial.degree)
@@ -102,9 +102,9 @@ def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
     width = widest(degree, case.max_rank, below=case.d or 1)
     if width is not None:
         remedies.append(f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}")
-    lower = min(degree - 1, case.limits.highest_degree)
+    lower = min(degree - 1, case.policy.highest_degree)
     polynomial = _fit(case, lower, case.bound) if lower else None
-    if polynomial is not None and case.limits.is_positive(polynomial):
+    if polynomial is not None and case.policy.is_positive(polynomial):
         found_rank = rank(case.d or 1, polynomial.degree)
         remedies.append(
             f"degree {polynomial.degree} has rank {found_rank:,} and eps {number(polynomial.eps)}"
@@ -143,7 +143,7 @@ def _masked(refusal: Refusal, case: Case) -> list[str]:
 def _smaller_range(case: Case, degree: int, suits: Callable[[Polynomial], bool]) -> list[str]:
     def serves(bound: float) -> bool:
         polynomial = _fit(case, degree, bound)
-        return polynomial is not None and case.limits.is_positive(polynomial) and suits(polynomial)
+        return polynomial is not None and case.policy.is_positive(polynomial) and suits(polynomial)
 
     return _gain(case, _largest(case.bound, serves), f"serves at degree {degree}")
 
