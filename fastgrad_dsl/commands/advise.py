@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -130,7 +130,7 @@ def _document(advised: Advised, measured: Calibration | None) -> AdvisedAttentio
     return AdvisedAttention(
         paths=tuple(paths),
         place=first.place or None,
-        bound=cast("float | None", first.node["bound"]),
+        bound=first.attention.range.bound,
         limits=advised.limits,
         length=advised.length,
         cheapest=best.change if best else None,
