@@ -182,4 +182,4 @@ def _remade(package: _Package, module: str, name: str) -> nn.Module:
 
 def _not_compiled(folder: Path, missing: str) -> TfgError:
     help_ = ("write one with `fastgrad compile FILE -o DIR`",)
-    return TfgError([Diagnostic("FG419", f"{folder} is no compiled model: it has no {missing}", help=help_)])
+    return TfgError([Diagnostic("FG419", f"{folder} is not a compiled model: it has no {missing}", help=help_)])

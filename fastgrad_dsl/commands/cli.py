@@ -99,7 +99,7 @@ Target = Annotated[
 
 @app.command()
 def check(file: File, model: Model = None, set_: Set = None, include: Include = None) -> None:
-    """Check a file: report every error, or show what each attention will be."""
+    """Check a file: report every error, or show how each attention will be computed."""
     from fastgrad_dsl.commands.terminal import print_plan
 
     stages = _stages(file, model, set_, include, until="plan")
@@ -334,7 +334,7 @@ def train(
     """
     if resume and force:
         raise TfgError(
-            [Diagnostic("FG416", "--resume goes on with a run, and --force replaces it: give one")]
+            [Diagnostic("FG416", "--resume continues a run and --force replaces it: give one")]
         )
     folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
     if not resume:  # where a run that is finished changes nothing

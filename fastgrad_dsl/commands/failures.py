@@ -86,7 +86,7 @@ def _of_system(error: OSError) -> Diagnostic:
 
 
 def _told(error: Exception) -> int:
-    """Tell of an exception on stderr, behind what was printed before, and give the exit status."""
+    """Tell of an exception on stderr, after what was printed before, and give the exit status."""
     if isinstance(error, _NoReader):
         return NO_READER
     found = diagnostics(error)

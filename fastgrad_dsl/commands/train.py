@@ -145,7 +145,7 @@ def _say_stopped(stopped: Stopped | StopAsked, folder: Path) -> None:
 def _check(options: Options) -> None:
     for name, value in (("--rate", options.learning_rate), ("--clip", options.clip)):
         if not math.isfinite(value):
-            raise TfgError([Diagnostic("FG416", f"{name} {value}: a finite number is wanted")])
+            raise TfgError([Diagnostic("FG416", f"{name} {value}: expected a finite number")])
 
 
 def _teller(console: Console) -> Callable[[str], None]:

@@ -25,7 +25,7 @@ LOGGER = logging.getLogger("fastgrad.budget")
 
 
 def log_budget(model: nn.Module, every: int = 1) -> RemovableHandle:
-    """Log the budget's state behind every `every`-th forward pass of a generated model; gives the hook's handle.
+    """Log the budget's state after every `every`-th forward pass of a generated model; gives the hook's handle.
 
     Records have the level INFO, which the logger is set to where it has no level of its own. Each waits for the device.
     With torch.compile, give what it returns. A model without guards logs nothing.

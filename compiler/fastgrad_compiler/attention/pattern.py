@@ -61,7 +61,7 @@ def _servable(masks: Masks) -> bool:
 
 
 def _products(graph: Graph, root: Node) -> list[tuple[str, str, bool, bool]]:
-    """(weights, values, flipped, late) of each way to read the root; `late` divides by the row sum behind
+    """(weights, values, flipped, late) of each way to read the root; `late` divides by the row sum after
     the product.
     """
     if root.op == "matmul":

@@ -98,7 +98,7 @@ def _keep_names(graph: Graph, renamed: Mapping[str, str]) -> Graph:
 
 
 def _source(graph: Graph, name: str) -> str:
-    """The attention behind the reshape or transposition of its result."""
+    """The attention after the reshape or transposition of its result."""
     while graph[name].op not in ATTENTION:
         name = graph[name].inputs[0]
     return name

@@ -310,7 +310,7 @@ def _shape(a: _Argument) -> tuple[Attribute, ...]:
     left = product(source.type.shape).divide(known, a.scope.multiples)
     if left is None:
         at = expressions[found.index(None)]
-        a.fail("FG207", f"reshape of {source.type}: {product(source.type.shape)} elements are no multiple of {known}",
+        a.fail("FG207", f"reshape of {source.type}: {product(source.type.shape)} elements are not a multiple of {known}",
                at, "nothing fits here")  # fmt: skip
     return tuple(values.normal(left if dim is None else dim) for dim in found)
 

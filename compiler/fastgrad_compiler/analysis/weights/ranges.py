@@ -74,7 +74,7 @@ class _Walk:
         self.facts: dict[str, _Known] = {}
 
     def ranges(self) -> dict[str, LogitRange]:
-        """The range of each attention by its path; facts are dropped behind their last reader."""
+        """The range of each attention by its path; facts are dropped after their last reader."""
         last = self._last_readers()
         attended = {node.name for node in self.attentions}
         found = {}
