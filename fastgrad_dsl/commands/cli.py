@@ -333,9 +333,7 @@ def train(
     checkpoint and stops; the same command with --resume continues from there, with more --steps if you like.
     """
     if resume and force:
-        raise TfgError(
-            [Diagnostic("FG416", "--resume continues a run and --force replaces it: give one")]
-        )
+        raise TfgError([Diagnostic("FG416", "--resume continues a run and --force replaces it: give one")])
     folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
     if not resume:  # where a run that is finished changes nothing
         try_folder(folder)

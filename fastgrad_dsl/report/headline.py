@@ -164,7 +164,10 @@ def _verdict(plan: Plan, use: Mapping[str, Use]) -> Verdict:
     outcomes: dict[tuple[bool, bool], tuple[State, str]] = {
         (False, False): ("likely", "The plan is expected to keep the budget: {}."),
         (True, False): ("unlikely", "The plan is expected to miss the budget: {}."),
-        (False, True): ("likely", "The sum of the worst cases is within the budget: {}. Nothing was measured."),
+        (False, True): (
+            "likely",
+            "The sum of the worst cases is within the budget: {}. Nothing was measured.",
+        ),
         (True, True): (
             "open",
             "Open: the sum of the worst cases exceeds the budget: {}. A measurement decides.",

@@ -204,7 +204,7 @@ class _LayoutBuilder:
             self._close_braces(token)
 
     def _close_braces(self, token: lark.Token | None) -> None:
-        """Report the brace that is not closed, and close all that are open: parsing goes on after them."""
+        """Report the brace that is not closed, and close all that are open: parsing continues after them."""
         opening = self.suspect if self.suspect is not None else self.open[-1]
         self.layout.diagnostics.append(self._unclosed(opening, token))
         place = (self.layout.tokens[-1].end_pos or 0) if self.layout.tokens else 0

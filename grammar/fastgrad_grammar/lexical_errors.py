@@ -50,7 +50,7 @@ _HELP = {
 
 
 def explain_character(source: Source, offset: int) -> tuple[Diagnostic, int]:
-    """The diagnostic for what stands at `offset`, and where lexing goes on after it."""
+    """The diagnostic for what stands at `offset`, and where lexing continues after it."""
     text = source.text
     char = text[offset]
     if char.isascii() and char.isdigit():

@@ -74,7 +74,7 @@ _SAMPLE = {"NAME": "int", "INT": "1", "TRUE": "true"}
 
 
 class _Driver:
-    """Feeds tokens to the LALR automaton; after an error it drops the statement and goes on after it."""
+    """Feeds tokens to the LALR automaton; after an error it drops the statement and continues after it."""
 
     def __init__(self, grammar: lark.Lark, layout: Layout) -> None:
         self.layout = layout

@@ -145,7 +145,7 @@ def _statement_outside(case: Situation) -> Diagnostic | None:
 
 
 def _foreign_word(case: Situation) -> Diagnostic | None:
-    """`def`, `for`, `let x = ...`: a name at the start of a line that is no name here."""
+    """`def`, `for`, `let x = ...`: a word at the start of a line that is not a name here."""
     for offset in (0, -1):
         word = case.word(offset)
         if word in _FOREIGN and case.index + offset == case.start and case.kind(offset + 1) != "ASSIGN":
@@ -410,7 +410,9 @@ def _unexpected(case: Situation) -> Diagnostic:
         notes = (Note(f"inside this `{opening}`", case.layout.span(opening)),)
     help_: tuple[str, ...] = ()
     if case.at_start and case.token.type in OPERATORS:
-        help_ = ("an expression continues after an operator: end the line before with it, or use parentheses",)
+        help_ = (
+            "an expression continues after an operator: end the line before with it, or use parentheses",
+        )
     return Diagnostic("FG101", f"unexpected {found}", case.span, f"expected {expected}", notes, help_)
 
 

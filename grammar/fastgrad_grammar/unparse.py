@@ -204,7 +204,7 @@ def value_type(kind: ast.ValueType) -> str:
 
 
 def results(types: Sequence[ast.TensorType], scope: Scope) -> str:
-    """What stands after `->`."""
+    """What comes after `->`."""
     joined = ", ".join(tensor_type(kind, scope) for kind in types)
     return joined if len(types) == 1 else f"({joined})"
 

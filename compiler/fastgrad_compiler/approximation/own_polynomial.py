@@ -34,7 +34,7 @@ def trimmed(coefficients: Sequence[float]) -> tuple[float, ...]:
 
 
 def objection(coefficients: Sequence[float]) -> Objection | None:
-    """Why the trimmed polynomial is no weight; None where it is one.
+    """Why the trimmed polynomial cannot give weights; None if it can.
 
     Args:
         coefficients: ascending, finite, without a zero after the last power.

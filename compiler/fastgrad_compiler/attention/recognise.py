@@ -246,7 +246,7 @@ class _Scope:
         return [replace(pair, key=self.unrepeated(pair.key)) for pair in pairs], self.unrepeated(value)
 
     def repeats(self, value: Value) -> int:
-        """How often each head stands in a row, 1 where they were not repeated."""
+        """How often each head is repeated, 1 if it is not."""
         node = value.node
         while node.op in _ROWWISE:
             node = self.nodes[node.inputs[0]]
