@@ -13,7 +13,8 @@ from torch import Tensor
 
 from attack.cases import Case, Finding, Point, built, draw, moderate, walk, wild
 from attack.logits import far_logits
-from fastgrad_compiler.attention.table import is_own, range_source
+from fastgrad_compiler.attention.table import is_own
+from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Node, Program
 
@@ -89,9 +90,9 @@ def _range_claims(program: Program) -> Iterator[Claim]:
     for node in flatten(program).nodes:
         if node.op not in ("attention", "poly_attention") or is_own(node):
             continue
-        limit = node.get("bound")
-        if isinstance(limit, float | int) and range_source(node) == "program" and not node.get("asserted"):
-            yield Claim(node, "R", float(limit), False, _logit(node))
+        known = Attention.of(node).range
+        if known.origin == "program":
+            yield Claim(node, "R", known.limit, False, _logit(node))
 
 
 def _logit(node: Node) -> Callable[[Mapping[str, Tensor]], Tensor]:

@@ -10,7 +10,8 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from attack.cases import Case, Finding
-from fastgrad_compiler.attention.table import OWN, AttentionEntry, attention_table, range_source
+from fastgrad_compiler.attention.table import AttentionEntry, attention_table
+from fastgrad_compiler.attention.value import OWN, Attention
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.text import print_program
 from fastgrad_compiler.ir.text_parser import parse_program
@@ -64,7 +65,7 @@ def _same_as_program(plan: list[Entry], table: tuple[AttentionEntry, ...]) -> No
             "decision": "polynomial" if polynomial else "exact",
             "degree": node.get("degree") if polynomial else None,
             "bound": node["bound"],
-            "range_source": range_source(node),
+            "range_source": Attention.of(node).range.origin,
             "eps": node.get("eps") if polynomial else None,
         }
         for key, value in runs.items():

@@ -17,9 +17,9 @@ from torch import Tensor
 from fastgrad_compiler.analysis.ranges import LogitRange
 from fastgrad_compiler.analysis.weights.ranges import weight_ranges
 from fastgrad_compiler.approximation.polynomial import FAMILIES
-from fastgrad_compiler.attention.table import AttentionEntry, attention_table, is_own
-from fastgrad_compiler.ir.graph import Budget, Node
-from fastgrad_compiler.planning.decision import unservable
+from fastgrad_compiler.attention.table import AttentionEntry, attention_table
+from fastgrad_compiler.attention.value import Range
+from fastgrad_compiler.ir.graph import Budget
 from fastgrad_compiler.planning.plan import MAX_RANK
 from fastgrad_compiler.planning.settings import Settings, settings_of
 from fastgrad_dsl.calibration.candidates import Candidate, polynomials, whole_errors
@@ -114,7 +114,7 @@ def calibrate(
     proved = weight_ranges(subject.program, subject.weights)
     attentions = []
     for entry in attention_table(subject.program):
-        if not is_own(entry.node):
+        if not entry.attention.is_own:
             tell(entry.path)
             calls = [run.calls[entry.full_path] for run in runs]
             settings = settings_of(entry.full_path, budget.rules)
@@ -148,9 +148,10 @@ def _attention(
     certified: bool,
 ) -> Attention:
     q, k = calls[0].inputs[:2]
-    heads, key_heads = (x.shape[-3] if x.dim() >= 4 or not _is_flat(calls[0]) else 1 for x in (q, k))
-    found = Attention(entry, settings, heads, key_heads, (q.shape[-2], k.shape[-2]), {}, {}, (), None, None)
-    mask = unservable(entry.node)
+    found = Attention(
+        entry, settings, q.shape[1], k.shape[1], (q.shape[-2], k.shape[-2]), {}, {}, (), None, None
+    )
+    mask = entry.attention.unservable
     if mask:
         return replace(found, obstacle=f"a polynomial cannot serve the mask `{mask}`")
     if settings.exact is not None:
@@ -166,7 +167,7 @@ def _attention(
     for near in blocks:
         if not certified and max(logits[near].magnitudes) < LEAST_RANGE:
             continue  # no far pair was seen: errors on such data say nothing
-        use = _range(entry.node, proved, logits[near], certified)
+        use = _range(entry.attention.range, proved, logits[near], certified)
         if use is not None:
             served[near] = use
     if not served:
@@ -182,28 +183,20 @@ def _attention(
     return replace(found, logits=logits, served=served, candidates=candidates, obstacle=reason)
 
 
-def _is_flat(call: Call) -> bool:
-    """Whether an attention of rank 2 or 3 has no axis of heads."""
-    rank = call.inputs[0].dim()
-    return rank == 2 or (rank == 3 and ("padding" in call.others or "documents" in call.others))
-
-
 def _blocks(entry: AttentionEntry, settings: Settings, budget: Budget) -> list[int | None]:
     """Blocks of a near field that the rewrite may have: none, and the budget's. None beside the model's own."""
-    if entry.node["near"] is not None or entry.queries != entry.keys:
+    if entry.attention.near is not None or entry.queries != entry.keys:
         return [None]
     if settings.near is not None:
         return [int(str(settings.near.value))]
     return [None] if budget.near is None else [None, budget.near]
 
 
-def _range(node: Node, proved: LogitRange | None, logits: Logits, certified: bool) -> Served | None:
+def _range(known: Range, proved: LogitRange | None, logits: Logits, certified: bool) -> Served | None:
     """The best range: a proved one unless the measured one is much narrower; None where there is none."""
     options = []
-    if node["bound"] is not None and not node.get("asserted"):
-        proof = node["proof"]
-        reasons = tuple(map(str, proof)) if isinstance(proof, tuple) else ()
-        options.append(LogitRange("program", (float(str(node["bound"])),) * len(logits.least), reasons))
+    if known.bound is not None and not known.asserted:
+        options.append(LogitRange("program", (known.limit,) * len(logits.least), known.proof))
     if proved is not None and proved.source == "weights":
         options.append(_with_room(proved))
     finite = [option for option in options if min(option.heads) < inf]

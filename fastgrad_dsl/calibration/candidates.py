@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import FAMILIES, MAX_DEGREE, Polynomial, PrecisionError, fit
-from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
+from fastgrad_compiler.attention.kernel import spec_of
+from fastgrad_compiler.attention.value import NEAR
+from fastgrad_compiler.attention.value import Polynomial as Weights
+from fastgrad_compiler.codegen.kernel import load_kernel
+from fastgrad_compiler.ir.masks import OPERANDS
 from fastgrad_dsl.calibration.capture import Call, Errors, exact
-from fastgrad_dsl.calibration.samples import LocalErrors, headed
+from fastgrad_dsl.calibration.samples import LocalErrors
 
 MOST_EPS = (
     0.5  # no weight may be off by more, proved: else a rare logit at the end of the range decides the error
@@ -71,31 +75,18 @@ def kernel_of(
     call: Call, coefficients: Sequence[float], near: int | None, centre: Tensor | None
 ) -> Callable[..., Tensor]:
     """The attention with a polynomial, as a function of the node's inputs; by PyTorch kernels."""
-    node, others = call.node, call.others
-    q, _, v = call.inputs[:3]
-    own = node["near"] if isinstance(node["near"], int) else None
-    spec = KernelSpec(
-        d=q.shape[-1],
-        dv=v.shape[-1],
-        coefficients=tuple(coefficients),
-        causal=bool(node["causal"]),
-        padding="padding" in others,
-        near=own or near,
-        near_d=others["near_q"].shape[-1] if "near_q" in others else None,
-        scale=float(str(node["scale"])),
-        documents="documents" in others,
+    value = call.attention
+    value = replace(
+        value, polynomial=Weights("", tuple(coefficients)), near=near if value.near is None else value.near
     )
-    kernel = load_kernel(spec)
-    roles = tuple(others)
+    widths = {role: x.shape[-1] for role, x in call.by_role.items()}
+    kernel = load_kernel(spec_of(value, widths["q"], widths["v"], widths.get("near_q", 0)))
 
     def attention(*tensors: Tensor) -> Tensor:
-        given = dict(zip(roles, tensors[3:], strict=True))
-        q, k, v = (headed(x, call) for x in tensors[:3])
-        near_q, near_k = (headed(given[r], call) if r in given else None for r in ("near_q", "near_k"))
-        masks = (given.get("padding"), given.get("documents"))
+        given = value.by_role(tensors)
+        k = given["k"]
         k = k if centre is None else k - centre[:, :: centre.shape[1] // k.shape[1]].to(k)
-        spread = [None if x is None else x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in masks]
-        return kernel(q, k, v, near_q, near_k, *spread).reshape(call.output.shape)
+        return kernel(given["q"], k, given["v"], *(given.get(role) for role in (*NEAR, *OPERANDS)))
 
     return attention
 

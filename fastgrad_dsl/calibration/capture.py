@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import sqrt
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastgrad_compiler.attention.value import QKV, Attention
 from fastgrad_compiler.ir.graph import Node, Program
 from fastgrad_compiler.reference.interpret import Values, run
 from fastgrad_compiler.reference.operations_torch import TORCH
@@ -34,12 +36,20 @@ class Call:
     output: Tensor
     upstream: Tensor
 
+    @cached_property
+    def attention(self) -> Attention:
+        """What the node says of it."""
+        return Attention.of(self.node)
+
+    @property
+    def by_role(self) -> dict[str, Tensor]:
+        """The inputs by role."""
+        return self.attention.by_role(self.inputs)
+
     @property
     def others(self) -> dict[str, Tensor]:
         """The inputs beyond q, k and v by role."""
-        roles = self.node["roles"]
-        assert isinstance(roles, tuple)
-        return dict(zip(map(str, roles), self.inputs[3:], strict=True))
+        return {role: x for role, x in self.by_role.items() if role not in QKV}
 
 
 @dataclass(frozen=True)
@@ -225,29 +235,25 @@ def _forward(subject: Subject, weights: Mapping[str, Tensor], batch: Sequence[Te
 
 def exact(node: Node, tensors: Sequence[Tensor]) -> Tensor:
     """An attention node's exact result: by a fused kernel where one fits, else by its dense definition."""
-    q, k, v = tensors[:3]
-    roles = node["roles"]
-    assert isinstance(roles, tuple)
-    others = dict(zip(map(str, roles), tensors[3:], strict=True))
-    scale = float(str(node["scale"]))
-    if q.dim() != 4 or node["alibi"]:
+    attention = Attention.of(node)
+    given, mask, scale = attention.by_role(tensors), attention.mask, attention.scale
+    q, k, v = (given[role] for role in QKV)
+    if attention.alibi:
         result = TORCH["attention"](node, list(tensors), Env({}, q.dtype, q.device))
         assert isinstance(result, Tensor)
         return result
-    window = node.get("window")
-    if others or window is not None:
-        near = node["near"]
+    if attention.roles or mask.window is not None:
         return exact_attention(
-            *(q, k, v, others.get("near_q"), others.get("near_k")),
-            *(others.get("padding"), others.get("documents")),
+            *(q, k, v, given.get("near_q"), given.get("near_k")),
+            *(given.get("padding"), given.get("documents")),
             scale=scale,
-            causal=bool(node["causal"]),
-            near=near if isinstance(near, int) and "near_q" in others else None,
-            window=window if isinstance(window, int) else None,
+            causal=mask.causal,
+            near=attention.near if attention.own_near else None,
+            window=mask.window,
         )
     width = max(q.shape[-1], v.shape[-1])  # PyTorch has fused kernels for equal widths only
     q, k, wide = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-    grouped, causal = q.shape[1] != k.shape[1], bool(node["causal"])
+    grouped, causal = q.shape[1] != k.shape[1], mask.causal
     if causal and scale <= 0:  # to which PyTorch's fused kernel has no answer
         q, scale = q * scale, 1.0
     out = F.scaled_dot_product_attention(q, k, wide, is_causal=causal, scale=scale, enable_gqa=grouped)

@@ -96,12 +96,12 @@ def _norms(samples: Sequence[Sample], centres: Sequence[Tensor] | None) -> tuple
 
 def _own_mean(call: Call) -> bool:
     """Whether a sequence's own mean may be taken from its keys: no query may learn of keys that it cannot see."""
-    return not (call.node["causal"] or call.others)
+    return not (call.attention.mask.causal or call.attention.roles)
 
 
 def _centres(calls: Sequence[Call], samples: Sequence[Sample], mean: bool) -> list[Tensor] | None:
     """None where near pairs have logits of their own: a shift of the far ones alone would change the weights."""
-    if any(rows.near_q is not None for rows in samples) or calls[0].node["alibi"]:
+    if any(rows.near_q is not None for rows in samples) or calls[0].attention.alibi:
         return None
     if mean:
         return [rows.k.mean(2, keepdim=True) for rows in samples]
@@ -128,7 +128,7 @@ def _where_narrower(
 
 def _groups(call: Call, heads: int) -> int:
     """Query heads for each key head."""
-    return heads // call.inputs[1].shape[-3] if call.inputs[1].dim() > 3 else 1
+    return heads // call.inputs[1].shape[1]
 
 
 def _by_key_head(call: Call, centre: Tensor) -> tuple[tuple[float, ...], ...]:

@@ -9,13 +9,13 @@ from math import inf, sqrt
 
 from fastgrad_compiler.approximation.certificates import Certificate, certificate
 from fastgrad_compiler.approximation.rounding import WIDEST_NEAR, Rounding, Run, Sizes, rounding
+from fastgrad_compiler.attention.kernel import spec_of
 from fastgrad_compiler.attention.table import Lengths
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.planning.cost import DOUBLE
 from fastgrad_compiler.planning.decision import LEAST_LENGTH, PRECISIONS, Decision
 from fastgrad_compiler.planning.knapsack import Option, choose
-from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration
 from fastgrad_dsl.calibration.candidates import Candidate
@@ -132,10 +132,7 @@ class _Sized:
         precision: str = "float32",
     ) -> float:
         entry = self.attention.entry
-        node = entry.node
-        roles = node["roles"]
-        near = node["near"] if isinstance(node["near"], int) else candidate.near if candidate else None
-        window = node.get("window")
+        value, mask = entry.attention, entry.attention.mask
         size = (self.n, self.m) if n is None else (n, n)
         slower = DOUBLE if precision == "float64" else 1.0
         return (1 / slower) * attention_seconds(
@@ -146,10 +143,10 @@ class _Sized:
             d=entry.d or 1,
             dv=entry.dv or 1,
             degree=candidate.polynomial.degree if candidate else None,
-            causal=bool(node["causal"]),
-            near=near,
-            documents=isinstance(roles, tuple) and "documents" in roles,
-            window=window if isinstance(window, int) else None,
+            causal=mask.causal,
+            near=candidate.near if candidate and value.near is None else value.near,
+            documents=mask.documents,
+            window=mask.window,
             fused=fused,
         )
 
@@ -166,18 +163,9 @@ class _Sized:
     def rounding(self, candidate: Candidate, precision: str) -> Rounding:
         """What rounding adds to a candidate computed in `precision`, at the planned lengths, in float32 runs."""
         entry, polynomial = self.attention.entry, candidate.polynomial
-        node = entry.node
-        roles = node["roles"]
-        spec = KernelSpec(
-            d=entry.d or 1,
-            dv=entry.dv or 1,
-            coefficients=polynomial.coefficients,
-            causal=bool(node["causal"]),
-            near=node["near"] if isinstance(node["near"], int) else candidate.near,
-            near_d=WIDEST_NEAR if isinstance(roles, tuple) and "near_q" in roles else None,
-            documents=isinstance(roles, tuple) and "documents" in roles,
-            precision=precision,
-        )
+        near = candidate.near if entry.attention.near is None else entry.attention.near
+        kernel = entry.attention.served(polynomial, near, precision)
+        spec = spec_of(kernel, entry.d or 1, entry.dv or 1, WIDEST_NEAR)
         served = self.attention.served[candidate.near].range
         norms = served.norms or served.heads
         reach = max(polynomial.bound, *(norms[head] for head in candidate.heads))
@@ -326,7 +314,7 @@ def _decision(sized: _Sized, way: Way, part: Part, calibration: Calibration) -> 
     return Decision(
         _why(way, part, candidate, served.uncentred, calibration),
         candidate.polynomial,
-        candidate.near if each.entry.node["near"] is None else None,
+        candidate.near if each.entry.attention.near is None else None,
         sized.break_even(len(part.heads), candidate, part.precision),
         range=used,
         own_mean=served.mean,

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fastgrad_compiler.reference.attention_torch import (
-    causal_mask,
-    documents_mask,
     near_mask,
+    near_pairs,
     padding_mask,
     polynomial,
+    visible_pairs,
 )
 from fastgrad_dsl.calibration.capture import Call
 
@@ -96,56 +96,27 @@ def sample(call: Call, limit: int = ENTRIES, stretch: float = 1.0) -> Sample:
 
 def sample_rows(call: Call, rows: Tensor, stretch: float = 1.0) -> Sample:
     """The queries at `rows` (int64 [m]); logits that a polynomial serves are `stretch` times those of the call."""
-    q, k, v = (headed(x, call) for x in call.inputs[:3])
-    others, node = call.others, call.node
-    n, m = q.shape[2], k.shape[2]
-    visible = torch.ones(len(rows), m, dtype=torch.bool, device=q.device)
-    if node["causal"]:
-        visible = causal_mask(n, m, q.device)[rows]
-    visible = visible[None, None]
-    hidden = torch.zeros(1, 1, m, 1, dtype=torch.bool, device=q.device)
-    if "padding" in others:
-        mask = padding_mask(_spread(others["padding"], q), q)
-        visible, hidden = visible & mask, ~mask.mT
-    if "documents" in others:
-        visible = visible & documents_mask(_spread(others["documents"], q), q)[..., rows, :]
-    near = node["near"]
-    pairs = torch.zeros(len(rows), m, dtype=torch.bool, device=q.device)
-    if isinstance(near, int):
-        pairs = near_mask(n, m, near, q.device)[rows]
+    attention, given = call.attention, call.by_role
+    q, k = given["q"], given["k"]
+    hidden = torch.zeros(1, 1, k.shape[2], 1, dtype=torch.bool, device=q.device)
+    if "padding" in given:
+        hidden = ~padding_mask(given["padding"], q).mT
     groups = q.shape[1] // k.shape[1]
 
     def repeated(x: Tensor) -> Tensor:
         return x.double().masked_fill(hidden, 0.0).repeat_interleave(groups, 1)
 
-    own = "near_q" in others
     return Sample(
-        q=q[:, :, rows].double() * (stretch * float(str(node["scale"]))),
+        q=q[:, :, rows].double() * (stretch * attention.scale),
         k=repeated(k),
-        v=repeated(v),
-        upstream=headed(call.upstream, call)[:, :, rows].double(),
-        near_q=headed(others["near_q"], call)[:, :, rows].double() if own else None,
-        near_k=repeated(headed(others["near_k"], call)) if own else None,
-        visible=visible,
-        near=pairs,
+        v=repeated(given["v"]),
+        upstream=call.upstream[:, :, rows].double(),
+        near_q=given["near_q"][:, :, rows].double() if attention.own_near else None,
+        near_k=repeated(given["near_k"]) if attention.own_near else None,
+        visible=visible_pairs(attention, given)[:, :, rows],
+        near=near_pairs(attention, given)[rows],
         rows=rows,
     )
-
-
-def _spread(tokens: Tensor, q: Tensor) -> Tensor:
-    """A mask or ids [b, n] for each of the leading dims that became one batch."""
-    return tokens.repeat_interleave(q.shape[0] // tokens.shape[0], 0)
-
-
-def headed(tensor: Tensor, call: Call) -> Tensor:
-    """As [b, H, n, width]: further leading dims are one batch, attention without heads has one."""
-    rank = call.inputs[0].dim()
-    if rank == 2:
-        return tensor[None, None]
-    if rank == 3:
-        batched = "padding" in call.others or "documents" in call.others
-        return tensor[:, None] if batched else tensor[None]
-    return tensor.flatten(0, rank - 4)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def _document(advised: Advised, measured: Calibration | None) -> dict[str, Any]:
     return {
         "paths": paths,
         "place": first.place or None,
-        "bound": first.node["bound"],
+        "bound": first.attention.range.bound,
         "limits": advised.limits,
         "length": advised.length,
         "cheapest": None if best is None else best.change,

@@ -10,7 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from fastgrad_compiler.attention.table import OWN, attention_table, is_own
+from fastgrad_compiler.attention.table import attention_table
+from fastgrad_compiler.attention.value import OWN
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.commands.tables import print_table, say
 from fastgrad_dsl.documents.pairs import WHATS, of
@@ -61,13 +62,13 @@ def print_plan(program: Program, file: str) -> None:
     say(out, f"{file}: model {program.name}, {counted(len(table), 'attention')}")
     rows: dict[tuple[str, str, str], list[str]] = {}
     for entry in table:
-        node = entry.node
-        polynomial = node.op == "poly_attention" or node.get("decision") == "polynomial"
-        decision = f"{_family(node['family'])} degree {node['degree']}" if polynomial else "exact"
-        if polynomial and node["near"] is not None:
-            decision += f", {'exp' if is_own(node) else 'exact'} in blocks of {node['near']}"
+        attention, polynomial = entry.attention, entry.attention.polynomial
+        decision = f"{_family(polynomial.family)} degree {polynomial.degree}" if polynomial else "exact"
+        if polynomial and attention.near is not None:
+            decision += f", {'exp' if attention.is_own else 'exact'} in blocks of {attention.near}"
         place = entry.span.short_place if entry.span else ""
-        rows.setdefault((place, decision, str(node.get("why", ""))), []).append(entry.path)
+        why = "" if attention.verdict is None else attention.verdict.why
+        rows.setdefault((place, decision, why), []).append(entry.path)
     for (place, decision, why), paths in rows.items():
         say(out, f"{folded(paths)}  {decision}  ({place})", indent=2, style="bold")
         say(out, why, indent=6)

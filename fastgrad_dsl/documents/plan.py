@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 from msgspec import UNSET, Meta, UnsetType
 
-from fastgrad_compiler.attention.table import OWN
+from fastgrad_compiler.attention.value import OWN
 from fastgrad_compiler.ir.text_parser import parse_dim
 from fastgrad_dsl.documents.base import (
     Count,

@@ -12,10 +12,9 @@ from fastgrad_compiler.analysis.weights.ranges import weight_ranges
 from fastgrad_compiler.approximation.certificates import Certificate, certificate
 from fastgrad_compiler.approximation.polynomial import Errors, errors
 from fastgrad_compiler.approximation.rounding import USUAL_LENGTH, Rounding, Run, Sizes, rounding
-from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention_table, is_own
+from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention_table
 from fastgrad_compiler.codegen.attention_kernels import kernel_spec
 from fastgrad_compiler.ir.graph import Program
-from fastgrad_compiler.reference.torch_env import number, sequence
 from fastgrad_compiler.targets import BACKENDS
 
 _WIDEST = 700.0  # R beyond which e^-R is not a float, and no polynomial is close to exp
@@ -62,18 +61,18 @@ def certify(program: Program, model: nn.Module, target: str = "auto") -> tuple[A
     """
     weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     ranges = weight_ranges(program, weights, centring=False)
-    entries = (entry for entry in attention_table(program) if not is_own(entry.node))
+    entries = (entry for entry in attention_table(program) if not entry.attention.is_own)
     return tuple(_certified(program, entry, ranges[entry.full_path], target) for entry in entries)
 
 
 def _certified(
     program: Program, entry: AttentionEntry, found: LogitRange, target: str
 ) -> AttentionCertificate:
-    node = entry.node
-    if node.op != "poly_attention" and node.get("decision") != "polynomial":
+    polynomial = entry.attention.polynomial
+    if polynomial is None:
         return AttentionCertificate(entry.path, entry.full_path, "exact", None, found, None)
-    planned = number(node["bound"])
-    now = _errors(tuple(map(number, sequence(node["coefficients"]))), found.bound)
+    planned = entry.attention.range.limit
+    now = _errors(polynomial.coefficients, found.bound)
     return AttentionCertificate(
         path=entry.path,
         full_path=entry.full_path,

@@ -12,15 +12,9 @@ from msgspec.structs import replace
 
 from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.rounding import EXACT, USUAL_LENGTH, Rounding, Sizes
-from fastgrad_compiler.attention.table import (
-    AttentionEntry,
-    Lengths,
-    attention_table,
-    is_guarded,
-    range_source,
-)
+from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention_table
 from fastgrad_compiler.codegen.attention_kernels import kernel_module
-from fastgrad_compiler.ir.graph import Attribute, Node, Program
+from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.planning.cost import Flops as Work
 from fastgrad_compiler.planning.cost import flops
 from fastgrad_compiler.targets import BACKENDS
@@ -59,48 +53,44 @@ def plan_document(
 
 
 def _attention(program: Program, entry: AttentionEntry, target: str) -> plan.Attention:
-    node = entry.node
-    polynomial = node.get("decision") == "polynomial" or node.op == "poly_attention"
-
-    def of_polynomial(value: Any) -> Any:
-        return value if polynomial else None
-
+    attention = entry.attention
+    polynomial, verdict, known = attention.polynomial, attention.verdict, attention.range
     document = narrowed(
         plan.Attention(
             path=entry.path,
             source=entry.place or None,
             decision="polynomial" if polynomial else "exact",
-            why=_any(node.get("why")),
-            family=of_polynomial(node.get("family")),
-            degree=of_polynomial(node.get("degree")),
-            coefficients=of_polynomial(_listed(node.get("coefficients"))),
-            rank=of_polynomial(entry.rank),
-            scale=_any(node["scale"]),
-            causal=_any(node["causal"]),
-            near=_any(node["near"]),
-            window=_any(node.get("window")),
-            alibi=_any(node.get("alibi", False)),
-            roles=_listed(node["roles"]),
+            why=verdict.why if verdict else None,
+            family=_any(polynomial.family) if polynomial else None,
+            degree=polynomial.degree if polynomial else None,
+            coefficients=polynomial.coefficients if polynomial else None,
+            rank=entry.rank,
+            scale=attention.scale,
+            causal=attention.mask.causal,
+            near=attention.near,
+            window=attention.mask.window,
+            alibi=attention.alibi,
+            roles=_any(attention.roles),
             queries=str(entry.queries),
             keys=str(entry.keys),
-            query_heads=_heads(program, entry, 0),
-            key_heads=_heads(program, entry, 1),
+            query_heads=entry.heads,
+            key_heads=entry.key_heads,
             d=entry.d,
             dv=entry.dv,
-            kernel=kernel_module(program[entry.graph], node, BACKENDS[target]),
-            bound=_number(node["bound"]),
-            range_source=_any(range_source(node)),
-            guarded=is_guarded(node),
-            asserted=_any(node.get("asserted", False)),
-            proof=_listed(node.get("proof")),
-            eps=of_polynomial(_number(node.get("eps"))),
-            eps_prime=of_polynomial(_number(node.get("eps_prime"))),
-            positive_from=of_polynomial(_number(node.get("positive_from"))),
-            break_even=of_polynomial(node.get("break_even")),
-            break_even_gpu=of_polynomial(node.get("break_even_gpu")),
-            flops=_flops(program, entry, polynomial),
-            precision=of_polynomial(node.get("precision") or "float32"),
-            reach=_reach(node),
+            kernel=kernel_module(program[entry.graph], entry.node, BACKENDS[target]),
+            bound=_number(known.limit),
+            range_source=_any(known.origin),
+            guarded=attention.is_guarded,
+            asserted=known.asserted,
+            proof=known.proof,
+            eps=polynomial.eps if polynomial else None,
+            eps_prime=polynomial.eps_prime if polynomial else None,
+            positive_from=polynomial.positive_from if polynomial else None,
+            break_even=verdict.break_even if polynomial and verdict else None,
+            break_even_gpu=verdict.break_even_gpu if polynomial and verdict else None,
+            flops=_flops(program, entry),
+            precision=_any(polynomial.precision) if polynomial else None,
+            reach=attention.reach,
             rounding=None,
             certificate=None,
         )
@@ -119,31 +109,19 @@ def _attention(program: Program, entry: AttentionEntry, target: str) -> plan.Att
     return replace(document, rounding=found, certificate=proved)
 
 
-def _reach(node: Node) -> float | None:
-    return _number(node["bound"] if node.get("reach") is None else node.get("reach"))
-
-
-def _heads(program: Program, entry: AttentionEntry, place: int) -> int:
-    """Heads of the queries (0) or the keys (1); 1 for tensors without an axis of heads."""
-    shape = program[entry.graph][entry.node.inputs[place]].tensor.shape
-    return (shape[-3].constant if len(shape) > 2 else None) or 1
-
-
-def _flops(program: Program, entry: AttentionEntry, polynomial: bool) -> plan.Flops | None:
+def _flops(program: Program, entry: AttentionEntry) -> plan.Flops | None:
     """Of both ways at the longest declared lengths; None where none is declared."""
-    node, lengths = entry.node, Lengths(program)
+    attention, lengths = entry.attention, Lengths(program)
     n, m = lengths.longest(entry.queries), lengths.longest(entry.keys)
     if n is None or m is None or entry.d is None or entry.dv is None:
         return None
-    near, window, degree, roles = (node.get(key) for key in ("near", "window", "degree", "roles"))
-    documents = isinstance(roles, tuple) and "documents" in roles
-    work = partial(flops, n=n, m=m, d=entry.d, dv=entry.dv, causal=bool(node["causal"]), documents=documents)
-    served = polynomial and isinstance(degree, int)
+    mask, polynomial = attention.mask, attention.polynomial
+    work = partial(flops, n=n, m=m, d=entry.d, dv=entry.dv, causal=mask.causal, documents=mask.documents)
     return plan.Flops(
         n=n,
         m=m,
-        exact=_work(work(degree=None, window=_any(window))),
-        polynomial=_work(work(degree=_any(degree), near=_any(near))) if served else UNSET,
+        exact=_work(work(degree=None, window=mask.window)),
+        polynomial=_work(work(degree=polynomial.degree, near=attention.near)) if polynomial else UNSET,
     )
 
 
@@ -174,14 +152,10 @@ def _input(tensor: Input) -> plan.TensorEntry:
     )
 
 
-def _number(value: Attribute) -> float | None:
-    return float(value) if isinstance(value, int | float) and isfinite(value) else None
-
-
-def _listed(value: Attribute) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else ()
+def _number(value: float) -> float | None:
+    return value if isfinite(value) else None
 
 
 def _any(value: object) -> Any:
-    """An attribute of a node, whose type the verifier has checked."""
+    """A word of a program, which is one of those that the document has."""
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from fastgrad_compiler.attention.table import OWN
+from fastgrad_compiler.attention.value import OWN
 from fastgrad_dsl.documents.calibration import Calibration
 from fastgrad_dsl.documents.plan import Budget, Plan, is_approximated
 from fastgrad_dsl.documents.report import Batch, Errors, Exact, Headline, ReportedAttention, Warned

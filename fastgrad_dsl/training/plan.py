@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from fastgrad_compiler.attention.table import attention_table, is_own
+from fastgrad_compiler.attention.table import attention_table
 from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.planning.decision import Decision
 from fastgrad_dsl.api.compiled import Compiled
@@ -76,7 +76,7 @@ def without_polynomials(compiled: Compiled) -> Compiled:
     chosen = {
         entry.full_path: (Decision("it is trained as exact attention"),)
         for entry in attention_table(attentions)
-        if not is_own(entry.node)
+        if not entry.attention.is_own
     }
     start = compiled.stages[0].program
     stages = run(start, target=compiled.target, assignment=chosen, validate=compiled.validate)

@@ -47,7 +47,6 @@ VARIANTS = (
     Variant("grouped", k=K2, v=V2, causal=True),
     Variant("one key head", k="float[b, 1, n, 3]", v="float[b, 1, n, 2]"),
     Variant("cross", k="float[b, 4, m, 3]", v="float[b, 4, m, 2]"),
-    Variant("shared memory", k="float[4, m, 3]", v="float[4, m, 2]"),
     Variant("padding", roles=PADDING),
     Variant("padding causal", roles=PADDING, causal=True),
     Variant("window", window=2),
@@ -58,5 +57,4 @@ VARIANTS = (
     Variant("near causal", roles=NEAR, near=1, causal=True),
     Variant("near grouped padding", k=K2, v=V2, roles=(*GROUPED_NEAR, *PADDING), near=1, causal=True),
     Variant("near, same logits", near=1, causal=True),
-    Variant("no heads", q="float[n, 3]", k="float[m, 3]", v="float[m, 2]"),
 )

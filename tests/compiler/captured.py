@@ -8,7 +8,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.attention.table import ATTENTION, attention_table, is_own
+from fastgrad_compiler.attention.table import attention_table, is_own
+from fastgrad_compiler.attention.value import ATTENTION
 from fastgrad_compiler.ir.graph import Node, Program
 from fastgrad_compiler.reference import operations_torch
 from fastgrad_compiler.reference.interpret import run

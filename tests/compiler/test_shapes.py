@@ -144,6 +144,9 @@ REFUSED: list[tuple[str, tuple[Type, ...], dict[str, Attribute], str]] = [
     ("cross_entropy", (t("b", "n", 10), ints("b", "m")), {}, "FG203"),
     ("attention", (t("b", 8, "n", 4), t("b", 3, "m", 4), t("b", 3, "m", 6)), ATTENTION, "FG208"),
     ("attention", (t("b", 8, "n", 4), t("b", 8, "m", 4), t("b", 8, "n", 6)), ATTENTION, "FG203"),
+    ("attention", (t("n", 4), t("m", 4), t("m", 6)), ATTENTION, "FG205"),
+    ("attention", (t("b", 8, "n", 4), t(8, "m", 4), t(8, "m", 6)), ATTENTION, "FG205"),
+    ("attention", (t("b", 8, "n", 4), t(1, 8, "m", 4), t(1, 8, "m", 6)), ATTENTION, "FG203"),
 ]
 
 

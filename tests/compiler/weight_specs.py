@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgrad_compiler.analysis.ranges import LogitRange
 from fastgrad_compiler.analysis.weights.ranges import weight_ranges
-from fastgrad_compiler.attention.table import ATTENTION
+from fastgrad_compiler.attention.value import ATTENTION
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.graph import Node, Program
 from fastgrad_compiler.pipeline import run

@@ -169,17 +169,6 @@ def _dims(program: Program, graph: Graph, node: Node) -> Iterator[Dim]:
         yield from _of(node[key])
     if node.op == "rms_norm":
         yield graph[node.inputs[0]].tensor.shape[-1]
-    if node.op in ("attention", "poly_attention"):
-        yield from _attention_dims(graph, node)
-
-
-def _attention_dims(graph: Graph, node: Node) -> Iterator[Dim]:
-    """Leading dims where keys are broadcast."""
-    q = graph[node.inputs[0]].tensor
-    others = [graph[name].tensor for name in node.inputs[1:3]]
-    if any(other.shape[:-3] != q.shape[:-3] for other in others) or len(q.shape) > 4:
-        for name in node.inputs:
-            yield from graph[name].tensor.shape
 
 
 def _of(value: Attribute) -> Iterator[Dim]:

@@ -9,17 +9,20 @@ consumed nodes only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastgrad_compiler.attention.scores import Masks, Product, Range, Walk, inward, near_and_far
+from fastgrad_compiler.attention.scores import Product, Walk, inward, near_and_far
+from fastgrad_compiler.attention.value import Mask, Range
 from fastgrad_compiler.attention.weights import Weights, divided, weights_of
-from fastgrad_compiler.ir.graph import Attribute, Graph, Node
+from fastgrad_compiler.ir.graph import Graph, Node
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
     """An attention found in a graph, in terms of the graph's nodes; `transposed`: `value` and the root hold
-    transposes. `coefficients` are those of the model's own polynomial, empty for exp.
+    transposes. `operands` are what the mask reads, by role; `coefficients` are those of the model's own polynomial,
+    empty for exp.
     """
 
     far: Product
@@ -27,9 +30,11 @@ class Match:
     near: int | None
     value: str
     transposed: bool
-    masks: Masks
+    mask: Mask
+    operands: Mapping[str, str]
+    alibi: bool
     range: Range
-    coefficients: tuple[Attribute, ...]
+    coefficients: tuple[float, ...]
 
 
 def match(graph: Graph, root: Node) -> Match | None:
@@ -42,10 +47,13 @@ def match(graph: Graph, root: Node) -> Match | None:
         products = None if found is None else _to_products(walk, found)
         if found is None or products is None or not _private(walk, root):
             continue
-        if found.coefficients and not _servable(walk.masks):
-            continue
+        if found.coefficients and (walk.mask.window is not None or walk.alibi):
+            continue  # the kernels have neither: the model's own polynomial runs as it is written
         far, local, near = products
-        return Match(far, local, near, value, flipped, walk.masks, walk.range, found.coefficients)
+        coefficients = tuple(float(str(each)) for each in found.coefficients)
+        return Match(
+            far, local, near, value, flipped, walk.mask, walk.operands, walk.alibi, walk.range, coefficients
+        )
     return None
 
 
@@ -53,11 +61,6 @@ def _to_products(walk: Walk, weights: Weights) -> tuple[Product, Product | None,
     if weights.local is None or weights.near is None:
         return inward(walk, weights.scores)
     return near_and_far(walk, weights.local, weights.scores, weights.near)
-
-
-def _servable(masks: Masks) -> bool:
-    """Whether the kernels have these masks; where they have not, the model's own polynomial runs as it is written."""
-    return masks.window is None and not masks.alibi
 
 
 def _products(graph: Graph, root: Node) -> list[tuple[str, str, bool, bool]]:

@@ -4,22 +4,23 @@
 The node keeps the span of the product with the values, takes its name where the user gave one, and says in
 `bound` and `proof` what is proved of its logits. Constant factors of q, of k and of the scores are one
 `scale`; learned ones are multiplied into q. Key and value heads that were repeated for grouped attention
-are taken as they were before. Tensors without a head axis get one. What nobody reads any more is removed.
+are taken as they were before. The node's operands are [b, h, n, d] whatever the model's are: axes before the heads are
+one batch, and tensors without heads have one. What nobody reads any more is removed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import isfinite, prod
 
 from fastgrad_compiler.attention.factors import factor_of
 from fastgrad_compiler.attention.pattern import Match, match
-from fastgrad_compiler.attention.scores import Masks, Product, obstacle
-from fastgrad_compiler.attention.table import ATTENTION, own_polynomial
+from fastgrad_compiler.attention.scores import Product, obstacle
+from fastgrad_compiler.attention.value import ATTENTION, OWN, Attention, Polynomial, Range, Verdict
 from fastgrad_compiler.ir.builder import Builder, Value
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.ir.graph import Graph, Node, Program
 from fastgrad_compiler.ir.words import place
 
 _KEPT = ("input", "weight", "buffer", "call", "repeat")  # also where nothing reads them
@@ -58,7 +59,7 @@ def _recognise(graph: Graph, multiples: Mapping[str, int], certified: bool) -> G
 
 def _reasons(graph: Graph, found: Match, certified: bool) -> tuple[str, ...]:
     """The proof of R, or why nothing is known of the logits."""
-    if isfinite(found.range.limit):
+    if found.range.bound is not None:
         return found.range.proof
     told = [node for node in graph.nodes if node.op == "assume_bound"] if certified else []
     unheard = tuple(
@@ -109,7 +110,7 @@ def _source(graph: Graph, name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """q [.., h, n, d] and k [.., hk, m, d], with the scale of their product."""
+    """q [.., n, d] and k [.., m, d], with the scale of their product."""
 
     query: Value
     key: Value
@@ -125,26 +126,32 @@ def _attention(builder: Builder, found: Match, reasons: tuple[str, ...]) -> str 
     pairs = [scope.pair(product) for product in (found.far, found.local) if product is not None]
     value = scope[found.value]
     pairs, value = scope.ungrouped(pairs, scope.swapped(value) if found.transposed else value)
-    if not _fit(pairs, value, found.masks):
+    if not _fit(pairs, value, found):
         del builder.nodes[start:]
         return None
-    rank = len(value.shape)
-    headless = rank == 2 or (rank == 3 and not found.masks.alibi)
-    if headless:
-        pairs = [_Pair(_with_head(pair.query), _with_head(pair.key), pair.scale) for pair in pairs]
-        value = _with_head(value)
     result = _emit(scope, found, pairs, value, reasons)
-    if headless:
-        result = result.reshape((*result.shape[:-3], *result.shape[-2:]))
+    result = result.reshape((*pairs[0].query.shape[:-1], value.shape[-1]))
     return (result.T if found.transposed else result).name
 
 
-def _with_head(value: Value) -> Value:
+def _with_heads(value: Value, alibi: bool) -> Value:
+    """As [b, h, n, d]: alibi tells heads from a batch where there is one axis, which is a batch else."""
     *leading, tokens, width = value.shape
-    return value.reshape((*leading, Dim.of(1), tokens, width))
+    heads = leading.pop() if len(leading) > 1 or (leading and alibi) else Dim.of(1)
+    return value.reshape((prod(leading, start=Dim.of(1)), heads, tokens, width))
 
 
-def _fit(pairs: list[_Pair], value: Value, masks: Masks) -> bool:
+def _of_batch(operand: Value, like: Value) -> Value:
+    """The operand of a mask, [b, m], with all the axes before the heads of `like` for its batch."""
+    batch, *more = like.shape[:-3] or like.shape[:1]
+    if not more:
+        return operand
+    *_, tokens = operand.shape
+    spread = operand.reshape((batch, *(Dim.of(1) for _ in more), tokens))
+    return spread.op("broadcast_to", shape=(batch, *more, tokens)).reshape((prod(more, start=batch), tokens))
+
+
+def _fit(pairs: list[_Pair], value: Value, found: Match) -> bool:
     """Whether these are operands of one attention: the same leading dims, key heads that divide query
     heads.
     """
@@ -154,9 +161,9 @@ def _fit(pairs: list[_Pair], value: Value, masks: Masks) -> bool:
         return False
     if any(operand.shape[-1].constant is None for operand in (*operands, value)):
         return False  # attention over channels: no kernel has a width that the run decides
-    if masks.alibi and len(pairs) > 1:
+    if found.alibi and len(pairs) > 1:
         return False  # nothing that is emitted adds slopes to near and far logits
-    if rank == 3 and masks.alibi and (masks.padding or masks.documents):
+    if rank == 3 and found.alibi and found.operands:
         return False  # the first axis would be heads and batch at once
     batch = slice(0, -3 if rank > 3 else -2)
     if any(operand.shape[batch] != value.shape[batch] for operand in operands):
@@ -168,33 +175,29 @@ def _fit(pairs: list[_Pair], value: Value, masks: Masks) -> bool:
 
 
 def _emit(scope: _Scope, found: Match, pairs: list[_Pair], value: Value, reasons: tuple[str, ...]) -> Value:
-    far, masks, known = pairs[0], found.masks, isfinite(found.range.limit)
-    inputs, roles = [far.query, far.key, value], list[str]()
+    far = pairs[0]
+    floats = [far.query, far.key, value]
     for local in pairs[1:]:
-        inputs += [scope.times(local.query, local.scale), local.key]
-        roles += ["near_q", "near_k"]
-    for role, mask in (("padding", masks.padding), ("documents", masks.documents)):
-        if mask is not None:
-            inputs.append(scope[mask])
-            roles.append(role)
-    common: dict[str, Attribute] = {
-        "roles": tuple(roles),
-        "causal": masks.causal,
-        "scale": far.scale,
-        "near": found.near,
-    }
-    if found.coefficients:
-        return scope.builder.emit(
-            "poly_attention", inputs, common | own_polynomial(found.coefficients), name="_attention"
-        )
-    values = common | {
-        "window": masks.window,
-        "alibi": masks.alibi,
-        "bound": found.range.limit if known else None,
-        "asserted": found.range.asserted and known,
-        "proof": reasons,
-    }
-    return scope.builder.emit("attention", inputs, values)
+        floats += [scope.times(local.query, local.scale), local.key]
+    inputs = [_with_heads(each, found.alibi) for each in floats]
+    inputs += [_of_batch(scope[found.operands[role]], far.query) for role in found.mask.operands]
+    attention = Attention(
+        found.mask,
+        far.scale,
+        found.near,
+        len(pairs) > 1,
+        found.alibi,
+        replace(found.range, proof=reasons),
+    )
+    if not found.coefficients:
+        return scope.builder.emit("attention", inputs, attention.attributes("attention"))
+    own = replace(
+        attention,
+        range=Range(),
+        polynomial=Polynomial(OWN, found.coefficients, eps=0.0, eps_prime=0.0),
+        verdict=Verdict("polynomial", "exact: the model's own polynomial"),
+    )
+    return scope.builder.emit("poly_attention", inputs, own.attributes("poly_attention"), name="_attention")
 
 
 class _Scope:

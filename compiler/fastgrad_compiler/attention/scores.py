@@ -14,21 +14,12 @@ from dataclasses import dataclass, field, replace
 from math import inf, isfinite, prod
 
 from fastgrad_compiler.attention.factors import factor_of, swaps
+from fastgrad_compiler.attention.value import Mask, Range
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Bound, Graph, Node
+from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.ir.ops import limits
 from fastgrad_compiler.ir.words import describe, number, place
-
-MASKS = ("causal", "window", "padding", "documents")
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """R of the logits |scale * q.k| that a polynomial would serve, and where it comes from."""
-
-    limit: float = inf
-    asserted: bool = False
-    proof: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +38,15 @@ class Product:
 
 
 @dataclass(slots=True)
-class Masks:
-    """The masks met on the way inward."""
-
-    causal: bool = False
-    window: int | None = None
-    padding: str | None = None
-    documents: str | None = None
-    alibi: bool = False
-
-
-@dataclass(slots=True)
 class Walk:
     """Where the walk inward stands. `factor` is the constant by which everything outside multiplies what is
-    inside.
+    inside; `operands` the nodes that the masks read, by role.
     """
 
     graph: Graph
-    masks: Masks = field(default_factory=Masks)
+    mask: Mask = field(default_factory=Mask)
+    operands: dict[str, str] = field(default_factory=dict)
+    alibi: bool = False
     consumed: set[str] = field(default_factory=set)
     flipped: bool = False
     factor: float = 1.0
@@ -124,7 +106,7 @@ def _note_range(walk: Walk, node: Node) -> None:
 
     What is asserted of the node or of a gain is asserted of R; of two equal ranges the proved one is kept.
     """
-    if node.bound is None or walk.masks.alibi:
+    if node.bound is None or walk.alibi:
         return
     gains = [(op, walk.graph[gain].bound) for op, gain in walk.gains]
     outside = abs(walk.factor) * prod(_size(op, bound) for op, bound in gains)
@@ -218,36 +200,25 @@ def masked(walk: Walk, node: Node) -> str | None:
         return None
     if node.get("fill") not in (None, -inf):
         return None
-    masks = walk.masks
-    if node.op == "causal":
-        masks.causal = True
-    elif node.op == "window":
+    if MASKS[node.op].operand:  # two different ones of a kind are not one attention
+        if walk.operands.setdefault(node.op, node.inputs[1]) != node.inputs[1]:
+            return None
+        walk.mask = walk.mask.reading(node.op)
+    elif node.op == "causal":
+        walk.mask = replace(walk.mask, causal=True)
+    else:
         width = node["width"]
         if not isinstance(width, int):
             return None
-        masks.window = width if masks.window is None else min(width, masks.window)
-    elif not _other_mask(masks, node):
-        return None
+        walk.mask = replace(walk.mask, window=min(width, walk.mask.window or width))
     return node.inputs[0]
-
-
-def _other_mask(masks: Masks, node: Node) -> bool:
-    """A mask with an input of its own; two different ones of a kind are not one attention."""
-    known = masks.padding if node.op == "padding" else masks.documents
-    if known not in (None, node.inputs[1]):
-        return False
-    if node.op == "padding":
-        masks.padding = node.inputs[1]
-    else:
-        masks.documents = node.inputs[1]
-    return True
 
 
 def _alibi(walk: Walk, node: Node) -> str | None:
     """Slopes are added to scaled logits: nothing may multiply them."""
-    if walk.flipped or not walk.masks_allowed or walk.masks.alibi or walk.factor != 1 or walk.gains:
+    if walk.flipped or not walk.masks_allowed or walk.alibi or walk.factor != 1 or walk.gains:
         return None
-    walk.masks.alibi = True
+    walk.alibi = True
     walk.range = Range()
     return node.inputs[0]
 

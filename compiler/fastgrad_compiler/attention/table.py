@@ -10,47 +10,24 @@ from functools import cached_property
 from typing import TypeAlias
 
 from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.attention.value import ATTENTION, Attention
 from fastgrad_compiler.ir.calls import callees, graphs_with, iterations
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.flatten import Indices, path_of
-from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.ir.graph import Graph, Node, Program
 from fastgrad_grammar.source import Span
 
 LIBRARY = "std/"  # how the paths of the standard library's sources begin
-ATTENTION = ("attention", "poly_attention")
-OWN = "own"  # the family of a polynomial that is the model's own: it stands in for nothing, and has no error
-
-
-def own_polynomial(coefficients: tuple[Attribute, ...]) -> dict[str, Attribute]:
-    """The attributes of a `poly_attention` that say so."""
-    return {
-        "coefficients": coefficients,
-        "family": OWN,
-        "degree": len(coefficients) - 1,
-        "eps": 0.0,
-        "eps_prime": 0.0,
-        "bound": None,
-        "why": "exact: the model's own polynomial",
-    }
 
 
 def is_own(node: Node) -> bool:
-    """Whether an attention's weights are the model's own polynomial."""
-    return node.get("family") == OWN
+    """Whether a node is an attention whose weights are the model's own polynomial."""
+    return node.op in ATTENTION and Attention.of(node).is_own
 
 
 def is_guarded(node: Node) -> bool:
-    """Whether a run checks the logits of an attention: a polynomial serves it, on a range that the program does
-    not prove.
-    """
-    return node.op == "poly_attention" and not is_own(node) and range_source(node) != "program"
-
-
-def range_source(node: Node) -> str | None:
-    """Where R comes from, one of ranges.SOURCES; None where there is none."""
-    if node.get("bound") is None:
-        return None
-    return str(node.get("source") or ("asserted" if node.get("asserted") else "program"))
+    """Whether a node is an attention whose logits a run checks."""
+    return node.op == "poly_attention" and Attention.of(node).is_guarded
 
 
 @dataclass(frozen=True)
@@ -59,8 +36,8 @@ class AttentionEntry:
 
     `full_path` is its calls' labels and its own name; `path` is what users are shown, the calls' labels
     alone where the called graph holds no other attention. `d`, `dv` are the widths of queries and values,
-    None where known at run time only; `queries` and `keys` the two lengths; `groups` query heads share a
-    key head; `calls` are the places of the enclosing calls, outermost first. `runs`: whether a result of the
+    None where known at run time only; `queries` and `keys` the two lengths; `heads` and `key_heads` 1 where known at
+    run time only; `calls` are the places of the enclosing calls, outermost first. `runs`: whether a result of the
     model needs it.
     """
 
@@ -72,9 +49,20 @@ class AttentionEntry:
     dv: int | None
     queries: Dim
     keys: Dim
-    groups: int = 1
+    heads: int = 1
+    key_heads: int = 1
     calls: tuple[Span, ...] = field(default=(), compare=False, repr=False)
     runs: bool = True
+
+    @cached_property
+    def attention(self) -> Attention:
+        """What the node says of it."""
+        return Attention.of(self.node)
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key head."""
+        return max(1, self.heads // self.key_heads)
 
     @property
     def span(self) -> Span | None:
@@ -91,8 +79,8 @@ class AttentionEntry:
     @property
     def rank(self) -> int | None:
         """Monomials of the polynomial's features; None for an exact attention."""
-        degree = self.node.get("degree")
-        return rank(self.d, degree) if isinstance(degree, int) and self.d is not None else None
+        polynomial = self.attention.polynomial
+        return rank(self.d, polynomial.degree) if polynomial is not None and self.d is not None else None
 
 
 def attention_table(program: Program) -> tuple[AttentionEntry, ...]:
@@ -174,14 +162,10 @@ def _entry(graph: Graph, node: Node, where: _Where, alone: bool) -> AttentionEnt
         dv=value[-1].constant,
         queries=query[-2],
         keys=key[-2],
-        groups=max(1, _heads(query) // _heads(key)),
+        heads=query[-3].constant or 1,
+        key_heads=key[-3].constant or 1,
         calls=where.calls,
     )
-
-
-def _heads(shape: tuple[Dim, ...]) -> int:
-    """Of queries or keys [.., h, n, d]; 1 where there is no such axis, or its size is known at run time only."""
-    return (shape[-3].constant or 1) if len(shape) > 2 else 1
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastgrad_compiler.attention.factors import swaps
-from fastgrad_compiler.attention.scores import MASKS, Walk, is_key_axis, keeps_values, masked, same
+from fastgrad_compiler.attention.scores import Walk, is_key_axis, keeps_values, masked, same
 from fastgrad_compiler.ir.graph import Attribute, Node
+from fastgrad_compiler.ir.masks import MASKS
 
 _OF_SCORES = ("exp", "polynomial")
 

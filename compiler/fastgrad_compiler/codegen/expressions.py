@@ -23,6 +23,7 @@ from fastgrad_compiler.codegen.writer import (
 )
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Node
+from fastgrad_compiler.ir.masks import MASKS
 
 _NO_TARGET = "-(2**63)"  # in place of -100, the targets that PyTorch leaves out in silence by default
 
@@ -292,8 +293,9 @@ def _rms_norm(place: Place, node: Node, operands: Operands) -> Expr:
 def _mask(place: Place, node: Node, operands: Operands) -> Expr:
     fill = node.get("fill")
     given = None if fill is None or fill == float("-inf") else literal(_number(fill))
-    width = [node["width"]] if node.op == "window" else []
-    return call(place.helper(f"apply_{node.op}"), *operands, *width, fill=given)
+    size = MASKS[node.op].size
+    sizes = [] if size is None else [node[size]]
+    return call(place.helper(f"apply_{node.op}"), *operands, *sizes, fill=given)
 
 
 def _near_far(place: Place, node: Node, operands: Operands) -> Expr:
@@ -383,7 +385,7 @@ TORCH: dict[str, Rule] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "unit": lambda place, node, operands: call("F.normalize", operands[0], dim=-1, eps=literal(1e-6)),
-    **dict.fromkeys(("causal", "window", "padding", "documents"), _mask),
+    **dict.fromkeys(MASKS, _mask),
     "near_far": _near_far,
     "polynomial": _polynomial,
     "normalize_rows": _normalize_rows,

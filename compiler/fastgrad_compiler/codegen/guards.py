@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from fastgrad_compiler.attention.table import is_guarded, stands_alone
+from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.codegen.names import base, variable
 from fastgrad_compiler.codegen.writer import Expr, call, literal, tuple_text
 from fastgrad_compiler.ir.calls import callees
-from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.ir.graph import Graph, Node, Program
 from fastgrad_compiler.ir.names import unique
 
 Guards = dict[
@@ -38,17 +39,12 @@ def _guarded(program: Program, graph: Graph) -> Iterator[tuple[Graph, Node]]:
 def guard_value(program: Program, graph: Graph, node: Node) -> Expr:
     """The expression that makes the guard of an attention."""
     label = None if stands_alone(program, graph.name) else literal(node.name)
+    known = Attention.of(node).range
+    bounds = [str(literal(bound)) for bound in known.heads]
     return call(
         GUARD,
         *(() if label is None else (label,)),
-        bound=_numbers(node["bound"]),
-        source=literal(str(node.get("source") or "asserted")),
+        bound=tuple_text(bounds) if isinstance(known.bound, tuple) else bounds[0],
+        source=literal(known.origin or "asserted"),
         policy=literal(program.on_violation),
     )
-
-
-def _numbers(bound: Attribute) -> str:
-    if isinstance(bound, tuple):
-        return tuple_text(map(_numbers, bound))
-    assert isinstance(bound, int | float)
-    return str(literal(float(bound)))

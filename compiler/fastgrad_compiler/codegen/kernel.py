@@ -50,6 +50,7 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
         "polynomial_sweeps.py",
         "precision.py",
         "selection.py",
+        "sight.py",
         "tangent.py",
         "window_attention.py",
     )

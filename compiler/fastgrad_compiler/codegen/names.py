@@ -6,6 +6,7 @@ import keyword
 import re
 from collections.abc import Collection
 
+from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_grammar.quote import python_string
 
 # What the generated module itself uses; a variable of the user's of that name gets an underscore after it.
@@ -15,12 +16,9 @@ HELPERS = frozenset(
         "BufferList",
         "alibi_bias",
         "apply_alibi",
-        "apply_causal",
-        "apply_documents",
+        *(f"apply_{name}" for name in MASKS),
         "apply_near_far",
-        "apply_padding",
         "apply_polynomial",
-        "apply_window",
         "causal_mask",
         "centred_layer_norm",
         "check_dim",

@@ -18,10 +18,11 @@ from fastgrad_compiler.codegen.names import class_name, member_access, variable
 from fastgrad_compiler.codegen.writer import Writer, call, literal, method, tuple_text
 from fastgrad_compiler.ir.calls import reachable
 from fastgrad_compiler.ir.graph import DimInfo, Graph, Program
+from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import python_docstring, python_string
 
-_HIDES_ROWS = frozenset({"padding", "documents", "window", "where", "fill", "log"})
+_HIDES_ROWS = frozenset({*(name for name, mask in MASKS.items() if mask.empties), "where", "fill", "log"})
 
 
 def emit_package(

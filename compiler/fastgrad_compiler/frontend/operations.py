@@ -31,6 +31,7 @@ from typing import Any, Protocol
 from fastgrad_compiler.frontend.values import Tensor
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute
+from fastgrad_compiler.ir.masks import MASKS, MaskOp
 
 
 class _Needed:
@@ -196,6 +197,19 @@ def _normalise(name: str, eps: float, *weights: str) -> Operation:
     )
 
 
+def _mask(mask: MaskOp) -> Operation:
+    """Over the scores, then the operand or the size that it has."""
+    operands = (SCORES,) if mask.operand is None else (SCORES, Parameter(mask.operand.name, "tensor"))
+    sizes = () if mask.size is None else (Parameter(mask.size, "int", least=1),)
+    return Operation(
+        mask.name,
+        (*operands, *sizes),
+        lambda emit, a: emit.node(
+            mask.name, *(a[each.name] for each in operands), **{each.name: a[each.name] for each in sizes}
+        ),
+    )
+
+
 _OPERATIONS = (
     Operation("reshape", (X, Parameter("shape", "shape")), _reshape, "shape"),
     Operation("permute", (X, Parameter("axes", "axes")),
@@ -239,13 +253,7 @@ _OPERATIONS = (
               lambda emit, a: emit.node("softmax", a["x"], axis=a["axis"])),
     _normalise("layer_norm", 1e-5, "w", "b"),
     _normalise("rms_norm", 1e-6, "w"),
-    Operation("causal", (SCORES,), lambda emit, a: emit.node("causal", a["scores"])),
-    Operation("window", (SCORES, Parameter("width", "int", least=1)),
-              lambda emit, a: emit.node("window", a["scores"], width=a["width"])),
-    Operation("padding", (SCORES, Parameter("mask", "tensor")),
-              lambda emit, a: emit.node("padding", a["scores"], a["mask"])),
-    Operation("documents", (SCORES, Parameter("ids", "tensor")),
-              lambda emit, a: emit.node("documents", a["scores"], a["ids"])),
+    *map(_mask, MASKS.values()),
     Operation("near_far",
               (Parameter("local", "tensor"), Parameter("far", "tensor"), Parameter("block", "int", least=1)),
               lambda emit, a: emit.node("near_far", a["local"], a["far"], block=a["block"])),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import inf
 
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.masks import MASKS, MaskOp
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ def _op(name: str, least: int, most: int | None = -1, attributes: str = "", opti
     return Op(
         name, (least, least if most == -1 else most), tuple(attributes.split()), tuple(optional.split())
     )
+
+
+def _mask(mask: MaskOp) -> Op:
+    """On scores [.., n, m], and what the mask reads; `fill` (default -inf) is what masked entries become."""
+    return _op(mask.name, 2 if mask.operand else 1, attributes=mask.size or "", optional="fill")
 
 
 _OPS = (
@@ -81,11 +87,7 @@ _OPS = (
     _op("layer_norm", 3, attributes="eps"),
     _op("rms_norm", 2, attributes="eps"),
     _op("unit", 1),  # x / ||x||, 0 where ||x|| is tiny; last axis
-    # masks on scores [.., n, m]; `fill` (default -inf) is what masked entries become
-    _op("causal", 1, optional="fill"),
-    _op("window", 1, attributes="width", optional="fill"),  # |i - j| < width
-    _op("padding", 2, optional="fill"),  # (scores [b, .., n, m], mask bool[b, m])
-    _op("documents", 2, optional="fill"),  # (scores [b, .., n, n], ids int[b, n])
+    *map(_mask, MASKS.values()),
     _op("near_far", 2, attributes="block"),  # (local, far)
     # p(s), and 0 where s is -inf, as exp has it; `coefficients` are ascending
     _op("polynomial", 1, attributes="coefficients"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastgrad_compiler.ir.graph import TensorType, Type
+from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.ir.shape_errors import Blame, Site, fail, show, want_dtype, want_equal, want_rank
 from fastgrad_compiler.ir.shape_rules import Rule, dim_attribute, divide
 
@@ -18,32 +19,16 @@ def _scores(site: Site, square: bool = False) -> TensorType:
     return found
 
 
-def _causal(site: Site) -> Type:
-    return _scores(site, square=True)
-
-
-def _window(site: Site) -> Type:
-    return _scores(site)
-
-
-def _padding(site: Site) -> Type:
-    found = _scores(site)
+def _masked(site: Site) -> Type:
+    mask = MASKS[site.op]
+    found = _scores(site, square=mask.square)
+    if mask.operand is None:
+        return found
     want_rank(site, 0, 3)
-    mask = want_dtype(site, 1, "bool", help_="compare it, for instance padding(s, tokens != 0)")
+    operand = want_dtype(site, 1, mask.operand.dtype, help_=mask.operand.help)
     want_rank(site, 1, 2, 2)
     for own, other in ((0, 0), (-1, 1)):
-        text = f"padding of scores {show(found.shape)} by a mask of {show(mask.shape)}"
-        want_equal(site, (0, own), (1, other), text)
-    return found
-
-
-def _documents(site: Site) -> Type:
-    found = _scores(site, square=True)
-    want_rank(site, 0, 3)
-    ids = want_dtype(site, 1, "int")
-    want_rank(site, 1, 2, 2)
-    for own, other in ((0, 0), (-1, 1)):
-        text = f"documents of scores {show(found.shape)} by ids of {show(ids.shape)}"
+        text = f"{site.op} of scores {show(found.shape)} by {mask.operand.phrase} of {show(operand.shape)}"
         want_equal(site, (0, own), (1, other), text)
     return found
 
@@ -108,10 +93,7 @@ def _mse(site: Site) -> Type:
 
 
 MASK_RULES: dict[str, Rule] = {
-    "causal": _causal,
-    "window": _window,
-    "padding": _padding,
-    "documents": _documents,
+    **dict.fromkeys(MASKS, _masked),
     "near_far": _near_far,
     "normalize_rows": _normalize_rows,
     "alibi": _alibi,

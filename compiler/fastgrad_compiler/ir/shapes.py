@@ -11,11 +11,11 @@ from dataclasses import replace
 from fastgrad_compiler.ir.calls import reachable
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType, Type
+from fastgrad_compiler.ir.masks import OPERANDS
 from fastgrad_compiler.ir.shape_errors import (
     Blame,
     ShapeError,
     Site,
-    broadcast,
     fail,
     results,
     show,
@@ -165,32 +165,29 @@ def _weight_gradient(site: Site) -> Type:
 
 
 def _attention(site: Site) -> Type:
-    q, k, v = (want_dtype(site, index, "float") for index in (0, 1, 2))
-    for index in (0, 1, 2):
-        want_rank(site, index, 2)
-    text = f"attention of q {show(q.shape)}, k {show(k.shape)}, v {show(v.shape)}"
-    _pair(site, 0, 1, f"{text}: q and k differ in width")
-    _within(site, 2)
-    want_equal(site, (1, -2), (2, -2), f"{text}: k and v differ in length")
-    if len(q.shape) > 2:
-        want_equal(site, (1, -3), (2, -3), f"{text}: k and v differ in heads")
     roles = {str(role): index for index, role in enumerate(_roles(site), 3)}
+    floats = [0, 1, 2, *(roles[role] for role in ("near_q", "near_k") if role in roles)]
+    q, k, v, *_ = (want_dtype(site, index, "float") for index in floats)
+    for index in floats:
+        want_rank(site, index, 4, 4)
+    text = f"attention of q {show(q.shape)}, k {show(k.shape)}, v {show(v.shape)}"
+    for index in floats[1:]:
+        want_equal(site, (0, 0), (index, 0), f"{text}: the batch of an operand differs")
+    _pair(site, 0, 1, f"{text}: q and k differ in width")
+    want_equal(site, (1, -2), (2, -2), f"{text}: k and v differ in length")
+    want_equal(site, (1, -3), (2, -3), f"{text}: k and v differ in heads")
     if "near_q" in roles:
         near_q, near_k = roles["near_q"], roles["near_k"]
         _pair(site, near_q, near_k, f"{text}: near q and near k differ in width")
-        want_rank(site, near_q, len(q.shape), len(q.shape))
-        _within(site, near_q)
-        if len(q.shape) > 2:
-            want_equal(site, (0, -3), (near_q, -3), f"{text}: q and near q differ in heads")
+        want_equal(site, (0, -3), (near_q, -3), f"{text}: q and near q differ in heads")
         want_equal(site, (0, -2), (near_q, -2), f"{text}: q and near q differ in length")
         want_equal(site, (1, -2), (near_k, -2), f"{text}: k and near k differ in length")
-    for role, dtype, keys in (("padding", "bool", 1), ("documents", "int", 1)):
+    for role, operand in OPERANDS.items():
         if role in roles:
-            want_dtype(site, roles[role], dtype)
+            want_dtype(site, roles[role], operand.dtype)
             want_rank(site, roles[role], 2, 2)
-            want_rank(site, 0, 3)
             want_equal(site, (0, 0), (roles[role], 0), f"{text}: {role} differs in number")
-            want_equal(site, (keys, -2), (roles[role], -1), f"{text}: {role} differs in length")
+            want_equal(site, (1, -2), (roles[role], -1), f"{text}: {role} differs in length")
     if "documents" in roles:
         want_equal(site, (0, -2), (1, -2), f"{text}: documents are of one sequence, q and k differ in length")
     return TensorType("float", (*q.shape[:-1], v.shape[-1]))
@@ -204,23 +201,11 @@ def _roles(site: Site) -> tuple[Attribute, ...]:
 def _pair(site: Site, queries: int, keys: int, text: str) -> None:
     want_equal(site, (queries, -1), (keys, -1), text)
     q, k = site.tensor(queries).shape, site.tensor(keys).shape
-    if len(q) > 2 and len(k) > 2 and q[-3] != k[-3]:
+    if q[-3] != k[-3]:
         heads, groups = q[-3].constant, k[-3].constant
         if heads is None or not groups or heads % groups:
             fail("FG208", f"attention with {q[-3]} query heads over {k[-3]} key heads: not a multiple",
                  Blame(queries, -3, f"{q[-3]} here"), Blame(keys, -3, f"{k[-3]} here"))  # fmt: skip
-    _within(site, keys, queries)
-
-
-def _within(site: Site, index: int, queries: int = 0) -> None:
-    """The dims before heads are those of the queries, or 1."""
-    lead, own = site.tensor(queries).shape[:-3], site.tensor(index).shape[:-3]
-    want_rank(site, index, 2, max(len(site.tensor(queries).shape), 2))
-    both = Site(site.op, (TensorType("float", lead), TensorType("float", own)), {})
-    if broadcast(both, (0, 1), "attention") != lead:
-        fail("FG203", f"{site.op}: {show(own)} before the heads of an operand, {show(lead)} of the queries",
-             Blame(queries, None, f"{site.tensor(queries)} here"),
-             Blame(index, None, f"{site.tensor(index)} here"))  # fmt: skip
 
 
 def _attention_backward(site: Site) -> Type:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.builder import Builder, Value
 from fastgrad_compiler.ir.graph import Graph, Node, Type
-from fastgrad_compiler.passes.vjp_rules import number, split_near_far, sum_groups
+from fastgrad_compiler.passes.vjp_rules import split_near_far, sum_groups
 
 BLOCK = "attention.backward"  # what such a graph has for its block
 
-INPUTS = ("q", "k", "v")
 COTANGENT = "_d_output"
 
 
@@ -32,33 +32,27 @@ def attention_backward(
     """
     build = Builder(multiples=multiples)
     build.span = attention.span
-    roles = tuple(str(role) for role in _roles(attention))
-    names = (*INPUTS, *roles)
-    x = {role: build.emit("input", name=role, type=type) for role, type in zip(names, types, strict=True)}
+    value = Attention.of(attention)
+    x = {role: build.emit("input", name=role, type=type) for role, type in value.by_role(types).items()}
     g = build.emit("input", name=COTANGENT, type=attention.type)
 
-    weights = _scores(attention, x).op("softmax", axis=-1)
+    weights = _scores(value, x).op("softmax", axis=-1)
     output = build.emit("attention", tuple(x.values()), dict(attention.attributes), type=attention.type)
     d_weights = g @ _like_heads(x["v"], g).T
     d_scores = weights * (d_weights - (g * output).sum(keepdim=True))
 
     far, results = d_scores, {"v": _shared(weights.T @ g, x["v"])}
     if "near_q" in x:
-        near, far = split_near_far(d_scores, attention["near"])
+        near, far = split_near_far(d_scores, value.near)
         results |= _product_backward(near, x, "near_q", "near_k")
-    results |= _product_backward(far * number(attention["scale"]), x, "q", "k")
-    outputs = tuple(results[role].name for role in names if role in results)
+    results |= _product_backward(far * value.scale, x, "q", "k")
+    outputs = tuple(results[role].name for role in x if role in results)
     return Graph(name, tuple(build.nodes), outputs, BLOCK, attention.span)
 
 
-def _roles(attention: Node) -> tuple[object, ...]:
-    roles = attention["roles"]
-    return roles if isinstance(roles, tuple) else ()
-
-
 def _like_heads(shared: Value, q: Value) -> Value:
-    """Keys or values [.., hk, m, d], each head repeated for the query heads [.., h, n, d] that read it."""
-    if len(shared.shape) < 3 or len(q.shape) < 3 or shared.shape[-3] == q.shape[-3]:
+    """Keys or values [b, hk, m, d], each head repeated for the query heads [b, h, n, d] that read it."""
+    if shared.shape[-3] == q.shape[-3]:
         return shared
     times = q.shape[-3].divide(shared.shape[-3])
     if times is None or times.constant is None:
@@ -68,28 +62,28 @@ def _like_heads(shared: Value, q: Value) -> Value:
 
 def _shared(g: Value, shared: Value) -> Value:
     """The cotangent of `shared` from that of `_like_heads(shared, q)`."""
-    return (sum_groups(g, shared.shape[-3]) if len(shared.shape) > 2 else g).fit(shared.shape)
+    return sum_groups(g, shared.shape[-3])
 
 
-def _scores(attention: Node, x: Mapping[str, Value]) -> Value:
-    """The masked scores [.., h, n, m]."""
-    scores = x["q"] @ _like_heads(x["k"], x["q"]).T * number(attention["scale"])
-    if "near_q" in x:
+def _scores(attention: Attention, x: Mapping[str, Value]) -> Value:
+    """The masked scores [b, h, n, m]."""
+    mask = attention.mask
+    scores = x["q"] @ _like_heads(x["k"], x["q"]).T * attention.scale
+    if attention.own_near:
         near = x["near_q"] @ _like_heads(x["near_k"], x["near_q"]).T
-        scores = near.op("near_far", scores, block=attention["near"])
-    if attention["alibi"]:
+        scores = near.op("near_far", scores, block=attention.near)
+    if attention.alibi:
         scores = scores.op("alibi")
-    if attention["causal"]:
+    if mask.causal:
         scores = scores.op("causal")
-    if attention["window"] is not None:
-        scores = scores.op("window", width=attention["window"])
-    for mask in ("padding", "documents"):
-        if mask in x:
-            scores = scores.op(mask, x[mask])
+    if mask.window is not None:
+        scores = scores.op("window", width=mask.window)
+    for name in mask.operands:
+        scores = scores.op(name, x[name])
     return scores
 
 
 def _product_backward(d_scores: Value, x: Mapping[str, Value], q: str, k: str) -> dict[str, Value]:
     """The cotangents of q and k from that of `q @ k.T`."""
     d_q, d_k = d_scores @ _like_heads(x[k], x[q]), d_scores.T @ x[q]
-    return {q: d_q.fit(x[q].shape), k: _shared(d_k, x[k])}
+    return {q: d_q, k: _shared(d_k, x[k])}

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
+from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.builder import Builder, Value
 from fastgrad_compiler.ir.calls import callees, graphs_with, runs
 from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type
 from fastgrad_compiler.ir.names import UniqueNames
-from fastgrad_compiler.ir.ops import OPS
 from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.passes.attention_backward import attention_backward
 from fastgrad_compiler.passes.vjp_rules import BINARY, MANY, UNARY, Cotangents
@@ -89,7 +89,7 @@ def _attention(derivation: Derivation, gs: Sequence[Value], y: Value, xs: Sequen
 
 def _poly_attention(derivation: Derivation, gs: Sequence[Value], y: Value, xs: Sequence[Value]) -> Cotangents:
     op = "poly_attention_backward"
-    values = {key: value for key, value in y.node.attributes if key in OPS[op].attributes}
+    values = Attention.of(y.node).attributes(op)
     return _spread(y.builder.emit(op, (*xs, *gs), values, type=_types(xs)), xs)
 
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
-from fastgrad_compiler.ir.ops import OPS
-from fastgrad_compiler.ir.verify import CompilerBug
+from fastgrad_compiler.attention.value import Attention
+from fastgrad_compiler.ir.graph import Graph, Node, Program
 from fastgrad_compiler.passes.attention_backward import BLOCK
-
-SERVED_ROLES = ("near_q", "near_k", "padding", "documents")
 
 
 def rewrite_low_rank(program: Program) -> Program:
@@ -44,19 +41,8 @@ def _rewrite(graph: Graph, replaced: Mapping[str, Node]) -> Graph:
 
 def _rewrite_node(node: Node, replaced: Mapping[str, Node]) -> Node:
     if _is_polynomial(node):
-        return replace(node, op="poly_attention", attributes=_attributes(node, "poly_attention"))
+        return Attention.of(node).on(replace(node, op="poly_attention"))
     if node.op == "call" and node["graph"] in replaced:
-        attention = replaced[str(node["graph"])]
-        op = "poly_attention_backward"
-        return replace(node, op=op, attributes=_attributes(attention, op))
+        attention = Attention.of(replaced[str(node["graph"])])
+        return attention.on(replace(node, op="poly_attention_backward"))
     return node
-
-
-def _attributes(attention: Node, op: str) -> tuple[tuple[str, Attribute], ...]:
-    """Those attributes of an attention that `op` has."""
-    roles = attention["roles"]
-    unserved = [role for role in roles if role not in SERVED_ROLES] if isinstance(roles, tuple) else []
-    if unserved or attention["window"] is not None or attention["alibi"]:
-        raise CompilerBug(f"attention {attention.name} is planned polynomial, which cannot serve its mask")
-    kept = (*OPS[op].attributes, *OPS[op].optional)
-    return tuple((key, value) for key, value in attention.attributes if key in kept)

@@ -14,6 +14,7 @@ from typing import TypeAlias
 from fastgrad_compiler.ir.builder import Operand, Value
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute
+from fastgrad_compiler.ir.masks import MASKS
 
 Cotangents: TypeAlias = Sequence[Value | None]
 
@@ -55,9 +56,6 @@ UNARY: dict[str, Callable[[Value, Value, Value], Value]] = {
     # weights: 0 where a mask hides the pair, and so is their derivative
     "polynomial": lambda g, y, x: g * x.op("polynomial", coefficients=_derivative(y["coefficients"])),
     "normalize_rows": lambda g, y, x: _normalize_rows(g, y, x),
-    # masks: what was filled in does not depend on the scores
-    "causal": lambda g, y, x: g.op("causal", fill=0.0),
-    "window": lambda g, y, x: g.op("window", width=y["width"], fill=0.0),
     "assume_bound": lambda g, y, x: g,
     # position: a rotation's transpose is its inverse; alibi adds what does not depend on the scores
     "rotary": lambda g, y, x: g.op("rotary", base=y["base"], inverse=not y.node.get("inverse", False)),
@@ -75,8 +73,6 @@ BINARY: dict[str, Callable[[Value, Value, Value, Value], Cotangents]] = {
     "maximum": lambda g, y, a, b: _winner(g, b < a, a < b),
     "matmul": lambda g, y, a, b: (g @ b.T, a.T @ g),
     "rms_norm": lambda g, y, x, w: _rms_norm(g, x, w, y["eps"]),
-    "padding": lambda g, y, x, mask: (g.op("padding", mask, fill=0.0), None),
-    "documents": lambda g, y, x, ids: (g.op("documents", ids, fill=0.0), None),
     "near_far": lambda g, y, near, far: split_near_far(g, y["block"]),
     "embedding": lambda g, y, w, ids: (g.op("embedding_gradient", ids, rows=_whole(w.shape[0])), None),
     "embedding_gradient": lambda g, y, d, ids: (g.op("embedding", ids), None),
@@ -89,6 +85,7 @@ MANY: dict[str, Callable[[Value, Value, Sequence[Value]], Cotangents]] = {
     "layer_norm": lambda g, y, xs: _layer_norm(g, xs, y["eps"]),
     "concat": lambda g, y, xs: _unconcat(g, xs, y["axis"]),
     "stack": lambda g, y, xs: [g.op("select", axis=y["axis"], index=i) for i in range(len(xs))],
+    **dict.fromkeys(MASKS, lambda g, y, xs: _mask(g, y, xs)),
 }
 
 
@@ -258,6 +255,13 @@ def split_near_far(g: Value, block: Attribute) -> tuple[Value, Value]:
 def _cross_entropy(g: Value, logits: Value, targets: Value) -> Value:
     truth = targets.op("one_hot", classes=_whole(logits.shape[-1]))
     return (logits.op("softmax", axis=-1) - truth) * (g / g.builder.count(targets.shape))
+
+
+def _mask(g: Value, y: Value, xs: Sequence[Value]) -> Cotangents:
+    """What was filled in does not depend on the scores."""
+    size = MASKS[y.node.op].size
+    sizes = {} if size is None else {size: y[size]}
+    return g.op(y.node.op, *xs[1:], **sizes, fill=0.0), *(None for _ in xs[1:])
 
 
 def _mse(g: Value, difference: Value) -> Cotangents:

@@ -23,8 +23,8 @@ from fastgrad_compiler.planning.decision import (
     Evaluated,
     search,
     stays_positive,
-    unservable,
     vanishing,
+    with_bound,
 )
 from fastgrad_compiler.planning.plan import shared_cases
 
@@ -94,10 +94,10 @@ def _caps(case: Case) -> Caps:
 
 def _advice(case: Case) -> Iterator[Advice]:
     yield Advice("exact", "plan", None, None, None, 0.0, 0.0, 0.0, 1.0, True)
-    if unservable(case.node) or case.d is None or case.dv is None:
+    if case.attention.unservable or case.d is None or case.dv is None:
         return
-    asserted = bool(case.node["asserted"])
-    if case.node["bound"] is None:
+    known = case.attention.range
+    if known.bound is None:
         for gain in GAINS:
             yield from _least(_with(case, gain), f"gain = {gain:g}", "model", case)
             yield from _least(
@@ -108,7 +108,7 @@ def _advice(case: Case) -> Iterator[Advice]:
     yield from _degrees(case)
     if case.near is None and case.same_length:
         yield from _least(_with(case, bound, near=NEAR), f"near = {NEAR}", "plan", case)
-    word = "assume_bound" if asserted else "gain"
+    word = "assume_bound" if known.asserted else "gain"
     for factor in (2.0, 0.5, 0.25):
         yield from _least(_with(case, factor * bound), f"{word} = {factor * bound:.3g}", "model", case)
     for width in (2 * case.d, case.d // 2, case.d // 4):
@@ -150,7 +150,7 @@ def _least(changed: Case, change: str, kind: str, case: Case) -> Iterator[Advice
 
 
 def _with(case: Case, bound: float, near: int | None = None) -> Case:
-    changed = replace(case, node=case.node.with_attributes(bound=bound))
+    changed = with_bound(case, bound)
     return (
         changed
         if near is None

@@ -5,43 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from fastgrad_compiler.attention.value import Attention, Range, Verdict
 from fastgrad_compiler.ir.builder import Builder, Value
-from fastgrad_compiler.ir.graph import Attribute, Graph, Node
+from fastgrad_compiler.ir.graph import Graph, Node
 from fastgrad_compiler.planning.decision import Decision
 
-_BY_HEAD = ("near_q", "near_k")  # roles whose tensors have a head axis, beside q, k and v
+_HEADS_OF = {"q": "q", "near_q": "q", "k": "k", "near_k": "k", "v": "k"}  # of the operands that have heads
 
 
 def decided(node: Node, decision: Decision) -> Node:
     """The attention with a decision's attributes."""
-    polynomial = decision.polynomial
-    values: dict[str, Attribute] = {
-        "decision": "exact" if polynomial is None else "polynomial",
-        "why": decision.why,
-        "break_even": decision.break_even,
-    }
+    attention, polynomial, found = Attention.of(node), decision.polynomial, decision.range
+    verdict = "exact" if polynomial is None else "polynomial"
+    even = decision.break_even, decision.break_even_gpu
+    attention = replace(attention, verdict=Verdict(verdict, decision.why, *even))
     if polynomial is not None:
-        values |= {
-            "family": polynomial.family,
-            "degree": polynomial.degree,
-            "coefficients": polynomial.coefficients,
-            "eps": polynomial.eps,
-            "eps_prime": polynomial.eps_prime,
-            "positive_from": polynomial.positive_from,
-            "precision": decision.precision,
-            "break_even_gpu": decision.break_even_gpu,
-        }
-        if decision.near is not None:
-            values["near"] = decision.near
-        if decision.range is not None:
-            values |= {
-                "source": decision.range.source,
-                "bound": polynomial.bound,
-                "proof": decision.range.reasons,
-                "asserted": decision.range.source == "asserted",
-                "reach": decision.range.reach,
-            }
-    return node.with_attributes(**values)
+        near = attention.near if decision.near is None else decision.near
+        attention = attention.served(polynomial, near, decision.precision)
+        if found is not None:
+            asserted = found.source == "asserted"
+            known = Range(polynomial.bound, asserted, found.reasons, found.source, found.reach)
+            attention = replace(attention, range=known)
+    return attention.on(node)
 
 
 def applied(
@@ -74,28 +59,23 @@ def _is_centred(decision: Decision) -> bool:
 
 def _group(builder: Builder, node: Node, operands: Sequence[Value], decision: Decision, apart: bool) -> Value:
     """The attention of one decision, on the heads that it is for."""
-    roles = node["roles"]
-    assert isinstance(roles, tuple)
-    q, k, v = operands[:3]
-    others = dict(zip(map(str, roles), operands[3:], strict=True))
+    by_role = Attention.of(node).by_role(operands)
     name = f"{node.name}_attention"
-    groups = _groups(q, k)
+    groups = _groups(by_role["q"], by_role["k"])
     if apart and decision.heads is not None:
         keys = tuple(dict.fromkeys(head // groups for head in decision.heads))
-        q, k, v = _taken(q, decision.heads), _taken(k, keys), _taken(v, keys)
-        for role in _BY_HEAD:
-            if role in others:
-                others[role] = _taken(others[role], decision.heads if role == "near_q" else keys)
+        for role in by_role.keys() & _HEADS_OF:
+            by_role[role] = _taken(by_role[role], decision.heads if _HEADS_OF[role] == "q" else keys)
         name = f"{node.name}_heads_{'_'.join(_run_text(run) for run in _runs(decision.heads))}"
+    k = by_role["k"]
     if decision.own_mean:
         k = k - k.op("mean", axes=(-2,), keepdim=True)
     elif decision.range is not None and decision.range.centre is not None:
         values = tuple((row,) for row in decision.range.centre)
         label = builder.fresh(f"{name}_centre")
         k = k - builder.emit("literal", (), {"label": label, "values": values}, name=label)
-    inputs = [q, k, v, *(others[str(role)] for role in roles)]
-    plain = decided(node, decision)
-    return builder.emit("attention", inputs, dict(plain.attributes), name=name)
+    inputs = list((by_role | {"k": k}).values())
+    return builder.emit("attention", inputs, dict(decided(node, decision).attributes), name=name)
 
 
 def _groups(q: Value, k: Value) -> int:

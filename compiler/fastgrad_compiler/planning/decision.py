@@ -11,7 +11,7 @@ turn negative, and what `bounds.py` proves of an attention's result would be fal
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import inf
 from typing import TypeAlias, cast
 
@@ -28,11 +28,12 @@ from fastgrad_compiler.approximation.rounding import (
     Sizes,
     rounding,
 )
+from fastgrad_compiler.attention.kernel import spec_of
+from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.graph import Node
 from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.planning.cost import DOUBLE, EQUAL, Pace, break_even, flops
 from fastgrad_compiler.planning.settings import Settings
-from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
 
 LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
@@ -109,6 +110,11 @@ class Case:
     backends: Backends = PYTORCH
     groups: int = 1
 
+    @cached_property
+    def attention(self) -> Attention:
+        """What the node says of it."""
+        return Attention.of(self.node)
+
     @property
     def chosen_family(self) -> Family:
         """The family of the rule, or the default."""
@@ -117,14 +123,14 @@ class Case:
 
     @property
     def bound(self) -> float:
-        """R; only for a case that has one."""
-        return float(str(self.node["bound"]))
+        """R; infinite where nothing is known."""
+        return self.attention.range.limit
 
     @property
     def reach(self) -> float:
         """Bound of |scale| sum_a |q_a k_a|: R, where nothing else is known."""
-        reach = self.node.get("reach")
-        return self.bound if reach is None else float(str(reach))
+        reach = self.attention.range.reach
+        return self.bound if reach is None else reach
 
     @property
     def sizes(self) -> Sizes:
@@ -134,41 +140,34 @@ class Case:
 
     def rounding(self, polynomial: Polynomial, precision: str) -> Rounding:
         """What rounding adds to a polynomial that is computed in `precision`, in a float32 run on a CPU."""
-        roles = self.node["roles"]
-        named = roles if isinstance(roles, tuple) else ()
-        spec = KernelSpec(
-            d=self.d or 1,
-            dv=self.dv or 1,
-            coefficients=polynomial.coefficients,
-            causal=self.causal,
-            near=self.near,
-            near_d=WIDEST_NEAR if "near_q" in named else None,
-            documents=self.documents,
-            padding="padding" in named,
-            precision=precision,
-        )
+        served = self.attention.served(polynomial, self.near, precision)
+        spec = spec_of(served, self.d or 1, self.dv or 1, WIDEST_NEAR)
         return rounding(spec, self.sizes, polynomial.bound, self.reach, self.backends, Run())
 
     @property
     def causal(self) -> bool:
         """Whether a query sees only the keys up to its own place."""
-        return bool(self.node["causal"])
+        return self.attention.mask.causal
 
     @property
     def documents(self) -> bool:
         """Whether a query sees only keys of its own document."""
-        roles = self.node["roles"]
-        return isinstance(roles, tuple) and "documents" in roles
+        return self.attention.mask.documents
 
     @property
     def near(self) -> int | None:
         """The block of the near field: the model's own, a pinned one, or the budget's."""
-        own = self.node["near"]
-        if isinstance(own, int):
-            return own
+        if self.attention.near is not None:
+            return self.attention.near
         if self.settings.near is not None:
             return int(str(self.settings.near.value))
         return self.budget_near if self.same_length else None
+
+
+def with_bound(case: Case, bound: float) -> Case:
+    """The case with another R."""
+    known = replace(case.attention.range, bound=bound)
+    return replace(case, node=replace(case.attention, range=known).on(case.node))
 
 
 @dataclass(frozen=True)
@@ -232,26 +231,20 @@ def decide(case: Case) -> Outcome:
     return _planned(case)
 
 
-def unservable(node: Node) -> str:
-    """The mask that no polynomial serves; empty where there is none."""
-    if node["window"] is not None:
-        return "window"
-    return "alibi" if node["alibi"] else ""
-
-
 def _blocked(case: Case) -> Outcome | None:
     """What rules a polynomial out before its degree is thought of."""
-    node, settings = case.node, case.settings
+    attention, settings = case.attention, case.settings
     asked = _kind(settings)
-    mask = unservable(node)
+    mask = attention.unservable
     if mask:
         text = f"a polynomial cannot serve the mask `{mask}`"
         if asked:
             return Refusal("FG309", text, asked)
-        band = f": O(n w), w = {node['window']}" if mask == "window" and not node["alibi"] else ""
+        banded = mask == "window" and not attention.alibi
+        band = f": O(n w), w = {attention.mask.window}" if banded else ""
         return Decision(f"{text}, which stays exact{band}")
-    if settings.near is not None and node["near"] is not None:
-        return Refusal("FG308", f"it has a near field of its own, of block {node['near']}", "near")
+    if settings.near is not None and attention.near is not None:
+        return Refusal("FG308", f"it has a near field of its own, of block {attention.near}", "near")
     if settings.near is not None and not case.same_length:
         return Refusal(
             "FG308", "queries and keys are of different sequences, so none of them are neighbours", "near"
@@ -259,11 +252,8 @@ def _blocked(case: Case) -> Outcome | None:
     if case.d is None or case.dv is None:
         text = "the width of its queries or values is known at run time only"
         return Refusal("FG310", text, asked) if asked else Decision(text)
-    if node["bound"] is None:
-        proof = node["proof"]
-        reasons = (
-            "; ".join(map(str, proof)) if isinstance(proof, tuple) and proof else "nothing limits its logits"
-        )
+    if attention.range.bound is None:
+        reasons = "; ".join(attention.range.proof) or "nothing limits its logits"
         text = f"no bound of its logits is proved: {reasons}"
         return Refusal("FG301", text, asked) if asked else Decision(text)
     return None
@@ -354,7 +344,7 @@ def _planned(case: Case) -> Outcome:
 
 def stays_positive(case: Case, polynomial: Polynomial) -> bool:
     """Whether no weight can be negative: everywhere, or on a range that logits are proved not to leave."""
-    return polynomial.positive and (polynomial.positive_from is None or not case.node["asserted"])
+    return polynomial.positive and (polynomial.positive_from is None or not case.attention.range.asserted)
 
 
 def search(case: Case) -> tuple[Evaluated | None, str]:
@@ -406,14 +396,14 @@ def _polynomial(case: Case, evaluated: Evaluated, why: str) -> Decision:
     if evaluated.precision == "float64":
         added = case.rounding(polynomial, "float32").weights
         why += f"; computed in float64: in float32 rounding might add {number(added)} to eps"
-    if case.node["asserted"]:
+    if case.attention.range.asserted:
         why += f"; |s| <= {number(case.bound)} is asserted, not proved"
     if polynomial.positive_from is not None:
         why += f"; positive only for logits above {number(polynomial.positive_from)}"
     return Decision(
         why,
         polynomial,
-        near if case.node["near"] is None else None,
+        near if case.attention.near is None else None,
         even,
         precision=evaluated.precision,
     )
@@ -454,7 +444,7 @@ def with_gpu(decision: Decision, case: Case, pace: Pace) -> Decision:
     """The decision with the break-even of a run on a GPU, by the model: nothing is measured there."""
     if decision.polynomial is None:
         return decision
-    near = decision.near if decision.near is not None else case.node["near"]
+    near = decision.near if decision.near is not None else case.attention.near
     there, degree = replace(case, pace=pace), decision.polynomial.degree
-    even = _break_even(there, degree, near if isinstance(near, int) else None, decision.precision)
+    even = _break_even(there, degree, near, decision.precision)
     return replace(decision, break_even_gpu=even)

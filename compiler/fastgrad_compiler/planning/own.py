@@ -53,7 +53,9 @@ def _fixed(rule: BudgetRule, group: Sequence[AttentionEntry]) -> Diagnostic:
 
 def _too_large(group: Sequence[AttentionEntry], max_rank: int) -> Diagnostic:
     first = group[0]
-    d, degree = first.d or 1, int(str(first.node["degree"]))
+    polynomial = first.attention.polynomial
+    assert polynomial is not None
+    d, degree = first.d or 1, polynomial.degree
     text = f"degree {degree} at width {d} has rank {first.rank:,}, over the limit of {max_rank:,}"
     help_ = []
     width = widest(degree, max_rank, below=d)

@@ -18,7 +18,8 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from fastgrad_compiler.approximation.polynomial import Family
-from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention_table, is_own
+from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention_table
+from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.calls import graphs_with, in_runs, iterations
 from fastgrad_compiler.ir.flatten import Indices, path_of
 from fastgrad_compiler.ir.graph import Budget, Graph, Node, Program
@@ -61,7 +62,7 @@ def plan_attention(
         TfgError: FG301-FG311, for rules that are wrong in themselves or cannot be obeyed.
     """
     table = attention_table(program)
-    entries = tuple(entry for entry in table if not is_own(entry.node))
+    entries = tuple(entry for entry in table if not entry.attention.is_own)
     budget = program.budget or Budget()
     wrong = check_budget(budget, [(entry.path, entry.full_path) for entry in table])
     if any(diagnostic.code == "FG303" for diagnostic in wrong):
@@ -72,7 +73,7 @@ def plan_attention(
     entries = tuple(entry for entry in entries if entry.full_path not in {*assigned, *unread})
     outcomes, cases = _decide_all(program, entries, settings, family, max_rank, target)
     wrong += _refusals(entries, outcomes, cases)
-    wrong += refuse_own([entry for entry in table if is_own(entry.node)], budget.rules, max_rank)
+    wrong += refuse_own([entry for entry in table if entry.attention.is_own], budget.rules, max_rank)
     if wrong:
         raise TfgError(wrong)
     decisions: dict[str, Sequence[Decision]] = dict(assigned)
@@ -94,7 +95,7 @@ def shared_cases(program: Program, *, target: str = "auto") -> tuple[tuple[Atten
         TfgError: FG303, for values of the budget that are wrong in themselves.
     """
     table = attention_table(program)
-    entries = tuple(entry for entry in table if entry.runs and not is_own(entry.node))
+    entries = tuple(entry for entry in table if entry.runs and not entry.attention.is_own)
     budget = program.budget or Budget()
     wrong = check_budget(budget, [(entry.path, entry.full_path) for entry in table])
     if any(diagnostic.code == "FG303" for diagnostic in wrong):
@@ -271,4 +272,5 @@ class _Specialiser:
 
 
 def _outside(node: Node) -> Node:
-    return decided(node, _OUTSIDE) if node.op == "attention" and node.get("decision") is None else node
+    undecided = node.op == "attention" and Attention.of(node).verdict is None
+    return decided(node, _OUTSIDE) if undecided else node

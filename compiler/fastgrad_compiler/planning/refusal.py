@@ -10,7 +10,7 @@ from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, Polynomial, P
 from fastgrad_compiler.attention.table import LIBRARY, AttentionEntry
 from fastgrad_compiler.ir.graph import BudgetRule
 from fastgrad_compiler.ir.words import number
-from fastgrad_compiler.planning.decision import Caps, Case, Refusal, search, stays_positive
+from fastgrad_compiler.planning.decision import Caps, Case, Refusal, search, stays_positive, with_bound
 from fastgrad_grammar.diagnostics import Diagnostic, Note
 
 _USEFUL = 0.1  # largest eps that is recommended where the budget sets none
@@ -23,7 +23,7 @@ def diagnose(refusal: Refusal, case: Case, entries: Sequence[AttentionEntry]) ->
     rule: BudgetRule | None = getattr(case.settings, refusal.rule, None)
     more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
     notes = places(entries[0])
-    if case.node["bound"] is not None and refusal.code not in ("FG308", "FG309"):
+    if case.attention.range.bound is not None and refusal.code not in ("FG308", "FG309"):
         notes += _range(case)
     return Diagnostic(
         refusal.code,
@@ -46,10 +46,9 @@ def places(entry: AttentionEntry) -> list[Note]:
 
 
 def _range(case: Case) -> list[Note]:
-    word = "asserted" if case.node["asserted"] else "proved"
-    proof = case.node["proof"]
-    lines = [f"|s| <= {number(case.bound)} is {word}"]
-    return [Note(line) for line in (*lines, *(map(str, proof) if isinstance(proof, tuple) else ()))]
+    known = case.attention.range
+    word = "asserted" if known.asserted else "proved"
+    return [Note(line) for line in (f"|s| <= {number(case.bound)} is {word}", *known.proof)]
 
 
 def _unbounded(refusal: Refusal, case: Case) -> list[str]:
@@ -124,7 +123,7 @@ def _feasible(refusal: Refusal, case: Case) -> list[str]:
     width = next((d for d in _halves(case.d) if search(replace(case, d=d))[0] is not None), None)
     if width is not None:
         remedies.append(f"a qk_dim of {width} affords a degree that meets the limits")
-    largest = _largest(case.bound, lambda bound: search(_with_bound(case, bound))[0] is not None)
+    largest = _largest(case.bound, lambda bound: search(with_bound(case, bound))[0] is not None)
     return remedies + _gain(case, largest, "meets the limits")
 
 
@@ -132,14 +131,10 @@ def _halves(width: int) -> list[int]:
     return [width >> shift for shift in range(1, width.bit_length())]
 
 
-def _with_bound(case: Case, bound: float) -> Case:
-    return replace(case, node=case.node.with_attributes(bound=bound))
-
-
 def _near(refusal: Refusal, case: Case) -> list[str]:
     return [
         "remove this rule"
-        if case.node["near"] is None
+        if case.attention.near is None
         else "change the block of near_far in the model instead"
     ]
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.graph import Node
-from fastgrad_compiler.reference.torch_env import Env, integer, number, sequence
+from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_compiler.runtime.documents import document_runs
 
 
@@ -62,81 +63,71 @@ def documents_mask(ids: Tensor, scores: Tensor) -> Tensor:
     return same.reshape(ids.shape[0], *[1] * (scores.dim() - 3), *same.shape[1:])
 
 
-@dataclass(frozen=True)
-class _Attention:
-    """The inputs of an attention node by role; shared heads of k and v are repeated."""
+def visible_pairs(attention: Attention, tensors: Mapping[str, Tensor]) -> Tensor:
+    """True where the masks let a query see a key, broadcastable to the scores [b, h, n, m]; tensors by role."""
+    q, k, mask = tensors["q"], tensors["k"], attention.mask
+    n, m, device = q.shape[-2], k.shape[-2], q.device
+    seen = torch.ones(1, 1, n, m, dtype=torch.bool, device=device)
+    if mask.causal:
+        seen = seen & causal_mask(n, m, device)
+    if mask.window is not None:
+        seen = seen & window_mask(n, m, mask.window, device)
+    for name in mask.operands:
+        seen = seen & OF_OPERANDS[name](tensors[name], q)
+    return seen
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    extra: Mapping[str, Tensor]
-    scale: float
-    near: int | None
+
+def near_pairs(attention: Attention, tensors: Mapping[str, Tensor]) -> Tensor:
+    """True for near pairs, [n, m]; tensors by role."""
+    n, m, device = tensors["q"].shape[-2], tensors["k"].shape[-2], tensors["q"].device
+    if attention.near is None:
+        return torch.zeros(n, m, dtype=torch.bool, device=device)
+    return near_mask(n, m, attention.near, device)
+
+
+OF_OPERANDS = {"padding": padding_mask, "documents": documents_mask}
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """An attention on tensors: its logits, those of near pairs, which pairs are near and which are seen."""
+
+    attention: Attention
+    given: Mapping[str, Tensor]  # by role; each shared head of keys and values once for every query head
+    far: Tensor
+    local: Tensor
+    near: Tensor
+    seen: Tensor
 
     @staticmethod
-    def of(node: Node, inputs: Sequence[Tensor]) -> _Attention:
-        q, k, v, *rest = inputs
-        extra = dict(zip(map(str, sequence(node["roles"])), rest, strict=True))
-        k, v = _like(k, q), _like(v, q)
-        if "near_k" in extra:
-            extra["near_k"] = _like(extra["near_k"], extra["near_q"])
-        near = node["near"]
-        return _Attention(q, k, v, extra, number(node["scale"]), None if near is None else integer(near))
-
-    def scores(self) -> Tensor:
-        """scale q.k, [.., h, n, m]."""
-        return self.scale * (self.q @ self.k.mT)
-
-    def near_scores(self) -> Tensor:
-        """The logits of near pairs: their own, or the same as the far ones'."""
-        return self.extra["near_q"] @ self.extra["near_k"].mT if "near_q" in self.extra else self.scores()
-
-    def near_pairs(self) -> Tensor:
-        """True for near pairs, [n, m]."""
-        n, m = self.q.shape[-2], self.k.shape[-2]
-        if self.near is None:
-            return torch.zeros(n, m, dtype=torch.bool, device=self.q.device)
-        return near_mask(n, m, self.near, self.q.device)
-
-    def visible(self, node: Node, scores: Tensor) -> Tensor:
-        """True where the masks let a query see a key, broadcastable to the scores."""
-        n, m = scores.shape[-2:]
-        seen = torch.ones(n, m, dtype=torch.bool, device=scores.device)
-        if node["causal"]:
-            seen = seen & causal_mask(n, m, scores.device)
-        width = node.get("window")
-        if width is not None:
-            seen = seen & window_mask(n, m, integer(width), scores.device)
-        if "padding" in self.extra:
-            seen = seen & padding_mask(self.extra["padding"], scores)
-        if "documents" in self.extra:
-            seen = seen & documents_mask(self.extra["documents"], scores)
-        return seen
+    def of(node: Node, inputs: Sequence[Tensor]) -> _Scores:
+        attention = Attention.of(node)
+        given = attention.by_role(list(inputs))
+        groups = given["q"].shape[-3] // given["k"].shape[-3]
+        given |= {role: given[role].repeat_interleave(groups, -3) for role in _SHARED if role in given}
+        far = attention.scale * (given["q"] @ given["k"].mT)
+        local = given["near_q"] @ given["near_k"].mT if attention.own_near else far
+        return _Scores(
+            attention, given, far, local, near_pairs(attention, given), visible_pairs(attention, given)
+        )
 
 
-def _like(shared: Tensor, q: Tensor) -> Tensor:
-    """Keys or values of shared heads, each head once for every query head that reads it."""
-    if shared.dim() < 3 or q.dim() < 3:
-        return shared
-    return shared.repeat_interleave(q.shape[-3] // shared.shape[-3], -3)
+_SHARED = ("k", "v", "near_k")
 
 
 def _unlike(gradient: Tensor, shared: Tensor) -> Tensor:
-    """The cotangent of `shared` from that of `_like(shared, q)`."""
-    if shared.dim() >= 3 and gradient.shape[-3] != shared.shape[-3]:
-        gradient = gradient.unflatten(-3, (shared.shape[-3], -1)).sum(-3)
-    return gradient.sum_to_size(shared.shape)
+    """The cotangent of keys or values [b, hk, m, d] from that of each head's, [b, h, m, d]."""
+    grouped: Tensor = gradient.unflatten(-3, (shared.shape[-3], -1))
+    return grouped.sum(-3)
 
 
 def attention(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
-    """softmax over the visible keys of near or far logits, times v: [.., h, n, dv]."""
-    a = _Attention.of(node, inputs)
-    scores = a.scores()
-    if a.near is not None:
-        scores = torch.where(a.near_pairs(), a.near_scores(), scores)
-    if node["alibi"]:
+    """softmax over the visible keys of near or far logits, times v: [b, h, n, dv]."""
+    a = _Scores.of(node, inputs)
+    scores = torch.where(a.near, a.local, a.far)
+    if a.attention.alibi:
         scores = scores + alibi(scores)
-    return softmax(scores.masked_fill(~a.visible(node, scores), -math.inf)) @ a.v
+    return softmax(scores.masked_fill(~a.seen, -math.inf)) @ a.given["v"]
 
 
 def polynomial(coefficients: Sequence[float], s: Tensor) -> Tensor:
@@ -147,18 +138,16 @@ def polynomial(coefficients: Sequence[float], s: Tensor) -> Tensor:
     return result
 
 
-def _coefficients(node: Node) -> list[float]:
-    return [number(value) for value in sequence(node["coefficients"])]
+def _coefficients(a: _Scores) -> tuple[float, ...]:
+    return a.attention.polynomial.coefficients if a.attention.polynomial else ()
 
 
-def _weights(node: Node, a: _Attention) -> tuple[Tensor, Tensor]:
+def _weights(a: _Scores) -> tuple[Tensor, Tensor]:
     """a~ of docs/mathematics.md, sections 3 and 5, and e^-m_i, which the far part carries."""
-    s = a.scores()
-    seen, near = a.visible(node, s), a.near_pairs()
-    t = a.near_scores().masked_fill(~(near & seen), -math.inf)
+    t = a.local.masked_fill(~(a.near & a.seen), -math.inf)
     top = t.amax(-1, keepdim=True).clamp(min=0.0)
     damping = (-top).exp()
-    far = torch.where(seen & ~near, damping * polynomial(_coefficients(node), s), torch.zeros_like(s))
+    far = torch.where(a.seen & ~a.near, damping * polynomial(_coefficients(a), a.far), 0.0)
     return (t - top).exp() + far, damping
 
 
@@ -169,31 +158,31 @@ def _normaliser(weights: Tensor) -> Tensor:
 
 
 def poly_attention(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
-    """a~ v / D of docs/mathematics.md, sections 3 and 5: [.., h, n, dv]."""
-    a = _Attention.of(node, inputs)
-    weights, _ = _weights(node, a)
-    return weights @ a.v / _normaliser(weights)
+    """a~ v / D of docs/mathematics.md, sections 3 and 5: [b, h, n, dv]."""
+    a = _Scores.of(node, inputs)
+    weights, _ = _weights(a)
+    return weights @ a.given["v"] / _normaliser(weights)
 
 
 def poly_attention_backward(node: Node, inputs: list[Tensor], env: Env) -> tuple[Tensor, ...]:
     """Cotangents of the float inputs, docs/mathematics.md 4 and 5: m_i cancels, it has no gradient."""
     *given, cotangent = inputs
-    a = _Attention.of(node, given)
-    weights, damping = _weights(node, a)
+    a = _Scores.of(node, given)
+    q, k, v = (a.given[role] for role in ("q", "k", "v"))
+    weights, damping = _weights(a)
     total = _normaliser(weights)
     u = cotangent / total
-    delta = (cotangent * (weights @ a.v / total)).sum(-1, keepdim=True) / total
-    d_weights = u @ a.v.mT - delta
+    delta = (cotangent * (weights @ v / total)).sum(-1, keepdim=True) / total
+    d_weights = u @ v.mT - delta
 
-    s = a.scores()
-    near, seen = a.near_pairs(), a.visible(node, s)
-    slope = [j * c for j, c in enumerate(_coefficients(node))][1:]
-    d_near = torch.where(near, d_weights * weights, torch.zeros_like(s))
-    d_far = torch.where(seen & ~near, d_weights * damping * polynomial(slope, s), torch.zeros_like(s))
-    d_scores = a.scale * (d_far if "near_q" in a.extra else d_far + d_near)
+    slope = [j * c for j, c in enumerate(_coefficients(a))][1:]
+    d_near = torch.where(a.near, d_weights * weights, 0.0)
+    d_far = torch.where(a.seen & ~a.near, d_weights * damping * polynomial(slope, a.far), 0.0)
+    own = a.attention.own_near
+    d_scores = a.attention.scale * (d_far if own else d_far + d_near)
 
-    results = [d_scores @ a.k, d_scores.mT @ a.q, weights.mT @ u]
-    if "near_q" in a.extra:
-        results += [d_near @ a.extra["near_k"], d_near.mT @ a.extra["near_q"]]
+    results = [d_scores @ k, d_scores.mT @ q, weights.mT @ u]
+    if own:
+        results += [d_near @ a.given["near_k"], d_near.mT @ a.given["near_q"]]
     floats = [x for x in given if x.is_floating_point()]
     return tuple(_unlike(g, x) for g, x in zip(results, floats, strict=True))

@@ -53,21 +53,13 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def call_attention(
-    operation: Callable[..., tuple[Tensor, ...]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    near_q: Tensor | None,
-    near_k: Tensor | None,
-    mask: Tensor | None,
-    documents: Tensor | None,
-    *attributes: object,
+    operation: Callable[..., tuple[Tensor, ...]], inputs: Inputs, *attributes: object
 ) -> Tensor:
     """Flatten the leading dimensions to one batch, run the operation and give `out` its leading dimensions back."""
-    leading = q.shape[:-3]
-    inputs = [None if tensor is None else _one_batch(tensor, 3) for tensor in (q, k, v, near_q, near_k)]
-    tokens = [None if tensor is None else _one_batch(tensor, 1) for tensor in (mask, documents)]
-    out = operation(*inputs, *tokens, *attributes)[0]
+    leading = inputs.q.shape[:-3]
+    inner = (*(3 for _ in inputs.floats), 1, 1)
+    given = [None if x is None else _one_batch(x, own) for x, own in zip(inputs, inner, strict=True)]
+    out = operation(*given, *attributes)[0]
     return out.squeeze(0) if not leading else out.unflatten(0, leading) if len(leading) > 1 else out
 
 
@@ -82,17 +74,9 @@ def _one_batch(tensor: Tensor, inner: int) -> Tensor:
     return tensor.flatten(0, tensor.ndim - inner - 1)
 
 
-def check_inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    near_q: Tensor | None,
-    near_k: Tensor | None,
-    mask: Tensor | None,
-    documents: Tensor | None,
-    causal: bool,
-) -> None:
+def check_inputs(inputs: Inputs, causal: bool) -> None:
     """Raise ValueError unless q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv] and the rest fit together."""
+    q, k, v, near_q, near_k, mask, documents = inputs
     if min(q.ndim, k.ndim, v.ndim) < 3:
         raise ValueError("q, k and v need at least three dimensions: [.., heads, tokens, width]")
     if k.shape[-3] == 0:

@@ -20,20 +20,21 @@ from torch import Tensor
 
 from .attention_op import (
     WORK_BYTES,
+    Floats,
+    Inputs,
     call_attention,
     check_inputs,
     compute_dtype,
     row_groups,
 )
 from .content_name import content_name, read_beside
-from .documents import document_ranges, document_runs
 from .operation import register_attention
-from .selection import Sight, select_backward, select_forward, select_tangent
+from .selection import select_backward, select_forward, select_tangent
+from .sight import CPU, Band, Ranges, Sight
 
 BUFFERS = 5  # live [rows, keys] tensors of a block, in the backward pass
 LEAST_ROWS = 16
 BANDED_ROWS = 64  # queries of a block whose keys are limited to a band: as many as the band is wide, or these
-_Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # q, k, v, near_q, near_k
 
 
 def exact_attention(
@@ -57,7 +58,8 @@ def exact_attention(
     a token sees its own run of equal ones; scale: 1 / sqrt(d) by default; near: block size w; window: |i - j| < window
     for all pairs. Returns [.., H, n, dv] in the dtype of v; 0 for a query that sees no key. ValueError on wrong shapes.
     """
-    check_inputs(q, k, v, near_q, near_k, mask, documents, causal)
+    inputs = Inputs(q, k, v, near_q, near_k, mask, documents)
+    check_inputs(inputs, causal)
     if near_q is not None and near is None:
         raise ValueError("near_q and near_k need a block size `near`")
     if near is not None and near < 1:
@@ -66,7 +68,7 @@ def exact_attention(
         raise ValueError(f"window is a width of at least 1, not {window}")
     factor = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     attributes = (factor, causal, near or 0, window or 0)
-    return call_attention(OPERATION, q, k, v, near_q, near_k, mask, documents, *attributes)
+    return call_attention(OPERATION, inputs, *attributes)
 
 
 def exact_forward(
@@ -90,21 +92,20 @@ def exact_forward(
             *_padded(q, k, v), 0.0, causal, scale=scale
         )
         out, logsumexp = out[..., : v.shape[-1]].to(v.dtype).contiguous(), logsumexp.to(dtype).contiguous()
-        _restore(out, logsumexp, (q, k, v, None, None), _Sight(scale, causal, 0, 0, None, None))
+        _restore(out, logsumexp, Floats(q, k, v), _Seen.of(q, k, None, None, scale, causal, 0, 0))
         return out, logsumexp, none
     out = v.new_empty((*q.shape[:-1], v.shape[-1]))
     logsumexp = q.new_empty(q.shape[:-1], dtype=dtype)
-    runs = None if documents is None else document_runs(documents)
-    sight = _Sight(scale, causal, near, window, mask, runs)
-    _fill(out, logsumexp, (q, k, v, near_q, near_k), sight)
+    seen = _Seen.of(q, k, mask, documents, scale, causal, near, window)
+    _fill(out, logsumexp, Floats(q, k, v, near_q, near_k), seen)
     return out, logsumexp, none
 
 
-def _fill(out: Tensor, logsumexp: Tensor, inputs: _Inputs, sight: _Sight) -> None:
+def _fill(out: Tensor, logsumexp: Tensor, inputs: Floats, seen: _Seen) -> None:
     """Both results of all rows, block by block."""
     heads = inputs[1].shape[1]
     grouped_out, grouped_sum = out.unflatten(1, (heads, -1)), logsumexp.unflatten(1, (heads, -1))
-    for block in _blocks(inputs, sight):
+    for block in _blocks(inputs, seen):
         logits, _ = block.logits()
         total = torch.logsumexp(logits, -1)
         total.masked_fill_(total == -math.inf, 0.0)
@@ -113,7 +114,7 @@ def _fill(out: Tensor, logsumexp: Tensor, inputs: _Inputs, sight: _Sight) -> Non
         grouped_out[block.index] = torch.matmul(weights, block.v).to(out.dtype)
 
 
-def _restore(out: Tensor, logsumexp: Tensor, inputs: _Inputs, sight: _Sight) -> None:
+def _restore(out: Tensor, logsumexp: Tensor, inputs: Floats, seen: _Seen) -> None:
     """Rows of NaN as blocks give them: the fused kernel takes up to 15 logits of NaN for hidden keys, and gives 0.
 
     Its logsumexp is 0 then. In bfloat16 it gives 0 also where logits are infinite.
@@ -122,10 +123,10 @@ def _restore(out: Tensor, logsumexp: Tensor, inputs: _Inputs, sight: _Sight) -> 
     if not (lost.any() and (lost := lost & ~(out != 0).any(-1)).any()):
         return
     n = int(lost.any(0).any(0).nonzero().max()) + 1
-    q, k, v = inputs[:3]
-    keys = n if sight.causal else k.shape[2]
+    q, k, v = (inputs[0][:, :, :n], *(x[:, :, : n if seen.sight.causal else None] for x in inputs[1:3]))
     again, total = torch.empty_like(out[:, :, :n]), torch.empty_like(logsumexp[:, :, :n])
-    _fill(again, total, (q[:, :, :n], k[:, :, :keys], v[:, :, :keys], None, None), sight)
+    again_seen = _Seen.of(q, k, None, None, seen.scale, seen.sight.causal, 0, 0)
+    _fill(again, total, Floats(q, k, v), again_seen)
     lost = lost[:, :, :n]
     out[:, :, :n] = torch.where(lost.unsqueeze(-1), again, out[:, :, :n])
     logsumexp[:, :, :n] = torch.where(lost, total, logsumexp[:, :, :n])
@@ -153,7 +154,7 @@ def exact_backward(
         return _fused_backward(gradient, q, k, v, out, logsumexp, scale, causal)
     dtype = compute_dtype(q, k, v)
     heads = k.shape[1]
-    inputs = (q, k, v, near_q, near_k)
+    inputs = Floats(q, k, v, near_q, near_k)
     dq, dk, dv, dnear_q, dnear_k = (
         gradient.new_empty((0,)) if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device)
         for x in inputs
@@ -161,22 +162,22 @@ def exact_backward(
     grouped_dq = dq.unflatten(1, (heads, -1))
     gradient, out = gradient.unflatten(1, (heads, -1)), out.unflatten(1, (heads, -1))
     logsumexp = logsumexp.unflatten(1, (heads, -1))
-    runs = None if documents is None else document_runs(documents)
-    sight = _Sight(scale, causal, near, window, mask, runs)
-    for block in _blocks(inputs, sight):
+    seen = _Seen.of(q, k, mask, documents, scale, causal, near, window)
+    for block in _blocks(inputs, seen):
         logits, neighbours = block.logits()
         weights = logits.sub_(logsumexp[block.index].unsqueeze(-1)).exp_()
         upstream = gradient[block.index].to(dtype)
         delta = (upstream * out[block.index]).sum(-1, keepdim=True)
         dlogits = torch.matmul(upstream, block.v.mT).sub_(delta).mul_(weights)
-        keys = (*block.rows, slice(*block.keys))
+        low = block.band.keys[0]
+        keys = (*block.rows, slice(*block.band.keys))
         dv[keys] += torch.matmul(weights.mT, upstream).sum(2)
         if neighbours is not None and block.near_q is not None and block.near_k is not None:
             columns, is_near = neighbours
             local = dlogits[..., columns]
             dnear = local * is_near
             local.masked_fill_(is_near, 0.0)
-            near_keys = (*block.rows, slice(block.keys[0] + columns.start, block.keys[0] + columns.stop))
+            near_keys = (*block.rows, slice(low + columns.start, low + columns.stop))
             dnear_q.unflatten(1, (heads, -1))[block.index] = torch.matmul(
                 dnear, block.near_k[..., columns, :]
             )
@@ -205,11 +206,10 @@ def exact_tangent(
     grouped_out, logsumexp = out.unflatten(1, (heads, -1)), logsumexp.unflatten(1, (heads, -1))
     result = torch.empty_like(out, memory_format=torch.contiguous_format)
     grouped = result.unflatten(1, (heads, -1))
-    runs = None if documents is None else document_runs(documents)
-    sight = _Sight(scale, causal, near, window, mask, runs)
-    moved_inputs = (tangents[0], tangents[1], tangents[2], tangents[3], tangents[4])
-    for block in _blocks((given[0], given[1], given[2], given[3], given[4]), sight):
-        moved = _Block(moved_inputs, sight, block.rows, block.queries, block.keys)
+    seen = _Seen.of(given[0], given[1], mask, documents, scale, causal, near, window)
+    moved_inputs = Floats(*tangents)
+    for block in _blocks(Floats(*given), seen):
+        moved = _Block(moved_inputs, seen, block.rows, block.band)
         logits, neighbours = block.logits()
         weights = logits.sub_(logsumexp[block.index].unsqueeze(-1)).exp_()
         slopes = (torch.matmul(moved.q, block.k.mT) + torch.matmul(block.q, moved.k.mT)).mul_(scale)
@@ -225,15 +225,43 @@ def exact_tangent(
 
 
 @dataclass(frozen=True)
-class _Sight:
-    """Scale of the logits, and what decides which keys a query sees; runs: the document of each token [B, n]."""
+class _Seen:
+    """Scale of the logits, block size of the near field, and which keys a query sees: those of `ranges` that the mask
+    does not hide. host: the same ranges where they can be read without waiting for a device, if they depend on no data.
+    """
 
     scale: float
-    causal: bool
     near: int
-    window: int
+    sight: Sight
+    ranges: Ranges
+    host: Ranges
     mask: Tensor | None
-    runs: Tensor | None
+    documents: bool
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        scale: float,
+        causal: bool,
+        near: int,
+        window: int,
+    ) -> _Seen:
+        """Of a call, by its attributes."""
+        sight, n, m = Sight(causal, window), q.shape[2], k.shape[2]
+        ranges = sight.ranges(n, m, documents, q.device)
+        host = ranges if documents is not None else sight.ranges(n, m, None, CPU)
+        return _Seen(scale, near, sight, ranges, host, mask, documents is not None)
+
+    @property
+    def reach(self) -> int | None:
+        """How far the keys of a query reach on one side, at most: a window, or the longest document; None for any."""
+        reaches = [self.sight.window] if self.sight.window else []
+        if self.documents:
+            reaches.append(int((self.ranges.behind - self.ranges.first).max()))
+        return min(reaches, default=None)
 
 
 class _Block:
@@ -244,15 +272,14 @@ class _Block:
 
     def __init__(
         self,
-        inputs: _Inputs,
-        sight: _Sight,
+        inputs: Floats,
+        seen: _Seen,
         rows: tuple[slice, slice],
-        queries: tuple[int, int],
-        keys: tuple[int, int],
+        band: Band,
     ) -> None:
         q, k, v, near_q, near_k = inputs
-        self.rows, self.queries, self.keys, self.sight = rows, queries, keys, sight
-        self.index = (*rows, slice(None), slice(*queries))
+        self.rows, self.band, self.seen = rows, band, seen
+        self.index = (*rows, slice(None), slice(*band.queries))
         dtype = compute_dtype(q, k, v)
         heads = k.shape[1]
 
@@ -261,7 +288,7 @@ class _Block:
             return grouped[self.index].to(dtype)
 
         def of_keys(x: Tensor) -> Tensor:
-            return x[rows][:, :, None, slice(*keys)].to(dtype)
+            return x[rows][:, :, None, slice(*band.keys)].to(dtype)
 
         self.q, self.k, self.v = of_queries(q), of_keys(k), of_keys(v)
         self.near_q = None if near_q is None else of_queries(near_q)
@@ -269,10 +296,10 @@ class _Block:
 
     def logits(self) -> tuple[Tensor, tuple[slice, Tensor] | None]:
         """[b, h, G, t, keys], -inf where hidden; and the columns among them that may be near, with their mask."""
-        logits = torch.matmul(self.q, self.k.mT).mul_(self.sight.scale)
+        logits = torch.matmul(self.q, self.k.mT).mul_(self.seen.scale)
         neighbours = None
-        if self.sight.near and self.near_q is not None and self.near_k is not None:
-            columns, is_near = neighbours = self._neighbours(self.sight.near)
+        if self.seen.near and self.near_q is not None and self.near_k is not None:
+            columns, is_near = neighbours = self._neighbours(self.seen.near)
             local = torch.matmul(self.near_q, self.near_k[..., columns, :].mT)
             target = logits[..., columns]
             target.copy_(torch.where(is_near, local, target))
@@ -288,7 +315,7 @@ class _Block:
         return torch.matmul(moved_queries, keys.mT) + torch.matmul(queries, moved_keys.mT)
 
     def _neighbours(self, near: int) -> tuple[slice, Tensor]:
-        (first, last), (low, high) = self.queries, self.keys
+        (first, last), (low, high) = self.band.queries, self.band.keys
         start = min(high, max(low, (first // near - 1) * near))
         stop = max(start, min(high, ((last - 1) // near + 2) * near))
         blocks, others = (
@@ -298,63 +325,33 @@ class _Block:
         return slice(start - low, stop - low), (blocks[:, None] - others).abs() <= 1
 
     def _hide(self, logits: Tensor) -> None:
-        sight, (first, last), (low, high) = self.sight, self.queries, self.keys
-        if sight.causal:
-            own = logits[..., first - low :]
-            own.masked_fill_(
-                torch.ones(own.shape[-2:], dtype=torch.bool, device=own.device).triu_(1), -math.inf
-            )
-        if sight.window:
-            places, others = (
-                torch.arange(*ends, device=logits.device) for ends in ((first, last), (low, high))
-            )
-            logits.masked_fill_((places[:, None] - others).abs() >= sight.window, -math.inf)
-        if sight.runs is not None:
-            runs = sight.runs[self.rows[0], None, None]
-            logits.masked_fill_(runs[..., first:last, None] != runs[..., None, low:high], -math.inf)
-        if sight.mask is not None:
-            logits.masked_fill_(~sight.mask[self.rows[0], None, None, None, low:high], -math.inf)
+        """-inf where a key is hidden; the keys that all queries of the band see are left out."""
+        (low, high), (inner, outer), ranges = (
+            self.band.keys,
+            self.band.whole,
+            self.seen.ranges.of(self.rows[0]),
+        )
+        for keys in ((low, inner), (outer, high)):
+            if keys[0] < keys[1]:
+                hidden = ranges.hidden(self.band.queries, keys)[:, None, None]
+                logits[..., keys[0] - low : keys[1] - low].masked_fill_(hidden, -math.inf)
+        if self.seen.mask is not None:
+            logits.masked_fill_(~self.seen.mask[self.rows[0], None, None, None, low:high], -math.inf)
 
 
-def _blocks(inputs: _Inputs, sight: _Sight) -> Iterator[_Block]:
+def _blocks(inputs: Floats, seen: _Seen) -> Iterator[_Block]:
     """Blocks that cover all rows and queries, as large as WORK_BYTES and the band of visible keys allow."""
     q, k, v = inputs[:3]
     (batch, heads, m), n = k.shape[:3], q.shape[2]
-    ranges = None if sight.runs is None else document_ranges(sight.runs)
-    size, keys = n, m
-    reaches = [sight.window] if sight.window else []
-    if ranges is not None:
-        reaches.append(int((ranges[1] - ranges[0]).max()))  # of the longest document
-    if reaches:
-        size = max(BANDED_ROWS, min(reaches))
-        keys = min(m, size + 2 * min(reaches))
+    size, keys, reach = n, m, seen.reach
+    if reach is not None:
+        size = max(BANDED_ROWS, reach)
+        keys = min(m, size + 2 * reach)
     query_bytes = BUFFERS * compute_dtype(q, k, v).itemsize * (q.shape[1] // heads) * keys
     size = min(n, size, max(LEAST_ROWS, WORK_BYTES // query_bytes))
     for rows in row_groups(batch, heads, query_bytes * size):
-        for queries, visible in _bands(
-            n, m, size, sight, None if ranges is None else _limits(ranges, rows[0])
-        ):
-            yield _Block(inputs, sight, rows, queries, visible)
-
-
-def _limits(ranges: tuple[Tensor, Tensor], batch: slice) -> tuple[list[int], list[int]]:
-    """For each token: the first token of any row's document there, and the one behind the last."""
-    first, behind = ranges
-    return first[batch].amin(0).tolist(), behind[batch].amax(0).tolist()
-
-
-def _bands(
-    n: int, m: int, size: int, sight: _Sight, limits: tuple[list[int], list[int]] | None
-) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Blocks of queries [first, last), each with the keys [low, high) outside of which it sees none."""
-    for first in range(0, n, size):
-        last = min(first + size, n)
-        low, high = 0, last if sight.causal else m
-        if sight.window:
-            low, high = max(low, first - sight.window + 1), min(high, last + sight.window - 1)
-        if limits is not None:
-            low, high = max(low, limits[0][first]), min(high, limits[1][last - 1])
-        yield (first, last), (min(low, high), high)
+        for band in seen.host.of(rows[0]).bands(size):
+            yield _Block(inputs, seen, rows, band)
 
 
 def _fused(

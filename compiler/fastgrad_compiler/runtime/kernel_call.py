@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .attention_op import call_attention, check_inputs
+from .attention_op import Inputs, call_attention, check_inputs
 from .kernel_spec import KernelSpec
 from .operation import Operation
 
@@ -22,7 +22,8 @@ def call_kernel(
     *attributes: object,
 ) -> Tensor:
     """The output [.., H, n, dv] of the operation; ValueError where the inputs do not fit each other or the kernel."""
-    check_inputs(q, k, v, near_q, near_k, mask, documents, spec.causal)
+    inputs = Inputs(q, k, v, near_q, near_k, mask, documents)
+    check_inputs(inputs, spec.causal)
     found = {
         "d": (spec.d, q.shape[-1]),
         "dv": (spec.dv, v.shape[-1]),
@@ -33,4 +34,4 @@ def call_kernel(
     for name, (expected, value) in found.items():
         if value != expected:
             raise ValueError(f"this attention kernel was made for {name} = {expected}, not {value}")
-    return call_attention(operation, q, k, v, near_q, near_k, mask, documents, *attributes)
+    return call_attention(operation, inputs, *attributes)

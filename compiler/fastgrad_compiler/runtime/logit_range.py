@@ -9,7 +9,6 @@ mask hides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .attention_op import compute_dtype, row_groups
-from .documents import document_ranges, document_runs
+from .documents import document_runs
+from .sight import Ranges, Sight
 
 LONGEST = 8  # queries, and keys, of the largest norms in their sequence and head that are looked at
 SPREAD = 8  # queries, evenly spread, that are looked at besides
@@ -34,6 +34,11 @@ class Pairs:
     scale: float
     causal: bool
     near: int
+
+    @property
+    def sight(self) -> Sight:
+        """Which keys a query sees."""
+        return Sight(self.causal)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,10 @@ class Rows:
     def dtype(self) -> torch.dtype:
         """The precision of the norms."""
         return self.q_norms.dtype
+
+    def seen(self, pairs: Pairs) -> Ranges:
+        """The interval of keys that each query sees."""
+        return pairs.sight.ranges(self.q.shape[2], self.k.shape[2], self.runs, self.q.device)
 
     def by_key_head(self, x: Tensor) -> Tensor:
         """[b, H, ..] as [b, h, H / h, ..]."""
@@ -119,13 +128,17 @@ def choose_sample(rows: Rows, pairs: Pairs, turn: Tensor) -> Sample:
 def sampled_range(rows: Rows, pairs: Pairs, sample: Sample) -> Tensor:
     """[H]: the largest |s| of a sample, 0 without pairs that the polynomial serves."""
     (batch, key_heads, m), n = rows.k_norms.shape, rows.q.shape[2]
-    q = rows.by_key_head(rows.q)
+    q, keys = rows.by_key_head(rows.q), rows.seen(pairs)
+    queries = keys.transposed()
     largest = rows.q_norms.new_zeros((batch, key_heads, q.shape[2]))
     of_queries, of_keys = (0 if x is None else x.shape[-1] for x in (sample.queries, sample.keys))
     row_bytes = 2 * rows.dtype.itemsize * q.shape[2] * (of_queries * m + of_keys * n)
     for group in row_groups(batch, key_heads, row_bytes):
-        mask, runs = (None if x is None else x[group[0]] for x in (rows.mask, rows.runs))
-        part = _Part(q[group].to(rows.dtype), rows.k[group].to(rows.dtype), mask, runs, pairs)
+        mask, seen = (
+            None if rows.mask is None else rows.mask[group[0]],
+            (keys.of(group[0]), queries.of(group[0])),
+        )
+        part = _Part(q[group].to(rows.dtype), rows.k[group].to(rows.dtype), mask, *seen, pairs.near)
         if sample.queries is not None:
             largest[group] = part.of_queries(sample.queries[group])
         if sample.keys is not None:
@@ -135,37 +148,36 @@ def sampled_range(rows: Rows, pairs: Pairs, sample: Sample) -> Tensor:
 
 @dataclass(frozen=True)
 class _Part:
-    """Some rows of a call: q [b, h, G, n, d], k [b, h, m, d], mask and runs [b, m]."""
+    """Some rows of a call: q [b, h, G, n, d], k [b, h, m, d], mask [b, m]; the keys that queries see, the queries that
+    see keys, and the block size of the near field.
+    """
 
     q: Tensor
     k: Tensor
     mask: Tensor | None
-    runs: Tensor | None
-    pairs: Pairs
+    keys: Ranges
+    queries: Ranges
+    near: int
 
     def of_queries(self, places: Tensor) -> Tensor:
         """[b, h, G]: the largest |q.k| of the queries at `places` [b, h, G, S] with all keys."""
         logits = torch.matmul(_at(self.q, places).flatten(2, 3), self.k.mT).unflatten(2, places.shape[2:])
-        tokens = torch.arange(self.k.shape[2], device=places.device)
-        later = tokens > places.unsqueeze(-1) if self.pairs.causal else None
         padding = None if self.mask is None else ~self.mask[:, None, None, None]
-        return _peak(logits, later, padding, *self._apart(places, tokens))
+        return _peak(logits, self.keys.hidden_from(places), padding, self._near(places, self.k.shape[2]))
 
     def of_keys(self, places: Tensor) -> Tensor:
         """[b, h, G]: the largest |q.k| of the keys at `places` [b, h, 1, S] with all queries of their group."""
         logits = torch.matmul(_at(self.k.unsqueeze(2), places), self.q.mT)
-        tokens = torch.arange(self.q.shape[3], device=places.device)
-        earlier = tokens < places.unsqueeze(-1) if self.pairs.causal else None
         padding = None if self.mask is None else ~_of_tokens(self.mask, places).unsqueeze(-1)
-        return _peak(logits, earlier, padding, *self._apart(places, tokens))
+        return _peak(logits, self.queries.hidden_from(places), padding, self._near(places, self.q.shape[3]))
 
-    def _apart(self, places: Tensor, tokens: Tensor) -> Iterator[Tensor]:
-        """bool [b, h, .., S, tokens]: near pairs, and pairs of two documents, whichever of the two the query is."""
-        if self.pairs.near:
-            first = (places.div(self.pairs.near, rounding_mode="floor") - 1).unsqueeze(-1) * self.pairs.near
-            yield (tokens >= first) & (tokens < first + 3 * self.pairs.near)
-        if self.runs is not None:
-            yield _of_tokens(self.runs, places).unsqueeze(-1) != self.runs[:, None, None, None]
+    def _near(self, places: Tensor, count: int) -> Tensor | None:
+        """bool [b, h, .., S, tokens]: near pairs of `count` tokens, whichever of the two the query is."""
+        if not self.near:
+            return None
+        tokens = torch.arange(count, device=places.device)
+        first = (places.div(self.near, rounding_mode="floor") - 1).unsqueeze(-1) * self.near
+        return (tokens >= first) & (tokens < first + 3 * self.near)
 
 
 def _at(rows: Tensor, places: Tensor) -> Tensor:
@@ -239,21 +251,22 @@ class Clamp:
 
 def clamp(rows: Rows, pairs: Pairs, bound: Tensor) -> Clamp:
     """The clamp of a call to |s| <= bound, [H] or [1]."""
-    index = _largest_key(rows, pairs.causal)
+    index = _largest_key(rows, pairs)
     keys = rows.k_norms.gather(-1, index).repeat_interleave(rows.q.shape[1] // rows.k.shape[1], 1)
     limit = bound[:, None] * ((1.0 - torch.finfo(rows.q.dtype).eps) / max(abs(pairs.scale), TINY))
     reach = keys * rows.q_norms
     return Clamp(rows, torch.where(reach <= limit, 1.0, limit / reach), index)
 
 
-def _largest_key(rows: Rows, causal: bool) -> Tensor:
-    """int64 [b, h, n or 1]: where the key of the largest norm is among those that each query may see."""
+def _largest_key(rows: Rows, pairs: Pairs) -> Tensor:
+    """int64 [b, h, n or 1]: where the key of the largest norm is among those that each query may see.
+
+    What a query sees begins where its document does.
+    """
     norms = rows.k_norms
-    if rows.runs is None:
-        return norms.cummax(-1).indices if causal else norms.argmax(-1, keepdim=True)
-    ranks = norms.argsort(dim=-1, stable=True).argsort(dim=-1)
-    index = (rows.runs[:, None] * norms.shape[-1] + ranks).cummax(-1).indices  # above all documents before
-    if not causal:
-        last = document_ranges(rows.runs)[1] - 1
-        index = index.gather(-1, last[:, None].expand_as(index))
-    return index
+    if rows.runs is None and pairs.sight == Sight():
+        return norms.argmax(-1, keepdim=True)
+    if rows.runs is not None:  # above all documents before
+        norms = rows.runs[:, None] * norms.shape[-1] + norms.argsort(dim=-1, stable=True).argsort(dim=-1)
+    last = rows.seen(pairs).behind[:, None] - 1
+    return norms.cummax(-1).indices.gather(-1, last.expand(*norms.shape[:2], -1))

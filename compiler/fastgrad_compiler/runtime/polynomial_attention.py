@@ -20,7 +20,8 @@ from .polynomial_features import Workspace
 from .polynomial_rows import Rows
 from .polynomial_sweeps import Saved, backward_rows, forward_rows
 from .precision import in_float64
-from .selection import Sight, selective
+from .selection import selective
+from .sight import Sight
 from .tangent import polynomial_tangent
 
 Place = tuple[slice, slice]

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention_op import compute_dtype
-from .documents import document_ranges, document_runs
+from .sight import Sight
 
 Kernel = Callable[..., Any]
 Inputs = Sequence[Any]  # q, k, v, near_q, near_k, mask, documents
@@ -39,55 +39,6 @@ SCALES = {
     torch.float32: (2.0**-100, 2.0**-40),
     torch.float64: (2.0**-800, 2.0**-400),
 }  # of values, of gradients
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What decides which keys a query sees, besides mask and documents; window: |i - j| < window, 0 without.
-
-    degree: the most components of a token that are multiplied with each other; 1 without a polynomial.
-    """
-
-    causal: bool
-    window: int = 0
-    degree: int = 1
-
-    def ranges(self, queries: int, keys: int, documents: Tensor | None, device: torch.device) -> Ranges:
-        """The range of keys that each query sees, some of which a mask may hide."""
-        return self._ranges(queries, keys, documents, device, self.causal, False)
-
-    def seen_by(self, queries: int, keys: int, documents: Tensor | None, device: torch.device) -> Ranges:
-        """The range of queries that see each key."""
-        return self._ranges(keys, queries, documents, device, False, self.causal)
-
-    def _ranges(
-        self, own: int, others: int, documents: Tensor | None, device: torch.device, past: bool, future: bool
-    ) -> Ranges:
-        place = torch.arange(own, device=device)
-        first = place if future else torch.zeros_like(place)
-        behind = place + 1 if past else torch.full_like(place, others)
-        if self.window:
-            first, behind = first.maximum(place - self.window + 1), behind.minimum(place + self.window)
-        first, behind = first.clamp(0, others)[None], behind.clamp(0, others)[None]
-        if documents is not None:
-            begin, end = document_ranges(document_runs(documents))
-            first, behind = first.maximum(begin), behind.minimum(end)
-        return Ranges(first, behind.maximum(first))
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """Tokens [first, behind) of the other side for each token: int64 [batch or 1, tokens]."""
-
-    first: Tensor
-    behind: Tensor
-
-    def hold(self, flags: Tensor) -> Tensor:
-        """bool [b, h, tokens]: whether one of flags, bool [b, h, others], is in a token's range."""
-        counts = torch.nn.functional.pad(flags.cumsum(-1), (1, 0))
-        ends = (x[:, None].expand(*flags.shape[:2], -1) for x in (self.first, self.behind))
-        first, behind = (counts.gather(-1, end) for end in ends)
-        return behind > first
 
 
 def selective(
@@ -129,7 +80,7 @@ def selective_tangent(run: Kernel, sight: Sight) -> Kernel:
 
 def _exactly(sight: Sight, inputs: Inputs, attributes: Sequence[Any]) -> Sight:
     tokens = max(inputs[0].shape[2], inputs[1].shape[2])
-    return Sight(sight.causal, sight.window) if attributes and tokens < attributes[0] else sight
+    return replace(sight, degree=1) if attributes and tokens < attributes[0] else sight
 
 
 def select_forward(
@@ -233,7 +184,7 @@ class _Careful:
             elif x is not None:
                 spoilt = spoilt | self._spoilt(x)
         keys = self.keys = sight.ranges(n, m, documents, q.device)
-        self.queries = sight.seen_by(n, m, documents, q.device)
+        self.queries = keys.transposed()
         seeing = keys.hold(visible).repeat_interleave(self.groups, 1)
         self.rows = (keys.hold(spoilt & visible).repeat_interleave(self.groups, 1) | spoilt_rows) & seeing
         self.flags = [spoilt_rows if place in OF_QUERIES else spoilt | ~visible for place in range(5)]

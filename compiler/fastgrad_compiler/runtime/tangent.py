@@ -26,7 +26,8 @@ from .guard import guarded_tangent
 from .kernel_spec import KernelSpec, folded_coefficients
 from .monomials import blocks, weights
 from .polynomial_features import derivative, far_decay, horner, inverse
-from .selection import Sight, selective_tangent
+from .selection import selective_tangent
+from .sight import Sight
 
 TILE = 64  # queries at a time, and keys; the result does not depend on it
 Pair = tuple[Tensor, Tensor]  # a value and its tangent

@@ -13,7 +13,8 @@ from .exact_attention import exact_backward, exact_forward, exact_tangent
 from .kernel_spec import KernelSpec
 from .operation import Operation, register_attention
 from .polynomial_attention import Backend
-from .selection import Sight, selective, selective_tangent
+from .selection import selective, selective_tangent
+from .sight import Sight
 
 
 def register_window(name: str, spec: KernelSpec, *, native: Backend | None = None) -> Operation:

@@ -8,6 +8,7 @@ from math import inf
 import numpy as np
 
 from fastgrad_compiler.ir.graph import Graph
+from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.reference.oracle import Values
 from fastgrad_compiler.reference.oracle_attention import Array
 
@@ -15,7 +16,7 @@ TOLERANCE = 1e-9  # of the largest entry of a row; what rounding does to these o
 AMPLIFIED = 100.0  # times what noise on inputs does to a value, and no more, is what rounding may do to it
 LARGEST, LEAST = 1e150, 1e-250  # magnitudes whose squares and quotients float64 has
 _SELECTING = frozenset(  # operations whose results are no larger than their operands
-    ("causal", "window", "padding", "documents", "near_far", "softmax", "permute", "reshape", "broadcast_to")
+    (*MASKS, "near_far", "softmax", "permute", "reshape", "broadcast_to")
 )
 _POLES = ("div", "log", "rsqrt")
 

@@ -7,6 +7,7 @@ from math import isfinite
 from fastgrad_compiler.analysis.bounds.facts import Fact
 from fastgrad_compiler.analysis.bounds.outward import times_up
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.ir.words import describe, number, place
 
 ASSUMED = "assumed in the file, not proved"
@@ -30,10 +31,7 @@ _QUIET = frozenset(
         "arange",
         "one_hot",
         "cast",
-        "causal",
-        "window",
-        "padding",
-        "documents",
+        *MASKS,
         "near_far",
         "alibi",
         "where",

@@ -17,6 +17,7 @@ from fastgrad_compiler.analysis.bounds.outward import add_down, add_up, over_up,
 from fastgrad_compiler.analysis.bounds.shapes import SHAPES
 from fastgrad_compiler.analysis.bounds.step import Rule, Step
 from fastgrad_compiler.ir.graph import Attribute
+from fastgrad_compiler.ir.masks import MASKS
 
 _ROOT_2 = root_up(2.0)
 _LIMIT = 2.0**63  # of ints of 64 bits: from its negative to one below it
@@ -190,7 +191,7 @@ _RULES: dict[str, Rule] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "unit": _unit,
-    **dict.fromkeys(("causal", "window", "padding", "documents"), _mask),
+    **dict.fromkeys(MASKS, _mask),
     "near_far": _near_far,
     "assume_bound": _assume_bound,
     "rotary": _rotary,
@@ -203,10 +204,7 @@ _RULES: dict[str, Rule] = {
 
 MASK_AWARE = frozenset(
     [
-        "causal",
-        "window",
-        "padding",
-        "documents",
+        *MASKS,
         "near_far",
         "assume_bound",
         "alibi",

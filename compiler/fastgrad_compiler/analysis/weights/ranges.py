@@ -20,13 +20,13 @@ from fastgrad_compiler.analysis.weights.logits import Logits, logits
 from fastgrad_compiler.analysis.weights.rows import Rows, ball
 from fastgrad_compiler.analysis.weights.rules import ROWS, UNREAD
 from fastgrad_compiler.analysis.weights.step import Step
-from fastgrad_compiler.attention.table import ATTENTION, is_own
+from fastgrad_compiler.attention.table import is_own
+from fastgrad_compiler.attention.value import ATTENTION, Attention
 from fastgrad_compiler.ir.flatten import flatten
-from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program
+from fastgrad_compiler.ir.graph import Graph, Node, Program
 from fastgrad_compiler.ir.words import describe, number, place
 from fastgrad_compiler.reference.operations_torch import TORCH
-from fastgrad_compiler.reference.torch_env import Env, sequence
-from fastgrad_compiler.reference.torch_env import number as float_of
+from fastgrad_compiler.reference.torch_env import Env
 
 _NARROWER = 0.99  # what is left of R where a centre is worth its subtraction
 _HELD = ("weight", "buffer")
@@ -148,24 +148,25 @@ class _Walk:
         return weight.to("cpu", torch.float64 if weight.is_floating_point() else weight.dtype)
 
     def _range(self, node: Node) -> LogitRange:
-        q, k = (self.facts[name] for name in node.inputs[:2])
-        heads, groups = (_heads(self.graph[name]) for name in node.inputs[:2])
-        proved = _proved(node)
+        attention, (q, k) = Attention.of(node), (self.facts[name] for name in node.inputs[:2])
+        heads, groups = (self.graph[name].tensor.shape[-3].constant or 1 for name in node.inputs[:2])
+        known = attention.range
+        proved = known.limit if known.origin == "program" else inf
         lost = [fact.reason for fact in (q, k) if isinstance(fact, _Lost)]
-        if node.get("alibi"):
+        if attention.alibi:
             lost = ["the slopes of alibi grow with the distance of a pair"]
         if not (isinstance(q, Rows) and isinstance(k, Rows)) or lost:
             if isfinite(proved):
-                return LogitRange("program", (proved,) * heads, _texts(node.get("proof")))
+                return LogitRange("program", (proved,) * heads, known.proof)
             return LogitRange("weights", (inf,) * heads, tuple(dict.fromkeys(lost)))
-        plain = logits(q, k, heads, groups, float_of(node["scale"]), None)
+        plain = logits(q, k, heads, groups, attention.scale, None)
         centred = None
         if self.centring and isfinite(plain.largest) and bool(plain.shared.any()):
-            centred = logits(q, k, heads, groups, float_of(node["scale"]), plain.shared)
-        return _best(node, plain, centred, proved)
+            centred = logits(q, k, heads, groups, attention.scale, plain.shared)
+        return _best(known.proof, plain, centred, proved)
 
 
-def _best(node: Node, plain: Logits, centred: Logits | None, proved: float) -> LogitRange:
+def _best(proof: tuple[str, ...], plain: Logits, centred: Logits | None, proved: float) -> LogitRange:
     """The centred range where it is narrower, else the plain one, no head above what the program proves."""
     limited = min(plain.largest, proved)
     if centred is not None and centred.largest <= _NARROWER * limited:
@@ -176,7 +177,7 @@ def _best(node: Node, plain: Logits, centred: Logits | None, proved: float) -> L
         reasons = (*centred.reasons, gain)
         return LogitRange("weights", centred.heads, reasons, _tuples(centred.centre), centred.norms)
     if isfinite(proved) and min(plain.heads) >= proved:
-        return LogitRange("program", (proved,) * len(plain.heads), _texts(node.get("proof")))
+        return LogitRange("program", (proved,) * len(plain.heads), proof)
     reasons = plain.reasons
     if plain.largest > proved:
         reasons += (f"no head exceeds {number(proved)}, which the program proves",)
@@ -215,23 +216,5 @@ def _jumps(graph: Graph, node: Node) -> bool:
     return compares and any(graph[name].tensor.dtype == "float" for name in node.inputs)
 
 
-def _heads(node: Node) -> int:
-    """Of queries or keys [.., h, n, d]; 1 where there is no such axis, or its size is known at run time only."""
-    shape = node.tensor.shape
-    return (shape[-3].constant or 1) if len(shape) > 2 else 1
-
-
-def _proved(node: Node) -> float:
-    """R as the program proves it; infinity where it comes from elsewhere."""
-    bound, source = node.get("bound"), node.get("source", "program")
-    if node.get("asserted") or source != "program" or not isinstance(bound, int | float):
-        return inf
-    return float(bound)
-
-
 def _tuples(centre: Tensor | None) -> tuple[tuple[float, ...], ...] | None:
     return None if centre is None else tuple(map(tuple, centre.tolist()))
-
-
-def _texts(lines: Attribute) -> tuple[str, ...]:
-    return tuple(map(str, sequence(lines))) if lines is not None else ()

@@ -16,8 +16,10 @@ from torch import Tensor
 from fastgrad_compiler.analysis.weights.rows import Rows, Term, add, ball, through, times
 from fastgrad_compiler.analysis.weights.shapes import SHAPES, repeated
 from fastgrad_compiler.analysis.weights.step import Rule, Step, broadcast
+from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.reference.torch_env import number as float_of
 
@@ -201,7 +203,7 @@ def _cast(step: Step) -> Rows | None:
 def _attention(step: Step) -> Rows | None:
     """Means of values with positive weights that add up to 1, or 0 where a query sees no key."""
     values = step.rows[2]
-    if values is None or step.rank < 3 or step.node.get("decision") == "polynomial":
+    if values is None or Attention.of(step.node).is_polynomial:
         return None
     heads, of = step.shape[-3].constant, step.inputs[2].tensor.shape[-3].constant
     if heads is None or of is None:
@@ -259,7 +261,7 @@ DECLINED: dict[str, str] = {
     ),
     **dict.fromkeys(("less", "less_equal", "equal", "logical_not"), "its result is a mask"),
     **dict.fromkeys(
-        ("causal", "window", "padding", "documents", "near_far", "alibi"),
+        (*MASKS, "near_far", "alibi"),
         "it works on scores, which no row is made of",
     ),
     **dict.fromkeys(
