@@ -131,7 +131,7 @@ def read_pace(kept: object) -> MachinePace:
     try:
         pace: MachinePace = built(MachinePace, kept)
     except Misfit:
-        raise ValueError("it is no pace of a machine") from None
+        raise ValueError("it is not a pace of a machine") from None
     return pace
 
 

@@ -1,6 +1,6 @@
 """Axes and paths of figures: SVG text that takes its colours from the page and names itself in words.
 
-Every part is `Markup` made by `element`, which escapes values; what is no Markup is escaped where parts are joined.
+Every part is `Markup` made by `element`, which escapes values; anything else is escaped where parts are joined.
 """
 
 from __future__ import annotations

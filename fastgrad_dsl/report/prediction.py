@@ -157,7 +157,7 @@ def widths(entry: Attention) -> tuple[int, int]:
 def _memory(entry: Attention, n: int, m: int, served: bool) -> Memory:
     """Bytes of one sequence in float32: q, k, v, the output and their gradients, and what each way adds.
 
-    Fused exact attention adds one normaliser a row, a polynomial the states of both passes; `scores` is what exact
+    Fused exact attention adds one normaliser per row, a polynomial the states of both passes; `scores` is what exact
     attention that keeps its score matrix adds.
     """
     heads, (d, dv) = entry.query_heads, widths(entry)

@@ -332,7 +332,7 @@ def test_a_folder_gives_its_calibration(tmp_path: Path) -> None:
     assert report.calibration == calibration
     assert report == compiled.report(calibration=calibration)
     (tmp_path / "calibration.json").write_text("{")
-    with pytest.raises(fg.TfgError, match=r"FG430.*calibration\.json: no JSON: .* at line 1, column 2"):
+    with pytest.raises(fg.TfgError, match=r"FG430.*calibration\.json: not JSON: .* at line 1, column 2"):
         make_report(request, lambda what: None)
     shutil.rmtree(tmp_path)
 

@@ -318,7 +318,7 @@ def _pinned(case: Case, degree: int) -> Outcome:
     if relative:
         return Refusal("FG305", f"at degree {degree} {relative}", "degree", polynomial)
     missed = case.caps.missed(polynomial, evaluated.rounding)
-    note = f"; {missed}: what the report measures decides" if missed else ""
+    note = f"; {missed}: the report's measurement decides" if missed else ""
     return _polynomial(case, evaluated, f"degree {degree} is pinned by the budget{note}")
 
 

@@ -47,7 +47,7 @@ def _fixed(rule: BudgetRule, group: Sequence[AttentionEntry]) -> Diagnostic:
         notes=tuple(places(first)),
         help=(
             "it needs no rule: its error is 0",
-            f'where the pattern is for others too, put behind it: at "{first.path}" exact',
+            f'if the pattern is also for others, put after it: at "{first.path}" exact',
         ),
     )
 

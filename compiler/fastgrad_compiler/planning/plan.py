@@ -230,7 +230,7 @@ class _Specialiser:
         self._touched = graphs_with(program, lambda node: node.op == "attention")
 
     def program_of_decisions(self) -> Program:
-        """The program whose nodes hold the decisions; variants stand behind the graph they were made from."""
+        """The program whose nodes hold the decisions; variants stand after the graph they were made from."""
         self.variant(self.program.main, (), ())
         graphs: list[Graph] = []
         for graph in self.program.graphs:
