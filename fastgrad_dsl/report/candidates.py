@@ -20,7 +20,7 @@ from fastgrad_compiler.approximation.polynomial import (
     fit,
 )
 from fastgrad_compiler.approximation.rounding import EXACT, Rounding, Run, Sizes, rounding
-from fastgrad_compiler.attention.table import OWN
+from fastgrad_compiler.attention.value import OWN
 from fastgrad_compiler.planning.cost import Pace
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
