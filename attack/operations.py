@@ -1,4 +1,4 @@
-"""How each operation of the language is written: one rule an operation, from the values that are there."""
+"""How each operation of the language is written: one rule for each operation, from the values that are there."""
 
 from __future__ import annotations
 

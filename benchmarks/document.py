@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ BEGIN, END = "<!-- performance: made by benchmarks/document.py -->", "<!-- end o
 INTRODUCTION = """\
 # Performance
 
-Made from [performance.json](performance.json) by `python -m benchmarks.document`; `make bench` measures anew, and
+Made from [performance.json](performance.json) by `python -m benchmarks.document`; `make bench` measures again, and
 [benchmark.md](benchmark.md) says what and how. Every number is **measured** unless it is marked as extrapolated or, for
 GPUs, as a model. The machine is shared and noisy: ratios within a section mean more than times.
 """
@@ -65,7 +66,18 @@ def page(document: Document) -> str:
     parts = [INTRODUCTION, f"![{figures.TITLE}](performance.svg)\n"]
     for name, section in document["sections"].items():
         parts.append(WRITERS[name](section))
-    return "\n".join(parts)
+    return wrapped("\n".join(parts))
+
+
+def wrapped(text: str) -> str:
+    """The text with its prose at most 120 columns wide; tables, headings and pictures stay as they are."""
+    return "\n".join(
+        line if line.startswith(("|", "#", "!")) else textwrap.fill(
+            line, 120, subsequent_indent="  " if line.startswith("* ") else "",
+            break_long_words=False, break_on_hyphens=False,
+        )
+        for line in text.split("\n")
+    )  # fmt: skip
 
 
 def _region(document: Document) -> str:
@@ -73,7 +85,9 @@ def _region(document: Document) -> str:
     facts = [fact for make in HEADLINES if (fact := make(document["sections"])) is not None]
     lines = [f"* {fact}" for fact in facts]
     machine = tables.machine_line(next(iter(document["sections"].values())))
-    return "\n".join([f"![{figures.TITLE}]({FIGURE})", "", f"Measured on {machine}:", "", *lines, ""])
+    return wrapped(
+        "\n".join([f"![{figures.TITLE}]({FIGURE})", "", f"Measured on {machine}:", "", *lines, ""])
+    )
 
 
 if __name__ == "__main__":

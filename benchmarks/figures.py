@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.tables import best_of_each, cell_groups
-from fastgrad_dsl.bench.plot import Panel, Series, render
+from fastgrad_dsl.plots.panels import Panel, Series, render
 
 TITLE = "Error against time at 16,384 tokens, and time against length"
 OWN, EXACT, OTHER = 0, 4, 1  # colours
@@ -64,7 +64,7 @@ def _times(section: Mapping[str, Any]) -> tuple[Panel, str]:
         slope = slopes.get((name, d))
         label = name if slope is None else f"{name} (slope {slope:.2f})"
         points = tuple((float(c["n"]), c["total_s"]) for c in cells)
-        count = sum(c["measured"] for c in cells)  # what was extrapolated stands behind what was measured
+        count = sum(c["measured"] for c in cells)  # what was extrapolated stands after what was measured
         longer = points[max(0, count - 1) :] if count < len(points) else ()
         series.append(Series("" if longer else label, points[:count], COLOURS[name], line=True))
         if longer:

@@ -17,33 +17,35 @@ def gpu_model(section: Section) -> str:
     lengths = list(dict.fromkeys(row["n"] for row in section["kernels"]))
     parts = [
         "## The Triton kernels on paper\n",
-        f"**{MODEL}** `{section['command']}`; no GPU took part in it. {shape['heads']} heads, batch {shape['batch']}, "
+        f"**{MODEL}** `{section['command']}`; no GPU was used. {shape['heads']} heads, batch {shape['batch']}, "
         f"{'causal' if shape['causal'] else 'no mask'}, {shape['dtype']}.\n",
-        "A kernel takes max(bytes / bandwidth, matrix flops / their peak, vector flops / their peak), over the share "
-        "of the device that its programs fill, min(1, programs / multiprocessors): each unit works at its peak, and "
-        "launches, instruction issue and exp beyond one flop cost nothing. FlashAttention is counted by the same "
-        "rule: forward 2 (d + dv) flops a pair, half of the pairs, backward 2.5 times that. Its kernels have one "
-        "width for q, k and v, to which they are padded; `ideal` counts exactly d and dv. Real kernels reach a "
-        "part of this: FlashAttention, by its papers, half to three quarters at great lengths; how much these do, "
-        "only a GPU can tell. Formulas: compiler/fastgrad_compiler/runtime/triton_schedule.py and roofline.py.\n",
+        "A kernel takes max(bytes / bandwidth, matrix flops / their peak, vector flops / their peak), divided by the "
+        "share of the device that its programs fill, min(1, programs / multiprocessors): each unit works at its peak, "
+        "and launches, instruction issue and exp beyond one flop cost nothing. FlashAttention is counted by the same "
+        "rule: forward 2 (d + dv) flops per pair, for half of the pairs, backward 2.5 times that. Its kernels have "
+        "one width for q, k and v, to which they are padded; `ideal` counts exactly d and dv. Real kernels reach a "
+        "part of this: FlashAttention, according to its papers, half to three quarters at great lengths; what these "
+        "kernels reach, only a GPU can tell. Formulas: compiler/fastgrad_compiler/runtime/triton_schedule.py and "
+        "compiler/fastgrad_compiler/planning/roofline.py.\n",
         f"Devices, from data sheets. {MODEL}\n",
         _devices(section),
         *(
             part
             for n in lengths
             for part in (
-                f"The kernels at n = {n:,}, in the order in which they run; those of keys' states run again in the "
-                "backward pass. A time is followed by what it waits for (memory, matrix or vector units), and by * "
-                "where there are fewer programs than multiprocessors; registers a thread / "
-                f"occupancy are those of ahead-of-time compilation, where known. {MODEL}\n",
+                f"The kernels at n = {n:,}, in the order in which they run; those for the states of keys run again in "
+                "the backward pass. A time is followed by what limits it (memory, matrix or vector units), and by * if "
+                "there are fewer programs than multiprocessors; registers per thread and occupancy are from "
+                f"ahead-of-time compilation, where known. {MODEL}\n",
                 _kernels(section, n),
             )
         ),
-        "Forward and backward, milliseconds; in brackets: times faster than FlashAttention. `fused` is one program a "
-        f"head, `parallel` works on chunks of the sequence; the one that is chosen is bold. {MODEL}\n",
+        "Forward and backward, milliseconds; in brackets: times faster than FlashAttention. `fused` is one program "
+        f"per head, `parallel` works on chunks of the sequence; the chosen one is bold. {MODEL}\n",
         _times(section),
-        "Least n from which on both passes take no longer than FlashAttention (ideal). At lengths this short the dozen "
-        f"launches, of some microseconds each, that are left out weigh as much as the kernels. {MODEL}\n",
+        "Least n from which both passes together take no longer than FlashAttention (ideal). At such short lengths "
+        "the dozen launches, which take some microseconds each and are not counted, matter as much as the kernels. "
+        f"{MODEL}\n",
         _break_even(section),
         _fused_from(section),
     ]
@@ -155,7 +157,7 @@ def _fused_from(section: Section) -> str:
     if not rows:
         return ""
     n = section["fused_from"][0]["n"]
-    said = f"{HEADS.capitalize()} (a power of two) from which on `fused` is chosen, at n = {n:,}. {MODEL}\n"
+    said = f"{HEADS.capitalize()} (a power of two) from which `fused` is chosen, at n = {n:,}. {MODEL}\n"
     return f"{said}\n{table(['attention', *_names(section).values()], rows)}"
 
 
@@ -193,7 +195,7 @@ def gpu(section: Section) -> str:
             ],
             left=2,
         ),
-        "Everyone against softmax attention in float64, likewise:\n",
+        "All contenders against softmax attention in float64, in the same way:\n",
         table(
             ["attention", "dtype", "n", "output error", "gradient error"],
             [

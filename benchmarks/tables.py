@@ -99,13 +99,13 @@ def _with_ratio(cell: Mapping[str, Any] | None, exact: Mapping[str, Any] | None,
 
 
 def ratio(slow: float, fast: float) -> str:
-    """How many times faster, with a digit behind the point below 100."""
+    """How many times faster, with one decimal below 100."""
     times = slow / fast
     return f"{times:.1f}" if times < 100 else f"{times:.0f}"
 
 
 def _break_even(section: Section) -> str:
-    """The least measured length from which on the polynomial is faster at every measured length."""
+    """The least measured length from which the polynomial is faster at every measured length."""
     exact = {
         cell["n"]: cell["total_s"] for cell in section["cells"] if cell["degree"] is None and cell["measured"]
     }
@@ -148,8 +148,8 @@ def _shares(section: Section) -> str:
         for c in cells
     ]
     return (
-        f"Share of the peak of multiply-adds, {peak:,.0f} GFLOP/s measured in the same run by a loop of registers "
-        f"alone, at n = {SHARE_AT:,}; flops by [mathematics.md](mathematics.md), section 4:\n\n"
+        f"Share of the peak of multiply-adds, {peak:,.0f} GFLOP/s (measured in the same run by a loop that touches "
+        f"only registers), at n = {SHARE_AT:,}; flops by [mathematics.md](mathematics.md), section 4:\n\n"
         + table(["attention", "forward", "forward and backward"], rows)
     )
 
@@ -161,7 +161,7 @@ def _memory(section: Section) -> str:
     if not rows:
         return ""
     return (
-        "Peak memory beyond inputs, outputs and gradients, MiB, d = 16, each in a process of its own:\n\n"
+        "Peak memory beyond inputs, outputs and gradients, MiB, d = 16, each in a separate process:\n\n"
         + table(["n", "attention", "forward", "forward and backward"], rows, left=2)
     )
 
@@ -204,7 +204,7 @@ def peers(section: Section) -> str:
             _heading("Beside other libraries", section),
             f"n = {shape['n']:,}, {shape['heads']} heads, d = {shape['d']}, dv = {shape['dv']}, causal; the same "
             f"inputs for all, logits within {section['largest_logit']:g}; errors are relative (L2), against softmax in "
-            "float64; of the gradients of q, k and v the largest is given. Lower is better.\n",
+            "float64; the gradient error is the largest of those of q, k and v. Lower is better.\n",
             table(headings, rows, left=3),
             *_comparisons(best),
             "\n".join([*missing, ""]) if missing else "",
@@ -227,7 +227,7 @@ def _comparisons(best: Sequence[Mapping[str, Any]]) -> list[str]:
             other = min(as_good, key=lambda o: float(o["total_s"]))
             times = ratio(other["total_s"], entry["total_s"])
             lines.append(
-                f"* {entry['name']}: {times} times faster than the fastest other of no larger error, {other['name']}"
+                f"* {entry['name']}: {times} times faster than the fastest other with no larger error, {other['name']}"
             )
     return ["\n".join([*lines, ""])] if lines else []
 
@@ -253,8 +253,8 @@ def training(section: Section) -> str:
         [
             _heading("A training step", section),
             f"examples/gpt.tfg, {section['layers']} layers of width {section['width']}, batch {section['batch']}: "
-            "forward, backward and AdamW; time and peak memory in processes of their own. Lower is better. `~`: "
-            "extrapolated, a n + b n².\n",
+            "forward, backward and AdamW; time and peak memory in separate processes. Lower is better. `~`: "
+            "extrapolated as a n + b n².\n",
             table(["model", "n", "seconds", "faster than SDPA", "peak MiB"], rows),
         ]
     )
@@ -305,7 +305,7 @@ def budget(section: Section) -> str:
             f"The plan, layer by layer: {kinds}. Its errors: output {planned['output']:.2g} (estimate), "
             f"{verified['output']:.2g} (measured, held out); gradient {planned['gradient']:.2g} (estimate), "
             f"{verified['gradient']:.2g} (measured).\n",
-            f"Beside every single family and degree, picked by hand, a training step at {tokens['measured']:,} tokens, "
+            f"A training step at {tokens['measured']:,} tokens, against every single family and degree picked by hand, "
             "in turns; errors measured on held-out text against the exact model:\n",
             table(
                 ["all attentions", "seconds", "output error", "gradient error", "keeps the budget"], picked
@@ -346,11 +346,11 @@ def curves(section: Section) -> str:
         [
             _heading("Training curves", section),
             f"![{CURVES_TITLE}](curves.svg)\n",
-            f"gpt.tfg without its pin, {section['steps']} steps at {section['tokens']:,} tokens, the same data, seed "
-            "and initial weights; plans are made at these. Losses are held out, in nats per byte. `exact again` starts "
-            "from weights moved by a millionth: what chance alone does to a loss.\n",
+            f"gpt.tfg without its pin, {section['steps']} steps at {section['tokens']:,} tokens, with the same data, "
+            "seed and initial weights, from which the plans are made. Losses are on held-out text, in nats per byte. "
+            "`exact again` starts from weights moved by a millionth: it shows the effect of chance alone.\n",
             table(["run", "limits (output, gradient)", "final loss", "beside exact", "seconds"], losses),
-            "What the planner finds at initial and at trained weights; gains on the output are estimates:\n",
+            "What the planner finds with initial and with trained weights; gains on the output are estimates:\n",
             table([*heading, "trained plan", "largest logit", "gain"], rows, left=3),
         ]
     )

@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastgrad_dsl.bench.plot import Panel, Series
-from fastgrad_dsl.bench.plot import render as render_plot
+from fastgrad_dsl.plots.panels import Panel, Series
+from fastgrad_dsl.plots.panels import render as render_plot
 
 JSON, PAGE, FIGURE = "docs/theory.json", "docs/theory.md", "docs/theory.svg"
 TITLE = "Error of a whole model against the degree, the depth and the length"
@@ -20,23 +20,23 @@ Rows = Sequence[Mapping[str, Any]]
 INTRODUCTION = """\
 # The theorem in numbers
 
-arXiv 2408.13233 proves that a transformer of several layers keeps an almost linear cost and a small error when every
+arXiv 2408.13233 proves that a transformer with several layers keeps an almost linear cost and a small error if every
 attention is replaced by a low-rank polynomial. Its statement is asymptotic. This page shows the numbers: one model, in
-**float64**, so that rounding plays no part, against itself with softmax everywhere, the same weights and the same text.
+**float64**, so that rounding plays no part, against itself with softmax everywhere, with the same weights and text.
 Made from [theory.json](theory.json) by
 
     {command}
 
-The model: byte-level, width 64; each layer has a causal attention of {heads} heads (queries and keys of width 4 and
+The model: byte-level, width 64; each layer has a causal attention with {heads} heads (queries and keys of width 4 and
 norm 1, rotary positions, R = {gain:g}), a swiglu MLP, residual streams and RMS norms. The text is held-out text of the
-demonstration. Weights are the initial ones of seed 0; polynomials are of the family `{family}`.
+demonstration. Weights are the initial ones with seed 0; polynomials are of the family `{family}`.
 
-* **measured**: relative L2 error of the logits (`output`), and of all weights' gradients of the cross entropy as one
-  vector (`gradient`).
-* **estimate**: the sum over attentions of what making that one exact moves. First order, no proof.
+* **measured**: relative L2 error of the logits (`output`), and of the gradients of the cross entropy with respect to
+  all weights, as one vector (`gradient`).
+* **estimate**: the sum over attentions of how far the model moves when that one is made exact. First order, no proof.
 * **certificates**: the sum over attentions of the proved bound of each one's own output (for the gradient the largest
   of dQ, dK and dV), on its own inputs. Each is a **bound** for its attention; their sum is *not* a bound for the model,
-  since it leaves out how layers amplify. It is what a plan without data goes by.
+  since it ignores how layers amplify errors. Plans without data use this sum.
 
 ![{title}](theory.svg)
 """
@@ -132,8 +132,8 @@ def _running_section(running: Mapping[str, Any]) -> str:
     lines += [
         "",
         _paragraph(
-            """Every layer multiplies the ball by the largest slopes that any input in it could meet, while the error of
-            real inputs meets typical ones. Beside it the measured error with the same weights:"""
+            """Every layer multiplies the ball by the largest slopes of any input in it, while the errors of real inputs
+            meet typical slopes. For comparison, the measured error with the same weights:"""
         ),
         "",
         "| degree | eps | bound after the last layer (share of the stream) | measured error of the output |",
@@ -145,9 +145,8 @@ def _running_section(running: Mapping[str, Any]) -> str:
     lines += [
         "",
         _paragraph(
-            """A bound of 1 and more says nothing: an output of zeros would keep it. That is why a report prints a
-            proved bound for each attention, an estimate and a measured error for the whole, and no bound for the
-            whole."""
+            """A bound of 1 or more is vacuous: an output of zeros would meet it. That is why a report gives a proved
+            bound for each attention, and for the whole model an estimate and a measured error, but no bound."""
         ),
         "",
     ]

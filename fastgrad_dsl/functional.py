@@ -30,14 +30,14 @@ def polynomial_attention(
 
     q [.., n, d], k [.., m, d], v [.., m, dv] with any leading dimensions, as for scaled_dot_product_attention; the
     third last is heads, of which q may have a multiple of k's. Returns [.., n, dv]. The weights are p(s),
-    s = scale * q.k, with p fitted to exp on [-bound, bound] (docs/mathematics.md, section 1): logits beyond have
-    unbounded error. scale: 1 / sqrt(d) by default. near: pairs whose blocks of `near` tokens are the same or touch
-    are exact, exp of their own logits: those of near_qk = (q', k'), already scaled, or s. documents: integers [.., n]
-    without the dimension of heads; a token sees its own run of equal ones alone. Differentiable once, with respect to
-    every tensor.
+    s = scale * q.k, with p fitted to exp on [-bound, bound] (docs/mathematics.md, section 1): logits beyond it
+    have an unbounded error. scale: 1 / sqrt(d) by default. near: pairs whose blocks of `near` tokens are the same or
+    touch are exact, with exp of their own logits: those of near_qk = (q', k'), already scaled, or s. documents:
+    integers [.., n] without the dimension of heads; a token sees only its own run of equal ones. Differentiable once,
+    with respect to every tensor.
 
-    Raises ValueError for shapes that do not fit, a polynomial that float64 cannot fit or that is not positive on the
-    range, TfgError FG420 for a target that is not available.
+    Raises ValueError for shapes that do not fit, and for a polynomial that float64 cannot fit or that is not positive
+    on the range; TfgError FG420 for a target that is not available.
     """
     check_target(target)
     if min(q.ndim, k.ndim, v.ndim) < 2:

@@ -56,8 +56,8 @@ def compile(
 
     A string with a line break is source text; any other is a path. `params` override the file's; `model` picks one of
     several; `include` names folders, besides the file's own, from which it may `use` files. With `validate`, each pass
-    is put to the test on small random inputs (docs/architecture.md). Raises TfgError with every diagnostic that was
-    found, CompilerBug where a pass changed what the model computes.
+    is tested on small random inputs (docs/architecture.md). Raises TfgError with every diagnostic that was found,
+    and CompilerBug if a pass changed what the model computes.
     """
     check_target(target)
     is_text = isinstance(spec, str) and "\n" in spec
@@ -74,7 +74,7 @@ class Compiled:
     """One compiled model.
 
     `stages` holds the program as elaborated and after each pass; `params` are those that override the file's.
-    `calibration` is calibration.json and `assignment` what it decided, where the plan rests on one; `validate`
+    If the plan rests on a calibration, `calibration` is calibration.json and `assignment` what it decided; `validate`
     says whether passes are tested.
     """
 
@@ -93,7 +93,7 @@ class Compiled:
 
     @property
     def plan(self) -> tuple[AttentionEntry, ...]:
-        """Every attention, with what was decided of it."""
+        """Every attention, with what was decided for it."""
         return attention_table(self.program)
 
     @cached_property
@@ -125,10 +125,10 @@ class Compiled:
         return {**self.modules, **texts, **stages}
 
     def write(self, folder: str | Path, *, force: bool = False) -> None:
-        """Write all files; a build that is there is replaced as a whole, and the user's own files beside it are kept.
+        """Write all files; an existing build is replaced as a whole, and the user's own files beside it are kept.
 
-        Raises TfgError FG421 where the folder cannot be written, and FG428 where it holds something else than a build,
-        or a build that was changed by hand, and `force` is not set. The folder is as it was then.
+        Raises TfgError FG421 if the folder cannot be written, and FG428 if `force` is not set and the folder holds
+        something other than a build, or a build that was changed by hand. The folder is then unchanged.
         """
         write_build(Path(folder), self.files, force=force)
 
@@ -137,7 +137,7 @@ class Compiled:
 
         The values are drawn in float32, so that each dtype starts from the same ones.
 
-        Raises TfgError FG426 where they are larger than the machine's memory.
+        Raises TfgError FG426 if they are larger than the machine's memory.
         """
         import torch
 
@@ -147,7 +147,7 @@ class Compiled:
         return model if dtype is None else model.to(dtype)
 
     def adopt(self, model: nn.Module) -> nn.Module:
-        """A module of this plan with the very weights of `model`, a module of another plan of the same spec."""
+        """A module of this plan that shares the weights of `model`, a module of another plan of the same spec."""
         return _with_weights_of(model, self._package.MODEL(None))
 
     def calibrate(
@@ -165,7 +165,7 @@ class Compiled:
         held out to verify the plan. Without batches they are random inputs of the sizes `dims`, without a model its
         weights are the initial ones of `seed`. `measured_pace`: the cost model is fitted to this machine, once, in some
         ten seconds. Raises TfgError FG312 where rules of the budget keep it from being met, ValueError for tensors that
-        are no batch of the model.
+        are not a batch of the model.
         """
         from fastgrad_dsl.calibration.replan import Request, replan
         from fastgrad_dsl.models.batch_check import batch_problem
@@ -176,15 +176,15 @@ class Compiled:
         return replan(self, Request(model, batches, dims=dims, seed=seed, measured_pace=measured_pace))
 
     def reference(self, model: nn.Module) -> nn.Module:
-        """The exact model with the very weights of `model`, where a change of one is of both.
+        """The exact model, which shares the weights of `model`: a change of one is a change of both.
 
-        No attention is approximated: all are softmax but those whose weights are a polynomial of the model's own.
+        No attention is approximated: all are softmax except those whose weights are a polynomial of the model's own.
         """
         return _with_weights_of(model, self._reference_package.MODEL(None))
 
     @property
     def loss(self) -> Callable[..., Tensor] | None:
-        """The objective of the file as a function of tensors, None where it has none."""
+        """The objective of the file as a function of tensors, None if it has none."""
         return getattr(self._package, "OBJECTIVE", None)
 
     def report(
@@ -194,11 +194,11 @@ class Compiled:
         *,
         calibration: Calibration | None = None,
     ) -> Report:
-        """The error report (docs/report.md), measured on a batch where one is given; by key too, as the JSON.
+        """The error report (docs/report.md), measured on a batch if one is given; by key too, as the JSON.
 
         `batch` holds the model's inputs, then what its objective takes beyond its results (docs/language.md);
-        `calibration` is a calibration document to show. Raises ValueError where only one of model and batch is given,
-        or the tensors are no batch of the model.
+        `calibration` is a calibration document to show. Raises ValueError if only one of model and batch is given,
+        or the tensors are not a batch of the model.
         """
         plan, calibration = self.plan_document, calibration or self.calibration
         shown = partial(
@@ -229,10 +229,11 @@ class Compiled:
         return shown(errors, described)
 
     def certify(self, model: nn.Module) -> tuple[AttentionCertificate, ...]:
-        """What the weights of `model` prove now of each attention: R, whether the planned one holds, the worst cases.
+        """What the weights of `model` now prove about each attention: R, whether the planned R holds, worst cases.
 
-        At any time in training, in seconds and without gradients (docs/mathematics.md, section 7). Attentions whose
-        weights are a polynomial of the model's own need no certificate. Raises ValueError for another model's weights.
+        Can be called at any time in training; takes seconds and no gradients (docs/mathematics.md, section 7).
+        Attentions whose weights are a polynomial of the model's own need no certificate. Raises ValueError for another
+        model's weights.
         """
         from fastgrad_dsl.models.certify import certify
 

@@ -27,10 +27,10 @@ PACKAGE = "fastgrad_generated"
 
 
 def load(folder: str | Path, *, seed: int = 0) -> nn.Module:
-    """The model of a folder that `fastgrad compile` wrote: weights.safetensors if it is there, else initial weights.
+    """The model of a folder that `fastgrad compile` wrote: with weights.safetensors if it exists, else initial weights.
 
-    Also of the folder of a training run, with the weights of its last checkpoint. Raises TfgError FG419 where the
-    folder is no compiled model, or a run without weights yet, FG418 where its weights are not the model's.
+    The folder of a training run also works, with the weights of its last checkpoint. Raises TfgError FG419 if the
+    folder is not a compiled model, or is a run without weights yet, and FG418 if its weights are not the model's.
     """
     path = Path(folder)
     package = load_package(path)
@@ -58,7 +58,7 @@ def load_objective(folder: Path) -> Callable[..., Tensor] | None:
 
 
 def load_plan(folder: Path) -> Plan:
-    """plan.json of a compiled folder; TfgError FG419 where there is none, FG430 where it is not of its form."""
+    """plan.json of a compiled folder; TfgError FG419 if there is none, FG430 if it does not match its schema."""
     _restore(folder)
     folder = built(folder)
     if not (folder / PLAN).is_file():
@@ -69,7 +69,7 @@ def load_plan(folder: Path) -> Plan:
 def load_package(folder: Path) -> ModuleType:
     """Import a compiled folder as a package of its own.
 
-    Raises TfgError FG419 where it is none, or its code, which anybody may have changed, does not load.
+    Raises TfgError FG419 if it is not one, or if its code, which anybody may have changed, does not load.
     """
     _restore(folder)
     folder = built(folder)
@@ -105,7 +105,7 @@ class _Package:
         self.name = f"{PACKAGE}_{digest}"
 
     def imported(self) -> ModuleType:
-        """The package, executed once a process."""
+        """The package, executed once per process."""
         if self.name not in sys.modules:
             sys.meta_path.append(self)
             try:
@@ -182,4 +182,6 @@ def _remade(package: _Package, module: str, name: str) -> nn.Module:
 
 def _not_compiled(folder: Path, missing: str) -> TfgError:
     help_ = ("write one with `fastgrad compile FILE -o DIR`",)
-    return TfgError([Diagnostic("FG419", f"{folder} is no compiled model: it has no {missing}", help=help_)])
+    return TfgError(
+        [Diagnostic("FG419", f"{folder} is not a compiled model: it has no {missing}", help=help_)]
+    )

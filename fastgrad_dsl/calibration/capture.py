@@ -1,6 +1,6 @@
 """One exact run of a model with every attention's inputs, output and upstream gradient, and random probes of it.
 
-The program is interpreted at its stage behind recognition, where each attention is one node, so that every one of them
+The program is interpreted at its stage after recognition, where each attention is one node, so that every one of them
 is met, whatever the plan says of it.
 """
 
@@ -63,7 +63,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is run: the program behind recognition, weights and buffers by path, and the objective of its batches.
+    """What is run: the program after recognition, weights and buffers by path, and the objective of its batches.
 
     A batch is the model's inputs, then the targets. Without an objective the loss is a fixed random projection of the
     output.

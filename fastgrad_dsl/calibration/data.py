@@ -51,7 +51,7 @@ def named_batches(
 ) -> tuple[Sequence[Sequence[Tensor]] | None, str]:
     """Batches and what they are; None for random inputs.
 
-    A .safetensors file holds each input and target under its name, for several batches with `.0`, `.1` behind it.
+    A .safetensors file holds each input and target under its name, for several batches with `.0`, `.1` after it.
     Raises TfgError FG411, FG412 or FG415 for a text, FG423 for a file of batches.
     """
     if source == RANDOM:

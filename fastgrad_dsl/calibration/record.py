@@ -83,7 +83,7 @@ def _record(decision: Decision) -> DecisionRecord:
 
 
 def with_recorded_plan(compiled: Compiled, record: PlanRecord, calibration: Calibration | None) -> Compiled:
-    """`compiled` with the plan of a record. ValueError where it is no record of a plan of this program."""
+    """`compiled` with the plan of a record. ValueError if it is not a record of a plan of this program."""
     assignment = {path: tuple(map(_decision, decisions)) for path, decisions in record.items()}
     attentions = next(stage.program for stage in compiled.stages if stage.name == "attention")
     unknown = assignment.keys() - {entry.full_path for entry in attention_table(attentions)}

@@ -99,7 +99,7 @@ Target = Annotated[
 
 @app.command()
 def check(file: File, model: Model = None, set_: Set = None, include: Include = None) -> None:
-    """Check a file: report every error, or show what each attention will be."""
+    """Check a file: report every error, or show how each attention will be computed."""
     from fastgrad_dsl.commands.terminal import print_plan
 
     stages = _stages(file, model, set_, include, until="plan")
@@ -333,9 +333,7 @@ def train(
     checkpoint and stops; the same command with --resume continues from there, with more --steps if you like.
     """
     if resume and force:
-        raise TfgError(
-            [Diagnostic("FG416", "--resume goes on with a run, and --force replaces it: give one")]
-        )
+        raise TfgError([Diagnostic("FG416", "--resume continues a run and --force replaces it: give one")])
     folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
     if not resume:  # where a run that is finished changes nothing
         try_folder(folder)

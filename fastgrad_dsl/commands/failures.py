@@ -17,7 +17,7 @@ from fastgrad_grammar.render import render
 
 BUG, WRONG_INPUT = 1, 2
 INTERRUPTED = 130  # as a shell says of a process that SIGINT ended
-NO_READER = 141  # and of one that SIGPIPE ended: `fastgrad stages FILE | head` is no error of anybody's
+NO_READER = 141  # and of one that SIGPIPE ended: `fastgrad stages FILE | head` is nobody's error
 
 STDOUT = "the standard output"
 
@@ -55,7 +55,7 @@ def run_command(command: Callable[[], int | None]) -> int:
 
 
 def diagnostics(error: BaseException) -> tuple[Diagnostic, ...]:
-    """What is said of an exception that is no bug: of the user's input, the system or the memory. Empty for others."""
+    """The diagnostics of an exception that is not a bug: of the user's input, the system or the memory; else none."""
     if isinstance(error, TfgError):
         return error.diagnostics
     if isinstance(error, OSError):
@@ -86,7 +86,7 @@ def _of_system(error: OSError) -> Diagnostic:
 
 
 def _told(error: Exception) -> int:
-    """Tell of an exception on stderr, behind what was printed before, and give the exit status."""
+    """Report an exception on stderr, after what was printed before, and give the exit status."""
     if isinstance(error, _NoReader):
         return NO_READER
     found = diagnostics(error)

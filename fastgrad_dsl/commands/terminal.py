@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # `check` starts without msgspec
     from fastgrad_dsl.documents.report import Report
 
 VERDICTS = {"kept": "bold green", "likely": "green", "missed": "bold red", "unlikely": "red"}
-WIDTH_OF_A_FILE = 1_000_000  # where the output is no terminal: no line is broken
+WIDTH_OF_A_FILE = 1_000_000  # if the output is not a terminal: no line is broken
 
 
 class PlainConsole(Console):
@@ -39,14 +39,14 @@ class PlainConsole(Console):
 
 
 def console(*, error: bool = False) -> Console:
-    """A console for results (stdout) or progress (stderr); no colour and no end of a line where it is no terminal."""
+    """A console for results (stdout) or progress (stderr); no colour and no line breaks if it is not a terminal."""
     made = PlainConsole(stderr=error)
     return made if made.is_terminal else PlainConsole(stderr=error, width=WIDTH_OF_A_FILE)
 
 
 @contextmanager
 def progress(doing: str) -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr that says what is being done ("measuring") and to what; silent where it is no terminal."""
+    """A spinner on stderr that says what is being done ("measuring") and to what; silent if it is not a terminal."""
     out = console(error=True)
     if not out.is_terminal:
         yield lambda what: None

@@ -51,7 +51,7 @@ class TrainRequest:
 def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module:
     """Train, showing losses as they come, and return the trained module.
 
-    Raises TfgError: FG411 to FG414 for the text and the checkpoint, FG415 where the spec is no byte-level language
+    Raises TfgError: FG411 to FG414 for the text and the checkpoint, FG415 if the spec is not a byte-level language
     model, FG416 for options that no run can have, and as `train`. Raises SystemExit with 128 and the signal's number
     where a signal stopped the run, after its checkpoint is saved.
     """
@@ -145,7 +145,7 @@ def _say_stopped(stopped: Stopped | StopAsked, folder: Path) -> None:
 def _check(options: Options) -> None:
     for name, value in (("--rate", options.learning_rate), ("--clip", options.clip)):
         if not math.isfinite(value):
-            raise TfgError([Diagnostic("FG416", f"{name} {value}: a finite number is wanted")])
+            raise TfgError([Diagnostic("FG416", f"{name} {value}: expected a finite number")])
 
 
 def _teller(console: Console) -> Callable[[str], None]:

@@ -97,7 +97,9 @@ def _shapes(request: TuneRequest) -> tuple[Shape, ...]:
     found = shapes(compiled.program)
     if not found:
         message = f"no attention of {compiled.program.name} has Triton kernels"
-        raise TfgError([Diagnostic("FG424", message, help=("`fastgrad check` says what each will be",))])
+        raise TfgError(
+            [Diagnostic("FG424", message, help=("`fastgrad check` says how each will be computed",))]
+        )
     return found
 
 

@@ -38,7 +38,7 @@ class Misfit(Exception):
 
 
 def built(kind: Any, value: Any, place: Place = ()) -> Any:
-    """Plain data as an object of a type; numbers stay as they are, and 1.0 is no integer. Raises Misfit."""
+    """Plain data as an object of a type; numbers stay as they are, and 1.0 is not an integer. Raises Misfit."""
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if any(get_origin(each) is Literal for each in kinds):
         wanted = (value for each in kinds for value in (get_args(each) or (None,)))

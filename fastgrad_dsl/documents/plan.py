@@ -80,7 +80,7 @@ class Flops(Document, frozen=True):
 
 
 class RoundingRun(Document, frozen=True):
-    """Bounds of what rounding adds on one device in one dtype; None is no bound."""
+    """Bounds of what rounding adds on one device in one dtype; None: there is no bound."""
 
     device: Literal["cpu", "gpu"]
     dtype: Literal["float32", "bfloat16", "float16"]

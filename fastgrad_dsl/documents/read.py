@@ -34,7 +34,7 @@ LARGEST, SMALLEST = 1e100, 1e-200  # of what numbers may be, beside 0
 
 @dataclass(frozen=True)
 class _Fault:
-    """What stands in the tree where the text has something that is no JSON, or that JSON leaves open."""
+    """What stands in the tree where the text has something that is not JSON, or that JSON leaves open."""
 
     said: str
 
@@ -99,7 +99,7 @@ def _tree(content: bytes, shown: str) -> Any:
             shown, None, f"not UTF-8 text: byte 0x{content[error.start]:02x} at {error.start}"
         ) from None
     except json.JSONDecodeError as error:
-        said = f"no JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        said = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         raise _refused(shown, None, said) from None
     except RecursionError:
         raise _refused(shown, None, _TOO_DEEP) from None

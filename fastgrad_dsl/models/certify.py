@@ -1,4 +1,4 @@
-"""What is proved of a model's attentions with the weights that it has now (docs/mathematics.md, section 7)."""
+"""What is proved about a model's attentions with its present weights (docs/mathematics.md, section 7)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastgrad_compiler.codegen.attention_kernels import kernel_spec
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.targets import BACKENDS
 
-_WIDEST = 700.0  # R beyond which e^-R is no float, and no polynomial is close to exp
+_WIDEST = 700.0  # R beyond which e^-R is not a float, and no polynomial is close to exp
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class AttentionCertificate:
         planned: R for which the polynomial was chosen; None for an exact attention.
         range: R of each head that is proved now, from the program or from the weights, with the reasons.
         holds: whether the R proved now is at most the planned one; None for an exact attention.
-        eps: of the polynomial on the range proved now; None for an exact attention, and where nothing is proved.
+        eps: of the polynomial on the range proved now; None for an exact attention, and if nothing is proved.
         eps_prime: the same of its derivative.
         certificate: the worst cases that follow, with rounding in a float32 run on a CPU at the longest declared
             lengths; infinite where eps >= 1, None where eps is.
@@ -56,8 +56,8 @@ class AttentionCertificate:
 def certify(program: Program, model: nn.Module, target: str = "auto") -> tuple[AttentionCertificate, ...]:
     """A certificate of every attention, in program order, from the weights of `model`, which are only read.
 
-    Attentions whose weights are a polynomial of the model's own stand in for nothing and are left out. Raises
-    ValueError where the model lacks a weight of the program.
+    Attentions whose weights are a polynomial of the model's own replace nothing and are left out. Raises
+    ValueError if the model lacks a weight of the program.
     """
     weights = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     ranges = weight_ranges(program, weights, centring=False)

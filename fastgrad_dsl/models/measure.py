@@ -341,7 +341,7 @@ def _joint_error(values: Mapping[str, Tensor], references: Mapping[str, Tensor])
 
 
 def _ratio(difference: float, size: float) -> float:
-    """0 where both vanish; infinite where one is no number."""
+    """0 where both vanish; infinite if one is not a number."""
     if difference == 0.0:
         return 0.0
     return difference / size if size and not math.isnan(difference / size) else math.inf

@@ -47,7 +47,7 @@ class TextData:
 def load_text(path: Path, tokens: int, option: str = "--seq") -> TextData:
     """Read any file as bytes for windows of `tokens`, whose number `option` of the command sets.
 
-    Raises TfgError FG411 where the file is no regular one or cannot be read, FG412 where a part is too short for one
+    Raises TfgError FG411 if the file is not a regular one or cannot be read, FG412 where a part is too short for one
     window.
     """
     try:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Attentions = Sequence[ReportedAttention]
 TRUSTED: dict[Literal["data", "asserted"], str] = {
     "data": "R is measured on data, with a margin",
-    "asserted": "R rests on assume_bound, the file's word",
+    "asserted": "R rests on assume_bound, asserted by the file",
 }
 
 
@@ -47,7 +47,7 @@ def notes(plan: Plan, errors: ModelErrors | None, undeclared: Sequence[str]) -> 
     found = []
     if any(entry.family == OWN for entry in entries):
         found.append(
-            "weights that are the model's own polynomial stand in for nothing: their error is 0, without a bound of the"
+            "weights that are the model's own polynomial replace nothing: their error is 0, without a bound of the"
             " logits"
         )
     if any(map(is_approximated, entries)):

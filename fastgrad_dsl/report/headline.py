@@ -29,7 +29,7 @@ from fastgrad_dsl.report.words import number, percent, sample, verified_on
 
 EFFECTS = "how far the model moves when this attention alone is made exact"
 CALIBRATED = "what the calibration expects of each attention"
-CERTIFICATES = "certificates added up, every gain taken as 1"
+CERTIFICATES = "the sum of the certificates, with every gain taken as 1"
 
 
 def headline(
@@ -147,7 +147,7 @@ def _verdict(plan: Plan, use: Mapping[str, Use]) -> Verdict:
         return Verdict("exact", f"Nothing is approximated: {why}.")
     limited = {what: each for what, each in use.items() if each.limit is not None}
     if not limited:
-        return Verdict("unlimited", "The file sets no budget, so that none can be missed.")
+        return Verdict("unlimited", "The file sets no budget, so none can be missed.")
     unknown = [what for what, each in limited.items() if each.share is None]
     if unknown:
         return Verdict("open", f"Open: nothing is known yet of the error of the {' and '.join(unknown)}.")
@@ -164,10 +164,13 @@ def _verdict(plan: Plan, use: Mapping[str, Use]) -> Verdict:
     outcomes: dict[tuple[bool, bool], tuple[State, str]] = {
         (False, False): ("likely", "The plan is expected to keep the budget: {}."),
         (True, False): ("unlikely", "The plan is expected to miss the budget: {}."),
-        (False, True): ("likely", "Worst cases added up stay within the budget: {}. Nothing was measured."),
+        (False, True): (
+            "likely",
+            "The sum of the worst cases is within the budget: {}. Nothing was measured.",
+        ),
         (True, True): (
             "open",
-            "Open: worst cases added up exceed the budget: {}. What a batch measures decides.",
+            "Open: the sum of the worst cases exceeds the budget: {}. A measurement decides.",
         ),
     }
     state, words = outcomes[bool(over), proved]

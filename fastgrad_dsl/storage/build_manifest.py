@@ -110,7 +110,7 @@ def _agrees(folder: Path, name: str, value: str) -> bool:
 
 
 class _NotOursError(Exception):
-    """What a name leads to is no regular file of the folder."""
+    """A name does not lead to a regular file of the folder."""
 
 
 def _open_inside(folder: Path, name: str) -> int:

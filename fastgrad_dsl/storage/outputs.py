@@ -35,7 +35,7 @@ def write_output(path: Path, content: str) -> None:
 
 
 def rewrite(path: Path, content: str) -> None:
-    """Write a user's own file anew: behind its symbolic links, with its mode; in place where it has other hard links.
+    """Replace a user's own file: following its symbolic links, with its mode; in place if it has other hard links.
 
     Raises OSError, which names `path`; PermissionError for a file that is marked as read-only.
     """

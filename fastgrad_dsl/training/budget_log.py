@@ -4,7 +4,7 @@
     logging.getLogger("fastgrad.budget").addHandler(fg.JsonLinesHandler("budget.jsonl"))
 
 A record of the logger carries `budget`, the dicts of `model.budget_status()`, and `step`, the number of the forward
-pass. What the guards say themselves, once an attention, goes to the same logger as a warning.
+pass. The guards' own messages, one for each attention, go to the same logger as warnings.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ LOGGER = logging.getLogger("fastgrad.budget")
 
 
 def log_budget(model: nn.Module, every: int = 1) -> RemovableHandle:
-    """Log the budget's state behind every `every`-th forward pass of a generated model; gives the hook's handle.
+    """Log the budget's state after every `every`-th forward pass of a generated model; returns the hook's handle.
 
-    Records have the level INFO, which the logger is set to where it has no level of its own. Each waits for the device.
-    With torch.compile, give what it returns. A model without guards logs nothing.
+    Records have the level INFO; a logger without a level of its own is set to it. Each record waits for the device.
+    With torch.compile, pass what it returns. A model without guards logs nothing.
 
-    Raises ValueError where `every` is below 1, TypeError where the model has no `budget_status`.
+    Raises ValueError if `every` is below 1, TypeError if the model has no `budget_status`.
     """
     if every < 1:
         raise ValueError(f"every is an int of at least 1, not {every}")
@@ -60,7 +60,7 @@ def _summary(found: list[dict[str, object]]) -> str:
 
 
 class JsonLinesHandler(logging.FileHandler):
-    """Appends records of the logger to a file, one JSON object a line.
+    """Appends records of the logger to a file, one JSON object per line.
 
     For each attention of a budget's record: time (seconds since 1970), step, and its dict; for others time, level and
     message. Numbers that are not finite become null.
@@ -94,7 +94,7 @@ class TensorBoardHandler(logging.Handler):
 
     Scalars by path: largest (the largest |s| seen), share (of R: above 1 is beyond the range), calls and violations.
 
-    Raises ImportError where the package tensorboard is not installed.
+    Raises ImportError if the package tensorboard is not installed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -107,7 +107,7 @@ class TensorBoardHandler(logging.Handler):
         self._writer: Any = SummaryWriter(str(folder))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the scalars of a record; others than a budget's are passed over."""
+        """Write the scalars of a record; records without a budget are ignored."""
         try:
             for status in getattr(record, "budget", ()):
                 for name, value in _scalars(status).items():

@@ -191,9 +191,9 @@ def idle_weights(model: nn.Module, optimiser: torch.optim.Optimizer) -> list[str
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a file and check everything that can be checked without its model; FG413 where it is no whole checkpoint."""
+    """Read a file and check all that can be checked without its model; FG413 if it is not a complete checkpoint."""
     if path.exists() and not path.is_file():
-        raise _broken(path, "it is no regular file")
+        raise _broken(path, "it is not a regular file")
     try:
         with safe_open(path, framework="pt") as stream:
             header = stream.metadata() or {}
@@ -235,7 +235,7 @@ def _parsed(header: Mapping[str, str], name: str) -> tuple[str, Any]:
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 def _reader(holds: Callable[[Any], bool]) -> Callable[[tuple[str, Any]], Any]:

@@ -51,7 +51,7 @@ _LOCK_BYTES = 1000  # of a lock's text, and more
 def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
     """The folder for this process alone, without what killed processes left, and to begin in unless `resume`.
 
-    Raises TfgError: FG431 where another run, or files that are no run's, are there and `force` is not given; FG432
+    Raises TfgError: FG431 where another run, or files that belong to no run, are there and `force` is not given; FG432
     where another process trains in it; FG421 where it cannot be written. What was there is unchanged then.
     """
     with writing(folder):
@@ -71,7 +71,7 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
             if not resume:
                 for (
                     name
-                ) in _FILES:  # the checkpoint first: what is left is no run, and never a mixture of two
+                ) in _FILES:  # the checkpoint first: what is left is not a run, and never a mixture of two
                     (folder / name).unlink(missing_ok=True)
         yield
     finally:
@@ -94,7 +94,7 @@ def _check_lock(path: Path) -> None:
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_file():
-        raise OSError(EEXIST, f"{path} is no regular file", str(path))
+        raise OSError(EEXIST, f"{path} is not a regular file", str(path))
     with path.open("rb") as stream:
         content = stream.read(_LOCK_BYTES)
     if content and not _LOCK_TEXT.fullmatch(content):

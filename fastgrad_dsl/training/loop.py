@@ -40,7 +40,7 @@ LEAST_RATE = 0.1  # the cosine ends at this share of the peak learning rate
 class Options:
     """How to train. `seconds` (None: no limit) replaces `steps` as what the schedule runs over.
 
-    steps, tokens (sequence length), batch (sequences a step), warmup, validate_every, validation_batches and
+    steps, tokens (sequence length), batch (sequences per step), warmup, validate_every, validation_batches and
     checkpoint_every are counts; learning_rate is the peak of AdamW's; clip bounds the gradient's norm; `exact`: the
     softmax model is trained.
     """
@@ -75,7 +75,7 @@ def learning_rate(options: Options, step: int, done: float) -> float:
 def validation_loss(
     model: nn.Module, loss: Loss, data: TextData, options: Options, check: Callable[[], None] = lambda: None
 ) -> float:
-    """Mean loss over the held-out batches, nats per byte; `check` is called before each of them, and may raise."""
+    """Mean loss over the held-out batches, in nats per byte; `check` is called before each of them, and may raise."""
     training = model.training
     model.eval()
     losses = []
@@ -93,10 +93,10 @@ def validation_loss(
 
 @dataclass(frozen=True)
 class Context:
-    """What a run is of, and what is kept beside its weights.
+    """What a run depends on, and what is kept beside its weights.
 
     Args:
-        identity: what a resumed run must share, by the name that a person knows it by.
+        identity: what a resumed run must share, under the names that users know.
         generators: random generators besides those of batches and dropout, by name.
         plan: what the plan rests on, as plain data for the checkpoint.
         publish: writes the model of the present plan into the run's folder.
@@ -121,14 +121,14 @@ def train(
     force: bool = False,
     watch: BudgetWatch | None = None,
 ) -> Generator[Event, None, None]:
-    """Train in place, yielding an Event a step and a validation; `folder` gets the log, checkpoints and weights.
+    """Train in place, yielding an Event for each step and validation; `folder` gets the log, checkpoints and weights.
 
-    `watch` looks at the budget at every validation and may give another module with the same weights to go on with.
-    `force`: a run that is in the folder already is replaced. On the CPU, a resumed run continues bit for bit for the
-    same number of threads; one that has done its steps changes nothing.
+    `watch` looks at the budget at every validation and may return another module with the same weights to
+    continue with. `force`: a run that is already in the folder is replaced. On the CPU, a resumed run continues bit for
+    bit with the same number of threads; a run that has done its steps changes nothing.
 
-    Raises TfgError: FG413 or FG414 where `resume` finds no checkpoint, or that of another run; FG421 where the folder
-    cannot be written; FG431 and FG432 where it is occupied; FG433 where a loss or gradient is not finite.
+    Raises TfgError: FG413 or FG414 if `resume` finds no checkpoint, or that of another run; FG421 if the folder cannot
+    be written; FG431 and FG432 if it is occupied; FG433 if a loss or gradient is not finite.
     """
     context = Context()
     if resume and is_finished(read_checkpoint(folder / CHECKPOINT), options, context):
@@ -138,7 +138,7 @@ def train(
 
 
 def is_finished(checkpoint: Checkpoint, options: Options, context: Context) -> bool:
-    """Whether a run has done the steps that it is asked for. Raises TfgError FG414 where it is another run's."""
+    """Whether a run has done the steps that it was asked for. Raises TfgError FG414 if it is another run's."""
     checkpoint.belongs_to(options.settings, context.identity)
     progress = checkpoint.progress
     if options.seconds is not None:
@@ -160,7 +160,7 @@ def train_in(
     resume: bool,
     watch: BudgetWatch | None,
 ) -> Generator[Event, None, None]:
-    """As `train`, in a folder that is `claimed`. Raises Stopped where `context.stop` asks for it."""
+    """As `train`, in a folder that is `claimed`. Raises Stopped if `context.stop` asks for it."""
     run = _Run(model, loss, data, options, folder, context, watch)
     if resume:
         run.resume()
@@ -205,7 +205,7 @@ class _Run:
         self.context.publish()
 
     def resume(self) -> None:
-        """Go on from the folder's checkpoint."""
+        """Continue from the folder's checkpoint."""
         checkpoint = read_checkpoint(self.folder / CHECKPOINT)
         is_finished(checkpoint, self.options, self.context)
 

@@ -133,7 +133,7 @@ class Tuple:
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument; `name` for keywords; `value_side` if it stood behind `;`."""
+    """One argument; `name` for keywords; `value_side` if it stood after `;`."""
 
     value: Expr
     name: Name | None
@@ -261,7 +261,7 @@ class TensorParam:
 
 @dataclass(frozen=True)
 class ValueParam:
-    """`heads: int = 8` behind the `;` of a signature."""
+    """`heads: int = 8` after the `;` of a signature."""
 
     name: Name
     type: ValueType
@@ -271,7 +271,7 @@ class ValueParam:
 
 @dataclass(frozen=True)
 class BlockDecl:
-    """`block` or `model` (`is_model`); `results` are the types behind `->`."""
+    """`block` or `model` (`is_model`); `results` are the types after `->`."""
 
     is_model: bool
     name: Name
@@ -294,7 +294,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Limit:
-    """`output <= 1e-2`, `gradient <= 5e-2`, or behind `at`, `relative <= 1e-3`."""
+    """`output <= 1e-2`, `gradient <= 5e-2`, or after `at`, `relative <= 1e-3`."""
 
     name: Name
     value: Expr

@@ -81,7 +81,7 @@ class Builder(ExpressionBuilder):
     # ------------------------------------------------------------ signatures
 
     def parameters(self, child: Child) -> tuple[tuple[ast.TensorParam, ...], tuple[ast.ValueParam, ...]]:
-        """The tensors before `;` and the compile-time values behind it."""
+        """The tensors before `;` and the compile-time values after it."""
         tensors: list[ast.TensorParam] = []
         values: list[ast.ValueParam] = []
         behind = False
@@ -101,7 +101,7 @@ class Builder(ExpressionBuilder):
             if behind:
                 self.error(
                     "FG109",
-                    f"the tensor `{name.text}` stands behind `;`",
+                    f"the tensor `{name.text}` is after `;`",
                     span,
                     "tensors come first",
                     help_=("move it before the `;`",),
@@ -123,9 +123,9 @@ class Builder(ExpressionBuilder):
         kind = type_span.text
         self.error(
             "FG109",
-            f"the compile-time value `{name.text}` stands before `;`",
+            f"the compile-time value `{name.text}` is before `;`",
             span,
-            "tensors stand before `;`, compile-time values behind it",
+            "tensors come before `;`, compile-time values after it",
             help_=(
                 f"write `;` instead of `,` before {name.text}, "
                 f"or {name.text}: {kind.rstrip('?')}[...] if it is a tensor",

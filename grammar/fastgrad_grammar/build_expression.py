@@ -218,7 +218,7 @@ class ExpressionBuilder:
             if before.name is not None and argument.name is None:
                 self.error(
                     "FG112",
-                    "a positional argument stands behind a keyword argument",
+                    "a positional argument after a keyword argument",
                     argument.span,
                     "has no name",
                     notes=(Note("the keyword argument", before.span),),

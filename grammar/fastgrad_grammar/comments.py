@@ -62,7 +62,7 @@ class CommentQueue:
         return self._comments[: bisect_left(self._offsets, offset)]
 
     def any_between(self, start: int, end: int) -> bool:
-        """Whether a comment is left that begins at or behind `start` and before `end`."""
+        """Whether a comment is left that begins at or after `start` and before `end`."""
         return bisect_left(self._offsets, start) < bisect_left(self._offsets, end)
 
     def take_behind(self, end: int, *, skip: str = "", limit: int | None = None) -> Comment | None:

@@ -22,7 +22,7 @@ class Note:
 class Diagnostic:
     """One thing that is wrong (or worth a warning) in the user's input.
 
-    `code` is a key of `codes.CODES`; `message` is the headline; `label` stands behind the caret;
+    `code` is a key of `codes.CODES`; `message` is the headline; `label` is printed after the caret;
     `span` is None only where no text is at fault (a file that cannot be read, a command-line value).
     """
 

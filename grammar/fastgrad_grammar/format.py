@@ -76,7 +76,7 @@ class _Printer:
             self.last_line = comment.line
 
     def trailing_comment(self, end: int) -> None:
-        """Put the comment that stands behind `end` on its line behind the last line written."""
+        """Put the comment that stands after `end` on its line after the last line written."""
         comment = self.comments.take_behind(end)
         if comment is not None:
             self.lines[-1] += f"  {comment.text}"
@@ -108,7 +108,7 @@ class _Printer:
         return match.end() if match else offset
 
     def body(self, header_end: int, statements: Sequence[_Line], moved: Sequence[Comment] = ()) -> int:
-        """Write the braces behind `header_end` with what stands between them; the offset behind them.
+        """Write the braces after `header_end` with what stands between them; the offset after them.
 
         `moved` are comments of the head that go to the beginning of the body.
         """
@@ -186,7 +186,7 @@ class _Printer:
         self.trailing_comment(end)
 
     def skip_results(self, item: ast.BlockDecl) -> int:
-        """The offset behind the result types, a closing parenthesis and a trailing comma included."""
+        """The offset after the result types, a closing parenthesis and a trailing comma included."""
         end = item.results[-1].span.end
         while self.source.text[self.skip_blank(end)] in ",)":
             end = self.skip_blank(end) + 1
@@ -257,7 +257,7 @@ class _Printer:
         self.trailing_comment(self.else_(node, end))
 
     def else_(self, node: ast.If, end: int) -> int:
-        """Write the `else` branches of an `if` whose body ends at `end`; the offset behind them."""
+        """Write the `else` branches of an `if` whose body ends at `end`; the offset after them."""
         while _ELSE.match(self.source.text, self.skip_blank(end)):
             behind = self.skip_blank(end) + len("else")
             nested = node.otherwise[0] if node.otherwise else None
@@ -272,7 +272,7 @@ class _Printer:
         return end
 
     def end_of(self, expr: ast.Expr) -> int:
-        """The offset behind an expression and the parentheses around it."""
+        """The offset after an expression and the parentheses around it."""
         end = expr.span.end
         while self.source.text[self.skip_blank(end)] == ")":
             end = self.skip_blank(end) + 1
@@ -318,7 +318,7 @@ class _Printer:
                 return [flat]
 
     def arguments(self, call: ast.Call) -> list[tuple[ast.Expr, str, str]]:
-        """The values of a call's arguments, with what stands before and behind each."""
+        """The values of a call's arguments, with what stands before and after each."""
         values_from = unparse.first_value(call, self.scope)
         return [
             (one.value, unparse.argument_prefix(one), ";" if index + 1 == values_from else ",")
@@ -328,7 +328,7 @@ class _Printer:
     def lay_list(
         self, items: Sequence[tuple[ast.Expr, str, str]], whole: ast.Expr, head: str, close: str
     ) -> list[str]:
-        """Each element on a line of its own, with the comments before and behind it."""
+        """Each element on a line of its own, with the comments before and after it."""
         end = whole.span.end
         lines = [head]
         self.level += 1

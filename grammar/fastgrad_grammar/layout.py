@@ -204,7 +204,7 @@ class _LayoutBuilder:
             self._close_braces(token)
 
     def _close_braces(self, token: lark.Token | None) -> None:
-        """Report the brace that is not closed, and close all that are open: parsing goes on behind them."""
+        """Report the brace that is not closed, and close all that are open: parsing continues after them."""
         opening = self.suspect if self.suspect is not None else self.open[-1]
         self.layout.diagnostics.append(self._unclosed(opening, token))
         place = (self.layout.tokens[-1].end_pos or 0) if self.layout.tokens else 0
@@ -247,7 +247,7 @@ class _LayoutBuilder:
         bracket, closing = _TEXT[opening.type], _TEXT[_CLOSERS[opening.type]]
         notes: tuple[Note, ...] = ()
         if found is not None and found.type != "$END":
-            notes = (Note(f"`{closing}` should stand before this", self.layout.span(found)),)
+            notes = (Note(f"`{closing}` is missing before this", self.layout.span(found)),)
         else:
             notes = (Note("the file ends before it is closed"),)
         return Diagnostic(
@@ -262,7 +262,7 @@ class _LayoutBuilder:
     def _unmatched(self, token: lark.Token) -> Diagnostic:
         notes: tuple[Note, ...] = ()
         if self.open:
-            notes = (Note("the innermost open bracket is this one", self.layout.span(self.open[-1])),)
+            notes = (Note("the innermost open bracket", self.layout.span(self.open[-1])),)
         return Diagnostic(
             "FG103",
             f"`{token}` closes nothing",

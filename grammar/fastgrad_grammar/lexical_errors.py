@@ -42,15 +42,15 @@ _HELP = {
     "&": "write `and`",
     "|": "write `or`",
     "^": "there is no power operator; write a product, such as x * x",
-    "'": 'strings stand in double quotes, as in "layers.*"',
-    "`": 'strings stand in double quotes, as in "layers.*"',
-    "\\": "a line goes on by itself inside brackets and behind an operator",
+    "'": 'strings are in double quotes, as in "layers.*"',
+    "`": 'strings are in double quotes, as in "layers.*"',
+    "\\": "a line continues by itself inside brackets and after an operator",
     "$": "values from outside are declared with `param`, and given when the file is compiled",
 }
 
 
 def explain_character(source: Source, offset: int) -> tuple[Diagnostic, int]:
-    """The diagnostic for what stands at `offset`, and where lexing goes on behind it."""
+    """The diagnostic for what stands at `offset`, and where lexing continues after it."""
     text = source.text
     char = text[offset]
     if char.isascii() and char.isdigit():

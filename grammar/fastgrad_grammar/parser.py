@@ -74,7 +74,7 @@ _SAMPLE = {"NAME": "int", "INT": "1", "TRUE": "true"}
 
 
 class _Driver:
-    """Feeds tokens to the LALR automaton; after an error it drops the statement and goes on behind it."""
+    """Feeds tokens to the LALR automaton; after an error it drops the statement and continues after it."""
 
     def __init__(self, grammar: lark.Lark, layout: Layout) -> None:
         self.layout = layout
@@ -136,7 +136,7 @@ class _Driver:
         return place if place is not None else self._next_statement(index)
 
     def _body_of_broken_head(self, index: int) -> int | None:
-        """The brace behind a broken `block`, `repeat`, ... head, after a sound head was put in for it."""
+        """The brace after a broken `block`, `repeat`, ... head, after a sound head was put in for it."""
         tokens, start = self.layout.tokens, self.frames[-1].start
         head = _HEADS.get(tokens[start].type, ())
         if (

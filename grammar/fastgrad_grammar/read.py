@@ -33,7 +33,7 @@ def read_source(
 
     `include` names folders, besides the file's own, from which it may `use` files. `place` is where the file lies,
     without links, if that is not `path`. Raises TfgError: FG001 (missing, no permission, no regular file), FG002 (not
-    UTF-8), FG003 (above `MAX_BYTES`), FG416 (`include` names what is no folder).
+    UTF-8), FG003 (above `MAX_BYTES`), FG416 (`include` names something other than a folder).
     """
     shown, folders = os.fspath(path), included(include)
     try:

@@ -86,7 +86,7 @@ class Situation:
 
     @property
     def span(self) -> Span:
-        """Where the token stands; a line end is the place behind the last token."""
+        """Where the token stands; a line end is the place after the last token."""
         return self.layout.span(self.token)
 
     @cached_property
@@ -120,7 +120,7 @@ def _item_inside(case: Situation) -> Diagnostic | None:
         "FG111",
         f"`{case.token}` inside braces",
         case.span,
-        "belongs to the top level of the file",
+        "belongs at the top level of the file",
         help=("move it out of the braces",),
     )
 
@@ -131,21 +131,21 @@ def _statement_outside(case: Situation) -> Diagnostic | None:
     span, token = case.span, case.token
     if token.type in STATEMENT_KEYWORDS | {"IF"}:
         return Diagnostic(
-            "FG111", f"`{token}` outside a block", span, "belongs into the body of a `block` or a `model`"
+            "FG111", f"`{token}` outside a block", span, "belongs in the body of a `block` or a `model`"
         )
     if token.type == "NAME" and case.kind(1) == "ASSIGN":
         return Diagnostic(
             "FG111",
             f"`{token} = ...` outside a block",
             span,
-            "belongs into the body of a `block` or a `model`",
+            "belongs in the body of a `block` or a `model`",
             help=(f"a compile-time constant of the file is `param {token} = ...`",),
         )
     return None
 
 
 def _foreign_word(case: Situation) -> Diagnostic | None:
-    """`def`, `for`, `let x = ...`: a name at the start of a line that is no name here."""
+    """`def`, `for`, `let x = ...`: a word at the start of a line that is not a name here."""
     for offset in (0, -1):
         word = case.word(offset)
         if word in _FOREIGN and case.index + offset == case.start and case.kind(offset + 1) != "ASSIGN":
@@ -244,7 +244,7 @@ def _keyword_as_name(case: Situation) -> Diagnostic | None:
 
 
 def _keyword_statement_name(case: Situation) -> Diagnostic | None:
-    """`model = 3` or `weight = x`: the keyword was accepted, the `=` behind it was not."""
+    """`model = 3` or `weight = x`: the keyword was accepted, the `=` after it was not."""
     before = case.near(-1)
     if before is None or before.type not in KEYWORDS or case.index - 1 != case.start:
         return None
@@ -276,7 +276,7 @@ def _missing_arrow(case: Situation) -> Diagnostic | None:
     found = f", not `{word}`" if word else ""
     return Diagnostic(
         "FG116",
-        f"a `{case.layout.tokens[case.start]}` says what it returns",
+        f"a `{case.layout.tokens[case.start]}` must say what it returns",
         case.span,
         f"expected `->`{found}",
         help=("write `-> float[...]` between `)` and `{`",),
@@ -288,9 +288,9 @@ def _missing_use_name(case: Situation) -> Diagnostic | None:
         return None
     return Diagnostic(
         "FG122",
-        "a file is used under a name",
+        "`use` of a file needs a name",
         case.layout.span(case.layout.tokens[case.index - 1]),
-        "expected `as NAME` behind the path",
+        "expected `as NAME` after the path",
         help=(f"write use {case.word(-1)} as name",),
     )
 
@@ -329,7 +329,7 @@ def _colon_for_brace(case: Situation) -> Diagnostic | None:
     if case.token.type != "COLON" or "LBRACE" not in case.accepted:
         return None
     return Diagnostic(
-        "FG118", "a body stands in braces, not behind `:`", case.span, "expected `{`", help=("write { ... }",)
+        "FG118", "a body is in braces, not after `:`", case.span, "expected `{`", help=("write { ... }",)
     )
 
 
@@ -348,7 +348,7 @@ def _unclosed_line(case: Situation) -> Diagnostic | None:
         f"`{opening}` is never closed",
         case.layout.span(opening),
         "opened here",
-        (Note(f"`{closing}` should stand before this", case.span),),
+        (Note(f"`{closing}` is missing before this", case.span),),
         (f"add the missing `{closing}`, or a `,`",),
     )
 
@@ -410,7 +410,9 @@ def _unexpected(case: Situation) -> Diagnostic:
         notes = (Note(f"inside this `{opening}`", case.layout.span(opening)),)
     help_: tuple[str, ...] = ()
     if case.at_start and case.token.type in OPERATORS:
-        help_ = ("an expression goes on behind an operator: end the line before with it, or use parentheses",)
+        help_ = (
+            "an expression continues after an operator: end the line before with it, or use parentheses",
+        )
     return Diagnostic("FG101", f"unexpected {found}", case.span, f"expected {expected}", notes, help_)
 
 

@@ -26,7 +26,7 @@ OPERATION_TENSORS = frozenset(
         *("mask", "scores", "table", "targets", "tensors", "w", "weights", "x"),
     )
 )
-"""The parameters of operations that are tensors: never behind `;`, even where a number is given for one."""
+"""The parameters of operations that are tensors: never after `;`, even where a number is given for one."""
 
 
 def binding(expr: ast.Expr) -> int:
@@ -204,7 +204,7 @@ def value_type(kind: ast.ValueType) -> str:
 
 
 def results(types: Sequence[ast.TensorType], scope: Scope) -> str:
-    """What stands behind `->`."""
+    """What comes after `->`."""
     joined = ", ".join(tensor_type(kind, scope) for kind in types)
     return joined if len(types) == 1 else f"({joined})"
 

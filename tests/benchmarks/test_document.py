@@ -140,7 +140,7 @@ def test_the_page_shows_every_section_and_marks_what_was_not_measured() -> None:
     assert ["compiled", "16,384", "4.00", "10.0", "-"] in rows
     assert ["SDPA", "65,536", "~600.00", "~1.0", "-"] in rows
     assert "32, degree 4 is left out: its rank" in page
-    assert "* degree 2: 10.0 times faster than the fastest other of no larger error, as good" in page
+    assert "* degree 2: 10.0 times faster than the fastest other with no larger error, as good" in page
     assert "* gone (s), y: not available: no wheel" in page
     assert page.count("these numbers mean nothing") == 1
     share = cell(2, 16_384, 0.5).document(1e11)["peak_share_total"]

@@ -121,11 +121,11 @@ def test_a_pace_is_read_as_it_was_kept_or_refused() -> None:
             math.nan,
         ]
         for wrong in values:
-            with pytest.raises(ValueError, match="no pace"):
+            with pytest.raises(ValueError, match="not a pace"):
                 read_pace({**kept, key: wrong})
     records: list[Any] = [None, [], "x", {}, 1]
     for record in records:
-        with pytest.raises(ValueError, match="no pace"):
+        with pytest.raises(ValueError, match="not a pace"):
             read_pace(record)
 
 

@@ -170,7 +170,7 @@ def test_pinned_degree_over_its_share_is_noted() -> None:
     (entry,) = planned(model('"*" degree = 2', limits="output <= 1e-4", depth=1))
     assert entry.node["degree"] == 2
     assert (
-        "certificate 0.04358 exceeds its share 0.0001 of the budget: what the report measures decides"
+        "certificate 0.04358 exceeds its share 0.0001 of the budget: the report's measurement decides"
         in why(entry)
     )
 

@@ -95,7 +95,7 @@ def test_places_come_from_spans() -> None:
         ("graph g {\n  %x = f(a = @)\n}", "line 2: unexpected character '@'"),
         ("graph g {\n  %x = f() : real[n]\n}", "line 2: expected float, int or bool"),
         ("graph g {\n  %x = f() : float[n] where in [0, 1]\n}", "line 2: expected `,`"),
-        ("graph g {\n  return %x\n  %y = f()\n}", "line 3: expected `}` behind return"),
+        ("graph g {\n  return %x\n  %y = f()\n}", "line 3: expected `}` after return"),
         ("dim n <= many\n", "line 1: expected an integer, found `many`"),
         ("budget {\n  speed <= 3\n}", "line 2: expected output, gradient, near, trust, on_violation or at"),
     ],

@@ -58,7 +58,7 @@ BROKEN = {
     "input behind others": (
         "    %ids = input() : int[n]\n",
         '    %u = weight(init = ("zeros",), label = "u") : float[4]\n    %ids = input() : int[n]\n',
-        "main.ids: an input comes behind other nodes",
+        "main.ids: an input comes after other nodes",
     ),
     "unknown output": ("return %z", "return %zz", "main: its output zz is not there"),
     "unknown operation": ("softmax(%h, axis = -1)", "softmix(%h)", "main.s: there is no operation softmix"),

@@ -1,4 +1,4 @@
-"""The budget while a model trains: states, a new plan in time, and the same weights behind it."""
+"""The budget while a model trains: states, a new plan in time, and the same weights after it."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ def test_writing_again_removes_only_its_own_files(tmp_path: Path) -> None:
 
 
 def test_loading_what_was_not_compiled(tmp_path: Path) -> None:
-    with pytest.raises(fg.TfgError, match="no compiled model"):
+    with pytest.raises(fg.TfgError, match="not a compiled model"):
         fg.load(tmp_path)
 
 

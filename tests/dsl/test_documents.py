@@ -136,8 +136,8 @@ def test_a_value_that_does_not_fit_is_named_with_its_place(place: str, value: ob
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "plan.json: no JSON: Expecting value at line 1, column 1"),
-        (b'{"a": 1,\n}', "plan.json: no JSON: Expecting property name enclosed in double quotes at line 2, column 1"),
+        (b"", "plan.json: not JSON: Expecting value at line 1, column 1"),
+        (b'{"a": 1,\n}', "plan.json: not JSON: Expecting property name enclosed in double quotes at line 2, column 1"),
         (b'{"a": "\xff"}', "plan.json: not UTF-8 text: byte 0xff at 7"),
         (b'{"a": [0, NaN]}', "plan.json: /a/1: found NaN"),
         (b'{"a": -Infinity}', "plan.json: /a: found -Infinity"),

@@ -150,7 +150,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, contents: Contents) -> Non
     os.mkfifo(path)
     error = resumed(tmp_path)
     assert error is not None
-    assert "no regular file" in error.diagnostics[0].message
+    assert "not a regular file" in error.diagnostics[0].message
 
 
 def test_mutated_bytes(tmp_path: Path, contents: Contents) -> None:

@@ -84,7 +84,7 @@ def has_tensor(program: Program, graph: Graph) -> bool:
 
 @dataclass(frozen=True)
 class Step:
-    """A label of a graph, behind `depth` repeats, on the way to a weight."""
+    """A label of a graph, after `depth` repeats, on the way to a weight."""
 
     graph: str
     label: str

@@ -50,7 +50,7 @@ def features(x: NDArray[float64], degree: int) -> NDArray[float64]:
 def features_vjp(x: NDArray[float64], cotangent: NDArray[float64], degree: int) -> NDArray[float64]:
     """Pull a cotangent of phi, (rank, tokens), back to x, (d, tokens): the blocks walked backwards.
 
-    It costs two multiply-adds a row, where the Khatri-Rao form of arXiv 2408.13233 costs about `degree` times
+    It costs two multiply-adds per row, where the Khatri-Rao form of arXiv 2408.13233 costs about `degree` times
     more.
     """
     import numpy as np

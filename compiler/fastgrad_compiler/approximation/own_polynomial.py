@@ -26,7 +26,7 @@ class Objection(NamedTuple):
 
 
 def trimmed(coefficients: Sequence[float]) -> tuple[float, ...]:
-    """Ascending coefficients without zeros behind the last power; all of them may be zero."""
+    """Ascending coefficients without zeros after the last power; all of them may be zero."""
     length = len(coefficients)
     while length and coefficients[length - 1] == 0:
         length -= 1
@@ -34,10 +34,10 @@ def trimmed(coefficients: Sequence[float]) -> tuple[float, ...]:
 
 
 def objection(coefficients: Sequence[float]) -> Objection | None:
-    """Why the trimmed polynomial is no weight; None where it is one.
+    """Why the trimmed polynomial cannot give weights; None if it can.
 
     Args:
-        coefficients: ascending, finite, without a zero behind the last power.
+        coefficients: ascending, finite, without a zero after the last power.
     """
     degree = len(coefficients) - 1
     if degree < 1:

@@ -219,7 +219,7 @@ def _window(spec: KernelSpec, tile: int) -> int:
 
 
 def _torch(spec: KernelSpec, sizes: Sizes) -> _Ways:
-    """A library's products: within a tile, and over features, in any order; states take one addition a tile."""
+    """A library's products: within a tile, and over features, in any order; states take one addition per tile."""
     tile, least = choose_chunk(spec), torch_tile(spec, sizes.groups)
     r, window = rank(spec.d, spec.degree), _window(spec, tile)
     tiles = ceil(max(sizes.queries, sizes.keys) / least) + 2

@@ -64,7 +64,7 @@ def _to_products(walk: Walk, weights: Weights) -> tuple[Product, Product | None,
 
 
 def _products(graph: Graph, root: Node) -> list[tuple[str, str, bool, bool]]:
-    """(weights, values, flipped, late) of each way to read the root; `late` divides by the row sum behind
+    """(weights, values, flipped, late) of each way to read the root; `late` divides by the row sum after
     the product.
     """
     if root.op == "matmul":

@@ -99,7 +99,7 @@ def _keep_names(graph: Graph, renamed: Mapping[str, str]) -> Graph:
 
 
 def _source(graph: Graph, name: str) -> str:
-    """The attention behind the reshape or transposition of its result."""
+    """The attention after the reshape or transposition of its result."""
     while graph[name].op not in ATTENTION:
         name = graph[name].inputs[0]
     return name
@@ -249,7 +249,7 @@ class _Scope:
         return [replace(pair, key=self.unrepeated(pair.key)) for pair in pairs], self.unrepeated(value)
 
     def repeats(self, value: Value) -> int:
-        """How often each head stands in a row, 1 where they were not repeated."""
+        """How often each head is repeated, 1 if it is not."""
         node = value.node
         while node.op in _ROWWISE:
             node = self.nodes[node.inputs[0]]

@@ -1,7 +1,7 @@
 """From the weights of an attention inward, to the scores that they are computed from, and how.
 
 Weights are exp of the scores, or a polynomial of them that the model gives, over their row sum: `softmax(s)`,
-`normalize_rows(w)`, and `w / sum(w)` with the division before or behind the product with the values. A mask may lie on
+`normalize_rows(w)`, and `w / sum(w)` with the division before or after the product with the values. A mask may lie on
 weights that `normalize_rows` divides, and a near field may join exp nearby with a polynomial beyond.
 """
 
@@ -52,7 +52,7 @@ def weights_of(walk: Walk, name: str) -> Weights | None:
 
 
 def divided(walk: Walk, weights: str, total: str) -> Weights | None:
-    """From weights that are divided by their sum over the keys, now or behind the product with the values."""
+    """From weights that are divided by their sum over the keys, now or after the product with the values."""
     top, row_sum = walk.graph[weights], walk.graph[total]
     if top.op not in _OF_SCORES or row_sum.op != "sum" or not row_sum["keepdim"]:
         return None

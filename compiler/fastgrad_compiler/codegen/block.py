@@ -1,4 +1,4 @@
-"""The body of a `forward`: one statement for each of the `.tfg` file, each behind its line."""
+"""The body of a `forward`: one statement for each of the `.tfg` file, each after its line."""
 
 from __future__ import annotations
 

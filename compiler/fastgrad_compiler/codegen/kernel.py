@@ -116,7 +116,7 @@ def _content(path: Path) -> bytes:
 
 @cache
 def _backend_texts(spec: KernelSpec, backends: Backends) -> dict[str, str]:
-    """What the backends of a kernel are made from, by what a file's name has behind the kernel's."""
+    """What the backends of a kernel are made from, by what a file's name has after the kernel's."""
     texts = {CPP: emit_cpp(spec)} if backends.cpp else {}
     return {**texts, TRITON: emit_triton(spec)} if backends.triton and has_triton(spec) else texts
 

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_grammar.quote import python_string
 
-# What the generated module itself uses; a variable of the user's of that name gets an underscore behind it.
+# What the generated module itself uses; a variable of the user's of that name gets an underscore after it.
 HELPERS = frozenset(
     {
         "BufferDict",
@@ -63,7 +63,7 @@ MODULE_ATTRIBUTES = frozenset(_OF_MODULE.split()) | {"INIT", "budget_status", "r
 
 
 def class_name(block: str, taken: Collection[str]) -> str:
-    """`std.rms_norm` is RmsNorm, `gpt` is Gpt; the second class of a block has a 2 behind its name."""
+    """`std.rms_norm` is RmsNorm, `gpt` is Gpt; the second class of a block has a 2 after its name."""
     parts = block.rpartition(".")[2].split("_")
     stem = "".join(part[:1].upper() + part[1:] for part in parts if part) or "Block"
     number, name = 1, stem

@@ -22,8 +22,8 @@ COMPARE, ADD, MULTIPLY, UNARY, ATOM = range(5)
 class Expr:
     """A Python expression on one line.
 
-    `call` is (function, arguments) where the text is a call that can be broken; `number`: it is no tensor but a Python
-    number.
+    `call` is (function, arguments) if the text is a call that can be broken; `number`: it is a Python number, not a
+    tensor.
     """
 
     text: str

@@ -36,7 +36,7 @@ def match_arguments(
 ) -> dict[str, list[ast.Expr]]:
     """The expressions given for each parameter; only `rest` can get several.
 
-    Positional arguments fill the tensors and then the values; behind a `;` they fill the values. Raises Abort after
+    Positional arguments fill the tensors and then the values; after a `;` they fill the values. Raises Abort after
     FG213 (missing), FG214 (too many), FG215 (unknown name) or FG216 (wrong side of `;`).
     """
     given: dict[str, list[ast.Expr]] = {}
@@ -85,7 +85,7 @@ def _keyword(
         reporter.fail("FG215", f"{what} has no parameter `{name.text}`", name.span, known, help_=(help_,))
     if formal.tensor and argument.value_side:
         notes = [Note("declared here", formal.span)] if formal.span else []
-        reporter.fail("FG216", f"the tensor `{name.text}` stands behind `;`", argument.span, "tensors come first",
+        reporter.fail("FG216", f"the tensor `{name.text}` is after `;`", argument.span, "tensors come first",
                       notes=notes, help_=("move it before the `;`",))  # fmt: skip
     if name.text in given:
         reporter.fail("FG214", f"`{name.text}` of {what} is given twice", name.span, "given again",
@@ -100,5 +100,5 @@ def _too_many(
     values = len(formals) - tensors
     takes = f"it takes {tensors} tensor{'' if tensors == 1 else 's'} and {values} value{'' if values == 1 else 's'}"
     if argument.value_side:
-        takes = f"it takes {values} value{'' if values == 1 else 's'} behind `;`"
+        takes = f"it takes {values} value{'' if values == 1 else 's'} after `;`"
     reporter.fail("FG214", f"too many arguments for {what}", argument.span, takes)

@@ -97,7 +97,7 @@ def _check_callable(state: State, call: ast.Call, block: ast.BlockDecl, shown: s
         cycle = " -> ".join([each.name.text for each in places[first:]] + [block.name.text])
         notes = [Note(f"{b.name.text} is called here", span) for _, b, span in state.open[first + 1 :]]
         state.reporter.fail("FG220", f"block `{block.name.text}` calls itself: {cycle}", call.span, "closes the cycle",
-                            notes=notes[-4:], help_=("use repeat for layers that follow each other",))  # fmt: skip
+                            notes=notes[-4:], help_=("use repeat for successive layers",))  # fmt: skip
     if len(state.open) >= MAX_DEPTH:
         state.reporter.fail(
             "FG241", f"blocks call each other more than {MAX_DEPTH} deep", call.span, "one too deep"

@@ -63,7 +63,7 @@ def call_operation(state: State, scope: Scope, call: ast.Call) -> Value:
 
 
 def _arguments(state: State, scope: Scope, call: ast.Call) -> dict[int, Value]:
-    """The values of the arguments that are no axes (an axis can be a dim's name), by the identity of the expression."""
+    """The values of the arguments except axes (an axis can be a dim's name), by the identity of the expression."""
     found: dict[int, Value] = {}
     if call.function.text in FUNCTIONS:
         for argument in call.arguments:
@@ -310,7 +310,8 @@ def _shape(a: _Argument) -> tuple[Attribute, ...]:
     left = product(source.type.shape).divide(known, a.scope.multiples)
     if left is None:
         at = expressions[found.index(None)]
-        a.fail("FG207", f"reshape of {source.type}: {product(source.type.shape)} elements are no multiple of {known}",
+        count = product(source.type.shape)
+        a.fail("FG207", f"reshape of {source.type}: {count} elements are not a multiple of {known}",
                at, "nothing fits here")  # fmt: skip
     return tuple(values.normal(left if dim is None else dim) for dim in found)
 

@@ -69,7 +69,7 @@ def as_tensor(state: State, scope: Scope, value: Value, span: Span, what: str) -
         return constant(state, scope, value, span)
     hint = None
     if isinstance(value, Dim):
-        hint = "a run-time dimension can stand in shapes only; mean(x, axis = ...) divides by one"
+        hint = "a run-time dimension can be used only in shapes; mean(x, axis = ...) divides by one"
     state.reporter.fail("FG216", f"{what} is a tensor, not {values.describe(value)}", span,
                         "not a tensor", help_=(hint,))  # fmt: skip
 
@@ -239,7 +239,7 @@ def condition(state: State, scope: Scope, expr: ast.Expr, what: str) -> bool:
     """A compile-time truth; FG212, FG226 and, for a tensor, FG239."""
     found = evaluate(state, scope, expr)
     if isinstance(found, Tensor | Several):
-        state.reporter.fail("FG239", f"{what} needs a compile-time truth, not {values.describe(found)}", expr.span,
+        state.reporter.fail("FG239", f"{what} needs a compile-time bool, not {values.describe(found)}", expr.span,
                             "known at run time only",
                             help_=("choose between tensors with where(condition, a, b)",))  # fmt: skip
     try:

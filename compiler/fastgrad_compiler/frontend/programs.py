@@ -150,7 +150,7 @@ def _declared(state: State, scope: Scope, expr: ast.Expr) -> None:
 def _model_graph(state: State, scope: Scope, block: ast.BlockDecl) -> str | None:
     for value in block.values:
         state.reporter.error("FG240", f"a model takes tensors only, `{value.name.text}` is a compile-time value",
-                             value.span, "not set by anybody", help_=("make it a param of the file",))  # fmt: skip
+                             value.span, "nothing sets it", help_=("make it a param of the file",))  # fmt: skip
     builder = Builder()
     arguments = _tensors(state, scope, block.tensors, builder)
     before = len(state.reporter.diagnostics)

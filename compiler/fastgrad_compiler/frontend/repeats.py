@@ -120,7 +120,7 @@ def _same_type(state: State, name: str, old: Binding, was: Tensor, new: Binding,
     if was.type != now.type:
         state.reporter.error(
             "FG221",
-            f"`{name}` is {was.type} before the repeat and {now.type} behind its body",
+            f"`{name}` is {was.type} before the repeat and {now.type} after its body",
             new.span,
             f"{now.type} here",
             notes=(Note(f"{was.type} here", old.span),),
@@ -131,7 +131,7 @@ def _same_type(state: State, name: str, old: Binding, was: Tensor, new: Binding,
 def _join(state: State, scope: Scope, statement: ast.Repeat, bodies: list[_Body], count: int) -> None:
     carried = list(dict.fromkeys(name for body in bodies for name in body.final))
     if not carried:
-        state.reporter.fail("FG227", "the repeat has no effect: its body rebinds no tensor from around it",
+        state.reporter.fail("FG227", "the repeat has no effect: its body rebinds no tensor from outside",
                             statement.index.span, "nothing is carried",
                             help_=("rebind a name in it, as in x = layer(x)",))  # fmt: skip
     kept = [name for body in bodies for name in body.captured if name not in carried]

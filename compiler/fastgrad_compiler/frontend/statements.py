@@ -37,7 +37,7 @@ def run_body(state: State, scope: Scope, body: Sequence[ast.Statement]) -> tuple
                 raise
         if returns((statement,)) and place + 1 < len(body):
             state.reporter.error(
-                "FG223", "this statement is never reached", body[place + 1].span, "behind the return",
+                "FG223", "this statement is never reached", body[place + 1].span, "after the return",
                 notes=(Note("returns here", statement.span),),
             )  # fmt: skip
         if returned is not None:
@@ -157,7 +157,7 @@ def _if(state: State, scope: Scope, statement: ast.If) -> tuple[Value, ast.Retur
 def _return(state: State, scope: Scope, statement: ast.Return) -> tuple[Value, ast.Return]:
     if scope.in_repeat:
         state.reporter.fail("FG223", "`return` inside a repeat", statement.span, "a repeat cannot be left",
-                            help_=("return behind the repeat",))  # fmt: skip
+                            help_=("return after the repeat",))  # fmt: skip
     return evaluate(state, scope, statement.value), statement
 
 

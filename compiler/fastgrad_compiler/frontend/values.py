@@ -166,7 +166,7 @@ def negate(value: Scalar) -> Scalar:
 
 
 def truth(value: Scalar) -> bool:
-    """The value of a condition; FG226 where it is no bool."""
+    """The value of a condition; FG226 if it is not a bool."""
     if isinstance(value, bool):
         return value
     if isinstance(value, Dim):

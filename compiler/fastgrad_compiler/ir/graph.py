@@ -165,7 +165,7 @@ class DimInfo:
 
 @dataclass(frozen=True)
 class BudgetRule:
-    """One line of a budget behind `at`: `kind` is relative, exact, degree, family or near; `value` None for exact."""
+    """One line of a budget after `at`: `kind` is relative, exact, degree, family or near; `value` None for exact."""
 
     pattern: str
     kind: str

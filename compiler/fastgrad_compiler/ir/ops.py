@@ -91,7 +91,9 @@ _OPS = (
     _op("near_far", 2, attributes="block"),  # (local, far)
     # p(s), and 0 where s is -inf, as exp has it; `coefficients` are ascending
     _op("polynomial", 1, attributes="coefficients"),
-    _op("normalize_rows", 1),  # weights over their sum (last axis); -inf is no weight, a row without any is 0
+    _op(
+        "normalize_rows", 1
+    ),  # weights over their sum (last axis); -inf counts as 0, and a row of nothing else is 0
     _op("assume_bound", 1, attributes="bound"),  # the identity, with the user's word that |s| <= bound
     # position
     _op("rotary", 1, attributes="base", optional="inverse"),  # [.., n, d], pairs (i, i + d/2)

@@ -1,4 +1,4 @@
-"""The pass `shapes`: every node's type from its operands' types, one rule an operation.
+"""The pass `shapes`: every node's type from its operands' types, one rule for each operation.
 
 The elaborator asks the same rules while it builds a program, `verify` asks them again after every pass.
 """

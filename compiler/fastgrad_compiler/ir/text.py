@@ -1,4 +1,4 @@
-"""The text form of a program: stable, one node a line, made to be read, compared and parsed back.
+"""The text form of a program: stable, one node per line, made to be read, compared and parsed back.
 
     program gpt
     main gpt

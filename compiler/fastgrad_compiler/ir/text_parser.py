@@ -42,7 +42,7 @@ _EXPECTED = {
     "STRING": "a string",
     "_NL": "the end of the line",
     "$END": "the end of the line",
-    "RBRACE": "`}` behind return",
+    "RBRACE": "`}` after return",
 }
 """What a line lacks, by the first of these terminals that may stand there."""
 

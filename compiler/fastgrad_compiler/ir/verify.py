@@ -64,7 +64,7 @@ def _nodes(program: Program) -> Findings:
                         + ("comes later" if source in graph.by_name else "is not there"),
                     )
             if node.op == "input" and len(seen) >= len(graph.inputs):
-                yield place, "an input comes behind other nodes"
+                yield place, "an input comes after other nodes"
             seen.add(node.name)
         for output in graph.outputs:
             if output not in seen:
@@ -158,7 +158,7 @@ def _kind(node: Node, forward: frozenset[str]) -> str:
 
 
 def _labels_of_repeats(program: Program, graph: Graph) -> Findings:
-    """Two repeats of one graph put their index behind their labels, and nothing else tells those apart."""
+    """Two repeats of one graph put their index after their labels, and nothing else tells those apart."""
     taken: set[str] = set()
     for node in graph.nodes:
         if node.op == "repeat":

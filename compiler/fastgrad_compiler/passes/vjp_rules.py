@@ -1,4 +1,4 @@
-"""Vector-Jacobian products of the operations inside a graph, one rule an operation.
+"""Vector-Jacobian products of the operations inside a graph, one rule for each operation.
 
 A rule takes the cotangent `g` of the result `y`, `y` itself and the inputs, and gives the inputs' cotangents;
 None where nothing flows. A cotangent may have the shape that broadcasting gave the result, or one that

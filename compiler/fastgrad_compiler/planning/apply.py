@@ -87,7 +87,7 @@ def _groups(q: Value, k: Value) -> int:
 
 
 def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, behind the last) of each run of neighbours."""
+    """(first, after the last) of each run of neighbours."""
     runs: list[tuple[int, int]] = []
     for head in heads:
         if runs and runs[-1][1] == head:

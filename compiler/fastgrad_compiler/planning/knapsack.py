@@ -33,7 +33,7 @@ class Choice:
 def choose(items: Sequence[Sequence[Option]], output: float | None, gradient: float | None) -> Choice | None:
     """The cheapest options, one of each item, whose errors add up to at most `output` and `gradient` (None: no limit).
 
-    None where no choice is within the limits. The sums of the choice are within them exactly, not but for a tolerance.
+    None where no choice is within the limits. The sums of the choice are within them exactly, without a tolerance.
     """
     if not items:
         return Choice((), 0.0)

@@ -70,7 +70,7 @@ def _pattern(rule: BudgetRule, paths: Sequence[tuple[str, str]]) -> Diagnostic |
     if shown:
         help_.append(f"the attentions are {_some(shown)}")
     else:
-        help_.append("no attention was found in this model: softmax(scores) @ values is what is looked for")
+        help_.append("no attention was found in this model: an attention is softmax(scores) @ values")
     return Diagnostic(
         "FG302",
         f'"{rule.pattern}" matches no attention',

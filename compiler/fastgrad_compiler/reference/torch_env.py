@@ -43,7 +43,7 @@ def integer(value: Attribute) -> int:
 
 
 def number(value: Attribute) -> float:
-    """The attribute as a float; TypeError where it is no number."""
+    """The attribute as a float; TypeError if it is not a number."""
     if not isinstance(value, int | float):
         raise TypeError(f"{value!r} is not a number")
     return float(value)

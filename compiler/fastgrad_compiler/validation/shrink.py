@@ -15,7 +15,7 @@ from fastgrad_compiler.validation.cases import Case, cases
 
 ENTRIES = 2_500_000  # of the largest tensor of a run
 BEYOND = 7  # tokens of a run that a near field or a window leaves outside
-SMALL = 64  # a number up to this is no length that needs to be smaller
+SMALL = 64  # a number up to this needs not be made smaller
 _BANDS = {"near_far": (("block", 2),), "window": (("width", 1),), "attention": (("near", 2), ("window", 1))}
 _SIZES = ("shape", "start", "stop", "length", "rows")  # attributes that hold sizes
 

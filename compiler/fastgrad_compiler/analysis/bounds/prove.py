@@ -43,7 +43,7 @@ _ASSERTED = "it rests on what assume_bound says in the file, not on proof"
 def prove_bounds(program: Program) -> Program:
     """The program with `bound` set on every node of which something is known.
 
-    A bound holds wherever the node's graph is called. It speaks of visible entries behind a mask, and is
+    A bound holds wherever the node's graph is called. It speaks of visible entries after a mask, and is
     `asserted` where it rests on `assume_bound`; a budget with `trust = certified` lets nothing rest on that. Types must
     be there.
     """
@@ -189,7 +189,7 @@ class _Analysis:
     def _bodies(
         self, node: Node, carried: tuple[Fact, ...], invariants: tuple[Fact, ...]
     ) -> tuple[Fact, ...]:
-        """The join of the carried values behind every body, each entered with what the ones before it may
+        """The join of the carried values after every body, each entered with what the ones before it may
         leave.
         """
         for name, _ in runs(node):

@@ -46,7 +46,7 @@ _Known: TypeAlias = "Rows | _Lost"
 def weight_ranges(
     program: Program, weights: Mapping[str, Tensor], *, centring: bool = True
 ) -> dict[str, LogitRange]:
-    """What these weights prove of each attention's logits, or the program where that is no worse, by `full_path`.
+    """What these weights prove of each attention's logits, or the program if that is no worse, by `full_path`.
 
     Attentions whose weights are a polynomial of the model's own need no range and are left out.
 
@@ -74,7 +74,7 @@ class _Walk:
         self.facts: dict[str, _Known] = {}
 
     def ranges(self) -> dict[str, LogitRange]:
-        """The range of each attention by its path; facts are dropped behind their last reader."""
+        """The range of each attention by its path; facts are dropped after their last reader."""
         last = self._last_readers()
         attended = {node.name for node in self.attentions}
         found = {}

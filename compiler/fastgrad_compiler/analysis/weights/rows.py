@@ -118,7 +118,7 @@ class Rows:
         return replace(self, terms=terms, offset=self.offset.expand(*self.offset.shape[:-1], width))
 
     def because(self, *others: Rows) -> Rows:
-        """With the sources and weights of others behind its own."""
+        """With the sources and weights of others after its own."""
         several = (self, *others)
         return replace(
             self,
