@@ -127,10 +127,11 @@ def _document(advised: Advised, measured: Calibration | None) -> AdvisedAttentio
     paths = [entry.path for entry in advised.entries]
     found = {each.path: each.candidates for each in measured.attentions} if measured else {}
     first = advised.entries[0]
+    known = first.attention.range
     return AdvisedAttention(
         paths=tuple(paths),
         place=first.place or None,
-        bound=first.attention.range.bound,
+        bound=None if known.bound is None else known.limit,
         limits=advised.limits,
         length=advised.length,
         cheapest=best.change if best else None,
