@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from benchmarks.settings import Settings, heading, say
+from fastgrad_compiler.planning.candidates import MAX_RANK
 from fastgrad_dsl.bench.cells import Cell, extrapolated
 from fastgrad_dsl.bench.contenders import Contender
 from fastgrad_dsl.bench.memory import attention_peaks
 from fastgrad_dsl.bench.peak import peak_flops
 from fastgrad_dsl.bench.timing import slope, time_together
-from fastgrad_dsl.commands.bench import LARGEST_RANK
 
 HEADS, DV = 8, 64
 LONGEST = 20.0  # seconds that one pass may take, by extrapolation from the length before
@@ -64,11 +64,11 @@ def measure(settings: Settings, grid: Grid | None = None) -> dict[str, object]:
     }
     chosen |= {Contender(HEADS, d, DV, degree, None, settings.target): (n,) for d, degree, n in grid.only}
     skipped = [
-        {**asdict(c), "rank": c.rank, "reason": f"rank {c.rank:,} is more than {LARGEST_RANK:,}"}
+        {**asdict(c), "rank": c.rank, "reason": f"rank {c.rank:,} is more than {MAX_RANK:,}"}
         for c in chosen
-        if (c.rank or 0) > LARGEST_RANK
+        if (c.rank or 0) > MAX_RANK
     ]
-    polynomials = {c: lengths for c, lengths in chosen.items() if (c.rank or 0) <= LARGEST_RANK}
+    polynomials = {c: lengths for c, lengths in chosen.items() if (c.rank or 0) <= MAX_RANK}
     cells: list[Cell] = []
     for n in grid.lengths:
         for d in dict.fromkeys(c.d for c in polynomials):

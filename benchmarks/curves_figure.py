@@ -7,8 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fastgrad_dsl.bench.plot import COLOURS
-from fastgrad_dsl.report.svg import (
+from fastgrad_dsl.plots.svg import (
+    COLOURS,
     RIGHT,
     TOP,
     Axis,
@@ -52,9 +52,7 @@ def curves_figure(section: Mapping[str, Any]) -> str:
             (x.at(p["step"]), y.at(p["validation_loss"])) for p in curves[name] if "validation_loss" in p
         ]
         parts.append(line(places, colour, dashed=name == "exact"))
-    svg = str(figure("curves", TITLE, _words(curves), HEIGHT, parts, WIDTH))
-    svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
-    return svg.replace("><title", f">{STYLE}<title", 1) + "\n"
+    return str(figure("curves", TITLE, _words(curves), HEIGHT, parts, WIDTH, STYLE)) + "\n"
 
 
 def _faint(points: Sequence[tuple[float, float]], colour: int) -> Markup:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.tables import best_of_each, cell_groups
-from fastgrad_dsl.bench.plot import Panel, Series, render
+from fastgrad_dsl.plots.panels import Panel, Series, render
 
 TITLE = "Error against time at 16,384 tokens, and time against length"
 OWN, EXACT, OTHER = 0, 4, 1  # colours

@@ -8,13 +8,14 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from benchmarks.settings import ROOT, Settings, heading, say
+from fastgrad_compiler.planning import cost
 from fastgrad_compiler.planning.roofline import (
     DEVICES,
     Device,
+    Roofline,
     Shape,
     Work,
     best,
-    break_even,
     choose_chunk,
     flash_time,
     kernel_time,
@@ -138,12 +139,18 @@ def _times(shape: Shape) -> Iterator[dict[str, object]]:
 
 def _break_even(shape: Shape) -> Iterator[dict[str, object]]:
     for name in ARCHITECTURES:
-        device = DEVICES[name]
+        found = {
+            key: cost.break_even(
+                Roofline(DEVICES[name], shape.heads, shape.dtype, ideal),
+                cost.Shape(n=shape.n, m=shape.m, d=shape.d, dv=shape.dv),
+                cost.Way(shape.degree),
+            )
+            for key, ideal in (("padded_n", False), ("ideal_n", True))
+        }
         yield {
             **_sizes(shape),
             "architecture": name,
-            "padded_n": break_even(device, shape),
-            "ideal_n": break_even(device, shape, ideal=True),
+            **{key: None if n == cost.NEVER else n for key, n in found.items()},
         }
 
 

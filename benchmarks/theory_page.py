@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastgrad_dsl.bench.plot import Panel, Series
-from fastgrad_dsl.bench.plot import render as render_plot
+from fastgrad_dsl.plots.panels import Panel, Series
+from fastgrad_dsl.plots.panels import render as render_plot
 
 JSON, PAGE, FIGURE = "docs/theory.json", "docs/theory.md", "docs/theory.svg"
 TITLE = "Error of a whole model against the degree, the depth and the length"

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.kernel_tiles import CHUNK
 from fastgrad_compiler.approximation.polynomial import Family
-from fastgrad_compiler.planning.cost import Flops, flops
+from fastgrad_compiler.planning.cost import Flops, Shape, Way, flops
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec, choose_chunk
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.functional import polynomial_attention
@@ -83,15 +83,8 @@ class Contender:
 
     def flops(self, n: int) -> Flops:
         """Of all heads, by the formulas of docs/mathematics.md, section 4; near pairs are counted with the chunk's."""
-        work = flops(
-            n=n,
-            d=self.d,
-            dv=self.dv,
-            degree=self.degree,
-            chunk=self.chunk or CHUNK,
-            near=self.near,
-            causal=True,
-        )
+        way = Way(self.degree, self.near, chunk=self.chunk or CHUNK)
+        work = flops(Shape(n=n, m=n, d=self.d, dv=self.dv), way)
         return Flops(self.heads * work.forward, self.heads * work.backward)
 
     def inputs(self, n: int) -> Inputs:

@@ -257,7 +257,7 @@ class _Search:
         return self.timer(run)
 
     def _run(self, trial: dict[str, Configuration]) -> tuple[_Trial, tuple[Tensor, ...]]:
-        launches = _Trial(self.module, self.attention.case, *self.inputs)
+        launches = _Trial(self.module, self.attention.spec, *self.inputs)
         launches.trial, launches.again = trial, {}
         saved = launches.forward()
         return launches, (*saved, *launches.backward(self.cotangent, *saved))

@@ -10,19 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf, isfinite, sqrt
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fastgrad_compiler.analysis.ranges import LogitRange
 from fastgrad_compiler.analysis.weights.ranges import weight_ranges
-from fastgrad_compiler.approximation.polynomial import FAMILIES
+from fastgrad_compiler.approximation.polynomial import FAMILIES, Family
 from fastgrad_compiler.attention.table import AttentionEntry, attention_table
 from fastgrad_compiler.attention.value import Range
 from fastgrad_compiler.ir.graph import Budget
-from fastgrad_compiler.planning.plan import MAX_RANK
+from fastgrad_compiler.planning.candidates import MOST_EPS, Policy, polynomials
 from fastgrad_compiler.planning.settings import Settings, settings_of
-from fastgrad_dsl.calibration.candidates import Candidate, polynomials, whole_errors
+from fastgrad_dsl.calibration.candidates import Candidate, whole_errors
 from fastgrad_dsl.calibration.capture import Call, Errors, Probe, Subject, capture, probe
 from fastgrad_dsl.calibration.logits import Logits, measure_logits
 from fastgrad_dsl.calibration.pace import MachinePace
@@ -250,17 +251,16 @@ def _levels(served: LogitRange, heads: int, key_heads: int) -> list[tuple[tuple[
 
 def _candidates(found: Attention, calls: Sequence[Call]) -> tuple[Candidate, ...]:
     settings = found.settings
-    families = FAMILIES if settings.family is None else (str(settings.family.value),)
+    families = FAMILIES if settings.family is None else (cast("Family", settings.family.value),)
     rows = [sample(call, stretch=STRETCH) for call in calls]
     references = [exact_rows(each) for each in rows]
     candidates = []
     for near, served in found.served.items():
         centres = [_centre(served, each) for each in rows]
         for heads, bound in _levels(served.range, found.heads, found.key_heads):
-            guarded = served.range.source != "program"
-            for polynomial in polynomials(
-                bound, found.entry.d or 1, MAX_RANK, guarded=guarded, families=families
-            ):
+            proved = served.range.source == "program"
+            policy = Policy(found.entry.d or 1, proved, max_eps=MOST_EPS)
+            for polynomial in polynomials(bound, policy, families):
                 errors = [
                     polynomial_errors(each, reference, polynomial.coefficients, near=near, centre=centre)
                     for each, reference, centre in zip(rows, references, centres, strict=True)

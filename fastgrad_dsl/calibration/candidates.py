@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.approximation.features import rank
-from fastgrad_compiler.approximation.polynomial import FAMILIES, MAX_DEGREE, Polynomial, PrecisionError, fit
+from fastgrad_compiler.approximation.polynomial import Polynomial
 from fastgrad_compiler.attention.kernel import spec_of
 from fastgrad_compiler.attention.value import NEAR
 from fastgrad_compiler.attention.value import Polynomial as Weights
@@ -17,10 +16,6 @@ from fastgrad_compiler.codegen.kernel import load_kernel
 from fastgrad_compiler.ir.masks import OPERANDS
 from fastgrad_dsl.calibration.capture import Call, Errors, exact
 from fastgrad_dsl.calibration.samples import LocalErrors
-
-MOST_EPS = (
-    0.5  # no weight may be off by more, proved: else a rare logit at the end of the range decides the error
-)
 
 
 @dataclass(frozen=True)
@@ -44,31 +39,6 @@ class Candidate:
     def gradient(self) -> float:
         """Relative L2 error of the gradients of q, k and v of its heads, as one vector."""
         return self.errors.gradient_error(self.heads)
-
-
-def polynomials(
-    bound: float, d: int, max_rank: int, *, guarded: bool, families: Sequence[str] = FAMILIES
-) -> Iterator[Polynomial]:
-    """Every polynomial that may serve logits within `bound`: positive there, and of a rank that can be afforded.
-
-    A range that is not proved from the program can be left at run time: there only those that stay positive serve.
-    """
-    for family in FAMILIES:
-        if family not in families:
-            continue
-        for degree in range(1, MAX_DEGREE + 1):
-            if rank(d, degree) > max_rank:
-                break
-            try:
-                polynomial = fit(family, degree, bound)
-            except PrecisionError:
-                continue
-            if (
-                polynomial.positive
-                and polynomial.eps <= MOST_EPS
-                and not (guarded and polynomial.positive_from is not None)
-            ):
-                yield polynomial
 
 
 def kernel_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration
-from fastgrad_dsl.calibration.plan import Plan, Way, candidates_of
+from fastgrad_dsl.calibration.plan import Plan, Serving, candidates_of
 from fastgrad_dsl.documents import calibration as documents
 from fastgrad_dsl.documents.form import format_of
 
@@ -39,7 +39,7 @@ def calibration_document(
 
 
 def _attention(
-    each: Attention, taken: Way, calibration: Calibration, program: Program
+    each: Attention, taken: Serving, calibration: Calibration, program: Program
 ) -> documents.CalibratedAttention:
     ways = candidates_of(each, calibration, program)
     return documents.CalibratedAttention(
@@ -70,7 +70,7 @@ def _heads(each: Attention) -> tuple[documents.HeadLogits, ...]:
     )
 
 
-def _candidate(way: Way, chosen: bool, each: Attention, proved: bool) -> documents.Candidate:
+def _candidate(way: Serving, chosen: bool, each: Attention, proved: bool) -> documents.Candidate:
     served = [part.candidate for part in way.parts if part.candidate]
     first = served[0] if served else None
     return documents.Candidate(
@@ -94,7 +94,7 @@ def _centred(each: Attention, near: int | None) -> bool:
     return served.mean or served.range.centre is not None
 
 
-def _name(way: Way) -> str:
+def _name(way: Serving) -> str:
     texts = []
     for part in way.parts:
         c = part.candidate

@@ -12,14 +12,13 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
-from typing import Annotated, cast
+from typing import Annotated, ClassVar, cast
 
 import torch
 from msgspec import Meta
 from torch import Tensor
 
-from fastgrad_compiler.planning.cost import flops
+from fastgrad_compiler.planning.cost import DOUBLE, Shape, Way, flops
 from fastgrad_compiler.runtime.exact_attention import exact_attention
 from fastgrad_compiler.runtime.private_files import cache_folder
 from fastgrad_compiler.targets import BACKENDS
@@ -52,7 +51,10 @@ class Line(Document, frozen=True):
 
 
 class MachinePace(Document, frozen=True):
-    """The three lines, what they were measured on, and whether they were (`kind`: measured or default)."""
+    """The three lines, what they were measured on, and whether they were (`kind`: measured or default).
+
+    It is a model of cost (`fastgrad_compiler.planning.cost.Cost`).
+    """
 
     polynomial: Line
     fused: Line
@@ -61,6 +63,18 @@ class MachinePace(Document, frozen=True):
     machine: str
     threads: int
     kind: PaceKind
+    step: ClassVar[int] = 1
+
+    def seconds(self, shape: Shape, way: Way) -> float:
+        """Of one attention, forward and backward, of a batch of one (an estimate).
+
+        Exact attention is fused, or in blocks where it has a near field with logits of its own, documents or a window.
+        """
+        work = shape.heads * flops(shape, way).total
+        if way.degree is not None:
+            return self.polynomial.seconds(work) / (DOUBLE if way.precision == "float64" else 1.0)
+        in_blocks = shape.near is not None or shape.documents or shape.window is not None
+        return (self.blocks if in_blocks else self.fused).seconds(work)
 
     @property
     def document(self) -> Pace:
@@ -140,7 +154,7 @@ def _measure(target: str, machine: str, threads: int) -> MachinePace:
 
 
 def _exact_flops(n: int) -> int:
-    return HEADS * flops(n=n, d=D, dv=DV, degree=None).total
+    return HEADS * flops(Shape(n=n, m=n, d=D, dv=DV)).total
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -152,32 +166,3 @@ def _fit(short: int, long: int, fast: float, slow: float) -> Line:
     rate = (long - short) / (slow - fast) if slow > fast else long / slow
     rate = min(max(rate, LEAST_RATE_SHARE * long / slow), 1 / LEAST_RATE_SHARE * long / slow)
     return Line(max(0.0, fast - short / rate), rate)
-
-
-def attention_seconds(
-    pace: MachinePace,
-    *,
-    heads: int,
-    n: int,
-    m: int,
-    d: int,
-    dv: int,
-    degree: int | None,
-    causal: bool,
-    near: int | None = None,
-    documents: bool = False,
-    window: int | None = None,
-    fused: bool = False,
-) -> float:
-    """Seconds of one attention, forward and backward, of a batch of one (an estimate).
-
-    degree None is exact: fused, or in blocks where it has a near field with logits of its own, documents or a window.
-    `fused`: exact attention of the same shape on PyTorch's fused kernel in any case.
-    """
-    work = partial(flops, n=n, m=m, d=d, dv=dv, causal=causal, documents=documents)
-    if degree is not None:
-        return pace.polynomial.seconds(heads * work(degree=degree, near=near).total)
-    if fused:
-        return pace.fused.seconds(heads * work(degree=None).total)
-    line = pace.blocks if near is not None or documents or window is not None else pace.fused
-    return line.seconds(heads * work(degree=None, window=window).total)

@@ -13,15 +13,14 @@ from fastgrad_compiler.attention.kernel import spec_of
 from fastgrad_compiler.attention.table import Lengths
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.words import number
-from fastgrad_compiler.planning.cost import DOUBLE
-from fastgrad_compiler.planning.decision import LEAST_LENGTH, PRECISIONS, Decision
+from fastgrad_compiler.planning.cost import EXACT, Shape, Way, break_even, shape_of
+from fastgrad_compiler.planning.decision import PRECISIONS, Decision
 from fastgrad_compiler.planning.knapsack import Option, choose
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration
 from fastgrad_dsl.calibration.candidates import Candidate
-from fastgrad_dsl.calibration.pace import MachinePace, attention_seconds
+from fastgrad_dsl.calibration.pace import MachinePace
 
-NEVER = 2**40  # a break-even length that no sequence has
 ROUNDED = 0.1  # share of a candidate's own error above which rounding in float32 is a reason for float64
 BYTES_A_SECOND = 5e9  # of copying heads that are served apart, there and back
 
@@ -34,9 +33,16 @@ class Part:
     candidate: Candidate | None
     precision: str = "float32"
 
+    @property
+    def way(self) -> Way:
+        """As models of cost take it."""
+        if self.candidate is None:
+            return EXACT
+        return Way(self.candidate.polynomial.degree, self.candidate.near, self.precision)
+
 
 @dataclass(frozen=True)
-class Way:
+class Serving:
     """One way to serve an attention, with what it costs: seconds at the planned length, errors of the whole model."""
 
     parts: tuple[Part, ...]
@@ -53,7 +59,7 @@ class Plan:
     cases with gains of at least 1. `gap`: how far `seconds` can be from the least, proved.
     """
 
-    ways: tuple[Way, ...]
+    ways: tuple[Serving, ...]
     seconds: float
     exact_seconds: float
     output: float
@@ -81,7 +87,7 @@ def make_plan(calibration: Calibration, program: Program, limits: Limits) -> Pla
     return Plan(
         taken,
         sum(way.option.seconds for way in taken),
-        sum(each.seconds(each.attention.heads, None, fused=True) for each in sized),
+        sum(each.fused() for each in sized),
         sum(way.option.output for way in taken),
         sum(way.option.gradient for way in taken),
         found.gap,
@@ -99,7 +105,7 @@ def least_errors(calibration: Calibration, program: Program) -> tuple[float, flo
     return output, gradient
 
 
-def candidates_of(each: Attention, calibration: Calibration, program: Program) -> list[Way]:
+def candidates_of(each: Attention, calibration: Calibration, program: Program) -> list[Serving]:
     """The ways of one attention, for a report."""
     return list(_ways(_Sized.of(each, program, calibration.pace), calibration))
 
@@ -122,37 +128,19 @@ class _Sized:
         n = lengths.longest(attention.entry.queries) or queries
         return _Sized(attention, n, lengths.longest(attention.entry.keys) or keys, pace)
 
-    def seconds(
-        self,
-        heads: int,
-        candidate: Candidate | None,
-        n: int | None = None,
-        *,
-        fused: bool = False,
-        precision: str = "float32",
-    ) -> float:
+    def shape(self, heads: int) -> Shape:
+        """Of so many of its heads."""
         entry = self.attention.entry
-        value, mask = entry.attention, entry.attention.mask
-        size = (self.n, self.m) if n is None else (n, n)
-        slower = DOUBLE if precision == "float64" else 1.0
-        return (1 / slower) * attention_seconds(
-            self.pace,
-            heads=heads,
-            n=size[0],
-            m=size[1],
-            d=entry.d or 1,
-            dv=entry.dv or 1,
-            degree=candidate.polynomial.degree if candidate else None,
-            causal=mask.causal,
-            near=candidate.near if candidate and value.near is None else value.near,
-            documents=mask.documents,
-            window=mask.window,
-            fused=fused,
-        )
+        return shape_of(entry.attention, self.n, self.m, entry.d or 1, entry.dv or 1, heads)
 
-    def exact(self, heads: int) -> float:
-        """Seconds of exact attention."""
-        return self.seconds(heads, None)
+    def seconds(self, part: Part) -> float:
+        """Of some heads, as they are served."""
+        return self.pace.seconds(self.shape(len(part.heads)), part.way)
+
+    def fused(self) -> float:
+        """Seconds of PyTorch's fused exact attention of all heads, masks left aside."""
+        shape = replace(self.shape(self.attention.heads), near=None, documents=False, window=None)
+        return self.pace.seconds(shape, EXACT)
 
     def apart(self) -> float:
         """Seconds of taking heads apart and putting their results together, forward and backward."""
@@ -191,33 +179,17 @@ class _Sized:
         totals = {each: candidate.polynomial.eps + self.rounding(candidate, each).weights for each in tried}
         return tuple(each for each, total in totals.items() if total < 1 and total <= most)
 
-    def break_even(self, heads: int, candidate: Candidate, precision: str) -> int:
-        """Least length from which the polynomial is no slower than exact attention; NEVER where there is none."""
-
-        def slower(n: int) -> bool:
-            return self.seconds(heads, candidate, n, precision=precision) > self.seconds(heads, None, n)
-
-        high = LEAST_LENGTH
-        while slower(high):
-            if high >= NEVER:
-                return NEVER
-            high *= 2
-        low = high // 2 if high > LEAST_LENGTH else high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if slower(middle) else (low, middle)
-        return high
-
 
 # ---------------------------------------------------------------- ways
 
 
-def _ways(sized: _Sized, calibration: Calibration) -> Iterator[Way]:
+def _ways(sized: _Sized, calibration: Calibration) -> Iterator[Serving]:
     """Exact where no rule asks for a polynomial, candidates for all heads, and pairs of them for groups of heads."""
     each = sized.attention
     everything = tuple(range(each.heads))
     if each.settings.asked is None or each.obstacle:
-        yield Way((Part(everything, None),), Option(sized.exact(each.heads), 0.0, 0.0))
+        exact = Part(everything, None)
+        yield Serving((exact,), Option(sized.seconds(exact), 0.0, 0.0))
     whole = [c for c in each.candidates if len(c.heads) == each.heads and _allowed(c, each)]
     for candidate in whole:
         for precision in sized.precisions(candidate):
@@ -242,9 +214,9 @@ def _allowed(candidate: Candidate, each: Attention) -> bool:
     return settings.relative is None or polynomial.eps <= float(str(settings.relative.value))
 
 
-def _way(sized: _Sized, parts: tuple[Part, ...], calibration: Calibration) -> Way:
+def _way(sized: _Sized, parts: tuple[Part, ...], calibration: Calibration) -> Serving:
     each = sized.attention
-    seconds = sum(sized.seconds(len(part.heads), part.candidate, precision=part.precision) for part in parts)
+    seconds = sum(map(sized.seconds, parts))
     seconds += sized.apart() if len(parts) > 1 else 0.0
     proved = [sized.proved(part.candidate, part.precision) for part in parts if part.candidate]
     local, least = (_proved(proved), 1.0) if calibration.certified else (_joint(parts, proved), 0.0)
@@ -252,7 +224,7 @@ def _way(sized: _Sized, parts: tuple[Part, ...], calibration: Calibration) -> Wa
         error * max(1.0 if gain is None else gain.value, least)
         for error, gain in zip(local, (each.output_gain, each.gradient_gain), strict=True)
     )
-    return Way(parts, Option(seconds, output, gradient))
+    return Serving(parts, Option(seconds, output, gradient))
 
 
 def _proved(proved: Sequence[Certificate]) -> tuple[float, float]:
@@ -295,7 +267,7 @@ def decisions(plan: Plan, calibration: Calibration, program: Program) -> Mapping
     }
 
 
-def _decision(sized: _Sized, way: Way, part: Part, calibration: Calibration) -> Decision:
+def _decision(sized: _Sized, way: Serving, part: Part, calibration: Calibration) -> Decision:
     each, candidate = sized.attention, part.candidate
     heads = part.heads if len(way.parts) > 1 else None
     if candidate is None:
@@ -315,7 +287,7 @@ def _decision(sized: _Sized, way: Way, part: Part, calibration: Calibration) -> 
         _why(way, part, candidate, served.uncentred, calibration),
         candidate.polynomial,
         candidate.near if each.entry.attention.near is None else None,
-        sized.break_even(len(part.heads), candidate, part.precision),
+        break_even(sized.pace, sized.shape(len(part.heads)), part.way),
         range=used,
         own_mean=served.mean,
         heads=heads,
@@ -324,7 +296,7 @@ def _decision(sized: _Sized, way: Way, part: Part, calibration: Calibration) -> 
 
 
 def _why(
-    way: Way, part: Part, candidate: Candidate, uncentred: float | None, calibration: Calibration
+    way: Serving, part: Part, candidate: Candidate, uncentred: float | None, calibration: Calibration
 ) -> str:
     polynomial = candidate.polynomial
     errors = f"{number(way.option.output)} of the output and {number(way.option.gradient)} of the gradient"

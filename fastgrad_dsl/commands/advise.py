@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -17,13 +17,16 @@ from fastgrad_compiler.targets import check_target
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
-from fastgrad_dsl.documents.calibration import Calibration
-from fastgrad_dsl.documents.write import plain
+from fastgrad_dsl.documents.base import Document
+from fastgrad_dsl.documents.calibration import Calibration, Candidate, Planned
+from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.report.words import folded
 from fastgrad_dsl.storage.outputs import write_output
-from fastgrad_grammar.quote import json_text
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
+
+if TYPE_CHECKING:
+    from fastgrad_dsl.calibration.calibrate import Tell
 
 FORMAT = "fastgrad-advice-1"
 
@@ -43,7 +46,48 @@ class AdviceRequest:
     include: Sequence[Path] = ()
 
 
-def make_advice(request: AdviceRequest, tell: Any = lambda what: None) -> dict[str, Any]:
+class Limits(Document, frozen=True):
+    """Those of the budget."""
+
+    output: float | None
+    gradient: float | None
+
+
+class AdvisedAttention(Document, frozen=True):
+    """Equal attentions, what could be done of them, and candidates of the first where they were measured."""
+
+    paths: tuple[str, ...]
+    place: str | None
+    bound: float | None
+    limits: str
+    length: int
+    cheapest: str | None
+    advice: tuple[Advice, ...]
+    candidates: tuple[Candidate, ...] | None
+
+
+class Measured(Document, frozen=True):
+    """What candidates were measured on."""
+
+    data: str
+    weights: str
+    dims: dict[str, int]
+    planned: Planned
+
+
+class AdviceDocument(Document, frozen=True):
+    """The advice for a file."""
+
+    format: str
+    model: str
+    source: str
+    target: str
+    budget: Limits | None
+    attentions: tuple[AdvisedAttention, ...]
+    measured: Measured | None
+
+
+def make_advice(request: AdviceRequest, tell: Tell = lambda what: None) -> AdviceDocument:
     """The advice for a file, also for one whose budget is refused. Raises TfgError for what is wrong otherwise."""
     check_target(request.target)
     source = read_source(request.file, include=request.include)
@@ -53,25 +97,20 @@ def make_advice(request: AdviceRequest, tell: Any = lambda what: None) -> dict[s
     if request.data is not None:
         measured = _measured(request, source, elaborated, tell)
     budget = program.budget
-    return {
-        "format": FORMAT,
-        "model": program.name,
-        "source": str(request.file),
-        "target": request.target,
-        "budget": None if budget is None else {"output": budget.output, "gradient": budget.gradient},
-        "attentions": [_document(each, measured) for each in advise(program, request.target)],
-        "measured": None
-        if measured is None
-        else {
-            "data": measured.data,
-            "weights": measured.weights,
-            "dims": measured.dims,
-            "planned": plain(measured.planned),
-        },
-    }
+    return AdviceDocument(
+        format=FORMAT,
+        model=program.name,
+        source=str(request.file),
+        target=request.target,
+        budget=Limits(budget.output, budget.gradient) if budget else None,
+        attentions=tuple(_document(each, measured) for each in advise(program, request.target)),
+        measured=Measured(measured.data, measured.weights, measured.dims, measured.planned)
+        if measured
+        else None,
+    )
 
 
-def _measured(request: AdviceRequest, source: Source, elaborated: Program, tell: Any) -> Calibration | None:
+def _measured(request: AdviceRequest, source: Source, elaborated: Program, tell: Tell) -> Calibration | None:
     """The calibration document of the file, rules of its budget left out: all candidates are to be seen."""
     from fastgrad_dsl.calibration.data import CalibrationRequest, calibrated
 
@@ -83,43 +122,43 @@ def _measured(request: AdviceRequest, source: Source, elaborated: Program, tell:
     return calibrated(compiled, asked, tell).calibration
 
 
-def _document(advised: Advised, measured: Calibration | None) -> dict[str, Any]:
+def _document(advised: Advised, measured: Calibration | None) -> AdvisedAttention:
     best = cheapest(advised.advice)
     paths = [entry.path for entry in advised.entries]
     found = {each.path: each.candidates for each in measured.attentions} if measured else {}
     first = advised.entries[0]
-    return {
-        "paths": paths,
-        "place": first.place or None,
-        "bound": first.attention.range.bound,
-        "limits": advised.limits,
-        "length": advised.length,
-        "cheapest": None if best is None else best.change,
-        "advice": [asdict(each) for each in advised.advice],
-        "candidates": [plain(each) for each in found[paths[0]]] if paths[0] in found else None,
-    }
+    known = first.attention.range
+    return AdvisedAttention(
+        paths=tuple(paths),
+        place=first.place or None,
+        bound=None if known.bound is None else known.limit,
+        limits=advised.limits,
+        length=advised.length,
+        cheapest=best.change if best else None,
+        advice=tuple(advised.advice),
+        candidates=found.get(paths[0]),
+    )
 
 
-def write_advice(path: Path, advice: Mapping[str, Any]) -> None:
+def write_advice(path: Path, advice: AdviceDocument) -> None:
     """Write the advice as JSON, atomically."""
-    write_output(path, json_text(advice, 2) + "\n")
+    write_output(path, to_json(advice))
 
 
-def print_advice(document: Mapping[str, Any], *, wide: bool = False) -> None:
+def print_advice(document: AdviceDocument, *, wide: bool = False) -> None:
     """A table for each kind of attention; every number says what it is. `wide`: with rank, eps and what is changed."""
     out = console()
-    say(out, f"model {document['model']} ({document['source']})", style="bold")
-    if not document["attentions"]:
+    say(out, f"model {document.model} ({document.source})", style="bold")
+    if not document.attentions:
         say(out, "no attention that a budget could change")
         return
-    for each in document["attentions"]:
-        known = "nothing limits its logits" if each["bound"] is None else f"|s| <= {each['bound']:.3g}"
+    for each in document.attentions:
+        known = "nothing limits its logits" if each.bound is None else f"|s| <= {each.bound:.3g}"
         out.print()
-        say(out, f"{folded(each['paths'])}  {known}; limits: {each['limits']}", style="bold")
-        advice = [Advice(**advice) for advice in each["advice"]]
-        _print_options(out, advice, each["length"], [*OPTION, *(OPTION_MORE if wide else ())])
-        if each["candidates"]:
-            _print_measured(out, each["candidates"], document["measured"])
+        say(out, f"{folded(each.paths)}  {known}; limits: {each.limits}", style="bold")
+        _print_options(out, each.advice, each.length, [*OPTION, *(OPTION_MORE if wide else ())])
+        if each.candidates and document.measured:
+            _print_measured(out, each.candidates, document.measured)
     out.print()
     say(
         out, "time: beside exact attention of the model as it is, an estimate of the cost model.", style="dim"
@@ -146,7 +185,7 @@ OPTION_MORE: tuple[Shown, ...] = (
 )
 
 
-def _print_options(out: Console, advice: list[Advice], length: int, shown: list[Shown]) -> None:
+def _print_options(out: Console, advice: Sequence[Advice], length: int, shown: list[Shown]) -> None:
     """What could be done, feasible changes first, the fastest of them first."""
     best = cheapest(advice)
     time = Column(f"time at\nn = {length:,}")
@@ -161,20 +200,20 @@ def _print_options(out: Console, advice: list[Advice], length: int, shown: list[
     print_table(out, [Column("change", is_number=False), time, *(column for column, _ in shown)], rows)
 
 
-def _print_measured(out: Console, candidates: list[Mapping[str, Any]], measured: Mapping[str, Any]) -> None:
-    sizes = ", ".join(f"{name} = {size}" for name, size in measured["dims"].items())
-    say(out, f"estimates from what was measured on {measured['data']} ({sizes}):", style="italic")
+def _print_measured(out: Console, candidates: Sequence[Candidate], measured: Measured) -> None:
+    sizes = ", ".join(f"{name} = {size}" for name, size in measured.dims.items())
+    say(out, f"estimates from what was measured on {measured.data} ({sizes}):", style="italic")
     columns = [
         Column("candidate", is_number=False), Column("R"), Column("seconds"), Column("output"), Column("gradient"),
         Column("", is_number=False),
     ]  # fmt: skip
     rows = [
         [
-            each["name"],
-            "-" if each["bound"] is None else f"{each['bound']:.2g}",
-            *(f"{each[key]:.2g}" for key in ("seconds", "output", "gradient")),
-            "chosen" if each["chosen"] else "",
+            each.name,
+            "-" if each.bound is None else f"{each.bound:.2g}",
+            *(f"{value:.2g}" for value in (each.seconds, each.output, each.gradient)),
+            "chosen" if each.chosen else "",
         ]
-        for each in sorted(candidates, key=lambda c: c["seconds"])
+        for each in sorted(candidates, key=lambda c: c.seconds)
     ]
     print_table(out, columns, rows)

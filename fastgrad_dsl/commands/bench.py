@@ -11,21 +11,21 @@ import torch
 
 from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import fit
+from fastgrad_compiler.planning.candidates import MAX_RANK
 from fastgrad_dsl.bench.cells import Cell, extrapolated
 from fastgrad_dsl.bench.contenders import Contender, Inputs, make_inputs
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.memory import attention_peaks
 from fastgrad_dsl.bench.peak import peak_flops
-from fastgrad_dsl.bench.plot import Panel, Series, render
 from fastgrad_dsl.bench.timing import time_together
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
 from fastgrad_dsl.models.batches import memory_bytes
+from fastgrad_dsl.plots.panels import Panel, Series, render
 from fastgrad_dsl.storage.outputs import write_output
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 from fastgrad_grammar.quote import json_text
 
-LARGEST_RANK = 20_000
 LENGTHS, QUICK_LENGTHS = (1024, 4096, 16384), (256, 1024)
 SECONDS, QUICK_SECONDS = 10.0, 2.0  # for the passes of one attention at one length
 COLUMNS = [
@@ -63,9 +63,9 @@ class BenchRequest:
 def check_request(request: BenchRequest) -> None:
     """Raise TfgError FG416 for what cannot be served or does not fit, FG420 for a target that is not available."""
     size = rank(request.d, request.degree)
-    if size > LARGEST_RANK:
+    if size > MAX_RANK:
         raise _refused(
-            f"--degree {request.degree} with --d {request.d} has rank {size:,}, more than {LARGEST_RANK:,}",
+            f"--degree {request.degree} with --d {request.d} has rank {size:,}, more than {MAX_RANK:,}",
             "take a smaller degree or a smaller d",
         )
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -16,7 +15,7 @@ from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention
 from fastgrad_compiler.codegen.attention_kernels import kernel_module
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.planning.cost import Flops as Work
-from fastgrad_compiler.planning.cost import flops
+from fastgrad_compiler.planning.cost import Way, flops, shape_of
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.documents import plan
 from fastgrad_dsl.documents.base import narrowed
@@ -115,13 +114,12 @@ def _flops(program: Program, entry: AttentionEntry) -> plan.Flops | None:
     n, m = lengths.longest(entry.queries), lengths.longest(entry.keys)
     if n is None or m is None or entry.d is None or entry.dv is None:
         return None
-    mask, polynomial = attention.mask, attention.polynomial
-    work = partial(flops, n=n, m=m, d=entry.d, dv=entry.dv, causal=mask.causal, documents=mask.documents)
+    shape, polynomial = shape_of(attention, n, m, entry.d, entry.dv), attention.polynomial
     return plan.Flops(
         n=n,
         m=m,
-        exact=_work(work(degree=None, window=mask.window)),
-        polynomial=_work(work(degree=polynomial.degree, near=attention.near)) if polynomial else UNSET,
+        exact=_work(flops(shape)),
+        polynomial=_work(flops(shape, Way(polynomial.degree))) if polynomial else UNSET,
     )
 
 

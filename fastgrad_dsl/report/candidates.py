@@ -6,33 +6,22 @@ Without one, the polynomials of all families on the same range, with times from 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Mapping
 
 from fastgrad_compiler.approximation.certificates import certificate
-from fastgrad_compiler.approximation.features import rank
-from fastgrad_compiler.approximation.polynomial import (
-    FAMILIES,
-    MAX_DEGREE,
-    Family,
-    Polynomial,
-    PrecisionError,
-    fit,
-)
-from fastgrad_compiler.approximation.rounding import EXACT, Rounding, Run, Sizes, rounding
+from fastgrad_compiler.approximation.polynomial import Polynomial
+from fastgrad_compiler.approximation.rounding import EXACT as UNROUNDED
+from fastgrad_compiler.approximation.rounding import Rounding, Run, Sizes, rounding
 from fastgrad_compiler.attention.value import OWN
-from fastgrad_compiler.planning.cost import Pace
+from fastgrad_compiler.planning.candidates import Policy, polynomials
+from fastgrad_compiler.planning.cost import EXACT, Pace, Way
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.documents.base import Trust
 from fastgrad_dsl.documents.calibration import CalibratedAttention
 from fastgrad_dsl.documents.plan import Attention, lengths_of
 from fastgrad_dsl.documents.report import Candidates, Point
-from fastgrad_dsl.report.prediction import exact_time, polynomial_time, widths
-
-LARGEST_RANK = (
-    4096  # of a candidate; wider states cost more than exact attention at any length that is common
-)
+from fastgrad_dsl.report.prediction import shape_of, widths
 
 
 def calibrated(found: CalibratedAttention, trust: Trust) -> Candidates:
@@ -69,7 +58,7 @@ def candidates_key(entry: Attention) -> object:
     plan = (entry.decision, entry.family, entry.degree, entry.near, entry.precision)
     shape = (entry.d, entry.dv, entry.queries, entry.keys)
     masks = (entry.causal, entry.window, entry.alibi, "documents" in entry.roles)
-    return plan, shape, masks, entry.bound, entry.reach, entry.asserted
+    return plan, shape, masks, entry.bound, entry.reach, entry.asserted, entry.range_source
 
 
 def certified(entry: Attention, sizes: Mapping[str, int], pace: Pace, target: str) -> Candidates | None:
@@ -79,16 +68,18 @@ def certified(entry: Attention, sizes: Mapping[str, int], pace: Pace, target: st
     if entry.d is None or entry.dv is None:
         return None
     n, m = lengths_of(entry, sizes)
-    unit = exact_time(entry, n, m, pace).total
+    shape = shape_of(entry, n, m)
+    unit = pace.seconds(shape, EXACT)
     points = [_point(entry, None, None, 1.0)]
     lengths = Sizes(n, m, max(1, entry.query_heads // entry.key_heads))
-    for polynomial in _polynomials(entry.bound, entry.d):
+    policy = Policy(entry.d, entry.range_source == "program")
+    for polynomial in polynomials(entry.bound, policy):
         for near in dict.fromkeys((None, entry.near)):
             for precision in ("float32", "float64"):
                 added = _rounding(entry, polynomial, near, precision, lengths, target)
                 if polynomial.eps + added.weights >= 1:
                     continue
-                time = polynomial_time(entry, n, m, pace, polynomial.degree, near, precision).total / unit
+                time = pace.seconds(shape, Way(polynomial.degree, near, precision)) / unit
                 points.append(
                     _point(entry, polynomial, near, float(f"{time:.5g}"), precision=precision, added=added)
                 )
@@ -103,24 +94,6 @@ def certified(entry: Attention, sizes: Mapping[str, int], pace: Pace, target: st
         time_unit=f"share of exact attention's time at n = {n:,}, forward and backward",
         points=tuple(points),
     )
-
-
-def _polynomials(bound: float, d: int) -> Iterator[Polynomial]:
-    for family in FAMILIES:
-        for degree in range(1, MAX_DEGREE + 1):
-            if rank(d, degree) > LARGEST_RANK:
-                break
-            polynomial = _fit(family, degree, bound)
-            if polynomial is not None and polynomial.positive and polynomial.eps < 1:
-                yield polynomial
-
-
-@cache
-def _fit(family: Family, degree: int, bound: float) -> Polynomial | None:
-    try:
-        return fit(family, degree, bound)
-    except PrecisionError:
-        return None
 
 
 def _rounding(
@@ -147,7 +120,7 @@ def _point(
     time: float,
     *,
     precision: str = "float32",
-    added: Rounding = EXACT,
+    added: Rounding = UNROUNDED,
 ) -> Point:
     if polynomial is None:
         return Point(

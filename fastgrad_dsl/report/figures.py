@@ -10,12 +10,12 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from fastgrad_dsl.bench.plot import COLOURS
 from fastgrad_dsl.documents.calibration import Histogram
 from fastgrad_dsl.documents.pairs import What, of
 from fastgrad_dsl.documents.report import Candidates, Cost, Curve, Point, Waterfall
-from fastgrad_dsl.report.svg import (
+from fastgrad_dsl.plots.svg import (
     BOTTOM,
+    COLOURS,
     LEFT,
     LETTER,
     LINE,

@@ -7,11 +7,10 @@ lengths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from fastgrad_compiler.approximation.elementary import power
-from fastgrad_compiler.planning.cost import PACE, Flops, Pace, flops, state_bytes
+from fastgrad_compiler.planning.cost import EXACT, PACE, Pace, Shape, Way, state_bytes
 from fastgrad_dsl.documents.calibration import Calibration, PaceKind
 from fastgrad_dsl.documents.plan import Attention, Plan, is_approximated, lengths_of, longest_sizes
 from fastgrad_dsl.documents.report import (
@@ -29,19 +28,6 @@ SHORTEST, POINTS = 64, 25  # of the curves of cost against the length
 NUMBER = 4  # bytes of a float32
 
 
-@dataclass(frozen=True)
-class Time:
-    """Relative time of one head of one attention."""
-
-    forward: float
-    backward: float
-
-    @property
-    def total(self) -> float:
-        """Forward and backward."""
-        return self.forward + self.backward
-
-
 def pace_of(plan: Plan, calibration: Calibration | None) -> tuple[Pace, PaceKind]:
     """The pace of the plan's target, and whether it was measured on this machine or is the default."""
     if calibration is None:
@@ -49,26 +35,17 @@ def pace_of(plan: Plan, calibration: Calibration | None) -> tuple[Pace, PaceKind
     return Pace(float(calibration.pace.speed), calibration.pace.keys), calibration.pace.kind
 
 
-def exact_time(entry: Attention, n: int, m: int, pace: Pace) -> Time:
-    """Of exact attention, which is slower at short lengths."""
-    return _time(_flops(entry, n, m, None, None), 1 + pace.keys / m)
+def shape_of(entry: Attention, n: int, m: int) -> Shape:
+    """One head of an attention, whose widths are known, at a length."""
+    d, dv = widths(entry)
+    window = entry.window if entry.decision == "exact" else None  # whatever a file says
+    masks = {"causal": entry.causal, "documents": "documents" in entry.roles}
+    return Shape(n=n, m=m, d=d, dv=dv, window=window, **masks)
 
 
-def polynomial_time(
-    entry: Attention,
-    n: int,
-    m: int,
-    pace: Pace,
-    degree: int | None = None,
-    near: int | None = None,
-    precision: str | None = None,
-) -> Time:
-    """Of a polynomial: the attention's own, or of another degree, near field and precision."""
-    if degree is None:
-        degree, near = entry.degree, entry.near
-    return _time(
-        _flops(entry, n, m, degree, near), 1 / pace.at(precision or entry.precision or "float32").speed
-    )
+def own_way(entry: Attention) -> Way:
+    """The polynomial that serves an attention."""
+    return Way(entry.degree, entry.near, entry.precision or "float32")
 
 
 def predict(plan: Plan, pace: Pace, kind: PaceKind, calibration: Calibration | None) -> Prediction | None:
@@ -81,8 +58,9 @@ def predict(plan: Plan, pace: Pace, kind: PaceKind, calibration: Calibration | N
     exact_bytes = own_bytes = scores = 0
     for entry in counted:
         n, m = lengths_of(entry, sizes)
-        exact = exact_time(entry, n, m, pace)
-        own = polynomial_time(entry, n, m, pace) if _served(entry, m) else exact
+        shape = shape_of(entry, n, m)
+        exact = pace.time(shape, EXACT)
+        own = pace.time(shape, own_way(entry)) if _served(entry, m) else exact
         forward += entry.query_heads * exact.forward
         backward += entry.query_heads * exact.backward
         own_forward += entry.query_heads * own.forward
@@ -121,14 +99,14 @@ def cost_curve(entry: Attention, sizes: Mapping[str, int], pace: Pace) -> Cost |
         return None
     served = entry.decision == "polynomial"
     n, m = lengths_of(entry, sizes)
-    longest = max(n, m)
-    own = polynomial_time(entry, n, m, pace) if _served(entry, m) else exact_time(entry, n, m, pace)
+    longest, shape = max(n, m), shape_of(entry, n, m)
+    own = own_way(entry) if _served(entry, m) else EXACT
     last = max(longest, 2 * (entry.break_even or 0), 2 * SHORTEST)
     lengths = sorted({round(SHORTEST * power(last / SHORTEST, i / (POINTS - 1))) for i in range(POINTS)})
-    unit = exact_time(entry, longest, longest, pace).total
+    unit = pace.seconds(shape_of(entry, longest, longest), EXACT)
 
-    def curve(way: Callable[[Attention, int, int, Pace], Time]) -> Times:
-        times = [way(entry, n, n, pace) for n in lengths]
+    def curve(way: Way) -> Times:
+        times = [pace.time(shape_of(entry, n, n), way) for n in lengths]
         return Times(
             forward=tuple(_digits(time.forward / unit) for time in times),
             total=tuple(_digits(time.total / unit) for time in times),
@@ -137,10 +115,10 @@ def cost_curve(entry: Attention, sizes: Mapping[str, int], pace: Pace) -> Cost |
     return Cost(
         attentions=(),
         longest=longest,
-        speed_up=exact_time(entry, n, m, pace).total / own.total,
+        speed_up=pace.seconds(shape, EXACT) / pace.seconds(shape, own),
         lengths=tuple(lengths),
-        exact=curve(exact_time),
-        polynomial=curve(polynomial_time) if served else None,
+        exact=curve(EXACT),
+        polynomial=curve(own_way(entry)) if served else None,
         break_even=entry.break_even if served else None,
     )
 
@@ -174,25 +152,6 @@ def widths(entry: Attention) -> tuple[int, int]:
     assert entry.d is not None
     assert entry.dv is not None
     return entry.d, entry.dv
-
-
-def _flops(entry: Attention, n: int, m: int, degree: int | None, near: int | None) -> Flops:
-    d, dv = widths(entry)
-    return flops(
-        n=n,
-        m=m,
-        d=d,
-        dv=dv,
-        degree=degree,
-        near=near,
-        causal=entry.causal,
-        documents="documents" in entry.roles,
-        window=entry.window if degree is None else None,
-    )
-
-
-def _time(work: Flops, factor: float) -> Time:
-    return Time(work.forward * factor, work.backward * factor)
 
 
 def _memory(entry: Attention, n: int, m: int, served: bool) -> Memory:

@@ -15,7 +15,8 @@ from fastgrad_compiler.ir.graph import Node, Program
 from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_compiler.ir.verify import verify
 from fastgrad_compiler.passes.backward import derive_gradient
-from fastgrad_compiler.planning.plan import MAX_RANK, plan_attention
+from fastgrad_compiler.planning.candidates import MAX_RANK
+from fastgrad_compiler.planning.plan import plan_attention
 from fastgrad_compiler.reference.interpret import run_gradient
 from fastgrad_grammar.diagnostics import TfgError
 from tests.compiler.gradients import assert_gradient, derive, program_of, run_one, sample_of

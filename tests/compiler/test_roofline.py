@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from fastgrad_compiler.planning import roofline
-from fastgrad_compiler.planning.roofline import DEVICES, Shape, Work, best, break_even, flash_time, shape_of
+from fastgrad_compiler.planning.cost import EXACT, NEVER, Way, break_even
+from fastgrad_compiler.planning.cost import Shape as Attention
+from fastgrad_compiler.planning.roofline import DEVICES, Roofline, Shape, Work, best, flash_time, shape_of
 from fastgrad_compiler.runtime import triton_schedule as schedule
 from fastgrad_compiler.runtime.triton_schedule import Tiles
 
@@ -111,8 +113,8 @@ def test_flash_attention_is_padded_to_its_width() -> None:
 def test_from_the_break_even_on_the_model_is_faster() -> None:
     for device in DEVICES.values():
         shape = shape_of(heads=16, n=64, d=16, dv=64, degree=3)
-        n = break_even(device, shape)
-        assert n is not None
+        n = break_even(Roofline(device, 16), Attention(n=1, m=1, d=16, dv=64), Way(3))
+        assert 64 < n < NEVER
         assert n % 64 == 0
 
         def ratio(n: int, device: roofline.Device = device, shape: Shape = shape) -> float:
@@ -123,8 +125,15 @@ def test_from_the_break_even_on_the_model_is_faster() -> None:
         assert all(ratio(n << power) < 1 for power in range(1, 6))
 
 
-def test_break_even_is_none_where_the_features_cost_more_than_any_length() -> None:
-    assert break_even(replace(H100, bandwidth=1.0), shape_of(heads=1, n=64, d=16, dv=64, degree=2)) is None
+def test_break_even_is_never_where_the_features_cost_more_than_any_length() -> None:
+    slow = Roofline(replace(H100, bandwidth=1.0), 1)
+    assert break_even(slow, Attention(n=1, m=1, d=16, dv=64), Way(2)) == NEVER
+
+
+def test_seconds_are_those_of_the_kernels_that_are_chosen() -> None:
+    shape, ways = shape_of(heads=4, n=4096, d=16, dv=64, degree=3, near=64), (Way(3, 64), EXACT)
+    found = [Roofline(H100, 4).seconds(Attention(n=4096, m=4096, d=16, dv=64), way) for way in ways]
+    assert found == [best(H100, shape).total, flash_time(H100, shape)[1]]
 
 
 def test_shapes_that_no_kernel_serves_are_refused() -> None:

@@ -132,7 +132,16 @@ def test_a_file_without_a_model_is_a_diagnostic(fastgrad: Run, content: str) -> 
     assert "error[FG" in err
 
 
-HEAVY = {"torch", "scipy", "networkx", "numpy", "jinja2", "matplotlib", "fastgrad_dsl.report.document"}
+HEAVY = {
+    "torch",
+    "msgspec",
+    "scipy",
+    "networkx",
+    "numpy",
+    "jinja2",
+    "matplotlib",
+    "fastgrad_dsl.report.document",
+}
 
 
 @pytest.mark.parametrize(("options", "more"), [([], {"pydantic"}), (["--set", "depth=2"], set())])

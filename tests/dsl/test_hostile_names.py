@@ -23,6 +23,7 @@ from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.commands import terminal
 from fastgrad_dsl.commands.cli import main
+from fastgrad_dsl.report.document import build_report
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.render import render
 
@@ -162,8 +163,9 @@ def test_commands_that_reproduce_a_report_run_nothing_else(tmp_path: Path) -> No
     made = compiled(tmp_path, PLAIN)
     params = {"$(touch pwned)": "`touch pwned`"}
     plan = replace(made.plan_document, model="m; touch pwned", source="a b.tfg;touch pwned", params=params)
-    report = fg.report.build_report(plan)
-    for command in report["reproduce"]["commands"]:
+    commands = build_report(plan).reproduce.commands
+    assert commands
+    for command in commands:
         words = shlex.split(command, comments=True)
         done = subprocess.run(["bash", "-c", f"fastgrad() {{ printf '%s\\0' fastgrad \"$@\"; }}; {command}"],
                               cwd=tmp_path, capture_output=True, text=True, check=True)  # fmt: skip

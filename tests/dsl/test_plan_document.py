@@ -14,7 +14,8 @@ from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.approximation.rounding import Run, Sizes, rounding
-from fastgrad_compiler.planning.cost import EQUAL, GPU, NATIVE, Pace, break_even, flops
+from fastgrad_compiler.planning.cost import EQUAL, NATIVE, Cost, Shape, Way, break_even, flops
+from fastgrad_compiler.planning.target_cost import GPU
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.api import report as request
@@ -75,9 +76,8 @@ def test_a_polynomial_attention(compiled: Compiled) -> None:
     assert (entry["bound"], entry["asserted"], entry["near"], entry["causal"]) == (0.5, False, None, True)
     assert any("Cauchy-Schwarz" in step for step in entry["proof"])
     assert 100 < entry["break_even"] < N
-    sizes = {"n": 4096, "m": 4096, "d": 4, "dv": 4, "causal": True}
     for way, degree in (("exact", None), ("polynomial", 3)):
-        cost = flops(degree=degree, **sizes)  # type: ignore[arg-type]
+        cost = flops(Shape(n=4096, m=4096, d=4, dv=4), Way(degree))
         assert entry["flops"][way] == {"forward": cost.forward, "backward": cost.backward}
     assert entry["flops"]["n"] == entry["flops"]["m"] == 4096
     spec = KernelSpec(4, 4, polynomial.coefficients, causal=True)
@@ -147,11 +147,11 @@ def test_the_report_holds_the_plan_and_three_kinds_of_error(compiled: Compiled) 
     ("target", "of_cpu", "of_gpu"),
     [("torch", EQUAL, EQUAL), ("cpp", NATIVE, EQUAL), ("triton", GPU, GPU), ("auto", NATIVE, GPU)],
 )
-def test_break_even_is_that_of_the_device(target: str, of_cpu: Pace, of_gpu: Pace) -> None:
+def test_break_even_is_that_of_the_device(target: str, of_cpu: Cost, of_gpu: Cost) -> None:
     """A model may run on either: the generated call has both lengths where they differ."""
     compiled = fg.compile(SPEC, target=target)
     entry = entries(compiled.plan_document)[0]
-    lengths = [max(break_even(d=4, dv=4, degree=3, pace=pace), 128) for pace in (of_cpu, of_gpu)]
+    lengths = [break_even(cost, Shape(n=1, m=1, d=4, dv=4), Way(3)) for cost in (of_cpu, of_gpu)]
     assert [entry["break_even"], entry["break_even_gpu"]] == lengths
     on_gpu = f", exact_below_gpu={lengths[1]}" if lengths[0] != lengths[1] else ""
     assert f"exact_below={lengths[0]}{on_gpu})" in compiled.modules["model.py"]

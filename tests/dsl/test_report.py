@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 import fastgrad_dsl as fg
 from fastgrad_compiler.approximation.polynomial import fit
-from fastgrad_compiler.planning.cost import PACE, flops
+from fastgrad_compiler.planning.cost import PACE, Shape, Way, flops
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.report import ReportRequest, make_report
 from fastgrad_dsl.documents.report import Report
@@ -133,8 +133,9 @@ def test_prediction_at_the_longest_length() -> None:
     prediction = report["headline"]["prediction"]
     assert (prediction["n"], prediction["undeclared"], prediction["attentions"]) == (65536, [], 6)
     n, pace = 65536, PACE["cpp"]
-    exact = flops(n=n, d=16, dv=32, degree=None).total * (1 + pace.keys / n)
-    polynomial = flops(n=n, d=16, dv=32, degree=2, near=64).total / pace.speed
+    shape = Shape(n=n, m=n, d=16, dv=32)
+    exact = flops(shape).total * (1 + pace.keys / n)
+    polynomial = flops(shape, Way(2, 64)).total / pace.speed
     assert prediction["speed_up"]["total"] == pytest.approx(exact / polynomial)
     heads = 6 * 8
     assert prediction["memory"]["scores"] == 4 * heads * n * n

@@ -27,7 +27,6 @@ from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.tune import TuneRequest
 from fastgrad_dsl.documents.calibration import Calibration
 from fastgrad_dsl.documents.report import Report
-from fastgrad_dsl.documents.write import plain
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, always_polynomial, small
 
@@ -143,20 +142,16 @@ def bench_document() -> dict[str, Any]:
 
 
 @cache
-def advised(name: str) -> dict[str, Any]:
+def advised(name: str) -> advice.AdviceDocument:
     return advice.make_advice(advice.AdviceRequest(EXAMPLES / f"{name}.tfg", {}))
 
 
-def advised_on_data() -> dict[str, Any]:
-    document = dict(advised("gpt"))
-    calibration = calibration_of(fg.compile(EXAMPLES / "gpt.tfg").plan_document)
-    candidates = plain(calibration)["attentions"][0]["candidates"]
-    measured = {key: plain(calibration)[key] for key in ("data", "weights", "dims", "planned")}
-    return {
-        **document,
-        "measured": measured,
-        "attentions": [{**document["attentions"][0], "candidates": candidates}],
-    }
+def advised_on_data() -> advice.AdviceDocument:
+    document = advised("gpt")
+    found = calibration_of(fg.compile(EXAMPLES / "gpt.tfg").plan_document)
+    measured = advice.Measured(found.data, found.weights, found.dims, found.planned)
+    first = replace(document.attentions[0], candidates=found.attentions[0].candidates)
+    return replace(document, measured=measured, attentions=(first,))
 
 
 PRINTED: dict[str, Callable[[], None]] = {

@@ -99,7 +99,7 @@ def fastgrad(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     return run
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, step: int, happens: Callable[[], None]) -> None:
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, happens: Callable[[], object]) -> None:
     """`happens` before the update that would make step `step`, once."""
     real, count = training.update, 0
 

@@ -158,7 +158,7 @@ def test_the_fastest_is_kept_and_launched(
 
     triton_tuned.chosen.cache_clear()
     search = tuning._Search(shape, WORK, Clock())
-    launches = Launches(search.module, search.attention.case, *search.inputs)
+    launches = Launches(search.module, search.attention.spec, *search.inputs)
     for choice in choices:
         assert launches.configuration(choice.kernel) == choice.found
         assert launches.row(choice.kernel) == choice.table

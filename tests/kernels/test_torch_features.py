@@ -96,9 +96,10 @@ def test_exact_below_is_decided_by_device() -> None:
 
 
 def test_opcheck_of_exact_attention() -> None:
+    operation: Any = EXACT
     for spec, window in ((NEAR, 0), (PACKED, 3)):
         inputs = arguments(make_inputs(spec, 9))
-        torch.library.opcheck(EXACT, (*inputs, 0.5, spec.causal, 4, window))
+        torch.library.opcheck(operation, (*inputs, 0.5, spec.causal, 4, window))
 
 
 def load_and_name(spec: KernelSpec) -> str:

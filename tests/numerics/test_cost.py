@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 
 from fastgrad_compiler.approximation.features import rank
-from fastgrad_compiler.planning.cost import Flops, break_even, cost, flops, state_bytes
+from fastgrad_compiler.planning import cost
+from fastgrad_compiler.planning.cost import EQUAL, EXACT, Flops, Pace, Shape, Time, Way, state_bytes
+
+
+def flops(*, n: int, degree: int | None, m: int | None = None, **sizes: Any) -> Flops:
+    way = {key: sizes.pop(key) for key in ("near", "chunk") if key in sizes}
+    return cost.flops(Shape(n=n, m=n if m is None else m, **sizes), Way(degree, **way))
+
+
+def break_even(*, d: int, dv: int, degree: int, pace: Pace = EQUAL, **sizes: Any) -> int:
+    """From one token on, whatever the calls take."""
+    way = {key: sizes.pop(key) for key in ("near", "chunk") if key in sizes}
+    return cost.break_even(pace, Shape(n=1, m=1, d=d, dv=dv, **sizes), Way(degree, **way), least=1)
 
 
 def matmul(rows: int, inner: int, columns: int) -> int:
@@ -117,14 +129,38 @@ def test_documents_cost_a_chunk_of_pairs_and_two_states() -> None:
     )
 
 
-def test_cost_gathers_both_ways() -> None:
-    found = cost(n=16384, d=16, dv=64, degree=2)
-    assert found.rank == 153
-    assert found.polynomial == flops(n=16384, d=16, dv=64, degree=2)
-    assert found.exact == flops(n=16384, d=16, dv=64, degree=None)
-    assert found.break_even == break_even(d=16, dv=64, degree=2)
-    assert found.state_bytes == state_bytes(d=16, dv=64, degree=2) == 153 * 65 * 4
+def test_bytes_of_a_state() -> None:
+    assert state_bytes(d=16, dv=64, degree=2) == 153 * 65 * 4
     assert state_bytes(d=16, dv=64, degree=2, itemsize=8) == 153 * 65 * 8
+
+
+def test_a_pace_makes_seconds_of_flops() -> None:
+    shape, pace, way = Shape(n=999, m=999, d=16, dv=64), Pace(1.8, 500), Way(2, 64)
+    work, exact = cost.flops(shape, way), cost.flops(shape)
+    assert pace.time(shape, way) == Time(work.forward / 1.8, work.backward / 1.8)
+    assert pace.seconds(shape, way) == pytest.approx(work.total / 1.8)
+    assert pace.seconds(shape, Way(2, 64, "float64")) == 2 * pace.seconds(shape, way)
+    assert pace.seconds(shape, EXACT) == pytest.approx(exact.total * (1 + 500 / 999))
+
+
+def test_a_near_field_of_the_model_is_the_polynomials_too() -> None:
+    own, added = Shape(n=999, m=999, d=16, dv=64, near=32), Shape(n=999, m=999, d=16, dv=64)
+    assert cost.flops(own, Way(2)) == cost.flops(added, Way(2, 32))
+    assert cost.flops(own, EXACT) == cost.flops(added, EXACT)
+
+
+def test_break_even_is_sought_from_the_longest_length_down() -> None:
+    """Exact attention that is slow at short lengths may take longer there, and less in between."""
+
+    class Bumpy:
+        step = 1
+
+        def seconds(self, shape: Shape, way: Way) -> float:
+            return 1.0 if way == EXACT else 2.0 if 300 <= shape.n < 5000 else 0.5
+
+    shape = Shape(n=1, m=1, d=4, dv=4)
+    assert cost.break_even(Bumpy(), shape, Way(2)) == 5000
+    assert cost.break_even(Pace(100.0, 0), shape, Way(1)) == cost.LEAST_LENGTH
 
 
 @pytest.mark.parametrize(

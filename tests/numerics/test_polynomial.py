@@ -273,38 +273,6 @@ def test_bad_arguments(call: Callable[[], Polynomial], message: str) -> None:
         call()
 
 
-def test_least_degree_is_least() -> None:
-    for family in FAMILIES:
-        for cap in (0.5, 1e-1, 1e-2, 1e-4):
-            found = polynomial.least_degree(family, 2.0, cap)
-            assert found is not None
-            assert found.eps <= cap
-            assert found.positive
-            smaller = [fit(family, degree, 2.0) for degree in range(1, found.degree)]
-            assert all(other.eps > cap or not other.positive for other in smaller)
-
-
-def test_least_degree_takes_a_line_where_it_will_do() -> None:
-    found = polynomial.least_degree("balanced", 0.1, 1e-2)
-    assert found is not None
-    assert found.degree == 1
-
-
-def test_least_degree_passes_over_what_is_not_positive() -> None:
-    assert fit("taylor", 3, 2.0).eps <= 5.0  # but it has a root at -1.596
-    found = polynomial.least_degree("taylor", 2.0, 5.0)
-    assert found is not None
-    assert found.degree == 4
-
-
-def test_least_degree_gives_up() -> None:
-    assert polynomial.least_degree("balanced", 3.0, 1e-2, max_degree=6) is None
-    assert polynomial.least_degree("balanced", 25.0, 1e-2) is None
-    found = polynomial.least_degree("balanced", 1.0, 0.1)
-    assert found is not None
-    assert found.degree == 2
-
-
 @pytest.mark.parametrize("bound", [1e-6, 0.3, 8.0, 18.3])
 def test_every_degree_is_fitted_or_refused(bound: float) -> None:
     """And what is not is near the optimum: the exchange itself fails nowhere."""

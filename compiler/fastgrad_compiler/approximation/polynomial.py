@@ -113,24 +113,6 @@ def fit(family: Family, degree: int, bound: float) -> Polynomial:
     return Polynomial(family, degree, bound, coefficients, eps, eps_prime, *positivity(coefficients, bound))
 
 
-def least_degree(
-    family: Family, bound: float, eps_max: float, *, max_degree: int = MAX_DEGREE
-) -> Polynomial | None:
-    """The polynomial of least degree, from 1 on, with eps <= eps_max and p > 0 proved on the range.
-
-    An odd degree is as good as an even one where positivity on the range is proved; `positive_from` says how
-    far below it still holds. None where no degree does it, be it for the budget or for float64.
-    """
-    for degree in range(1, min(max_degree, MAX_DEGREE) + 1):
-        try:
-            candidate = fit(family, degree, bound)
-        except PrecisionError:
-            continue
-        if candidate.eps <= eps_max and candidate.positive:
-            return candidate
-    return None
-
-
 def errors(coefficients: Sequence[float], bound: float) -> Errors:
     """eps and eps' of any polynomial on [-bound, bound]: proved, and rounded upward to float64.
 

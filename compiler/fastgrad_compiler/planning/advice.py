@@ -12,25 +12,25 @@ from dataclasses import dataclass, replace
 
 from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.features import rank
-from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
+from fastgrad_compiler.approximation.polynomial import Polynomial
 from fastgrad_compiler.attention.table import AttentionEntry
 from fastgrad_compiler.ir.graph import Program
-from fastgrad_compiler.planning.cost import flops
+from fastgrad_compiler.planning.candidates import USEFUL, polynomials
+from fastgrad_compiler.planning.cost import EXACT
 from fastgrad_compiler.planning.decision import (
     PRECISIONS,
     Caps,
     Case,
     Evaluated,
     search,
-    stays_positive,
     vanishing,
     with_bound,
 )
 from fastgrad_compiler.planning.plan import shared_cases
+from fastgrad_compiler.planning.target_cost import cost_of
 
 NEAR = 64  # block of a near field that is proposed
 GAINS = (4.0, 2.0, 1.0, 0.5)  # proposed where nothing limits the logits
-USEFUL = 0.1  # largest eps that is proposed where the budget sets no limit
 _LEAST_WIDTH = 2
 
 
@@ -118,15 +118,8 @@ def _advice(case: Case) -> Iterator[Advice]:
 
 def _degrees(case: Case) -> Iterator[Advice]:
     """Every degree whose polynomial may serve at all."""
-    for degree in range(1, MAX_DEGREE + 1):
-        if rank(case.d or 1, degree) > case.max_rank:
-            return
-        try:
-            polynomial = fit(case.chosen_family, degree, case.bound)
-        except PrecisionError:
-            continue
-        if stays_positive(case, polynomial) and polynomial.eps < 1:
-            yield _priced(case, _evaluated(case, polynomial), f"degree = {degree}", "plan", case)
+    for polynomial in polynomials(case.bound, case.policy, (case.chosen_family,)):
+        yield _priced(case, _evaluated(case, polynomial), f"degree = {polynomial.degree}", "plan", case)
 
 
 def _evaluated(case: Case, polynomial: Polynomial) -> Evaluated:
@@ -161,23 +154,18 @@ def _with(case: Case, bound: float, near: int | None = None) -> Case:
 def _priced(changed: Case, evaluated: Evaluated, text: str, kind: str, case: Case) -> Advice:
     polynomial = evaluated.polynomial
     proved = certificate(polynomial.eps, polynomial.eps_prime, evaluated.rounding)
-    n, m = case.sizes.queries, case.sizes.keys
-    d, dv = changed.d or 1, changed.dv or 1
-    causal, documents = case.causal, case.documents
-    work = flops(
-        n=n, m=m, d=d, dv=dv, degree=polynomial.degree, near=changed.near, causal=causal, documents=documents
-    )
-    exact = flops(n=n, m=m, d=case.d or 1, dv=dv, degree=None, causal=causal)
+    way = changed.way(evaluated)
+    cost = cost_of(case.target, changed.shape, way)
     return Advice(
         text if evaluated.precision == "float32" else f"{text}, in float64",
         kind,
         polynomial.degree,
-        rank(d, polynomial.degree),
+        rank(changed.d or 1, polynomial.degree),
         polynomial.bound,
         polynomial.eps,
         proved.whole_output,
         proved.whole_gradient,
-        work.total / (case.pace.at(evaluated.precision).speed * (1 + case.pace.keys / m) * exact.total),
+        cost.seconds(changed.shape, way) / cost.seconds(case.shape, EXACT),
         _feasible(case, evaluated),
     )
 

@@ -1,9 +1,11 @@
-"""Work of exact and of polynomial attention, and where they break even (docs/mathematics.md, section 4).
+"""What attention costs, `seconds(shape, way)`, and the length from which on a polynomial pays.
 
-Everything is per head and batch element and counts a multiply-add as 2 flops. Only products are counted, as
-is usual: exp, the polynomial itself and the features cost one to a few flops an entry and are left out on
-both sides. Per query token, with r = rank(d, degree), keys within a chunk or a near block counted densely, as
-kernels do them:
+Three models answer it: flops at the pace of a target (`Pace`, here), the model of a GPU (`roofline.Roofline`) and lines
+that were measured on this machine (`fastgrad_dsl.calibration.pace`).
+
+Flops (docs/mathematics.md, section 4) are per head and batch element; a multiply-add is 2. Only products count, as
+is usual: exp, the polynomial itself and the features cost one to a few flops an entry and are left out on both sides.
+Per query token, with r = rank(d, degree), keys within a chunk or a near block counted densely, as kernels do them:
 
     exact, per query and key    forward 2 (d + dv)          backward 2 (3 d + 2 dv)
     dense part, per key in it   forward 2 (d + dv + 1)      backward 2 (3 d + 2 (dv + 1))
@@ -18,44 +20,119 @@ as the sequence, of which exact attention visits less.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import ClassVar, Protocol
 
 from fastgrad_compiler.approximation.features import rank
-from fastgrad_compiler.planning.roofline import modelled_break_even
-from fastgrad_compiler.runtime.triton_schedule import LARGEST_D, LARGEST_DV
+from fastgrad_compiler.attention.value import Attention
+
+LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
+NEVER = 2**40  # a break-even length that no sequence has
+DOUBLE = 0.5  # speed of float64 beside float32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The sizes and masks of one attention.
+
+    Args:
+        n: number of queries, at least 1.
+        m: number of keys, at least 1; as many as queries where it is causal.
+        d: head dimension of queries and keys.
+        dv: head dimension of values.
+        heads: query heads times batch; models that compare two ways leave them out.
+        causal: whether a query sees only the keys up to its own place.
+        near: block size of a near field that has logits of its own, of exact attention too; None without one.
+        documents: whether a query sees only keys of its own document.
+        window: of exact attention, keys less than so many places away; None: all.
+    """
+
+    n: int
+    m: int
+    d: int
+    dv: int
+    heads: int = 1
+    causal: bool = True
+    near: int | None = None
+    documents: bool = False
+    window: int | None = None
+
+
+def shape_of(attention: Attention, n: int, m: int, d: int, dv: int, heads: int = 1) -> Shape:
+    """An attention at a length; arguments as those of `Shape`."""
+    mask = attention.mask
+    return Shape(
+        n=n,
+        m=m,
+        d=d,
+        dv=dv,
+        heads=heads,
+        causal=mask.causal,
+        near=attention.near,
+        documents=mask.documents,
+        window=mask.window,
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
-    """A target's kernels beside PyTorch's fused exact attention on the same CPU.
+class Way:
+    """How an attention is served.
 
     Args:
-        speed: flops of polynomial attention in the time of one flop of exact attention at great lengths.
-        keys: exact attention takes the time of so many keys more than there are: it is slower at short lengths.
-        device: the architecture of a GPU whose model says where the kernels break even; "" for none.
+        degree: of the polynomial; None is exact attention, to which the others make no difference.
+        near: block size of the near field in which a polynomial is exact, None without one.
+        precision: "float32", or "float64" for a polynomial that float32 would round too much.
+        chunk: tokens that a causal kernel handles densely at a time.
     """
 
-    speed: float
-    keys: int
-    device: str = ""
-
-    def at(self, precision: str) -> Pace:
-        """That of a polynomial computed in float64: half as many numbers in a vector, by PyTorch's kernels on a GPU."""
-        return Pace(self.speed * DOUBLE, self.keys) if precision == "float64" else self
+    degree: int | None = None
+    near: int | None = None
+    precision: str = "float32"
+    chunk: int = 64
 
 
-DOUBLE = 0.5  # speed of float64 beside float32
-EQUAL = Pace(1.0, 0)  # flops are compared as they are
-NATIVE = Pace(
-    1.8, 500
-)  # measured, rounded (docs/performance.md): 300 and 162 GFLOP/s, half of which at 500 keys
-GPU = Pace(1.0, 0, "sm_90")  # modelled, not measured
-PACE = {"torch": EQUAL, "cpp": NATIVE, "triton": GPU, "auto": NATIVE}
-"""Of the device that a target is for: a CPU, for `auto` too."""
+EXACT = Way()
 
-ON_GPU = {"torch": EQUAL, "cpp": EQUAL, "triton": GPU, "auto": GPU}
-"""Of the same models on a GPU, where PyTorch serves what Triton does not."""
+
+class Cost(Protocol):
+    """A model of time, a value. `step`: lengths that it tells apart are multiples of it."""
+
+    @property
+    def step(self) -> int: ...
+
+    def __hash__(self) -> int: ...
+
+    def seconds(self, shape: Shape, way: Way) -> float:
+        """Of forward and backward pass, in a unit that all ways share."""
+
+
+@cache
+def break_even(cost: Cost, shape: Shape, way: Way, *, least: int = LEAST_LENGTH) -> int:
+    """Least n, with as many keys, from which on a way takes no longer than exact attention; NEVER where there is none.
+
+    n and m of the shape make no difference. It is sought from NEVER downward, so that a way that pays on short
+    sequences and not on longer ones does not count, and is a power of two or a multiple of the cost's step; `least` at
+    least, a power of two.
+    """
+
+    def pays(n: int) -> bool:
+        at = replace(shape, n=n, m=n)
+        return cost.seconds(at, way) <= cost.seconds(at, EXACT)
+
+    high = NEVER
+    if not pays(high):
+        return NEVER
+    while high > least and pays(high // 2):
+        high //= 2
+    low = max(high // 2, least)
+    while high - low > cost.step:
+        middle = (low + high) // (2 * cost.step) * cost.step
+        low, high = (low, middle) if pays(middle) else (middle, high)
+    return high
+
+
+# ---------------------------------------------------------------- flops
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,119 +149,81 @@ class Flops:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """What one attention costs both ways, per head and batch element.
+class Time:
+    """Time of one head of one attention."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """A target's kernels beside PyTorch's fused exact attention on the same CPU.
+
+    A second is what exact attention takes for one flop at great lengths.
 
     Args:
-        rank: r of the polynomial way.
-        polynomial, exact: flops at the length asked for.
-        break_even: least length from which the polynomial way takes no more flops than the exact one.
-        state_bytes: of one running state, r x (dv + 1), in float32.
+        speed: flops of polynomial attention in the time of one flop of exact attention at great lengths.
+        keys: exact attention takes the time of so many keys more than there are: it is slower at short lengths.
     """
 
-    rank: int
-    polynomial: Flops
-    exact: Flops
-    break_even: int
-    state_bytes: int
+    speed: float
+    keys: int
+    step: ClassVar[int] = 1
+
+    def time(self, shape: Shape, way: Way) -> Time:
+        """Of one head; a polynomial in float64 has half as many numbers in a vector."""
+        work = flops(shape, way)
+        if way.degree is None:
+            factor = 1 + self.keys / shape.m
+        else:
+            factor = 1 / (self.speed * (DOUBLE if way.precision == "float64" else 1.0))
+        return Time(work.forward * factor, work.backward * factor)
+
+    def seconds(self, shape: Shape, way: Way) -> float:
+        """Of forward and backward pass of one head."""
+        return self.time(shape, way).total
 
 
-def cost(
-    *,
-    n: int,
-    m: int | None = None,
-    d: int,
-    dv: int,
-    degree: int,
-    chunk: int = 64,
-    near: int | None = None,
-    causal: bool = True,
-) -> Cost:
-    """Both ways side by side; arguments as for `flops`."""
-    return Cost(
-        rank=rank(d, degree),
-        polynomial=flops(n=n, m=m, d=d, dv=dv, degree=degree, chunk=chunk, near=near, causal=causal),
-        exact=flops(n=n, m=m, d=d, dv=dv, degree=None, causal=causal),
-        break_even=break_even(d=d, dv=dv, degree=degree, chunk=chunk, near=near, causal=causal),
-        state_bytes=state_bytes(d=d, dv=dv, degree=degree),
-    )
+EQUAL = Pace(1.0, 0)  # flops are compared as they are
+NATIVE = Pace(
+    1.8, 500
+)  # measured, rounded (docs/performance.md): 300 and 162 GFLOP/s, half of which at 500 keys
+PACE = {"torch": EQUAL, "cpp": NATIVE, "triton": EQUAL, "auto": NATIVE}
+"""By target; that of triton is not measured, and its kernels have a model of their own (`roofline`)."""
 
 
-def flops(
-    *,
-    n: int,
-    m: int | None = None,
-    d: int,
-    dv: int,
-    degree: int | None,
-    chunk: int = 64,
-    near: int | None = None,
-    causal: bool = True,
-    documents: bool = False,
-    window: int | None = None,
-) -> Flops:
+def flops(shape: Shape, way: Way = EXACT) -> Flops:
     """Flops of one attention.
-
-    Args:
-        n: number of queries, at least 1.
-        m: number of keys, at least 1; None means n, and causal attention takes nothing else.
-        d: head dimension of queries and keys.
-        dv: head dimension of values.
-        degree: of the polynomial; None is exact attention, to which chunk, near and documents make no difference.
-        chunk: tokens that a causal kernel handles densely at a time.
-        near: block size of the near field, None without one.
-        causal: whether a query sees only the keys up to its own place.
-        documents: whether a query sees only keys of its own document.
-        window: of exact attention, keys less than so many places away; None: all.
 
     Raises:
         ValueError: causal with m other than n, a size below 1, or a polynomial with a window.
     """
-    keys = n if m is None else m
-    if causal and keys != n:
-        raise ValueError(f"causal attention needs as many keys as queries, not {keys} for {n}")
-    if min(n, keys, d, dv, chunk, *(size for size in (near, window) if size is not None)) < 1:
+    n, m, d, dv = shape.n, shape.m, shape.d, shape.dv
+    near = way.near if shape.near is None else shape.near
+    if shape.causal and m != n:
+        raise ValueError(f"causal attention needs as many keys as queries, not {m} for {n}")
+    if min(n, m, d, dv, way.chunk, *(size for size in (near, shape.window) if size is not None)) < 1:
         raise ValueError("n, m, d, dv, chunk, near and window must be at least 1")
-    if degree is None:
-        work = _exact_work(n, keys, causal, window)
+    if way.degree is None:
+        work = _exact_work(shape)
         return Flops(work * (d + dv), work * (3 * d + 2 * dv))
-    if window is not None:
+    if shape.window is not None:
         raise ValueError("no polynomial serves a window")
-    dense = 2 * n * min(_dense_keys(chunk, near, causal, documents), keys)
-    state = rank(d, degree) * (dv + 1) * _scans(near, causal, documents)
+    two_sided = (near is not None or shape.documents) and not shape.causal
+    dense = 2 * n * min(_dense_keys(shape, near, way.chunk), m)
+    state = rank(d, way.degree) * (dv + 1) * (2 if two_sided else 1)
     # Forward: every key is added to the state and every query reads it. Backward: keys are added and queries
     # read again for dQ; then queries are added, and every key reads twice, for dV and dK.
     return Flops(
-        forward=2 * state * (n + keys) + dense * (d + dv + 1),
-        backward=state * (4 * n + 6 * keys) + dense * (3 * d + 2 * (dv + 1)),
+        forward=2 * state * (n + m) + dense * (d + dv + 1),
+        backward=state * (4 * n + 6 * m) + dense * (3 * d + 2 * (dv + 1)),
     )
-
-
-def break_even(
-    *,
-    d: int,
-    dv: int,
-    degree: int,
-    chunk: int = 64,
-    near: int | None = None,
-    causal: bool = True,
-    documents: bool = False,
-    pace: Pace = EQUAL,
-) -> int:
-    """Least n, with as many keys, from which forward and backward take no longer than exact ones.
-
-    pace: of the target and device; EQUAL compares flops. One with a `device` asks that architecture's model, for what
-    its kernels serve (LARGEST_D, LARGEST_DV, no documents). Without a dense part it is, in flops,
-    14 r (dv + 1) / (4 d + 3 dv) for a causal attention, and half that for one without a mask.
-    """
-    if pace.device and not documents and d <= LARGEST_D and dv <= LARGEST_DV:
-        return modelled_break_even(pace.device, d=d, dv=dv, degree=degree, causal=causal, near=near or 0)
-    exact = (1 if causal else 2) * (4 * d + 3 * dv)  # flops per query and key
-    state = 14 * rank(d, degree) * (dv + 1) * _scans(near, causal, documents)
-    dense = 2 * _dense_keys(chunk, near, causal, documents) * (4 * d + 3 * (dv + 1))
-    # A dense part larger than n would be cut to n, but is never met: its keys alone cost more than exact
-    # ones.
-    return max(1, ceil((state + dense) / (exact * pace.speed)) - pace.keys)
 
 
 def state_bytes(*, d: int, dv: int, degree: int, itemsize: int = 4) -> int:
@@ -192,18 +231,16 @@ def state_bytes(*, d: int, dv: int, degree: int, itemsize: int = 4) -> int:
     return rank(d, degree) * (dv + 1) * itemsize
 
 
-def _exact_work(n: int, keys: int, causal: bool, window: int | None) -> int:
+def _exact_work(shape: Shape) -> int:
     """Twice the pairs that are visited; of a causal triangle half of the square."""
-    work = n * keys if causal else 2 * n * keys
-    return work if window is None else min(work, 2 * n * (window if causal else 2 * window - 1))
+    work = shape.n * shape.m * (1 if shape.causal else 2)
+    if shape.window is None:
+        return work
+    return min(work, 2 * shape.n * (shape.window if shape.causal else 2 * shape.window - 1))
 
 
-def _dense_keys(chunk: int, near: int | None, causal: bool, documents: bool) -> int:
+def _dense_keys(shape: Shape, near: int | None, chunk: int) -> int:
     """How many keys a query meets one by one instead of through the state."""
     if near is not None:
-        return (2 if causal else 3) * near
-    return chunk if causal or documents else 0
-
-
-def _scans(near: int | None, causal: bool, documents: bool) -> int:
-    return 2 if (near is not None or documents) and not causal else 1
+        return (2 if shape.causal else 3) * near
+    return chunk if shape.causal or shape.documents else 0

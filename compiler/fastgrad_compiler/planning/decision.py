@@ -11,7 +11,8 @@ turn negative, and what `bounds.py` proves of an attention's result would be fal
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import takewhile
 from math import inf
 from typing import TypeAlias, cast
 
@@ -19,8 +20,8 @@ from fastgrad_compiler.analysis.ranges import LogitRange
 from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
+from fastgrad_compiler.approximation.rounding import EXACT as UNROUNDED
 from fastgrad_compiler.approximation.rounding import (
-    EXACT,
     USUAL_LENGTH,
     WIDEST_NEAR,
     Rounding,
@@ -32,11 +33,11 @@ from fastgrad_compiler.attention.kernel import spec_of
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.graph import Node
 from fastgrad_compiler.ir.words import number
-from fastgrad_compiler.planning.cost import DOUBLE, EQUAL, Pace, break_even, flops
+from fastgrad_compiler.planning.candidates import Policy, fits
+from fastgrad_compiler.planning.cost import DOUBLE, EXACT, Shape, Way, shape_of
 from fastgrad_compiler.planning.settings import Settings
-from fastgrad_compiler.targets import PYTORCH, Backends
-
-LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
+from fastgrad_compiler.planning.target_cost import cost_of, target_break_even
+from fastgrad_compiler.targets import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Caps:
         """Whether there is any."""
         return (self.relative, self.output, self.gradient) != (None, None, None)
 
-    def missed(self, polynomial: Polynomial, rounded: Rounding = EXACT) -> str:
+    def missed(self, polynomial: Polynomial, rounded: Rounding = UNROUNDED) -> str:
         """The first cap that a polynomial misses, in words; empty where it meets all."""
         proved = certificate(polynomial.eps, polynomial.eps_prime, rounded)
         for value, added, cap, what in (
@@ -91,8 +92,7 @@ class Case:
     """An attention with all that its decision depends on: equal cases are decided alike.
 
     `longest` are the largest numbers of queries and keys that the file allows; `budget_near` is the
-    budget's near field; `pace` and `backends` are the target's; `groups` query heads share a key head. `certified`:
-    ranges must be proved.
+    budget's near field; `groups` query heads share a key head. `certified`: ranges must be proved.
     """
 
     node: Node
@@ -105,9 +105,8 @@ class Case:
     longest: tuple[int | None, int | None]
     same_length: bool
     budget_near: int | None
-    pace: Pace = EQUAL
+    target: str = "torch"
     certified: bool = False
-    backends: Backends = PYTORCH
     groups: int = 1
 
     @cached_property
@@ -133,6 +132,21 @@ class Case:
         return self.bound if reach is None else reach
 
     @property
+    def policy(self) -> Policy:
+        """What a polynomial must keep to."""
+        return Policy(self.d or 1, not self.attention.range.asserted, self.max_rank)
+
+    @property
+    def shape(self) -> Shape:
+        """At the longest declared lengths, USUAL_LENGTH where none is."""
+        sizes = self.sizes
+        return shape_of(self.attention, sizes.queries, sizes.keys, self.d or 1, self.dv or 1)
+
+    def way(self, evaluated: Evaluated) -> Way:
+        """How a polynomial serves it."""
+        return Way(evaluated.polynomial.degree, self.near, evaluated.precision)
+
+    @property
     def sizes(self) -> Sizes:
         """Those for which rounding is stated: the longest declared ones, USUAL_LENGTH where none is."""
         n, m = (length or USUAL_LENGTH for length in self.longest)
@@ -142,7 +156,7 @@ class Case:
         """What rounding adds to a polynomial that is computed in `precision`, in a float32 run on a CPU."""
         served = self.attention.served(polynomial, self.near, precision)
         spec = spec_of(served, self.d or 1, self.dv or 1, WIDEST_NEAR)
-        return rounding(spec, self.sizes, polynomial.bound, self.reach, self.backends, Run())
+        return rounding(spec, self.sizes, polynomial.bound, self.reach, BACKENDS[self.target], Run())
 
     @property
     def causal(self) -> bool:
@@ -279,7 +293,7 @@ def _pinned(case: Case, degree: int) -> Outcome:
     if not polynomial.positive:
         text = f"the {family} polynomial of degree {degree} is not positive on [-{number(bound)}, {number(bound)}]"
         return Refusal("FG304", text, "degree", polynomial)
-    if not stays_positive(case, polynomial):
+    if not case.policy.is_positive(polynomial):
         text = (
             f"the {family} polynomial of degree {degree} is negative for logits below"
             f" {number(polynomial.positive_from or 0.0)}, and |s| <= {number(bound)} is asserted, not proved"
@@ -338,13 +352,8 @@ def _planned(case: Case) -> Outcome:
         return Refusal("FG310", obstacle, asked) if asked else Decision(f"no degree serves it: {obstacle}")
     degree = evaluated.polynomial.degree
     decision = _polynomial(case, evaluated, f"degree {degree} is the least that meets {case.caps}")
-    cheaper = "" if asked else _cheaper_exact(case, degree, decision.near, evaluated.precision)
+    cheaper = "" if asked else _cheaper_exact(case, evaluated)
     return Decision(cheaper, break_even=decision.break_even) if cheaper else decision
-
-
-def stays_positive(case: Case, polynomial: Polynomial) -> bool:
-    """Whether no weight can be negative: everywhere, or on a range that logits are proved not to leave."""
-    return polynomial.positive and (polynomial.positive_from is None or not case.attention.range.asserted)
 
 
 def search(case: Case) -> tuple[Evaluated | None, str]:
@@ -356,43 +365,41 @@ def search(case: Case) -> tuple[Evaluated | None, str]:
     best: Evaluated | None = None
     least = inf
     obstacle = "no degree is positive on its range"
-    for degree in range(1, MAX_DEGREE + 1):
-        found_rank = rank(case.d or 1, degree)
-        if found_rank >= least:
-            break
-        if found_rank > case.max_rank:
-            obstacle = f"{obstacle}, and degree {degree} has rank {found_rank:,}, over the limit of {case.max_rank:,}"
-            break
-        evaluated, missed = _candidate(case, degree)
+    policy, d = case.policy, case.d or 1
+    highest = policy.highest_degree
+    cheaper = takewhile(lambda degree: rank(d, degree) < least, range(1, highest + 1))
+    for found in fits(case.chosen_family, case.bound, cheaper):
+        evaluated, missed = _candidate(case, found)
         obstacle = missed or obstacle
         if evaluated is None:
             continue
-        cost = found_rank / (DOUBLE if evaluated.precision == "float64" else 1.0)
+        cost = rank(d, evaluated.polynomial.degree) / (DOUBLE if evaluated.precision == "float64" else 1.0)
         if cost < least:
             best, least = evaluated, cost
+    if best is None and highest < MAX_DEGREE:
+        over = f"degree {highest + 1} has rank {rank(d, highest + 1):,}, over the limit of {case.max_rank:,}"
+        obstacle = f"{obstacle}, and {over}"
     return best, "" if best else obstacle
 
 
-def _candidate(case: Case, degree: int) -> tuple[Evaluated | None, str]:
-    """(the polynomial of a degree in the precision that meets the caps, else what it lacks)."""
-    try:
-        polynomial = fit(case.chosen_family, degree, case.bound)
-    except PrecisionError as error:
-        return None, str(error)
-    if not stays_positive(case, polynomial):
+def _candidate(case: Case, found: Polynomial | PrecisionError) -> tuple[Evaluated | None, str]:
+    """(a polynomial in the precision that meets the caps, else what it lacks)."""
+    if isinstance(found, PrecisionError):
+        return None, str(found)
+    if not case.policy.is_positive(found):
         return None, ""
     missed = ""
     for precision in PRECISIONS:
-        rounded = case.rounding(polynomial, precision)
-        missed = case.caps.missed(polynomial, rounded) or vanishing(polynomial, rounded)
+        rounded = case.rounding(found, precision)
+        missed = case.caps.missed(found, rounded) or vanishing(found, rounded)
         if not missed:
-            return Evaluated(polynomial, precision, rounded), ""
-    return None, f"at degree {degree} {missed}"
+            return Evaluated(found, precision, rounded), ""
+    return None, f"at degree {found.degree} {missed}"
 
 
 def _polynomial(case: Case, evaluated: Evaluated, why: str) -> Decision:
     near, polynomial = case.near, evaluated.polynomial
-    even = _break_even(case, polynomial.degree, near, evaluated.precision)
+    even = target_break_even(case.target, case.shape, case.way(evaluated))
     if evaluated.precision == "float64":
         added = case.rounding(polynomial, "float32").weights
         why += f"; computed in float64: in float32 rounding might add {number(added)} to eps"
@@ -409,42 +416,23 @@ def _polynomial(case: Case, evaluated: Evaluated, why: str) -> Decision:
     )
 
 
-def _cheaper_exact(case: Case, degree: int, near: int | None, precision: str) -> str:
+def _cheaper_exact(case: Case, evaluated: Evaluated) -> str:
     """Why exact is cheaper at every allowed length; empty where it is not, or where lengths have no limit."""
-    n, m = case.longest
-    if n is None or m is None:
+    if None in case.longest:
         return ""
-    block = near if near is not None else case.near
-    work = partial(
-        flops, n=n, m=m, d=case.d or 1, dv=case.dv or 1, causal=case.causal, documents=case.documents
-    )
-    even, pace = _break_even(case, degree, block, precision), case.pace.at(precision)
-    longer = 1 + pace.keys / m
-    dearer = work(degree=degree, near=block).total > pace.speed * longer * work(degree=None).total
-    if max(n, m) >= even and not dearer:
+    shape, way = case.shape, case.way(evaluated)
+    even, cost = target_break_even(case.target, shape, way), cost_of(case.target, shape, way)
+    longest = max(shape.n, shape.m)
+    if longest >= even and cost.seconds(shape, way) <= cost.seconds(shape, EXACT):
         return ""
-    return f"exact is cheaper below n = {even:,} at degree {degree}, and the file allows no more than {max(n, m):,}"
+    return f"exact is cheaper below n = {even:,} at degree {way.degree}, and the file allows no more than {longest:,}"
 
 
-def _break_even(case: Case, degree: int, near: int | None, precision: str) -> int:
-    """Of the polynomial, on one document as long as the sequence."""
-    even = break_even(
-        d=case.d or 1,
-        dv=case.dv or 1,
-        degree=degree,
-        near=near,
-        causal=case.causal,
-        documents=case.documents,
-        pace=case.pace.at(precision),
-    )
-    return max(even, LEAST_LENGTH)
-
-
-def with_gpu(decision: Decision, case: Case, pace: Pace) -> Decision:
+def with_gpu(decision: Decision, case: Case) -> Decision:
     """The decision with the break-even of a run on a GPU, by the model: nothing is measured there."""
     if decision.polynomial is None:
         return decision
     near = decision.near if decision.near is not None else case.attention.near
-    there, degree = replace(case, pace=pace), decision.polynomial.degree
-    even = _break_even(there, degree, near, decision.precision)
+    way = Way(decision.polynomial.degree, near, decision.precision)
+    even = target_break_even(case.target, case.shape, way, on_gpu=True)
     return replace(decision, break_even_gpu=even)

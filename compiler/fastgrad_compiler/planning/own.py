@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from fastgrad_compiler.approximation.features import rank, widest
 from fastgrad_compiler.attention.table import AttentionEntry
 from fastgrad_compiler.ir.graph import BudgetRule
+from fastgrad_compiler.planning.candidates import highest_degree
 from fastgrad_compiler.planning.refusal import places
 from fastgrad_compiler.planning.settings import settings_of
 from fastgrad_grammar.diagnostics import Diagnostic
@@ -61,8 +62,8 @@ def _too_large(group: Sequence[AttentionEntry], max_rank: int) -> Diagnostic:
     width = widest(degree, max_rank, below=d)
     if width is not None:
         help_.append(f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}")
-    lower = max((g for g in range(2, degree, 2) if rank(d, g) <= max_rank), default=None)
-    if lower is not None:
+    lower = min(degree - 1, highest_degree(d, max_rank)) // 2 * 2
+    if lower:
         help_.append(f"a polynomial of degree {lower} has rank {rank(d, lower):,}")
     return Diagnostic(
         "FG307",

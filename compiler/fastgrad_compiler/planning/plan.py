@@ -26,17 +26,15 @@ from fastgrad_compiler.ir.graph import Budget, Graph, Node, Program
 from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.planning.apply import applied, decided
-from fastgrad_compiler.planning.cost import ON_GPU, PACE
+from fastgrad_compiler.planning.candidates import MAX_RANK
 from fastgrad_compiler.planning.decision import Caps, Case, Decision, Outcome, Refusal, decide, with_gpu
 from fastgrad_compiler.planning.own import refuse_own
 from fastgrad_compiler.planning.refusal import diagnose
 from fastgrad_compiler.planning.settings import Settings, check_budget, settings_of
-from fastgrad_compiler.targets import BACKENDS
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
-__all__ = ["MAX_RANK", "AttentionEntry", "attention_table", "plan_attention", "shared_cases"]
+__all__ = ["AttentionEntry", "attention_table", "plan_attention", "shared_cases"]
 
-MAX_RANK = 20_000  # a state of rank x (dv + 1) floats for each head: 5 MB at dv = 64
 
 Assignment: TypeAlias = Mapping[str, Sequence[Decision]]  # by full path, one decision for each group of heads
 
@@ -81,7 +79,7 @@ def plan_attention(
     for entry in table:
         if found := decisions.get(entry.full_path):
             case = case_of(program, entry, settings[entry.full_path], sharing=1, target=target)
-            decisions[entry.full_path] = tuple(with_gpu(each, case, ON_GPU[target]) for each in found)
+            decisions[entry.full_path] = tuple(with_gpu(each, case) for each in found)
     return _Specialiser(program, {**decisions, **unread}).program_of_decisions()
 
 
@@ -184,9 +182,8 @@ def case_of(
         (lengths.longest(entry.queries), lengths.longest(entry.keys)),
         entry.queries == entry.keys,
         budget.near,
-        PACE[target],
+        target,
         program.trust == "certified",
-        BACKENDS[target],
         entry.groups,
     )
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from fastgrad_compiler.approximation.features import rank, widest
-from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, Polynomial, PrecisionError, fit
+from fastgrad_compiler.approximation.polynomial import Polynomial
 from fastgrad_compiler.attention.table import LIBRARY, AttentionEntry
 from fastgrad_compiler.ir.graph import BudgetRule
 from fastgrad_compiler.ir.words import number
-from fastgrad_compiler.planning.decision import Caps, Case, Refusal, search, stays_positive, with_bound
+from fastgrad_compiler.planning.candidates import USEFUL, fits, polynomials
+from fastgrad_compiler.planning.decision import Caps, Case, Refusal, search, with_bound
 from fastgrad_grammar.diagnostics import Diagnostic, Note
 
-_USEFUL = 0.1  # largest eps that is recommended where the budget sets none
 _HALVINGS = 24  # of the interval in which the largest feasible bound is sought
 
 
@@ -63,7 +64,7 @@ def _unbounded(refusal: Refusal, case: Case) -> list[str]:
 def _better_degree(refusal: Refusal, case: Case) -> list[str]:
     """A higher degree, or a smaller range at the pinned one."""
     degree = _degree(case)
-    caps = Caps(relative=case.caps.relative or _USEFUL)
+    caps = Caps(relative=case.caps.relative or USEFUL)
     remedies: list[str] = []
     for option in (case, replace(case, settings=replace(case.settings, family=None), family="balanced")):
         evaluated = search(replace(option, caps=caps))[0] if not remedies else None
@@ -83,18 +84,14 @@ def _positive_degree(refusal: Refusal, case: Case) -> list[str]:
     """The next higher degree that is positive and says something, or a range on which the pinned one is."""
     degree = _degree(case) or 1
     remedies = []
-    for higher in range(degree + 1, MAX_DEGREE + 1):
-        found_rank, polynomial = rank(case.d or 1, higher), _fit(case, higher, case.bound)
-        if (
-            found_rank <= case.max_rank
-            and polynomial is not None
-            and stays_positive(case, polynomial)
-            and polynomial.eps <= _USEFUL
-        ):
-            eps = number(polynomial.eps)
-            remedies.append(f"degree {higher} is positive there: eps {eps}, rank {found_rank:,}")
-            break
-    return remedies + _smaller_range(case, degree, lambda p: p.eps <= _USEFUL)
+    useful = polynomials(
+        case.bound, replace(case.policy, max_eps=USEFUL), (case.chosen_family,), above=degree
+    )
+    for polynomial in islice(useful, 1):
+        higher, found_rank = polynomial.degree, rank(case.d or 1, polynomial.degree)
+        eps = number(polynomial.eps)
+        remedies.append(f"degree {higher} is positive there: eps {eps}, rank {found_rank:,}")
+    return remedies + _smaller_range(case, degree, lambda p: p.eps <= USEFUL)
 
 
 def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
@@ -105,9 +102,9 @@ def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
     width = widest(degree, case.max_rank, below=case.d or 1)
     if width is not None:
         remedies.append(f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}")
-    lower = max((g for g in range(1, degree) if rank(case.d or 1, g) <= case.max_rank), default=None)
-    polynomial = _fit(case, lower, case.bound) if lower is not None else None
-    if polynomial is not None and stays_positive(case, polynomial):
+    lower = min(degree - 1, case.policy.highest_degree)
+    polynomial = _fit(case, lower, case.bound) if lower else None
+    if polynomial is not None and case.policy.is_positive(polynomial):
         found_rank = rank(case.d or 1, polynomial.degree)
         remedies.append(
             f"degree {polynomial.degree} has rank {found_rank:,} and eps {number(polynomial.eps)}"
@@ -146,7 +143,7 @@ def _masked(refusal: Refusal, case: Case) -> list[str]:
 def _smaller_range(case: Case, degree: int, suits: Callable[[Polynomial], bool]) -> list[str]:
     def serves(bound: float) -> bool:
         polynomial = _fit(case, degree, bound)
-        return polynomial is not None and stays_positive(case, polynomial) and suits(polynomial)
+        return polynomial is not None and case.policy.is_positive(polynomial) and suits(polynomial)
 
     return _gain(case, _largest(case.bound, serves), f"serves at degree {degree}")
 
@@ -168,10 +165,8 @@ def _largest(bound: float, serves: Callable[[float], bool]) -> float | None:
 
 
 def _fit(case: Case, degree: int, bound: float) -> Polynomial | None:
-    try:
-        return fit(case.chosen_family, degree, bound)
-    except PrecisionError:
-        return None
+    (found,) = fits(case.chosen_family, bound, (degree,))
+    return found if isinstance(found, Polynomial) else None
 
 
 def _degree(case: Case) -> int | None:

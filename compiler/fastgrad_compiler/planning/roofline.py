@@ -13,16 +13,18 @@ causal kernel visits half of the pairs; whole tiles on its diagonal are neglecte
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from math import ceil
+from typing import ClassVar
 
 from fastgrad_compiler.approximation.elementary import added
 from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.planning import cost
 from fastgrad_compiler.runtime.triton_schedule import (
     DEVICES,
     FLOAT32,
+    LARGEST_D,
+    LARGEST_DV,
     TILES,
     Device,
     Shape,
@@ -40,10 +42,10 @@ __all__ = [
     "DEVICES",
     "Choice",
     "Device",
+    "Roofline",
     "Shape",
     "Work",
     "best",
-    "break_even",
     "choose_chunk",
     "choose_schedule",
     "flash_time",
@@ -59,7 +61,6 @@ WIDTHS = (32, 64, 96, 128, 192, 256)  # head dimensions of FlashAttention-2's ke
 FLASH_ROWS = 128  # queries of a program
 FLASH_VECTOR_FLOPS = 5  # of a pair: scale and subtract, maximum, exp, sum
 LARGE_RANK = 10_000  # from which on gaps between features are too few to be worth counting one by one
-LONGEST = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -181,40 +182,41 @@ def flash_time(device: Device, shape: Shape, *, ideal: bool = False) -> tuple[fl
     return times[0], added(times)
 
 
-def break_even(device: Device, shape: Shape, *, ideal: bool = False) -> int | None:
-    """Least n, a multiple of 64, from which on both passes take no longer than FlashAttention's by the model.
-
-    The shape's own n and m are replaced. None: not up to LONGEST tokens.
-    """
-
-    @cache
-    def faster(n: int) -> bool:
-        longer = replace(shape, n=n, m=n)
-        return best(device, longer).total <= flash_time(device, longer, ideal=ideal)[1]
-
-    if not faster(LONGEST):
-        return None
-    high = LONGEST
-    while high > TILE and faster(high // 2):
-        high //= 2
-    return _first(faster, high // 2, high) if high > TILE else high
-
-
-def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """Least multiple of 64 in (low, high] where it holds, if it does not below; it holds at high and not at low."""
-    while high - low > TILE:
-        middle = (low + high) // (2 * TILE) * TILE
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
-
-
 MODEL_HEADS = 64  # times batch: enough to fill a device at any length that matters
 
 
-@cache
-def modelled_break_even(
-    architecture: str, *, d: int, dv: int, degree: int, causal: bool = True, near: int = 0
-) -> int:
-    """`break_even` of a key of DEVICES for bfloat16 and MODEL_HEADS heads, LONGEST where there is none."""
-    shape = shape_of(heads=MODEL_HEADS, n=1, d=d, dv=dv, degree=degree, causal=causal, near=near)
-    return break_even(DEVICES[architecture], shape) or LONGEST
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """The cost of Triton kernels beside FlashAttention on a device (`cost.Cost`), for `heads` times batch.
+
+    ideal: of FlashAttention, as for `flash_works`.
+    """
+
+    device: Device
+    heads: int = MODEL_HEADS
+    dtype: str = "bfloat16"
+    ideal: bool = False
+    step: ClassVar[int] = TILE
+
+    def serves(self, shape: cost.Shape, way: cost.Way) -> bool:
+        """Whether there are such kernels."""
+        narrow = shape.d <= LARGEST_D and shape.dv <= LARGEST_DV
+        return narrow and not shape.documents and way.precision == "float32"
+
+    def seconds(self, shape: cost.Shape, way: cost.Way) -> float:
+        """Modelled seconds of forward and backward pass of all heads. ValueError for sizes that no kernel serves."""
+        near = (way.near if shape.near is None else shape.near) or 0
+        call = shape_of(
+            heads=self.heads,
+            n=shape.n,
+            m=shape.m,
+            d=shape.d,
+            dv=shape.dv,
+            degree=way.degree or 1,
+            dtype=self.dtype,
+            causal=shape.causal,
+            near=near,
+        )
+        if way.degree is None:
+            return flash_time(self.device, call, ideal=self.ideal)[1]
+        return best(self.device, call).total

@@ -1,4 +1,4 @@
-"""Axes and paths of the report's figures: SVG text that takes its colours from the page and names itself in words.
+"""Axes and paths of figures: SVG text that takes its colours from the page and names itself in words.
 
 Every part is `Markup` made by `element`, which escapes values; anything else is escaped where parts are joined.
 """
@@ -14,9 +14,17 @@ from textwrap import wrap
 from markupsafe import Markup
 
 from fastgrad_compiler.approximation.elementary import log10, power
-from fastgrad_dsl.bench.plot import COLOURS
 from fastgrad_grammar.quote import html
 
+COLOURS = (
+    "#e8590c",
+    "#1c7ed6",
+    "#2f9e44",
+    "#ae3ec9",
+    "#868e96",
+    "#d6336c",
+    "#0c8599",
+)  # on white and on black
 WIDTH = 400.0  # of every figure: a phone shows it whole, with letters that can be read
 LEFT, RIGHT, TOP, BOTTOM = 74.0, 16.0, 14.0, 60.0
 LETTER = 7.2  # mean width of a letter, of a wide font
@@ -73,12 +81,12 @@ def logarithmic(values: Sequence[float], first: float, last: float) -> Axis:
     return Axis(low / room, high * room, first, last, logarithmic=True)
 
 
-def tick(value: float) -> str:
-    """The text of a tick: powers of ten as people write them."""
+def tick(value: float, longest: float = 99_999.0) -> str:
+    """The text of a tick: powers of ten as people write them, in full up to `longest`."""
     if value == 0:
         return "0"
     exponent = log10(abs(value))
-    if 1e-3 <= abs(value) < 1e5:
+    if 1e-3 <= abs(value) <= longest:
         return f"{value:,.6g}"
     if exponent == round(exponent):
         return "10" + str(round(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
@@ -124,13 +132,14 @@ def left_axis(axis: Axis, x: float, right: float, label: str) -> list[Markup]:
     ]
 
 
-def line(points: Sequence[tuple[float, float]], colour: int, *, dashed: bool = False) -> Markup:
+def line(
+    points: Sequence[tuple[float, float]], colour: int, *, dashed: bool = False, width: float = 2.0
+) -> Markup:
     """A line through points of the figure."""
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
     dashes = Markup(' stroke-dasharray="5 4"' if dashed else "")
-    return element(
-        '<path d="M{}" fill="none" stroke="{}" stroke-width="2"{}/>', path, COLOURS[colour], dashes
-    )
+    shape = '<path d="M{}" fill="none" stroke="{}" stroke-width="{:g}"{}/>'
+    return element(shape, path, COLOURS[colour], width, dashes)
 
 
 def text(x: float, y: float, content: str, anchor: str = "start", kind: str = "") -> Markup:
@@ -150,16 +159,28 @@ def key(x: float, y: float, entries: Sequence[tuple[int, str, bool]]) -> list[Ma
 
 
 def figure(
-    name: str, title: str, description: str, height: float, parts: Iterable[Markup], width: float = WIDTH
+    name: str,
+    title: str,
+    description: str,
+    height: float,
+    parts: Iterable[Markup],
+    width: float = WIDTH,
+    style: str = "",
 ) -> Markup:
-    """An SVG whose title and description stand for it where it cannot be seen; `name` is unique in the page."""
+    """An SVG whose title and description stand for it where it cannot be seen; `name` is unique in the page.
+
+    style: of an SVG that is a file of its own and no part of a page.
+    """
     return element(
-        '<svg viewBox="0 0 {0:g} {1:g}" width="{0:g}" height="{1:g}" role="img" '
-        'aria-labelledby="{2}-title {2}-desc"><title id="{2}-title">{3}</title><desc id="{2}-desc">{4}</desc>{5}</svg>',
+        '<svg{6} viewBox="0 0 {0:g} {1:g}" width="{0:g}" height="{1:g}" role="img" '
+        'aria-labelledby="{2}-title {2}-desc">{7}'
+        '<title id="{2}-title">{3}</title><desc id="{2}-desc">{4}</desc>{5}</svg>',
         width,
         height,
         name,
         title,
         description,
         Markup("").join(parts),
+        Markup(' xmlns="http://www.w3.org/2000/svg"' if style else ""),
+        Markup(style),
     )
