@@ -82,7 +82,8 @@ class _Scores:
         given |= {role: given[role].repeat_interleave(groups, -3) for role in _SHARED if role in given}
         far = attention.scale * (given["q"] @ given["k"].mT)
         local = given["near_q"] @ given["near_k"].mT if attention.own_near else far
-        seen = visible_pairs(attention.mask, given, *far.shape[-2:], far.device)
+        n, m = far.shape[-2:]
+        seen = visible_pairs(attention.mask, given, n, m, far.device)
         return _Scores(attention, given, far, local, near_pairs(attention, given), seen)
 
 

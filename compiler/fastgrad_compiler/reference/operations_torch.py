@@ -190,7 +190,8 @@ def _masked(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     scores, *operands = inputs
     mask = Mask.of(node)
     given = dict(zip(mask.operands, operands, strict=True))
-    seen = visible_pairs(mask, given, *scores.shape[-2:], scores.device, scores.dim())
+    n, m = scores.shape[-2:]
+    seen = visible_pairs(mask, given, n, m, scores.device, scores.dim())
     return scores.masked_fill(~seen, number(node.get("fill", float("-inf"))))
 
 
