@@ -191,7 +191,7 @@ def _masked(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     mask = Mask.of(node)
     given = dict(zip(mask.operands, operands, strict=True))
     n, m = scores.shape[-2:]
-    seen = visible_pairs(mask, given, n, m, scores.device, scores.dim())
+    seen = visible_pairs(mask, given, n, m, torch.arange(n, device=scores.device), scores.dim())
     return scores.masked_fill(~seen, number(node.get("fill", float("-inf"))))
 
 
@@ -210,9 +210,9 @@ def _normalize_rows(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
 
 def _near_far(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     local, far = inputs
-    return torch.where(
-        near_mask(local.shape[-2], local.shape[-1], integer(node["block"]), local.device), local, far
-    )
+    n, m = local.shape[-2:]
+    near = near_mask(torch.arange(n, device=local.device), m, integer(node["block"]))
+    return torch.where(near, local, far)
 
 
 # ---------------------------------------------------------------- the table
