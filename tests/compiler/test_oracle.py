@@ -71,7 +71,7 @@ def test_it_needs_no_torch_and_no_rule_of_the_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names = [name.removeprefix("fastgrad_compiler.") for name in done.stdout.split()]
-    needed = ["dim", "flatten", "graph"]
+    needed = ["calls", "dim", "flatten", "graph", "names"]
     own = ["oracle", "oracle_attention", "oracle_operations"]
     assert names == [
         "ir",
