@@ -336,8 +336,9 @@ def _masked(name: str, mask: str = "") -> Rule:
 
     def rule(g: Grower) -> str:
         if mask:
-            which = g.pick("bool" if name == "padding" else "int", lambda each: each.rank == 2)
-            x = g.pick(where=lambda e: e.rank >= 3 and (e.shape[0], e.shape[-1]) == which.shape
+            rank = 1 if name == "prefix" else 2
+            which = g.pick("bool" if name == "padding" else "int", lambda each: each.rank == rank)
+            x = g.pick(where=lambda e: e.rank >= 3 and (e.shape[0], e.shape[-1])[:rank] == which.shape
                        and (name == "padding" or e.shape[-2] == e.shape[-1]))  # fmt: skip
             return g.rng.choice(_READERS).format(f"{name}({x.text}, {which.text})")
         x = g.pick(where=lambda e: e.rank >= 2 and (name == "window" or e.shape[-2] == e.shape[-1]))
@@ -413,6 +414,7 @@ RULES: dict[str, Rule] = {
     "window": _masked("window"),
     "padding": _masked("padding", "mask"),
     "documents": _masked("documents", "ids"),
+    "prefix": _masked("prefix", "length"),
     "assume_bound": lambda g: f"assume_bound({g.pick().text}; bound = {g.positive()})",
     "near_far": _near_far,
     "polynomial": lambda g: f"polynomial({g.pick().text}; {g.rng.choice(COEFFICIENTS)})",

@@ -63,6 +63,13 @@ def documents_mask(ids: Tensor, scores: Tensor) -> Tensor:
     return same.reshape(ids.shape[0], *[1] * (scores.dim() - 3), *same.shape[1:])
 
 
+def prefix_mask(lengths: Tensor, scores: Tensor) -> Tensor:
+    """True where j <= i or j < length: lengths [b], scores [b, .., n, n]."""
+    n, device = scores.shape[-1], scores.device
+    early = torch.arange(n, device=device) < lengths.reshape(-1, *[1] * (scores.dim() - 1))
+    return causal_mask(n, n, device) | early
+
+
 def visible_pairs(attention: Attention, tensors: Mapping[str, Tensor]) -> Tensor:
     """True where the masks let a query see a key, broadcastable to the scores [b, h, n, m]; tensors by role."""
     q, k, mask = tensors["q"], tensors["k"], attention.mask

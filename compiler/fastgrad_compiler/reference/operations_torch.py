@@ -33,6 +33,7 @@ from fastgrad_compiler.reference.attention_torch import (
     poly_attention,
     poly_attention_backward,
     polynomial,
+    prefix_mask,
     softmax,
     window_mask,
 )
@@ -288,6 +289,7 @@ TORCH: dict[str, Rule] = {
     ),
     "padding": _masked(lambda node, s, rest: padding_mask(rest[0], s)),
     "documents": _masked(lambda node, s, rest: documents_mask(rest[0], s)),
+    "prefix": _masked(lambda node, s, rest: prefix_mask(rest[0], s)),
     "near_far": _near_far,
     "polynomial": _polynomial,
     "normalize_rows": _normalize_rows,
