@@ -5,7 +5,8 @@ The node keeps the span of the product with the values, takes its name where the
 `bound` and `proof` what is proved of its logits. Constant factors of q, of k and of the scores are one
 `scale`; learned ones are multiplied into q. Key and value heads that were repeated for grouped attention
 are taken as they were before. The node's operands are [b, h, n, d] whatever the model's are: axes before the heads are
-one batch, and tensors without heads have one. What nobody reads any more is removed.
+one batch, and tensors without heads have one. An attention with a prefix becomes two, of whose rows each is one's or
+the other's. What nobody reads any more is removed.
 """
 
 from __future__ import annotations
