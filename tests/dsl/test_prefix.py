@@ -20,6 +20,7 @@ from tests.native.compilers import NEEDS_COMPILER
 
 Array = NDArray[np.float64]
 SPEC = """
+dim b
 dim n <= 4096
 
 model m(
@@ -30,7 +31,7 @@ model m(
     mask: bool[b, n],
     ids: int[b, n],
 ) -> float[b, 4, n, 5] {
-    s = assume_bound(0.7 * q @ repeat_heads(k, 2).T; 1.0)
+    s = SCORES
     y = softmax(MASKS) @ repeat_heads(v, 2)
     return y
 }
@@ -41,11 +42,14 @@ WAYS = [
 ]
 
 
+PROVED = "0.7 * unit(q) @ repeat_heads(unit(k), 2).T"
+
+
 @cache
-def compiled(masks: str, degree: int, target: str) -> Compiled:
+def compiled(masks: str, degree: int, target: str, scores: str = PROVED) -> Compiled:
     """Of degree 0 for exact attention."""
     budget = f'budget {{ at "*" degree = {degree} }}\n' if degree else ""
-    return fg.compile(SPEC.replace("MASKS", masks) + budget, target=target)
+    return fg.compile(SPEC.replace("MASKS", masks).replace("SCORES", scores) + budget, target=target)
 
 
 def visible(length: Tensor, n: int) -> NDArray[np.bool_]:
@@ -57,7 +61,7 @@ def visible(length: Tensor, n: int) -> NDArray[np.bool_]:
 def dense(
     inputs: list[Tensor], cotangent: Tensor, seen: NDArray[np.bool_], coefficients: tuple[float, ...] | None
 ) -> list[Array]:
-    """Output and gradients of q, k and v: docs/mathematics.md, section 4, on all pairs."""
+    """Output and gradients of q, k and v: docs/mathematics.md, section 4, on all pairs; q and k are of norm 1."""
     q, k, v, g = (x.detach().double().numpy() for x in (*inputs[:3], cotangent))
     k, v = (np.repeat(x, 2, axis=1) for x in (k, v))
     s = 0.7 * q @ np.swapaxes(k, -1, -2)
@@ -71,7 +75,13 @@ def dense(
     out = weights @ v / total
     d_scores = 0.7 * slope * (g @ np.swapaxes(v, -1, -2) - (g * out).sum(-1, keepdims=True)) / total
     shared = [np.swapaxes(d_scores, -1, -2) @ q, np.swapaxes(weights / total, -1, -2) @ g]
-    return [out, d_scores @ k, *(x.reshape(x.shape[0], 2, 2, *x.shape[2:]).sum(2) for x in shared)]
+    d_q, (d_k, d_v) = d_scores @ k, (x.reshape(x.shape[0], 2, 2, *x.shape[2:]).sum(2) for x in shared)
+    return [out, *(across(d, x) for d, x in ((d_q, q), (d_k, k[:, ::2]))), d_v]
+
+
+def across(gradient: Array, row: Array) -> Array:
+    """The part of a gradient that is orthogonal to its row, of norm 1: what `unit` passes on."""
+    return gradient - (gradient * row).sum(-1, keepdims=True) * row
 
 
 def draw(length: list[int], n: int, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Tensor]:
@@ -149,14 +159,13 @@ def test_with_other_masks(masks: str, degree: int) -> None:
 @pytest.mark.parametrize(("degree", "target"), WAYS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e200])
 def test_what_is_hidden_does_not_leak(value: float, degree: int, target: str) -> None:
-    """Token 20 is in no prefix: rows before it have the same outputs and gradients as without it, bit by bit."""
+    """The value of token 20 is in no prefix: rows before it have the same outputs and gradients as without it, bit by bit."""
     case = compiled("prefix(s, length)", degree, target)
     results = []
     for spoilt in (0.0, value):
         inputs, cotangent = draw([0, 11], 37)
         with torch.no_grad():
-            for x in inputs[1:3]:
-                x[:, :, 20] = spoilt
+            inputs[2][:, :, 20] = spoilt
         cotangent[:, :, 20:] = 0.0
         out, *gradients = run(case, inputs, cotangent)
         results.append([out[:, :, :20], *gradients])
@@ -187,3 +196,17 @@ def test_random_lengths_reach_the_end() -> None:
     lengths = random_batch(model_inputs(case.program), {"b": 200, "n": 16})[3]
     assert lengths.min() == 0
     assert lengths.max() > 16 // 2
+
+
+def test_guards_watch_both_parts() -> None:
+    """A logit beyond an asserted range, of a pair that only the prefix shows, is counted by its guard alone."""
+    case = compiled("prefix(s, length)", 2, "torch", "assume_bound(q @ repeat_heads(k, 2).T; 1.5)")
+    (q, k, *rest), _ = draw([12], 20)
+    with torch.no_grad():
+        q[:, :, 3:] = 0.0
+        k[:, :, 5] *= 100.0
+    module = always_polynomial(case, case.module())
+    module(q, k, *rest)
+    status = {each["path"]: each for each in module.budget_status()}  # type: ignore[operator]
+    assert status["y_prefix"]["largest"] > 1.5
+    assert status["y_past"]["largest"] <= 1.0 + 1e-6
