@@ -159,7 +159,7 @@ def test_with_other_masks(masks: str, degree: int) -> None:
 @pytest.mark.parametrize(("degree", "target"), WAYS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e200])
 def test_what_is_hidden_does_not_leak(value: float, degree: int, target: str) -> None:
-    """The value of token 20 is in no prefix: rows before it have the same outputs and gradients as without it, bit by bit."""
+    """Token 20 is in no prefix: rows before it have the same outputs and gradients whatever it holds, bit by bit."""
     case = compiled("prefix(s, length)", degree, target)
     results = []
     for spoilt in (0.0, value):
