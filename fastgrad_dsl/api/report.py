@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ def _subject(request: ReportRequest) -> Subject:
 
 def _calibration(folder: Path) -> Calibration | None:
     path = folder / CALIBRATION
-    return read_document(path, Calibration) if path.is_file() else None
+    return read_document(path, Calibration) if os.path.lexists(path) else None
 
 
 def _code(path: Path) -> str | None:

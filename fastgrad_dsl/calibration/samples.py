@@ -12,7 +12,6 @@ from torch import Tensor
 from fastgrad_compiler.reference.attention_torch import (
     near_mask,
     near_pairs,
-    padding_mask,
     polynomial,
     visible_pairs,
 )
@@ -100,7 +99,8 @@ def sample_rows(call: Call, rows: Tensor, stretch: float = 1.0) -> Sample:
     q, k = given["q"], given["k"]
     hidden = torch.zeros(1, 1, k.shape[2], 1, dtype=torch.bool, device=q.device)
     if "padding" in given:
-        hidden = ~padding_mask(given["padding"], q).mT
+        hidden = ~given["padding"][:, None, :, None]
+    seen = visible_pairs(attention.mask, given, q.shape[2], k.shape[2], q.device)
     groups = q.shape[1] // k.shape[1]
 
     def repeated(x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def sample_rows(call: Call, rows: Tensor, stretch: float = 1.0) -> Sample:
         upstream=call.upstream[:, :, rows].double(),
         near_q=given["near_q"][:, :, rows].double() if attention.own_near else None,
         near_k=repeated(given["near_k"]) if attention.own_near else None,
-        visible=visible_pairs(attention, given)[:, :, rows],
+        visible=seen[:, :, rows],
         near=near_pairs(attention, given)[rows],
         rows=rows,
     )

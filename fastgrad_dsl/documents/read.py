@@ -16,6 +16,7 @@ from fastgrad_dsl.documents.form import shown as value
 from fastgrad_dsl.documents.plan import Plan
 from fastgrad_dsl.documents.report import Report
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.read import check_regular
 
 KINDS: dict[str, type[Document]] = {
     "plan.json": Plan,
@@ -45,8 +46,9 @@ def read_document(path: Path, kind: type[_Document]) -> _Document:
     Raises TfgError FG430, with the place inside, for all that is wrong in it; FG001 where it cannot be read.
     """
     try:
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError("no such file")
+        check_regular(path)
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:

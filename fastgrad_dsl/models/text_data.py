@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastgrad_dsl.models.batches import check_memory
-from fastgrad_dsl.storage.files import check_regular
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.read import check_regular
 
 VALIDATION_SHARE = 0.1  # the end of the text is held out: neighbouring windows would otherwise leak
 

@@ -6,7 +6,6 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from errno import EINVAL, EISDIR
 from pathlib import Path
 
 from fastgrad_compiler.runtime.private_files import write_whole
@@ -30,15 +29,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with suppress(PermissionError):
             os.chown(path, old.st_uid, old.st_gid)
         path.chmod(mode)
-
-
-def check_regular(path: Path) -> None:
-    """OSError where something else than a regular file is to be read: pipes wait for a writer, devices may not end."""
-    mode = path.stat().st_mode
-    if stat.S_ISDIR(mode):
-        raise OSError(EISDIR, "it is a folder", str(path))
-    if not stat.S_ISREG(mode):
-        raise OSError(EINVAL, "it is a device or a pipe, not a regular file", str(path))
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastgrad_dsl.storage.files import check_regular
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.read import check_regular
 
 MODEL = "model."  # before the names of weights in a checkpoint
 

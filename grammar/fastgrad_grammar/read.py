@@ -58,9 +58,14 @@ def included(folders: Iterable[str | os.PathLike[str]]) -> tuple[str, ...]:
     return names
 
 
-def _read(path: str) -> bytes:
-    """Up to `MAX_BYTES` + 1 bytes of a regular file; nothing else is opened, for a pipe would wait for its writer."""
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """OSError where something other than a regular file is to be read: pipes wait for a writer, devices may not end."""
     _check_kind(os.stat(path).st_mode)
+
+
+def _read(path: str) -> bytes:
+    """Up to `MAX_BYTES` + 1 bytes of a regular file; nothing else is opened."""
+    check_regular(path)
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as file:
         _check_kind(os.fstat(descriptor).st_mode)

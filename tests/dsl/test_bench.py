@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrad_dsl.bench import command, memory, peak
+from fastgrad_dsl.bench import memory, peak
 from fastgrad_dsl.bench.cells import Cell, extrapolated
 from fastgrad_dsl.bench.contenders import Contender, exact, make_inputs
 from fastgrad_dsl.bench.timing import Timing, slope, time_together
+from fastgrad_dsl.commands import bench as command
 from fastgrad_dsl.commands.cli import main
 from fastgrad_dsl.plots.panels import HEIGHT, WIDTH, Panel, Series, render
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from safetensors.torch import save_file
 
 import fastgrad_dsl as fg
@@ -100,8 +99,8 @@ def test_text_that_the_terminal_lacks_is_escaped(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- outputs are tried first
 
 OUTPUTS = [
-    (("report", "tiny.tfg"), "--json", "fastgrad_dsl.report.make_report"),
-    (("report", "tiny.tfg"), "--html", "fastgrad_dsl.report.make_report"),
+    (("report", "tiny.tfg"), "--json", "fastgrad_dsl.api.report.make_report"),
+    (("report", "tiny.tfg"), "--html", "fastgrad_dsl.api.report.make_report"),
     (("advise", "tiny.tfg"), "--json", "fastgrad_dsl.commands.advise.make_advice"),
     (("bench",), "--json", "fastgrad_dsl.commands.bench.run_bench"),
     (("bench",), "--svg", "fastgrad_dsl.commands.bench.run_bench"),
@@ -324,20 +323,29 @@ def test_what_was_printed_stands_before_the_error(tmp_path: Path) -> None:
     assert shell(line, tmp_path)[1].startswith("would format ugly.tfg\nerror[FG001]")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "check tiny.tfg",
+        "stages tiny.tfg",
+        "compile tiny.tfg -o folder --weights taken",
+        "advise tiny.tfg --weights taken --json taken",
+        "report tiny.tfg --weights taken --text taken --json taken --html taken",
+        "train tiny.tfg --text taken -o folder",
+        "tune tiny.tfg",
+        "bench --json taken --svg taken --target none",
+        "fmt none.tfg tiny.tfg",
+    ],
+)
 def test_whether_a_file_can_be_read_is_left_to_what_reads_it(
-    fastgrad: Run, monkeypatch: pytest.MonkeyPatch
+    fastgrad: Run, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
-    """Typer would refuse the command line: no code, and `fmt` would format none of the other files."""
+    """Typer would refuse the command line, without a code, and `fmt` would format none of the other files."""
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
-    for command in ("check", "stages", "report --no-measure", "report --json new", "fmt --check"):
-        name, *options = command.split()
-        status, _, err = fastgrad(name, "tiny.tfg", *options)
-        assert (status, err) == (0, ""), command
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    types = [parameter.type for command in commands.values() for parameter in command.params]
-    paths = [type_ for type_ in types if hasattr(type_, "readable")]
-    assert len(paths) > 20
-    assert not [type_ for type_ in paths if type_.readable]
+    more = [] if line.startswith(("bench", "fmt")) else ["-I", "folder", "--model", "none"]
+    status, out, err = fastgrad(*line.split(), *more)
+    assert (status, out) == (2, "")
+    assert err.startswith("error[FG")
 
 
 def test_nothing_but_an_error_of_the_command_line_is_told_by_typer(fastgrad: Run) -> None:
@@ -533,3 +541,20 @@ def test_only_regular_files_are_read(fastgrad: Run, file: str, command: tuple[st
     assert status == 2
     assert err.startswith(f"error[{code}]: cannot read ")
     assert "it is a" in err
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.mkdir(), "it is a folder"),
+        (os.mkfifo, "it is a pipe, not a regular file"),
+        (lambda path: path.symlink_to("gone"), "no such file"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_calibration_is_not_passed_over(
+    fastgrad: Run, make: Callable[[Path], None], said: str
+) -> None:
+    fg.compile("tiny.tfg", target="torch", validate=False, out="built")
+    make(Path("built", "calibration.json"))
+    status, out, err = fastgrad("report", "built", "--no-measure")
+    assert (status, out, err) == (2, "", f"error[FG001]: cannot read built/calibration.json: {said}\n")

@@ -18,7 +18,7 @@ from math import isfinite, prod
 from fastgrad_compiler.attention.factors import factor_of
 from fastgrad_compiler.attention.pattern import Match, match
 from fastgrad_compiler.attention.scores import Product, obstacle
-from fastgrad_compiler.attention.value import ATTENTION, OWN, Attention, Polynomial, Range, Verdict
+from fastgrad_compiler.attention.value import ATTENTION, OWN, Attention, Mask, Polynomial, Range, Verdict
 from fastgrad_compiler.ir.builder import Builder, Value
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Graph, Node, Program
@@ -230,7 +230,7 @@ def _split(
     if "padding" in read:
         hidden = build.emit("constant", (), {"value": False})
         shown = build.emit("where", (inside, read["padding"], hidden))
-    mask = found.mask.reading("padding")
+    mask = found.mask & Mask(operands=("padding",))
     whole = [*inputs, *({**read, "padding": shown}[role] for role in mask.operands)]
     among = _node(build, found, replace(attention, mask=mask), whole, f"{stem}_prefix")
     mask = replace(found.mask, causal=True)

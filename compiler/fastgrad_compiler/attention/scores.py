@@ -200,17 +200,9 @@ def masked(walk: Walk, node: Node) -> str | None:
         return None
     if node.get("fill") not in (None, -inf):
         return None
-    if MASKS[node.op].operand:  # two different ones of a kind are not one attention
-        if walk.operands.setdefault(node.op, node.inputs[1]) != node.inputs[1]:
-            return None
-        walk.mask = walk.mask.reading(node.op)
-    elif node.op == "causal":
-        walk.mask = replace(walk.mask, causal=True)
-    else:
-        width = node["width"]
-        if not isinstance(width, int):
-            return None
-        walk.mask = replace(walk.mask, window=min(width, walk.mask.window or width))
+    if node.inputs[1:] and walk.operands.setdefault(node.op, node.inputs[1]) != node.inputs[1]:
+        return None  # two different ones of a kind are not one attention
+    walk.mask &= Mask.of(node)
     return node.inputs[0]
 
 

@@ -52,9 +52,17 @@ class Mask:
         """Whether a query sees only keys of its own document."""
         return "documents" in self.operands
 
-    def reading(self, operand: str) -> Mask:
-        """With one more operand."""
-        return replace(self, operands=tuple(each for each in OPERANDS if each in (*self.operands, operand)))
+    @staticmethod
+    def of(node: Node) -> Mask:
+        """That of one of the operations `masks.MASKS`."""
+        window = _whole(node["width"]) if node.op == "window" else None
+        return Mask(node.op == "causal", window, tuple(each for each in OPERANDS if each == node.op))
+
+    def __and__(self, other: Mask) -> Mask:
+        """What is seen through both."""
+        windows = [each.window for each in (self, other) if each.window is not None]
+        operands = tuple(each for each in OPERANDS if each in (*self.operands, *other.operands))
+        return Mask(self.causal or other.causal, min(windows, default=None), operands)
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,7 +258,7 @@ def _status(module: Module, writer: Writer) -> None:
     with writer.indented():
         if module.guards:
             writer.docstring(
-                "What the guards of attentions counted, by path; `reset` starts anew, `keep_verdict` but for verdicts."
+                "What the guards of attentions counted, by path; `reset` clears it, `keep_verdict` keeps verdicts."
             )
             writer.line(f"return {STATUS}(self, reset, keep_verdict)")
         else:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.attention.value import Attention
+from fastgrad_compiler.attention.value import Attention, Mask
 from fastgrad_compiler.ir.graph import Node
 from fastgrad_compiler.reference.torch_env import Env
-from fastgrad_compiler.runtime.documents import document_runs
+from fastgrad_compiler.runtime.sight import Sight
 
 
 def softmax(scores: Tensor, axis: int = -1) -> Tensor:
@@ -35,53 +35,24 @@ def _distance(n: int, m: int, device: torch.device) -> Tensor:
     return torch.arange(n, device=device)[:, None] - torch.arange(m, device=device)
 
 
-def causal_mask(n: int, m: int, device: torch.device) -> Tensor:
-    """True where j <= i."""
-    return _distance(n, m, device) >= 0
-
-
-def window_mask(n: int, m: int, width: int, device: torch.device) -> Tensor:
-    """True where |i - j| < width."""
-    return _distance(n, m, device).abs() < width
-
-
 def near_mask(n: int, m: int, block: int, device: torch.device) -> Tensor:
     """True where |floor(i / block) - floor(j / block)| <= 1."""
     rows, columns = (torch.arange(size, device=device) // block for size in (n, m))
     return (rows[:, None] - columns).abs() <= 1
 
 
-def padding_mask(mask: Tensor, scores: Tensor) -> Tensor:
-    """A mask [b, m] of keys as one of scores [b, .., n, m]."""
-    return mask.reshape(mask.shape[0], *[1] * (scores.dim() - 2), mask.shape[1])
+def visible_pairs(
+    mask: Mask, operands: Mapping[str, Tensor], n: int, m: int, device: torch.device, rank: int = 4
+) -> Tensor:
+    """True where a mask lets query i of n see key j of m: bool, broadcast to scores [b, .., n, m] of that rank.
 
-
-def documents_mask(ids: Tensor, scores: Tensor) -> Tensor:
-    """True where query and key are of one run of equal ids: ids [b, n], scores [b, .., n, n]."""
-    runs = document_runs(ids)
-    same = runs[:, :, None] == runs[:, None, :]
-    return same.reshape(ids.shape[0], *[1] * (scores.dim() - 3), *same.shape[1:])
-
-
-def prefix_mask(lengths: Tensor, scores: Tensor) -> Tensor:
-    """True where j <= i or j < length: lengths [b], scores [b, .., n, n]."""
-    n, device = scores.shape[-1], scores.device
-    early = torch.arange(n, device=device) < lengths.reshape(-1, *[1] * (scores.dim() - 1))
-    return causal_mask(n, n, device) | early
-
-
-def visible_pairs(attention: Attention, tensors: Mapping[str, Tensor]) -> Tensor:
-    """True where the masks let a query see a key, broadcastable to the scores [b, h, n, m]; tensors by role."""
-    q, k, mask = tensors["q"], tensors["k"], attention.mask
-    n, m, device = q.shape[-2], k.shape[-2], q.device
-    seen = torch.ones(1, 1, n, m, dtype=torch.bool, device=device)
-    if mask.causal:
-        seen = seen & causal_mask(n, m, device)
-    if mask.window is not None:
-        seen = seen & window_mask(n, m, mask.window, device)
-    for name in mask.operands:
-        seen = seen & OF_OPERANDS[name](tensors[name], q)
-    return seen
+    operands: what the mask reads, by role.
+    """
+    ranges = Sight(mask.causal, mask.window or 0).ranges(n, m, operands.get("documents"), device)
+    seen = ~ranges.hidden((0, n), (0, m))
+    if mask.padding:
+        seen = seen & operands["padding"][:, None]
+    return seen.reshape(*seen.shape[:1], *[1] * (rank - 3), n, m) if rank > 2 else seen[0]
 
 
 def near_pairs(attention: Attention, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -90,9 +61,6 @@ def near_pairs(attention: Attention, tensors: Mapping[str, Tensor]) -> Tensor:
     if attention.near is None:
         return torch.zeros(n, m, dtype=torch.bool, device=device)
     return near_mask(n, m, attention.near, device)
-
-
-OF_OPERANDS = {"padding": padding_mask, "documents": documents_mask}
 
 
 @dataclass(frozen=True)
@@ -114,9 +82,9 @@ class _Scores:
         given |= {role: given[role].repeat_interleave(groups, -3) for role in _SHARED if role in given}
         far = attention.scale * (given["q"] @ given["k"].mT)
         local = given["near_q"] @ given["near_k"].mT if attention.own_near else far
-        return _Scores(
-            attention, given, far, local, near_pairs(attention, given), visible_pairs(attention, given)
-        )
+        n, m = far.shape[-2:]
+        seen = visible_pairs(attention.mask, given, n, m, far.device)
+        return _Scores(attention, given, far, local, near_pairs(attention, given), seen)
 
 
 _SHARED = ("k", "v", "near_k")

@@ -22,20 +22,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastgrad_compiler.attention.value import Mask
 from fastgrad_compiler.ir.graph import Attribute, Node
+from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.reference.attention_torch import (
     alibi,
     attention,
-    causal_mask,
-    documents_mask,
     near_mask,
-    padding_mask,
     poly_attention,
     poly_attention_backward,
     polynomial,
-    prefix_mask,
     softmax,
-    window_mask,
+    visible_pairs,
 )
 from fastgrad_compiler.reference.torch_env import Env, Rule, integer, number, sequence
 
@@ -188,13 +186,22 @@ def _alibi(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     return inputs[0] + alibi(inputs[0])
 
 
-def _masked(visible: Callable[[Node, Tensor, list[Tensor]], Tensor]) -> Rule:
-    def rule(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
-        return inputs[0].masked_fill(
-            ~visible(node, inputs[0], inputs[1:]), number(node.get("fill", float("-inf")))
-        )
+def _masked(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
+    scores, *operands = inputs
+    mask = Mask.of(node)
+    given = dict(zip(mask.operands, operands, strict=True))
+    n, m = scores.shape[-2:]
+    seen = visible_pairs(mask, given, n, m, scores.device, scores.dim())
+    return scores.masked_fill(~seen, number(node.get("fill", float("-inf"))))
 
-    return rule
+
+def _prefix(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
+    """No attention has this mask: it is here for scores of every other use."""
+    scores, lengths = inputs
+    n, device = scores.shape[-1], scores.device
+    early = torch.arange(n, device=device) < lengths.reshape(-1, *[1] * (scores.dim() - 1))
+    seen = early | visible_pairs(Mask(causal=True), {}, n, n, device, scores.dim())
+    return scores.masked_fill(~seen, number(node.get("fill", float("-inf"))))
 
 
 def _polynomial(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
@@ -283,13 +290,8 @@ TORCH: dict[str, Rule] = {
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "unit": _unit,
-    "causal": _masked(lambda node, s, _: causal_mask(s.shape[-2], s.shape[-1], s.device)),
-    "window": _masked(
-        lambda node, s, _: window_mask(s.shape[-2], s.shape[-1], integer(node["width"]), s.device)
-    ),
-    "padding": _masked(lambda node, s, rest: padding_mask(rest[0], s)),
-    "documents": _masked(lambda node, s, rest: documents_mask(rest[0], s)),
-    "prefix": _masked(lambda node, s, rest: prefix_mask(rest[0], s)),
+    **dict.fromkeys(MASKS, _masked),
+    "prefix": _prefix,
     "near_far": _near_far,
     "polynomial": _polynomial,
     "normalize_rows": _normalize_rows,

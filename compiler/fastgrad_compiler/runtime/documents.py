@@ -16,7 +16,7 @@ def document_runs(ids: Tensor) -> Tensor:
 
 
 def document_ranges(runs: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [b, n] twice: the first token of each token's document, and the one behind its last."""
+    """int64 [b, n] twice: the first token of each token's document, and the one after its last."""
     n = runs.shape[1]
     begins = _begins(runs)
     place = torch.arange(n, device=runs.device)

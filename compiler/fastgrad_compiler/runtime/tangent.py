@@ -153,7 +153,7 @@ class _Rows:
                 total[:, :, :, queries] += self._read(queries, low - 1)
 
     def _add_later(self, total: Tensor, windows: list[Window]) -> None:
-        """What the keys behind each window add."""
+        """What the keys after each window add."""
         self._restart()
         stop = self.m
         for queries, (_, high) in reversed(windows):

@@ -263,7 +263,7 @@ class Launches:
     # ---------------------------------------------------------------- states
 
     def _key_states(self) -> tuple[Tensor, Tensor]:
-        """W Z of the keys before each chunk, or of all, and of those behind it where a query sees far ones there."""
+        """W Z of the keys before each chunk, or of all, and of those after it if a query sees far ones there."""
         spec, near = self.spec, self.spec.near or 0
         inputs = (self.k, self.v, self.mask, None, None, None)
 
@@ -276,7 +276,7 @@ class Launches:
     def _query_states(
         self, gradient: Tensor, saved: tuple[Tensor, Tensor, Tensor], live: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """W Y of the queries before each chunk, and of those behind it, or of all; causal: `live` is written too."""
+        """W Y of the queries before each chunk, and of those after it, or of all; causal: `live` is written too."""
         spec, near = self.spec, self.spec.near or 0
         inverse, maximum, delta = saved
         inputs = (self.q, gradient, None, inverse, delta, maximum)

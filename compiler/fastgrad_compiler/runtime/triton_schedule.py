@@ -17,7 +17,7 @@ matrix products d and dv are padded to powers of two of at least 16 (d', dv'); i
     query_gradient_kernel  2 R dv' + E + F                                   2 (2 d' + dv')
     key_gradient_kernel    4 R dv' + E + F                                   2 (2 d' + 2 dv')
 
-A near field without a mask has states before and states behind: all of it twice. Pairs are counted in whole tiles, as
+A near field without a mask has states before and states after: all of it twice. Pairs are counted in whole tiles, as
 kernels visit them. States are R x (dv + 1) numbers in float32. Every tensor is read once by a kernel, but by each
 query head of a group anew; where what the tiles of one chunk share does not fit the cache, by each tile anew.
 
@@ -134,7 +134,7 @@ class Shape:
 
     @property
     def sides(self) -> int:
-        """How many states a token meets: those before and those behind, or one."""
+        """How many states a token meets: those before and those after it, or one."""
         return 2 if self.near and not self.causal else 1
 
     @property
