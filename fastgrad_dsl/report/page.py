@@ -20,8 +20,8 @@ from fastgrad_dsl.storage.outputs import write_output
 from fastgrad_grammar import quote
 
 if TYPE_CHECKING:
-    from markupsafe import Markup
     from jinja2 import Template
+    from markupsafe import Markup
 
 FEW_HEADS = 16  # rows of heads that are shown from the start
 FOLDER = Path(__file__).parent

@@ -194,7 +194,7 @@ def test_random_lengths_reach_the_end() -> None:
     """So that a report measures prefixes and not only the past."""
     case = compiled("prefix(s, length)", 2, "torch")
     lengths = random_batch(model_inputs(case.program), {"b": 200, "n": 16})[3]
-    assert (lengths.min(), lengths.max()) == (0, 16)
+    assert (int(lengths.min()), int(lengths.max())) == (0, 16)
 
 
 def test_guards_watch_both_parts() -> None:
