@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,24 +63,36 @@ budget {
 """
 
 
-@pytest.fixture
-def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+@cache
+def _batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(256, (1, 65), generator=generator) for _ in range(3)]
     return [(each[:, :-1], each[:, 1:]) for each in tokens]
 
 
+@pytest.fixture
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return _batches()
+
+
+def _again(compiled: Compiled, model: nn.Module) -> Compiled:
+    return replan(compiled, Request(model, _batches(), measured_pace=False))
+
+
+@cache
+def _planned(spec: str) -> tuple[Compiled, Compiled]:
+    """A model as the file has it, and with the plan of its first weights."""
+    compiled = fg.compile(spec, target="torch")
+    return compiled, _again(compiled, compiled.module(seed=0))
+
+
 def _watch(
     batches: list[tuple[torch.Tensor, torch.Tensor]], lines: list[str], spec: str = SPEC
 ) -> tuple[BudgetWatch, nn.Module]:
-    def again(compiled: Compiled, model: nn.Module) -> Compiled:
-        return replan(compiled, Request(model, batches, measured_pace=False))
-
-    compiled = fg.compile(spec, target="torch")
-    model = compiled.module(seed=0)
-    watch = BudgetWatch(compiled, batches[-1], again, lines.append)
-    watch.compiled = again(compiled, model)
-    return watch, watch.compiled.adopt(model)
+    compiled, planned = _planned(spec)
+    watch = BudgetWatch(compiled, batches[-1], _again, lines.append)
+    watch.compiled = planned
+    return watch, planned.adopt(compiled.module(seed=0))
 
 
 def test_a_quiet_budget_keeps_its_plan(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

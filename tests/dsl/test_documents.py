@@ -278,9 +278,9 @@ def reads_or_refuses(source: random.Random) -> bool:
 
 
 def test_mutated_documents_are_read_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    accepted = sum(reads_or_refuses(random.Random(seed)) for seed in range(150))
+    accepted = sum(reads_or_refuses(random.Random(seed)) for seed in range(60))
     assert is_shown(capsys.readouterr().out, "\n")
-    assert 10 < accepted < 140
+    assert 4 < accepted < 56
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def test_windows_over_other_keys(n: int, m: int, window: int, monkeypatch: pytes
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_small_memory_changes_nothing(documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = make_inputs(KernelSpec(3, 5, COEFFICIENTS[2], True, documents=documents), 300, heads=3, batch=3)
+    inputs = make_inputs(KernelSpec(3, 5, COEFFICIENTS[2], True, documents=documents), 150)
     options = options_of(inputs, True, 40, None)
     expected = both(inputs, options)[1]
     for budget in (1, 10**5):

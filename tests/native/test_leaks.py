@@ -11,6 +11,7 @@ from torch import Tensor
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from tests.kernels.inputs import CPP, Inputs, run_kernel
 from tests.kernels.leaks import KINDS, WINDOWS, attack
+from tests.native.test_kernels import specification
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -23,17 +24,27 @@ def run_window(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [
-        *("causal, padding", "near, documents, causal"),
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS),
-    ],
+    ("name", "dtype"),
+    [("causal, near", torch.float32), ("documents", torch.float64)],
+    ids=["causal, near", "documents"],
 )
+def test_kernels_of_other_tests(name: str, dtype: torch.dtype) -> None:
+    """Causal with padding, and causal with documents, both with near fields: their libraries are there."""
+    attack(run_native, specification(name), dtype, groups=2)
+
+
+def test_bfloat16() -> None:
+    attack(run_native, specification("causal, near"), torch.bfloat16, every=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_polynomial(kind: str) -> None:
     attack(run_native, KINDS[kind], torch.float32, groups=2)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions(dtype: torch.dtype) -> None:
     attack(run_native, KINDS["causal, padding"], dtype, every=False)
 

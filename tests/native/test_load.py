@@ -45,7 +45,7 @@ assert out.eq(3).all(), out
 lines = open("/proc/self/maps").read().splitlines()
 print(*{{line.split()[-1] for line in lines if "libgomp" in line or "libomp" in line or "libiomp" in line}}, sep="\\n")
 """
-    loaded = builder.run(code, environment={"OMP_NUM_THREADS": "3"}).stdout.split()
+    loaded = builder.run(code, environment={"OMP_NUM_THREADS": "3"}, with_torch=True).stdout.split()
     assert len(loaded) == 1, loaded
     assert "torch" in loaded[0]
 
@@ -78,7 +78,11 @@ with warnings.catch_warnings(record=True) as caught:
 print(*(f"{{issubclass(w.category, RuntimeWarning)}} {{w.message}}" for w in caught), sep="\\n")
 """
     example = str(Path(__file__).parents[2] / "examples" / "gpt.tfg")
-    told = builder.run(code, example, environment=environments[found]).stdout.strip().splitlines()
+    told = (
+        builder.run(code, example, environment=environments[found], with_torch=True)
+        .stdout.strip()
+        .splitlines()
+    )
     assert len(told) == 1, told
     assert told[0].startswith("True attention runs without native kernels")
     assert expected[found] in told[0]
@@ -97,7 +101,7 @@ torch.ops.fastgrad.__dict__[native_operations()[0]] = None  # torch does not tou
 for a, b in zip(expected, run("torch"), strict=True):
     assert torch.equal(a, b)
 """
-    builder.run(code)
+    builder.run(code, with_torch=True)
     assert len(builder.compilations) == 1
 
 
@@ -108,6 +112,6 @@ warnings.simplefilter("error")
 for a, b in zip(run("torch"), run("cpp"), strict=True):
     assert torch.equal(a, b)
 """
-    builder.run(code, environment={"FASTGRAD_NATIVE": "0"})
+    builder.run(code, environment={"FASTGRAD_NATIVE": "0"}, with_torch=True)
     assert not builder.cache.exists()
     assert builder.compilations == []

@@ -195,6 +195,15 @@ def _masked(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     return scores.masked_fill(~seen, number(node.get("fill", float("-inf"))))
 
 
+def _prefix(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
+    """No attention has this mask: it is here for scores of every other use."""
+    scores, lengths = inputs
+    n, device = scores.shape[-1], scores.device
+    early = torch.arange(n, device=device) < lengths.reshape(-1, *[1] * (scores.dim() - 1))
+    seen = early | visible_pairs(Mask(causal=True), {}, n, n, device, scores.dim())
+    return scores.masked_fill(~seen, number(node.get("fill", float("-inf"))))
+
+
 def _polynomial(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     (s,) = inputs
     hidden = s == -math.inf
@@ -282,6 +291,7 @@ TORCH: dict[str, Rule] = {
     "rms_norm": _rms_norm,
     "unit": _unit,
     **dict.fromkeys(MASKS, _masked),
+    "prefix": _prefix,
     "near_far": _near_far,
     "polynomial": _polynomial,
     "normalize_rows": _normalize_rows,
