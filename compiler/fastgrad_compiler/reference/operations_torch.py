@@ -200,7 +200,7 @@ def _prefix(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     scores, lengths = inputs
     n, device = scores.shape[-1], scores.device
     early = torch.arange(n, device=device) < lengths.reshape(-1, *[1] * (scores.dim() - 1))
-    seen = early | visible_pairs(Mask(causal=True), {}, n, n, device, scores.dim())
+    seen = early | visible_pairs(Mask(causal=True), {}, n, n, torch.arange(n, device=device), scores.dim())
     return scores.masked_fill(~seen, number(node.get("fill", float("-inf"))))
 
 
