@@ -33,12 +33,9 @@ def sees(i: int, j: int, causal: bool, window: int, documents: list[int] | None 
 
 def dense(n: int, m: int, causal: bool, window: int, documents: list[list[int]] | None = None) -> Tensor:
     """bool [batch or 1, n, m]: every pair by itself."""
-    return torch.tensor(
-        [
-            [[sees(i, j, causal, window, ids) for j in range(m)] for i in range(n)]
-            for ids in documents or [None]
-        ]
-    )
+    batch: list[list[int] | None] = [None] if documents is None else [*documents]
+    seen = [[[sees(i, j, causal, window, ids) for j in range(m)] for i in range(n)] for ids in batch]
+    return torch.tensor(seen)
 
 
 def all_of(ranges: Ranges) -> Tensor:
@@ -66,7 +63,7 @@ def ranges_of(n: int, m: int, causal: bool, window: int, documents: list[list[in
 def test_a_query_sees_an_interval_of_keys(
     n: int, m: int, causal: bool, window: int, documents: list[list[int]] | None
 ) -> None:
-    ranges, expected = (of(n, m, causal, window, documents) for of in (ranges_of, dense))
+    ranges, expected = ranges_of(n, m, causal, window, documents), dense(n, m, causal, window, documents)
     assert torch.equal(all_of(ranges), expected)
     assert ranges.others == m
     for ends in (ranges.first, ranges.behind):
