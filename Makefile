@@ -44,7 +44,7 @@ test: setup ## Run the tests (PYTEST_ARGS="..." for more options, WORKERS=0 for 
 test-all: setup ## Run the tests and the wide grids marked slow
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
 
-attack: setup ## Attack every claim with random programs, for an hour (MINUTES=30 SEED=7 CHECKS=abcde)
+attack: setup ## Attack every claim with random programs, for an hour of processor time (MINUTES=30 SEED=7 CHECKS=abcde)
 	$(BIN)/python -m attack.run --minutes $(or $(MINUTES),60) $(if $(SEED),--seed $(SEED)) $(if $(CHECKS),--checks $(CHECKS))
 
 lint: setup ## Check style, formatting (of the .tfg files too), types and imports

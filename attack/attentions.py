@@ -127,6 +127,7 @@ SCORES: dict[str, Step] = {
     "window": lambda g, s: f"window({s.text}; width = {g.rng.randint(1, 4)})",
     "padding": _padding,
     "documents": lambda g, s: f"documents({s.text}, ids)",
+    "prefix": lambda g, s: f"prefix({s.text}, max(ids; axis = -1))",
     "alibi": lambda g, s: f"alibi({s.text})",
     "clamp": lambda g, s: (
         f"clamp({s.text}; low = {g.rng.choice((-4.0, -1.0))}, high = {g.rng.choice((1.0, 3.0))})"

@@ -129,7 +129,7 @@ def _look(program: Program, claims: list[Claim], point: Point) -> None:
             )
 
 
-MASKS = frozenset(("causal", "window", "padding", "documents"))
+MASKS = frozenset(("causal", "window", "padding", "documents", "prefix"))
 
 
 def assertions_hold(program: Program, values: Mapping[str, Tensor]) -> bool:

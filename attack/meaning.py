@@ -20,8 +20,8 @@ EXACT = frozenset([
     "constant", "fill", "literal", "reshape", "permute", "split_heads", "merge_heads", "repeat_heads",
     "concat", "stack", "slice", "select", "pad", "patches", "broadcast_to", "embedding", "arange",
     "one_hot", "minimum", "maximum", "neg", "relu", "abs", "logical_not", "less", "less_equal", "equal",
-    "cast", "clamp", "where", "amax", "causal", "window", "padding", "documents", "near_far",
-    "assume_bound", "dropout",
+    "cast", "clamp", "where", "amax", "causal", "window", "padding", "documents", "prefix",
+    "near_far",    "assume_bound", "dropout",
 ])
 # fmt: on
 

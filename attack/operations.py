@@ -339,7 +339,8 @@ def _masked(name: str, mask: str = "") -> Rule:
             which = g.pick("bool" if name == "padding" else "int", lambda each: each.rank == 2)
             x = g.pick(where=lambda e: e.rank >= 3 and (e.shape[0], e.shape[-1]) == which.shape
                        and (name == "padding" or e.shape[-2] == e.shape[-1]))  # fmt: skip
-            return g.rng.choice(_READERS).format(f"{name}({x.text}, {which.text})")
+            operand = f"max({which.text}; axis = -1)" if mask == "length" else which.text
+            return g.rng.choice(_READERS).format(f"{name}({x.text}, {operand})")
         x = g.pick(where=lambda e: e.rank >= 2 and (name == "window" or e.shape[-2] == e.shape[-1]))
         width = f"; width = {g.rng.randint(1, 4)}" if name == "window" else ""
         return g.rng.choice(_READERS).format(f"{name}({x.text}{width})")
@@ -413,6 +414,7 @@ RULES: dict[str, Rule] = {
     "window": _masked("window"),
     "padding": _masked("padding", "mask"),
     "documents": _masked("documents", "ids"),
+    "prefix": _masked("prefix", "length"),
     "assume_bound": lambda g: f"assume_bound({g.pick().text}; bound = {g.positive()})",
     "near_far": _near_far,
     "polynomial": lambda g: f"polynomial({g.pick().text}; {g.rng.choice(COEFFICIENTS)})",

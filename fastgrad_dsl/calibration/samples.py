@@ -73,7 +73,7 @@ class Sample:
         """Pairs of the near field, the model's own or one of a block size."""
         if block is None or self.near_q is not None:
             return self.near
-        return near_mask(self.k.shape[-2], self.k.shape[-2], block, self.k.device)[self.rows]
+        return near_mask(self.rows, self.k.shape[-2], block)
 
     def logits(self, centre: Tensor | None = None) -> Tensor:
         """Of all pairs as a polynomial would serve them, [b, H, m, n]; `centre` [H, 1, d] is taken from the keys."""
@@ -97,10 +97,10 @@ def sample_rows(call: Call, rows: Tensor, stretch: float = 1.0) -> Sample:
     """The queries at `rows` (int64 [m]); logits that a polynomial serves are `stretch` times those of the call."""
     attention, given = call.attention, call.by_role
     q, k = given["q"], given["k"]
+    rows = rows.to(q.device)
     hidden = torch.zeros(1, 1, k.shape[2], 1, dtype=torch.bool, device=q.device)
     if "padding" in given:
         hidden = ~given["padding"][:, None, :, None]
-    seen = visible_pairs(attention.mask, given, q.shape[2], k.shape[2], q.device)
     groups = q.shape[1] // k.shape[1]
 
     def repeated(x: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ def sample_rows(call: Call, rows: Tensor, stretch: float = 1.0) -> Sample:
         upstream=call.upstream[:, :, rows].double(),
         near_q=given["near_q"][:, :, rows].double() if attention.own_near else None,
         near_k=repeated(given["near_k"]) if attention.own_near else None,
-        visible=seen[:, :, rows],
-        near=near_pairs(attention, given)[rows],
+        visible=visible_pairs(attention.mask, given, q.shape[2], k.shape[2], rows),
+        near=near_pairs(attention, rows, k.shape[2]),
         rows=rows,
     )
 

@@ -53,7 +53,8 @@ def target_inputs(program: Program) -> tuple[Input, ...]:
 def random_batch(inputs: Sequence[Input], dims: Mapping[str, int], seed: int = 0) -> tuple[Tensor, ...]:
     """Gaussian floats, uniform ids, packed documents of random lengths, masks that are true for a random leading part.
 
-    That part is one token at least. Raises TfgError FG426 for a batch larger than the machine's memory.
+    That part is one token at least. Ints that are no ids, one for each sequence, are lengths from 0 to the longest of
+    the other dims. Raises TfgError FG426 for a batch larger than the machine's memory.
     """
     import torch
 
@@ -68,6 +69,11 @@ def random_batch(inputs: Sequence[Input], dims: Mapping[str, int], seed: int = 0
         if tensor.documents:
             begins = torch.rand(shape, generator=generator) < BOUNDARIES / shape[-1]
             batch.append(begins.cumsum(-1))
+        elif tensor.dtype == "int" and len(shape) == 1 and not tensor.ids:
+            longest = max(
+                (size for name, size in dims.items() if name not in tensor.shape[0].names), default=1
+            )
+            batch.append(torch.randint(longest + 1, shape, generator=generator))
         elif tensor.dtype == "int":
             batch.append(torch.randint(tensor.below, shape, generator=generator))
         elif tensor.dtype == "bool":

@@ -21,6 +21,7 @@ from fastgrad_grammar import quote
 
 if TYPE_CHECKING:
     from jinja2 import Template
+    from markupsafe import Markup
 
 FEW_HEADS = 16  # rows of heads that are shown from the start
 FOLDER = Path(__file__).parent
@@ -86,7 +87,15 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["hash"] = _hash
+    environment.filters["path"] = _path
     return environment.get_template("page.html.j2")
+
+
+def _path(text: str) -> Markup:
+    """A path, whose line may be broken after a dot or an underscore."""
+    from markupsafe import Markup
+
+    return quote.html(text).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>"))
 
 
 def _hash(text: str) -> str:

@@ -109,6 +109,6 @@ budget {
     compiled = fg.compile(spec, target="torch")
     short = compiled.calibrate(None, _batches(compiled, 20, (1, 2)), measured_pace=False)
     assert [entry.node["decision"] for entry in short.plan] == ["exact"]
-    assert "longer sequences" in str(short.plan[0].node["why"])
+    assert "calibrate on longer, typical sequences" in str(short.plan[0].node["why"])
     longer = compiled.calibrate(None, _batches(compiled, 64, (1, 2)), measured_pace=False)
     assert longer.plan[0].node.op == "poly_attention"

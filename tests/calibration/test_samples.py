@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from math import inf, nan
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgrad_dsl as fg
 from fastgrad_compiler.approximation.polynomial import fit
-from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.attention.value import Attention, Mask
+from fastgrad_compiler.ir.graph import Node, Program
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_dsl.calibration.calibrate import _gain
 from fastgrad_dsl.calibration.candidates import whole_errors
-from fastgrad_dsl.calibration.capture import Errors, Run, Subject, capture, probe
+from fastgrad_dsl.calibration.capture import Call, Errors, Run, Subject, capture, probe
 from fastgrad_dsl.calibration.logits import measure_logits
 from fastgrad_dsl.calibration.replan import _Measured
-from fastgrad_dsl.calibration.samples import exact_rows, polynomial_errors, sample
+from fastgrad_dsl.calibration.samples import exact_rows, polynomial_errors, sample, sample_rows
 from fastgrad_dsl.models.batches import model_inputs, random_batch
 
 HEAD = "use std\ndim b\ndim n\n"
@@ -83,6 +86,49 @@ def test_all_rows_give_the_errors_of_the_kernel(case: str, n: int) -> None:
     assert found.gradient_error(range(4)) == pytest.approx(
         gradient, rel=0.35, abs=1e-9
     )  # the scale of q is folded in
+
+
+class _Largest(TorchDispatchMode):
+    """The most entries of a tensor that is made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, Tensor):
+                self.entries = max(self.entries, each.numel())
+        return result
+
+
+MASKS = {
+    "none": Attention(near=3),
+    "causal": Attention(Mask(True), near=64),
+    "window": Attention(Mask(window=9)),
+    "operands": Attention(Mask(True, None, ("padding", "documents")), near=5),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_sampled_rows_are_made_without_the_others(mask: str) -> None:
+    """Those of all rows, at a length at which all pairs would be hundreds of times more."""
+    attention, n = MASKS[mask], 1500
+    roles = {
+        "padding": torch.arange(n).expand(2, n) % 11 != 3,
+        "documents": torch.arange(n).expand(2, n) // torch.tensor([[100], [450]]),
+    }
+    q, k, v = torch.randn(3, 2, 1, n, 2, generator=torch.Generator().manual_seed(0))
+    inputs = (q, k, v, *(roles[role] for role in attention.roles))
+    call = Call(attention.on(Node("y", "attention", ("q", "k", "v"))), inputs, v, v)
+    rows = torch.tensor([0, 7, 749, n - 1])
+    with _Largest() as largest:
+        found = sample_rows(call, rows)
+        near = found.near_pairs(50)
+    assert largest.entries <= 2 * len(rows) * n
+    every = sample_rows(call, torch.arange(n))
+    assert torch.equal(found.visible, every.visible[:, :, rows])
+    assert torch.equal(found.near, every.near[rows])
+    assert torch.equal(near, every.near_pairs(50)[rows])
 
 
 def test_a_near_field_of_the_rewrite_leaves_its_pairs_exact() -> None:

@@ -47,6 +47,9 @@ def visible(op: str, scores: Array, rest: Inputs, values: Values) -> Array:
         seen = np.abs(_distance(n, m)) < values["width"]
     elif op == "padding":
         seen = rest[0].reshape(scores.shape[0], *between, 1, m)
+    elif op == "prefix":
+        early = np.arange(m) < rest[0].reshape(scores.shape[0], *between, 1, 1)
+        seen = (_distance(n, m) >= 0) | early
     else:
         runs = _runs(rest[0])
         seen = (runs[:, :, None] == runs[:, None, :]).reshape(scores.shape[0], *between, n, n)
@@ -272,7 +275,7 @@ REFERENCE: dict[str, Definition] = {
     "layer_norm": lambda xs, a: _layer_norm(xs[0], xs[1], xs[2], a["eps"]),
     "rms_norm": lambda xs, a: xs[0] / np.sqrt((xs[0] ** 2).mean(-1, keepdims=True) + a["eps"]) * xs[1],
     "unit": lambda xs, a: _unit(xs[0]),
-    **{op: _mask(op) for op in ("causal", "window", "padding", "documents")},
+    **{op: _mask(op) for op in ("causal", "window", "padding", "documents", "prefix")},
     "near_far": lambda xs, a: np.where(_near(xs[0], a["block"]), xs[0], xs[1]),
     "polynomial": lambda xs, a: _polynomial(xs[0], a["coefficients"]),
     "normalize_rows": lambda xs, a: _normalize_rows(xs[0]),

@@ -236,6 +236,10 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case((S, IDS), "documents(%a, %b)"),
         Case(("float[b, n, n]", IDS), "documents(%a, %b, fill = 1.5)"),
     ),
+    "prefix": (
+        Case((S, "int[b]"), "prefix(%a, %b)"),
+        Case(("float[b, n, n]", "int[b]"), "prefix(%a, %b, fill = 1.5)"),
+    ),
     "near_far": (Case((S, S), "near_far(%a, %b, block = 1)"), Case((T, T), "near_far(%a, %b, block = 2)")),
     "polynomial": (
         Case((F,), "polynomial(%a, coefficients = (1.0, -0.5, 0.25, 0.1, 0.2))"),

@@ -110,6 +110,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "window": (Case((S,), "window(%a, fill = -2.0, width = 2)"),),
     "padding": (Case(("float[b, 2, m, n]", "bool[b, n]"), "padding(%a, %b, fill = -2.0)"),),
     "documents": (Case((S, "int[b, n]"), "documents(%a, %b, fill = -2.0)"),),
+    "prefix": (Case((S, "int[b]"), "prefix(%a, %b, fill = -2.0)"),),
     "near_far": (Case((S, S), "near_far(%a, %b, block = 1)"), Case((S, S), "near_far(%a, %b, block = 2)")),
     "assume_bound": (Case((S,), "assume_bound(%a, bound = 9.0)"),),
     "rotary": (

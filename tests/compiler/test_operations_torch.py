@@ -139,6 +139,9 @@ def test_masks() -> None:
     again = apply("documents", s, torch.tensor([[1, 2, 1, 1]]), fill=-9.0)[0, 0]
     assert again[0].tolist() == [0, -9, -9, -9]  # a document is a run of equal ids
     assert again[3].tolist() == [-9, -9, 0, 0]
+    prefix = apply("prefix", s, torch.tensor([3]), fill=-9.0)[0, 0]
+    assert prefix[0].tolist() == [0, 0, 0, -9]
+    assert prefix[3].tolist() == [0, 0, 0, 0]
     near = apply("near_far", s + 1, s, block=1)[0, 0].int().tolist()
     assert near == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
 

@@ -71,7 +71,7 @@ def test_it_needs_no_torch_and_no_rule_of_the_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names = [name.removeprefix("fastgrad_compiler.") for name in done.stdout.split()]
-    needed = ["dim", "flatten", "graph"]
+    needed = ["calls", "dim", "flatten", "graph", "names"]
     own = ["oracle", "oracle_attention", "oracle_operations"]
     assert names == [
         "ir",
@@ -88,6 +88,7 @@ SCORES = normal(2, 3, 5, 5)
 HIDDEN = np.where(normal(2, 3, 5, 5, seed=3) > 0.5, -INF, SCORES)
 HIDDEN[:, :, 2] = -INF
 MASK = np.array([[True, False, True, True, False], [False] * 5])
+LENGTHS = np.array([2, 9])
 IDS = np.array([[1, 1, 2, 1, 1], [0, 0, 0, 3, 3]])
 WHOLE = np.array([[-7, 0, 3], [2, -1, 5]])
 EDGES = np.array(
@@ -148,6 +149,7 @@ CASES: dict[str, list[Case]] = {
     "window": [case(SCORES, width=2), case(normal(2, 5, 7), width=3, fill=-9.0)],
     "padding": [case(SCORES, MASK), case(SCORES[:, 0], MASK, fill=0.0)],
     "documents": [case(SCORES, IDS), case(SCORES[:, 0], IDS, fill=-9.0)],
+    "prefix": [case(SCORES, LENGTHS), case(SCORES[:, 0], LENGTHS + 1, fill=-9.0)],
     "near_far": [case(SCORES, SCORES + 9, block=1), case(normal(5, 7), normal(5, 7, seed=1), block=2)],
     "polynomial": [case(HIDDEN, coefficients=(1.0, -0.5, 0.25, 2.0)), case(X, coefficients=(0.0, 0.0, 1.0))],
     "normalize_rows": [case(np.exp(HIDDEN)), case(HIDDEN), case(np.zeros((2, 3)))],

@@ -79,6 +79,7 @@ CASES: list[tuple[str, tuple[Type, ...], dict[str, Attribute], Type]] = [
     ("window", (t("b", "n", "m"),), {"width": 3}, t("b", "n", "m")),
     ("padding", (t("b", 8, "n", "m"), bools("b", "m")), {}, t("b", 8, "n", "m")),
     ("documents", (t("b", 8, "n", "n"), ints("b", "n")), {}, t("b", 8, "n", "n")),
+    ("prefix", (t("b", 8, "n", "n"), ints("b")), {}, t("b", 8, "n", "n")),
     ("near_far", (t("b", "n", "m"), t("b", "n", "m")), {"block": 4}, t("b", "n", "m")),
     ("alibi", (t("b", 8, "n", "m"),), {}, t("b", 8, "n", "m")),
     ("rotary", (t("b", "n", 8),), {"base": 10.0}, t("b", "n", 8)),

@@ -37,7 +37,8 @@ use std
 dim b
 dim n <= 4096
 dim m
-model m(x: float[b, n, 8], y: float[b, m, 8], mask: bool[b, n], ids: int[b, n]) -> float[b, {tokens}, {width}] {{
+model m(x: float[b, n, 8], y: float[b, m, 8], mask: bool[b, n], ids: int[b, n], length: int[b])
+    -> float[b, {tokens}, {width}] {{
     weight wq: float[8, 8]
     weight wk: float[8, 8]
     weight tau: float[]
@@ -92,6 +93,11 @@ FORMS = {
     "padding, window": HEADS.format("window(padding(ss, mask); 9)"),
     "alibi": HEADS.format("causal(alibi(ss))"),
     "documents": HEADS.format("documents(ss, ids)"),
+    "prefix": HEADS.format("prefix(ss, length)"),
+    "prefix in a window with padding": "softmax(window(prefix(padding(s, mask), length); 3)) @ v",
+    "prefix of near and far with documents": "softmax(prefix(documents(near_far(s, u; 2), ids), length)) @ v",
+    "prefix of a causal attention": "softmax(causal(prefix(s, length))) @ v",
+    "prefix, own": "normalize_rows(prefix(polynomial(s; (1.0, 1.0, 0.5)), length)) @ v",
     "grouped": "merge_heads(softmax(qs @ repeat_heads(split_heads(k[.., 0:4]; 2); 2).T) @ repeat_heads(split_heads("
     "v[.., 0:4]; 2); 2))",
     "own": "normalize_rows(causal(polynomial(s; (1.0, 1.0, 0.5)))) @ v",

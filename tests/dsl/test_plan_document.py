@@ -22,6 +22,7 @@ from fastgrad_dsl.api import report as request
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.report import ReportRequest, make_report
 from fastgrad_dsl.documents.base import Document
+from fastgrad_dsl.models import measure_plan
 from fastgrad_dsl.models.batches import model_inputs, target_inputs
 from tests.dsl.models import EXAMPLES, NAMES, small
 
@@ -183,7 +184,7 @@ def test_a_report_of_a_packed_model_draws_documents(monkeypatch: pytest.MonkeyPa
     def spy(plan: object, model: object, inputs: list[torch.Tensor], *_: object) -> None:
         met.append(inputs[1])
 
-    monkeypatch.setattr(request, "measure_plan", spy)
+    monkeypatch.setattr(measure_plan, "measure_plan", spy)
     monkeypatch.setattr(request, "build_report", lambda *_, **__: {})
     spec = tmp_path / "packed.tfg"
     spec.write_text(PACKED)

@@ -166,7 +166,7 @@ def attention(weights: dict[str, Tensor], x: Tensor, mask: Tensor, options: dict
         gain = options["gain"] * tau.sigmoid()
         far = gain * (functional.normalize(q, dim=-1) @ functional.normalize(k, dim=-1).mT)
         near = (
-            near_mask(7, 7, options["near"], x.device)
+            near_mask(torch.arange(7), 7, options["near"])
             if "near" in options
             else torch.zeros(7, 7, dtype=torch.bool)
         )

@@ -5,7 +5,8 @@ The node keeps the span of the product with the values, takes its name where the
 `bound` and `proof` what is proved of its logits. Constant factors of q, of k and of the scores are one
 `scale`; learned ones are multiplied into q. Key and value heads that were repeated for grouped attention
 are taken as they were before. The node's operands are [b, h, n, d] whatever the model's are: axes before the heads are
-one batch, and tensors without heads have one. What nobody reads any more is removed.
+one batch, and tensors without heads have one. An attention with a prefix becomes two, of whose rows each is one's or
+the other's. What nobody reads any more is removed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from math import isfinite, prod
 from fastgrad_compiler.attention.factors import factor_of
 from fastgrad_compiler.attention.pattern import Match, match
 from fastgrad_compiler.attention.scores import Product, obstacle
-from fastgrad_compiler.attention.value import ATTENTION, OWN, Attention, Polynomial, Range, Verdict
+from fastgrad_compiler.attention.value import ATTENTION, OWN, Attention, Mask, Polynomial, Range, Verdict
 from fastgrad_compiler.ir.builder import Builder, Value
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Graph, Node, Program
@@ -43,7 +44,8 @@ def _recognise(graph: Graph, multiples: Mapping[str, int], certified: bool) -> G
     for node in graph.nodes:
         builder.span = node.span
         found = match(graph, node) if node.op in ("matmul", "div") else None
-        result = _attention(builder, found, _reasons(graph, found, certified)) if found else None
+        reasons = _reasons(graph, found, certified) if found else ()
+        result = _attention(builder, found, reasons, node.name) if found else None
         if result is None:
             nodes.append(node)
             continue
@@ -99,8 +101,8 @@ def _keep_names(graph: Graph, renamed: Mapping[str, str]) -> Graph:
 
 
 def _source(graph: Graph, name: str) -> str:
-    """The attention after the reshape or transposition of its result."""
-    while graph[name].op not in ATTENTION:
+    """The attention after the reshape or transposition of its result, or the choice between two."""
+    while graph[name].op not in (*ATTENTION, "where"):
         name = graph[name].inputs[0]
     return name
 
@@ -117,9 +119,9 @@ class _Pair:
     scale: float
 
 
-def _attention(builder: Builder, found: Match, reasons: tuple[str, ...]) -> str | None:
+def _attention(builder: Builder, found: Match, reasons: tuple[str, ...], name: str) -> str | None:
     """Emit the attention of a match: the name of its result; None, and no node, where the operands do not
-    fit the node. `reasons` are the proof of its range, or why it has none.
+    fit the node. `reasons` are the proof of its range, or why it has none; `name` is that of the product.
     """
     start = len(builder.nodes)
     scope = _Scope(builder)
@@ -129,7 +131,7 @@ def _attention(builder: Builder, found: Match, reasons: tuple[str, ...]) -> str 
     if not _fit(pairs, value, found):
         del builder.nodes[start:]
         return None
-    result = _emit(scope, found, pairs, value, reasons)
+    result = _emit(scope, found, pairs, value, reasons, name)
     result = result.reshape((*pairs[0].query.shape[:-1], value.shape[-1]))
     return (result.T if found.transposed else result).name
 
@@ -174,13 +176,15 @@ def _fit(pairs: list[_Pair], value: Value, found: Match) -> bool:
     )
 
 
-def _emit(scope: _Scope, found: Match, pairs: list[_Pair], value: Value, reasons: tuple[str, ...]) -> Value:
+def _emit(
+    scope: _Scope, found: Match, pairs: list[_Pair], value: Value, reasons: tuple[str, ...], name: str
+) -> Value:
     far = pairs[0]
     floats = [far.query, far.key, value]
     for local in pairs[1:]:
         floats += [scope.times(local.query, local.scale), local.key]
     inputs = [_with_heads(each, found.alibi) for each in floats]
-    inputs += [_of_batch(scope[found.operands[role]], far.query) for role in found.mask.operands]
+    read = {role: _of_batch(scope[found.operands[role]], far.query) for role in found.mask.operands}
     attention = Attention(
         found.mask,
         far.scale,
@@ -189,15 +193,50 @@ def _emit(scope: _Scope, found: Match, pairs: list[_Pair], value: Value, reasons
         found.alibi,
         replace(found.range, proof=reasons),
     )
+    if "prefix" in found.operands and not found.mask.causal:
+        inside = _of_batch(_before(scope[found.operands["prefix"]], value.shape[-2]), far.query)
+        return _split(inside, found, attention, inputs, read, name)
+    return _node(scope.builder, found, attention, [*inputs, *read.values()])
+
+
+def _node(
+    builder: Builder, found: Match, attention: Attention, inputs: list[Value], name: str = "_attention"
+) -> Value:
     if not found.coefficients:
-        return scope.builder.emit("attention", inputs, attention.attributes("attention"))
+        return builder.emit("attention", inputs, attention.attributes("attention"), name=name)
     own = replace(
         attention,
         range=Range(),
         polynomial=Polynomial(OWN, found.coefficients, eps=0.0, eps_prime=0.0),
         verdict=Verdict("polynomial", "exact: the model's own polynomial"),
     )
-    return scope.builder.emit("poly_attention", inputs, own.attributes("poly_attention"), name="_attention")
+    return builder.emit("poly_attention", inputs, own.attributes("poly_attention"), name=name)
+
+
+def _before(length: Value, tokens: Dim) -> Value:
+    """bool [b, tokens]: which are among the first `length`, int [b]."""
+    place = length.builder.emit("arange", (), {"stop": tokens})
+    return place < length.reshape((length.shape[0], Dim.of(1)))
+
+
+def _split(
+    inside: Value, found: Match, attention: Attention, inputs: list[Value], read: dict[str, Value], name: str
+) -> Value:
+    """An attention with a prefix, bool [b, n], by its queries: one of the prefix sees all of it and nothing else, and
+    one after it, which has the whole prefix in its past, sees its past.
+    """
+    build, stem = inside.builder, "_attention" if name.startswith("_") else name
+    shown = inside
+    if "padding" in read:
+        hidden = build.emit("constant", (), {"value": False})
+        shown = build.emit("where", (inside, read["padding"], hidden))
+    mask = found.mask & Mask(operands=("padding",))
+    whole = [*inputs, *({**read, "padding": shown}[role] for role in mask.operands)]
+    among = _node(build, found, replace(attention, mask=mask), whole, f"{stem}_prefix")
+    mask = replace(found.mask, causal=True)
+    after = _node(build, found, replace(attention, mask=mask), [*inputs, *read.values()], f"{stem}_past")
+    rows = inside.reshape((inside.shape[0], Dim.of(1), inside.shape[1], Dim.of(1)))
+    return build.emit("where", (rows, among, after))
 
 
 class _Scope:

@@ -175,7 +175,7 @@ class Attention:
         """The value of a node; KeyError for another operation."""
         roles = _tuple(node["roles"])
         found = Attention(
-            Mask(bool(node["causal"]), _whole(node.get("window")), tuple(r for r in roles if r in OPERANDS)),
+            Mask(bool(node["causal"]), _whole(node.get("window")), tuple(r for r in OPERANDS if r in roles)),
             float(str(node["scale"])),
             _whole(node["near"]),
             "near_q" in roles,

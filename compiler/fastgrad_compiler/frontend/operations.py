@@ -13,7 +13,7 @@ Surface of each operation (docs/language.md lists the same); `;` or `,` may stan
     where(condition, a, b)
     sum mean max min of (x, axis = -1, keepdim = false): an axis, a tuple of axes, all by default
     softmax(x, axis = -1)  layer_norm(x, w, b, eps = 1e-5)  rms_norm(x, w, eps = 1e-6)  unit(x)
-    causal(s)  window(s, width)  padding(s, mask)  documents(s, ids)  assume_bound(s, bound)
+    causal(s)  window(s, width)  padding(s, mask)  documents(s, ids)  prefix(s, length)  assume_bound(s, bound)
     near_far(local, far; block = w)  polynomial(s; coefficients = (1.0, 1.0, 0.5))  normalize_rows(weights)
     rotary(x, base = 10000.0)  sinusoid(n, d)  alibi(s, heads)  dropout(x, p)  cross_entropy(logits, targets)
     mse(a, b)

@@ -26,8 +26,9 @@ def _masked(site: Site) -> Type:
         return found
     want_rank(site, 0, 3)
     operand = want_dtype(site, 1, mask.operand.dtype, help_=mask.operand.help)
-    want_rank(site, 1, 2, 2)
-    for own, other in ((0, 0), (-1, 1)):
+    axes = ((0, 0), (-1, 1)) if mask.operand.tokens else ((0, 0),)
+    want_rank(site, 1, len(axes), len(axes))
+    for own, other in axes:
         text = f"{site.op} of scores {show(found.shape)} by {mask.operand.phrase} of {show(operand.shape)}"
         want_equal(site, (0, own), (1, other), text)
     return found

@@ -332,6 +332,10 @@ def _evaluated(case: Case, polynomial: Polynomial) -> Evaluated:
     return double if rules or (missed and not case.caps.missed(polynomial, double.rounding)) else single
 
 
+# Who chooses among them asks different questions, so there is no one rule. The search takes the first that meets the
+# caps, and compares costs of degrees. A pinned degree has no other one to make room for rounding: float64 also where
+# rounding rules its error. Advice prices a degree as it is, in float64 where only that meets the limits.
+# Calibration and report choose nothing here: they list both where rounding matters, and times decide, or the reader.
 PRECISIONS = ("float32", "float64")
 
 

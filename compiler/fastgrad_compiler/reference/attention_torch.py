@@ -35,32 +35,31 @@ def _distance(n: int, m: int, device: torch.device) -> Tensor:
     return torch.arange(n, device=device)[:, None] - torch.arange(m, device=device)
 
 
-def near_mask(n: int, m: int, block: int, device: torch.device) -> Tensor:
-    """True where |floor(i / block) - floor(j / block)| <= 1."""
-    rows, columns = (torch.arange(size, device=device) // block for size in (n, m))
-    return (rows[:, None] - columns).abs() <= 1
+def near_mask(rows: Tensor, m: int, block: int) -> Tensor:
+    """True where |floor(i / block) - floor(j / block)| <= 1, for queries i of `rows` and keys j of m."""
+    columns = torch.arange(m, device=rows.device)
+    return (rows[:, None] // block - columns // block).abs() <= 1
 
 
 def visible_pairs(
-    mask: Mask, operands: Mapping[str, Tensor], n: int, m: int, device: torch.device, rank: int = 4
+    mask: Mask, operands: Mapping[str, Tensor], n: int, m: int, rows: Tensor, rank: int = 4
 ) -> Tensor:
-    """True where a mask lets query i of n see key j of m: bool, broadcast to scores [b, .., n, m] of that rank.
+    """True where a mask lets queries `rows` of n see key j of m: bool, broadcast to scores [b, .., rows, m].
 
-    operands: what the mask reads, by role.
+    operands: what the mask reads, by role; rank: of the scores.
     """
-    ranges = Sight(mask.causal, mask.window or 0).ranges(n, m, operands.get("documents"), device)
-    seen = ~ranges.hidden((0, n), (0, m))
+    ranges = Sight(mask.causal, mask.window or 0).ranges(n, m, operands.get("documents"), rows.device)
+    seen = ~ranges.hidden_from(rows.expand(ranges.first.shape[0], -1))
     if mask.padding:
         seen = seen & operands["padding"][:, None]
-    return seen.reshape(*seen.shape[:1], *[1] * (rank - 3), n, m) if rank > 2 else seen[0]
+    return seen.reshape(*seen.shape[:1], *[1] * (rank - 3), *seen.shape[1:]) if rank > 2 else seen[0]
 
 
-def near_pairs(attention: Attention, tensors: Mapping[str, Tensor]) -> Tensor:
-    """True for near pairs, [n, m]; tensors by role."""
-    n, m, device = tensors["q"].shape[-2], tensors["k"].shape[-2], tensors["q"].device
+def near_pairs(attention: Attention, rows: Tensor, m: int) -> Tensor:
+    """True for near pairs of the queries `rows`, [rows, m]."""
     if attention.near is None:
-        return torch.zeros(n, m, dtype=torch.bool, device=device)
-    return near_mask(n, m, attention.near, device)
+        return torch.zeros(len(rows), m, dtype=torch.bool, device=rows.device)
+    return near_mask(rows, m, attention.near)
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,9 @@ class _Scores:
         far = attention.scale * (given["q"] @ given["k"].mT)
         local = given["near_q"] @ given["near_k"].mT if attention.own_near else far
         n, m = far.shape[-2:]
-        seen = visible_pairs(attention.mask, given, n, m, far.device)
-        return _Scores(attention, given, far, local, near_pairs(attention, given), seen)
+        rows = torch.arange(n, device=far.device)
+        seen = visible_pairs(attention.mask, given, n, m, rows)
+        return _Scores(attention, given, far, local, near_pairs(attention, rows, m), seen)
 
 
 _SHARED = ("k", "v", "near_k")

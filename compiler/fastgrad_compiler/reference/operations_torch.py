@@ -191,7 +191,16 @@ def _masked(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     mask = Mask.of(node)
     given = dict(zip(mask.operands, operands, strict=True))
     n, m = scores.shape[-2:]
-    seen = visible_pairs(mask, given, n, m, scores.device, scores.dim())
+    seen = visible_pairs(mask, given, n, m, torch.arange(n, device=scores.device), scores.dim())
+    return scores.masked_fill(~seen, number(node.get("fill", float("-inf"))))
+
+
+def _prefix(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
+    """No attention has this mask: it is here for scores of every other use."""
+    scores, lengths = inputs
+    n, device = scores.shape[-1], scores.device
+    early = torch.arange(n, device=device) < lengths.reshape(-1, *[1] * (scores.dim() - 1))
+    seen = early | visible_pairs(Mask(causal=True), {}, n, n, torch.arange(n, device=device), scores.dim())
     return scores.masked_fill(~seen, number(node.get("fill", float("-inf"))))
 
 
@@ -210,9 +219,9 @@ def _normalize_rows(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
 
 def _near_far(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     local, far = inputs
-    return torch.where(
-        near_mask(local.shape[-2], local.shape[-1], integer(node["block"]), local.device), local, far
-    )
+    n, m = local.shape[-2:]
+    near = near_mask(torch.arange(n, device=local.device), m, integer(node["block"]))
+    return torch.where(near, local, far)
 
 
 # ---------------------------------------------------------------- the table
@@ -282,6 +291,7 @@ TORCH: dict[str, Rule] = {
     "rms_norm": _rms_norm,
     "unit": _unit,
     **dict.fromkeys(MASKS, _masked),
+    "prefix": _prefix,
     "near_far": _near_far,
     "polynomial": _polynomial,
     "normalize_rows": _normalize_rows,

@@ -79,6 +79,12 @@ def documents(ids: Array, rank: int) -> Array:
     return np.asarray(same).reshape(batch, *[1] * (rank - 3), length, length)
 
 
+def prefix(lengths: Array, rank: int, n: int) -> Array:
+    """True where the key is not later than the query, or before the length of int[b]: [b, 1, .., n, n]."""
+    early = np.arange(n) < lengths.reshape(-1, *[1] * (rank - 1))
+    return np.asarray(causal(n, n) | early)
+
+
 def alibi(scores: Array) -> Array:
     """What `alibi` adds to scores [.., h, n, m], [h, n, m]: -2^(-8 (i + 1) / h) |query - key| for head i."""
     heads, n, m = scores.shape[-3:]

@@ -394,6 +394,7 @@ MEANING: dict[str, Rule] = {
     ),
     "padding": _masked(lambda node, given: pairs.padding(given[1], given[0].ndim)),
     "documents": _masked(lambda node, given: pairs.documents(given[1], given[0].ndim)),
+    "prefix": _masked(lambda node, given: pairs.prefix(given[1], given[0].ndim, given[0].shape[-1])),
     "near_far": _near_far,
     "polynomial": _polynomial,
     "normalize_rows": _normalize_rows,

@@ -442,6 +442,7 @@ FILES = (
     "exact_attention.py",
     "operation.py",
     "selection.py",
+    "sight.py",
 )  # what decides how the operation behaves: this file and those that it imports, and so on
 OPERATION = register_attention(
     content_name("exact_attention", (read_beside(__spec__, file) for file in FILES)),

@@ -172,6 +172,13 @@ def apply_documents(scores: Tensor, ids: Tensor, fill: float = -math.inf) -> Ten
     return scores.masked_fill(~document_mask(ids, scores.ndim), fill)
 
 
+def apply_prefix(scores: Tensor, length: Tensor, fill: float = -math.inf) -> Tensor:
+    """Scores of later keys from `length` on become `fill`; scores [b, .., n, n], length int [b]."""
+    n = scores.shape[-1]
+    early = torch.arange(n, device=scores.device) < length.view(-1, *(1,) * (scores.ndim - 1))
+    return scores.masked_fill(~(early | _lower(n, n, scores.device)), fill)
+
+
 def apply_near_far(local: Tensor, far: Tensor, block: int) -> Tensor:
     """`local` where the blocks of `block` tokens of query and key are the same or touch, `far` elsewhere."""
     n, m = local.shape[-2:]

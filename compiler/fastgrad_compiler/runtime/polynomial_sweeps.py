@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from .attention_op import Floats
-from .polynomial_features import Features, add_tokens, far_decay, load_cotangent, store_output, store_tokens
+from .polynomial_features import (
+    Features,
+    add_tokens,
+    far_decay,
+    load_cotangent,
+    store_output,
+    store_tokens,
+)
 from .polynomial_pairs import (
     Window,
     load_maximum,
