@@ -43,7 +43,8 @@ SPEC, LOCK = "spec", ".lock"
 _FILES = (CHECKPOINT, WEIGHTS, LOG)  # in the order in which a run that is replaced is removed
 _TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, _FILES))}|{MODEL})\.\w+\.(tmp|new|old)")
 """What `write_atomically` and `write_build` leave where they are killed; they remove it the next time."""
-_LOCK_TEXT = re.compile(rb"process \d+ on [^\n]*\n")
+_LOCK_TEXT = re.compile(rb"(p|pr|pro|proc|proce|proces|process|process \d*( (o|on|on [^\n]*\n?)?)?)?")
+"""The text of a lock, or as much of it as a process wrote before it was killed or the disk was full."""
 _LOCK_BYTES = 1000  # of a lock's text, and more
 
 
@@ -97,7 +98,7 @@ def _check_lock(path: Path) -> None:
         raise OSError(EEXIST, f"{path} is not a regular file", str(path))
     with path.open("rb") as stream:
         content = stream.read(_LOCK_BYTES)
-    if content and not _LOCK_TEXT.fullmatch(content):
+    if not _LOCK_TEXT.fullmatch(content):
         raise OSError(EEXIST, f"{path} is not the lock of a run", str(path))
 
 

@@ -86,9 +86,9 @@ def _sliced(graph: Graph) -> int:
 
 
 def _batches(types: Sequence[TensorType]) -> frozenset[str]:
-    """The dims that only count batches: they stand first in tensors of more than one dimension, and nowhere else."""
+    """The dims that only count batches: first in tensors of more than one dimension, or alone (a length for each)."""
     first = {name for type_ in types if len(type_.shape) > 1 for name in type_.shape[0].names}
-    other = {name for type_ in types for dim in type_.shape[len(type_.shape) > 1 :] for name in dim.names}
+    other = {name for type_ in types for dim in type_.shape[1:] for name in dim.names}
     return frozenset(first - other)
 
 
