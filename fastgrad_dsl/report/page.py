@@ -21,7 +21,6 @@ from fastgrad_grammar import quote
 
 if TYPE_CHECKING:
     from jinja2 import Template
-    from markupsafe import Markup
 
 FEW_HEADS = 16  # rows of heads that are shown from the start
 FOLDER = Path(__file__).parent
@@ -93,8 +92,6 @@ def _template() -> Template:
 
 def _path(text: str) -> Markup:
     """A path, whose line may be broken after a dot or an underscore."""
-    from markupsafe import Markup
-
     return quote.html(text).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>"))
 
 
