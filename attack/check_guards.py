@@ -119,10 +119,10 @@ class _Attack:
         """What docs/guards.md says of a guarded attention under the policy."""
         call = _call(node, given)
         self.calls[node.name] = (node, call)
+        if self.policy == "clamp":  # in every call, whatever its logits are
+            return _value(node, [_clamped(node, given), *given[1:]], env)
         if not _beyond(node, call):
             return _value(node, given, env)
-        if self.policy == "clamp":
-            return _value(node, [_clamped(node, given), *given[1:]], env)
         if self.policy == "exact":
             self.uncertain |= not _promised(node, call)
             attributes: dict[str, Any] = {"window": None, "alibi": False, "decision": "exact"}
