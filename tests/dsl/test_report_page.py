@@ -338,7 +338,9 @@ def test_a_hostile_document_makes_no_element(name: str, attack: str) -> None:
     page = render_html(hostile(found, attack))
     page.encode()
     drawn, expected = Counter(Elements(page).found), Counter(Elements(render_html(found)).found)
-    assert {name for name, *_ in drawn - expected} <= {"wbr"}  # a longer path has more places to break it
+    assert set(drawn - expected) <= {
+        ("wbr",)
+    }  # without attributes: a longer path has more places to break it
     assert {name for name, *_ in expected - drawn} <= {"text"}  # a plot leaves out a name that finds no room
 
 
