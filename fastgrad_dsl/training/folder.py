@@ -70,9 +70,8 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
                 _check_free(folder)
             _clean(folder)
             if not resume:
-                for (
-                    name
-                ) in _FILES:  # the checkpoint first: what is left is not a run, and never a mixture of two
+                # the checkpoint first: what is left is not a run, and never a mixture of two
+                for name in _FILES:
                     (folder / name).unlink(missing_ok=True)
         yield
     finally:
