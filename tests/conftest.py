@@ -30,6 +30,9 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 assert "triton" not in sys.modules, "triton was imported before TRITON_INTERPRET could be set"
 os.environ["TRITON_INTERPRET"] = "1"
 
+# PyTorch refuses operations that return one tensor twice only under `CI`; elsewhere it warns.
+os.environ["TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"] = "1"
+
 # Kernels run as PyTorch does them unless a test asks for the fixture `native`: a build takes seconds.
 os.environ["FASTGRAD_NATIVE"] = "0"
 

@@ -98,9 +98,9 @@ def backward(
         backward_rows(rows, upstream, of_rows, _rows_of(gradients, inputs, place))
     if inputs.mask is not None:
         gradients.v.masked_fill_(~inputs.mask[:, None, :, None], 0.0)
-    none = inputs.q.new_empty((0,))
     return tuple(
-        none if g is None or x is None else g.to(x.dtype) for g, x in zip(gradients, kept, strict=True)
+        inputs.q.new_empty((0,)) if g is None or x is None else g.to(x.dtype)
+        for g, x in zip(gradients, kept, strict=True)
     )
 
 
