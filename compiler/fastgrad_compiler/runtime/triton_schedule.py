@@ -217,15 +217,15 @@ def dense_pairs(shape: Shape, chunk: int, tiles: Tiles, of_keys: bool = False) -
 def _visited(shape: Shape, start: int, chunk: int, own: int, other: int, tiles: Tiles, of_keys: bool) -> int:
     """Pairs of the tiles of one chunk, which begins at token `start`."""
     limit = min(start + chunk, own)
-    pairs = 0
-    for first in range(start, limit, tiles.rows):
-        low, high = max(0, start - shape.near), min(start + chunk + shape.near, other)
-        if shape.causal and of_keys:
-            low = first
-        elif shape.causal:
-            high = min(first + tiles.rows, limit)
-        pairs += tiles.rows * tiles.keys * math.ceil(max(0, high - low) / tiles.keys)
-    return pairs
+    low, high = max(0, start - shape.near), min(start + chunk + shape.near, other)
+    tokens = range(start, limit, tiles.rows)
+    if not shape.causal:
+        met = [high - low] * len(tokens)
+    elif of_keys:
+        met = [high - first for first in tokens]
+    else:
+        met = [min(first + tiles.rows, limit) - low for first in tokens]
+    return tiles.rows * tiles.keys * sum(-(-max(0, keys) // tiles.keys) for keys in met)
 
 
 def _repeats(shared: int, tiles: int, cache: int) -> int:
