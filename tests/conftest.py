@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,27 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("FASTGRAD_NATIVE", "1")
     monkeypatch.setenv("FASTGRAD_QUIET", "1")
     assert request.config.cache is not None
-    monkeypatch.setenv("FASTGRAD_CACHE", str(request.config.cache.mkdir("native")))
+    gcc = None if "CXX" in os.environ else shutil.which("g++")
+    quick = gcc is not None and request.node.get_closest_marker("slow") is None
+    cache = request.config.cache.mkdir("native-quick" if quick else "native")
+    monkeypatch.setenv("FASTGRAD_CACHE", str(cache))
+    if gcc is not None and quick:
+        monkeypatch.setenv("CXX", str(_quick_compiler(cache, gcc)))
+
+
+def _quick_compiler(folder: Path, gcc: str) -> Path:
+    """g++ that optimises the variant float64 less: those kernels are only compared with the dense reference.
+
+    Kernels of the other types, and all those of the slow set, are built as they are for users.
+    """
+    path = folder / "g++-quick"
+    text = f'#!/bin/sh\ncase " $* " in *FASTGRAD_VARIANT=1*) set -- "$@" -O1;; esac\nexec "{gcc}" "$@"\n'
+    if not path.exists() or path.read_text() != text:
+        made = path.with_name(f"{path.name}.{os.getpid()}")
+        made.write_text(text)
+        made.chmod(0o755)
+        made.replace(path)
+    return path
 
 
 @pytest.fixture

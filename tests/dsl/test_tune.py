@@ -19,7 +19,10 @@ from fastgrad_dsl.bench import tuning
 from fastgrad_dsl.bench.tuning import Shape, Work, neighbours, tune
 from fastgrad_dsl.commands.cli import main
 from fastgrad_dsl.commands.tune import Tuned, TuneRequest, print_choices, run_tune
+from tests.gpu import interpreter
 from tests.kernels.inputs import COEFFICIENTS
+
+interpreter.install()
 
 SPEC = """
 use std
@@ -135,10 +138,18 @@ def few(kernel: Any, config: Configuration) -> list[Configuration]:
     return [(rows, keys, features, warps, stages + 1), (rows, keys, features, 2 * warps, stages)]
 
 
+@pytest.fixture
+def two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first and the last kernel of a search, of each pass one: each trial interprets both passes."""
+    monkeypatch.setattr(tuning, "neighbours", few)
+    ends = property(lambda search: (*search.table,)[:: len(search.table) - 1])
+    monkeypatch.setattr(tuning._Search, "kernels", ends)
+
+
+@pytest.mark.usefixtures("two_kernels")
 def test_the_fastest_is_kept_and_launched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tuning, "neighbours", few)
     monkeypatch.setattr(tuning, "ROUNDS", 2)
     file = tmp_path / "tiny.tfg"
     file.write_text(SPEC)
@@ -164,8 +175,8 @@ def test_the_fastest_is_kept_and_launched(
         assert launches.row(choice.kernel) == choice.table
 
 
+@pytest.mark.usefixtures("two_kernels")
 def test_a_candidate_with_other_results_or_none_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "neighbours", few)
     monkeypatch.setattr(tuning, "ROUNDS", 1)
     forward = tuning._Trial.forward
 
@@ -189,6 +200,8 @@ def test_noise_is_no_gain(gain: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "neighbours", few)
     monkeypatch.setattr(tuning, "ROUNDS", 1)
     search = tuning._Search(SHAPE, WORK, lambda run: 0.0)
+    passes = search._run({})
+    monkeypatch.setattr(search, "_run", lambda trial: passes)
     seconds = iter((1.0, 1.0, 1 - gain))
     monkeypatch.setattr(search, "timer", lambda run: next(seconds))
     choice = search.best(search.kernels[0])

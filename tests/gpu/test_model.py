@@ -45,8 +45,8 @@ class Flops:
     [
         (KernelSpec(16, 20, COEFFICIENTS[2], causal=True), 2, None, False),
         (KernelSpec(8, 16, COEFFICIENTS[3]), 1, 192, False),
-        (KernelSpec(20, 16, COEFFICIENTS[2], causal=True, near=32, near_d=20), 1, None, False),
-        (KernelSpec(8, 16, COEFFICIENTS[2], near=16), 2, None, False),
+        (KernelSpec(8, 16, COEFFICIENTS[2], causal=True, near=32, near_d=20), 1, None, False),
+        (KernelSpec(8, 16, COEFFICIENTS[2], near=16), 1, None, False),
         (KernelSpec(8, 32, COEFFICIENTS[2], causal=True), 2, None, True),
     ],
     ids=["causal", "cross", "near", "near without a mask", "fused"],

@@ -74,12 +74,13 @@ with warnings.catch_warnings(record=True) as caught:
         for options in ({{}}, {{"causal": True}}):
             for a, b in zip(run("torch", dtype, **options), run("auto", dtype, **options), strict=True):
                 assert torch.equal(a, b)
-    fg.compile(sys.argv[1], params={{"depth": 1}}).module()(torch.ones(1, 700, dtype=torch.long))
+    if len(sys.argv) > 1:
+        fg.compile(sys.argv[1], params={{"depth": 1}}).module()(torch.ones(1, 700, dtype=torch.long))
 print(*(f"{{issubclass(w.category, RuntimeWarning)}} {{w.message}}" for w in caught), sep="\\n")
 """
-    example = str(Path(__file__).parents[2] / "examples" / "gpt.tfg")
+    example = [str(Path(__file__).parents[2] / "examples" / "gpt.tfg")] if found == "nothing" else []
     told = (
-        builder.run(code, example, environment=environments[found], with_torch=True)
+        builder.run(code, *example, environment=environments[found], with_torch=True)
         .stdout.strip()
         .splitlines()
     )
