@@ -206,6 +206,11 @@ TRUE_RANGES = {
     ),
     "what a factor leaves hidden": ("%a = causal(%s)\n%b = mul(%a, %two)\n%c = neg(%b)\n"
                                     "%y = clamp(%c, high = 10.0, low = -10.0)", (-2.0, 10.0)),
+    "asserted of scores of which nothing else is known": (
+        "%f = matmul(%x, %kt)\n%a = causal(%f)\n%b = assume_bound(%a, bound = 1.0)\n%y = exp(%b)", (0.0, 2.71)),
+    "asserted of what a rule knows nothing of": (
+        "%a = causal(%s)\n%b = mul(%a, %s)\n%c = softplus(%b)\n%d = log(%c)\n%e = assume_bound(%d, bound = 1.0)\n"
+        "%y = exp(%e)", (0.0, 2.71)),
     "two that are hidden": ("%a = causal(%s)\n%b = mul(%a, %a)\n%y = clamp(%b, high = 10.0, low = 0.0)", (0.0, 10.0)),
     "ints of 64 bits are not all floats": (
         "%a = constant(value = 9007199254740993)\n%b = constant(value = 9007199254740992)\n%y = sub(%a, %b)",

@@ -50,9 +50,9 @@ class Fact:
         return Bound(self.low, self.high, norm, proof=self.proof)
 
 
-def unknown(rank: int) -> Fact:
-    """Nothing is known of a tensor of this rank."""
-    return Fact(-inf, inf, (inf,) * rank)
+def unknown(rank: int, masked: bool = False) -> Fact:
+    """Nothing is known of a tensor of this rank; masked: a mask may hide entries of it."""
+    return Fact(-inf, inf, (inf,) * rank, masked)
 
 
 def interval(low: float, high: float, rank: int) -> Fact:

@@ -182,7 +182,7 @@ class _Analysis:
             if after == carried:
                 return carried
             carried = tuple(map(widen, carried, after)) if iteration >= _ITERATIONS else after
-        carried = tuple(unknown(len(fact.norms)) for fact in carried)
+        carried = tuple(unknown(len(fact.norms), fact.masked) for fact in carried)
         self._bodies(node, carried, invariants)
         return carried
 
@@ -228,7 +228,7 @@ def _bare(node: Node, inputs: tuple[Fact, ...], shapes: Sequence[tuple[Dim, ...]
     """What the rule says, without proof."""
     shape = node.tensor.shape
     fact = tighten(replace(BOUND[node.op](Step(node, inputs, tuple(shapes))), proof=()), shape)
-    return fact if fact.known else unknown(len(shape))
+    return fact if fact.known else unknown(len(shape), fact.masked)
 
 
 def _premises(

@@ -230,11 +230,12 @@ def _guarded(op: str, rule: Rule) -> Rule:
     """The rule, for inputs that a mask hides in part and for ints that may leave 64 bits."""
 
     def guarded(step: Step) -> Fact:
-        if op not in MASK_AWARE and any(fact.masked for fact in step.facts):
-            return unknown(step.rank)
-        fact = rule(step)
+        masked = any(fact.masked for fact in step.facts)
+        fact = unknown(step.rank) if masked and op not in MASK_AWARE else rule(step)
         whole = op in _WRAPPING and step.node.tensor.dtype == "int"
-        return unknown(step.rank) if whole and not -_LIMIT <= fact.low <= fact.high < _LIMIT else fact
+        if fact.known and not (whole and not -_LIMIT <= fact.low <= fact.high < _LIMIT):
+            return fact
+        return unknown(step.rank, fact.masked or masked)
 
     return guarded
 
