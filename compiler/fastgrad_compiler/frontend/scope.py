@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from fastgrad_compiler.frontend.builder import Builder
 from fastgrad_compiler.frontend.modules import Module
+from fastgrad_compiler.frontend.reporter import Reporter
 from fastgrad_compiler.frontend.values import Origin, Tensor, Value
 from fastgrad_grammar import ast
 from fastgrad_grammar.source import Span
+
+if TYPE_CHECKING:
+    from fastgrad_compiler.frontend.state import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,32 +52,33 @@ class Hidden:
 class Scope:
     """The names of one block instance (or, with `builder` None, of a file's own declarations)."""
 
+    state: State
     module: Module
-    multiples: Mapping[str, int]
     builder: Builder | None = None
     names: dict[str, Binding] = field(default_factory=dict)
     hidden: dict[str, Hidden] = field(default_factory=dict)
     in_repeat: bool = False
     captured: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def report(self) -> Reporter:
+        """Where to say what is wrong."""
+        return self.state.report
+
+    @property
+    def file(self) -> Scope:
+        """That of the file, as far as it has been read."""
+        return self.state.file_scopes[self.module]
+
     def inner(self, builder: Builder) -> Scope:
         """The scope of a repeat's body: tensors from outside become inputs when they are read."""
         names = {
-            name: Binding(Outer(binding.value), binding.span, binding.kind, binding.origin)
+            name: replace(binding, value=Outer(binding.value))
             if isinstance(binding.value, Tensor)
-            else Binding(binding.value, binding.span, binding.kind, binding.origin)
-            for name, binding in self.resolved()
-        }
-        return Scope(self.module, self.multiples, builder, names, dict(self.hidden), True)
-
-    def resolved(self) -> list[tuple[str, Binding]]:
-        """All bindings, those from around a repeat as the tensors they are there."""
-        return [
-            (name, Binding(binding.value.tensor, binding.span, binding.kind, binding.origin))
-            if isinstance(binding.value, Outer)
-            else (name, binding)
+            else binding
             for name, binding in self.names.items()
-        ]
+        }
+        return Scope(self.state, self.module, builder, names, dict(self.hidden), True)
 
     def tensor_names(self) -> list[str]:
         """The names that are tensors now."""
