@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastgrad_grammar.diagnostics import either
 from fastgrad_grammar.layout import ITEM_KEYWORDS, OPERATORS, STATEMENT_KEYWORDS
 
 _VALUE_STARTS = frozenset({"NAME", "INT", "LPAR"})
@@ -57,14 +58,10 @@ def describe_expected(accepted: frozenset[str]) -> str:
     if "NAME" in left:
         left -= _SELDOM
     left -= {"TRANSPOSE", "DOT", "FLOAT"}
-    words = [_word(kind) for kind in sorted(left, key=_order)] + words
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def _word(kind: str) -> str:
-    if kind in _WORDS:
-        return _WORDS[kind]
-    return f"`{_SYMBOLS.get(kind, kind.lower())}`"
+    words = [
+        _WORDS.get(kind, f"`{_SYMBOLS.get(kind, kind.lower())}`") for kind in sorted(left, key=_order)
+    ] + words
+    return either(words)
 
 
 def _order(kind: str) -> tuple[bool, str]:

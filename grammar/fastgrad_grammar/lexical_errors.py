@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from fastgrad_grammar.diagnostics import Diagnostic
+from fastgrad_grammar.diagnostics import Diagnostic, short
 from fastgrad_grammar.source import Source, Span
 
 _BAD_NUMBER = re.compile(r"\d[\w.]*")
@@ -92,7 +92,7 @@ def _number(source: Source, offset: int) -> tuple[Diagnostic, int]:
     span = Span(source, offset, end)
     return Diagnostic(
         "FG120",
-        f"malformed number `{_short(span.text)}`",
+        f"malformed number `{short(span.text)}`",
         span,
         help=("numbers look like 64, 65_536, 0.5 or 1e-3",),
     ), end
@@ -117,11 +117,7 @@ def _name(source: Source, offset: int) -> tuple[Diagnostic, int]:
     odd = next((char for char in span.text if not char.isascii()), source.text[offset])
     return Diagnostic(
         "FG104",
-        f"unexpected character {_describe(odd)} in `{_short(span.text)}`",
+        f"unexpected character {_describe(odd)} in `{short(span.text)}`",
         span,
         help=("names are made of the letters a to z and A to Z, digits and `_`",),
     ), end
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import lark
 
-from fastgrad_grammar.diagnostics import Diagnostic, Note, nearest
+from fastgrad_grammar.diagnostics import Diagnostic, Note, nearest, short
 from fastgrad_grammar.expected import describe_expected
 from fastgrad_grammar.layout import ITEM_KEYWORDS, OPERATORS, STATEMENT_KEYWORDS, Layout
 from fastgrad_grammar.source import Span
@@ -372,7 +372,7 @@ def _misspelt_keyword(case: Situation) -> Diagnostic | None:
         return None
     return Diagnostic(
         "FG101",
-        f"unexpected `{_shorten(token)}`",
+        f"unexpected `{short(token)}`",
         case.layout.span(token),
         "not a keyword",
         help=(f"did you mean {near}?",),
@@ -424,8 +424,4 @@ def _describe_found(case: Situation) -> str:
         return "end of file"
     if token.type in KEYWORDS:
         return f"keyword `{token}`"
-    return f"string {_shorten(token)}" if token.type == "STRING" else f"`{_shorten(token)}`"
-
-
-def _shorten(token: str) -> str:
-    return token if len(token) <= 40 else f"{token[:37]}..."
+    return f"string {short(token)}" if token.type == "STRING" else f"`{short(token)}`"

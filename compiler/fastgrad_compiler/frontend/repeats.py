@@ -145,7 +145,7 @@ def _join(scope: Scope, statement: ast.Repeat, bodies: list[_Body], count: int) 
         carried=len(carried),
     )
     for name, result in zip(carried, results, strict=True):
-        bind(scope, ast.Name(name, scope.names[name].span), result)
+        bind(scope, ast.Name(scope.names[name].span, name), result)
 
 
 def _run(

@@ -143,6 +143,6 @@ def mentions(node: object, name: str) -> bool:
             return True
         if isinstance(piece, tuple):
             pending.extend(piece)
-        elif hasattr(piece, "__dataclass_fields__") and not isinstance(piece, Span):
-            pending.extend(getattr(piece, part) for part in piece.__dataclass_fields__ if part != "span")
+        elif isinstance(piece, ast.Node):
+            pending.extend(vars(piece).values())
     return False
