@@ -164,6 +164,9 @@ class _LayoutBuilder:
             end = tokens[-1].end_pos or 0
             tokens.append(_token("_NL", end, end, ""))
 
+    def _last_end(self) -> int:
+        return (self.layout.tokens[-1].end_pos or 0) if self.layout.tokens else 0
+
     def _emit_broken(self, token: lark.Token, diagnostic: Diagnostic) -> None:
         self._emit(_token(BROKEN, token.start_pos or 0, token.end_pos or 0, self.layout.source.text))
         self.layout.broken[len(self.layout.tokens) - 1] = diagnostic
@@ -192,7 +195,7 @@ class _LayoutBuilder:
         if not self._in_parentheses():
             return
         self.layout.diagnostics.append(self._unclosed(self.open[-1], token))
-        place = (self.layout.tokens[-1].end_pos or 0) if self.layout.tokens else 0
+        place = self._last_end()
         while self._in_parentheses():
             self.layout.tokens.append(_token(_CLOSERS[self.open.pop().type], place, place, ""))
         self.line_ended = token.type not in ("LBRACE", "ARROW")
@@ -207,7 +210,7 @@ class _LayoutBuilder:
         """Report the brace that is not closed, and close all that are open: parsing continues after them."""
         opening = self.suspect if self.suspect is not None else self.open[-1]
         self.layout.diagnostics.append(self._unclosed(opening, token))
-        place = (self.layout.tokens[-1].end_pos or 0) if self.layout.tokens else 0
+        place = self._last_end()
         while self.open:
             self.open.pop()
             self.missing_braces -= 1
@@ -245,24 +248,21 @@ class _LayoutBuilder:
 
     def _unclosed(self, opening: lark.Token, found: lark.Token | None) -> Diagnostic:
         bracket, closing = _TEXT[opening.type], _TEXT[_CLOSERS[opening.type]]
-        notes: tuple[Note, ...] = ()
+        note = Note("the file ends before it is closed")
         if found is not None and found.type != "$END":
-            notes = (Note(f"`{closing}` is missing before this", self.layout.span(found)),)
-        else:
-            notes = (Note("the file ends before it is closed"),)
+            note = Note(f"`{closing}` is missing before this", self.layout.span(found))
         return Diagnostic(
             "FG102",
             f"`{bracket}` is never closed",
             self.layout.span(opening),
             "opened here",
-            notes,
+            (note,),
             (f"add the missing `{closing}`",),
         )
 
     def _unmatched(self, token: lark.Token) -> Diagnostic:
-        notes: tuple[Note, ...] = ()
-        if self.open:
-            notes = (Note("the innermost open bracket", self.layout.span(self.open[-1])),)
+        innermost = self.open[-1:]
+        notes = tuple(Note("the innermost open bracket", self.layout.span(each)) for each in innermost)
         return Diagnostic(
             "FG103",
             f"`{token}` closes nothing",

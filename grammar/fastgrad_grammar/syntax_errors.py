@@ -187,15 +187,14 @@ def _operator_help(first: lark.Token, second: lark.Token, target: str) -> str | 
 
 def _number_and_point(case: Situation) -> Diagnostic | None:
     """`1.` and `.5`."""
-    before, after = case.near(-1), case.near(1)
     if case.token.type != "DOT":
         return None
-    if after is not None and after.type == "INT" and after.start_pos == case.token.end_pos:
-        span = case.span.to(case.layout.span(after))
-        return Diagnostic("FG120", f"malformed number `{span.text}`", span, help=(f"write 0{span.text}",))
-    if before is not None and before.type == "INT" and before.end_pos == case.token.start_pos:
-        span = case.layout.span(before).to(case.span)
-        return Diagnostic("FG120", f"malformed number `{span.text}`", span, help=(f"write {span.text}0",))
+    for first, zero in ((case.index, "0{}"), (case.index - 1, "{}0")):
+        pair = case.layout.tokens[max(first, 0) : first + 2]
+        if len(pair) == 2 and "INT" in (pair[0].type, pair[1].type) and pair[0].end_pos == pair[1].start_pos:
+            span = case.layout.span(pair[0]).to(case.layout.span(pair[1]))
+            help_ = f"write {zero.format(span.text)}"
+            return Diagnostic("FG120", f"malformed number `{span.text}`", span, help=(help_,))
     return None
 
 
@@ -232,15 +231,7 @@ def _keyword_as_name(case: Situation) -> Diagnostic | None:
     stands_as_name = case.kind(1) in ("ASSIGN", "COLON", "COMMA", "RPAR", "LPAR", "AT_MOST", "IN") or (
         not {"INT", "STRING"} & case.accepted
     )
-    if not stands_as_name:
-        return None
-    return Diagnostic(
-        "FG107",
-        f"`{token}` is a keyword and cannot be a name",
-        case.span,
-        "expected a name",
-        help=(f"choose another name, such as {token}_",),
-    )
+    return _reserved(case, token) if stands_as_name else None
 
 
 def _keyword_statement_name(case: Situation) -> Diagnostic | None:
@@ -250,12 +241,16 @@ def _keyword_statement_name(case: Situation) -> Diagnostic | None:
         return None
     if case.token.type not in ("ASSIGN", "COLON", "AT_MOST") or "NAME" not in case.accepted:
         return None
+    return _reserved(case, before)
+
+
+def _reserved(case: Situation, token: lark.Token) -> Diagnostic:
     return Diagnostic(
         "FG107",
-        f"`{before}` is a keyword and cannot be a name",
-        case.layout.span(before),
+        f"`{token}` is a keyword and cannot be a name",
+        case.layout.span(token),
         "expected a name",
-        help=(f"choose another name, such as {before}_",),
+        help=(f"choose another name, such as {token}_",),
     )
 
 
@@ -272,8 +267,7 @@ def _equals(case: Situation) -> Diagnostic | None:
 def _missing_arrow(case: Situation) -> Diagnostic | None:
     if case.accepted != {"ARROW"}:
         return None
-    word = case.word(0) if case.token.type != "_NL" else ""
-    found = f", not `{word}`" if word else ""
+    found = f", not `{case.token}`" if case.token.type != "_NL" and case.token else ""
     return Diagnostic(
         "FG116",
         f"a `{case.layout.tokens[case.start]}` must say what it returns",
@@ -311,10 +305,7 @@ def _bare_expression(case: Situation) -> Diagnostic | None:
             "expected `(`",
             help=(f"write ({name}, ...) = f(x)",),
         )
-    if (
-        case.token.type not in ("LPAR", "DOT", "_NL", "LSQB", "TRANSPOSE")
-        and case.token.type not in OPERATORS
-    ):
+    if case.token.type not in OPERATORS | {"LPAR", "DOT", "_NL", "LSQB", "TRANSPOSE"}:
         return None
     return Diagnostic(
         "FG121",

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from fastgrad_compiler.ir.calls import callees, reachable, runs
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType
+from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType, integer
 
 _MAKING = frozenset({"arange", "fill", "one_hot", "sinusoid"})  # make a tensor from nothing but dims
 _MIXING = frozenset(
@@ -116,7 +116,7 @@ def is_counted(program: Program, graph: Graph, name: str) -> bool:
     """Whether ints are computed with, which are of 64 bits, and not only looked up or compared."""
     for user in graph.users[name]:
         places = [place for place, source in enumerate(user.inputs) if source == name]
-        if user.op == "call" or (user.op == "repeat" and min(places) >= int(str(user["carried"]))):
+        if user.op == "call" or (user.op == "repeat" and min(places) >= integer(user["carried"])):
             inner = [program[callee] for callee in callees(user)]
             if any(is_counted(program, each, each.inputs[place].name) for each in inner for place in places):
                 return True

@@ -15,7 +15,7 @@ from typing import TypeAlias
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.builder import Builder, Value
 from fastgrad_compiler.ir.calls import callees, graphs_with, runs
-from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type
+from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type, integer
 from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.passes.attention_backward import attention_backward
@@ -210,7 +210,7 @@ def _differentiate(derivation: Derivation, graph: Graph, name: str) -> Graph:
             pulled = _rule(node)(derivation, sums.of(node), forward[node.name], inputs)
             for x, g in zip(inputs, pulled, strict=True):
                 if g is not None and x.name in active:
-                    index = int(str(node["index"])) if node.op == "item" else 0
+                    index = integer(node["index"]) if node.op == "item" else 0
                     sums.add(x.name, index, g if node.op == "item" else g.fit(x.shape))
     return _finish(graph, name, sums, build)
 

@@ -21,7 +21,7 @@ from fastgrad_compiler.approximation.polynomial import Family
 from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention_table
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.calls import graphs_with, in_runs, iterations
-from fastgrad_compiler.ir.flatten import Indices, path_of
+from fastgrad_compiler.ir.flatten import ROOT, Place
 from fastgrad_compiler.ir.graph import Budget, Graph, Node, Program
 from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_compiler.ir.words import number
@@ -231,7 +231,7 @@ class _Specialiser:
 
     def program_of_decisions(self) -> Program:
         """The program whose nodes hold the decisions; variants stand after the graph they were made from."""
-        self.variant(self.program.main, (), ())
+        self.variant(self.program.main, ROOT)
         graphs: list[Graph] = []
         for graph in self.program.graphs:
             variants = self._variants.get(graph.name, {graph.nodes: graph.name})
@@ -241,31 +241,26 @@ class _Specialiser:
             )
         return self.program.with_graphs(graphs)
 
-    def variant(self, name: str, scope: tuple[str, ...], indices: Indices) -> str:
-        """The graph to run in place of `name` when called at `scope`."""
+    def variant(self, name: str, place: Place) -> str:
+        """The graph to run for `name` at a place."""
         if name not in self._touched:
             return name
         graph = self.program[name]
-        nodes = tuple(each for node in graph.nodes for each in self._nodes(graph, node, scope, indices))
+        nodes = tuple(each for node in graph.nodes for each in self._nodes(graph, node, place))
         variants = self._variants.setdefault(name, {})
         if nodes not in variants:
             variants[nodes] = self._names.take(name) if variants else name
         return variants[nodes]
 
-    def _nodes(self, graph: Graph, node: Node, scope: tuple[str, ...], indices: Indices) -> tuple[Node, ...]:
+    def _nodes(self, graph: Graph, node: Node, place: Place) -> tuple[Node, ...]:
         if node.op == "attention":
-            decisions = self.decisions[path_of(scope, node.name, indices)]
-            return applied(graph, node, decisions, self.program.multiples)
-        return (self._node(node, scope, indices),)
-
-    def _node(self, node: Node, scope: tuple[str, ...], indices: Indices) -> Node:
+            return applied(graph, node, self.decisions[place.path(node.name)], self.program.multiples)
         if node.op == "call":
-            inner = (*scope, str(node["label"]), *map(str, indices))
-            return node.with_attributes(graph=self.variant(str(node["graph"]), inner, ()))
+            return (node.with_attributes(graph=self.variant(str(node["graph"]), place.called(node))),)
         if node.op == "repeat":
-            names = [self.variant(body, scope, (*indices, index)) for index, body in iterations(node)]
-            return node.with_attributes(bodies=in_runs(names)) if names else node
-        return node
+            names = [self.variant(body, place.repeated(index)) for index, body in iterations(node)]
+            return (node.with_attributes(bodies=in_runs(names)) if names else node,)
+        return (node,)
 
 
 def _outside(node: Node) -> Node:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastgrad_compiler.attention.value import Mask
-from fastgrad_compiler.ir.graph import Attribute, Node
+from fastgrad_compiler.ir.graph import Attribute, Node, integer, number, sequence
 from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.reference.attention_torch import (
     alibi,
@@ -35,7 +35,7 @@ from fastgrad_compiler.reference.attention_torch import (
     softmax,
     visible_pairs,
 )
-from fastgrad_compiler.reference.torch_env import Env, Rule, integer, number, sequence
+from fastgrad_compiler.reference.torch_env import Env, Rule
 
 # ---------------------------------------------------------------- structure and shape
 

@@ -16,7 +16,7 @@ from fastgrad_compiler.analysis.bounds.facts import Fact, interval, join, root_s
 from fastgrad_compiler.analysis.bounds.outward import add_down, add_up, over_up, root_up, times_down, times_up
 from fastgrad_compiler.analysis.bounds.shapes import SHAPES
 from fastgrad_compiler.analysis.bounds.step import Rule, Step
-from fastgrad_compiler.ir.graph import Attribute
+from fastgrad_compiler.ir.graph import Attribute, integer, sequence
 from fastgrad_compiler.ir.masks import MASKS
 
 _ROOT_2 = root_up(2.0)
@@ -26,6 +26,11 @@ _WRAPPING = frozenset(["add", "sub", "mul", "neg", "abs", "sum"])  # on ints, wh
 
 def _nothing(step: Step) -> Fact:
     return unknown(step.rank)
+
+
+def _rows(step: Step, norm: float) -> tuple[float, ...]:
+    """Norms of a result of which those of rows alone are known."""
+    return (*(inf,) * (step.rank - 1), norm)
 
 
 def _range(low: float, high: float) -> Rule:
@@ -60,17 +65,14 @@ def _arange(step: Step) -> Fact:
 
 
 def _one_hot(step: Step) -> Fact:
-    return Fact(0.0, 1.0, (*(inf,) * (step.rank - 1), 1.0))
+    return Fact(0.0, 1.0, _rows(step, 1.0))
 
 
 # ---------------------------------------------------------------- reductions and normalisations
 
 
 def _axes(step: Step) -> set[int]:
-    axes, rank = step.node["axes"], len(step.shapes[0])
-    if not isinstance(axes, tuple):
-        raise TypeError(f"{step.node.op} {step.node.name}: axes {axes!r}")
-    return {axis % rank for axis in axes if isinstance(axis, int)}
+    return {integer(axis) % len(step.shapes[0]) for axis in sequence(step.node["axes"])}
 
 
 def _sum(step: Step) -> Fact:
@@ -98,25 +100,25 @@ def _normalize_rows(step: Step) -> Fact:
     """Shares of a sum of what is not negative."""
     if step.facts[0].low < 0:
         return unknown(step.rank)
-    return Fact(0.0, 1.0, (*(inf,) * (step.rank - 1), 1.0))
+    return Fact(0.0, 1.0, _rows(step, 1.0))
 
 
 def _rms_norm(step: Step) -> Fact:
     """Rows of norm sqrt(d), each entry times its weight."""
     row = times_up(root_size(step.shape[-1]), step.facts[1].magnitude)
-    return Fact(-row, row, (*(inf,) * (step.rank - 1), row))
+    return Fact(-row, row, _rows(step, row))
 
 
 def _layer_norm(step: Step) -> Fact:
     scaled = times_up(root_size(step.shape[-1]), step.facts[1].magnitude)
     row = add_up(scaled, step.facts[2].norms[-1])
-    return Fact(-row, row, (*(inf,) * (step.rank - 1), row))
+    return Fact(-row, row, _rows(step, row))
 
 
 def _unit(step: Step) -> Fact:
     fact = step.facts[0]
     low, high = (0.0 if fact.low >= 0 else -1.0), (0.0 if fact.high <= 0 else 1.0)
-    return Fact(low, high, (*(inf,) * (step.rank - 1), 1.0))
+    return Fact(low, high, _rows(step, 1.0))
 
 
 # ---------------------------------------------------------------- attention, position, other
@@ -169,8 +171,7 @@ def _dropout(step: Step) -> Fact:
 def _attention(step: Step) -> Fact:
     """Rows of the result are convex combinations of values, or zero where a query sees no key."""
     value = step.facts[2]
-    norms = (*(inf,) * (step.rank - 1), value.norms[-1])
-    return Fact(min(value.low, 0.0), max(value.high, 0.0), norms)
+    return Fact(min(value.low, 0.0), max(value.high, 0.0), _rows(step, value.norms[-1]))
 
 
 _RULES: dict[str, Rule] = {

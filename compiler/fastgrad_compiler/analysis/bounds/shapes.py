@@ -12,8 +12,9 @@ from fastgrad_compiler.analysis.bounds.facts import (
     spread,
 )
 from fastgrad_compiler.analysis.bounds.outward import root_sum_up, root_up, times_up
-from fastgrad_compiler.analysis.bounds.step import Rule, Step, same
+from fastgrad_compiler.analysis.bounds.step import Rule, Step
 from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import integer, sequence
 
 
 def _reshape(step: Step) -> Fact:
@@ -40,11 +41,8 @@ def _regrouped(norm: float, old: Dim, new: Dim) -> float:
 
 
 def _permute(step: Step) -> Fact:
-    axes = step.node["axes"]
-    if not isinstance(axes, tuple):
-        raise TypeError(f"permute {step.node.name}: axes {axes!r}")
     fact = step.facts[0]
-    return replace(fact, norms=tuple(fact.norms[axis] for axis in axes if isinstance(axis, int)))
+    return replace(fact, norms=tuple(fact.norms[integer(axis)] for axis in sequence(step.node["axes"])))
 
 
 def _split_heads(step: Step) -> Fact:
@@ -114,7 +112,7 @@ SHAPES: dict[str, Rule] = {
     "repeat_heads": _repeat_heads,
     "concat": _concat,
     "stack": _stack,
-    "slice": same,
+    "slice": lambda step: step.facts[0],
     "select": _select,
     "pad": _pad,
     "patches": _entries,

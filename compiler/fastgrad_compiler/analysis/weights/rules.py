@@ -19,9 +19,9 @@ from fastgrad_compiler.analysis.weights.step import Rule, Step, broadcast
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.graph import number as float_of
 from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.ir.words import number
-from fastgrad_compiler.reference.torch_env import number as float_of
 
 # ---------------------------------------------------------------- sources
 

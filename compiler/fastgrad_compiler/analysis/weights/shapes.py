@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgrad_compiler.analysis.weights.rows import Rows, Term, add, merge, releaded, split, swap_heads
 from fastgrad_compiler.analysis.weights.step import Rule, Step, broadcast
-from fastgrad_compiler.reference.torch_env import integer, sequence
+from fastgrad_compiler.ir.graph import integer, sequence
 
 
 def _reshape(step: Step) -> Rows | None:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fastgrad_compiler.analysis.weights.rows import Rows, ball
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute, Node
-from fastgrad_compiler.reference.torch_env import integer
+from fastgrad_compiler.ir.graph import Attribute, Node, integer
 
 
 @dataclass(frozen=True, slots=True)
