@@ -9,22 +9,16 @@ from typing import Any
 
 from benchmarks.settings import ROOT, Settings, heading, say
 from fastgrad_compiler.planning import cost
-from fastgrad_compiler.planning.roofline import (
+from fastgrad_compiler.planning.roofline import Roofline, best, flash_time, kernels, limit, shape_of, timed
+from fastgrad_compiler.runtime.triton_schedule import (
     DEVICES,
     Device,
-    Roofline,
     Shape,
     Work,
-    best,
+    can_fuse,
     choose_chunk,
-    flash_time,
     kernel_time,
-    kernels,
-    limit,
-    shape_of,
-    timed,
 )
-from fastgrad_compiler.runtime.triton_schedule import can_fuse
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 HEADS, DTYPE = 8, "bfloat16"

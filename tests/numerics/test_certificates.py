@@ -87,7 +87,7 @@ def ratios(
         "weights": torch.tensor(certificates.eta(eps), dtype=torch.float64),
         "output": certificates.output_bound(eps, value_range),
         "values": certificates.value_gradient_bound(eps, upstream.norm(dim=-1).sum()),
-        "scores": certificates.score_gradient_bound(eps, eps_prime, omega),
+        "scores": omega * certificates.score_factor(eps, eps_prime),
     }
     found = {
         "weights": (rough.weights - exact.weights).abs().sum(dim=-1),
@@ -386,5 +386,5 @@ def test_negative_errors_are_refused() -> None:
 def test_bounds_scale_whatever_can_be_scaled() -> None:
     assert certificates.output_bound(0.1, 2.0) == pytest.approx(certificates.eta(0.1))
     assert certificates.output_bound(0.1, np.array([2.0, 4.0]))[1] == pytest.approx(2 * certificates.eta(0.1))
-    scaled = certificates.score_gradient_bound(0.1, 0.2, torch.tensor([1.0, 3.0]))
+    scaled = certificates.key_gradient_bound(0.1, 0.2, torch.tensor([1.0, 3.0]))
     assert float(scaled[1]) == pytest.approx(3 * certificates.score_factor(0.1, 0.2), rel=1e-6)

@@ -120,11 +120,6 @@ def value_gradient_bound(eps: float, upstream: _Size) -> _Size:
     return upstream * (eta(eps))
 
 
-def score_gradient_bound(eps: float, eps_prime: float, omega: _Size) -> _Size:
-    """Bound of ||dS~_i - dS_i||_1, given omega_i = max_j dO_i.v_j - min_j dO_i.v_j over the keys of row i."""
-    return omega * (score_factor(eps, eps_prime))
-
-
 def query_gradient_bound(eps: float, eps_prime: float, omega: _Size, largest_key: float) -> _Size:
     """Bound of ||dQ~_i - dQ_i||, given largest_key = max_j ||k_j||; q has the logits' scale folded in."""
     return omega * (score_factor(eps, eps_prime) * largest_key)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from math import ceil, inf, prod
 
 from fastgrad_compiler.approximation.elementary import exp
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.kernel_tiles import has_triton, is_fused, token_chunks
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec, choose_chunk
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.runtime.triton_schedule import CHUNKS
 from fastgrad_compiler.targets import Backends
 

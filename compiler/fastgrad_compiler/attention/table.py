@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.attention.value import ATTENTION, Attention
 from fastgrad_compiler.ir.calls import callees, graphs_with, iterations
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.flatten import ROOT, Place
 from fastgrad_compiler.ir.graph import Graph, Node, Program
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_grammar.source import Span
 
 LIBRARY = "std/"  # how the paths of the standard library's sources begin

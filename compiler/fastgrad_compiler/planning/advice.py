@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fastgrad_compiler.approximation.certificates import certificate
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import Polynomial
 from fastgrad_compiler.attention.table import AttentionEntry
 from fastgrad_compiler.ir.graph import Program
@@ -28,6 +27,7 @@ from fastgrad_compiler.planning.decision import (
 )
 from fastgrad_compiler.planning.plan import shared_cases
 from fastgrad_compiler.planning.target_cost import cost_of
+from fastgrad_compiler.runtime.monomials import rank
 
 NEAR = 64  # block of a near field that is proposed
 GAINS = (4.0, 2.0, 1.0, 0.5)  # proposed where nothing limits the logits

@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar, Protocol
 
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.attention.value import Attention
+from fastgrad_compiler.runtime.monomials import rank
 
 LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
 NEVER = 2**40  # a break-even length that no sequence has

@@ -18,7 +18,6 @@ from typing import TypeAlias, cast
 
 from fastgrad_compiler.analysis.ranges import LogitRange
 from fastgrad_compiler.approximation.certificates import certificate
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
 from fastgrad_compiler.approximation.rounding import EXACT as UNROUNDED
 from fastgrad_compiler.approximation.rounding import (
@@ -37,6 +36,7 @@ from fastgrad_compiler.planning.candidates import Policy, fits
 from fastgrad_compiler.planning.cost import DOUBLE, EXACT, Shape, Way, shape_of
 from fastgrad_compiler.planning.settings import Settings
 from fastgrad_compiler.planning.target_cost import cost_of, target_break_even
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.targets import BACKENDS
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from fastgrad_compiler.approximation.features import rank, widest
 from fastgrad_compiler.attention.table import AttentionEntry
 from fastgrad_compiler.ir.graph import BudgetRule
-from fastgrad_compiler.planning.candidates import highest_degree
+from fastgrad_compiler.planning.candidates import highest_degree, widest
 from fastgrad_compiler.planning.refusal import places
 from fastgrad_compiler.planning.settings import settings_of
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_grammar.diagnostics import Diagnostic
 
 

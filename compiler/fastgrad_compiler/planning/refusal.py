@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 
-from fastgrad_compiler.approximation.features import rank, widest
 from fastgrad_compiler.approximation.polynomial import Polynomial
 from fastgrad_compiler.attention.table import LIBRARY, AttentionEntry
 from fastgrad_compiler.ir.graph import BudgetRule
 from fastgrad_compiler.ir.words import number
-from fastgrad_compiler.planning.candidates import USEFUL, fits, polynomials
+from fastgrad_compiler.planning.candidates import USEFUL, fits, polynomials, widest
 from fastgrad_compiler.planning.decision import Caps, Case, Refusal, search, with_bound
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_grammar.diagnostics import Diagnostic, Note
 
 _HALVINGS = 24  # of the interval in which the largest feasible bound is sought

@@ -18,10 +18,9 @@ from math import ceil
 from typing import ClassVar
 
 from fastgrad_compiler.approximation.elementary import added
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.planning import cost
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.runtime.triton_schedule import (
-    DEVICES,
     FLOAT32,
     LARGEST_D,
     LARGEST_DV,
@@ -37,25 +36,6 @@ from fastgrad_compiler.runtime.triton_schedule import (
     works,
 )
 from fastgrad_compiler.runtime.triton_tables import TILE, padded_rank
-
-__all__ = [
-    "DEVICES",
-    "Choice",
-    "Device",
-    "Roofline",
-    "Shape",
-    "Work",
-    "best",
-    "choose_chunk",
-    "choose_schedule",
-    "flash_time",
-    "flash_works",
-    "kernel_time",
-    "kernels",
-    "limit",
-    "shape_of",
-    "timed",
-]
 
 WIDTHS = (32, 64, 96, 128, 192, 256)  # head dimensions of FlashAttention-2's kernels
 FLASH_ROWS = 128  # queries of a program

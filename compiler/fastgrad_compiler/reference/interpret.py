@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TypeAlias
@@ -13,11 +13,9 @@ from torch import Tensor
 from fastgrad_compiler.ir.calls import backward_of, iterations
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.flatten import ROOT, Place, is_float
-from fastgrad_compiler.ir.flatten import weights as program_weights
 from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, integer
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env
-from fastgrad_compiler.runtime.initialise import INITIALISERS
 
 Values: TypeAlias = "Tensor | tuple[Tensor, ...]"
 Attend: TypeAlias = Callable[[str, Node, list[Tensor]], Tensor]  # (full path, node, its inputs) -> result
@@ -64,38 +62,6 @@ def run_gradient(
     results = state.graph(source.name)
     names = [node.name for node in main.inputs if is_float(node.type)]
     return dict(zip(names, results, strict=True)), state.gradients
-
-
-def initial_weights(program: Program, seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every weight and buffer by path, as its initialiser gives it.
-
-    One generator, seeded once, serves them in the order of `torch.nn.Module.named_parameters`: what a
-    module holds itself, then its children. Values are drawn in float32 and converted: every dtype starts
-    from the same ones.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    nodes = dict(program_weights(program))
-    result: dict[str, Tensor] = {}
-    for path in _parameter_order(nodes):
-        node = nodes[path]
-        kind, *arguments = node["init"] if isinstance(node["init"], tuple) else (node["init"],)
-        tensor = torch.empty(tuple(dim.evaluate({}) for dim in node.tensor.shape))
-        INITIALISERS[str(kind)](tensor, *arguments, generator=generator)
-        result[path] = tensor.to(_dtype(node.tensor, dtype or torch.get_default_dtype()))
-    return result
-
-
-def _parameter_order(paths: Mapping[str, Node]) -> Iterator[str]:
-    """Paths as a tree: leaves of a level in order of appearance, then its branches."""
-    branches: dict[str, dict[str, Node]] = {}
-    for path, node in paths.items():
-        head, dot, rest = path.partition(".")
-        if dot:
-            branches.setdefault(head, {})[rest] = node
-        else:
-            yield path
-    for head, inner in branches.items():
-        yield from (f"{head}.{rest}" for rest in _parameter_order(inner))
 
 
 # ---------------------------------------------------------------- inputs
