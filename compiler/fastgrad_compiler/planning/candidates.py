@@ -59,6 +59,11 @@ def highest_degree(d: int, max_rank: int = MAX_RANK) -> int:
     return max((g for g in range(1, MAX_DEGREE + 1) if rank(d, g) <= max_rank), default=0)
 
 
+def over_rank(d: int, degree: int, max_rank: int) -> str:
+    """What is wrong with a degree above the highest one."""
+    return f"degree {degree} at width {d} has rank {rank(d, degree):,}, over the limit of {max_rank:,}"
+
+
 def widest(degree: int, largest: int, below: int) -> int | None:
     """The largest d less than `below` with a rank of at most `largest` at this degree; None where there is none."""
     return bisect_right(range(1, max(below, 1)), largest, key=lambda d: rank(d, degree)) or None

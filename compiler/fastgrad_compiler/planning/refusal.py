@@ -20,18 +20,30 @@ _HALVINGS = 24  # of the interval in which the largest feasible bound is sought
 
 def diagnose(refusal: Refusal, case: Case, entries: Sequence[AttentionEntry]) -> Diagnostic:
     """The diagnostic of one refusal for all attentions that it concerns."""
-    paths = [entry.path for entry in entries]
     rule: BudgetRule | None = getattr(case.settings, refusal.rule, None)
-    more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
     notes = places(entries[0])
     if case.attention.range.bound is not None and refusal.code not in ("FG308", "FG309"):
         notes += _range(case)
     return Diagnostic(
         refusal.code,
-        f'attention "{paths[0]}"{more}: {refusal.message}',
+        f"{named(entries)}: {refusal.message}",
         rule.span if rule is not None and rule.span is not None else case.node.span,
         notes=tuple(notes),
-        help=(*_REMEDIES[refusal.code](refusal, case), f'leave it exact: at "{paths[0]}" exact'),
+        help=(*_REMEDIES[refusal.code](refusal, case), f'leave it exact: at "{entries[0].path}" exact'),
+    )
+
+
+def named(entries: Sequence[AttentionEntry]) -> str:
+    """Attentions that have something in common, in words."""
+    more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
+    return f'attention "{entries[0].path}"{more}'
+
+
+def narrower(degree: int, max_rank: int, d: int) -> list[str]:
+    """The width less than `d` at which the rank is within the limit, where there is one."""
+    width = widest(degree, max_rank, below=d)
+    return (
+        [] if width is None else [f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}"]
     )
 
 
@@ -98,10 +110,7 @@ def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
     degree = _degree(case)
     if degree is None:
         return []
-    remedies = []
-    width = widest(degree, case.max_rank, below=case.d or 1)
-    if width is not None:
-        remedies.append(f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}")
+    remedies = narrower(degree, case.max_rank, case.d or 1)
     lower = min(degree - 1, case.policy.highest_degree)
     polynomial = _fit(case, lower, case.bound) if lower else None
     if polynomial is not None and case.policy.is_positive(polynomial):
@@ -117,15 +126,12 @@ def _feasible(refusal: Refusal, case: Case) -> list[str]:
     if case.d is None or case.dv is None:
         return ["declare the widths of heads as constants"]
     remedies = []
-    width = next((d for d in _halves(case.d) if search(replace(case, d=d))[0] is not None), None)
+    halves = [case.d >> shift for shift in range(1, case.d.bit_length())]
+    width = next((d for d in halves if search(replace(case, d=d))[0] is not None), None)
     if width is not None:
         remedies.append(f"a qk_dim of {width} affords a degree that meets the limits")
     largest = _largest(case.bound, lambda bound: search(with_bound(case, bound))[0] is not None)
     return remedies + _gain(case, largest, "meets the limits")
-
-
-def _halves(width: int) -> list[int]:
-    return [width >> shift for shift in range(1, width.bit_length())]
 
 
 def _near(refusal: Refusal, case: Case) -> list[str]:
