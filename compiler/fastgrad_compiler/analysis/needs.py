@@ -12,12 +12,10 @@ from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType, integer
 
 _MAKING = frozenset({"arange", "fill", "one_hot", "sinusoid"})  # make a tensor from nothing but dims
-_MIXING = frozenset(
-    {"add", "sub", "mul", "div", "minimum", "maximum", "where"}
-)  # ints may stand beside floats
-_LOOKING = frozenset(
-    {"embedding", "documents", "less", "less_equal", "equal", "attention", "poly_attention"}
-)  # what takes ints of any size
+# ints may stand beside floats
+_MIXING = frozenset({"add", "sub", "mul", "div", "minimum", "maximum", "where"})
+# what takes ints of any size
+_LOOKING = frozenset({"embedding", "documents", "less", "less_equal", "equal", "attention", "poly_attention"})
 _SHAPED = {
     "reshape": ("shape",),
     "broadcast_to": ("shape",),

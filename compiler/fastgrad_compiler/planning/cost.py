@@ -185,9 +185,8 @@ class Pace:
 
 
 EQUAL = Pace(1.0, 0)  # flops are compared as they are
-NATIVE = Pace(
-    1.8, 500
-)  # measured, rounded (docs/performance.md): 300 and 162 GFLOP/s, half of which at 500 keys
+# measured, rounded (docs/performance.md): 300 and 162 GFLOP/s, half of which at 500 keys
+NATIVE = Pace(1.8, 500)
 PACE = {"torch": EQUAL, "cpp": NATIVE, "triton": EQUAL, "auto": NATIVE}
 """By target; that of triton is not measured, and its kernels have a model of their own (`roofline`)."""
 
