@@ -23,7 +23,7 @@ _SLACK = 1 + 1e-6  # for the rounding of float64
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """R of each query head, why, the part that all keys share [key heads, d], and the centre that was subtracted.
+    """R of each query head, why, and the part that all keys share [key heads, d].
 
     `norms`: |scale| max ||q|| max ||k|| of each query head, which R may be below.
     """
@@ -32,7 +32,6 @@ class Logits:
     norms: tuple[float, ...]
     reasons: tuple[str, ...]
     shared: Tensor
-    centre: Tensor | None
 
     @property
     def largest(self) -> float:
@@ -71,36 +70,28 @@ def logits(q: Rows, k: Rows, heads: int, groups: int, scale: float, centre: Tens
     if not isfinite(most):
         line = f"the weights{named} hold entries that are not finite, or too large"
     elif by_form[head] < by_norms[head]:
-        line = _by_form(named, float(form[head]), float(constant[head])) + _scaled(size, most)
+        more = f", biases and other offsets add {number(float(constant[head]))}" if constant[head] > 0 else ""
+        line = f"sigma(W_q W_k^T){named} times the radii gives {number(float(form[head]))}{more}"
     else:
-        line = _by_norms(named, float(query.norm[head]), float(key.norm[head])) + _scaled(size, most)
+        norms = f"{number(float(query.norm[head]))} and {number(float(key.norm[head]))}"
+        line = f"queries and keys{named} have norms at most {norms}"
+    if isfinite(most):
+        line += f"; times the scale {number(size)}, " if size != 1 else ": "
+        line += f"|s| is at most {number(most)}"
     if heads > 1:
         line = f"head {head}, the widest: {line}"
     reasons = [*q.sources, *k.sources, line]
     if heads > 1 and float(least.min()) < 0.99 * float(least.max()):
         reasons.append(f"R of the other heads goes down to {number(float(least.min()))}")
-    values = tuple((least * _SLACK).tolist())
-    norms = tuple((by_norms.nan_to_num(nan=inf, posinf=inf) * _SLACK).tolist())
-    return Logits(values, norms, tuple(dict.fromkeys(reasons)), shared, centre)
+    values, most_norms = (
+        tuple((each.nan_to_num(nan=inf, posinf=inf) * _SLACK).tolist()) for each in (least, by_norms)
+    )
+    return Logits(values, most_norms, tuple(dict.fromkeys(reasons)), shared)
 
 
 def _named(q: Rows, k: Rows) -> str:
     paths = dict.fromkeys((*q.weights, *k.weights))
     return f" of {', '.join(f'`{path}`' for path in paths)}" if paths else ""
-
-
-def _by_form(named: str, form: float, constant: float) -> str:
-    more = f", biases and other offsets add {number(constant)}" if constant > 0 else ""
-    return f"sigma(W_q W_k^T){named} times the radii gives {number(form)}{more}"
-
-
-def _by_norms(named: str, query: float, key: float) -> str:
-    return f"queries and keys{named} have norms at most {number(query)} and {number(key)}"
-
-
-def _scaled(size: float, most: float) -> str:
-    scaled = f"; times the scale {number(size)}, " if size != 1 else ": "
-    return f"{scaled}|s| is at most {number(most)}"
 
 
 def _form(query: _Heads, key: _Heads) -> Tensor:
