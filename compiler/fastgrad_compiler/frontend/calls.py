@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastgrad_compiler.approximation.own_polynomial import objection, trimmed
+from fastgrad_compiler.approximation.own_polynomial import objection
+from fastgrad_compiler.approximation.rational import trimmed
 from fastgrad_compiler.frontend import values
 from fastgrad_compiler.frontend.arguments import Formal, match_arguments
 from fastgrad_compiler.frontend.expressions import (
@@ -198,7 +199,8 @@ def _weight_polynomial(a: _Argument) -> tuple[float, ...]:
     (expr,) = a.expressions
     found = compile_time(a.scope, expr, a.what)
     converted = a.converted(found, "floats", optional=False)
-    coefficients = trimmed([float(str(c)) for c in converted.items] if isinstance(converted, Several) else [])
+    items = converted.items if isinstance(converted, Several) else ()
+    coefficients = tuple(trimmed([each for each in items if isinstance(each, float)]))
     wrong = objection(coefficients)
     if wrong is not None:
         raise a.refuse(

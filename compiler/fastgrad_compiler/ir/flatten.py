@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from fastgrad_compiler.ir.calls import backward_of, iterations, runs
 from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type, integer
 from fastgrad_compiler.ir.names import UniqueNames
 
+_Value = TypeVar("_Value")
 Names: TypeAlias = "str | tuple[str, ...]"
 
 
@@ -109,11 +110,11 @@ class _Flat:
             return inputs[0][integer(node["index"])]
         read = [single(name) for name in inputs]
         if node.op == "call":
-            return _pack(self.inline(str(node["graph"]), read, place.called(node)))
+            return packed(self.inline(str(node["graph"]), read, place.called(node)))
         if node.op == "repeat":
-            return _pack(self._repeat(node, read, place)[-1])
+            return packed(self._repeat(node, read, place)[-1])
         if node.op == "repeat_backward":
-            return _pack(self._repeat_backward(node, read, place))
+            return packed(self._repeat_backward(node, read, place))
         if "label" in dict(node.attributes):
             node = node.with_attributes(label=place.path(str(node["label"])))
         return self.emit(node, place.path(node.name), tuple(read))
@@ -152,12 +153,13 @@ def is_float(type_: Type | None) -> bool:
     return isinstance(type_, TensorType) and type_.dtype == "float"
 
 
-def single(names: Names) -> str:
-    """The name of a node with one result; ValueError where it is a tuple that only `item` may read."""
-    if isinstance(names, tuple):
-        raise ValueError(f"a tuple of {len(names)} results is read as one tensor")
-    return names
+def single(value: _Value | tuple[_Value, ...]) -> _Value:
+    """What a node with one result gives; ValueError where it is a tuple that only `item` may read."""
+    if isinstance(value, tuple):
+        raise ValueError(f"a tuple of {len(value)} results is read as one tensor")
+    return value
 
 
-def _pack(names: Sequence[str]) -> Names:
-    return names[0] if len(names) == 1 else tuple(names)
+def packed(values: Sequence[_Value]) -> _Value | tuple[_Value, ...]:
+    """The results of a node: one alone, or a tuple."""
+    return values[0] if len(values) == 1 else tuple(values)

@@ -104,6 +104,11 @@ class Node:
         merged = {**dict(self.attributes), **values}
         return replace(self, attributes=tuple(sorted(merged.items())))
 
+    def renamed(self, names: Mapping[str, str]) -> Node:
+        """A copy in which these names of nodes are others."""
+        inputs = tuple(names.get(name, name) for name in self.inputs)
+        return replace(self, name=names.get(self.name, self.name), inputs=inputs)
+
     @property
     def tensor(self) -> TensorType:
         """The type of a node with one result; TypeError otherwise."""

@@ -8,7 +8,7 @@ an `attention` a call of its backward spelled out: the gradient of a deep model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -242,7 +242,7 @@ def _finish(graph: Graph, name: str, sums: Sums, build: Builder) -> Graph:
             build.emit("weight_gradient", sums.of(node), label, name=f"_gradient_{node.name}")
     names = sums.names(graph.nodes)
     live = _live(Graph(name, tuple(build.nodes), ()), outputs, {node.name for node in graph.nodes})
-    nodes = sorted((_rename(node, names) for node in live), key=lambda node: node.op != "input")
+    nodes = sorted((node.renamed(names) for node in live), key=lambda node: node.op != "input")
     return Graph(name, tuple(nodes), tuple(names.get(output, output) for output in outputs), span=graph.span)
 
 
@@ -254,8 +254,3 @@ def _live(graph: Graph, outputs: Sequence[str], forward: set[str]) -> list[Node]
     sinks = [node.name for node in graph.nodes if node.op in SINKS and node.name not in forward]
     needed = graph.ancestors([*outputs, *sinks])
     return [node for node in graph.nodes if node.op == "input" or node.name in needed]
-
-
-def _rename(node: Node, names: Mapping[str, str]) -> Node:
-    inputs = tuple(names.get(source, source) for source in node.inputs)
-    return replace(node, name=names.get(node.name, node.name), inputs=inputs)

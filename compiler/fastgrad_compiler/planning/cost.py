@@ -138,7 +138,7 @@ def break_even(cost: Cost, shape: Shape, way: Way, *, least: int = LEAST_LENGTH)
 _Count = TypeVar("_Count", int, float)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Passes(Generic[_Count]):
     """Floating-point operations of one attention, per head and batch element, or the time of one head."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgrad_compiler.ir.calls import backward_of, iterations
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.flatten import ROOT, Place, is_float
+from fastgrad_compiler.ir.flatten import ROOT, Place, is_float, packed, single
 from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, integer
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env
@@ -39,7 +39,7 @@ def run(
     source = program[graph or program.main]
     state = _Run.start(program, source, _in_order(source, inputs), weights, dtype)
     state.attend = attend
-    return _pack(state.graph(source.name))
+    return packed(state.graph(source.name))
 
 
 def run_gradient(
@@ -164,21 +164,21 @@ class _Run:
         for node in graph.nodes:
             if node.op != "input":
                 values[node.name] = self._node(node, [values[source] for source in node.inputs], place)
-        return [_one(values[output]) for output in graph.outputs]
+        return [single(values[output]) for output in graph.outputs]
 
     def _node(self, node: Node, inputs: list[Values], place: Place) -> Values:
         if node.op == "item":
             return _item(node, inputs[0])
-        tensors = [_one(value) for value in inputs]
+        tensors = [single(value) for value in inputs]
         match node.op:
             case "weight" | "buffer":
                 return self._weight(node, place.path(str(node["label"])))
             case "call":
-                return _pack(self.graph(str(node["graph"]), tensors, place.called(node)))
+                return packed(self.graph(str(node["graph"]), tensors, place.called(node)))
             case "repeat":
-                return _pack(self._repeat(node, tensors, place)[-1])
+                return packed(self._repeat(node, tensors, place)[-1])
             case "repeat_backward":
-                return _pack(self._repeat_backward(node, tensors, place))
+                return packed(self._repeat_backward(node, tensors, place))
             case "weight_gradient":
                 path = place.path(str(node["label"]))
                 known = self.gradients.get(path)
@@ -224,13 +224,3 @@ def _item(node: Node, value: Values) -> Tensor:
     if isinstance(value, Tensor):
         return value
     return value[integer(node["index"])]
-
-
-def _one(value: Values) -> Tensor:
-    if isinstance(value, tuple):
-        raise ValueError(f"a tuple of {len(value)} results is read as one tensor")
-    return value
-
-
-def _pack(values: Sequence[Tensor]) -> Values:
-    return values[0] if len(values) == 1 else tuple(values)
