@@ -175,18 +175,10 @@ class Builder(ExpressionBuilder):
 
 
 _TYPE_SPELLINGS = {
-    "integer": "int",
-    "long": "int",
+    **dict.fromkeys(("integer", "long", "int64", "i64"), "int"),
+    **dict.fromkeys(("double", "float32", "float64", "f32", "tensor", "Tensor"), "float"),
     "boolean": "bool",
     "string": "str",
-    "double": "float",
-    "float32": "float",
-    "float64": "float",
-    "tensor": "float",
-    "Tensor": "float",
-    "int64": "int",
-    "f32": "float",
-    "i64": "int",
 }
 
 _ITEMS: dict[str, Callable[..., ast.Item]] = {

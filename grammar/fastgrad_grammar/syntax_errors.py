@@ -23,22 +23,21 @@ _ITEM_WORDS = ("use", "param", "dim", "block", "model", "objective", "budget")
 _STATEMENT_WORDS = ("weight", "buffer", "repeat", "if", "return")
 
 _FOREIGN = {
-    "def": "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
-    "fn": "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
-    "func": "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
-    "class": "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
+    **dict.fromkeys(
+        ("def", "fn", "func", "class"),
+        "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
+    ),
     "let": "write x = ..., without `let`",
     "var": "write x = ..., without `var`",
     "const": "a compile-time constant is `param name = value`",
-    "for": "a repetition is `repeat i in count { ... }`, with a count known at compile time",
-    "while": "a repetition is `repeat i in count { ... }`, with a count known at compile time",
-    "import": 'write `use std`, or `use "path.tfg" as name`',
-    "from": 'write `use std`, or `use "path.tfg" as name`',
+    **dict.fromkeys(
+        ("for", "while"),
+        "a repetition is `repeat i in count { ... }`, with a count known at compile time",
+    ),
+    **dict.fromkeys(("import", "from"), 'write `use std`, or `use "path.tfg" as name`'),
     "elif": "write `else if`",
     "lambda": "there are no functions as values; declare a `block`",
-    "with": "",
-    "assert": "",
-    "print": "",
+    **dict.fromkeys(("with", "assert", "print"), ""),
     "pass": "an empty body is `{ }`",
 }
 _COMPOUND = frozenset({"PLUS", "MINUS", "STAR", "SLASH", "FLOOR", "PERCENT", "MATMUL"})

@@ -10,12 +10,12 @@ from fractions import Fraction
 from fastgrad_compiler.ir.calls import callees, reachable, runs
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType, integer
+from fastgrad_compiler.ir.ops import ARITHMETIC, COMPARISONS
 
 _MAKING = frozenset({"arange", "fill", "one_hot", "sinusoid"})  # make a tensor from nothing but dims
-# ints may stand beside floats
-_MIXING = frozenset({"add", "sub", "mul", "div", "minimum", "maximum", "where"})
+_MIXING = frozenset((*ARITHMETIC, "where"))  # ints may stand beside floats
 # what takes ints of any size
-_LOOKING = frozenset({"embedding", "documents", "less", "less_equal", "equal", "attention", "poly_attention"})
+_LOOKING = frozenset(("embedding", "documents", *COMPARISONS, "attention", "poly_attention"))
 _SHAPED = {
     "reshape": ("shape",),
     "broadcast_to": ("shape",),
@@ -73,11 +73,10 @@ def needs(program: Program) -> dict[str, Needs]:
     return found
 
 
-def has_tensor(program: Program, graph: Graph) -> bool:
+def _has_tensor(program: Program, graph: Graph) -> bool:
     """Whether a float tensor is at hand in the graph: an input, or a weight of its own or of a block that it calls."""
-    return (
-        any(node.tensor.dtype == "float" for node in graph.inputs) or weight_path(program, graph) is not None
-    )
+    given = any(node.tensor.dtype == "float" for node in graph.inputs)
+    return given or weight_path(program, graph) is not None
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,12 @@ class Step:
     depth: int
 
 
-def weight_path(program: Program, graph: Graph) -> tuple[Step, ...] | None:
-    """The way to some float weight of the graph, the first one where it is repeated."""
-    return _weight_path(program, graph, graph.name, 0)
+def weight_path(program: Program, graph: Graph, owner: str = "", depth: int = 0) -> tuple[Step, ...] | None:
+    """The way to some float weight of the graph, the first one where it is repeated.
 
-
-def _weight_path(program: Program, graph: Graph, owner: str, depth: int) -> tuple[Step, ...] | None:
+    A repeat's body belongs to the graph `owner` (by default itself), after `depth` repeats.
+    """
+    owner = owner or graph.name
     for node in graph.nodes:
         if node.op in ("weight", "buffer") and node.tensor.dtype == "float":
             return (Step(owner, str(node["label"]), depth),)
@@ -104,7 +103,7 @@ def _weight_path(program: Program, graph: Graph, owner: str, depth: int) -> tupl
             inner = weight_path(program, program[str(node["graph"])])
             inner = inner and (Step(owner, str(node["label"]), depth), *inner)
         elif node.op == "repeat":
-            inner = _weight_path(program, program[runs(node)[0][0]], owner, depth + 1)
+            inner = weight_path(program, program[runs(node)[0][0]], owner, depth + 1)
         if inner:
             return inner
     return None
@@ -137,7 +136,7 @@ def _needs(program: Program, graph: Graph, found: Mapping[str, Needs]) -> Needs:
     if graph.name == program.main:
         dims |= _checked(program, graph)
     extra = dims - sources(graph).keys()
-    like = makes and not has_tensor(program, graph)
+    like = makes and not _has_tensor(program, graph)
     return Needs(tuple(sorted(dims)), tuple(sorted(extra)), makes, like)
 
 

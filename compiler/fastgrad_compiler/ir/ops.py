@@ -33,6 +33,11 @@ def _mask(mask: MaskOp) -> Op:
     return _op(mask.name, 2 if mask.operand else 1, attributes=mask.size or "", optional="fill")
 
 
+ARITHMETIC = ("add", "sub", "mul", "div", "minimum", "maximum")
+COMPARISONS = ("less", "less_equal", "equal")
+FUNCTIONS = ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu", "softplus", "erf")
+"""Of floats, entry by entry."""
+
 _OPS = (
     # structure. weight, buffer: `init` is (kind, argument...) as in ("normal", 0.0, 0.02); `label` ends its path.
     _op("input", 0),
@@ -66,13 +71,8 @@ _OPS = (
     _op("arange", 0, attributes="stop"),  # int[stop]
     _op("one_hot", 1, attributes="classes"),
     # arithmetic
-    *(_op(name, 2) for name in ("add", "sub", "mul", "div", "minimum", "maximum")),
-    *(
-        _op(name, 1)
-        for name in ("neg", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu")
-    ),
-    *(_op(name, 1) for name in ("softplus", "abs", "erf", "logical_not")),
-    *(_op(name, 2) for name in ("less", "less_equal", "equal")),
+    *(_op(name, 2) for name in (*ARITHMETIC, *COMPARISONS)),
+    *(_op(name, 1) for name in (*FUNCTIONS, "neg", "abs", "logical_not")),
     _op("cast", 1, attributes="dtype"),
     _op("clamp", 1, attributes="low high"),
     _op("where", 3),

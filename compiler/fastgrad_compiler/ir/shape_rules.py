@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, TensorType, Type
+from fastgrad_compiler.ir.ops import ARITHMETIC, COMPARISONS, FUNCTIONS
 from fastgrad_compiler.ir.shape_errors import (
     Blame,
     Shape,
@@ -26,17 +27,8 @@ from fastgrad_compiler.ir.shape_errors import (
 
 Rule = Callable[[Site], Type]
 
-VERBS = {
-    "add": "sum",
-    "sub": "difference",
-    "mul": "product",
-    "div": "quotient",
-    "minimum": "minimum",
-    "maximum": "maximum",
-    "less": "comparison",
-    "less_equal": "comparison",
-    "equal": "comparison",
-}
+VERBS = {"add": "sum", "sub": "difference", "mul": "product", "div": "quotient"}
+"""What the result of an operation is called, where not by its name."""
 
 
 def shape_attribute(site: Site) -> Shape:
@@ -252,13 +244,15 @@ def _numeric(site: Site, indices: tuple[int, ...]) -> str:
 
 def _arithmetic(site: Site) -> Type:
     dtype = _numeric(site, (0, 1))
-    return TensorType("float" if site.op == "div" else dtype, broadcast(site, (0, 1), VERBS[site.op]))
+    return TensorType(
+        "float" if site.op == "div" else dtype, broadcast(site, (0, 1), VERBS.get(site.op, site.op))
+    )
 
 
 def _compare(site: Site) -> Type:
     if site.op != "equal" or {site.tensor(0).dtype, site.tensor(1).dtype} != {"bool"}:
         _numeric(site, (0, 1))
-    return TensorType("bool", broadcast(site, (0, 1), VERBS[site.op]))
+    return TensorType("bool", broadcast(site, (0, 1), "comparison"))
 
 
 def _numeric_unary(site: Site) -> TensorType:
@@ -364,12 +358,11 @@ RULES: dict[str, Rule] = {
     "embedding_gradient": _embedding_gradient,
     "arange": _arange,
     "one_hot": _one_hot,
-    **dict.fromkeys(("add", "sub", "mul", "div", "minimum", "maximum"), _arithmetic),
-    **dict.fromkeys(("less", "less_equal", "equal"), _compare),
+    **dict.fromkeys(ARITHMETIC, _arithmetic),
+    **dict.fromkeys(COMPARISONS, _compare),
     **dict.fromkeys(("neg", "abs"), _numeric_unary),
     "clamp": _clamp,
-    **dict.fromkeys(("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu"), _float),
-    **dict.fromkeys(("softplus", "erf", "assume_bound", "dropout", "polynomial"), _float),
+    **dict.fromkeys((*FUNCTIONS, "assume_bound", "dropout", "polynomial"), _float),
     "logical_not": lambda site: want_dtype(site, 0, "bool", help_="compare it, for instance x > 0"),
     "cast": _cast,
     "where": _where,

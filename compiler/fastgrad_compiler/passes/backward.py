@@ -17,9 +17,10 @@ from fastgrad_compiler.ir.builder import Builder, Value
 from fastgrad_compiler.ir.calls import callees, graphs_with, runs
 from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type, integer
 from fastgrad_compiler.ir.names import UniqueNames
+from fastgrad_compiler.ir.ops import COMPARISONS
 from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.passes.attention_backward import attention_backward
-from fastgrad_compiler.passes.vjp_rules import BINARY, MANY, UNARY, Cotangents
+from fastgrad_compiler.passes.vjp_rules import RULES, Cotangents
 
 
 def derive_gradient(program: Program) -> Program:
@@ -111,22 +112,18 @@ def _spread(results: Value, xs: Sequence[Value]) -> Cotangents:
     return [next(parts) if is_float(x.node) else None for x in xs]
 
 
-def _unary(rule: Callable[[Value, Value, Value], Value]) -> Rule:
-    return lambda derivation, gs, y, xs: (rule(gs[0], y, xs[0]),)
+def _plain(rule: Callable[..., Value | Cotangents]) -> Rule:
+    """A rule of an operation inside a graph, which has one result."""
 
+    def pulled(derivation: Derivation, gs: Sequence[Value], y: Value, xs: Sequence[Value]) -> Cotangents:
+        found = rule(gs[0], y, *xs)
+        return (found,) if isinstance(found, Value) else found
 
-def _binary(rule: Callable[[Value, Value, Value, Value], Cotangents]) -> Rule:
-    return lambda derivation, gs, y, xs: rule(gs[0], y, xs[0], xs[1])
-
-
-def _many(rule: Callable[[Value, Value, Sequence[Value]], Cotangents]) -> Rule:
-    return lambda derivation, gs, y, xs: rule(gs[0], y, xs)
+    return pulled
 
 
 VJP: dict[str, Rule] = {
-    **{op: _unary(rule) for op, rule in UNARY.items()},
-    **{op: _binary(rule) for op, rule in BINARY.items()},
-    **{op: _many(rule) for op, rule in MANY.items()},
+    **{op: _plain(rule) for op, rule in RULES.items()},
     "item": lambda derivation, gs, y, xs: gs,
     "call": _call,
     "repeat": _repeat,
@@ -138,7 +135,7 @@ DECLINED: dict[str, str] = {
     **dict.fromkeys(
         ("input", "weight", "buffer", "constant", "fill", "literal", "arange", "sinusoid"), "has no inputs"
     ),
-    **dict.fromkeys(("less", "less_equal", "equal", "logical_not"), "gives truth values"),
+    **dict.fromkeys((*COMPARISONS, "logical_not"), "gives truth values"),
     "one_hot": "reads whole numbers",
     "weight_gradient": "receives a gradient",
     **dict.fromkeys(("poly_attention_backward", "repeat_backward"), "has no second derivative"),

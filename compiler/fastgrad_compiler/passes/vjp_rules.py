@@ -1,8 +1,8 @@
 """Vector-Jacobian products of the operations inside a graph, one rule for each operation.
 
-A rule takes the cotangent `g` of the result `y`, `y` itself and the inputs, and gives the inputs' cotangents;
-None where nothing flows. A cotangent may have the shape that broadcasting gave the result, or one that
-broadcasts to the input's: `Value.fit` settles both.
+A rule takes the cotangent `g` of the result `y`, `y` itself and the inputs, and gives the inputs' cotangents, or the
+one of a single input; None where nothing flows. A cotangent may have the shape that broadcasting gave the result, or
+one that broadcasts to the input's: `Value.fit` settles both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastgrad_compiler.ir.masks import MASKS
 
 Cotangents: TypeAlias = Sequence[Value | None]
 
-UNARY: dict[str, Callable[[Value, Value, Value], Value]] = {
+RULES: dict[str, Callable[..., Value | Cotangents]] = {
     "neg": lambda g, y, x: -g,
     "exp": lambda g, y, x: g * y,
     "log": lambda g, y, x: g / x,
@@ -62,9 +62,7 @@ UNARY: dict[str, Callable[[Value, Value, Value], Value]] = {
     "alibi": lambda g, y, x: g,
     # other: graphs run as in evaluation, where dropout is the identity
     "dropout": lambda g, y, x: g,
-}
-
-BINARY: dict[str, Callable[[Value, Value, Value, Value], Cotangents]] = {
+    # of several inputs
     "add": lambda g, y, a, b: (g, g),
     "sub": lambda g, y, a, b: (g, -g),
     "mul": lambda g, y, a, b: (g * b, g * a),
@@ -78,14 +76,11 @@ BINARY: dict[str, Callable[[Value, Value, Value, Value], Cotangents]] = {
     "embedding_gradient": lambda g, y, d, ids: (g.op("embedding", ids), None),
     "cross_entropy": lambda g, y, logits, targets: (_cross_entropy(g, logits, targets), None),
     "mse": lambda g, y, a, b: _mse(g, a - b),
-}
-
-MANY: dict[str, Callable[[Value, Value, Sequence[Value]], Cotangents]] = {
-    "where": lambda g, y, xs: (None, g.only(xs[0]), g.only(xs[0].op("logical_not"))),
-    "layer_norm": lambda g, y, xs: _layer_norm(g, xs, y["eps"]),
-    "concat": lambda g, y, xs: _unconcat(g, xs, y["axis"]),
-    "stack": lambda g, y, xs: [g.op("select", axis=y["axis"], index=i) for i in range(len(xs))],
-    **dict.fromkeys(MASKS, lambda g, y, xs: _mask(g, y, xs)),
+    "where": lambda g, y, c, a, b: (None, g.only(c), g.only(c.op("logical_not"))),
+    "layer_norm": lambda g, y, x, w, b: _layer_norm(g, x, w, y["eps"]),
+    "concat": lambda g, y, *xs: _unconcat(g, xs, y["axis"]),
+    "stack": lambda g, y, *xs: [g.op("select", axis=y["axis"], index=i) for i in range(len(xs))],
+    **dict.fromkeys(MASKS, lambda g, y, *xs: _mask(g, y, xs)),
 }
 
 
@@ -211,8 +206,7 @@ def _rms_norm(g: Value, x: Value, w: Value, eps: Attribute) -> Cotangents:
     return (gw - normal * (gw * normal).mean(keepdim=True)) * scale, g * normal
 
 
-def _layer_norm(g: Value, xs: Sequence[Value], eps: Attribute) -> Cotangents:
-    x, w, _ = xs
+def _layer_norm(g: Value, x: Value, w: Value, eps: Attribute) -> Cotangents:
     centred = x - x.mean(keepdim=True)
     scale = ((centred * centred).mean(keepdim=True) + number(eps)).op("rsqrt")
     normal, gw = centred * scale, g * w

@@ -13,7 +13,7 @@ causal kernel visits half of the pairs; whole tiles on its diagonal are neglecte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar
 
@@ -33,7 +33,6 @@ from fastgrad_compiler.runtime.triton_schedule import (
     choose_schedule,
     kernel_time,
     modelled_time,
-    works,
 )
 from fastgrad_compiler.runtime.triton_tables import TILE, padded_rank
 
@@ -92,22 +91,6 @@ def timed(device: Device, shape: Shape, schedule: str, chunk: int, tiles: Tiles 
     """A schedule with its modelled times."""
     forward, total = (modelled_time(device, shape, schedule, chunk, tiles, both) for both in (False, True))
     return Choice(schedule, None if schedule == "fused" else chunk, forward, total)
-
-
-def kernels(device: Device, shape: Shape, schedule: str, chunk: int) -> tuple[Work, ...]:
-    """The launches of both passes, in order."""
-    forward, backward = works(schedule, shape, chunk, TILES, device.cache)
-    return forward + backward
-
-
-def limit(work: Work, device: Device, dtype: str) -> str:
-    """What a kernel waits for by the model: "memory", "matrix" or "vector" units."""
-    only = {
-        "memory": replace(work, pair_flops=0, feature_flops=0, vector_flops=0),
-        "matrix": replace(work, bytes=0, vector_flops=0),
-        "vector": replace(work, bytes=0, pair_flops=0, feature_flops=0),
-    }
-    return max(only, key=lambda unit: kernel_time(only[unit], device, dtype))
 
 
 def flash_width(d: int, dv: int) -> int:

@@ -18,6 +18,7 @@ from fastgrad_compiler.analysis.bounds.shapes import SHAPES
 from fastgrad_compiler.analysis.bounds.step import Rule, Step
 from fastgrad_compiler.ir.graph import Attribute, integer, sequence
 from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.ops import COMPARISONS
 
 _ROOT_2 = root_up(2.0)
 _LIMIT = 2.0**63  # of ints of 64 bits: from its negative to one below it
@@ -183,7 +184,7 @@ _RULES: dict[str, Rule] = {
     "literal": _literal,
     "arange": _arange,
     "one_hot": _one_hot,
-    **dict.fromkeys(("logical_not", "less", "less_equal", "equal"), _range(0.0, 1.0)),
+    **dict.fromkeys(("logical_not", *COMPARISONS), _range(0.0, 1.0)),
     "sum": _sum,
     "mean": _mean,
     "amax": lambda step: interval(step.facts[0].low, step.facts[0].high, step.rank),
@@ -204,25 +205,10 @@ _RULES: dict[str, Rule] = {
 }
 
 MASK_AWARE = frozenset(
-    [
-        *MASKS,
-        "near_far",
-        "assume_bound",
-        "alibi",
-        "softmax",
-        "exp",
-        "clamp",
-        "cast",
-        "mul",
-        "div",
-        "reshape",
-        "permute",
-        "slice",
-        "logical_not",
-        "less",
-        "less_equal",
-        "equal",
-    ]
+    (
+        *(*MASKS, *COMPARISONS, "logical_not", "near_far", "assume_bound", "alibi", "softmax", "exp"),
+        *("clamp", "cast", "mul", "div", "reshape", "permute", "slice"),
+    )
 )
 """Operations whose rules know of -inf, what a mask hides; of the others' results nothing is known then."""
 

@@ -24,6 +24,7 @@ from fastgrad_compiler.attention.table import is_own
 from fastgrad_compiler.attention.value import ATTENTION, Attention
 from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType
+from fastgrad_compiler.ir.ops import COMPARISONS
 from fastgrad_compiler.ir.words import describe, number, place
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env
@@ -208,5 +209,5 @@ def _computable(graph: Graph, node: Node) -> bool:
 
 def _jumps(graph: Graph, node: Node) -> bool:
     """Whether the result may change by a step where a float input changes by a rounding error."""
-    compares = node.op in ("less", "less_equal", "equal") or (node.op == "cast" and node["dtype"] != "float")
+    compares = node.op in COMPARISONS or (node.op == "cast" and node["dtype"] != "float")
     return compares and any(graph[name].tensor.dtype == "float" for name in node.inputs)

@@ -21,7 +21,7 @@ from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Node
 from fastgrad_compiler.ir.graph import number as float_of
 from fastgrad_compiler.ir.masks import MASKS
-from fastgrad_compiler.ir.ops import limits
+from fastgrad_compiler.ir.ops import COMPARISONS, limits
 from fastgrad_compiler.ir.words import number
 
 # ---------------------------------------------------------------- sources
@@ -221,7 +221,7 @@ DECLINED: dict[str, str] = {
         ),
         "norms of its rows do not carry over: what the program proves of its entries serves",
     ),
-    **dict.fromkeys(("less", "less_equal", "equal", "logical_not"), "its result is a mask"),
+    **dict.fromkeys((*COMPARISONS, "logical_not"), "its result is a mask"),
     **dict.fromkeys(
         (*MASKS, "near_far", "alibi"),
         "it works on scores, which no row is made of",
