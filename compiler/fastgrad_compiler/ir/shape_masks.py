@@ -69,10 +69,6 @@ def _rotary(site: Site) -> Type:
     return found
 
 
-def _sinusoid(site: Site) -> Type:
-    return TensorType("float", (site.dim("length"), site.dim("width")))
-
-
 def _cross_entropy(site: Site) -> Type:
     logits, targets = want_dtype(site, 0, "float"), want_dtype(site, 1, "int", help_="class ids are ints")
     want_rank(site, 0, 1)
@@ -96,7 +92,7 @@ MASK_RULES: dict[str, Rule] = {
     "normalize_rows": lambda site: want_float(site, 0, 1),
     "alibi": _alibi,
     "rotary": _rotary,
-    "sinusoid": _sinusoid,
+    "sinusoid": lambda site: TensorType("float", (site.dim("length"), site.dim("width"))),
     "cross_entropy": _cross_entropy,
     "mse": _mse,
 }

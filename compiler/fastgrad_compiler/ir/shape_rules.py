@@ -220,10 +220,6 @@ def _embedding_gradient(site: Site) -> Type:
     return TensorType("float", (site.dim("rows"), cotangent.shape[-1]))
 
 
-def _arange(site: Site) -> Type:
-    return TensorType("int", (site.dim("stop"),))
-
-
 def _one_hot(site: Site) -> Type:
     ids = want_dtype(site, 0, "int")
     return TensorType("float", (*ids.shape, site.dim("classes")))
@@ -266,10 +262,6 @@ def _clamp(site: Site) -> Type:
         if found.dtype == "int" and isinstance(limit, float):
             fail("FG217", f"clamp of {found}: its limit {limit} is a float", site.whole(0))
     return found
-
-
-def _cast(site: Site) -> Type:
-    return TensorType(str(site.attributes["dtype"]), site.tensor(0).shape)
 
 
 def _where(site: Site) -> Type:
@@ -356,7 +348,7 @@ RULES: dict[str, Rule] = {
     "sum_to": _sum_to,
     "embedding": _embedding,
     "embedding_gradient": _embedding_gradient,
-    "arange": _arange,
+    "arange": lambda site: TensorType("int", (site.dim("stop"),)),
     "one_hot": _one_hot,
     **dict.fromkeys(ARITHMETIC, _arithmetic),
     **dict.fromkeys(COMPARISONS, _compare),
@@ -364,7 +356,7 @@ RULES: dict[str, Rule] = {
     "clamp": _clamp,
     **dict.fromkeys((*FUNCTIONS, "assume_bound", "dropout", "polynomial"), _float),
     "logical_not": lambda site: want_dtype(site, 0, "bool", help_="compare it, for instance x > 0"),
-    "cast": _cast,
+    "cast": lambda site: TensorType(str(site.attributes["dtype"]), site.tensor(0).shape),
     "where": _where,
     "matmul": _matmul,
     **dict.fromkeys(("sum", "mean", "amax"), _reduce),

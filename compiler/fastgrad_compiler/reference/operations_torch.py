@@ -179,10 +179,6 @@ def _sinusoid(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).to(env.dtype)
 
 
-def _alibi(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
-    return inputs[0] + alibi(inputs[0])
-
-
 def _masked(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     scores, *operands = inputs
     mask = Mask.of(node)
@@ -284,7 +280,7 @@ TORCH: dict[str, Rule] = {
     "assume_bound": lambda node, inputs, env: inputs[0],
     "rotary": _rotary,
     "sinusoid": _sinusoid,
-    "alibi": _alibi,
+    "alibi": lambda node, inputs, env: inputs[0] + alibi(inputs[0]),
     "dropout": lambda node, inputs, env: inputs[0],
     "cross_entropy": _cross_entropy,
     "mse": lambda node, inputs, env: (inputs[0] - inputs[1]).square().mean(),

@@ -57,10 +57,6 @@ def _negated(fact: Fact) -> Fact:
     return replace(fact, low=-fact.high, high=-fact.low)
 
 
-def _add(step: Step) -> Fact:
-    return _pairwise(step, *added(*step.facts), add_up)
-
-
 def _sub(step: Step) -> Fact:
     left, right = step.facts
     return _pairwise(step, *added(left, _negated(right)), add_up)
@@ -106,11 +102,6 @@ def _either(lowest: Combine, highest: Combine) -> Rule:
     return rule
 
 
-def _abs(step: Step) -> Fact:
-    fact = step.facts[0]
-    return replace(fact, low=fact.least_magnitude, high=fact.magnitude)
-
-
 # ---------------------------------------------------------------- functions
 
 
@@ -130,7 +121,7 @@ def _increasing(
     """
 
     def rule(step: Step) -> Fact:
-        fact = step.facts[0]
+        fact = step.fact
         low, high = function(fact.low), function(fact.high)
         if not (isinf(fact.low) or (fact.low == 0 and low == 0)):
             low = max(_below(low), least)
@@ -146,16 +137,11 @@ def _shrinking(least: float) -> Rule:
     """gelu and silu: |f(x)| <= |x|, f(x) <= max(x, 0), and f is never below `least`."""
 
     def rule(step: Step) -> Fact:
-        fact = step.facts[0]
+        fact = step.fact
         low = 0.0 if fact.low >= 0 else max(least, fact.low)
         return replace(fact, low=low, high=max(fact.high, 0.0))
 
     return rule
-
-
-def _relu(step: Step) -> Fact:
-    fact = step.facts[0]
-    return replace(fact, low=max(fact.low, 0.0), high=max(fact.high, 0.0))
 
 
 def _sigmoid_of(x: float) -> float:
@@ -168,7 +154,7 @@ def _softplus_of(x: float) -> float:
 
 def _exp(step: Step) -> Fact:
     """What a mask hides becomes 0."""
-    fact = step.facts[0]
+    fact = step.fact
     low = 0.0 if fact.masked else max(_below(exp(min(fact.low, _LARGEST_EXPONENT))), 0.0)
     high = inf if fact.high > _LARGEST_EXPONENT else -_below(-exp(fact.high))
     return interval(low, high, step.rank)
@@ -176,7 +162,7 @@ def _exp(step: Step) -> Fact:
 
 def _polynomial(step: Step) -> Fact:
     """Interval arithmetic of the terms c_j x^j; even powers are not negative. -inf has the value 0."""
-    fact, low, high = step.facts[0], 0.0, 0.0
+    fact, low, high = step.fact, 0.0, 0.0
     for power, c in enumerate(map(number, sequence(step.node["coefficients"]))):
         least, most = _power(fact, power)
         low = add_down(low, min(times_down(c, least), times_down(c, most)))
@@ -201,7 +187,7 @@ def _size(times: Combine, x: float, power: int) -> float:
 
 
 def _log(step: Step) -> Fact:
-    fact = step.facts[0]
+    fact = step.fact
     if fact.high <= 0:
         return unknown(step.rank)
     low = -inf if fact.low <= 0 else 0.0 if fact.low == 1 else _below(log(fact.low))
@@ -209,13 +195,12 @@ def _log(step: Step) -> Fact:
 
 
 def _sqrt(step: Step) -> Fact:
-    fact = step.facts[0]
-    return interval(root_down(max(fact.low, 0.0)), root_up(max(fact.high, 0.0)), step.rank)
+    return interval(root_down(max(step.fact.low, 0.0)), root_up(max(step.fact.high, 0.0)), step.rank)
 
 
 def _rsqrt(step: Step) -> Fact:
     """Of -0, which no interval tells from 0, it is -infinity."""
-    fact = step.facts[0]
+    fact = step.fact
     if fact.low <= 0:
         return unknown(step.rank)
     return interval(over_down(1.0, root_up(fact.high)), over_up(1.0, root_down(fact.low)), step.rank)
@@ -223,7 +208,7 @@ def _rsqrt(step: Step) -> Fact:
 
 def _clamp(step: Step) -> Fact:
     """What a mask hides becomes the lower limit."""
-    fact, (low, high) = step.facts[0], limits(step.node)
+    fact, (low, high) = step.fact, limits(step.node)
     norms = fact.norms if low <= 0 <= high else (inf,) * step.rank
     least, most = min(max(fact.low, low), high), min(max(fact.high, low), high)
     if fact.masked and low == -inf:
@@ -232,7 +217,7 @@ def _clamp(step: Step) -> Fact:
 
 
 def _cast(step: Step) -> Fact:
-    fact, dtype = step.facts[0], step.node["dtype"]
+    fact, dtype = step.fact, step.node["dtype"]
     if dtype == "bool":
         return interval(0.0, 1.0, step.rank)
     if dtype == "float":
@@ -262,13 +247,13 @@ def _matmul(step: Step) -> Fact:
 
 
 ARITHMETIC: dict[str, Rule] = {
-    "add": _add,
+    "add": lambda step: _pairwise(step, *added(*step.facts), add_up),
     "sub": _sub,
     "mul": _mul,
     "div": _div,
     "minimum": _either(min, min),
     "maximum": _either(max, max),
-    "neg": lambda step: _negated(step.facts[0]),
+    "neg": lambda step: _negated(step.fact),
     "exp": _exp,
     "polynomial": _polynomial,
     "log": _log,
@@ -276,11 +261,11 @@ ARITHMETIC: dict[str, Rule] = {
     "rsqrt": _rsqrt,
     "tanh": _increasing(tanh, -1.0, 1.0, slope=1.0),
     "sigmoid": _increasing(_sigmoid_of, 0.0, 1.0),
-    "relu": _relu,
+    "relu": lambda step: replace(step.fact, low=max(step.fact.low, 0.0), high=max(step.fact.high, 0.0)),
     "gelu": _shrinking(_GELU_LEAST),
     "silu": _shrinking(_SILU_LEAST),
     "softplus": _increasing(_softplus_of, 0.0, inf),
-    "abs": _abs,
+    "abs": lambda step: replace(step.fact, low=step.fact.least_magnitude, high=step.fact.magnitude),
     "erf": _increasing(erf, -1.0, 1.0, slope=_ERF_SLOPE),
     "cast": _cast,
     "clamp": _clamp,

@@ -61,14 +61,6 @@ def _numbers(values: Attribute) -> Iterator[float]:
         yield float(values)
 
 
-def _arange(step: Step) -> Fact:
-    return interval(0.0, max(size(step.shape[0]) - 1, 0.0), 1)
-
-
-def _one_hot(step: Step) -> Fact:
-    return Fact(0.0, 1.0, _rows(step, 1.0))
-
-
 # ---------------------------------------------------------------- reductions and normalisations
 
 
@@ -77,12 +69,12 @@ def _axes(step: Step) -> set[int]:
 
 
 def _sum(step: Step) -> Fact:
-    return interval(*total(step.facts[0], (step.shapes[0][axis] for axis in _axes(step))), step.rank)
+    return interval(*total(step.fact, (step.shapes[0][axis] for axis in _axes(step))), step.rank)
 
 
 def _mean(step: Step) -> Fact:
     """A mean of vectors is no longer than the longest."""
-    fact, reduced, keep = step.facts[0], _axes(step), bool(step.node["keepdim"])
+    fact, reduced, keep = step.fact, _axes(step), bool(step.node["keepdim"])
     norms = [
         inf if axis in reduced else norm
         for axis, norm in enumerate(fact.norms)
@@ -99,7 +91,7 @@ def _softmax(step: Step) -> Fact:
 
 def _normalize_rows(step: Step) -> Fact:
     """Shares of a sum of what is not negative."""
-    if step.facts[0].low < 0:
+    if step.fact.low < 0:
         return unknown(step.rank)
     return Fact(0.0, 1.0, _rows(step, 1.0))
 
@@ -117,7 +109,7 @@ def _layer_norm(step: Step) -> Fact:
 
 
 def _unit(step: Step) -> Fact:
-    fact = step.facts[0]
+    fact = step.fact
     low, high = (0.0 if fact.low >= 0 else -1.0), (0.0 if fact.high <= 0 else 1.0)
     return Fact(low, high, _rows(step, 1.0))
 
@@ -126,20 +118,16 @@ def _unit(step: Step) -> Fact:
 
 
 def _mask(step: Step) -> Fact:
-    fact, fill = step.facts[0], step.node.get("fill", -inf)
+    fact, fill = step.fact, step.node.get("fill", -inf)
     norms = (inf,) * step.rank
     if not isinstance(fill, int | float) or fill == -inf:
         return replace(fact, norms=norms, masked=True)
     return replace(fact, low=min(fact.low, fill), high=max(fact.high, fill), norms=norms)
 
 
-def _near_far(step: Step) -> Fact:
-    return replace(join(step.facts), norms=(inf,) * step.rank)
-
-
 def _assume_bound(step: Step) -> Fact:
     """The user's word, where it is taken (`bounds.py`)."""
-    fact, limit = step.facts[0], step.number("bound")
+    fact, limit = step.fact, step.number("bound")
     low, high = max(min(fact.low, limit), -limit), min(max(fact.high, -limit), limit)
     return replace(fact, low=low, high=high)
 
@@ -148,20 +136,15 @@ def _rotary(step: Step) -> Fact:
     """Pairs of a row are rotated: rows keep their norm; along other axes two entries mix, at most sqrt(2)
     of either.
     """
-    fact = step.facts[0]
+    fact = step.fact
     most = min(fact.norms[-1], times_up(_ROOT_2, fact.magnitude))
     others = tuple(times_up(_ROOT_2, norm) for norm in fact.norms[:-1])
     return Fact(-most, most, (*others, fact.norms[-1]))
 
 
-def _alibi(step: Step) -> Fact:
-    fact = step.facts[0]
-    return Fact(-inf, fact.high, (inf,) * step.rank, masked=fact.masked)
-
-
 def _dropout(step: Step) -> Fact:
     """The identity, or in training 0 or scaled up."""
-    fact, p = step.facts[0], step.number("p")
+    fact, p = step.fact, step.number("p")
     if p == 0:
         return fact
     scale = over_up(1.0, add_down(1.0, -p)) if p < 1 else 1.0
@@ -182,23 +165,23 @@ _RULES: dict[str, Rule] = {
     "constant": _constant,
     "fill": _constant,
     "literal": _literal,
-    "arange": _arange,
-    "one_hot": _one_hot,
+    "arange": lambda step: interval(0.0, max(size(step.shape[0]) - 1, 0.0), 1),
+    "one_hot": lambda step: Fact(0.0, 1.0, _rows(step, 1.0)),
     **dict.fromkeys(("logical_not", *COMPARISONS), _range(0.0, 1.0)),
     "sum": _sum,
     "mean": _mean,
-    "amax": lambda step: interval(step.facts[0].low, step.facts[0].high, step.rank),
+    "amax": lambda step: interval(step.fact.low, step.fact.high, step.rank),
     "softmax": _softmax,
     "normalize_rows": _normalize_rows,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "unit": _unit,
     **dict.fromkeys(MASKS, _mask),
-    "near_far": _near_far,
+    "near_far": lambda step: replace(join(step.facts), norms=(inf,) * step.rank),
     "assume_bound": _assume_bound,
     "rotary": _rotary,
     "sinusoid": _range(-1.0, 1.0),
-    "alibi": _alibi,
+    "alibi": lambda step: Fact(-inf, step.fact.high, (inf,) * step.rank, masked=step.fact.masked),
     "dropout": _dropout,
     **dict.fromkeys(("cross_entropy", "mse"), _range(0.0, inf)),
     "attention": _attention,

@@ -29,6 +29,11 @@ class Step:
         """The rank of the result."""
         return len(self.shape)
 
+    @property
+    def fact(self) -> Fact:
+        """That of the first input."""
+        return self.facts[0]
+
     def number(self, key: str) -> float:
         """A numeric attribute."""
         return number(self.node[key])

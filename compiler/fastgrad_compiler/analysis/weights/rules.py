@@ -58,10 +58,6 @@ def _layer_norm(step: Step, gamma: Rows, beta: Rows) -> Rows | None:
     return replace(rows, sources=(source,))
 
 
-def _unit(step: Step) -> Rows | None:
-    return step.ball(1.0, source="row norm at most 1: unit divides each row by its norm")
-
-
 def _embedding(step: Step, table: Rows) -> Rows | None:
     longest = float(table.norm.max())
     source = f"row norm at most {number(longest)}: the longest row of {_weight_name(step, 0)}"
@@ -179,7 +175,7 @@ ROWS: dict[str, Rule] = {
     **SHAPES,
     "rms_norm": known(_rms_norm, 1),
     "layer_norm": known(_layer_norm, 1, 2),
-    "unit": _unit,
+    "unit": lambda step: step.ball(1.0, source="row norm at most 1: unit divides each row by its norm"),
     "embedding": known(_embedding, 0),
     "sinusoid": _sinusoid,
     "add": known_pair(lambda step, left, right: add(left, right)),
