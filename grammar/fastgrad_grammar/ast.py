@@ -5,6 +5,7 @@ Spans take no part in equality, so that two texts that mean the same give equal 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -204,6 +205,23 @@ class Return(Node):
 
 
 Statement: TypeAlias = Assign | Weight | Buffer | Repeat | If | Return
+
+
+def walk(body: Iterable[Statement]) -> Iterator[Statement]:
+    """All statements of a body, those of nested bodies too, in order."""
+    for statement in body:
+        yield statement
+        if isinstance(statement, Repeat):
+            yield from walk(statement.body)
+        elif isinstance(statement, If):
+            yield from walk((*statement.then, *statement.otherwise))
+
+
+def bound(statement: Statement) -> tuple[Name, ...]:
+    """The names that a statement binds, apart from those inside of it."""
+    if isinstance(statement, Assign):
+        return statement.targets
+    return (statement.name,) if isinstance(statement, Weight | Buffer) else ()
 
 
 # ---------------------------------------------------------------- items

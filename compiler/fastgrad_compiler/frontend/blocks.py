@@ -13,7 +13,7 @@ from fastgrad_compiler.frontend.expressions import as_tensor, compile_time, dime
 from fastgrad_compiler.frontend.modules import Module, suggest_block
 from fastgrad_compiler.frontend.operations import NAMES
 from fastgrad_compiler.frontend.reporter import Abort, did_you_mean
-from fastgrad_compiler.frontend.scope import Binding, Scope, walk
+from fastgrad_compiler.frontend.scope import Binding, Scope
 from fastgrad_compiler.frontend.state import MAX_DEPTH, Instance, builder_of, emit_several
 from fastgrad_compiler.frontend.statements import run_body, tensor_type
 from fastgrad_compiler.frontend.values import Constant, Origin, Several, Tensor, Value, ValueProblem
@@ -238,7 +238,7 @@ def make_graph(inner: Scope, block: ast.BlockDecl, arguments: Sequence[Tensor]) 
     state.step(block.span, 5)  # a graph is more work than a statement
     shown = inner.module.qualified(block)
     name = state.graph_names.take(shown)
-    weights = [s.name.text for s in walk(block.body) if isinstance(s, ast.Weight | ast.Buffer)]
+    weights = [s.name.text for s in ast.walk(block.body) if isinstance(s, ast.Weight | ast.Buffer)]
     builder = Builder(weights=weights)
     results = tuple([tensor_type(inner, result) for result in block.results])
     inner.builder = builder

@@ -92,11 +92,8 @@ def always_bound(body: Iterable[ast.Statement]) -> set[str]:
     """The names that a body binds whichever way its conditions go."""
     found: set[str] = set()
     for statement in body:
-        if isinstance(statement, ast.Assign):
-            found.update(name.text for name in statement.targets)
-        elif isinstance(statement, ast.Weight | ast.Buffer):
-            found.add(statement.name.text)
-        elif isinstance(statement, ast.If):
+        found.update(name.text for name in ast.bound(statement))
+        if isinstance(statement, ast.If):
             branches = [b for b in (statement.then, statement.otherwise) if not returns(b)]
             found |= set.intersection(*map(always_bound, branches)) if branches else set()
     return found
@@ -113,25 +110,10 @@ def returns(body: Iterable[ast.Statement]) -> bool:
 def assigned(body: Iterable[ast.Statement]) -> dict[str, Span]:
     """Every name that a body may assign, and where it first does."""
     found: dict[str, Span] = {}
-    for statement in walk(body):
-        if isinstance(statement, ast.Assign):
-            for name in statement.targets:
-                found.setdefault(name.text, name.span)
-        elif isinstance(statement, ast.Weight | ast.Buffer):
-            found.setdefault(statement.name.text, statement.name.span)
+    for statement in ast.walk(body):
+        for name in ast.bound(statement):
+            found.setdefault(name.text, name.span)
     return found
-
-
-def walk(body: Iterable[ast.Statement]) -> Iterable[ast.Statement]:
-    """All statements of a body, those of nested bodies too."""
-    pending = list(reversed(list(body)))
-    while pending:
-        statement = pending.pop()
-        yield statement
-        if isinstance(statement, ast.Repeat):
-            pending.extend(reversed(statement.body))
-        elif isinstance(statement, ast.If):
-            pending.extend(reversed((*statement.then, *statement.otherwise)))
 
 
 def mentions(node: object, name: str) -> bool:
