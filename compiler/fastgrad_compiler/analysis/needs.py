@@ -127,7 +127,7 @@ def _needs(program: Program, graph: Graph, found: Mapping[str, Needs]) -> Needs:
     dims: set[str] = set()
     makes = False
     for node in graph.nodes:
-        dims |= {name for dim in _dims(program, graph, node) for name in dim.names}
+        dims |= {name for dim in _dims(graph, node) for name in dim.names}
         makes = makes or _makes_tensor(graph, node)
         for callee in callees(node):
             inner = found[callee]
@@ -161,7 +161,7 @@ def _makes_tensor(graph: Graph, node: Node) -> bool:
     return node.op in _MIXING and node.tensor.dtype == "float" and not floats
 
 
-def _dims(program: Program, graph: Graph, node: Node) -> Iterator[Dim]:
+def _dims(graph: Graph, node: Node) -> Iterator[Dim]:
     for key in _SHAPED.get(node.op, ()):
         yield from _of(node[key])
     if node.op == "rms_norm":

@@ -39,9 +39,6 @@ class _Emit:
     def node(self, op: str, *operands: Tensor, **attributes: Attribute) -> Tensor:
         return emit(self.scope, self.call.span, op, operands, **attributes)
 
-    def number(self, value: float) -> Tensor:
-        return emit(self.scope, self.call.span, "constant", value=value)
-
     def refuse(self, code: str, message: str) -> Abort:
         return self.scope.report(code, message, self.call.span)
 

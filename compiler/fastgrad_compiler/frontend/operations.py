@@ -64,9 +64,6 @@ class Emit(Protocol):
     def node(self, op: str, *operands: Tensor, **attributes: Attribute) -> Tensor:
         """A node typed by the shape rules."""
 
-    def number(self, value: float) -> Tensor:
-        """A constant."""
-
     def refuse(self, code: str, message: str) -> Exception:
         """Report what is wrong; the result is to be raised."""
 

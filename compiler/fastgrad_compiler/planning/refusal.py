@@ -29,7 +29,7 @@ def diagnose(refusal: Refusal, case: Case, entries: Sequence[AttentionEntry]) ->
         f"{named(entries)}: {refusal.message}",
         rule.span if rule is not None and rule.span is not None else case.node.span,
         notes=tuple(notes),
-        help=(*_REMEDIES[refusal.code](refusal, case), f'leave it exact: at "{entries[0].path}" exact'),
+        help=(*_REMEDIES[refusal.code](case), f'leave it exact: at "{entries[0].path}" exact'),
     )
 
 
@@ -64,7 +64,7 @@ def _range(case: Case) -> list[Note]:
     return [Note(line) for line in (f"|s| <= {number(case.bound)} is {word}", *known.proof)]
 
 
-def _unbounded(refusal: Refusal, case: Case) -> list[str]:
+def _unbounded(case: Case) -> list[str]:
     word = [] if case.certified else ["or assert a limit that you know: assume_bound(scores, R)"]
     return [
         "limit the logits: gain * (unit(q) @ unit(k).T) never exceeds the gain; std.attention(gain = 1.0) does it",
@@ -73,7 +73,7 @@ def _unbounded(refusal: Refusal, case: Case) -> list[str]:
     ]
 
 
-def _better_degree(refusal: Refusal, case: Case) -> list[str]:
+def _better_degree(case: Case) -> list[str]:
     """A higher degree, or a smaller range at the pinned one."""
     degree = _degree(case)
     caps = Caps(relative=case.caps.relative or USEFUL)
@@ -92,7 +92,7 @@ def _better_degree(refusal: Refusal, case: Case) -> list[str]:
     return remedies
 
 
-def _positive_degree(refusal: Refusal, case: Case) -> list[str]:
+def _positive_degree(case: Case) -> list[str]:
     """The next higher degree that is positive and says something, or a range on which the pinned one is."""
     degree = _degree(case) or 1
     remedies = []
@@ -106,7 +106,7 @@ def _positive_degree(refusal: Refusal, case: Case) -> list[str]:
     return remedies + _smaller_range(case, degree, lambda p: p.eps <= USEFUL)
 
 
-def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
+def _smaller_rank(case: Case) -> list[str]:
     degree = _degree(case)
     if degree is None:
         return []
@@ -121,7 +121,7 @@ def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
     return remedies
 
 
-def _feasible(refusal: Refusal, case: Case) -> list[str]:
+def _feasible(case: Case) -> list[str]:
     """A smaller range or narrower heads, with which some degree meets all caps."""
     if case.d is None or case.dv is None:
         return ["declare the widths of heads as constants"]
@@ -132,18 +132,6 @@ def _feasible(refusal: Refusal, case: Case) -> list[str]:
         remedies.append(f"a qk_dim of {width} affords a degree that meets the limits")
     largest = _largest(case.bound, lambda bound: search(with_bound(case, bound))[0] is not None)
     return remedies + _gain(case, largest, "meets the limits")
-
-
-def _near(refusal: Refusal, case: Case) -> list[str]:
-    return [
-        "remove this rule"
-        if case.attention.near is None
-        else "change the block of near_far in the model instead"
-    ]
-
-
-def _masked(refusal: Refusal, case: Case) -> list[str]:
-    return ["windows and alibi stay exact: remove the mask, or this rule"]
 
 
 def _smaller_range(case: Case, degree: int, suits: Callable[[Polynomial], bool]) -> list[str]:
@@ -179,13 +167,15 @@ def _degree(case: Case) -> int | None:
     return int(str(case.settings.degree.value)) if case.settings.degree else None
 
 
-_REMEDIES: dict[str, Callable[[Refusal, Case], list[str]]] = {
+_REMEDIES: dict[str, Callable[[Case], list[str]]] = {
     "FG301": _unbounded,
     "FG304": _positive_degree,
     "FG305": _better_degree,
     "FG306": _better_degree,
     "FG307": _smaller_rank,
-    "FG308": _near,
-    "FG309": _masked,
+    "FG308": lambda case: [
+        "change the block of near_far in the model instead" if case.attention.near else "remove this rule"
+    ],
+    "FG309": lambda case: ["windows and alibi stay exact: remove the mask, or this rule"],
     "FG310": _feasible,
 }
