@@ -64,9 +64,8 @@ def lex(
     tokens: list[lark.Token] = []
     broken: dict[int, Diagnostic] = {}
     while len(broken) < MAX_LEXICAL_ERRORS:
-        thread = LexerThread.from_text(
-            lexer, lark.TextSlice(text, start, len(text) if stop is None else stop)
-        )
+        part = lark.TextSlice(text, start, len(text) if stop is None else stop)
+        thread = LexerThread.from_text(lexer, part)
         try:
             tokens.extend(thread.lex(None))
         except lark.UnexpectedCharacters as error:
@@ -125,10 +124,8 @@ class _LayoutBuilder:
     def _starts_declaration(self, index: int) -> bool:
         """Whether a line begins with a keyword that is used as one (`param = 3` is a name gone wrong)."""
         follower = self.raw[index + 1].type if index + 1 < len(self.raw) else ""
-        return self.raw[index].type in ITEM_KEYWORDS | STATEMENT_KEYWORDS and follower not in (
-            "ASSIGN",
-            "COLON",
-        )
+        keyword = self.raw[index].type in ITEM_KEYWORDS | STATEMENT_KEYWORDS
+        return keyword and follower not in ("ASSIGN", "COLON")
 
     def _in_parentheses(self) -> bool:
         return bool(self.open) and self.open[-1].type != "LBRACE"
@@ -229,15 +226,10 @@ class _LayoutBuilder:
 
     def _too_deep(self, token: lark.Token) -> None:
         self.layout.stopped = True
-        self.layout.diagnostics.append(
-            Diagnostic(
-                "FG106",
-                f"nested too deeply: more than {MAX_NESTING} brackets are open here",
-                self.layout.span(token),
-                "the innermost",
-                help=("bind parts of it to names, or move them into blocks",),
-            )
-        )
+        message = f"nested too deeply: more than {MAX_NESTING} brackets are open here"
+        help_ = "bind parts of it to names, or move them into blocks"
+        found = Diagnostic("FG106", message, self.layout.span(token), "the innermost", help=(help_,))
+        self.layout.diagnostics.append(found)
 
     # ------------------------------------------------------------ messages
 

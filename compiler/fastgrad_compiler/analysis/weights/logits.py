@@ -9,7 +9,7 @@ and at most ||q|| ||k||. A centre, which softmax ignores, is subtracted from b.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 
 import torch
@@ -39,19 +39,6 @@ class Logits:
         return max(self.heads)
 
 
-@dataclass(frozen=True, slots=True)
-class _Heads:
-    """The rows of each head: terms with radius [h] and matrix [h, k, d], and the offset [h, d]."""
-
-    terms: tuple[Term, ...]
-    offset: Tensor
-
-    @property
-    def norm(self) -> Tensor:
-        """The norm of the longest row, [h]."""
-        return sum((term.norm for term in self.terms), self.offset.norm(dim=-1))
-
-
 def logits(q: Rows, k: Rows, heads: int, groups: int, scale: float, centre: Tensor | None) -> Logits:
     """R of |scale * q.(k - centre)| for `heads` query heads, each `heads / groups` of which share a key head.
 
@@ -60,7 +47,7 @@ def logits(q: Rows, k: Rows, heads: int, groups: int, scale: float, centre: Tens
     query, key = _by_head(q, heads), _by_head(k, groups)
     shared, size = key.offset, abs(scale)
     offset = shared if centre is None else shared - centre
-    key = _repeated(_Heads(key.terms, offset), heads // groups)
+    key = replace(key, offset=offset).on_lead(lambda x, _: x.repeat_interleave(heads // groups, 0))
     form, constant = _form(query, key), _constant(query, key)
     by_norms = size * query.norm * key.norm
     by_form = size * (form + constant)
@@ -94,7 +81,7 @@ def _named(q: Rows, k: Rows) -> str:
     return f" of {', '.join(f'`{path}`' for path in paths)}" if paths else ""
 
 
-def _form(query: _Heads, key: _Heads) -> Tensor:
+def _form(query: Rows, key: Rows) -> Tensor:
     """What the bilinear form of the varying parts is at most, [h]."""
     total = torch.zeros(query.offset.shape[0], dtype=torch.float64)
     for left in query.terms:
@@ -103,7 +90,7 @@ def _form(query: _Heads, key: _Heads) -> Tensor:
     return total
 
 
-def _constant(query: _Heads, key: _Heads) -> Tensor:
+def _constant(query: Rows, key: Rows) -> Tensor:
     """What offsets add to that, [h]."""
     total = (query.offset * key.offset).sum(-1).abs()
     for terms, offset in ((query.terms, key.offset), (key.terms, query.offset)):
@@ -112,15 +99,17 @@ def _constant(query: _Heads, key: _Heads) -> Tensor:
     return total
 
 
-def _by_head(rows: Rows, heads: int) -> _Heads:
-    """Rows [.., h, n, d] head by head; where they differ along another axis, that becomes a ball around their mean."""
+def _by_head(rows: Rows, heads: int) -> Rows:
+    """Rows [.., h, n, d] as [h, d], one of each head; where they differ along another axis, that becomes a ball around
+    their mean.
+    """
     offset, others = rows.offset, tuple(axis for axis in range(rows.rank - 1) if axis != rows.rank - 3)
     centre = offset.mean(others, keepdim=True)
     drift = (offset - centre).norm(dim=-1).amax(others)
     terms = [_term_by_head(term, others, heads) for term in rows.terms]
     if bool(drift.any()):
         terms.append(_any_row(drift, heads, rows.width))
-    return _Heads(tuple(terms), centre.reshape(-1, rows.width).expand(heads, rows.width))
+    return Rows(tuple(terms), centre.reshape(-1, rows.width).expand(heads, rows.width))
 
 
 def _term_by_head(term: Term, others: tuple[int, ...], heads: int) -> Term:
@@ -134,10 +123,3 @@ def _term_by_head(term: Term, others: tuple[int, ...], heads: int) -> Term:
 def _any_row(radius: Tensor, heads: int, width: int) -> Term:
     identity = torch.eye(width, dtype=torch.float64)
     return Term(radius.reshape(-1).expand(heads), identity.expand(heads, width, width))
-
-
-def _repeated(rows: _Heads, count: int) -> _Heads:
-    terms = tuple(
-        Term(t.radius.repeat_interleave(count, 0), t.matrix.repeat_interleave(count, 0)) for t in rows.terms
-    )
-    return _Heads(terms, rows.offset.repeat_interleave(count, 0))
