@@ -256,7 +256,7 @@ TORCH: dict[str, Rule] = {
         for name in {*FUNCTIONS, "neg", "abs", "logical_not"} - _OF_NETWORKS
     },
     **{name: _unary(getattr(functional, name)) for name in _OF_NETWORKS},
-    **{name: _binary(getattr(torch, name)) for name in ARITHMETIC},
+    **{name: _binary(getattr(torch, name)) for name in (*ARITHMETIC, "matmul")},
     "div": _div,
     "softplus": _unary(lambda x: functional.softplus(x, threshold=40.0)),
     "less": _binary(torch.lt),
