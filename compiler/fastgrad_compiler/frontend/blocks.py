@@ -69,7 +69,7 @@ def _call_block(scope: Scope, call: ast.Call, module: Module) -> Value:
     arguments = []
     for parameter in block.tensors:
         (expr,), name = given[parameter.name.text], f"`{parameter.name.text}` of {shown}"
-        arguments.append(_Argument(parameter, tensor(scope, expr, name), expr.span, name))
+        arguments.append(_Argument(parameter, tensor(scope, expr, name), expr.span, shown))
     inner = Scope(scope.state, module)
     for value in block.values:
         if value.name.text in given:
@@ -85,12 +85,17 @@ def _call_block(scope: Scope, call: ast.Call, module: Module) -> Value:
 
 @dataclass(frozen=True, slots=True)
 class _Argument:
-    """A tensor that is given for a parameter, which is called `name`; `span` is where."""
+    """A tensor that is given for a parameter of the block `shown`; `span` is where."""
 
     parameter: ast.TensorParam
     tensor: Tensor
     span: Span
-    name: str
+    shown: str
+
+    @property
+    def name(self) -> str:
+        """The parameter, in words."""
+        return f"`{self.parameter.name.text}` of {self.shown}"
 
     def size(self, axis: int) -> str:
         """What stands at the place of the argument: `256 here (d_model, gpt.tfg:4)`."""
@@ -183,13 +188,10 @@ def _check_kind(scope: Scope, argument: _Argument) -> None:
 def _differ(
     scope: Scope, name: str, bound: Binding, first: _Argument, argument: _Argument, axis: int
 ) -> Abort:
-    shown = argument.name.partition(" of ")[2]
-    size, before, now = (
-        argument.tensor.type.shape[axis],
-        first.parameter.name.text,
-        argument.parameter.name.text,
+    message = (
+        f"{name} of {argument.shown} is {bound.value} from {first.parameter.name.text}{_from(bound.origin)} "
+        f"but {argument.tensor.type.shape[axis]} from {argument.parameter.name.text}"
     )
-    message = f"{name} of {shown} is {bound.value} from {before}{_from(bound.origin)} but {size} from {now}"
     note = Note(f"{name} is {bound.value} by this argument", first.span)
     return scope.report("FG210", message, argument.span, argument.size(axis), notes=(note, argument.declared))
 
@@ -277,9 +279,8 @@ def _outputs(
     found = value.items if isinstance(value, Several) else (value,)
     span = statement.value.span
     if len(found) != len(results):
-        message = (
-            f"`{block.name.text}` returns {counted(len(found), 'value')}, not the declared {len(results)}"
-        )
+        given = counted(len(found), "value")
+        message = f"`{block.name.text}` returns {given}, not the declared {len(results)}"
         note = Note("declared here", block.results[0].span.to(block.results[-1].span))
         raise inner.report("FG224", message, span, f"{len(found)} here", notes=(note,))
     outputs = [as_tensor(inner, each, span, "a result") for each in found]

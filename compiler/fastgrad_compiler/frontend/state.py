@@ -10,7 +10,7 @@ from fastgrad_compiler.frontend.modules import Module
 from fastgrad_compiler.frontend.reporter import Reporter
 from fastgrad_compiler.frontend.scope import Scope
 from fastgrad_compiler.frontend.values import Origin, Tensor, Value, ValueProblem
-from fastgrad_compiler.ir.graph import Attribute, Graph, Node, TensorType, Type
+from fastgrad_compiler.ir.graph import Attribute, Graph, TensorType, Type
 from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_compiler.ir.shapes import Blame, ShapeError, infer
 from fastgrad_grammar import ast
@@ -52,13 +52,9 @@ class State:
         """Count work; FG241 ends the run where a program grows beyond what can be meant."""
         self.steps += work
         if self.steps > MAX_STEPS:
-            self.report(
-                "FG241",
-                f"the program is too large: more than {MAX_STEPS} statements and operations",
-                span,
-                "reached here",
-                help_=("repeat bodies that do not read the index are elaborated once",),
-            )
+            message = f"the program is too large: more than {MAX_STEPS} statements and operations"
+            help_ = "repeat bodies that do not read the index are elaborated once"
+            self.report("FG241", message, span, "reached here", help_=(help_,))
             self.report.stop()
 
 
@@ -75,8 +71,10 @@ def emit(
     scope: Scope, span: Span, op: str, operands: Sequence[Tensor] = (), **attributes: Attribute
 ) -> Tensor:
     """A node typed by the shape rules; a misfit is reported with what blames each side."""
+    scope.state.step(span)
     builder = builder_of(scope, span)
-    node = emit_node(scope, span, op, operands, None, **attributes)
+    kind = _typed(scope, span, op, operands, attributes)
+    node = builder.add(op, [tensor.node for tensor in operands], kind, span, attributes)
     return Tensor(node.name, node.tensor, trace_origins(node.tensor.shape, operands), builder)
 
 
@@ -90,25 +88,15 @@ def emit_several(
     **attributes: Attribute,
 ) -> list[Tensor]:
     """The results of a node of known types: the node itself, or an `item` for each of several."""
-    builder = builder_of(scope, span)
-    node = emit_node(scope, span, op, operands, kinds[0] if len(kinds) == 1 else kinds, **attributes)
+    scope.state.step(span)
+    builder, kind = builder_of(scope, span), kinds[0] if len(kinds) == 1 else kinds
+    node = builder.add(op, [tensor.node for tensor in operands], kind, span, attributes)
     nodes = [node]
     if len(kinds) > 1:
         nodes = [builder.add("item", (node.name,), kind, span, {"index": i}) for i, kind in enumerate(kinds)]
     return [
         Tensor(each.name, each.tensor, origin, builder) for each, origin in zip(nodes, origins, strict=True)
     ]
-
-
-def emit_node(
-    scope: Scope, span: Span, op: str, operands: Sequence[Tensor], kind: Type | None, **attributes: Attribute
-) -> Node:
-    """A node of any type; `kind` where it is known and no rule need be asked."""
-    scope.state.step(span)
-    builder = builder_of(scope, span)
-    if kind is None:
-        kind = _typed(scope, span, op, operands, attributes)
-    return builder.add(op, [tensor.node for tensor in operands], kind, span, attributes)
 
 
 def _typed(
