@@ -26,8 +26,9 @@ from torch.nn.functional import normalize
 
 from benchmarks.gpu_contenders import Case, Contestant, contestants
 from benchmarks.settings import ROOT, Settings, heading, say
-from fastgrad_compiler.approximation.features import rank
-from fastgrad_compiler.planning.roofline import DEVICES, best, shape_of
+from fastgrad_compiler.planning.roofline import best, shape_of
+from fastgrad_compiler.runtime.monomials import rank
+from fastgrad_compiler.runtime.triton_schedule import DEVICES
 from fastgrad_dsl.bench.cells import Cell
 from fastgrad_dsl.bench.contenders import Attention, Inputs
 from fastgrad_dsl.bench.machine import package_version

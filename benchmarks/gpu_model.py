@@ -9,22 +9,18 @@ from typing import Any
 
 from benchmarks.settings import ROOT, Settings, heading, say
 from fastgrad_compiler.planning import cost
-from fastgrad_compiler.planning.roofline import (
+from fastgrad_compiler.planning.roofline import Roofline, best, flash_time, shape_of, timed
+from fastgrad_compiler.runtime.triton_schedule import (
     DEVICES,
+    TILES,
     Device,
-    Roofline,
     Shape,
     Work,
-    best,
+    can_fuse,
     choose_chunk,
-    flash_time,
     kernel_time,
-    kernels,
-    limit,
-    shape_of,
-    timed,
+    works,
 )
-from fastgrad_compiler.runtime.triton_schedule import can_fuse
 
 ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 HEADS, DTYPE = 8, "bfloat16"
@@ -34,6 +30,22 @@ KERNELS_AT = 65_536  # tokens, for the table of kernels
 FUSED_AT = 16_384  # tokens, for the number of heads from which on a program a head is enough
 MOST_HEADS = 1 << 14
 RESOURCES = ROOT / "tests" / "golden" / "triton_resources.json"
+
+
+def kernels(device: Device, shape: Shape, schedule: str, chunk: int) -> tuple[Work, ...]:
+    """The launches of both passes, in order."""
+    forward, backward = works(schedule, shape, chunk, TILES, device.cache)
+    return forward + backward
+
+
+def limit(work: Work, device: Device, dtype: str) -> str:
+    """What a kernel waits for by the model: "memory", "matrix" or "vector" units."""
+    only = {
+        "memory": replace(work, pair_flops=0, feature_flops=0, vector_flops=0),
+        "matrix": replace(work, bytes=0, vector_flops=0),
+        "vector": replace(work, bytes=0, pair_flops=0, feature_flops=0),
+    }
+    return max(only, key=lambda unit: kernel_time(only[unit], device, dtype))
 
 
 def measure(settings: Settings) -> dict[str, object]:

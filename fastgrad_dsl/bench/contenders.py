@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.kernel_tiles import CHUNK
 from fastgrad_compiler.approximation.polynomial import Family
 from fastgrad_compiler.planning.cost import Flops, Shape, Way, flops
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec, choose_chunk
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.functional import polynomial_attention
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.planning.candidates import MAX_RANK
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_dsl.bench.cells import Cell, extrapolated
 from fastgrad_dsl.bench.contenders import Contender, Inputs, make_inputs
 from fastgrad_dsl.bench.machine import describe_machine

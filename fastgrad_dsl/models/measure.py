@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrad_compiler.approximation.certificates import (
-    key_gradient_bound,
-    output_bound,
+    eta,
     output_rounding,
-    query_gradient_bound,
+    score_factor,
     score_gradient_rounding,
-    value_gradient_bound,
     value_gradient_rounding,
 )
 from fastgrad_compiler.approximation.rounding import EXACT, UNITS, Rounding, Run, Sizes, rounding
@@ -423,7 +421,7 @@ def _output_bounds(served: Served, inputs: Sequence[Any], reference: Tensor) -> 
     q, k, v = inputs[:3]
     groups = reference.shape[1] // v.shape[1]
     added = output_rounding(served.eps, served.rounding(q, k, v))
-    per_row = output_bound(served.eps, _value_range(v)) + added * _largest_value(v)
+    per_row = _value_range(v) * (eta(served.eps) / 2) + added * _largest_value(v)
     return per_row.repeat_interleave(groups, 1).expand_as(reference)
 
 
@@ -467,8 +465,9 @@ def _gradient_bounds(
     products = (cotangent.abs() * largest_value).sum(-1)  # at least max_j sum_c |dO_ic v_jc|
     given = cotangent.norm(dim=-1).sum(-1)
     upstream = of_groups(
-        value_gradient_bound(eps, given) + value_gradient_rounding(eps, added) * given,
+        given * eta(eps) + value_gradient_rounding(eps, added) * given,
     )
+    factor = score_factor(eps, eps_prime)
     rounded = score_gradient_rounding(eps, eps_prime, added) * products
     noise = torch.finfo(reference[0].dtype).eps * (k.shape[-2] + v.shape[-1])
     shares: list[float | None] = []
@@ -477,11 +476,9 @@ def _gradient_bounds(
         pairs.append((near_q, near_k, reference[3], reference[4]))
     for queries, keys, dq, dk in pairs:
         largest = keys.norm(dim=-1).amax(-1, keepdim=True).repeat_interleave(q.shape[1] // heads, 1)
-        of_queries = (query_gradient_bound(eps, eps_prime, omega, 1.0) + rounded) * largest
+        of_queries = (omega * factor + rounded) * largest
         lengths = queries.norm(dim=-1)
-        of_keys = of_groups(
-            key_gradient_bound(eps, eps_prime, (omega * lengths).sum(-1)) + (rounded * lengths).sum(-1)
-        )
+        of_keys = of_groups((omega * lengths).sum(-1) * factor + (rounded * lengths).sum(-1))
         terms = of_groups((products * lengths).sum(-1))
         shares.append(_share(of_queries, dq) if dq.norm() > noise * (products * largest).norm() else None)
         shares.append(_share(of_keys, dk) if dk.norm() > noise * terms.norm() else None)

@@ -5,49 +5,54 @@ Spans take no part in equality, so that two texts that mean the same give equal 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from fastgrad_grammar.source import Span
 
+
+@dataclass(frozen=True)
+class Node:
+    """A piece of syntax, and where it was read."""
+
+    span: Span = field(compare=False, repr=False)
+
+
 # ---------------------------------------------------------------- names and types
 
 
 @dataclass(frozen=True)
-class Name:
+class Name(Node):
     """An identifier where it is declared, or a parameter's name in a call."""
 
     text: str
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class TensorType:
+class TensorType(Node):
     """`float[b, n, 4 * d]`; `dtype` is float, int or bool; no dims is a scalar `float[]`."""
 
     dtype: str
     dims: tuple[Expr, ...]
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class ValueType:
+class ValueType(Node):
     """The type of a compile-time value: int, float, bool, str or floats; `optional` (`float?`) may be none."""
 
     name: str
     optional: bool
-    span: Span = field(compare=False, repr=False)
 
 
 # ---------------------------------------------------------------- expressions
 
 
 @dataclass(frozen=True, eq=False)
-class Literal:
+class Literal(Node):
     """An int, float, bool, str or none; 1, 1.0 and true are three different literals."""
 
     value: int | float | bool | str | None
-    span: Span = field(compare=False, repr=False)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Literal):
@@ -59,97 +64,87 @@ class Literal:
 
 
 @dataclass(frozen=True)
-class Ref:
+class Ref(Node):
     """A name used as a value."""
 
     name: str
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Unary:
+class Unary(Node):
     """`-x` or `not x`; `op` is "-" or "not"."""
 
     op: str
     operand: Expr
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Binary:
+class Binary(Node):
     """`op` is one of @ + - * / // % == != < <= > >= and or."""
 
     op: str
     left: Expr
     right: Expr
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Conditional:
+class Conditional(Node):
     """`then if condition else otherwise`."""
 
-    condition: Expr
     then: Expr
+    condition: Expr
     otherwise: Expr
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Transpose:
+class Transpose(Node):
     """`x.T`, the last two dimensions."""
 
     operand: Expr
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Slice:
+class Slice(Node):
     """One place of an index: `a:b` with optional ends, one `index`, or `..` (`ellipsis`: leading dims)."""
 
-    start: Expr | None
-    stop: Expr | None
-    index: Expr | None
-    ellipsis: bool
-    span: Span = field(compare=False, repr=False)
+    start: Expr | None = None
+    stop: Expr | None = None
+    index: Expr | None = None
+    ellipsis: bool = False
 
 
 @dataclass(frozen=True)
-class Index:
+class Index(Node):
     """`x[.., 0:4]`."""
 
     operand: Expr
     slices: tuple[Slice, ...]
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Tuple:
+class Tuple(Node):
     """`(a, b)`: several results in `return (a, b)`, or axes as in `permute(x, (0, 2, 1))`."""
 
     items: tuple[Expr, ...]
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Argument:
+class Argument(Node):
     """One argument; `name` for keywords; `value_side` if it stood after `;`."""
 
     value: Expr
     name: Name | None
     value_side: bool = field(compare=False)
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Call:
+class Call(Node):
     """`f(x; k = 1) as label`, also `std.f(...)`: `module` is the qualifier."""
 
     module: str | None
     function: Name
     arguments: tuple[Argument, ...]
     label: Name | None
-    span: Span = field(compare=False, repr=False)
 
 
 Expr: TypeAlias = Literal | Ref | Unary | Binary | Conditional | Transpose | Index | Tuple | Call
@@ -159,118 +154,124 @@ Expr: TypeAlias = Literal | Ref | Unary | Binary | Conditional | Transpose | Ind
 
 
 @dataclass(frozen=True)
-class Assign:
+class Assign(Node):
     """`x = expr`, or `(x, y) = expr` for a call with several results."""
 
     targets: tuple[Name, ...]
     value: Expr
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Weight:
+class Weight(Node):
     """`weight w: float[n, m] = normal(std = 0.02)`; `init` None takes the default (docs/language.md)."""
 
     name: Name
     type: TensorType
     init: Call | None
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Buffer:
+class Buffer(Node):
     """`buffer x: float[n] = zeros()`: a tensor of the state_dict that is not trained."""
 
     name: Name
     type: TensorType
     init: Expr | None
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Repeat:
+class Repeat(Node):
     """`repeat i in count { body }`."""
 
     index: Name
     count: Expr
     body: tuple[Statement, ...]
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class If:
+class If(Node):
     """`if condition { then } else { otherwise }` on a compile-time condition; `else if` nests."""
 
     condition: Expr
     then: tuple[Statement, ...]
     otherwise: tuple[Statement, ...]
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Return:
+class Return(Node):
     """`return expr`."""
 
     value: Expr
-    span: Span = field(compare=False, repr=False)
 
 
 Statement: TypeAlias = Assign | Weight | Buffer | Repeat | If | Return
+
+
+def walk(body: Iterable[Statement]) -> Iterator[Statement]:
+    """All statements of a body, those of nested bodies too, in order."""
+    for statement in body:
+        yield statement
+        if isinstance(statement, Repeat):
+            yield from walk(statement.body)
+        elif isinstance(statement, If):
+            yield from walk((*statement.then, *statement.otherwise))
+
+
+def bound(statement: Statement) -> tuple[Name, ...]:
+    """The names that a statement binds, apart from those inside of it."""
+    if isinstance(statement, Assign):
+        return statement.targets
+    return (statement.name,) if isinstance(statement, Weight | Buffer) else ()
 
 
 # ---------------------------------------------------------------- items
 
 
 @dataclass(frozen=True)
-class Use:
-    """`use std` (`path` None) or `use "path.tfg" as name`."""
+class Use(Node):
+    """`use std` or `use "path.tfg" as name`."""
 
     name: Name
-    path: str | None
-    span: Span = field(compare=False, repr=False)
+    path: str | None = None
 
 
 @dataclass(frozen=True)
-class Param:
+class Param(Node):
     """`param name: type = expr`."""
 
     name: Name
     type: ValueType | None
     value: Expr
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class DimDecl:
+class DimDecl(Node):
     """`dim n <= 65536 % 64`."""
 
     name: Name
     at_most: Expr | None
     multiple_of: Expr | None
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class TensorParam:
+class TensorParam(Node):
     """`x: float[b, n, d]` before the `;` of a signature."""
 
     name: Name
     type: TensorType
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class ValueParam:
+class ValueParam(Node):
     """`heads: int = 8` after the `;` of a signature."""
 
     name: Name
     type: ValueType
     default: Expr | None
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class BlockDecl:
+class BlockDecl(Node):
     """`block` or `model` (`is_model`); `results` are the types after `->`."""
 
     is_model: bool
@@ -279,71 +280,62 @@ class BlockDecl:
     values: tuple[ValueParam, ...]
     results: tuple[TensorType, ...]
     body: tuple[Statement, ...]
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Objective:
+class Objective(Node):
     """`objective loss(logits: ..., targets: ...) = expr`."""
 
     name: Name
     tensors: tuple[TensorParam, ...]
     value: Expr
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Limit:
+class Limit(Node):
     """`output <= 1e-2`, `gradient <= 5e-2`, or after `at`, `relative <= 1e-3`."""
 
     name: Name
     value: Expr
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Node):
     """`near = 256`, `degree = 4`, `family = "balanced"`."""
 
     name: Name
     value: Expr
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Exact:
+class Exact(Node):
     """`at "layers.5.*" exact`."""
-
-    span: Span = field(compare=False, repr=False)
 
 
 Rule: TypeAlias = Limit | Setting | Exact
 
 
 @dataclass(frozen=True)
-class At:
+class At(Node):
     """`at "layers.0.*" relative <= 1e-3`: one rule for the attentions whose path matches."""
 
     pattern: Literal
     rule: Rule
-    span: Span = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Node):
     """`budget { ... }` for every model of the file, or `budget gpt { ... }` for one."""
 
     model: Name | None
     entries: tuple[Limit | Setting | At, ...]
-    span: Span = field(compare=False, repr=False)
 
 
 Item: TypeAlias = Use | Param | DimDecl | BlockDecl | Objective | Budget
 
 
 @dataclass(frozen=True)
-class File:
+class File(Node):
     """A whole `.tfg` file, its items in order."""
 
     items: tuple[Item, ...]
-    span: Span = field(compare=False, repr=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import lark
 
@@ -11,13 +12,12 @@ from fastgrad_grammar.build_expression import (
     Child,
     ExpressionBuilder,
     Tree,
-    either,
-    short,
+    node,
     token_of,
     tree_of,
     trees_of,
 )
-from fastgrad_grammar.diagnostics import nearest
+from fastgrad_grammar.diagnostics import either, nearest, short
 from fastgrad_grammar.layout import MAX_NESTING
 from fastgrad_grammar.source import Span
 
@@ -31,45 +31,37 @@ class Builder(ExpressionBuilder):
     def file(self, tree: Tree) -> ast.File:
         """The whole file."""
         items = tuple(_ITEMS[item.data](self, item) for item in trees_of(tree.children))
-        return ast.File(items, Span(self.source, 0, len(self.source.text)))
+        return ast.File(Span(self.source, 0, len(self.source.text)), items)
 
     # ------------------------------------------------------------ types
 
-    def value_type(self, child: Child) -> ast.ValueType:
+    def value_type(self, child: Child, depth: int = 0) -> ast.ValueType:
         """`int`, `float?`; anything else is FG110."""
         tree = tree_of(child)
         if tree.data != "value_type":
             span = self.span(tree)
-            self.error(
-                "FG110",
-                "a tensor type where a compile-time type is needed",
-                span,
-                f"expected one of {either(VALUE_TYPES)}",
-            )
-            return ast.ValueType("int", False, span)
+            message = "a tensor type where a compile-time type is needed"
+            self.error("FG110", message, span, f"expected one of {either(VALUE_TYPES)}")
+            return ast.ValueType(span, "int", False)
         name, optional = self.name(tree.children[0]), tree.children[1] is not None
         if name.text not in VALUE_TYPES:
             self._unknown_type(name, VALUE_TYPES)
-        return ast.ValueType(name.text, optional, self.span(tree))
+        return ast.ValueType(self.span(tree), name.text, optional)
 
-    def tensor_type(self, child: Child) -> ast.TensorType:
+    def tensor_type(self, child: Child, depth: int = 0) -> ast.TensorType:
         """`float[b, n]`; anything else is FG110."""
         tree = tree_of(child)
         if tree.data != "tensor_type":
             span = self.span(tree)
-            self.error(
-                "FG110",
-                f"`{short(span.text)}` is not the type of a tensor",
-                span,
-                "expected dimensions in brackets",
-                help_=(f"write {span.text.rstrip('?')}[b, n], or {span.text.rstrip('?')}[] for a scalar",),
-            )
-            return ast.TensorType(span.text, (), span)
+            message, bare = f"`{short(span.text)}` is not the type of a tensor", span.text.rstrip("?")
+            help_ = f"write {bare}[b, n], or {bare}[] for a scalar"
+            self.error("FG110", message, span, "expected dimensions in brackets", help_=(help_,))
+            return ast.TensorType(span, span.text, ())
         name = self.name(tree.children[0])
         if name.text not in TENSOR_TYPES:
             self._unknown_type(name, TENSOR_TYPES)
         dims = tuple(self.expr(dim, 1) for dim in tree.children[1:] if dim is not None)
-        return ast.TensorType(name.text, dims, self.span(tree))
+        return ast.TensorType(self.span(tree), name.text, dims)
 
     def _unknown_type(self, name: ast.Name, known: tuple[str, ...]) -> None:
         near = _TYPE_SPELLINGS.get(name.text) or nearest(name.text, known)
@@ -96,192 +88,121 @@ class Builder(ExpressionBuilder):
         self, tree: Tree, behind: bool, tensors: list[ast.TensorParam], values: list[ast.ValueParam]
     ) -> None:
         name, span = self.name(tree.children[0]), self.span(tree)
-        type_tree, default = tree_of(tree.children[1]), self.optional_expr(tree.children[2])
+        type_tree, given = tree_of(tree.children[1]), tree.children[2]
+        default = None if given is None else self.expr(given)
         if type_tree.data == "tensor_type":
             if behind:
-                self.error(
-                    "FG109",
-                    f"the tensor `{name.text}` is after `;`",
-                    span,
-                    "tensors come first",
-                    help_=("move it before the `;`",),
-                )
+                message, help_ = f"the tensor `{name.text}` is after `;`", "move it before the `;`"
+                self.error("FG109", message, span, "tensors come first", help_=(help_,))
             if default is not None:
-                self.error(
-                    "FG109",
-                    f"the tensor `{name.text}` has a default",
-                    default.span,
-                    "only compile-time values have defaults",
-                )
-            tensors.append(ast.TensorParam(name, self.tensor_type(type_tree), span))
+                message = f"the tensor `{name.text}` has a default"
+                self.error("FG109", message, default.span, "only compile-time values have defaults")
+            tensors.append(ast.TensorParam(span, name, self.tensor_type(type_tree)))
             return
         if not behind:
-            self._value_before_semicolon(name, self.span(type_tree), span)
-        values.append(ast.ValueParam(name, self.value_type(type_tree), default, span))
-
-    def _value_before_semicolon(self, name: ast.Name, type_span: Span, span: Span) -> None:
-        kind = type_span.text
-        self.error(
-            "FG109",
-            f"the compile-time value `{name.text}` is before `;`",
-            span,
-            "tensors come before `;`, compile-time values after it",
-            help_=(
-                f"write `;` instead of `,` before {name.text}, "
-                f"or {name.text}: {kind.rstrip('?')}[...] if it is a tensor",
-            ),
-        )
+            message = f"the compile-time value `{name.text}` is before `;`"
+            label = "tensors come before `;`, compile-time values after it"
+            tensor = f"{name.text}: {self.span(type_tree).text.rstrip('?')}[...] if it is a tensor"
+            help_ = f"write `;` instead of `,` before {name.text}, or {tensor}"
+            self.error("FG109", message, span, label, help_=(help_,))
+        values.append(ast.ValueParam(span, name, self.value_type(type_tree), default))
 
     # ------------------------------------------------------------ items
 
-    def _use_library(self, tree: Tree) -> ast.Item:
-        return ast.Use(self.name(tree.children[0]), None, self.span(tree))
+    def _use_file(self, tree: Tree, depth: int = 0) -> ast.Item:
+        return ast.Use(self.span(tree), self.name(tree.children[1]), self.string(tree.children[0]))
 
-    def _use_file(self, tree: Tree) -> ast.Item:
-        return ast.Use(self.name(tree.children[1]), self.string(tree.children[0]), self.span(tree))
-
-    def _param(self, tree: Tree) -> ast.Item:
-        name, kind, value = tree.children
-        value_type = None if kind is None else self.value_type(kind)
-        return ast.Param(self.name(name), value_type, self.expr(value), self.span(tree))
-
-    def _dim(self, tree: Tree) -> ast.Item:
-        name, at_most, multiple_of = tree.children
-        return ast.DimDecl(
-            self.name(name), self.optional_expr(at_most), self.optional_expr(multiple_of), self.span(tree)
-        )
-
-    def _block(self, tree: Tree) -> ast.Item:
+    def _block(self, tree: Tree, depth: int = 0) -> ast.Item:
         name, parameters, results, body = tree.children
         tensors, values = self.parameters(parameters)
         types = tuple(self.tensor_type(result) for result in tree_of(results).children)
         statements = self.body(body, 0)
-        return ast.BlockDecl(
-            tree.data == "model", self.name(name), tensors, values, types, statements, self.span(tree)
-        )
+        is_model = tree.data == "model"
+        return ast.BlockDecl(self.span(tree), is_model, self.name(name), tensors, values, types, statements)
 
-    def _objective(self, tree: Tree) -> ast.Item:
+    def _objective(self, tree: Tree, depth: int = 0) -> ast.Item:
         name, parameters, value = tree.children
         tensors, values = self.parameters(parameters)
         for extra in values[:1]:
-            self.error(
-                "FG109",
-                "an objective takes tensors only",
-                extra.span,
-                "a compile-time value",
-                help_=("use a `param` of the file instead",),
-            )
-        return ast.Objective(self.name(name), tensors, self.expr(value), self.span(tree))
+            message, help_ = "an objective takes tensors only", "use a `param` of the file instead"
+            self.error("FG109", message, extra.span, "a compile-time value", help_=(help_,))
+        return ast.Objective(self.span(tree), self.name(name), tensors, self.expr(value))
 
-    def _budget(self, tree: Tree) -> ast.Item:
-        entries = tuple(_ENTRIES[entry.data](self, entry) for entry in trees_of(tree.children[1:]))
-        return ast.Budget(self.optional_name(tree.children[0]), entries, self.span(tree))
+    def _budget(self, tree: Tree, depth: int = 0) -> ast.Item:
+        model, *entries = tree.children
+        built = tuple(_ENTRIES[entry.data](self, entry) for entry in trees_of(entries))
+        return ast.Budget(self.span(tree), None if model is None else self.name(model), built)
 
-    def _limit(self, tree: Tree) -> ast.Limit:
-        return ast.Limit(self.name(tree.children[0]), self.expr(tree.children[1]), self.span(tree))
-
-    def _setting(self, tree: Tree) -> ast.Setting:
-        return ast.Setting(self.name(tree.children[0]), self.expr(tree.children[1]), self.span(tree))
-
-    def _at(self, tree: Tree) -> ast.At:
-        pattern, rule = tree.children[-2:]
-        literal = ast.Literal(self.string(pattern), self.span(token_of(pattern)))
-        return ast.At(literal, self._rule(tree_of(rule)), self.span(tree))
-
-    def _rule(self, tree: Tree) -> ast.Rule:
-        if tree.data == "exact":
-            return ast.Exact(self.span(tree))
-        return self._limit(tree) if tree.data == "limit" else self._setting(tree)
+    def _at(self, tree: Tree, depth: int = 0) -> ast.At:
+        pattern, rule = token_of(tree.children[-2]), tree_of(tree.children[-1])
+        literal = ast.Literal(self.span(pattern), self.string(pattern))
+        return ast.At(self.span(tree), literal, _ENTRIES[rule.data](self, rule))
 
     # ------------------------------------------------------------ statements
 
     def body(self, child: Child, depth: int) -> tuple[ast.Statement, ...]:
         """The statements between braces."""
-        return tuple(
-            _STATEMENTS[tree.data](self, tree, depth + 1) for tree in trees_of(tree_of(child).children)
-        )
+        statements = trees_of(tree_of(child).children)
+        return tuple(_STATEMENTS[tree.data](self, tree, depth + 1) for tree in statements)
 
     def _assign(self, tree: Tree, depth: int) -> ast.Statement:
         *names, value = tree.children
-        return ast.Assign(tuple(map(self.name, names)), self.expr(value, depth), self.span(tree))
+        return ast.Assign(self.span(tree), tuple(map(self.name, names)), self.expr(value, depth))
 
     def _weight(self, tree: Tree, depth: int) -> ast.Statement:
         name, kind, init = tree.children
-        value = self.optional_expr(init, depth)
-        if value is not None and not isinstance(value, ast.Call):
-            self.error(
-                "FG114",
-                f"the initialiser of `{self.name(name).text}` is not a call",
-                value.span,
-                "expected normal, trunc_normal, xavier, zeros or ones",
-                help_=("write, for instance, = zeros() or = normal(std = 0.02)",),
-            )
-            value = None
-        return ast.Weight(self.name(name), self.tensor_type(kind), value, self.span(tree))
-
-    def _buffer(self, tree: Tree, depth: int) -> ast.Statement:
-        name, kind, init = tree.children
-        return ast.Buffer(
-            self.name(name), self.tensor_type(kind), self.optional_expr(init, depth), self.span(tree)
-        )
-
-    def _repeat(self, tree: Tree, depth: int) -> ast.Statement:
-        index, count, body = tree.children
-        return ast.Repeat(self.name(index), self.expr(count, depth), self.body(body, depth), self.span(tree))
+        value = None if init is None else self.expr(init, depth)
+        call = value if isinstance(value, ast.Call) else None
+        if value is not None and call is None:
+            message = f"the initialiser of `{self.name(name).text}` is not a call"
+            label = "expected normal, trunc_normal, xavier, zeros or ones"
+            help_ = "write, for instance, = zeros() or = normal(std = 0.02)"
+            self.error("FG114", message, value.span, label, help_=(help_,))
+        return ast.Weight(self.span(tree), self.name(name), self.tensor_type(kind), call)
 
     def _if(self, tree: Tree, depth: int) -> ast.Statement:
         *branches, last = tree.children
         pairs = list(zip(branches[0::3], branches[1::3], branches[2::3], strict=True))
         if depth + len(pairs) - 1 > MAX_NESTING:
             self.report_depth(self.span(tree))
-            return ast.Return(ast.Literal(None, self.span(tree)), self.span(tree))
+            return ast.Return(self.span(tree), ast.Literal(self.span(tree), None))
         otherwise = () if last is None else self.body(last, depth + len(pairs) - 1)
         whole = self.span(tree)
         for level, (keyword, condition, body) in reversed(list(enumerate(pairs, depth))):
             span = Span(self.source, self.span(token_of(keyword)).start, whole.end)
-            otherwise = (ast.If(self.expr(condition, level), self.body(body, level), otherwise, span),)
+            otherwise = (ast.If(span, self.expr(condition, level), self.body(body, level), otherwise),)
         return otherwise[0]
-
-    def _return(self, tree: Tree, depth: int) -> ast.Statement:
-        return ast.Return(self.expr(tree.children[0], depth), self.span(tree))
 
 
 _TYPE_SPELLINGS = {
-    "integer": "int",
-    "long": "int",
+    **dict.fromkeys(("integer", "long", "int64", "i64"), "int"),
+    **dict.fromkeys(("double", "float32", "float64", "f32", "tensor", "Tensor"), "float"),
     "boolean": "bool",
     "string": "str",
-    "double": "float",
-    "float32": "float",
-    "float64": "float",
-    "tensor": "float",
-    "Tensor": "float",
-    "int64": "int",
-    "f32": "float",
-    "i64": "int",
 }
 
-_ITEMS: dict[str, Callable[[Builder, Tree], ast.Item]] = {
-    "use_library": Builder._use_library,
+_ITEMS: dict[str, Callable[..., ast.Item]] = {
+    "use_library": node(ast.Use, Builder.name),
     "use_file": Builder._use_file,
-    "param": Builder._param,
-    "dim": Builder._dim,
+    "param": node(ast.Param, Builder.name, Builder.value_type, Builder.expr),
+    "dim": node(ast.DimDecl, Builder.name, Builder.expr, Builder.expr),
     "block": Builder._block,
     "model": Builder._block,
     "objective": Builder._objective,
     "budget": Builder._budget,
 }
-_ENTRIES: dict[str, Callable[[Builder, Tree], ast.Limit | ast.Setting | ast.At]] = {
-    "limit": Builder._limit,
-    "setting": Builder._setting,
+_ENTRIES: dict[str, Callable[..., Any]] = {
+    "limit": node(ast.Limit, Builder.name, Builder.expr),
+    "setting": node(ast.Setting, Builder.name, Builder.expr),
+    "exact": node(ast.Exact),
     "at": Builder._at,
 }
-_STATEMENTS: dict[str, Callable[[Builder, Tree, int], ast.Statement]] = {
+_STATEMENTS: dict[str, Callable[..., ast.Statement]] = {
     "assign": Builder._assign,
     "unpack": Builder._assign,
     "weight": Builder._weight,
-    "buffer": Builder._buffer,
-    "repeat": Builder._repeat,
+    "buffer": node(ast.Buffer, Builder.name, Builder.tensor_type, Builder.expr),
+    "repeat": node(ast.Repeat, Builder.name, Builder.expr, Builder.body),
     "if_": Builder._if,
-    "return_": Builder._return,
+    "return_": node(ast.Return, Builder.expr),
 }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import lark
 
@@ -16,6 +17,7 @@ from fastgrad_grammar.source import Source, Span
 
 Tree: TypeAlias = lark.Tree[lark.Token]
 Child: TypeAlias = Tree | lark.Token | None
+Built = TypeVar("Built")
 
 COMPARISONS = frozenset({"==", "!=", "<", "<=", ">", ">="})
 _ESCAPES = {'"': '"', "\\": "\\", "n": "\n", "t": "\t"}
@@ -51,18 +53,10 @@ class ExpressionBuilder:
         meta = tree.meta if isinstance(tree, lark.Tree) else tree
         return Span(self.source, meta.start_pos or 0, meta.end_pos or 0)
 
-    def name(self, child: Child) -> ast.Name:
+    def name(self, child: Child, depth: int = 0) -> ast.Name:
         """A `name` tree."""
         tree = tree_of(child)
-        return ast.Name(str(tree.children[0]), self.span(tree))
-
-    def optional_name(self, child: Child) -> ast.Name | None:
-        """A `name` tree, or None where there is none."""
-        return None if child is None else self.name(child)
-
-    def optional_expr(self, child: Child, depth: int = 0) -> ast.Expr | None:
-        """An expression, or None where there is none."""
-        return None if child is None else self.expr(child, depth)
+        return ast.Name(self.span(tree), str(tree.children[0]))
 
     # ------------------------------------------------------------ expressions
 
@@ -71,8 +65,9 @@ class ExpressionBuilder:
         tree = tree_of(child)
         if depth > MAX_NESTING:
             self.report_depth(self.span(tree))
-            return ast.Literal(None, self.span(tree))
-        return _EXPRESSIONS[tree.data](self, tree, depth)
+            return ast.Literal(self.span(tree), None)
+        found: ast.Expr = _EXPRESSIONS[tree.data](self, tree, depth)
+        return found
 
     def report_depth(self, span: Span) -> None:
         if self._too_deep:
@@ -86,10 +81,6 @@ class ExpressionBuilder:
                 "a chain such as a + b + ... counts one level for each operator: bind parts of it to names",
             ),
         )
-
-    def _conditional(self, tree: Tree, depth: int) -> ast.Expr:
-        then, condition, otherwise = (self.expr(part, depth + 1) for part in tree.children)
-        return ast.Conditional(condition, then, otherwise, self.span(tree))
 
     def _chain(self, tree: Tree, depth: int) -> ast.Expr:
         operands, operators = tree.children[0::2], [token_of(token) for token in tree.children[1::2]]
@@ -105,97 +96,72 @@ class ExpressionBuilder:
         left_depth = depth + len(operators)
         if left_depth > MAX_NESTING:
             self.report_depth(self.span(operators[MAX_NESTING - depth]))
-            return ast.Literal(None, self.span(tree))
+            return ast.Literal(self.span(tree), None)
         left = self.expr(operands[0], left_depth)
         start = _start(operands[0])
         for index, (operator, operand) in enumerate(zip(operators, operands[1:], strict=True)):
             right = self.expr(operand, left_depth - index)
             span = Span(self.source, start, _end(operand))
-            left = ast.Binary(operator.value, left, right, span)
+            left = ast.Binary(span, operator.value, left, right)
         return left
-
-    def _unary(self, tree: Tree, depth: int) -> ast.Expr:
-        operator, operand = tree.children
-        return ast.Unary(str(token_of(operator)), self.expr(operand, depth + 1), self.span(tree))
-
-    def _transpose(self, tree: Tree, depth: int) -> ast.Expr:
-        return ast.Transpose(self.expr(tree.children[0], depth + 1), self.span(tree))
 
     def _index(self, tree: Tree, depth: int) -> ast.Expr:
         operand, *slices = tree.children
         parts = tuple(self._slice(part, depth + 1) for part in trees_of(slices))
-        return ast.Index(self.expr(operand, depth + 1), parts, self.span(tree))
+        return ast.Index(self.span(tree), self.expr(operand, depth + 1), parts)
 
     def _slice(self, tree: Tree, depth: int) -> ast.Slice:
         span = self.span(tree)
         if tree.data == "ellipsis":
-            return ast.Slice(None, None, None, True, span)
+            return ast.Slice(span, ellipsis=True)
         if tree.data == "at_index":
-            return ast.Slice(None, None, self.expr(tree.children[0], depth), False, span)
-        start, stop = (self.optional_expr(part, depth) for part in tree.children)
-        return ast.Slice(start, stop, None, False, span)
+            return ast.Slice(span, index=self.expr(tree.children[0], depth))
+        start, stop = (None if part is None else self.expr(part, depth) for part in tree.children)
+        return ast.Slice(span, start, stop)
 
     def _number(self, tree: Tree, depth: int) -> ast.Expr:
-        token = token_of(tree.children[0])
-        span = self.span(token)
+        token, span = token_of(tree.children[0]), self.span(tree)
         if token.type == "FLOAT":
             value: int | float = float(token.replace("_", ""))
             too_large = math.isinf(value)
         else:
-            digits = token.replace("_", "").lstrip("0")
-            too_large = len(digits) > 19 or int(digits or "0") > MAX_INT
-            value = 0 if too_large else int(digits or "0")
+            digits = token.replace("_", "").lstrip("0") or "0"
+            too_large = len(digits) > 19 or int(digits) > MAX_INT
+            value = 0 if too_large else int(digits)
         if too_large:
             self.error(
                 "FG120", "number is too large", span, f"at most {MAX_INT} and, with a point, about 1.8e308"
             )
             value = 0
-        return ast.Literal(value, span)
+        return ast.Literal(span, value)
 
-    def string(self, child: Child) -> str:
+    def string(self, child: Child, depth: int = 0) -> str:
         """The value of a STRING token; FG119 for an unknown escape."""
         token = token_of(child)
-        start, text, out, index = token.start_pos or 0, str(token)[1:-1], [], 0
-        while index < len(text):
-            if text[index] != "\\":
-                out.append(text[index])
-                index += 1
-                continue
-            escape = text[index + 1]
+        start = (token.start_pos or 0) + 1
+
+        def unescaped(found: re.Match[str]) -> str:
+            escape, place = found[1], start + found.start()
             if escape not in _ESCAPES:
-                self.error(
-                    "FG119",
-                    f"unknown escape `\\{escape}` in a string",
-                    Span(self.source, start + 1 + index, start + 3 + index),
-                    'known: \\" \\\\ \\n \\t',
-                    help_=("write `\\\\` for a backslash",),
-                )
-            out.append(_ESCAPES.get(escape, escape))
-            index += 2
-        return "".join(out)
+                span = Span(self.source, place, place + 2)
+                message, help_ = f"unknown escape `\\{escape}` in a string", ("write `\\\\` for a backslash",)
+                self.error("FG119", message, span, 'known: \\" \\\\ \\n \\t', help_=help_)
+            return _ESCAPES.get(escape, escape)
 
-    def _string(self, tree: Tree, depth: int) -> ast.Expr:
-        return ast.Literal(self.string(tree.children[0]), self.span(tree))
-
-    def _constant(self, tree: Tree, depth: int) -> ast.Expr:
-        return ast.Literal(_CONSTANTS[str(token_of(tree.children[0]))], self.span(tree))
-
-    def _reference(self, tree: Tree, depth: int) -> ast.Expr:
-        name = self.name(tree.children[0])
-        return ast.Ref(name.text, name.span)
+        return re.sub(r"\\(.)", unescaped, token[1:-1])
 
     def _tuple(self, tree: Tree, depth: int) -> ast.Expr:
         items = tuple(self.expr(item, depth + 1) for item in tree.children if item is not None)
-        return ast.Tuple(items, self.span(tree))
+        return ast.Tuple(self.span(tree), items)
 
     def _call(self, tree: Tree, depth: int) -> ast.Expr:
         module, function, arguments, label = tree.children
         return ast.Call(
+            self.span(tree),
             None if module is None else self.name(module).text,
             self.name(function),
             self._arguments(tree_of(arguments), depth + 1),
-            self.optional_name(label),
-            self.span(tree),
+            None if label is None else self.name(label),
         )
 
     def _arguments(self, tree: Tree, depth: int) -> tuple[ast.Argument, ...]:
@@ -206,9 +172,8 @@ class ExpressionBuilder:
                 behind = True
             elif part is not None:
                 name, value = part.children
-                arguments.append(
-                    ast.Argument(self.expr(value, depth), self.optional_name(name), behind, self.span(part))
-                )
+                given, keyword = self.expr(value, depth), None if name is None else self.name(name)
+                arguments.append(ast.Argument(self.span(part), given, keyword, behind))
         self._check_order(arguments)
         self._check_twice(arguments)
         return tuple(arguments)
@@ -241,16 +206,27 @@ class ExpressionBuilder:
                 )
 
 
-_EXPRESSIONS: dict[str, Callable[[ExpressionBuilder, Tree, int], ast.Expr]] = {
-    "conditional": ExpressionBuilder._conditional,
+def node(kind: Callable[..., Built], *parts: Callable[..., Any], deeper: int = 0) -> Callable[..., Built]:
+    """The rule of a tree whose first children are the parts of a node, in order; `deeper` levels down."""
+
+    def build(builder: ExpressionBuilder, tree: Tree, depth: int = 0) -> Built:
+        pairs = zip(parts, tree.children, strict=False)
+        found = (None if child is None else part(builder, child, depth + deeper) for part, child in pairs)
+        return kind(builder.span(tree), *found)
+
+    return build
+
+
+_EXPRESSIONS: dict[str, Callable[..., ast.Expr]] = {
+    "conditional": node(ast.Conditional, *[ExpressionBuilder.expr] * 3, deeper=1),
     "chain": ExpressionBuilder._chain,
-    "unary": ExpressionBuilder._unary,
-    "transpose": ExpressionBuilder._transpose,
+    "unary": node(ast.Unary, lambda builder, child, depth: str(child), ExpressionBuilder.expr, deeper=1),
+    "transpose": node(ast.Transpose, ExpressionBuilder.expr, deeper=1),
     "index": ExpressionBuilder._index,
     "number": ExpressionBuilder._number,
-    "string": ExpressionBuilder._string,
-    "constant": ExpressionBuilder._constant,
-    "reference": ExpressionBuilder._reference,
+    "string": node(ast.Literal, ExpressionBuilder.string),
+    "constant": node(ast.Literal, lambda builder, child, depth: _CONSTANTS[child]),
+    "reference": node(ast.Ref, lambda builder, child, depth: builder.name(child).text),
     "tuple": ExpressionBuilder._tuple,
     "call": ExpressionBuilder._call,
 }
@@ -281,12 +257,3 @@ def _start(child: Child) -> int:
 def _end(child: Child) -> int:
     meta = tree_of(child).meta
     return int(getattr(meta, "container_end_pos", meta.end_pos))
-
-
-def either(words: Sequence[str]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}"
-
-
-def short(text: str) -> str:
-    line = text.split("\n", 1)[0]
-    return line if len(line) <= 40 else f"{line[:37]}..."

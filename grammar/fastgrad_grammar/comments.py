@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from fastgrad_grammar.grammar import load_grammar
 from fastgrad_grammar.layout import lex
@@ -26,10 +27,8 @@ def find_comments(source: Source) -> list[Comment]:
     text = source.text
     found: list[Comment] = []
     place = 0
-    for start, end in [
-        *((token.start_pos or 0, token.end_pos or 0) for token in tokens),
-        (len(text), len(text)),
-    ]:
+    spans = [(token.start_pos or 0, token.end_pos or 0) for token in tokens]
+    for start, end in [*spans, (len(text), len(text))]:
         hash_at = text.find("#", place, start)
         if hash_at >= 0:
             found.append(Comment(hash_at, source.position(hash_at)[0], text[hash_at:start].rstrip()))
@@ -43,37 +42,30 @@ class CommentQueue:
     def __init__(self, source: Source) -> None:
         self._text = source.text
         self._comments = find_comments(source)
-        self._offsets = [comment.offset for comment in self._comments]
 
     def take_before(self, offset: int) -> list[Comment]:
         """Remove and return the comments that begin before `offset`."""
-        count = bisect_left(self._offsets, offset)
-        taken = self._comments[:count]
-        del self._comments[:count], self._offsets[:count]
+        taken = self.before(offset)
+        del self._comments[: len(taken)]
         return taken
 
     def put_back(self, comments: Sequence[Comment]) -> None:
         """Undo taking: the comments come before all that are left."""
         self._comments[:0] = comments
-        self._offsets[:0] = [comment.offset for comment in comments]
 
     def before(self, offset: int) -> list[Comment]:
         """The comments that begin before `offset`, left where they are."""
-        return self._comments[: bisect_left(self._offsets, offset)]
+        return self._comments[: bisect_left(self._comments, offset, key=attrgetter("offset"))]
 
     def any_between(self, start: int, end: int) -> bool:
         """Whether a comment is left that begins at or after `start` and before `end`."""
-        return bisect_left(self._offsets, start) < bisect_left(self._offsets, end)
+        return len(self.before(start)) < len(self.before(end))
 
     def take_behind(self, end: int, *, skip: str = "", limit: int | None = None) -> Comment | None:
         """Remove and return the next comment if only blanks and `skip` stand between `end` and it."""
-        if not self._comments:
+        comment = self._comments[0] if self._comments else None
+        if comment is None or comment.offset < end or (limit is not None and comment.offset >= limit):
             return None
-        comment = self._comments[0]
-        if comment.offset < end or (limit is not None and comment.offset >= limit):
+        if self._text[end : comment.offset].strip(" \t\f" + skip):
             return None
-        between = self._text[end : comment.offset]
-        if between.strip(" \t\f" + skip):
-            return None
-        del self._comments[0], self._offsets[0]
-        return comment
+        return self._comments.pop(0)

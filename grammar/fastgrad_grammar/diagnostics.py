@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -51,3 +51,14 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, for "did you mean" (None where nothing is near)."""
     matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def either(words: Sequence[str]) -> str:
+    """`int, float or bool`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def short(text: str) -> str:
+    """The first line of a text, cut where it is long."""
+    line = text.split("\n", 1)[0]
+    return line if len(line) <= 40 else f"{line[:37]}..."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fastgrad_grammar.diagnostics import either
+from fastgrad_grammar.grammar import load_grammar
 from fastgrad_grammar.layout import ITEM_KEYWORDS, OPERATORS, STATEMENT_KEYWORDS
 
 _VALUE_STARTS = frozenset({"NAME", "INT", "LPAR"})
@@ -13,28 +15,6 @@ _WORDS = {
     "$END": "the end of the file",
     "OPTIONAL": "`?`",
     "TRANSPOSE": "`.T`",
-}
-_SYMBOLS = {
-    "LPAR": "(",
-    "RPAR": ")",
-    "LSQB": "[",
-    "RSQB": "]",
-    "LBRACE": "{",
-    "RBRACE": "}",
-    "COMMA": ",",
-    "COLON": ":",
-    "SEMICOLON": ";",
-    "ARROW": "->",
-    "ASSIGN": "=",
-    "AT_MOST": "<=",
-    "ELLIPSIS": "..",
-    "AS": "as",
-    "IN": "in",
-    "ELSE": "else",
-    "IF": "if",
-    "PERCENT": "%",
-    "EXACT": "exact",
-    "AT": "at",
 }
 _SELDOM = frozenset({"AT", "EXACT", "TRANSPOSE", "DOT", "AS", "OPTIONAL"})
 
@@ -57,15 +37,14 @@ def describe_expected(accepted: frozenset[str]) -> str:
     if "NAME" in left:
         left -= _SELDOM
     left -= {"TRANSPOSE", "DOT", "FLOAT"}
-    words = [_word(kind) for kind in sorted(left, key=_order)] + words
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    words = [_WORDS.get(kind, f"`{_symbol(kind)}`") for kind in sorted(left, key=_order)] + words
+    return either(words)
 
 
-def _word(kind: str) -> str:
-    if kind in _WORDS:
-        return _WORDS[kind]
-    return f"`{_SYMBOLS.get(kind, kind.lower())}`"
+def _symbol(kind: str) -> str:
+    """A symbol or keyword as the grammar spells it."""
+    return str(load_grammar().get_terminal(kind).pattern.value)
 
 
 def _order(kind: str) -> tuple[bool, str]:
-    return kind == "_NL", _SYMBOLS.get(kind, kind)
+    return kind == "_NL", kind if kind in _WORDS else _symbol(kind)

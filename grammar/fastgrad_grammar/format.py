@@ -234,7 +234,7 @@ class _Printer:
             case ast.Return():
                 self.simple(node, lambda: self.lay(node.value, f"{self.indent}return ", ""))
             case ast.At():
-                head = f"{self.indent}at {unparse.literal(node.pattern)} "
+                head = f"{self.indent}at {node.pattern.span.text} "
                 self.simple(node, lambda: self.rule(node.rule, head))
             case ast.Limit() | ast.Setting():
                 self.simple(node, lambda: self.rule(node, self.indent))

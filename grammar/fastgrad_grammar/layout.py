@@ -64,9 +64,8 @@ def lex(
     tokens: list[lark.Token] = []
     broken: dict[int, Diagnostic] = {}
     while len(broken) < MAX_LEXICAL_ERRORS:
-        thread = LexerThread.from_text(
-            lexer, lark.TextSlice(text, start, len(text) if stop is None else stop)
-        )
+        part = lark.TextSlice(text, start, len(text) if stop is None else stop)
+        thread = LexerThread.from_text(lexer, part)
         try:
             tokens.extend(thread.lex(None))
         except lark.UnexpectedCharacters as error:
@@ -125,10 +124,8 @@ class _LayoutBuilder:
     def _starts_declaration(self, index: int) -> bool:
         """Whether a line begins with a keyword that is used as one (`param = 3` is a name gone wrong)."""
         follower = self.raw[index + 1].type if index + 1 < len(self.raw) else ""
-        return self.raw[index].type in ITEM_KEYWORDS | STATEMENT_KEYWORDS and follower not in (
-            "ASSIGN",
-            "COLON",
-        )
+        keyword = self.raw[index].type in ITEM_KEYWORDS | STATEMENT_KEYWORDS
+        return keyword and follower not in ("ASSIGN", "COLON")
 
     def _in_parentheses(self) -> bool:
         return bool(self.open) and self.open[-1].type != "LBRACE"
@@ -164,6 +161,9 @@ class _LayoutBuilder:
             end = tokens[-1].end_pos or 0
             tokens.append(_token("_NL", end, end, ""))
 
+    def _last_end(self) -> int:
+        return (self.layout.tokens[-1].end_pos or 0) if self.layout.tokens else 0
+
     def _emit_broken(self, token: lark.Token, diagnostic: Diagnostic) -> None:
         self._emit(_token(BROKEN, token.start_pos or 0, token.end_pos or 0, self.layout.source.text))
         self.layout.broken[len(self.layout.tokens) - 1] = diagnostic
@@ -192,7 +192,7 @@ class _LayoutBuilder:
         if not self._in_parentheses():
             return
         self.layout.diagnostics.append(self._unclosed(self.open[-1], token))
-        place = (self.layout.tokens[-1].end_pos or 0) if self.layout.tokens else 0
+        place = self._last_end()
         while self._in_parentheses():
             self.layout.tokens.append(_token(_CLOSERS[self.open.pop().type], place, place, ""))
         self.line_ended = token.type not in ("LBRACE", "ARROW")
@@ -207,7 +207,7 @@ class _LayoutBuilder:
         """Report the brace that is not closed, and close all that are open: parsing continues after them."""
         opening = self.suspect if self.suspect is not None else self.open[-1]
         self.layout.diagnostics.append(self._unclosed(opening, token))
-        place = (self.layout.tokens[-1].end_pos or 0) if self.layout.tokens else 0
+        place = self._last_end()
         while self.open:
             self.open.pop()
             self.missing_braces -= 1
@@ -226,15 +226,10 @@ class _LayoutBuilder:
 
     def _too_deep(self, token: lark.Token) -> None:
         self.layout.stopped = True
-        self.layout.diagnostics.append(
-            Diagnostic(
-                "FG106",
-                f"nested too deeply: more than {MAX_NESTING} brackets are open here",
-                self.layout.span(token),
-                "the innermost",
-                help=("bind parts of it to names, or move them into blocks",),
-            )
-        )
+        message = f"nested too deeply: more than {MAX_NESTING} brackets are open here"
+        help_ = "bind parts of it to names, or move them into blocks"
+        found = Diagnostic("FG106", message, self.layout.span(token), "the innermost", help=(help_,))
+        self.layout.diagnostics.append(found)
 
     # ------------------------------------------------------------ messages
 
@@ -245,24 +240,21 @@ class _LayoutBuilder:
 
     def _unclosed(self, opening: lark.Token, found: lark.Token | None) -> Diagnostic:
         bracket, closing = _TEXT[opening.type], _TEXT[_CLOSERS[opening.type]]
-        notes: tuple[Note, ...] = ()
+        note = Note("the file ends before it is closed")
         if found is not None and found.type != "$END":
-            notes = (Note(f"`{closing}` is missing before this", self.layout.span(found)),)
-        else:
-            notes = (Note("the file ends before it is closed"),)
+            note = Note(f"`{closing}` is missing before this", self.layout.span(found))
         return Diagnostic(
             "FG102",
             f"`{bracket}` is never closed",
             self.layout.span(opening),
             "opened here",
-            notes,
+            (note,),
             (f"add the missing `{closing}`",),
         )
 
     def _unmatched(self, token: lark.Token) -> Diagnostic:
-        notes: tuple[Note, ...] = ()
-        if self.open:
-            notes = (Note("the innermost open bracket", self.layout.span(self.open[-1])),)
+        innermost = self.open[-1:]
+        notes = tuple(Note("the innermost open bracket", self.layout.span(each)) for each in innermost)
         return Diagnostic(
             "FG103",
             f"`{token}` closes nothing",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 
-from fastgrad_grammar.diagnostics import Diagnostic
+from fastgrad_grammar.diagnostics import Diagnostic, short
 from fastgrad_grammar.source import Source, Span
 
 _BAD_NUMBER = re.compile(r"\d[\w.]*")
@@ -54,11 +55,11 @@ def explain_character(source: Source, offset: int) -> tuple[Diagnostic, int]:
     text = source.text
     char = text[offset]
     if char.isascii() and char.isdigit():
-        return _number(source, offset)
+        return _run(source, offset, _BAD_NUMBER, _number)
     if char == '"':
-        return _string(source, offset)
+        return _run(source, offset, _BAD_STRING, _string)
     if char == "_" or char.isalpha():
-        return _name(source, offset)
+        return _run(source, offset, _BAD_NAME, _name)
     end = offset + 1
     if not char.isascii() and char not in _REPLACEMENTS:
         run = _STRANGE_RUN.match(text, offset)
@@ -86,42 +87,27 @@ def _describe(char: str) -> str:
     return f"{point} ({name})" if name else point
 
 
-def _number(source: Source, offset: int) -> tuple[Diagnostic, int]:
-    match = _BAD_NUMBER.match(source.text, offset)
-    end = match.end() if match else offset + 1
-    span = Span(source, offset, end)
-    return Diagnostic(
-        "FG120",
-        f"malformed number `{_short(span.text)}`",
-        span,
-        help=("numbers look like 64, 65_536, 0.5 or 1e-3",),
-    ), end
+def _run(
+    source: Source, offset: int, pattern: re.Pattern[str], explain: Callable[[Span], Diagnostic]
+) -> tuple[Diagnostic, int]:
+    match = pattern.match(source.text, offset)
+    span = Span(source, offset, match.end() if match else offset + 1)
+    return explain(span), span.end
 
 
-def _string(source: Source, offset: int) -> tuple[Diagnostic, int]:
-    match = _BAD_STRING.match(source.text, offset)
-    end = match.end() if match else offset + 1
-    return Diagnostic(
-        "FG105",
-        "string is never closed",
-        Span(source, offset, offset + 1),
-        "opened here",
-        help=('add the closing `"`; a string ends on the line where it begins',),
-    ), end
+def _number(span: Span) -> Diagnostic:
+    message, help_ = f"malformed number `{short(span.text)}`", "numbers look like 64, 65_536, 0.5 or 1e-3"
+    return Diagnostic("FG120", message, span, help=(help_,))
 
 
-def _name(source: Source, offset: int) -> tuple[Diagnostic, int]:
-    match = _BAD_NAME.match(source.text, offset)
-    end = match.end() if match else offset + 1
-    span = Span(source, offset, end)
-    odd = next((char for char in span.text if not char.isascii()), source.text[offset])
-    return Diagnostic(
-        "FG104",
-        f"unexpected character {_describe(odd)} in `{_short(span.text)}`",
-        span,
-        help=("names are made of the letters a to z and A to Z, digits and `_`",),
-    ), end
+def _string(span: Span) -> Diagnostic:
+    opening = Span(span.source, span.start, span.start + 1)
+    help_ = 'add the closing `"`; a string ends on the line where it begins'
+    return Diagnostic("FG105", "string is never closed", opening, "opened here", help=(help_,))
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:37]}..."
+def _name(span: Span) -> Diagnostic:
+    odd = next((char for char in span.text if not char.isascii()), span.text[0])
+    message = f"unexpected character {_describe(odd)} in `{short(span.text)}`"
+    help_ = "names are made of the letters a to z and A to Z, digits and `_`"
+    return Diagnostic("FG104", message, span, help=(help_,))

@@ -49,9 +49,8 @@ def parse(source: Source, start: int = 0, end: int | None = None) -> ast.File:
 def _first(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:
     """The diagnostics in the order of the text, cut to what a reader can use."""
     distinct = {(found.code, found.span.start if found.span else 0): found for found in reversed(diagnostics)}
-    return sorted(distinct.values(), key=lambda found: found.span.start if found.span else 0)[
-        :MAX_DIAGNOSTICS
-    ]
+    in_order = sorted(distinct.values(), key=lambda found: found.span.start if found.span else 0)
+    return in_order[:MAX_DIAGNOSTICS]
 
 
 @dataclass
@@ -121,9 +120,8 @@ class _Driver:
         return True
 
     def _explain(self, index: int) -> Diagnostic:
-        return explain(
-            Situation(self.layout, index, self.frames[-1].start, self._accepted(), len(self.frames) - 1)
-        )
+        start, level = self.frames[-1].start, len(self.frames) - 1
+        return explain(Situation(self.layout, index, start, self._accepted(), level))
 
     def _recover(self, index: int) -> int:
         """Forget the broken statement; the index of the token at which parsing goes on."""
@@ -139,25 +137,16 @@ class _Driver:
         """The brace after a broken `block`, `repeat`, ... head, after a sound head was put in for it."""
         tokens, start = self.layout.tokens, self.frames[-1].start
         head = _HEADS.get(tokens[start].type, ())
-        if (
-            not head
-            or not _fits(self.state, head[0])
-            or any(token.type == "LBRACE" for token in tokens[start:index])
-        ):
+        opened = any(token.type == "LBRACE" for token in tokens[start:index])
+        if not head or opened or not _fits(self.state, head[0]):
             return None
         for place in range(index, len(tokens)):
             if tokens[place].type in ("_NL", "RBRACE"):
                 return None
             if tokens[place].type == "LBRACE":
+                first, end = tokens[start].start_pos, tokens[place].end_pos
                 for kind in head:
-                    self._shift(
-                        lark.Token(
-                            kind,
-                            _SAMPLE.get(kind, ""),
-                            tokens[start].start_pos,
-                            end_pos=tokens[place].end_pos,
-                        )
-                    )
+                    self._shift(lark.Token(kind, _SAMPLE.get(kind, ""), first, end_pos=end))
                 return place
         return None
 

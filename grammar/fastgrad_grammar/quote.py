@@ -19,9 +19,8 @@ _NOT_PLAIN = frozenset({"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"})
 """Categories of Unicode: controls, formats such as marks of direction, surrogates, unassigned, breaks of lines."""
 
 _UNUSUAL = re.compile(r"[^ -~]")
-_CPP = re.compile(
-    r"(?<=\*)/|/(?=\*)|(?<=\?\?)/|\\(?= *\Z)"
-)  # ends of comments, and what joins one with the next line
+# ends of comments, and what joins one with the next line
+_CPP = re.compile(r"(?<=\*)/|/(?=\*)|(?<=\?\?)/|\\(?= *\Z)")
 
 
 def python_string(text: str) -> str:

@@ -25,19 +25,8 @@ class Scope:
 
 def tensor_names(block: ast.BlockDecl) -> frozenset[str]:
     """Names of a block that may stand for tensors."""
-    names = {param.name.text for param in block.tensors}
-    waiting = list(block.body)
-    while waiting:
-        match waiting.pop():
-            case ast.Assign(targets=targets):
-                names.update(target.text for target in targets)
-            case ast.Weight(name=name) | ast.Buffer(name=name):
-                names.add(name.text)
-            case ast.Repeat(body=body):
-                waiting += body
-            case ast.If(then=then, otherwise=otherwise):
-                waiting += [*then, *otherwise]
-    return frozenset(names)
+    inside = (name for statement in ast.walk(block.body) for name in ast.bound(statement))
+    return frozenset(name.text for name in (*(param.name for param in block.tensors), *inside))
 
 
 def signatures(file: ast.File) -> Signatures:

@@ -40,11 +40,6 @@ class Source:
         end = self.text.find("\n", start)
         return self.text[start : len(self.text) if end < 0 else end].rstrip("\r")
 
-    @property
-    def line_count(self) -> int:
-        """How many lines the text has (at least 1)."""
-        return len(self._line_starts)
-
 
 @dataclass(frozen=True)
 class Span:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import lark
 
-from fastgrad_grammar.diagnostics import Diagnostic, Note, nearest
+from fastgrad_grammar.diagnostics import Diagnostic, Note, nearest, short
 from fastgrad_grammar.expected import describe_expected
 from fastgrad_grammar.layout import ITEM_KEYWORDS, OPERATORS, STATEMENT_KEYWORDS, Layout
 from fastgrad_grammar.source import Span
@@ -23,22 +23,21 @@ _ITEM_WORDS = ("use", "param", "dim", "block", "model", "objective", "budget")
 _STATEMENT_WORDS = ("weight", "buffer", "repeat", "if", "return")
 
 _FOREIGN = {
-    "def": "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
-    "fn": "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
-    "func": "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
-    "class": "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
+    **dict.fromkeys(
+        ("def", "fn", "func", "class"),
+        "a reusable part is `block name(x: float[b, n]; size: int) -> float[b, n] { ... }`",
+    ),
     "let": "write x = ..., without `let`",
     "var": "write x = ..., without `var`",
     "const": "a compile-time constant is `param name = value`",
-    "for": "a repetition is `repeat i in count { ... }`, with a count known at compile time",
-    "while": "a repetition is `repeat i in count { ... }`, with a count known at compile time",
-    "import": 'write `use std`, or `use "path.tfg" as name`',
-    "from": 'write `use std`, or `use "path.tfg" as name`',
+    **dict.fromkeys(
+        ("for", "while"),
+        "a repetition is `repeat i in count { ... }`, with a count known at compile time",
+    ),
+    **dict.fromkeys(("import", "from"), 'write `use std`, or `use "path.tfg" as name`'),
     "elif": "write `else if`",
     "lambda": "there are no functions as values; declare a `block`",
-    "with": "",
-    "assert": "",
-    "print": "",
+    **dict.fromkeys(("with", "assert", "print"), ""),
     "pass": "an empty body is `{ }`",
 }
 _COMPOUND = frozenset({"PLUS", "MINUS", "STAR", "SLASH", "FLOOR", "PERCENT", "MATMUL"})
@@ -187,15 +186,14 @@ def _operator_help(first: lark.Token, second: lark.Token, target: str) -> str | 
 
 def _number_and_point(case: Situation) -> Diagnostic | None:
     """`1.` and `.5`."""
-    before, after = case.near(-1), case.near(1)
     if case.token.type != "DOT":
         return None
-    if after is not None and after.type == "INT" and after.start_pos == case.token.end_pos:
-        span = case.span.to(case.layout.span(after))
-        return Diagnostic("FG120", f"malformed number `{span.text}`", span, help=(f"write 0{span.text}",))
-    if before is not None and before.type == "INT" and before.end_pos == case.token.start_pos:
-        span = case.layout.span(before).to(case.span)
-        return Diagnostic("FG120", f"malformed number `{span.text}`", span, help=(f"write {span.text}0",))
+    for first, zero in ((case.index, "0{}"), (case.index - 1, "{}0")):
+        pair = case.layout.tokens[max(first, 0) : first + 2]
+        if len(pair) == 2 and "INT" in (pair[0].type, pair[1].type) and pair[0].end_pos == pair[1].start_pos:
+            span = case.layout.span(pair[0]).to(case.layout.span(pair[1]))
+            help_ = f"write {zero.format(span.text)}"
+            return Diagnostic("FG120", f"malformed number `{span.text}`", span, help=(help_,))
     return None
 
 
@@ -232,15 +230,7 @@ def _keyword_as_name(case: Situation) -> Diagnostic | None:
     stands_as_name = case.kind(1) in ("ASSIGN", "COLON", "COMMA", "RPAR", "LPAR", "AT_MOST", "IN") or (
         not {"INT", "STRING"} & case.accepted
     )
-    if not stands_as_name:
-        return None
-    return Diagnostic(
-        "FG107",
-        f"`{token}` is a keyword and cannot be a name",
-        case.span,
-        "expected a name",
-        help=(f"choose another name, such as {token}_",),
-    )
+    return _reserved(case, token) if stands_as_name else None
 
 
 def _keyword_statement_name(case: Situation) -> Diagnostic | None:
@@ -250,12 +240,16 @@ def _keyword_statement_name(case: Situation) -> Diagnostic | None:
         return None
     if case.token.type not in ("ASSIGN", "COLON", "AT_MOST") or "NAME" not in case.accepted:
         return None
+    return _reserved(case, before)
+
+
+def _reserved(case: Situation, token: lark.Token) -> Diagnostic:
     return Diagnostic(
         "FG107",
-        f"`{before}` is a keyword and cannot be a name",
-        case.layout.span(before),
+        f"`{token}` is a keyword and cannot be a name",
+        case.layout.span(token),
         "expected a name",
-        help=(f"choose another name, such as {before}_",),
+        help=(f"choose another name, such as {token}_",),
     )
 
 
@@ -272,8 +266,7 @@ def _equals(case: Situation) -> Diagnostic | None:
 def _missing_arrow(case: Situation) -> Diagnostic | None:
     if case.accepted != {"ARROW"}:
         return None
-    word = case.word(0) if case.token.type != "_NL" else ""
-    found = f", not `{word}`" if word else ""
+    found = f", not `{case.token}`" if case.token.type != "_NL" and case.token else ""
     return Diagnostic(
         "FG116",
         f"a `{case.layout.tokens[case.start]}` must say what it returns",
@@ -311,10 +304,7 @@ def _bare_expression(case: Situation) -> Diagnostic | None:
             "expected `(`",
             help=(f"write ({name}, ...) = f(x)",),
         )
-    if (
-        case.token.type not in ("LPAR", "DOT", "_NL", "LSQB", "TRANSPOSE")
-        and case.token.type not in OPERATORS
-    ):
+    if case.token.type not in OPERATORS | {"LPAR", "DOT", "_NL", "LSQB", "TRANSPOSE"}:
         return None
     return Diagnostic(
         "FG121",
@@ -372,7 +362,7 @@ def _misspelt_keyword(case: Situation) -> Diagnostic | None:
         return None
     return Diagnostic(
         "FG101",
-        f"unexpected `{_shorten(token)}`",
+        f"unexpected `{short(token)}`",
         case.layout.span(token),
         "not a keyword",
         help=(f"did you mean {near}?",),
@@ -424,8 +414,4 @@ def _describe_found(case: Situation) -> str:
         return "end of file"
     if token.type in KEYWORDS:
         return f"keyword `{token}`"
-    return f"string {_shorten(token)}" if token.type == "STRING" else f"`{_shorten(token)}`"
-
-
-def _shorten(token: str) -> str:
-    return token if len(token) <= 40 else f"{token[:37]}..."
+    return f"string {short(token)}" if token.type == "STRING" else f"`{short(token)}`"

@@ -12,8 +12,8 @@ CONDITIONAL, OR, AND, NOT, COMPARE, SUM, PRODUCT, SIGN, POSTFIX, PARENTHESES = r
 parentheses, and everything is where its place asks for PARENTHESES."""
 
 _BINDING = {
-    **dict.fromkeys(("or",), OR),
-    **dict.fromkeys(("and",), AND),
+    "or": OR,
+    "and": AND,
     **dict.fromkeys(("==", "!=", "<", "<=", ">", ">="), COMPARE),
     **dict.fromkeys(("+", "-"), SUM),
     **dict.fromkeys(("*", "/", "//", "%", "@"), PRODUCT),
@@ -67,7 +67,7 @@ def text(expr: ast.Expr, scope: Scope, place: int = CONDITIONAL) -> str:
 def _plain(expr: ast.Expr, scope: Scope) -> str:
     match expr:
         case ast.Literal():
-            return literal(expr)
+            return expr.span.text  # as its author wrote it
         case ast.Ref():
             return expr.name
         case ast.Call():
@@ -93,11 +93,6 @@ def _operation(expr: ast.Unary | ast.Binary | ast.Conditional, scope: Scope) -> 
         return f"{text(expr.left, scope, left)} {expr.op} {text(expr.right, scope, right)}"
     then, condition = text(expr.then, scope, OR), text(expr.condition, scope, OR)
     return f"{then} if {condition} else {text(expr.otherwise, scope)}"
-
-
-def literal(expr: ast.Literal) -> str:
-    """A literal as its author wrote it."""
-    return expr.span.text
 
 
 def _slice(part: ast.Slice, scope: Scope) -> str:

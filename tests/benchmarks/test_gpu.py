@@ -20,7 +20,8 @@ from benchmarks import document, gpu, gpu_contenders, gpu_model, gpu_tables
 from benchmarks.gpu_contenders import Case, contestants
 from benchmarks.run import SECTIONS
 from benchmarks.settings import ROOT, Settings
-from fastgrad_compiler.planning.roofline import DEVICES, shape_of
+from fastgrad_compiler.planning.roofline import shape_of
+from fastgrad_compiler.runtime.triton_schedule import DEVICES
 from fastgrad_dsl.functional import polynomial_attention
 
 SETTINGS = Settings(target="torch", repeats=2, seconds=60.0, quick=True)

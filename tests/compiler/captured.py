@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastgrad_compiler.attention.table import attention_table, is_own
 from fastgrad_compiler.attention.value import ATTENTION
-from fastgrad_compiler.ir.graph import Node, Program
+from fastgrad_compiler.ir.graph import Node, Program, number
 from fastgrad_compiler.reference import operations_torch
 from fastgrad_compiler.reference.interpret import run
-from fastgrad_compiler.reference.torch_env import Env, Rule, number
+from fastgrad_compiler.reference.torch_env import Env, Rule
 
 
 def captured_logits(

@@ -12,9 +12,10 @@ from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.ops import OPS
 from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.passes.backward import DECLINED, VJP, derive_gradient
-from fastgrad_compiler.reference.interpret import initial_weights, run, run_gradient
+from fastgrad_compiler.reference.interpret import run, run_gradient
 from tests.compiler.attention_variants import PADDING, VARIANTS, Variant
 from tests.compiler.gradients import assert_gradient, derive, program_of, sample_of
+from tests.initial_weights import initial_weights
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from itertools import product
 
 import pytest
 
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import FAMILIES, MAX_DEGREE, Polynomial, PrecisionError, fit
 from fastgrad_compiler.planning.candidates import MAX_RANK, Policy, fits, highest_degree, polynomials
+from fastgrad_compiler.runtime.monomials import rank
 
 
 @pytest.mark.parametrize("d", [1, 4, 16, 199, 200, 20_000])

@@ -13,8 +13,9 @@ from fastgrad_compiler.attention.table import is_own
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.planning.plan import attention_table, plan_attention
-from fastgrad_compiler.reference.interpret import initial_weights, run
+from fastgrad_compiler.reference.interpret import run
 from fastgrad_grammar.read import read_source
+from tests.initial_weights import initial_weights
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.tfg"))
 

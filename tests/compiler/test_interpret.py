@@ -11,8 +11,9 @@ from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.shapes import infer_shapes
 from fastgrad_compiler.ir.text import parse_program
 from fastgrad_compiler.passes.backward import derive_gradient
-from fastgrad_compiler.reference.interpret import bind_dims, initial_weights, run, run_gradient
+from fastgrad_compiler.reference.interpret import bind_dims, run, run_gradient
 from fastgrad_compiler.runtime import initialise
+from tests.initial_weights import initial_weights
 
 
 def program(text: str) -> Program:

@@ -23,7 +23,6 @@ from fastgrad_compiler.ir.shapes import infer_shapes
 from fastgrad_compiler.ir.text import parse_program
 from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.reference import oracle_attention
-from fastgrad_compiler.reference.interpret import initial_weights
 from fastgrad_compiler.reference.interpret import run as run_torch
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.oracle import evaluate
@@ -31,6 +30,7 @@ from fastgrad_compiler.reference.oracle_operations import DECLINED, MEANING, STR
 from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_grammar.source import Source
 from tests.compiler.attention_variants import VARIANTS, Variant
+from tests.initial_weights import initial_weights
 
 Array = NDArray[Any]
 ENV = Env({"n": 5}, torch.float64, torch.device("cpu"))

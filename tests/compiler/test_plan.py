@@ -17,8 +17,9 @@ from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_compiler.ir.verify import verify
 from fastgrad_compiler.planning.plan import AttentionEntry, attention_table, plan_attention
 from fastgrad_compiler.planning.settings import matches
-from fastgrad_compiler.reference.interpret import initial_weights, run
+from fastgrad_compiler.reference.interpret import run
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from tests.initial_weights import initial_weights
 
 LAYER = """
 graph layer block layer {{

@@ -12,9 +12,9 @@ import pytest
 from fastgrad_compiler.planning import roofline
 from fastgrad_compiler.planning.cost import EXACT, NEVER, Way, break_even
 from fastgrad_compiler.planning.cost import Shape as Attention
-from fastgrad_compiler.planning.roofline import DEVICES, Roofline, Shape, Work, best, flash_time, shape_of
+from fastgrad_compiler.planning.roofline import Roofline, best, flash_time, shape_of
 from fastgrad_compiler.runtime import triton_schedule as schedule
-from fastgrad_compiler.runtime.triton_schedule import Tiles
+from fastgrad_compiler.runtime.triton_schedule import DEVICES, Device, Shape, Tiles, Work
 
 A100, H100, MI300 = (DEVICES[name] for name in ("sm_80", "sm_90", "gfx942"))
 UNLIMITED = 1 << 60
@@ -64,13 +64,13 @@ def test_one_state_serves_all_queries_without_a_mask() -> None:
 def test_time_is_that_of_the_slowest_unit_over_the_share_of_the_device() -> None:
     device = replace(H100, half=4.0, tf32=2.0, single=1.0, vector=8.0, bandwidth=16.0, multiprocessors=10)
     work = Work("a kernel", 32, 8, 4, 8, 10)
-    assert roofline.kernel_time(work, device, "bfloat16") == 8 / 4 + 4 / 4
-    assert roofline.kernel_time(work, device, "float16") == 8 / 4 + 4 / 2
-    assert roofline.kernel_time(work, device, "float32") == 12
-    assert roofline.kernel_time(replace(work, bytes=160), device, "bfloat16") == 10
-    assert roofline.kernel_time(replace(work, vector_flops=80), device, "bfloat16") == 10
-    assert roofline.kernel_time(replace(work, programs=5), device, "bfloat16") == 6
-    assert roofline.kernel_time(replace(work, programs=50), device, "bfloat16") == 3
+    assert schedule.kernel_time(work, device, "bfloat16") == 8 / 4 + 4 / 4
+    assert schedule.kernel_time(work, device, "float16") == 8 / 4 + 4 / 2
+    assert schedule.kernel_time(work, device, "float32") == 12
+    assert schedule.kernel_time(replace(work, bytes=160), device, "bfloat16") == 10
+    assert schedule.kernel_time(replace(work, vector_flops=80), device, "bfloat16") == 10
+    assert schedule.kernel_time(replace(work, programs=5), device, "bfloat16") == 6
+    assert schedule.kernel_time(replace(work, programs=50), device, "bfloat16") == 3
 
 
 def test_the_chosen_chunk_takes_the_least_time() -> None:
@@ -117,7 +117,7 @@ def test_from_the_break_even_on_the_model_is_faster() -> None:
         assert 64 < n < NEVER
         assert n % 64 == 0
 
-        def ratio(n: int, device: roofline.Device = device, shape: Shape = shape) -> float:
+        def ratio(n: int, device: Device = device, shape: Shape = shape) -> float:
             at = replace(shape, n=n, m=n)
             return best(device, at).total / flash_time(device, at)[1]
 

@@ -18,10 +18,11 @@ from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_compiler.passes.attention_backward import BLOCK
 from fastgrad_compiler.passes.lowrank import rewrite_low_rank
 from fastgrad_compiler.pipeline import run as run_pipeline
-from fastgrad_compiler.reference.interpret import initial_weights, run, run_gradient
+from fastgrad_compiler.reference.interpret import run, run_gradient
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_grammar.source import Source
+from tests.initial_weights import initial_weights
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXACT = ("shapes", "bounds", "attention", "plan", "backward")

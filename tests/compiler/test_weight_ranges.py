@@ -19,7 +19,6 @@ from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.ops import OPS
 from fastgrad_compiler.pipeline import run
-from fastgrad_compiler.reference.interpret import initial_weights
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
 from tests.compiler.captured import captured_logits
@@ -37,6 +36,7 @@ from tests.compiler.weight_specs import (
     weights_of,
     written,
 )
+from tests.initial_weights import initial_weights
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.tfg"))
 SIZES: dict[str, object] = {"depth": 2, "height": 32, "width": 32, "patch": 8}

@@ -14,9 +14,9 @@ from fastgrad_compiler.attention.value import ATTENTION
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.graph import Node, Program
 from fastgrad_compiler.pipeline import run
-from fastgrad_compiler.reference.interpret import initial_weights
 from fastgrad_grammar.source import Source
 from tests.compiler.captured import captured_logits
+from tests.initial_weights import initial_weights
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgrad_dsl as fg
 from fastgrad_compiler.ir.graph import Program
-from fastgrad_compiler.reference.interpret import initial_weights, run
+from fastgrad_compiler.reference.interpret import run
 from fastgrad_dsl.api.loader import load_package
 from tests.dsl.models import EXAMPLES, INPUTS, NAMES, SIZES, always_polynomial, disturbed, small, text
+from tests.initial_weights import initial_weights
 
 
 def interpreted(program: Program, name: str, model: nn.Module) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 
 import fastgrad_dsl as fg
 from fastgrad_compiler.approximation.certificates import certificate
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.approximation.rounding import Run, Sizes, rounding
 from fastgrad_compiler.planning.cost import EQUAL, NATIVE, Cost, Shape, Way, break_even, flops
 from fastgrad_compiler.planning.target_cost import GPU
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.api import report as request
 from fastgrad_dsl.api.compiled import Compiled

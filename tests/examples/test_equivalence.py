@@ -14,11 +14,12 @@ from torch.nn import functional
 import fastgrad_dsl as fg
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.graph import Program
-from fastgrad_compiler.reference.interpret import initial_weights, run
+from fastgrad_compiler.reference.interpret import run
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
 from tests.examples.plain import bert, encoder, gpt
+from tests.initial_weights import initial_weights
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 Spec = tuple[str | Path, tuple[tuple[str, object], ...]]  # a file or a text, and its params

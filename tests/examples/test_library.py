@@ -17,12 +17,13 @@ from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_compiler.ir.verify import verify
 from fastgrad_compiler.reference.attention_torch import near_mask
-from fastgrad_compiler.reference.interpret import initial_weights, run
+from fastgrad_compiler.reference.interpret import run
 from fastgrad_grammar.format import format_source
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
 from tests.dense import polynomial_attention
 from tests.examples.plain import rotate
+from tests.initial_weights import initial_weights
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = sorted(Path(str(files("fastgrad_grammar").joinpath("std"))).glob("*.tfg"))

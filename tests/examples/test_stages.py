@@ -12,8 +12,9 @@ from fastgrad_compiler import pipeline
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Program
-from fastgrad_compiler.reference.interpret import initial_weights, run, run_gradient
+from fastgrad_compiler.reference.interpret import run, run_gradient
 from fastgrad_grammar.read import read_source
+from tests.initial_weights import initial_weights
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES: dict[str, dict[str, object]] = {

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from fastgrad_compiler.approximation.certificates import (
-    key_gradient_bound,
-    output_bound,
-    query_gradient_bound,
-    value_gradient_bound,
+    eta,
+    score_factor,
 )
 from fastgrad_compiler.approximation.polynomial import Polynomial, fit
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
@@ -71,8 +69,8 @@ def limits(
     columns = spread(v.mT[:, :, None].expand(-1, -1, seen.shape[2], -1, -1), seen[..., None, :])
     given = upstream.norm(dim=-1).sum(-1).unflatten(1, (-1, GROUPS)).sum(-1)
     found = {
-        "output": (errors[0].abs(), output_bound(eps, columns)),
-        "dv": (errors[3].norm(dim=-1).sum(-1), value_gradient_bound(eps, given)),
+        "output": (errors[0].abs(), columns * (eta(eps) / 2)),
+        "dv": (errors[3].norm(dim=-1).sum(-1), given * eta(eps)),
     }
     sides = [("far", SCALE * q, SCALE, k, seen & ~near, errors[1:3])]
     if local:
@@ -81,8 +79,8 @@ def limits(
         lengths = keys.repeat_interleave(GROUPS, 1).norm(dim=-1)[..., None, :]
         longest = scale * lengths.expand(pairs.shape).masked_fill(~pairs, 0.0).amax(-1)
         weighted = (omega * queries.norm(dim=-1)).sum(-1).unflatten(1, (-1, GROUPS)).sum(-1)
-        found[f"{side} dq"] = (dq.norm(dim=-1), query_gradient_bound(eps, eps_prime, omega, 1.0) * longest)
-        found[f"{side} dk"] = (dk.norm(dim=-1).sum(-1), key_gradient_bound(eps, eps_prime, weighted))
+        found[f"{side} dq"] = (dq.norm(dim=-1), omega * score_factor(eps, eps_prime) * longest)
+        found[f"{side} dk"] = (dk.norm(dim=-1).sum(-1), weighted * score_factor(eps, eps_prime))
     return found
 
 
@@ -118,4 +116,4 @@ def test_a_range_that_the_logits_leave_is_seen() -> None:
     inputs = make_inputs(spec, N)
     v = inputs.tensors[2]
     error = (run_kernel(spec, inputs)[0] - run_dense(spec, inputs, exact=True)[0]).abs()
-    assert (error > output_bound(polynomial.eps, v.amax(-2, keepdim=True) - v.amin(-2, keepdim=True))).any()
+    assert (error > (v.amax(-2, keepdim=True) - v.amin(-2, keepdim=True)) * eta(polynomial.eps) / 2).any()

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.runtime.exact_attention import exact_backward, exact_forward
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.runtime.polynomial_attention import backward, forward
 from fastgrad_compiler.runtime.tangent import polynomial_tangent
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs

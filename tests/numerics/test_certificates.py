@@ -85,9 +85,9 @@ def ratios(
     omega = spread(upstream @ value.T, seen)
     bounds = {
         "weights": torch.tensor(certificates.eta(eps), dtype=torch.float64),
-        "output": certificates.output_bound(eps, value_range),
-        "values": certificates.value_gradient_bound(eps, upstream.norm(dim=-1).sum()),
-        "scores": certificates.score_gradient_bound(eps, eps_prime, omega),
+        "output": value_range * (certificates.eta(eps) / 2),
+        "values": upstream.norm(dim=-1).sum() * certificates.eta(eps),
+        "scores": omega * certificates.score_factor(eps, eps_prime),
     }
     found = {
         "weights": (rough.weights - exact.weights).abs().sum(dim=-1),
@@ -171,10 +171,10 @@ def test_query_and_key_gradients(polynomial: Polynomial, causal: bool, seed: int
     eps, eps_prime = polynomial.eps, polynomial.eps_prime
     largest = float(key.norm(dim=-1).max())
     query_error = ((rough.d_scores - exact.d_scores) @ key).norm(dim=-1)
-    assert (query_error <= certificates.query_gradient_bound(eps, eps_prime, omega, largest) + ROUNDING).all()
+    assert (query_error <= omega * (certificates.score_factor(eps, eps_prime) * largest) + ROUNDING).all()
     key_error = ((rough.d_scores - exact.d_scores).T @ query).norm(dim=-1).sum()
     weighted = (omega * query.norm(dim=-1)).sum()
-    assert key_error <= certificates.key_gradient_bound(eps, eps_prime, weighted) + ROUNDING
+    assert key_error <= weighted * certificates.score_factor(eps, eps_prime) + ROUNDING
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -256,8 +256,8 @@ def query_and_key_ratios(
     lengths = (key - centre).norm(dim=-1).expand(seen.shape).masked_fill(~seen, 0.0).amax(-1)
     query_error = (rough.d_scores @ (key - centre) - exact.d_scores @ key).norm(dim=-1)
     key_error = ((rough.d_scores - exact.d_scores).T @ query).norm(dim=-1).sum()
-    query_bound = certificates.query_gradient_bound(eps, eps_prime, omega, 1.0) * lengths
-    key_bound = certificates.key_gradient_bound(eps, eps_prime, (omega * query.norm(dim=-1)).sum())
+    query_bound = omega * certificates.score_factor(eps, eps_prime) * lengths
+    key_bound = (omega * query.norm(dim=-1)).sum() * certificates.score_factor(eps, eps_prime)
     return {"queries": (query_error / (query_bound + 1e-12)).max(), "keys": key_error / (key_bound + 1e-12)}
 
 
@@ -381,10 +381,3 @@ def test_negative_errors_are_refused() -> None:
         certificates.eta(-0.1)
     with pytest.raises(ValueError, match="cannot be negative"):
         certificates.score_factor(0.1, -0.1)
-
-
-def test_bounds_scale_whatever_can_be_scaled() -> None:
-    assert certificates.output_bound(0.1, 2.0) == pytest.approx(certificates.eta(0.1))
-    assert certificates.output_bound(0.1, np.array([2.0, 4.0]))[1] == pytest.approx(2 * certificates.eta(0.1))
-    scaled = certificates.score_gradient_bound(0.1, 0.2, torch.tensor([1.0, 3.0]))
-    assert float(scaled[1]) == pytest.approx(3 * certificates.score_factor(0.1, 0.2), rel=1e-6)

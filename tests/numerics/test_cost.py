@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.planning import cost
 from fastgrad_compiler.planning.cost import EQUAL, EXACT, Flops, Pace, Shape, Time, Way, state_bytes
+from fastgrad_compiler.runtime.monomials import rank
 
 
 def flops(*, n: int, degree: int | None, m: int | None = None, **sizes: Any) -> Flops:

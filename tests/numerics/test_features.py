@@ -1,4 +1,4 @@
-"""The packed features: layout, weights and pull-back, against enumeration and powers of dot products."""
+"""The packed features: layout and weights, against enumeration and powers of dot products."""
 
 from __future__ import annotations
 
@@ -7,19 +7,31 @@ from math import comb, factorial, prod
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from fastgrad_compiler.approximation.features import (
-    blocks,
-    exponents,
-    features,
-    features_vjp,
-    levels,
-    multinomial,
-    rank,
-    weights,
-)
+from fastgrad_compiler.runtime.monomials import blocks, levels, multinomial, rank, weights
 
 SHAPES = [(1, 0), (1, 1), (1, 7), (2, 3), (3, 0), (3, 1), (3, 4), (5, 2), (6, 6), (16, 2), (16, 3), (4, 8)]
+
+
+def features(x: NDArray[np.float64], degree: int) -> NDArray[np.float64]:
+    """phi, feature-major: x of shape (d, tokens) gives (rank(d, degree), tokens)."""
+    d, tokens = x.shape
+    phi = np.empty((rank(d, degree), tokens), dtype=x.dtype)
+    phi[0] = 1.0
+    if degree:
+        phi[1 : 1 + d] = x
+    for block in blocks(d, degree):
+        phi[slice(*block.target)] = x[block.index] * phi[slice(*block.source)]
+    return phi
+
+
+def exponents(d: int, degree: int) -> tuple[tuple[int, ...], ...]:
+    """Variable indices of each row's monomial, ascending: `()` for row 0, `(0, 0, 3)` for x_0^2 x_3."""
+    rows: list[tuple[int, ...]] = [(), *((i,) for i in range(d) if degree)]
+    for block in blocks(d, degree):
+        rows.extend((block.index, *rows[source]) for source in range(*block.source))
+    return tuple(rows)
 
 
 @pytest.mark.parametrize(
@@ -79,27 +91,6 @@ def test_weighted_features_give_the_polynomial_of_the_dot_product(d: int, degree
     )
     dense = np.polynomial.polynomial.polyval(queries.T @ keys, coefficients)
     np.testing.assert_allclose(low_rank, dense, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(("d", "degree"), SHAPES)
-def test_vjp_by_central_differences(d: int, degree: int) -> None:
-    random = np.random.default_rng(d + 11 * degree)
-    x = random.uniform(-0.9, 0.9, size=(d, 3))
-    cotangent = random.normal(size=(rank(d, degree), 3))
-    pulled = features_vjp(x, cotangent, degree)
-    step = 1e-6
-    for i in range(d):
-        shift = np.zeros_like(x)
-        shift[i] = step
-        slope = (features(x + shift, degree) - features(x - shift, degree)) / (2 * step)
-        np.testing.assert_allclose(pulled[i], (cotangent * slope).sum(axis=0), rtol=1e-7, atol=1e-7)
-
-
-def test_vjp_leaves_its_arguments_alone() -> None:
-    x, cotangent = np.ones((3, 2)), np.ones((rank(3, 3), 2))
-    features_vjp(x, cotangent, 3)
-    assert (x == 1).all()
-    assert (cotangent == 1).all()
 
 
 def test_large_layouts_are_cached() -> None:

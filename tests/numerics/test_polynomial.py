@@ -320,7 +320,7 @@ def test_import_needs_neither_numpy_nor_torch() -> None:
     root = Path(polynomial.__file__).parents[1]
     program = (
         f"import sys; sys.path.insert(0, {str(root)!r});"
-        "from fastgrad_compiler.approximation import certificates, features, polynomial;"
+        "from fastgrad_compiler.approximation import certificates, polynomial;"
         "from fastgrad_compiler.planning import cost;"
         "print([name for name in ('numpy', 'torch', 'scipy') if name in sys.modules])"
     )

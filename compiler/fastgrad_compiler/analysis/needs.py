@@ -9,15 +9,13 @@ from fractions import Fraction
 
 from fastgrad_compiler.ir.calls import callees, reachable, runs
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType
+from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType, integer
+from fastgrad_compiler.ir.ops import ARITHMETIC, COMPARISONS
 
 _MAKING = frozenset({"arange", "fill", "one_hot", "sinusoid"})  # make a tensor from nothing but dims
-_MIXING = frozenset(
-    {"add", "sub", "mul", "div", "minimum", "maximum", "where"}
-)  # ints may stand beside floats
-_LOOKING = frozenset(
-    {"embedding", "documents", "less", "less_equal", "equal", "attention", "poly_attention"}
-)  # what takes ints of any size
+_MIXING = frozenset((*ARITHMETIC, "where"))  # ints may stand beside floats
+# what takes ints of any size
+_LOOKING = frozenset(("embedding", "documents", *COMPARISONS, "attention", "poly_attention"))
 _SHAPED = {
     "reshape": ("shape",),
     "broadcast_to": ("shape",),
@@ -75,11 +73,10 @@ def needs(program: Program) -> dict[str, Needs]:
     return found
 
 
-def has_tensor(program: Program, graph: Graph) -> bool:
+def _has_tensor(program: Program, graph: Graph) -> bool:
     """Whether a float tensor is at hand in the graph: an input, or a weight of its own or of a block that it calls."""
-    return (
-        any(node.tensor.dtype == "float" for node in graph.inputs) or weight_path(program, graph) is not None
-    )
+    given = any(node.tensor.dtype == "float" for node in graph.inputs)
+    return given or weight_path(program, graph) is not None
 
 
 @dataclass(frozen=True)
@@ -91,12 +88,12 @@ class Step:
     depth: int
 
 
-def weight_path(program: Program, graph: Graph) -> tuple[Step, ...] | None:
-    """The way to some float weight of the graph, the first one where it is repeated."""
-    return _weight_path(program, graph, graph.name, 0)
+def weight_path(program: Program, graph: Graph, owner: str = "", depth: int = 0) -> tuple[Step, ...] | None:
+    """The way to some float weight of the graph, the first one where it is repeated.
 
-
-def _weight_path(program: Program, graph: Graph, owner: str, depth: int) -> tuple[Step, ...] | None:
+    A repeat's body belongs to the graph `owner` (by default itself), after `depth` repeats.
+    """
+    owner = owner or graph.name
     for node in graph.nodes:
         if node.op in ("weight", "buffer") and node.tensor.dtype == "float":
             return (Step(owner, str(node["label"]), depth),)
@@ -106,7 +103,7 @@ def _weight_path(program: Program, graph: Graph, owner: str, depth: int) -> tupl
             inner = weight_path(program, program[str(node["graph"])])
             inner = inner and (Step(owner, str(node["label"]), depth), *inner)
         elif node.op == "repeat":
-            inner = _weight_path(program, program[runs(node)[0][0]], owner, depth + 1)
+            inner = weight_path(program, program[runs(node)[0][0]], owner, depth + 1)
         if inner:
             return inner
     return None
@@ -116,7 +113,7 @@ def is_counted(program: Program, graph: Graph, name: str) -> bool:
     """Whether ints are computed with, which are of 64 bits, and not only looked up or compared."""
     for user in graph.users[name]:
         places = [place for place, source in enumerate(user.inputs) if source == name]
-        if user.op == "call" or (user.op == "repeat" and min(places) >= int(str(user["carried"]))):
+        if user.op == "call" or (user.op == "repeat" and min(places) >= integer(user["carried"])):
             inner = [program[callee] for callee in callees(user)]
             if any(is_counted(program, each, each.inputs[place].name) for each in inner for place in places):
                 return True
@@ -130,7 +127,7 @@ def _needs(program: Program, graph: Graph, found: Mapping[str, Needs]) -> Needs:
     dims: set[str] = set()
     makes = False
     for node in graph.nodes:
-        dims |= {name for dim in _dims(program, graph, node) for name in dim.names}
+        dims |= {name for dim in _dims(graph, node) for name in dim.names}
         makes = makes or _makes_tensor(graph, node)
         for callee in callees(node):
             inner = found[callee]
@@ -139,7 +136,7 @@ def _needs(program: Program, graph: Graph, found: Mapping[str, Needs]) -> Needs:
     if graph.name == program.main:
         dims |= _checked(program, graph)
     extra = dims - sources(graph).keys()
-    like = makes and not has_tensor(program, graph)
+    like = makes and not _has_tensor(program, graph)
     return Needs(tuple(sorted(dims)), tuple(sorted(extra)), makes, like)
 
 
@@ -164,7 +161,7 @@ def _makes_tensor(graph: Graph, node: Node) -> bool:
     return node.op in _MIXING and node.tensor.dtype == "float" and not floats
 
 
-def _dims(program: Program, graph: Graph, node: Node) -> Iterator[Dim]:
+def _dims(graph: Graph, node: Node) -> Iterator[Dim]:
     for key in _SHAPED.get(node.op, ()):
         yield from _of(node[key])
     if node.op == "rms_norm":

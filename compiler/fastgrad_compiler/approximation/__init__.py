@@ -1,1 +1,1 @@
-"""Polynomials in place of exp: coefficients, features, certificates and what rounding adds."""
+"""Polynomials in place of exp: coefficients, certificates and what rounding adds."""

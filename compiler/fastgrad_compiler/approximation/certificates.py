@@ -13,26 +13,16 @@ a share of
     sum_i ||dO_i||                             of sum_j ||dV^_j - dV~_j||
     A_i = max_j sum_c |dO_ic v_jc|             of ||dS^_i - dS~_i||_1, and so of dQ and dK
 
-`eps` and `eps_prime` are floats; other arguments may be floats, numpy arrays or tensors, and results are the
-same kind.
+With largest_key = max_j ||k_j||, and q with the scale of the logits folded in, ||dQ~_i - dQ_i|| is at most the bound of
+||dS~_i - dS_i||_1 times largest_key, and sum_j ||dK~_j - dK_j|| at most the sum over i of it times ||q_i||.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf, sqrt
-from typing import Protocol, Self, TypeVar
 
 from fastgrad_compiler.approximation.rounding import EXACT, Rounding
-
-
-class Scalable(Protocol):
-    """What a factor can multiply: a float, a numpy array, a torch tensor."""
-
-    def __mul__(self, factor: float, /) -> Self: ...
-
-
-_Size = TypeVar("_Size", bound=Scalable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,36 +93,6 @@ def score_factor(eps: float, eps_prime: float) -> float:
     if eps >= 1:
         return inf
     return (eps + eps_prime + eta(eps) / 2 * (1 + eps_prime)) / (1 - eps)
-
-
-def output_bound(eps: float, value_range: _Size) -> _Size:
-    """Bound of |O~ - O| per column.
-
-    Args:
-        eps: of the polynomial.
-        value_range: max_j v_j - min_j v_j of each column, over the keys that the row may see.
-    """
-    return value_range * (eta(eps) / 2)
-
-
-def value_gradient_bound(eps: float, upstream: _Size) -> _Size:
-    """Bound of sum_j ||dV~_j - dV_j||, given upstream = sum_i ||dO_i||."""
-    return upstream * (eta(eps))
-
-
-def score_gradient_bound(eps: float, eps_prime: float, omega: _Size) -> _Size:
-    """Bound of ||dS~_i - dS_i||_1, given omega_i = max_j dO_i.v_j - min_j dO_i.v_j over the keys of row i."""
-    return omega * (score_factor(eps, eps_prime))
-
-
-def query_gradient_bound(eps: float, eps_prime: float, omega: _Size, largest_key: float) -> _Size:
-    """Bound of ||dQ~_i - dQ_i||, given largest_key = max_j ||k_j||; q has the logits' scale folded in."""
-    return omega * (score_factor(eps, eps_prime) * largest_key)
-
-
-def key_gradient_bound(eps: float, eps_prime: float, weighted: _Size) -> _Size:
-    """Bound of sum_j ||dK~_j - dK_j||, given weighted = sum_i omega_i ||q_i||."""
-    return weighted * (score_factor(eps, eps_prime))
 
 
 # ---------------------------------------------------------------- what rounding adds

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.runtime.triton_schedule import (
     FUSED_DEGREE,
     FUSED_DV,

@@ -25,14 +25,6 @@ class Objection(NamedTuple):
     help: str | None
 
 
-def trimmed(coefficients: Sequence[float]) -> tuple[float, ...]:
-    """Ascending coefficients without zeros after the last power; all of them may be zero."""
-    length = len(coefficients)
-    while length and coefficients[length - 1] == 0:
-        length -= 1
-    return tuple(coefficients[:length])
-
-
 def objection(coefficients: Sequence[float]) -> Objection | None:
     """Why the trimmed polynomial cannot give weights; None if it can.
 

@@ -11,6 +11,9 @@ from fractions import Fraction
 from itertools import pairwise
 from math import gcd, inf, isinf, lcm, ldexp
 from sys import float_info
+from typing import TypeVar
+
+_Number = TypeVar("_Number", int, float)
 
 
 def values(coefficients: Sequence[float], points: Sequence[float]) -> list[float]:
@@ -38,7 +41,7 @@ def count_real_roots(coefficients: Sequence[float], low: float = -inf, high: flo
     Raises:
         ValueError: the zero polynomial, which has no count.
     """
-    chain = _chain(_trimmed(_integers(coefficients)[0]))
+    chain = _chain(trimmed(_integers(coefficients)[0]))
     return _variations(chain, low) - _variations(chain, high)
 
 
@@ -49,7 +52,7 @@ def largest_root(coefficients: Sequence[float], high: float) -> float | None:
         coefficients: ascending, in the monomial basis; finite, not all 0.
         high: finite.
     """
-    chain = _squarefree_chain(_trimmed(_integers(coefficients)[0]))
+    chain = _squarefree_chain(trimmed(_integers(coefficients)[0]))
     low, high = min(-_size_of_roots(chain[0]), high), float(high)
     below, above, sign = _variations(chain, low), _variations(chain, high), _sign(chain[0], high)
     if _variations(chain, -inf) == above:
@@ -74,12 +77,12 @@ def _integers(coefficients: Sequence[float]) -> tuple[list[int], int]:
     return [int(value * scale) for value in exact], scale
 
 
-def _trimmed(polynomial: list[int]) -> list[int]:
-    """Without leading zeros."""
-    length = len(polynomial)
-    while length and polynomial[length - 1] == 0:
+def trimmed(coefficients: Sequence[_Number]) -> list[_Number]:
+    """Without zeros after the last power; empty where all of them are zero."""
+    length = len(coefficients)
+    while length and coefficients[length - 1] == 0:
         length -= 1
-    return polynomial[:length]
+    return list(coefficients[:length])
 
 
 def _chain(first: list[int]) -> list[list[int]]:
@@ -90,7 +93,7 @@ def _chain(first: list[int]) -> list[list[int]]:
     following = [power * value for power, value in enumerate(first)][1:]
     while following:
         chain.append(_primitive(following))
-        following = [-value for value in _remainder(chain[-2], chain[-1])]
+        following = [-value for value in _divided(chain[-2], chain[-1])[1]]
     return chain
 
 
@@ -107,11 +110,6 @@ def _size_of_roots(polynomial: list[int]) -> float:
     return ldexp(1.0, ratio.bit_length()) if ratio.bit_length() < 1024 else float_info.max
 
 
-def _remainder(dividend: list[int], divisor: list[int]) -> list[int]:
-    """The remainder times a positive number, without leading zeros; empty where the division is exact."""
-    return _divided(dividend, divisor)[1]
-
-
 def _divided(dividend: list[int], divisor: list[int]) -> tuple[list[int], list[int]]:
     """Quotient and remainder times the same positive number; the remainder without leading zeros."""
     rest, quotient = list(dividend), [0] * max(len(dividend) - len(divisor) + 1, 0)
@@ -125,7 +123,7 @@ def _divided(dividend: list[int], divisor: list[int]) -> tuple[list[int], list[i
         quotient[shift] += factor
         for place, value in enumerate(divisor):
             rest[shift + place] -= factor * value
-        rest = _trimmed(rest)
+        rest = trimmed(rest)
     return quotient, rest
 
 

@@ -85,9 +85,8 @@ def balanced(degree: int, bound: float) -> Fit:
     with localcontext(arithmetic(_digits(degree, bound))):
         coefficients = [Decimal(0), *(each / power for power, each in enumerate(inner.coefficients, 1))]
         errors = _errors(coefficients, inner.points, inner.growth)
-        coefficients[0] = -sum(errors, Decimal(0)) / sum(
-            (1 / each for each in inner.growth), Decimal(0)
-        )  # close: their mean is 0
+        shrunk = sum((1 / each for each in inner.growth), Decimal(0))
+        coefficients[0] = -sum(errors, Decimal(0)) / shrunk  # close: their mean is 0
         below = Pieces(inner.points, Decimal(0))
         for _ in range(_EXCHANGES):
             points = refined(turning(coefficients), below).cuts

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from math import ceil, inf, prod
 
 from fastgrad_compiler.approximation.elementary import exp
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.kernel_tiles import has_triton, is_fused, token_chunks
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec, choose_chunk
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.runtime.triton_schedule import CHUNKS
 from fastgrad_compiler.targets import Backends
 
@@ -34,15 +34,12 @@ _SLACK = 1 + 1e-9  # for the float64 arithmetic of this file
 _FACTORS = 24  # coefficients, W, u~, a division, decays: operations on every way, generously counted
 _FEATURES = 128  # features of a state that the C++ kernels add up before they add to a row
 _STEP = 8  # products that a GPU's matrix instruction adds up at least
-_VECTOR = (
-    32  # additions of a vector of 128 entries, whose rounding is a quarter of that of a matrix instruction
-)
+# additions of a vector of 128 entries, whose rounding is a quarter of that of a matrix instruction
+_VECTOR = 32
 _PASSES = 3  # instructions that make one product of float32 numbers out of tf32 ones
 _SEGMENTS = 1.25  # of the chunks: the C++ kernels cut a row of four chunks or more for a thread
-_EXPONENTS = {
-    "float64": 1024,
-    "float32": 128,
-}  # units of roundoff in a near weight e^(t - m): |t - m| below that
+# units of roundoff in a near weight e^(t - m): |t - m| below that
+_EXPONENTS = {"float64": 1024, "float32": 128}
 
 
 @dataclass(frozen=True, slots=True)

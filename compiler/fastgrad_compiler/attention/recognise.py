@@ -24,7 +24,9 @@ from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Graph, Node, Program
 from fastgrad_compiler.ir.words import place
 
-_KEPT = ("input", "weight", "buffer", "call", "repeat")  # also where nothing reads them
+# also where nothing reads them: inputs are the signature, and weights have their place in the state_dict, which calls
+# and repeats may hold
+_KEPT = ("input", "weight", "buffer", "call", "repeat")
 _ROWWISE = ("unit", "rotary", "neg")  # what repeating heads commutes with
 
 
@@ -54,9 +56,11 @@ def _recognise(graph: Graph, multiples: Mapping[str, int], certified: bool) -> G
         renamed[node.name] = result
     if not renamed:
         return graph
-    nodes = [_rename(node, renamed) for node in nodes]
     outputs = tuple(renamed.get(name, name) for name in graph.outputs)
-    return _keep_names(replace(graph, nodes=_alive(nodes, outputs), outputs=outputs), renamed)
+    changed = replace(graph, nodes=tuple(node.renamed(renamed) for node in nodes), outputs=outputs)
+    kept = [node.name for node in nodes if node.op in _KEPT]
+    alive = changed.ancestors((*outputs, *kept))
+    return _keep_names(replace(changed, nodes=tuple(n for n in changed.nodes if n.name in alive)), renamed)
 
 
 def _reasons(graph: Graph, found: Match, certified: bool) -> tuple[str, ...]:
@@ -70,33 +74,14 @@ def _reasons(graph: Graph, found: Match, certified: bool) -> tuple[str, ...]:
     return (*obstacle(graph, found.far), *unheard)
 
 
-def _rename(node: Node, renamed: Mapping[str, str]) -> Node:
-    inputs = tuple(renamed.get(name, name) for name in node.inputs)
-    return node if inputs == node.inputs else replace(node, inputs=inputs)
-
-
-def _alive(nodes: list[Node], outputs: tuple[str, ...]) -> tuple[Node, ...]:
-    """Without what neither an output nor a weight's place in the state_dict needs; inputs stay, they are
-    the signature, and so do calls and repeats, which may hold weights.
-    """
-    needed = set(outputs)
-    kept = []
-    for node in reversed(nodes):
-        if node.name in needed or node.op in _KEPT:
-            needed.update(node.inputs)
-            kept.append(node)
-    return tuple(reversed(kept))
-
-
 def _keep_names(graph: Graph, renamed: Mapping[str, str]) -> Graph:
     """The attention takes the name that the user gave to its result, now that the old node is gone."""
-    names = {}
-    for old, new in renamed.items():
-        node = graph.by_name.get(new)
-        attention = _source(graph, new) if node else None
-        if attention and not old.startswith("_"):
-            names[attention] = old
-    nodes = tuple(replace(_rename(node, names), name=names.get(node.name, node.name)) for node in graph.nodes)
+    names = {
+        _source(graph, new): old
+        for old, new in renamed.items()
+        if new in graph.by_name and not old.startswith("_")
+    }
+    nodes = tuple(node.renamed(names) for node in graph.nodes)
     return replace(graph, nodes=nodes, outputs=tuple(names.get(name, name) for name in graph.outputs))
 
 

@@ -5,16 +5,16 @@ them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
 
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.attention.value import ATTENTION, Attention
 from fastgrad_compiler.ir.calls import callees, graphs_with, iterations
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.flatten import Indices, path_of
+from fastgrad_compiler.ir.flatten import ROOT, Place
 from fastgrad_compiler.ir.graph import Graph, Node, Program
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_grammar.source import Span
 
 LIBRARY = "std/"  # how the paths of the standard library's sources begin
@@ -85,7 +85,7 @@ class AttentionEntry:
 
 def attention_table(program: Program) -> tuple[AttentionEntry, ...]:
     """Every attention of the model, in program order; after `plan` their nodes say what was decided."""
-    return tuple(_entries(program, _holders(program), _Where(program.main)))
+    return tuple(_entries(program, _holders(program), program[program.main]))
 
 
 def stands_alone(program: Program, graph: str) -> bool:
@@ -112,60 +112,43 @@ def _holders(program: Program) -> _Holders:
     return {graph.name: tuple(filter(leads, graph.nodes)) for graph in program.graphs}
 
 
-@dataclass(frozen=True)
-class _Where:
-    """A graph as it is run: the labels of the enclosing calls with their places, and the indices of
-    repeats.
-    """
-
-    graph: str
-    scope: tuple[str, ...] = ()
-    calls: tuple[Span, ...] = ()
-    indices: Indices = ()
-    runs: bool = True
-
-    def called(self, node: Node, runs: bool) -> _Where:
-        """Inside a call."""
-        scope = (*self.scope, str(node["label"]), *map(str, self.indices))
-        calls = (*self.calls, node.span) if node.span else self.calls
-        return _Where(str(node["graph"]), scope, calls, runs=runs)
-
-    def repeated(self, body: str, index: int, runs: bool) -> _Where:
-        """Inside an iteration."""
-        return _Where(body, self.scope, self.calls, (*self.indices, index), runs)
-
-
-def _entries(program: Program, holders: _Holders, where: _Where) -> Iterator[AttentionEntry]:
-    nodes = holders[where.graph]
-    alone = len(nodes) == 1 and bool(where.scope) and not where.indices
-    graph = program[where.graph]
+def _entries(
+    program: Program,
+    holders: _Holders,
+    graph: Graph,
+    place: Place = ROOT,
+    calls: tuple[Span, ...] = (),
+    runs: bool = True,
+) -> Iterator[AttentionEntry]:
+    """Of a graph that runs at a place, inside the calls at these spans."""
+    nodes = holders[graph.name]
+    alone = len(nodes) == 1 and bool(place.scope) and not place.indices
     for node in nodes:
-        needed = where.runs and node.name in graph.alive
+        needed = runs and node.name in graph.alive
         if node.op == "call":
-            yield from _entries(program, holders, where.called(node, needed))
+            inside = (*calls, node.span) if node.span else calls
+            called = program[str(node["graph"])]
+            yield from _entries(program, holders, called, place.called(node), inside, needed)
         elif node.op == "repeat":
             for index, body in iterations(node):
-                yield from _entries(program, holders, where.repeated(body, index, needed))
+                yield from _entries(program, holders, program[body], place.repeated(index), calls, needed)
         else:
-            yield replace(_entry(graph, node, where, alone), runs=needed)
-
-
-def _entry(graph: Graph, node: Node, where: _Where, alone: bool) -> AttentionEntry:
-    query, key, value = (graph[name].tensor.shape for name in node.inputs[:3])
-    full = path_of(where.scope, node.name, where.indices)
-    return AttentionEntry(
-        path=".".join(where.scope) if alone else full,
-        full_path=full,
-        graph=graph.name,
-        node=node,
-        d=query[-1].constant,
-        dv=value[-1].constant,
-        queries=query[-2],
-        keys=key[-2],
-        heads=query[-3].constant or 1,
-        key_heads=key[-3].constant or 1,
-        calls=where.calls,
-    )
+            query, key, value = (graph[name].tensor.shape for name in node.inputs[:3])
+            full = place.path(node.name)
+            yield AttentionEntry(
+                path=".".join(place.scope) if alone else full,
+                full_path=full,
+                graph=graph.name,
+                node=node,
+                d=query[-1].constant,
+                dv=value[-1].constant,
+                queries=query[-2],
+                keys=key[-2],
+                heads=query[-3].constant or 1,
+                key_heads=key[-3].constant or 1,
+                calls=calls,
+                runs=needed,
+            )
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.codegen.attention_kernels import has_window_kernel
 from fastgrad_compiler.codegen.place import Operands, Place
 from fastgrad_compiler.codegen.writer import COMPARE, Expr, binary, call, index, literal, method
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.runtime.monomials import rank
 
 Given = dict[str, Expr]  # the operands by role
 _FLOATS = ("q", "k", "v", "near_q", "near_k")

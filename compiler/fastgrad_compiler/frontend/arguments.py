@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastgrad_compiler.frontend.reporter import Reporter, did_you_mean
+from fastgrad_compiler.frontend.reporter import Abort, Reporter, did_you_mean
+from fastgrad_compiler.ir.words import counted
 from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import Note
 from fastgrad_grammar.source import Span
@@ -32,7 +33,7 @@ class Formal:
 
 
 def match_arguments(
-    reporter: Reporter, call: ast.Call, formals: Sequence[Formal], what: str, *, rest: str | None = None
+    report: Reporter, call: ast.Call, formals: Sequence[Formal], what: str, *, rest: str | None = None
 ) -> dict[str, list[ast.Expr]]:
     """The expressions given for each parameter; only `rest` can get several.
 
@@ -44,32 +45,25 @@ def match_arguments(
     behind = [formal.name for formal in formals if not formal.tensor]
     for argument in call.arguments:
         if argument.name is not None:
-            _keyword(reporter, argument, argument.name, formals, given, what)
+            _keyword(report, argument, argument.name, formals, given, what)
             continue
         queue = behind if argument.value_side else front
         name = next((each for each in queue if each not in given or each == rest), None)
         if name is None:
-            _too_many(reporter, call, argument, formals, what)
-            continue
+            raise _too_many(report, argument, formals, what)
         given.setdefault(name, []).append(argument.value)
     missing = [formal for formal in formals if formal.needed and formal.name not in given]
     if missing:
         names = " and ".join(f"`{formal.name}`" for formal in missing)
         notes = [Note(f"{formal.name} is declared here", formal.span) for formal in missing if formal.span]
         example = next((f"write {f.name} = ..." for f in missing if not f.tensor), None)
-        reporter.fail(
-            "FG213",
-            f"{what} needs {names}",
-            call.function.span,
-            "missing here",
-            notes=notes[:2],
-            help_=(example,),
-        )
+        raise report("FG213", f"{what} needs {names}", call.function.span, "missing here", notes=notes[:2],
+                     help_=(example,))  # fmt: skip
     return given
 
 
 def _keyword(
-    reporter: Reporter,
+    report: Reporter,
     argument: ast.Argument,
     name: ast.Name,
     formals: Sequence[Formal],
@@ -82,23 +76,19 @@ def _keyword(
         usual = PYTORCH_NAMES.get(name.text)
         help_ = f"it is called {usual} here" if usual in names else did_you_mean(name.text, names)
         known = f"it takes {', '.join(names)}" if names else "it takes no arguments"
-        reporter.fail("FG215", f"{what} has no parameter `{name.text}`", name.span, known, help_=(help_,))
+        raise report("FG215", f"{what} has no parameter `{name.text}`", name.span, known, help_=(help_,))
     if formal.tensor and argument.value_side:
         notes = [Note("declared here", formal.span)] if formal.span else []
-        reporter.fail("FG216", f"the tensor `{name.text}` is after `;`", argument.span, "tensors come first",
-                      notes=notes, help_=("move it before the `;`",))  # fmt: skip
+        raise report("FG216", f"the tensor `{name.text}` is after `;`", argument.span, "tensors come first",
+                     notes=notes, help_=("move it before the `;`",))  # fmt: skip
     if name.text in given:
-        reporter.fail("FG214", f"`{name.text}` of {what} is given twice", name.span, "given again",
-                      notes=[Note("given by position", given[name.text][0].span)])  # fmt: skip
+        raise report("FG214", f"`{name.text}` of {what} is given twice", name.span, "given again",
+                     notes=[Note("given by position", given[name.text][0].span)])  # fmt: skip
     given[name.text] = [argument.value]
 
 
-def _too_many(
-    reporter: Reporter, call: ast.Call, argument: ast.Argument, formals: Sequence[Formal], what: str
-) -> None:
+def _too_many(report: Reporter, argument: ast.Argument, formals: Sequence[Formal], what: str) -> Abort:
     tensors = sum(formal.tensor for formal in formals)
-    values = len(formals) - tensors
-    takes = f"it takes {tensors} tensor{'' if tensors == 1 else 's'} and {values} value{'' if values == 1 else 's'}"
-    if argument.value_side:
-        takes = f"it takes {values} value{'' if values == 1 else 's'} after `;`"
-    reporter.fail("FG214", f"too many arguments for {what}", argument.span, takes)
+    values = counted(len(formals) - tensors, "value")
+    takes = f"{values} after `;`" if argument.value_side else f"{counted(tensors, 'tensor')} and {values}"
+    return report("FG214", f"too many arguments for {what}", argument.span, f"it takes {takes}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fastgrad_compiler.frontend import values
 from fastgrad_compiler.frontend.expressions import scalar
 from fastgrad_compiler.frontend.reporter import Abort, did_you_mean
 from fastgrad_compiler.frontend.scope import Scope
-from fastgrad_compiler.frontend.state import State
-from fastgrad_compiler.frontend.values import Scalar
 from fastgrad_compiler.ir.graph import ON_VIOLATION, TRUST, Budget, BudgetRule
 from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import Note
@@ -28,132 +27,104 @@ class _Key:
 
     limit: bool
     expected: str
-    fits: Callable[[Scalar], bool]
+    fits: Callable[[Any], bool]
     words: tuple[str, ...] = ()
-
-
-def _above_zero(value: Scalar) -> bool:
-    return values.is_number(value) and isinstance(value, int | float) and value > 0
-
-
-def _count(value: Scalar) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _one_of(*words: str) -> _Key:
     return _Key(False, f"one of {', '.join(words)}", lambda value: value in words, words)
 
 
+_LIMIT = _Key(True, "a number above 0", lambda value: values.is_number(value) and value > 0)
+_COUNT = _Key(False, "an int of at least 1", lambda value: values.is_int(value) and value >= 1)
+
 WHOLE: dict[str, _Key] = {
-    "output": _Key(True, "a number above 0", _above_zero),
-    "gradient": _Key(True, "a number above 0", _above_zero),
-    "near": _Key(False, "an int of at least 1", _count),
+    "output": _LIMIT,
+    "gradient": _LIMIT,
+    "near": _COUNT,
     "trust": _one_of(*TRUST),
     "on_violation": _one_of(*ON_VIOLATION),
 }
 RULES: dict[str, _Key] = {
-    "relative": _Key(True, "a number above 0", _above_zero),
-    "degree": _Key(False, "an int of at least 1", _count),
-    "near": _Key(False, "an int of at least 1", _count),
+    "relative": _LIMIT,
+    "degree": _COUNT,
+    "near": _COUNT,
     "family": _one_of(*FAMILIES),
 }
 
 
-def budget_for(state: State, scope: Scope, model: str) -> Budget | None:
+def budget_for(scope: Scope, model: str) -> Budget | None:
     """The budget of a model: the block that names it, else the one for the whole file; None without either.
 
     Every block of the file is checked: FG232 for unknown names, FG233 for values, FG202 for a second block.
     """
     chosen: dict[str | None, tuple[ast.Budget, Budget]] = {}
-    for item in scope.module.items:
-        if not isinstance(item, ast.Budget):
-            continue
+    for item in scope.module.of(ast.Budget):
         name = item.model.text if item.model else None
         if item.model is not None and name not in scope.module.models:
-            state.reporter.error("FG232", f"budget for the unknown model `{name}`", item.model.span, "no such model",
-                                 help_=(did_you_mean(item.model.text, scope.module.models),))  # fmt: skip
+            scope.report("FG232", f"budget for the unknown model `{name}`", item.model.span, "no such model",
+                         help_=(did_you_mean(item.model.text, scope.module.models),))  # fmt: skip
         if name in chosen:
-            at = (
-                item.model.span
-                if item.model
-                else Span(item.span.source, item.span.start, item.span.start + 6)
-            )
-            state.reporter.error("FG202", "a second budget for the same model", at, "declared again",
-                                 notes=(Note("first here", chosen[name][0].span),))  # fmt: skip
+            start = item.span.start
+            at = item.model.span if item.model else Span(item.span.source, start, start + len("budget"))
+            scope.report("FG202", "a second budget for the same model", at, "declared again",
+                         notes=(Note("first here", chosen[name][0].span),))  # fmt: skip
             continue
-        chosen[name] = (item, _budget(state, scope, item))
+        chosen[name] = (item, _budget(scope, item))
     found = chosen.get(model) or chosen.get(None)
     return found[1] if found else None
 
 
-def _budget(state: State, scope: Scope, item: ast.Budget) -> Budget:
+def _budget(scope: Scope, item: ast.Budget) -> Budget:
     budget = Budget(span=item.span)
     seen: dict[str, Span] = {}
     for entry in item.entries:
         try:
             if isinstance(entry, ast.At):
-                budget = replace(budget, rules=(*budget.rules, _rule(state, scope, entry)))
+                budget = replace(budget, rules=(*budget.rules, _rule(scope, entry)))
                 continue
             first = seen.setdefault(entry.name.text, entry.name.span)
             if first is not entry.name.span:
-                state.reporter.fail("FG202", f"`{entry.name.text}` is set twice", entry.name.span, "set again",
-                                    notes=(Note("first here", first),))  # fmt: skip
-            value = _value(state, scope, entry, WHOLE, "a budget")
-            budget = _set(budget, entry.name.text, value)
+                raise scope.report("FG202", f"`{entry.name.text}` is set twice", entry.name.span, "set again",
+                                   notes=(Note("first here", first),))  # fmt: skip
+            given: dict[str, Any] = {entry.name.text: _value(scope, entry, WHOLE, "a budget")}
+            budget = replace(budget, **given)
         except Abort:
             continue
     return budget
 
 
-def _set(budget: Budget, name: str, value: Scalar) -> Budget:
-    match name, value:
-        case "output", int() | float():
-            return replace(budget, output=float(value))
-        case "gradient", int() | float():
-            return replace(budget, gradient=float(value))
-        case "near", int():
-            return replace(budget, near=value)
-        case "trust", str():
-            return replace(budget, trust=value)
-        case "on_violation", str():
-            return replace(budget, on_violation=value)
-    raise TypeError(f"{name} of a budget is {value!r}")
-
-
-def _rule(state: State, scope: Scope, at: ast.At) -> BudgetRule:
+def _rule(scope: Scope, at: ast.At) -> BudgetRule:
     pattern = str(at.pattern.value)
     if not pattern:
-        state.reporter.fail("FG233", "an empty pattern matches nothing", at.pattern.span, "empty",
-                            help_=('"*" matches every attention',))  # fmt: skip
+        raise scope.report("FG233", "an empty pattern matches nothing", at.pattern.span, "empty",
+                           help_=('"*" matches every attention',))  # fmt: skip
     if isinstance(at.rule, ast.Exact):
         return BudgetRule(pattern, "exact", None, at.span)
-    value = _value(state, scope, at.rule, RULES, "a rule of a budget")
-    name = at.rule.name.text
-    kept = float(value) if name == "relative" and isinstance(value, int | float) else value
-    return BudgetRule(pattern, name, kept if isinstance(kept, int | float | str) else None, at.span)
+    value = _value(scope, at.rule, RULES, "a rule of a budget")
+    return BudgetRule(pattern, at.rule.name.text, value, at.span)
 
 
-def _value(
-    state: State, scope: Scope, entry: ast.Limit | ast.Setting, keys: dict[str, _Key], what: str
-) -> Scalar:
+def _value(scope: Scope, entry: ast.Limit | ast.Setting, keys: dict[str, _Key], what: str) -> float | str:
+    """The value, a float of a limit."""
     name = entry.name.text
     if name not in keys:
         help_ = did_you_mean(name, [*keys, "exact"])
-        state.reporter.fail("FG232", f"{what} has no `{name}`", entry.name.span, f"it takes {', '.join(keys)}",
-                            help_=(help_ or _misplaced(name, keys),))  # fmt: skip
+        raise scope.report("FG232", f"{what} has no `{name}`", entry.name.span, f"it takes {', '.join(keys)}",
+                           help_=(help_ or _misplaced(name, keys),))  # fmt: skip
     key = keys[name]
     if key.limit != isinstance(entry, ast.Limit):
         sign = "<=" if key.limit else "="
-        state.reporter.fail("FG232", f"`{name}` is set with `{sign}`", entry.span, "the other sign",
-                            help_=(f"write {name} {sign} {entry.value.span.text}",))  # fmt: skip
+        raise scope.report("FG232", f"`{name}` is set with `{sign}`", entry.span, "the other sign",
+                           help_=(f"write {name} {sign} {entry.value.span.text}",))  # fmt: skip
     word = _bare_word(scope, entry.value) if key.words else None
-    value = word or scalar(state, scope, entry.value, f"`{name}`")
+    value: Any = word or scalar(scope, entry.value, f"`{name}`")
     if not key.fits(value):
         help_ = did_you_mean(value, key.words) if isinstance(value, str) else None
         found = word or values.describe(value)
-        state.reporter.fail("FG233", f"`{name}` is {key.expected}, not {found}", entry.value.span,
-                            f"{word or values.show(value)} here", help_=(help_,))  # fmt: skip
-    return value
+        raise scope.report("FG233", f"`{name}` is {key.expected}, not {found}", entry.value.span,
+                           f"{word or values.show(value)} here", help_=(help_,))  # fmt: skip
+    return float(value) if key.limit else value
 
 
 def _bare_word(scope: Scope, value: ast.Expr) -> str | None:

@@ -77,10 +77,6 @@ class Builder:
         self.nodes.append(node)
         return node
 
-    def tensor(self, node: Node, origins: tuple[Origin | None, ...]) -> Tensor:
-        """A node with one result as a value."""
-        return Tensor(node.name, node.tensor, origins, self)
-
     def graph(self, name: str, outputs: Sequence[str], block: str, span: Span | None) -> Graph:
         """The finished graph."""
         return Graph(name, (*self.inputs, *self.nodes), tuple(outputs), block, span)
@@ -96,23 +92,16 @@ def check_size(kind: TensorType) -> None:
 
 def trace_origins(shape: Sequence[Dim], operands: Sequence[Tensor]) -> tuple[Origin | None, ...]:
     """Where the dims of a result came from: an operand's dim of the same size, at the same place if there is one."""
-    found: list[Origin | None] = []
-    rank = len(shape)
-    for index, dim in enumerate(shape):
-        found.append(_same_place(dim, index - rank, operands) or _any_place(dim, operands))
-    return tuple(found)
+    known = [
+        (axis - len(operand.type.shape), dim, origin)
+        for operand in operands
+        for axis, (dim, origin) in enumerate(zip(operand.type.shape, operand.origins, strict=True))
+        if origin is not None
+    ]
 
+    def trace(axis: int, wanted: Dim) -> Origin | None:
+        found = [(place, origin) for place, dim, origin in known if dim == wanted]
+        there = (origin for place, origin in found if place == axis)
+        return next(there, found[0][1] if found else None)
 
-def _same_place(dim: Dim, axis: int, operands: Sequence[Tensor]) -> Origin | None:
-    for operand in operands:
-        if len(operand.type.shape) >= -axis and operand.type.shape[axis] == dim and operand.origins[axis]:
-            return operand.origins[axis]
-    return None
-
-
-def _any_place(dim: Dim, operands: Sequence[Tensor]) -> Origin | None:
-    for operand in operands:
-        for other, origin in zip(operand.type.shape, operand.origins, strict=True):
-            if origin is not None and other == dim:
-                return origin
-    return None
+    return tuple(trace(index - len(shape), dim) for index, dim in enumerate(shape))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from fastgrad_compiler.approximation.own_polynomial import objection, trimmed
+from fastgrad_compiler.approximation.own_polynomial import objection
+from fastgrad_compiler.approximation.rational import trimmed
 from fastgrad_compiler.frontend import values
 from fastgrad_compiler.frontend.arguments import Formal, match_arguments
 from fastgrad_compiler.frontend.expressions import (
@@ -14,65 +15,53 @@ from fastgrad_compiler.frontend.expressions import (
     compile_time,
     dimension,
     evaluate,
-    problem,
+    reported,
     scalar,
 )
 from fastgrad_compiler.frontend.operations import NEEDED, OPERATIONS, OVERLOADS, Operation, Parameter
 from fastgrad_compiler.frontend.reporter import Abort
 from fastgrad_compiler.frontend.scope import Scope
-from fastgrad_compiler.frontend.state import State, constant, emit
-from fastgrad_compiler.frontend.values import FUNCTIONS, Several, Tensor, Value, ValueProblem
+from fastgrad_compiler.frontend.state import emit
+from fastgrad_compiler.frontend.values import FUNCTIONS, Constant, Several, Tensor, Value
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute
+from fastgrad_compiler.ir.graph import Attribute, TensorType
 from fastgrad_compiler.ir.shape_errors import product
 from fastgrad_grammar import ast
-
-_TENSORKINDS = ("tensor", "tensors")
 
 
 @dataclass(frozen=True, slots=True)
 class _Emit:
     """`operations.Emit` at one call."""
 
-    state: State
     scope: Scope
     call: ast.Call
 
     def node(self, op: str, *operands: Tensor, **attributes: Attribute) -> Tensor:
-        return emit(self.state, self.scope, self.call.span, op, operands, **attributes)
+        return emit(self.scope, self.call.span, op, operands, **attributes)
 
-    def number(self, value: float) -> Tensor:
-        return constant(self.state, self.scope, value, self.call.span)
-
-    def refuse(self, code: str, message: str, help_: str | None = None) -> NoReturn:
-        self.state.reporter.fail(code, message, self.call.span, help_=(help_,))
+    def refuse(self, code: str, message: str) -> Abort:
+        return self.scope.report(code, message, self.call.span)
 
 
-def call_operation(state: State, scope: Scope, call: ast.Call) -> Value:
+def call_operation(scope: Scope, call: ast.Call) -> Value:
     """The value of a call of an operation: folded where every argument is a compile-time number."""
     name = call.function.text
     if call.label is not None:
-        state.reporter.fail("FG228", f"`as {call.label.text}` labels a call of a block, {name} is an operation",
-                            call.label.span, "an operation has no path")  # fmt: skip
-    cache = _arguments(state, scope, call)
-    folded = _fold(state, scope, call, cache)
+        raise scope.report("FG228", f"`as {call.label.text}` labels a call of a block, {name} is an operation",
+                           call.label.span, "an operation has no path")  # fmt: skip
+    cache: dict[int, Value] = {}
+    if name in FUNCTIONS:  # an axis can be a dim's name: keywords are looked at later
+        for argument in call.arguments:
+            if argument.name is None:
+                cache[id(argument.value)] = evaluate(scope, argument.value)
+    folded = _fold(scope, call, cache)
     if folded is not None:
         return folded
     operation = _overload(call, cache) if name in OVERLOADS else OPERATIONS[name]
-    return _apply(state, scope, call, operation, cache)
+    return _apply(scope, call, operation, cache)
 
 
-def _arguments(state: State, scope: Scope, call: ast.Call) -> dict[int, Value]:
-    """The values of the arguments except axes (an axis can be a dim's name), by the identity of the expression."""
-    found: dict[int, Value] = {}
-    if call.function.text in FUNCTIONS:
-        for argument in call.arguments:
-            if argument.name is None:
-                found[id(argument.value)] = evaluate(state, scope, argument.value)
-    return found
-
-
-def _fold(state: State, scope: Scope, call: ast.Call, cache: dict[int, Value]) -> Value:
+def _fold(scope: Scope, call: ast.Call, cache: dict[int, Value]) -> Value:
     name = call.function.text
     given = [cache[id(a.value)] for a in call.arguments if id(a.value) in cache]
     if not given or len(given) != len(call.arguments) or isinstance(given[0], Tensor | Several):
@@ -81,19 +70,15 @@ def _fold(state: State, scope: Scope, call: ast.Call, cache: dict[int, Value]) -
         if all(isinstance(value, Dim) or values.is_number(value) for value in given):
             if name == "int" and len(given) == 1:
                 return given[0]
-            state.reporter.fail("FG212", f"{name} of a run-time dimension", call.span,
-                                "known at run time only; shapes take it, numbers do not")  # fmt: skip
+            label = "known at run time only; shapes take it, numbers do not"
+            raise scope.report("FG212", f"{name} of a run-time dimension", call.span, label)
         return None
     least = 2 if name in ("min", "max") else 1
     if len(given) < least or (least == 1 and len(given) > 1):
-        count = "two or more numbers" if least == 2 else "one number"
-        state.reporter.fail("FG214" if least == 1 else "FG213", f"{name} takes {count}", call.span,
-                            f"{len(given)} here")  # fmt: skip
-    try:
+        code, count = ("FG213", "two or more numbers") if least == 2 else ("FG214", "one number")
+        raise scope.report(code, f"{name} takes {count}", call.span, f"{len(given)} here")
+    with reported(scope, call.span):
         return values.fold(name, tuple(v for v in given if not isinstance(v, Tensor | Several)))
-    except ValueProblem as error:
-        problem(state, error, call.span)
-        raise Abort from None
 
 
 def _overload(call: ast.Call, cache: dict[int, Value]) -> Operation:
@@ -105,31 +90,25 @@ def _overload(call: ast.Call, cache: dict[int, Value]) -> Operation:
     return pair if two else over_axes
 
 
-def _apply(
-    state: State, scope: Scope, call: ast.Call, operation: Operation, cache: dict[int, Value]
-) -> Value:
-    formals = [
-        Formal(p.name, p.kind in _TENSORKINDS, isinstance(p.default, type(NEEDED)))
-        for p in operation.parameters
-    ]
-    given = match_arguments(state.reporter, call, formals, operation.name, rest=operation.rest)
+def _apply(scope: Scope, call: ast.Call, operation: Operation, cache: dict[int, Value]) -> Value:
+    formals = [Formal(p.name, p.is_tensor, p.default is NEEDED) for p in operation.parameters]
+    given = match_arguments(scope.report, call, formals, operation.name, rest=operation.rest)
     arguments: dict[str, Any] = {}
     for parameter in operation.parameters:
         expressions = given.get(parameter.name)
-        context = _Argument(state, scope, call, operation, parameter, expressions or [], arguments, cache)
+        context = _Argument(scope, call, operation, parameter, expressions or [], arguments, cache)
         if expressions is None:
             missing = parameter.kind == "all_axes" or parameter.default is NEEDED
-            arguments[parameter.name] = _all_axes(context) if missing else parameter.default
+            arguments[parameter.name] = _axes(context) if missing else parameter.default
         else:
             arguments[parameter.name] = KINDS[parameter.kind](context)
-    return operation.rule(_Emit(state, scope, call), arguments)
+    return operation.result(_Emit(scope, call), arguments)
 
 
 @dataclass(frozen=True, slots=True)
 class _Argument:
     """One argument of an operation while it is evaluated; `before` are those before it."""
 
-    state: State
     scope: Scope
     call: ast.Call
     operation: Operation
@@ -141,28 +120,44 @@ class _Argument:
     def value(self, expr: ast.Expr) -> Value:
         if id(expr) in self.cache:
             return self.cache[id(expr)]
-        return evaluate(self.state, self.scope, expr)
+        return evaluate(self.scope, expr)
 
     @property
     def what(self) -> str:
         return f"`{self.parameter.name}` of {self.operation.name}"
 
     @property
+    def operand(self) -> TensorType:
+        """The type of the first operand."""
+        first = next(iter(self.before.values()))
+        found: Tensor = first if isinstance(first, Tensor) else first[0]
+        return found.type
+
+    @property
     def rank(self) -> int:
         """How many dims the first operand has."""
-        first = next(iter(self.before.values()))
-        tensor = first if isinstance(first, Tensor) else first[0]
-        return len(tensor.type.shape)
+        return len(self.operand.shape)
 
-    def fail(
+    @property
+    def entries(self) -> list[ast.Expr]:
+        """What is listed, as `permute(x, 0, 1)` or `permute(x, (0, 1))`."""
+        first, *more = self.expressions
+        return list(first.items) if isinstance(first, ast.Tuple) and not more else self.expressions
+
+    def converted(self, found: Constant, kind: str, optional: bool) -> Constant:
+        """What was found as the type that is wanted."""
+        with reported(self.scope, self.expressions[0].span, f"{self.what}: "):
+            return values.convert(found, kind, optional)
+
+    def refuse(
         self, code: str, message: str, expr: ast.Expr, label: str = "", help_: str | None = None
-    ) -> NoReturn:
-        self.state.reporter.fail(code, message, expr.span, label, help_=(help_,))
+    ) -> Abort:
+        return self.scope.report(code, message, expr.span, label, help_=(help_,))
 
 
 def _tensor(a: _Argument) -> Tensor:
     (expr,) = a.expressions
-    return as_tensor(a.state, a.scope, a.value(expr), expr.span, a.what)
+    return as_tensor(a.scope, a.value(expr), expr.span, a.what)
 
 
 def _tensors(a: _Argument) -> list[Tensor]:
@@ -170,149 +165,107 @@ def _tensors(a: _Argument) -> list[Tensor]:
     for expr in a.expressions:
         value = a.value(expr)
         for each in value.items if isinstance(value, Several) else (value,):
-            found.append(as_tensor(a.state, a.scope, each, expr.span, a.what))
+            found.append(as_tensor(a.scope, each, expr.span, a.what))
     if not found:
-        a.fail("FG213", f"{a.operation.name} needs at least one tensor", a.call)
+        raise a.refuse("FG213", f"{a.operation.name} needs at least one tensor", a.call)
     return found
 
 
 def _number(a: _Argument) -> Any:
     (expr,) = a.expressions
-    kind = a.parameter.kind
-    found = scalar(a.state, a.scope, expr, a.what)
-    optional = a.parameter.default is None
+    p, kind = a.parameter, a.parameter.kind
+    found = scalar(a.scope, expr, a.what)
     if kind == "int" and isinstance(found, Dim):
-        a.fail("FG212", f"{a.what} is known at compile time, not the run-time dimension {found}", expr)
-    try:
-        value = values.convert(found, kind, optional)
-    except ValueProblem as error:
-        a.fail(error.code, f"{a.what}: {error.message}", expr, help_=error.help)
-    _limits(a, expr, value)
+        raise a.refuse(
+            "FG212", f"{a.what} is known at compile time, not the run-time dimension {found}", expr
+        )
+    value = a.converted(found, kind, p.default is None)
+    if values.is_number(value):
+        for broken, limit in (
+            (p.least is not None and value < p.least, f"at least {p.least}"),
+            (p.below is not None and value >= p.below, f"below {p.below}"),
+            (p.positive and value <= 0, "above 0"),
+        ):
+            if broken:
+                raise a.refuse("FG218", f"{a.what} is {limit}, not {value}", expr, f"{value} here")
     return value
-
-
-def _limits(a: _Argument, expr: ast.Expr, value: Value) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
-    p = a.parameter
-    if p.least is not None and value < p.least:
-        a.fail("FG218", f"{a.what} is at least {p.least}, not {value}", expr, f"{value} here")
-    if p.below is not None and value >= p.below:
-        a.fail("FG218", f"{a.what} is below {p.below}, not {value}", expr, f"{value} here")
-    if p.positive and value <= 0:
-        a.fail("FG218", f"{a.what} is above 0, not {value}", expr, f"{value} here")
 
 
 def _weight_polynomial(a: _Argument) -> tuple[float, ...]:
     """Coefficients of weights that are positive for every score (FG242)."""
     (expr,) = a.expressions
-    found = compile_time(a.state, a.scope, expr, a.what)
-    try:
-        converted = values.convert(found, "floats", optional=False)
-    except ValueProblem as error:
-        a.fail(error.code, f"{a.what}: {error.message}", expr, help_=error.help)
-    coefficients = trimmed([float(str(c)) for c in converted.items] if isinstance(converted, Several) else [])
+    found = compile_time(a.scope, expr, a.what)
+    converted = a.converted(found, "floats", optional=False)
+    items = converted.items if isinstance(converted, Several) else ()
+    coefficients = tuple(trimmed([each for each in items if isinstance(each, float)]))
     wrong = objection(coefficients)
     if wrong is not None:
-        a.fail("FG242", f"{a.what}: {wrong.message}", expr, f"{values.show(converted)} here", wrong.help)
+        raise a.refuse(
+            "FG242", f"{a.what}: {wrong.message}", expr, f"{values.show(converted)} here", wrong.help
+        )
     return coefficients
-
-
-def _dim(a: _Argument) -> Attribute:
-    return values.normal(dimension(a.state, a.scope, a.expressions[0]))
-
-
-def _axis(a: _Argument) -> int:
-    return _one_axis(a, a.expressions[0], a.rank)
-
-
-def _new_axis(a: _Argument) -> int:
-    return _one_axis(a, a.expressions[0], a.rank + 1)
 
 
 def _one_axis(a: _Argument, expr: ast.Expr, rank: int) -> int:
     """An axis as a negative int; a name of a dim stands for the axis that has it."""
     if isinstance(expr, ast.Ref):
-        binding = a.scope.names.get(expr.name) or a.state.file_scopes[a.scope.module].names.get(expr.name)
+        binding = a.scope.names.get(expr.name) or a.scope.file.names.get(expr.name)
         if binding is not None and binding.kind == "dim":
             return _named_axis(a, expr)
-    found = scalar(a.state, a.scope, expr, a.what)
-    if isinstance(found, bool) or not isinstance(found, int):
-        a.fail("FG217", f"{a.what} is an int or the name of a dimension, not {values.describe(found)}", expr)
-    return _in_range(a, expr, found, rank)
-
-
-def _in_range(a: _Argument, expr: ast.Expr, axis: int, rank: int) -> int:
-    if not -rank <= axis < rank:
-        reach = f"its axes are {-rank} to {rank - 1}" if rank else "it is a scalar"
-        first = next(iter(a.before.values()))
-        tensor = first if isinstance(first, Tensor) else first[0]
-        a.fail(
-            "FG206", f"{a.operation.name} over axis {axis} of {tensor.type}: {reach}", expr, "no such axis"
+    found = scalar(a.scope, expr, a.what)
+    if not values.is_int(found):
+        raise a.refuse(
+            "FG217", f"{a.what} is an int or the name of a dimension, not {values.describe(found)}", expr
         )
-    return axis if axis < 0 else axis - rank
+    if not -rank <= found < rank:
+        reach = f"its axes are {-rank} to {rank - 1}" if rank else "it is a scalar"
+        message = f"{a.operation.name} over axis {found} of {a.operand}: {reach}"
+        raise a.refuse("FG206", message, expr, "no such axis")
+    return found if found < 0 else found - rank
 
 
 def _named_axis(a: _Argument, expr: ast.Ref) -> int:
-    size = evaluate(a.state, a.scope, expr)
-    first = next(iter(a.before.values()))
-    tensor = first if isinstance(first, Tensor) else first[0]
+    size = evaluate(a.scope, expr)
     if not isinstance(size, int | Dim):
-        a.fail("FG217", f"{a.what} is an int or the name of a dimension, not {values.describe(size)}", expr)
-    places = [axis for axis in range(-a.rank, 0) if tensor.type.shape[axis] == Dim.of(size)]
+        raise a.refuse(
+            "FG217", f"{a.what} is an int or the name of a dimension, not {values.describe(size)}", expr
+        )
+    places = [axis for axis in range(-a.rank, 0) if a.operand.shape[axis] == Dim.of(size)]
     if len(places) != 1:
         why = "has no such dimension" if not places else "has several of that size"
-        message = f"{a.operation.name} over {expr.name} of {tensor.type}: it {why}"
-        a.fail("FG206", message, expr, "" if str(size) == expr.name else f"{expr.name} is {size}",
-               "name the axis by its number, -1 for the last")  # fmt: skip
+        message = f"{a.operation.name} over {expr.name} of {a.operand}: it {why}"
+        raise a.refuse("FG206", message, expr, "" if str(size) == expr.name else f"{expr.name} is {size}",
+                       "name the axis by its number, -1 for the last")  # fmt: skip
     return places[0]
 
 
-def _all_axes(a: _Argument) -> tuple[int, ...]:
-    if a.expressions:
-        return _axes(a, a.rank)
-    return tuple(range(-a.rank, 0))
-
-
-def _axes(a: _Argument, rank: int) -> tuple[int, ...]:
-    expressions = a.expressions
-    if len(expressions) == 1 and isinstance(expressions[0], ast.Tuple):
-        expressions = list(expressions[0].items)
-    if len(expressions) == 1 and isinstance(expressions[0], ast.Literal) and expressions[0].value is None:
-        return tuple(range(-rank, 0))
-    return tuple([_one_axis(a, expr, rank) for expr in expressions])
-
-
-def _permutation(a: _Argument) -> tuple[int, ...]:
-    found = _axes(a, a.rank)
-    return tuple(axis + a.rank for axis in found)
+def _axes(a: _Argument) -> tuple[int, ...]:
+    """All of them where none are given, or `none`."""
+    entries = a.entries if a.expressions else []
+    given = [expr for expr in entries if not (isinstance(expr, ast.Literal) and expr.value is None)]
+    if not given and len(entries) < 2:
+        return tuple(range(-a.rank, 0))
+    return tuple([_one_axis(a, expr, a.rank) for expr in entries])
 
 
 def _shape(a: _Argument) -> tuple[Attribute, ...]:
     """The dims of a shape; one -1 in `reshape` becomes what is left."""
-    expressions = a.expressions
-    if len(expressions) == 1 and isinstance(expressions[0], ast.Tuple):
-        expressions = list(expressions[0].items)
     found: list[Dim | None] = []
-    for expr in expressions:
-        rest = (
-            a.operation.name == "reshape"
-            and isinstance(expr, ast.Unary)
-            and expr.span.text.replace(" ", "") == "-1"
-        )
-        found.append(None if rest else dimension(a.state, a.scope, expr))
+    for expr in a.entries:
+        minus_one = isinstance(expr, ast.Unary) and expr.span.text.replace(" ", "") == "-1"
+        rest = minus_one and a.operation.name == "reshape"
+        found.append(None if rest else dimension(a.scope, expr))
     if found.count(None) > 1:
-        a.fail("FG207", "reshape infers at most one dimension from -1", expressions[-1])
+        raise a.refuse("FG207", "reshape infers at most one dimension from -1", a.entries[-1])
     if None not in found:
         return tuple(values.normal(dim) for dim in found if dim is not None)
     source: Tensor = a.before["x"]
     known = product(dim for dim in found if dim is not None)
-    left = product(source.type.shape).divide(known, a.scope.multiples)
+    count = product(source.type.shape)
+    left = count.divide(known, a.scope.state.multiples)
     if left is None:
-        at = expressions[found.index(None)]
-        count = product(source.type.shape)
-        a.fail("FG207", f"reshape of {source.type}: {count} elements are not a multiple of {known}",
-               at, "nothing fits here")  # fmt: skip
+        message = f"reshape of {source.type}: {count} elements are not a multiple of {known}"
+        raise a.refuse("FG207", message, a.entries[found.index(None)], "nothing fits here")
     return tuple(values.normal(left if dim is None else dim) for dim in found)
 
 
@@ -323,10 +276,10 @@ KINDS: dict[str, Callable[[_Argument], Any]] = {
     "float": _number,
     "bool": _number,
     "weight_polynomial": _weight_polynomial,
-    "dim": _dim,
-    "axis": _axis,
-    "new_axis": _new_axis,
-    "axes": _permutation,
-    "all_axes": _all_axes,
+    "dim": lambda a: values.normal(dimension(a.scope, a.expressions[0])),
+    "axis": lambda a: _one_axis(a, a.expressions[0], a.rank),
+    "new_axis": lambda a: _one_axis(a, a.expressions[0], a.rank + 1),
+    "axes": lambda a: tuple(axis + a.rank for axis in _axes(a)),
+    "all_axes": _axes,
     "shape": _shape,
 }

@@ -11,11 +11,10 @@ A weight without one takes xavier() from two dims on, else zeros(); a buffer zer
 from __future__ import annotations
 
 from fastgrad_compiler.frontend.arguments import Formal, match_arguments
-from fastgrad_compiler.frontend.expressions import scalar
+from fastgrad_compiler.frontend.expressions import reported, scalar
 from fastgrad_compiler.frontend.reporter import did_you_mean
 from fastgrad_compiler.frontend.scope import Scope
-from fastgrad_compiler.frontend.state import State
-from fastgrad_compiler.frontend.values import ValueProblem, convert
+from fastgrad_compiler.frontend.values import convert
 from fastgrad_compiler.ir.graph import TensorType
 from fastgrad_grammar import ast
 
@@ -32,7 +31,7 @@ _RANDOM = ("normal", "trunc_normal", "xavier")
 Init = tuple[str | float, ...]
 
 
-def initialiser(state: State, scope: Scope, statement: ast.Weight | ast.Buffer, kind: TensorType) -> Init:
+def initialiser(scope: Scope, statement: ast.Weight | ast.Buffer, kind: TensorType) -> Init:
     """The attribute `init` of a weight or buffer; FG230 for what does not apply, FG217 and FG218 for its numbers."""
     init = statement.init
     if init is None:
@@ -40,38 +39,32 @@ def initialiser(state: State, scope: Scope, statement: ast.Weight | ast.Buffer, 
     name = init.function.text if isinstance(init, ast.Call) and init.module is None else None
     if not isinstance(init, ast.Call) or name is None or name not in INITIALISERS:
         shown = init.function if isinstance(init, ast.Call) else init
-        state.reporter.fail(
-            "FG230",
-            f"unknown initialiser `{name or shown.span.text}`",
-            shown.span,
-            f"expected one of {', '.join(INITIALISERS)}",
-            help_=(did_you_mean(name or "", INITIALISERS),),
-        )
-    _applies(state, init, name, kind)
+        raise scope.report("FG230", f"unknown initialiser `{name or shown.span.text}`", shown.span,
+                           f"expected one of {', '.join(INITIALISERS)}",
+                           help_=(did_you_mean(name or "", INITIALISERS),))  # fmt: skip
+    _applies(scope, init, name, kind)
     formals = [Formal(each, False, default is None) for each, default in INITIALISERS[name]]
-    given = match_arguments(state.reporter, init, formals, name)
-    numbers = [default if each not in given else _number(state, scope, given[each][0], f"`{each}` of {name}")
+    given = match_arguments(scope.report, init, formals, name)
+    numbers = [default if each not in given else _number(scope, given[each][0], f"`{each}` of {name}")
                for each, default in INITIALISERS[name]]  # fmt: skip
     if kind.dtype != "float":
         return (name, *(int(number) for number in numbers if number is not None))
     return (name, *(number for number in numbers if number is not None))
 
 
-def _applies(state: State, init: ast.Call, name: str, kind: TensorType) -> None:
+def _applies(scope: Scope, init: ast.Call, name: str, kind: TensorType) -> None:
     if name in _RANDOM and kind.dtype != "float":
-        state.reporter.fail("FG230", f"{name} fills float tensors, not {kind}", init.span, "random numbers",
-                            help_=("use zeros(), ones() or constant(value)",))  # fmt: skip
+        raise scope.report("FG230", f"{name} fills float tensors, not {kind}", init.span, "random numbers",
+                           help_=("use zeros(), ones() or constant(value)",))  # fmt: skip
     if name == "xavier" and len(kind.shape) < 2:
-        state.reporter.fail("FG230", f"xavier needs two dimensions, not {kind}", init.span, "no fan-in and fan-out",
-                            help_=("use zeros(), ones() or normal(std = 0.02)",))  # fmt: skip
+        raise scope.report("FG230", f"xavier needs two dimensions, not {kind}", init.span, "no fan-in and fan-out",
+                           help_=("use zeros(), ones() or normal(std = 0.02)",))  # fmt: skip
 
 
-def _number(state: State, scope: Scope, expr: ast.Expr, what: str) -> float:
-    try:
-        found = convert(scalar(state, scope, expr, what), "float", False)
-    except ValueProblem as error:
-        state.reporter.fail(error.code, f"{what}: {error.message}", expr.span)
+def _number(scope: Scope, expr: ast.Expr, what: str) -> float:
+    with reported(scope, expr.span, f"{what}: "):
+        found = convert(scalar(scope, expr, what), "float", False)
     number = float(found) if isinstance(found, int | float) else 0.0
     if "std" in what and number < 0:
-        state.reporter.fail("FG218", f"{what} is at least 0, not {number}", expr.span, f"{number} here")
+        raise scope.report("FG218", f"{what} is at least 0, not {number}", expr.span, f"{number} here")
     return number

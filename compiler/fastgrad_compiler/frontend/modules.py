@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
-from fastgrad_compiler.frontend.reporter import Reporter, did_you_mean
+from fastgrad_compiler.frontend.reporter import Abort, Reporter, did_you_mean
 from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import Note, TfgError
 from fastgrad_grammar.parser import parse
@@ -18,6 +19,9 @@ from fastgrad_grammar.source import Source, Span
 
 MAX_CHAIN = 32
 """Files that use each other in a row."""
+
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(eq=False, slots=True)
@@ -33,9 +37,13 @@ class Module:
     uses: dict[str, Module] = field(default_factory=dict)
     broken: set[str] = field(default_factory=set)
 
-    def of(self, kind: type[ast.Item]) -> list[ast.Item]:
+    def of(self, kind: type[_Item]) -> Sequence[_Item]:
         """The items of one kind, in order."""
         return [item for item in self.items if isinstance(item, kind)]
+
+    def qualified(self, block: ast.BlockDecl) -> str:
+        """The name of a block of this module, as graphs have it."""
+        return f"{self.name}.{block.name.text}" if self.name else block.name.text
 
     @property
     def models(self) -> dict[str, ast.BlockDecl]:
@@ -83,9 +91,12 @@ def standard_library() -> Module:
     return module
 
 
-def load(source: Source, reporter: Reporter) -> Module:
-    """The main file and all that it uses. Raises TfgError for its syntax; the rest goes to `reporter`."""
-    return _Loader(source, reporter).module("", source, parse(source), ())
+def load(source: Source, report: Reporter) -> Module:
+    """The main file and all that it uses. Raises TfgError for its syntax; the rest goes to `report`."""
+    return _Loader(source, report).module("", source, parse(source), ())
+
+
+_Chain: TypeAlias = "tuple[tuple[Path, ast.Use | None], ...]"
 
 
 class _Loader:
@@ -95,62 +106,51 @@ class _Loader:
     links followed: a spec from a stranger shows no other file.
     """
 
-    def __init__(self, main: Source, reporter: Reporter) -> None:
-        self.reporter = reporter
+    def __init__(self, main: Source, report: Reporter) -> None:
+        self.report = report
         self.include = main.include
         self.roots = [Path(os.path.realpath(folder)) for folder in (_folder(main), *main.include)]
         self.characters = len(main.text)
         self._loaded: dict[Path, Module | None] = {}
 
-    def module(
-        self, name: str, source: Source, file: ast.File, chain: tuple[tuple[Path, ast.Use | None], ...]
-    ) -> Module:
+    def module(self, name: str, source: Source, file: ast.File, chain: _Chain) -> Module:
         module = Module(name, file.items)
-        _declare(module, self.reporter)
+        _declare(module, self.report)
         here = (*chain, (Path(source.path).resolve(), None))
-        for use in file.items:
-            if not isinstance(use, ast.Use):
-                continue
+        for use in module.of(ast.Use):
             if use.name.text in module.uses:
-                self.reporter.error("FG202", f"`{use.name.text}` is used twice", use.name.span, "used again")
+                self.report("FG202", f"`{use.name.text}` is used twice", use.name.span, "used again")
                 continue
-            found = self._library(use) if use.path is None else self._file(use, source, here)
-            if found is None:
+            try:
+                found = self._library(use) if use.path is None else self._file(use, source, here)
+            except Abort:
                 module.broken.add(use.name.text)
             else:
                 module.uses[use.name.text] = found
         return module
 
-    def _library(self, use: ast.Use) -> Module | None:
+    def _library(self, use: ast.Use) -> Module:
         if use.name.text == "std":
             return standard_library()
-        self.reporter.error(
-            "FG235",
-            f"unknown library `{use.name.text}`",
-            use.name.span,
-            "the only library is std",
-            help_=(f'for a file write use "{use.name.text}.tfg" as {use.name.text}',),
-        )
-        return None
+        help_ = f'for a file write use "{use.name.text}.tfg" as {use.name.text}'
+        message = f"unknown library `{use.name.text}`"
+        raise self.report("FG235", message, use.name.span, "the only library is std", help_=(help_,))
 
-    def _file(
-        self, use: ast.Use, source: Source, chain: tuple[tuple[Path, ast.Use | None], ...]
-    ) -> Module | None:
+    def _file(self, use: ast.Use, source: Source, chain: _Chain) -> Module:
         shown, path = self._find(use, source)
         if path is None:
-            self._refuse(
-                use, f"{shown} lies outside of the folder of the spec",
-                "a folder that is trusted is named by --include DIR, or fg.compile(..., include=[DIR])",
-            )  # fmt: skip
-            return None
+            trusted = "a folder that is trusted is named by --include DIR, or fg.compile(..., include=[DIR])"
+            raise self._refuse(use, f"{shown} lies outside of the folder of the spec", trusted)
         places = [place for place, _ in chain]
         if path in places:
-            self._cycle(use, chain, places.index(path), path)
-            return None
+            raise self._cycle(use, chain[places.index(path) :], path)
         if path not in self._loaded:
             self._loaded[path] = None  # one that fails is reported once
             self._loaded[path] = self._load(use, shown, path, chain)
-        return self._loaded[path]
+        found = self._loaded[path]
+        if found is None:
+            raise Abort
+        return found
 
     def _find(self, use: ast.Use, source: Source) -> tuple[str, Path | None]:
         """What to call a used file, and where it lies, without links; None for a place that may not be read."""
@@ -166,49 +166,38 @@ class _Loader:
             return Path(name)
         return path if any(path.is_relative_to(root) for root in self.roots) else None
 
-    def _load(
-        self, use: ast.Use, shown: str, path: Path, chain: tuple[tuple[Path, ast.Use | None], ...]
-    ) -> Module | None:
+    def _load(self, use: ast.Use, shown: str, path: Path, chain: _Chain) -> Module:
         if len(chain) >= MAX_CHAIN:
-            self._refuse(
-                use, f"more than {MAX_CHAIN} files use each other in a row", "use fewer, longer files"
-            )
-            return None
+            message = f"more than {MAX_CHAIN} files use each other in a row"
+            raise self._refuse(use, message, "use fewer, longer files")
         try:
             text = read_source(shown, place=str(path))
         except TfgError as error:
             first = error.diagnostics[0]
-            self._refuse(use, first.message, *first.help)
-            return None
+            raise self._refuse(use, first.message, *first.help) from None
         self.characters += len(text.text)
         if self.characters > MAX_BYTES:
             size = f"{MAX_BYTES >> 10} KiB"
-            self._refuse(use, f"with {shown} the files are too large together", f"they may have {size}")
-            return None
+            raise self._refuse(use, f"with {shown} the files are too large together", f"they may have {size}")
         try:
             tree = parse(text)
         except TfgError as error:
-            self.reporter.adopt(error.diagnostics)
-            return None
+            self.report.diagnostics.extend(error.diagnostics)
+            raise Abort from None
         within = (*chain[:-1], (chain[-1][0], use))
         return self.module(use.name.text, text, tree, within)
 
-    def _refuse(self, use: ast.Use, message: str, *help_: str) -> None:
-        self.reporter.error("FG235", message, use.span, "used here", help_=help_)
+    def _refuse(self, use: ast.Use, message: str, *help_: str) -> Abort:
+        return self.report("FG235", message, use.span, "used here", help_=help_)
 
-    def _cycle(
-        self, use: ast.Use, chain: tuple[tuple[Path, ast.Use | None], ...], start: int, path: Path
-    ) -> None:
-        names = [place.name for place, _ in chain[start:]] + [path.name]
+    def _cycle(self, use: ast.Use, chain: _Chain, path: Path) -> Abort:
+        names = [place.name for place, _ in chain] + [path.name]
         notes = [
-            Note(f"{place.name} is on the cycle by this use", each.span)
-            for place, each in chain[start:]
-            if each
+            Note(f"{place.name} is on the cycle by this use", each.span) for place, each in chain if each
         ]
-        self.reporter.error(
-            "FG234", f"files use each other in a cycle: {' -> '.join(names)}", use.span, "closes the cycle",
-            notes=notes, help_=("move what both need into a third file",),
-        )  # fmt: skip
+        message = f"files use each other in a cycle: {' -> '.join(names)}"
+        help_ = "move what both need into a third file"
+        return self.report("FG234", message, use.span, "closes the cycle", notes=notes, help_=(help_,))
 
 
 def _folder(source: Source) -> str:
@@ -222,50 +211,30 @@ def _candidates(name: str, source: Source, include: Iterable[str]) -> Iterator[s
         yield str(Path(folder) / name)
 
 
-def _declare(module: Module, reporter: Reporter) -> None:
+def _declare(module: Module, report: Reporter) -> None:
     """Enter the blocks; FG202 for every name that is declared twice."""
-    seen: dict[tuple[str, str], Span] = {}
     blocks: dict[str, ast.BlockDecl] = {}
-    for item in module.items:
-        if isinstance(item, ast.BlockDecl):
-            blocks.setdefault(item.name.text, item)
-            check_names([*(p.name for p in item.tensors), *(p.name for p in item.values)], reporter)
-        kind = "block" if isinstance(item, ast.BlockDecl) else _VALUE_KINDS.get(type(item))
-        if kind is None:
-            continue
-        name: ast.Name = item.name  # type: ignore[union-attr]  # every kind of the table has a name
-        first = seen.setdefault((kind, name.text), name.span)
-        if first is not name.span:
-            _twice(reporter, name, first)
+    for block in module.of(ast.BlockDecl):
+        blocks.setdefault(block.name.text, block)
+        check_names([each.name for each in block.tensors] + [each.name for each in block.values], report)
+    check_names((block.name for block in module.of(ast.BlockDecl)), report)
+    check_names((each.name for each in module.items if isinstance(each, ast.Param | ast.DimDecl)), report)
     module.blocks = blocks
 
 
-_VALUE_KINDS: dict[type, str] = {ast.Param: "value", ast.DimDecl: "value"}
-
-
-def _twice(reporter: Reporter, name: ast.Name, first: Span) -> None:
-    reporter.error(
-        "FG202",
-        f"`{name.text}` is declared twice",
-        name.span,
-        "declared again",
-        notes=(Note("first here", first),),
-    )
-
-
-def check_names(names: Iterable[ast.Name], reporter: Reporter) -> None:
-    """FG202 for a name that a signature declares twice."""
+def check_names(names: Iterable[ast.Name], report: Reporter) -> None:
+    """FG202 for a name that is declared twice."""
     seen: dict[str, Span] = {}
     for name in names:
         first = seen.setdefault(name.text, name.span)
         if first is not name.span:
-            _twice(reporter, name, first)
+            report("FG202", f"`{name.text}` is declared twice", name.span, "declared again",
+                   notes=(Note("first here", first),))  # fmt: skip
 
 
 def suggest_block(module: Module, name: str) -> str | None:
     """The help for an unknown block: the nearest block of the module, or of a module that it uses."""
-    near = did_you_mean(name, module.blocks)
-    if near:
+    if near := did_you_mean(name, module.blocks):
         return near
     for qualifier, other in module.uses.items():
         if name in other.blocks:

@@ -24,7 +24,7 @@ and float of compile-time numbers are compile-time numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -52,6 +52,11 @@ class Parameter:
     below: float | None = None
     positive: bool = False
 
+    @property
+    def is_tensor(self) -> bool:
+        """Whether it stands before the `;`."""
+        return self.kind in ("tensor", "tensors")
+
 
 class Emit(Protocol):
     """What an operation's rule may do: add a node at the call's place, or give up with a diagnostic."""
@@ -59,11 +64,8 @@ class Emit(Protocol):
     def node(self, op: str, *operands: Tensor, **attributes: Attribute) -> Tensor:
         """A node typed by the shape rules."""
 
-    def number(self, value: float) -> Tensor:
-        """A constant."""
-
-    def refuse(self, code: str, message: str, help_: str | None = None) -> Any:
-        """Report and give up."""
+    def refuse(self, code: str, message: str) -> Exception:
+        """Report what is wrong; the result is to be raised."""
 
 
 Arguments = Mapping[str, Any]
@@ -72,52 +74,58 @@ Rule = Callable[[Emit, Arguments], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """An operation of the language; `rest` is the parameter that takes all further positional arguments."""
+    """An operation of the language; `rest` is the parameter that takes all further positional arguments.
+
+    `rule` makes its nodes. Without one it is the node of its name, on the tensors and with the values as attributes.
+    """
 
     name: str
     parameters: tuple[Parameter, ...]
-    rule: Rule = field(compare=False)
+    rule: Rule | None = field(default=None, compare=False)
     rest: str | None = None
+
+    def result(self, emit: Emit, arguments: Arguments) -> Tensor:
+        """What the operation gives for its arguments by name."""
+        if self.rule is not None:
+            return self.rule(emit, arguments)
+        given = [(parameter, arguments[parameter.name]) for parameter in self.parameters]
+        operands = [
+            each for p, value in given for each in (value if p.kind == "tensors" else (value,)) if p.is_tensor
+        ]
+        return emit.node(self.name, *operands, **{p.name: value for p, value in given if not p.is_tensor})
 
 
 X = Parameter("x", "tensor")
+W = Parameter("w", "tensor")
 SCORES = Parameter("scores", "tensor")
+TENSORS = Parameter("tensors", "tensors")
 AXIS = Parameter("axis", "axis")
-KEEPDIM = Parameter("keepdim", "bool", False)
-
-
-def _unary(name: str, op: str | None = None) -> Operation:
-    return Operation(name, (X,), lambda emit, a: emit.node(op or name, a["x"]))
+SHAPE = Parameter("shape", "shape")
 
 
 def _cast(dtype: str) -> Operation:
-    return Operation(dtype, (X,), lambda emit, a: a["x"] if a["x"].type.dtype == dtype
-                     else emit.node("cast", a["x"], dtype=dtype))  # fmt: skip
+    def rule(emit: Emit, a: Arguments) -> Tensor:
+        x: Tensor = a["x"]
+        return x if x.type.dtype == dtype else emit.node("cast", x, dtype=dtype)
+
+    return Operation(dtype, (X,), rule)
 
 
-def _reduce(name: str) -> Operation:
-    return Operation(
-        name,
-        (X, Parameter("axis", "all_axes", None), KEEPDIM),
-        lambda emit, a: emit.node(name, a["x"], axes=a["axis"], keepdim=a["keepdim"]),
-    )
-
-
-def _amax(emit: Emit, a: Arguments) -> Tensor:
-    return emit.node("amax", a["x"], axes=a["axis"], keepdim=a["keepdim"])
+def _reduce(op: str) -> Rule:
+    return lambda emit, a: emit.node(op, a["x"], axes=a["axis"], keepdim=a["keepdim"])
 
 
 def _amin(emit: Emit, a: Arguments) -> Tensor:
-    largest = emit.node("amax", emit.node("neg", a["x"]), axes=a["axis"], keepdim=a["keepdim"])
+    largest = _reduce("amax")(emit, {**a, "x": emit.node("neg", a["x"])})
     return emit.node("neg", largest)
 
 
-_OVER_AXES = (X, Parameter("axis", "all_axes", None), KEEPDIM)
+_OVER_AXES = (X, Parameter("axis", "all_axes", None), Parameter("keepdim", "bool", False))
 _PAIR = (Parameter("a", "tensor"), Parameter("b", "tensor"))
 
 OVERLOADS: dict[str, tuple[Operation, Operation]] = {
     "max": (
-        Operation("max", _OVER_AXES, _amax),
+        Operation("max", _OVER_AXES, _reduce("amax")),
         Operation("max", _PAIR, lambda emit, a: emit.node("maximum", a["a"], a["b"])),
     ),
     "min": (
@@ -128,14 +136,10 @@ OVERLOADS: dict[str, tuple[Operation, Operation]] = {
 """Operations with one operand (over axes) and with two (elementwise)."""
 
 
-def _reshape(emit: Emit, a: Arguments) -> Tensor:
-    return emit.node("reshape", a["x"], shape=tuple(a["shape"]))
-
-
 def _transpose(emit: Emit, a: Arguments) -> Tensor:
     axes = list(range(len(a["x"].type.shape)))
     if len(axes) < 2:
-        emit.refuse("FG205", f"transpose needs two dimensions, and {a['x'].type} has {len(axes)}")
+        raise emit.refuse("FG205", f"transpose needs two dimensions, and {a['x'].type} has {len(axes)}")
     first, second = a["first"], a["second"]
     axes[first], axes[second] = axes[second], axes[first]
     return emit.node("permute", a["x"], axes=tuple(axes))
@@ -150,33 +154,29 @@ def _unsqueeze(emit: Emit, a: Arguments) -> Tensor:
 def _squeeze(emit: Emit, a: Arguments) -> Tensor:
     shape = list(a["x"].type.shape)
     if shape[a["axis"]] != Dim.of(1):
-        emit.refuse(
+        raise emit.refuse(
             "FG207", f"squeeze of axis {a['axis']} of {a['x'].type}: its size is {shape[a['axis']]}, not 1"
         )
     del shape[a["axis"]]
     return emit.node("reshape", a["x"], shape=tuple(shape))
 
 
-def _join(op: str) -> Rule:
-    def rule(emit: Emit, a: Arguments) -> Tensor:
-        tensors: Sequence[Tensor] = a["tensors"]
-        return emit.node(op, *tensors, axis=a["axis"])
-
-    return rule
-
-
 def _fill(value: float) -> Rule:
-    return lambda emit, a: emit.node("fill", shape=tuple(a["shape"]), value=value)
+    return lambda emit, a: emit.node("fill", shape=a["shape"], value=value)
 
 
 def _clamp(emit: Emit, a: Arguments) -> Tensor:
     if a["low"] > a["high"]:
-        emit.refuse("FG218", f"clamp from {a['low']} to {a['high']}: the lower limit is above the upper one")
+        raise emit.refuse(
+            "FG218", f"clamp from {a['low']} to {a['high']}: the lower limit is above the upper one"
+        )
     low, high = a["low"], a["high"]
     if a["x"].type.dtype == "int":
         for limit in (low, high):
             if not float(limit).is_integer() or abs(limit) >= 2.0**63:
-                emit.refuse("FG218", f"clamp of {a['x'].type} at {limit}: a limit of ints is a whole number")
+                raise emit.refuse(
+                    "FG218", f"clamp of {a['x'].type} at {limit}: a limit of ints is a whole number"
+                )
         low, high = int(low), int(high)
     return emit.node("clamp", a["x"], low=low, high=high)
 
@@ -185,94 +185,62 @@ def _alibi(emit: Emit, a: Arguments) -> Tensor:
     scores, heads = a["scores"], a["heads"]
     shape = scores.type.shape
     if heads is not None and len(shape) > 2 and shape[-3] != Dim.of(heads):
-        emit.refuse("FG203", f"alibi with {heads} heads of {scores.type}: it has {shape[-3]}")
+        raise emit.refuse("FG203", f"alibi with {heads} heads of {scores.type}: it has {shape[-3]}")
     return emit.node("alibi", scores)
-
-
-def _normalise(name: str, eps: float, *weights: str) -> Operation:
-    return Operation(
-        name,
-        (X, *(Parameter(each, "tensor") for each in weights), Parameter("eps", "float", eps, least=0)),
-        lambda emit, a: emit.node(name, a["x"], *(a[each] for each in weights), eps=a["eps"]),
-    )
 
 
 def _mask(mask: MaskOp) -> Operation:
     """Over the scores, then the operand or the size that it has."""
-    operands = (SCORES,) if mask.operand is None else (SCORES, Parameter(mask.operand.name, "tensor"))
+    operands = () if mask.operand is None else (Parameter(mask.operand.name, "tensor"),)
     sizes = () if mask.size is None else (Parameter(mask.size, "int", least=1),)
-    return Operation(
-        mask.name,
-        (*operands, *sizes),
-        lambda emit, a: emit.node(
-            mask.name, *(a[each.name] for each in operands), **{each.name: a[each.name] for each in sizes}
-        ),
-    )
+    return Operation(mask.name, (SCORES, *operands, *sizes))
 
 
 _OPERATIONS = (
-    Operation("reshape", (X, Parameter("shape", "shape")), _reshape, "shape"),
-    Operation("permute", (X, Parameter("axes", "axes")),
-              lambda emit, a: emit.node("permute", a["x"], axes=a["axes"]), "axes"),
+    Operation("reshape", (X, SHAPE), rest="shape"),
+    Operation("permute", (X, Parameter("axes", "axes")), rest="axes"),
     Operation("transpose", (X, Parameter("first", "axis", -2), Parameter("second", "axis", -1)), _transpose),
     Operation("unsqueeze", (X, Parameter("axis", "new_axis")), _unsqueeze),
     Operation("squeeze", (X, AXIS), _squeeze),
-    Operation("broadcast_to", (X, Parameter("shape", "shape")),
-              lambda emit, a: emit.node("broadcast_to", a["x"], shape=tuple(a["shape"])), "shape"),
-    Operation("pad", (X, AXIS, Parameter("before", "int", least=0), Parameter("after", "int", least=0)),
-              lambda emit, a: emit.node("pad", a["x"], axis=a["axis"], before=a["before"], after=a["after"])),
-    Operation("split_heads", (X, Parameter("heads", "int", least=1)),
-              lambda emit, a: emit.node("split_heads", a["x"], heads=a["heads"])),
-    _unary("merge_heads"),
-    Operation("repeat_heads", (X, Parameter("times", "int", least=1)),
-              lambda emit, a: emit.node("repeat_heads", a["x"], times=a["times"])),
-    Operation("patches", (Parameter("image", "tensor"), Parameter("size", "int", least=1)),
-              lambda emit, a: emit.node("patches", a["image"], size=a["size"])),
-    Operation("concat", (Parameter("tensors", "tensors"), AXIS), _join("concat"), "tensors"),
-    Operation("stack", (Parameter("tensors", "tensors"), Parameter("axis", "new_axis")), _join("stack"), "tensors"),
-    Operation("zeros", (Parameter("shape", "shape"),), _fill(0.0), "shape"),
-    Operation("ones", (Parameter("shape", "shape"),), _fill(1.0), "shape"),
-    Operation("full", (Parameter("shape", "shape"), Parameter("value", "float")),
-              lambda emit, a: emit.node("fill", shape=tuple(a["shape"]), value=a["value"])),
-    Operation("embedding", (Parameter("table", "tensor"), Parameter("ids", "tensor")),
-              lambda emit, a: emit.node("embedding", a["table"], a["ids"])),
-    Operation("one_hot", (Parameter("ids", "tensor"), Parameter("classes", "int", least=1)),
-              lambda emit, a: emit.node("one_hot", a["ids"], classes=a["classes"])),
+    Operation("broadcast_to", (X, SHAPE), rest="shape"),
+    Operation("pad", (X, AXIS, Parameter("before", "int", least=0), Parameter("after", "int", least=0))),
+    Operation("split_heads", (X, Parameter("heads", "int", least=1))),
+    Operation("merge_heads", (X,)),
+    Operation("repeat_heads", (X, Parameter("times", "int", least=1))),
+    Operation("patches", (Parameter("image", "tensor"), Parameter("size", "int", least=1))),
+    Operation("concat", (TENSORS, AXIS), rest="tensors"),
+    Operation("stack", (TENSORS, Parameter("axis", "new_axis")), rest="tensors"),
+    Operation("zeros", (SHAPE,), _fill(0.0), "shape"),
+    Operation("ones", (SHAPE,), _fill(1.0), "shape"),
+    Operation("full", (SHAPE, Parameter("value", "float")), lambda emit, a: emit.node("fill", **a)),
+    Operation("embedding", (Parameter("table", "tensor"), Parameter("ids", "tensor"))),
+    Operation("one_hot", (Parameter("ids", "tensor"), Parameter("classes", "int", least=1))),
     *(Operation(name, (Parameter("n", "dim"),), lambda emit, a: emit.node("arange", stop=a["n"]))
       for name in ("positions", "arange")),
-    *(_unary(name) for name in ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu")),
-    *(_unary(name) for name in ("softplus", "erf", "abs", "unit")),
+    *(Operation(name, (X,))
+      for name in ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu", "softplus", "erf", "abs",
+                   "unit")),
     _cast("float"),
     _cast("int"),
     Operation("clamp", (X, Parameter("low", "float"), Parameter("high", "float")), _clamp),
-    Operation("where", (Parameter("condition", "tensor"), *_PAIR),
-              lambda emit, a: emit.node("where", a["condition"], a["a"], a["b"])),
-    _reduce("sum"),
-    _reduce("mean"),
-    Operation("softmax", (X, Parameter("axis", "axis", -1)),
-              lambda emit, a: emit.node("softmax", a["x"], axis=a["axis"])),
-    _normalise("layer_norm", 1e-5, "w", "b"),
-    _normalise("rms_norm", 1e-6, "w"),
+    Operation("where", (Parameter("condition", "tensor"), *_PAIR)),
+    *(Operation(name, _OVER_AXES, _reduce(name)) for name in ("sum", "mean")),
+    Operation("softmax", (X, Parameter("axis", "axis", -1))),
+    Operation("layer_norm", (X, W, Parameter("b", "tensor"), Parameter("eps", "float", 1e-5, least=0))),
+    Operation("rms_norm", (X, W, Parameter("eps", "float", 1e-6, least=0))),
     *map(_mask, MASKS.values()),
     Operation("near_far",
-              (Parameter("local", "tensor"), Parameter("far", "tensor"), Parameter("block", "int", least=1)),
-              lambda emit, a: emit.node("near_far", a["local"], a["far"], block=a["block"])),
-    Operation("polynomial", (SCORES, Parameter("coefficients", "weight_polynomial")),
-              lambda emit, a: emit.node("polynomial", a["scores"], coefficients=a["coefficients"])),
-    Operation("normalize_rows", (Parameter("weights", "tensor"),),
-              lambda emit, a: emit.node("normalize_rows", a["weights"])),
-    Operation("assume_bound", (SCORES, Parameter("bound", "float", positive=True)),
-              lambda emit, a: emit.node("assume_bound", a["scores"], bound=a["bound"])),
-    Operation("rotary", (X, Parameter("base", "float", 10000.0, positive=True)),
-              lambda emit, a: emit.node("rotary", a["x"], base=a["base"])),
+              (Parameter("local", "tensor"), Parameter("far", "tensor"), Parameter("block", "int", least=1))),
+    Operation("polynomial", (SCORES, Parameter("coefficients", "weight_polynomial"))),
+    Operation("normalize_rows", (Parameter("weights", "tensor"),)),
+    Operation("assume_bound", (SCORES, Parameter("bound", "float", positive=True))),
+    Operation("rotary", (X, Parameter("base", "float", 10000.0, positive=True))),
     Operation("sinusoid", (Parameter("n", "dim"), Parameter("d", "dim")),
               lambda emit, a: emit.node("sinusoid", length=a["n"], width=a["d"])),
     Operation("alibi", (SCORES, Parameter("heads", "int", None, least=1)), _alibi),
-    Operation("dropout", (X, Parameter("p", "float", least=0, below=1)),
-              lambda emit, a: emit.node("dropout", a["x"], p=a["p"])),
-    Operation("cross_entropy", (Parameter("logits", "tensor"), Parameter("targets", "tensor")),
-              lambda emit, a: emit.node("cross_entropy", a["logits"], a["targets"])),
-    Operation("mse", _PAIR, lambda emit, a: emit.node("mse", a["a"], a["b"])),
+    Operation("dropout", (X, Parameter("p", "float", least=0, below=1))),
+    Operation("cross_entropy", (Parameter("logits", "tensor"), Parameter("targets", "tensor"))),
+    Operation("mse", _PAIR),
 )  # fmt: skip
 
 OPERATIONS: dict[str, Operation] = {operation.name: operation for operation in _OPERATIONS}

@@ -26,7 +26,7 @@ class Reporter:
         self.calls: list[tuple[str, Span]] = []
         self._seen: set[tuple[str, str, int]] = set()
 
-    def error(
+    def __call__(
         self,
         code: str,
         message: str,
@@ -35,11 +35,14 @@ class Reporter:
         *,
         notes: Iterable[Note] = (),
         help_: Iterable[str | None] = (),
-    ) -> None:
-        """Note one thing that is wrong, once per place; above `MAX_DIAGNOSTICS` everything ends."""
+    ) -> Abort:
+        """Note one thing that is wrong, once per place; above `MAX_DIAGNOSTICS` everything ends.
+
+        Where an expression has no value for it, the caller raises the result.
+        """
         place = (code, span.source.path if span else message, span.start if span else 0)
         if place in self._seen:
-            return
+            return Abort()
         self._seen.add(place)
         trail: tuple[Note, ...] = ()
         if code not in _OF_THE_TEXT:
@@ -50,41 +53,19 @@ class Reporter:
         self.diagnostics.append(Diagnostic(code, message, span, label, (*notes, *trail), help_lines))
         if len(self.diagnostics) >= MAX_DIAGNOSTICS:
             self.stop()
-
-    def fail(
-        self,
-        code: str,
-        message: str,
-        span: Span | None,
-        label: str = "",
-        *,
-        notes: Iterable[Note] = (),
-        help_: Iterable[str | None] = (),
-    ) -> NoReturn:
-        """Report, and give up the expression."""
-        self.error(code, message, span, label, notes=notes, help_=help_)
-        raise Abort
-
-    def adopt(self, diagnostics: Iterable[Diagnostic]) -> None:
-        """Take over what another part (the parser) found."""
-        self.diagnostics.extend(diagnostics)
+        return Abort()
 
     def stop(self) -> NoReturn:
-        """End the run with everything found so far."""
-        raise TfgError(self._in_order())
+        """End the run with everything found so far.
 
-    def _in_order(self) -> list[Diagnostic]:
-        """File by file as they were first met, each from its top; what has no place comes first."""
-        paths: dict[str, int] = {}
-        for found in self.diagnostics:
-            if found.span is not None:
-                paths.setdefault(found.span.source.path, len(paths))
-        return sorted(
-            self.diagnostics,
-            key=lambda found: (
-                (-1, 0) if found.span is None else (paths[found.span.source.path], found.span.start)
-            ),
-        )
+        File by file as they were first met, each from its top; what has no place comes first.
+        """
+        paths = list(dict.fromkeys(found.span.source.path for found in self.diagnostics if found.span))
+
+        def place(found: Diagnostic) -> tuple[int, int]:
+            return (paths.index(found.span.source.path), found.span.start) if found.span else (-1, 0)
+
+        raise TfgError(sorted(self.diagnostics, key=place))
 
     def check(self) -> None:
         """End the run if anything was found."""

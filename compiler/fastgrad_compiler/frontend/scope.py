@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from fastgrad_compiler.frontend.builder import Builder
 from fastgrad_compiler.frontend.modules import Module
+from fastgrad_compiler.frontend.reporter import Reporter
 from fastgrad_compiler.frontend.values import Origin, Tensor, Value
 from fastgrad_grammar import ast
 from fastgrad_grammar.source import Span
+
+if TYPE_CHECKING:
+    from fastgrad_compiler.frontend.state import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,32 +52,33 @@ class Hidden:
 class Scope:
     """The names of one block instance (or, with `builder` None, of a file's own declarations)."""
 
+    state: State
     module: Module
-    multiples: Mapping[str, int]
     builder: Builder | None = None
     names: dict[str, Binding] = field(default_factory=dict)
     hidden: dict[str, Hidden] = field(default_factory=dict)
     in_repeat: bool = False
     captured: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def report(self) -> Reporter:
+        """Where to say what is wrong."""
+        return self.state.report
+
+    @property
+    def file(self) -> Scope:
+        """That of the file, as far as it has been read."""
+        return self.state.file_scopes[self.module]
+
     def inner(self, builder: Builder) -> Scope:
         """The scope of a repeat's body: tensors from outside become inputs when they are read."""
         names = {
-            name: Binding(Outer(binding.value), binding.span, binding.kind, binding.origin)
+            name: replace(binding, value=Outer(binding.value))
             if isinstance(binding.value, Tensor)
-            else Binding(binding.value, binding.span, binding.kind, binding.origin)
-            for name, binding in self.resolved()
-        }
-        return Scope(self.module, self.multiples, builder, names, dict(self.hidden), True)
-
-    def resolved(self) -> list[tuple[str, Binding]]:
-        """All bindings, those from around a repeat as the tensors they are there."""
-        return [
-            (name, Binding(binding.value.tensor, binding.span, binding.kind, binding.origin))
-            if isinstance(binding.value, Outer)
-            else (name, binding)
+            else binding
             for name, binding in self.names.items()
-        ]
+        }
+        return Scope(self.state, self.module, builder, names, dict(self.hidden), True)
 
     def tensor_names(self) -> list[str]:
         """The names that are tensors now."""
@@ -86,11 +92,8 @@ def always_bound(body: Iterable[ast.Statement]) -> set[str]:
     """The names that a body binds whichever way its conditions go."""
     found: set[str] = set()
     for statement in body:
-        if isinstance(statement, ast.Assign):
-            found.update(name.text for name in statement.targets)
-        elif isinstance(statement, ast.Weight | ast.Buffer):
-            found.add(statement.name.text)
-        elif isinstance(statement, ast.If):
+        found.update(name.text for name in ast.bound(statement))
+        if isinstance(statement, ast.If):
             branches = [b for b in (statement.then, statement.otherwise) if not returns(b)]
             found |= set.intersection(*map(always_bound, branches)) if branches else set()
     return found
@@ -107,25 +110,10 @@ def returns(body: Iterable[ast.Statement]) -> bool:
 def assigned(body: Iterable[ast.Statement]) -> dict[str, Span]:
     """Every name that a body may assign, and where it first does."""
     found: dict[str, Span] = {}
-    for statement in walk(body):
-        if isinstance(statement, ast.Assign):
-            for name in statement.targets:
-                found.setdefault(name.text, name.span)
-        elif isinstance(statement, ast.Weight | ast.Buffer):
-            found.setdefault(statement.name.text, statement.name.span)
+    for statement in ast.walk(body):
+        for name in ast.bound(statement):
+            found.setdefault(name.text, name.span)
     return found
-
-
-def walk(body: Iterable[ast.Statement]) -> Iterable[ast.Statement]:
-    """All statements of a body, those of nested bodies too."""
-    pending = list(reversed(list(body)))
-    while pending:
-        statement = pending.pop()
-        yield statement
-        if isinstance(statement, ast.Repeat):
-            pending.extend(reversed(statement.body))
-        elif isinstance(statement, ast.If):
-            pending.extend(reversed((*statement.then, *statement.otherwise)))
 
 
 def mentions(node: object, name: str) -> bool:
@@ -137,6 +125,6 @@ def mentions(node: object, name: str) -> bool:
             return True
         if isinstance(piece, tuple):
             pending.extend(piece)
-        elif hasattr(piece, "__dataclass_fields__") and not isinstance(piece, Span):
-            pending.extend(getattr(piece, part) for part in piece.__dataclass_fields__ if part != "span")
+        elif isinstance(piece, ast.Node):
+            pending.extend(vars(piece).values())
     return False

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from fastgrad_compiler.frontend.builder import check_size, trace_origins
+from fastgrad_compiler.frontend.builder import Builder, check_size, trace_origins
 from fastgrad_compiler.frontend.modules import Module
 from fastgrad_compiler.frontend.reporter import Reporter
 from fastgrad_compiler.frontend.scope import Scope
-from fastgrad_compiler.frontend.values import Tensor, Value, ValueProblem
-from fastgrad_compiler.ir.graph import Attribute, Graph, Node, TensorType, Type
+from fastgrad_compiler.frontend.values import Origin, Tensor, Value, ValueProblem
+from fastgrad_compiler.ir.graph import Attribute, Graph, TensorType, Type
 from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_compiler.ir.shapes import Blame, ShapeError, infer
 from fastgrad_grammar import ast
@@ -37,15 +37,14 @@ class State:
     `call` evaluates a call expression and `repeat` elaborates a repeat: both run bodies again, which hold them.
     """
 
-    reporter: Reporter
-    main: Module
-    call: Callable[[State, Scope, ast.Call], Value]
-    repeat: Callable[[State, Scope, ast.Repeat], None]
+    report: Reporter
+    call: Callable[[Scope, ast.Call], Value]
+    repeat: Callable[[Scope, ast.Repeat], None]
     multiples: dict[str, int] = field(default_factory=dict)
     graphs: dict[str, Graph] = field(default_factory=dict)
     instances: dict[object, Instance] = field(default_factory=dict)
     open: list[tuple[Module, ast.BlockDecl, Span]] = field(default_factory=list)
-    names: UniqueNames = field(default_factory=UniqueNames)
+    graph_names: UniqueNames = field(default_factory=UniqueNames)
     file_scopes: dict[Module, Scope] = field(default_factory=dict)
     steps: int = 0
 
@@ -53,83 +52,77 @@ class State:
         """Count work; FG241 ends the run where a program grows beyond what can be meant."""
         self.steps += work
         if self.steps > MAX_STEPS:
-            self.reporter.error(
-                "FG241",
-                f"the program is too large: more than {MAX_STEPS} statements and operations",
-                span,
-                "reached here",
-                help_=("repeat bodies that do not read the index are elaborated once",),
-            )
-            self.reporter.stop()
-
-    def graph_name(self, wanted: str) -> str:
-        """A graph name that is not in use: `wanted`, `wanted_2` ..."""
-        return self.names.take(wanted)
+            message = f"the program is too large: more than {MAX_STEPS} statements and operations"
+            help_ = "repeat bodies that do not read the index are elaborated once"
+            self.report("FG241", message, span, "reached here", help_=(help_,))
+            self.report.stop()
 
 
-def builder_of(state: State, scope: Scope, span: Span) -> None:
-    """FG216 where tensors are computed outside of a block."""
+def builder_of(scope: Scope, span: Span) -> Builder:
+    """The graph that a tensor is added to; FG216 where tensors are computed outside of a block."""
     if scope.builder is None:
-        state.reporter.fail(
+        raise scope.report(
             "FG216", "a tensor where a compile-time value is needed", span, "computed at run time"
         )
+    return scope.builder
 
 
 def emit(
-    state: State, scope: Scope, span: Span, op: str, operands: Sequence[Tensor], **attributes: Attribute
+    scope: Scope, span: Span, op: str, operands: Sequence[Tensor] = (), **attributes: Attribute
 ) -> Tensor:
     """A node typed by the shape rules; a misfit is reported with what blames each side."""
-    node = emit_node(state, scope, span, op, operands, None, **attributes)
-    builder = scope.builder
-    assert builder is not None  # emit_node refuses where there is none
-    return builder.tensor(node, trace_origins(node.tensor.shape, operands))
+    scope.state.step(span)
+    builder = builder_of(scope, span)
+    kind = _typed(scope, span, op, operands, attributes)
+    node = builder.add(op, [tensor.node for tensor in operands], kind, span, attributes)
+    return Tensor(node.name, node.tensor, trace_origins(node.tensor.shape, operands), builder)
 
 
-def emit_node(
-    state: State, scope: Scope, span: Span, op: str, operands: Sequence[Tensor], kind: Type | None,
-    **attributes: Attribute,
-) -> Node:  # fmt: skip
-    """A node of any type; `kind` where it is known and no rule need be asked."""
-    state.step(span)
-    builder_of(state, scope, span)
-    assert scope.builder is not None
-    if kind is None:
-        kind = typed(state, scope, span, op, operands, attributes)
-    return scope.builder.add(op, [tensor.node for tensor in operands], kind, span, attributes)
-
-
-def typed(
-    state: State,
+def emit_several(
     scope: Scope,
     span: Span,
     op: str,
     operands: Sequence[Tensor],
-    attributes: dict[str, Attribute],
+    kinds: tuple[TensorType, ...],
+    origins: Sequence[tuple[Origin | None, ...]],
+    **attributes: Attribute,
+) -> list[Tensor]:
+    """The results of a node of known types: the node itself, or an `item` for each of several."""
+    scope.state.step(span)
+    builder, kind = builder_of(scope, span), kinds[0] if len(kinds) == 1 else kinds
+    node = builder.add(op, [tensor.node for tensor in operands], kind, span, attributes)
+    nodes = [node]
+    if len(kinds) > 1:
+        nodes = [builder.add("item", (node.name,), kind, span, {"index": i}) for i, kind in enumerate(kinds)]
+    return [
+        Tensor(each.name, each.tensor, origin, builder) for each, origin in zip(nodes, origins, strict=True)
+    ]
+
+
+def _typed(
+    scope: Scope, span: Span, op: str, operands: Sequence[Tensor], attributes: dict[str, Attribute]
 ) -> Type:
     """The type of a result by the shape rules, or a diagnostic."""
     try:
-        kind = infer(op, tuple(tensor.type for tensor in operands), attributes, scope.multiples)
+        kind = infer(op, tuple(tensor.type for tensor in operands), attributes, scope.state.multiples)
         for each in (kind,) if isinstance(kind, TensorType) else kind:
             check_size(each)
     except ShapeError as error:
         help_ = error.help or tuple(_matmul_help(error, operands))
-        state.reporter.fail(error.code, error.message, span, blame_label(error.blame, operands), help_=help_)
+        raise scope.report(
+            error.code, error.message, span, _blame_label(error.blame, operands), help_=help_
+        ) from None
     except ValueProblem as problem:
-        state.reporter.fail(problem.code, f"{op}: {problem.message}", span)
+        raise scope.report(problem.code, f"{op}: {problem.message}", span) from None
     return kind
 
 
-def blame_label(blame: Iterable[Blame], operands: Sequence[Tensor]) -> str:
+def _blame_label(blame: Iterable[Blame], operands: Sequence[Tensor]) -> str:
     """`256 here (d_model, gpt.tfg:4) but 128 here (w1, gpt.tfg:12)`."""
     parts = []
     for each in blame:
-        tensor = operands[each.input]
-        origin = None
-        if each.axis is not None:
-            origin = tensor.origins[each.axis]
-        elif tensor.declared is not None:
-            origin = next((o for o in tensor.origins if o is not None), None)
-        parts.append(each.text if origin is None or each.axis is None else f"{each.text} ({origin})")
+        origin = None if each.axis is None else operands[each.input].origins[each.axis]
+        parts.append(each.text if origin is None else f"{each.text} ({origin})")
     return " but ".join(parts)
 
 
@@ -146,8 +139,3 @@ def _matmul_help(error: ShapeError, operands: Sequence[Tensor]) -> Iterable[str]
         origin = left.origins[-1]
         inner = origin.text if origin is not None and origin.sized else str(wanted)
         yield f"declare {name} as {right.type.dtype}[{', '.join((*dims[:-2], inner, dims[-1]))}]"
-
-
-def constant(state: State, scope: Scope, value: float | bool, span: Span) -> Tensor:
-    """A scalar of the graph."""
-    return emit(state, scope, span, "constant", (), value=value)

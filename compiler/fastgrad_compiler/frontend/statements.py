@@ -17,29 +17,27 @@ from fastgrad_compiler.frontend.scope import (
     assigned,
     returns,
 )
-from fastgrad_compiler.frontend.state import State
 from fastgrad_compiler.frontend.values import Origin, Several, Tensor, Value
 from fastgrad_compiler.ir.graph import TensorType
+from fastgrad_compiler.ir.words import counted
 from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import Note
 
 
-def run_body(state: State, scope: Scope, body: Sequence[ast.Statement]) -> tuple[Value, ast.Return] | None:
+def run_body(scope: Scope, body: Sequence[ast.Statement]) -> tuple[Value, ast.Return] | None:
     """Run statements in order; the returned value, or None where none returned. A failed statement is passed over."""
     for place, statement in enumerate(body):
-        state.step(statement.span)
+        scope.state.step(statement.span)
         try:
-            returned = _STATEMENTS[type(statement)](state, scope, statement)
+            returned = _STATEMENTS[type(statement)](scope, statement)
         except Abort:
             bind_failed(scope, statement)
             returned = None
             if isinstance(statement, ast.Return) and not scope.in_repeat:
                 raise
         if returns((statement,)) and place + 1 < len(body):
-            state.reporter.error(
-                "FG223", "this statement is never reached", body[place + 1].span, "after the return",
-                notes=(Note("returns here", statement.span),),
-            )  # fmt: skip
+            scope.report("FG223", "this statement is never reached", body[place + 1].span, "after the return",
+                         notes=(Note("returns here", statement.span),))  # fmt: skip
         if returned is not None:
             return returned
     return None
@@ -69,22 +67,21 @@ def bind(scope: Scope, name: ast.Name, value: Value) -> None:
 # ---------------------------------------------------------------- statements
 
 
-def _assign(state: State, scope: Scope, statement: ast.Assign) -> None:
-    value = evaluate(state, scope, statement.value)
+def _assign(scope: Scope, statement: ast.Assign) -> None:
+    value = evaluate(scope, statement.value)
     targets = statement.targets
     if len(targets) == 1 and not statement.span.text.startswith("("):
         if isinstance(value, Several):
-            state.reporter.fail(
-                "FG238", f"{len(value.items)} values for the one name `{targets[0].text}`", statement.value.span,
-                values.describe(value), help_=(_names_help(len(value.items), statement.value),),
-            )  # fmt: skip
+            message = f"{len(value.items)} values for the one name `{targets[0].text}`"
+            help_ = _names_help(len(value.items), statement.value)
+            raise scope.report("FG238", message, statement.value.span, values.describe(value), help_=(help_,))
         bind(scope, targets[0], value)
         return
     items = value.items if isinstance(value, Several) else (value,)
     if len(items) != len(targets):
-        found = f"{len(items)} value{'' if len(items) == 1 else 's'}"
-        state.reporter.fail("FG238", f"{found} for {len(targets)} names", statement.value.span, f"{found} here",
-                            help_=(_names_help(len(items), statement.value),))  # fmt: skip
+        found = counted(len(items), "value")
+        raise scope.report("FG238", f"{found} for {len(targets)} names", statement.value.span, f"{found} here",
+                           help_=(_names_help(len(items), statement.value),))  # fmt: skip
     for target, item in zip(targets, items, strict=True):
         bind(scope, target, item)
 
@@ -95,25 +92,24 @@ def _names_help(count: int, value: ast.Expr) -> str | None:
     return f"write ({', '.join('abcd'[:count])}) = {value.span.text.splitlines()[0][:40]}"
 
 
-def _weight(state: State, scope: Scope, statement: ast.Weight | ast.Buffer) -> None:
+def _weight(scope: Scope, statement: ast.Weight | ast.Buffer) -> None:
     is_weight = isinstance(statement, ast.Weight)
     what = "weight" if is_weight else "buffer"
     name = statement.name
     bound = scope.names.get(name.text)
     if bound is not None and bound.kind not in ("dim", "param"):
-        state.reporter.fail("FG202", f"`{name.text}` is declared twice", name.span, "declared again",
-                            notes=(Note("first here", bound.span),))  # fmt: skip
-    kind = tensor_type(state, scope, statement.type)
+        raise scope.report("FG202", f"`{name.text}` is declared twice", name.span, "declared again",
+                           notes=(Note("first here", bound.span),))  # fmt: skip
+    kind = tensor_type(scope, statement.type)
     for dim, expr in zip(kind.shape, statement.type.dims, strict=True):
         if dim.constant is None:
-            state.reporter.fail(
-                "FG229", f"the {what} `{name.text}` has the run-time dimension {dim}", expr.span,
-                "its size must be known at compile time", help_=("use a param for its size",),
-            )  # fmt: skip
+            message = f"the {what} `{name.text}` has the run-time dimension {dim}"
+            label, help_ = "its size must be known at compile time", "use a param for its size"
+            raise scope.report("FG229", message, expr.span, label, help_=(help_,))
     if is_weight and kind.dtype != "float":
-        state.reporter.fail("FG229", f"the weight `{name.text}` is {kind}: weights are floats", statement.type.span,
-                            "cannot be trained", help_=("declare it as a buffer",))  # fmt: skip
-    init = initialiser(state, scope, statement, kind)
+        raise scope.report("FG229", f"the weight `{name.text}` is {kind}: weights are floats", statement.type.span,
+                           "cannot be trained", help_=("declare it as a buffer",))  # fmt: skip
+    init = initialiser(scope, statement, kind)
     assert scope.builder is not None  # bodies have one
     label = scope.builder.label(name.text, weight=True)
     node = scope.builder.add(what, (), kind, statement.span, {"init": init, "label": label}, name.text)
@@ -124,9 +120,9 @@ def _weight(state: State, scope: Scope, statement: ast.Weight | ast.Buffer) -> N
     scope.hidden.pop(name.text, None)
 
 
-def tensor_type(state: State, scope: Scope, kind: ast.TensorType) -> TensorType:
+def tensor_type(scope: Scope, kind: ast.TensorType) -> TensorType:
     """A written type with its dims evaluated."""
-    return TensorType(kind.dtype, tuple([dimension(state, scope, expr) for expr in kind.dims]))
+    return TensorType(kind.dtype, tuple([dimension(scope, expr) for expr in kind.dims]))
 
 
 def dim_origin(scope: Scope, expr: ast.Expr, owner: ast.Name) -> Origin:
@@ -138,11 +134,11 @@ def dim_origin(scope: Scope, expr: ast.Expr, owner: ast.Name) -> Origin:
     return Origin(owner.text, owner.span, sized=False)
 
 
-def _if(state: State, scope: Scope, statement: ast.If) -> tuple[Value, ast.Return] | None:
+def _if(scope: Scope, statement: ast.If) -> tuple[Value, ast.Return] | None:
     before = set(scope.names)
-    chosen = condition(state, scope, statement.condition, "`if`")
+    chosen = condition(scope, statement.condition, "`if`")
     taken, other = (statement.then, statement.otherwise) if chosen else (statement.otherwise, statement.then)
-    returned = run_body(state, scope, taken)
+    returned = run_body(scope, taken)
     if returned is None:
         kept = always_bound((statement,))
         for name, span in assigned((statement,)).items():
@@ -154,15 +150,11 @@ def _if(state: State, scope: Scope, statement: ast.If) -> tuple[Value, ast.Retur
     return returned
 
 
-def _return(state: State, scope: Scope, statement: ast.Return) -> tuple[Value, ast.Return]:
+def _return(scope: Scope, statement: ast.Return) -> tuple[Value, ast.Return]:
     if scope.in_repeat:
-        state.reporter.fail("FG223", "`return` inside a repeat", statement.span, "a repeat cannot be left",
-                            help_=("return after the repeat",))  # fmt: skip
-    return evaluate(state, scope, statement.value), statement
-
-
-def _repeat(state: State, scope: Scope, statement: ast.Repeat) -> None:
-    state.repeat(state, scope, statement)
+        raise scope.report("FG223", "`return` inside a repeat", statement.span, "a repeat cannot be left",
+                           help_=("return after the repeat",))  # fmt: skip
+    return evaluate(scope, statement.value), statement
 
 
 _STATEMENTS: dict[type, Callable[..., tuple[Value, ast.Return] | None]] = {
@@ -171,5 +163,5 @@ _STATEMENTS: dict[type, Callable[..., tuple[Value, ast.Return] | None]] = {
     ast.Buffer: _weight,
     ast.If: _if,
     ast.Return: _return,
-    ast.Repeat: _repeat,
+    ast.Repeat: lambda scope, statement: scope.state.repeat(scope, statement),
 }

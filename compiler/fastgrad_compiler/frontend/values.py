@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 from fastgrad_compiler.approximation import elementary
 from fastgrad_compiler.ir.dim import Dim
@@ -63,6 +63,9 @@ Constant: TypeAlias = "Scalar | Several"  # what params and values of blocks hol
 Value: TypeAlias = "Scalar | Tensor | Several"
 
 
+_Checked = TypeVar("_Checked")
+
+
 class ValueProblem(Exception):
     """Compile-time arithmetic without a result: a code, a message and perhaps a help."""
 
@@ -73,9 +76,14 @@ class ValueProblem(Exception):
         self.help = help_
 
 
-def is_number(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether a value is an int (and not a bool)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is an int or a float (and not a bool)."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or is_int(value)
 
 
 def is_floats(value: object) -> bool:
@@ -126,8 +134,11 @@ def normal(dim: Dim) -> int | Dim:
     return dim if constant is None else constant
 
 
-def checked(value: Scalar) -> Scalar:
-    """The value, unless it left the range of numbers (FG219)."""
+def checked(value: _Checked) -> _Checked:
+    """The value, unless it, or a float of a tuple, left the range of numbers (FG219)."""
+    if isinstance(value, Several):
+        for each in value.items:
+            checked(each)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueProblem("FG219", "the result is not a finite number")
     if isinstance(value, int) and abs(value) > MAX_INT:
@@ -135,14 +146,6 @@ def checked(value: Scalar) -> Scalar:
     if isinstance(value, Dim):
         check_dim(value)
     return value
-
-
-def finite(numbers: Several) -> Several:
-    """A tuple of floats, unless one of them is not finite (FG219)."""
-    for number in numbers.items:
-        if isinstance(number, float):
-            checked(number)
-    return numbers
 
 
 def check_dim(dim: Dim) -> None:
@@ -162,7 +165,7 @@ def negate(value: Scalar) -> Scalar:
         return checked(normal(value * -1))
     if not is_number(value):
         raise ValueProblem("FG217", f"unary minus of {describe(value)}")
-    return checked(operator.neg(value))  # type: ignore[arg-type]  # a number
+    return checked(-value)
 
 
 def truth(value: Scalar) -> bool:
@@ -170,26 +173,30 @@ def truth(value: Scalar) -> bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, Dim):
-        raise ValueProblem(
-            "FG212", f"{value} is known at run time only, a condition is decided at compile time"
-        )
-    hint = "compare it, for instance with != 0" if is_number(value) else None
-    hint = "compare it, for instance with != none" if value is None else hint
+        raise _undecided(value)
+    other = "0" if is_number(value) else "none" if value is None else None
+    hint = other and f"compare it, for instance with != {other}"
     raise ValueProblem("FG226", f"a condition is true or false, not {describe(value)}", hint)
+
+
+def _undecided(what: object) -> ValueProblem:
+    return ValueProblem("FG212", f"{what} is known at run time only, a condition is decided at compile time")
 
 
 def binary(op: str, left: Scalar, right: Scalar, multiples: Mapping[str, int]) -> Scalar:
     """`left op right`, or a ValueProblem: FG212, FG217, FG219."""
     if op in ("==", "!="):
         return equal(left, right) == (op == "==")
-    if not (_numeric(left) and _numeric(right)):
-        raise ValueProblem("FG217", f"`{op}` of {describe(left)} and {describe(right)}", _hint(left, right))
+    if not all(is_number(side) or isinstance(side, Dim) for side in (left, right)):
+        hint = "test it with != none first" if left is None or right is None else None
+        raise ValueProblem("FG217", f"`{op}` of {describe(left)} and {describe(right)}", hint)
     if isinstance(left, Dim) or isinstance(right, Dim):
         return checked(_symbolic(op, left, right, multiples))
     if op in ("/", "//", "%") and right == 0:
         raise ValueProblem("FG219", f"division of {show(left)} by zero")
     try:
-        return checked(_NUMBERS[op](left, right))
+        result: Scalar = _NUMBERS[op](left, right)
+        return checked(result)
     except OverflowError:
         raise ValueProblem("FG219", "the result is not a finite number") from None
 
@@ -204,21 +211,13 @@ def equal(left: Scalar, right: Scalar) -> bool:
     return left == right and (both or type(left) is type(right))
 
 
-def _numeric(value: Scalar) -> bool:
-    return is_number(value) or isinstance(value, Dim)
-
-
-def _hint(left: Scalar, right: Scalar) -> str | None:
-    return "test it with != none first" if left is None or right is None else None
-
-
 def _exact_quotient(left: float, right: float) -> int | float:
     if isinstance(left, int) and isinstance(right, int) and left % right == 0:
         return left // right
     return left / right
 
 
-_NUMBERS: dict[str, Callable[..., Scalar]] = {
+_NUMBERS: dict[str, Callable[..., Any]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
@@ -233,23 +232,18 @@ _NUMBERS: dict[str, Callable[..., Scalar]] = {
 
 
 def _symbolic(op: str, left: Scalar, right: Scalar, multiples: Mapping[str, int]) -> Scalar:
-    sides = [side if isinstance(side, int | Dim) else None for side in (left, right)]
-    if sides[0] is None or sides[1] is None:
-        raise ValueProblem("FG212", f"`{op}` of {describe(left)} and {describe(right)}: a run-time dimension "
-                                    "is a whole number that only shapes take")  # fmt: skip
-    first, second = Dim.of(sides[0]), Dim.of(sides[1])
+    if not (isinstance(left, int | Dim) and isinstance(right, int | Dim)):
+        sides = f"`{op}` of {describe(left)} and {describe(right)}"
+        raise ValueProblem("FG212", f"{sides}: a run-time dimension is a whole number that only shapes take")
+    first, second = Dim.of(left), Dim.of(right)
     if op in ("+", "-", "*"):
-        return normal({"+": Dim.__add__, "-": Dim.__sub__, "*": Dim.__mul__}[op](first, second))
+        return normal(_NUMBERS[op](first, second))
     if op in ("/", "//", "%"):
         return _divide(op, first, second, multiples)
     difference = (first - second).constant
     if difference is None:
-        raise ValueProblem(
-            "FG212",
-            f"`{left} {op} {right}` is known at run time only, a condition is decided at compile time",
-        )
-    result: Scalar = {"==": operator.eq, **_NUMBERS}[op](difference, 0)
-    return result
+        raise _undecided(f"`{left} {op} {right}`")
+    return bool({"==": operator.eq, **_NUMBERS}[op](difference, 0))
 
 
 def _divide(op: str, first: Dim, second: Dim, multiples: Mapping[str, int]) -> Scalar:
@@ -266,7 +260,7 @@ def _divide(op: str, first: Dim, second: Dim, multiples: Mapping[str, int]) -> S
 # ---------------------------------------------------------------- types and functions
 
 _ACCEPTS: dict[str, Callable[[Constant], bool]] = {
-    "int": lambda value: isinstance(value, int | Dim) and not isinstance(value, bool),
+    "int": lambda value: isinstance(value, Dim) or is_int(value),
     "float": is_number,
     "bool": lambda value: isinstance(value, bool),
     "str": lambda value: isinstance(value, str),
@@ -280,9 +274,8 @@ def convert(value: Constant, kind: str, optional: bool) -> Constant:
         return None
     if not _ACCEPTS[kind](value):
         wanted = f"{kind} or none" if optional else kind
-        hint = (
-            "a tuple of numbers, such as (1.0, 1.0, 0.5); of one number (1.0,)" if kind == "floats" else None
-        )
+        example = "a tuple of numbers, such as (1.0, 1.0, 0.5); of one number (1.0,)"
+        hint = example if kind == "floats" else None
         raise ValueProblem("FG217", f"expected {wanted}, found {describe(value)}", hint)
     if isinstance(value, Several):
         return Several(tuple([_as_float(item) for item in value.items if isinstance(item, int | float)]))
@@ -297,13 +290,9 @@ def _as_float(value: float) -> float:
         return math.inf
 
 
-def _rsqrt(value: float) -> float:
-    return 1 / math.sqrt(value)
-
-
 FUNCTIONS: dict[str, Callable[..., float]] = {
     "sqrt": math.sqrt,
-    "rsqrt": _rsqrt,
+    "rsqrt": lambda value: 1 / math.sqrt(value),
     "exp": elementary.exp,
     "log": elementary.log,
     "tanh": elementary.tanh,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TypeAlias
 
 from fastgrad_compiler.ir.dim import Dim
@@ -60,9 +61,7 @@ class Builder:
 
     def count(self, shape: Shape) -> Operand:
         """The number of entries of a tensor: a number, or a scalar value where a dim is known at run time."""
-        size = Dim.of(1)
-        for dim in shape:
-            size = size * dim
+        size = prod(shape, start=Dim.of(1))
         return float(size.constant) if size.constant is not None else self.fill((size,), 1.0).sum((-1,))
 
     def parts(self, value: Value) -> tuple[Value, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from math import ceil
+from math import ceil, prod
 
 Monomial = tuple[str, ...]  # sorted names, repeated for powers; () is the constant
 
@@ -73,13 +73,10 @@ class Dim:
 
     def is_integral(self, multiples: Mapping[str, int]) -> bool:
         """Whether every value of the dims makes this an integer, given what they are multiples of."""
-        for monomial, coefficient in self.terms:
-            scale = Fraction(1)
-            for name in monomial:
-                scale *= multiples.get(name, 1)
-            if (coefficient * scale).denominator != 1:
-                return False
-        return True
+        return all(
+            (coefficient * prod(multiples.get(name, 1) for name in monomial)).denominator == 1
+            for monomial, coefficient in self.terms
+        )
 
     @cached_property
     def constant(self) -> int | None:
@@ -106,10 +103,8 @@ class Dim:
         """Every name of `values` replaced."""
         result = Dim(())
         for monomial, coefficient in self.terms:
-            term = Dim((((), coefficient),))
-            for name in monomial:
-                term = term * Dim.of(values.get(name, name))
-            result = result + term
+            factors = (Dim.of(values.get(name, name)) for name in monomial)
+            result += prod(factors, start=Dim((((), coefficient),)))
         return result
 
     def evaluate(self, values: Mapping[str, int]) -> int:
@@ -121,16 +116,15 @@ class Dim:
 
     def __str__(self) -> str:
         """`4*n + m`, `n/64`, `b*n`, `256`."""
-        return _format(self, "/", " + ")
+        return _format(self, "/", "*")
 
     @property
     def python(self) -> str:
         """A Python expression over variables named like the dims, exact by integer division."""
-        text = _format(self, " // ", " + ", " * ")
-        return text
+        return _format(self, " // ", " * ")
 
 
-def _format(dim: Dim, division: str, plus: str, times: str = "*") -> str:
+def _format(dim: Dim, division: str, times: str) -> str:
     if not dim.terms:
         return "0"
     parts = []
@@ -140,4 +134,4 @@ def _format(dim: Dim, division: str, plus: str, times: str = "*") -> str:
             factors.insert(0, str(coefficient.numerator))
         text = times.join(factors)
         parts.append(text if coefficient.denominator == 1 else f"{text}{division}{coefficient.denominator}")
-    return plus.join(parts).replace("+ -", "- ")
+    return " + ".join(parts).replace("+ -", "- ")

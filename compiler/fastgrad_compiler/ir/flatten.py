@@ -4,38 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from fastgrad_compiler.ir.calls import backward_of, iterations, runs
-from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type
+from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type, integer
 from fastgrad_compiler.ir.names import UniqueNames
 
-Indices: TypeAlias = tuple[int, ...]
+_Value = TypeVar("_Value")
 Names: TypeAlias = "str | tuple[str, ...]"
 
 
-def path_of(scope: tuple[str, ...], label: str, indices: Indices = ()) -> str:
-    """The path of a label in the graph called at `scope`, inside repeats at `indices`: `layers.3`."""
-    return ".".join((*scope, label, *map(str, indices)))
+class Place(NamedTuple):
+    """Where a graph is run: the labels of the calls that lead to it, and the indices of the repeats inside the last."""
+
+    scope: tuple[str, ...] = ()
+    indices: tuple[int, ...] = ()
+
+    def path(self, label: str) -> str:
+        """The path of a label in the graph: `layers.3`."""
+        return ".".join((*self.scope, label, *map(str, self.indices)))
+
+    def called(self, call: Node) -> Place:
+        """Inside a call."""
+        return Place((*self.scope, str(call["label"]), *map(str, self.indices)))
+
+    def repeated(self, index: int) -> Place:
+        """Inside an iteration of a repeat."""
+        return Place(self.scope, (*self.indices, index))
+
+
+ROOT = Place()
 
 
 def weights(program: Program, graph: str | None = None) -> Iterator[tuple[str, Node]]:
     """(path, node) of each weight and buffer that `graph` (by default main) reaches, in program order."""
-    yield from _weights(program, graph or program.main, (), ())
+    yield from _weights(program, graph or program.main, ROOT)
 
 
-def _weights(
-    program: Program, graph: str, scope: tuple[str, ...], indices: Indices
-) -> Iterator[tuple[str, Node]]:
+def _weights(program: Program, graph: str, place: Place) -> Iterator[tuple[str, Node]]:
     for node in program[graph].nodes:
         if node.op in ("weight", "buffer"):
-            yield path_of(scope, str(node["label"]), indices), node
+            yield place.path(str(node["label"])), node
         elif node.op == "call":
-            inner = (*scope, str(node["label"]), *map(str, indices))
-            yield from _weights(program, str(node["graph"]), inner, ())
+            yield from _weights(program, str(node["graph"]), place.called(node))
         elif node.op == "repeat":
             for index, body in iterations(node):
-                yield from _weights(program, body, scope, (*indices, index))
+                yield from _weights(program, body, place.repeated(index))
 
 
 def flat_size(program: Program, graph: str) -> int:
@@ -64,7 +78,7 @@ def flatten(program: Program, graph: str | None = None) -> Graph:
     source = program[graph or program.main]
     flat = _Flat(program)
     inputs = [flat.emit(node, node.name, ()) for node in source.inputs]
-    outputs = flat.inline(source.name, inputs, (), ())
+    outputs = flat.inline(source.name, inputs, ROOT)
     return Graph(source.name, tuple(flat.nodes), tuple(outputs), source.block, source.span)
 
 
@@ -82,70 +96,56 @@ class _Flat:
         self.nodes.append(replace(node, name=name, inputs=inputs))
         return name
 
-    def inline(
-        self, graph: str, inputs: Sequence[str], scope: tuple[str, ...], indices: Indices
-    ) -> list[str]:
+    def inline(self, graph: str, inputs: Sequence[str], place: Place) -> list[str]:
         """Append what a graph computes; the names of its results."""
         source = self.program[graph]
         names: dict[str, Names] = dict(zip((node.name for node in source.inputs), inputs, strict=True))
         for node in source.nodes:
             if node.op != "input":
-                names[node.name] = self._node(node, [names[name] for name in node.inputs], scope, indices)
+                names[node.name] = self._node(node, [names[name] for name in node.inputs], place)
         return [single(names[output]) for output in source.outputs]
 
-    def _node(self, node: Node, inputs: list[Names], scope: tuple[str, ...], indices: Indices) -> Names:
+    def _node(self, node: Node, inputs: list[Names], place: Place) -> Names:
         if node.op == "item" and isinstance(inputs[0], tuple):
-            return inputs[0][int(str(node["index"]))]
+            return inputs[0][integer(node["index"])]
         read = [single(name) for name in inputs]
         if node.op == "call":
-            inner = (*scope, str(node["label"]), *map(str, indices))
-            return _pack(self.inline(str(node["graph"]), read, inner, ()))
+            return packed(self.inline(str(node["graph"]), read, place.called(node)))
         if node.op == "repeat":
-            return _pack(self._repeat(node, read, scope, indices)[-1])
+            return packed(self._repeat(node, read, place)[-1])
         if node.op == "repeat_backward":
-            return _pack(self._repeat_backward(node, read, scope, indices))
+            return packed(self._repeat_backward(node, read, place))
         if "label" in dict(node.attributes):
-            node = node.with_attributes(label=path_of(scope, str(node["label"]), indices))
-        return self.emit(node, path_of(scope, node.name, indices), tuple(read))
+            node = node.with_attributes(label=place.path(str(node["label"])))
+        return self.emit(node, place.path(node.name), tuple(read))
 
-    def _repeat(
-        self, node: Node, inputs: list[str], scope: tuple[str, ...], indices: Indices
-    ) -> list[list[str]]:
+    def _repeat(self, node: Node, inputs: list[str], place: Place) -> list[list[str]]:
         """The carried values before each iteration and after the last one."""
-        carried = int(str(node["carried"]))
-        invariants = inputs[carried:]
+        carried = integer(node["carried"])
         states = [inputs[:carried]]
         for index, body in iterations(node):
-            states.append(self.inline(body, [*states[-1], *invariants], scope, (*indices, index)))
+            states.append(self.inline(body, [*states[-1], *inputs[carried:]], place.repeated(index)))
         return states
 
-    def _repeat_backward(
-        self, node: Node, inputs: list[str], scope: tuple[str, ...], indices: Indices
-    ) -> list[str]:
-        carried, backward = int(str(node["carried"])), backward_of(node)
+    def _repeat_backward(self, node: Node, inputs: list[str], place: Place) -> list[str]:
+        carried, backward = integer(node["carried"]), backward_of(node)
         graphs = list(iterations(node))
         floats = [is_float(x.type) for x in self.program[graphs[0][1]].inputs] if graphs else []
-        invariants = inputs[carried : len(floats)]
-        cotangents = inputs[len(floats) :]
-        states = self._repeat(node, inputs[: len(floats)], scope, indices)
+        invariants, cotangents = inputs[carried : len(floats)], inputs[len(floats) :]
+        states = self._repeat(node, inputs[: len(floats)], place)
         kept = sum(floats[:carried])
-        sums: list[str] | None = None
+        sums: list[str] = []
         for (index, body), state in zip(reversed(graphs), states[-2::-1], strict=True):
             given = [*state, *invariants, *cotangents]
-            results = self.inline(backward[body], given, scope, (*indices, index))
-            cotangents = results[:kept]
-            more = results[kept:]
-            sums = (
-                more
-                if sums is None
-                else [self._add(node, a, b, scope, indices) for a, b in zip(sums, more, strict=True)]
-            )
-        return [*cotangents, *(sums or [])]
+            results = self.inline(backward[body], given, place.repeated(index))
+            cotangents, more = results[:kept], results[kept:]
+            sums = [self._add(node, *pair, place) for pair in zip(sums, more, strict=True)] if sums else more
+        return [*cotangents, *sums]
 
-    def _add(self, node: Node, left: str, right: str, scope: tuple[str, ...], indices: Indices) -> str:
+    def _add(self, node: Node, left: str, right: str, place: Place) -> str:
         type_ = next(each.type for each in self.nodes if each.name == left)
-        sum_ = Node("", "add", (left, right), type=type_, span=node.span)
-        return self.emit(sum_, path_of(scope, f"{node.name}_sum", indices), (left, right))
+        sum_ = Node("", "add", type=type_, span=node.span)
+        return self.emit(sum_, place.path(f"{node.name}_sum"), (left, right))
 
 
 def is_float(type_: Type | None) -> bool:
@@ -153,12 +153,13 @@ def is_float(type_: Type | None) -> bool:
     return isinstance(type_, TensorType) and type_.dtype == "float"
 
 
-def single(names: Names) -> str:
-    """The name of a node with one result; ValueError where it is a tuple that only `item` may read."""
-    if isinstance(names, tuple):
-        raise ValueError(f"a tuple of {len(names)} results is read as one tensor")
-    return names
+def single(value: _Value | tuple[_Value, ...]) -> _Value:
+    """What a node with one result gives; ValueError where it is a tuple that only `item` may read."""
+    if isinstance(value, tuple):
+        raise ValueError(f"a tuple of {len(value)} results is read as one tensor")
+    return value
 
 
-def _pack(names: Sequence[str]) -> Names:
-    return names[0] if len(names) == 1 else tuple(names)
+def packed(values: Sequence[_Value]) -> _Value | tuple[_Value, ...]:
+    """The results of a node: one alone, or a tuple."""
+    return values[0] if len(values) == 1 else tuple(values)

@@ -18,6 +18,27 @@ from fastgrad_grammar.source import Span
 Attribute: TypeAlias = "int | float | bool | str | Dim | tuple[Attribute, ...] | None"
 
 
+def integer(value: Attribute) -> int:
+    """The attribute as an int; TypeError where it is none."""
+    if not isinstance(value, int):
+        raise TypeError(f"{value!r} is not an integer")
+    return value
+
+
+def number(value: Attribute) -> float:
+    """The attribute as a float; TypeError if it is not a number."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
+
+
+def sequence(value: Attribute) -> tuple[Attribute, ...]:
+    """The attribute as a tuple; TypeError where it is none."""
+    if not isinstance(value, tuple):
+        raise TypeError(f"{value!r} is not a tuple")
+    return value
+
+
 @dataclass(frozen=True)
 class TensorType:
     """A tensor: `dtype` is float, int or bool (float stands for the run-time float dtype); `shape` its dims."""
@@ -82,6 +103,11 @@ class Node:
         """A copy with these attributes set."""
         merged = {**dict(self.attributes), **values}
         return replace(self, attributes=tuple(sorted(merged.items())))
+
+    def renamed(self, names: Mapping[str, str]) -> Node:
+        """A copy in which these names of nodes are others."""
+        inputs = tuple(names.get(name, name) for name in self.inputs)
+        return replace(self, name=names.get(self.name, self.name), inputs=inputs)
 
     @property
     def tensor(self) -> TensorType:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.graph import Node, number
 from fastgrad_compiler.ir.masks import MASKS, MaskOp
 
 
@@ -24,15 +24,19 @@ class Op:
 
 
 def _op(name: str, least: int, most: int | None = -1, attributes: str = "", optional: str = "") -> Op:
-    return Op(
-        name, (least, least if most == -1 else most), tuple(attributes.split()), tuple(optional.split())
-    )
+    arity = least, least if most == -1 else most
+    return Op(name, arity, tuple(attributes.split()), tuple(optional.split()))
 
 
 def _mask(mask: MaskOp) -> Op:
     """On scores [.., n, m], and what the mask reads; `fill` (default -inf) is what masked entries become."""
     return _op(mask.name, 2 if mask.operand else 1, attributes=mask.size or "", optional="fill")
 
+
+ARITHMETIC = ("add", "sub", "mul", "div", "minimum", "maximum")
+COMPARISONS = ("less", "less_equal", "equal")
+FUNCTIONS = ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu", "softplus", "erf")
+"""Of floats, entry by entry."""
 
 _OPS = (
     # structure. weight, buffer: `init` is (kind, argument...) as in ("normal", 0.0, 0.02); `label` ends its path.
@@ -43,18 +47,16 @@ _OPS = (
     _op("fill", 0, attributes="shape value"),  # a float tensor of one value
     _op("literal", 0, attributes="label values"),  # a float tensor of given values, nested tuples; no weight
     _op("call", 0, None, "graph label"),
-    _op(
-        "repeat", 0, None, "bodies carried"
-    ),  # bodies: ((graph, times), ...); inputs: `carried` values, then invariants
+    # bodies: ((graph, times), ...); inputs: `carried` values, then invariants
+    _op("repeat", 0, None, "bodies carried"),
     _op("item", 1, attributes="index"),
     # shape
     _op("reshape", 1, attributes="shape"),
     _op("permute", 1, attributes="axes"),
     _op("split_heads", 1, attributes="heads"),  # [.., n, h*d] -> [.., h, n, d]
     _op("merge_heads", 1),  # [.., h, n, d] -> [.., n, h*d]
-    _op(
-        "repeat_heads", 1, attributes="times"
-    ),  # [.., h, n, d] -> [.., h*times, n, d], each head `times` in a row
+    # [.., h, n, d] -> [.., h*times, n, d], each head `times` in a row
+    _op("repeat_heads", 1, attributes="times"),
     _op("concat", 1, None, "axis"),
     _op("stack", 1, None, "axis"),
     _op("slice", 1, attributes="axis start stop"),
@@ -69,13 +71,8 @@ _OPS = (
     _op("arange", 0, attributes="stop"),  # int[stop]
     _op("one_hot", 1, attributes="classes"),
     # arithmetic
-    *(_op(name, 2) for name in ("add", "sub", "mul", "div", "minimum", "maximum")),
-    *(
-        _op(name, 1)
-        for name in ("neg", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu")
-    ),
-    *(_op(name, 1) for name in ("softplus", "abs", "erf", "logical_not")),
-    *(_op(name, 2) for name in ("less", "less_equal", "equal")),
+    *(_op(name, 2) for name in (*ARITHMETIC, *COMPARISONS)),
+    *(_op(name, 1) for name in (*FUNCTIONS, "neg", "abs", "logical_not")),
     _op("cast", 1, attributes="dtype"),
     _op("clamp", 1, attributes="low high"),
     _op("where", 3),
@@ -91,9 +88,8 @@ _OPS = (
     _op("near_far", 2, attributes="block"),  # (local, far)
     # p(s), and 0 where s is -inf, as exp has it; `coefficients` are ascending
     _op("polynomial", 1, attributes="coefficients"),
-    _op(
-        "normalize_rows", 1
-    ),  # weights over their sum (last axis); -inf counts as 0, and a row of nothing else is 0
+    # weights over their sum (last axis); -inf counts as 0, and a row of nothing else is 0
+    _op("normalize_rows", 1),
     _op("assume_bound", 1, attributes="bound"),  # the identity, with the user's word that |s| <= bound
     # position
     _op("rotary", 1, attributes="base", optional="inverse"),  # [.., n, d], pairs (i, i + d/2)
@@ -139,7 +135,4 @@ OPS: dict[str, Op] = {op.name: op for op in _OPS}
 def limits(clamp: Node) -> tuple[float, float]:
     """The limits of a clamp; one that is left out is infinite."""
     low, high = clamp["low"], clamp["high"]
-    return (
-        float(low) if isinstance(low, int | float) else -inf,
-        float(high) if isinstance(high, int | float) else inf,
-    )
+    return -inf if low is None else number(low), inf if high is None else number(high)

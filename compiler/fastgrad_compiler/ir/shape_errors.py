@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import NoReturn
 
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Graph, TensorType, Type
+from fastgrad_compiler.ir.words import counted
 
 Shape = tuple[Dim, ...]
 ONE = Dim.of(1)
@@ -75,6 +77,18 @@ class Site:
             fail("FG209", f"{self.op} takes one tensor, not several", Blame(index, None, "several results"))
         return found
 
+    def whole(self, index: int) -> Blame:
+        """Operand `index` as a side of a misfit."""
+        return Blame(index, None, f"{self.inputs[index]} here")
+
+    def dim(self, name: str) -> Dim:
+        """The attribute `name`, an int or a dim."""
+        return dimension(self, self.attributes[name])
+
+    def axis(self, rank: int, index: int = 0) -> int:
+        """The attribute `axis` as a negative int; FG206 where a tensor of `rank` dims has no such axis."""
+        return axis_of(self, self.attributes["axis"], rank, index)
+
     def integer(self, name: str) -> int:
         """The attribute `name`, an int."""
         value = self.attributes[name]
@@ -93,6 +107,19 @@ def show(shape: Sequence[Dim]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
+def dimension(site: Site, value: Attribute) -> Dim:
+    """A part of an attribute that is an int or a dim."""
+    if isinstance(value, bool) or not isinstance(value, int | Dim):
+        fail("FG217", f"{value!r} in {site.op} is not a dimension")
+    return Dim.of(value)
+
+
+def want_float(site: Site, index: int, least: int = 0, most: int | None = None) -> TensorType:
+    """Operand `index`, a float tensor of as many dims (`want_rank`)."""
+    want_dtype(site, index, "float")
+    return want_rank(site, index, least, most)
+
+
 def want_dtype(site: Site, index: int, *dtypes: str, help_: str | None = None) -> TensorType:
     """Operand `index`, which has one of `dtypes`; FG209 otherwise."""
     found = site.tensor(index)
@@ -102,7 +129,7 @@ def want_dtype(site: Site, index: int, *dtypes: str, help_: str | None = None) -
         fail(
             "FG209",
             f"{SURFACE.get(site.op, site.op)} takes a tensor of {' or '.join(dtypes)}, not {found}",
-            Blame(index, None, f"{found} here"),
+            site.whole(index),
             help_=help_,
         )
     return found
@@ -118,7 +145,7 @@ def want_rank(site: Site, index: int, least: int, most: int | None = None) -> Te
         fail(
             "FG205",
             f"{SURFACE.get(site.op, site.op)} takes a tensor of {count} dimension{plural}, not {found}",
-            Blame(index, None, f"{rank} dimension{'' if rank == 1 else 's'} here"),
+            Blame(index, None, f"{counted(rank, 'dimension')} here"),
         )
     return found
 
@@ -139,7 +166,7 @@ def axis_of(site: Site, axis: Attribute, rank: int, index: int = 0) -> int:
     if not -rank <= axis < rank:
         reach = f"its axes are {-rank} to {rank - 1}" if rank else "it is a scalar"
         fail("FG206", f"{site.op} over axis {axis} of a tensor with {rank} dimensions: {reach}",
-             Blame(index, None, f"{site.tensor(index)} here"))  # fmt: skip
+             site.whole(index))  # fmt: skip
     return axis if axis < 0 else axis - rank
 
 
@@ -166,12 +193,15 @@ def broadcast(site: Site, indices: Sequence[int], verb: str) -> Shape:
     return tuple(result)
 
 
+def want_axes(site: Site, first: int, second: int, axes: Iterable[int], what: str) -> None:
+    """Two operands have the same dims at these axes; FG203 for the first that differs."""
+    for axis in axes:
+        want_equal(site, (first, axis), (second, axis), f"{what}: axis {axis} differs")
+
+
 def product(shape: Iterable[Dim]) -> Dim:
     """The number of elements."""
-    total = ONE
-    for dim in shape:
-        total = total * dim
-    return total
+    return prod(shape, start=ONE)
 
 
 def results(types: Sequence[TensorType]) -> Type:

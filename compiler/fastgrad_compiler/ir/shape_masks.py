@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from fastgrad_compiler.ir.graph import TensorType, Type
 from fastgrad_compiler.ir.masks import MASKS
-from fastgrad_compiler.ir.shape_errors import Blame, Site, fail, show, want_dtype, want_equal, want_rank
-from fastgrad_compiler.ir.shape_rules import Rule, dim_attribute, divide
+from fastgrad_compiler.ir.shape_errors import (
+    Blame,
+    Site,
+    fail,
+    show,
+    want_axes,
+    want_dtype,
+    want_equal,
+    want_float,
+    want_rank,
+)
+from fastgrad_compiler.ir.shape_rules import Rule, divide
 
 # ---------------------------------------------------------------- masks on scores [.., n, m]
 
 
 def _scores(site: Site, square: bool = False) -> TensorType:
-    found = want_dtype(site, 0, "float")
-    want_rank(site, 0, 2)
+    found = want_float(site, 0, 2)
     if square:
         text = f"{site.op} of scores {show(found.shape)}: queries and keys differ in number"
         want_equal(site, (0, -2), (0, -1), text)
@@ -35,18 +44,11 @@ def _masked(site: Site) -> Type:
 
 
 def _near_far(site: Site) -> Type:
-    local, far = _scores(site), want_dtype(site, 1, "float")
-    want_rank(site, 1, len(local.shape), len(local.shape))
-    for axis in range(-len(local.shape), 0):
-        text = f"near_far of {show(local.shape)} and {show(far.shape)}: axis {axis} differs"
-        want_equal(site, (0, axis), (1, axis), text)
+    local = _scores(site)
+    rank = len(local.shape)
+    far = want_float(site, 1, rank, rank)
+    want_axes(site, 0, 1, range(-rank, 0), f"near_far of {show(local.shape)} and {show(far.shape)}")
     return local
-
-
-def _normalize_rows(site: Site) -> Type:
-    found = want_dtype(site, 0, "float")
-    want_rank(site, 0, 1)
-    return found
 
 
 def _alibi(site: Site) -> Type:
@@ -62,44 +64,35 @@ def _alibi(site: Site) -> Type:
 
 
 def _rotary(site: Site) -> Type:
-    found = want_dtype(site, 0, "float")
-    want_rank(site, 0, 2)
+    found = want_float(site, 0, 2)
     divide(site, -1, 2, "rotary turns pairs of entries")
     return found
-
-
-def _sinusoid(site: Site) -> Type:
-    return TensorType(
-        "float", tuple(dim_attribute(site, site.attributes[name]) for name in ("length", "width"))
-    )
 
 
 def _cross_entropy(site: Site) -> Type:
     logits, targets = want_dtype(site, 0, "float"), want_dtype(site, 1, "int", help_="class ids are ints")
     want_rank(site, 0, 1)
     want_rank(site, 1, len(logits.shape) - 1, len(logits.shape) - 1)
-    for axis in range(len(targets.shape)):
-        text = f"cross_entropy of logits {show(logits.shape)} and targets {show(targets.shape)}: axis {axis} differs"
-        want_equal(site, (0, axis), (1, axis), text)
+    text = f"cross_entropy of logits {show(logits.shape)} and targets {show(targets.shape)}"
+    want_axes(site, 0, 1, range(len(targets.shape)), text)
     return TensorType("float", ())
 
 
 def _mse(site: Site) -> Type:
-    first, second = want_dtype(site, 0, "float"), want_dtype(site, 1, "float")
-    want_rank(site, 1, len(first.shape), len(first.shape))
-    for axis in range(len(first.shape)):
-        text = f"mse of {show(first.shape)} and {show(second.shape)}: axis {axis} differs"
-        want_equal(site, (0, axis), (1, axis), text)
+    first = want_float(site, 0)
+    rank = len(first.shape)
+    second = want_float(site, 1, rank, rank)
+    want_axes(site, 0, 1, range(rank), f"mse of {show(first.shape)} and {show(second.shape)}")
     return TensorType("float", ())
 
 
 MASK_RULES: dict[str, Rule] = {
     **dict.fromkeys(MASKS, _masked),
     "near_far": _near_far,
-    "normalize_rows": _normalize_rows,
+    "normalize_rows": lambda site: want_float(site, 0, 1),
     "alibi": _alibi,
     "rotary": _rotary,
-    "sinusoid": _sinusoid,
+    "sinusoid": lambda site: TensorType("float", (site.dim("length"), site.dim("width"))),
     "cross_entropy": _cross_entropy,
     "mse": _mse,
 }

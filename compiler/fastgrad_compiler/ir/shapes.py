@@ -21,12 +21,13 @@ from fastgrad_compiler.ir.shape_errors import (
     show,
     want_dtype,
     want_equal,
+    want_float,
     want_rank,
 )
 from fastgrad_compiler.ir.shape_masks import MASK_RULES
 from fastgrad_compiler.ir.shape_rules import RULES, shape_attribute
 
-__all__ = ["SHAPE", "Blame", "ShapeError", "infer", "infer_node", "infer_shapes"]
+__all__ = ["SHAPE", "Blame", "ShapeError", "infer", "infer_shapes"]
 
 
 def infer(
@@ -47,13 +48,6 @@ def infer(
     return SHAPE[op](Site(op, inputs, attributes, multiples or {}, declared, graphs or {}))
 
 
-def infer_node(
-    node: Node, inputs: tuple[Type, ...], multiples: Mapping[str, int], graphs: Mapping[str, Graph]
-) -> Type:
-    """The type of a node whose operands have the types `inputs`."""
-    return infer(node.op, inputs, dict(node.attributes), multiples, declared=node.type, graphs=graphs)
-
-
 def infer_shapes(program: Program) -> Program:
     """The program with every type filled in; inputs, weights and buffers must state theirs.
 
@@ -70,11 +64,13 @@ def _infer_graph(program: Program, graph: Graph, done: Mapping[str, Graph]) -> G
     nodes: list[Node] = []
     for node in graph.nodes:
         try:
-            types[node.name] = infer_node(node, tuple(types[i] for i in node.inputs), program.multiples, done)
+            given = tuple(types[name] for name in node.inputs)
+            types[node.name] = infer(
+                node.op, given, dict(node.attributes), program.multiples, declared=node.type, graphs=done
+            )
         except ShapeError as error:
-            raise ShapeError(
-                error.code, f"{graph.name}.{node.name}: {error.message}", error.blame, error.help
-            ) from None
+            message = f"{graph.name}.{node.name}: {error.message}"
+            raise ShapeError(error.code, message, error.blame, error.help) from None
         nodes.append(replace(node, type=types[node.name]))
     return replace(graph, nodes=tuple(nodes))
 
@@ -92,10 +88,6 @@ def _constant(site: Site) -> Type:
     value = site.attributes["value"]
     dtype = "bool" if isinstance(value, bool) else "int" if isinstance(value, int) else "float"
     return TensorType(dtype, ())
-
-
-def _fill(site: Site) -> Type:
-    return TensorType("float", shape_attribute(site))
 
 
 def _literal(site: Site) -> Type:
@@ -130,7 +122,7 @@ def _passes(site: Site, graph: Graph, given: range) -> None:
     for index, node in zip(given, wanted, strict=True):
         if site.inputs[index] != node.type:
             fail("FG209", f"{site.op} of {graph.name}: {node.name} is {node.type}, not {site.inputs[index]}",
-                 Blame(index, None, f"{site.inputs[index]} here"))  # fmt: skip
+                 site.whole(index))  # fmt: skip
 
 
 def _runs(site: Site) -> list[Graph]:
@@ -157,19 +149,13 @@ def _repeat_backward(site: Site) -> Type:
     return results([found for found in forward if found.dtype == "float"])
 
 
-def _weight_gradient(site: Site) -> Type:
-    return want_dtype(site, 0, "float")
-
-
 # ---------------------------------------------------------------- attention
 
 
 def _attention(site: Site) -> Type:
     roles = {str(role): index for index, role in enumerate(_roles(site), 3)}
     floats = [0, 1, 2, *(roles[role] for role in ("near_q", "near_k") if role in roles)]
-    q, k, v, *_ = (want_dtype(site, index, "float") for index in floats)
-    for index in floats:
-        want_rank(site, index, 4, 4)
+    q, k, v, *_ = [want_float(site, index, 4, 4) for index in floats]
     text = f"attention of q {show(q.shape)}, k {show(k.shape)}, v {show(v.shape)}"
     for index in floats[1:]:
         want_equal(site, (0, 0), (index, 0), f"{text}: the batch of an operand differs")
@@ -213,7 +199,7 @@ def _attention_backward(site: Site) -> Type:
     result = _attention(forward)
     if site.inputs[-1] != result:
         fail("FG203", f"{site.op}: the cotangent is {site.inputs[-1]}, the result {result}",
-             Blame(len(site.inputs) - 1, None, f"{site.inputs[-1]} here"))  # fmt: skip
+             site.whole(len(site.inputs) - 1))  # fmt: skip
     found = [site.tensor(index) for index in range(len(site.inputs) - 1)]
     return results([each for each in found if each.dtype == "float"])
 
@@ -223,7 +209,7 @@ SHAPE: dict[str, Callable[[Site], Type]] = {
     **MASK_RULES,
     **dict.fromkeys(("input", "weight", "buffer"), _declared),
     "constant": _constant,
-    "fill": _fill,
+    "fill": lambda site: TensorType("float", shape_attribute(site)),
     "literal": _literal,
     "call": _call,
     "repeat": _repeat,
@@ -232,5 +218,5 @@ SHAPE: dict[str, Callable[[Site], Type]] = {
     "poly_attention": _attention,
     "poly_attention_backward": _attention_backward,
     "repeat_backward": _repeat_backward,
-    "weight_gradient": _weight_gradient,
+    "weight_gradient": lambda site: want_dtype(site, 0, "float"),
 }

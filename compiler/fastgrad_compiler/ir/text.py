@@ -91,11 +91,9 @@ def _tuple(values: tuple[Attribute, ...]) -> str:
 
 def _header(program: Program) -> Iterator[str]:
     yield f"program {_name(program.name)}"
-    yield f"main {_name(program.main)}"
-    if program.objective is not None:
-        yield f"objective {_name(program.objective)}"
-    if program.gradient is not None:
-        yield f"gradient {_name(program.gradient)}"
+    for role in ("main", "objective", "gradient"):
+        if (graph := getattr(program, role)) is not None:
+            yield f"{role} {_name(graph)}"
     yield from map(_dim, program.dims)
     if program.budget is not None:
         yield from _budget(program.budget)
@@ -112,19 +110,18 @@ def _dim(dim: DimInfo) -> str:
 
 def _budget(budget: Budget) -> Iterable[str]:
     yield _placed("budget {", budget.span)
-    if budget.output is not None:
-        yield f"{_INDENT}output <= {budget.output!r}"
-    if budget.gradient is not None:
-        yield f"{_INDENT}gradient <= {budget.gradient!r}"
-    if budget.near is not None:
-        yield f"{_INDENT}near = {budget.near}"
-    if budget.trust is not None:
-        yield f"{_INDENT}trust = {budget.trust}"
-    if budget.on_violation is not None:
-        yield f"{_INDENT}on_violation = {budget.on_violation}"
+    for key, sign in (
+        ("output", "<="),
+        ("gradient", "<="),
+        ("near", "="),
+        ("trust", "="),
+        ("on_violation", "="),
+    ):
+        if (value := getattr(budget, key)) is not None:
+            yield f"{_INDENT}{key} {sign} {value}"
     for rule in budget.rules:
-        value = "" if rule.value is None else f" = {print_attribute(rule.value)}"
-        yield _placed(f"{_INDENT}at {json_text(rule.pattern)} {_name(rule.kind)}{value}", rule.span)
+        given = "" if rule.value is None else f" = {print_attribute(rule.value)}"
+        yield _placed(f"{_INDENT}at {json_text(rule.pattern)} {_name(rule.kind)}{given}", rule.span)
     yield "}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from fastgrad_compiler.ir.calls import callees, reachable
 from fastgrad_compiler.ir.graph import Graph, Node, Program
@@ -21,25 +21,26 @@ def verify(program: Program, after: str) -> None:
 
     Raises CompilerBug, which names the pass, the graph and the node. Types may be missing before `shapes`.
     """
-    for check in _CHECKS:
+    typed = all(node.type is not None for _, node in _places(program))
+    checks = (*_CHECKS, _types) if after not in UNTYPED_STAGES or typed else _CHECKS
+    for check in checks:
         for place, message in check(program):
-            raise CompilerBug(f"after {after}: {place}: {message}")
-    if after not in UNTYPED_STAGES or _typed(program):
-        for place, message in _types(program):
             raise CompilerBug(f"after {after}: {place}: {message}")
 
 
 Findings = Iterator[tuple[str, str]]
 
 
+def _places(program: Program) -> Iterator[tuple[str, Node]]:
+    for graph in program.graphs:
+        yield from ((f"{graph.name}.{node.name}", node) for node in graph.nodes)
+
+
 def _graph_names(program: Program) -> Findings:
     if len(program.by_name) != len(program.graphs):
         yield program.name, "two graphs have one name"
-    for role, name in (
-        ("main", program.main),
-        ("objective", program.objective),
-        ("gradient", program.gradient),
-    ):
+    for role in ("main", "objective", "gradient"):
+        name = getattr(program, role)
         if name is not None and name not in program.by_name:
             yield program.name, f"{role} graph {name} is not there"
     if program.gradient in program.by_name:
@@ -58,11 +59,8 @@ def _nodes(program: Program) -> Findings:
                 yield place, "two nodes have one name"
             for source in node.inputs:
                 if source not in seen:
-                    yield (
-                        place,
-                        f"it reads {source}, which "
-                        + ("comes later" if source in graph.by_name else "is not there"),
-                    )
+                    fault = "comes later" if source in graph.by_name else "is not there"
+                    yield place, f"it reads {source}, which {fault}"
             if node.op == "input" and len(seen) >= len(graph.inputs):
                 yield place, "an input comes after other nodes"
             seen.add(node.name)
@@ -72,10 +70,9 @@ def _nodes(program: Program) -> Findings:
 
 
 def _vocabulary(program: Program) -> Findings:
-    for graph in program.graphs:
-        for node in graph.nodes:
-            for message in _against_vocabulary(node):
-                yield f"{graph.name}.{node.name}", message
+    for place, node in _places(program):
+        for message in _against_vocabulary(node):
+            yield place, message
 
 
 def _against_vocabulary(node: Node) -> Iterator[str]:
@@ -98,14 +95,12 @@ def _against_vocabulary(node: Node) -> Iterator[str]:
 
 
 def _references(program: Program) -> Findings:
-    for graph in program.graphs:
-        for node in graph.nodes:
-            place = f"{graph.name}.{node.name}"
-            if node.op in ("repeat", "repeat_backward"):
-                yield from ((place, message) for message in _repeat(program, node))
-            for name in callees(node):
-                if name not in program.by_name:
-                    yield place, f"it runs graph {name}, which is not there"
+    for place, node in _places(program):
+        if node.op in ("repeat", "repeat_backward"):
+            yield from ((place, message) for message in _repeat(program, node))
+        for name in callees(node):
+            if name not in program.by_name:
+                yield place, f"it runs graph {name}, which is not there"
 
 
 def _repeat(program: Program, node: Node) -> Iterator[str]:
@@ -183,6 +178,20 @@ def _dims(program: Program) -> Findings:
         yield program.name, "a dim is declared twice"
 
 
+def _types(program: Program) -> Findings:
+    for place, node in _places(program):
+        if node.type is None:
+            yield place, "it has no type"
+    try:
+        inferred = infer_shapes(program)
+    except ShapeError as error:
+        yield program.name, f"types do not fit: {error.message}"
+        return
+    for (place, node), (_, found) in zip(_places(program), _places(inferred), strict=True):
+        if node.type != found.type:
+            yield place, f"its type is {node.type}, but {found.type} by its operands"
+
+
 _CHECKS: tuple[Callable[[Program], Findings], ...] = (
     _graph_names,
     _dims,
@@ -192,26 +201,3 @@ _CHECKS: tuple[Callable[[Program], Findings], ...] = (
     _recursion,
     _labels,
 )
-
-
-def _typed(program: Program) -> bool:
-    return all(node.type is not None for graph in program.graphs for node in graph.nodes)
-
-
-def _types(program: Program) -> Findings:
-    for graph in program.graphs:
-        for node in graph.nodes:
-            if node.type is None:
-                yield f"{graph.name}.{node.name}", "it has no type"
-    try:
-        inferred: Mapping[str, Graph] = infer_shapes(program).by_name
-    except ShapeError as error:
-        yield program.name, f"types do not fit: {error.message}"
-        return
-    for graph in program.graphs:
-        for node, found in zip(graph.nodes, inferred[graph.name].nodes, strict=True):
-            if node.type != found.type:
-                yield (
-                    f"{graph.name}.{node.name}",
-                    f"its type is {node.type}, but {found.type} by its operands",
-                )

@@ -25,3 +25,8 @@ def place(node: Node) -> str:
 def number(value: float) -> str:
     """A bound as text: 1, 0.25, 2.828."""
     return f"{value:.4g}"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 value`, `2 values`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

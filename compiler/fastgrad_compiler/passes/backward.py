@@ -8,18 +8,19 @@ an `attention` a call of its backward spelled out: the gradient of a deep model 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.builder import Builder, Value
 from fastgrad_compiler.ir.calls import callees, graphs_with, runs
-from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type
+from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type, integer
 from fastgrad_compiler.ir.names import UniqueNames
+from fastgrad_compiler.ir.ops import COMPARISONS
 from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.passes.attention_backward import attention_backward
-from fastgrad_compiler.passes.vjp_rules import BINARY, MANY, UNARY, Cotangents
+from fastgrad_compiler.passes.vjp_rules import RULES, Cotangents
 
 
 def derive_gradient(program: Program) -> Program:
@@ -111,22 +112,18 @@ def _spread(results: Value, xs: Sequence[Value]) -> Cotangents:
     return [next(parts) if is_float(x.node) else None for x in xs]
 
 
-def _unary(rule: Callable[[Value, Value, Value], Value]) -> Rule:
-    return lambda derivation, gs, y, xs: (rule(gs[0], y, xs[0]),)
+def _plain(rule: Callable[..., Value | Cotangents]) -> Rule:
+    """A rule of an operation inside a graph, which has one result."""
 
+    def pulled(derivation: Derivation, gs: Sequence[Value], y: Value, xs: Sequence[Value]) -> Cotangents:
+        found = rule(gs[0], y, *xs)
+        return (found,) if isinstance(found, Value) else found
 
-def _binary(rule: Callable[[Value, Value, Value, Value], Cotangents]) -> Rule:
-    return lambda derivation, gs, y, xs: rule(gs[0], y, xs[0], xs[1])
-
-
-def _many(rule: Callable[[Value, Value, Sequence[Value]], Cotangents]) -> Rule:
-    return lambda derivation, gs, y, xs: rule(gs[0], y, xs)
+    return pulled
 
 
 VJP: dict[str, Rule] = {
-    **{op: _unary(rule) for op, rule in UNARY.items()},
-    **{op: _binary(rule) for op, rule in BINARY.items()},
-    **{op: _many(rule) for op, rule in MANY.items()},
+    **{op: _plain(rule) for op, rule in RULES.items()},
     "item": lambda derivation, gs, y, xs: gs,
     "call": _call,
     "repeat": _repeat,
@@ -138,7 +135,7 @@ DECLINED: dict[str, str] = {
     **dict.fromkeys(
         ("input", "weight", "buffer", "constant", "fill", "literal", "arange", "sinusoid"), "has no inputs"
     ),
-    **dict.fromkeys(("less", "less_equal", "equal", "logical_not"), "gives truth values"),
+    **dict.fromkeys((*COMPARISONS, "logical_not"), "gives truth values"),
     "one_hot": "reads whole numbers",
     "weight_gradient": "receives a gradient",
     **dict.fromkeys(("poly_attention_backward", "repeat_backward"), "has no second derivative"),
@@ -210,7 +207,7 @@ def _differentiate(derivation: Derivation, graph: Graph, name: str) -> Graph:
             pulled = _rule(node)(derivation, sums.of(node), forward[node.name], inputs)
             for x, g in zip(inputs, pulled, strict=True):
                 if g is not None and x.name in active:
-                    index = int(str(node["index"])) if node.op == "item" else 0
+                    index = integer(node["index"]) if node.op == "item" else 0
                     sums.add(x.name, index, g if node.op == "item" else g.fit(x.shape))
     return _finish(graph, name, sums, build)
 
@@ -242,7 +239,7 @@ def _finish(graph: Graph, name: str, sums: Sums, build: Builder) -> Graph:
             build.emit("weight_gradient", sums.of(node), label, name=f"_gradient_{node.name}")
     names = sums.names(graph.nodes)
     live = _live(Graph(name, tuple(build.nodes), ()), outputs, {node.name for node in graph.nodes})
-    nodes = sorted((_rename(node, names) for node in live), key=lambda node: node.op != "input")
+    nodes = sorted((node.renamed(names) for node in live), key=lambda node: node.op != "input")
     return Graph(name, tuple(nodes), tuple(names.get(output, output) for output in outputs), span=graph.span)
 
 
@@ -254,8 +251,3 @@ def _live(graph: Graph, outputs: Sequence[str], forward: set[str]) -> list[Node]
     sinks = [node.name for node in graph.nodes if node.op in SINKS and node.name not in forward]
     needed = graph.ancestors([*outputs, *sinks])
     return [node for node in graph.nodes if node.op == "input" or node.name in needed]
-
-
-def _rename(node: Node, names: Mapping[str, str]) -> Node:
-    inputs = tuple(names.get(source, source) for source in node.inputs)
-    return replace(node, name=names.get(node.name, node.name), inputs=inputs)

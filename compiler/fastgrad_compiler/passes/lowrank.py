@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fastgrad_compiler.attention.value import Attention
-from fastgrad_compiler.ir.graph import Graph, Node, Program
+from fastgrad_compiler.ir.graph import Node, Program
 from fastgrad_compiler.passes.attention_backward import BLOCK
 
 
@@ -20,26 +20,20 @@ def rewrite_low_rank(program: Program) -> Program:
     Graphs of exact backwards that nothing calls any more are dropped. Raises CompilerBug where the plan
     serves an attention with a window or alibi by a polynomial.
     """
-    attentions = {graph.name: _polynomial(graph) for graph in program.graphs if graph.block == BLOCK}
-    replaced = {name: node for name, node in attentions.items() if node is not None}
-    kept = [graph for graph in program.graphs if graph.name not in replaced]
-    return program.with_graphs(_rewrite(graph, replaced) for graph in kept)
-
-
-def _polynomial(backward: Graph) -> Node | None:
-    """The attention that this graph is the backward of, where a polynomial serves it."""
-    return next((node for node in backward.nodes if _is_polynomial(node)), None)
+    backward = [graph for graph in program.graphs if graph.block == BLOCK]
+    replaced = {graph.name: node for graph in backward for node in graph.nodes if _is_polynomial(node)}
+    return program.with_graphs(
+        replace(graph, nodes=tuple(_rewritten(node, replaced) for node in graph.nodes))
+        for graph in program.graphs
+        if graph.name not in replaced
+    )
 
 
 def _is_polynomial(node: Node) -> bool:
     return node.op == "attention" and node.get("decision") == "polynomial"
 
 
-def _rewrite(graph: Graph, replaced: Mapping[str, Node]) -> Graph:
-    return replace(graph, nodes=tuple(_rewrite_node(node, replaced) for node in graph.nodes))
-
-
-def _rewrite_node(node: Node, replaced: Mapping[str, Node]) -> Node:
+def _rewritten(node: Node, replaced: Mapping[str, Node]) -> Node:
     if _is_polynomial(node):
         return Attention.of(node).on(replace(node, op="poly_attention"))
     if node.op == "call" and node["graph"] in replaced:

@@ -1,8 +1,8 @@
 """Vector-Jacobian products of the operations inside a graph, one rule for each operation.
 
-A rule takes the cotangent `g` of the result `y`, `y` itself and the inputs, and gives the inputs' cotangents;
-None where nothing flows. A cotangent may have the shape that broadcasting gave the result, or one that
-broadcasts to the input's: `Value.fit` settles both.
+A rule takes the cotangent `g` of the result `y`, `y` itself and the inputs, and gives the inputs' cotangents, or the
+one of a single input; None where nothing flows. A cotangent may have the shape that broadcasting gave the result, or
+one that broadcasts to the input's: `Value.fit` settles both.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import TypeAlias
 
 from fastgrad_compiler.ir.builder import Operand, Value
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute
+from fastgrad_compiler.ir.graph import Attribute, integer, number, sequence
 from fastgrad_compiler.ir.masks import MASKS
 
 Cotangents: TypeAlias = Sequence[Value | None]
 
-UNARY: dict[str, Callable[[Value, Value, Value], Value]] = {
+RULES: dict[str, Callable[..., Value | Cotangents]] = {
     "neg": lambda g, y, x: -g,
     "exp": lambda g, y, x: g * y,
     "log": lambda g, y, x: g / x,
@@ -41,9 +41,9 @@ UNARY: dict[str, Callable[[Value, Value, Value], Value]] = {
     "merge_heads": lambda g, y, x: g.op("split_heads", heads=_whole(x.shape[-3])),
     "repeat_heads": lambda g, y, x: sum_groups(g, x.shape[-3]),
     "slice": lambda g, y, x: _unslice(g, x, y["axis"], y["start"], y["stop"]),
-    "select": lambda g, y, x: _unselect(g, x, _int(y["axis"]), _dim(y["index"])),
+    "select": lambda g, y, x: _unselect(g, x, integer(y["axis"]), _dim(y["index"])),
     "pad": lambda g, y, x: _slice(g, y["axis"], _dim(y["before"]), _dim(y["before"]) + _size(x, y["axis"])),
-    "patches": lambda g, y, x: _unpatch(g, x, _int(y["size"])),
+    "patches": lambda g, y, x: _unpatch(g, x, integer(y["size"])),
     "broadcast_to": lambda g, y, x: g,
     "sum_to": lambda g, y, x: g,
     # reduce
@@ -51,7 +51,7 @@ UNARY: dict[str, Callable[[Value, Value, Value], Value]] = {
     "mean": lambda g, y, x: _keepdim(g, y, x) / _reduced_count(y, x),
     "amax": lambda g, y, x: _share(_keepdim(g, y, x), x.op("equal", _keepdim(y, y, x)), _ints(y["axes"])),
     # normalise
-    "softmax": lambda g, y, x: y * (g - (g * y).sum((_int(y["axis"]),), keepdim=True)),
+    "softmax": lambda g, y, x: y * (g - (g * y).sum((integer(y["axis"]),), keepdim=True)),
     "unit": lambda g, y, x: _unit(g, y, x),
     # weights: 0 where a mask hides the pair, and so is their derivative
     "polynomial": lambda g, y, x: g * x.op("polynomial", coefficients=_derivative(y["coefficients"])),
@@ -62,9 +62,7 @@ UNARY: dict[str, Callable[[Value, Value, Value], Value]] = {
     "alibi": lambda g, y, x: g,
     # other: graphs run as in evaluation, where dropout is the identity
     "dropout": lambda g, y, x: g,
-}
-
-BINARY: dict[str, Callable[[Value, Value, Value, Value], Cotangents]] = {
+    # of several inputs
     "add": lambda g, y, a, b: (g, g),
     "sub": lambda g, y, a, b: (g, -g),
     "mul": lambda g, y, a, b: (g * b, g * a),
@@ -78,34 +76,23 @@ BINARY: dict[str, Callable[[Value, Value, Value, Value], Cotangents]] = {
     "embedding_gradient": lambda g, y, d, ids: (g.op("embedding", ids), None),
     "cross_entropy": lambda g, y, logits, targets: (_cross_entropy(g, logits, targets), None),
     "mse": lambda g, y, a, b: _mse(g, a - b),
-}
-
-MANY: dict[str, Callable[[Value, Value, Sequence[Value]], Cotangents]] = {
-    "where": lambda g, y, xs: (None, g.only(xs[0]), g.only(xs[0].op("logical_not"))),
-    "layer_norm": lambda g, y, xs: _layer_norm(g, xs, y["eps"]),
-    "concat": lambda g, y, xs: _unconcat(g, xs, y["axis"]),
-    "stack": lambda g, y, xs: [g.op("select", axis=y["axis"], index=i) for i in range(len(xs))],
-    **dict.fromkeys(MASKS, lambda g, y, xs: _mask(g, y, xs)),
+    "where": lambda g, y, c, a, b: (None, g.only(c), g.only(c.op("logical_not"))),
+    "layer_norm": lambda g, y, x, w, b: _layer_norm(g, x, w, y["eps"]),
+    "concat": lambda g, y, *xs: _unconcat(g, xs, y["axis"]),
+    "stack": lambda g, y, *xs: [g.op("select", axis=y["axis"], index=i) for i in range(len(xs))],
+    **dict.fromkeys(MASKS, lambda g, y, *xs: _mask(g, y, xs)),
 }
 
 
 # attributes as numbers, and dims as attributes
 
 
-def _int(value: Attribute) -> int:
-    if not isinstance(value, int):
-        raise TypeError(f"{value!r} is not an int")
-    return value
-
-
 def _ints(value: Attribute) -> tuple[int, ...]:
-    if not isinstance(value, tuple):
-        raise TypeError(f"{value!r} is not a tuple of ints")
-    return tuple(_int(member) for member in value)
+    return tuple(map(integer, sequence(value)))
 
 
 def _dim(value: Attribute) -> Dim:
-    return value if isinstance(value, Dim) else Dim.of(_int(value))
+    return value if isinstance(value, Dim) else Dim.of(integer(value))
 
 
 def _whole(dim: Dim) -> int | Dim:
@@ -113,7 +100,7 @@ def _whole(dim: Dim) -> int | Dim:
 
 
 def _size(x: Value, axis: Attribute) -> Dim:
-    return x.shape[_int(axis)]
+    return x.shape[integer(axis)]
 
 
 # shape
@@ -202,9 +189,7 @@ def _unit(g: Value, y: Value, x: Value) -> Value:
 
 def _derivative(coefficients: Attribute) -> tuple[float, ...]:
     """Of a polynomial with these ascending coefficients."""
-    if not isinstance(coefficients, tuple):
-        raise TypeError(f"{coefficients!r} is not a tuple of numbers")
-    return tuple(power * number(c) for power, c in enumerate(coefficients))[1:] or (0.0,)
+    return tuple(power * number(c) for power, c in enumerate(sequence(coefficients)))[1:] or (0.0,)
 
 
 def _normalize_rows(g: Value, y: Value, x: Value) -> Value:
@@ -221,18 +206,11 @@ def _rms_norm(g: Value, x: Value, w: Value, eps: Attribute) -> Cotangents:
     return (gw - normal * (gw * normal).mean(keepdim=True)) * scale, g * normal
 
 
-def _layer_norm(g: Value, xs: Sequence[Value], eps: Attribute) -> Cotangents:
-    x, w, _ = xs
+def _layer_norm(g: Value, x: Value, w: Value, eps: Attribute) -> Cotangents:
     centred = x - x.mean(keepdim=True)
     scale = ((centred * centred).mean(keepdim=True) + number(eps)).op("rsqrt")
     normal, gw = centred * scale, g * w
     return (gw - gw.mean(keepdim=True) - normal * (gw * normal).mean(keepdim=True)) * scale, g * normal, g
-
-
-def number(value: Attribute) -> float:
-    if not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is not a number")
-    return float(value)
 
 
 def _normal_cdf(x: Value) -> Value:

@@ -11,14 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from fastgrad_compiler.approximation.certificates import certificate
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import Polynomial
 from fastgrad_compiler.attention.table import AttentionEntry
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.planning.candidates import USEFUL, polynomials
 from fastgrad_compiler.planning.cost import EXACT
 from fastgrad_compiler.planning.decision import (
-    PRECISIONS,
     Caps,
     Case,
     Evaluated,
@@ -28,6 +26,7 @@ from fastgrad_compiler.planning.decision import (
 )
 from fastgrad_compiler.planning.plan import shared_cases
 from fastgrad_compiler.planning.target_cost import cost_of
+from fastgrad_compiler.runtime.monomials import rank
 
 NEAR = 64  # block of a near field that is proposed
 GAINS = (4.0, 2.0, 1.0, 0.5)  # proposed where nothing limits the logits
@@ -81,9 +80,7 @@ def advise(program: Program, target: str = "auto") -> tuple[Advised, ...]:
     for entry, case in shared_cases(program, target=target):
         alike.setdefault(case, []).append(entry)
     return tuple(
-        Advised(
-            tuple(group), max(case.sizes.queries, case.sizes.keys), str(_caps(case)), tuple(_advice(case))
-        )
+        Advised(tuple(group), max(case.shape.n, case.shape.m), str(_caps(case)), tuple(_advice(case)))
         for case, group in alike.items()
     )
 
@@ -124,9 +121,7 @@ def _degrees(case: Case) -> Iterator[Advice]:
 
 def _evaluated(case: Case, polynomial: Polynomial) -> Evaluated:
     """In float32 if the limits are met so, or met in float64 neither."""
-    single, double = (
-        Evaluated(polynomial, precision, case.rounding(polynomial, precision)) for precision in PRECISIONS
-    )
+    single, double = case.evaluated(polynomial)
     return single if _feasible(case, single) or not _feasible(case, double) else double
 
 
@@ -144,11 +139,9 @@ def _least(changed: Case, change: str, kind: str, case: Case) -> Iterator[Advice
 
 def _with(case: Case, bound: float, near: int | None = None) -> Case:
     changed = with_bound(case, bound)
-    return (
-        changed
-        if near is None
-        else replace(changed, budget_near=near, settings=replace(case.settings, near=None))
-    )
+    if near is None:
+        return changed
+    return replace(changed, budget_near=near, settings=replace(case.settings, near=None))
 
 
 def _priced(changed: Case, evaluated: Evaluated, text: str, kind: str, case: Case) -> Advice:

@@ -43,14 +43,10 @@ def applied(
     builder.span = node.span
     operands = [Value(builder, graph[name]) for name in node.inputs]
     parts = [_group(builder, node, operands, decision, len(decisions) > 1) for decision in decisions]
-    added = builder.nodes[len(graph.nodes) :]
-    if len(parts) == 1:
-        return (*added[:-1], replace(added[-1], name=node.name))
-    heads = [head for decision in decisions for head in decision.heads or ()]
-    result = _in_order(builder, parts, heads)
-    added = builder.nodes[len(graph.nodes) :]
-    assert added[-1].name == result.name
-    return (*added[:-1], replace(added[-1], name=node.name))
+    if len(parts) > 1:
+        _in_order(builder, parts, [head for decision in decisions for head in decision.heads or ()])
+    *added, last = builder.nodes[len(graph.nodes) :]
+    return (*added, replace(last, name=node.name))
 
 
 def _is_centred(decision: Decision) -> bool:
@@ -109,11 +105,10 @@ def _taken(value: Value, heads: Sequence[int]) -> Value:
     return slices[0] if len(slices) == 1 else value.builder.emit("concat", slices, {"axis": -3})
 
 
-def _in_order(builder: Builder, parts: Sequence[Value], heads: Sequence[int]) -> Value:
+def _in_order(builder: Builder, parts: Sequence[Value], heads: Sequence[int]) -> None:
     """The results put together, head by head in the order of the attention."""
     whole = builder.emit("concat", parts, {"axis": -3})
     places = [heads.index(head) for head in range(len(heads))]
-    if places == sorted(places):
-        return whole
-    slices = [whole.op("slice", axis=-3, start=start, stop=stop) for start, stop in _runs(places)]
-    return builder.emit("concat", slices, {"axis": -3})
+    if places != sorted(places):
+        slices = [whole.op("slice", axis=-3, start=start, stop=stop) for start, stop in _runs(places)]
+        builder.emit("concat", slices, {"axis": -3})

@@ -8,10 +8,10 @@ sets no limit. No weight is negative on the range, nor below it where the progra
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import (
     FAMILIES,
     MAX_DEGREE,
@@ -20,6 +20,7 @@ from fastgrad_compiler.approximation.polynomial import (
     PrecisionError,
     fit,
 )
+from fastgrad_compiler.runtime.monomials import rank
 
 MAX_RANK = 20_000  # a state of rank x (dv + 1) floats for each head: 5 MB at dv = 64
 MOST_EPS = 0.5
@@ -56,6 +57,16 @@ class Policy:
 def highest_degree(d: int, max_rank: int = MAX_RANK) -> int:
     """The highest degree that a polynomial may have at width d; 0 where there is none."""
     return max((g for g in range(1, MAX_DEGREE + 1) if rank(d, g) <= max_rank), default=0)
+
+
+def over_rank(d: int, degree: int, max_rank: int) -> str:
+    """What is wrong with a degree above the highest one."""
+    return f"degree {degree} at width {d} has rank {rank(d, degree):,}, over the limit of {max_rank:,}"
+
+
+def widest(degree: int, largest: int, below: int) -> int | None:
+    """The largest d less than `below` with a rank of at most `largest` at this degree; None where there is none."""
+    return bisect_right(range(1, max(below, 1)), largest, key=lambda d: rank(d, degree)) or None
 
 
 def fits(family: Family, bound: float, degrees: Iterable[int]) -> Iterator[Polynomial | PrecisionError]:

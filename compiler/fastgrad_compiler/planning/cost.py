@@ -22,10 +22,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar, Protocol
+from typing import ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.attention.value import Attention
+from fastgrad_compiler.runtime.monomials import rank
 
 LEAST_LENGTH = 128  # below it the calls take longer than what they compute, and exact attention is one call
 NEVER = 2**40  # a break-even length that no sequence has
@@ -135,30 +135,24 @@ def break_even(cost: Cost, shape: Shape, way: Way, *, least: int = LEAST_LENGTH)
 # ---------------------------------------------------------------- flops
 
 
-@dataclass(frozen=True, slots=True)
-class Flops:
-    """Floating-point operations of one attention, per head and batch element."""
+_Count = TypeVar("_Count", int, float)
 
-    forward: int
-    backward: int
+
+@dataclass(frozen=True)
+class Passes(Generic[_Count]):
+    """Floating-point operations of one attention, per head and batch element, or the time of one head."""
+
+    forward: _Count
+    backward: _Count
 
     @property
-    def total(self) -> int:
+    def total(self) -> _Count:
         """Forward and backward."""
         return self.forward + self.backward
 
 
-@dataclass(frozen=True, slots=True)
-class Time:
-    """Time of one head of one attention."""
-
-    forward: float
-    backward: float
-
-    @property
-    def total(self) -> float:
-        """Forward and backward."""
-        return self.forward + self.backward
+Flops: TypeAlias = Passes[int]
+Time: TypeAlias = Passes[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +185,8 @@ class Pace:
 
 
 EQUAL = Pace(1.0, 0)  # flops are compared as they are
-NATIVE = Pace(
-    1.8, 500
-)  # measured, rounded (docs/performance.md): 300 and 162 GFLOP/s, half of which at 500 keys
+# measured, rounded (docs/performance.md): 300 and 162 GFLOP/s, half of which at 500 keys
+NATIVE = Pace(1.8, 500)
 PACE = {"torch": EQUAL, "cpp": NATIVE, "triton": EQUAL, "auto": NATIVE}
 """By target; that of triton is not measured, and its kernels have a model of their own (`roofline`)."""
 

@@ -18,7 +18,6 @@ from typing import TypeAlias, cast
 
 from fastgrad_compiler.analysis.ranges import LogitRange
 from fastgrad_compiler.approximation.certificates import certificate
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
 from fastgrad_compiler.approximation.rounding import EXACT as UNROUNDED
 from fastgrad_compiler.approximation.rounding import (
@@ -33,10 +32,11 @@ from fastgrad_compiler.attention.kernel import spec_of
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.graph import Node
 from fastgrad_compiler.ir.words import number
-from fastgrad_compiler.planning.candidates import Policy, fits
+from fastgrad_compiler.planning.candidates import Policy, fits, over_rank
 from fastgrad_compiler.planning.cost import DOUBLE, EXACT, Shape, Way, shape_of
 from fastgrad_compiler.planning.settings import Settings
 from fastgrad_compiler.planning.target_cost import cost_of, target_break_even
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.targets import BACKENDS
 
 
@@ -58,20 +58,12 @@ class Caps:
     def missed(self, polynomial: Polynomial, rounded: Rounding = UNROUNDED) -> str:
         """The first cap that a polynomial misses, in words; empty where it meets all."""
         proved = certificate(polynomial.eps, polynomial.eps_prime, rounded)
+        share = "the {}'s certificate {{}} exceeds its share {{}} of the budget"
+        output, gradient = share.format("output"), share.format("gradient")
         for value, added, cap, what in (
             (polynomial.eps, rounded.weights, self.relative, "eps {} exceeds relative <= {}"),
-            (
-                proved.output,
-                proved.output_rounding,
-                self.output,
-                "the output's certificate {} exceeds its share {} of the budget",
-            ),
-            (
-                proved.score_gradient,
-                proved.score_rounding,
-                self.gradient,
-                "the gradient's certificate {} exceeds its share {} of the budget",
-            ),
+            (proved.output, proved.output_rounding, self.output, output),
+            (proved.score_gradient, proved.score_rounding, self.gradient, gradient),
         ):
             if cap is not None and value + added > cap:
                 note = f" with {number(added)} of rounding" if value <= cap else ""
@@ -158,15 +150,10 @@ class Case:
         spec = spec_of(served, self.d or 1, self.dv or 1, WIDEST_NEAR)
         return rounding(spec, self.sizes, polynomial.bound, self.reach, BACKENDS[self.target], Run())
 
-    @property
-    def causal(self) -> bool:
-        """Whether a query sees only the keys up to its own place."""
-        return self.attention.mask.causal
-
-    @property
-    def documents(self) -> bool:
-        """Whether a query sees only keys of its own document."""
-        return self.attention.mask.documents
+    def evaluated(self, polynomial: Polynomial) -> tuple[Evaluated, Evaluated]:
+        """A polynomial in either of PRECISIONS."""
+        single, double = (Evaluated(polynomial, each, self.rounding(polynomial, each)) for each in PRECISIONS)
+        return single, double
 
     @property
     def near(self) -> int | None:
@@ -248,7 +235,7 @@ def decide(case: Case) -> Outcome:
 def _blocked(case: Case) -> Outcome | None:
     """What rules a polynomial out before its degree is thought of."""
     attention, settings = case.attention, case.settings
-    asked = _kind(settings)
+    asked = settings.kind
     mask = attention.unservable
     if mask:
         text = f"a polynomial cannot serve the mask `{mask}`"
@@ -273,50 +260,40 @@ def _blocked(case: Case) -> Outcome | None:
     return None
 
 
-def _kind(settings: Settings) -> str:
-    return settings.asked.kind if settings.asked else ""
-
-
 def _pinned(case: Case, degree: int) -> Outcome:
     """The pinned degree, if it is a polynomial that can be trusted at all and meets an explicit `relative`."""
     family, bound = case.chosen_family, case.bound
-    found_rank = rank(case.d or 1, degree)
-    if found_rank > case.max_rank:
-        text = (
-            f"degree {degree} at width {case.d} has rank {found_rank:,}, over the limit of {case.max_rank:,}"
-        )
-        return Refusal("FG307", text, "degree")
+
+    def refused(code: str, text: str, polynomial: Polynomial | None = None) -> Refusal:
+        return Refusal(code, text, "degree", polynomial)
+
+    if rank(case.d or 1, degree) > case.max_rank:
+        return refused("FG307", over_rank(case.d or 1, degree, case.max_rank))
     try:
         polynomial = fit(family, degree, bound)
     except PrecisionError as error:
-        return Refusal("FG306", str(error), "degree")
+        return refused("FG306", str(error))
+    what = f"the {family} polynomial of degree {degree}"
     if not polynomial.positive:
-        text = f"the {family} polynomial of degree {degree} is not positive on [-{number(bound)}, {number(bound)}]"
-        return Refusal("FG304", text, "degree", polynomial)
+        text = f"{what} is not positive on [-{number(bound)}, {number(bound)}]"
+        return refused("FG304", text, polynomial)
     if not case.policy.is_positive(polynomial):
-        text = (
-            f"the {family} polynomial of degree {degree} is negative for logits below"
-            f" {number(polynomial.positive_from or 0.0)}, and |s| <= {number(bound)} is asserted, not proved"
-        )
-        return Refusal("FG304", text, "degree", polynomial)
+        least = number(polynomial.positive_from or 0.0)
+        known = f"|s| <= {number(bound)} is asserted, not proved"
+        return refused("FG304", f"{what} is negative for logits below {least}, and {known}", polynomial)
     if polynomial.eps >= 1:
-        text = (
-            f"with |s| <= {number(bound)} the {family} polynomial of degree {degree} has eps {number(polynomial.eps)}:"
-            " weights may be off by their own size"
-        )
-        return Refusal("FG306", text, "degree", polynomial)
+        found = f"with |s| <= {number(bound)} {what} has eps {number(polynomial.eps)}"
+        return refused("FG306", f"{found}: weights may be off by their own size", polynomial)
     if case.caps.relative is not None and polynomial.eps > case.caps.relative:
-        text = (
-            f"degree {degree} has eps {number(polynomial.eps)}, over relative <= {number(case.caps.relative)}"
-        )
-        return Refusal("FG305", text, "degree", polynomial)
+        found = f"degree {degree} has eps {number(polynomial.eps)}"
+        return refused("FG305", f"{found}, over relative <= {number(case.caps.relative)}", polynomial)
     evaluated = _evaluated(case, polynomial)
     lost = vanishing(polynomial, evaluated.rounding)
     if lost:
-        return Refusal("FG306", f"at degree {degree} {lost}", "degree", polynomial)
+        return refused("FG306", f"at degree {degree} {lost}", polynomial)
     relative = replace(case.caps, output=None, gradient=None).missed(polynomial, evaluated.rounding)
     if relative:
-        return Refusal("FG305", f"at degree {degree} {relative}", "degree", polynomial)
+        return refused("FG305", f"at degree {degree} {relative}", polynomial)
     missed = case.caps.missed(polynomial, evaluated.rounding)
     note = f"; {missed}: the report's measurement decides" if missed else ""
     return _polynomial(case, evaluated, f"degree {degree} is pinned by the budget{note}")
@@ -324,9 +301,7 @@ def _pinned(case: Case, degree: int) -> Outcome:
 
 def _evaluated(case: Case, polynomial: Polynomial) -> Evaluated:
     """In float32 where rounding adds less than the polynomial's own eps and misses no cap that float64 meets."""
-    single, double = (
-        Evaluated(polynomial, precision, case.rounding(polynomial, precision)) for precision in PRECISIONS
-    )
+    single, double = case.evaluated(polynomial)
     rules = single.rounding.weights > polynomial.eps
     missed = case.caps.missed(polynomial, single.rounding)
     return double if rules or (missed and not case.caps.missed(polynomial, double.rounding)) else single
@@ -351,7 +326,7 @@ def vanishing(polynomial: Polynomial, rounded: Rounding) -> str:
 def _planned(case: Case) -> Outcome:
     """The cheapest polynomial that meets the caps, or exact where none does or where that is cheaper."""
     evaluated, obstacle = search(case)
-    asked = _kind(case.settings)
+    asked = case.settings.kind
     if evaluated is None:
         return Refusal("FG310", obstacle, asked) if asked else Decision(f"no degree serves it: {obstacle}")
     degree = evaluated.polynomial.degree
@@ -393,11 +368,10 @@ def _candidate(case: Case, found: Polynomial | PrecisionError) -> tuple[Evaluate
     if not case.policy.is_positive(found):
         return None, ""
     missed = ""
-    for precision in PRECISIONS:
-        rounded = case.rounding(found, precision)
-        missed = case.caps.missed(found, rounded) or vanishing(found, rounded)
+    for evaluated in case.evaluated(found):
+        missed = case.caps.missed(found, evaluated.rounding) or vanishing(found, evaluated.rounding)
         if not missed:
-            return Evaluated(found, precision, rounded), ""
+            return evaluated, ""
     return None, f"at degree {found.degree} {missed}"
 
 
@@ -411,13 +385,8 @@ def _polynomial(case: Case, evaluated: Evaluated, why: str) -> Decision:
         why += f"; |s| <= {number(case.bound)} is asserted, not proved"
     if polynomial.positive_from is not None:
         why += f"; positive only for logits above {number(polynomial.positive_from)}"
-    return Decision(
-        why,
-        polynomial,
-        near if case.attention.near is None else None,
-        even,
-        precision=evaluated.precision,
-    )
+    own = near if case.attention.near is None else None
+    return Decision(why, polynomial, own, even, precision=evaluated.precision)
 
 
 def _cheaper_exact(case: Case, evaluated: Evaluated) -> str:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from fastgrad_compiler.approximation.features import rank, widest
 from fastgrad_compiler.attention.table import AttentionEntry
 from fastgrad_compiler.ir.graph import BudgetRule
-from fastgrad_compiler.planning.candidates import highest_degree
-from fastgrad_compiler.planning.refusal import places
-from fastgrad_compiler.planning.settings import settings_of
+from fastgrad_compiler.planning.candidates import highest_degree, over_rank
+from fastgrad_compiler.planning.refusal import named, narrower, places
+from fastgrad_compiler.planning.settings import Settings
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_grammar.diagnostics import Diagnostic
 
 
 def refuse_own(
-    entries: Iterable[AttentionEntry], rules: Sequence[BudgetRule], max_rank: int
+    entries: Iterable[AttentionEntry], settings: Mapping[str, Settings], max_rank: int
 ) -> list[Diagnostic]:
     """FG311 for rules that would change such an attention, FG307 where its rank is over the limit.
 
@@ -23,7 +23,7 @@ def refuse_own(
     asked: dict[BudgetRule, list[AttentionEntry]] = {}
     large: dict[tuple[str, str], list[AttentionEntry]] = {}
     for entry in entries:
-        rule = settings_of(entry.full_path, rules).asked
+        rule = settings[entry.full_path].asked
         if rule is not None:
             asked.setdefault(rule, []).append(entry)
         if entry.rank is not None and entry.rank > max_rank:
@@ -32,16 +32,11 @@ def refuse_own(
     return found + [_too_large(group, max_rank) for group in large.values()]
 
 
-def _named(group: Sequence[AttentionEntry]) -> str:
-    more = f" (and {len(group) - 1} more)" if len(group) > 1 else ""
-    return f'attention "{group[0].path}"{more}'
-
-
 def _fixed(rule: BudgetRule, group: Sequence[AttentionEntry]) -> Diagnostic:
     first = group[0]
     return Diagnostic(
         "FG311",
-        f"{_named(group)}: its weights are a polynomial of the model's own, which no budget changes",
+        f"{named(group)}: its weights are a polynomial of the model's own, which no budget changes",
         rule.span if rule.span is not None else first.node.span,
         f"`{rule.kind}` is for what a polynomial approximates",
         notes=tuple(places(first)),
@@ -57,17 +52,14 @@ def _too_large(group: Sequence[AttentionEntry], max_rank: int) -> Diagnostic:
     polynomial = first.attention.polynomial
     assert polynomial is not None
     d, degree = first.d or 1, polynomial.degree
-    text = f"degree {degree} at width {d} has rank {first.rank:,}, over the limit of {max_rank:,}"
-    help_ = []
-    width = widest(degree, max_rank, below=d)
-    if width is not None:
-        help_.append(f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}")
+    text = over_rank(d, degree, max_rank)
+    help_ = narrower(degree, max_rank, d)
     lower = min(degree - 1, highest_degree(d, max_rank)) // 2 * 2
     if lower:
         help_.append(f"a polynomial of degree {lower} has rank {rank(d, lower):,}")
     return Diagnostic(
         "FG307",
-        f"{_named(group)}: {text}",
+        f"{named(group)}: {text}",
         first.node.span,
         notes=tuple(places(first)[1:]),
         help=tuple(help_),

@@ -21,7 +21,7 @@ from fastgrad_compiler.approximation.polynomial import Family
 from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention_table
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.calls import graphs_with, in_runs, iterations
-from fastgrad_compiler.ir.flatten import Indices, path_of
+from fastgrad_compiler.ir.flatten import ROOT, Place
 from fastgrad_compiler.ir.graph import Budget, Graph, Node, Program
 from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_compiler.ir.words import number
@@ -60,26 +60,22 @@ def plan_attention(
         TfgError: FG301-FG311, for rules that are wrong in themselves or cannot be obeyed.
     """
     table = attention_table(program)
-    entries = tuple(entry for entry in table if not entry.attention.is_own)
-    budget = program.budget or Budget()
-    wrong = check_budget(budget, [(entry.path, entry.full_path) for entry in table])
-    if any(diagnostic.code == "FG303" for diagnostic in wrong):
-        raise TfgError(wrong)
-    settings = {entry.full_path: settings_of(entry.full_path, budget.rules) for entry in entries}
+    settings, wrong = _settings(program, table)
     assigned = assignment or {}
-    unread = {entry.full_path: (_UNREAD,) for entry in entries if not entry.runs}
-    entries = tuple(entry for entry in entries if entry.full_path not in {*assigned, *unread})
-    outcomes, cases = _decide_all(program, entries, settings, family, max_rank, target)
-    wrong += _refusals(entries, outcomes, cases)
-    wrong += refuse_own([entry for entry in table if entry.attention.is_own], budget.rules, max_rank)
+    others = [entry for entry in table if not entry.attention.is_own]
+    unread = {entry.full_path: (_UNREAD,) for entry in others if not entry.runs}
+    entries = [entry for entry in others if entry.full_path not in {*assigned, *unread}]
+    found = _decide_all(program, entries, settings, family, max_rank, target)
+    wrong += _refusals(entries, found)
+    wrong += refuse_own([entry for entry in table if entry.attention.is_own], settings, max_rank)
     if wrong:
         raise TfgError(wrong)
     decisions: dict[str, Sequence[Decision]] = dict(assigned)
-    decisions |= {path: (outcome,) for path, outcome in outcomes.items() if isinstance(outcome, Decision)}
+    decisions |= {path: (outcome,) for path, (outcome, _) in found.items() if isinstance(outcome, Decision)}
     for entry in table:
-        if found := decisions.get(entry.full_path):
-            case = case_of(program, entry, settings[entry.full_path], sharing=1, target=target)
-            decisions[entry.full_path] = tuple(with_gpu(each, case) for each in found)
+        if several := decisions.get(entry.full_path):
+            case = _case_of(program, entry, settings[entry.full_path], sharing=1, target=target)
+            decisions[entry.full_path] = tuple(with_gpu(each, case) for each in several)
     return _Specialiser(program, {**decisions, **unread}).program_of_decisions()
 
 
@@ -93,68 +89,76 @@ def shared_cases(program: Program, *, target: str = "auto") -> tuple[tuple[Atten
         TfgError: FG303, for values of the budget that are wrong in themselves.
     """
     table = attention_table(program)
-    entries = tuple(entry for entry in table if entry.runs and not entry.attention.is_own)
+    settings, _ = _settings(program, table)
+    entries = [entry for entry in table if entry.runs and not entry.attention.is_own]
+    found = _decide_all(program, entries, settings, "balanced", MAX_RANK, target)
+
+    def shared(entry: AttentionEntry) -> Case:
+        outcome, case = found[entry.full_path]
+        if _is_approximated(outcome):
+            return case
+        return _case_of(program, entry, case.settings, sharing=len(entries), target=target)
+
+    return tuple((entry, shared(entry)) for entry in entries)
+
+
+def _settings(
+    program: Program, table: Sequence[AttentionEntry]
+) -> tuple[dict[str, Settings], list[Diagnostic]]:
+    """The rules in force by full path, and what is wrong with rules; TfgError FG303 for values."""
     budget = program.budget or Budget()
     wrong = check_budget(budget, [(entry.path, entry.full_path) for entry in table])
     if any(diagnostic.code == "FG303" for diagnostic in wrong):
         raise TfgError(wrong)
-    settings = {entry.full_path: settings_of(entry.full_path, budget.rules) for entry in entries}
-    outcomes, cases = _decide_all(program, entries, settings, "balanced", MAX_RANK, target)
-    return tuple(
-        (
-            entry,
-            cases[entry.full_path]
-            if _is_approximated(outcomes[entry.full_path])
-            else case_of(program, entry, settings[entry.full_path], sharing=len(entries), target=target),
-        )
-        for entry in entries
-    )
+    return {entry.full_path: settings_of(entry.full_path, budget.rules) for entry in table}, wrong
+
+
+_Decided: TypeAlias = dict[str, tuple[Outcome, Case]]
 
 
 def _decide_all(
     program: Program,
-    entries: tuple[AttentionEntry, ...],
+    entries: Sequence[AttentionEntry],
     settings: Mapping[str, Settings],
     family: Family,
     max_rank: int,
     target: str,
-) -> tuple[dict[str, Outcome], dict[str, Case]]:
-    """Decisions with shares that fit their number: fewer approximated attentions, larger shares."""
-    budget = program.budget or Budget()
+) -> _Decided:
+    """By full path, with shares that fit the number of them: fewer approximated attentions, larger shares."""
 
-    def decided(sharing: int) -> tuple[dict[str, Outcome], dict[str, Case]]:
+    def decided(sharing: int) -> _Decided:
+        found: _Decided = {}
         known: dict[tuple[str, str, Settings], tuple[Outcome, Case]] = {}
         for entry in entries:
             key = (entry.graph, entry.node.name, settings[entry.full_path])
             if key not in known:
-                case = case_of(
+                case = _case_of(
                     program, entry, key[2], sharing=sharing, target=target, family=family, max_rank=max_rank
                 )
                 known[key] = decide(case), case
-        found = {e.full_path: known[(e.graph, e.node.name, settings[e.full_path])] for e in entries}
-        return {path: pair[0] for path, pair in found.items()}, {
-            path: pair[1] for path, pair in found.items()
-        }
+            found[entry.full_path] = known[key]
+        return found
 
     sharing = max(len(entries), 1)
-    outcomes, cases = decided(sharing)
-    while 0 < (served := _approximated(outcomes)) < sharing:
+    found = decided(sharing)
+    while 0 < (served := _approximated(found)) < sharing:
         larger = decided(served)
-        if _approximated(larger[0]) > served:
+        if _approximated(larger) > served:
             break
-        sharing, (outcomes, cases) = served, larger
-    return _with_shares(outcomes, budget, sharing), cases
+        sharing, found = served, larger
+    note = _note(program.budget or Budget(), sharing)
+    return {path: (_with_note(outcome, note), case) for path, (outcome, case) in found.items()}
 
 
-def _approximated(outcomes: Mapping[str, Outcome]) -> int:
-    return sum(map(_is_approximated, outcomes.values()))
+def _approximated(found: _Decided) -> int:
+    return sum(_is_approximated(outcome) for outcome, _ in found.values())
 
 
 def _is_approximated(outcome: Outcome) -> bool:
     return isinstance(outcome, Decision) and outcome.polynomial is not None
 
 
-def case_of(
+def _case_of(
     program: Program,
     entry: AttentionEntry,
     settings: Settings,
@@ -188,30 +192,28 @@ def case_of(
     )
 
 
-def _with_shares(outcomes: Mapping[str, Outcome], budget: Budget, sharing: int) -> dict[str, Outcome]:
-    """Polynomials say how the budget was shared out, and what that leaves open."""
-    limits = [f"{name} <= {number(limit)}" for name, limit in (("output", budget.output), ("gradient", budget.gradient))
-              if limit is not None]  # fmt: skip
-    if not limits:
-        return dict(outcomes)
-    shared = f"{' and '.join(limits)} shared equally by {sharing}, layer gains taken as 1"
-    note = f"; {shared}: the report measures the whole"
-    return {
-        path: replace(each, why=each.why + note) if isinstance(each, Decision) and each.polynomial else each
-        for path, each in outcomes.items()
-    }
+def _note(budget: Budget, sharing: int) -> str:
+    """How the budget was shared out among polynomials, and what that leaves open."""
+    limits = (("output", budget.output), ("gradient", budget.gradient))
+    told = " and ".join(f"{name} <= {number(limit)}" for name, limit in limits if limit is not None)
+    shared = f"{told} shared equally by {sharing}, layer gains taken as 1"
+    return f"; {shared}: the report measures the whole" if told else ""
 
 
-def _refusals(
-    entries: Iterable[AttentionEntry], outcomes: Mapping[str, Outcome], cases: Mapping[str, Case]
-) -> list[Diagnostic]:
+def _with_note(outcome: Outcome, note: str) -> Outcome:
+    if isinstance(outcome, Decision) and outcome.polynomial:
+        return replace(outcome, why=outcome.why + note)
+    return outcome
+
+
+def _refusals(entries: Iterable[AttentionEntry], found: _Decided) -> list[Diagnostic]:
     """One diagnostic for each distinct refusal, with the paths that it concerns."""
     grouped: dict[tuple[Refusal, Settings], list[AttentionEntry]] = {}
     for entry in entries:
-        outcome = outcomes[entry.full_path]
+        outcome, case = found[entry.full_path]
         if isinstance(outcome, Refusal):
-            grouped.setdefault((outcome, cases[entry.full_path].settings), []).append(entry)
-    return [diagnose(refusal, cases[group[0].full_path], group) for (refusal, _), group in grouped.items()]
+            grouped.setdefault((outcome, case.settings), []).append(entry)
+    return [diagnose(refusal, found[group[0].full_path][1], group) for (refusal, _), group in grouped.items()]
 
 
 # ---------------------------------------------------------------- decisions on nodes
@@ -231,7 +233,7 @@ class _Specialiser:
 
     def program_of_decisions(self) -> Program:
         """The program whose nodes hold the decisions; variants stand after the graph they were made from."""
-        self.variant(self.program.main, (), ())
+        self.variant(self.program.main, ROOT)
         graphs: list[Graph] = []
         for graph in self.program.graphs:
             variants = self._variants.get(graph.name, {graph.nodes: graph.name})
@@ -241,31 +243,26 @@ class _Specialiser:
             )
         return self.program.with_graphs(graphs)
 
-    def variant(self, name: str, scope: tuple[str, ...], indices: Indices) -> str:
-        """The graph to run in place of `name` when called at `scope`."""
+    def variant(self, name: str, place: Place) -> str:
+        """The graph to run for `name` at a place."""
         if name not in self._touched:
             return name
         graph = self.program[name]
-        nodes = tuple(each for node in graph.nodes for each in self._nodes(graph, node, scope, indices))
+        nodes = tuple(each for node in graph.nodes for each in self._nodes(graph, node, place))
         variants = self._variants.setdefault(name, {})
         if nodes not in variants:
             variants[nodes] = self._names.take(name) if variants else name
         return variants[nodes]
 
-    def _nodes(self, graph: Graph, node: Node, scope: tuple[str, ...], indices: Indices) -> tuple[Node, ...]:
+    def _nodes(self, graph: Graph, node: Node, place: Place) -> tuple[Node, ...]:
         if node.op == "attention":
-            decisions = self.decisions[path_of(scope, node.name, indices)]
-            return applied(graph, node, decisions, self.program.multiples)
-        return (self._node(node, scope, indices),)
-
-    def _node(self, node: Node, scope: tuple[str, ...], indices: Indices) -> Node:
+            return applied(graph, node, self.decisions[place.path(node.name)], self.program.multiples)
         if node.op == "call":
-            inner = (*scope, str(node["label"]), *map(str, indices))
-            return node.with_attributes(graph=self.variant(str(node["graph"]), inner, ()))
+            return (node.with_attributes(graph=self.variant(str(node["graph"]), place.called(node))),)
         if node.op == "repeat":
-            names = [self.variant(body, scope, (*indices, index)) for index, body in iterations(node)]
-            return node.with_attributes(bodies=in_runs(names)) if names else node
-        return node
+            names = [self.variant(body, place.repeated(index)) for index, body in iterations(node)]
+            return (node.with_attributes(bodies=in_runs(names)) if names else node,)
+        return (node,)
 
 
 def _outside(node: Node) -> Node:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 
-from fastgrad_compiler.approximation.features import rank, widest
 from fastgrad_compiler.approximation.polynomial import Polynomial
 from fastgrad_compiler.attention.table import LIBRARY, AttentionEntry
 from fastgrad_compiler.ir.graph import BudgetRule
 from fastgrad_compiler.ir.words import number
-from fastgrad_compiler.planning.candidates import USEFUL, fits, polynomials
+from fastgrad_compiler.planning.candidates import USEFUL, fits, polynomials, widest
 from fastgrad_compiler.planning.decision import Caps, Case, Refusal, search, with_bound
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_grammar.diagnostics import Diagnostic, Note
 
 _HALVINGS = 24  # of the interval in which the largest feasible bound is sought
@@ -20,18 +20,30 @@ _HALVINGS = 24  # of the interval in which the largest feasible bound is sought
 
 def diagnose(refusal: Refusal, case: Case, entries: Sequence[AttentionEntry]) -> Diagnostic:
     """The diagnostic of one refusal for all attentions that it concerns."""
-    paths = [entry.path for entry in entries]
     rule: BudgetRule | None = getattr(case.settings, refusal.rule, None)
-    more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
     notes = places(entries[0])
     if case.attention.range.bound is not None and refusal.code not in ("FG308", "FG309"):
         notes += _range(case)
     return Diagnostic(
         refusal.code,
-        f'attention "{paths[0]}"{more}: {refusal.message}',
+        f"{named(entries)}: {refusal.message}",
         rule.span if rule is not None and rule.span is not None else case.node.span,
         notes=tuple(notes),
-        help=(*_REMEDIES[refusal.code](refusal, case), f'leave it exact: at "{paths[0]}" exact'),
+        help=(*_REMEDIES[refusal.code](case), f'leave it exact: at "{entries[0].path}" exact'),
+    )
+
+
+def named(entries: Sequence[AttentionEntry]) -> str:
+    """Attentions that have something in common, in words."""
+    more = f" (and {len(entries) - 1} more)" if len(entries) > 1 else ""
+    return f'attention "{entries[0].path}"{more}'
+
+
+def narrower(degree: int, max_rank: int, d: int) -> list[str]:
+    """The width less than `d` at which the rank is within the limit, where there is one."""
+    width = widest(degree, max_rank, below=d)
+    return (
+        [] if width is None else [f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}"]
     )
 
 
@@ -52,7 +64,7 @@ def _range(case: Case) -> list[Note]:
     return [Note(line) for line in (f"|s| <= {number(case.bound)} is {word}", *known.proof)]
 
 
-def _unbounded(refusal: Refusal, case: Case) -> list[str]:
+def _unbounded(case: Case) -> list[str]:
     word = [] if case.certified else ["or assert a limit that you know: assume_bound(scores, R)"]
     return [
         "limit the logits: gain * (unit(q) @ unit(k).T) never exceeds the gain; std.attention(gain = 1.0) does it",
@@ -61,7 +73,7 @@ def _unbounded(refusal: Refusal, case: Case) -> list[str]:
     ]
 
 
-def _better_degree(refusal: Refusal, case: Case) -> list[str]:
+def _better_degree(case: Case) -> list[str]:
     """A higher degree, or a smaller range at the pinned one."""
     degree = _degree(case)
     caps = Caps(relative=case.caps.relative or USEFUL)
@@ -80,7 +92,7 @@ def _better_degree(refusal: Refusal, case: Case) -> list[str]:
     return remedies
 
 
-def _positive_degree(refusal: Refusal, case: Case) -> list[str]:
+def _positive_degree(case: Case) -> list[str]:
     """The next higher degree that is positive and says something, or a range on which the pinned one is."""
     degree = _degree(case) or 1
     remedies = []
@@ -94,14 +106,11 @@ def _positive_degree(refusal: Refusal, case: Case) -> list[str]:
     return remedies + _smaller_range(case, degree, lambda p: p.eps <= USEFUL)
 
 
-def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
+def _smaller_rank(case: Case) -> list[str]:
     degree = _degree(case)
     if degree is None:
         return []
-    remedies = []
-    width = widest(degree, case.max_rank, below=case.d or 1)
-    if width is not None:
-        remedies.append(f"a qk_dim of {width} has rank {rank(width, degree):,} at degree {degree}")
+    remedies = narrower(degree, case.max_rank, case.d or 1)
     lower = min(degree - 1, case.policy.highest_degree)
     polynomial = _fit(case, lower, case.bound) if lower else None
     if polynomial is not None and case.policy.is_positive(polynomial):
@@ -112,32 +121,17 @@ def _smaller_rank(refusal: Refusal, case: Case) -> list[str]:
     return remedies
 
 
-def _feasible(refusal: Refusal, case: Case) -> list[str]:
+def _feasible(case: Case) -> list[str]:
     """A smaller range or narrower heads, with which some degree meets all caps."""
     if case.d is None or case.dv is None:
         return ["declare the widths of heads as constants"]
     remedies = []
-    width = next((d for d in _halves(case.d) if search(replace(case, d=d))[0] is not None), None)
+    halves = [case.d >> shift for shift in range(1, case.d.bit_length())]
+    width = next((d for d in halves if search(replace(case, d=d))[0] is not None), None)
     if width is not None:
         remedies.append(f"a qk_dim of {width} affords a degree that meets the limits")
     largest = _largest(case.bound, lambda bound: search(with_bound(case, bound))[0] is not None)
     return remedies + _gain(case, largest, "meets the limits")
-
-
-def _halves(width: int) -> list[int]:
-    return [width >> shift for shift in range(1, width.bit_length())]
-
-
-def _near(refusal: Refusal, case: Case) -> list[str]:
-    return [
-        "remove this rule"
-        if case.attention.near is None
-        else "change the block of near_far in the model instead"
-    ]
-
-
-def _masked(refusal: Refusal, case: Case) -> list[str]:
-    return ["windows and alibi stay exact: remove the mask, or this rule"]
 
 
 def _smaller_range(case: Case, degree: int, suits: Callable[[Polynomial], bool]) -> list[str]:
@@ -173,13 +167,15 @@ def _degree(case: Case) -> int | None:
     return int(str(case.settings.degree.value)) if case.settings.degree else None
 
 
-_REMEDIES: dict[str, Callable[[Refusal, Case], list[str]]] = {
+_REMEDIES: dict[str, Callable[[Case], list[str]]] = {
     "FG301": _unbounded,
     "FG304": _positive_degree,
     "FG305": _better_degree,
     "FG306": _better_degree,
     "FG307": _smaller_rank,
-    "FG308": _near,
-    "FG309": _masked,
+    "FG308": lambda case: [
+        "change the block of near_far in the model instead" if case.attention.near else "remove this rule"
+    ],
+    "FG309": lambda case: ["windows and alibi stay exact: remove the mask, or this rule"],
     "FG310": _feasible,
 }

@@ -13,15 +13,14 @@ causal kernel visits half of the pairs; whole tiles on its diagonal are neglecte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from typing import ClassVar
 
 from fastgrad_compiler.approximation.elementary import added
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.planning import cost
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.runtime.triton_schedule import (
-    DEVICES,
     FLOAT32,
     LARGEST_D,
     LARGEST_DV,
@@ -34,28 +33,8 @@ from fastgrad_compiler.runtime.triton_schedule import (
     choose_schedule,
     kernel_time,
     modelled_time,
-    works,
 )
 from fastgrad_compiler.runtime.triton_tables import TILE, padded_rank
-
-__all__ = [
-    "DEVICES",
-    "Choice",
-    "Device",
-    "Roofline",
-    "Shape",
-    "Work",
-    "best",
-    "choose_chunk",
-    "choose_schedule",
-    "flash_time",
-    "flash_works",
-    "kernel_time",
-    "kernels",
-    "limit",
-    "shape_of",
-    "timed",
-]
 
 WIDTHS = (32, 64, 96, 128, 192, 256)  # head dimensions of FlashAttention-2's kernels
 FLASH_ROWS = 128  # queries of a program
@@ -112,22 +91,6 @@ def timed(device: Device, shape: Shape, schedule: str, chunk: int, tiles: Tiles 
     """A schedule with its modelled times."""
     forward, total = (modelled_time(device, shape, schedule, chunk, tiles, both) for both in (False, True))
     return Choice(schedule, None if schedule == "fused" else chunk, forward, total)
-
-
-def kernels(device: Device, shape: Shape, schedule: str, chunk: int) -> tuple[Work, ...]:
-    """The launches of both passes, in order."""
-    forward, backward = works(schedule, shape, chunk, TILES, device.cache)
-    return forward + backward
-
-
-def limit(work: Work, device: Device, dtype: str) -> str:
-    """What a kernel waits for by the model: "memory", "matrix" or "vector" units."""
-    only = {
-        "memory": replace(work, pair_flops=0, feature_flops=0, vector_flops=0),
-        "matrix": replace(work, bytes=0, vector_flops=0),
-        "vector": replace(work, bytes=0, pair_flops=0, feature_flops=0),
-    }
-    return max(only, key=lambda unit: kernel_time(only[unit], device, dtype))
 
 
 def flash_width(d: int, dv: int) -> int:

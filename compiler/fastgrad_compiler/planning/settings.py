@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from fastgrad_compiler.approximation.polynomial import FAMILIES, MAX_DEGREE
 from fastgrad_compiler.ir.graph import Budget, BudgetRule
@@ -25,6 +26,11 @@ class Settings:
     def asked(self) -> BudgetRule | None:
         """A rule that asks for a polynomial: what it says cannot be had from an exact attention."""
         return self.degree or self.near or self.family
+
+    @property
+    def kind(self) -> str:
+        """That of this rule; empty where there is none."""
+        return self.asked.kind if self.asked else ""
 
     def with_rule(self, rule: BudgetRule) -> Settings:
         """A later rule overrides: `exact` all that pins a rewrite, a pin `exact`, and each kind itself."""
@@ -71,28 +77,23 @@ def _pattern(rule: BudgetRule, paths: Sequence[tuple[str, str]]) -> Diagnostic |
         help_.append(f"the attentions are {_some(shown)}")
     else:
         help_.append("no attention was found in this model: an attention is softmax(scores) @ values")
-    return Diagnostic(
-        "FG302",
-        f'"{rule.pattern}" matches no attention',
-        rule.span,
-        "nothing has this path",
-        help=tuple(help_),
-    )
+    message = f'"{rule.pattern}" matches no attention'
+    return Diagnostic("FG302", message, rule.span, "nothing has this path", help=tuple(help_))
 
 
 def _some(paths: Sequence[str]) -> str:
     listed = [f'"{path}"' for path in paths]
-    return (
-        ", ".join(listed) if len(listed) <= 4 else f"{', '.join(listed[:2])} .. {listed[-1]} ({len(listed)})"
-    )
+    if len(listed) <= 4:
+        return ", ".join(listed)
+    return f"{', '.join(listed[:2])} .. {listed[-1]} ({len(listed)})"
 
 
-_VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "relative": (lambda x: _is_number(x) and 0 < float(str(x)) < 1, "a number between 0 and 1"),
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "relative": (lambda x: type(x) in (int, float) and 0 < x < 1, "a number between 0 and 1"),
     "exact": (lambda x: x is None, "nothing"),
-    "degree": (lambda x: _is_int(x) and 1 <= int(str(x)) <= MAX_DEGREE, f"an int from 1 to {MAX_DEGREE}"),
+    "degree": (lambda x: type(x) is int and 1 <= x <= MAX_DEGREE, f"an int from 1 to {MAX_DEGREE}"),
     "family": (lambda x: x in FAMILIES, f"one of {', '.join(FAMILIES)}"),
-    "near": (lambda x: _is_int(x) and int(str(x)) >= 1, "an int of at least 1"),
+    "near": (lambda x: type(x) is int and x >= 1, "an int of at least 1"),
 }
 
 
@@ -110,23 +111,12 @@ def _value(rule: BudgetRule) -> Diagnostic | None:
 
 
 def _limit(budget: Budget, name: str) -> Diagnostic | None:
-    value = getattr(budget, name)
-    if name == "near":
-        wrong, wanted = value is not None and value < 1, "an int of at least 1"
-    else:
-        wrong, wanted = value is not None and not value > 0, "a number above 0"
+    value, wanted = getattr(budget, name), "an int of at least 1" if name == "near" else "a number above 0"
+    wrong = value is not None and not value > 0
     return Diagnostic("FG303", f"{name} takes {wanted}, not {_shown(value)}", budget.span) if wrong else None
 
 
 def _shown(value: object) -> str:
-    return (
-        f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
-    )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_int(value) or isinstance(value, float)
+    if isinstance(value, str):
+        return f'"{value}"'
+    return f"{value:g}" if isinstance(value, float) else str(value)

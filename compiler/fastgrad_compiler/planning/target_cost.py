@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fastgrad_compiler.planning.cost import EQUAL, PACE, Cost, Shape, Way, break_even
-from fastgrad_compiler.planning.roofline import DEVICES, Roofline
+from fastgrad_compiler.planning.roofline import Roofline
+from fastgrad_compiler.runtime.triton_schedule import DEVICES
 
 GPU = Roofline(DEVICES["sm_90"])  # modelled, not measured
 ON_GPU: dict[str, Cost] = {"torch": EQUAL, "cpp": EQUAL, "triton": GPU, "auto": GPU}

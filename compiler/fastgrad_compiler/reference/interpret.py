@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TypeAlias
@@ -12,12 +12,10 @@ from torch import Tensor
 
 from fastgrad_compiler.ir.calls import backward_of, iterations
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.flatten import is_float, path_of
-from fastgrad_compiler.ir.flatten import weights as program_weights
-from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType
+from fastgrad_compiler.ir.flatten import ROOT, Place, is_float, packed, single
+from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, integer
 from fastgrad_compiler.reference.operations_torch import TORCH
-from fastgrad_compiler.reference.torch_env import Env, integer
-from fastgrad_compiler.runtime.initialise import INITIALISERS
+from fastgrad_compiler.reference.torch_env import Env
 
 Values: TypeAlias = "Tensor | tuple[Tensor, ...]"
 Attend: TypeAlias = Callable[[str, Node, list[Tensor]], Tensor]  # (full path, node, its inputs) -> result
@@ -41,7 +39,7 @@ def run(
     source = program[graph or program.main]
     state = _Run.start(program, source, _in_order(source, inputs), weights, dtype)
     state.attend = attend
-    return _pack(state.graph(source.name))
+    return packed(state.graph(source.name))
 
 
 def run_gradient(
@@ -64,38 +62,6 @@ def run_gradient(
     results = state.graph(source.name)
     names = [node.name for node in main.inputs if is_float(node.type)]
     return dict(zip(names, results, strict=True)), state.gradients
-
-
-def initial_weights(program: Program, seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Every weight and buffer by path, as its initialiser gives it.
-
-    One generator, seeded once, serves them in the order of `torch.nn.Module.named_parameters`: what a
-    module holds itself, then its children. Values are drawn in float32 and converted: every dtype starts
-    from the same ones.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    nodes = dict(program_weights(program))
-    result: dict[str, Tensor] = {}
-    for path in _parameter_order(nodes):
-        node = nodes[path]
-        kind, *arguments = node["init"] if isinstance(node["init"], tuple) else (node["init"],)
-        tensor = torch.empty(tuple(dim.evaluate({}) for dim in node.tensor.shape))
-        INITIALISERS[str(kind)](tensor, *arguments, generator=generator)
-        result[path] = tensor.to(_dtype(node.tensor, dtype or torch.get_default_dtype()))
-    return result
-
-
-def _parameter_order(paths: Mapping[str, Node]) -> Iterator[str]:
-    """Paths as a tree: leaves of a level in order of appearance, then its branches."""
-    branches: dict[str, dict[str, Node]] = {}
-    for path, node in paths.items():
-        head, dot, rest = path.partition(".")
-        if dot:
-            branches.setdefault(head, {})[rest] = node
-        else:
-            yield path
-    for head, inner in branches.items():
-        yield from (f"{head}.{rest}" for rest in _parameter_order(inner))
 
 
 # ---------------------------------------------------------------- inputs
@@ -190,47 +156,36 @@ class _Run:
         given = [_converted(t, node, floats) for t, node in zip(inputs, graph.inputs, strict=True)]
         return _Run(program, Env(dims, floats, device), given, weights)
 
-    def graph(
-        self,
-        name: str,
-        inputs: Sequence[Tensor] | None = None,
-        scope: tuple[str, ...] = (),
-        indices: tuple[int, ...] = (),
-    ) -> list[Tensor]:
-        """The results of a graph that is called at `scope`, inside repeats at `indices`."""
+    def graph(self, name: str, inputs: Sequence[Tensor] | None = None, place: Place = ROOT) -> list[Tensor]:
+        """The results of a graph that is run at a place."""
         graph = self.program[name]
         given = self.inputs if inputs is None else inputs
         values: dict[str, Values] = {node.name: t for node, t in zip(graph.inputs, given, strict=True)}
         for node in graph.nodes:
             if node.op != "input":
-                values[node.name] = self._node(
-                    node, [values[source] for source in node.inputs], scope, indices
-                )
-        return [_one(values[output]) for output in graph.outputs]
+                values[node.name] = self._node(node, [values[source] for source in node.inputs], place)
+        return [single(values[output]) for output in graph.outputs]
 
-    def _node(
-        self, node: Node, inputs: list[Values], scope: tuple[str, ...], indices: tuple[int, ...]
-    ) -> Values:
+    def _node(self, node: Node, inputs: list[Values], place: Place) -> Values:
         if node.op == "item":
             return _item(node, inputs[0])
-        tensors = [_one(value) for value in inputs]
+        tensors = [single(value) for value in inputs]
         match node.op:
             case "weight" | "buffer":
-                return self._weight(node, path_of(scope, str(node["label"]), indices))
+                return self._weight(node, place.path(str(node["label"])))
             case "call":
-                inner = (*scope, str(node["label"]), *map(str, indices))
-                return _pack(self.graph(str(node["graph"]), tensors, inner))
+                return packed(self.graph(str(node["graph"]), tensors, place.called(node)))
             case "repeat":
-                return _pack(self._repeat(node, tensors, scope, indices)[-1])
+                return packed(self._repeat(node, tensors, place)[-1])
             case "repeat_backward":
-                return _pack(self._repeat_backward(node, tensors, scope, indices))
+                return packed(self._repeat_backward(node, tensors, place))
             case "weight_gradient":
-                path = path_of(scope, str(node["label"]), indices)
+                path = place.path(str(node["label"]))
                 known = self.gradients.get(path)
                 self.gradients[path] = tensors[0] if known is None else known + tensors[0]
                 return tensors[0]
         if node.op == "attention" and self.attend is not None:
-            return self.attend(path_of(scope, node.name, indices), node, tensors)
+            return self.attend(place.path(node.name), node, tensors)
         return TORCH[node.op](node, tensors, self.env)
 
     def _weight(self, node: Node, path: str) -> Tensor:
@@ -241,29 +196,25 @@ class _Run:
             raise ValueError(f"weight {path} is {node.tensor}, not of shape {tuple(weight.shape)}")
         return _converted(weight, node, self.env.dtype)
 
-    def _repeat(
-        self, node: Node, inputs: list[Tensor], scope: tuple[str, ...], indices: tuple[int, ...]
-    ) -> list[list[Tensor]]:
+    def _repeat(self, node: Node, inputs: list[Tensor], place: Place) -> list[list[Tensor]]:
         """The carried values before each iteration and after the last one."""
         carried = integer(node["carried"])
         states = [inputs[:carried]]
         for index, body in iterations(node):
-            states.append(self.graph(body, [*states[-1], *inputs[carried:]], scope, (*indices, index)))
+            states.append(self.graph(body, [*states[-1], *inputs[carried:]], place.repeated(index)))
         return states
 
-    def _repeat_backward(
-        self, node: Node, inputs: list[Tensor], scope: tuple[str, ...], indices: tuple[int, ...]
-    ) -> list[Tensor]:
+    def _repeat_backward(self, node: Node, inputs: list[Tensor], place: Place) -> list[Tensor]:
         """Forward, keeping the carried values; then backward in reverse, invariants' cotangents summed."""
         carried, backward = integer(node["carried"]), backward_of(node)
         bodies = list(iterations(node))
         count = len(self.program[bodies[0][1]].inputs)
-        states = self._repeat(node, inputs[:count], scope, indices)
+        states = self._repeat(node, inputs[:count], place)
         cotangents, kept = inputs[count:], sum(t.is_floating_point() for t in inputs[:carried])
         sums = [torch.zeros_like(t) for t in inputs[carried:count] if t.is_floating_point()]
         for (index, body), state in zip(reversed(bodies), states[-2::-1], strict=True):
             given = [*state, *inputs[carried:count], *cotangents]
-            results = self.graph(backward[body], given, scope, (*indices, index))
+            results = self.graph(backward[body], given, place.repeated(index))
             cotangents = results[:kept]
             sums = [total + more for total, more in zip(sums, results[kept:], strict=True)]
         return [*cotangents, *sums]
@@ -273,13 +224,3 @@ def _item(node: Node, value: Values) -> Tensor:
     if isinstance(value, Tensor):
         return value
     return value[integer(node["index"])]
-
-
-def _one(value: Values) -> Tensor:
-    if isinstance(value, tuple):
-        raise ValueError(f"a tuple of {len(value)} results is read as one tensor")
-    return value
-
-
-def _pack(values: Sequence[Tensor]) -> Values:
-    return values[0] if len(values) == 1 else tuple(values)

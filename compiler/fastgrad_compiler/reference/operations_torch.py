@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastgrad_compiler.attention.value import Mask
-from fastgrad_compiler.ir.graph import Attribute, Node
+from fastgrad_compiler.ir.graph import Node, integer, number, sequence
 from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.ops import ARITHMETIC, FUNCTIONS
 from fastgrad_compiler.reference.attention_torch import (
     alibi,
     attention,
@@ -35,7 +36,7 @@ from fastgrad_compiler.reference.attention_torch import (
     softmax,
     visible_pairs,
 )
-from fastgrad_compiler.reference.torch_env import Env, Rule, integer, number, sequence
+from fastgrad_compiler.reference.torch_env import Env, Rule
 
 # ---------------------------------------------------------------- structure and shape
 
@@ -119,13 +120,9 @@ def _truncated(x: Tensor) -> Tensor:
 
 
 def _clamp(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
-    low, high = (None if node[key] is None else _limit(inputs[0], node[key]) for key in ("low", "high"))
+    limit = number if inputs[0].is_floating_point() else integer
+    low, high = (None if node[key] is None else limit(node[key]) for key in ("low", "high"))
     return inputs[0].clamp(low, high)
-
-
-def _limit(x: Tensor, value: Attribute) -> float:
-    """A limit of a clamp, an int for ints."""
-    return number(value) if x.is_floating_point() else integer(value)
 
 
 def _reduce(function: Callable[..., Tensor]) -> Rule:
@@ -182,10 +179,6 @@ def _sinusoid(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).to(env.dtype)
 
 
-def _alibi(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
-    return inputs[0] + alibi(inputs[0])
-
-
 def _masked(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     scores, *operands = inputs
     mask = Mask.of(node)
@@ -235,6 +228,8 @@ def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Rule:
     return lambda node, inputs, env: function(inputs[0], inputs[1])
 
 
+_OF_NETWORKS = {"gelu", "silu", "softplus"}
+
 TORCH: dict[str, Rule] = {
     "constant": _constant,
     "fill": _fill,
@@ -256,33 +251,20 @@ TORCH: dict[str, Rule] = {
     "embedding_gradient": _embedding_gradient,
     "arange": lambda node, inputs, env: torch.arange(env.size(node["stop"]), device=env.device),
     "one_hot": _one_hot,
-    "add": _binary(torch.add),
-    "sub": _binary(torch.sub),
-    "mul": _binary(torch.mul),
+    **{
+        name: _unary(getattr(torch, name))
+        for name in {*FUNCTIONS, "neg", "abs", "logical_not"} - _OF_NETWORKS
+    },
+    **{name: _unary(getattr(functional, name)) for name in _OF_NETWORKS},
+    **{name: _binary(getattr(torch, name)) for name in (*ARITHMETIC, "matmul")},
     "div": _div,
-    "minimum": _binary(torch.minimum),
-    "maximum": _binary(torch.maximum),
-    "neg": _unary(torch.neg),
-    "exp": _unary(torch.exp),
-    "log": _unary(torch.log),
-    "sqrt": _unary(torch.sqrt),
-    "rsqrt": _unary(torch.rsqrt),
-    "tanh": _unary(torch.tanh),
-    "sigmoid": _unary(torch.sigmoid),
-    "relu": _unary(torch.relu),
-    "gelu": _unary(functional.gelu),
-    "silu": _unary(functional.silu),
     "softplus": _unary(lambda x: functional.softplus(x, threshold=40.0)),
-    "abs": _unary(torch.abs),
-    "erf": _unary(torch.erf),
-    "logical_not": _unary(torch.logical_not),
     "less": _binary(torch.lt),
     "less_equal": _binary(torch.le),
     "equal": _binary(torch.eq),
     "cast": _cast,
     "clamp": _clamp,
     "where": lambda node, inputs, env: torch.where(*inputs),
-    "matmul": _binary(torch.matmul),
     "sum": _reduce(torch.sum),
     "mean": _reduce(torch.mean),
     "amax": _reduce(torch.amax),
@@ -298,7 +280,7 @@ TORCH: dict[str, Rule] = {
     "assume_bound": lambda node, inputs, env: inputs[0],
     "rotary": _rotary,
     "sinusoid": _sinusoid,
-    "alibi": _alibi,
+    "alibi": lambda node, inputs, env: inputs[0] + alibi(inputs[0]),
     "dropout": lambda node, inputs, env: inputs[0],
     "cross_entropy": _cross_entropy,
     "mse": lambda node, inputs, env: (inputs[0] - inputs[1]).square().mean(),

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastgrad_compiler.ir.calls import iterations
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.flatten import path_of
+from fastgrad_compiler.ir.flatten import ROOT, Place
 from fastgrad_compiler.ir.graph import Graph, Node, Program
 from fastgrad_compiler.reference.oracle_attention import Array
 from fastgrad_compiler.reference.oracle_operations import DECLINED, KINDS, MEANING, Rule, Sizes, integer
@@ -99,55 +99,40 @@ class Run:
     watch: Watch | None = None
     meaning: Mapping[str, Rule] = field(default_factory=lambda: MEANING)
 
-    def graph(
-        self,
-        name: str,
-        inputs: Sequence[Array],
-        scope: tuple[str, ...] = (),
-        indices: tuple[int, ...] = (),
-    ) -> tuple[Array, ...]:
-        """The results of a graph that is called at `scope`, inside repeats at `indices`."""
+    def graph(self, name: str, inputs: Sequence[Array], place: Place = ROOT) -> tuple[Array, ...]:
+        """The results of a graph that is run at a place."""
         graph = self.program[name]
         values: dict[str, Values] = {}
         for node, value in zip(graph.inputs, inputs, strict=True):
             values[node.name] = value
-            self._tell(node, value, scope, indices)
+            self._tell(node, value, place)
         for node in graph.nodes:
             if node.op != "input":
                 given = [values[source] for source in node.inputs]
-                values[node.name] = self.node(node, given, scope, indices)
+                values[node.name] = self.node(node, given, place)
         return tuple(_one(values[output]) for output in graph.outputs)
 
-    def node(
-        self,
-        node: Node,
-        inputs: Sequence[Values],
-        scope: tuple[str, ...] = (),
-        indices: tuple[int, ...] = (),
-    ) -> Values:
+    def node(self, node: Node, inputs: Sequence[Values], place: Place = ROOT) -> Values:
         """The value of a node other than an input, from those of its operands."""
-        result = self._value(node, inputs, scope, indices)
-        self._tell(node, result, scope, indices)
+        result = self._value(node, inputs, place)
+        self._tell(node, result, place)
         return result
 
-    def _tell(self, node: Node, value: Values, scope: tuple[str, ...], indices: tuple[int, ...]) -> None:
+    def _tell(self, node: Node, value: Values, place: Place) -> None:
         if self.watch is not None and not isinstance(value, tuple):
-            self.watch(path_of(scope, node.name, indices), node, value)
+            self.watch(place.path(node.name), node, value)
 
-    def _value(
-        self, node: Node, inputs: Sequence[Values], scope: tuple[str, ...], indices: tuple[int, ...]
-    ) -> Values:
+    def _value(self, node: Node, inputs: Sequence[Values], place: Place) -> Values:
         if node.op == "item":
             (results,) = inputs
             return results[integer(node["index"])] if isinstance(results, tuple) else results
         given = [_one(value) for value in inputs]
         if node.op in ("weight", "buffer"):
-            return self._weight(node, path_of(scope, str(node["label"]), indices))
+            return self._weight(node, place.path(str(node["label"])))
         if node.op == "call":
-            inner = (*scope, str(node["label"]), *map(str, indices))
-            return _pack(self.graph(str(node["graph"]), given, inner))
+            return _pack(self.graph(str(node["graph"]), given, place.called(node)))
         if node.op == "repeat":
-            return _pack(self._repeat(node, given, scope, indices))
+            return _pack(self._repeat(node, given, place))
         if node.op in DECLINED:
             raise NotImplementedError(f"{node.op} {DECLINED[node.op]}")
         return np.asarray(self.meaning[node.op](node, given, self.sizes))  # numpy makes scalars of rank 0
@@ -157,13 +142,11 @@ class Run:
             raise ValueError(f"there is no weight {path}")
         return _declared(np.asarray(self.weights[path]), node, f"weight {path}", self.sizes)
 
-    def _repeat(
-        self, node: Node, inputs: list[Array], scope: tuple[str, ...], indices: tuple[int, ...]
-    ) -> tuple[Array, ...]:
+    def _repeat(self, node: Node, inputs: list[Array], place: Place) -> tuple[Array, ...]:
         carried = integer(node["carried"])
         state, invariants = tuple(inputs[:carried]), inputs[carried:]
         for index, body in iterations(node):
-            state = self.graph(body, [*state, *invariants], scope, (*indices, index))
+            state = self.graph(body, [*state, *invariants], place.repeated(index))
         return state
 
 

@@ -76,14 +76,6 @@ def _fill(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     return np.full(_shape(node["shape"], sizes), _number(node["value"]), np.float64)
 
 
-def _literal(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
-    return np.asarray(node["values"], np.float64)
-
-
-def _arange(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
-    return np.arange(_size(node["stop"], sizes), dtype=np.int64)
-
-
 def _sinusoid(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     length, width = _size(node["length"], sizes), _size(node["width"], sizes)
     columns = np.arange(width)
@@ -92,10 +84,6 @@ def _sinusoid(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
 
 
 # ---------------------------------------------------------------- shape
-
-
-def _reshape(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
-    return inputs[0].reshape(_shape(node["shape"], sizes))
 
 
 def _permute(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
@@ -111,18 +99,6 @@ def _split_heads(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
 def _merge_heads(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     (x,) = inputs
     return np.concatenate([x[..., head, :, :] for head in range(x.shape[-3])], axis=-1)
-
-
-def _repeat_heads(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
-    return np.repeat(inputs[0], _size(node["times"], sizes), axis=-3)
-
-
-def _concat(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
-    return np.concatenate(inputs, axis=integer(node["axis"]))
-
-
-def _stack(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
-    return np.stack(inputs, axis=integer(node["axis"]))
 
 
 def _slice(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
@@ -157,10 +133,6 @@ def _patches(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
         raise ValueError(f"an image of {height} x {width} in patches of {size}")
     corners = [(i, j) for i in range(0, height, size) for j in range(0, width, size)]
     return np.stack([x[:, :, i : i + size, j : j + size].reshape(batch, -1) for i, j in corners], axis=1)
-
-
-def _broadcast_to(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
-    return np.broadcast_to(inputs[0], _shape(node["shape"], sizes))
 
 
 def _sum_to(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
@@ -239,10 +211,6 @@ def _clamp(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     return x
 
 
-def _where(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
-    return np.where(inputs[0], inputs[1], inputs[2])
-
-
 # ---------------------------------------------------------------- over axes
 
 
@@ -258,10 +226,6 @@ def _mean(x: Array, axis: tuple[int, ...] | None = None, keepdims: bool = False)
     """0 / 0 of nothing."""
     total = np.asarray(x.sum(axis=axis, keepdims=keepdims))
     return np.asarray(total / (x.size / total.size if total.size and x.size else 0.0))
-
-
-def _softmax(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
-    return pairs.softmax(inputs[0], integer(node["axis"]))
 
 
 def _over_root_mean_square(x: Array, eps: Attribute) -> Array:
@@ -295,10 +259,6 @@ def _cross_entropy(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     top = logits.max(axis=-1, keepdims=True)
     total = np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]
     return _mean(total - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0])
-
-
-def _mse(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
-    return _mean((inputs[0] - inputs[1]) ** 2)
 
 
 # ---------------------------------------------------------------- positions and masks
@@ -336,23 +296,23 @@ def _polynomial(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
 MEANING: dict[str, Rule] = {
     "constant": _constant,
     "fill": _fill,
-    "literal": _literal,
-    "reshape": _reshape,
+    "literal": lambda node, inputs, sizes: np.asarray(node["values"], np.float64),
+    "reshape": lambda node, inputs, sizes: inputs[0].reshape(_shape(node["shape"], sizes)),
     "permute": _permute,
     "split_heads": _split_heads,
     "merge_heads": _merge_heads,
-    "repeat_heads": _repeat_heads,
-    "concat": _concat,
-    "stack": _stack,
+    "repeat_heads": lambda node, inputs, sizes: np.repeat(inputs[0], _size(node["times"], sizes), axis=-3),
+    "concat": lambda node, inputs, sizes: np.concatenate(inputs, axis=integer(node["axis"])),
+    "stack": lambda node, inputs, sizes: np.stack(inputs, axis=integer(node["axis"])),
     "slice": _slice,
     "select": _select,
     "pad": _pad,
     "patches": _patches,
-    "broadcast_to": _broadcast_to,
+    "broadcast_to": lambda node, inputs, sizes: np.broadcast_to(inputs[0], _shape(node["shape"], sizes)),
     "sum_to": _sum_to,
     "embedding": _embedding,
     "embedding_gradient": _embedding_gradient,
-    "arange": _arange,
+    "arange": lambda node, inputs, sizes: np.arange(_size(node["stop"], sizes), dtype=np.int64),
     "one_hot": _one_hot,
     "add": _binary(np.add),
     "sub": _binary(np.subtract),
@@ -379,12 +339,12 @@ MEANING: dict[str, Rule] = {
     "equal": _binary(np.equal),
     "cast": _cast,
     "clamp": _clamp,
-    "where": _where,
+    "where": lambda node, inputs, sizes: np.where(inputs[0], inputs[1], inputs[2]),
     "matmul": _binary(np.matmul),
     "sum": _over(np.sum),
     "mean": _over(_mean),
     "amax": _over(np.max),
-    "softmax": _softmax,
+    "softmax": lambda node, inputs, sizes: pairs.softmax(inputs[0], integer(node["axis"])),
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "unit": _unit,
@@ -404,7 +364,7 @@ MEANING: dict[str, Rule] = {
     "sinusoid": _sinusoid,
     "dropout": _unary(lambda x: x),
     "cross_entropy": _cross_entropy,
-    "mse": _mse,
+    "mse": lambda node, inputs, sizes: _mean((inputs[0] - inputs[1]) ** 2),
     "attention": lambda node, inputs, sizes: pairs.attention(node, inputs),
     "poly_attention": lambda node, inputs, sizes: pairs.poly_attention(node, inputs),
 }

@@ -1,4 +1,4 @@
-"""What a rule of `operations_torch.py` gets beside tensors, and attributes as the types that rules want."""
+"""What a rule of `operations_torch.py` gets beside tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute, Node
+from fastgrad_compiler.ir.graph import Attribute, Node, integer, sequence
 
 
 @dataclass(frozen=True)
@@ -33,24 +33,3 @@ class Env:
 
 
 Rule: TypeAlias = Callable[[Node, list[Tensor], Env], "Tensor | tuple[Tensor, ...]"]
-
-
-def integer(value: Attribute) -> int:
-    """The attribute as an int; TypeError where it is none."""
-    if not isinstance(value, int):
-        raise TypeError(f"{value!r} is not an integer")
-    return value
-
-
-def number(value: Attribute) -> float:
-    """The attribute as a float; TypeError if it is not a number."""
-    if not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is not a number")
-    return float(value)
-
-
-def sequence(value: Attribute) -> tuple[Attribute, ...]:
-    """The attribute as a tuple; TypeError where it is none."""
-    if not isinstance(value, tuple):
-        raise TypeError(f"{value!r} is not a tuple")
-    return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, Type
 from fastgrad_compiler.validation.structure import Correspondence
@@ -83,10 +84,7 @@ def _is_opaque(graph: Graph, node: Node) -> bool:
 def _is_large_weight(node: Node) -> bool:
     if node.op != "weight" or not isinstance(node.type, TensorType):
         return False
-    entries = 1
-    for dim in node.type.shape:
-        entries *= dim.constant or 1
-    return entries > LARGE
+    return prod(dim.constant or 1 for dim in node.type.shape) > LARGE
 
 
 def _as_input(node: Node, type_: Type | None, key: str) -> Node:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fastgrad_compiler.ir.graph import Graph, Node, Program
+from fastgrad_compiler.ir.graph import Graph, Node, Program, integer
 from fastgrad_compiler.reference.oracle import Run, Values
 from fastgrad_compiler.reference.oracle_attention import Array
 from fastgrad_compiler.reference.oracle_operations import MEANING, Rule
@@ -143,7 +143,7 @@ _TOTAL: Mapping[str, Rule] = {
     **MEANING,
     "embedding": _wrapped("embedding", 1, lambda node, inputs: len(inputs[0])),
     "cross_entropy": _wrapped("cross_entropy", 1, lambda node, inputs: inputs[0].shape[-1]),
-    "one_hot": _wrapped("one_hot", 0, lambda node, inputs: int(str(node["classes"]))),
+    "one_hot": _wrapped("one_hot", 0, lambda node, inputs: integer(node["classes"])),
 }
 
 

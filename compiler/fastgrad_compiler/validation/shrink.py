@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType, Type
@@ -111,13 +112,10 @@ def _entries(node: Node, case: Case) -> int:
     """The entries of a node's value, 0 where they are not known."""
     if not isinstance(node.type, TensorType):
         return 0
-    entries = 1
-    for dim in node.type.shape:
-        try:
-            entries *= dim.evaluate(case.sizes)
-        except ValueError:
-            return 0
-    return entries
+    try:
+        return prod(dim.evaluate(case.sizes) for dim in node.type.shape)
+    except ValueError:
+        return 0
 
 
 def _lengths(graphs: tuple[Graph, Graph], case: Case) -> list[int]:

@@ -78,13 +78,10 @@ def _signature(graph: Graph) -> tuple[tuple[str, ...], int]:
 
 
 def _alike(old: Node, new: Node) -> bool:
-    if (old.op, len(old.inputs)) != (new.op, len(new.inputs)):
-        return False
     if old.op in ("weight", "buffer") and old.type != new.type:
         return False
-    if len(_run(old)) != len(_run(new)):
-        return False
-    return _meaning(old) == _meaning(new)
+    one, other = ((each.op, len(each.inputs), len(_run(each)), _meaning(each)) for each in (old, new))
+    return one == other
 
 
 def _meaning(node: Node) -> dict[str, object]:

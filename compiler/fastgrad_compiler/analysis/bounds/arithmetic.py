@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from math import inf, isinf, nextafter, trunc
 from typing import TypeAlias
 
@@ -29,6 +30,7 @@ from fastgrad_compiler.analysis.bounds.outward import (
 )
 from fastgrad_compiler.analysis.bounds.step import Rule, Step
 from fastgrad_compiler.approximation.elementary import erf, exp, log, log1p, tanh
+from fastgrad_compiler.ir.graph import number, sequence
 from fastgrad_compiler.ir.ops import limits
 
 _LARGEST_EXPONENT = 700.0
@@ -53,10 +55,6 @@ def _pairwise(step: Step, low: float, high: float, combine: Combine) -> Fact:
 
 def _negated(fact: Fact) -> Fact:
     return replace(fact, low=-fact.high, high=-fact.low)
-
-
-def _add(step: Step) -> Fact:
-    return _pairwise(step, *added(*step.facts), add_up)
 
 
 def _sub(step: Step) -> Fact:
@@ -90,33 +88,18 @@ def _div(step: Step) -> Fact:
     low, high = product(left, Fact(over_down(1.0, right.high), over_up(1.0, right.low), ()))
     if left.masked:
         return _scaled_mask(step, low, high)
-    most = over_up(1.0, min(abs(right.low), abs(right.high)))
+    most = over_up(1.0, right.least_magnitude)
     return Fact(low, high, tuple(times_up(norm, most) for norm in _spread_all(step)[0]))
 
 
-def _minimum(step: Step) -> Fact:
-    left, right = step.facts
-    return _pairwise(step, min(left.low, right.low), min(left.high, right.high), root_sum_up)
+def _either(lowest: Combine, highest: Combine) -> Rule:
+    """Each entry is one of the last two inputs'."""
 
+    def rule(step: Step) -> Fact:
+        left, right = step.facts[-2:]
+        return _pairwise(step, lowest(left.low, right.low), highest(left.high, right.high), root_sum_up)
 
-def _maximum(step: Step) -> Fact:
-    left, right = step.facts
-    return _pairwise(step, max(left.low, right.low), max(left.high, right.high), root_sum_up)
-
-
-def _where(step: Step) -> Fact:
-    _, left, right = step.facts
-    return _pairwise(step, min(left.low, right.low), max(left.high, right.high), root_sum_up)
-
-
-def _neg(step: Step) -> Fact:
-    return _negated(step.facts[0])
-
-
-def _abs(step: Step) -> Fact:
-    fact = step.facts[0]
-    least = 0.0 if fact.low <= 0 <= fact.high else min(abs(fact.low), abs(fact.high))
-    return replace(fact, low=least, high=fact.magnitude)
+    return rule
 
 
 # ---------------------------------------------------------------- functions
@@ -138,7 +121,7 @@ def _increasing(
     """
 
     def rule(step: Step) -> Fact:
-        fact = step.facts[0]
+        fact = step.fact
         low, high = function(fact.low), function(fact.high)
         if not (isinf(fact.low) or (fact.low == 0 and low == 0)):
             low = max(_below(low), least)
@@ -154,16 +137,11 @@ def _shrinking(least: float) -> Rule:
     """gelu and silu: |f(x)| <= |x|, f(x) <= max(x, 0), and f is never below `least`."""
 
     def rule(step: Step) -> Fact:
-        fact = step.facts[0]
+        fact = step.fact
         low = 0.0 if fact.low >= 0 else max(least, fact.low)
         return replace(fact, low=low, high=max(fact.high, 0.0))
 
     return rule
-
-
-def _relu(step: Step) -> Fact:
-    fact = step.facts[0]
-    return replace(fact, low=max(fact.low, 0.0), high=max(fact.high, 0.0))
 
 
 def _sigmoid_of(x: float) -> float:
@@ -176,7 +154,7 @@ def _softplus_of(x: float) -> float:
 
 def _exp(step: Step) -> Fact:
     """What a mask hides becomes 0."""
-    fact = step.facts[0]
+    fact = step.fact
     low = 0.0 if fact.masked else max(_below(exp(min(fact.low, _LARGEST_EXPONENT))), 0.0)
     high = inf if fact.high > _LARGEST_EXPONENT else -_below(-exp(fact.high))
     return interval(low, high, step.rank)
@@ -184,13 +162,11 @@ def _exp(step: Step) -> Fact:
 
 def _polynomial(step: Step) -> Fact:
     """Interval arithmetic of the terms c_j x^j; even powers are not negative. -inf has the value 0."""
-    coefficients, fact = step.node["coefficients"], step.facts[0]
-    low = high = 0.0
-    for power, c in enumerate(coefficients if isinstance(coefficients, tuple) else ()):
-        number = float(str(c))
+    fact, low, high = step.fact, 0.0, 0.0
+    for power, c in enumerate(map(number, sequence(step.node["coefficients"]))):
         least, most = _power(fact, power)
-        low = add_down(low, min(times_down(number, least), times_down(number, most)))
-        high = add_up(high, max(times_up(number, least), times_up(number, most)))
+        low = add_down(low, min(times_down(c, least), times_down(c, most)))
+        high = add_up(high, max(times_up(c, least), times_up(c, most)))
     if fact.low == -inf:
         low, high = min(low, 0.0), max(high, 0.0)
     return interval(low, high, step.rank)
@@ -199,31 +175,19 @@ def _polynomial(step: Step) -> Fact:
 def _power(fact: Fact, power: int) -> tuple[float, float]:
     """The interval of x^power."""
     if power % 2:
-        return -_size_up(-fact.low, power) if fact.low < 0 else _size_down(fact.low, power), (
-            _size_up(fact.high, power) if fact.high > 0 else -_size_down(-fact.high, power)
-        )
-    nearest = 0.0 if fact.low <= 0 <= fact.high else min(abs(fact.low), abs(fact.high))
-    return _size_down(nearest, power), _size_up(fact.magnitude, power)
+        low = -_size(times_up, -fact.low, power) if fact.low < 0 else _size(times_down, fact.low, power)
+        high = _size(times_up, fact.high, power) if fact.high > 0 else -_size(times_down, -fact.high, power)
+        return low, high
+    return _size(times_down, fact.least_magnitude, power), _size(times_up, fact.magnitude, power)
 
 
-def _size_up(x: float, power: int) -> float:
-    """At least x^power, for x >= 0."""
-    result = 1.0
-    for _ in range(power):
-        result = times_up(result, x)
-    return result
-
-
-def _size_down(x: float, power: int) -> float:
-    """At most x^power, for x >= 0."""
-    result = 1.0
-    for _ in range(power):
-        result = times_down(result, x)
-    return result
+def _size(times: Combine, x: float, power: int) -> float:
+    """x^power for x >= 0, rounded as `times` rounds."""
+    return reduce(times, [x] * power, 1.0)
 
 
 def _log(step: Step) -> Fact:
-    fact = step.facts[0]
+    fact = step.fact
     if fact.high <= 0:
         return unknown(step.rank)
     low = -inf if fact.low <= 0 else 0.0 if fact.low == 1 else _below(log(fact.low))
@@ -231,13 +195,12 @@ def _log(step: Step) -> Fact:
 
 
 def _sqrt(step: Step) -> Fact:
-    fact = step.facts[0]
-    return interval(root_down(max(fact.low, 0.0)), root_up(max(fact.high, 0.0)), step.rank)
+    return interval(root_down(max(step.fact.low, 0.0)), root_up(max(step.fact.high, 0.0)), step.rank)
 
 
 def _rsqrt(step: Step) -> Fact:
     """Of -0, which no interval tells from 0, it is -infinity."""
-    fact = step.facts[0]
+    fact = step.fact
     if fact.low <= 0:
         return unknown(step.rank)
     return interval(over_down(1.0, root_up(fact.high)), over_up(1.0, root_down(fact.low)), step.rank)
@@ -245,7 +208,7 @@ def _rsqrt(step: Step) -> Fact:
 
 def _clamp(step: Step) -> Fact:
     """What a mask hides becomes the lower limit."""
-    fact, (low, high) = step.facts[0], limits(step.node)
+    fact, (low, high) = step.fact, limits(step.node)
     norms = fact.norms if low <= 0 <= high else (inf,) * step.rank
     least, most = min(max(fact.low, low), high), min(max(fact.high, low), high)
     if fact.masked and low == -inf:
@@ -254,7 +217,7 @@ def _clamp(step: Step) -> Fact:
 
 
 def _cast(step: Step) -> Fact:
-    fact, dtype = step.facts[0], step.node["dtype"]
+    fact, dtype = step.fact, step.node["dtype"]
     if dtype == "bool":
         return interval(0.0, 1.0, step.rank)
     if dtype == "float":
@@ -284,13 +247,13 @@ def _matmul(step: Step) -> Fact:
 
 
 ARITHMETIC: dict[str, Rule] = {
-    "add": _add,
+    "add": lambda step: _pairwise(step, *added(*step.facts), add_up),
     "sub": _sub,
     "mul": _mul,
     "div": _div,
-    "minimum": _minimum,
-    "maximum": _maximum,
-    "neg": _neg,
+    "minimum": _either(min, min),
+    "maximum": _either(max, max),
+    "neg": lambda step: _negated(step.fact),
     "exp": _exp,
     "polynomial": _polynomial,
     "log": _log,
@@ -298,14 +261,14 @@ ARITHMETIC: dict[str, Rule] = {
     "rsqrt": _rsqrt,
     "tanh": _increasing(tanh, -1.0, 1.0, slope=1.0),
     "sigmoid": _increasing(_sigmoid_of, 0.0, 1.0),
-    "relu": _relu,
+    "relu": lambda step: replace(step.fact, low=max(step.fact.low, 0.0), high=max(step.fact.high, 0.0)),
     "gelu": _shrinking(_GELU_LEAST),
     "silu": _shrinking(_SILU_LEAST),
     "softplus": _increasing(_softplus_of, 0.0, inf),
-    "abs": _abs,
+    "abs": lambda step: replace(step.fact, low=step.fact.least_magnitude, high=step.fact.magnitude),
     "erf": _increasing(erf, -1.0, 1.0, slope=_ERF_SLOPE),
     "cast": _cast,
     "clamp": _clamp,
-    "where": _where,
+    "where": _either(min, max),
     "matmul": _matmul,
 }

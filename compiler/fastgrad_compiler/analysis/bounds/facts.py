@@ -39,6 +39,11 @@ class Fact:
         return max(abs(self.low), abs(self.high))
 
     @property
+    def least_magnitude(self) -> float:
+        """The smallest absolute value that a visible entry may have."""
+        return 0.0 if self.low <= 0 <= self.high else min(abs(self.low), abs(self.high))
+
+    @property
     def known(self) -> bool:
         """Whether anything at all is known."""
         return isfinite(self.low) or isfinite(self.high) or any(isfinite(norm) for norm in self.norms)

@@ -6,6 +6,7 @@ from math import isfinite
 
 from fastgrad_compiler.analysis.bounds.facts import Fact
 from fastgrad_compiler.analysis.bounds.outward import times_up
+from fastgrad_compiler.analysis.bounds.shapes import SHAPES
 from fastgrad_compiler.ir.graph import Node
 from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.ir.words import describe, number, place
@@ -14,31 +15,19 @@ ASSUMED = "assumed in the file, not proved"
 
 # Operations that are not worth a sentence where they leave the numbers as they are.
 _QUIET = frozenset(
-    [
-        "reshape",
-        "permute",
-        "split_heads",
-        "merge_heads",
-        "repeat_heads",
-        "concat",
-        "stack",
-        "slice",
-        "select",
-        "pad",
-        "patches",
-        "broadcast_to",
-        "embedding",
+    (
+        *SHAPES,
+        *MASKS,
         "arange",
         "one_hot",
         "cast",
-        *MASKS,
         "near_far",
         "alibi",
         "where",
         "amax",
         "mean",
         "assume_bound",
-    ]
+    )
 )
 
 _REASONS = {

@@ -26,7 +26,7 @@ from fastgrad_compiler.analysis.bounds.step import Step
 from fastgrad_compiler.attention.pattern import match
 from fastgrad_compiler.ir.calls import runs
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Bound, Graph, Node, Program, TensorType
+from fastgrad_compiler.ir.graph import Bound, Graph, Node, Program, TensorType, integer
 
 _CONTEXTS = 16  # ways to enter one graph that are told apart; further ones know nothing of their inputs
 _ITERATIONS = 3  # of a carried value before it is widened
@@ -146,7 +146,7 @@ class _Analysis:
 
     def _facts(self, graph: Graph, node: Node, facts: dict[str, tuple[Fact, ...]]) -> tuple[Fact, ...]:
         if node.op == "item":
-            return (facts[node.inputs[0]][_index(node)],)
+            return (facts[node.inputs[0]][integer(node["index"])],)
         inputs = tuple(facts[name][0] for name in node.inputs if facts[name])
         if node.op == "call":
             return self.enter(str(node["graph"]), inputs)
@@ -175,7 +175,7 @@ class _Analysis:
         """Facts that every iteration keeps: the initial ones, joined with what the bodies make of them,
         until stable.
         """
-        count = int(str(node["carried"]))
+        count = integer(node["carried"])
         carried, invariants = inputs[:count], inputs[count:]
         for iteration in range(2 * _ITERATIONS):
             after = tuple(map(_joined, carried, self._bodies(node, carried, invariants)))
@@ -199,10 +199,6 @@ class _Analysis:
 
 def _joined(left: Fact, right: Fact) -> Fact:
     return join((left, right))
-
-
-def _index(node: Node) -> int:
-    return int(str(node["index"]))
 
 
 def _swapped(axes: tuple[_Axis, ...]) -> tuple[_Axis, ...]:

@@ -16,8 +16,9 @@ from fastgrad_compiler.analysis.bounds.facts import Fact, interval, join, root_s
 from fastgrad_compiler.analysis.bounds.outward import add_down, add_up, over_up, root_up, times_down, times_up
 from fastgrad_compiler.analysis.bounds.shapes import SHAPES
 from fastgrad_compiler.analysis.bounds.step import Rule, Step
-from fastgrad_compiler.ir.graph import Attribute
+from fastgrad_compiler.ir.graph import Attribute, integer, sequence
 from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.ops import COMPARISONS
 
 _ROOT_2 = root_up(2.0)
 _LIMIT = 2.0**63  # of ints of 64 bits: from its negative to one below it
@@ -26,6 +27,11 @@ _WRAPPING = frozenset(["add", "sub", "mul", "neg", "abs", "sum"])  # on ints, wh
 
 def _nothing(step: Step) -> Fact:
     return unknown(step.rank)
+
+
+def _rows(step: Step, norm: float) -> tuple[float, ...]:
+    """Norms of a result of which those of rows alone are known."""
+    return (*(inf,) * (step.rank - 1), norm)
 
 
 def _range(low: float, high: float) -> Rule:
@@ -55,31 +61,20 @@ def _numbers(values: Attribute) -> Iterator[float]:
         yield float(values)
 
 
-def _arange(step: Step) -> Fact:
-    return interval(0.0, max(size(step.shape[0]) - 1, 0.0), 1)
-
-
-def _one_hot(step: Step) -> Fact:
-    return Fact(0.0, 1.0, (*(inf,) * (step.rank - 1), 1.0))
-
-
 # ---------------------------------------------------------------- reductions and normalisations
 
 
 def _axes(step: Step) -> set[int]:
-    axes, rank = step.node["axes"], len(step.shapes[0])
-    if not isinstance(axes, tuple):
-        raise TypeError(f"{step.node.op} {step.node.name}: axes {axes!r}")
-    return {axis % rank for axis in axes if isinstance(axis, int)}
+    return {integer(axis) % len(step.shapes[0]) for axis in sequence(step.node["axes"])}
 
 
 def _sum(step: Step) -> Fact:
-    return interval(*total(step.facts[0], (step.shapes[0][axis] for axis in _axes(step))), step.rank)
+    return interval(*total(step.fact, (step.shapes[0][axis] for axis in _axes(step))), step.rank)
 
 
 def _mean(step: Step) -> Fact:
     """A mean of vectors is no longer than the longest."""
-    fact, reduced, keep = step.facts[0], _axes(step), bool(step.node["keepdim"])
+    fact, reduced, keep = step.fact, _axes(step), bool(step.node["keepdim"])
     norms = [
         inf if axis in reduced else norm
         for axis, norm in enumerate(fact.norms)
@@ -96,47 +91,43 @@ def _softmax(step: Step) -> Fact:
 
 def _normalize_rows(step: Step) -> Fact:
     """Shares of a sum of what is not negative."""
-    if step.facts[0].low < 0:
+    if step.fact.low < 0:
         return unknown(step.rank)
-    return Fact(0.0, 1.0, (*(inf,) * (step.rank - 1), 1.0))
+    return Fact(0.0, 1.0, _rows(step, 1.0))
 
 
 def _rms_norm(step: Step) -> Fact:
     """Rows of norm sqrt(d), each entry times its weight."""
     row = times_up(root_size(step.shape[-1]), step.facts[1].magnitude)
-    return Fact(-row, row, (*(inf,) * (step.rank - 1), row))
+    return Fact(-row, row, _rows(step, row))
 
 
 def _layer_norm(step: Step) -> Fact:
     scaled = times_up(root_size(step.shape[-1]), step.facts[1].magnitude)
     row = add_up(scaled, step.facts[2].norms[-1])
-    return Fact(-row, row, (*(inf,) * (step.rank - 1), row))
+    return Fact(-row, row, _rows(step, row))
 
 
 def _unit(step: Step) -> Fact:
-    fact = step.facts[0]
+    fact = step.fact
     low, high = (0.0 if fact.low >= 0 else -1.0), (0.0 if fact.high <= 0 else 1.0)
-    return Fact(low, high, (*(inf,) * (step.rank - 1), 1.0))
+    return Fact(low, high, _rows(step, 1.0))
 
 
 # ---------------------------------------------------------------- attention, position, other
 
 
 def _mask(step: Step) -> Fact:
-    fact, fill = step.facts[0], step.node.get("fill", -inf)
+    fact, fill = step.fact, step.node.get("fill", -inf)
     norms = (inf,) * step.rank
     if not isinstance(fill, int | float) or fill == -inf:
         return replace(fact, norms=norms, masked=True)
     return replace(fact, low=min(fact.low, fill), high=max(fact.high, fill), norms=norms)
 
 
-def _near_far(step: Step) -> Fact:
-    return replace(join(step.facts), norms=(inf,) * step.rank)
-
-
 def _assume_bound(step: Step) -> Fact:
     """The user's word, where it is taken (`bounds.py`)."""
-    fact, limit = step.facts[0], step.number("bound")
+    fact, limit = step.fact, step.number("bound")
     low, high = max(min(fact.low, limit), -limit), min(max(fact.high, -limit), limit)
     return replace(fact, low=low, high=high)
 
@@ -145,20 +136,15 @@ def _rotary(step: Step) -> Fact:
     """Pairs of a row are rotated: rows keep their norm; along other axes two entries mix, at most sqrt(2)
     of either.
     """
-    fact = step.facts[0]
+    fact = step.fact
     most = min(fact.norms[-1], times_up(_ROOT_2, fact.magnitude))
     others = tuple(times_up(_ROOT_2, norm) for norm in fact.norms[:-1])
     return Fact(-most, most, (*others, fact.norms[-1]))
 
 
-def _alibi(step: Step) -> Fact:
-    fact = step.facts[0]
-    return Fact(-inf, fact.high, (inf,) * step.rank, masked=fact.masked)
-
-
 def _dropout(step: Step) -> Fact:
     """The identity, or in training 0 or scaled up."""
-    fact, p = step.facts[0], step.number("p")
+    fact, p = step.fact, step.number("p")
     if p == 0:
         return fact
     scale = over_up(1.0, add_down(1.0, -p)) if p < 1 else 1.0
@@ -169,8 +155,7 @@ def _dropout(step: Step) -> Fact:
 def _attention(step: Step) -> Fact:
     """Rows of the result are convex combinations of values, or zero where a query sees no key."""
     value = step.facts[2]
-    norms = (*(inf,) * (step.rank - 1), value.norms[-1])
-    return Fact(min(value.low, 0.0), max(value.high, 0.0), norms)
+    return Fact(min(value.low, 0.0), max(value.high, 0.0), _rows(step, value.norms[-1]))
 
 
 _RULES: dict[str, Rule] = {
@@ -180,48 +165,33 @@ _RULES: dict[str, Rule] = {
     "constant": _constant,
     "fill": _constant,
     "literal": _literal,
-    "arange": _arange,
-    "one_hot": _one_hot,
-    **dict.fromkeys(("logical_not", "less", "less_equal", "equal"), _range(0.0, 1.0)),
+    "arange": lambda step: interval(0.0, max(size(step.shape[0]) - 1, 0.0), 1),
+    "one_hot": lambda step: Fact(0.0, 1.0, _rows(step, 1.0)),
+    **dict.fromkeys(("logical_not", *COMPARISONS), _range(0.0, 1.0)),
     "sum": _sum,
     "mean": _mean,
-    "amax": lambda step: interval(step.facts[0].low, step.facts[0].high, step.rank),
+    "amax": lambda step: interval(step.fact.low, step.fact.high, step.rank),
     "softmax": _softmax,
     "normalize_rows": _normalize_rows,
     "layer_norm": _layer_norm,
     "rms_norm": _rms_norm,
     "unit": _unit,
     **dict.fromkeys(MASKS, _mask),
-    "near_far": _near_far,
+    "near_far": lambda step: replace(join(step.facts), norms=(inf,) * step.rank),
     "assume_bound": _assume_bound,
     "rotary": _rotary,
     "sinusoid": _range(-1.0, 1.0),
-    "alibi": _alibi,
+    "alibi": lambda step: Fact(-inf, step.fact.high, (inf,) * step.rank, masked=step.fact.masked),
     "dropout": _dropout,
     **dict.fromkeys(("cross_entropy", "mse"), _range(0.0, inf)),
     "attention": _attention,
 }
 
 MASK_AWARE = frozenset(
-    [
-        *MASKS,
-        "near_far",
-        "assume_bound",
-        "alibi",
-        "softmax",
-        "exp",
-        "clamp",
-        "cast",
-        "mul",
-        "div",
-        "reshape",
-        "permute",
-        "slice",
-        "logical_not",
-        "less",
-        "less_equal",
-        "equal",
-    ]
+    (
+        *(*MASKS, *COMPARISONS, "logical_not", "near_far", "assume_bound", "alibi", "softmax", "exp"),
+        *("clamp", "cast", "mul", "div", "reshape", "permute", "slice"),
+    )
 )
 """Operations whose rules know of -inf, what a mask hides; of the others' results nothing is known then."""
 

@@ -12,8 +12,9 @@ from fastgrad_compiler.analysis.bounds.facts import (
     spread,
 )
 from fastgrad_compiler.analysis.bounds.outward import root_sum_up, root_up, times_up
-from fastgrad_compiler.analysis.bounds.step import Rule, Step, same
+from fastgrad_compiler.analysis.bounds.step import Rule, Step
 from fastgrad_compiler.ir.dim import Dim
+from fastgrad_compiler.ir.graph import integer, sequence
 
 
 def _reshape(step: Step) -> Fact:
@@ -40,21 +41,19 @@ def _regrouped(norm: float, old: Dim, new: Dim) -> float:
 
 
 def _permute(step: Step) -> Fact:
-    axes = step.node["axes"]
-    if not isinstance(axes, tuple):
-        raise TypeError(f"permute {step.node.name}: axes {axes!r}")
-    fact = step.facts[0]
-    return replace(fact, norms=tuple(fact.norms[axis] for axis in axes if isinstance(axis, int)))
+    return replace(
+        step.fact, norms=tuple(step.fact.norms[integer(axis)] for axis in sequence(step.node["axes"]))
+    )
 
 
 def _split_heads(step: Step) -> Fact:
-    fact = step.facts[0]
+    fact = step.fact
     *leading, tokens, row = fact.norms
     return replace(fact, norms=(*leading, row, tokens, row))
 
 
 def _merge_heads(step: Step) -> Fact:
-    fact = step.facts[0]
+    fact = step.fact
     *leading, heads, tokens, row = fact.norms
     count, width = root_size(step.shapes[0][-3]), root_size(step.shapes[0][-1])
     merged = min(times_up(count, row), times_up(width, heads))
@@ -62,7 +61,7 @@ def _merge_heads(step: Step) -> Fact:
 
 
 def _repeat_heads(step: Step) -> Fact:
-    fact = step.facts[0]
+    fact = step.fact
     *leading, heads, tokens, row = fact.norms
     return replace(fact, norms=(*leading, times_up(root_up(step.number("times")), heads), tokens, row))
 
@@ -82,28 +81,14 @@ def _stack(step: Step) -> Fact:
 
 
 def _select(step: Step) -> Fact:
-    fact = step.facts[0]
+    fact = step.fact
     norms = list(fact.norms)
     del norms[step.axis(rank=len(norms))]
     return replace(fact, norms=tuple(norms))
 
 
-def _pad(step: Step) -> Fact:
-    fact = step.facts[0]
-    return replace(fact, low=min(fact.low, 0.0), high=max(fact.high, 0.0))
-
-
-def _entries(step: Step) -> Fact:
-    return replace(step.facts[0], norms=(inf,) * step.rank)
-
-
 def _broadcast(step: Step) -> Fact:
-    return replace(step.facts[0], norms=spread(step.facts[0], step.shapes[0], step.shape))
-
-
-def _embedding(step: Step) -> Fact:
-    table = step.facts[0]
-    return replace(table, norms=(*(inf,) * (step.rank - 1), table.norms[-1]))
+    return replace(step.fact, norms=spread(step.fact, step.shapes[0], step.shape))
 
 
 SHAPES: dict[str, Rule] = {
@@ -114,10 +99,10 @@ SHAPES: dict[str, Rule] = {
     "repeat_heads": _repeat_heads,
     "concat": _concat,
     "stack": _stack,
-    "slice": same,
+    "slice": lambda step: step.fact,
     "select": _select,
-    "pad": _pad,
-    "patches": _entries,
+    "pad": lambda step: replace(step.fact, low=min(step.fact.low, 0.0), high=max(step.fact.high, 0.0)),
+    "patches": lambda step: replace(step.fact, norms=(inf,) * step.rank),
     "broadcast_to": _broadcast,
-    "embedding": _embedding,
+    "embedding": lambda step: replace(step.fact, norms=(*(inf,) * (step.rank - 1), step.fact.norms[-1])),
 }

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from fastgrad_compiler.analysis.bounds.facts import Fact
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.graph import Node, integer, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +29,19 @@ class Step:
         """The rank of the result."""
         return len(self.shape)
 
+    @property
+    def fact(self) -> Fact:
+        """That of the first input."""
+        return self.facts[0]
+
     def number(self, key: str) -> float:
         """A numeric attribute."""
-        value = self.node[key]
-        if not isinstance(value, int | float):
-            raise TypeError(f"{self.node.op} {self.node.name}: attribute {key} is {value!r}")
-        return float(value)
+        return number(self.node[key])
 
     def axis(self, key: str = "axis", rank: int | None = None) -> int:
         """An axis attribute as a negative index."""
-        value = int(self.number(key))
+        value = integer(self.node[key])
         return value - (self.rank if rank is None else rank) if value >= 0 else value
 
 
 Rule: TypeAlias = Callable[[Step], Fact]
-
-
-def same(step: Step) -> Fact:
-    """The fact of the first input."""
-    return step.facts[0]

@@ -9,7 +9,7 @@ and at most ||q|| ||k||. A centre, which softmax ignores, is subtracted from b.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 
 import torch
@@ -23,7 +23,7 @@ _SLACK = 1 + 1e-6  # for the rounding of float64
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """R of each query head, why, the part that all keys share [key heads, d], and the centre that was subtracted.
+    """R of each query head, why, and the part that all keys share [key heads, d].
 
     `norms`: |scale| max ||q|| max ||k|| of each query head, which R may be below.
     """
@@ -32,25 +32,11 @@ class Logits:
     norms: tuple[float, ...]
     reasons: tuple[str, ...]
     shared: Tensor
-    centre: Tensor | None
 
     @property
     def largest(self) -> float:
         """R of the widest head."""
         return max(self.heads)
-
-
-@dataclass(frozen=True, slots=True)
-class _Heads:
-    """The rows of each head: terms with radius [h] and matrix [h, k, d], and the offset [h, d]."""
-
-    terms: tuple[Term, ...]
-    offset: Tensor
-
-    @property
-    def norm(self) -> Tensor:
-        """The norm of the longest row, [h]."""
-        return sum((term.norm for term in self.terms), self.offset.norm(dim=-1))
 
 
 def logits(q: Rows, k: Rows, heads: int, groups: int, scale: float, centre: Tensor | None) -> Logits:
@@ -61,7 +47,7 @@ def logits(q: Rows, k: Rows, heads: int, groups: int, scale: float, centre: Tens
     query, key = _by_head(q, heads), _by_head(k, groups)
     shared, size = key.offset, abs(scale)
     offset = shared if centre is None else shared - centre
-    key = _repeated(_Heads(key.terms, offset), heads // groups)
+    key = replace(key, offset=offset).on_lead(lambda x, _: x.repeat_interleave(heads // groups, 0))
     form, constant = _form(query, key), _constant(query, key)
     by_norms = size * query.norm * key.norm
     by_form = size * (form + constant)
@@ -71,17 +57,23 @@ def logits(q: Rows, k: Rows, heads: int, groups: int, scale: float, centre: Tens
     if not isfinite(most):
         line = f"the weights{named} hold entries that are not finite, or too large"
     elif by_form[head] < by_norms[head]:
-        line = _by_form(named, float(form[head]), float(constant[head])) + _scaled(size, most)
+        more = f", biases and other offsets add {number(float(constant[head]))}" if constant[head] > 0 else ""
+        line = f"sigma(W_q W_k^T){named} times the radii gives {number(float(form[head]))}{more}"
     else:
-        line = _by_norms(named, float(query.norm[head]), float(key.norm[head])) + _scaled(size, most)
+        norms = f"{number(float(query.norm[head]))} and {number(float(key.norm[head]))}"
+        line = f"queries and keys{named} have norms at most {norms}"
+    if isfinite(most):
+        line += f"; times the scale {number(size)}, " if size != 1 else ": "
+        line += f"|s| is at most {number(most)}"
     if heads > 1:
         line = f"head {head}, the widest: {line}"
     reasons = [*q.sources, *k.sources, line]
     if heads > 1 and float(least.min()) < 0.99 * float(least.max()):
         reasons.append(f"R of the other heads goes down to {number(float(least.min()))}")
-    values = tuple((least * _SLACK).tolist())
-    norms = tuple((by_norms.nan_to_num(nan=inf, posinf=inf) * _SLACK).tolist())
-    return Logits(values, norms, tuple(dict.fromkeys(reasons)), shared, centre)
+    values, most_norms = (
+        tuple((each.nan_to_num(nan=inf, posinf=inf) * _SLACK).tolist()) for each in (least, by_norms)
+    )
+    return Logits(values, most_norms, tuple(dict.fromkeys(reasons)), shared)
 
 
 def _named(q: Rows, k: Rows) -> str:
@@ -89,21 +81,7 @@ def _named(q: Rows, k: Rows) -> str:
     return f" of {', '.join(f'`{path}`' for path in paths)}" if paths else ""
 
 
-def _by_form(named: str, form: float, constant: float) -> str:
-    more = f", biases and other offsets add {number(constant)}" if constant > 0 else ""
-    return f"sigma(W_q W_k^T){named} times the radii gives {number(form)}{more}"
-
-
-def _by_norms(named: str, query: float, key: float) -> str:
-    return f"queries and keys{named} have norms at most {number(query)} and {number(key)}"
-
-
-def _scaled(size: float, most: float) -> str:
-    scaled = f"; times the scale {number(size)}, " if size != 1 else ": "
-    return f"{scaled}|s| is at most {number(most)}"
-
-
-def _form(query: _Heads, key: _Heads) -> Tensor:
+def _form(query: Rows, key: Rows) -> Tensor:
     """What the bilinear form of the varying parts is at most, [h]."""
     total = torch.zeros(query.offset.shape[0], dtype=torch.float64)
     for left in query.terms:
@@ -112,7 +90,7 @@ def _form(query: _Heads, key: _Heads) -> Tensor:
     return total
 
 
-def _constant(query: _Heads, key: _Heads) -> Tensor:
+def _constant(query: Rows, key: Rows) -> Tensor:
     """What offsets add to that, [h]."""
     total = (query.offset * key.offset).sum(-1).abs()
     for terms, offset in ((query.terms, key.offset), (key.terms, query.offset)):
@@ -121,15 +99,17 @@ def _constant(query: _Heads, key: _Heads) -> Tensor:
     return total
 
 
-def _by_head(rows: Rows, heads: int) -> _Heads:
-    """Rows [.., h, n, d] head by head; where they differ along another axis, that becomes a ball around their mean."""
+def _by_head(rows: Rows, heads: int) -> Rows:
+    """Rows [.., h, n, d] as [h, d], one of each head; where they differ along another axis, that becomes a ball around
+    their mean.
+    """
     offset, others = rows.offset, tuple(axis for axis in range(rows.rank - 1) if axis != rows.rank - 3)
     centre = offset.mean(others, keepdim=True)
     drift = (offset - centre).norm(dim=-1).amax(others)
     terms = [_term_by_head(term, others, heads) for term in rows.terms]
     if bool(drift.any()):
         terms.append(_any_row(drift, heads, rows.width))
-    return _Heads(tuple(terms), centre.reshape(-1, rows.width).expand(heads, rows.width))
+    return Rows(tuple(terms), centre.reshape(-1, rows.width).expand(heads, rows.width))
 
 
 def _term_by_head(term: Term, others: tuple[int, ...], heads: int) -> Term:
@@ -143,10 +123,3 @@ def _term_by_head(term: Term, others: tuple[int, ...], heads: int) -> Term:
 def _any_row(radius: Tensor, heads: int, width: int) -> Term:
     identity = torch.eye(width, dtype=torch.float64)
     return Term(radius.reshape(-1).expand(heads), identity.expand(heads, width, width))
-
-
-def _repeated(rows: _Heads, count: int) -> _Heads:
-    terms = tuple(
-        Term(t.radius.repeat_interleave(count, 0), t.matrix.repeat_interleave(count, 0)) for t in rows.terms
-    )
-    return _Heads(terms, rows.offset.repeat_interleave(count, 0))

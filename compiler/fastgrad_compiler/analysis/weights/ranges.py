@@ -23,7 +23,8 @@ from fastgrad_compiler.analysis.weights.step import Step
 from fastgrad_compiler.attention.table import is_own
 from fastgrad_compiler.attention.value import ATTENTION, Attention
 from fastgrad_compiler.ir.flatten import flatten
-from fastgrad_compiler.ir.graph import Graph, Node, Program
+from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType
+from fastgrad_compiler.ir.ops import COMPARISONS
 from fastgrad_compiler.ir.words import describe, number, place
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env
@@ -116,9 +117,8 @@ class _Walk:
         known = [self.facts.get(name) for name in node.inputs]
         rows = tuple(fact if isinstance(fact, Rows) else None for fact in known)
         rule, bound = ROWS.get(node.op), node.bound
-        found = (
-            rule(Step(node, tuple(map(self.graph.by_name.__getitem__, node.inputs)), rows)) if rule else None
-        )
+        inputs = tuple(self.graph[name] for name in node.inputs)
+        found = rule(Step(node, inputs, rows)) if rule else None
         width = node.tensor.shape[-1].constant if node.tensor.shape else None
         if found is not None and width is not None:
             return found.shaped(len(node.tensor.shape), width)
@@ -174,8 +174,8 @@ def _best(proof: tuple[str, ...], plain: Logits, centred: Logits | None, proved:
             f"subtracting from the keys of a head what they share, which softmax ignores, narrows R from "
             f"{number(limited)} to {number(centred.largest)}"
         )
-        reasons = (*centred.reasons, gain)
-        return LogitRange("weights", centred.heads, reasons, _tuples(centred.centre), centred.norms)
+        reasons, centre = (*centred.reasons, gain), tuple(map(tuple, centred.shared.tolist()))
+        return LogitRange("weights", centred.heads, reasons, centre, centred.norms)
     if isfinite(proved) and min(plain.heads) >= proved:
         return LogitRange("program", (proved,) * len(plain.heads), proof)
     reasons = plain.reasons
@@ -197,11 +197,8 @@ def _static(graph: Graph) -> set[str]:
         if node.op in _HELD:
             found.add(node.name)
         elif _computable(graph, node) and all(name in found for name in node.inputs):
-            try:
-                sized = all(dim.constant is not None for dim in node.tensor.shape)
-            except TypeError:  # several results
-                continue
-            if sized:
+            one = isinstance(node.type, TensorType)  # and not several results
+            if one and all(dim.constant is not None for dim in node.tensor.shape):
                 found.add(node.name)
     return found
 
@@ -212,9 +209,5 @@ def _computable(graph: Graph, node: Node) -> bool:
 
 def _jumps(graph: Graph, node: Node) -> bool:
     """Whether the result may change by a step where a float input changes by a rounding error."""
-    compares = node.op in ("less", "less_equal", "equal") or (node.op == "cast" and node["dtype"] != "float")
+    compares = node.op in COMPARISONS or (node.op == "cast" and node["dtype"] != "float")
     return compares and any(graph[name].tensor.dtype == "float" for name in node.inputs)
-
-
-def _tuples(centre: Tensor | None) -> tuple[tuple[float, ...], ...] | None:
-    return None if centre is None else tuple(map(tuple, centre.tolist()))

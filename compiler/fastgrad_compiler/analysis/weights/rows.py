@@ -95,10 +95,7 @@ class Rows:
     @property
     def norm(self) -> Tensor:
         """The norm of the longest row [..]."""
-        total: Tensor = self.offset.norm(dim=-1)
-        for term in self.terms:
-            total = total + term.norm
-        return total
+        return sum((term.norm for term in self.terms), self.offset.norm(dim=-1))
 
     def on_lead(self, function: Callable[[Tensor, int], Tensor]) -> Rows:
         """With a function applied to radii, matrices and offset that moves lead axes: (tensor, further axes)."""

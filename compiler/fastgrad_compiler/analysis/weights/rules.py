@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fastgrad_compiler.analysis.weights.rows import Rows, Term, add, ball, through, times
 from fastgrad_compiler.analysis.weights.shapes import SHAPES, repeated
-from fastgrad_compiler.analysis.weights.step import Rule, Step, broadcast
+from fastgrad_compiler.analysis.weights.step import Rule, Step, broadcast, known, known_pair
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.graph import number as float_of
 from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.ops import COMPARISONS, limits
 from fastgrad_compiler.ir.words import number
-from fastgrad_compiler.reference.torch_env import number as float_of
 
 # ---------------------------------------------------------------- sources
 
@@ -31,8 +32,8 @@ def _weight_name(step: Step, place: int) -> str:
     return f"`{rows.weights[0]}`" if rows is not None and rows.weights else "its weight"
 
 
-def _rms_norm(step: Step) -> Rows | None:
-    if len(step.rows) < 2 or (gamma := step.rows[1]) is None or gamma.terms or step.width is None:
+def _rms_norm(step: Step, gamma: Rows) -> Rows | None:
+    if gamma.terms or step.width is None:
         return None
     root = sqrt(step.width)
     row = ball(torch.full((1,) * (step.rank - 1), root, dtype=torch.float64), step.width)
@@ -42,9 +43,8 @@ def _rms_norm(step: Step) -> Rows | None:
     return replace(scaled, sources=(source,))
 
 
-def _layer_norm(step: Step) -> Rows | None:
-    gamma, beta = step.rows[1:]
-    if gamma is None or beta is None or gamma.terms or beta.terms or step.width is None:
+def _layer_norm(step: Step, gamma: Rows, beta: Rows) -> Rows | None:
+    if gamma.terms or beta.terms or step.width is None:
         return None
     radius = torch.full((1,) * (step.rank - 1), sqrt(step.width), dtype=torch.float64)
     matrix = gamma.shaped(step.rank, step.width).offset.unsqueeze(-2)
@@ -58,14 +58,7 @@ def _layer_norm(step: Step) -> Rows | None:
     return replace(rows, sources=(source,))
 
 
-def _unit(step: Step) -> Rows | None:
-    return step.ball(1.0, source="row norm at most 1: unit divides each row by its norm")
-
-
-def _embedding(step: Step) -> Rows | None:
-    table = step.rows[0]
-    if table is None:
-        return None
+def _embedding(step: Step, table: Rows) -> Rows | None:
     longest = float(table.norm.max())
     source = f"row norm at most {number(longest)}: the longest row of {_weight_name(step, 0)}"
     return step.ball(longest, source=source)
@@ -79,24 +72,9 @@ def _sinusoid(step: Step) -> Rows | None:
 # ---------------------------------------------------------------- arithmetic
 
 
-def _add(step: Step) -> Rows | None:
-    left, right = broadcast(step)
-    return None if left is None or right is None else add(left, right)
-
-
-def _neg(step: Step) -> Rows | None:
-    rows = step.rows[0]
-    return None if rows is None else _scaled(rows, -1.0)
-
-
 def _scaled(rows: Rows, factor: float) -> Rows:
     terms = tuple(replace(term, matrix=term.matrix * factor) for term in rows.terms)
     return replace(rows, terms=terms, offset=rows.offset * factor)
-
-
-def _sub(step: Step) -> Rows | None:
-    left, right = broadcast(step)
-    return None if left is None or right is None else add(left, _scaled(right, -1.0))
 
 
 def _mul(step: Step) -> Rows | None:
@@ -141,55 +119,38 @@ def _magnitude(node: Node, rows: Rows | None) -> Tensor | None:
     return None if rows is None else rows.norm
 
 
-def _div(step: Step) -> Rows | None:
-    rows, divisor = broadcast(step)
-    if rows is None or divisor is None or divisor.terms or not bool(divisor.offset.all()):
+def _div(step: Step, rows: Rows, divisor: Rows) -> Rows | None:
+    if divisor.terms or not bool(divisor.offset.all()):
         return None
     return times(rows, replace(divisor, offset=divisor.offset.reciprocal()))
 
 
-def _matmul(step: Step) -> Rows | None:
-    rows, weight = step.rows
+def _matmul(step: Step, rows: Rows, weight: Rows) -> Rows | None:
     size = tuple(dim.constant for dim in step.inputs[1].tensor.shape[-2:])
-    if rows is None or weight is None or weight.terms or weight.offset.shape[-2:] != size:
-        return None
-    return through(rows, weight)
+    return None if weight.terms or weight.offset.shape[-2:] != size else through(rows, weight)
 
 
 def _shrinking(most: float = 1.0) -> Rule:
     """f(x) with |f(x)| <= most |x|."""
-
-    def rule(step: Step) -> Rows | None:
-        rows = step.rows[0]
-        return None if rows is None else step.ball(rows.norm * most, rows)
-
-    return rule
+    return known(lambda step, rows: step.ball(rows.norm * most, rows), 0)
 
 
 def _clamp(step: Step) -> Rows | None:
-    low, high = step.node["low"], step.node["high"]
-    around_zero = (low is None or float_of(low) <= 0) and (high is None or float_of(high) >= 0)
-    return _shrinking()(step) if around_zero else None
+    low, high = limits(step.node)
+    return _shrinking()(step) if low <= 0 <= high else None
 
 
-def _either(step: Step) -> Rows | None:
+def _either(step: Step, left: Rows, right: Rows) -> Rows | None:
     """Entries of one or the other."""
-    left, right = broadcast(step)[-2:]
-    if left is None or right is None:
-        return None
     return step.ball((left.norm.square() + right.norm.square()).sqrt(), left, right)
 
 
-def _dropout(step: Step) -> Rows | None:
+def _dropout(step: Step, rows: Rows) -> Rows | None:
     """What is not dropped in training is scaled up."""
-    rows, p = step.rows[0], float_of(step.node["p"])
-    if rows is None or p == 0:
+    p = float_of(step.node["p"])
+    if p == 0:
         return rows
     return step.ball(rows.norm / (1 - p) if p < 1 else rows.norm, rows)
-
-
-def _same(step: Step) -> Rows | None:
-    return step.rows[0]
 
 
 def _cast(step: Step) -> Rows | None:
@@ -200,13 +161,10 @@ def _cast(step: Step) -> Rows | None:
 # ---------------------------------------------------------------- position, attention
 
 
-def _attention(step: Step) -> Rows | None:
+def _attention(step: Step, values: Rows) -> Rows | None:
     """Means of values with positive weights that add up to 1, or 0 where a query sees no key."""
-    values = step.rows[2]
-    if values is None or Attention.of(step.node).is_polynomial:
-        return None
     heads, of = step.shape[-3].constant, step.inputs[2].tensor.shape[-3].constant
-    if heads is None or of is None:
+    if heads is None or of is None or Attention.of(step.node).is_polynomial:
         return None
     if values.norm.shape[-1] != 1:  # each place has rows of its own
         return step.ball(repeated(values, heads // of).norm.amax(-1, keepdim=True), values)
@@ -215,26 +173,26 @@ def _attention(step: Step) -> Rows | None:
 
 ROWS: dict[str, Rule] = {
     **SHAPES,
-    "rms_norm": _rms_norm,
-    "layer_norm": _layer_norm,
-    "unit": _unit,
-    "embedding": _embedding,
+    "rms_norm": known(_rms_norm, 1),
+    "layer_norm": known(_layer_norm, 1, 2),
+    "unit": lambda step: step.ball(1.0, source="row norm at most 1: unit divides each row by its norm"),
+    "embedding": known(_embedding, 0),
     "sinusoid": _sinusoid,
-    "add": _add,
-    "sub": _sub,
-    "neg": _neg,
+    "add": known_pair(lambda step, left, right: add(left, right)),
+    "sub": known_pair(lambda step, left, right: add(left, _scaled(right, -1.0))),
+    "neg": known(lambda step, rows: _scaled(rows, -1.0), 0),
     "mul": _mul,
-    "div": _div,
-    "matmul": _matmul,
+    "div": known_pair(_div),
+    "matmul": known(_matmul, 0, 1),
     **dict.fromkeys(("relu", "gelu", "silu", "tanh", "abs"), _shrinking()),
     "erf": _shrinking(1.1284),  # the slope at 0 is 2 / sqrt(pi)
     "clamp": _clamp,
-    **dict.fromkeys(("where", "minimum", "maximum"), _either),
-    "dropout": _dropout,
-    "assume_bound": _same,
+    **dict.fromkeys(("where", "minimum", "maximum"), known_pair(_either)),
+    "dropout": known(_dropout, 0),
+    "assume_bound": lambda step: step.rows[0],
     "cast": _cast,
     "rotary": _shrinking(),  # a rotation, another for each place: norms are what it keeps
-    "attention": _attention,
+    "attention": known(_attention, 2),
 }
 
 DECLINED: dict[str, str] = {
@@ -259,7 +217,7 @@ DECLINED: dict[str, str] = {
         ),
         "norms of its rows do not carry over: what the program proves of its entries serves",
     ),
-    **dict.fromkeys(("less", "less_equal", "equal", "logical_not"), "its result is a mask"),
+    **dict.fromkeys((*COMPARISONS, "logical_not"), "its result is a mask"),
     **dict.fromkeys(
         (*MASKS, "near_far", "alibi"),
         "it works on scores, which no row is made of",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from fastgrad_compiler.analysis.weights.rows import Rows, Term, add, merge, releaded, split, swap_heads
-from fastgrad_compiler.analysis.weights.step import Rule, Step, broadcast
-from fastgrad_compiler.reference.torch_env import integer, sequence
+from fastgrad_compiler.analysis.weights.step import Rule, Step, broadcast, known
+from fastgrad_compiler.ir.graph import integer, sequence
 
 
-def _reshape(step: Step) -> Rows | None:
-    rows, source, target = step.rows[0], step.inputs[0].tensor.shape, step.shape
-    if rows is None or not source or not target or source[-1].constant is None or step.width is None:
+def _reshape(step: Step, rows: Rows) -> Rows | None:
+    source, target = step.inputs[0].tensor.shape, step.shape
+    if not source or not target or source[-1].constant is None or step.width is None:
         return None
     if source[-1] == target[-1]:
         return releaded(rows, source[:-1], target[:-1])
@@ -29,9 +31,9 @@ def _reshape(step: Step) -> Rows | None:
     return None
 
 
-def _permute(step: Step) -> Rows | None:
-    rows, axes = step.rows[0], [integer(axis) % step.rank for axis in sequence(step.node["axes"])]
-    if rows is None or axes[-1] != step.rank - 1:
+def _permute(step: Step, rows: Rows) -> Rows | None:
+    axes = [integer(axis) % step.rank for axis in sequence(step.node["axes"])]
+    if axes[-1] != step.rank - 1:
         return None
 
     def moved(x: Tensor, further: int) -> Tensor:
@@ -40,14 +42,14 @@ def _permute(step: Step) -> Rows | None:
     return rows.on_lead(moved)
 
 
-def _split_heads(step: Step) -> Rows | None:
-    rows, heads = step.rows[0], step.size("heads")
-    return None if rows is None or heads is None else swap_heads(split(rows, heads))
+def _split_heads(step: Step, rows: Rows) -> Rows | None:
+    heads = step.size("heads")
+    return None if heads is None else swap_heads(split(rows, heads))
 
 
-def _merge_heads(step: Step) -> Rows | None:
-    rows, heads = step.rows[0], step.inputs[0].tensor.shape[-3].constant
-    return None if rows is None or heads is None else merge(swap_heads(rows), heads)
+def _merge_heads(step: Step, rows: Rows) -> Rows | None:
+    heads = step.inputs[0].tensor.shape[-3].constant
+    return None if heads is None else merge(swap_heads(rows), heads)
 
 
 def repeated(rows: Rows, count: int) -> Rows:
@@ -60,18 +62,14 @@ def repeated(rows: Rows, count: int) -> Rows:
     return rows.on_lead(repeat)
 
 
-def _repeat_heads(step: Step) -> Rows | None:
-    rows, count = step.rows[0], step.size("times")
-    return None if rows is None or count is None else repeated(rows, count)
+def _repeat_heads(step: Step, rows: Rows) -> Rows | None:
+    count = step.size("times")
+    return None if count is None else repeated(rows, count)
 
 
-def _broadcast_to(step: Step) -> Rows | None:
-    return broadcast(step)[0]
-
-
-def _slice(step: Step) -> Rows | None:
-    rows, start, stop, axis = step.rows[0], step.size("start"), step.size("stop"), step.axis()
-    if rows is None or start is None or stop is None:
+def _slice(step: Step, rows: Rows) -> Rows | None:
+    start, stop, axis = step.size("start"), step.size("stop"), step.axis()
+    if start is None or stop is None:
         return None
     if axis == step.rank - 1:
         terms = tuple(Term(t.radius, t.dense[..., start:stop]) for t in rows.terms)
@@ -79,30 +77,25 @@ def _slice(step: Step) -> Rows | None:
     return rows.on_lead(lambda x, _: x if x.shape[axis] == 1 else x.narrow(axis, start, stop - start))
 
 
-def _select(step: Step) -> Rows | None:
-    rows, index, axis = step.rows[0], step.size("index"), step.axis(step.rank + 1)
-    if rows is None or index is None or axis == step.rank:
+def _select(step: Step, rows: Rows) -> Rows | None:
+    index, axis = step.size("index"), step.axis(step.rank + 1)
+    if index is None or axis == step.rank:
         return None
     return rows.on_lead(lambda x, _: x.select(axis, 0 if x.shape[axis] == 1 else index))
 
 
 def _concat(step: Step) -> Rows | None:
     """Side by side along rows; along another axis, rows of any of them."""
-    known = [rows for rows in step.rows if rows is not None]
-    if len(known) < len(step.rows):
+    found = [rows for rows in step.rows if rows is not None]
+    if len(found) < len(step.rows):
         return None
     if step.axis() < step.rank - 1:
-        norms = [rows.norm.amax(step.axis(), keepdim=True) for rows in known]
-        return step.ball(torch.stack(torch.broadcast_tensors(*norms)).amax(0), *known)
-    before, total = 0, sum(rows.width for rows in known)
-    parts = []
-    for rows in known:
-        parts.append(_padded(rows, before, total - before - rows.width))
-        before += rows.width
-    result = parts[0]
-    for part in parts[1:]:
-        result = add(result, part)
-    return result
+        norms = [rows.norm.amax(step.axis(), keepdim=True) for rows in found]
+        return step.ball(torch.stack(torch.broadcast_tensors(*norms)).amax(0), *found)
+    ends = list(accumulate(rows.width for rows in found))
+    return reduce(
+        add, [_padded(rows, end - rows.width, ends[-1] - end) for rows, end in zip(found, ends, strict=True)]
+    )
 
 
 def _padded(rows: Rows, before: int, after: int) -> Rows:
@@ -114,13 +107,13 @@ def _padded(rows: Rows, before: int, after: int) -> Rows:
 
 
 SHAPES: dict[str, Rule] = {
-    "reshape": _reshape,
-    "permute": _permute,
-    "split_heads": _split_heads,
-    "merge_heads": _merge_heads,
-    "repeat_heads": _repeat_heads,
-    "broadcast_to": _broadcast_to,
-    "slice": _slice,
-    "select": _select,
+    "reshape": known(_reshape, 0),
+    "permute": known(_permute, 0),
+    "split_heads": known(_split_heads, 0),
+    "merge_heads": known(_merge_heads, 0),
+    "repeat_heads": known(_repeat_heads, 0),
+    "broadcast_to": lambda step: broadcast(step)[0],
+    "slice": known(_slice, 0),
+    "select": known(_select, 0),
     "concat": _concat,
 }

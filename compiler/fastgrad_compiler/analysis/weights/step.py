@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fastgrad_compiler.analysis.weights.rows import Rows, ball
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute, Node
-from fastgrad_compiler.reference.torch_env import integer
+from fastgrad_compiler.ir.graph import Attribute, Node, integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +68,21 @@ def broadcast(step: Step) -> tuple[Rows | None, ...]:
     if width is None:
         return (None,) * len(step.rows)
     return tuple(rows and rows.shaped(step.rank, width) for rows in step.rows)
+
+
+def known(rule: Callable[..., Rows | None], *places: int) -> Rule:
+    """A rule that gets the rows of the inputs at these places; nothing is known of its result without them."""
+
+    def found(step: Step) -> Rows | None:
+        return _applied(rule, step, tuple(step.rows[place] for place in places))
+
+    return found
+
+
+def known_pair(rule: Callable[..., Rows | None]) -> Rule:
+    """A rule that gets the rows of the last two inputs, as many and as wide as the result's."""
+    return lambda step: _applied(rule, step, broadcast(step)[-2:])
+
+
+def _applied(rule: Callable[..., Rows | None], step: Step, rows: tuple[Rows | None, ...]) -> Rows | None:
+    return None if any(each is None for each in rows) else rule(step, *rows)

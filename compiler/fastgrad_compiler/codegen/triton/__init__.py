@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import cache
 
-from fastgrad_compiler.approximation.features import rank
 from fastgrad_compiler.approximation.kernel_tiles import has_triton, is_fused
 from fastgrad_compiler.codegen.templates import render
 from fastgrad_compiler.codegen.titles import kernel_title
 from fastgrad_compiler.codegen.triton.configurations import configurations
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec, folded_coefficients
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.runtime.triton_schedule import BLOCK
 from fastgrad_compiler.runtime.triton_tables import TILE, padded_rank
 
