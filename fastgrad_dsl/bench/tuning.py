@@ -32,7 +32,7 @@ from fastgrad_compiler.runtime.triton_tables import TILE
 from fastgrad_compiler.runtime.triton_tuned import FILE, Configuration, entry_name, read
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.storage.files import write_atomically
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.quote import json_text
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -111,7 +111,7 @@ def tuning_device(dtype: str) -> torch.device:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (reason := refusal(torch.empty(0, dtype=DTYPES[dtype], device=device))) is not None:
         help_ = ("`--dry-run` lists what would be timed",)
-        raise TfgError([Diagnostic("FG424", f"GPU kernels cannot be timed here: {reason}", help=help_)])
+        raise TfgError.of("FG424", f"GPU kernels cannot be timed here: {reason}", *help_)
     return device
 
 
@@ -280,7 +280,7 @@ def _kernels(shape: Shape) -> ModuleType:
     try:
         return _attention(shape).kernels()
     except (ImportError, OSError) as error:
-        raise TfgError([Diagnostic("FG424", f"GPU kernels cannot be imported here: {error}")]) from None
+        raise TfgError.of("FG424", f"GPU kernels cannot be imported here: {error}") from None
 
 
 def _inputs(shape: Shape, work: Work) -> tuple[Inputs, Tensor]:

@@ -16,7 +16,7 @@ from fastgrad_dsl.models.batch_check import batch_problem, is_whole
 from fastgrad_dsl.models.sizes import batch_sizes, text_sizes
 from fastgrad_dsl.models.text_data import load_text
 from fastgrad_dsl.storage.weights import load_weights, read_tensors
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 if TYPE_CHECKING:
     from fastgrad_dsl.api.compiled import Compiled
@@ -78,10 +78,10 @@ def _stored(compiled: Compiled, path: Path) -> list[list[Tensor]]:
         missing = [name for name in names if name + ending not in tensors]
         if missing:
             help_ = (f"each batch holds {', '.join(names)}",)
-            raise TfgError([Diagnostic("FG423", f"{path} has no tensor {missing[0]}{ending}", help=help_)])
+            raise TfgError.of("FG423", f"{path} has no tensor {missing[0]}{ending}", *help_)
         batch = [tensors[name + ending] for name in names]
         problem = batch_problem(compiled.program, batch)
         if problem is not None:
-            raise TfgError([Diagnostic("FG423", f"{path}: {problem}")])
+            raise TfgError.of("FG423", f"{path}: {problem}")
         batches.append([each.long() if is_whole(each) else each for each in batch])
     return batches

@@ -11,7 +11,7 @@ from fastgrad_compiler.ir.words import number
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration
 from fastgrad_dsl.calibration.plan import Limits, least_errors, make_plan
 from fastgrad_dsl.documents.calibration import Round
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 SLACK = 1.1  # a limit that is proposed lies so much above what the plan needs
 MOST = 1e6  # times a limit: beyond it no limit is proposed
@@ -37,15 +37,11 @@ def refusal(calibration: Calibration, program: Program, limits: Limits, rounds: 
     scaled = limits if not rounds else _below(limits, rounds[-1])
     span = program.budget.span if program.budget is not None else None
     rule = ruled[0].settings.asked if ruled else None
-    return TfgError(
-        [
-            Diagnostic(
-                "FG312",
-                f"the budget of {program.name} cannot be met under its rules: {found}",
-                rule.span if rule is not None and rule.span is not None else span,
-                help=tuple(_remedies(calibration, program, scaled, limits)),
-            )
-        ]
+    return TfgError.of(
+        "FG312",
+        f"the budget of {program.name} cannot be met under its rules: {found}",
+        *_remedies(calibration, program, scaled, limits),
+        span=rule.span if rule is not None and rule.span is not None else span,
     )
 
 

@@ -23,7 +23,7 @@ from fastgrad_dsl.commands.terminal import console
 from fastgrad_dsl.models.batches import memory_bytes
 from fastgrad_dsl.plots.panels import Panel, Series, render
 from fastgrad_dsl.storage.outputs import write_output
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.quote import json_text
 
 LENGTHS, QUICK_LENGTHS = (1024, 4096, 16384), (256, 1024)
@@ -64,20 +64,23 @@ def check_request(request: BenchRequest) -> None:
     """Raise TfgError FG416 for what cannot be served or does not fit, FG420 for a target that is not available."""
     size = rank(request.d, request.degree)
     if size > MAX_RANK:
-        raise _refused(
+        raise TfgError.of(
+            "FG416",
             f"--degree {request.degree} with --d {request.d} has rank {size:,}, more than {MAX_RANK:,}",
             "take a smaller degree or a smaller d",
         )
     try:
         positive = fit("balanced", request.degree, 1.0).positive
     except ValueError as error:
-        raise _refused(f"--degree {request.degree}: {error}", "take a smaller degree") from None
+        raise TfgError.of("FG416", f"--degree {request.degree}: {error}", "take a smaller degree") from None
     if not positive:
-        raise _refused(f"--degree {request.degree}: its polynomial is not positive", "take an even degree")
+        raise TfgError.of(
+            "FG416", f"--degree {request.degree}: its polynomial is not positive", "take an even degree"
+        )
     numbers = max(request.lengths, default=1) * request.heads * (4 * request.d + 4 * request.dv)
     if 4 * numbers > memory_bytes():
-        raise _refused(
-            "the inputs and their gradients do not fit into memory", "take a smaller --n or --heads"
+        raise TfgError.of(
+            "FG416", "the inputs and their gradients do not fit into memory", "take a smaller --n or --heads"
         )
     polynomial, _ = request.contenders
     polynomial.ready()
@@ -213,7 +216,3 @@ def print_bench(document: dict[str, Any]) -> None:
         f"relative error of the output against float64 softmax, logits within 1, n = {error['n']:,}: "
         f"{error['relative_l2']:.2g} (measured)",
     )
-
-
-def _refused(message: str, help_: str) -> TfgError:
-    return TfgError([Diagnostic("FG416", message, help=(help_,))])

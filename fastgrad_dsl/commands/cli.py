@@ -333,7 +333,7 @@ def train(
     checkpoint and stops; the same command with --resume continues from there, with more --steps if you like.
     """
     if resume and force:
-        raise TfgError([Diagnostic("FG416", "--resume continues a run and --force replaces it: give one")])
+        raise TfgError.of("FG416", "--resume continues a run and --force replaces it: give one")
     folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
     if not resume:  # where a run that is finished changes nothing
         try_folder(folder)
@@ -489,8 +489,7 @@ def _sizes(assignments: list[str] | None) -> dict[str, int]:
     sizes = {}
     for name, value in (_split("--dim", text) for text in assignments or []):
         if not value.isdecimal() or len(value) > len(str(MANY)) or not 1 <= int(value) <= MANY:
-            message = f"--dim {name}={value}: a size is a whole number from 1 to {MANY}"
-            raise TfgError([Diagnostic("FG416", message)])
+            raise TfgError.of("FG416", f"--dim {name}={value}: a size is a whole number from 1 to {MANY}")
         sizes[name] = int(value)
     return sizes
 
@@ -499,7 +498,7 @@ def _split(option: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         help_ = (f"write {option} {name or 'name'}=value",)
-        raise TfgError([Diagnostic("FG416", f"{option} {text}: expected NAME=VALUE", help=help_)])
+        raise TfgError.of("FG416", f"{option} {text}: expected NAME=VALUE", *help_)
     return name.strip(), value.strip()
 
 

@@ -25,7 +25,7 @@ from fastgrad_dsl.training.log import Event
 from fastgrad_dsl.training.loop import Context, Loss, Options, generate, is_finished, train, train_in
 from fastgrad_dsl.training.plan import TextPlanner, plan_of, resumed_pace, resumed_plan, without_polynomials
 from fastgrad_dsl.training.stopping import Stop, StopAsked, Stopped, stop_on_signals
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 BYTES = 256
 PROMPT_BYTES = 64
@@ -145,7 +145,7 @@ def _say_stopped(stopped: Stopped | StopAsked, folder: Path) -> None:
 def _check(options: Options) -> None:
     for name, value in (("--rate", options.learning_rate), ("--clip", options.clip)):
         if not math.isfinite(value):
-            raise TfgError([Diagnostic("FG416", f"{name} {value}: expected a finite number")])
+            raise TfgError.of("FG416", f"{name} {value}: expected a finite number")
 
 
 def _teller(console: Console) -> Callable[[str], None]:
@@ -206,17 +206,11 @@ def language_model_loss(compiled: Compiled, tokens: int) -> Loss:
         if limit is None or tokens <= limit:
             return compiled.loss
         problem = f"its sequences have at most {limit} tokens, not {tokens}"
-    raise TfgError(
-        [
-            Diagnostic(
-                "FG415",
-                f"model {program.name} cannot be trained on text: {problem or 'the file has no objective'}",
-                span=graph.span,
-                help=(
-                    "a byte-level model takes int[b, n], gives float[b, n, 256] and has an objective(logits, targets)",
-                ),
-            )
-        ]
+    raise TfgError.of(
+        "FG415",
+        f"model {program.name} cannot be trained on text: {problem or 'the file has no objective'}",
+        "a byte-level model takes int[b, n], gives float[b, n, 256] and has an objective(logits, targets)",
+        span=graph.span,
     )
 
 

@@ -15,7 +15,7 @@ from fastgrad_dsl.documents.form import MAX_SHOWN, Misfit, built, format_of
 from fastgrad_dsl.documents.form import shown as value
 from fastgrad_dsl.documents.plan import Plan
 from fastgrad_dsl.documents.report import Report
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.read import check_regular
 
 KINDS: dict[str, type[Document]] = {
@@ -53,7 +53,7 @@ def read_document(path: Path, kind: type[_Document]) -> _Document:
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise TfgError([Diagnostic("FG001", f"cannot read {path}: {reason}")]) from None
+        raise TfgError.of("FG001", f"cannot read {path}: {reason}") from None
     return parse_document(content, kind, str(path))
 
 
@@ -149,7 +149,7 @@ def _faults(tree: Any) -> Iterator[tuple[Place, str]]:
 
 def _refused(shown: str, place: Place | None, said: str, help_: str = "write the folder again") -> TfgError:
     where = "" if not place else f" /{'/'.join(map(_step, place))}:"
-    return TfgError([Diagnostic("FG430", f"{shown}:{where} {said}", help=(help_,))])
+    return TfgError.of("FG430", f"{shown}:{where} {said}", help_)
 
 
 def _step(key: str | int) -> str:

@@ -30,7 +30,7 @@ from fastgrad_compiler.approximation.rounding import EXACT, UNITS, Rounding, Run
 from fastgrad_compiler.runtime.guard import BudgetViolation
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 ALWAYS_EXACT = 2**62  # as `exact_below`: every length is below it
 INPUTS = 7  # of an attention operation: q, k, v, near_q, near_k, mask, documents
@@ -321,7 +321,7 @@ def check_finite(what: str, *tensors: Tensor) -> None:
         return
     message = f"{what} gives numbers that are not finite on this batch, so that no error can be measured"
     help_ = ("look for weights or inputs that are NaN, infinite or too large for the model",)
-    raise TfgError([Diagnostic("FG427", message, help=help_)])
+    raise TfgError.of("FG427", message, *help_)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

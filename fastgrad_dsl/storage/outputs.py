@@ -11,7 +11,7 @@ from errno import EISDIR, ENOTDIR, EROFS
 from pathlib import Path
 
 from fastgrad_dsl.storage.files import naming, write_atomically
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 TRIED = bytes(1 << 14)
 """A disk that has no room for as little has none for any output."""
@@ -82,8 +82,7 @@ def _refused(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        message = f"cannot write {path}: {error.strerror or error}"
-        raise TfgError([Diagnostic("FG421", message)]) from None
+        raise TfgError.of("FG421", f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _is_stream(path: Path) -> bool:

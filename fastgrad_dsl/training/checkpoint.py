@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastgrad_dsl.storage.files import write_atomically
 from fastgrad_dsl.storage.weights import MODEL
 from fastgrad_dsl.training.guard_counts import guard_counts, restore_guard_counts
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 MOMENTS, GENERATORS, GUARDS = "optimiser.", "generator.", "guard."
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
@@ -306,23 +306,19 @@ def _shown(values: Mapping[str, Scalar], name: str) -> str:
 
 
 def _broken(path: Path, reason: str) -> TfgError:
-    return TfgError([Diagnostic("FG413", f"cannot read the checkpoint {path}: {reason}")])
+    return TfgError.of("FG413", f"cannot read the checkpoint {path}: {reason}")
 
 
 def _no_checkpoint(path: Path, found: str) -> NoReturn:
     message = f"{path} is a safetensors file, but not a checkpoint of a training run"
     if found.startswith("fastgrad-checkpoint-"):
         message = f"{path} is of the format {found}, which another version of fastgrad wrote"
-    raise TfgError([Diagnostic("FG413", message)])
+    raise TfgError.of("FG413", message)
 
 
 def _mismatch(path: Path, differences: Iterable[str]) -> TfgError:
-    return TfgError(
-        [
-            Diagnostic(
-                "FG414",
-                f"the checkpoint {path} belongs to another run: {'; '.join(differences)}",
-                help=("use the text, spec and options of that run, or another --out folder to start afresh",),
-            )
-        ]
+    return TfgError.of(
+        "FG414",
+        f"the checkpoint {path} belongs to another run: {'; '.join(differences)}",
+        "use the text, spec and options of that run, or another --out folder to start afresh",
     )

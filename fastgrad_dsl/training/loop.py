@@ -29,7 +29,7 @@ from fastgrad_dsl.training.checkpoint import (
 from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, writing
 from fastgrad_dsl.training.log import Event, kept_lines
 from fastgrad_dsl.training.stopping import Stop, StopAsked, Stopped
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MAY_CHANGE = {"steps", "seconds", "validate_every", "validation_batches", "checkpoint_every"}  # on resuming
@@ -145,7 +145,7 @@ def is_finished(checkpoint: Checkpoint, options: Options, context: Context) -> b
         return progress.seconds >= options.seconds
     if progress.step > options.steps:
         message = f"the run of {checkpoint.path} has done {progress.step} steps, more than {options.steps}"
-        raise TfgError([Diagnostic("FG414", message, help=("give as many steps or more",))])
+        raise TfgError.of("FG414", message, "give as many steps or more")
     return progress.step == options.steps and progress.validated == progress.step
 
 
@@ -325,13 +325,10 @@ class _Run:
         return f"the checkpoint of step {step} is whole: --resume goes on from there"
 
     def _not_finite(self, what: str) -> TfgError:
-        help_ = (
-            "no checkpoint is written yet"
-            if self.saved[0] < 0
-            else f"the checkpoint of step {self.saved[0]} is kept",
-            f"train anew with a --rate below {self.options.learning_rate:g}, or with a smaller --clip",
-        )
-        return TfgError([Diagnostic("FG433", f"{what}: the run is stopped", help=help_)])
+        step, _ = self.saved
+        kept = "no checkpoint is written yet" if step < 0 else f"the checkpoint of step {step} is kept"
+        anew = f"train anew with a --rate below {self.options.learning_rate:g}, or with a smaller --clip"
+        return TfgError.of("FG433", f"{what}: the run is stopped", kept, anew)
 
 
 def training_step(

@@ -25,7 +25,7 @@ from fastgrad_dsl.training.budget_log import finite
 from fastgrad_dsl.training.checkpoint import Checkpoint
 from fastgrad_dsl.training.loop import Options
 from fastgrad_dsl.training.stopping import Stop
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 CALIBRATION_BATCHES = 2
 
@@ -124,4 +124,4 @@ def _plan(checkpoint: Checkpoint) -> RunPlan:
 
 
 def _false(checkpoint: Checkpoint, reason: str) -> TfgError:
-    return TfgError([Diagnostic("FG413", f"cannot read the checkpoint {checkpoint.path}: {reason}")])
+    return TfgError.of("FG413", f"cannot read the checkpoint {checkpoint.path}: {reason}")

@@ -46,6 +46,11 @@ class TfgError(Exception):
         self.diagnostics = tuple(diagnostics)
         super().__init__("\n".join(f"[{d.code}] {d.message}" for d in self.diagnostics))
 
+    @classmethod
+    def of(cls, code: str, message: str, *help_: str, span: Span | None = None) -> TfgError:
+        """The error of one diagnostic."""
+        return cls([Diagnostic(code, message, span, help=help_)])
+
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, for "did you mean" (None where nothing is near)."""
