@@ -20,11 +20,12 @@ from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.pipeline import run
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.loader import package_from_texts
-from fastgrad_dsl.calibration.calibrate import Calibration, Data, calibrate
+from fastgrad_dsl.calibration.calibrate import calibrate
 from fastgrad_dsl.calibration.capture import Subject
 from fastgrad_dsl.calibration.pace import default_pace, machine_pace
-from fastgrad_dsl.calibration.plan import Limits, decisions, make_plan
+from fastgrad_dsl.calibration.plan import decisions, make_plan
 from fastgrad_dsl.calibration.replan import Request, replan
+from fastgrad_dsl.documents.calibration import Limits, UsedCalibration
 from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.models.batches import model_inputs, random_batch, target_inputs
 from fastgrad_dsl.models.measure import whole_errors
@@ -179,19 +180,19 @@ def _planning(settings: Settings) -> dict[str, object]:
     batch = random_batch(tensors, {"b": 1, "n": 256}, 0)
     say(f"planning {params['depth']} layers of {params['heads']} heads")
     subject = Subject(program, dict(compiled.module(seed=0).state_dict()), compiled.loss)
-    data = Data([batch], "random inputs", "initial weights", {"b": 1, "n": 256}, 0)
-    found: Calibration = calibrate(subject, data, default_pace(settings.target), probes=2)
+    used = UsedCalibration("random inputs", "initial weights", 1, {"b": 1, "n": 256}, 0)
+    found = calibrate(subject, [batch], used, default_pace(settings.target), probes=2)
     limits = Limits(1e-2, 5e-2)
     started = time.perf_counter()
-    plan = make_plan(found, program, limits)
+    plan = make_plan(found, limits)
     assert plan is not None
     planned = time.perf_counter() - started
-    run(compiled.stages[0].program, target=settings.target, assignment=decisions(plan, found, program))
+    run(compiled.stages[0].program, target=settings.target, assignment=decisions(plan, found))
     total = time.perf_counter() - started
     return {
         "layers": params["depth"],
         "heads": params["heads"],
         "plan_s": planned,
         "total_s": total,
-        "gap": plan.gap,
+        "gap": plan.planned.gap,
     }

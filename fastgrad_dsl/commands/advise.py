@@ -18,7 +18,7 @@ from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
 from fastgrad_dsl.documents.base import Document
-from fastgrad_dsl.documents.calibration import Calibration, Candidate, Planned
+from fastgrad_dsl.documents.calibration import Calibration, Candidate, Limits, Planned
 from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.report.words import folded
 from fastgrad_dsl.storage.outputs import write_output
@@ -44,13 +44,6 @@ class AdviceRequest:
     dims: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     include: Sequence[Path] = ()
-
-
-class Limits(Document, frozen=True):
-    """Those of the budget."""
-
-    output: float | None
-    gradient: float | None
 
 
 class AdvisedAttention(Document, frozen=True):

@@ -56,3 +56,9 @@ def narrowed(document: _Document) -> _Document:
     """The same document as an object of its narrowest class."""
     made: _Document = cast("type[_Document]", document.narrowest())(**asdict(document))
     return made
+
+
+def picked(kind: type[_Document], source: object, **others: object) -> _Document:
+    """A document of the attributes of `source` that are named as its fields, and of `others`."""
+    names = (name for name in kind.__struct_fields__ if name not in others)
+    return kind(**{name: getattr(source, name) for name in names}, **others)

@@ -88,8 +88,20 @@ class CalibratedAttention(Document, frozen=True):
         return next((candidate for candidate in self.candidates if candidate.chosen), None)
 
 
+class Limits(Document, frozen=True):
+    """Those of a budget, or what is left of them after a verification."""
+
+    output: float | None
+    gradient: float | None
+
+
 class Planned(Document, frozen=True):
-    """Sums of the plan at the planned `length`, and how far its seconds can be from the least, proved."""
+    """Sums over all attentions of the plan at the planned `length`.
+
+    `exact_seconds`: of PyTorch's fused softmax attention of the same shapes, masks left aside. `output`, `gradient`:
+    estimates of the model's relative errors, or with `trust = certified` sums of proved worst cases with gains of at
+    least 1. `gap`: how far `seconds` can be from the least, proved.
+    """
 
     length: Count
     seconds: Part
@@ -121,6 +133,16 @@ class Verification(Document, frozen=True):
     gradient: Part
     violations: Count
     rounds: tuple[Round, ...]
+
+
+class UsedCalibration(Document, frozen=True):
+    """What a calibration is made again with."""
+
+    data: str
+    weights: str
+    batches: Count
+    dims: dict[str, Count]
+    seed: int | None
 
 
 class Calibration(Document, frozen=True):

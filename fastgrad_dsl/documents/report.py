@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from fastgrad_dsl.documents.base import Count, Document, Part, Size
-from fastgrad_dsl.documents.calibration import Calibration, PaceKind, Positive
+from fastgrad_dsl.documents.calibration import Calibration, PaceKind, Positive, UsedCalibration
 from fastgrad_dsl.documents.plan import Attention, Budget, Dim
 
 Paths = Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -83,16 +83,6 @@ class Versions(Document, frozen=True):
     fastgrad: str | None
     torch: str | None
     python: str
-
-
-class UsedCalibration(Document, frozen=True):
-    """What a calibration is made again with."""
-
-    data: str
-    weights: str
-    batches: Count
-    dims: dict[str, Count]
-    seed: int | None
 
 
 class Reproduce(Document, frozen=True):
