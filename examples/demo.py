@@ -27,9 +27,10 @@ from fastgrad_dsl.bench.memory import peak_of
 from fastgrad_dsl.calibration.data import CalibrationRequest, calibrated
 from fastgrad_dsl.commands.terminal import print_calibration, print_plan, print_report, progress
 from fastgrad_dsl.commands.train import TrainRequest, language_model_loss, print_sample, run
+from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.models.text_data import load_text
-from fastgrad_dsl.report.document import write_json
-from fastgrad_dsl.report.page import write_html
+from fastgrad_dsl.report.page import render_html
+from fastgrad_dsl.storage.files import write_atomically
 from fastgrad_dsl.training.folder import CHECKPOINT, LOG
 from fastgrad_dsl.training.loop import Loss, Options
 
@@ -72,8 +73,8 @@ def main() -> None:
         sizes = {"b": 1, "n": training.tokens}
         result = make_report(ReportRequest(build, {}, None, TEXT, weights, sizes, 0, True), tell)
     print_report(result)
-    write_json(build / "report.json", result)
-    write_html(build / "report.html", result)
+    write_atomically(build / "report.json", to_json(result))
+    write_atomically(build / "report.html", render_html(result))
     console.rule("4. time and memory of a training step")
     inputs, targets = next(data.validation_batches(training.tokens, 1, 1))
     steps = _print_steps(console, compiled, model, loss, (inputs, targets), weights)

@@ -19,9 +19,7 @@ from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
 from fastgrad_dsl.documents.base import Document
 from fastgrad_dsl.documents.calibration import Calibration, Candidate, Limits, Planned
-from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.report.words import folded
-from fastgrad_dsl.storage.outputs import write_output
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
 
@@ -131,11 +129,6 @@ def _document(advised: Advised, measured: Calibration | None) -> AdvisedAttentio
         advice=tuple(advised.advice),
         candidates=found.get(paths[0]),
     )
-
-
-def write_advice(path: Path, advice: AdviceDocument) -> None:
-    """Write the advice as JSON, atomically."""
-    write_output(path, to_json(advice))
 
 
 def print_advice(document: AdviceDocument, *, wide: bool = False) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,7 @@ from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
 from fastgrad_dsl.models.batches import memory_bytes
 from fastgrad_dsl.plots.panels import Panel, Series, render
-from fastgrad_dsl.storage.outputs import write_output
 from fastgrad_grammar.diagnostics import TfgError
-from fastgrad_grammar.quote import json_text
 
 LENGTHS, QUICK_LENGTHS = (1024, 4096, 16384), (256, 1024)
 SECONDS, QUICK_SECONDS = 10.0, 2.0  # for the passes of one attention at one length
@@ -146,17 +143,6 @@ def _output_error(request: BenchRequest, n: int) -> dict[str, object]:
         found = polynomial.function()(inputs.q, inputs.k, inputs.v)
         expected = exact.function()(precise.q, precise.k, precise.v)
     return {"n": n, "relative_l2": ((found - expected).norm() / expected.norm()).item()}
-
-
-def write_files(document: dict[str, Any], json_file: Path | None, svg_file: Path | None) -> None:
-    """Write what is asked for. Raises OSError."""
-    texts = []
-    if json_file is not None:
-        texts.append((json_file, json_text(document, 2) + "\n"))
-    if svg_file is not None:
-        texts.append((svg_file, plot(document)))
-    for path, text in texts:
-        write_output(path, text)
 
 
 def plot(document: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from msgspec import Meta
 
@@ -25,7 +25,7 @@ class Errors(Document, frozen=True):
 
     def of(self, kind: Kind) -> float | None:
         """The one of a kind."""
-        return {"bound": self.bound, "estimate": self.estimate, "measured": self.measured}[kind]
+        return cast("float | None", getattr(self, kind))
 
 
 UNKNOWN, NOTHING = Errors(None, None, None), Errors(0.0, 0.0, 0.0)
@@ -42,9 +42,7 @@ class LocalErrors(Document, frozen=True):
 
     def of(self, what: Exact) -> Errors:
         """Those of one tensor."""
-        return {
-            "output": self.output, "dq": self.dq, "dk": self.dk, "dv": self.dv, "gradient": self.gradient,
-        }[what]  # fmt: skip
+        return cast("Errors", getattr(self, what))
 
 
 class Head(Document, frozen=True):

@@ -16,12 +16,11 @@ from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.calibration.pace import MachinePace, machine_pace
 from fastgrad_dsl.calibration.record import PlanRecord, plan_record, with_recorded_plan
 from fastgrad_dsl.calibration.replan import Request, replan
-from fastgrad_dsl.documents.base import Document
+from fastgrad_dsl.documents.base import Document, finite
 from fastgrad_dsl.documents.calibration import Calibration
 from fastgrad_dsl.documents.form import Misfit, built
 from fastgrad_dsl.documents.write import plain
 from fastgrad_dsl.models.text_data import TextData
-from fastgrad_dsl.training.budget_log import finite
 from fastgrad_dsl.training.checkpoint import Checkpoint
 from fastgrad_dsl.training.loop import Options
 from fastgrad_dsl.training.stopping import Stop
