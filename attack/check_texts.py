@@ -40,20 +40,14 @@ def check_texts(case: Case) -> None:
 
 
 def _same_entries(plan: list[Entry], report: list[Entry]) -> None:
-    if [entry["path"] for entry in plan] != [entry["path"] for entry in report]:
-        raise Finding(
-            "e",
-            "paths",
-            f"plan.json has {[e['path'] for e in plan]}, report.json {[e['path'] for e in report]}",
-        )
+    paths, others = ([entry["path"] for entry in entries] for entries in (plan, report))
+    if paths != others:
+        raise Finding("e", "paths", f"plan.json has {paths}, report.json {others}")
     for one, other in zip(plan, report, strict=True):
         for key in SHARED:
             if one[key] != other[key]:
-                raise Finding(
-                    "e",
-                    f"{key} of report",
-                    f"{one['path']}: {one[key]} in plan.json, {other[key]} in report.json",
-                )
+                words = f"{one['path']}: {one[key]} in plan.json, {other[key]} in report.json"
+                raise Finding("e", f"{key} of report", words)
 
 
 def _same_as_program(plan: list[Entry], table: tuple[AttentionEntry, ...]) -> None:
@@ -70,9 +64,8 @@ def _same_as_program(plan: list[Entry], table: tuple[AttentionEntry, ...]) -> No
         }
         for key, value in runs.items():
             if said[key] != value:
-                raise Finding(
-                    "e", f"{key} of plan", f"{entry.path}: {said[key]} in plan.json, {value} in what runs"
-                )
+                words = f"{entry.path}: {said[key]} in plan.json, {value} in what runs"
+                raise Finding("e", f"{key} of plan", words)
 
 
 def _printed(show: Callable[[], None]) -> list[str]:
