@@ -33,10 +33,7 @@ from fastgrad_dsl.models.text_data import load_text
 
 SPEC, TEXT = ROOT / "examples" / "gpt.tfg", ROOT / "examples" / "data" / "emma.txt"
 PIN = re.compile(r'    at "\*" degree = 2\n')
-CALIBRATED, MEASURED = (
-    2048,
-    4096,
-)  # tokens of a sequence: to calibrate on, and of the demonstration's training step
+CALIBRATED, MEASURED = 2048, 4096  # tokens of a sequence: to calibrate on, and of the demonstration's step
 LARGE = {"depth": 24, "d_model": 256, "heads": 16}
 HAND_PICKED = (1, 2, 3)
 GUARD_REPEATS = 5  # times the usual ones: a share of some percent is to be seen
@@ -111,9 +108,8 @@ def _picked(
         output, gradient = (max(e[place] for e in errors) for place in (0, 1))
         budget = compiled.plan_document["budget"]
         keeps = output <= budget["output"] and gradient <= budget["gradient"]
-        found.append(
-            {"name": name, "step_s": times[name], "output": output, "gradient": gradient, "keeps": keeps}
-        )
+        entry = {"name": name, "step_s": times[name], "output": output, "gradient": gradient}
+        found.append({**entry, "keeps": keeps})
     return found
 
 
@@ -161,11 +157,8 @@ def _guards(settings: Settings, batches: Sequence[Batch], batch: Batch) -> dict[
         batch,
     )
     status = guarded.budget_status()  # type: ignore[operator]
-    calls = sum(each["calls"] for each in status)
-    return {f"{name}_s": seconds for name, seconds in times.items()} | {
-        "attentions": len(status),
-        "calls": calls,
-    }
+    counts = {"attentions": len(status), "calls": sum(each["calls"] for each in status)}
+    return {**{f"{name}_s": seconds for name, seconds in times.items()}, **counts}
 
 
 # ---------------------------------------------------------------- planning
@@ -189,10 +182,5 @@ def _planning(settings: Settings) -> dict[str, object]:
     planned = time.perf_counter() - started
     run(compiled.stages[0].program, target=settings.target, assignment=decisions(plan, found))
     total = time.perf_counter() - started
-    return {
-        "layers": params["depth"],
-        "heads": params["heads"],
-        "plan_s": planned,
-        "total_s": total,
-        "gap": plan.planned.gap,
-    }
+    sizes = {"layers": params["depth"], "heads": params["heads"]}
+    return {**sizes, "plan_s": planned, "total_s": total, "gap": plan.planned.gap}
