@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import fastgrad_dsl as fg
 from benchmarks.settings import ROOT, Settings, heading, say
 from fastgrad_compiler.approximation.polynomial import FAMILIES
-from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.pipeline import run
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.loader import package_from_texts
@@ -26,7 +25,7 @@ from fastgrad_dsl.calibration.pace import default_pace, machine_pace
 from fastgrad_dsl.calibration.plan import decisions, make_plan
 from fastgrad_dsl.calibration.replan import Request, replan
 from fastgrad_dsl.documents.calibration import Limits, UsedCalibration
-from fastgrad_dsl.documents.plan import is_approximated
+from fastgrad_dsl.documents.plan import approximated_of
 from fastgrad_dsl.models.batches import model_inputs, random_batch, target_inputs
 from fastgrad_dsl.models.measure import whole_errors
 from fastgrad_dsl.models.text_data import load_text
@@ -103,7 +102,7 @@ def _picked(
     found = []
     for name, each in contenders.items():
         say(f"errors of {name}")
-        served = [is_approximated(e) for e in each.plan_document.attentions if e.decision == "polynomial"]
+        served = approximated_of(each.plan_document)
         errors = [whole_errors(modules[name], b[:1], b[1:], compiled.loss, served) for b in held_out]
         output, gradient = (max(e[place] for e in errors) for place in (0, 1))
         budget = compiled.plan_document["budget"]
@@ -168,7 +167,7 @@ def _planning(settings: Settings) -> dict[str, object]:
     """Seconds from a calibration of 24 layers of 16 heads to a compiled program."""
     params = {**LARGE, "depth": 2} if settings.quick else LARGE
     compiled = fg.compile(demo_spec(), params=params, target=settings.target)
-    program: Program = next(stage.program for stage in compiled.stages if stage.name == "attention")
+    program = compiled.recognised
     tensors = [*model_inputs(program), *target_inputs(program)]
     batch = random_batch(tensors, {"b": 1, "n": 256}, 0)
     say(f"planning {params['depth']} layers of {params['heads']} heads")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,6 +90,18 @@ class Compiled:
     def program(self) -> Program:
         """The program after the last pass."""
         return self.stages[-1].program
+
+    @property
+    def recognised(self) -> Program:
+        """The program after recognition, in which each attention is one node."""
+        return next(stage.program for stage in self.stages if stage.name == "attention")
+
+    def with_decisions(self, assignment: Assignment, calibration: Calibration | None = None) -> Compiled:
+        """The same model planned anew, by what was decided of its attentions and what that rests on."""
+        stages = run(
+            self.stages[0].program, target=self.target, assignment=assignment, validate=self.validate
+        )
+        return replace(self, stages=stages, assignment=assignment, calibration=calibration)
 
     @property
     def plan(self) -> tuple[AttentionEntry, ...]:

@@ -23,7 +23,7 @@ from fastgrad_dsl.training.checkpoint import read_checkpoint
 from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, identity, publish, spec_files
 from fastgrad_dsl.training.log import Event
 from fastgrad_dsl.training.loop import Context, Loss, Options, generate, is_finished, train, train_in
-from fastgrad_dsl.training.plan import TextPlanner, plan_of, resumed_pace, resumed_plan, without_polynomials
+from fastgrad_dsl.training.plan import TextPlanner, plan_of, resumed_plan, without_polynomials
 from fastgrad_dsl.training.stopping import Stop, StopAsked, Stopped, stop_on_signals
 from fastgrad_grammar.diagnostics import TfgError
 
@@ -103,7 +103,7 @@ def _train(
     data: TextData,
     request: TrainRequest,
     texts: Mapping[str, str],
-    named: Mapping[str, str],
+    named: dict[str, str],
     stop: Stop,
 ) -> nn.Module:
     """One run, or the rest of one, in a folder that is claimed."""
@@ -114,7 +114,7 @@ def _train(
         checkpoint = read_checkpoint(request.folder / CHECKPOINT)
         checkpoint.belongs_to(request.options.settings, named)
         watch.compiled = resumed_plan(compiled, checkpoint)
-        planner.pace = resumed_pace(checkpoint)
+        planner.pace = checkpoint.progress.plan.pace if checkpoint.progress.plan else None
         model = watch.compiled.module(seed=request.options.seed)
     elif request.calibrate and not request.options.exact:
         watch.compiled = planner(compiled, model)

@@ -260,6 +260,11 @@ def is_approximated(entry: Attention) -> bool:
     return entry.decision == "polynomial" and entry.family != OWN
 
 
+def approximated_of(plan: Plan) -> list[bool]:
+    """`is_approximated` of each attention that a polynomial serves."""
+    return [is_approximated(entry) for entry in plan.attentions if entry.decision == "polynomial"]
+
+
 def longest_sizes(plan: Plan) -> tuple[dict[str, int], list[str]]:
     """Sizes of the dims that lengths of attentions are made of, and those among them that the file leaves open."""
     texts = {text for entry in plan.attentions for text in (entry.queries, entry.keys)}

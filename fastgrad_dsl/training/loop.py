@@ -18,6 +18,7 @@ from fastgrad_dsl.training.budget_watch import BudgetWatch
 from fastgrad_dsl.training.checkpoint import (
     Checkpoint,
     Progress,
+    RunPlan,
     States,
     described,
     idle_weights,
@@ -98,14 +99,14 @@ class Context:
     Args:
         identity: what a resumed run must share, under the names that users know.
         generators: random generators besides those of batches and dropout, by name.
-        plan: what the plan rests on, as plain data for the checkpoint.
+        plan: what the plan rests on, for the checkpoint.
         publish: writes the model of the present plan into the run's folder.
         stop: says when to stop.
     """
 
-    identity: Mapping[str, str] = field(default_factory=dict)
+    identity: dict[str, str] = field(default_factory=dict)
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
-    plan: Callable[[], object] = lambda: None
+    plan: Callable[[], RunPlan | None] = lambda: None
     publish: Callable[[], None] = lambda: None
     stop: Stop = field(default_factory=Stop)
 
@@ -295,7 +296,7 @@ class _Run:
             self.options.settings,
             self.context.identity,
             described(self.optimiser),
-            idle_weights(self.model, self.optimiser),
+            tuple(idle_weights(self.model, self.optimiser)),
             self.context.plan(),
         )
         with writing(self.folder / WEIGHTS, kept=self._kept):
