@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -82,9 +83,8 @@ def validation_loss(
     losses = []
     try:
         with torch.no_grad():
-            for inputs, targets in data.validation_batches(
-                options.tokens, options.batch, options.validation_batches
-            ):
+            sizes = options.tokens, options.batch, options.validation_batches
+            for inputs, targets in data.validation_batches(*sizes):
                 check()
                 losses.append(loss(model(inputs), targets).item())
     finally:
@@ -121,21 +121,30 @@ def train(
     resume: bool = False,
     force: bool = False,
     watch: BudgetWatch | None = None,
+    context: Context | None = None,
 ) -> Generator[Event, None, None]:
     """Train in place, yielding an Event for each step and validation; `folder` gets the log, checkpoints and weights.
 
     `watch` looks at the budget at every validation and may return another module with the same weights to
     continue with. `force`: a run that is already in the folder is replaced. On the CPU, a resumed run continues bit for
-    bit with the same number of threads; a run that has done its steps changes nothing.
+    bit with the same number of threads; a run that has done its steps changes nothing. With `context` the folder is
+    `claimed` already.
 
     Raises TfgError: FG413 or FG414 if `resume` finds no checkpoint, or that of another run; FG421 if the folder cannot
-    be written; FG431 and FG432 if it is occupied; FG433 if a loss or gradient is not finite.
+    be written; FG431 and FG432 if it is occupied; FG433 if a loss or gradient is not finite. Raises Stopped if
+    `context.stop` asks for it.
     """
-    context = Context()
-    if resume and is_finished(read_checkpoint(folder / CHECKPOINT), options, context):
+    whole = context is None
+    context = context or Context()
+    if whole and resume and is_finished(read_checkpoint(folder / CHECKPOINT), options, context):
         return
-    with claimed(folder, resume=resume, force=force):
-        yield from train_in(model, loss, data, options, folder, context, resume=resume, watch=watch)
+    with claimed(folder, resume=resume, force=force) if whole else nullcontext():
+        run = _Run(model, loss, data, options, folder, context, watch)
+        if resume:
+            run.resume()
+        else:
+            run.begin()
+        yield from run.events()
 
 
 def is_finished(checkpoint: Checkpoint, options: Options, context: Context) -> bool:
@@ -148,26 +157,6 @@ def is_finished(checkpoint: Checkpoint, options: Options, context: Context) -> b
         message = f"the run of {checkpoint.path} has done {progress.step} steps, more than {options.steps}"
         raise TfgError.of("FG414", message, "give as many steps or more")
     return progress.step == options.steps and progress.validated == progress.step
-
-
-def train_in(
-    model: nn.Module,
-    loss: Loss,
-    data: TextData,
-    options: Options,
-    folder: Path,
-    context: Context,
-    *,
-    resume: bool,
-    watch: BudgetWatch | None,
-) -> Generator[Event, None, None]:
-    """As `train`, in a folder that is `claimed`. Raises Stopped if `context.stop` asks for it."""
-    run = _Run(model, loss, data, options, folder, context, watch)
-    if resume:
-        run.resume()
-    else:
-        run.begin()
-    yield from run.events()
 
 
 class _Run:
@@ -307,10 +296,8 @@ class _Run:
         self.saved = (self.step, self.validated)
 
     def _record(self, event: Event) -> Event:
-        with (
-            writing(self.folder / LOG, kept=self._kept),
-            (self.folder / LOG).open("a", encoding="utf-8") as log,
-        ):
+        path = self.folder / LOG
+        with writing(path, kept=self._kept), path.open("a", encoding="utf-8") as log:
             log.write(event.line())
         return event
 
