@@ -43,9 +43,9 @@ def attention_errors(
         dk=_three(found.local["dk"], None),
         dv=_three(found.local["dv"], None),
         gradient=Errors(
-            finite(found.gradient_bound if known else None),
+            finite(found.gradient.bound if known else None),
             finite(found.gradient_effect),
-            finite(found.gradient if known else None),
+            finite(found.gradient.measured if known else None),
         ),
     )
 
