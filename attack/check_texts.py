@@ -11,12 +11,13 @@ from typing import Any
 
 from attack.cases import Case, Finding
 from fastgrad_compiler.attention.table import AttentionEntry, attention_table
-from fastgrad_compiler.attention.value import OWN, Attention
+from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.text import print_program
 from fastgrad_compiler.ir.text_parser import parse_program
 from fastgrad_dsl.commands.terminal import print_plan, print_report
 from fastgrad_dsl.documents.report import Report
+from fastgrad_dsl.report import words
 from fastgrad_dsl.report.words import folded, number
 from fastgrad_grammar.format import format_source
 from fastgrad_grammar.source import Source
@@ -81,7 +82,7 @@ def _check_text(case: Case, plan: list[Entry]) -> None:
     lines = _printed(lambda: print_plan(planned, "attack.tfg"))
     groups: dict[tuple[str, str, str], list[str]] = {}
     for entry, row in zip(plan, attention_table(planned), strict=True):
-        family = "own polynomial" if entry["family"] == OWN else entry["family"]
+        family = words.family(entry["family"])
         decision = f"{family} degree {entry['degree']}" if entry["decision"] == "polynomial" else "exact"
         near = f", in blocks of {entry['near']}" if entry["near"] is not None and decision != "exact" else ""
         place = row.span.short_place if row.span else ""
@@ -104,7 +105,7 @@ def _report_text(report: Report) -> None:
         line = next((line for line in lines if re.match(rf"{re.escape(entry['path'])}\s", line)), None)
         if line is None:
             raise Finding("e", "a row of report", f"{entry['path']} is not in the table")
-        family = "own polynomial" if entry["family"] == OWN else entry["family"]
+        family = words.family(entry["family"])
         decision = f"{family} {entry['degree']}" if entry["decision"] == "polynomial" else "exact"
         if entry["near"] is not None and decision != "exact":
             decision += f", near {entry['near']}"

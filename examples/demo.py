@@ -24,7 +24,7 @@ import fastgrad_dsl as fg
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.report import ReportRequest, make_report
 from fastgrad_dsl.bench.memory import peak_of
-from fastgrad_dsl.calibration.data import CalibrationRequest, calibrated
+from fastgrad_dsl.calibration.data import calibrated
 from fastgrad_dsl.commands.terminal import print_calibration, print_plan, print_report, progress
 from fastgrad_dsl.commands.train import TrainRequest, language_model_loss, print_sample, run
 from fastgrad_dsl.documents.write import to_json
@@ -52,7 +52,7 @@ def main() -> None:
     console.rule("1. the compiled model, planned on the text")
     with progress("calibrating:") as tell:
         sizes = {"b": 1, "n": min(options.tokens, CALIBRATED)}
-        compiled = calibrated(fg.compile(SPEC), CalibrationRequest(str(TEXT), dims=sizes), tell)
+        compiled = calibrated(fg.compile(SPEC), str(TEXT), tell, dims=sizes)
     compiled.write(build)
     print_plan(compiled.program, str(SPEC))
     if compiled.calibration is not None:

@@ -31,7 +31,7 @@ FORMAT = "fastgrad-advice-1"
 
 @dataclass(frozen=True)
 class AdviceRequest:
-    """Which model of which file, and, with `data`, what to measure candidates on (`CalibrationRequest`)."""
+    """Which model of which file, and, with `data`, what to measure candidates on (`calibrated`)."""
 
     file: Path
     params: Mapping[str, object]
@@ -103,14 +103,14 @@ def make_advice(request: AdviceRequest, tell: Tell = lambda what: None) -> Advic
 
 def _measured(request: AdviceRequest, source: Source, elaborated: Program, tell: Tell) -> Calibration | None:
     """The calibration document of the file, rules of its budget left out: all candidates are to be seen."""
-    from fastgrad_dsl.calibration.data import CalibrationRequest, calibrated
+    from fastgrad_dsl.calibration.data import calibrated
 
     budget = elaborated.budget
     free = elaborated if budget is None else replace(elaborated, budget=replace(budget, rules=()))
     stages = run(free, target=request.target, validate=False)
     compiled = Compiled(source, request.target, stages, dict(request.params), validate=False)
-    asked = CalibrationRequest(str(request.data), request.weights, request.dims, request.seed)
-    return calibrated(compiled, asked, tell).calibration
+    data, weights = str(request.data), request.weights
+    return calibrated(compiled, data, tell, dims=request.dims, weights=weights, seed=request.seed).calibration
 
 
 def _document(advised: Advised, measured: Calibration | None) -> AdvisedAttention:

@@ -16,7 +16,7 @@ from typer import Argument, Option
 from fastgrad_dsl import __version__
 from fastgrad_dsl.commands.failures import diagnostics, run_command
 from fastgrad_dsl.storage.outputs import rewrite, try_file, try_folder, write_output
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError, suggestions
 from fastgrad_grammar.quote import json_text, terminal
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.render import render
@@ -144,7 +144,7 @@ def compile_(
 
     import fastgrad_dsl as fg
     from fastgrad_dsl.api.native_build import build_kernels
-    from fastgrad_dsl.calibration.data import RANDOM, CalibrationRequest, calibrated
+    from fastgrad_dsl.calibration.data import RANDOM, calibrated
     from fastgrad_dsl.commands.terminal import print_calibration, print_plan, progress
     from fastgrad_dsl.storage.build_manifest import check_folder
 
@@ -157,8 +157,7 @@ def compile_(
         calibrate = RANDOM
     if calibrate is not None:
         with progress("calibrating:") as tell:
-            request = CalibrationRequest(calibrate, weights, _sizes(dim), seed)
-            compiled = calibrated(compiled, request, tell)
+            compiled = calibrated(compiled, calibrate, tell, dims=_sizes(dim), weights=weights, seed=seed)
     compiled.write(out, force=force)
     print_plan(compiled.program, str(file))
     if compiled.calibration is not None:
@@ -219,7 +218,7 @@ def stages(
 
     names = ["elaborate", *(p.name for p in PASSES)]
     if after is not None and after not in names:
-        raise TfgError([_unknown("pass", after, names)])
+        raise TfgError.of("FG417", f"unknown pass {after}", *suggestions(after, names))
     for stage in _stages(file, model, set_, include, until=after):
         if after in (None, stage.name):
             print(f"# after {stage.name} ({1000 * stage.seconds:.1f} ms)\n\n{print_program(stage.program)}")
@@ -350,10 +349,12 @@ def bench(
     try_file(json_)
     try_file(svg)
 
+    from fastgrad_dsl.bench.contenders import Contender
     from fastgrad_dsl.commands.bench import BenchRequest, plot, print_bench, run_bench
     from fastgrad_dsl.commands.terminal import progress
 
-    request = BenchRequest(tuple(n or ()), d, degree, near, heads, dv, threads, repeats, target, quick)
+    polynomial = Contender(heads, d, dv, degree, near, target)
+    request = BenchRequest(polynomial, degree, tuple(n or ()), threads, repeats, quick)
     with progress("measuring") as tell:
         result = run_bench(request, tell)
     print_bench(result)
@@ -468,11 +469,3 @@ def _split(option: str, text: str) -> tuple[str, str]:
         help_ = (f"write {option} {name or 'name'}=value",)
         raise TfgError.of("FG416", f"{option} {text}: expected NAME=VALUE", *help_)
     return name.strip(), value.strip()
-
-
-def _unknown(kind: str, name: str, known: list[str]) -> Diagnostic:
-    from fastgrad_grammar.diagnostics import nearest
-
-    near = nearest(name, known)
-    help_ = ((f"did you mean {near}?",) if near else ()) + (f"known: {', '.join(known)}",)
-    return Diagnostic("FG417", f"unknown {kind} {name}", help=help_)

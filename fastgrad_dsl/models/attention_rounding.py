@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.rounding import (
     LONGEST,
@@ -17,7 +15,7 @@ from fastgrad_compiler.approximation.rounding import (
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.documents import plan
-from fastgrad_dsl.documents.base import finite
+from fastgrad_dsl.documents.base import finite, picked
 from fastgrad_dsl.documents.plan import Approximated
 
 
@@ -61,9 +59,9 @@ def rounding_document(entry: Approximated, target: str, sizes: Sizes, declared: 
 def _run(entry: Approximated, target: str, sizes: Sizes, run: Run) -> plan.RoundingRun:
     added = entry_rounding(entry, target, sizes, run)
     proved = certificate(entry.eps, entry.eps_prime, added)
-    return plan.RoundingRun(
-        device=cast("Any", run.device),
-        dtype=cast("Any", run.dtype),
+    return picked(
+        plan.RoundingRun,
+        run,
         weights=finite(added.weights),
         slopes=finite(added.slopes),
         output=finite(proved.output_rounding),

@@ -342,8 +342,8 @@ def _pass(
     training = model.training
     model.eval()
     with torch.inference_mode(False), torch.enable_grad():
-        weights = {name: _leaf(parameter) for name, parameter in model.named_parameters()}
-        inputs = [_leaf(x) for x in inputs]
+        weights = {name: leaf(parameter) for name, parameter in model.named_parameters()}
+        inputs = [leaf(x) for x in inputs]
         moving = [x for x in (*weights.values(), *inputs) if x.requires_grad]
         with mode:
             results = torch.func.functional_call(model, weights, tuple(inputs))
@@ -366,7 +366,8 @@ def _pass(
     return _Results(joined, gradients, None if objective is None else scalar.item())
 
 
-def _leaf(x: Tensor) -> Tensor:
+def leaf(x: Tensor) -> Tensor:
+    """The same numbers, with a gradient of their own where they are floats."""
     x = x.clone() if x.is_inference() else x.detach()
     return x.requires_grad_(x.is_floating_point())
 

@@ -56,3 +56,10 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, for "did you mean" (None where nothing is near)."""
     matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def suggestions(name: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Help for a name that is not known: the nearest one, and all that are."""
+    names = list(known)
+    near = nearest(name, names)
+    return (*([f"did you mean {near}?"] if near else []), f"known: {', '.join(names)}")
