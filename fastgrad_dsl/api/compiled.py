@@ -121,10 +121,8 @@ class Compiled:
     @cached_property
     def files(self) -> dict[str, str]:
         """Every file that `write` writes: path within the folder to text; deterministic."""
-        stages = {
-            f"stages/{index:02d}-{stage.name}.txt": print_program(stage.program)
-            for index, stage in enumerate(self.stages)
-        }
+        numbered = enumerate(self.stages)
+        stages = {f"stages/{i:02d}-{each.name}.txt": print_program(each.program) for i, each in numbered}
         report = self.report()
         texts = {
             "plan.json": to_json(self.plan_document),

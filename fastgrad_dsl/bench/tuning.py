@@ -299,8 +299,7 @@ def _inputs(shape: Shape, work: Work) -> tuple[Inputs, Tensor]:
     values, cotangent = (
         random(heads, spec.dv).to(DTYPES[work.dtype]) for heads in (shape.key_heads, shape.heads)
     )
-    mask = (
-        torch.ones((work.batch, work.tokens), dtype=torch.bool, device=work.device) if spec.padding else None
-    )
+    whole = torch.ones((work.batch, work.tokens), dtype=torch.bool, device=work.device)
+    mask = whole if spec.padding else None
     q, k = rows(shape.heads, spec.d), rows(shape.key_heads, spec.d)
     return (q, k, values, near[0], near[1], mask), cotangent

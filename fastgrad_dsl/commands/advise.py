@@ -146,16 +146,11 @@ def print_advice(document: AdviceDocument, *, wide: bool = False) -> None:
         if each.candidates and document.measured:
             _print_measured(out, each.candidates, document.measured)
     out.print()
-    say(
-        out, "time: beside exact attention of the model as it is, an estimate of the cost model.", style="dim"
-    )
-    eps = "eps, " if wide else ""
-    say(
-        out,
-        f"{eps}output (share of the values' range) and gradient (share of omega): bounds. "
-        f"A change of the model needs training.{'' if wide else ' `fastgrad advise --wide` shows rank and eps.'}",
-        style="dim",
-    )
+    time = "time: beside exact attention of the model as it is, an estimate of the cost model."
+    bounds = "output (share of the values' range) and gradient (share of omega): bounds."
+    more = "" if wide else " `fastgrad advise --wide` shows rank and eps."
+    say(out, time, style="dim")
+    say(out, f"{'eps, ' * wide}{bounds} A change of the model needs training.{more}", style="dim")
 
 
 Shown = tuple[Column, Callable[[Advice], str]]
@@ -174,16 +169,13 @@ OPTION_MORE: tuple[Shown, ...] = (
 def _print_options(out: Console, advice: Sequence[Advice], length: int, shown: list[Shown]) -> None:
     """What could be done, feasible changes first, the fastest of them first."""
     best = cheapest(advice)
-    time = Column(f"time at\nn = {length:,}")
-    rows = [
-        [
-            each.change + (" (cheapest)" if each == best else ""),
-            f"{each.time:.2g}",
-            *(cell(each) for _, cell in shown),
-        ]
-        for each in sorted(advice, key=lambda a: (not a.feasible, a.time))
+    made: list[Shown] = [
+        (Column("change", is_number=False), lambda a: a.change + (" (cheapest)" if a == best else "")),
+        (Column(f"time at\nn = {length:,}"), lambda a: f"{a.time:.2g}"),
+        *shown,
     ]
-    print_table(out, [Column("change", is_number=False), time, *(column for column, _ in shown)], rows)
+    ordered = sorted(advice, key=lambda a: (not a.feasible, a.time))
+    print_table(out, [column for column, _ in made], [[cell(each) for _, cell in made] for each in ordered])
 
 
 def _print_measured(out: Console, candidates: Sequence[Candidate], measured: Measured) -> None:

@@ -16,15 +16,8 @@ from markupsafe import Markup
 from fastgrad_compiler.approximation.elementary import log10, power
 from fastgrad_grammar.quote import html
 
-COLOURS = (
-    "#e8590c",
-    "#1c7ed6",
-    "#2f9e44",
-    "#ae3ec9",
-    "#868e96",
-    "#d6336c",
-    "#0c8599",
-)  # on white and on black
+COLOURS = ("#e8590c", "#1c7ed6", "#2f9e44", "#ae3ec9", "#868e96", "#d6336c", "#0c8599")
+"""Of lines and points, on white and on black."""
 WIDTH = 400.0  # of every figure: a phone shows it whole, with letters that can be read
 LEFT, RIGHT, TOP, BOTTOM = 74.0, 16.0, 14.0, 60.0
 LETTER = 7.2  # mean width of a letter, of a wide font
@@ -123,13 +116,9 @@ def left_axis(axis: Axis, x: float, right: float, label: str) -> list[Markup]:
         parts.append(element('<path class="grid" d="M{:g} {:.1f}H{:g}"/>', x, y, right))
         parts.append(text(x - 6, y + 4, tick(value), "end"))
     middle = (axis.first + axis.last) / 2
-    return [
-        *parts,
-        element('<path class="axis" d="M{:g} {:g}V{:g}"/>', x, axis.first, axis.last),
-        element(
-            '<text transform="translate(13 {:g}) rotate(-90)" text-anchor="middle">{}</text>', middle, label
-        ),
-    ]
+    upright = '<text transform="translate(13 {:g}) rotate(-90)" text-anchor="middle">{}</text>'
+    parts.append(element('<path class="axis" d="M{:g} {:g}V{:g}"/>', x, axis.first, axis.last))
+    return [*parts, element(upright, middle, label)]
 
 
 def line(

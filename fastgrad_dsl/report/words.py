@@ -37,13 +37,9 @@ def bound(value: float | None) -> str:
 
 def percent(share: float) -> str:
     """A share, as in `4.2 %`; what is over 1000 % is written as a multiple."""
-    return (
-        f"{share:.3g} times"
-        if share >= 10
-        else f"{100 * share:.2g} %"
-        if share < 0.1
-        else f"{100 * share:.0f} %"
-    )
+    if share >= 10:
+        return f"{share:.3g} times"
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
 def factor(value: float) -> str:
