@@ -52,7 +52,12 @@ class Serving:
 
 @dataclass(frozen=True)
 class Plan:
-    """The way taken for each attention, in program order, and sums over all of them."""
+    """The way taken for each attention, in program order, and sums over all of them.
+
+    Of `planned`, `exact_seconds` are those of PyTorch's fused softmax attention of the same shapes, masks left aside;
+    `output` and `gradient` are estimates of the model's relative errors, or with `trust = certified` sums of proved
+    worst cases with gains of at least 1.
+    """
 
     ways: tuple[Serving, ...]
     planned: Planned

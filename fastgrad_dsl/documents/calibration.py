@@ -96,12 +96,7 @@ class Limits(Document, frozen=True):
 
 
 class Planned(Document, frozen=True):
-    """Sums over all attentions of the plan at the planned `length`.
-
-    `exact_seconds`: of PyTorch's fused softmax attention of the same shapes, masks left aside. `output`, `gradient`:
-    estimates of the model's relative errors, or with `trust = certified` sums of proved worst cases with gains of at
-    least 1. `gap`: how far `seconds` can be from the least, proved.
-    """
+    """Sums of the plan at the planned `length`, and how far its seconds can be from the least, proved."""
 
     length: Count
     seconds: Part

@@ -9,22 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastgrad_dsl.documents.base import Document, Place
-from fastgrad_dsl.documents.calibration import Calibration
-from fastgrad_dsl.documents.files import Files
 from fastgrad_dsl.documents.form import MAX_SHOWN, Misfit, built, format_of
 from fastgrad_dsl.documents.form import shown as value
-from fastgrad_dsl.documents.plan import Plan
-from fastgrad_dsl.documents.report import Report
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.read import check_regular
-
-KINDS: dict[str, type[Document]] = {
-    "plan.json": Plan,
-    "calibration.json": Calibration,
-    "report.json": Report,
-    "files.json": Files,
-}
-"""The type of each document, by its name."""
 
 _Document = TypeVar("_Document", bound=Document)
 
@@ -68,11 +56,6 @@ def parse_document(content: bytes, kind: type[_Document], shown: str) -> _Docume
         raise _refused(
             shown, ("format",), said, "another version of fastgrad wrote it: compile the spec again"
         )
-    return document_of(tree, kind, shown)
-
-
-def document_of(tree: object, kind: type[_Document], shown: str) -> _Document:
-    """The document that plain data stand for, whose numbers are finite; TfgError FG430 where they do not fit."""
     try:
         document: _Document = built(kind, tree)
     except Misfit as error:

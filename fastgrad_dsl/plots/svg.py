@@ -122,13 +122,19 @@ def left_axis(axis: Axis, x: float, right: float, label: str) -> list[Markup]:
 
 
 def line(
-    points: Sequence[tuple[float, float]], colour: int, *, dashed: bool = False, width: float = 2.0
+    points: Sequence[tuple[float, float]],
+    colour: int,
+    *,
+    dashed: bool = False,
+    width: float = 2.0,
+    opacity: float = 1.0,
 ) -> Markup:
     """A line through points of the figure."""
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    dashes = Markup(' stroke-dasharray="5 4"' if dashed else "")
+    more = Markup(' stroke-dasharray="5 4"' if dashed else "")
+    more += element(' opacity="{:g}"', opacity) if opacity < 1 else ""
     shape = '<path d="M{}" fill="none" stroke="{}" stroke-width="{:g}"{}/>'
-    return element(shape, path, COLOURS[colour], width, dashes)
+    return element(shape, path, COLOURS[colour], width, more)
 
 
 def text(x: float, y: float, content: str, anchor: str = "start", kind: str = "") -> Markup:
