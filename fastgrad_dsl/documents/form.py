@@ -29,7 +29,7 @@ LIMITS: tuple[tuple[str, Callable[[Any, Any], bool], str], ...] = (
 """Of msgspec.Meta: its name, when it holds and what it asks for."""
 
 
-class Misfit(Exception):
+class Misfit(ValueError):
     """A value is not of its type: its place, and what is wrong there."""
 
     def __init__(self, place: Place, said: str) -> None:

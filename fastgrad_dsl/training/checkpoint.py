@@ -22,7 +22,7 @@ from fastgrad_dsl.calibration.pace import MachinePace
 from fastgrad_dsl.calibration.record import PlanRecord
 from fastgrad_dsl.documents.base import Document, finite
 from fastgrad_dsl.documents.calibration import Calibration
-from fastgrad_dsl.documents.form import Misfit, built, fields
+from fastgrad_dsl.documents.form import built, fields
 from fastgrad_dsl.documents.write import plain
 from fastgrad_dsl.storage.files import write_atomically
 from fastgrad_dsl.storage.weights import MODEL
@@ -227,7 +227,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise _broken(path, str(error)) from None
     try:
         progress: Progress = built(Progress, {name: _parsed(header, name) for name in fields(Progress)})
-    except (Misfit, ValueError) as error:
+    except ValueError as error:
         raise _broken(path, f"its header: {error}") from None
     if progress.validated > progress.step:
         raise _broken(path, f"step {progress.validated} is validated, and only {progress.step} are done")

@@ -31,7 +31,7 @@ from fastgrad_dsl.api.loader import MODEL, WEIGHTS
 from fastgrad_dsl.report.reproduce import IN_MEMORY
 from fastgrad_dsl.storage.build_folder import recover
 from fastgrad_dsl.storage.build_manifest import MANIFEST
-from fastgrad_dsl.storage.files import write_atomically
+from fastgrad_dsl.storage.files import write_atomically, writing
 from fastgrad_grammar.diagnostics import TfgError
 
 if TYPE_CHECKING:
@@ -76,17 +76,6 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def writing(path: Path, *, kept: str = "") -> Iterator[None]:
-    """Makes an OSError of what is done inside the diagnostic FG421; `kept` says what there is to go on from."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        help_ = (kept,) if kept else ()
-        raise TfgError.of("FG421", f"cannot write {path}: {reason}", *help_) from None
 
 
 def _check_lock(path: Path) -> None:

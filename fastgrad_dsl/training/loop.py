@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgrad_dsl.api.loader import WEIGHTS
 from fastgrad_dsl.models.text_data import TextData
-from fastgrad_dsl.storage.files import write_atomically
+from fastgrad_dsl.storage.files import write_atomically, writing
 from fastgrad_dsl.training.budget_watch import BudgetWatch
 from fastgrad_dsl.training.checkpoint import (
     Checkpoint,
@@ -28,7 +28,7 @@ from fastgrad_dsl.training.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, writing
+from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed
 from fastgrad_dsl.training.log import Event, kept_lines
 from fastgrad_dsl.training.stopping import Stop, StopAsked, Stopped
 from fastgrad_grammar.diagnostics import TfgError
