@@ -96,16 +96,8 @@ class _Driver:
         return 0
 
 
-def resources(
-    kernel: Any,
-    arguments: Mapping[str, Argument],
-    constants: Mapping[str, Constant],
-    *,
-    target: str,
-    num_warps: int = 4,
-    num_stages: int = 2,
-) -> Resources:
-    """Compile `kernel`, a function under `@triton.jit`, for the architecture `target` and read what it uses.
+def resources(kernel: Any, job: Job) -> Resources:
+    """Compile `kernel`, a function under `@triton.jit`, as a job says and read what it uses.
 
     Raises:
         RuntimeError: this process interprets kernels.
@@ -117,13 +109,13 @@ def resources(
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("a process with TRITON_INTERPRET=1 cannot compile: use Ahead")
-    architecture = ARCHITECTURES[target]
+    architecture = ARCHITECTURES[job.target]
     target_of_triton = GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
     triton.runtime.driver.set_active(_Driver(target_of_triton))
-    launch = {name: _argument(value) for name, value in arguments.items()}
-    values = {name: _constant(value) for name, value in constants.items()}
-    compiled = kernel.warmup(grid=(1,), num_warps=num_warps, num_stages=num_stages, **launch, **values)
-    return read(target, compiled)
+    launch = {name: _argument(value) for name, value in job.arguments.items()}
+    values = {name: _constant(value) for name, value in job.constants.items()}
+    blocks = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    return read(job.target, kernel.warmup(grid=(1,), **blocks, **launch, **values))
 
 
 def _constant(value: Constant) -> Any:
@@ -238,15 +230,7 @@ def _serve(pipe: Connection, cache: Path, log: str) -> None:
 def _answer(job: Job) -> Result:
     """The result of a job; a kernel that the compiler rejects gives a failure."""
     try:
-        kernel = getattr(_module(job.file), job.kernel)
-        return resources(
-            kernel,
-            job.arguments,
-            job.constants,
-            target=job.target,
-            num_warps=job.num_warps,
-            num_stages=job.num_stages,
-        )
+        return resources(getattr(_module(job.file), job.kernel), job)
     except Exception as error:  # whatever it is, it is the answer
         return Failure(f"{type(error).__name__}: {error}")
 

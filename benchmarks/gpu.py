@@ -39,11 +39,7 @@ HEADS = 8
 LONGEST = 20.0  # seconds that one pass may take, by extrapolation from the length before
 LONG_PASS = 1.0  # seconds
 UNITS = 8  # rounding errors, of the operands of the products, that a result may be off by (relative, L2)
-ROUNDING = {
-    torch.bfloat16: 2.0**-8,
-    torch.float16: 2.0**-11,
-    torch.float32: 2.0**-20,
-}  # the last: three of tf32
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}  # last: three tf32
 CHECKED_N, CHECKED_HEADS = 1000, 4  # not a multiple of any tile
 ERRORS_N = 2048
 

@@ -36,11 +36,7 @@ from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.quote import json_text
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TOLERANCE = {
-    "float32": 1e-3,
-    "float16": 1e-2,
-    "bfloat16": 2e-2,
-}  # sums in another order, of the largest entry
+TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}  # share of the largest entry: sums reordered
 ROUNDS = 3
 WARM_UPS, REPEATS = 3, 20
 FLUSHED_BYTES = 256 * 2**20  # more than the cache of any GPU

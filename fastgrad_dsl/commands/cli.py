@@ -63,9 +63,9 @@ def _options(
     """Options of the command itself."""
 
 
-def _path(help_: str, *names: str) -> Any:
+def _path(help_: str, *names: str, metavar: str | None = None) -> Any:
     """An option for a path: one that cannot be read is told by what reads it, as all errors are, not by typer."""
-    return Option(*names, help=help_, readable=False)
+    return Option(*names, help=help_, metavar=metavar, readable=False)
 
 
 File = Annotated[Path, Argument(help="A .tfg file.", show_default=False, readable=False)]
@@ -76,13 +76,7 @@ Set = Annotated[
 ]
 Include = Annotated[
     list[Path] | None,
-    Option(
-        "--include",
-        "-I",
-        metavar="DIR",
-        help="A folder that `use` may read from; can be repeated.",
-        readable=False,
-    ),
+    _path("A folder that `use` may read from; can be repeated.", "--include", "-I", metavar="DIR"),
 ]
 Dim = Annotated[
     list[str] | None,
