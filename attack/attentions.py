@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from attack.grower import Grower, Typed, Unfit, constant_shape
 from attack.operations import COEFFICIENTS
@@ -22,13 +22,9 @@ def _projected(g: Grower, x: Typed) -> str:
     return f"{x.text} @ {_weight(g, x.size(-1) or 1, g.rng.choice((1, 2, 2, 4)))}"
 
 
-def _offset(g: Grower, x: Typed) -> str:
-    return f"{x.text} + {_weight(g, x.size(-1) or 1)}"
-
-
 ROWS: dict[str, Step] = {
     "projection": _projected,
-    "offset": _offset,
+    "offset": lambda g, x: f"{x.text} + {_weight(g, x.size(-1) or 1)}",
     "unit": lambda g, x: f"unit({x.text})",
     "rms_norm": lambda g, x: f"rms_norm({x.text}, {_weight(g, x.size(-1) or 1)})",
     "rms_norm of ones": lambda g, x: f"0.7 * rms_norm({x.text}, ones(({x.size(-1)},)))",
@@ -179,15 +175,6 @@ def product(g: Grower, q: Typed, k: Typed) -> Typed:
 
 
 # ---------------------------------------------------------------- weights and values
-
-
-@dataclass(frozen=True)
-class _Ends:
-    """Scores and values."""
-
-    s: str
-    v: str
-    polynomial: str
 
 
 WEIGHTED: dict[str, str] = {

@@ -210,22 +210,34 @@ def _discrete(rng: random.Random, node: Node, shape: tuple[int, ...]) -> Array:
 
 def run_meaning(program: Program, point: Point, watch: Watch | None = None) -> list[Array]:
     """What the text means of a point: the oracle's results."""
-    return [np.asarray(each) for each in meaning(program, point.inputs, point.weights, watch)]
+    return meaning(program, point.inputs, point.weights, watch)
+
+
+Rule = Callable[[Node, list[Tensor], Env], Tensor]
+
+
+def by_torch(node: Node, given: list[Tensor], env: Env) -> Tensor:
+    """A node's value by the rules of the torch interpreter."""
+    found = TORCH[node.op](node, given, env)
+    assert isinstance(found, Tensor)
+    return found
 
 
 def walk(
-    program: Program, flat: Graph, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]
+    program: Program,
+    flat: Graph,
+    inputs: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
+    rule: Rule = by_torch,
 ) -> dict[str, Tensor]:
-    """Every node of a flat program by name, by the rules of the torch interpreter, with gradients."""
+    """Every node of a flat program by name, by a rule, with gradients."""
     env = Env(bind_dims(program, program[program.main], inputs), torch.float64, torch.device("cpu"))
     values: dict[str, Tensor] = dict(zip((node.name for node in flat.inputs), inputs, strict=True))
     for node in flat.nodes:
         if node.op in ("weight", "buffer"):
             values[node.name] = weights[str(node["label"])]
         elif node.op != "input":
-            found = TORCH[node.op](node, [values[name] for name in node.inputs], env)
-            assert isinstance(found, Tensor)
-            values[node.name] = found
+            values[node.name] = rule(node, [values[name] for name in node.inputs], env)
     return values
 
 

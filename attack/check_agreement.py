@@ -80,8 +80,7 @@ def _meant(program: Program, case: Case, point: Point) -> tuple[Sequence[Array],
     jumps = any(node.op in JUMPS for graph in program.graphs for node in graph.nodes)
 
     def otherwise(moved: Point) -> list[Array]:
-        found = rounded_otherwise(program, moved.inputs, moved.weights, draws)
-        return [np.asarray(each) for each in found]
+        return rounded_otherwise(program, moved.inputs, moved.weights, draws)
 
     times = AT_JUMPS if jumps else NUDGES
     return steady(partial(run_meaning, program), case, point, otherwise, times)
@@ -118,10 +117,8 @@ def steady(
     for _ in range(times):
         nudged = (otherwise or function)(point.moved(partial(_nudged, draws)))
         with np.errstate(invalid="ignore"):
-            noise = [
-                np.maximum(n, np.abs(1.0 * a - 1.0 * b))
-                for n, a, b in zip(noise, nudged, results, strict=True)
-            ]
+            pairs = zip(noise, nudged, results, strict=True)
+            noise = [np.maximum(n, np.abs(1.0 * a - 1.0 * b)) for n, a, b in pairs]
     floats = [each for each in results if each.dtype == np.float64]
     size = max((np.abs(each).max(initial=0.0) for each in floats), default=0.0)
     for level, result in zip(noise, results, strict=True):
@@ -139,11 +136,8 @@ def agree(what: str, got: Sequence[Array], want: Sequence[Array], noise: Sequenc
     """Raises Finding where a result differs by more than rounding."""
     for place, (one, other, level) in enumerate(zip(got, want, noise, strict=True)):
         if one.shape != other.shape or one.dtype != other.dtype:
-            raise Finding(
-                "a",
-                f"{what}, type",
-                f"result {place} is {one.dtype}{one.shape}, not {other.dtype}{other.shape}",
-            )
+            words = f"result {place} is {one.dtype}{one.shape}, not {other.dtype}{other.shape}"
+            raise Finding("a", f"{what}, type", words)
         if one.dtype == np.float64:
             size = np.abs(other).max(initial=0.0)
             allowed = ROUNDING * (1.0 + size) + 1e4 * level.max(initial=0.0)
@@ -236,9 +230,8 @@ def _gradients(
     results: Sequence[Tensor],
     cotangents: Sequence[Array],
 ) -> dict[str, Array]:
-    leaves = {name: x for name, x in zip(point.inputs, inputs, strict=True) if x.requires_grad} | dict(
-        weights
-    )
+    leaves = {name: x for name, x in zip(point.inputs, inputs, strict=True) if x.requires_grad}
+    leaves |= weights
     floats = [each for each in results if each.is_floating_point()]
     scalar = sum(((each * torch.as_tensor(c)).sum() for each, c in zip(floats, cotangents, strict=True)),
                  torch.zeros((), dtype=torch.float64))  # fmt: skip
@@ -290,20 +283,19 @@ def _central(
         if not np.isfinite(slopes).all() or spread > 1e-4 * (size + abs(slopes[-1])):
             continue  # a kink or a jump within reach
         if abs(slopes[-1] - wanted) > 1e-4 * size + 10 * spread + 1e-7:
-            raise Finding(
-                "a", f"differences of {what}", f"{wanted:.6g} along a direction; its text's, {slopes[-1]:.6g}"
-            )
+            words = f"{wanted:.6g} along a direction; its text's, {slopes[-1]:.6g}"
+            raise Finding("a", f"differences of {what}", words)
 
 
 def _slope(
     program: Program, cotangents: Sequence[Array], point: Point, directions: Gradients, h: float
 ) -> float:
     values = []
-    for sign in (1.0, -1.0):
-        inputs = {k: v + sign * h * directions[k] if k in directions else v for k, v in point.inputs.items()}
-        weights = {
-            k: v + sign * h * directions[k] if k in directions else v for k, v in point.weights.items()
-        }
+    for step in (h, -h):
+        inputs, weights = (
+            {key: x + step * directions[key] if key in directions else x for key, x in values.items()}
+            for values in (point.inputs, point.weights)
+        )
         floats = [each for each in run_meaning(program, Point(inputs, weights)) if each.dtype == np.float64]
         values.append(float(sum((a * c).sum() for a, c in zip(floats, cotangents, strict=True))))
     return (values[0] - values[1]) / (2 * h)

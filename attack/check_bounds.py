@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import inf, isfinite
 
 import numpy as np
@@ -65,11 +66,11 @@ def _node_claims(program: Program) -> Iterator[Claim]:
             ("norm", bound.norm, _longest),
         ):
             if limit < inf:
-                yield Claim(node, what, limit, bound.asserted, _at(reach, node.name))
+                yield Claim(node, what, limit, bound.asserted, partial(_reached, reach, node.name))
 
 
-def _at(reach: Callable[[Tensor], Tensor], name: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    return lambda values: reach(values[name])
+def _reached(reach: Callable[[Tensor], Tensor], name: str, values: Mapping[str, Tensor]) -> Tensor:
+    return reach(values[name])
 
 
 def _highest(x: Tensor) -> Tensor:
@@ -92,15 +93,11 @@ def _range_claims(program: Program) -> Iterator[Claim]:
             continue
         known = Attention.of(node).range
         if known.origin == "program":
-            yield Claim(node, "R", known.limit, False, _logit(node))
+            yield Claim(node, "R", known.limit, False, partial(_logit, node))
 
 
-def _logit(node: Node) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    def reach(values: Mapping[str, Tensor]) -> Tensor:
-        logits = far_logits(node, [values[name] for name in node.inputs])
-        return _highest(logits.abs())
-
-    return reach
+def _logit(node: Node, values: Mapping[str, Tensor]) -> Tensor:
+    return _highest(far_logits(node, [values[name] for name in node.inputs]).abs())
 
 
 # ---------------------------------------------------------------- the attack
@@ -121,12 +118,15 @@ def _look(program: Program, claims: list[Claim], point: Point) -> None:
     values = walk(program, flatten(program), inputs, weights)
     if _overflows(program, values):
         return
-    held = assertions_hold(program, values)
     for claim in claims:
-        if (held or not claim.asserted) and claim.excess(values) > 0:
-            raise Finding(
-                "b", f"{claim.node.op} {claim.what}", _words(claim, float(claim.reach(values).detach()))
-            )
+        _check(program, claim, values)
+
+
+def _check(program: Program, claim: Claim, values: Mapping[str, Tensor]) -> None:
+    """Raises Finding where a claim is broken, and what it rests on is so."""
+    if claim.excess(values) > 0 and (not claim.asserted or assertions_hold(program, values)):
+        words = _words(claim, float(claim.reach(values).detach()))
+        raise Finding("b", f"{claim.node.op} {claim.what}", words)
 
 
 MASKS = frozenset(("causal", "window", "padding", "documents", "prefix"))
@@ -174,10 +174,7 @@ def _climb(program: Program, claim: Claim, claims: list[Claim], start: Point, rn
         values = walk(program, flat, inputs, weights)
         if _overflows(program, values):
             return
-        if claim.excess(values) > 0 and (not claim.asserted or assertions_hold(program, values)):
-            raise Finding(
-                "b", f"{claim.node.op} {claim.what}", _words(claim, float(claim.reach(values).detach()))
-            )
+        _check(program, claim, values)
         reached = claim.reach(values)
         if not reached.requires_grad or not torch.isfinite(reached):
             return
@@ -217,12 +214,8 @@ def _certificates(case: Case) -> None:
                 logits = far_logits(node, [values[name] for name in node.inputs]).abs()
                 largest = torch.where(logits.isfinite(), logits, 0.0).amax((-1, -2))
                 by_head = largest.reshape(-1, largest.shape[-1]).amax(0) if largest.dim() else largest[None]
-                for head, (limit, reached) in enumerate(
-                    zip(each.range.heads, by_head.tolist(), strict=False)
-                ):
+                pairs = zip(each.range.heads, by_head.tolist(), strict=False)
+                for head, (limit, reached) in enumerate(pairs):
                     if reached > limit * (1.0 + 1e-6) + 1e-12:
-                        raise Finding(
-                            "b",
-                            "certify",
-                            f"{each.path}: R of head {head} is {limit:.6g}, a logit {reached:.6g}",
-                        )
+                        words = f"{each.path}: R of head {head} is {limit:.6g}, a logit {reached:.6g}"
+                        raise Finding("b", "certify", words)

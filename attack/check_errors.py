@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import exp, isinf, sqrt
 from typing import Any
 
@@ -90,19 +91,15 @@ def _measure(entry: Entry, spec: KernelSpec, rows: _Rows) -> None:
     for dtype, slack in _runs(entry):
         narrower = 1.0 - 2.0**-7 if dtype == "bfloat16" else 1.0  # whose rounding must lead beyond nothing
         shares = (narrower, narrower, 1.0, 1.0)
-        given = [
-            (x.detach() * share).to(DTYPES[dtype]) for x, share in zip(rows.within(), shares, strict=True)
-        ]
+        pairs = zip(rows.within(), shares, strict=True)
+        given = [(x.detach() * share).to(DTYPES[dtype]) for x, share in pairs]
         found = _results(load_kernel(spec), given)
-        exact = _results(_softmax(entry), [x.double() for x in given])
+        exact = _results(partial(_softmax, entry), [x.double() for x in given])
         for name, excess in _ratios(entry, [x.double() for x in given], found, exact, slack).items():
             if excess > 1.0 + 1e-9:
                 words = f"{name} is {excess:.4g} of its bound at n = {len(given[0][0, 0])}"
-                raise Finding(
-                    "c",
-                    f"certificate, {name} in {dtype}",
-                    f"{entry['path']}: {words}, R = {entry['bound']:.4g}",
-                )
+                words = f"{entry['path']}: {words}, R = {entry['bound']:.4g}"
+                raise Finding("c", f"certificate, {name} in {dtype}", words)
 
 
 @dataclass(frozen=True)
@@ -119,9 +116,7 @@ class _Rows:
         generator = torch.Generator().manual_seed(rng.getrandbits(32))
         q, k, v, upstream = (torch.randn((1, 1, n, width), generator=generator, dtype=torch.float64)
                              for width in (entry["d"], entry["d"], entry["dv"], entry["dv"]))  # fmt: skip
-        if (
-            kind == SHARP
-        ):  # two scores, where the polynomial is most too large and most too small, for one query
+        if kind == SHARP:  # two scores, where the polynomial is most too large and too small, for one query
             k, v = _sharp(entry, k, v, q)
             upstream[:, :, :-1] = 0.0
         elif kind == 1:  # keys near the negatives of the queries, where exp is smallest
@@ -132,9 +127,8 @@ class _Rows:
             v = v.sign()
         elif kind == 3:
             k, v = q.clone(), v.abs()
-        return _Rows(
-            tuple(x.contiguous().requires_grad_() for x in (q, k, v, upstream)), sqrt(entry["bound"] / scale)
-        )
+        free = tuple(x.contiguous().requires_grad_() for x in (q, k, v, upstream))
+        return _Rows(free, sqrt(entry["bound"] / scale))
 
     def within(self) -> list[Tensor]:
         """The tensors, q and k drawn into the ball in which no logit is beyond R."""
@@ -162,7 +156,7 @@ def _sharp(entry: Entry, k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tenso
 
 def _climb(entry: Entry, rows: _Rows, name: str) -> None:
     """Adam on the share of its bound that an error takes, by dense formulas."""
-    dense, exact, none = _dense(entry), _softmax(entry), _Slack(0.0, 0.0, 0.0)
+    dense, exact, none = partial(_dense, entry), partial(_softmax, entry), _Slack(0.0, 0.0, 0.0)
     if rows.free[0].shape[2] > 40:
         return
     adam = torch.optim.Adam(rows.free, lr=0.05)
@@ -200,24 +194,18 @@ def _pairs(entry: Entry, n: int) -> tuple[Tensor, Tensor]:
     return seen, seen if near is None else seen & ((rows // near - columns // near).abs() > 1)
 
 
-def _softmax(entry: Entry) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen, _ = _pairs(entry, q.shape[2])
-        scores: Tensor = entry["scale"] * (q @ k.mT)
-        return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
-
-    return attend
+def _softmax(entry: Entry, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen, _ = _pairs(entry, q.shape[2])
+    scores: Tensor = entry["scale"] * (q @ k.mT)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
-def _dense(entry: Entry) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen, far = _pairs(entry, q.shape[2])
-        s = entry["scale"] * (q @ k.mT)
-        p = sum(c * s**power for power, c in enumerate(entry["coefficients"]))
-        weights = torch.where(far, p, torch.where(seen, s.exp(), 0.0))
-        return weights @ v / weights.sum(-1, keepdim=True)
-
-    return attend
+def _dense(entry: Entry, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen, far = _pairs(entry, q.shape[2])
+    s = entry["scale"] * (q @ k.mT)
+    p = sum(c * s**power for power, c in enumerate(entry["coefficients"]))
+    weights = torch.where(far, p, torch.where(seen, s.exp(), 0.0))
+    return weights @ v / weights.sum(-1, keepdim=True)
 
 
 def _ratios(
@@ -233,9 +221,8 @@ def _ratios(
     low = torch.where(visible, columns, torch.inf).amin(3)
     largest = torch.maximum(top.abs(), low.abs())
     projected = (upstream @ v.mT)[0, 0]
-    omega = torch.where(seen, projected, -torch.inf).amax(-1) - torch.where(seen, projected, torch.inf).amin(
-        -1
-    )
+    omega = torch.where(seen, projected, -torch.inf).amax(-1)
+    omega = omega - torch.where(seen, projected, torch.inf).amin(-1)
     products = torch.where(seen, (upstream.abs() @ v.abs().mT)[0, 0], 0.0).amax(-1)
     rows = score_factor(eps, eps_prime) * omega + slack.score * products
     off = {name: found[name] - exact[name] for name in TENSORS}
@@ -264,14 +251,11 @@ def _report(case: Case) -> None:
     errors = measure_plan(plan, model, [x.detach() for x in inputs], (), None)
     for attention in errors.attentions:
         for name, local in attention.local.items():
-            vanishing = (
-                isinf(local.measured) or local.bound < ROUNDING
-            )  # nothing is relative to a gradient of 0
-            if not vanishing and local.measured > local.bound * (1.0 + 1e-9) + 1e-9:
-                words = (
-                    f"{attention.path}: {name} is off by {local.measured:.4g}, its bound is {local.bound:.4g}"
-                )
-                raise Finding("c", f"report, {name}", words)
+            if isinf(local.measured) or local.bound < ROUNDING:
+                continue  # nothing is relative to a gradient of 0
+            if local.measured > local.bound * (1.0 + 1e-9) + 1e-9:
+                words = f"{name} is off by {local.measured:.4g}, its bound is {local.bound:.4g}"
+                raise Finding("c", f"report, {name}", f"{attention.path}: {words}")
 
 
 def _in_range(program: Program, inputs: list[Tensor], weights: Mapping[str, Tensor]) -> bool:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attack.cases import Case, Finding, Point, built, draw, moderate, run_module, wild, without_break_even
+from attack.cases import (
+    Case,
+    Finding,
+    Point,
+    built,
+    by_torch,
+    draw,
+    moderate,
+    run_module,
+    walk,
+    wild,
+    without_break_even,
+)
 from attack.logits import far_logits, served_pairs
 from fastgrad_compiler.attention.table import attention_table, is_guarded
 from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import ON_VIOLATION, Graph, Node, Program
-from fastgrad_compiler.reference.interpret import bind_dims
-from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_compiler.runtime.guard import BudgetViolation
 
@@ -42,17 +52,11 @@ def _among_longest(norms: Tensor) -> Tensor:
 
 
 PROMISES: dict[str, Callable[[Call], Tensor]] = {
-    "up to 16 tokens every pair": lambda call: torch.full_like(
-        call.logits, call.logits.shape[-2] <= ALL, dtype=torch.bool
-    ),
-    "a query among the 8 of largest norm": lambda call: _among_longest(call.queries)[..., :, None].expand_as(
-        call.logits
-    ),
-    "a key among the 8 of largest norm": lambda call: _among_longest(call.keys)[..., None, :].expand_as(
-        call.logits
-    ),
+    "up to 16 tokens every pair": lambda call: torch.tensor(call.logits.shape[-2] <= ALL),
+    "a query among the 8 of largest norm": lambda call: _among_longest(call.queries)[..., :, None],
+    "a key among the 8 of largest norm": lambda call: _among_longest(call.keys)[..., None, :],
 }
-"""By what is promised: the pairs whose violation is always seen."""
+"""By what is promised: the pairs whose violation is always seen; broadcasts to the logits."""
 
 
 def check_guards(case: Case) -> None:
@@ -83,7 +87,8 @@ class _Attack:
         """Compare what the guards say and do with the logits."""
         inputs, weights = point.tensors()
         with torch.no_grad():
-            results = self._run(inputs, weights)
+            values = walk(self.program, self.flat, inputs, weights, self._rule)
+            results = [values[name] for name in self.flat.outputs]
             if not all(bool(call.logits.isfinite().all()) for _, call in self.calls.values()):
                 return
             model = built(self.program, point.weights)
@@ -98,36 +103,19 @@ class _Attack:
             self._status(model)
             self._compare(found, results)
 
-    def _run(self, inputs: Sequence[Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
-        env = Env(
-            bind_dims(self.program, self.program[self.program.main], inputs),
-            torch.float64,
-            torch.device("cpu"),
-        )
-        values = dict(zip((node.name for node in self.flat.inputs), inputs, strict=True))
-        for node in self.flat.nodes:
-            if node.op in ("weight", "buffer"):
-                values[node.name] = weights[str(node["label"])]
-            elif node.op != "input":
-                given = [values[name] for name in node.inputs]
-                values[node.name] = (
-                    self._attention(node, given, env) if is_guarded(node) else _value(node, given, env)
-                )
-        return [values[name] for name in self.flat.outputs]
-
-    def _attention(self, node: Node, given: list[Tensor], env: Env) -> Tensor:
-        """What docs/guards.md says of a guarded attention under the policy."""
+    def _rule(self, node: Node, given: list[Tensor], env: Env) -> Tensor:
+        """What docs/guards.md says of a guarded attention under the policy; of other nodes the usual value."""
+        if not is_guarded(node):
+            return by_torch(node, given, env)
         call = _call(node, given)
         self.calls[node.name] = (node, call)
         if self.policy == "clamp":  # in every call, whatever its logits are
-            return _value(node, [_clamped(node, given), *given[1:]], env)
-        if not _beyond(node, call):
-            return _value(node, given, env)
-        if self.policy == "exact":
+            return by_torch(node, [_clamped(node, given), *given[1:]], env)
+        if self.policy == "exact" and _beyond(node, call):
             self.uncertain |= not _promised(node, call)
-            attributes: dict[str, Any] = {"window": None, "alibi": False, "decision": "exact"}
-            return _value(node.with_attributes(**attributes), given, env, op="attention")
-        return _value(node, given, env)
+            exact = node.with_attributes(window=None, alibi=False, decision="exact")
+            return by_torch(replace(exact, op="attention"), given, env)
+        return by_torch(node, given, env)
 
     # ------------------------------------------------------------ what the guards say
 
@@ -157,9 +145,8 @@ class _Attack:
                 raise Finding("d", "a violation that is none", f"{entry.path}: {self._words()}; {said}")
             largest = float(call.logits.max()) if call.logits.numel() else 0.0
             if call.logits.shape[-2] <= ALL and said["largest"] < largest * (1.0 - MARGIN):
-                raise Finding(
-                    "d", "largest is too small", f"{entry.path}: {said['largest']:.6g} of {largest:.6g}"
-                )
+                words = f"{entry.path}: {said['largest']:.6g} of {largest:.6g}"
+                raise Finding("d", "largest is too small", words)
 
     def _compare(self, found: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """What the module gives is what the policy says; where that does not hang on a sample."""
@@ -173,21 +160,14 @@ class _Attack:
                 return
             off = float((one.double() - other.double()).abs().max()) if other.numel() else 0.0
             if not off <= 1e-6 * (1.0 + size):
-                raise Finding(
-                    "d", f"what {self.policy} computes", f"off by {off:.3g}, of {size:.3g}; {self._words()}"
-                )
+                words = f"off by {off:.3g}, of {size:.3g}; {self._words()}"
+                raise Finding("d", f"what {self.policy} computes", words)
 
     def _words(self) -> str:
         return ", ".join(
             f"{name}: |s| up to {float(call.logits.max()) if call.logits.numel() else 0.0:.4g}, R = {_limit(node):.4g}"
             for name, (node, call) in self.calls.items()
         )
-
-
-def _value(node: Node, given: list[Tensor], env: Env, op: str = "") -> Tensor:
-    found = TORCH[op or node.op](node, given, env)
-    assert isinstance(found, Tensor)
-    return found
 
 
 def _call(node: Node, given: list[Tensor]) -> Call:

@@ -35,9 +35,8 @@ def check_targets(case: Case) -> None:
                 return
             off, usual = (float((x.double() - exact).abs().max()) for x in (one, plain))
             if not off <= FACTOR * usual + FLOOR * size + FLOOR * FLOOR:
-                raise Finding(
-                    "a", f"the target {target}", f"tensor {place} is off by {off:.3g}; torch's by {usual:.3g}"
-                )
+                words = f"tensor {place} is off by {off:.3g}; torch's by {usual:.3g}"
+                raise Finding("a", f"the target {target}", words)
 
 
 def _served_by_kernels(program: Program) -> bool:

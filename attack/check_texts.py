@@ -11,12 +11,13 @@ from typing import Any
 
 from attack.cases import Case, Finding
 from fastgrad_compiler.attention.table import AttentionEntry, attention_table
-from fastgrad_compiler.attention.value import OWN, Attention
+from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.text import print_program
 from fastgrad_compiler.ir.text_parser import parse_program
 from fastgrad_dsl.commands.terminal import print_plan, print_report
 from fastgrad_dsl.documents.report import Report
+from fastgrad_dsl.report import words
 from fastgrad_dsl.report.words import folded, number
 from fastgrad_grammar.format import format_source
 from fastgrad_grammar.source import Source
@@ -40,20 +41,14 @@ def check_texts(case: Case) -> None:
 
 
 def _same_entries(plan: list[Entry], report: list[Entry]) -> None:
-    if [entry["path"] for entry in plan] != [entry["path"] for entry in report]:
-        raise Finding(
-            "e",
-            "paths",
-            f"plan.json has {[e['path'] for e in plan]}, report.json {[e['path'] for e in report]}",
-        )
+    paths, others = ([entry["path"] for entry in entries] for entries in (plan, report))
+    if paths != others:
+        raise Finding("e", "paths", f"plan.json has {paths}, report.json {others}")
     for one, other in zip(plan, report, strict=True):
         for key in SHARED:
             if one[key] != other[key]:
-                raise Finding(
-                    "e",
-                    f"{key} of report",
-                    f"{one['path']}: {one[key]} in plan.json, {other[key]} in report.json",
-                )
+                words = f"{one['path']}: {one[key]} in plan.json, {other[key]} in report.json"
+                raise Finding("e", f"{key} of report", words)
 
 
 def _same_as_program(plan: list[Entry], table: tuple[AttentionEntry, ...]) -> None:
@@ -70,9 +65,8 @@ def _same_as_program(plan: list[Entry], table: tuple[AttentionEntry, ...]) -> No
         }
         for key, value in runs.items():
             if said[key] != value:
-                raise Finding(
-                    "e", f"{key} of plan", f"{entry.path}: {said[key]} in plan.json, {value} in what runs"
-                )
+                words = f"{entry.path}: {said[key]} in plan.json, {value} in what runs"
+                raise Finding("e", f"{key} of plan", words)
 
 
 def _printed(show: Callable[[], None]) -> list[str]:
@@ -88,7 +82,7 @@ def _check_text(case: Case, plan: list[Entry]) -> None:
     lines = _printed(lambda: print_plan(planned, "attack.tfg"))
     groups: dict[tuple[str, str, str], list[str]] = {}
     for entry, row in zip(plan, attention_table(planned), strict=True):
-        family = "own polynomial" if entry["family"] == OWN else entry["family"]
+        family = words.family(entry["family"])
         decision = f"{family} degree {entry['degree']}" if entry["decision"] == "polynomial" else "exact"
         near = f", in blocks of {entry['near']}" if entry["near"] is not None and decision != "exact" else ""
         place = row.span.short_place if row.span else ""
@@ -111,7 +105,7 @@ def _report_text(report: Report) -> None:
         line = next((line for line in lines if re.match(rf"{re.escape(entry['path'])}\s", line)), None)
         if line is None:
             raise Finding("e", "a row of report", f"{entry['path']} is not in the table")
-        family = "own polynomial" if entry["family"] == OWN else entry["family"]
+        family = words.family(entry["family"])
         decision = f"{family} {entry['degree']}" if entry["decision"] == "polynomial" else "exact"
         if entry["near"] is not None and decision != "exact":
             decision += f", near {entry['near']}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,9 +78,8 @@ def examine(check: str, case: Case) -> Kept | None:
         raise Undecided(f"a diagnostic, {error.diagnostics[0].code}") from None
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        own = next(
-            (f for f in reversed(frames) if "fastgrad" in f.filename or "attack" in f.filename), frames[-1]
-        )
+        ours = [f for f in frames if "fastgrad" in f.filename or "attack" in f.filename]
+        own = (ours or frames)[-1]
         kind = f"{CRASH}, {type(error).__name__} in {Path(own.filename).stem}.{own.name}"
         return Kept(check, kind, str(error).splitlines()[0] if str(error) else "", case)
     return None
@@ -108,18 +108,15 @@ def _has_meaning(case: Case) -> None:
 
 def smallest(found: Kept, seconds: float) -> Kept:
     """The finding with a case that is as small as the time allows."""
-    last = found
+    failed = [found]
 
     def fails(case: Case) -> bool:
-        nonlocal last
-        try:
+        with suppress(Undecided):
             again = examine(found.check, case)
-        except Undecided:
-            return False
-        if again is not None and again.kind == found.kind:
-            last = again
-            return True
+            if again is not None and again.kind == found.kind:
+                failed.append(again)
+                return True
         return False
 
     minimise(found.case, fails, seconds)
-    return last
+    return failed[-1]

@@ -33,9 +33,7 @@ from fastgrad_grammar.render import render
 
 SECONDS = 10.0  # of processor time: the machine may be busy
 WAITING = 60.0
-MEMORY = (
-    8 << 30
-)  # bytes of address space: a case that wants more is a finding, and not the end of the machine
+MEMORY = 8 << 30  # bytes of address space: a case that wants more is a finding, and not the machine's end
 STRIDE = 10_000_019  # between the cases of two seeds
 EVERY = 60.0  # seconds between two lines about where a run stands
 
@@ -93,9 +91,8 @@ class Fuzz:
 
     def _found(self, name: str, error: BaseException, example: bytes) -> None:
         said = next(iter(str(error).splitlines()), "")[:120]
-        kind = f"{type(error).__name__} at {_place(error)}" + (
-            f": {said}" if type(error).__name__ == "Told" else ""
-        )
+        kind = f"{type(error).__name__} at {_place(error)}"
+        kind += f": {said}" if type(error).__name__ == "Told" else ""
         self.findings[kind] += 1
         if self.findings[kind] > 1:
             return
@@ -150,21 +147,14 @@ def fuzz_specs(fuzz: Fuzz, first: int, count: int, folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Fuzz; the exit status is 1 where something was found."""
     parser = argparse.ArgumentParser(prog="attack.fuzz", description=__doc__)
-    parser.add_argument("--specs", type=int, default=0, help="how many mutated specs")
-    parser.add_argument(
-        "--files", type=int, default=0, help="how many mutated documents and safetensors files"
-    )
-    parser.add_argument(
-        "--commands", action="store_true", help="every command with the extremes of its options"
-    )
-    parser.add_argument(
-        "--pairs", type=int, default=0, help="with --commands: calls with two options at once"
-    )
-    parser.add_argument(
-        "--first", type=int, default=0, help="the number of the first spec, and of the first file"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "fuzz", help="the folder for findings")
+    option = parser.add_argument
+    option("--specs", type=int, default=0, help="how many mutated specs")
+    option("--files", type=int, default=0, help="how many mutated documents and safetensors files")
+    option("--commands", action="store_true", help="every command with the extremes of its options")
+    option("--pairs", type=int, default=0, help="with --commands: calls with two options at once")
+    option("--first", type=int, default=0, help="the number of the first spec, and of the first file")
+    option("--seed", type=int, default=0)
+    option("--out", type=Path, default=ROOT / "build" / "fuzz", help="the folder for findings")
     given = parser.parse_args(arguments)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.filterwarnings("ignore")

@@ -104,9 +104,8 @@ def readers(folder: Path) -> tuple[Reader, ...]:
     weights, batches, tuned = (folder / name for name in ("w.safetensors", "b.safetensors", "tuned.json"))
     tuned.write_text(json.dumps({"a kernel": [64, 64, 16, 4, 2]}))
     weights.write_bytes(save(model.state_dict()))
-    batches.write_bytes(
-        save({f"{name}.{i}": tokens.clone() for name in ("tokens", "targets") for i in (0, 1)})
-    )
+    names = [f"{name}.{i}" for name in ("tokens", "targets") for i in (0, 1)]
+    batches.write_bytes(save({name: tokens.clone() for name in names}))
     _train(compiled, text, run, resume=False)
     saved = run / "checkpoint.safetensors"
     made = [
@@ -206,9 +205,8 @@ def _strange_numbers(chance: random.Random, numbers: bytes) -> bytes:
     found = bytearray(numbers)
     for _ in range(chance.randint(1, 4)):
         place = chance.randrange(max(1, len(found) - 3)) & ~3
-        found[place : place + 4] = struct.pack(
-            "<f", chance.choice((float("nan"), float("inf"), -1.0, 3e38, 1e-40))
-        )
+        number = chance.choice((float("nan"), float("inf"), -1.0, 3e38, 1e-40))
+        found[place : place + 4] = struct.pack("<f", number)
     return bytes(found)
 
 

@@ -102,16 +102,13 @@ class Grower:
 
     # ------------------------------------------------------------ statements
 
-    def say(self, expression: str, *, inline: bool = False, letter: str = "v") -> Typed:
+    def say(self, expression: str, *, inline: bool = False) -> Typed:
         """Bind an expression to a name, or (`inline`) only learn its type. Raises Unfit where it is not well typed."""
-        name = self.fresh(letter)
-        line = f"{name} = {expression}"
-        found = self._type(name, self._elaborated([line]))
+        name = self.fresh()
+        lines = [f"{name} = {expression}"]
         if inline:
-            return replace(found, text=f"({expression})", named=False)
-        self.lines.append(line)
-        self.pool.append(found)
-        return found
+            return replace(self.typed(lines, name), text=f"({expression})", named=False)
+        return self.raw(lines, name)
 
     def sometimes(self, expression: str) -> Typed:
         """An expression that gets a name, or none: spelled again wherever it is read."""
@@ -121,11 +118,7 @@ class Grower:
         """A weight or a buffer."""
         name = self.fresh("w")
         dims = ", ".join(map(str, shape))
-        line = f"{kind} {name}: float[{dims}]{f' = {initial}' if initial else ''}"
-        found = self._type(name, self._elaborated([line]))
-        self.lines.append(line)
-        self.pool.append(found)
-        return found
+        return self.raw([f"{kind} {name}: float[{dims}]{f' = {initial}' if initial else ''}"], name)
 
     def typed(self, lines: Sequence[str], name: str) -> Typed:
         """What a name is that these lines bind, which are not taken."""
@@ -203,11 +196,8 @@ class Grower:
         """A compile-time float: one of the choices, a random one, or a param."""
         if self.params and self.rng.random() < 0.15:
             return self.rng.choice(sorted(self.params))
-        value = (
-            self.rng.choice(choices)
-            if choices and self.rng.random() < 0.7
-            else round(self.rng.uniform(-3, 3), 3)
-        )
+        chosen = bool(choices) and self.rng.random() < 0.7
+        value = self.rng.choice(choices) if chosen else round(self.rng.uniform(-3, 3), 3)
         return f"{value:.3f}" if abs(value) >= 1e-2 or value == 0 else f"{value:.6f}"
 
     def positive(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,18 +28,15 @@ EXACT = frozenset([
 
 def meaning(
     program: Program, inputs: Mapping[str, Array], weights: Mapping[str, Array], watch: Watch | None = None
-) -> Sequence[Array]:
+) -> list[Array]:
     """The results of the main graph in float64; `watch` gets (path, node, value)."""
     with np.errstate(all="ignore"):
-        return evaluate(program, inputs, weights, watch=watch)
+        return list(map(np.asarray, evaluate(program, inputs, weights, watch=watch)))
 
 
 def rounded_otherwise(
-    program: Program,
-    inputs: Mapping[str, Array],
-    weights: Mapping[str, Array],
-    draws: np.random.Generator,
-) -> Sequence[Array]:
+    program: Program, inputs: Mapping[str, Array], weights: Mapping[str, Array], draws: np.random.Generator
+) -> list[Array]:
     """As `meaning`, each result of an operation that rounds moved by a relative 1e-13 at random.
 
     So a jump shows where two right ways to compute differ: x / |x| is 1 by one, a rounding below 1 by the other, and
@@ -59,4 +56,5 @@ def rounded_otherwise(
     source = program[program.main]
     given = [np.asarray(inputs[node.name]) for node in source.inputs]
     with np.errstate(all="ignore"):
-        return Run(program, sizes_of(source, inputs), weights, meaning=rules).graph(source.name, given)
+        found = Run(program, sizes_of(source, inputs), weights, meaning=rules).graph(source.name, given)
+    return list(map(np.asarray, found))

@@ -59,12 +59,11 @@ def _with_text(case: Case, text: str) -> Case | None:
 def _texts(text: str) -> Iterator[str]:
     """Texts with one thing less, the largest pieces first; not all of them are well typed."""
     tree = parse(Source("<attack>", text))
-    blocks = [node for node in _nodes(tree, (ast.BlockDecl,)) if isinstance(node, ast.BlockDecl)]
-    for block in blocks:
+    for block in _nodes(tree, (ast.BlockDecl,)):
         yield from _fewer_results(text, block)
     yield _pruned(text)
     for node in _nodes(tree, (ast.Assign,)):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Ref) and len(node.targets) == 1:
+        if isinstance(node.value, ast.Ref) and len(node.targets) == 1:
             rest = re.sub(rf"\b{node.targets[0].text}\b", node.value.name, text[node.span.end :])
             yield _edited(text[: node.span.end] + rest, [(node.span, "")])
     edits = sorted(set(_edits(tree)), key=lambda edit: len(edit[1]) - (edit[0].end - edit[0].start))
@@ -84,9 +83,8 @@ def _pruned(text: str) -> str:
         ]
         if not unread:
             return text
-        text = _edited(
-            text, [edit for edit in unread if not any(_inside(edit[0], other) for other, _ in unread)]
-        )
+        outer = [edit for edit in unread if not any(_inside(edit[0], other) for other, _ in unread)]
+        text = _edited(text, outer)
 
 
 def _inside(one: Span, other: Span) -> bool:
@@ -161,10 +159,8 @@ def _well_typed(text: str) -> str | None:
             found = _RETURNS.search(error.diagnostics[0].message)
             if found is None or "value" in found[2]:
                 return None
-            name, actual = found[1], found[2]
-            text = re.sub(
-                rf"((?:block|model) {name}\([^{{]*\) -> )[^{{]*( \{{)", rf"\g<1>{actual}\g<2>", text
-            )
+            declared = rf"((?:block|model) {found[1]}\([^{{]*\) -> )[^{{]*( \{{)"
+            text = re.sub(declared, rf"\g<1>{found[2]}\g<2>", text)
         except Exception:  # a crash of the compiler may be what is looked for
             return text
     return None

@@ -34,6 +34,15 @@ def keyword(g: Grower, text: str, share: float = 0.6) -> str:
     return text if g.rng.random() < share else ""
 
 
+def _of(write: Callable[[Grower, Typed], str], fits: Callable[[Typed], bool] = lambda each: True) -> Rule:
+    """An operation that is written of one float that fits."""
+    return lambda g: write(g, g.pick(where=fits))
+
+
+def _least(rank: int) -> Callable[[Typed], bool]:
+    return lambda each: each.rank >= rank
+
+
 # ---------------------------------------------------------------- shape
 
 
@@ -54,62 +63,25 @@ def _reshape(g: Grower) -> str:
     return f"reshape({x.text}, {tuple_of(dims)})"
 
 
-def _permute(g: Grower) -> str:
-    x = ranked(g, 2)
+def _permute(g: Grower, x: Typed) -> str:
     axes = g.rng.sample(range(x.rank), x.rank)
     if g.rng.random() < 0.3:
         axes = [axis - x.rank for axis in axes]
     return f"permute({x.text}, {tuple_of(axes)})"
 
 
-def _transpose(g: Grower) -> str:
-    x = ranked(g, 2)
-    axes = keyword(g, f"; first = {g.axis(x)}, second = {g.axis(x)}")
-    return f"transpose({x.text}{axes})"
-
-
-def _unsqueeze(g: Grower) -> str:
-    x = g.pick(where=lambda each: each.rank < 4)
-    return f"unsqueeze({x.text}; axis = {g.rng.randint(-x.rank - 1, x.rank)})"
-
-
-def _squeeze(g: Grower) -> str:
-    x = g.pick(where=lambda each: any(dim.constant == 1 for dim in each.shape))
-    axes = [axis for axis in range(x.rank) if x.size(axis) == 1]
-    return f"squeeze({x.text}; axis = {g.rng.choice(axes)})"
-
-
-def _broadcast_to(g: Grower) -> str:
-    x = g.pick(where=lambda each: each.rank < 4)
+def _broadcast_to(g: Grower, x: Typed) -> str:
     dims = [g.rng.choice((2, 3)) if dim.constant == 1 else dim for dim in x.shape]
-    return (
-        f"broadcast_to({x.text}, {tuple_of([*g.rng.sample([1, 2, 3], g.rng.randint(0, 1)), *dims] or [2])})"
-    )
+    dims = [*g.rng.sample([1, 2, 3], g.rng.randint(0, 1)), *dims]
+    return f"broadcast_to({x.text}, {tuple_of(dims or [2])})"
 
 
-def _pad(g: Grower) -> str:
-    x = ranked(g, 1)
-    return f"pad({x.text}; axis = {g.axis(x)}, before = {g.rng.randint(0, 2)}, after = {g.rng.randint(0, 2)})"
-
-
-def _split_heads(g: Grower) -> str:
-    x = g.pick(where=lambda each: 2 <= each.rank <= 3 and (each.size(-1) or 0) > 0)
-    divisors = [h for h in range(1, 7) if (x.size(-1) or 1) % h == 0]
-    return f"split_heads({x.text}; heads = {g.rng.choice(divisors)})"
-
-
-def _repeat_heads(g: Grower) -> str:
-    return f"repeat_heads({ranked(g, 3).text}; times = {g.rng.randint(1, 3)})"
-
-
-def _patches(g: Grower) -> str:
-    x = g.pick(where=lambda each: each.rank == 4 and constant_shape(each.shape[2:]))
+def _patches(g: Grower, x: Typed) -> str:
     sizes = [size for size in (1, 2, 4) if not any((x.size(axis) or 1) % size for axis in (2, 3))]
     return f"patches({x.text}; size = {g.rng.choice(sizes)})"
 
 
-def _concat(g: Grower) -> str:
-    x = ranked(g, 1)
+def _concat(g: Grower, x: Typed) -> str:
     axis = g.axis(x) % x.rank
     rest = [place for place in range(x.rank) if place != axis]
     others = [
@@ -123,20 +95,18 @@ def _concat(g: Grower) -> str:
     return f"concat({', '.join(each.text for each in chosen)}; axis = {g.rng.choice((axis, axis - x.rank))})"
 
 
-def _stack(g: Grower) -> str:
-    x = g.pick(where=lambda each: each.rank < 4)
+def _stack(g: Grower, x: Typed) -> str:
     others = [each for each in g.pool if each.dtype == "float" and each.shape == x.shape]
     chosen = [x, *(g.rng.choice(others) for _ in range(g.rng.randint(0, 2)))]
     return f"stack({', '.join(each.text for each in chosen)}; axis = {g.rng.randint(-x.rank - 1, x.rank)})"
 
 
 def _filled(name: str) -> Rule:
-    def rule(g: Grower) -> str:
-        shape = g.pick(where=lambda each: each.rank > 0).shape
-        dims = g.rng.choice([shape, shape[-1:], (2, shape[-1])])
+    def rule(g: Grower, x: Typed) -> str:
+        dims = g.rng.choice([x.shape, x.shape[-1:], (2, x.shape[-1])])
         return f"{name}({tuple_of(dims)}{f'; value = {g.number(0.5, -2.0)}' if name == 'full' else ''})"
 
-    return rule
+    return _of(rule, _least(1))
 
 
 def _index(g: Grower) -> str:
@@ -165,21 +135,7 @@ def _embedding(g: Grower) -> str:
 
 
 def _positions(name: str) -> Rule:
-    def rule(g: Grower) -> str:
-        dim = g.rng.choice([dim for each in g.pool for dim in each.shape] or [2])
-        return f"{name}({dim})"
-
-    return rule
-
-
-def _sinusoid(g: Grower) -> str:
-    x = ranked(g, 2)
-    return f"sinusoid({x.shape[-2]}, {x.size(-1) or 4})"
-
-
-def _rotary(g: Grower) -> str:
-    x = g.pick(where=lambda each: each.rank >= 2 and (each.size(-1) or 1) % 2 == 0)
-    return f"rotary({x.text}{keyword(g, f'; base = {g.rng.choice((10.0, 1000.0, 10000.0))}')})"
+    return lambda g: f"{name}({g.rng.choice([dim for each in g.pool for dim in each.shape] or [2])})"
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -215,8 +171,7 @@ def _division(g: Grower) -> str:
     return f"{x.text} / {g.rng.choice((below, g.positive()))}"
 
 
-def _matmul(g: Grower) -> str:
-    x = ranked(g, 2)
+def _matmul(g: Grower, x: Typed) -> str:
     if g.rng.random() < 0.5 and x.size(-1) is not None:
         other = g.declare("weight", (x.shape[-1], g.rng.choice((1, 2, 4, 6))), "normal(std = 0.7)").text
         return f"{x.text} @ {other}"
@@ -304,20 +259,14 @@ def _reduction(name: str) -> Rule:
     return rule
 
 
-def _softmax(g: Grower) -> str:
-    x = ranked(g, 1)
-    return f"softmax({x.text}{keyword(g, f'; axis = {g.axis(x)}')})"
-
-
 def _norm(name: str, count: int) -> Rule:
-    def rule(g: Grower) -> str:
-        x = g.pick(where=lambda each: each.rank >= 1 and each.size(-1) is not None)
+    def rule(g: Grower, x: Typed) -> str:
         weights = [g.declare("weight", x.shape[-1:], g.rng.choice(("ones()", "normal(std = 0.5)"))).text
                    for _ in range(count)]  # fmt: skip
         eps = keyword(g, f"; eps = {g.rng.choice(('1e-6', '1e-3', '0.5'))}")
         return f"{name}({', '.join([x.text, *weights])}{eps})"
 
-    return rule
+    return _of(rule, lambda each: each.rank >= 1 and each.size(-1) is not None)
 
 
 # ---------------------------------------------------------------- masks, weights, losses
@@ -348,13 +297,7 @@ def _masked(name: str, mask: str = "") -> Rule:
     return rule
 
 
-def _alibi(g: Grower) -> str:
-    x = g.pick(where=lambda each: each.rank >= 3 and each.size(-3) is not None)
-    return f"alibi({x.text}{keyword(g, f'; heads = {x.size(-3)}')})"
-
-
-def _near_far(g: Grower) -> str:
-    x = ranked(g, 2)
+def _near_far(g: Grower, x: Typed) -> str:
     other = g.pick(where=lambda each: each.shape == x.shape)
     return f"near_far({x.text}, {other.text}; block = {g.rng.randint(1, 4)})"
 
@@ -363,36 +306,46 @@ COEFFICIENTS = ("(1.0, 1.0, 0.5)", "(0.0, 0.0, 1.0)", "(1.0, 0.0, 0.5)", "(2.0, 
                 "(1.0, 0.5, 0.5, 0.1, 0.05)")  # fmt: skip
 
 
-def _normalize_rows(g: Grower) -> str:
-    x = ranked(g, 1).text
-    return f"normalize_rows({g.rng.choice((x, f'exp({x})', f'abs({x})', f'sigmoid({x})'))})"
-
-
-def _cross_entropy(g: Grower) -> str:
-    x = g.pick(where=lambda each: each.rank >= 1 and (each.size(-1) or 0) >= IDS)
+def _cross_entropy(g: Grower, x: Typed) -> str:
     targets = g.pick("int", lambda each: each.shape == x.shape[:-1])
     return f"cross_entropy({x.text}, clamp({targets.text}; low = 0, high = {IDS - 1}))"
 
 
-def _mse(g: Grower) -> str:
-    x = g.pick()
-    return f"mse({x.text}, {g.pick(where=lambda each: each.shape == x.shape).text})"
-
-
 RULES: dict[str, Rule] = {
     "reshape": _reshape,
-    "permute": _permute,
-    "transpose": _transpose,
-    "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze,
-    "broadcast_to": _broadcast_to,
-    "pad": _pad,
-    "split_heads": _split_heads,
-    "merge_heads": lambda g: f"merge_heads({ranked(g, 3).text})",
-    "repeat_heads": _repeat_heads,
-    "patches": _patches,
-    "concat": _concat,
-    "stack": _stack,
+    "permute": _of(_permute, _least(2)),
+    "transpose": _of(
+        lambda g, x: f"transpose({x.text}{keyword(g, f'; first = {g.axis(x)}, second = {g.axis(x)}')})",
+        _least(2),
+    ),
+    "unsqueeze": _of(
+        lambda g, x: f"unsqueeze({x.text}; axis = {g.rng.randint(-x.rank - 1, x.rank)})",
+        lambda each: each.rank < 4,
+    ),
+    "squeeze": _of(
+        lambda g, x: (
+            f"squeeze({x.text}; axis = {g.rng.choice([a for a in range(x.rank) if x.size(a) == 1])})"
+        ),
+        lambda each: any(dim.constant == 1 for dim in each.shape),
+    ),
+    "broadcast_to": _of(_broadcast_to, lambda each: each.rank < 4),
+    "pad": _of(
+        lambda g, x: (
+            f"pad({x.text}; axis = {g.axis(x)}, before = {g.rng.randint(0, 2)}, after = {g.rng.randint(0, 2)})"
+        ),
+        _least(1),
+    ),
+    "split_heads": _of(
+        lambda g, x: (
+            f"split_heads({x.text}; heads = {g.rng.choice([h for h in range(1, 7) if (x.size(-1) or 1) % h == 0])})"
+        ),
+        lambda each: 2 <= each.rank <= 3 and (each.size(-1) or 0) > 0,
+    ),
+    "merge_heads": _of(lambda g, x: f"merge_heads({x.text})", _least(3)),
+    "repeat_heads": _of(lambda g, x: f"repeat_heads({x.text}; times = {g.rng.randint(1, 3)})", _least(3)),
+    "patches": _of(_patches, lambda each: each.rank == 4 and constant_shape(each.shape[2:])),
+    "concat": _of(_concat, _least(1)),
+    "stack": _of(_stack, lambda each: each.rank < 4),
     **{name: _filled(name) for name in ("zeros", "ones", "full")},
     "embedding": _embedding,
     "one_hot": lambda g: f"one_hot({ids(g)}; classes = {g.rng.choice((IDS, 6))})",
@@ -406,7 +359,7 @@ RULES: dict[str, Rule] = {
     "clamp": _clamp,
     "where": _where,
     **{name: _reduction(name) for name in ("sum", "mean")},
-    "softmax": _softmax,
+    "softmax": _of(lambda g, x: f"softmax({x.text}{keyword(g, f'; axis = {g.axis(x)}')})", _least(1)),
     "layer_norm": _norm("layer_norm", 2),
     "rms_norm": _norm("rms_norm", 1),
     "unit": lambda g: f"unit({ranked(g, 1).text})",
@@ -416,24 +369,35 @@ RULES: dict[str, Rule] = {
     "documents": _masked("documents", "ids"),
     "prefix": _masked("prefix", "length"),
     "assume_bound": lambda g: f"assume_bound({g.pick().text}; bound = {g.positive()})",
-    "near_far": _near_far,
+    "near_far": _of(_near_far, _least(2)),
     "polynomial": lambda g: f"polynomial({g.pick().text}; {g.rng.choice(COEFFICIENTS)})",
-    "normalize_rows": _normalize_rows,
-    "rotary": _rotary,
-    "sinusoid": _sinusoid,
-    "alibi": _alibi,
+    "normalize_rows": _of(
+        lambda g, x: (
+            f"normalize_rows({g.rng.choice(('{}', 'exp({})', 'abs({})', 'sigmoid({})')).format(x.text)})"
+        ),
+        _least(1),
+    ),
+    "rotary": _of(
+        lambda g, x: f"rotary({x.text}{keyword(g, f'; base = {g.rng.choice((10.0, 1000.0, 10000.0))}')})",
+        lambda each: each.rank >= 2 and (each.size(-1) or 1) % 2 == 0,
+    ),
+    "sinusoid": _of(lambda g, x: f"sinusoid({x.shape[-2]}, {x.size(-1) or 4})", _least(2)),
+    "alibi": _of(
+        lambda g, x: f"alibi({x.text}{keyword(g, f'; heads = {x.size(-3)}')})",
+        lambda each: each.rank >= 3 and each.size(-3) is not None,
+    ),
     "dropout": lambda g: f"dropout({g.pick().text}; p = {g.rng.choice((0.0, 0.1, 0.5))})",
-    "cross_entropy": _cross_entropy,
-    "mse": _mse,
+    "cross_entropy": _of(_cross_entropy, lambda each: each.rank >= 1 and (each.size(-1) or 0) >= IDS),
+    "mse": _of(lambda g, x: f"mse({x.text}, {g.pick(where=lambda each: each.shape == x.shape).text})"),
     # what is written with signs
     **{operator: _binary(operator) for operator in ("+", "-", "*")},
     "/": _division,
-    "@": _matmul,
+    "@": _of(_matmul, _least(2)),
     **{operator: _compared(operator) for operator in ("<", "<=", ">", ">=")},
     **{operator: _equal(operator) for operator in ("==", "!=")},
     "negation": lambda g: f"-{numeric(g).text}",
     "not": lambda g: f"not {g.pick('bool').text}",
-    ".T": lambda g: f"{ranked(g, 2).text}.T",
+    ".T": _of(lambda g, x: f"{x.text}.T", _least(2)),
     "[..]": _index,
     "if else": lambda g: f"{g.pick().text} if {g.rng.choice(('true', 'false'))} else {g.pick().text} * 2.0",
 }

@@ -94,14 +94,6 @@ def _fill(g: Grower, statements: int, blocks: list[_Block]) -> None:
             g.lines, g.pool = saved
 
 
-def _operation(g: Grower, _: list[_Block]) -> None:
-    statement(g)
-
-
-def _attention(g: Grower, _: list[_Block]) -> None:
-    attention(g)
-
-
 def _call(g: Grower, blocks: list[_Block]) -> None:
     if not blocks:
         raise Unfit
@@ -131,7 +123,7 @@ def _library(g: Grower, _: list[_Block]) -> None:
     name, given = ("attention_padded", f", {mask[0]}") if mask and g.rng.random() < 0.3 else ("attention", "")
     kind = g.rng.choice((f"{name}({x.text}{given}; {', '.join(options)})", f"mlp({x.text}; hidden = 4)",
                          f"swiglu({x.text}; hidden = 4)", f"rms_norm({x.text})", f"layer_norm({x.text})"))  # fmt: skip
-    if sum(kind.count(word) for word in ("gain",)) > 1:
+    if kind.count("gain") > 1:
         raise Unfit
     g.say(f"std.{kind}")
     g.used["std"] += 1
@@ -163,9 +155,9 @@ def _branch(g: Grower, _: list[_Block]) -> None:
     g.used["if"] += 1
 
 
-_KINDS: dict[Callable[[Grower, list[_Block]], None], float] = {
-    _operation: 8.0,
-    _attention: 3.0,
+_KINDS: dict[Callable[[Grower, list[_Block]], object], float] = {
+    lambda g, _: statement(g): 8.0,
+    lambda g, _: attention(g): 3.0,
     _call: 2.0,
     _library: 0.8,
     _repeat: 0.8,
@@ -221,9 +213,7 @@ def _finished(g: Grower) -> str:
     bound = {str(dim) for each in read for dim in each.shape}
     text = "\n".join(g.lines)
     binders = [
-        each
-        for name, each in (("n", "z"), ("m", "keys"))
-        if re.search(rf"\b{name}\b", text) and name not in bound
+        each for n, each in (("n", "z"), ("m", "keys")) if n not in bound and re.search(rf"\b{n}\b", text)
     ]
     g.signature = [each for each in g.signature if each in read or each.text in binders] or g.signature[:1]
     return g.text(results)

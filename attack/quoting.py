@@ -165,10 +165,8 @@ def compiler_agrees(found: Sequence[str], compiler: str) -> bool:
         written = quote.cpp_comment(text)
         lines += [f"// {written}", f"static_assert(__LINE__ == {len(lines) + 2}); /* {written} */"]
     command = [compiler, "-std=c++17", "-trigraphs", "-Werror=comment", "-fsyntax-only", "-x", "c++", "-"]
-    return (
-        subprocess.run(command, input="\n".join(lines).encode(), capture_output=True, check=False).returncode
-        == 0
-    )
+    ended = subprocess.run(command, input="\n".join(lines).encode(), capture_output=True, check=False)
+    return ended.returncode == 0
 
 
 def main() -> None:
@@ -184,9 +182,8 @@ def main() -> None:
     compiler = shutil.which("g++") or shutil.which("clang++")
     agreed = compiler is None or compiler_agrees(tried, compiler)
     said = "no C++ compiler" if compiler is None else f"C++ compiler {'agrees' if agreed else 'disagrees'}"
-    print(
-        f"{len(tried)} texts ({len(set(tried))} different), {len(CHECKS)} languages, {len(failed)} failures; {said}"
-    )
+    counts = f"{len(tried)} texts ({len(set(tried))} different), {len(CHECKS)} languages"
+    print(f"{counts}, {len(failed)} failures; {said}")
     raise SystemExit(bool(failed) or not agreed)
 
 

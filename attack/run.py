@@ -88,12 +88,11 @@ class Attack:
 def main(arguments: list[str] | None = None) -> int:
     """Attack for a time; the exit status is 1 where something was found."""
     parser = argparse.ArgumentParser(prog="attack", description=__doc__)
-    parser.add_argument(
-        "--minutes", type=float, default=60.0, help="of processor time: the machine may be busy"
-    )
-    parser.add_argument("--seed", type=int, default=None, help="drawn and printed where it is not given")
-    parser.add_argument("--checks", default=ALL, help=f"some of {ALL}: see CONTRIBUTING.md")
-    parser.add_argument("--out", type=Path, default=REGRESSIONS, help="the folder for findings")
+    option = parser.add_argument
+    option("--minutes", type=float, default=60.0, help="of processor time: the machine may be busy")
+    option("--seed", type=int, default=None, help="drawn and printed where it is not given")
+    option("--checks", default=ALL, help=f"some of {ALL}: see CONTRIBUTING.md")
+    option("--out", type=Path, default=REGRESSIONS, help="the folder for findings")
     given = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(1_000_000) if given.seed is None else given.seed
     logging.getLogger("fastgrad").setLevel(logging.ERROR)  # a guard's warning is what is looked for
@@ -106,16 +105,10 @@ def main(arguments: list[str] | None = None) -> int:
             given.out.mkdir(parents=True, exist_ok=True)
             path = given.out / f"{found.name}.tfg"
             path.write_text(found.text, encoding="utf-8")
-            print(
-                f"\nfound ({found.check}) {found.kind}\n  {found.message}\n  kept as {path}\n{found.case.text}",
-                flush=True,
-            )
-    for line in attack.lines():
-        print(line)
-    print(
-        f"seed {seed}: "
-        + ("nothing was found" if not attack.found else f"{len(attack.found)} kinds of findings")
-    )
+            said = f"({found.check}) {found.kind}\n  {found.message}\n  kept as {path}"
+            print(f"\nfound {said}\n{found.case.text}", flush=True)
+    print("\n".join(attack.lines()))
+    print(f"seed {seed}: {f'{len(attack.found)} kinds of findings' if attack.found else 'nothing was found'}")
     return 1 if attack.found else 0
 
 

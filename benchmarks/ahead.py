@@ -8,27 +8,27 @@ specialisation is that of a launch: pointers are divisible by 16, integers that 
 divisible by 16 are known to be.
 
 Triton reads TRITON_INTERPRET when it is imported, and a process that interprets cannot compile, so that jobs go to
-processes of their own, from whose environment the variable is gone: `python -m benchmarks.ahead` reads one job a line
-from its standard input, as JSON, and writes one result a line.
+processes of their own, from whose environment the variable is gone.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import queue
-import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any
 
 from benchmarks.machine_code import ARCHITECTURES, Load, Resources, read
 
@@ -68,14 +68,6 @@ class Job:
     num_warps: int = 4
     num_stages: int = 2
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"file": str(self.file)})
-
-    @classmethod
-    def from_json(cls, text: str) -> Job:
-        fields = json.loads(text)
-        return cls(**fields | {"file": Path(fields["file"])})
-
 
 @dataclass(frozen=True)
 class Failure:
@@ -85,17 +77,6 @@ class Failure:
 
 
 Result = Resources | Failure
-
-
-def result_to_json(result: Result) -> str:
-    return json.dumps(asdict(result))
-
-
-def result_from_json(text: str) -> Result:
-    fields = json.loads(text)
-    if "error" in fields:
-        return Failure(**fields)
-    return Resources(**fields | {"loads": tuple(Load(**load) for load in fields["loads"])})
 
 
 class _Driver:
@@ -115,16 +96,8 @@ class _Driver:
         return 0
 
 
-def resources(
-    kernel: Any,
-    arguments: Mapping[str, Argument],
-    constants: Mapping[str, Constant],
-    *,
-    target: str,
-    num_warps: int = 4,
-    num_stages: int = 2,
-) -> Resources:
-    """Compile `kernel`, a function under `@triton.jit`, for the architecture `target` and read what it uses.
+def resources(kernel: Any, job: Job) -> Resources:
+    """Compile `kernel`, a function under `@triton.jit`, as a job says and read what it uses.
 
     Raises:
         RuntimeError: this process interprets kernels.
@@ -136,13 +109,13 @@ def resources(
 
     if triton.knobs.runtime.interpret:
         raise RuntimeError("a process with TRITON_INTERPRET=1 cannot compile: use Ahead")
-    architecture = ARCHITECTURES[target]
+    architecture = ARCHITECTURES[job.target]
     target_of_triton = GPUTarget(architecture.backend, architecture.arch, architecture.warp_size)
     triton.runtime.driver.set_active(_Driver(target_of_triton))
-    launch = {name: _argument(value) for name, value in arguments.items()}
-    values = {name: _constant(value) for name, value in constants.items()}
-    compiled = kernel.warmup(grid=(1,), num_warps=num_warps, num_stages=num_stages, **launch, **values)
-    return read(target, compiled)
+    launch = {name: _argument(value) for name, value in job.arguments.items()}
+    values = {name: _constant(value) for name, value in job.constants.items()}
+    blocks = {"num_warps": job.num_warps, "num_stages": job.num_stages}
+    return read(job.target, kernel.warmup(grid=(1,), **blocks, **launch, **values))
 
 
 def _constant(value: Constant) -> Any:
@@ -207,31 +180,20 @@ class _Worker:
     """One process that compiles, started when it is first needed, and again after a job that ended it."""
 
     def __init__(self, cache: Path, limit: float) -> None:
-        self._cache = cache
-        self._limit = limit
-        self._process: subprocess.Popen[str] | None = None
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open until `close`)
+        self._cache, self._limit = cache, limit
+        self._process: BaseProcess | None = None
+        self._log = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115 (open until `close`)
 
     def run(self, job: Job) -> Result:
         process = self._process = self._process or self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        alarm = threading.Timer(self._limit, process.kill)
-        alarm.start()
-        try:
-            process.stdin.write(job.to_json() + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        finally:
-            alarm.cancel()
-        if answer:
-            return result_from_json(answer)
-        status = process.wait()
+        with suppress(EOFError, OSError):  # the process has ended
+            self._pipe.send(job)
+            if self._pipe.poll(self._limit):
+                result: Result = self._pipe.recv()
+                return result
         self._end()
         self._log.seek(0)
-        return Failure(f"the compiler ended with status {status}: {self._log.read()[-2000:]}")
+        return Failure(f"the compiler ended with status {process.exitcode}: {self._log.read()[-2000:]}")
 
     def close(self) -> None:
         self._end()
@@ -240,44 +202,37 @@ class _Worker:
     def _end(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.communicate()
+            self._process.join()
             self._process = None
 
-    def _start(self) -> subprocess.Popen[str]:
-        root = str(Path(__file__).resolve().parents[1])
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = str(self._cache)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-        self._log.seek(0)
-        self._log.truncate()
-        return subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.ahead"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            cwd=root,
-            env=environment,
-        )
+    def _start(self) -> BaseProcess:
+        context = get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._log.truncate(0)
+        process = context.Process(target=_serve, args=(there, self._cache, self._log.name), daemon=True)
+        process.start()
+        there.close()  # so that the end of the process ends the pipe
+        return process
 
 
-def answers(lines: Iterable[str]) -> Iterator[str]:
-    """The result of each job, as JSON; a kernel that the compiler rejects gives a failure, and the next job follows."""
-    for line in lines:
-        job = Job.from_json(line)
-        try:
-            kernel = getattr(_module(job.file), job.kernel)
-            result: Result = resources(
-                kernel,
-                job.arguments,
-                job.constants,
-                target=job.target,
-                num_warps=job.num_warps,
-                num_stages=job.num_stages,
-            )
-        except Exception as error:  # whatever it is, it is the answer
-            result = Failure(f"{type(error).__name__}: {error}")
-        yield result_to_json(result)
+def _serve(pipe: Connection, cache: Path, log: str) -> None:
+    """Answer jobs, in a process of its own, which says on a file what its compiler says."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    with open(log, "a") as said:
+        os.dup2(said.fileno(), sys.stdout.fileno())
+        os.dup2(said.fileno(), sys.stderr.fileno())
+    with suppress(EOFError):
+        while True:
+            pipe.send(_answer(pipe.recv()))
+
+
+def _answer(job: Job) -> Result:
+    """The result of a job; a kernel that the compiler rejects gives a failure."""
+    try:
+        return resources(getattr(_module(job.file), job.kernel), job)
+    except Exception as error:  # whatever it is, it is the answer
+        return Failure(f"{type(error).__name__}: {error}")
 
 
 @cache
@@ -291,20 +246,3 @@ def _module(file: Path) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def _results() -> TextIO:
-    """Standard output for the results alone: what else writes there, libraries in C too, goes to standard error."""
-    results = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    return results
-
-
-def main() -> None:
-    results = _results()
-    for answer in answers(sys.stdin):
-        print(answer, file=results, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -101,7 +101,11 @@ def _together(
         return []
     exact = Contender(HEADS, polynomials[0].d, DV)
     contenders = [*polynomials, exact] if with_exact else list(polynomials)
-    contenders = [c for c in contenders if _seconds(c, n, before) <= LONGEST or _is_once(c, n, grid)]
+    contenders = [
+        c
+        for c in contenders
+        if _seconds(c, n, before) <= LONGEST or (c.degree is None and n == grid.exact_once)
+    ]
     if not contenders:
         return []
     say(f"n = {n:,}, d = {exact.d}: " + "; ".join(c.name for c in contenders))
@@ -120,10 +124,6 @@ def _seconds(contender: Contender, n: int, before: Sequence[Cell]) -> float:
     return last.timing.total * (ratio if contender.degree is not None else ratio**2)
 
 
-def _is_once(contender: Contender, n: int, grid: Grid) -> bool:
-    return contender.degree is None and n == grid.exact_once
-
-
 def _with_extrapolations(cells: Sequence[Cell], grid: Grid) -> list[Cell]:
     """All cells, and SDPA at the lengths where it was not measured, from the longest where it was."""
     exact = [cell for cell in cells if cell.degree is None]
@@ -136,15 +136,11 @@ def _slopes(cells: Sequence[Cell]) -> list[dict[str, object]]:
     """Of log time on log n, forward and backward, over the measured lengths from FROM up."""
     result: list[dict[str, object]] = []
     for contender in dict.fromkeys(cell.contender for cell in cells):
-        points = [
-            (cell.n, cell.timing.total) for cell in cells if cell.contender == contender and cell.n >= FROM
-        ]
-        found = slope(points)
+        long = [cell for cell in cells if cell.contender == contender and cell.n >= FROM]
+        found = slope([(cell.n, cell.timing.total) for cell in long])
         if found is not None:
-            first, last = points[0][0], points[-1][0]
-            result.append(
-                {**asdict(contender), "name": contender.name, "slope": found, "from": first, "to": last}
-            )
+            ends = {"from": long[0].n, "to": long[-1].n}
+            result.append({**asdict(contender), "name": contender.name, "slope": found, **ends})
     return result
 
 

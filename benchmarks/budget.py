@@ -16,26 +16,23 @@ from torch import Tensor, nn
 import fastgrad_dsl as fg
 from benchmarks.settings import ROOT, Settings, heading, say
 from fastgrad_compiler.approximation.polynomial import FAMILIES
-from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.pipeline import run
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.loader import package_from_texts
-from fastgrad_dsl.calibration.calibrate import Calibration, Data, calibrate
+from fastgrad_dsl.calibration.calibrate import calibrate
 from fastgrad_dsl.calibration.capture import Subject
 from fastgrad_dsl.calibration.pace import default_pace, machine_pace
-from fastgrad_dsl.calibration.plan import Limits, decisions, make_plan
+from fastgrad_dsl.calibration.plan import decisions, make_plan
 from fastgrad_dsl.calibration.replan import Request, replan
-from fastgrad_dsl.documents.plan import is_approximated
+from fastgrad_dsl.documents.calibration import Limits, UsedCalibration
+from fastgrad_dsl.documents.plan import approximated_of
 from fastgrad_dsl.models.batches import model_inputs, random_batch, target_inputs
 from fastgrad_dsl.models.measure import whole_errors
 from fastgrad_dsl.models.text_data import load_text
 
 SPEC, TEXT = ROOT / "examples" / "gpt.tfg", ROOT / "examples" / "data" / "emma.txt"
 PIN = re.compile(r'    at "\*" degree = 2\n')
-CALIBRATED, MEASURED = (
-    2048,
-    4096,
-)  # tokens of a sequence: to calibrate on, and of the demonstration's training step
+CALIBRATED, MEASURED = 2048, 4096  # tokens of a sequence: to calibrate on, and of the demonstration's step
 LARGE = {"depth": 24, "d_model": 256, "heads": 16}
 HAND_PICKED = (1, 2, 3)
 GUARD_REPEATS = 5  # times the usual ones: a share of some percent is to be seen
@@ -105,14 +102,13 @@ def _picked(
     found = []
     for name, each in contenders.items():
         say(f"errors of {name}")
-        served = [is_approximated(e) for e in each.plan_document.attentions if e.decision == "polynomial"]
+        served = approximated_of(each.plan_document)
         errors = [whole_errors(modules[name], b[:1], b[1:], compiled.loss, served) for b in held_out]
         output, gradient = (max(e[place] for e in errors) for place in (0, 1))
         budget = compiled.plan_document["budget"]
         keeps = output <= budget["output"] and gradient <= budget["gradient"]
-        found.append(
-            {"name": name, "step_s": times[name], "output": output, "gradient": gradient, "keeps": keeps}
-        )
+        entry = {"name": name, "step_s": times[name], "output": output, "gradient": gradient}
+        found.append({**entry, "keeps": keeps})
     return found
 
 
@@ -160,11 +156,8 @@ def _guards(settings: Settings, batches: Sequence[Batch], batch: Batch) -> dict[
         batch,
     )
     status = guarded.budget_status()  # type: ignore[operator]
-    calls = sum(each["calls"] for each in status)
-    return {f"{name}_s": seconds for name, seconds in times.items()} | {
-        "attentions": len(status),
-        "calls": calls,
-    }
+    counts = {"attentions": len(status), "calls": sum(each["calls"] for each in status)}
+    return {**{f"{name}_s": seconds for name, seconds in times.items()}, **counts}
 
 
 # ---------------------------------------------------------------- planning
@@ -174,24 +167,19 @@ def _planning(settings: Settings) -> dict[str, object]:
     """Seconds from a calibration of 24 layers of 16 heads to a compiled program."""
     params = {**LARGE, "depth": 2} if settings.quick else LARGE
     compiled = fg.compile(demo_spec(), params=params, target=settings.target)
-    program: Program = next(stage.program for stage in compiled.stages if stage.name == "attention")
+    program = compiled.recognised
     tensors = [*model_inputs(program), *target_inputs(program)]
     batch = random_batch(tensors, {"b": 1, "n": 256}, 0)
     say(f"planning {params['depth']} layers of {params['heads']} heads")
     subject = Subject(program, dict(compiled.module(seed=0).state_dict()), compiled.loss)
-    data = Data([batch], "random inputs", "initial weights", {"b": 1, "n": 256}, 0)
-    found: Calibration = calibrate(subject, data, default_pace(settings.target), probes=2)
+    used = UsedCalibration("random inputs", "initial weights", 1, {"b": 1, "n": 256}, 0)
+    found = calibrate(subject, [batch], used, default_pace(settings.target), probes=2)
     limits = Limits(1e-2, 5e-2)
     started = time.perf_counter()
-    plan = make_plan(found, program, limits)
+    plan = make_plan(found, limits)
     assert plan is not None
     planned = time.perf_counter() - started
-    run(compiled.stages[0].program, target=settings.target, assignment=decisions(plan, found, program))
+    run(compiled.stages[0].program, target=settings.target, assignment=decisions(plan, found))
     total = time.perf_counter() - started
-    return {
-        "layers": params["depth"],
-        "heads": params["heads"],
-        "plan_s": planned,
-        "total_s": total,
-        "gap": plan.gap,
-    }
+    sizes = {"layers": params["depth"], "heads": params["heads"]}
+    return {**sizes, "plan_s": planned, "total_s": total, "gap": plan.planned.gap}

@@ -55,14 +55,8 @@ def measure(settings: Settings) -> dict[str, object]:
     for name, moved in (("exact", 0.0), ("exact again", CHANCE)):
         model = compiled.module(seed=0)
         curves[name] = _curve(name, compiled, compiled.reference(_moved(model, moved)), data, options)
-    return {
-        **heading(settings),
-        "steps": steps,
-        "tokens": tokens,
-        "budgets": BUDGETS,
-        "curves": curves,
-        "plans": plans,
-    }
+    sizes = {"steps": steps, "tokens": tokens}
+    return {**heading(settings), **sizes, "budgets": BUDGETS, "curves": curves, "plans": plans}
 
 
 def _moved(model: nn.Module, share: float) -> nn.Module:
@@ -107,14 +101,7 @@ def _summary(planned: Compiled) -> list[dict[str, Any]]:
         chosen: Mapping[str, Any] = next(c for c in each["candidates"] if c["chosen"])
         seen = max(max(abs(head["least"]), abs(head["largest"])) for head in each["heads"])
         gains = {what: gain and round(gain["value"], 4) for what, gain in each["gains"].items()}
-        found.append(
-            {
-                "path": each["path"],
-                "chosen": chosen["name"],
-                "bound": chosen["bound"],
-                "seen": seen,
-                "gains": gains,
-                **{what: chosen[what] for what in ("output", "gradient")},
-            }
-        )
+        known = {"path": each["path"], "chosen": chosen["name"], "bound": chosen["bound"]}
+        errors = {what: chosen[what] for what in ("output", "gradient")}
+        found.append({**known, "seen": seen, "gains": gains, **errors})
     return found

@@ -5,20 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
-from fastgrad_dsl.plots.svg import (
-    COLOURS,
-    RIGHT,
-    TOP,
-    Axis,
-    bottom_axis,
-    element,
-    figure,
-    key,
-    left_axis,
-    line,
-)
+from fastgrad_dsl.plots.svg import RIGHT, TOP, Axis, bottom_axis, figure, key, left_axis, line
 
 TITLE = "Training with the planned and with exact attention"
 WIDTH, HEIGHT, LEFT, BOTTOM = 640.0, 320.0, 64.0, 44.0
@@ -46,19 +33,13 @@ def curves_figure(section: Mapping[str, Any]) -> str:
     parts += key(LEFT, TOP + 4, [(colour, name, name == "exact") for name, colour in shown.items()])
     for name, colour in shown.items():
         trained = [(x.at(p["step"]), y.at(p["loss"])) for p in curves[name] if "loss" in p]
-        parts.append(_faint(trained, colour))
+        parts.append(line(trained, colour, width=1.0, opacity=0.35))
     for name, colour in shown.items():
         places = [
             (x.at(p["step"]), y.at(p["validation_loss"])) for p in curves[name] if "validation_loss" in p
         ]
         parts.append(line(places, colour, dashed=name == "exact"))
     return str(figure("curves", TITLE, _words(curves), HEIGHT, parts, WIDTH, STYLE)) + "\n"
-
-
-def _faint(points: Sequence[tuple[float, float]], colour: int) -> Markup:
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    shape = '<path d="M{}" fill="none" stroke="{}" stroke-width="1" opacity="0.35"/>'
-    return element(shape, path, COLOURS[colour])
 
 
 def final(curve: Curve) -> float:

@@ -22,7 +22,6 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from benchmarks.gpu_contenders import Case, Contestant, contestants
 from benchmarks.settings import ROOT, Settings, heading, say
@@ -30,7 +29,7 @@ from fastgrad_compiler.planning.roofline import best, shape_of
 from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.runtime.triton_schedule import DEVICES
 from fastgrad_dsl.bench.cells import Cell
-from fastgrad_dsl.bench.contenders import Attention, Inputs
+from fastgrad_dsl.bench.contenders import Attention, Inputs, make_inputs, results
 from fastgrad_dsl.bench.machine import package_version
 from fastgrad_dsl.bench.timing import Timing, medians
 from fastgrad_dsl.functional import polynomial_attention
@@ -41,11 +40,7 @@ HEADS = 8
 LONGEST = 20.0  # seconds that one pass may take, by extrapolation from the length before
 LONG_PASS = 1.0  # seconds
 UNITS = 8  # rounding errors, of the operands of the products, that a result may be off by (relative, L2)
-ROUNDING = {
-    torch.bfloat16: 2.0**-8,
-    torch.float16: 2.0**-11,
-    torch.float32: 2.0**-20,
-}  # the last: three tf32 products
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}  # last: three tf32
 CHECKED_N, CHECKED_HEADS = 1000, 4  # not a multiple of any tile
 ERRORS_N = 2048
 
@@ -191,18 +186,6 @@ def _peak(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def inputs_on(device: str, n: int, heads: int, d: int, dv: int, dtype: torch.dtype) -> Inputs:
-    """As `make_inputs`, made on the device: a million tokens would take the host a while."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(width: int) -> Tensor:
-        return torch.randn(1, heads, n, width, generator=generator, device=device)
-
-    q, k, v, cotangent = normalize(random(d), dim=-1), normalize(random(d), dim=-1), random(dv), random(dv)
-    q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
-    return Inputs(q, k, v, cotangent.to(dtype))
-
-
 def in_double(inputs: Inputs) -> Inputs:
     """The same numbers in float64."""
     q, k, v = (x.detach().double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
@@ -231,17 +214,12 @@ def _check(
     case: Case, dtype: torch.dtype, causal: bool, n: int, setup: Setup, target: str
 ) -> dict[str, object]:
     """Grouped heads: two of queries to one of keys."""
-    made = inputs_on(setup.device, n, CHECKED_HEADS, case.d, case.dv, dtype)
+    made = make_inputs(n, CHECKED_HEADS, case.d, case.dv, dtype=dtype, device=setup.device)
     k, v = (x.detach()[:, ::2].contiguous().requires_grad_() for x in (made.k, made.v))
     inputs = Inputs(made.q, k, v, made.cotangent)
     exact = in_double(inputs)
     run = partial(
-        polynomial_attention,
-        degree=case.degree or 2,
-        bound=1.0,
-        scale=1.0,
-        causal=causal,
-        near=case.near,
+        polynomial_attention, degree=case.degree or 2, bound=1.0, scale=1.0, causal=causal, near=case.near
     )
     output, gradient = relative_errors(
         results(partial(run, target=target), inputs), results(partial(run, target="torch"), exact)
@@ -259,12 +237,6 @@ def _check(
     }
 
 
-def results(attention: Attention, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Output and gradients of q, k, v."""
-    out = attention(inputs.q, inputs.k, inputs.v)
-    return (out.detach(), *torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.cotangent))
-
-
 def relative_errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
     """Of the output, and the largest of those of the gradients; NaN counts as infinite."""
     errors = [((f.double() - e).norm() / e.norm()).item() for f, e in zip(found, expected, strict=True)]
@@ -280,7 +252,7 @@ def _errors(
     for c in contenders:
         if not c.softmax or c.missing is not None:
             continue
-        inputs = inputs_on(setup.device, n, 2, c.case.d, c.case.dv, dtype)
+        inputs = make_inputs(n, 2, c.case.d, c.case.dv, dtype=dtype, device=setup.device)
         try:
             output, gradient = relative_errors(results(c.run, inputs), results(_softmax, in_double(inputs)))
         except (RuntimeError, AssertionError):
@@ -306,8 +278,9 @@ def _together(
     skipped: list[dict[str, object]],
 ) -> None:
     """Add the cells of one length, and what was left out with the reason."""
-    say(f"{_name(dtype)}, d = {contenders[0].case.d}, n = {n:,}")
-    inputs = inputs_on(setup.device, n, HEADS, contenders[0].case.d, contenders[0].case.dv, dtype)
+    case = contenders[0].case
+    say(f"{_name(dtype)}, d = {case.d}, n = {n:,}")
+    inputs = make_inputs(n, HEADS, case.d, case.dv, dtype=dtype, device=setup.device)
     ready: list[tuple[Contestant, int | None, float]] = []
     for c in contenders:
         entry = {**c.entry(), "dtype": _name(dtype), "n": n}

@@ -150,30 +150,19 @@ def _times(shape: Shape) -> Iterator[dict[str, object]]:
 
 
 def _break_even(shape: Shape) -> Iterator[dict[str, object]]:
+    at, way = cost.Shape(n=shape.n, m=shape.m, d=shape.d, dv=shape.dv), cost.Way(shape.degree)
     for name in ARCHITECTURES:
-        found = {
-            key: cost.break_even(
-                Roofline(DEVICES[name], shape.heads, shape.dtype, ideal),
-                cost.Shape(n=shape.n, m=shape.m, d=shape.d, dv=shape.dv),
-                cost.Way(shape.degree),
-            )
-            for key, ideal in (("padded_n", False), ("ideal_n", True))
-        }
-        yield {
-            **_sizes(shape),
-            "architecture": name,
-            **{key: None if n == cost.NEVER else n for key, n in found.items()},
-        }
+        row = {**_sizes(shape), "architecture": name}
+        for key, ideal in (("padded_n", False), ("ideal_n", True)):
+            n = cost.break_even(Roofline(DEVICES[name], shape.heads, shape.dtype, ideal), at, way)
+            row[key] = None if n == cost.NEVER else n
+        yield row
 
 
 def _fused_from(shape: Shape) -> Iterator[dict[str, object]]:
     for name in ARCHITECTURES:
-        yield {
-            **_sizes(shape),
-            "architecture": name,
-            "n": FUSED_AT,
-            "heads": _least_heads(DEVICES[name], replace(shape, n=FUSED_AT, m=FUSED_AT)),
-        }
+        heads = _least_heads(DEVICES[name], replace(shape, n=FUSED_AT, m=FUSED_AT))
+        yield {**_sizes(shape), "architecture": name, "n": FUSED_AT, "heads": heads}
 
 
 def _least_heads(device: Device, shape: Shape) -> int | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from benchmarks.tables import Section, mebibytes, ratio, table
+from benchmarks.tables import Columns, Section, mebibytes, ratio, table, table_of
 
 MODEL = "Model, not measured."
 HEADS = "heads times batch"
@@ -61,18 +62,17 @@ def _names(section: Section) -> dict[str, str]:
 
 
 def _devices(section: Section) -> str:
-    rows = [
-        [
-            f"{d['name']} ({d['architecture']})",
-            *(f"{d[key] / 1e12:,.1f}" for key in ("half", "tf32", "single", "vector")),
-            f"{d['bandwidth'] / 1e12:.2f}",
-            f"{d['cache'] / 2**20:,.0f}",
-            f"{d['multiprocessors']}",
-        ]
-        for d in section["devices"]
-    ]
-    flops = [f"{name} Tflop/s" for name in ("bf16, fp16", "tf32", "fp32 products", "fp32 vector")]
-    return table(["device", *flops, "TB/s", "cache MiB", "multiprocessors"], rows)
+    columns: Columns = (
+        ("device", lambda d: f"{d['name']} ({d['architecture']})"),
+        ("bf16, fp16 Tflop/s", lambda d: f"{d['half'] / 1e12:,.1f}"),
+        ("tf32 Tflop/s", lambda d: f"{d['tf32'] / 1e12:,.1f}"),
+        ("fp32 products Tflop/s", lambda d: f"{d['single'] / 1e12:,.1f}"),
+        ("fp32 vector Tflop/s", lambda d: f"{d['vector'] / 1e12:,.1f}"),
+        ("TB/s", lambda d: f"{d['bandwidth'] / 1e12:.2f}"),
+        ("cache MiB", lambda d: f"{d['cache'] / 2**20:,.0f}"),
+        ("multiprocessors", lambda d: f"{d['multiprocessors']}"),
+    )
+    return table_of(columns, section["devices"])
 
 
 def _kernels(section: Section, n: int) -> str:
@@ -111,30 +111,25 @@ def _resources(on: Mapping[str, Any]) -> str:
 
 def _times(section: Section) -> str:
     names = _names(section)
-    rows = []
-    for row in section["times"]:
-        cells = {}
-        for schedule in ("parallel", "fused"):
-            seconds = row[f"{schedule}_total_s"]
-            if seconds is None:
-                cells[schedule] = "-"
-                continue
-            text = f"{_milliseconds(seconds)} ({ratio(row['flash_total_s'], seconds)})"
-            cells[schedule] = f"**{text}**" if row["schedule"] == schedule else text
-        rows.append(
-            [
-                _case(row),
-                names[row["architecture"]],
-                f"{row['n']:,}",
-                f"{row['chunk']:,}",
-                cells["parallel"],
-                cells["fused"],
-                _milliseconds(row["flash_total_s"]),
-                _milliseconds(row["flash_ideal_total_s"]),
-            ]
-        )
-    heading = ["attention", "device", "n", "chunk", "parallel", "fused", "FlashAttention", "ideal"]
-    return table(heading, rows, left=2)
+    columns: Columns = (
+        ("attention", _case),
+        ("device", lambda row: names[row["architecture"]]),
+        ("n", lambda row: f"{row['n']:,}"),
+        ("chunk", lambda row: f"{row['chunk']:,}"),
+        ("parallel", partial(_schedule, "parallel")),
+        ("fused", partial(_schedule, "fused")),
+        ("FlashAttention", lambda row: _milliseconds(row["flash_total_s"])),
+        ("ideal", lambda row: _milliseconds(row["flash_ideal_total_s"])),
+    )
+    return table_of(columns, section["times"], left=2)
+
+
+def _schedule(schedule: str, row: Mapping[str, Any]) -> str:
+    seconds = row[f"{schedule}_total_s"]
+    if seconds is None:
+        return "-"
+    text = f"{_milliseconds(seconds)} ({ratio(row['flash_total_s'], seconds)})"
+    return f"**{text}**" if row["schedule"] == schedule else text
 
 
 def _milliseconds(seconds: float) -> str:
@@ -151,9 +146,7 @@ def _break_even(section: Section) -> str:
 
 
 def _fused_from(section: Section) -> str:
-    rows = _by_case(
-        section["fused_from"], lambda row: "never" if row["heads"] is None else f"{row['heads']:,}"
-    )
+    rows = _by_case(section["fused_from"], lambda row: _length(row["heads"]))
     if not rows:
         return ""
     n = section["fused_from"][0]["n"]
@@ -175,6 +168,18 @@ def _length(n: int | None) -> str:
     return "never" if n is None else f"{n:,}"
 
 
+ATTENTION: Columns = (
+    ("attention", lambda c: f"d = {c['d']}, dv = {c['dv']}, {c['name']}"),
+    ("dtype", lambda c: str(c["dtype"])),
+    ("n", lambda c: f"{c['n']:,}"),
+)
+ERRORS: Columns = (
+    *ATTENTION,
+    ("output error", lambda c: f"{c['output_error']:.1e}"),
+    ("gradient error", lambda c: f"{c['gradient_error']:.1e}"),
+)
+
+
 def gpu(section: Section) -> str:
     """Errors on the device, then times and memory by length."""
     shape, machine = section["shape"], section["machine"]
@@ -184,29 +189,9 @@ def gpu(section: Section) -> str:
         f"`{section['command']}`, {machine['date']}: {section['device']['name']}, PyTorch {machine['torch']}, Triton "
         f"{section['device']['triton']}.{quick}\n",
         "The Triton kernels against the same polynomial in float64, relative (L2); of the gradients the largest:\n",
-        table(
-            ["attention", "dtype", "n", "output error", "gradient error", "allowed"],
-            [
-                [
-                    f"d = {c['d']}, dv = {c['dv']}, {c['name']}", c["dtype"], f"{c['n']:,}",
-                    f"{c['output_error']:.1e}", f"{c['gradient_error']:.1e}", f"{c['allowed']:.1e}",
-                ]
-                for c in section["checks"]
-            ],
-            left=2,
-        ),
+        table_of([*ERRORS, ("allowed", lambda c: f"{c['allowed']:.1e}")], section["checks"], left=2),
         "All contenders against softmax attention in float64, in the same way:\n",
-        table(
-            ["attention", "dtype", "n", "output error", "gradient error"],
-            [
-                [
-                    f"d = {e['d']}, dv = {e['dv']}, {e['name']}", e["dtype"], f"{e['n']:,}",
-                    f"{e['output_error']:.1e}", f"{e['gradient_error']:.1e}",
-                ]
-                for e in section["errors"]
-            ],
-            left=2,
-        ),
+        table_of(ERRORS, section["errors"], left=2),
         f"{shape['heads']} heads, batch 1, causal; medians of interleaved passes, milliseconds by the device's clock; "
         "in brackets: times faster than SDPA. Peak MiB of both passes, beyond inputs. Lower is better.\n",
         _gpu_times(section),
@@ -220,21 +205,19 @@ def gpu(section: Section) -> str:
 
 def _gpu_times(section: Section) -> str:
     exact = {(c["d"], c["dv"], c["dtype"], c["n"]): c for c in section["cells"] if c["name"] == "SDPA"}
-    rows = []
-    for c in section["cells"]:
+
+    def both(c: Mapping[str, Any]) -> str:
         softmax = exact.get((c["d"], c["dv"], c["dtype"], c["n"]))
         faster = "" if softmax is None else f" ({ratio(softmax['total_s'], c['total_s'])})"
-        rows.append(
-            [
-                f"d = {c['d']}, dv = {c['dv']}, {c['name']}",
-                c["dtype"],
-                f"{c['n']:,}",
-                _milliseconds(c["forward_s"]),
-                f"{_milliseconds(c['total_s'])}{faster}",
-                mebibytes(c["peak_bytes"]),
-            ]
-        )
-    return table(["attention", "dtype", "n", "forward", "forward and backward", "peak MiB"], rows, left=2)
+        return f"{_milliseconds(c['total_s'])}{faster}"
+
+    columns: Columns = (
+        *ATTENTION,
+        ("forward", lambda c: _milliseconds(c["forward_s"])),
+        ("forward and backward", both),
+        ("peak MiB", lambda c: mebibytes(c["peak_bytes"])),
+    )
+    return table_of(columns, section["cells"], left=2)
 
 
 SECTIONS: dict[str, Callable[[Section], str]] = {"gpu_model": gpu_model, "gpu": gpu}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ahead import Argument, Constant, Job
+from benchmarks.ahead import ELEMENTS, Argument, Constant, Job
 from fastgrad_compiler.codegen.triton import emit_triton
 from fastgrad_compiler.codegen.triton.configurations import FALLBACK, FUSED_KERNELS
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
@@ -22,13 +22,7 @@ from fastgrad_compiler.runtime.triton_attention import Launches
 from fastgrad_compiler.runtime.triton_kernels import DTYPES
 
 BATCH, HEADS, TOKENS = 4, 16, 16384  # whose divisibility by 16 a kernel is compiled for
-ELEMENTS = {
-    torch.float32: "fp32*",
-    torch.float16: "fp16*",
-    torch.bfloat16: "bf16*",
-    torch.int32: "i32*",
-    torch.uint8: "u8*",
-}
+POINTERS = {getattr(torch, dtype): f"{name}*" for name, dtype in ELEMENTS.items()}
 
 
 def write_kernels(spec: KernelSpec, folder: Path, name: str) -> Path:
@@ -81,7 +75,7 @@ class _Kernel:
 
 def _described(value: object) -> Argument:
     if isinstance(value, Tensor):
-        return ELEMENTS[value.dtype]
+        return POINTERS[value.dtype]
     if value is None:
         return "none"
     assert isinstance(value, int)
@@ -89,11 +83,9 @@ def _described(value: object) -> Argument:
 
 
 def _constant(value: Any) -> Constant:
-    return (
-        f"tl.{value.name.replace('fp', 'float').replace('bf16', 'bfloat16')}"
-        if hasattr(value, "name")
-        else value
-    )
+    if not hasattr(value, "name"):
+        return value  # type: ignore[no-any-return]
+    return f"tl.{value.name.replace('fp', 'float').replace('bf16', 'bfloat16')}"
 
 
 def jobs(

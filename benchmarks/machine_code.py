@@ -101,19 +101,6 @@ class Resources:
     matrix_instructions: int
     loads: tuple[Load, ...]
 
-    @property
-    def global_loads(self) -> int:
-        return len(self.loads)
-
-    @property
-    def wide_loads(self) -> int:
-        """Loads of 128 bits a lane."""
-        return sum(load.bits >= 128 for load in self.loads)
-
-    def loads_of_line(self, line: int) -> tuple[int, ...]:
-        """Widths in bits of the loads that a line of the source became; a loop that was unrolled gives several."""
-        return tuple(load.bits for load in self.loads if load.line == line)
-
 
 def occupancy(architecture: Architecture, registers: int, shared: int, warps: int, columns: int = 0) -> float:
     """Active warps over the most possible, for blocks of `warps` warps.
@@ -126,9 +113,8 @@ def occupancy(architecture: Architecture, registers: int, shared: int, warps: in
         architecture.blocks if warps > 1 or architecture.backend == "cuda" else architecture.warps,
         min(architecture.warps, SCHEDULERS * (LANE_REGISTERS // lane_registers)) // warps,
     ]
-    block = (
-        math.ceil(shared / architecture.shared_unit) * architecture.shared_unit + architecture.shared_reserved
-    )
+    unit = architecture.shared_unit
+    block = math.ceil(shared / unit) * unit + architecture.shared_reserved
     if block:
         limits.append(architecture.shared // block)
     if columns:
@@ -146,9 +132,7 @@ def read(target: str, compiled: Any) -> Resources:
     active = occupancy(architecture, machine.registers, shared, metadata.num_warps, columns)
     fits = shared <= architecture.shared_block and columns <= TENSOR_MEMORY_COLUMNS
     return Resources(
-        registers=machine.registers,
-        spills=machine.spills,
-        stack=machine.stack,
+        **vars(machine),
         shared=shared,
         tensor_memory=columns,
         warps=int(metadata.num_warps),
@@ -156,8 +140,6 @@ def read(target: str, compiled: Any) -> Resources:
         occupancy=active if fits else 0.0,
         dots=len(_DOT.findall(code["ttgir"])),
         scalar_dots=scalar_dots(code["ttgir"]),
-        matrix_instructions=machine.matrix_instructions,
-        loads=machine.loads,
     )
 
 

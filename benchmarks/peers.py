@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu import relative_errors
 from benchmarks.linear_attention import elu_attention
 from benchmarks.settings import Settings, heading, say
 from fastgrad_compiler.approximation.polynomial import Family
-from fastgrad_dsl.bench.contenders import Attention, Contender, Inputs, exact, make_inputs
+from fastgrad_dsl.bench.contenders import Attention, Contender, exact, make_inputs, results
 from fastgrad_dsl.bench.machine import package_version
 from fastgrad_dsl.bench.timing import Timing, time_together
 
@@ -52,24 +53,20 @@ def measure(settings: Settings, n: int | None = None) -> dict[str, object]:
     n = n or (QUICK_N if settings.quick else N)
     inputs = make_inputs(n, HEADS, D, DV)
     say(f"peers: float64 softmax at n = {n:,}")
-    expected = _results(exact, make_inputs(n, HEADS, D, DV, dtype=torch.float64))
+    expected = results(exact, make_inputs(n, HEADS, D, DV, dtype=torch.float64))
     built: dict[str, tuple[Peer, Attention, tuple[float, float]]] = {}
     missing: list[dict[str, object]] = []
     for peer in peers(settings.target):
         say(f"peers: {peer.name} ({peer.setting})")
         try:
             attention = peer.build(n)
-            errors = _errors(_results(attention, inputs), expected)
+            errors = _errors(results(attention, inputs), expected)
         except Exception as error:
             missing.append({**_entry(peer), "reason": _reason(error)})
             continue
         built[f"{peer.name} / {peer.setting}"] = (peer, attention, errors)
-    times = time_together(
-        {key: attention for key, (_, attention, _) in built.items()},
-        inputs,
-        settings.repeats,
-        settings.less,
-    )
+    attentions = {key: attention for key, (_, attention, _) in built.items()}
+    times = time_together(attentions, inputs, settings.repeats, settings.less)
     measured = [_measured(peer, errors, times[key]) for key, (peer, _, errors) in built.items()]
     return {
         **heading(settings),
@@ -83,42 +80,22 @@ def measure(settings: Settings, n: int | None = None) -> dict[str, object]:
 def peers(target: str) -> list[Peer]:
     """Everything that is compared."""
     own = [Contender(HEADS, D, DV, degree, near, target, family) for degree, near, family in POLYNOMIALS]
-    found = [Peer(c.name, f"target {target}", "fastgrad-dsl", partial(_own, c)) for c in own]
-    found.append(Peer("SDPA", "q and k padded to one width", "torch", _sdpa))
+    found = [Peer(c.name, f"target {target}", "fastgrad-dsl", lambda n, c=c: c.ready()) for c in own]  # type: ignore[misc]
+    found.append(Peer("SDPA", "q and k padded to one width", "torch", lambda n: exact))
     for features in FEATURES:
         name = f"Performer, {features} features"
-        for setting, product in (
-            ("compiled causal product", None),
-            ("256 tokens a chunk", 256),
-            ("64 tokens a chunk", 64),
-        ):
-            if (
-                product is None or features == FEATURES[0]
-            ):  # its chunks of plain PyTorch keep a state for each token
-                found.append(Peer(name, setting, "performer-pytorch", partial(_performer, features, product)))
-    for symmetric in (True, False):
-        setting = "symmetric features" if symmetric else "all products as features"
-        found.append(
-            Peer(
-                "Taylor series, degree 2",
-                setting,
-                "taylor-series-linear-attention",
-                partial(_taylor, symmetric),
-            )
-        )
+        # its chunks of plain PyTorch keep a state for each token
+        for chunk in (None, 256, 64) if features == FEATURES[0] else (None,):
+            setting = "compiled causal product" if chunk is None else f"{chunk} tokens a chunk"
+            found.append(Peer(name, setting, "performer-pytorch", partial(_performer, features, chunk)))
+    name, package = "Taylor series, degree 2", "taylor-series-linear-attention"
+    for setting, symmetric in (("symmetric features", True), ("all products as features", False)):
+        found.append(Peer(name, setting, package, partial(_taylor, symmetric)))
     found += [Peer("Based, degree 2", f"chunks of {c}", "fla-core", partial(_based, c)) for c in CHUNKS]
     name = "linear attention, elu features"
     found += [Peer(name, f"chunks of {c}", "plain PyTorch", partial(_elu, c)) for c in CHUNKS]
     found.append(Peer(name, "compiled causal product", "pytorch-fast-transformers", _elu_library))
     return found
-
-
-def _own(contender: Contender, n: int) -> Attention:
-    return contender.ready()
-
-
-def _sdpa(n: int) -> Attention:
-    return exact
 
 
 def _performer(features: int, chunk: int | None, n: int) -> Attention:
@@ -198,24 +175,15 @@ def _elu_library(n: int) -> Attention:
 
 def _import(name: str) -> ModuleType:
     with contextlib.suppress(ImportError):
-        importlib.import_module(
-            "setuptools"
-        )  # brings distutils, which Performer imports, to Python 3.12 and later
+        importlib.import_module("setuptools")  # brings distutils, which Performer imports, to Python 3.12
     return importlib.import_module(name)
 
 
-def _results(attention: Attention, inputs: Inputs) -> tuple[Tensor, ...]:
-    """Output and gradients of q, k, v."""
-    out = attention(inputs.q, inputs.k, inputs.v)
-    return (out.detach(), *torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.cotangent))
-
-
 def _errors(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Relative L2 error of the output, and the largest of those of the three gradients."""
-    errors = [((f - e).norm() / e.norm()).item() for f, e in zip(found, expected, strict=True)]
+    errors = relative_errors(found, expected)
     if not all(map(math.isfinite, errors)):
         raise ArithmeticError("its results are not finite")
-    return errors[0], max(errors[1:])
+    return errors
 
 
 def _entry(peer: Peer) -> dict[str, object]:
@@ -228,15 +196,7 @@ def _entry(peer: Peer) -> dict[str, object]:
 
 
 def _measured(peer: Peer, errors: tuple[float, float], timing: Timing) -> dict[str, object]:
-    return {
-        **_entry(peer),
-        "forward_s": timing.forward,
-        "backward_s": timing.backward,
-        "total_s": timing.total,
-        "repeats": timing.repeats,
-        "output_error": errors[0],
-        "gradient_error": errors[1],
-    }
+    return {**_entry(peer), **timing.entry(), "output_error": errors[0], "gradient_error": errors[1]}
 
 
 def _reason(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.curves_figure import TITLE as CURVES_TITLE
@@ -25,6 +25,16 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) 
     rules = [" --- " if index < left else " ---: " for index in range(len(heading))]
     lines = [f"|{'|'.join(rules)}|", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join([f"| {' | '.join(heading)} |", *lines]) + "\n"
+
+
+Columns = Sequence[tuple[str, Callable[[Mapping[str, Any]], str]]]
+"""Headings, and what stands below them for an entry of the JSON."""
+
+
+def table_of(columns: Columns, entries: Iterable[Mapping[str, Any]], left: int = 1) -> str:
+    """A table with a row for each entry."""
+    rows = [[show(entry) for _, show in columns] for entry in entries]
+    return table([heading for heading, _ in columns], rows, left)
 
 
 def cell_groups(section: Section) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
@@ -84,18 +94,14 @@ def _times(section: Section, d: int, key: str) -> str:
 
 def _milliseconds(cell: Mapping[str, Any], key: str) -> str:
     milliseconds = 1e3 * cell[key]
-    digits = f"{milliseconds:,.1f}" if milliseconds < 1000 else f"{milliseconds:,.0f}"
-    return digits if cell["measured"] else f"~{digits}"
+    return _about(cell) + (f"{milliseconds:,.1f}" if milliseconds < 1000 else f"{milliseconds:,.0f}")
 
 
 def _with_ratio(cell: Mapping[str, Any] | None, exact: Mapping[str, Any] | None, key: str) -> str:
     if cell is None:
         return "-"
     text = _milliseconds(cell, key)
-    if exact is None:
-        return text
-    mark = "" if exact["measured"] else "~"
-    return f"{text} ({mark}{ratio(exact[key], cell[key])})"
+    return text if exact is None else f"{text} ({_about(exact)}{ratio(exact[key], cell[key])})"
 
 
 def ratio(slow: float, fast: float) -> str:
@@ -106,9 +112,8 @@ def ratio(slow: float, fast: float) -> str:
 
 def _break_even(section: Section) -> str:
     """The least measured length from which the polynomial is faster at every measured length."""
-    exact = {
-        cell["n"]: cell["total_s"] for cell in section["cells"] if cell["degree"] is None and cell["measured"]
-    }
+    measured = [cell for cell in section["cells"] if cell["measured"]]
+    exact = {cell["n"]: cell["total_s"] for cell in measured if cell["degree"] is None}
     found = []
     for (name, d), cells in cell_groups(section).items():
         common = [cell for cell in cells if cell["degree"] is not None and cell["n"] in exact]
@@ -121,21 +126,18 @@ def _break_even(section: Section) -> str:
             found.append([f"d = {d}, {name}", "beyond the measured" if faster is None else f"{faster:,}"])
     if not found:
         return ""
-    return "Least measured length from which it is faster, forward and backward:\n\n" + table(
-        ["attention", "n"], found
-    )
+    said = "Least measured length from which it is faster, forward and backward:"
+    return f"{said}\n\n{table(['attention', 'n'], found)}"
 
 
 def _slopes(section: Section) -> str:
-    rows = [
-        [f"d = {s['d']}, {s['name']}", f"{s['slope']:.3f}", f"{s['from']:,} to {s['to']:,}"]
-        for s in section["slopes"]
-    ]
-    if not rows:
-        return ""
-    return "Slope of log time on log n (1: linear, 2: quadratic):\n\n" + table(
-        ["attention", "slope", "n"], rows
+    columns: Columns = (
+        ("attention", lambda s: f"d = {s['d']}, {s['name']}"),
+        ("slope", lambda s: f"{s['slope']:.3f}"),
+        ("n", lambda s: f"{s['from']:,} to {s['to']:,}"),
     )
+    said, slopes = "Slope of log time on log n (1: linear, 2: quadratic):", section["slopes"]
+    return f"{said}\n\n{table_of(columns, slopes)}" if slopes else ""
 
 
 def _shares(section: Section) -> str:
@@ -143,27 +145,27 @@ def _shares(section: Section) -> str:
     if not cells:
         return ""
     peak = section["peak_flops"] / 1e9
-    rows = [
-        [f"d = {c['d']}, {c['name']}", f"{c['peak_share_forward']:.0%}", f"{c['peak_share_total']:.0%}"]
-        for c in cells
-    ]
+    columns: Columns = (
+        ("attention", lambda c: f"d = {c['d']}, {c['name']}"),
+        ("forward", lambda c: f"{c['peak_share_forward']:.0%}"),
+        ("forward and backward", lambda c: f"{c['peak_share_total']:.0%}"),
+    )
     return (
         f"Share of the peak of multiply-adds, {peak:,.0f} GFLOP/s (measured in the same run by a loop that touches "
         f"only registers), at n = {SHARE_AT:,}; flops by [mathematics.md](mathematics.md), section 4:\n\n"
-        + table(["attention", "forward", "forward and backward"], rows)
+        + table_of(columns, cells)
     )
 
 
 def _memory(section: Section) -> str:
-    rows = [
-        [f"{m['n']:,}", m["name"], mebibytes(m["forward"]), mebibytes(m["total"])] for m in section["memory"]
-    ]
-    if not rows:
-        return ""
-    return (
-        "Peak memory beyond inputs, outputs and gradients, MiB, d = 16, each in a separate process:\n\n"
-        + table(["n", "attention", "forward", "forward and backward"], rows, left=2)
+    columns: Columns = (
+        ("n", lambda m: f"{m['n']:,}"),
+        ("attention", lambda m: str(m["name"])),
+        ("forward", lambda m: mebibytes(m["forward"])),
+        ("forward and backward", lambda m: mebibytes(m["total"])),
     )
+    said = "Peak memory beyond inputs, outputs and gradients, MiB, d = 16, each in a separate process:"
+    return f"{said}\n\n{table_of(columns, section['memory'], left=2)}" if section["memory"] else ""
 
 
 def mebibytes(number: float | None) -> str:
@@ -174,30 +176,18 @@ def peers(section: Section) -> str:
     """Everyone's time and error."""
     shape = section["shape"]
     best = best_of_each(section)
-    rows = [
-        [
-            entry["name"],
-            " ".join(filter(None, (entry["package"], entry["version"]))),
-            entry["setting"],
-            f"{1e3 * entry['forward_s']:,.1f}",
-            f"{1e3 * entry['total_s']:,.1f}",
-            f"{entry['output_error']:.1e}",
-            f"{entry['gradient_error']:.1e}",
-        ]
-        for entry in best
-    ]
+    columns: Columns = (
+        ("attention", lambda entry: str(entry["name"])),
+        ("package", lambda entry: " ".join(filter(None, (entry["package"], entry["version"])))),
+        ("fastest setting", lambda entry: str(entry["setting"])),
+        ("forward ms", lambda entry: f"{1e3 * entry['forward_s']:,.1f}"),
+        ("with backward ms", lambda entry: f"{1e3 * entry['total_s']:,.1f}"),
+        ("output error", lambda entry: f"{entry['output_error']:.1e}"),
+        ("gradient error", lambda entry: f"{entry['gradient_error']:.1e}"),
+    )
     missing = [
         f"* {e['name']} ({e['setting']}), {e['package']}: not available: {e['reason']}"
         for e in section["not_available"]
-    ]
-    headings = [
-        "attention",
-        "package",
-        "fastest setting",
-        "forward ms",
-        "with backward ms",
-        "output error",
-        "gradient error",
     ]
     return "\n".join(
         [
@@ -205,7 +195,7 @@ def peers(section: Section) -> str:
             f"n = {shape['n']:,}, {shape['heads']} heads, d = {shape['d']}, dv = {shape['dv']}, causal; the same "
             f"inputs for all, logits within {section['largest_logit']:g}; errors are relative (L2), against softmax in "
             "float64; the gradient error is the largest of those of q, k and v. Lower is better.\n",
-            table(headings, rows, left=3),
+            table_of(columns, best, left=3),
             *_comparisons(best),
             "\n".join([*missing, ""]) if missing else "",
         ]
@@ -218,11 +208,8 @@ def _comparisons(best: Sequence[Mapping[str, Any]]) -> list[str]:
     for entry in best:
         if entry["package"] != "fastgrad-dsl":
             continue
-        as_good = [
-            o
-            for o in best
-            if o["package"] != "fastgrad-dsl" and o["output_error"] <= 1.001 * entry["output_error"]
-        ]
+        allowed = 1.001 * entry["output_error"]
+        as_good = [o for o in best if o["package"] != "fastgrad-dsl" and o["output_error"] <= allowed]
         if as_good:
             other = min(as_good, key=lambda o: float(o["total_s"]))
             times = ratio(other["total_s"], entry["total_s"])
@@ -235,41 +222,42 @@ def _comparisons(best: Sequence[Mapping[str, Any]]) -> list[str]:
 def training(section: Section) -> str:
     """A step of the whole model."""
     exact = {row["n"]: row for row in section["rows"] if row["model"] == "sdpa"}
-    rows = []
-    for row in sorted(section["rows"], key=lambda row: row["n"]):
+
+    def faster(row: Mapping[str, Any]) -> str:
         softmax = exact.get(row["n"])
-        rows.append(
-            [
-                section["models"][row["model"]],
-                f"{row['n']:,}",
-                f"{'' if row['measured'] else '~'}{row['seconds']:,.2f}",
-                "-"
-                if softmax is None
-                else f"{'' if softmax['measured'] else '~'}{ratio(softmax['seconds'], row['seconds'])}",
-                mebibytes(row["peak_bytes"]),
-            ]
-        )
+        return "-" if softmax is None else _about(softmax) + ratio(softmax["seconds"], row["seconds"])
+
+    columns: Columns = (
+        ("model", lambda row: str(section["models"][row["model"]])),
+        ("n", lambda row: f"{row['n']:,}"),
+        ("seconds", lambda row: f"{_about(row)}{row['seconds']:,.2f}"),
+        ("faster than SDPA", faster),
+        ("peak MiB", lambda row: mebibytes(row["peak_bytes"])),
+    )
     return "\n".join(
         [
             _heading("A training step", section),
             f"examples/gpt.tfg, {section['layers']} layers of width {section['width']}, batch {section['batch']}: "
             "forward, backward and AdamW; time and peak memory in separate processes. Lower is better. `~`: "
             "extrapolated as a n + b n².\n",
-            table(["model", "n", "seconds", "faster than SDPA", "peak MiB"], rows),
+            table_of(columns, sorted(section["rows"], key=lambda row: row["n"])),
         ]
     )
 
 
+def _about(entry: Mapping[str, Any]) -> str:
+    """A mark before what was extrapolated."""
+    return "" if entry["measured"] else "~"
+
+
 def compiler(section: Section) -> str:
     """Compile times."""
-    rows = [
-        [
-            "a 96-layer gpt.tfg to the text of all its files, after imports",
-            f"{section['compile_96_layers_s']:.3f}",
-        ],
-        ["the same with 1 layer", f"{section['compile_1_layer_s']:.3f}"],
-        ["`fastgrad check examples/gpt.tfg`, the whole process", f"{section['check_process_s']:.3f}"],
-    ]
+    what = {
+        "a 96-layer gpt.tfg to the text of all its files, after imports": "compile_96_layers_s",
+        "the same with 1 layer": "compile_1_layer_s",
+        "`fastgrad check examples/gpt.tfg`, the whole process": "check_process_s",
+    }
+    rows = [[said, f"{section[key]:.3f}"] for said, key in what.items()]
     heading = _heading("The compiler", section)
     return f"{heading}\nMedians of {section['runs']}.\n\n{table(['what', 'seconds'], rows)}"
 
@@ -287,16 +275,13 @@ def budget(section: Section) -> str:
         [f"guards of {guards['attentions']} attentions, share of a training step at {tokens['measured']:,} tokens",
          f"{100 * (guards['guarded_s'] / guards['bare_s'] - 1):.1f} %"],
     ]  # fmt: skip
-    picked = [
-        [
-            entry["name"],
-            f"{entry['step_s']:.3f}",
-            f"{entry['output']:.2e}",
-            f"{entry['gradient']:.2e}",
-            "yes" if entry["keeps"] else "no",
-        ]
-        for entry in sorted(section["picked"], key=lambda entry: entry["step_s"])
-    ]
+    columns: Columns = (
+        ("all attentions", lambda entry: str(entry["name"])),
+        ("seconds", lambda entry: f"{entry['step_s']:.3f}"),
+        ("output error", lambda entry: f"{entry['output']:.2e}"),
+        ("gradient error", lambda entry: f"{entry['gradient']:.2e}"),
+        ("keeps the budget", lambda entry: "yes" if entry["keeps"] else "no"),
+    )
     kinds = ", ".join(section["planned"]["attentions"])
     return "\n".join(
         [
@@ -307,9 +292,7 @@ def budget(section: Section) -> str:
             f"{verified['gradient']:.2g} (measured).\n",
             f"A training step at {tokens['measured']:,} tokens, against every single family and degree picked by hand, "
             "in turns; errors measured on held-out text against the exact model:\n",
-            table(
-                ["all attentions", "seconds", "output error", "gradient error", "keeps the budget"], picked
-            ),
+            table_of(columns, sorted(section["picked"], key=lambda entry: entry["step_s"])),
         ]
     )
 
@@ -328,16 +311,7 @@ def curves(section: Section) -> str:
         for name, curve in section["curves"].items()
     ]
     rows = [
-        [
-            name,
-            before["path"],
-            before["chosen"],
-            f"{before['seen']:.2f}",
-            _number(before["gains"]["output"]),
-            after["chosen"],
-            f"{after['seen']:.2f}",
-            _number(after["gains"]["output"]),
-        ]
+        [name, before["path"], *_found(before), *_found(after)]
         for name, plans in section["plans"].items()
         for before, after in zip(plans["initial"], plans["trained"], strict=True)
     ]
@@ -356,21 +330,21 @@ def curves(section: Section) -> str:
     )
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _found(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What a plan has for an attention: what serves it, the largest logit, the gain on the output."""
+    gain = entry["gains"]["output"]
+    return entry["chosen"], f"{entry['seen']:.2f}", "-" if gain is None else f"{gain:.2f}"
 
 
 def demo(section: Section) -> str:
     """What `make demo` measured."""
     models = section["models"]
-    rows = [
-        [
-            f"{name} model, forward and backward",
-            f"{models[name]['seconds']:.2f} s",
-            mebibytes(models[name]["peak_bytes"]),
-        ]
-        for name in ("compiled", "exact")
-    ]
+    columns: Columns = (
+        ("step", lambda entry: f"{entry['name']} model, forward and backward"),
+        ("time", lambda entry: f"{entry['seconds']:.2f} s"),
+        ("peak MiB", lambda entry: mebibytes(entry["peak_bytes"])),
+    )
+    entries = [{"name": name, **models[name]} for name in ("compiled", "exact")]
     return "\n".join(
         [
             _heading("The demonstration", section),
@@ -378,14 +352,14 @@ def demo(section: Section) -> str:
             f"validation loss {section['validation_loss']:.3f} nats per byte. On held-out text, against exact "
             f"attention with the trained weights, the output is off by {section['output_error']:.1e} and the gradient "
             f"by {section['gradient_error']:.1e} (relative, L2).\n",
-            table(["step", "time", "peak MiB"], rows),
+            table_of(columns, entries),
         ]
     )
 
 
 def _heading(title: str, section: Section) -> str:
     quick = " **A quick run with tiny sizes: these numbers mean nothing.**" if section["quick"] else ""
-    target = f", target {section['target']}" if title not in ("The compiler",) else ""
+    target = f", target {section['target']}" if title != "The compiler" else ""
     made = f"`{section['command']}`, {section['machine']['date']}: {machine_line(section)}{target}.{quick}"
     return f"## {title}\n\n{made}\n"
 

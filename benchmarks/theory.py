@@ -123,8 +123,8 @@ def measure_point(degree: int, depth: int, n: int, data: TextData, target: str) 
         errors.gradient,
         errors.output_estimate,
         errors.gradient_estimate,
-        sum(attention.output_bound for attention in errors.attentions),
-        sum(attention.gradient_bound for attention in errors.attentions),
+        sum(attention.local["output"].bound for attention in errors.attentions),
+        sum(attention.gradient.bound for attention in errors.attentions),
     )
 
 

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.tables import table
+from fastgrad_dsl.bench.timing import slope
 from fastgrad_dsl.plots.panels import Panel, Series
 from fastgrad_dsl.plots.panels import render as render_plot
 
@@ -69,7 +71,7 @@ def _degree_section(document: Document) -> str:
     lines = ["## The degree\n", f"n = {grid['length']:,}.\n"]
     for depth in grid["degrees_depths"]:
         rows = _at(document, depth=depth, n=grid["length"])
-        lines += [f"{depth} {'layer' if depth == 1 else 'layers'}:\n", _table("degree", rows), ""]
+        lines += [f"{depth} {'layer' if depth == 1 else 'layers'}:\n", _table("degree", rows)]
     last = _at(document, depth=grid["degrees_depths"][-1], n=grid["length"])
     fall = _fall(last)
     if fall is not None:
@@ -87,14 +89,14 @@ def _depth_section(document: Document) -> str:
         f"n = {grid['length']:,}; measured output error, and in brackets that of the gradient.\n",
     ]
     lines.append(_crossed(document, "depth", grid["depths"], n=grid["length"]))
-    growth = [
-        f"{_exponent(rows, 'depth', 'output'):.2f} and {_exponent(rows, 'depth', 'gradient'):.2f} at degree {g}"
-        for g in grid["some_degrees"]
-        if len(rows := [r for r in _at(document, degree=g, n=grid["length"]) if r["depth"] in grid["depths"]])
-        > 1
-    ]
+    growth = []
+    for g in grid["some_degrees"]:
+        rows = [r for r in _at(document, degree=g, n=grid["length"]) if r["depth"] in grid["depths"]]
+        slopes = [slope([(r["depth"], r[what]) for r in rows]) for what in ("output", "gradient")]
+        if None not in slopes:
+            growth.append(f"{slopes[0]:.2f} and {slopes[1]:.2f} at degree {g}")
     lines.append(
-        "\nThe slope on logarithmic axes (1 is growth in proportion to the depth), of output and gradient:\n"
+        "The slope on logarithmic axes (1 is growth in proportion to the depth), of output and gradient:\n"
         f"{'; '.join(growth)}.\n"
     )
     return "\n".join(lines)
@@ -106,7 +108,7 @@ def _length_section(document: Document) -> str:
         "## The length\n",
         f"{grid['depth']} layers; measured output error, and in brackets that of the gradient.\n",
         _crossed(document, "n", grid["lengths"], depth=grid["depth"]),
-        "\nIn real arithmetic an attention's bound does not depend on n; the measured error does not grow with it.\n",
+        "In real arithmetic an attention's bound does not depend on n; the measured error does not grow with it.\n",
     ]
     return "\n".join(lines)
 
@@ -124,26 +126,29 @@ def _running_section(running: Mapping[str, Any]) -> str:
             per byte), as a share of the residual stream, for attentions with a polynomial of this eps:"""
         ),
         "",
-        "| eps | " + " | ".join(f"layer {i + 1}" for i in range(depth)) + " |",
-        "| ---: |" + " ---: |" * depth,
-    ]
-    for row in running["bounds"]:
-        lines.append(f"| {row['eps']:.0e} | " + " | ".join(map(_number, row["layers"])) + " |")
-    lines += [
-        "",
+        table(
+            ["eps", *(f"layer {i + 1}" for i in range(depth))],
+            [[f"{row['eps']:.0e}", *map(_number, row["layers"])] for row in running["bounds"]],
+            left=0,
+        ),
         _paragraph(
             """Every layer multiplies the ball by the largest slopes of any input in it, while the errors of real inputs
             meet typical slopes. For comparison, the measured error with the same weights:"""
         ),
         "",
-        "| degree | eps | bound after the last layer (share of the stream) | measured error of the output |",
-        "| ---: | ---: | ---: | ---: |",
-    ]
-    for row in running["measured"]:
-        cells = (f"{row['eps']:.1e}", _number(row["layers"][-1]), _number(row["output"]))
-        lines.append(f"| {row['degree']} | {' | '.join(cells)} |")
-    lines += [
-        "",
+        table(
+            [
+                "degree",
+                "eps",
+                "bound after the last layer (share of the stream)",
+                "measured error of the output",
+            ],
+            [
+                [f"{row['degree']}", f"{row['eps']:.1e}", _number(row["layers"][-1]), _number(row["output"])]
+                for row in running["measured"]
+            ],
+            left=0,
+        ),
         _paragraph(
             """A bound of 1 or more is vacuous: an output of zeros would meet it. That is why a report gives a proved
             bound for each attention, and for the whole model an estimate and a measured error, but no bound."""
@@ -166,33 +171,30 @@ def _at(document: Document, **fixed: int) -> list[Mapping[str, Any]]:
 
 
 def _table(first: str, rows: Rows) -> str:
-    lines = [
-        f"| {first} | eps | output | estimate | certificates | gradient | estimate | certificates |",
-        "| ---: |" + " ---: |" * 7,
+    kinds = ("", "_estimate", "_certificates")
+    keys = ("eps", *(f"{what}{kind}" for what in ("output", "gradient") for kind in kinds))
+    heading = [
+        first,
+        "eps",
+        *(("output", "estimate", "certificates", "gradient", "estimate", "certificates")),
     ]
-    keys = (
-        "eps", "output", "output_estimate", "output_certificates",
-        "gradient", "gradient_estimate", "gradient_certificates",
-    )  # fmt: skip
-    for row in rows:
-        lines.append(f"| {row[first]} | " + " | ".join(_number(row[key]) for key in keys) + " |")
-    return "\n".join(lines)
+    return table(heading, [[str(row[first]), *(_number(row[key]) for key in keys)] for row in rows], left=0)
 
 
 def _crossed(document: Document, down: str, values: Sequence[int], **fixed: int) -> str:
     degrees = document["grid"]["some_degrees"]
-    lines = [
-        f"| {down} | " + " | ".join(f"degree {g}" for g in degrees) + " |",
-        "| ---: |" + " ---: |" * len(degrees),
-    ]
-    for value in values:
-        cells = [
-            f"{_number(row['output'])} ({_number(row['gradient'])})"
-            for row in _at(document, **{down: value}, **fixed)
-            if row["degree"] in degrees
+    rows = [
+        [
+            f"{value:,}",
+            *(
+                f"{_number(row['output'])} ({_number(row['gradient'])})"
+                for row in _at(document, **{down: value}, **fixed)
+                if row["degree"] in degrees
+            ),
         ]
-        lines.append(f"| {value:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for value in values
+    ]
+    return table([down, *(f"degree {g}" for g in degrees)], rows, left=0)
 
 
 def _number(value: float | None) -> str:
@@ -204,14 +206,6 @@ def _fall(rows: Rows) -> float | None:
     """The mean factor between neighbouring degrees, down to where rounding rules."""
     seen = [row["output"] for row in rows if row["output"] > 1e-12]
     return (seen[0] / seen[-1]) ** (1 / (len(seen) - 1)) if len(seen) > 1 else None
-
-
-def _exponent(rows: Rows, key: str, what: str) -> float:
-    """The least-squares slope of log error against log size."""
-    xs, ys = [math.log(row[key]) for row in rows], [math.log(row[what]) for row in rows]
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    moment = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True))
-    return moment / sum((x - mean_x) ** 2 for x in xs)
 
 
 # --------------------------------------------------------------------------- the plot

@@ -95,18 +95,8 @@ def _extrapolations(rows: list[dict[str, object]], lengths: tuple[int, ...]) -> 
     (n1, s1), (n2, s2) = ((_numbers([row["n"]])[0], _numbers([row["seconds"]])[0]) for row in exact[-2:])
     b = max(0.0, (s2 / n2 - s1 / n1) / (n2 - n1))
     a = s2 / n2 - b * n2
-    return [
-        {
-            "model": "sdpa",
-            "n": n,
-            "seconds": a * n + b * n**2,
-            "steps": 0,
-            "peak_bytes": None,
-            "measured": False,
-        }
-        for n in lengths
-        if n > n2
-    ]
+    extrapolated = {"model": "sdpa", "steps": 0, "peak_bytes": None, "measured": False}
+    return [{**extrapolated, "n": n, "seconds": a * n + b * n**2} for n in lengths if n > n2]
 
 
 def make_model(name: str, target: str) -> tuple[nn.Module, Callable[..., Tensor]]:

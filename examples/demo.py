@@ -24,12 +24,13 @@ import fastgrad_dsl as fg
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.report import ReportRequest, make_report
 from fastgrad_dsl.bench.memory import peak_of
-from fastgrad_dsl.calibration.data import CalibrationRequest, calibrated
+from fastgrad_dsl.calibration.data import calibrated
 from fastgrad_dsl.commands.terminal import print_calibration, print_plan, print_report, progress
 from fastgrad_dsl.commands.train import TrainRequest, language_model_loss, print_sample, run
+from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.models.text_data import load_text
-from fastgrad_dsl.report.document import write_json
-from fastgrad_dsl.report.page import write_html
+from fastgrad_dsl.report.page import render_html
+from fastgrad_dsl.storage.files import write_atomically
 from fastgrad_dsl.training.folder import CHECKPOINT, LOG
 from fastgrad_dsl.training.loop import Loss, Options
 
@@ -51,7 +52,7 @@ def main() -> None:
     console.rule("1. the compiled model, planned on the text")
     with progress("calibrating:") as tell:
         sizes = {"b": 1, "n": min(options.tokens, CALIBRATED)}
-        compiled = calibrated(fg.compile(SPEC), CalibrationRequest(str(TEXT), dims=sizes), tell)
+        compiled = calibrated(fg.compile(SPEC), str(TEXT), tell, dims=sizes)
     compiled.write(build)
     print_plan(compiled.program, str(SPEC))
     if compiled.calibration is not None:
@@ -72,8 +73,8 @@ def main() -> None:
         sizes = {"b": 1, "n": training.tokens}
         result = make_report(ReportRequest(build, {}, None, TEXT, weights, sizes, 0, True), tell)
     print_report(result)
-    write_json(build / "report.json", result)
-    write_html(build / "report.html", result)
+    write_atomically(build / "report.json", to_json(result))
+    write_atomically(build / "report.html", render_html(result))
     console.rule("4. time and memory of a training step")
     inputs, targets = next(data.validation_batches(training.tokens, 1, 1))
     steps = _print_steps(console, compiled, model, loss, (inputs, targets), weights)

@@ -13,30 +13,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastgrad_compiler.runtime.guard import BudgetViolation
-    from fastgrad_compiler.runtime.initialise import initialise
-    from fastgrad_dsl import functional
-    from fastgrad_dsl.api.compiled import Compiled, compile
-    from fastgrad_dsl.api.loader import load
-    from fastgrad_dsl.training.budget_log import JsonLinesHandler, TensorBoardHandler, log_budget
-    from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+    from fastgrad_compiler.runtime.guard import BudgetViolation as BudgetViolation
+    from fastgrad_compiler.runtime.initialise import initialise as initialise
+    from fastgrad_dsl import functional as functional
+    from fastgrad_dsl.api.compiled import Compiled as Compiled
+    from fastgrad_dsl.api.compiled import compile as compile
+    from fastgrad_dsl.api.loader import load as load
+    from fastgrad_dsl.training.budget_log import JsonLinesHandler as JsonLinesHandler
+    from fastgrad_dsl.training.budget_log import TensorBoardHandler as TensorBoardHandler
+    from fastgrad_dsl.training.budget_log import log_budget as log_budget
+    from fastgrad_grammar.diagnostics import Diagnostic as Diagnostic
+    from fastgrad_grammar.diagnostics import TfgError as TfgError
 
 __version__ = "0.1.0"  # what pyproject.toml, the command and reports say, too
-
-__all__ = [
-    "BudgetViolation",
-    "Compiled",
-    "Diagnostic",
-    "JsonLinesHandler",
-    "TensorBoardHandler",
-    "TfgError",
-    "__version__",
-    "compile",
-    "functional",
-    "initialise",
-    "load",
-    "log_budget",
-]
 
 _HOMES = {
     "BudgetViolation": "fastgrad_compiler.runtime.guard",
@@ -50,6 +39,7 @@ _HOMES = {
     "load": "fastgrad_dsl.api.loader",
     "log_budget": "fastgrad_dsl.training.budget_log",
 }
+__all__ = sorted([*_HOMES, "__version__", "functional"])
 
 
 def __getattr__(name: str) -> object:

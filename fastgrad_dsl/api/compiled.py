@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,6 +92,18 @@ class Compiled:
         return self.stages[-1].program
 
     @property
+    def recognised(self) -> Program:
+        """The program after recognition, in which each attention is one node."""
+        return next(stage.program for stage in self.stages if stage.name == "attention")
+
+    def with_decisions(self, assignment: Assignment, calibration: Calibration | None = None) -> Compiled:
+        """The same model planned anew, by what was decided of its attentions and what that rests on."""
+        stages = run(
+            self.stages[0].program, target=self.target, assignment=assignment, validate=self.validate
+        )
+        return replace(self, stages=stages, assignment=assignment, calibration=calibration)
+
+    @property
     def plan(self) -> tuple[AttentionEntry, ...]:
         """Every attention, with what was decided for it."""
         return attention_table(self.program)
@@ -109,10 +121,8 @@ class Compiled:
     @cached_property
     def files(self) -> dict[str, str]:
         """Every file that `write` writes: path within the folder to text; deterministic."""
-        stages = {
-            f"stages/{index:02d}-{stage.name}.txt": print_program(stage.program)
-            for index, stage in enumerate(self.stages)
-        }
+        numbered = enumerate(self.stages)
+        stages = {f"stages/{i:02d}-{each.name}.txt": print_program(each.program) for i, each in numbered}
         report = self.report()
         texts = {
             "plan.json": to_json(self.plan_document),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 from fastgrad_dsl.documents.plan import Plan
 from fastgrad_dsl.documents.read import read_document
 from fastgrad_dsl.storage.build_folder import recover
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,7 +83,7 @@ def load_package(folder: Path) -> ModuleType:
         package.MODEL  # noqa: B018 (is it there?)
     except Exception as error:
         message = f"{folder} does not load: {type(error).__name__}: {error}"
-        raise TfgError([Diagnostic("FG419", message, help=("compile the spec again",))]) from error
+        raise TfgError.of("FG419", message, "compile the spec again") from error
     return package
 
 
@@ -182,6 +182,4 @@ def _remade(package: _Package, module: str, name: str) -> nn.Module:
 
 def _not_compiled(folder: Path, missing: str) -> TfgError:
     help_ = ("write one with `fastgrad compile FILE -o DIR`",)
-    return TfgError(
-        [Diagnostic("FG419", f"{folder} is not a compiled model: it has no {missing}", help=help_)]
-    )
+    return TfgError.of("FG419", f"{folder} is not a compiled model: it has no {missing}", *help_)

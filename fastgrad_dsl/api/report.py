@@ -34,10 +34,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """What to report on: a build folder or a spec, its params and model, a text, trained weights, sizes of dims.
-
-    `calibration` is a calibration document; without one, that of the folder, if it holds one.
-    """
+    """What to report on: a build folder or a spec, its params and model, a text, trained weights, sizes of dims."""
 
     where: Path
     params: Mapping[str, object]
@@ -47,7 +44,6 @@ class ReportRequest:
     dims: Mapping[str, int]
     seed: int
     measure: bool
-    calibration: Calibration | None = None
     include: Sequence[Path] = ()
 
 
@@ -70,9 +66,8 @@ def make_report(request: ReportRequest, tell: Tell) -> Report:
     FG418 for weights that are not this model's.
     """
     subject = _subject(request)
-    calibration = subject.calibration if request.calibration is None else request.calibration
     shown = partial(
-        build_report, subject.plan, spec=subject.spec, files=subject.files, calibration=calibration
+        build_report, subject.plan, spec=subject.spec, files=subject.files, calibration=subject.calibration
     )
     if not request.measure:
         return shown()
@@ -80,20 +75,19 @@ def make_report(request: ReportRequest, tell: Tell) -> Report:
 
     sizes = batch_sizes(subject.plan, request.dims)
     kind, inputs, targets = _batch(subject.plan, request, sizes)
-    model = subject.module(request.seed)
+    model, weights = subject.module(request.seed), f"initial weights, seed {request.seed}"
     if request.weights is not None:
         from fastgrad_dsl.storage.weights import load_weights
 
         load_weights(model, request.weights)
+        weights = f"weights of {request.weights}"
     batch = Batch(
         batches=1,
         tokens=tokens_of(subject.plan, inputs),
         kind=kind,
         dims=sizes,
         seed=request.seed,
-        weights=f"weights of {request.weights}"
-        if request.weights
-        else f"initial weights, seed {request.seed}",
+        weights=weights,
     )
     errors = measure_plan(subject.plan, model, inputs, targets, subject.objective(), tell)
     return shown(errors, batch, options=_options(request, sizes))

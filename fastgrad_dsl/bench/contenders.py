@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,12 +31,14 @@ class Inputs:
     cotangent: Tensor
 
 
-def make_inputs(n: int, heads: int, d: int, dv: int, *, dtype: torch.dtype = torch.float32) -> Inputs:
+def make_inputs(
+    n: int, heads: int, d: int, dv: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Inputs:
     """Random inputs from a fixed seed. Unit rows and a scale of 1 keep every logit within [-1, 1]."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(width: int) -> Tensor:
-        return torch.randn(1, heads, n, width, generator=generator)
+        return torch.randn(1, heads, n, width, generator=generator, device=device)
 
     q, k, v, cotangent = normalize(random(d), dim=-1), normalize(random(d), dim=-1), random(dv), random(dv)
     q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
@@ -77,9 +80,8 @@ class Contender:
             return None
         if BACKENDS[self.target].cpp:
             return CHUNK
-        return choose_chunk(
-            KernelSpec(self.d, self.dv, (1.0,) * (self.degree + 1), causal=True, near=self.near)
-        )
+        coefficients = (1.0,) * (self.degree + 1)
+        return choose_chunk(KernelSpec(self.d, self.dv, coefficients, causal=True, near=self.near))
 
     def flops(self, n: int) -> Flops:
         """Of all heads, by the formulas of docs/mathematics.md, section 4; near pairs are counted with the chunk's."""
@@ -95,30 +97,28 @@ class Contender:
         """attention(q, k, v); TfgError FG420 at the first call where the target is not available."""
         if self.degree is None:
             return exact
-        degree, near, target, family = self.degree, self.near, self.target, self.family
-
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return polynomial_attention(
-                q,
-                k,
-                v,
-                degree=degree,
-                bound=1.0,
-                family=family,
-                scale=1.0,
-                causal=True,
-                near=near,
-                target=target,
-            )
-
-        return attention
+        return partial(
+            polynomial_attention,
+            degree=self.degree,
+            bound=1.0,
+            family=self.family,
+            scale=1.0,
+            causal=True,
+            near=self.near,
+            target=self.target,
+        )
 
     def ready(self) -> Attention:
         """`function` after a first use on two tokens, which builds what is built once; TfgError FG420 as there."""
-        function, tiny = self.function(), self.inputs(2)
-        out = function(tiny.q, tiny.k, tiny.v)
-        torch.autograd.grad(out, (tiny.q, tiny.k, tiny.v), tiny.cotangent)
+        function = self.function()
+        results(function, self.inputs(2))
         return function
+
+
+def results(attention: Attention, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Output and gradients of q, k, v."""
+    out = attention(inputs.q, inputs.k, inputs.v)
+    return (out.detach(), *torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.cotangent))
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -24,6 +24,11 @@ class Timing:
     total: float
     repeats: int
 
+    def entry(self) -> dict[str, float]:
+        """As an entry of the JSON has it."""
+        seconds = {"forward_s": self.forward, "backward_s": self.backward, "total_s": self.total}
+        return {**seconds, "repeats": self.repeats}
+
 
 def time_together(
     contenders: Mapping[str, Attention], inputs: Inputs, repeats: int, seconds: float

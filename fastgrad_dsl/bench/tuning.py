@@ -32,15 +32,11 @@ from fastgrad_compiler.runtime.triton_tables import TILE
 from fastgrad_compiler.runtime.triton_tuned import FILE, Configuration, entry_name, read
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.storage.files import write_atomically
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.quote import json_text
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-TOLERANCE = {
-    "float32": 1e-3,
-    "float16": 1e-2,
-    "bfloat16": 2e-2,
-}  # sums in another order, of the largest entry
+TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}  # share of the largest entry: sums reordered
 ROUNDS = 3
 WARM_UPS, REPEATS = 3, 20
 FLUSHED_BYTES = 256 * 2**20  # more than the cache of any GPU
@@ -111,7 +107,7 @@ def tuning_device(dtype: str) -> torch.device:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (reason := refusal(torch.empty(0, dtype=DTYPES[dtype], device=device))) is not None:
         help_ = ("`--dry-run` lists what would be timed",)
-        raise TfgError([Diagnostic("FG424", f"GPU kernels cannot be timed here: {reason}", help=help_)])
+        raise TfgError.of("FG424", f"GPU kernels cannot be timed here: {reason}", *help_)
     return device
 
 
@@ -280,7 +276,7 @@ def _kernels(shape: Shape) -> ModuleType:
     try:
         return _attention(shape).kernels()
     except (ImportError, OSError) as error:
-        raise TfgError([Diagnostic("FG424", f"GPU kernels cannot be imported here: {error}")]) from None
+        raise TfgError.of("FG424", f"GPU kernels cannot be imported here: {error}") from None
 
 
 def _inputs(shape: Shape, work: Work) -> tuple[Inputs, Tensor]:
@@ -299,8 +295,7 @@ def _inputs(shape: Shape, work: Work) -> tuple[Inputs, Tensor]:
     values, cotangent = (
         random(heads, spec.dv).to(DTYPES[work.dtype]) for heads in (shape.key_heads, shape.heads)
     )
-    mask = (
-        torch.ones((work.batch, work.tokens), dtype=torch.bool, device=work.device) if spec.padding else None
-    )
+    whole = torch.ones((work.batch, work.tokens), dtype=torch.bool, device=work.device)
+    mask = whole if spec.padding else None
     q, k = rows(shape.heads, spec.d), rows(shape.key_heads, spec.d)
     return (q, k, values, near[0], near[1], mask), cotangent

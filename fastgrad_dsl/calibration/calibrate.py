@@ -7,7 +7,7 @@ estimates with a 95 % interval (docs/calibration.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import inf, isfinite, sqrt
 from typing import cast
@@ -20,7 +20,7 @@ from fastgrad_compiler.analysis.weights.ranges import weight_ranges
 from fastgrad_compiler.approximation.polynomial import FAMILIES, Family
 from fastgrad_compiler.attention.table import AttentionEntry, attention_table
 from fastgrad_compiler.attention.value import Range
-from fastgrad_compiler.ir.graph import Budget
+from fastgrad_compiler.ir.graph import Budget, Program
 from fastgrad_compiler.planning.candidates import MOST_EPS, Policy, polynomials
 from fastgrad_compiler.planning.settings import Settings, settings_of
 from fastgrad_dsl.calibration.candidates import Candidate, whole_errors
@@ -28,7 +28,8 @@ from fastgrad_dsl.calibration.capture import Call, Errors, Probe, Subject, captu
 from fastgrad_dsl.calibration.logits import Logits, measure_logits
 from fastgrad_dsl.calibration.pace import MachinePace
 from fastgrad_dsl.calibration.samples import Sample, exact_rows, polynomial_errors, sample
-from fastgrad_dsl.documents.calibration import Gain
+from fastgrad_dsl.documents.calibration import Gain, Gains, UsedCalibration
+from fastgrad_dsl.documents.pairs import WHATS, of
 
 MARGIN = 1.25  # a measured range times this is R: new data may go beyond what was seen
 CLOSE = 1.25  # a proved R is taken where it is at most this many times the measured one with its margin
@@ -37,6 +38,7 @@ APART = 1.3  # heads whose ranges differ by this factor may be served apart
 TYPICAL = 0.02  # local error at which gains are estimated: small enough for first order, far above rounding
 PROBES = 6
 LEAST_RANGE = 1e-3
+UNKNOWN = Gains(None, None)
 
 Tell = Callable[[str], None]
 
@@ -66,51 +68,43 @@ class Attention:
     heads: int
     key_heads: int
     sizes: tuple[int, int]
-    logits: Mapping[int | None, Logits]
-    served: Mapping[int | None, Served]
-    candidates: tuple[Candidate, ...]
-    output_gain: Gain | None
-    gradient_gain: Gain | None
+    logits: Mapping[int | None, Logits] = field(default_factory=dict)
+    served: Mapping[int | None, Served] = field(default_factory=dict)
+    candidates: tuple[Candidate, ...] = ()
+    gains: Gains = UNKNOWN
     obstacle: str = ""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The attentions of a model on data, in program order, and what they were measured on."""
+    """The attentions of a program after recognition, in its order, and what they were measured on."""
 
+    program: Program
     attentions: tuple[Attention, ...]
     pace: MachinePace
-    certified: bool
-    data: str
-    weights: str
-    dims: Mapping[str, int]
-    batches: int
-    seed: int
+    used: UsedCalibration
 
-
-@dataclass(frozen=True)
-class Data:
-    """Batches to calibrate on, inputs then targets, and what they are."""
-
-    batches: Sequence[Sequence[Tensor]]
-    described: str
-    weights: str
-    dims: Mapping[str, int]
-    seed: int
+    @property
+    def certified(self) -> bool:
+        """Whether ranges and errors are the proved ones alone."""
+        return self.program.trust == "certified"
 
 
 def calibrate(
-    subject: Subject, data: Data, pace: MachinePace, tell: Tell = lambda what: None, probes: int = PROBES
+    subject: Subject,
+    batches: Sequence[Sequence[Tensor]],
+    used: UsedCalibration,
+    pace: MachinePace,
+    tell: Tell = lambda what: None,
+    probes: int = PROBES,
 ) -> Calibration:
-    """Measure everything that the planner asks for.
+    """Measure everything that the planner asks for on batches of inputs, then targets, which `used` describes.
 
     With `trust = certified` ranges are the proved ones alone, of the program or of the weights.
     """
-    budget = subject.program.budget or Budget()
-    certified = subject.program.trust == "certified"
     runs = []
-    for place, batch in enumerate(data.batches):
-        tell(f"exact run {place + 1} of {len(data.batches)}")
+    for place, batch in enumerate(batches):
+        tell(f"exact run {place + 1} of {len(batches)}")
         runs.append(capture(subject, batch))
     proved = weight_ranges(subject.program, subject.weights)
     attentions = []
@@ -118,40 +112,23 @@ def calibrate(
         if not entry.attention.is_own:
             tell(entry.path)
             calls = [run.calls[entry.full_path] for run in runs]
-            settings = settings_of(entry.full_path, budget.rules)
-            attentions.append(
-                _attention(entry, settings, calls, proved.get(entry.full_path), budget, certified)
-            )
+            attentions.append(_attention(entry, calls, proved.get(entry.full_path), subject.program))
     errors, local = _typical(attentions, runs[0].calls)
-    found = probe(subject, data.batches[0], runs[0], errors, range(probes), tell) if errors else {}
+    found = probe(subject, batches[0], runs[0], errors, range(probes), tell) if errors else {}
     attentions = [_with_gains(each, found, local) for each in attentions]
-    return Calibration(
-        attentions=tuple(attentions),
-        pace=pace,
-        certified=certified,
-        data=data.described,
-        weights=data.weights,
-        dims=data.dims,
-        batches=len(data.batches),
-        seed=data.seed,
-    )
+    return Calibration(subject.program, tuple(attentions), pace, used)
 
 
 # ---------------------------------------------------------------- one attention
 
 
 def _attention(
-    entry: AttentionEntry,
-    settings: Settings,
-    calls: Sequence[Call],
-    proved: LogitRange | None,
-    budget: Budget,
-    certified: bool,
+    entry: AttentionEntry, calls: Sequence[Call], proved: LogitRange | None, program: Program
 ) -> Attention:
+    budget, certified = program.budget or Budget(), program.trust == "certified"
+    settings = settings_of(entry.full_path, budget.rules)
     q, k = calls[0].inputs[:2]
-    found = Attention(
-        entry, settings, q.shape[1], k.shape[1], (q.shape[-2], k.shape[-2]), {}, {}, (), None, None
-    )
+    found = Attention(entry, settings, q.shape[1], k.shape[1], (q.shape[-2], k.shape[-2]))
     mask = entry.attention.unservable
     if mask:
         return replace(found, obstacle=f"a polynomial cannot serve the mask `{mask}`")
@@ -159,9 +136,8 @@ def _attention(
         return replace(found, obstacle="the budget leaves it exact")
     limits = (budget.output, budget.gradient, settings.relative, settings.asked)
     if all(limit is None for limit in limits):
-        return replace(
-            found, obstacle="no budget asks for an approximation: it sets neither a limit nor a degree"
-        )
+        reason = "no budget asks for an approximation: it sets neither a limit nor a degree"
+        return replace(found, obstacle=reason)
     blocks = _blocks(entry, settings, budget)
     logits = {near: measure_logits(calls, near) for near in blocks}
     served = {}
@@ -306,12 +282,9 @@ def _with_gains(
     path = each.entry.full_path
     if path not in local or not probes.get(path):
         return each
-    output, gradient = local[path]
-    return replace(
-        each,
-        output_gain=_gain([p.output for p in probes[path]], output),
-        gradient_gain=_gain([p.gradient for p in probes[path]], gradient),
-    )
+    pairs = zip(WHATS, local[path], strict=True)
+    gains = Gains(*(_gain([of(p, what) for p in probes[path]], error) for what, error in pairs))
+    return replace(each, gains=gains)
 
 
 def _gain(squares: Sequence[float], local: float) -> Gain:

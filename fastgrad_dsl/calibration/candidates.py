@@ -16,6 +16,7 @@ from fastgrad_compiler.codegen.kernel import load_kernel
 from fastgrad_compiler.ir.masks import OPERANDS
 from fastgrad_dsl.calibration.capture import Call, Errors, exact
 from fastgrad_dsl.calibration.samples import LocalErrors
+from fastgrad_dsl.models.measure import leaf
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def whole_errors(
 
 
 def _differentiated(call: Call, function: Callable[..., Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    tensors = [x.detach().requires_grad_(x.is_floating_point()) for x in call.inputs]
+    tensors = list(map(leaf, call.inputs))
     output = function(*tensors)
     leaves = [x for x in tensors if x.requires_grad]
     return output.detach(), torch.autograd.grad(output, leaves, call.upstream)

@@ -21,7 +21,7 @@ from fastgrad_compiler.reference.interpret import Values, run
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_compiler.runtime.exact_attention import exact_attention
-from fastgrad_dsl.models.measure import check_finite, projection
+from fastgrad_dsl.models.measure import check_finite, leaf, projection
 
 Objective = Callable[..., Tensor]
 STEP = 1e-3  # of a finite difference, as a share of the weights' norm: beyond it float32 rounds, before it curves
@@ -45,11 +45,6 @@ class Call:
     def by_role(self) -> dict[str, Tensor]:
         """The inputs by role."""
         return self.attention.by_role(self.inputs)
-
-    @property
-    def others(self) -> dict[str, Tensor]:
-        """The inputs beyond q, k and v by role."""
-        return {role: x for role, x in self.by_role.items() if role not in QKV}
 
 
 @dataclass(frozen=True)
@@ -82,26 +77,17 @@ class Subject:
 def capture(subject: Subject, batch: Sequence[Tensor]) -> Run:
     """Run a batch forward and backward, exactly. Raises TfgError FG427 where what comes out is not finite."""
     recorded = _forward(subject, subject.weights, batch)
-    found = torch.autograd.grad(
-        recorded.loss, [*recorded.leaves, *recorded.outputs.values()], allow_unused=True
-    )
-    gradients, upstream = found[: len(recorded.leaves)], found[len(recorded.leaves) :]
+    moving = [*recorded.leaves, *recorded.outputs.values()]
+    of_all = torch.autograd.grad(recorded.loss, moving, allow_unused=True)
+    gradients, upstream = of_all[: len(recorded.leaves)], of_all[len(recorded.leaves) :]
     results = [out.detach() for out in recorded.results]
     existing = [gradient for gradient in gradients if gradient is not None]
     check_finite("the exact model", *results, *existing)
-    return Run(
-        {
-            path: Call(
-                recorded.nodes[path],
-                recorded.inputs[path],
-                output.detach(),
-                torch.zeros_like(output) if given is None else given,
-            )
-            for (path, output), given in zip(recorded.outputs.items(), upstream, strict=True)
-        },
-        _norm(results),
-        _norm(existing),
-    )
+    calls = {}
+    for (path, output), found in zip(recorded.outputs.items(), upstream, strict=True):
+        given = torch.zeros_like(output) if found is None else found
+        calls[path] = Call(recorded.nodes[path], recorded.inputs[path], output.detach(), given)
+    return Run(calls, _norm(results), _norm(existing))
 
 
 @dataclass(frozen=True)
@@ -147,12 +133,8 @@ def probe(
         for (path, _), given in zip(shifted.outputs.items(), upstream, strict=True):
             if path in errors:
                 change = _change(run_.calls[path], shifted.inputs[path], given, errors[path]) / length
-                found[path].append(
-                    Probe(
-                        (of_output[path] / (run_.output_norm or 1.0)) ** 2,
-                        (change / (run_.gradient_norm or 1.0)) ** 2,
-                    )
-                )
+                shares = of_output[path] / (run_.output_norm or 1.0), change / (run_.gradient_norm or 1.0)
+                found[path].append(Probe(*(share**2 for share in shares)))
     return found
 
 
@@ -216,10 +198,8 @@ def _forward(subject: Subject, weights: Mapping[str, Tensor], batch: Sequence[Te
         return outputs[path]
 
     count = len(subject.program[subject.program.main].inputs)
-    given = {
-        name: weight.detach().requires_grad_(weight.is_floating_point()) for name, weight in weights.items()
-    }
-    moving = [x.detach().requires_grad_(x.is_floating_point()) for x in batch[:count]]
+    given = {name: leaf(weight) for name, weight in weights.items()}
+    moving = list(map(leaf, batch[:count]))
     found: Values = run(subject.program, moving, given, attend=attend)
     results = found if isinstance(found, tuple) else (found,)
     targets = batch[count:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from fastgrad_dsl.models.batch_check import batch_problem, is_whole
 from fastgrad_dsl.models.sizes import batch_sizes, text_sizes
 from fastgrad_dsl.models.text_data import load_text
 from fastgrad_dsl.storage.weights import load_weights, read_tensors
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 if TYPE_CHECKING:
     from fastgrad_dsl.api.compiled import Compiled
@@ -25,24 +25,22 @@ RANDOM = "random"
 TEXT_BATCHES = 2  # of the part to train on; the last one is of the held-out part
 
 
-@dataclass(frozen=True)
-class CalibrationRequest:
-    """What to calibrate on: a text, a .safetensors file or `random`; trained weights; sizes of dims; a seed."""
-
-    data: str
-    weights: Path | None = None
-    dims: Mapping[str, int] = field(default_factory=dict)
-    seed: int = 0
-
-
-def calibrated(compiled: Compiled, request: CalibrationRequest, tell: Tell) -> Compiled:
-    """The model planned anew on what the request names; TfgError as `named_batches` and `replan`."""
-    batches, described = named_batches(compiled, request.data, request.dims, request.seed)
-    asked = Request(None, batches, data=described, dims=request.dims, seed=request.seed)
-    if request.weights is not None:
-        model = compiled.module(seed=request.seed)
-        load_weights(model, request.weights)
-        asked = replace(asked, model=model, weights=f"weights of {request.weights}")
+def calibrated(
+    compiled: Compiled,
+    data: str,
+    tell: Tell,
+    *,
+    dims: Mapping[str, int],
+    weights: Path | None = None,
+    seed: int = 0,
+) -> Compiled:
+    """The model planned anew on a text, a .safetensors file or `random`; TfgError as `named_batches` and `replan`."""
+    batches, described = named_batches(compiled, data, dims, seed)
+    asked = Request(None, batches, data=described, dims=dims, seed=seed)
+    if weights is not None:
+        model = compiled.module(seed=seed)
+        load_weights(model, weights)
+        asked = replace(asked, model=model, weights=f"weights of {weights}")
     return replan(compiled, asked, tell)
 
 
@@ -78,10 +76,10 @@ def _stored(compiled: Compiled, path: Path) -> list[list[Tensor]]:
         missing = [name for name in names if name + ending not in tensors]
         if missing:
             help_ = (f"each batch holds {', '.join(names)}",)
-            raise TfgError([Diagnostic("FG423", f"{path} has no tensor {missing[0]}{ending}", help=help_)])
+            raise TfgError.of("FG423", f"{path} has no tensor {missing[0]}{ending}", *help_)
         batch = [tensors[name + ending] for name in names]
         problem = batch_problem(compiled.program, batch)
         if problem is not None:
-            raise TfgError([Diagnostic("FG423", f"{path}: {problem}")])
+            raise TfgError.of("FG423", f"{path}: {problem}")
         batches.append([each.long() if is_whole(each) else each for each in batch])
     return batches

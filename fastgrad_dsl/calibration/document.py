@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration
-from fastgrad_dsl.calibration.plan import Plan, Serving, candidates_of
+from fastgrad_dsl.calibration.plan import Plan, Serving, ways_of
 from fastgrad_dsl.documents import calibration as documents
+from fastgrad_dsl.documents.base import picked
 from fastgrad_dsl.documents.form import format_of
 
 
 def calibration_document(
-    calibration: Calibration, plan: Plan, program: Program, verification: documents.Verification
+    calibration: Calibration, plan: Plan, verification: documents.Verification
 ) -> documents.Calibration:
     """The document (docs/calibration.md gives its fields)."""
-    return documents.Calibration(
+    pairs = zip(calibration.attentions, plan.ways, strict=True)
+    return picked(
+        documents.Calibration,
+        calibration.used,
         format=format_of(documents.Calibration),
-        data=calibration.data,
-        weights=calibration.weights,
-        batches=calibration.batches,
-        dims=dict(calibration.dims),
-        seed=calibration.seed,
         trust="certified" if calibration.certified else "calibrated",
         pace=calibration.pace.document,
-        attentions=tuple(
-            _attention(each, way, calibration, program)
-            for each, way in zip(calibration.attentions, plan.ways, strict=True)
-        ),
-        planned=documents.Planned(
-            length=plan.length,
-            seconds=plan.seconds,
-            exact_seconds=plan.exact_seconds,
-            output=plan.output,
-            gradient=plan.gradient,
-            gap=plan.gap,
-        ),
+        attentions=tuple(_attention(each, way, calibration) for each, way in pairs),
+        planned=plan.planned,
         verification=verification,
     )
 
 
-def _attention(
-    each: Attention, taken: Serving, calibration: Calibration, program: Program
-) -> documents.CalibratedAttention:
-    ways = candidates_of(each, calibration, program)
+def _attention(each: Attention, taken: Serving, calibration: Calibration) -> documents.CalibratedAttention:
     return documents.CalibratedAttention(
         path=each.entry.path,
         full_path=each.entry.full_path,
         obstacle=each.obstacle or None,
         heads=_heads(each),
-        gains=documents.Gains(each.output_gain, each.gradient_gain),
+        gains=each.gains,
         candidates=tuple(
-            _candidate(way, way.parts == taken.parts, each, calibration.certified) for way in ways
+            _candidate(way, way.parts == taken.parts, each, calibration.certified)
+            for way in ways_of(each, calibration)
         ),
     )
 

@@ -25,9 +25,9 @@ from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.bench.contenders import Attention, Contender
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.timing import time_together
-from fastgrad_dsl.documents.base import Document, Target
+from fastgrad_dsl.documents.base import Document, Target, picked
 from fastgrad_dsl.documents.calibration import Pace, PaceKind
-from fastgrad_dsl.documents.form import Misfit, built
+from fastgrad_dsl.documents.form import built
 from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.storage.files import write_atomically
 
@@ -80,13 +80,11 @@ class MachinePace(Document, frozen=True):
     def document(self) -> Pace:
         """As the calibration's document names it."""
         a_pair = _exact_flops(KEYS_AT) / KEYS_AT**2
-        return Pace(
+        return picked(
+            Pace,
+            self,
             speed=round(self.polynomial.rate / self.fused.rate, 2),
             keys=round(self.fused.overhead * self.fused.rate / (a_pair * KEYS_AT)),
-            target=self.target,
-            machine=self.machine,
-            threads=self.threads,
-            kind=self.kind,
         )
 
 
@@ -118,20 +116,12 @@ def machine_pace(target: str) -> MachinePace:
     path = None if folder is None else folder / f"pace-{name}.json"
     if path is not None and path.exists():
         with suppress(OSError, ValueError, RecursionError):  # a broken file is measured anew
-            return read_pace(json.loads(path.read_text(encoding="utf-8")))
+            kept: MachinePace = built(MachinePace, json.loads(path.read_text(encoding="utf-8")))
+            return kept
     pace = _measure(target, str(described["cpu"]), threads)
     if path is not None:
         with suppress(OSError):  # it is measured again another time
             write_atomically(path, to_json(pace))
-    return pace
-
-
-def read_pace(kept: object) -> MachinePace:
-    """A pace that was kept as plain data. ValueError where it is none."""
-    try:
-        pace: MachinePace = built(MachinePace, kept)
-    except Misfit:
-        raise ValueError("it is not a pace of a machine") from None
     return pace
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from math import inf, sqrt
 
@@ -11,7 +12,6 @@ from fastgrad_compiler.approximation.certificates import Certificate, certificat
 from fastgrad_compiler.approximation.rounding import WIDEST_NEAR, Rounding, Run, Sizes, rounding
 from fastgrad_compiler.attention.kernel import spec_of
 from fastgrad_compiler.attention.table import Lengths
-from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.planning.cost import EXACT, Shape, Way, break_even, shape_of
 from fastgrad_compiler.planning.decision import PRECISIONS, Decision
@@ -19,7 +19,8 @@ from fastgrad_compiler.planning.knapsack import Option, choose
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration
 from fastgrad_dsl.calibration.candidates import Candidate
-from fastgrad_dsl.calibration.pace import MachinePace
+from fastgrad_dsl.documents.calibration import Limits, Planned
+from fastgrad_dsl.documents.pairs import WHATS, What, of
 
 ROUNDED = 0.1  # share of a candidate's own error above which rounding in float32 is a reason for float64
 BYTES_A_SECOND = 5e9  # of copying heads that are served apart, there and back
@@ -53,61 +54,38 @@ class Serving:
 class Plan:
     """The way taken for each attention, in program order, and sums over all of them.
 
-    `exact_seconds`: of PyTorch's fused softmax attention of the same shapes, masks left aside.
-
-    `output`, `gradient`: estimates of the model's relative errors, or with `trust = certified` sums of proved worst
-    cases with gains of at least 1. `gap`: how far `seconds` can be from the least, proved.
+    Of `planned`, `exact_seconds` are those of PyTorch's fused softmax attention of the same shapes, masks left aside;
+    `output` and `gradient` are estimates of the model's relative errors, or with `trust = certified` sums of proved
+    worst cases with gains of at least 1.
     """
 
     ways: tuple[Serving, ...]
-    seconds: float
-    exact_seconds: float
-    output: float
-    gradient: float
-    gap: float
-    length: int
+    planned: Planned
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The budget's limits, or what is left of them after a verification."""
-
-    output: float | None
-    gradient: float | None
-
-
-def make_plan(calibration: Calibration, program: Program, limits: Limits) -> Plan | None:
+def make_plan(calibration: Calibration, limits: Limits) -> Plan | None:
     """The cheapest plan within the limits; None where no choice is."""
-    sized = [_Sized.of(each, program, calibration.pace) for each in calibration.attentions]
-    ways = [list(_ways(each, calibration)) for each in sized]
+    ways = [list(ways_of(each, calibration)) for each in calibration.attentions]
     found = choose([[way.option for way in each] for each in ways], limits.output, limits.gradient)
     if found is None:
         return None
     taken = tuple(each[place] for each, place in zip(ways, found.places, strict=True))
-    return Plan(
-        taken,
-        sum(way.option.seconds for way in taken),
-        sum(each.fused() for each in sized),
-        sum(way.option.output for way in taken),
-        sum(way.option.gradient for way in taken),
-        found.gap,
-        max((each.n for each in sized), default=0),
+    sized = [_Sized(each, calibration) for each in calibration.attentions]
+    planned = Planned(
+        length=max((each.lengths[0] for each in sized), default=0),
+        seconds=sum(way.option.seconds for way in taken),
+        exact_seconds=sum(each.fused() for each in sized),
+        output=sum(way.option.output for way in taken),
+        gradient=sum(way.option.gradient for way in taken),
+        gap=found.gap,
     )
+    return Plan(taken, planned)
 
 
-def least_errors(calibration: Calibration, program: Program) -> tuple[float, float]:
+def least_errors(calibration: Calibration) -> dict[What, float]:
     """The least output and the least gradient error that the rules of the budget allow at all, each for itself."""
-    output = gradient = 0.0
-    for each in calibration.attentions:
-        options = [way.option for way in _ways(_Sized.of(each, program, calibration.pace), calibration)]
-        output += min((o.output for o in options), default=inf)
-        gradient += min((o.gradient for o in options), default=inf)
-    return output, gradient
-
-
-def candidates_of(each: Attention, calibration: Calibration, program: Program) -> list[Serving]:
-    """The ways of one attention, for a report."""
-    return list(_ways(_Sized.of(each, program, calibration.pace), calibration))
+    options = [[way.option for way in ways_of(each, calibration)] for each in calibration.attentions]
+    return {w: sum(min((of(o, w) for o in each), default=inf) for each in options) for w in WHATS}
 
 
 # ---------------------------------------------------------------- time
@@ -115,38 +93,36 @@ def candidates_of(each: Attention, calibration: Calibration, program: Program) -
 
 @dataclass(frozen=True)
 class _Sized:
-    """An attention at the length that the plan is for: the longest declared one, else that of the calibration."""
+    """An attention at the lengths that the plan is for: the longest declared ones, else those of the calibration."""
 
     attention: Attention
-    n: int
-    m: int
-    pace: MachinePace
+    calibration: Calibration
 
-    @staticmethod
-    def of(attention: Attention, program: Program, pace: MachinePace) -> _Sized:
-        lengths, (queries, keys) = Lengths(program), attention.sizes
-        n = lengths.longest(attention.entry.queries) or queries
-        return _Sized(attention, n, lengths.longest(attention.entry.keys) or keys, pace)
+    @cached_property
+    def lengths(self) -> tuple[int, int]:
+        """Queries and keys."""
+        lengths, entry, (n, m) = Lengths(self.calibration.program), self.attention.entry, self.attention.sizes
+        return lengths.longest(entry.queries) or n, lengths.longest(entry.keys) or m
 
     def shape(self, heads: int) -> Shape:
         """Of so many of its heads."""
         entry = self.attention.entry
-        return shape_of(entry.attention, self.n, self.m, entry.d or 1, entry.dv or 1, heads)
+        return shape_of(entry.attention, *self.lengths, entry.d or 1, entry.dv or 1, heads)
 
     def seconds(self, part: Part) -> float:
         """Of some heads, as they are served."""
-        return self.pace.seconds(self.shape(len(part.heads)), part.way)
+        return self.calibration.pace.seconds(self.shape(len(part.heads)), part.way)
 
     def fused(self) -> float:
         """Seconds of PyTorch's fused exact attention of all heads, masks left aside."""
         shape = replace(self.shape(self.attention.heads), near=None, documents=False, window=None)
-        return self.pace.seconds(shape, EXACT)
+        return self.calibration.pace.seconds(shape, EXACT)
 
     def apart(self) -> float:
         """Seconds of taking heads apart and putting their results together, forward and backward."""
         entry = self.attention.entry
         widths = 2 * (entry.d or 1) + 3 * (entry.dv or 1)
-        return 2 * 2 * 4 * self.attention.heads * self.n * widths / BYTES_A_SECOND
+        return 2 * 2 * 4 * self.attention.heads * self.lengths[0] * widths / BYTES_A_SECOND
 
     def rounding(self, candidate: Candidate, precision: str) -> Rounding:
         """What rounding adds to a candidate computed in `precision`, at the planned lengths, in float32 runs."""
@@ -157,7 +133,7 @@ class _Sized:
         served = self.attention.served[candidate.near].range
         norms = served.norms or served.heads
         reach = max(polynomial.bound, *(norms[head] for head in candidate.heads))
-        sizes, backends = Sizes(self.n, self.m, entry.groups), BACKENDS[self.pace.target]
+        sizes, backends = Sizes(*self.lengths, entry.groups), BACKENDS[self.calibration.pace.target]
         return rounding(spec, sizes, polynomial.bound, reach, backends, Run())
 
     def proved(self, candidate: Candidate, precision: str) -> Certificate:
@@ -183,28 +159,25 @@ class _Sized:
 # ---------------------------------------------------------------- ways
 
 
-def _ways(sized: _Sized, calibration: Calibration) -> Iterator[Serving]:
+def ways_of(each: Attention, calibration: Calibration) -> Iterator[Serving]:
     """Exact where no rule asks for a polynomial, candidates for all heads, and pairs of them for groups of heads."""
-    each = sized.attention
+    sized = _Sized(each, calibration)
     everything = tuple(range(each.heads))
     if each.settings.asked is None or each.obstacle:
-        exact = Part(everything, None)
-        yield Serving((exact,), Option(sized.seconds(exact), 0.0, 0.0))
+        part = Part(everything, None)
+        yield Serving((part,), Option(sized.seconds(part), 0.0, 0.0))
     whole = [c for c in each.candidates if len(c.heads) == each.heads and _allowed(c, each)]
     for candidate in whole:
         for precision in sized.precisions(candidate):
-            yield _way(sized, (Part(everything, candidate, precision),), calibration)
+            yield _way(sized, (Part(everything, candidate, precision),))
     low = [c for c in each.candidates if len(c.heads) < each.heads and _allowed(c, each)]
     for candidate in low:
         rest = tuple(head for head in everything if head not in candidate.heads)
-        others = [None, *(c for c in whole if c.near == candidate.near)]
-        for other in others:
-            if other is None and each.settings.asked is not None:
-                continue
+        exact = [None] if each.settings.asked is None else []
+        for other in (*exact, *(c for c in whole if c.near == candidate.near)):
             pairs = product(sized.precisions(candidate), sized.precisions(other) if other else PRECISIONS[:1])
             for one, two in pairs:
-                parts = (Part(candidate.heads, candidate, one), Part(rest, other, two))
-                yield _way(sized, parts, calibration)
+                yield _way(sized, (Part(candidate.heads, candidate, one), Part(rest, other, two)))
 
 
 def _allowed(candidate: Candidate, each: Attention) -> bool:
@@ -214,15 +187,15 @@ def _allowed(candidate: Candidate, each: Attention) -> bool:
     return settings.relative is None or polynomial.eps <= float(str(settings.relative.value))
 
 
-def _way(sized: _Sized, parts: tuple[Part, ...], calibration: Calibration) -> Serving:
-    each = sized.attention
+def _way(sized: _Sized, parts: tuple[Part, ...]) -> Serving:
     seconds = sum(map(sized.seconds, parts))
     seconds += sized.apart() if len(parts) > 1 else 0.0
     proved = [sized.proved(part.candidate, part.precision) for part in parts if part.candidate]
-    local, least = (_proved(proved), 1.0) if calibration.certified else (_joint(parts, proved), 0.0)
+    certified, gains = sized.calibration.certified, sized.attention.gains
+    local, least = (_proved(proved), 1.0) if certified else (_joint(parts, proved), 0.0)
     output, gradient = (
         error * max(1.0 if gain is None else gain.value, least)
-        for error, gain in zip(local, (each.output_gain, each.gradient_gain), strict=True)
+        for error, gain in zip(local, (gains.output, gains.gradient), strict=True)
     )
     return Serving(parts, Option(seconds, output, gradient))
 
@@ -254,20 +227,17 @@ def _root(squares: float, size: float) -> float:
 # ---------------------------------------------------------------- decisions
 
 
-def decisions(plan: Plan, calibration: Calibration, program: Program) -> Mapping[str, tuple[Decision, ...]]:
+def decisions(plan: Plan, calibration: Calibration) -> Mapping[str, tuple[Decision, ...]]:
     """The plan as the plan pass takes it, by full path."""
     return {
-        each.entry.full_path: tuple(
-            _decision(_Sized.of(each, program, calibration.pace), way, part, calibration)
-            for part in way.parts
-        )
+        each.entry.full_path: tuple(_decision(_Sized(each, calibration), way, part) for part in way.parts)
         for each, way in zip(calibration.attentions, plan.ways, strict=True)
         if each.candidates
         or each.settings.asked is None  # what is asked for and cannot be had, the pass refuses
     }
 
 
-def _decision(sized: _Sized, way: Serving, part: Part, calibration: Calibration) -> Decision:
+def _decision(sized: _Sized, way: Serving, part: Part) -> Decision:
     each, candidate = sized.attention, part.candidate
     heads = part.heads if len(way.parts) > 1 else None
     if candidate is None:
@@ -284,10 +254,10 @@ def _decision(sized: _Sized, way: Serving, part: Part, calibration: Calibration)
         norms=tuple(served.range.norms[head] for head in part.heads) if served.range.norms else None,
     )
     return Decision(
-        _why(way, part, candidate, served.uncentred, calibration),
+        _why(way, part, candidate, served.uncentred, sized.calibration.certified),
         candidate.polynomial,
         candidate.near if each.entry.attention.near is None else None,
-        break_even(sized.pace, sized.shape(len(part.heads)), part.way),
+        break_even(sized.calibration.pace, sized.shape(len(part.heads)), part.way),
         range=used,
         own_mean=served.mean,
         heads=heads,
@@ -295,12 +265,10 @@ def _decision(sized: _Sized, way: Serving, part: Part, calibration: Calibration)
     )
 
 
-def _why(
-    way: Serving, part: Part, candidate: Candidate, uncentred: float | None, calibration: Calibration
-) -> str:
+def _why(way: Serving, part: Part, candidate: Candidate, uncentred: float | None, certified: bool) -> str:
     polynomial = candidate.polynomial
     errors = f"{number(way.option.output)} of the output and {number(way.option.gradient)} of the gradient"
-    kind = "at most (gains of at least 1)" if calibration.certified else "an estimated"
+    kind = "at most (gains of at least 1)" if certified else "an estimated"
     text = f"{polynomial.family} {polynomial.degree} is a part of the fastest plan: {kind} {errors}"
     if part.precision == "float64":
         text += "; computed in float64, since float32 might round too much"

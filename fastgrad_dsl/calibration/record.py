@@ -16,7 +16,6 @@ from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.attention.table import attention_table
 from fastgrad_compiler.ir.shape_errors import ShapeError
 from fastgrad_compiler.ir.verify import CompilerBug
-from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.planning.decision import Decision
 from fastgrad_compiler.planning.plan import Assignment
 from fastgrad_dsl.documents.base import Document, Family, Source
@@ -85,16 +84,13 @@ def _record(decision: Decision) -> DecisionRecord:
 def with_recorded_plan(compiled: Compiled, record: PlanRecord, calibration: Calibration | None) -> Compiled:
     """`compiled` with the plan of a record. ValueError if it is not a record of a plan of this program."""
     assignment = {path: tuple(map(_decision, decisions)) for path, decisions in record.items()}
-    attentions = next(stage.program for stage in compiled.stages if stage.name == "attention")
-    unknown = assignment.keys() - {entry.full_path for entry in attention_table(attentions)}
+    unknown = assignment.keys() - {entry.full_path for entry in attention_table(compiled.recognised)}
     if unknown:
         raise ValueError(f"the model has no attention {min(unknown)}")
-    start = compiled.stages[0].program
     try:
-        stages = run(start, target=compiled.target, assignment=assignment, validate=compiled.validate)
+        return compiled.with_decisions(assignment, calibration)
     except FALSE_RECORD as error:
         raise ValueError(f"the model cannot be planned so: {error}") from None
-    return dataclasses.replace(compiled, stages=stages, assignment=assignment, calibration=calibration)
 
 
 def _decision(record: DecisionRecord) -> Decision:

@@ -4,80 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from math import ceil, inf, log10
+from operator import mul
 
-from fastgrad_compiler.ir.graph import BudgetRule, Program
+from fastgrad_compiler.ir.graph import BudgetRule
 from fastgrad_compiler.ir.words import number
 from fastgrad_dsl.calibration.calibrate import Attention, Calibration
-from fastgrad_dsl.calibration.plan import Limits, least_errors, make_plan
-from fastgrad_dsl.documents.calibration import Round
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_dsl.calibration.plan import least_errors, make_plan
+from fastgrad_dsl.documents.calibration import Limits, Round
+from fastgrad_dsl.documents.pairs import WHATS, of
+from fastgrad_grammar.diagnostics import TfgError
 
 SLACK = 1.1  # a limit that is proposed lies so much above what the plan needs
 MOST = 1e6  # times a limit: beyond it no limit is proposed
 
 
-def refusal(calibration: Calibration, program: Program, limits: Limits, rounds: Sequence[Round]) -> TfgError:
+def refusal(calibration: Calibration, limits: Limits, rounds: Sequence[Round]) -> TfgError:
     """The error: what the rules allow at best, and remedies with which a plan was found."""
-    output, gradient = least_errors(calibration, program)
+    program, least = calibration.program, least_errors(calibration)
     kind = "by their certificates" if calibration.certified else "an estimate"
     parts = [
-        f"the {what} is off by at least {number(least)} ({kind}), over {number(limit)}"
-        for what, least, limit in (("output", output, limits.output), ("gradient", gradient, limits.gradient))
-        if limit is not None and least > limit
+        f"the {what} is off by at least {number(least[what])} ({kind}), over {number(limit)}"
+        for what in WHATS
+        if (limit := of(limits, what)) is not None and least[what] > limit
     ]
     if not parts and rounds:
-        last = rounds[-1]
-        output, gradient = last.output, last.gradient
-        parts = [
-            f"measured: {number(output)} of the output and {number(gradient)} of the gradient, at the least"
-        ]
+        output, gradient = number(rounds[-1].output), number(rounds[-1].gradient)
+        parts = [f"measured: {output} of the output and {gradient} of the gradient, at the least"]
     found = "; ".join(parts) or "no choice is within both limits"
     ruled = [each for each in calibration.attentions if each.settings.asked is not None]
-    scaled = limits if not rounds else _below(limits, rounds[-1])
+    scaled = _each(limits, _below, rounds[-1]) if rounds else limits
     span = program.budget.span if program.budget is not None else None
     rule = ruled[0].settings.asked if ruled else None
-    return TfgError(
-        [
-            Diagnostic(
-                "FG312",
-                f"the budget of {program.name} cannot be met under its rules: {found}",
-                rule.span if rule is not None and rule.span is not None else span,
-                help=tuple(_remedies(calibration, program, scaled, limits)),
-            )
-        ]
+    return TfgError.of(
+        "FG312",
+        f"the budget of {program.name} cannot be met under its rules: {found}",
+        *_remedies(calibration, scaled, limits),
+        span=rule.span if rule is not None and rule.span is not None else span,
     )
 
 
-def _below(limits: Limits, measured: Round) -> Limits:
-    """Limits on estimates that are as far below as measured errors lay above."""
-
-    def scaled(limit: float | None, found: float) -> float | None:
-        return limit if limit is None or found <= limit else limit * limit / found
-
-    return Limits(scaled(limits.output, measured.output), scaled(limits.gradient, measured.gradient))
+def _each(limits: Limits, change: Callable[..., float], *others: Round) -> Limits:
+    """The limits that there are, each changed by what it is and what stands in its place in `others`."""
+    pairs = ((of(limits, what), [of(other, what) for other in others]) for what in WHATS)
+    return Limits(*(None if limit is None else change(limit, *given) for limit, given in pairs))
 
 
-def _remedies(calibration: Calibration, program: Program, scaled: Limits, limits: Limits) -> Iterator[str]:
-    pins = dict.fromkeys(
-        each.settings.degree for each in calibration.attentions if each.settings.degree is not None
-    )
-    for pin in pins:
-        degree = _degree(calibration, program, scaled, pin)
+def _below(limit: float, found: float) -> float:
+    """A limit on estimates that is as far below as measured errors lay above."""
+    return limit if found <= limit else limit * limit / found
+
+
+def _remedies(calibration: Calibration, scaled: Limits, limits: Limits) -> Iterator[str]:
+    attentions = calibration.attentions
+    for pin in dict.fromkeys(each.settings.degree for each in attentions if each.settings.degree is not None):
+        degree = _degree(calibration, scaled, pin)
         if degree is not None:
             yield f'a higher degree: at "{pin.pattern}" degree = {degree}'
-    rules = dict.fromkeys(each.settings.asked for each in calibration.attentions if each.settings.asked)
-    for rule in rules:
+    for rule in dict.fromkeys(each.settings.asked for each in attentions if each.settings.asked):
         freed = _changed(calibration, lambda each, r=rule: each.settings.asked == r, _free)  # type: ignore[misc]
-        if make_plan(freed, program, scaled) is not None:
+        if make_plan(freed, scaled) is not None:
             yield f'without the rule `at "{rule.pattern}" {rule.kind} = {rule.value}` a plan is found'
-    paths = _exact(calibration, program, scaled)
+    paths = _exact(calibration, scaled)
     if paths:
         yield "leave exact: " + ", ".join(f'at "{path}" exact' for path in paths)
-    larger = _larger(calibration, program, limits, scaled)
+    larger = _larger(calibration, limits, scaled)
     if larger is not None:
-        pairs = (("output", larger.output), ("gradient", larger.gradient))
-        given = [f"{name} <= {number(limit)}" for name, limit in pairs if limit is not None]
+        given = [f"{w} <= {number(limit)}" for w in WHATS if (limit := of(larger, w)) is not None]
         yield f"a larger budget: {', '.join(given)}"
 
 
@@ -92,33 +86,27 @@ def _free(each: Attention) -> Attention:
     return replace(each, settings=replace(each.settings, degree=None, near=None, family=None))
 
 
-def _pinned_to(degree: int) -> Callable[[Attention], Attention]:
-    def change(each: Attention) -> Attention:
-        assert each.settings.degree is not None
-        return replace(
-            each, settings=replace(each.settings, degree=replace(each.settings.degree, value=degree))
-        )
-
-    return change
-
-
-def _degree(calibration: Calibration, program: Program, limits: Limits, pin: BudgetRule) -> int | None:
+def _degree(calibration: Calibration, limits: Limits, pin: BudgetRule) -> int | None:
     """The least higher degree at which the pin leaves a plan."""
     served = [each for each in calibration.attentions if each.settings.degree == pin]
-    known = {c.polynomial.degree for each in served for c in each.candidates}
-    for degree in sorted(known):
+    for degree in sorted({c.polynomial.degree for each in served for c in each.candidates}):
         if degree > int(str(pin.value)):
-            tried = _changed(calibration, lambda each: each.settings.degree == pin, _pinned_to(degree))
-            if make_plan(tried, program, limits) is not None:
+            higher = replace(pin, value=degree)
+            tried = _changed(
+                calibration,
+                lambda each: each.settings.degree == pin,
+                lambda each, rule=higher: replace(each, settings=replace(each.settings, degree=rule)),  # type: ignore[misc]
+            )
+            if make_plan(tried, limits) is not None:
                 return degree
     return None
 
 
-def _exact(calibration: Calibration, program: Program, limits: Limits) -> list[str]:
+def _exact(calibration: Calibration, limits: Limits) -> list[str]:
     """Attentions that, left exact, leave a plan for the rest: greedily, the largest errors first."""
 
     def least(each: Attention) -> float:
-        gain = each.output_gain.value if each.output_gain else 1.0
+        gain = each.gains.output.value if each.gains.output else 1.0
         return gain * min((c.output for c in each.candidates), default=inf)
 
     ruled = [each for each in calibration.attentions if each.settings.asked and each.candidates]
@@ -131,26 +119,19 @@ def _exact(calibration: Calibration, program: Program, limits: Limits) -> list[s
             lambda other, e=each: other is e,  # type: ignore[misc]
             lambda other: replace(_free(other), candidates=(), obstacle="exact"),
         )
-        if make_plan(tried, program, limits) is not None:
+        if make_plan(tried, limits) is not None:
             return paths
     return []
 
 
-def _larger(calibration: Calibration, program: Program, limits: Limits, scaled: Limits) -> Limits | None:
+def _larger(calibration: Calibration, limits: Limits, scaled: Limits) -> Limits | None:
     """The same limits times the least factor, with two digits, that leaves a plan."""
     factor = 1.0
     while factor < MOST:
         factor *= SLACK
-        if make_plan(calibration, program, _times(scaled, factor)) is not None:
-            larger = _times(limits, factor * SLACK)
-            return Limits(
-                *(None if limit is None else _up(limit) for limit in (larger.output, larger.gradient))
-            )
+        if make_plan(calibration, _each(scaled, partial(mul, factor))) is not None:
+            return _each(_each(limits, partial(mul, factor * SLACK)), _up)
     return None
-
-
-def _times(limits: Limits, factor: float) -> Limits:
-    return Limits(*(None if limit is None else limit * factor for limit in (limits.output, limits.gradient)))
 
 
 def _up(value: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,22 +10,20 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 import torch
-from msgspec.structs import asdict
 from torch import Tensor, nn
 
-from fastgrad_compiler.ir.graph import Budget, Program
-from fastgrad_compiler.pipeline import Stage, run
-from fastgrad_compiler.planning.plan import Assignment
+from fastgrad_compiler.ir.graph import Budget
 from fastgrad_compiler.runtime.attention_op import compute_dtype
 from fastgrad_compiler.runtime.guard import LOGGER
-from fastgrad_dsl.calibration.calibrate import Calibration, Data, Tell, calibrate
+from fastgrad_dsl.calibration.calibrate import Calibration, Tell, calibrate
 from fastgrad_dsl.calibration.capture import Subject
 from fastgrad_dsl.calibration.document import calibration_document
 from fastgrad_dsl.calibration.pace import MachinePace, default_pace, machine_pace
-from fastgrad_dsl.calibration.plan import Limits, Plan, decisions, make_plan
+from fastgrad_dsl.calibration.plan import Plan, decisions, make_plan
 from fastgrad_dsl.calibration.refusal import refusal
-from fastgrad_dsl.documents.calibration import Round, Verification
-from fastgrad_dsl.documents.plan import is_approximated
+from fastgrad_dsl.documents.base import picked
+from fastgrad_dsl.documents.calibration import Limits, Round, UsedCalibration, Verification
+from fastgrad_dsl.documents.plan import approximated_of
 from fastgrad_dsl.models.batches import dims_of, model_inputs, random_batch, target_inputs, tokens_of
 from fastgrad_dsl.models.measure import whole_errors
 from fastgrad_dsl.models.sizes import batch_sizes
@@ -66,7 +63,6 @@ def replan(compiled: Compiled, request: Request, tell: Tell = lambda what: None)
 
     Raises TfgError FG312 where rules of the budget keep its limits from being met, and what the plan pass refuses.
     """
-    program = next(stage.program for stage in compiled.stages if stage.name == "attention")
     model = request.model if request.model is not None else compiled.module(seed=request.seed)
     if request.model is None:
         request = replace(request, weights=f"initial weights, seed {request.seed}")
@@ -77,24 +73,21 @@ def replan(compiled: Compiled, request: Request, tell: Tell = lambda what: None)
     measured = machine_pace if request.measured_pace else default_pace
     pace = request.pace or measured(compiled.target)
     weights = {name: _cast((weight,), dtype)[0] for name, weight in model.state_dict().items()}
-    subject = Subject(program, weights, compiled.loss)
-    data = Data(used, described, request.weights, dims_of(compiled.plan_document, used[0]), request.seed)
-    calibration = calibrate(subject, data, pace, tell)
-    return _Verified(compiled, program, model, calibration, used, held_out, tell).plan()
+    subject = Subject(compiled.recognised, weights, compiled.loss)
+    dims = dims_of(compiled.plan_document, used[0])
+    what = UsedCalibration(described, request.weights, len(used), dims, request.seed)
+    calibration = calibrate(subject, used, what, pace, tell)
+    return _Verified(compiled, model, calibration, used, held_out, tell).plan()
 
 
 @contextmanager
 def _silenced() -> Iterator[None]:
     """Without the warnings of guards."""
-
-    def none(record: logging.LogRecord) -> bool:
-        return False
-
-    LOGGER.addFilter(none)
+    before, LOGGER.disabled = LOGGER.disabled, True
     try:
         yield
     finally:
-        LOGGER.removeFilter(none)
+        LOGGER.disabled = before
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Batch:
@@ -123,7 +116,6 @@ class _Verified:
     """Plans until what is measured on the held-out batches keeps the budget."""
 
     compiled: Compiled
-    program: Program
     model: nn.Module
     calibration: Calibration
     used: Sequence[Batch]
@@ -131,78 +123,59 @@ class _Verified:
     tell: Callable[[str], None]
 
     def plan(self) -> Compiled:
-        budget = self.program.budget or Budget()
+        budget = self.calibration.program.budget or Budget()
         limits, rounds = Limits(budget.output, budget.gradient), list[Round]()
         for place in range(ROUNDS + 1):
-            plan = make_plan(self.calibration, self.program, limits)
+            plan = make_plan(self.calibration, limits)
             if plan is None:
                 break
             self.tell(f"verifying plan {place + 1}")
-            chosen = decisions(plan, self.calibration, self.program)
-            stages = self._stages(chosen)
-            output, gradient, violations = self._errors(stages)
+            planned = self.compiled.with_decisions(decisions(plan, self.calibration))
+            output, gradient, violations = self._errors(planned)
             rounds.append(Round(output.largest, gradient.largest, violations))
             excess = output.share(budget.output), gradient.share(budget.gradient)
             if max(excess) <= 1:
-                return self._compiled(plan, chosen, stages, rounds)
+                return self._documented(planned, plan, rounds)
             limits = Limits(
-                _tightened(limits.output, excess[0], plan.output),
-                _tightened(limits.gradient, excess[1], plan.gradient),
+                _tightened(limits.output, excess[0], plan.planned.output),
+                _tightened(limits.gradient, excess[1], plan.planned.gradient),
             )
-        plan = make_plan(self.calibration, self.program, Limits(0.0, 0.0))
+        plan = make_plan(self.calibration, Limits(0.0, 0.0))
         if plan is not None:
-            chosen = decisions(plan, self.calibration, self.program)
-            return self._compiled(plan, chosen, self._stages(chosen), rounds)
-        raise refusal(self.calibration, self.program, Limits(budget.output, budget.gradient), rounds)
+            planned = self.compiled.with_decisions(decisions(plan, self.calibration))
+            return self._documented(planned, plan, rounds)
+        raise refusal(self.calibration, Limits(budget.output, budget.gradient), rounds)
 
-    def _stages(self, chosen: Assignment) -> tuple[Stage, ...]:
-        compiled = self.compiled
-        return run(
-            compiled.stages[0].program, target=compiled.target, assignment=chosen, validate=compiled.validate
-        )
-
-    def _errors(self, stages: tuple[Stage, ...]) -> tuple[_Measured, _Measured, int]:
+    def _errors(self, planned: Compiled) -> tuple[_Measured, _Measured, int]:
         """Of output and gradient on all batches, and calls beyond their range.
 
         By PyTorch kernels: their numerics are those of every target.
         """
-        portable = replace(self.compiled, target="torch", stages=stages, calibration=None)
+        portable = replace(planned, target="torch")
         model = portable.module(seed=0, dtype=compute_dtype(*self.model.parameters()))
         model.load_state_dict(self.model.state_dict())
-        served = [e for e in portable.plan_document.attentions if e.decision == "polynomial"]
-        approximated = [is_approximated(entry) for entry in served]
+        approximated = approximated_of(portable.plan_document)
         if not any(approximated):
             return _Measured((0.0,), 1), _Measured((0.0,), 1), 0
         count = len(portable.plan_document.inputs)
         with _silenced():  # what guards find is counted below
+            pairs = [(batch[:count], batch[count:]) for batch in _distinct(self.used, self.held_out)]
             errors = [
-                whole_errors(
-                    model,
-                    batch[:count],
-                    batch[count:],
-                    portable.loss if batch[count:] else None,
-                    approximated,
-                )
-                for batch in _distinct(self.used, self.held_out)
+                whole_errors(model, inputs, targets, portable.loss if targets else None, approximated)
+                for inputs, targets in pairs
             ]
         violations = sum(each["violations"] for each in model.budget_status())  # type: ignore[operator]
         output, gradient = zip(*errors, strict=True)
         return _Measured(output, len(self.held_out)), _Measured(gradient, len(self.held_out)), violations
 
-    def _compiled(
-        self,
-        plan: Plan,
-        chosen: Assignment,
-        stages: tuple[Stage, ...],
-        rounds: Sequence[Round],
-    ) -> Compiled:
-        last = rounds[-1] if plan.output or plan.gradient else Round(0.0, 0.0, 0)
+    def _documented(self, planned: Compiled, plan: Plan, rounds: Sequence[Round]) -> Compiled:
+        last = rounds[-1] if plan.planned.output or plan.planned.gradient else Round(0.0, 0.0, 0)
         tokens = sum(tokens_of(self.compiled.plan_document, batch) for batch in self.held_out)
-        verification = Verification(
-            batches=len(self.held_out), tokens=tokens, **asdict(last), rounds=tuple(rounds)
+        verification = picked(
+            Verification, last, batches=len(self.held_out), tokens=tokens, rounds=tuple(rounds)
         )
-        document = calibration_document(self.calibration, plan, self.program, verification)
-        return replace(self.compiled, stages=stages, calibration=document, assignment=chosen)
+        document = calibration_document(self.calibration, plan, verification)
+        return replace(planned, calibration=document)
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,8 @@ class LocalErrors:
         return _share(self.gradient, self.gradient_size, heads)
 
     def __add__(self, other: LocalErrors) -> LocalErrors:
-        return LocalErrors(
-            self.output + other.output,
-            self.output_size + other.output_size,
-            self.gradient + other.gradient,
-            self.gradient_size + other.gradient_size,
-        )
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return LocalErrors(*(one + two for one, two in pairs))
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,8 @@ from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
 from fastgrad_dsl.documents.base import Document
-from fastgrad_dsl.documents.calibration import Calibration, Candidate, Planned
-from fastgrad_dsl.documents.write import to_json
+from fastgrad_dsl.documents.calibration import Calibration, Candidate, Limits, Planned
 from fastgrad_dsl.report.words import folded
-from fastgrad_dsl.storage.outputs import write_output
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
 
@@ -33,7 +31,7 @@ FORMAT = "fastgrad-advice-1"
 
 @dataclass(frozen=True)
 class AdviceRequest:
-    """Which model of which file, and, with `data`, what to measure candidates on (`CalibrationRequest`)."""
+    """Which model of which file, and, with `data`, what to measure candidates on (`calibrated`)."""
 
     file: Path
     params: Mapping[str, object]
@@ -44,13 +42,6 @@ class AdviceRequest:
     dims: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     include: Sequence[Path] = ()
-
-
-class Limits(Document, frozen=True):
-    """Those of the budget."""
-
-    output: float | None
-    gradient: float | None
 
 
 class AdvisedAttention(Document, frozen=True):
@@ -112,14 +103,14 @@ def make_advice(request: AdviceRequest, tell: Tell = lambda what: None) -> Advic
 
 def _measured(request: AdviceRequest, source: Source, elaborated: Program, tell: Tell) -> Calibration | None:
     """The calibration document of the file, rules of its budget left out: all candidates are to be seen."""
-    from fastgrad_dsl.calibration.data import CalibrationRequest, calibrated
+    from fastgrad_dsl.calibration.data import calibrated
 
     budget = elaborated.budget
     free = elaborated if budget is None else replace(elaborated, budget=replace(budget, rules=()))
     stages = run(free, target=request.target, validate=False)
     compiled = Compiled(source, request.target, stages, dict(request.params), validate=False)
-    asked = CalibrationRequest(str(request.data), request.weights, request.dims, request.seed)
-    return calibrated(compiled, asked, tell).calibration
+    data, weights = str(request.data), request.weights
+    return calibrated(compiled, data, tell, dims=request.dims, weights=weights, seed=request.seed).calibration
 
 
 def _document(advised: Advised, measured: Calibration | None) -> AdvisedAttention:
@@ -140,11 +131,6 @@ def _document(advised: Advised, measured: Calibration | None) -> AdvisedAttentio
     )
 
 
-def write_advice(path: Path, advice: AdviceDocument) -> None:
-    """Write the advice as JSON, atomically."""
-    write_output(path, to_json(advice))
-
-
 def print_advice(document: AdviceDocument, *, wide: bool = False) -> None:
     """A table for each kind of attention; every number says what it is. `wide`: with rank, eps and what is changed."""
     out = console()
@@ -160,16 +146,11 @@ def print_advice(document: AdviceDocument, *, wide: bool = False) -> None:
         if each.candidates and document.measured:
             _print_measured(out, each.candidates, document.measured)
     out.print()
-    say(
-        out, "time: beside exact attention of the model as it is, an estimate of the cost model.", style="dim"
-    )
-    eps = "eps, " if wide else ""
-    say(
-        out,
-        f"{eps}output (share of the values' range) and gradient (share of omega): bounds. "
-        f"A change of the model needs training.{'' if wide else ' `fastgrad advise --wide` shows rank and eps.'}",
-        style="dim",
-    )
+    time = "time: beside exact attention of the model as it is, an estimate of the cost model."
+    bounds = "output (share of the values' range) and gradient (share of omega): bounds."
+    more = "" if wide else " `fastgrad advise --wide` shows rank and eps."
+    say(out, time, style="dim")
+    say(out, f"{'eps, ' * wide}{bounds} A change of the model needs training.{more}", style="dim")
 
 
 Shown = tuple[Column, Callable[[Advice], str]]
@@ -188,16 +169,13 @@ OPTION_MORE: tuple[Shown, ...] = (
 def _print_options(out: Console, advice: Sequence[Advice], length: int, shown: list[Shown]) -> None:
     """What could be done, feasible changes first, the fastest of them first."""
     best = cheapest(advice)
-    time = Column(f"time at\nn = {length:,}")
-    rows = [
-        [
-            each.change + (" (cheapest)" if each == best else ""),
-            f"{each.time:.2g}",
-            *(cell(each) for _, cell in shown),
-        ]
-        for each in sorted(advice, key=lambda a: (not a.feasible, a.time))
+    made: list[Shown] = [
+        (Column("change", is_number=False), lambda a: a.change + (" (cheapest)" if a == best else "")),
+        (Column(f"time at\nn = {length:,}"), lambda a: f"{a.time:.2g}"),
+        *shown,
     ]
-    print_table(out, [Column("change", is_number=False), time, *(column for column, _ in shown)], rows)
+    ordered = sorted(advice, key=lambda a: (not a.feasible, a.time))
+    print_table(out, [column for column, _ in made], [[cell(each) for _, cell in made] for each in ordered])
 
 
 def _print_measured(out: Console, candidates: Sequence[Candidate], measured: Measured) -> None:

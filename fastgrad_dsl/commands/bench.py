@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.planning.candidates import MAX_RANK
 from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_dsl.bench.cells import Cell, extrapolated
-from fastgrad_dsl.bench.contenders import Contender, Inputs, make_inputs
+from fastgrad_dsl.bench.contenders import Contender, make_inputs
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.memory import attention_peaks
 from fastgrad_dsl.bench.peak import peak_flops
@@ -22,9 +21,7 @@ from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
 from fastgrad_dsl.models.batches import memory_bytes
 from fastgrad_dsl.plots.panels import Panel, Series, render
-from fastgrad_dsl.storage.outputs import write_output
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
-from fastgrad_grammar.quote import json_text
+from fastgrad_grammar.diagnostics import TfgError
 
 LENGTHS, QUICK_LENGTHS = (1024, 4096, 16384), (256, 1024)
 SECONDS, QUICK_SECONDS = 10.0, 2.0  # for the passes of one attention at one length
@@ -42,45 +39,37 @@ LONGEST_EXACT = 60.0  # seconds that a pass of exact attention may take; longer 
 class BenchRequest:
     """What to measure; no lengths: those of the default or the quick run. `threads` None: as many as PyTorch takes."""
 
-    lengths: tuple[int, ...]
-    d: int
+    polynomial: Contender
     degree: int
-    near: int | None
-    heads: int
-    dv: int
+    lengths: tuple[int, ...]
     threads: int | None
     repeats: int
-    target: str
     quick: bool
 
     @property
-    def contenders(self) -> tuple[Contender, Contender]:
-        """The polynomial and the exact one."""
-        polynomial = Contender(self.heads, self.d, self.dv, self.degree, self.near, self.target)
-        return polynomial, replace(polynomial, degree=None, near=None)
+    def exact(self) -> Contender:
+        """What it is measured beside."""
+        return replace(self.polynomial, degree=None, near=None)
 
 
 def check_request(request: BenchRequest) -> None:
     """Raise TfgError FG416 for what cannot be served or does not fit, FG420 for a target that is not available."""
-    size = rank(request.d, request.degree)
+    served, degree = request.polynomial, request.degree
+    size, option = rank(served.d, degree), f"--degree {degree}"
     if size > MAX_RANK:
-        raise _refused(
-            f"--degree {request.degree} with --d {request.d} has rank {size:,}, more than {MAX_RANK:,}",
-            "take a smaller degree or a smaller d",
-        )
+        said = f"{option} with --d {served.d} has rank {size:,}, more than {MAX_RANK:,}"
+        raise TfgError.of("FG416", said, "take a smaller degree or a smaller d")
     try:
-        positive = fit("balanced", request.degree, 1.0).positive
+        positive = fit("balanced", degree, 1.0).positive
     except ValueError as error:
-        raise _refused(f"--degree {request.degree}: {error}", "take a smaller degree") from None
+        raise TfgError.of("FG416", f"{option}: {error}", "take a smaller degree") from None
     if not positive:
-        raise _refused(f"--degree {request.degree}: its polynomial is not positive", "take an even degree")
-    numbers = max(request.lengths, default=1) * request.heads * (4 * request.d + 4 * request.dv)
+        raise TfgError.of("FG416", f"{option}: its polynomial is not positive", "take an even degree")
+    numbers = max(request.lengths, default=1) * served.heads * (4 * served.d + 4 * served.dv)
     if 4 * numbers > memory_bytes():
-        raise _refused(
-            "the inputs and their gradients do not fit into memory", "take a smaller --n or --heads"
-        )
-    polynomial, _ = request.contenders
-    polynomial.ready()
+        said = "the inputs and their gradients do not fit into memory"
+        raise TfgError.of("FG416", said, "take a smaller --n or --heads")
+    served.ready()
 
 
 def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -101,12 +90,10 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
         measured = [cell for cell in found if cell.degree is None and cell.measured]
         exact_cell = measured[0] if measured else exact_cell
     memory = []
-    if not request.quick:
-        polynomial, _ = request.contenders
-        for n in sorted(set(lengths)):
-            progress(f"memory at n = {n:,}")
-            peaks = attention_peaks(polynomial, n, threads)
-            memory.append({"contender": asdict(polynomial), "n": n, **peaks})
+    for n in [] if request.quick else sorted(set(lengths)):
+        progress(f"memory at n = {n:,}")
+        peaks = attention_peaks(request.polynomial, n, threads)
+        memory.append({"contender": asdict(request.polynomial), "n": n, **peaks})
     section = {
         "machine": describe_machine(threads),
         "peak_flops": peak,
@@ -119,7 +106,7 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
 
 def _measure(request: BenchRequest, n: int, before: Cell | None) -> list[Cell]:
     """Both attentions at one length; the exact one extrapolated from `before` where it would take too long."""
-    polynomial, exact = request.contenders
+    polynomial, exact = request.polynomial, request.exact
     predicted = 0.0 if before is None else extrapolated(before, n).timing.total
     contenders = [polynomial] if predicted > LONGEST_EXACT else [polynomial, exact]
     times = time_together(
@@ -136,24 +123,13 @@ def _measure(request: BenchRequest, n: int, before: Cell | None) -> list[Cell]:
 
 def _output_error(request: BenchRequest, n: int) -> dict[str, object]:
     """Relative L2 error of the output against exact attention in float64."""
-    polynomial, exact = request.contenders
-    inputs = polynomial.inputs(n)
-    precise: Inputs = make_inputs(n, request.heads, request.d, request.dv, dtype=torch.float64)
+    served = request.polynomial
+    inputs = served.inputs(n)
+    precise = make_inputs(n, served.heads, served.d, served.dv, dtype=torch.float64)
     with torch.no_grad():
-        found = polynomial.function()(inputs.q, inputs.k, inputs.v)
-        expected = exact.function()(precise.q, precise.k, precise.v)
+        found = served.function()(inputs.q, inputs.k, inputs.v)
+        expected = request.exact.function()(precise.q, precise.k, precise.v)
     return {"n": n, "relative_l2": ((found - expected).norm() / expected.norm()).item()}
-
-
-def write_files(document: dict[str, Any], json_file: Path | None, svg_file: Path | None) -> None:
-    """Write what is asked for. Raises OSError."""
-    texts = []
-    if json_file is not None:
-        texts.append((json_file, json_text(document, 2) + "\n"))
-    if svg_file is not None:
-        texts.append((svg_file, plot(document)))
-    for path, text in texts:
-        write_output(path, text)
 
 
 def plot(document: dict[str, Any]) -> str:
@@ -213,7 +189,3 @@ def print_bench(document: dict[str, Any]) -> None:
         f"relative error of the output against float64 softmax, logits within 1, n = {error['n']:,}: "
         f"{error['relative_l2']:.2g} (measured)",
     )
-
-
-def _refused(message: str, help_: str) -> TfgError:
-    return TfgError([Diagnostic("FG416", message, help=(help_,))])

@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from typer import Argument, Option
 
 from fastgrad_dsl import __version__
 from fastgrad_dsl.commands.failures import diagnostics, run_command
-from fastgrad_dsl.storage.outputs import rewrite, try_file, try_folder
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
-from fastgrad_grammar.quote import terminal
+from fastgrad_dsl.storage.outputs import rewrite, try_file, try_folder, write_output
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError, suggestions
+from fastgrad_grammar.quote import json_text, terminal
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.render import render
 
@@ -56,44 +57,36 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool, Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Options of the command itself."""
 
 
-# A file that cannot be read is told by what reads it, as all errors are, not by typer.
-File = Annotated[Path, typer.Argument(help="A .tfg file.", show_default=False, readable=False)]
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="The model to use, if the file has several.")
-]
+def _path(help_: str, *names: str, metavar: str | None = None) -> Any:
+    """An option for a path: one that cannot be read is told by what reads it, as all errors are, not by typer."""
+    return Option(*names, help=help_, metavar=metavar, readable=False)
+
+
+File = Annotated[Path, Argument(help="A .tfg file.", show_default=False, readable=False)]
+Model = Annotated[str | None, Option("--model", "-m", help="The model to use, if the file has several.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Override a param; can be repeated."),
+    Option("--set", metavar="NAME=VALUE", help="Override a param; can be repeated."),
 ]
 Include = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--include",
-        "-I",
-        metavar="DIR",
-        help="A folder that `use` may read from; can be repeated.",
-        readable=False,
-    ),
+    _path("A folder that `use` may read from; can be repeated.", "--include", "-I", metavar="DIR"),
 ]
 Dim = Annotated[
     list[str] | None,
-    typer.Option(
-        "--dim", metavar="NAME=SIZE", help="Size of a run-time dim of the batches; can be repeated."
-    ),
+    Option("--dim", metavar="NAME=SIZE", help="Size of a run-time dim of the batches; can be repeated."),
 ]
-Weights = Annotated[
-    Path | None, typer.Option(help="A .safetensors file with the model's weights.", readable=False)
-]
-Seed = Annotated[int, typer.Option(min=0, max=LARGEST, help="Seed of initial weights and random batches.")]
-Wide = Annotated[bool, typer.Option("--wide", help="Show every column of the tables.")]
+Weights = Annotated[Path | None, _path("A .safetensors file with the model's weights.")]
+Seed = Annotated[int, Option(min=0, max=LARGEST, help="Seed of initial weights and random batches.")]
+Wide = Annotated[bool, Option("--wide", help="Show every column of the tables.")]
 Target = Annotated[
-    str, typer.Option(help="torch, cpp (C++ on a CPU), triton (on a GPU) or auto (chooses by device).")
+    str, Option(help="torch, cpp (C++ on a CPU), triton (on a GPU) or auto (chooses by device).")
 ]
 
 
@@ -109,14 +102,14 @@ def check(file: File, model: Model = None, set_: Set = None, include: Include = 
 @app.command(name="compile")
 def compile_(
     file: File,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", readable=False)],
+    out: Annotated[Path, _path("The folder to write.", "--out", "-o")],
     model: Model = None,
     set_: Set = None,
     include: Include = None,
     target: Target = "auto",
     calibrate: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="DATA",
             help="Plan from measurements on DATA: a text, a .safetensors file of batches, or the word random.",
         ),
@@ -126,15 +119,13 @@ def compile_(
     seed: Seed = 0,
     validate: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--validate/--no-validate", help="Compare the program before and after each pass on small inputs."
         ),
     ] = True,
     force: Annotated[
         bool,
-        typer.Option(
-            "--force", help="Write even to a folder that holds something else or was changed by hand."
-        ),
+        Option("--force", help="Write even to a folder that holds something else or was changed by hand."),
     ] = False,
 ) -> None:
     """Compile a file to a folder with a readable model.py that needs only PyTorch.
@@ -147,26 +138,20 @@ def compile_(
 
     import fastgrad_dsl as fg
     from fastgrad_dsl.api.native_build import build_kernels
-    from fastgrad_dsl.calibration.data import RANDOM, CalibrationRequest, calibrated
+    from fastgrad_dsl.calibration.data import RANDOM, calibrated
     from fastgrad_dsl.commands.terminal import print_calibration, print_plan, progress
     from fastgrad_dsl.storage.build_manifest import check_folder
 
     check_folder(out, force=force)  # before anything that takes time
     compiled = fg.compile(
-        file,
-        params=_params(set_),
-        model=model,
-        target=target,
-        validate=validate,
-        include=include or (),
+        file, params=_params(set_), model=model, target=target, validate=validate, include=include or ()
     )
     budget = compiled.program.budget
     if calibrate is None and budget is not None and budget.trust == "calibrated":
         calibrate = RANDOM
     if calibrate is not None:
         with progress("calibrating:") as tell:
-            request = CalibrationRequest(calibrate, weights, _sizes(dim), seed)
-            compiled = calibrated(compiled, request, tell)
+            compiled = calibrated(compiled, calibrate, tell, dims=_sizes(dim), weights=weights, seed=seed)
     compiled.write(out, force=force)
     print_plan(compiled.program, str(file))
     if compiled.calibration is not None:
@@ -184,14 +169,12 @@ def advise(
     file: File,
     calibrate: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="Also measure candidates on DATA, as `compile --calibrate` does."),
+        Option(metavar="DATA", help="Also measure candidates on DATA, as `compile --calibrate` does."),
     ] = None,
     weights: Weights = None,
     dim: Dim = None,
     seed: Seed = 0,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Also write the advice as JSON.", readable=False)
-    ] = None,
+    json_: Annotated[Path | None, _path("Also write the advice as JSON.", "--json")] = None,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
@@ -201,8 +184,9 @@ def advise(
     """Show what would make the budget feasible or cheaper for each attention, and its price in time and error."""
     try_file(json_)
 
-    from fastgrad_dsl.commands.advise import AdviceRequest, make_advice, print_advice, write_advice
+    from fastgrad_dsl.commands.advise import AdviceRequest, make_advice, print_advice
     from fastgrad_dsl.commands.terminal import progress
+    from fastgrad_dsl.documents.write import to_json
 
     request = AdviceRequest(
         file, _params(set_), model, target, calibrate, weights, _sizes(dim), seed, include or ()
@@ -211,13 +195,13 @@ def advise(
         advice = make_advice(request, tell)
     print_advice(advice, wide=wide)
     if json_ is not None:
-        write_advice(json_, advice)
+        write_output(json_, to_json(advice))
 
 
 @app.command()
 def stages(
     file: File,
-    after: Annotated[str | None, typer.Option(help="Show only the program after this pass.")] = None,
+    after: Annotated[str | None, Option(help="Show only the program after this pass.")] = None,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
@@ -228,7 +212,7 @@ def stages(
 
     names = ["elaborate", *(p.name for p in PASSES)]
     if after is not None and after not in names:
-        raise TfgError([_unknown("pass", after, names)])
+        raise TfgError.of("FG417", f"unknown pass {after}", *suggestions(after, names))
     for stage in _stages(file, model, set_, include, until=after):
         if after in (None, stage.name):
             print(f"# after {stage.name} ({1000 * stage.seconds:.1f} ms)\n\n{print_program(stage.program)}")
@@ -238,28 +222,20 @@ def stages(
 def report(
     where: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             metavar="DIR_OR_FILE", help="A folder that `compile` wrote, or a .tfg file.", readable=False
         ),
     ],
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Also write the report as JSON.", readable=False)
-    ] = None,
+    json_: Annotated[Path | None, _path("Also write the report as JSON.", "--json")] = None,
     html: Annotated[
         Path | None,
-        typer.Option(
-            "--html", help="Also write the report as one HTML page that opens offline.", readable=False
-        ),
+        _path("Also write the report as one HTML page that opens offline.", "--html"),
     ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Measure on this text instead of random inputs.", readable=False)
-    ] = None,
+    text: Annotated[Path | None, _path("Measure on this text instead of random inputs.")] = None,
     weights: Weights = None,
     dim: Dim = None,
     seed: Seed = 0,
-    measure: Annotated[
-        bool, typer.Option(help="Run the model, or show only what is known without data.")
-    ] = True,
+    measure: Annotated[bool, Option(help="Run the model, or show only what is known without data.")] = True,
     wide: Wide = False,
     model: Model = None,
     set_: Set = None,
@@ -271,8 +247,8 @@ def report(
 
     from fastgrad_dsl.api.report import ReportRequest, make_report
     from fastgrad_dsl.commands.terminal import print_report, progress
-    from fastgrad_dsl.report.document import write_json
-    from fastgrad_dsl.report.page import write_html
+    from fastgrad_dsl.documents.write import to_json
+    from fastgrad_dsl.report.page import render_html
 
     request = ReportRequest(
         where, _params(set_), model, text, weights, _sizes(dim), seed, measure, include=include or ()
@@ -281,47 +257,35 @@ def report(
         result = make_report(request, tell)
     print_report(result, wide=wide)
     if json_ is not None:
-        write_json(json_, result)
+        write_output(json_, to_json(result))
     if html is not None:
-        write_html(html, result)
+        write_output(html, render_html(result))
 
 
 @app.command()
 def train(
     file: File,
-    text: Annotated[
-        Path, typer.Option(help="The text to learn, any file; its bytes are the tokens.", readable=False)
-    ],
-    steps: Annotated[int, typer.Option(min=0, max=LARGEST, help="Number of optimiser steps.")] = 1000,
-    seq: Annotated[int, typer.Option(min=1, max=MANY, help="Tokens per sequence.")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences per step.")] = 1,
-    rate: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Peak learning rate.")] = 1e-3,
-    clip: Annotated[
-        float, typer.Option(min=0.0, callback=_finite, help="Largest norm of the gradient.")
-    ] = 1.0,
-    seed: Annotated[
-        int, typer.Option(min=0, max=LARGEST, help="Seed of the weights and of the batches.")
-    ] = 0,
+    text: Annotated[Path, _path("The text to learn, any file; its bytes are the tokens.")],
+    steps: Annotated[int, Option(min=0, max=LARGEST, help="Number of optimiser steps.")] = 1000,
+    seq: Annotated[int, Option(min=1, max=MANY, help="Tokens per sequence.")] = 1024,
+    batch: Annotated[int, Option(min=1, max=MANY, help="Sequences per step.")] = 1,
+    rate: Annotated[float, Option(min=0.0, callback=_finite, help="Peak learning rate.")] = 1e-3,
+    clip: Annotated[float, Option(min=0.0, callback=_finite, help="Largest norm of the gradient.")] = 1.0,
+    seed: Annotated[int, Option(min=0, max=LARGEST, help="Seed of the weights and of the batches.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder of the run; runs/NAME by default.", readable=False),
+        _path("Folder of the run; runs/NAME by default.", "--out", "-o"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the checkpoint in the run's folder.")
+        bool, Option("--resume", help="Continue from the checkpoint in the run's folder.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the run that is in the folder.")] = False,
-    every: Annotated[
-        int, typer.Option(min=1, max=MANY, help="Steps between validations and checkpoints.")
-    ] = 100,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Train with exact softmax attention instead.")
-    ] = False,
+    force: Annotated[bool, Option("--force", help="Replace the run that is in the folder.")] = False,
+    every: Annotated[int, Option(min=1, max=MANY, help="Steps between validations and checkpoints.")] = 100,
+    exact: Annotated[bool, Option("--exact", help="Train with exact softmax attention instead.")] = False,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Plan from measurements on the text before training.")
+        bool, Option("--calibrate", help="Plan from measurements on the text before training.")
     ] = False,
-    sample: Annotated[
-        int, typer.Option(min=0, max=LARGEST, help="Bytes of text to generate at the end.")
-    ] = 200,
+    sample: Annotated[int, Option(min=0, max=LARGEST, help="Bytes of text to generate at the end.")] = 200,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
@@ -333,7 +297,7 @@ def train(
     checkpoint and stops; the same command with --resume continues from there, with more --steps if you like.
     """
     if resume and force:
-        raise TfgError([Diagnostic("FG416", "--resume continues a run and --force replaces it: give one")])
+        raise TfgError.of("FG416", "--resume continues a run and --force replaces it: give one")
     folder = out or Path("runs") / (file.stem + ("-exact" if exact else ""))
     if not resume:  # where a run that is finished changes nothing
         try_folder(folder)
@@ -354,28 +318,24 @@ def train(
 def bench(
     n: Annotated[
         list[int] | None,
-        typer.Option("--n", min=1, max=MANY, help="A sequence length in tokens; can be repeated."),
+        Option("--n", min=1, max=MANY, help="A sequence length in tokens; can be repeated."),
     ] = None,
-    d: Annotated[int, typer.Option("--d", min=1, max=MANY, help="Width of queries and keys.")] = 16,
-    degree: Annotated[int, typer.Option(min=1, max=1000, help="Degree of the polynomial.")] = 2,
+    d: Annotated[int, Option("--d", min=1, max=MANY, help="Width of queries and keys.")] = 16,
+    degree: Annotated[int, Option(min=1, max=1000, help="Degree of the polynomial.")] = 2,
     near: Annotated[
-        int | None, typer.Option(min=1, max=MANY, help="Tokens per block of the exact near field.")
+        int | None, Option(min=1, max=MANY, help="Tokens per block of the exact near field.")
     ] = None,
-    heads: Annotated[int, typer.Option(min=1, max=MANY, help="Number of heads.")] = 8,
-    dv: Annotated[int, typer.Option("--dv", min=1, max=MANY, help="Width of values.")] = 64,
+    heads: Annotated[int, Option(min=1, max=MANY, help="Number of heads.")] = 8,
+    dv: Annotated[int, Option("--dv", min=1, max=MANY, help="Width of values.")] = 64,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=os.cpu_count(), help="Threads; by default as many as PyTorch uses."),
+        Option(min=1, max=os.cpu_count(), help="Threads; by default as many as PyTorch uses."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, max=MANY, help="Number of passes; the median is shown.")] = 5,
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="Also write the numbers as JSON.", readable=False)
-    ] = None,
-    svg: Annotated[
-        Path | None, typer.Option(help="Also write a plot of time against length.", readable=False)
-    ] = None,
+    repeats: Annotated[int, Option(min=1, max=MANY, help="Number of passes; the median is shown.")] = 5,
+    json_: Annotated[Path | None, _path("Also write the numbers as JSON.", "--json")] = None,
+    svg: Annotated[Path | None, _path("Also write a plot of time against length.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Short lengths and no memory measurements: takes seconds.")
+        bool, Option("--quick", help="Short lengths and no memory measurements: takes seconds.")
     ] = False,
     target: Target = "auto",
 ) -> None:
@@ -383,26 +343,29 @@ def bench(
     try_file(json_)
     try_file(svg)
 
-    from fastgrad_dsl.commands.bench import BenchRequest, print_bench, run_bench, write_files
+    from fastgrad_dsl.bench.contenders import Contender
+    from fastgrad_dsl.commands.bench import BenchRequest, plot, print_bench, run_bench
     from fastgrad_dsl.commands.terminal import progress
 
-    request = BenchRequest(tuple(n or ()), d, degree, near, heads, dv, threads, repeats, target, quick)
+    polynomial = Contender(heads, d, dv, degree, near, target)
+    request = BenchRequest(polynomial, degree, tuple(n or ()), threads, repeats, quick)
     with progress("measuring") as tell:
         result = run_bench(request, tell)
     print_bench(result)
-    write_files(result, json_, svg)
+    if json_ is not None:
+        write_output(json_, json_text(result, 2) + "\n")
+    if svg is not None:
+        write_output(svg, plot(result))
 
 
 @app.command()
 def tune(
     file: File,
-    seq: Annotated[int, typer.Option(min=1, max=MANY, help="Tokens per sequence.")] = 8192,
-    batch: Annotated[int, typer.Option(min=1, max=MANY, help="Sequences per batch.")] = 1,
-    dtype: Annotated[
-        str, typer.Option(help="Type of the inputs: float32, float16 or bfloat16.")
-    ] = "bfloat16",
+    seq: Annotated[int, Option(min=1, max=MANY, help="Tokens per sequence.")] = 8192,
+    batch: Annotated[int, Option(min=1, max=MANY, help="Sequences per batch.")] = 1,
+    dtype: Annotated[str, Option(help="Type of the inputs: float32, float16 or bfloat16.")] = "bfloat16",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the candidates and time nothing; needs no GPU.")
+        bool, Option("--dry-run", help="List the candidates and time nothing; needs no GPU.")
     ] = False,
     model: Model = None,
     set_: Set = None,
@@ -423,9 +386,9 @@ def tune(
 
 @app.command()
 def fmt(
-    files: Annotated[list[Path], typer.Argument(help=".tfg files.", show_default=False, readable=False)],
+    files: Annotated[list[Path], Argument(help=".tfg files.", show_default=False, readable=False)],
     check_: Annotated[
-        bool, typer.Option("--check", help="Change nothing; fail if a file is not formatted.")
+        bool, Option("--check", help="Change nothing; fail if a file is not formatted.")
     ] = False,
 ) -> None:
     """Format .tfg files in place, keeping comments."""
@@ -489,8 +452,7 @@ def _sizes(assignments: list[str] | None) -> dict[str, int]:
     sizes = {}
     for name, value in (_split("--dim", text) for text in assignments or []):
         if not value.isdecimal() or len(value) > len(str(MANY)) or not 1 <= int(value) <= MANY:
-            message = f"--dim {name}={value}: a size is a whole number from 1 to {MANY}"
-            raise TfgError([Diagnostic("FG416", message)])
+            raise TfgError.of("FG416", f"--dim {name}={value}: a size is a whole number from 1 to {MANY}")
         sizes[name] = int(value)
     return sizes
 
@@ -499,13 +461,5 @@ def _split(option: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         help_ = (f"write {option} {name or 'name'}=value",)
-        raise TfgError([Diagnostic("FG416", f"{option} {text}: expected NAME=VALUE", help=help_)])
+        raise TfgError.of("FG416", f"{option} {text}: expected NAME=VALUE", *help_)
     return name.strip(), value.strip()
-
-
-def _unknown(kind: str, name: str, known: list[str]) -> Diagnostic:
-    from fastgrad_grammar.diagnostics import nearest
-
-    near = nearest(name, known)
-    help_ = ((f"did you mean {near}?",) if near else ()) + (f"known: {', '.join(known)}",)
-    return Diagnostic("FG417", f"unknown {kind} {name}", help=help_)

@@ -9,7 +9,7 @@ from fastgrad_dsl.documents.pairs import WHATS, What, of
 from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.documents.report import Kind, Report
 from fastgrad_dsl.documents.report import ReportedAttention as Entry
-from fastgrad_dsl.report.words import bound, factor, number
+from fastgrad_dsl.report.words import bound, factor, family, number
 
 KINDS: tuple[Kind, ...] = ("measured", "estimate", "bound")  # of errors, the best first
 
@@ -21,10 +21,7 @@ PLAN: tuple[Made, ...] = (
     (Column("rank"), lambda entry: number(entry.rank)),
     (Column("R"), lambda entry: number(entry.bound)),
     EPS,
-    (
-        Column("rounding\nbound"),
-        lambda entry: number(entry.rounding.weights if entry.rounding else None),
-    ),
+    (Column("rounding\nbound"), lambda entry: number(entry.rounding.weights if entry.rounding else None)),
     (Column("exact\nbelow"), lambda entry: number(entry.break_even)),
 )
 
@@ -75,8 +72,7 @@ def _legend(report: Report, kinds: set[str], *, wide: bool) -> list[str]:
 def _decision(entry: Entry) -> str:
     if entry.decision != "polynomial":
         return "exact"
-    family = "own polynomial" if entry.family == "own" else entry.family
-    return f"{family} {entry.degree}" + ("" if entry.near is None else f", near {entry.near}")
+    return f"{family(entry.family)} {entry.degree}" + ("" if entry.near is None else f", near {entry.near}")
 
 
 def _error(what: What, kind: Kind) -> Made:

@@ -47,12 +47,10 @@ def print_table(out: Console, columns: Sequence[Column], rows: Sequence[Sequence
     height = max(map(len, headings))
     tops = zip(*([""] * (height - len(lines)) + lines for lines in headings), strict=True)
     for place, cells in enumerate([*tops, *rows]):
-        padded = (
-            " " * (width - cell_len(cell)) + cell
-            if column.is_number
-            else cell + " " * (width - cell_len(cell))
-            for column, cell, width in zip(columns, cells, widths, strict=True)
-        )
+        padded = []
+        for column, cell, width in zip(columns, cells, widths, strict=True):
+            space = " " * (width - cell_len(cell))
+            padded.append(space + cell if column.is_number else cell + space)
         _line(out, GAP.join(padded).rstrip(), "bold" if place < height else "")
 
 

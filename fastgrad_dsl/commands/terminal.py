@@ -11,11 +11,10 @@ from rich.segment import Segment
 from rich.text import Text
 
 from fastgrad_compiler.attention.table import attention_table
-from fastgrad_compiler.attention.value import OWN
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.commands.tables import print_table, say
 from fastgrad_dsl.documents.pairs import WHATS, of
-from fastgrad_dsl.report.words import as_exact, counted, folded, run_on, size, verified_on
+from fastgrad_dsl.report.words import as_exact, counted, family, folded, run_on, size, verified_on
 from fastgrad_grammar import quote
 
 if TYPE_CHECKING:  # `check` starts without msgspec
@@ -63,7 +62,7 @@ def print_plan(program: Program, file: str) -> None:
     rows: dict[tuple[str, str, str], list[str]] = {}
     for entry in table:
         attention, polynomial = entry.attention, entry.attention.polynomial
-        decision = f"{_family(polynomial.family)} degree {polynomial.degree}" if polynomial else "exact"
+        decision = f"{family(polynomial.family)} degree {polynomial.degree}" if polynomial else "exact"
         if polynomial and attention.near is not None:
             decision += f", {'exp' if attention.is_own else 'exact'} in blocks of {attention.near}"
         place = entry.span.short_place if entry.span else ""
@@ -95,10 +94,6 @@ def print_calibration(document: Calibration) -> None:
     if verified is not None and verified.violations:
         text = f"{counted(verified.violations, 'call')} had logits beyond their R: calibrate on more data"
         say(out, text, indent=2, style="yellow")
-
-
-def _family(family: object) -> str:
-    return "own polynomial" if family == OWN else str(family)
 
 
 def print_report(report: Report, *, wide: bool = False) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -22,10 +23,10 @@ from fastgrad_dsl.training.budget_watch import BudgetWatch
 from fastgrad_dsl.training.checkpoint import read_checkpoint
 from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, identity, publish, spec_files
 from fastgrad_dsl.training.log import Event
-from fastgrad_dsl.training.loop import Context, Loss, Options, generate, is_finished, train, train_in
-from fastgrad_dsl.training.plan import TextPlanner, plan_of, resumed_pace, resumed_plan, without_polynomials
+from fastgrad_dsl.training.loop import Context, Loss, Options, generate, is_finished, train
+from fastgrad_dsl.training.plan import TextPlanner, plan_of, resumed_plan, without_polynomials
 from fastgrad_dsl.training.stopping import Stop, StopAsked, Stopped, stop_on_signals
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 BYTES = 256
 PROMPT_BYTES = 64
@@ -56,7 +57,9 @@ def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module
     where a signal stopped the run, after its checkpoint is saved.
     """
     options = request.options
-    _check(options)
+    for name, value in (("--rate", options.learning_rate), ("--clip", options.clip)):
+        if not math.isfinite(value):
+            raise TfgError.of("FG416", f"{name} {value}: expected a finite number")
     loss = language_model_loss(compiled, options.tokens)
     data = load_text(request.text, options.tokens)
     console = console_of_lines()
@@ -72,7 +75,11 @@ def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module
             try:
                 model = _train(console, compiled, loss, data, request, texts, named, stop)
             except (Stopped, StopAsked) as stopped:
-                _say_stopped(stopped, request.folder)
+                said = "stopped before the first step"
+                if isinstance(stopped, Stopped):
+                    place = f"{request.folder / CHECKPOINT} holds step {stopped.step}"
+                    said = f"stopped: {place}; the same command with --resume goes on"
+                console_of_lines(error=True).print(said, soft_wrap=True)
                 raise SystemExit(128 + (stop.signal or 0)) from None
     console.print(f"log: {request.folder / LOG}\ncheckpoint: {request.folder / CHECKPOINT}", highlight=False)
     if request.sample:
@@ -90,9 +97,8 @@ def _finished(
     model = resumed_plan(compiled, checkpoint).module(seed=request.options.seed)
     load_weights(model, checkpoint.path)
     steps = checkpoint.progress.step
-    console.print(
-        f"{request.folder}: the run has done its {steps} steps; more --steps go on with it", highlight=False
-    )
+    said = f"the run has done its {steps} steps; more --steps go on with it"
+    console.print(f"{request.folder}: {said}", highlight=False)
     return model
 
 
@@ -103,18 +109,19 @@ def _train(
     data: TextData,
     request: TrainRequest,
     texts: Mapping[str, str],
-    named: Mapping[str, str],
+    named: dict[str, str],
     stop: Stop,
 ) -> nn.Module:
     """One run, or the rest of one, in a folder that is claimed."""
     planner = TextPlanner(data, request.options, stop, progress)
-    watch = BudgetWatch(compiled, planner.held_out, planner, _teller(console))
+    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    watch = BudgetWatch(compiled, planner.held_out, planner, lambda line: tell(f"        {line}"))
     model = compiled.module(seed=request.options.seed)
     if request.resume:
         checkpoint = read_checkpoint(request.folder / CHECKPOINT)
         checkpoint.belongs_to(request.options.settings, named)
         watch.compiled = resumed_plan(compiled, checkpoint)
-        planner.pace = resumed_pace(checkpoint)
+        planner.pace = checkpoint.progress.plan.pace if checkpoint.progress.plan else None
         model = watch.compiled.module(seed=request.options.seed)
     elif request.calibrate and not request.options.exact:
         watch.compiled = planner(compiled, model)
@@ -134,24 +141,6 @@ def _train(
     return watch.compiled.adopt(model)
 
 
-def _say_stopped(stopped: Stopped | StopAsked, folder: Path) -> None:
-    if isinstance(stopped, Stopped):
-        said = f"stopped: {folder / CHECKPOINT} holds step {stopped.step}; the same command with --resume goes on"
-    else:
-        said = "stopped before the first step"
-    console_of_lines(error=True).print(said, soft_wrap=True)
-
-
-def _check(options: Options) -> None:
-    for name, value in (("--rate", options.learning_rate), ("--clip", options.clip)):
-        if not math.isfinite(value):
-            raise TfgError([Diagnostic("FG416", f"{name} {value}: expected a finite number")])
-
-
-def _teller(console: Console) -> Callable[[str], None]:
-    return lambda line: console.print(f"        {line}", highlight=False, markup=False, soft_wrap=True)
-
-
 def run(
     console: Console,
     model: nn.Module,
@@ -166,10 +155,8 @@ def run(
     With `context` the folder is claimed already; without, it is for as long as the run takes.
     """
     options, folder, resume = request.options, request.folder, request.resume
-    if context is None:
-        events = train(model, loss, data, options, folder, resume=resume, force=request.force, watch=watch)
-    else:
-        events = train_in(model, loss, data, options, folder, context, resume=resume, watch=watch)
+    how = {"resume": resume, "force": request.force}
+    events = train(model, loss, data, options, folder, **how, watch=watch, context=context)
     total = options.steps if options.seconds is None else None
     bar = Progress(
         TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
@@ -206,17 +193,11 @@ def language_model_loss(compiled: Compiled, tokens: int) -> Loss:
         if limit is None or tokens <= limit:
             return compiled.loss
         problem = f"its sequences have at most {limit} tokens, not {tokens}"
-    raise TfgError(
-        [
-            Diagnostic(
-                "FG415",
-                f"model {program.name} cannot be trained on text: {problem or 'the file has no objective'}",
-                span=graph.span,
-                help=(
-                    "a byte-level model takes int[b, n], gives float[b, n, 256] and has an objective(logits, targets)",
-                ),
-            )
-        ]
+    raise TfgError.of(
+        "FG415",
+        f"model {program.name} cannot be trained on text: {problem or 'the file has no objective'}",
+        "a byte-level model takes int[b, n], gives float[b, n, 256] and has an objective(logits, targets)",
+        span=graph.span,
     )
 
 
@@ -224,11 +205,8 @@ def _not_a_language_model(program: Program) -> str | None:
     inputs, result = program[program.main].inputs, program[program.main].output_type
     if len(inputs) != 1 or inputs[0].tensor.dtype != "int" or len(inputs[0].tensor.shape) != 2:
         return "it does not take one int[b, n] of tokens"
-    if (
-        not isinstance(result, TensorType)
-        or result.shape[:2] != inputs[0].tensor.shape
-        or len(result.shape) != 3
-    ):
+    given = inputs[0].tensor.shape
+    if not isinstance(result, TensorType) or result.shape[:2] != given or len(result.shape) != 3:
         return "it does not give float[b, n, vocab] for its tokens"
     width = result.shape[2].constant
     if width is None or width < BYTES:

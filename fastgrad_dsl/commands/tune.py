@@ -25,7 +25,7 @@ from fastgrad_dsl.bench.tuning import (
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
 from fastgrad_dsl.report.words import folded
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
+from fastgrad_grammar.diagnostics import TfgError, suggestions
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,15 @@ def print_choices(result: Tuned) -> None:
 
 def _shapes(request: TuneRequest) -> tuple[Shape, ...]:
     if request.dtype not in DTYPES:
-        near = nearest(request.dtype, tuple(DTYPES))
-        help_ = ((f"did you mean {near}?",) if near else ()) + (f"known: {', '.join(DTYPES)}",)
-        raise TfgError([Diagnostic("FG416", f"--dtype {request.dtype}: unknown type", help=help_)])
+        help_ = suggestions(request.dtype, DTYPES)
+        raise TfgError.of("FG416", f"--dtype {request.dtype}: unknown type", *help_)
     compiled = fg.compile(
         request.file, params=request.params, model=request.model, target="triton", include=request.include
     )
     found = shapes(compiled.program)
     if not found:
         message = f"no attention of {compiled.program.name} has Triton kernels"
-        raise TfgError(
-            [Diagnostic("FG424", message, help=("`fastgrad check` says how each will be computed",))]
-        )
+        raise TfgError.of("FG424", message, "`fastgrad check` says how each will be computed")
     return found
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import isfinite
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 from msgspec import Meta, Struct, to_builtins
@@ -49,6 +50,15 @@ class Document(Struct, frozen=True, forbid_unknown_fields=True):
         return iter(())
 
 
+def finite(value: Any) -> Any:
+    """Plain data with None for each number that is not finite: strict JSON has none of them."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
 _Document = TypeVar("_Document", bound=Document)
 
 
@@ -56,3 +66,9 @@ def narrowed(document: _Document) -> _Document:
     """The same document as an object of its narrowest class."""
     made: _Document = cast("type[_Document]", document.narrowest())(**asdict(document))
     return made
+
+
+def picked(kind: type[_Document], source: object, /, **others: object) -> _Document:
+    """A document of the attributes of `source` that are named as its fields, and of `others`."""
+    names = (name for name in kind.__struct_fields__ if name not in others)
+    return kind(**{name: getattr(source, name) for name in names}, **others)

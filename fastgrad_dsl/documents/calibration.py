@@ -88,6 +88,13 @@ class CalibratedAttention(Document, frozen=True):
         return next((candidate for candidate in self.candidates if candidate.chosen), None)
 
 
+class Limits(Document, frozen=True):
+    """Those of a budget, or what is left of them after a verification."""
+
+    output: float | None
+    gradient: float | None
+
+
 class Planned(Document, frozen=True):
     """Sums of the plan at the planned `length`, and how far its seconds can be from the least, proved."""
 
@@ -121,6 +128,16 @@ class Verification(Document, frozen=True):
     gradient: Part
     violations: Count
     rounds: tuple[Round, ...]
+
+
+class UsedCalibration(Document, frozen=True):
+    """What a calibration is made again with."""
+
+    data: str
+    weights: str
+    batches: Count
+    dims: dict[str, Count]
+    seed: int | None
 
 
 class Calibration(Document, frozen=True):

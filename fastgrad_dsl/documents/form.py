@@ -29,7 +29,7 @@ LIMITS: tuple[tuple[str, Callable[[Any, Any], bool], str], ...] = (
 """Of msgspec.Meta: its name, when it holds and what it asks for."""
 
 
-class Misfit(Exception):
+class Misfit(ValueError):
     """A value is not of its type: its place, and what is wrong there."""
 
     def __init__(self, place: Place, said: str) -> None:
@@ -80,18 +80,13 @@ def _is(bare: Any, value: object) -> bool:
 
 
 def _filled(bare: Any, value: Any, place: Place) -> Any:
-    match _json_type(bare):
-        case kind if kind is tuple:
-            (item, *_) = get_args(bare)
-            return tuple(built(item, each, (*place, index)) for index, each in enumerate(value))
-        case kind if kind is dict and get_args(bare):
-            keys, values = get_args(bare)
-            return {
-                built(keys, key, place): built(values, each, (*place, key)) for key, each in value.items()
-            }
-        case kind if kind is dict:
-            return _document(bare, value, place)
-    return value
+    kind, items = _json_type(bare), get_args(bare)
+    if kind is tuple:
+        return tuple(built(items[0], each, (*place, index)) for index, each in enumerate(value))
+    if kind is dict and items:
+        keys, values = items
+        return {built(keys, key, place): built(values, each, (*place, key)) for key, each in value.items()}
+    return _document(bare, value, place) if kind is dict else value
 
 
 @cache

@@ -199,24 +199,14 @@ class Approximated(Polynomial, frozen=True):
     reach: Part
 
 
+def _narrowed(kind: str, **more: object) -> dict[str, object]:
+    properties = {"decision": {"const": "polynomial"}, **more}
+    return {"if": {"properties": properties}, "then": {"$ref": f"#/$defs/{kind}"}}
+
+
+_FAMILIES = {"enum": list(get_args(Family))}
 _KINDS = Meta(
-    extra_json_schema={
-        "allOf": [
-            {
-                "if": {"properties": {"decision": {"const": "polynomial"}}},
-                "then": {"$ref": "#/$defs/Polynomial"},
-            },
-            {
-                "if": {
-                    "properties": {
-                        "decision": {"const": "polynomial"},
-                        "family": {"enum": list(get_args(Family))},
-                    }
-                },
-                "then": {"$ref": "#/$defs/Approximated"},
-            },
-        ]
-    }
+    extra_json_schema={"allOf": [_narrowed("Polynomial"), _narrowed("Approximated", family=_FAMILIES)]}
 )
 """Of Attention.narrowest, for the schema."""
 
@@ -258,6 +248,11 @@ class Plan(Document, frozen=True):
 def is_approximated(entry: Attention) -> bool:
     """Whether a polynomial stands in for the exp of an attention; the model's own stands in for nothing."""
     return entry.decision == "polynomial" and entry.family != OWN
+
+
+def approximated_of(plan: Plan) -> list[bool]:
+    """`is_approximated` of each attention that a polynomial serves."""
+    return [is_approximated(entry) for entry in plan.attentions if entry.decision == "polynomial"]
 
 
 def longest_sizes(plan: Plan) -> tuple[dict[str, int], list[str]]:

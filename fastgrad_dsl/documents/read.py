@@ -9,22 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastgrad_dsl.documents.base import Document, Place
-from fastgrad_dsl.documents.calibration import Calibration
-from fastgrad_dsl.documents.files import Files
 from fastgrad_dsl.documents.form import MAX_SHOWN, Misfit, built, format_of
 from fastgrad_dsl.documents.form import shown as value
-from fastgrad_dsl.documents.plan import Plan
-from fastgrad_dsl.documents.report import Report
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.read import check_regular
-
-KINDS: dict[str, type[Document]] = {
-    "plan.json": Plan,
-    "calibration.json": Calibration,
-    "report.json": Report,
-    "files.json": Files,
-}
-"""The type of each document, by its name."""
 
 _Document = TypeVar("_Document", bound=Document)
 
@@ -53,7 +41,7 @@ def read_document(path: Path, kind: type[_Document]) -> _Document:
             content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise TfgError([Diagnostic("FG001", f"cannot read {path}: {reason}")]) from None
+        raise TfgError.of("FG001", f"cannot read {path}: {reason}") from None
     return parse_document(content, kind, str(path))
 
 
@@ -68,11 +56,6 @@ def parse_document(content: bytes, kind: type[_Document], shown: str) -> _Docume
         raise _refused(
             shown, ("format",), said, "another version of fastgrad wrote it: compile the spec again"
         )
-    return document_of(tree, kind, shown)
-
-
-def document_of(tree: object, kind: type[_Document], shown: str) -> _Document:
-    """The document that plain data stand for, whose numbers are finite; TfgError FG430 where they do not fit."""
     try:
         document: _Document = built(kind, tree)
     except Misfit as error:
@@ -149,7 +132,7 @@ def _faults(tree: Any) -> Iterator[tuple[Place, str]]:
 
 def _refused(shown: str, place: Place | None, said: str, help_: str = "write the folder again") -> TfgError:
     where = "" if not place else f" /{'/'.join(map(_step, place))}:"
-    return TfgError([Diagnostic("FG430", f"{shown}:{where} {said}", help=(help_,))])
+    return TfgError.of("FG430", f"{shown}:{where} {said}", help_)
 
 
 def _step(key: str | int) -> str:

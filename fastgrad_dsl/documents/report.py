@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from msgspec import Meta
 
 from fastgrad_dsl.documents.base import Count, Document, Part, Size
-from fastgrad_dsl.documents.calibration import Calibration, PaceKind, Positive
+from fastgrad_dsl.documents.calibration import Calibration, PaceKind, Positive, UsedCalibration
 from fastgrad_dsl.documents.plan import Attention, Budget, Dim
 
 Paths = Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -25,7 +25,7 @@ class Errors(Document, frozen=True):
 
     def of(self, kind: Kind) -> float | None:
         """The one of a kind."""
-        return {"bound": self.bound, "estimate": self.estimate, "measured": self.measured}[kind]
+        return cast("float | None", getattr(self, kind))
 
 
 UNKNOWN, NOTHING = Errors(None, None, None), Errors(0.0, 0.0, 0.0)
@@ -42,9 +42,7 @@ class LocalErrors(Document, frozen=True):
 
     def of(self, what: Exact) -> Errors:
         """Those of one tensor."""
-        return {
-            "output": self.output, "dq": self.dq, "dk": self.dk, "dv": self.dv, "gradient": self.gradient,
-        }[what]  # fmt: skip
+        return cast("Errors", getattr(self, what))
 
 
 class Head(Document, frozen=True):
@@ -83,16 +81,6 @@ class Versions(Document, frozen=True):
     fastgrad: str | None
     torch: str | None
     python: str
-
-
-class UsedCalibration(Document, frozen=True):
-    """What a calibration is made again with."""
-
-    data: str
-    weights: str
-    batches: Count
-    dims: dict[str, Count]
-    seed: int | None
 
 
 class Reproduce(Document, frozen=True):

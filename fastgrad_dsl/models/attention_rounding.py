@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from math import isfinite
-from typing import Any, cast
-
 from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.rounding import (
     LONGEST,
@@ -18,6 +15,7 @@ from fastgrad_compiler.approximation.rounding import (
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.documents import plan
+from fastgrad_dsl.documents.base import finite, picked
 from fastgrad_dsl.documents.plan import Approximated
 
 
@@ -50,10 +48,10 @@ def rounding_document(entry: Approximated, target: str, sizes: Sizes, declared: 
         n=sizes.queries,
         m=sizes.keys,
         declared=declared,
-        reach=_number(entry.reach),
+        reach=finite(entry.reach),
         holds_to=_holds_to(entry, target, sizes),
-        weights=_number(single.weights),
-        slopes=_number(single.slopes),
+        weights=finite(single.weights),
+        slopes=finite(single.slopes),
         runs=tuple(_run(entry, target, sizes, run) for run in runs(spec_of(entry), BACKENDS[target])),
     )
 
@@ -61,14 +59,14 @@ def rounding_document(entry: Approximated, target: str, sizes: Sizes, declared: 
 def _run(entry: Approximated, target: str, sizes: Sizes, run: Run) -> plan.RoundingRun:
     added = entry_rounding(entry, target, sizes, run)
     proved = certificate(entry.eps, entry.eps_prime, added)
-    return plan.RoundingRun(
-        device=cast("Any", run.device),
-        dtype=cast("Any", run.dtype),
-        weights=_number(added.weights),
-        slopes=_number(added.slopes),
-        output=_number(proved.output_rounding),
-        value_gradient=_number(proved.value_rounding),
-        score_gradient=_number(proved.score_rounding),
+    return picked(
+        plan.RoundingRun,
+        run,
+        weights=finite(added.weights),
+        slopes=finite(added.slopes),
+        output=finite(proved.output_rounding),
+        value_gradient=finite(proved.value_rounding),
+        score_gradient=finite(proved.score_rounding),
     )
 
 
@@ -86,7 +84,3 @@ def _holds_to(entry: Approximated, target: str, sizes: Sizes) -> int | None:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
-
-
-def _number(value: float) -> float | None:
-    return value if isfinite(value) else None

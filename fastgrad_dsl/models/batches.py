@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Graph, Node, Program
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +91,7 @@ def check_memory(what: str, size: int) -> None:
     """
     if size > memory_bytes():
         message = f"not enough memory: {what} takes {size:,} bytes, and the machine has {memory_bytes():,}"
-        raise TfgError([Diagnostic("FG426", message)])
+        raise TfgError.of("FG426", message)
 
 
 def weight_entries(program: Program) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,19 +29,13 @@ from fastgrad_compiler.approximation.rounding import EXACT, UNITS, Rounding, Run
 from fastgrad_compiler.runtime.guard import BudgetViolation
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 ALWAYS_EXACT = 2**62  # as `exact_below`: every length is below it
 INPUTS = 7  # of an attention operation: q, k, v, near_q, near_k, mask, documents
 LARGEST_DOUBLE = 2048 * 2048  # pairs of a query and a key up to which a reference is computed in float64
 GRADIENTS = ("dq", "dk", "dv")
-PLACES = (
-    "dq",
-    "dk",
-    "dv",
-    "dq",
-    "dk",
-)  # what the results of a backward operation are; the last two of near logits
+PLACES = (*GRADIENTS, "dq", "dk")  # what the results of a backward operation are; the last two of near logits
 Objective = Callable[..., Tensor]
 
 
@@ -118,24 +113,10 @@ class AttentionErrors:
     gradient_effect: float
 
     @property
-    def output(self) -> float:
-        """The output's measured error."""
-        return self.local["output"].measured
-
-    @property
-    def output_bound(self) -> float:
-        """The output's proved bound."""
-        return self.local["output"].bound
-
-    @property
-    def gradient(self) -> float:
-        """The largest measured error of dq, dk and dv."""
-        return max(self.local[name].measured for name in GRADIENTS)
-
-    @property
-    def gradient_bound(self) -> float:
-        """The largest bound of dq, dk and dv."""
-        return max(self.local[name].bound for name in GRADIENTS)
+    def gradient(self) -> Local:
+        """The largest measured error, and the largest bound, of dq, dk and dv."""
+        found = [self.local[name] for name in GRADIENTS]
+        return Local(max(each.measured for each in found), max(each.bound for each in found))
 
 
 @dataclass(frozen=True)
@@ -204,11 +185,11 @@ class _Attentions(TorchDispatchMode):
             result = func(*inputs, below, "")
         call = _Call(inputs, result[0])
         self.calls.append(call)
-        if self.compare and not self.compare[index].own:
+        if self.compare and not (served := self.compare[index]).own:
             reference = func(*_precise(inputs), ALWAYS_EXACT, "")[0]
-            bounds = _output_bounds(self.compare[index], inputs, reference)
-            call.local["output"] = Local(relative_error(result[0], reference), _share(bounds, reference))
-            call.heads = _heads(self.compare[index], inputs, result[0], reference, bounds)
+            bounds = _output_bounds(served, inputs, reference)
+            call.local["output"] = _local(result[0], reference, bounds)
+            call.heads = _heads(served, inputs, result[0], reference, bounds)
         return result
 
     def _limit(self, index: int, exact_below: int) -> int:
@@ -222,9 +203,8 @@ class _Attentions(TorchDispatchMode):
         if self.compare and not self.compare[index].own:
             call, served = self.calls[index], self.compare[index]
             cotangent, *inputs = _precise(args[: 1 + INPUTS])
-            forward = getattr(
-                torch.ops.fastgrad, func._schema.name.split("::")[1].removesuffix("_backward")
-            ).default
+            name = func._schema.name.split("::")[1].removesuffix("_backward")
+            forward = getattr(torch.ops.fastgrad, name).default
             reference = func(cotangent, *inputs, *forward(*inputs, ALWAYS_EXACT, ""), ALWAYS_EXACT, "")
             bounds = _gradient_bounds(served, cotangent, inputs, reference, served.rounding(*args[1:4]))
             found: dict[str, Local] = dict.fromkeys(GRADIENTS, ZERO)
@@ -256,37 +236,27 @@ def measure_errors(
     approximated = [index for index, attention in enumerate(served) if not attention.own]
     progress("the compiled model")
     watched = _Attentions(at_any_length=at_any_length, compare=served)
-    output, gradients, loss = _pass(model, inputs, targets, objective, watched)
+    run = partial(_pass, model, inputs, targets, objective)
+    found = run(watched)
     progress("the exact model")
-    everywhere = _Attentions(exact=frozenset(approximated))
-    exact_output, exact_gradients, exact_loss = _pass(model, inputs, targets, objective, everywhere)
-    check_finite("the exact model", exact_output, *exact_gradients.values())
-    check_finite("the compiled model", output, *gradients.values())
+    exact = run(_Attentions(exact=frozenset(approximated)))
+    _check(exact, found)
     attentions = []
     for index in approximated:
-        attention = served[index]
-        progress(attention.path)
-        moved = _Attentions(exact=frozenset({index}), at_any_length=at_any_length)
-        moved_output, moved_gradients, _ = _pass(model, inputs, targets, objective, moved)
+        progress(served[index].path)
+        moved = run(_Attentions(exact=frozenset({index}), at_any_length=at_any_length))
         call = watched.calls[index]
-        attentions.append(
-            AttentionErrors(
-                path=attention.path,
-                local=call.local,
-                heads=call.heads,
-                output_effect=relative_error(moved_output, output),
-                gradient_effect=_joint_error(moved_gradients, gradients),
-            )
-        )
+        attentions.append(AttentionErrors(served[index].path, call.local, call.heads, *moved.errors(found)))
+    output, gradient = found.errors(exact)
     return ModelErrors(
-        output=relative_error(output, exact_output),
-        gradient=_joint_error(gradients, exact_gradients),
+        output=output,
+        gradient=gradient,
         output_estimate=sum(a.output_effect for a in attentions),
         gradient_estimate=sum(a.gradient_effect for a in attentions),
-        loss=loss,
-        exact_loss=exact_loss,
+        loss=found.loss,
+        exact_loss=exact.loss,
         weight_gradients={
-            name: relative_error(gradient, exact_gradients[name]) for name, gradient in gradients.items()
+            name: relative_error(each, exact.gradients[name]) for name, each in found.gradients.items()
         },
         attentions=tuple(attentions),
     )
@@ -304,13 +274,32 @@ def whole_errors(
     `approximated` says of each polynomial attention, in the order in which the model runs them, whether it stands in
     for softmax. Polynomials are measured at any length, below their break-even too. Raises TfgError FG427.
     """
-    served = _Attentions(at_any_length=True)
-    output, gradients, _ = _pass(model, inputs, targets, objective, served)
-    exact = frozenset(index for index, each in enumerate(approximated) if each)
-    reference, wanted, _ = _pass(model, inputs, targets, objective, _Attentions(exact=exact))
-    check_finite("the exact model", reference, *wanted.values())
-    check_finite("the compiled model", output, *gradients.values())
-    return relative_error(output, reference), _joint_error(gradients, wanted)
+    run = partial(_pass, model, inputs, targets, objective)
+    found = run(_Attentions(at_any_length=True))
+    exact = run(_Attentions(exact=frozenset(index for index, each in enumerate(approximated) if each)))
+    _check(exact, found)
+    return found.errors(exact)
+
+
+@dataclass(frozen=True)
+class _Results:
+    """Output (several are flattened into one), weights' gradients and loss of a pass."""
+
+    output: Tensor
+    gradients: Mapping[str, Tensor]
+    loss: float | None
+
+    def errors(self, reference: _Results) -> tuple[float, float]:
+        """Relative errors of the output, and of all weights' gradients as one vector."""
+        pairs = [(self.gradients[name].double(), r.double()) for name, r in reference.gradients.items()]
+        difference = sum((value - r).square().sum().item() for value, r in pairs)
+        size = sum(r.square().sum().item() for _, r in pairs)
+        return relative_error(self.output, reference.output), math.sqrt(_ratio(difference, size))
+
+
+def _check(exact: _Results, found: _Results) -> None:
+    check_finite("the exact model", exact.output, *exact.gradients.values())
+    check_finite("the compiled model", found.output, *found.gradients.values())
 
 
 def check_finite(what: str, *tensors: Tensor) -> None:
@@ -319,7 +308,7 @@ def check_finite(what: str, *tensors: Tensor) -> None:
         return
     message = f"{what} gives numbers that are not finite on this batch, so that no error can be measured"
     help_ = ("look for weights or inputs that are NaN, infinite or too large for the model",)
-    raise TfgError([Diagnostic("FG427", message, help=help_)])
+    raise TfgError.of("FG427", message, *help_)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -327,15 +316,6 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     reference = reference.double()
     size, difference = reference.norm().item(), (value.double() - reference).norm().item()
     return _ratio(difference, size)
-
-
-def _joint_error(values: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> float:
-    """The relative error of all weights' gradients as one vector."""
-    difference = sum(
-        (values[name].double() - r.double()).square().sum().item() for name, r in references.items()
-    )
-    size = sum(r.double().square().sum().item() for r in references.values())
-    return math.sqrt(_ratio(difference, size))
 
 
 def _ratio(difference: float, size: float) -> float:
@@ -351,8 +331,8 @@ def _pass(
     targets: Sequence[Tensor],
     objective: Objective | None,
     mode: _Attentions,
-) -> tuple[Tensor, dict[str, Tensor], float | None]:
-    """Output (several are flattened into one), weights' gradients and loss of one evaluation pass.
+) -> _Results:
+    """One evaluation pass.
 
     Gradients are those of all weights, frozen ones too, whatever the caller's gradient mode. The backward pass goes on
     to the float inputs, so that attentions of a model without weights have one too.
@@ -360,8 +340,8 @@ def _pass(
     training = model.training
     model.eval()
     with torch.inference_mode(False), torch.enable_grad():
-        weights = {name: _leaf(parameter) for name, parameter in model.named_parameters()}
-        inputs = [_leaf(x) for x in inputs]
+        weights = {name: leaf(parameter) for name, parameter in model.named_parameters()}
+        inputs = [leaf(x) for x in inputs]
         moving = [x for x in (*weights.values(), *inputs) if x.requires_grad]
         with mode:
             results = torch.func.functional_call(model, weights, tuple(inputs))
@@ -371,23 +351,21 @@ def _pass(
                 scalar = sum((projection(out) * out).sum() for out in floats) + torch.zeros(())
             else:
                 scalar = objective(*outputs, *targets)
-            found = (
-                torch.autograd.grad(scalar, moving, allow_unused=True)
-                if scalar.requires_grad
-                else [None] * len(moving)
-            )
+            found: Sequence[Tensor | None] = [None] * len(moving)
+            if scalar.requires_grad:
+                found = torch.autograd.grad(scalar, moving, allow_unused=True)
     model.train(training)
     gradients = {
         name: torch.zeros_like(weight) if gradient is None else gradient
         for (name, weight), gradient in zip(weights.items(), found, strict=False)
     }
-    joined = (
-        outputs[0].detach() if len(outputs) == 1 else torch.cat([out.detach().flatten() for out in outputs])
-    )
-    return joined, gradients, None if objective is None else scalar.item()
+    detached = [out.detach() for out in outputs]
+    joined = detached[0] if len(detached) == 1 else torch.cat([out.flatten() for out in detached])
+    return _Results(joined, gradients, None if objective is None else scalar.item())
 
 
-def _leaf(x: Tensor) -> Tensor:
+def leaf(x: Tensor) -> Tensor:
+    """The same numbers, with a gradient of their own where they are floats."""
     x = x.clone() if x.is_inference() else x.detach()
     return x.requires_grad_(x.is_floating_point())
 
@@ -432,15 +410,12 @@ def _heads(
     q, k = inputs[:2]
     longest = [x.double().norm(dim=-1).amax((0, -1)) for x in (q, k)]
     reach = served.scale * longest[0] * longest[1].repeat_interleave(q.shape[1] // k.shape[1])
-    return tuple(
-        HeadErrors(
-            Local(
-                relative_error(out[:, head], reference[:, head]), _share(bounds[:, head], reference[:, head])
-            ),
-            abs(reach[head].item()),
-        )
-        for head in range(q.shape[1])
-    )
+    parts = zip(*(x.unbind(1) for x in (out, reference, bounds)), reach.tolist(), strict=True)
+    return tuple(HeadErrors(_local(*tensors), abs(limit)) for *tensors, limit in parts)
+
+
+def _local(value: Tensor, reference: Tensor, bounds: Tensor) -> Local:
+    return Local(relative_error(value, reference), _share(bounds, reference))
 
 
 def _gradient_bounds(
@@ -464,9 +439,7 @@ def _gradient_bounds(
     largest_value = _largest_value(v).repeat_interleave(q.shape[1] // heads, 1)
     products = (cotangent.abs() * largest_value).sum(-1)  # at least max_j sum_c |dO_ic v_jc|
     given = cotangent.norm(dim=-1).sum(-1)
-    upstream = of_groups(
-        given * eta(eps) + value_gradient_rounding(eps, added) * given,
-    )
+    upstream = of_groups(given * eta(eps) + value_gradient_rounding(eps, added) * given)
     factor = score_factor(eps, eps_prime)
     rounded = score_gradient_rounding(eps, eps_prime, added) * products
     noise = torch.finfo(reference[0].dtype).eps * (k.shape[-2] + v.shape[-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any
 
 from msgspec import UNSET
@@ -14,14 +13,15 @@ from fastgrad_compiler.approximation.rounding import EXACT, USUAL_LENGTH, Roundi
 from fastgrad_compiler.attention.table import AttentionEntry, Lengths, attention_table
 from fastgrad_compiler.codegen.attention_kernels import kernel_module
 from fastgrad_compiler.ir.graph import Program
-from fastgrad_compiler.planning.cost import Flops as Work
 from fastgrad_compiler.planning.cost import Way, flops, shape_of
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.documents import plan
-from fastgrad_dsl.documents.base import narrowed
+from fastgrad_dsl.documents.base import finite, narrowed, picked
 from fastgrad_dsl.documents.form import format_of
 from fastgrad_dsl.models.attention_rounding import entry_rounding, rounding_document
 from fastgrad_dsl.models.batches import Input, model_inputs, target_inputs
+
+OF_POLYNOMIAL = ("family", "degree", "coefficients", "eps", "eps_prime", "positive_from", "precision")
 
 
 def plan_document(
@@ -35,18 +35,12 @@ def plan_document(
         source=source,
         target=target,
         params={name: str(value) for name, value in (params or {}).items()},
-        dims=tuple(plan.Dim(d.name, d.at_most, d.multiple_of) for d in program.dims),
+        dims=tuple(picked(plan.Dim, dim) for dim in program.dims),
         inputs=tuple(_input(tensor) for tensor in model_inputs(program)),
         targets=tuple(_input(tensor) for tensor in target_inputs(program)),
         budget=None
         if budget is None
-        else plan.Budget(
-            output=budget.output,
-            gradient=budget.gradient,
-            near=budget.near,
-            trust=_any(program.trust),
-            on_violation=_any(program.on_violation),
-        ),
+        else picked(plan.Budget, budget, trust=program.trust, on_violation=program.on_violation),
         attentions=tuple(_attention(program, entry, target) for entry in attention_table(program)),
     )
 
@@ -55,40 +49,31 @@ def _attention(program: Program, entry: AttentionEntry, target: str) -> plan.Att
     attention = entry.attention
     polynomial, verdict, known = attention.polynomial, attention.verdict, attention.range
     document = narrowed(
-        plan.Attention(
-            path=entry.path,
+        picked(
+            plan.Attention,
+            entry,
             source=entry.place or None,
             decision="polynomial" if polynomial else "exact",
             why=verdict.why if verdict else None,
-            family=_any(polynomial.family) if polynomial else None,
-            degree=polynomial.degree if polynomial else None,
-            coefficients=polynomial.coefficients if polynomial else None,
-            rank=entry.rank,
+            **{name: getattr(polynomial, name, None) for name in OF_POLYNOMIAL},
             scale=attention.scale,
             causal=attention.mask.causal,
             near=attention.near,
             window=attention.mask.window,
             alibi=attention.alibi,
-            roles=_any(attention.roles),
+            roles=attention.roles,
             queries=str(entry.queries),
             keys=str(entry.keys),
             query_heads=entry.heads,
-            key_heads=entry.key_heads,
-            d=entry.d,
-            dv=entry.dv,
             kernel=kernel_module(program[entry.graph], entry.node, BACKENDS[target]),
-            bound=_number(known.limit),
-            range_source=_any(known.origin),
+            bound=finite(known.limit),
+            range_source=known.origin,
             guarded=attention.is_guarded,
             asserted=known.asserted,
             proof=known.proof,
-            eps=polynomial.eps if polynomial else None,
-            eps_prime=polynomial.eps_prime if polynomial else None,
-            positive_from=polynomial.positive_from if polynomial else None,
             break_even=verdict.break_even if polynomial and verdict else None,
             break_even_gpu=verdict.break_even_gpu if polynomial and verdict else None,
             flops=_flops(program, entry),
-            precision=_any(polynomial.precision) if polynomial else None,
             reach=attention.reach,
             rounding=None,
             certificate=None,
@@ -118,42 +103,22 @@ def _flops(program: Program, entry: AttentionEntry) -> plan.Flops | None:
     return plan.Flops(
         n=n,
         m=m,
-        exact=_work(flops(shape)),
-        polynomial=_work(flops(shape, Way(polynomial.degree))) if polynomial else UNSET,
+        exact=picked(plan.Work, flops(shape)),
+        polynomial=picked(plan.Work, flops(shape, Way(polynomial.degree))) if polynomial else UNSET,
     )
-
-
-def _work(found: Work) -> plan.Work:
-    return plan.Work(found.forward, found.backward)
 
 
 def _certificate(eps: float, eps_prime: float, added: Rounding) -> plan.CertificateTerms:
     worst = certificate(eps, eps_prime, added)
     return plan.CertificateTerms(
-        output_of_value_range=_number(worst.output),
-        value_gradient_of_upstream=_number(worst.value_gradient),
-        score_gradient_of_omega=_number(worst.score_gradient),
-        output_rounding_of_largest_value=_number(worst.output_rounding),
-        value_rounding_of_upstream=_number(worst.value_rounding),
-        score_rounding_of_products=_number(worst.score_rounding),
+        output_of_value_range=finite(worst.output),
+        value_gradient_of_upstream=finite(worst.value_gradient),
+        score_gradient_of_omega=finite(worst.score_gradient),
+        output_rounding_of_largest_value=finite(worst.output_rounding),
+        value_rounding_of_upstream=finite(worst.value_rounding),
+        score_rounding_of_products=finite(worst.score_rounding),
     )
 
 
 def _input(tensor: Input) -> plan.TensorEntry:
-    return plan.TensorEntry(
-        name=tensor.name,
-        dtype=_any(tensor.dtype),
-        shape=tuple(str(dim) for dim in tensor.shape),
-        below=tensor.below,
-        documents=tensor.documents,
-        ids=tensor.ids,
-    )
-
-
-def _number(value: float) -> float | None:
-    return value if isfinite(value) else None
-
-
-def _any(value: object) -> Any:
-    """A word of a program, which is one of those that the document has."""
-    return value
+    return picked(plan.TensorEntry, tensor, shape=tuple(map(str, tensor.shape)))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from fastgrad_compiler.ir.text_parser import parse_dim
 from fastgrad_dsl.documents.plan import Dim, Plan
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
+from fastgrad_grammar.diagnostics import TfgError, nearest
 
 DEFAULT_LENGTH = 2048  # tokens of a batch whose size nobody gave
 
@@ -19,10 +19,9 @@ def batch_sizes(plan: Plan, given: Mapping[str, int]) -> dict[str, int]:
         if name not in names:
             near = nearest(name, names)
             help_ = (f"did you mean {near}?",) if near else (f"the model's dims are {', '.join(names)}",)
-            raise TfgError([Diagnostic("FG416", f"the model has no run-time dim {name}", help=help_)])
+            raise TfgError.of("FG416", f"the model has no run-time dim {name}", *help_)
         if not isinstance(given[name], int) or given[name] < 1:
-            message = f"--dim {name}={given[name]}: a size is a whole number of at least 1"
-            raise TfgError([Diagnostic("FG416", message)])
+            raise TfgError.of("FG416", f"--dim {name}={given[name]}: a size is a whole number of at least 1")
     limits = {dim.name: dim for dim in plan.dims}
     sizes = {}
     for place, name in enumerate(names):
@@ -31,14 +30,8 @@ def batch_sizes(plan: Plan, given: Mapping[str, int]) -> dict[str, int]:
         usual = 1 if place == 0 else min(DEFAULT_LENGTH, limit.at_most or DEFAULT_LENGTH)
         sizes[name] = given.get(name, max(usual // multiple, 1) * multiple)
         if sizes[name] > (limit.at_most or sizes[name]) or sizes[name] % multiple:
-            declared = (
-                f"at most {limit.at_most}, a multiple of {multiple}"
-                if multiple > 1
-                else f"at most {limit.at_most}"
-            )
-            raise TfgError(
-                [Diagnostic("FG416", f"--dim {name}={sizes[name]}: the spec declares {name} {declared}")]
-            )
+            declared = f"at most {limit.at_most}" + (f", a multiple of {multiple}" if multiple > 1 else "")
+            raise TfgError.of("FG416", f"--dim {name}={sizes[name]}: the spec declares {name} {declared}")
     return sizes
 
 
@@ -47,8 +40,7 @@ def text_sizes(plan: Plan, sizes: Mapping[str, int]) -> tuple[int, int]:
     inputs = plan.inputs
     is_text = len(inputs) == 1 and inputs[0].dtype == "int" and len(inputs[0].shape) == 2
     if not is_text or inputs[0].below < 256:
-        message = f"model {plan.model} does not take bytes of text"
         help_ = ("random inputs need no text, and a .safetensors file can hold batches",)
-        raise TfgError([Diagnostic("FG415", message, help=help_)])
+        raise TfgError.of("FG415", f"model {plan.model} does not take bytes of text", *help_)
     rows, tokens = (parse_dim(dim).evaluate(sizes) for dim in inputs[0].shape)
     return rows, tokens

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastgrad_dsl.models.batches import check_memory
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.read import check_regular
 
 VALIDATION_SHARE = 0.1  # the end of the text is held out: neighbouring windows would otherwise leak
@@ -55,27 +56,17 @@ def load_text(path: Path, tokens: int, option: str = "--seq") -> TextData:
         content = path.read_bytes()
     except (OSError, ValueError, MemoryError) as error:  # ValueError: a NUL character in the path
         reason = getattr(error, "strerror", None) or str(error) or "it does not fit into memory"
-        raise TfgError([Diagnostic("FG411", f"cannot read the text {path}: {reason}")]) from None
-    data = (
-        torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        if content
-        else torch.empty(0, dtype=torch.uint8)
-    )
+        raise TfgError.of("FG411", f"cannot read the text {path}: {reason}") from None
+    data = torch.from_numpy(np.frombuffer(bytearray(content), np.uint8))
     held_out = int(data.numel() * VALIDATION_SHARE)
     text = TextData(data[: data.numel() - held_out], data[data.numel() - held_out :])
     if min(text.train.numel(), text.validation.numel()) < tokens + 1:
         needed = int((tokens + 1) / VALIDATION_SHARE) + 1
-        raise TfgError(
-            [
-                Diagnostic(
-                    "FG412",
-                    f"{path} has {data.numel()} bytes, too few for windows of {tokens} tokens",
-                    help=(
-                        f"a tenth is held out for validation, so at least {needed} bytes are needed",
-                        f"give a longer text or a smaller {option}",
-                    ),
-                )
-            ]
+        raise TfgError.of(
+            "FG412",
+            f"{path} has {data.numel()} bytes, too few for windows of {tokens} tokens",
+            f"a tenth is held out for validation, so at least {needed} bytes are needed",
+            f"give a longer text or a smaller {option}",
         )
     return text
 

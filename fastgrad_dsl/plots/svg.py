@@ -16,15 +16,8 @@ from markupsafe import Markup
 from fastgrad_compiler.approximation.elementary import log10, power
 from fastgrad_grammar.quote import html
 
-COLOURS = (
-    "#e8590c",
-    "#1c7ed6",
-    "#2f9e44",
-    "#ae3ec9",
-    "#868e96",
-    "#d6336c",
-    "#0c8599",
-)  # on white and on black
+COLOURS = ("#e8590c", "#1c7ed6", "#2f9e44", "#ae3ec9", "#868e96", "#d6336c", "#0c8599")
+"""Of lines and points, on white and on black."""
 WIDTH = 400.0  # of every figure: a phone shows it whole, with letters that can be read
 LEFT, RIGHT, TOP, BOTTOM = 74.0, 16.0, 14.0, 60.0
 LETTER = 7.2  # mean width of a letter, of a wide font
@@ -123,23 +116,25 @@ def left_axis(axis: Axis, x: float, right: float, label: str) -> list[Markup]:
         parts.append(element('<path class="grid" d="M{:g} {:.1f}H{:g}"/>', x, y, right))
         parts.append(text(x - 6, y + 4, tick(value), "end"))
     middle = (axis.first + axis.last) / 2
-    return [
-        *parts,
-        element('<path class="axis" d="M{:g} {:g}V{:g}"/>', x, axis.first, axis.last),
-        element(
-            '<text transform="translate(13 {:g}) rotate(-90)" text-anchor="middle">{}</text>', middle, label
-        ),
-    ]
+    upright = '<text transform="translate(13 {:g}) rotate(-90)" text-anchor="middle">{}</text>'
+    parts.append(element('<path class="axis" d="M{:g} {:g}V{:g}"/>', x, axis.first, axis.last))
+    return [*parts, element(upright, middle, label)]
 
 
 def line(
-    points: Sequence[tuple[float, float]], colour: int, *, dashed: bool = False, width: float = 2.0
+    points: Sequence[tuple[float, float]],
+    colour: int,
+    *,
+    dashed: bool = False,
+    width: float = 2.0,
+    opacity: float = 1.0,
 ) -> Markup:
     """A line through points of the figure."""
     path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    dashes = Markup(' stroke-dasharray="5 4"' if dashed else "")
+    more = Markup(' stroke-dasharray="5 4"' if dashed else "")
+    more += element(' opacity="{:g}"', opacity) if opacity < 1 else ""
     shape = '<path d="M{}" fill="none" stroke="{}" stroke-width="{:g}"{}/>'
-    return element(shape, path, COLOURS[colour], width, dashes)
+    return element(shape, path, COLOURS[colour], width, more)
 
 
 def text(x: float, y: float, content: str, anchor: str = "start", kind: str = "") -> Markup:

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 
 from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.polynomial import Polynomial
-from fastgrad_compiler.approximation.rounding import EXACT as UNROUNDED
 from fastgrad_compiler.approximation.rounding import Rounding, Run, Sizes, rounding
 from fastgrad_compiler.attention.value import OWN
 from fastgrad_compiler.planning.candidates import Policy, polynomials
 from fastgrad_compiler.planning.cost import EXACT, Pace, Way
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
-from fastgrad_dsl.documents.base import Trust
+from fastgrad_dsl.documents.base import Trust, picked
 from fastgrad_dsl.documents.calibration import CalibratedAttention
 from fastgrad_dsl.documents.plan import Attention, lengths_of
 from fastgrad_dsl.documents.report import Candidates, Point
@@ -34,22 +33,7 @@ def calibrated(found: CalibratedAttention, trust: Trust) -> Candidates:
         else "parts in the model's error: the attention's own, measured on sampled rows, times its gain",
         time_kind="estimate",
         time_unit="seconds, forward and backward",
-        points=tuple(
-            Point(
-                name=each.name,
-                family=each.family,
-                degree=each.degree,
-                near=each.near,
-                centred=each.centred,
-                range=each.bound,
-                time=each.seconds,
-                output=each.output,
-                gradient=each.gradient,
-                proved=each.proved,
-                chosen=each.chosen,
-            )
-            for each in found.candidates
-        ),
+        points=tuple(picked(Point, each, range=each.bound, time=each.seconds) for each in found.candidates),
     )
 
 
@@ -70,7 +54,8 @@ def certified(entry: Attention, sizes: Mapping[str, int], pace: Pace, target: st
     n, m = lengths_of(entry, sizes)
     shape = shape_of(entry, n, m)
     unit = pace.seconds(shape, EXACT)
-    points = [_point(entry, None, None, 1.0)]
+    exact = entry.decision != "polynomial"
+    points = [Point("exact", None, None, None, False, None, 1.0, 0.0, 0.0, proved=True, chosen=exact)]
     lengths = Sizes(n, m, max(1, entry.query_heads // entry.key_heads))
     policy = Policy(entry.d, entry.range_source == "program")
     for polynomial in polynomials(entry.bound, policy):
@@ -80,9 +65,7 @@ def certified(entry: Attention, sizes: Mapping[str, int], pace: Pace, target: st
                 if polynomial.eps + added.weights >= 1:
                     continue
                 time = pace.seconds(shape, Way(polynomial.degree, near, precision)) / unit
-                points.append(
-                    _point(entry, polynomial, near, float(f"{time:.5g}"), precision=precision, added=added)
-                )
+                points.append(_point(entry, polynomial, near, float(f"{time:.5g}"), precision, added))
                 if added.weights <= polynomial.eps:
                     break
     return Candidates(
@@ -115,27 +98,12 @@ def _rounding(
 
 def _point(
     entry: Attention,
-    polynomial: Polynomial | None,
+    polynomial: Polynomial,
     near: int | None,
     time: float,
-    *,
-    precision: str = "float32",
-    added: Rounding = UNROUNDED,
+    precision: str,
+    added: Rounding,
 ) -> Point:
-    if polynomial is None:
-        return Point(
-            name="exact",
-            family=None,
-            degree=None,
-            near=near,
-            centred=False,
-            range=None,
-            time=time,
-            output=0.0,
-            gradient=0.0,
-            proved=True,
-            chosen=entry.decision != "polynomial",
-        )
     name = f"{polynomial.family} {polynomial.degree}" + ("" if near is None else f", near {near}")
     proved = certificate(polynomial.eps, polynomial.eps_prime, added)
     return Point(

@@ -20,6 +20,14 @@ TRUSTED: dict[Literal["data", "asserted"], str] = {
     "data": "R is measured on data, with a margin",
     "asserted": "R rests on assume_bound, asserted by the file",
 }
+OWN_IS_EXACT = (
+    "weights that are the model's own polynomial replace nothing: their error is 0, without a bound of the"
+    " logits"
+)
+UNPROVED = (
+    "no useful bound is proved through several layers: of the whole model's errors there are estimates and "
+    "measurements only"
+)
 
 
 def warnings(
@@ -46,24 +54,16 @@ def notes(plan: Plan, errors: ModelErrors | None, undeclared: Sequence[str]) -> 
     entries = plan.attentions
     found = []
     if any(entry.family == OWN for entry in entries):
-        found.append(
-            "weights that are the model's own polynomial replace nothing: their error is 0, without a bound of the"
-            " logits"
-        )
+        found.append(OWN_IS_EXACT)
     if any(map(is_approximated, entries)):
-        found.append(
-            "no useful bound is proved through several layers: of the whole model's errors there are estimates and "
-            "measurements only"
-        )
+        found.append(UNPROVED)
     if undeclared:
-        found.append(
-            f"the file declares no longest {' or '.join(undeclared)}: time and memory are predicted at 65,536"
-        )
+        dims = " or ".join(undeclared)
+        found.append(f"the file declares no longest {dims}: time and memory are predicted at 65,536")
     zero = [e.path for e in errors.attentions if e.local["dq"].exact_is_zero] if errors is not None else []
     if zero:
-        found.append(
-            f"{folded(zero)}: the exact dq and dk are 0 on this batch, so that no error is relative to them"
-        )
+        said = "the exact dq and dk are 0 on this batch, so that no error is relative to them"
+        found.append(f"{folded(zero)}: {said}")
     if errors is not None and errors.loss is None:
         found.append(
             "the file has no objective: gradients are those of a fixed random projection of the output"
@@ -112,15 +112,8 @@ def _vacuous(attentions: Attentions) -> Iterator[Warned]:
 
 
 def _unbounded(attentions: Attentions, calibrated: bool) -> Iterator[Warned]:
-    paths = [
-        entry.path
-        for entry in attentions
-        if entry.decision == "exact"
-        and entry.bound is None
-        and not entry.window
-        and not entry.alibi
-        and not calibrated
-    ]
+    exact = [e for e in attentions if e.decision == "exact" and e.bound is None]
+    paths = [e.path for e in exact if not (e.window or e.alibi or calibrated)]
     if paths:
         yield Warned("unbounded", f"{folded(paths)}: exact, because nothing bounds the logits", tuple(paths))
 
@@ -143,8 +136,7 @@ def _calibration(calibration: Calibration | None) -> Iterator[Warned]:
     if calibration is None:
         return
     if calibration.weights.startswith("initial weights"):
-        yield Warned(
-            "calibration", f"calibrated with {calibration.weights}: calibrate again after training", ()
-        )
+        said = f"calibrated with {calibration.weights}: calibrate again after training"
+        yield Warned("calibration", said, ())
     if calibration.data.startswith("random"):
         yield Warned("calibration", "calibrated on random inputs: estimates hold for those", ())

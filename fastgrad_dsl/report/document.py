@@ -6,40 +6,29 @@ import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec.structs import asdict
 
 from fastgrad_dsl import __version__
+from fastgrad_dsl.documents.base import finite, picked
 from fastgrad_dsl.documents.calibration import Calibration
 from fastgrad_dsl.documents.form import format_of
 from fastgrad_dsl.documents.plan import Attention, Plan, longest_sizes
 from fastgrad_dsl.documents.report import Batch, Candidates, Report, ReportedAttention, Versions
-from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.report.candidates import calibrated, candidates_key, certified
 from fastgrad_dsl.report.cautions import notes, warnings
 from fastgrad_dsl.report.curves import curve, curve_key
 from fastgrad_dsl.report.derivation import derivation, derivation_key
 from fastgrad_dsl.report.entries import calibration_of, shared
-from fastgrad_dsl.report.errors import (
-    attention_errors,
-    exact_zero,
-    finite,
-    found_errors,
-    heads_of,
-    whole_errors,
-)
+from fastgrad_dsl.report.errors import attention_errors, exact_zero, found_errors, heads_of, whole_errors
 from fastgrad_dsl.report.headline import headline, summary, waterfall
 from fastgrad_dsl.report.prediction import cost_curve, cost_key, pace_of, predict
 from fastgrad_dsl.report.reproduce import reproduce
 from fastgrad_dsl.report.sources import annotated_spec, kernel_code
-from fastgrad_dsl.storage.outputs import write_output
 
 if TYPE_CHECKING:
     from fastgrad_dsl.models.measure import ModelErrors
-
-FORMAT = format_of(Report)
 
 
 def build_report(
@@ -100,14 +89,10 @@ def build_report(
             )
         )
     said = headline(plan, whole, batch, calibration, predict(plan, pace, kind, calibration))
-    return Report(
-        format=FORMAT,
-        model=plan.model,
-        source=plan.source,
-        target=plan.target,
-        params=plan.params,
-        dims=plan.dims,
-        budget=plan.budget,
+    return picked(
+        Report,
+        plan,
+        format=format_of(Report),
         versions=_versions(),
         reproduce=reproduce(plan, batch, options, calibration),
         batch=batch,
@@ -122,18 +107,11 @@ def build_report(
         candidates=candidates,
         derivations=derivations,
         code=code,
-        weight_gradients={name: finite(error) for name, error in errors.weight_gradients.items()}
-        if errors
-        else None,
+        weight_gradients=finite(errors.weight_gradients) if errors else None,
         calibration=calibration,
         notes=notes(plan, errors, undeclared),
         warnings=warnings(said, attentions, plan.budget, batch, calibration),
     )
-
-
-def write_json(path: Path, report: Report) -> None:
-    """Write a report, atomically."""
-    write_output(path, to_json(report))
 
 
 def _versions() -> Versions:

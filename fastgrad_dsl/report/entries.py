@@ -42,19 +42,11 @@ def shared(
 
     Each holds the paths of its `attentions`. Where `make` gives None, the place is None.
     """
-    places: dict[object, int | None] = {}
-    made: list[_Shared] = []
-    paths: list[tuple[str, ...]] = []
+    groups: dict[object, list[Attention]] = {}
     for entry in entries:
-        name = key(entry)
-        if name not in places:
-            document = make(entry)
-            places[name] = None if document is None else len(made)
-            if document is not None:
-                made.append(document)
-                paths.append(())
-        place = places[name]
-        if place is not None:
-            paths[place] += (entry.path,)
-    whole = tuple(replace(each, attentions=found) for each, found in zip(made, paths, strict=True))
-    return whole, [places[key(entry)] for entry in entries]
+        groups.setdefault(key(entry), []).append(entry)
+    made = {name: document for name, same in groups.items() if (document := make(same[0])) is not None}
+    places = {name: place for place, name in enumerate(made)}
+    paths = {name: tuple(entry.path for entry in groups[name]) for name in made}
+    whole = tuple(replace(document, attentions=paths[name]) for name, document in made.items())
+    return whole, [places.get(key(entry)) for entry in entries]

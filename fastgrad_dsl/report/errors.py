@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from math import isfinite
 from typing import TYPE_CHECKING
 
+from fastgrad_dsl.documents.base import finite
 from fastgrad_dsl.documents.calibration import CalibratedAttention, Calibration, Histogram
 from fastgrad_dsl.documents.pairs import WHATS, of
 from fastgrad_dsl.documents.plan import Attention, Plan, is_approximated
@@ -31,7 +31,7 @@ def attention_errors(
     all weights' gradients, move when it alone is made exact; or what a calibration, of the whole attention, expects.
     """
     if not is_approximated(entry):
-        return LocalErrors(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING)
+        return LocalErrors(*[NOTHING] * 5)
     if found is None:
         chosen = calibration.chosen if calibration else None
         output, gradient = (Errors(None, of(chosen, w) if chosen else None, None) for w in WHATS)
@@ -43,9 +43,9 @@ def attention_errors(
         dk=_three(found.local["dk"], None),
         dv=_three(found.local["dv"], None),
         gradient=Errors(
-            finite(found.gradient_bound if known else None),
+            finite(found.gradient.bound if known else None),
             finite(found.gradient_effect),
-            finite(found.gradient if known else None),
+            finite(found.gradient.measured if known else None),
         ),
     )
 
@@ -75,9 +75,7 @@ def heads_of(
                 head=head,
                 range=entry.bound,
                 reach=own.reach if own else None,
-                least=logits.least if logits else None,
-                largest=logits.largest if logits else None,
-                centred=logits.centred if logits else None,
+                **{name: getattr(logits, name, None) for name in ("least", "largest", "centred")},
                 outside=_outside(logits.histogram, entry.bound) if logits else None,
                 output=_three(own.output, None) if own else UNKNOWN,
             )
@@ -107,11 +105,6 @@ def _three(local: Local, estimate: float | None) -> Errors:
     if local.exact_is_zero:
         return Errors(None, estimate, None)
     return Errors(finite(local.bound), finite(estimate), finite(local.measured))
-
-
-def finite(value: float | None) -> float | None:
-    """A number, and None for what is not finite: an error beside an exact value of 0."""
-    return value if value is not None and isfinite(value) else None
 
 
 def _outside(histogram: Histogram, limit: float | None) -> float | None:

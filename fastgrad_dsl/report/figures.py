@@ -57,18 +57,16 @@ def waterfall(what: What, document: Waterfall) -> Markup:
     parts = bottom_axis(axis, bottom, top, label)
     for place, (value, name, colour) in enumerate(((limit, "budget", 5), (measured, "measured", 2))):
         if value is not None:
-            x, words, y = axis.at(value), f"{name} {number(value)}", 12 + LINE * place
+            x, y = axis.at(value), 12 + LINE * place
             parts.append(line([(x, y + 4), (x, bottom)], colour, dashed=name == "measured"))
-            before = x + LETTER * len(words) > WIDTH - RIGHT
-            parts.append(text(x + (-3 if before else 3), y, words, "end" if before else "start"))
+            parts.append(_beside(x, y, f"{name} {number(value)}", 3))
     parts += bars  # names over the lines
     description = (
         f"{len(steps)} attentions. Their estimated parts add up to {number(document.total)}; "
         f"the budget is {number(limit)}, measured {number(measured)}. Basis: {document.basis}."
     )
-    return figure(
-        f"waterfall-{what}", f"Where the error of the {what} comes from", description, bottom + BOTTOM, parts
-    )
+    title = f"Where the error of the {what} comes from"
+    return figure(f"waterfall-{what}", title, description, bottom + BOTTOM, parts)
 
 
 def curve(place: int, document: Curve, histogram: str | None) -> Markup:
@@ -79,12 +77,8 @@ def curve(place: int, document: Curve, histogram: str | None) -> Markup:
     y_axis = Axis(min(values), max(values), bottom, TOP + 16)
     parts = left_axis(y_axis, LEFT, WIDTH - RIGHT, "relative error, 0 is best")
     for errors, colour in ((document.p, 0), (document.p_prime, 1)):
-        parts.append(
-            line(
-                [(x_axis.at(s), y_axis.at(v)) for s, v in zip(document.s, errors, strict=True)],
-                colour,
-            )
-        )
+        spots = [(x_axis.at(s), y_axis.at(v)) for s, v in zip(document.s, errors, strict=True)]
+        parts.append(line(spots, colour))
     for sign in (-1, 1):
         y = y_axis.at(sign * document.eps)
         parts.append(line([(LEFT, y), (WIDTH - RIGHT, y)], 4, dashed=True))
@@ -137,13 +131,8 @@ def pareto(place: int, what: What, document: Candidates) -> Markup:
     description = f"{len(points)} candidates; lower left is better."
     if chosen is not None:
         description += f" Chosen: {chosen.name}, error {number(of(chosen, what))} ({document.error_kind})."
-    return figure(
-        f"pareto-{place}-{what}",
-        f"Candidates: error of the {what} against time",
-        description,
-        bottom + BOTTOM,
-        parts,
-    )
+    title = f"Candidates: error of the {what} against time"
+    return figure(f"pareto-{place}-{what}", title, description, bottom + BOTTOM, parts)
 
 
 def cost(place: int, what: Literal["forward", "total"], document: Cost) -> Markup:
@@ -168,14 +157,16 @@ def cost(place: int, what: Literal["forward", "total"], document: Cost) -> Marku
     if even and what == "total":
         x = x_axis.at(even)
         parts.append(line([(x, top), (x, bottom)], 2, dashed=True))
-        words = f"break-even: {even:,} tokens"
-        before = x + LETTER * len(words) > WIDTH - RIGHT
-        parts.append(text(x + (-4 if before else 4), top + 12, words, "end" if before else "start"))
+        parts.append(_beside(x, top + 12, f"break-even: {even:,} tokens", 4))
         description += f" The polynomial pays from {even:,} tokens on (estimate)."
-    passes = "forward and backward" if what == "total" else "forward"
-    return figure(
-        f"cost-{place}-{what}", f"Cost against the length, {passes}", description, bottom + BOTTOM, parts
-    )
+    title = f"Cost against the length, {'forward and backward' if what == 'total' else 'forward'}"
+    return figure(f"cost-{place}-{what}", title, description, bottom + BOTTOM, parts)
+
+
+def _beside(x: float, y: float, words: str, gap: float) -> Markup:
+    """A text right of a line at x, or left of it where there is no room."""
+    before = x + LETTER * len(words) > WIDTH - RIGHT
+    return text(x + (-gap if before else gap), y, words, "end" if before else "start")
 
 
 def _bar(

@@ -30,6 +30,13 @@ from fastgrad_dsl.report.words import number, percent, sample, verified_on
 EFFECTS = "how far the model moves when this attention alone is made exact"
 CALIBRATED = "what the calibration expects of each attention"
 CERTIFICATES = "the sum of the certificates, with every gain taken as 1"
+OUTCOMES: dict[tuple[bool, bool], tuple[State, str]] = {
+    (False, False): ("likely", "The plan is expected to keep the budget: {}."),
+    (True, False): ("unlikely", "The plan is expected to miss the budget: {}."),
+    (False, True): ("likely", "The sum of the worst cases is within the budget: {}. Nothing was measured."),
+    (True, True): ("open", "Open: the sum of the worst cases exceeds the budget: {}. A measurement decides."),
+}
+"""By whether limits are exceeded, and whether by proved worst cases: the verdict."""
 
 
 def headline(
@@ -55,7 +62,9 @@ def summary(plan: Plan, whole: WholeErrors, batch: Batch | None) -> tuple[str, .
         if errors.measured is None or errors.estimate is None or batch is None:
             return ()
         kept = "kept" if limit is None or errors.measured <= limit else "EXCEEDED"
-        verdict = "" if limit is None else f"; budget {limit:g}: {kept} on {_sample(batch)}"
+        verdict = (
+            "" if limit is None else f"; budget {limit:g}: {kept} on {sample(batch.batches, batch.tokens)}"
+        )
         lines.append(
             f"{what} error {errors.measured:.2e} (measured), {errors.estimate:.2e} (estimate){verdict}"
         )
@@ -83,10 +92,6 @@ def _limit(plan: Plan, what: What) -> float | None:
     return None if plan.budget is None else of(plan.budget, what)
 
 
-def _sample(batch: Batch) -> str:
-    return sample(batch.batches, batch.tokens)
-
-
 def _use(
     what: What,
     plan: Plan,
@@ -111,7 +116,7 @@ def _best(
     if not any(map(is_approximated, plan.attentions)):
         return 0.0, "bound", "nothing is approximated"
     if batch and errors.measured is not None:
-        return errors.measured, "measured", f"on {_sample(batch)}"
+        return errors.measured, "measured", f"on {sample(batch.batches, batch.tokens)}"
     if calibration and calibration.verification:
         verified = calibration.verification
         return of(verified, what), "measured", f"by the calibration, on {verified_on(calibration, verified)}"
@@ -161,19 +166,7 @@ def _verdict(plan: Plan, use: Mapping[str, Use]) -> Verdict:
         basis = next(iter(shown.values())).basis
         return Verdict("missed" if over else "kept", f"The budget {words}, measured {basis}: {said}.")
     proved = any(each.basis == CERTIFICATES for each in shown.values())
-    outcomes: dict[tuple[bool, bool], tuple[State, str]] = {
-        (False, False): ("likely", "The plan is expected to keep the budget: {}."),
-        (True, False): ("unlikely", "The plan is expected to miss the budget: {}."),
-        (False, True): (
-            "likely",
-            "The sum of the worst cases is within the budget: {}. Nothing was measured.",
-        ),
-        (True, True): (
-            "open",
-            "Open: the sum of the worst cases exceeds the budget: {}. A measurement decides.",
-        ),
-    }
-    state, words = outcomes[bool(over), proved]
+    state, words = OUTCOMES[bool(over), proved]
     return Verdict(state, words.format(said))
 
 

@@ -16,7 +16,6 @@ from fastgrad_dsl.documents.report import Report, Spec
 from fastgrad_dsl.report import figures, words
 from fastgrad_dsl.report.columns import COLUMNS, GROUPS, attention_rows, column_labels
 from fastgrad_dsl.report.entries import calibration_of
-from fastgrad_dsl.storage.outputs import write_output
 from fastgrad_grammar import quote
 
 if TYPE_CHECKING:
@@ -25,11 +24,6 @@ if TYPE_CHECKING:
 FEW_HEADS = 16  # rows of heads that are shown from the start
 FOLDER = Path(__file__).parent
 PASSES: tuple[Literal["forward", "total"], ...] = ("forward", "total")
-
-
-def write_html(path: Path, report: Report) -> None:
-    """Write the page of a report, atomically."""
-    write_output(path, render_html(report))
 
 
 def render_html(report: Report) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from fastgrad_compiler.approximation.elementary import power
 from fastgrad_compiler.planning.cost import EXACT, PACE, Pace, Shape, Way, state_bytes
+from fastgrad_dsl.documents.base import picked
 from fastgrad_dsl.documents.calibration import Calibration, PaceKind
 from fastgrad_dsl.documents.plan import Attention, Plan, is_approximated, lengths_of, longest_sizes
 from fastgrad_dsl.documents.report import (
@@ -127,13 +128,7 @@ def _calibrated(calibration: Calibration | None) -> CalibratedTime | None:
     if calibration is None or not calibration.planned.seconds:
         return None
     planned, pace = calibration.planned, calibration.pace
-    return CalibratedTime(
-        n=planned.length,
-        exact_seconds=planned.exact_seconds,
-        seconds=planned.seconds,
-        speed_up=planned.speed_up,
-        pace=MachineOf(pace.target, pace.machine, pace.threads, pace.kind),
-    )
+    return picked(CalibratedTime, planned, n=planned.length, pace=picked(MachineOf, pace))
 
 
 def _is_counted(entry: Attention) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from fastgrad_dsl.documents.calibration import Calibration
+from fastgrad_dsl.documents.base import picked
+from fastgrad_dsl.documents.calibration import Calibration, UsedCalibration
 from fastgrad_dsl.documents.plan import Plan
-from fastgrad_dsl.documents.report import Batch, Reproduce, UsedCalibration
+from fastgrad_dsl.documents.report import Batch, Reproduce
 
 FOLDER = "build"  # any will do
 IN_MEMORY = "<text>"  # the source of a program that was given as text
@@ -24,11 +25,7 @@ def reproduce(
         seed=batch.seed if batch else None,
         data=batch.kind if batch else None,
         weights=batch.weights if batch else None,
-        calibration=UsedCalibration(
-            calibration.data, calibration.weights, calibration.batches, calibration.dims, calibration.seed
-        )
-        if calibration
-        else None,
+        calibration=picked(UsedCalibration, calibration) if calibration else None,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fastgrad_compiler.attention.value import OWN
+
 if TYPE_CHECKING:  # `check` starts without msgspec
     from fastgrad_dsl.documents.calibration import Calibration, Verification
     from fastgrad_dsl.documents.plan import Attention
@@ -35,13 +37,9 @@ def bound(value: float | None) -> str:
 
 def percent(share: float) -> str:
     """A share, as in `4.2 %`; what is over 1000 % is written as a multiple."""
-    return (
-        f"{share:.3g} times"
-        if share >= 10
-        else f"{100 * share:.2g} %"
-        if share < 0.1
-        else f"{100 * share:.0f} %"
-    )
+    if share >= 10:
+        return f"{share:.3g} times"
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
 def factor(value: float) -> str:
@@ -125,6 +123,10 @@ def decision(entry: Attention) -> str:
     if entry.decision != "polynomial":
         window = entry.window
         return "exact" if window is None else f"exact, window {window}"
-    family = "own polynomial" if entry.family == "own" else entry.family
     near = "" if entry.near is None else f", near {entry.near}"
-    return f"{family} degree {entry.degree}{near}"
+    return f"{family(entry.family)} degree {entry.degree}{near}"
+
+
+def family(name: str | None) -> str:
+    """Whose polynomial it is."""
+    return "own polynomial" if name == OWN else str(name)

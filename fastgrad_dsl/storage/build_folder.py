@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 from fastgrad_compiler.runtime.private_files import lock, sync_folder
 from fastgrad_dsl.storage.build_manifest import MANIFEST, check_folder, manifest_text, read_manifest
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 LOCK_SECONDS = 60
 _BYTECODE = "__pycache__"
@@ -49,8 +49,7 @@ def write_build(folder: Path, files: Mapping[str, str], *, force: bool = False) 
             _put(_built(real, files), real)
     except OSError as error:
         help_ = ("what was there is unchanged",)
-        message = f"cannot write to {folder}: {error.strerror or error}"
-        raise TfgError([Diagnostic("FG421", message, help=help_)]) from None
+        raise TfgError.of("FG421", f"cannot write to {folder}: {error.strerror or error}", *help_) from None
 
 
 def recover(folder: Path) -> None:

@@ -16,7 +16,7 @@ from fastgrad_dsl.documents.files import Files
 from fastgrad_dsl.documents.form import format_of
 from fastgrad_dsl.documents.read import parse_document
 from fastgrad_dsl.documents.write import to_json
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 MANIFEST = "files.json"
 _MOST_BYTES = 1 << 20
@@ -51,12 +51,12 @@ def check_folder(folder: Path, names: Iterable[str] = (), force: bool = False) -
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise _error("FG421", f"cannot write to {folder}: it is a file")
+        raise TfgError.of("FG421", f"cannot write to {folder}: it is a file")
     if not any(folder.iterdir()):
         return
     for name in names:
         if (folder / name).is_dir() and not (folder / name).is_symlink():
-            raise _error("FG421", f"cannot write to {folder}: {name} is a folder there")
+            raise TfgError.of("FG421", f"cannot write to {folder}: {name} is a folder there")
     if not force:
         _check_ours(folder, names)
 
@@ -65,7 +65,7 @@ def _check_ours(folder: Path, names: Iterable[str]) -> None:
     known = read_manifest(folder)
     if known is None:
         found = "has files" if not os.path.lexists(folder / MANIFEST) else f"has a {MANIFEST} that is none"
-        raise _error(
+        raise TfgError.of(
             "FG428",
             f"{folder} is not replaced: it {found} of a build by this fastgrad",
             "name another folder, or add --force: what the build does not write is kept there",
@@ -80,7 +80,7 @@ def _check_ours(folder: Path, names: Iterable[str]) -> None:
             shown = ", ".join(these[:_SHOWN]) + (
                 f" and {len(these) - _SHOWN} more" if len(these) > _SHOWN else ""
             )
-            raise _error(
+            raise TfgError.of(
                 "FG428",
                 f"{folder} is not replaced: {shown} {what}",
                 "keep a copy elsewhere and add --force to replace it, or name another folder",
@@ -123,7 +123,3 @@ def _open_inside(folder: Path, name: str) -> int:
     if not stat.S_ISREG(os.lstat(folder / name).st_mode):
         raise _NotOursError
     return os.open(folder / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
-
-
-def _error(code: str, message: str, *help_: str) -> TfgError:
-    return TfgError([Diagnostic(code, message, help=help_)])

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastgrad_compiler.runtime.private_files import write_whole
+from fastgrad_grammar.diagnostics import TfgError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -39,6 +40,16 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
+
+
+@contextmanager
+def writing(path: Path, *, kept: str = "") -> Iterator[None]:
+    """Makes an OSError of what is done inside the diagnostic FG421; `kept` says what there is to go on from."""
+    try:
+        yield
+    except OSError as error:
+        reason, help_ = error.strerror or str(error), (kept,) if kept else ()
+        raise TfgError.of("FG421", f"cannot write {path}: {reason}", *help_) from None
 
 
 def _regular_file(path: Path) -> os.stat_result | None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from errno import EISDIR, ENOTDIR, EROFS
 from pathlib import Path
 
-from fastgrad_dsl.storage.files import naming, write_atomically
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_dsl.storage.files import naming, write_atomically, writing
 
 TRIED = bytes(1 << 14)
 """A disk that has no room for as little has none for any output."""
@@ -53,7 +50,7 @@ def try_file(path: Path | None) -> None:
     """Find out whether a file can be written, and leave everything as it is. Raises TfgError FG421."""
     if path is None:
         return
-    with _refused(path):
+    with writing(path):
         if path.is_dir():
             raise OSError(EISDIR, os.strerror(EISDIR))
         if not _is_stream(path):
@@ -62,7 +59,7 @@ def try_file(path: Path | None) -> None:
 
 def try_folder(path: Path) -> None:
     """Find out whether a folder, which need not exist, can be written to. Raises TfgError FG421."""
-    with _refused(path):
+    with writing(path):
         _try_folder(path)
 
 
@@ -75,15 +72,6 @@ def _try_folder(path: Path) -> None:
     with tempfile.TemporaryFile(dir=path) as stream:
         stream.write(TRIED)
         stream.flush()
-
-
-@contextmanager
-def _refused(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        message = f"cannot write {path}: {error.strerror or error}"
-        raise TfgError([Diagnostic("FG421", message)]) from None
 
 
 def _is_stream(path: Path) -> bool:

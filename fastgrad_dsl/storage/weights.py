@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.read import check_regular
 
 MODEL = "model."  # before the names of weights in a checkpoint
@@ -22,9 +22,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(of_checkpoint or tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise TfgError(
-            [Diagnostic("FG418", f"{path} does not hold this model's weights: {reason}")]
-        ) from None
+        raise TfgError.of("FG418", f"{path} does not hold this model's weights: {reason}") from None
 
 
 def read_tensors(path: Path, code: str, what: str) -> dict[str, Tensor]:
@@ -36,4 +34,4 @@ def read_tensors(path: Path, code: str, what: str) -> dict[str, Tensor]:
         reason = error.strerror or str(error)
     except SafetensorError as error:
         reason = str(error)
-    raise TfgError([Diagnostic(code, f"cannot read {what} {path}: {reason}")])
+    raise TfgError.of(code, f"cannot read {what} {path}: {reason}")

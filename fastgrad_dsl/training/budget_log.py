@@ -10,11 +10,11 @@ pass. The guards' own messages, one for each attention, go to the same logger as
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from fastgrad_dsl.documents.base import finite
 from fastgrad_grammar.quote import json_text
 
 if TYPE_CHECKING:
@@ -78,15 +78,6 @@ class JsonLinesHandler(logging.FileHandler):
             step = getattr(record, "step", None)
             rows = [{"time": record.created, "step": step, **status} for status in budget]
         return "\n".join(json_text(finite(row)) for row in rows)
-
-
-def finite(value: Any) -> Any:
-    """Plain data with None for each number that is not finite: strict JSON has none of them."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class TensorBoardHandler(logging.Handler):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastgrad_dsl.documents.pairs import WHATS, of
-from fastgrad_dsl.documents.plan import Budget, is_approximated
+from fastgrad_dsl.documents.plan import Budget, approximated_of
 from fastgrad_dsl.models.batches import tokens_of
 from fastgrad_dsl.models.certify import certify
 from fastgrad_dsl.models.measure import whole_errors
@@ -108,8 +108,7 @@ class BudgetWatch:
         return state, self.compiled.adopt(model).train(model.training)
 
     def _state(self, model: nn.Module) -> BudgetState:
-        served = [e for e in self.compiled.plan_document.attentions if e.decision == "polynomial"]
-        approximated = [is_approximated(entry) for entry in served]
+        approximated = approximated_of(self.compiled.plan_document)
         statuses = _counted(model)
         output = gradient = 0.0
         if any(approximated):

@@ -7,20 +7,27 @@ holds the rest (`Progress`) as strict JSON.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fastgrad_dsl.calibration.pace import MachinePace
+from fastgrad_dsl.calibration.record import PlanRecord
+from fastgrad_dsl.documents.base import Document, finite
+from fastgrad_dsl.documents.calibration import Calibration
+from fastgrad_dsl.documents.form import built, fields
+from fastgrad_dsl.documents.write import plain
 from fastgrad_dsl.storage.files import write_atomically
 from fastgrad_dsl.storage.weights import MODEL
 from fastgrad_dsl.training.guard_counts import guard_counts, restore_guard_counts
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 MOMENTS, GENERATORS, GUARDS = "optimiser.", "generator.", "guard."
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
@@ -28,8 +35,15 @@ FORMAT = "fastgrad-checkpoint-2"
 Scalar = int | float | str | bool
 
 
-@dataclass(frozen=True)
-class Progress:
+class RunPlan(Document, frozen=True):
+    """What a run's plan rests on: decisions that are not the compiler's own, their calibration, the machine's pace."""
+
+    decisions: PlanRecord | None
+    calibration: Calibration | None
+    pace: MachinePace | None
+
+
+class Progress(Document, frozen=True):
     """Where a run stands, and what a run that goes on from here must share.
 
     Args:
@@ -38,17 +52,17 @@ class Progress:
         settings, identity: what a resumed run must share: options, and what else it is of.
         optimiser: its name and constants.
         idle: weights that no gradient has reached, so that they have no moments.
-        plan: what the run's plan rests on, None where it is the compiler's own.
+        plan: None in a run without a plan of its own.
     """
 
-    step: int
-    validated: int
-    seconds: float
-    settings: Mapping[str, Scalar]
-    identity: Mapping[str, str]
-    optimiser: Mapping[str, Scalar]
-    idle: Sequence[str]
-    plan: object
+    step: Annotated[int, Meta(ge=0, le=2**53)]
+    validated: Annotated[int, Meta(ge=-1, le=2**53)]
+    seconds: Annotated[float, Meta(ge=0, le=1e12)]
+    settings: dict[str, Scalar]
+    identity: dict[str, str]
+    optimiser: dict[str, Scalar]
+    idle: tuple[str, ...]
+    plan: RunPlan | None
 
 
 @dataclass(frozen=True)
@@ -160,7 +174,8 @@ def save_checkpoint(
         tensors |= {f"{MOMENTS}{names[index]}.{key}": torch.as_tensor(value) for key, value in state.items()}
     tensors |= {GENERATORS + name: state for name, state in states.generators.items()}
     tensors |= {GUARDS + name: counts for name, counts in states.guards.items()}
-    header = {field.name: _written(getattr(progress, field.name)) for field in fields(progress)}
+    values: dict[str, object] = finite(plain(progress))
+    header = {name: json.dumps(value, sort_keys=True, allow_nan=False) for name, value in values.items()}
     write_atomically(path, save(_contiguous(tensors), {"format": FORMAT, **header}))
 
 
@@ -211,10 +226,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     ) as error:
         raise _broken(path, str(error)) from None
     try:
-        values = {field.name: _READERS[field.name](_parsed(header, field.name)) for field in fields(Progress)}
+        progress: Progress = built(Progress, {name: _parsed(header, name) for name in fields(Progress)})
     except ValueError as error:
-        raise _broken(path, str(error)) from None
-    progress = Progress(**values)
+        raise _broken(path, f"its header: {error}") from None
     if progress.validated > progress.step:
         raise _broken(path, f"step {progress.validated} is validated, and only {progress.step} are done")
     return Checkpoint(path, tensors, progress)
@@ -223,49 +237,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
 # ---------------------------------------------------------------- the header
 
 
-def _written(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, allow_nan=False)
-
-
-def _parsed(header: Mapping[str, str], name: str) -> tuple[str, Any]:
+def _parsed(header: Mapping[str, str], name: str) -> Any:
     try:
-        return name, json.loads(header[name], parse_constant=_no_constant)
+        return json.loads(header[name], parse_constant=_no_constant)
     except (KeyError, ValueError, RecursionError):
-        raise ValueError(f"its header has no usable {name}: {header.get(name, 'nothing')[:40]}") from None
+        raise ValueError(f"no usable {name}: {header.get(name, 'nothing')[:40]}") from None
 
 
 def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
-
-
-def _reader(holds: Callable[[Any], bool]) -> Callable[[tuple[str, Any]], Any]:
-    def read(entry: tuple[str, Any]) -> Any:
-        name, value = entry
-        if not holds(value):
-            raise ValueError(f"its header has no usable {name}: {json.dumps(value)[:40]}")
-        return value
-
-    return read
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**53
-
-
-def _all_of(*types: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(type(each) in types for each in value.values())
-
-
-_READERS: dict[str, Callable[[tuple[str, Any]], Any]] = {
-    "step": _reader(_is_count),
-    "validated": _reader(lambda value: _is_count(value) or value == -1),
-    "seconds": _reader(lambda value: type(value) in (int, float) and 0 <= value < 1e12),
-    "settings": _reader(_all_of(int, float, str, bool)),
-    "identity": _reader(_all_of(str)),
-    "optimiser": _reader(_all_of(int, float, str, bool)),
-    "idle": _reader(lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value)),
-    "plan": _reader(lambda value: value is None or isinstance(value, dict)),
-}
 
 
 # ---------------------------------------------------------------- tensors
@@ -306,23 +286,19 @@ def _shown(values: Mapping[str, Scalar], name: str) -> str:
 
 
 def _broken(path: Path, reason: str) -> TfgError:
-    return TfgError([Diagnostic("FG413", f"cannot read the checkpoint {path}: {reason}")])
+    return TfgError.of("FG413", f"cannot read the checkpoint {path}: {reason}")
 
 
 def _no_checkpoint(path: Path, found: str) -> NoReturn:
     message = f"{path} is a safetensors file, but not a checkpoint of a training run"
     if found.startswith("fastgrad-checkpoint-"):
         message = f"{path} is of the format {found}, which another version of fastgrad wrote"
-    raise TfgError([Diagnostic("FG413", message)])
+    raise TfgError.of("FG413", message)
 
 
 def _mismatch(path: Path, differences: Iterable[str]) -> TfgError:
-    return TfgError(
-        [
-            Diagnostic(
-                "FG414",
-                f"the checkpoint {path} belongs to another run: {'; '.join(differences)}",
-                help=("use the text, spec and options of that run, or another --out folder to start afresh",),
-            )
-        ]
+    return TfgError.of(
+        "FG414",
+        f"the checkpoint {path} belongs to another run: {'; '.join(differences)}",
+        "use the text, spec and options of that run, or another --out folder to start afresh",
     )

@@ -31,8 +31,8 @@ from fastgrad_dsl.api.loader import MODEL, WEIGHTS
 from fastgrad_dsl.report.reproduce import IN_MEMORY
 from fastgrad_dsl.storage.build_folder import recover
 from fastgrad_dsl.storage.build_manifest import MANIFEST
-from fastgrad_dsl.storage.files import write_atomically
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_dsl.storage.files import write_atomically, writing
+from fastgrad_grammar.diagnostics import TfgError
 
 if TYPE_CHECKING:
     from fastgrad_dsl.api.compiled import Compiled
@@ -76,17 +76,6 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def writing(path: Path, *, kept: str = "") -> Iterator[None]:
-    """Makes an OSError of what is done inside the diagnostic FG421; `kept` says what there is to go on from."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        help_ = (kept,) if kept else ()
-        raise TfgError([Diagnostic("FG421", f"cannot write {path}: {reason}", help=help_)]) from None
 
 
 def _check_lock(path: Path) -> None:
@@ -216,8 +205,7 @@ def _in_use(folder: Path) -> TfgError:
     except OSError:
         holder = ""
     message = f"{holder or 'another process'} trains in {folder}"
-    help_ = ("wait until it has ended, or give another folder with --out",)
-    return TfgError([Diagnostic("FG432", message, help=help_)])
+    return TfgError.of("FG432", message, "wait until it has ended, or give another folder with --out")
 
 
 def _occupied(folder: Path, run: set[str], foreign: list[str]) -> TfgError:
@@ -227,4 +215,4 @@ def _occupied(folder: Path, run: set[str], foreign: list[str]) -> TfgError:
     else:
         message = f"{folder} holds other files than a run's: {', '.join(foreign[:3])}"
         ways = ("give another folder with --out, or --force to train in this one beside them",)
-    return TfgError([Diagnostic("FG431", message, help=ways)])
+    return TfgError.of("FG431", message, *ways)

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fastgrad_dsl.training.budget_log import finite
+from fastgrad_dsl.documents.base import finite
 from fastgrad_dsl.training.budget_watch import BudgetState
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from fastgrad_dsl.api.loader import WEIGHTS
 from fastgrad_dsl.models.text_data import TextData
-from fastgrad_dsl.storage.files import write_atomically
+from fastgrad_dsl.storage.files import write_atomically, writing
 from fastgrad_dsl.training.budget_watch import BudgetWatch
 from fastgrad_dsl.training.checkpoint import (
     Checkpoint,
     Progress,
+    RunPlan,
     States,
     described,
     idle_weights,
@@ -26,10 +28,10 @@ from fastgrad_dsl.training.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, writing
+from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed
 from fastgrad_dsl.training.log import Event, kept_lines
 from fastgrad_dsl.training.stopping import Stop, StopAsked, Stopped
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MAY_CHANGE = {"steps", "seconds", "validate_every", "validation_batches", "checkpoint_every"}  # on resuming
@@ -81,9 +83,8 @@ def validation_loss(
     losses = []
     try:
         with torch.no_grad():
-            for inputs, targets in data.validation_batches(
-                options.tokens, options.batch, options.validation_batches
-            ):
+            sizes = options.tokens, options.batch, options.validation_batches
+            for inputs, targets in data.validation_batches(*sizes):
                 check()
                 losses.append(loss(model(inputs), targets).item())
     finally:
@@ -98,14 +99,14 @@ class Context:
     Args:
         identity: what a resumed run must share, under the names that users know.
         generators: random generators besides those of batches and dropout, by name.
-        plan: what the plan rests on, as plain data for the checkpoint.
+        plan: what the plan rests on, for the checkpoint.
         publish: writes the model of the present plan into the run's folder.
         stop: says when to stop.
     """
 
-    identity: Mapping[str, str] = field(default_factory=dict)
+    identity: dict[str, str] = field(default_factory=dict)
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
-    plan: Callable[[], object] = lambda: None
+    plan: Callable[[], RunPlan | None] = lambda: None
     publish: Callable[[], None] = lambda: None
     stop: Stop = field(default_factory=Stop)
 
@@ -120,21 +121,30 @@ def train(
     resume: bool = False,
     force: bool = False,
     watch: BudgetWatch | None = None,
+    context: Context | None = None,
 ) -> Generator[Event, None, None]:
     """Train in place, yielding an Event for each step and validation; `folder` gets the log, checkpoints and weights.
 
     `watch` looks at the budget at every validation and may return another module with the same weights to
     continue with. `force`: a run that is already in the folder is replaced. On the CPU, a resumed run continues bit for
-    bit with the same number of threads; a run that has done its steps changes nothing.
+    bit with the same number of threads; a run that has done its steps changes nothing. With `context` the folder is
+    `claimed` already.
 
     Raises TfgError: FG413 or FG414 if `resume` finds no checkpoint, or that of another run; FG421 if the folder cannot
-    be written; FG431 and FG432 if it is occupied; FG433 if a loss or gradient is not finite.
+    be written; FG431 and FG432 if it is occupied; FG433 if a loss or gradient is not finite. Raises Stopped if
+    `context.stop` asks for it.
     """
-    context = Context()
-    if resume and is_finished(read_checkpoint(folder / CHECKPOINT), options, context):
+    whole = context is None
+    context = context or Context()
+    if whole and resume and is_finished(read_checkpoint(folder / CHECKPOINT), options, context):
         return
-    with claimed(folder, resume=resume, force=force):
-        yield from train_in(model, loss, data, options, folder, context, resume=resume, watch=watch)
+    with claimed(folder, resume=resume, force=force) if whole else nullcontext():
+        run = _Run(model, loss, data, options, folder, context, watch)
+        if resume:
+            run.resume()
+        else:
+            run.begin()
+        yield from run.events()
 
 
 def is_finished(checkpoint: Checkpoint, options: Options, context: Context) -> bool:
@@ -145,28 +155,8 @@ def is_finished(checkpoint: Checkpoint, options: Options, context: Context) -> b
         return progress.seconds >= options.seconds
     if progress.step > options.steps:
         message = f"the run of {checkpoint.path} has done {progress.step} steps, more than {options.steps}"
-        raise TfgError([Diagnostic("FG414", message, help=("give as many steps or more",))])
+        raise TfgError.of("FG414", message, "give as many steps or more")
     return progress.step == options.steps and progress.validated == progress.step
-
-
-def train_in(
-    model: nn.Module,
-    loss: Loss,
-    data: TextData,
-    options: Options,
-    folder: Path,
-    context: Context,
-    *,
-    resume: bool,
-    watch: BudgetWatch | None,
-) -> Generator[Event, None, None]:
-    """As `train`, in a folder that is `claimed`. Raises Stopped if `context.stop` asks for it."""
-    run = _Run(model, loss, data, options, folder, context, watch)
-    if resume:
-        run.resume()
-    else:
-        run.begin()
-    yield from run.events()
 
 
 class _Run:
@@ -295,7 +285,7 @@ class _Run:
             self.options.settings,
             self.context.identity,
             described(self.optimiser),
-            idle_weights(self.model, self.optimiser),
+            tuple(idle_weights(self.model, self.optimiser)),
             self.context.plan(),
         )
         with writing(self.folder / WEIGHTS, kept=self._kept):
@@ -306,10 +296,8 @@ class _Run:
         self.saved = (self.step, self.validated)
 
     def _record(self, event: Event) -> Event:
-        with (
-            writing(self.folder / LOG, kept=self._kept),
-            (self.folder / LOG).open("a", encoding="utf-8") as log,
-        ):
+        path = self.folder / LOG
+        with writing(path, kept=self._kept), path.open("a", encoding="utf-8") as log:
             log.write(event.line())
         return event
 
@@ -325,13 +313,10 @@ class _Run:
         return f"the checkpoint of step {step} is whole: --resume goes on from there"
 
     def _not_finite(self, what: str) -> TfgError:
-        help_ = (
-            "no checkpoint is written yet"
-            if self.saved[0] < 0
-            else f"the checkpoint of step {self.saved[0]} is kept",
-            f"train anew with a --rate below {self.options.learning_rate:g}, or with a smaller --clip",
-        )
-        return TfgError([Diagnostic("FG433", f"{what}: the run is stopped", help=help_)])
+        step, _ = self.saved
+        kept = "no checkpoint is written yet" if step < 0 else f"the checkpoint of step {step} is kept"
+        anew = f"train anew with a --rate below {self.options.learning_rate:g}, or with a smaller --clip"
+        return TfgError.of("FG433", f"{what}: the run is stopped", kept, anew)
 
 
 def training_step(

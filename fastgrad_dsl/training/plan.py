@@ -10,22 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad_compiler.attention.table import attention_table
-from fastgrad_compiler.pipeline import run
 from fastgrad_compiler.planning.decision import Decision
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.calibration.pace import MachinePace, machine_pace
-from fastgrad_dsl.calibration.record import PlanRecord, plan_record, with_recorded_plan
+from fastgrad_dsl.calibration.record import plan_record, with_recorded_plan
 from fastgrad_dsl.calibration.replan import Request, replan
-from fastgrad_dsl.documents.base import Document
-from fastgrad_dsl.documents.calibration import Calibration
-from fastgrad_dsl.documents.form import Misfit, built
-from fastgrad_dsl.documents.write import plain
 from fastgrad_dsl.models.text_data import TextData
-from fastgrad_dsl.training.budget_log import finite
-from fastgrad_dsl.training.checkpoint import Checkpoint
+from fastgrad_dsl.training.checkpoint import Checkpoint, RunPlan
 from fastgrad_dsl.training.loop import Options
 from fastgrad_dsl.training.stopping import Stop
-from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from fastgrad_grammar.diagnostics import TfgError
 
 CALIBRATION_BATCHES = 2
 
@@ -72,56 +66,29 @@ class TextPlanner:
 
 def without_polynomials(compiled: Compiled) -> Compiled:
     """The same model with every attention exact, but those whose weights are a polynomial of the model's own."""
-    attentions = next(stage.program for stage in compiled.stages if stage.name == "attention")
     chosen = {
         entry.full_path: (Decision("it is trained as exact attention"),)
-        for entry in attention_table(attentions)
+        for entry in attention_table(compiled.recognised)
         if not entry.attention.is_own
     }
-    start = compiled.stages[0].program
-    stages = run(start, target=compiled.target, assignment=chosen, validate=compiled.validate)
-    return replace(compiled, stages=stages)
+    return replace(compiled.with_decisions(chosen), assignment=None)  # the compiler's own, on resuming too
 
 
-class RunPlan(Document, frozen=True):
-    """What a checkpoint keeps: decisions that are not the compiler's own, what they rest on, the machine's pace."""
-
-    decisions: PlanRecord | None
-    calibration: Calibration | None
-    pace: MachinePace | None
-
-
-def plan_of(compiled: Compiled, pace: MachinePace | None) -> object:
-    """The RunPlan as plain data."""
+def plan_of(compiled: Compiled, pace: MachinePace | None) -> RunPlan:
+    """What a checkpoint keeps of a plan."""
     decisions = None if compiled.assignment is None else plan_record(compiled.assignment)
-    return finite(plain(RunPlan(decisions, compiled.calibration, pace)))
+    return RunPlan(decisions, compiled.calibration, pace)
 
 
 def resumed_plan(compiled: Compiled, checkpoint: Checkpoint) -> Compiled:
     """The model with the plan of a checkpoint. TfgError FG413 where that is not one of this model."""
-    kept = _plan(checkpoint)
-    if kept.decisions is None:
+    kept = checkpoint.progress.plan
+    if kept is None or kept.decisions is None:
         return compiled
     try:
         planned = with_recorded_plan(compiled, kept.decisions, kept.calibration)
         _ = planned.files  # which show the calibration
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        raise _false(checkpoint, f"its plan is not one of this model: {error}") from None
+        message = f"cannot read the checkpoint {checkpoint.path}: its plan is not one of this model: {error}"
+        raise TfgError.of("FG413", message) from None
     return planned
-
-
-def resumed_pace(checkpoint: Checkpoint) -> MachinePace | None:
-    """The pace that a checkpoint keeps. TfgError FG413 where it is none."""
-    return _plan(checkpoint).pace
-
-
-def _plan(checkpoint: Checkpoint) -> RunPlan:
-    try:
-        found: RunPlan | None = built(RunPlan | None, checkpoint.progress.plan)
-    except Misfit as error:
-        raise _false(checkpoint, f"its plan is not one of this model: {error}") from None
-    return found or RunPlan(None, None, None)
-
-
-def _false(checkpoint: Checkpoint, reason: str) -> TfgError:
-    return TfgError([Diagnostic("FG413", f"cannot read the checkpoint {checkpoint.path}: {reason}")])

@@ -46,6 +46,11 @@ class TfgError(Exception):
         self.diagnostics = tuple(diagnostics)
         super().__init__("\n".join(f"[{d.code}] {d.message}" for d in self.diagnostics))
 
+    @classmethod
+    def of(cls, code: str, message: str, *help_: str, span: Span | None = None) -> TfgError:
+        """The error of one diagnostic."""
+        return cls([Diagnostic(code, message, span, help=help_)])
+
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like `name`, for "did you mean" (None where nothing is near)."""
@@ -62,3 +67,10 @@ def short(text: str) -> str:
     """The first line of a text, cut where it is long."""
     line = text.split("\n", 1)[0]
     return line if len(line) <= 40 else f"{line[:37]}..."
+
+
+def suggestions(name: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Help for a name that is not known: the nearest one, and all that are."""
+    names = list(known)
+    near = nearest(name, names)
+    return (*([f"did you mean {near}?"] if near else []), f"known: {', '.join(names)}")

@@ -10,9 +10,10 @@ import torch
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.api.compiled import Compiled
-from fastgrad_dsl.documents.read import KINDS, parse_document
+from fastgrad_dsl.documents.read import parse_document
 from fastgrad_dsl.models.batches import model_inputs, random_batch
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from tests.dsl.schemas import KINDS
 
 SPEC = """use std
 dim b

@@ -19,9 +19,9 @@ from fastgrad_dsl.documents.calibration import Calibration
 from fastgrad_dsl.documents.files import Files
 from fastgrad_dsl.documents.form import format_of
 from fastgrad_dsl.documents.plan import Approximated, Plan
-from fastgrad_dsl.documents.read import KINDS, parse_document, read_document
+from fastgrad_dsl.documents.read import parse_document, read_document
 from fastgrad_dsl.documents.report import Report
-from fastgrad_dsl.documents.write import schema_text, to_json
+from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.report.document import build_report
 from fastgrad_dsl.report.page import render_html
 from fastgrad_grammar.diagnostics import TfgError
@@ -29,7 +29,7 @@ from fastgrad_grammar.render import render
 from tests.conftest import Golden
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import NAMES, small
-from tests.dsl.schemas import SCHEMAS, validator
+from tests.dsl.schemas import KINDS, SCHEMAS, schema_text, validator
 
 VALUES: tuple[object, ...] = (
     None, True, 0, -1, 1, 1.5, 1e99, 1e-199, 2**62, 10**30, "", "x", "1", "n*n*n", "n/7", [], [0], {}, {"a": 1}, [[[]]],

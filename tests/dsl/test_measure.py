@@ -78,15 +78,15 @@ def test_local_errors_are_of_one_attention_on_its_own_inputs() -> None:
     errors = measure_errors(stack(None, None), [INPUT], [TARGET], objective, SERVED)
     first = Layer(SPECS[0], "polynomial")(INPUT)
     second = [Layer(SPECS[1], kind)(first) for kind in ("polynomial", "exact")]
-    assert errors.attentions[1].output == pytest.approx(relative_error(*second), rel=1e-6)
+    assert errors.attentions[1].local["output"].measured == pytest.approx(relative_error(*second), rel=1e-6)
     assert errors.attentions[0].path == "layers.0"
 
 
 def test_measured_errors_respect_the_bounds() -> None:
     errors = measure_errors(stack(None, None), [INPUT], [TARGET], objective, SERVED)
     for attention in errors.attentions:
-        assert 0 < attention.output <= attention.output_bound
-        assert 0 < attention.gradient <= attention.gradient_bound
+        for found in (attention.local["output"], attention.gradient):
+            assert 0 < found.measured <= found.bound
 
 
 class Given(nn.Module):
@@ -136,7 +136,8 @@ def test_each_tensor_and_each_head_has_its_own_error() -> None:
 def test_a_bound_that_claims_too_much_is_seen() -> None:
     claims = [Served(s.path, s.eps / 1000, s.eps_prime / 1000, s.scale) for s in SERVED]
     errors = measure_errors(stack(None, None), [INPUT], [TARGET], objective, claims)
-    assert any(a.output > a.output_bound and a.gradient > a.gradient_bound for a in errors.attentions)
+    pairs = [(a.local["output"], a.gradient) for a in errors.attentions]
+    assert any(all(each.measured > each.bound for each in pair) for pair in pairs)
 
 
 class Unweighted(nn.Module):
@@ -150,7 +151,8 @@ class Unweighted(nn.Module):
 def test_model_without_weights() -> None:
     errors = measure_errors(Unweighted(), [INPUT], [], None, SERVED[:1])
     assert errors.weight_gradients == {}
-    assert 0 < errors.attentions[0].gradient <= errors.attentions[0].gradient_bound
+    found = errors.attentions[0].gradient
+    assert 0 < found.measured <= found.bound
     assert measure_errors(nn.Identity(), [torch.arange(3)], [], None, []).output == 0
 
 

@@ -26,7 +26,7 @@ from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.models.text_data import TextData
 from fastgrad_dsl.training.checkpoint import read_checkpoint
 from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, publish, spec_files
-from fastgrad_dsl.training.loop import Context, Options, train_in
+from fastgrad_dsl.training.loop import Context, Options, train
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.file_faults import Faults, Killed, failing
 from tests.dsl.training_model import Bigram, loss, text_data
@@ -65,7 +65,7 @@ def run(
     texts = spec_files(compiled.source)
     context = Context({"the text": data.digest}, publish=lambda: publish(compiled, texts, folder))
     with claimed(folder, resume=resume, force=force):
-        list(train_in(Bigram(), loss, data, OPTIONS, folder, context, resume=resume, watch=None))
+        list(train(Bigram(), loss, data, OPTIONS, folder, resume=resume, context=context))
 
 
 @pytest.fixture(scope="module")
