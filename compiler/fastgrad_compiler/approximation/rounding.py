@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, inf, prod
 
 from fastgrad_compiler.approximation.elementary import exp
@@ -106,6 +107,7 @@ class _Arithmetic:
     operand: float = 0.0
 
 
+@lru_cache(maxsize=4096)  # a search for a plan asks for each candidate several times
 def rounding(
     spec: KernelSpec, sizes: Sizes, bound: float, reach: float, backends: Backends, run: Run
 ) -> Rounding:
