@@ -150,8 +150,11 @@ class _Attack:
 
     def _compare(self, found: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """What the module gives is what the policy says; where that does not hang on a sample."""
-        close = [abs(float(call.logits.max()) / _limit(node) - 1.0) < MARGIN for node, call in self.calls.values()
-                 if call.logits.numel()]  # fmt: skip
+        close = [
+            abs(float(call.logits.max()) - _limit(node)) <= MARGIN * _limit(node)
+            for node, call in self.calls.values()
+            if call.logits.numel()
+        ]
         if self.uncertain or any(close) or len(self.calls) != 1 or self.policy not in ("exact", "clamp"):
             return
         for one, other in zip(found, results, strict=True):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fastgrad_compiler.runtime.guard import share_of_range
 from fastgrad_dsl.documents.pairs import WHATS, of
 from fastgrad_dsl.documents.plan import Budget, approximated_of
 from fastgrad_dsl.models.batches import tokens_of
@@ -116,7 +117,7 @@ class BudgetWatch:
             output, gradient = whole_errors(model, inputs, targets, self.compiled.loss, approximated)
             _counted(model)
         shares = {
-            status["path"]: status["largest"] / _largest(status["bound"])
+            status["path"]: share_of_range(status["largest"], _largest(status["bound"]))
             for status in statuses
             if status["calls"]  # none where sequences are below the break-even length, and attention is exact
         }

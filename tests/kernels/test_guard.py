@@ -319,6 +319,12 @@ def test_raise_names_attention_range_and_logit() -> None:
     assert counts(guard) == (1, 0, 1, 1)
 
 
+def test_a_range_of_zero_is_one_too(caplog: pytest.LogCaptureFixture) -> None:
+    inputs = scaled(make_inputs(BASE, 9), 9.0)
+    guarded(BASE, inputs, Guard(bound=0.0, source="asserted", policy="warn", path="layers.0"))
+    assert "is beyond R = 0 (asserted)" in caplog.text
+
+
 def test_warn_says_it_once_and_counts(caplog: pytest.LogCaptureFixture) -> None:
     inputs = scaled(make_inputs(BASE, 9), 9.0)
     guard = Guard(bound=0.25, source="data")

@@ -13,6 +13,7 @@ then on `exact` and `raise` act. A replayed graph keeps counting.
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -205,7 +206,7 @@ class Guard:
         bounds = spec.bound if isinstance(spec.bound, tuple) else (spec.bound,) * len(largest)
         logit, bound, head = max(
             ((logit, bound, head) for head, (logit, bound) in enumerate(zip(largest, bounds, strict=True))),
-            key=lambda found: found[0] / found[1] if found[0] == found[0] else float("inf"),
+            key=lambda found: share_of_range(*found[:2]),
         )
         message = f"{spec.path}: a logit of size {logit:.4g} in head {head} is beyond R = {bound:.4g} ({spec.source})"
         if spec.policy == "raise":
@@ -246,6 +247,11 @@ class Guard:
             "at_most": at_most,
             "norms": norms,
         }
+
+
+def share_of_range(logit: float, bound: float) -> float:
+    """The size of a logit as a share of R, infinite where it is NaN or R is 0 and it is not."""
+    return logit / bound if bound and logit == logit else 0.0 if logit == 0 else math.inf
 
 
 def _largest(values: Iterable[float]) -> float:
