@@ -53,6 +53,7 @@ class AdvisedAttention(Document, frozen=True):
     limits: str
     length: int
     cheapest: str | None
+    warning: str | None
     advice: tuple[Advice, ...]
     candidates: tuple[Candidate, ...] | None
 
@@ -126,6 +127,7 @@ def _document(advised: Advised, measured: Calibration | None) -> AdvisedAttentio
         limits=advised.limits,
         length=advised.length,
         cheapest=best.change if best else None,
+        warning=advised.warning,
         advice=tuple(advised.advice),
         candidates=found.get(paths[0]),
     )
@@ -142,6 +144,8 @@ def print_advice(document: AdviceDocument, *, wide: bool = False) -> None:
         known = "nothing limits its logits" if each.bound is None else f"|s| <= {each.bound:.3g}"
         out.print()
         say(out, f"{folded(each.paths)}  {known}; limits: {each.limits}", style="bold")
+        if each.warning:
+            say(out, f"warning: {each.warning}", indent=2, style="yellow")
         _print_options(out, each.advice, each.length, [*OPTION, *(OPTION_MORE if wide else ())])
         if each.candidates and document.measured:
             _print_measured(out, each.candidates, document.measured)

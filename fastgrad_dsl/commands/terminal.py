@@ -10,8 +10,9 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from fastgrad_compiler.attention.table import attention_table
+from fastgrad_compiler.attention.table import Lengths, attention_table
 from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.planning.selectivity import averages
 from fastgrad_dsl.commands.tables import print_table, say
 from fastgrad_dsl.documents.pairs import WHATS, of
 from fastgrad_dsl.report.words import as_exact, counted, family, folded, run_on, size, verified_on
@@ -59,7 +60,8 @@ def print_plan(program: Program, file: str) -> None:
     out = console()
     table = attention_table(program)
     say(out, f"{file}: model {program.name}, {counted(len(table), 'attention')}")
-    rows: dict[tuple[str, str, str], list[str]] = {}
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    lengths = Lengths(program)
     for entry in table:
         attention, polynomial = entry.attention, entry.attention.polynomial
         decision = f"{family(polynomial.family)} degree {polynomial.degree}" if polynomial else "exact"
@@ -67,10 +69,12 @@ def print_plan(program: Program, file: str) -> None:
             decision += f", {'exp' if attention.is_own else 'exact'} in blocks of {attention.near}"
         place = entry.span.short_place if entry.span else ""
         why = "" if attention.verdict is None else attention.verdict.why
-        rows.setdefault((place, decision, why), []).append(entry.path)
-    for (place, decision, why), paths in rows.items():
+        rows.setdefault((place, decision, why, averages(entry, lengths) or ""), []).append(entry.path)
+    for (place, decision, why, warning), paths in rows.items():
         say(out, f"{folded(paths)}  {decision}  ({place})", indent=2, style="bold")
         say(out, why, indent=6)
+        if warning:
+            say(out, f"warning: {warning}", indent=6, style="yellow")
 
 
 def print_calibration(document: Calibration) -> None:

@@ -119,6 +119,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "cheapest" in result.stdout
     document = json.loads(out.read_text())
     assert document["attentions"][0]["cheapest"].startswith("degree = ")
+    assert document["attentions"][0]["warning"].startswith("it averages: with |s| <= 1 no key")
 
 
 def test_the_command_with_measured_candidates(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_check_shows_a_near_field(fastgrad: Run) -> None:
     spec.write_text(SPEC.replace('at "*" degree = 2', 'at "*" degree = 2\n at "layers.0.*" near = 4'))
     _, out, _ = fastgrad("check", "tiny.tfg")
     assert "layers.0.attend  balanced degree 2, exact in blocks of 4" in out
+    assert "warning: it averages: with |s| <= 1 no key beyond its blocks of 4 gets more than" in out
     assert "layers.1.attend  balanced degree 2  " in out
 
 

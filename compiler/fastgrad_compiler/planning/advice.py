@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from fastgrad_compiler.approximation.certificates import certificate
 from fastgrad_compiler.approximation.polynomial import Polynomial
-from fastgrad_compiler.attention.table import AttentionEntry
+from fastgrad_compiler.attention.table import AttentionEntry, Lengths
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.planning.candidates import USEFUL, polynomials
 from fastgrad_compiler.planning.cost import EXACT
@@ -25,6 +25,7 @@ from fastgrad_compiler.planning.decision import (
     with_bound,
 )
 from fastgrad_compiler.planning.plan import shared_cases
+from fastgrad_compiler.planning.selectivity import averages
 from fastgrad_compiler.planning.target_cost import cost_of
 from fastgrad_compiler.runtime.monomials import rank
 
@@ -63,12 +64,15 @@ class Advice:
 
 @dataclass(frozen=True, slots=True)
 class Advised:
-    """The advice for attentions that are alike: their entries, the length that times are for, and the limits."""
+    """The advice for attentions that are alike: their entries, the length that times are for, the limits, and a warning
+    where they cannot pick out one key (`selectivity.averages`).
+    """
 
     entries: tuple[AttentionEntry, ...]
     length: int
     limits: str
     advice: tuple[Advice, ...]
+    warning: str | None = None
 
 
 def advise(program: Program, target: str = "auto") -> tuple[Advised, ...]:
@@ -79,8 +83,15 @@ def advise(program: Program, target: str = "auto") -> tuple[Advised, ...]:
     alike: dict[Case, list[AttentionEntry]] = {}
     for entry, case in shared_cases(program, target=target):
         alike.setdefault(case, []).append(entry)
+    lengths = Lengths(program)
     return tuple(
-        Advised(tuple(group), max(case.shape.n, case.shape.m), str(_caps(case)), tuple(_advice(case)))
+        Advised(
+            tuple(group),
+            max(case.shape.n, case.shape.m),
+            str(_caps(case)),
+            tuple(_advice(case)),
+            averages(group[0], lengths),
+        )
         for case, group in alike.items()
     )
 
