@@ -394,7 +394,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("neg", "abs"), _numeric_unary),
     "clamp": _clamp,
     **dict.fromkeys(("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu"), _float_unary),
-    **dict.fromkeys(("softplus", "erf", "assume_bound", "dropout", "polynomial"), _float_unary),
+    **dict.fromkeys(
+        ("log_sigmoid", "softplus", "erf", "assume_bound", "dropout", "polynomial"), _float_unary
+    ),
     "logical_not": _bool_unary,
     "cast": _cast,
     "where": _where,

@@ -174,6 +174,10 @@ def _softplus_of(x: float) -> float:
     return x + log1p(exp(-x)) if x > 0 else log1p(exp(x))
 
 
+def _log_sigmoid_of(x: float) -> float:
+    return min(x, 0.0) - log1p(exp(-abs(x)))
+
+
 def _exp(step: Step) -> Fact:
     """What a mask hides becomes 0."""
     fact = step.facts[0]
@@ -301,6 +305,7 @@ ARITHMETIC: dict[str, Rule] = {
     "relu": _relu,
     "gelu": _shrinking(_GELU_LEAST),
     "silu": _shrinking(_SILU_LEAST),
+    "log_sigmoid": _increasing(_log_sigmoid_of, -inf, 0.0),
     "softplus": _increasing(_softplus_of, 0.0, inf),
     "abs": _abs,
     "erf": _increasing(erf, -1.0, 1.0, slope=_ERF_SLOPE),

@@ -7,7 +7,7 @@ from math import isfinite
 from fastgrad_compiler.analysis.bounds.facts import Fact
 from fastgrad_compiler.analysis.bounds.outward import times_up
 from fastgrad_compiler.ir.graph import Node
-from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.masks import GATED, MASKS
 from fastgrad_compiler.ir.words import describe, number, place
 
 ASSUMED = "assumed in the file, not proved"
@@ -32,6 +32,7 @@ _QUIET = frozenset(
         "one_hot",
         "cast",
         *MASKS,
+        *GATED,
         "near_far",
         "alibi",
         "where",

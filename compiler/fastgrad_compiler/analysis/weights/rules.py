@@ -19,7 +19,7 @@ from fastgrad_compiler.analysis.weights.step import Rule, Step, broadcast
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Node
-from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.masks import GATED, MASKS
 from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.reference.torch_env import number as float_of
 
@@ -251,6 +251,7 @@ DECLINED: dict[str, str] = {
             "sqrt",
             "rsqrt",
             "sigmoid",
+            "log_sigmoid",
             "softplus",
             "softmax",
             "normalize_rows",
@@ -261,7 +262,7 @@ DECLINED: dict[str, str] = {
     ),
     **dict.fromkeys(("less", "less_equal", "equal", "logical_not"), "its result is a mask"),
     **dict.fromkeys(
-        (*MASKS, "near_far", "alibi"),
+        (*MASKS, *GATED, "near_far", "alibi"),
         "it works on scores, which no row is made of",
     ),
     **dict.fromkeys(
