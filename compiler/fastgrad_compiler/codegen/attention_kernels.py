@@ -22,7 +22,8 @@ def kernel_spec(graph: Graph, node: Node) -> KernelSpec:
 
 def has_window_kernel(attention: Attention, backends: Backends) -> bool:
     """Whether a kernel serves an attention within a window; PyTorch does otherwise."""
-    return attention.mask.window is not None and backends.cpp and not (attention.near or attention.alibi)
+    plain = not (attention.near or attention.alibi or attention.mask.forget)
+    return attention.mask.window is not None and backends.cpp and plain
 
 
 def kernel_module(graph: Graph, node: Node, backends: Backends) -> str | None:
