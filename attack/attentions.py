@@ -207,7 +207,9 @@ WEIGHTED: dict[str, str] = {
     "polynomial quotient": "(polynomial({s}; {p}) / sum(polynomial({s}; {p}); axis = -1, keepdim = true)) @ {v}",
     "decayed": "normalize_rows(decay(causal(exp({s})), {g})) @ {v}",
     "decayed polynomial": "normalize_rows(decay(causal(polynomial({s}; {p})), {g})) @ {v}",
-    "decayed near and polynomial": "normalize_rows(causal(decay(near_far(exp({s}), polynomial({s}; {p}); 2), {g}))) @ {v}",
+    "decayed near and polynomial": (
+        "normalize_rows(causal(decay(near_far(exp({s}), polynomial({s}; {p}); 2), {g}))) @ {v}"
+    ),
     "near and polynomial": "normalize_rows(near_far(exp({s}), polynomial({s}; {p}); 2)) @ {v}",
     "rounded weights": "float(int(3.0 * softmax({s}))) @ {v}",
     "cast weights": "float(int(softmax({s}))) @ {v}",

@@ -307,8 +307,8 @@ def split(text: Text, s: str) -> str:
 
 Step = Callable[[Text, str], str]
 STEPS: dict[Step, float] = {
-    scaled: 3, negated: 1, gained: 2, masked: 4, shifted: 4, cast: 1.5, clamped: 1.5, sloped: 1.5, assumed: 0.5, forgotten: 2,
-    undropped: 0.5, turned: 1.5, exchanged: 0.4, split: 2,
+    scaled: 3, negated: 1, gained: 2, masked: 4, shifted: 4, cast: 1.5, clamped: 1.5, sloped: 1.5, assumed: 0.5,
+    forgotten: 2, undropped: 0.5, turned: 1.5, exchanged: 0.4, split: 2,
 }  # fmt: skip
 
 
