@@ -12,7 +12,7 @@ from fastgrad_compiler.ir.graph import Node
 
 Given = dict[str, Expr]  # the operands by role
 _FLOATS = ("q", "k", "v", "near_q", "near_k")
-_ARGUMENTS = {"padding": "mask", "documents": "documents"}  # of the kernels, by role
+_ARGUMENTS = {"forget": "log_gate", "padding": "mask", "documents": "documents"}  # of the kernels, by role
 
 
 def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
@@ -24,7 +24,8 @@ def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
     if has_window_kernel(attention, place.backends):
         return call(place.kernel(node), *_floats(given), **_masks(given))
     mask = attention.mask
-    banded = attention.own_near or mask.window is not None or mask.documents
+    forget = "forget" in mask.operands
+    banded = attention.own_near or mask.window is not None or mask.documents or forget
     if banded and not attention.alibi:
         return _exact(place, attention, given)
     return _softmax(place, node, given)
