@@ -124,7 +124,7 @@ def test_opcheck(spec: KernelSpec) -> None:
     inputs = sample(spec)
     load_kernel(spec, TRITON)
     q, k, v, *near = inputs.tensors
-    arguments = (q, k, v, *(near or (None, None)), inputs.mask, None, 0, "")
+    arguments = (q, k, v, *(near or (None, None)), None, inputs.mask, None, 0, "")
     with launches() as ran:
         torch.library.opcheck(getattr(torch.ops.fastgrad, kernel_name(spec, TRITON)), arguments)
     assert ran
@@ -428,6 +428,6 @@ def test_a_missing_file_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = TritonAttention("attention_x", None, CAUSAL)
     q, k, v = (x.detach() for x in sample(CAUSAL).tensors)
     for _ in range(2):
-        assert attention.forward(q, k, v, None, None, None, None) is None
+        assert attention.forward(q, k, v, *[None] * 5) is None
     assert len(said) == 1
     assert said[0].endswith("attention_x_triton.py is missing: compile the model again")

@@ -44,7 +44,7 @@ class LargestStorage(TorchDispatchMode):
 def largest(forward: Any, backward: Any, inputs: Inputs, *attributes: object) -> LargestStorage:
     """Both passes as plain functions: a mode does not see into a custom operation."""
     q, k, v, *near = (x.detach() for x in inputs.tensors)
-    arguments = (q, k, v, *(near or (None, None)), inputs.mask, inputs.documents)
+    arguments = (q, k, v, *(near or (None, None)), None, inputs.mask, inputs.documents)
     with torch.no_grad(), LargestStorage() as record:
         saved = forward(*arguments, *attributes)
         backward(inputs.cotangent, *arguments, *saved, *attributes)
@@ -96,7 +96,7 @@ def test_a_tangent_does_not_grow_either(spec: KernelSpec) -> None:
     n = N // 4
     inputs = make_inputs(spec, n, batch=1, heads=1).to(torch.float32)
     q, k, v, *near = (x.detach() for x in inputs.tensors)
-    tensors = (q, k, v, *(near or (None, None)))
+    tensors = (q, k, v, *(near or (None, None)), None)
     given = (*tensors, inputs.mask, inputs.documents)
     with torch.no_grad():
         saved = forward(spec, (), *given, 0)

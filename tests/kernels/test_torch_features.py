@@ -48,7 +48,7 @@ class Layer(nn.Module):
 
 def arguments(inputs: Inputs) -> tuple[Tensor | None, ...]:
     q, k, v, *near = inputs.tensors
-    return (q, k, v, *(near or (None, None)), inputs.mask, inputs.documents)
+    return (q, k, v, *(near or (None, None)), None, inputs.mask, inputs.documents)
 
 
 @SPECS
@@ -66,8 +66,8 @@ def test_opcheck_of_transposed_inputs(exact_below: int) -> None:
         for x in make_inputs(NEAR, 9).tensors
     )
     for spec, rest in (
-        (CAUSAL, (None, None, None, None)),
-        (NEAR, (near_q, near_k, torch.ones(2, 9) > 0, None)),
+        (CAUSAL, (None, None, None, None, None)),
+        (NEAR, (near_q, near_k, None, torch.ones(2, 9) > 0, None)),
     ):
         operation = getattr(torch.ops.fastgrad, load_and_name(spec))
         torch.library.opcheck(operation, (q, k, v, *rest, exact_below, ""))

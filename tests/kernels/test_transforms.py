@@ -428,12 +428,12 @@ def test_opcheck_of_derivatives() -> None:
     from fastgrad_compiler.codegen.kernel import kernel_name
 
     operations = torch.ops.fastgrad
-    given = (*detached(inputs), inputs.mask, None)
+    given = (*detached(inputs), None, inputs.mask, None)
     results = getattr(operations, kernel_name(spec))(*given, 0, "")
     torch.library.opcheck(
         getattr(operations, f"{kernel_name(spec)}_backward"), (inputs.cotangent, *given, *results, 0, "")
     )
     torch.library.opcheck(
         getattr(operations, f"{kernel_name(spec)}_tangent"),
-        (*random_like(detached(inputs)), *given, *results, 0, ""),
+        (*random_like(detached(inputs)), None, *given, *results, 0, ""),
     )

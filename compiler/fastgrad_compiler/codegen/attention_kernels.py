@@ -22,8 +22,7 @@ def kernel_spec(graph: Graph, node: Node) -> KernelSpec:
 
 def has_window_kernel(attention: Attention, backends: Backends) -> bool:
     """Whether a kernel serves an attention within a window; PyTorch does otherwise."""
-    plain = not (attention.near or attention.alibi or attention.mask.forget)
-    return attention.mask.window is not None and backends.cpp and plain
+    return attention.mask.window is not None and backends.cpp and not (attention.near or attention.alibi)
 
 
 def kernel_module(graph: Graph, node: Node, backends: Backends) -> str | None:

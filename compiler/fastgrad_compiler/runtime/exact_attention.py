@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .attention_op import (
+    INPUTS,
     WORK_BYTES,
     Floats,
     Inputs,
@@ -46,6 +47,7 @@ def exact_attention(
     mask: Tensor | None = None,
     documents: Tensor | None = None,
     *,
+    log_gate: Tensor | None = None,
     scale: float | None = None,
     causal: bool = False,
     near: int | None = None,
@@ -56,9 +58,11 @@ def exact_attention(
     q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv], H a multiple of Hk; near_q [.., H, n, near_d], near_k
     [.., Hk, m, near_d], already scaled; mask bool [.., m], True for a real token; documents: integers [.., n], of which
     a token sees its own run of equal ones; scale: 1 / sqrt(d) by default; near: block size w; window: |i - j| < window
-    for all pairs. Returns [.., H, n, dv] in the dtype of v; 0 for a query that sees no key. ValueError on wrong shapes.
+    for all pairs; log_gate [.., Hk, n], at most 0, needs `causal`: the weight of a pair is times e^(its sum over the
+    tokens after the key, up to the query). Returns [.., H, n, dv] in the dtype of v; 0 for a query that sees no key.
+    ValueError on wrong shapes.
     """
-    inputs = Inputs(q, k, v, near_q, near_k, mask, documents)
+    inputs = Inputs(q, k, v, near_q, near_k, log_gate, mask, documents)
     check_inputs(inputs, causal)
     if near_q is not None and near is None:
         raise ValueError("near_q and near_k need a block size `near`")
@@ -77,6 +81,7 @@ def exact_forward(
     v: Tensor,
     near_q: Tensor | None,
     near_k: Tensor | None,
+    log_gate: Tensor | None,
     mask: Tensor | None,
     documents: Tensor | None,
     scale: float,
@@ -85,6 +90,7 @@ def exact_forward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, H, n, dv], logsumexp [B, H, n] and an empty tensor; near and window are 0 where there is none."""
+    _not_yet(log_gate)
     dtype = compute_dtype(q, k, v)
     none = q.new_empty((0,), dtype=dtype)
     if (scale > 0 or not causal) and _fused(q, mask, documents, near_q, window):
@@ -99,6 +105,11 @@ def exact_forward(
     seen = _Seen.of(q, k, mask, documents, scale, causal, near, window)
     _fill(out, logsumexp, Floats(q, k, v, near_q, near_k), seen)
     return out, logsumexp, none
+
+
+def _not_yet(log_gate: Tensor | None) -> None:
+    if log_gate is not None:
+        raise NotImplementedError("forget gates")
 
 
 def _fill(out: Tensor, logsumexp: Tensor, inputs: Floats, seen: _Seen) -> None:
@@ -139,6 +150,7 @@ def exact_backward(
     v: Tensor,
     near_q: Tensor | None,
     near_k: Tensor | None,
+    log_gate: Tensor | None,
     mask: Tensor | None,
     documents: Tensor | None,
     out: Tensor,
@@ -148,16 +160,17 @@ def exact_backward(
     causal: bool,
     near: int,
     window: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, near_q, near_k; without elements for an input that is not there."""
+) -> tuple[Tensor, ...]:
+    """Gradients of the floating inputs; without elements for an input that is not there."""
     if (scale > 0 or not causal) and _fused(q, mask, documents, near_q, window):
         return _fused_backward(gradient, q, k, v, out, logsumexp, scale, causal)
+    _not_yet(log_gate)
     dtype = compute_dtype(q, k, v)
     heads = k.shape[1]
     inputs = Floats(q, k, v, near_q, near_k)
     dq, dk, dv, dnear_q, dnear_k = (
         gradient.new_empty((0,)) if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device)
-        for x in inputs
+        for x in inputs[:5]
     )
     grouped_dq = dq.unflatten(1, (heads, -1))
     gradient, out = gradient.unflatten(1, (heads, -1)), out.unflatten(1, (heads, -1))
@@ -185,9 +198,9 @@ def exact_backward(
         dlogits.mul_(scale)
         grouped_dq[block.index] = torch.matmul(dlogits, block.k)
         dk[keys] += torch.matmul(dlogits.mT, block.q).sum(2)
-    gradients = zip((dq, dk, dv, dnear_q, dnear_k), inputs, strict=True)
-    first, second, third, fourth, fifth = (g if x is None else g.to(x.dtype) for g, x in gradients)
-    return first, second, third, fourth, fifth
+    gradients = zip((dq, dk, dv, dnear_q, dnear_k), inputs, strict=False)
+    found = (g if x is None else g.to(x.dtype) for g, x in gradients)
+    return *found, gradient.new_empty((0,))
 
 
 def exact_tangent(
@@ -200,8 +213,9 @@ def exact_tangent(
     near: int,
     window: int,
 ) -> Tensor:
-    """The tangent of out, from those of q, k, v, near_q and near_k (None where there is no such input)."""
+    """The tangent of out, from those of the floating inputs (None where there is no such input)."""
     *given, mask, documents = inputs
+    _not_yet(given[5])
     heads = given[1].shape[1]
     grouped_out, logsumexp = out.unflatten(1, (heads, -1)), logsumexp.unflatten(1, (heads, -1))
     result = torch.empty_like(out, memory_format=torch.contiguous_format)
@@ -277,7 +291,7 @@ class _Block:
         rows: tuple[slice, slice],
         band: Band,
     ) -> None:
-        q, k, v, near_q, near_k = inputs
+        q, k, v, near_q, near_k, _ = inputs
         self.rows, self.band, self.seen = rows, band, seen
         self.index = (*rows, slice(None), slice(*band.queries))
         dtype = compute_dtype(q, k, v)
@@ -392,7 +406,7 @@ def _fused_backward(
     logsumexp: Tensor,
     scale: float,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     queries, keys, values = _padded(q, k, v)
     upstream, result = (_wide(x, values.dtype, values.shape[-1]) for x in (gradient, out))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -405,17 +419,16 @@ def _fused_backward(
         x[..., : like.shape[-1]].to(like.dtype).contiguous()
         for x, like in zip((dq, dk, dv), (q, k, v), strict=True)
     )
-    first, second, third = shaped
-    return first, second, third, none, none.clone()
+    return *shaped, none, none.clone(), none.clone()
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    given, attributes = inputs[:7], inputs[7:]
+    given, attributes = inputs[:INPUTS], inputs[INPUTS:]
     return select_forward(exact_forward, given, attributes, _sight(*attributes), maximum=False)
 
 
 def _backward(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    given, saved, attributes = inputs[:7], inputs[7:10], inputs[10:]
+    given, saved, attributes = inputs[:INPUTS], inputs[INPUTS:-4], inputs[-4:]
     return select_backward(exact_backward, gradient, given, saved, attributes, _sight(*attributes))
 
 
@@ -427,7 +440,7 @@ def _tangent(
 
 
 def _moved(*arguments: Any) -> Tensor:
-    attributes = arguments[15:]
+    attributes = arguments[-4:]
     return select_tangent(_tangent, arguments, _sight(*attributes))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .attention_op import Floats, Inputs, compute_dtype, plan_tiles, row_groups
+from .attention_op import INPUTS, Floats, Inputs, compute_dtype, plan_tiles, row_groups
 from .documents import document_runs
 from .exact_attention import exact_backward, exact_forward
 from .guard import ATTRIBUTES, exact_flag, guarded
@@ -31,10 +31,10 @@ class Backend(Protocol):
     """Native kernels of an attention, which serve some calls and give None for others."""
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-        """out, denominator and maximum, of the seven inputs."""
+        """out, denominator and maximum, of the inputs of `Inputs`."""
 
     def backward(self, gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...] | None:
-        """Five gradients, of the seven inputs and what the forward pass saved."""
+        """Six gradients, of the same inputs and what the forward pass saved."""
 
 
 def register_polynomial(
@@ -42,7 +42,8 @@ def register_polynomial(
 ) -> Operation:
     """Register the operation `fastgrad::name` with its derivatives, once a process, and return it.
 
-    It takes the seven inputs, `exact_below` and the key of a guard. native, triton: serve it on a CPU and on a GPU.
+    It takes the inputs of `attention_op.Inputs`, `exact_below` and the key of a guard. native, triton: serve it on a
+    CPU and on a GPU.
     """
     backends = [backend for backend in (triton, native) if backend is not None]
     passes: tuple[Pass, Pass] = (partial(forward, spec, backends), partial(backward, spec, backends))
@@ -66,6 +67,7 @@ def forward(spec: KernelSpec, backends: Sequence[Backend], *arguments: Any) -> t
     for backend in backends:
         if (outputs := backend.forward(*inputs)) is not None:
             return outputs
+    _not_yet(inputs.log_gate)
     q, v, dtype = inputs.q, inputs.v, compute_dtype(*inputs[:3])
     saved = Saved(
         v.new_empty((*q.shape[:-1], v.shape[-1])),
@@ -80,17 +82,18 @@ def forward(spec: KernelSpec, backends: Sequence[Backend], *arguments: Any) -> t
 def backward(
     spec: KernelSpec, backends: Sequence[Backend], gradient: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    """The gradients of q, k, v, near_q and near_k, from that of out [B, H, n, dv]; none has no elements."""
+    """The gradients of the floating inputs, from that of out [B, H, n, dv]; none has no elements."""
     *given, exact_below = arguments
-    inputs, saved = Inputs(*given[:7]), Saved(*given[7:])
+    inputs, saved = Inputs(*given[:INPUTS]), Saved(*given[INPUTS:])
     if max(inputs.q.shape[2], inputs.k.shape[2]) < exact_below:
         exactly = (*given, spec.scale, spec.causal, spec.near or 0, 0)
         return exact_backward(gradient, *exactly)
     for backend in backends:
         if (found := backend.backward(gradient, *given)) is not None:
             return found
+    _not_yet(inputs.log_gate)
     kept, dtype = inputs.floats, compute_dtype(*inputs[:3])
-    near = (x if x is None else _zeros(x, dtype) for x in kept[3:])
+    near = (x if x is None else _zeros(x, dtype) for x in kept[3:5])
     gradients = Floats(*(_zeros(x, dtype) for x in inputs[:3]), *near)
     for place, rows in _groups(spec, inputs):
         upstream = _by_key_head(gradient, inputs, place)
@@ -102,6 +105,11 @@ def backward(
         inputs.q.new_empty((0,)) if g is None or x is None else g.to(x.dtype)
         for g, x in zip(gradients, kept, strict=True)
     )
+
+
+def _not_yet(log_gate: Tensor | None) -> None:
+    if log_gate is not None:
+        raise NotImplementedError("forget gates")
 
 
 def plan(spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, torch.dtype]:
@@ -120,14 +128,14 @@ def plan(spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, t
 
 def _groups(spec: KernelSpec, inputs: Inputs) -> Iterator[tuple[Place, Rows]]:
     """The rows of a call in groups whose work buffers fit, and their place in [batch, key heads]."""
-    q, k, v, _, _, mask, documents = inputs
+    q, k, v, *_, mask, documents = inputs
     size, row_bytes, dtype = plan(spec, q, k, v)
     work = Workspace(q, dtype, spec.d, blocks(spec.d, spec.degree))
     diagonal = torch.tensor(weights(spec.d, folded_coefficients(spec)), dtype=dtype, device=q.device)
     runs = None if documents is None else document_runs(documents)
     for place in row_groups(k.shape[0], k.shape[1], row_bytes):
         shown = None if mask is None else mask[place[0]]
-        of_rows = Inputs(*_rows_of(inputs.floats, inputs, place), shown)
+        of_rows = Inputs(*_rows_of(inputs.floats, inputs, place), mask=shown)
         own = None if runs is None else runs[place[0]]
         yield place, Rows(spec, work, size, diagonal.unsqueeze(-1), of_rows, own)
 
@@ -138,10 +146,11 @@ def _by_key_head(x: Tensor, inputs: Inputs, place: Place) -> Tensor:
 
 
 def _rows_of(x: Floats, inputs: Inputs, place: Place) -> Floats:
-    """Some rows of tensors like the first five inputs."""
+    """Some rows of tensors like the floating inputs."""
     near_q = None if x.near_q is None else _by_key_head(x.near_q, inputs, place)
     near_k = None if x.near_k is None else x.near_k[place]
-    return Floats(_by_key_head(x.q, inputs, place), x.k[place], x.v[place], near_q, near_k)
+    log_gate = None if x.log_gate is None else x.log_gate[place]
+    return Floats(_by_key_head(x.q, inputs, place), x.k[place], x.v[place], near_q, near_k, log_gate)
 
 
 def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:

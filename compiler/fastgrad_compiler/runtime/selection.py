@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_op import compute_dtype
+from .attention_op import FLOATS, INPUTS, compute_dtype
 from .sight import Sight
 
 Kernel = Callable[..., Any]
-Inputs = Sequence[Any]  # q, k, v, near_q, near_k, mask, documents
+Inputs = Sequence[Any]  # of `attention_op.Inputs`
+BEHIND = INPUTS + 3  # where a pass's attributes begin, after what was saved
 OF_QUERIES = (0, 3)  # of q, k, v, near_q and near_k
 LARGE = 2.0**32  # values below it are not scaled: float32 leaves 2^95 to weights and sums
 LARGE_UPSTREAM = 2.0**64  # nor upstream gradients below this one
@@ -46,19 +47,19 @@ def selective(
 ) -> tuple[Kernel, Kernel]:
     """The two passes of a kernel, in which nothing hidden leaks, and that give zeros where there are no tokens.
 
-    forward(q, k, v, near_q, near_k, mask, documents, *attributes) and backward(gradient, the same, out, denominator,
-    maximum, *attributes) as for `register_attention`; a first attribute is `exact_below`, under which the attention is
-    exact. maximum: whether a row maximum is saved. on_device: kernels of other devices than a CPU select by themselves.
+    forward(*inputs, *attributes) and backward(gradient, *inputs, out, denominator, maximum, *attributes) as for
+    `register_attention`; a first attribute is `exact_below`, under which the attention is exact. maximum: whether a row
+    maximum is saved. on_device: kernels of other devices than a CPU select by themselves.
     """
 
     def run_forward(*inputs: Any) -> Any:
-        given, attributes = inputs[:7], inputs[7:]
+        given, attributes = inputs[:INPUTS], inputs[INPUTS:]
         return select_forward(
             forward, given, attributes, _exactly(sight, given, attributes), maximum, on_device
         )
 
     def run_backward(gradient: Tensor, *inputs: Any) -> Any:
-        given, saved, attributes = inputs[:7], inputs[7:10], inputs[10:]
+        given, saved, attributes = inputs[:INPUTS], inputs[INPUTS:BEHIND], inputs[BEHIND:]
         seen = _exactly(sight, given, attributes)
         return select_backward(backward, gradient, given, saved, attributes, seen, on_device)
 
@@ -68,12 +69,14 @@ def selective(
 def selective_tangent(run: Kernel, sight: Sight) -> Kernel:
     """The tangent of a kernel, in which nothing hidden leaks, by the arguments of its operation.
 
-    run(5 tangents, 7 inputs, (out, denominator, maximum), *attributes) -> the tangent of out; a first attribute as for
+    run(tangents, inputs, (out, denominator, maximum), *attributes) -> the tangent of out; a first attribute as for
     `selective`.
     """
 
     def run_tangent(*arguments: Any) -> Tensor:
-        return select_tangent(run, arguments, _exactly(sight, arguments[5:12], arguments[15:]))
+        return select_tangent(
+            run, arguments, _exactly(sight, arguments[FLOATS : FLOATS + INPUTS], arguments[FLOATS + BEHIND :])
+        )
 
     return run_tangent
 
@@ -115,10 +118,10 @@ def select_backward(
     sight: Sight,
     on_device: bool = False,
 ) -> tuple[Tensor, ...]:
-    """run(gradient, *inputs, *saved, *attributes), in which nothing hidden leaks: five gradients. See `selective`."""
+    """run(gradient, *inputs, *saved, *attributes), in which nothing hidden leaks: six gradients. See `selective`."""
     q, k, v = inputs[:3]
     if 0 in (q.numel(), k.numel(), v.numel()):
-        return tuple(gradient.new_empty((0,)) if x is None else torch.zeros_like(x) for x in inputs[:5])
+        return tuple(gradient.new_empty((0,)) if x is None else torch.zeros_like(x) for x in inputs[:FLOATS])
     if (on_device and not _reads(q)) or (_reads(q) and all(map(_sum_is_finite, (gradient, saved[0])))):
         gradients: tuple[Tensor, ...] = run(gradient, *inputs, *saved, *attributes)
         if not _reads(q) or all(map(_sum_is_finite, gradients)):
@@ -132,12 +135,13 @@ def select_tangent(run: Kernel, arguments: Sequence[Any], sight: Sight) -> Tenso
 
     A tangent that is not there is zeros. One that overflows stays so.
     """
-    inputs, saved, attributes = arguments[5:12], arguments[12:15], arguments[15:]
+    given = arguments[FLOATS:]
+    inputs, saved, attributes = given[:INPUTS], given[INPUTS:BEHIND], given[BEHIND:]
     if 0 in (x.numel() for x in inputs[:3]):
         return torch.zeros_like(saved[0])
     tangents = [
         torch.zeros_like(x) if dx is None and x is not None else dx
-        for x, dx in zip(inputs[:5], arguments[:5], strict=True)
+        for x, dx in zip(inputs[:FLOATS], arguments[:FLOATS], strict=True)
     ]
     if _reads(inputs[0]):
         found: Tensor = run(tangents, inputs, saved, *attributes)
@@ -165,7 +169,7 @@ class _Careful:
     """The inputs of a call without their spoilt tokens, and which rows see those; a tangent spoils its token too."""
 
     def __init__(self, inputs: Inputs, sight: Sight, tangents: Sequence[Any] | None = None) -> None:
-        q, k, v, near_q, near_k, mask, documents = inputs
+        q, k, v, near_q, near_k, log_gate, mask, documents = inputs
         self.groups, self.work = q.shape[1] // k.shape[1], compute_dtype(q, k, v)
         n, m = q.shape[2], k.shape[2]
         self.hidden = None if mask is None else ~mask[:, None]
@@ -188,12 +192,14 @@ class _Careful:
         seeing = keys.hold(visible).repeat_interleave(self.groups, 1)
         self.rows = (keys.hold(spoilt & visible).repeat_interleave(self.groups, 1) | spoilt_rows) & seeing
         self.flags = [spoilt_rows if place in OF_QUERIES else spoilt | ~visible for place in range(5)]
-        self.inputs: list[Any] = [*self._cleaned((q, k, v, near_q, near_k)), mask, documents]
+        self.inputs: list[Any] = [*self._cleaned((q, k, v, near_q, near_k, log_gate)), mask, documents]
 
     def _cleaned(self, tensors: Sequence[Any]) -> list[Any]:
-        """Five tensors like q, k, v, near_q and near_k without the spoilt tokens."""
+        """Tensors like the floating inputs without the spoilt tokens."""
+        *rows, gates = tensors
         return [
-            None if x is None else _without(x, flags) for x, flags in zip(tensors, self.flags, strict=True)
+            *(None if x is None else _without(x, flags) for x, flags in zip(rows, self.flags, strict=True)),
+            gates,
         ]
 
     def _spoilt(self, x: Tensor, degree: int = 1) -> Tensor:
@@ -291,9 +297,12 @@ class _Careful:
         reached = self.queries.hold(broken.unflatten(1, (-1, self.groups)).any(2))
         hidden = torch.zeros_like(reached) if self.hidden is None else self.hidden.expand_as(reached)
         marks = [(broken, silent), (reached, hidden), (reached, hidden), (broken, silent), (reached, hidden)]
-        return tuple(
-            x if not x.numel() else _without(x.masked_fill(nan.unsqueeze(-1), math.nan), zero)
-            for x, (nan, zero) in zip(found, marks, strict=True)
+        return (
+            tuple(
+                x if not x.numel() else _without(x.masked_fill(nan.unsqueeze(-1), math.nan), zero)
+                for x, (nan, zero) in zip(found, marks, strict=False)
+            )
+            + found[len(marks) :]
         )
 
 

@@ -59,8 +59,10 @@ def _tangent(
     denominator: Tensor,
     maximum: Tensor,
 ) -> Tensor:
-    """The tangent of out [B, H, n, dv], from those of q, k, v, near_q and near_k, the last two None without them."""
-    (q, k, v, near_q, near_k), (mask, documents) = inputs[:5], inputs[5:]
+    """The tangent of out [B, H, n, dv], from those of the floating inputs."""
+    q, k, v, near_q, near_k, log_gate, mask, documents = inputs
+    if log_gate is not None:
+        raise NotImplementedError("forget gates")
     dtype = torch.float64 if spec.precision == "float64" else compute_dtype(q, k, v)
     heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     rank, width = spec.rank, v.shape[-1] + 1
