@@ -271,7 +271,7 @@ FAULTS: dict[str, tuple[str, Callable[[Program], Program]]] = {
     "documents dropped": (FORMS["documents"], reordered(0, 1, 2)),
     "forget gate dropped": (FORMS["forget"], reordered(0, 1, 2)),
     "decay dropped": (FORMS["decay, own"], reordered(0, 1, 2)),
-    "a factor of a forget gate": ("softmax(causal(0.5 * forget(s, gate))) @ v", without("mul")),
+    "a factor of a forget gate": ("softmax(causal(forget(s, gate) * 0.5)) @ v", without("mul")),
     "a forget gate in a polynomial": (
         "normalize_rows(decay(causal(polynomial(s; (1.0, 1.0, 0.5))), gate)) @ v", without("decay")
     ),

@@ -141,10 +141,15 @@ def _coefficients(a: _Scores) -> tuple[float, ...]:
 
 
 def _weights(a: _Scores) -> tuple[Tensor, Tensor]:
-    """a~ of docs/mathematics.md, sections 3 and 5, and e^(gates - m_i), which the far part carries."""
-    t = (a.local + a.gates).masked_fill(~(a.near & a.seen), -math.inf)
+    """a~ of docs/mathematics.md, sections 3 and 5, and e^(gates - m_i), which the far part carries.
+
+    Gates are those of a row less the most of them, so that they lead no row to 0: a factor of a row cancels.
+    """
+    most = a.gates.masked_fill(~a.seen, -math.inf).amax(-1, keepdim=True).detach()
+    gates = a.gates - most.masked_fill(most == -math.inf, 0.0)
+    t = (a.local + gates).masked_fill(~(a.near & a.seen), -math.inf)
     top = t.amax(-1, keepdim=True).clamp(min=0.0)
-    damping = (a.gates - top).exp()
+    damping = (gates - top).exp()
     far = torch.where(a.seen & ~a.near, damping * polynomial(_coefficients(a), a.far), 0.0)
     return (t - top).exp() + far, damping
 

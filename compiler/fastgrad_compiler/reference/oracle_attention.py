@@ -189,13 +189,16 @@ def attention(node: Node, inputs: list[Array]) -> Array:
 def poly_attention(node: Node, inputs: list[Array]) -> Array:
     """The same with weights exp(s) of near and p(s) of far pairs, times the exponential of gates, over their sum.
 
-    Both are divided by exp of the row's largest near logit, where that is above 0: a factor that cancels.
+    Both are divided by exp of the row's largest near logit, where that is above 0, and of its largest gate: factors
+    that cancel.
     """
     pairs = _pairs(node, inputs)
-    exponents = np.where(pairs.is_near & pairs.seen, pairs.near_scores + pairs.gates, -math.inf)
+    most = np.where(pairs.seen, pairs.gates, -math.inf).max(axis=-1, keepdims=True, initial=-math.inf)
+    gates = pairs.gates - np.where(most == -math.inf, 0.0, most)
+    exponents = np.where(pairs.is_near & pairs.seen, pairs.near_scores + gates, -math.inf)
     top = np.maximum(exponents.max(axis=-1, keepdims=True, initial=-math.inf), 0.0)
     given = node["coefficients"]
     coefficients = [float(str(c)) for c in given] if isinstance(given, tuple) else []
-    far = np.where(pairs.is_near, 0.0, horner(coefficients, pairs.scores) * np.exp(pairs.gates - top))
+    far = np.where(pairs.is_near, 0.0, horner(coefficients, pairs.scores) * np.exp(gates - top))
     weights = np.where(pairs.is_near, np.exp(exponents - top), far)
     return over_sum(np.where(pairs.seen, weights, 0.0)) @ pairs.value
