@@ -68,7 +68,9 @@ ALLOWED = {
     "of weights of exp": "normalize_rows(decay(exp(causal(s)), g)) @ V",
     "of weights of a polynomial": f"normalize_rows(decay(causal(polynomial(s; {P})), g)) @ V",
     "of weights of a near field": f"normalize_rows(causal(decay(near_far(exp(s), polynomial(u; {P}); 4), g))) @ V",
-    "another gate": "softmax(causal(forget(s, -abs(f)))) @ V",
+    "a gate of a size": "softmax(causal(forget(s, -abs(f)))) @ V",
+    "a gate of softplus": "softmax(causal(forget(s, -softplus(f)))) @ V",
+    "a gate that is cut off": "softmax(causal(forget(s, min(f, 0.0)))) @ V",
     "a gate of 0": "softmax(causal(forget(s, 0.0 * g))) @ V",
     "a gate that forgets all": "softmax(causal(forget(s, log(sigmoid(f))))) @ V",
 }
