@@ -15,6 +15,7 @@ from fastgrad_compiler.ir.masks import LEAST_LOG_GATE
 from fastgrad_compiler.reference.interpret import run, run_gradient
 from fastgrad_compiler.runtime import decay, functions
 from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.commands.terminal import print_plan
 from fastgrad_dsl.models.batches import model_inputs, random_batch
 from fastgrad_dsl.models.measure_plan import measure_plan
 from tests.dsl.models import always_polynomial
@@ -251,12 +252,25 @@ def test_a_plan_names_the_gate() -> None:
     found = compiled(MASKED["all"], 2)
     (entry,) = found.plan_document.attentions
     assert entry.roles == ("near_q", "near_k", "forget", "padding", "documents")
-    assert entry.eps == compiled(MASKED["causal"].replace("forget(u, g)", "u"), 2).plan_document.attentions[0].eps
+    assert (
+        entry.eps
+        == compiled(MASKED["causal"].replace("forget(u, g)", "u"), 2).plan_document.attentions[0].eps
+    )
     with_gates, without = (
         compiled(expression, 2).plan_document.attentions[0].rounding
         for expression in (MASKED["causal"], MASKED["causal"].replace("forget(u, g)", "u"))
     )
     assert with_gates.weights > without.weights
+
+
+def test_a_gate_that_is_no_attentions_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(compiled(WRITTEN["of any sign"]).program, "m.tfg")
+    head, gate, why = capsys.readouterr().out.splitlines()
+    assert head == "m.tfg: model m, 0 attentions"
+    assert gate == "  forget  as it is written, on all pairs  (<text>:20)"
+    assert why.startswith("      no attention's forget gate: nothing proves that f (<text>:9) is at most 0")
+    print_plan(compiled(MASKED["causal"]).program, "m.tfg")
+    assert "forget" not in capsys.readouterr().out
 
 
 def test_guards_watch_the_scores_inside() -> None:
