@@ -61,8 +61,9 @@ EXACT = {
 }
 OWN = {
     "own": f"normalize_rows(decay(causal(polynomial(s; {P})), g)) @ V",
-    "own, documents and padding": f"normalize_rows(padding(documents(causal(decay(polynomial(s; {P}), own)), ids), mask))"
-    " @ V",
+    "own, documents and padding": (
+        f"normalize_rows(padding(documents(causal(decay(polynomial(s; {P}), own)), ids), mask)) @ V"
+    ),
     "own, near": f"normalize_rows(decay(causal(near_far(exp(s), polynomial(u; {P}); 4)), g)) @ V",
 }
 WRITTEN = {
