@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from attack.grower import Grower, Typed, Unfit, constant_shape
-from attack.operations import COEFFICIENTS
+from attack.operations import COEFFICIENTS, log_gate
 
 Step = Callable[[Grower, Typed], str]
 
@@ -72,7 +72,7 @@ GAINS: dict[str, Step] = {
 }
 
 
-OFTEN = {"gain": 4, "shift": 3, "near_far": 3, "assumed": 3, "cast": 2}
+OFTEN = {"gain": 4, "shift": 3, "near_far": 3, "assumed": 3, "cast": 2, "causal forget": 2}
 """Steps that are taken more often than others: those where a claim hangs on what stands around them."""
 
 
@@ -124,6 +124,8 @@ SCORES: dict[str, Step] = {
     "padding": _padding,
     "documents": lambda g, s: f"documents({s.text}, ids)",
     "prefix": lambda g, s: f"prefix({s.text}, max(ids; axis = -1))",
+    "forget": lambda g, s: f"forget({s.text}, {log_gate(g, s)})",
+    "causal forget": lambda g, s: f"causal(forget({s.text}, {log_gate(g, s)}))",
     "alibi": lambda g, s: f"alibi({s.text})",
     "clamp": lambda g, s: (
         f"clamp({s.text}; low = {g.rng.choice((-4.0, -1.0))}, high = {g.rng.choice((1.0, 3.0))})"
@@ -190,6 +192,11 @@ WEIGHTED: dict[str, str] = {
     "polynomial": "normalize_rows(polynomial({s}; {p})) @ {v}",
     "masked polynomial": "normalize_rows(causal(polynomial({s}; {p}))) @ {v}",
     "polynomial quotient": "(polynomial({s}; {p}) / sum(polynomial({s}; {p}); axis = -1, keepdim = true)) @ {v}",
+    "decayed": "normalize_rows(decay(causal(exp({s})), {g})) @ {v}",
+    "decayed polynomial": "normalize_rows(decay(causal(polynomial({s}; {p})), {g})) @ {v}",
+    "decayed near and polynomial": (
+        "normalize_rows(causal(decay(near_far(exp({s}), polynomial({s}; {p}); 2), {g}))) @ {v}"
+    ),
     "near and polynomial": "normalize_rows(near_far(exp({s}), polynomial({s}; {p}); 2)) @ {v}",
     "rounded weights": "float(int(3.0 * softmax({s}))) @ {v}",
     "cast weights": "float(int(softmax({s}))) @ {v}",
@@ -198,13 +205,14 @@ WEIGHTED: dict[str, str] = {
     "dropped": "dropout(softmax({s}); p = 0.1) @ {v}",
     "masked late": "causal(softmax({s})) @ {v}",
 }
-"""By name; {s} are scores, {v} values, {p} coefficients. Some only look like attention."""
+"""By name; {s} are scores, {v} values, {p} coefficients, {g} a log gate. Some only look like attention."""
 
 
 def _weighted(g: Grower, s: Typed, v: Typed) -> Typed:
     likely = 0.5 if g.rng.random() < 0.5 else 0.0
     name = "softmax" if g.rng.random() < likely else g.rng.choice(tuple(WEIGHTED))
-    text = WEIGHTED[name].format(s=s.text, v=v.text, p=g.rng.choice(COEFFICIENTS))
+    gate = log_gate(g, s) if "{g}" in WEIGHTED[name] else ""
+    text = WEIGHTED[name].format(s=s.text, v=v.text, p=g.rng.choice(COEFFICIENTS), g=gate)
     if name == "masked late":
         text = text.replace("causal(softmax", "normalize_rows(causal(softmax").replace(") @", ")) @")
     result = g.say(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from attack.grower import Grower, Typed, constant_shape, tuple_of
+from attack.grower import Grower, Typed, Unfit, constant_shape, tuple_of
 
 Rule = Callable[[Grower], str]  # an expression; raises Unfit where the pool has no operand
 IDS = 5  # ids of tokens are below it
@@ -297,6 +297,26 @@ def _masked(name: str, mask: str = "") -> Rule:
     return rule
 
 
+_GATES = ("log_sigmoid({})", "-abs({})", "min({}, 0.0)", "clamp({}; low = -2.0, high = 0.0)", "log(sigmoid({}))",
+          "0.1 * tanh({})", "-1000.0 * abs({})", "-abs(assume_bound({}; bound = 4.0))")  # fmt: skip
+
+
+def log_gate(g: Grower, s: Typed) -> str:
+    """A log gate for each query of scores or weights; not each is proved to be at most 0."""
+    if s.rank < 2 or s.shape[-1] != s.shape[-2]:
+        raise Unfit
+    made = [each.text for each in g.pool if each.dtype == "float" and each.shape == s.shape[:-1]]
+    return g.rng.choice(_GATES).format(g.rng.choice([*made, f"tanh(mean({s.text}; axis = -1))"]))
+
+
+def _gated(name: str) -> Rule:
+    def rule(g: Grower) -> str:
+        x = g.pick(where=lambda each: each.rank >= 2 and each.shape[-1] == each.shape[-2])
+        return f"{name}({x.text}, {log_gate(g, x)})"
+
+    return rule
+
+
 def _near_far(g: Grower, x: Typed) -> str:
     other = g.pick(where=lambda each: each.shape == x.shape)
     return f"near_far({x.text}, {other.text}; block = {g.rng.randint(1, 4)})"
@@ -351,7 +371,10 @@ RULES: dict[str, Rule] = {
     "one_hot": lambda g: f"one_hot({ids(g)}; classes = {g.rng.choice((IDS, 6))})",
     **{name: _positions(name) for name in ("positions", "arange")},
     **{name: _cast(name) for name in ("float", "int")},
-    **{name: _unary(name) for name in ("tanh", "sigmoid", "relu", "gelu", "silu", "softplus", "erf")},
+    **{
+        name: _unary(name)
+        for name in ("tanh", "sigmoid", "log_sigmoid", "relu", "gelu", "silu", "softplus", "erf")
+    },
     "abs": lambda g: f"abs({numeric(g).text})",
     "exp": _guarded("exp", "tanh({})"),
     **{name: _guarded(name, "abs({}) + 0.1") for name in ("log", "sqrt", "rsqrt")},
@@ -368,6 +391,7 @@ RULES: dict[str, Rule] = {
     "padding": _masked("padding", "mask"),
     "documents": _masked("documents", "ids"),
     "prefix": _masked("prefix", "length"),
+    **{name: _gated(name) for name in ("forget", "decay")},
     "assume_bound": lambda g: f"assume_bound({g.pick().text}; bound = {g.positive()})",
     "near_far": _of(_near_far, _least(2)),
     "polynomial": lambda g: f"polynomial({g.pick().text}; {g.rng.choice(COEFFICIENTS)})",

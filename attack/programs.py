@@ -121,6 +121,8 @@ def _library(g: Grower, _: list[_Block]) -> None:
             "causal = true", "bias = true"]  # fmt: skip
     options += g.rng.sample(more, g.rng.randint(0, 2))
     name, given = ("attention_padded", f", {mask[0]}") if mask and g.rng.random() < 0.3 else ("attention", "")
+    if name == "attention" and g.rng.random() < 0.2:
+        options.append("forget = true")
     kind = g.rng.choice((f"{name}({x.text}{given}; {', '.join(options)})", f"mlp({x.text}; hidden = 4)",
                          f"swiglu({x.text}; hidden = 4)", f"rms_norm({x.text})", f"layer_norm({x.text})"))  # fmt: skip
     if kind.count("gain") > 1:

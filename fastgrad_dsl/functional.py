@@ -23,6 +23,7 @@ def polynomial_attention(
     near: int | None = None,
     near_qk: tuple[Tensor, Tensor] | None = None,
     documents: Tensor | None = None,
+    log_gate: Tensor | None = None,
     scale: float | None = None,
     target: str = "auto",
 ) -> Tensor:
@@ -33,8 +34,9 @@ def polynomial_attention(
     s = scale * q.k, with p fitted to exp on [-bound, bound] (docs/mathematics.md, section 1): logits beyond it
     have an unbounded error. scale: 1 / sqrt(d) by default. near: pairs whose blocks of `near` tokens are the same or
     touch are exact, with exp of their own logits: those of near_qk = (q', k'), already scaled, or s. documents:
-    integers [.., n] without the dimension of heads; a token sees only its own run of equal ones. Differentiable once,
-    with respect to every tensor.
+    integers [.., n] without the dimension of heads; a token sees only its own run of equal ones. log_gate [.., n] with
+    the heads of k, at most 0, needs `causal`: the weight of a pair is times e^(its sum over the tokens after the key,
+    up to the query). Differentiable once, with respect to every tensor.
 
     Raises ValueError for shapes that do not fit, and for a polynomial that float64 cannot fit or that is not positive
     on the range; TfgError FG420 for a target that is not available.
@@ -58,8 +60,12 @@ def polynomial_attention(
         near_d=None if near_q is None else near_q.shape[-1],
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
         documents=documents is not None,
+        forget=log_gate is not None,
     )
     headless = q.ndim == 2
-    inputs = [None if x is None else x.unsqueeze(0) if headless else x for x in (q, k, v, near_q, near_k)]
-    out = load_kernel(spec, BACKENDS[target])(*inputs, documents=documents)
+    inputs = [
+        None if x is None else x.unsqueeze(0) if headless else x for x in (q, k, v, near_q, near_k, log_gate)
+    ]
+    *floats, gates = inputs
+    out = load_kernel(spec, BACKENDS[target])(*floats, documents=documents, log_gate=gates)
     return out.squeeze(0) if headless else out

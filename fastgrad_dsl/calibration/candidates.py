@@ -10,11 +10,9 @@ from torch import Tensor
 
 from fastgrad_compiler.approximation.polynomial import Polynomial
 from fastgrad_compiler.attention.kernel import spec_of
-from fastgrad_compiler.attention.value import NEAR
 from fastgrad_compiler.attention.value import Polynomial as Weights
 from fastgrad_compiler.codegen.kernel import load_kernel
-from fastgrad_compiler.ir.masks import OPERANDS
-from fastgrad_dsl.calibration.capture import Call, Errors, exact
+from fastgrad_dsl.calibration.capture import Call, Errors, exact, named
 from fastgrad_dsl.calibration.samples import LocalErrors
 from fastgrad_dsl.models.measure import leaf
 
@@ -57,7 +55,7 @@ def kernel_of(
         given = value.by_role(tensors)
         k = given["k"]
         k = k if centre is None else k - centre[:, :: centre.shape[1] // k.shape[1]].to(k)
-        return kernel(given["q"], k, given["v"], *(given.get(role) for role in (*NEAR, *OPERANDS)))
+        return kernel(given["q"], k, given["v"], **named(given))
 
     return attention
 

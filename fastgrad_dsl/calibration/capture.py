@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from fastgrad_compiler.attention.value import QKV, Attention
 from fastgrad_compiler.ir.graph import Node, Program
+from fastgrad_compiler.ir.masks import FORGET
 from fastgrad_compiler.reference.interpret import Values, run
 from fastgrad_compiler.reference.operations_torch import TORCH
 from fastgrad_compiler.reference.torch_env import Env
@@ -224,8 +225,8 @@ def exact(node: Node, tensors: Sequence[Tensor]) -> Tensor:
         return result
     if attention.roles or mask.window is not None:
         return exact_attention(
-            *(q, k, v, given.get("near_q"), given.get("near_k")),
-            *(given.get("padding"), given.get("documents")),
+            *(q, k, v),
+            **named(given),
             scale=scale,
             causal=mask.causal,
             near=attention.near if attention.own_near else None,
@@ -238,6 +239,14 @@ def exact(node: Node, tensors: Sequence[Tensor]) -> Tensor:
         q, scale = q * scale, 1.0
     out = F.scaled_dot_product_attention(q, k, wide, is_causal=causal, scale=scale, enable_gqa=grouped)
     return out[..., : v.shape[-1]]
+
+
+ARGUMENTS = {FORGET: "log_gate", "padding": "mask"}  # of kernels, by role, where the names differ
+
+
+def named(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an attention reads beyond q, k and v, by role, as arguments of a kernel."""
+    return {ARGUMENTS.get(role, role): x for role, x in given.items() if role not in QKV}
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgrad_compiler.ir.masks import FORGET
 from fastgrad_compiler.reference.attention_torch import (
+    forgotten,
     near_mask,
     near_pairs,
     polynomial,
@@ -52,7 +54,8 @@ class Sample:
 
     q [b, H, m, d] with the scale of the logits, k [b, H, n, d], v [b, H, n, dv], upstream [b, H, m, dv]; near_q,
     near_k the same of near pairs with logits of their own; visible and near (of the model's own near field) [b or 1, 1,
-    m, n]. Keys and values that a mask hides are 0: whatever padding holds decides nothing.
+    m, n]; gates: what a forget gate adds to logits, near or far, [b, H, m, n] or a 0. Keys and values that a mask hides
+    are 0: whatever padding holds decides nothing.
     """
 
     q: Tensor
@@ -63,6 +66,7 @@ class Sample:
     near_k: Tensor | None
     visible: Tensor
     near: Tensor
+    gates: Tensor
     rows: Tensor
 
     def near_pairs(self, block: int | None) -> Tensor:
@@ -91,13 +95,16 @@ def sample(call: Call, limit: int = ENTRIES, stretch: float = 1.0) -> Sample:
 
 def sample_rows(call: Call, rows: Tensor, stretch: float = 1.0) -> Sample:
     """The queries at `rows` (int64 [m]); logits that a polynomial serves are `stretch` times those of the call."""
-    attention, given = call.attention, call.by_role
+    attention, given, gates = call.attention, call.by_role, torch.zeros((), dtype=torch.float64)
     q, k = given["q"], given["k"]
     rows = rows.to(q.device)
     hidden = torch.zeros(1, 1, k.shape[2], 1, dtype=torch.bool, device=q.device)
     if "padding" in given:
         hidden = ~given["padding"][:, None, :, None]
     groups = q.shape[1] // k.shape[1]
+
+    if FORGET in given:
+        gates = forgotten(given[FORGET].double().repeat_interleave(groups, 1), rows)
 
     def repeated(x: Tensor) -> Tensor:
         return x.double().masked_fill(hidden, 0.0).repeat_interleave(groups, 1)
@@ -111,6 +118,7 @@ def sample_rows(call: Call, rows: Tensor, stretch: float = 1.0) -> Sample:
         near_k=repeated(given["near_k"]) if attention.own_near else None,
         visible=visible_pairs(attention.mask, given, q.shape[2], k.shape[2], rows),
         near=near_pairs(attention, rows, k.shape[2]),
+        gates=gates.to(q.device),
         rows=rows,
     )
 
@@ -130,7 +138,7 @@ def exact_rows(rows: Sample) -> Exact:
     """Softmax of the sampled rows, and its gradients given their upstream."""
     far = rows.logits()
     logits = far if rows.near_q is None else torch.where(rows.near, _near_logits(rows), far)
-    weights = torch.softmax(logits.masked_fill(~rows.visible, -math.inf), -1).nan_to_num(0.0)
+    weights = torch.softmax((logits + rows.gates).masked_fill(~rows.visible, -math.inf), -1).nan_to_num(0.0)
     of_weights = rows.upstream @ rows.v.mT
     scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
     return Exact(
@@ -149,10 +157,10 @@ def polynomial_errors(
     """What a polynomial in place of exp does to the sampled rows, pairs of the near field left as they are."""
     pairs = rows.near_pairs(near)
     scores = exact.logits if centre is None else rows.logits(centre)
-    local = scores if rows.near_q is None else _near_logits(rows)
+    local = (scores if rows.near_q is None else _near_logits(rows)) + rows.gates
     nearby = pairs & rows.visible
     top = local.masked_fill(~nearby, -math.inf).amax(-1, keepdim=True).clamp(min=0.0)
-    damping = (-top).exp()
+    damping = (rows.gates - top).exp()
     slope = [power * c for power, c in enumerate(coefficients)][1:] or [0.0]
     far = rows.visible & ~pairs
     close = torch.where(nearby, (local - top).exp(), 0.0)

@@ -11,6 +11,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from fastgrad_compiler.attention.table import Lengths, attention_table
+from fastgrad_compiler.attention.unserved import unserved_gates
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.planning.selectivity import averages
 from fastgrad_dsl.commands.tables import print_table, say
@@ -56,7 +57,7 @@ def progress(doing: str) -> Iterator[Callable[[str], None]]:
 
 
 def print_plan(program: Program, file: str) -> None:
-    """What each attention will be and why; equal ones of a repeat are folded."""
+    """What each attention will be and why; equal ones of a repeat are folded. Then the forget gates that are none's."""
     out = console()
     table = attention_table(program)
     say(out, f"{file}: model {program.name}, {counted(len(table), 'attention')}")
@@ -75,6 +76,10 @@ def print_plan(program: Program, file: str) -> None:
         say(out, why, indent=6)
         if warning:
             say(out, f"warning: {warning}", indent=6, style="yellow")
+    for gate in unserved_gates(program):
+        place = f"  ({gate.node.span.short_place})" if gate.node.span else ""
+        say(out, f"{gate.node.op}  as it is written, on all pairs{place}", indent=2, style="bold")
+        say(out, f"no attention's forget gate: {gate.why}", indent=6)
 
 
 def print_calibration(document: Calibration) -> None:

@@ -145,7 +145,7 @@ class Attention(Document, frozen=True):
     near: Size | None
     window: Size | None
     alibi: bool
-    roles: tuple[Literal["padding", "documents", "near_q", "near_k"], ...]
+    roles: tuple[Literal["padding", "documents", "near_q", "near_k", "forget"], ...]
     queries: DimText
     keys: DimText
     query_heads: Heads

@@ -31,6 +31,7 @@ def spec_of(entry: Approximated) -> KernelSpec:
         near_d=WIDEST_NEAR if "near_q" in entry.roles else None,
         scale=entry.scale,
         documents="documents" in entry.roles,
+        forget="forget" in entry.roles,
         precision=entry.precision,
     )
 

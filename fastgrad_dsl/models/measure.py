@@ -26,13 +26,13 @@ from fastgrad_compiler.approximation.certificates import (
     value_gradient_rounding,
 )
 from fastgrad_compiler.approximation.rounding import EXACT, UNITS, Rounding, Run, Sizes, rounding
+from fastgrad_compiler.runtime.attention_op import INPUTS
 from fastgrad_compiler.runtime.guard import BudgetViolation
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.diagnostics import TfgError
 
 ALWAYS_EXACT = 2**62  # as `exact_below`: every length is below it
-INPUTS = 7  # of an attention operation: q, k, v, near_q, near_k, mask, documents
 LARGEST_DOUBLE = 2048 * 2048  # pairs of a query and a key up to which a reference is computed in float64
 GRADIENTS = ("dq", "dk", "dv")
 PLACES = (*GRADIENTS, "dq", "dk")  # what the results of a backward operation are; the last two of near logits
@@ -377,7 +377,7 @@ def projection(output: Tensor) -> Tensor:
 
 
 def _precise(tensors: Sequence[Any]) -> list[Any]:
-    """[cotangent,] q, k, v, near_q, near_k, mask, documents in float64, where there are few enough pairs of tokens."""
+    """[cotangent,] and an operation's inputs in float64, where there are few enough pairs of tokens."""
     queries, keys = tensors[-INPUTS].shape[-2], tensors[1 - INPUTS].shape[-2]
     if queries * keys > LARGEST_DOUBLE:
         return list(tensors)

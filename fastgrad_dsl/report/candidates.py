@@ -41,7 +41,7 @@ def candidates_key(entry: Attention) -> object:
     """What the candidates of an attention depend on, where there is no calibration."""
     plan = (entry.decision, entry.family, entry.degree, entry.near, entry.precision)
     shape = (entry.d, entry.dv, entry.queries, entry.keys)
-    masks = (entry.causal, entry.window, entry.alibi, "documents" in entry.roles)
+    masks = (entry.causal, entry.window, entry.alibi, "documents" in entry.roles, "forget" in entry.roles)
     return plan, shape, masks, entry.bound, entry.reach, entry.asserted, entry.range_source
 
 
@@ -90,6 +90,7 @@ def _rounding(
         causal=entry.causal,
         near=near,
         documents="documents" in entry.roles,
+        forget="forget" in entry.roles,
         precision=precision,
     )
     reach = polynomial.bound if entry.reach is None else entry.reach

@@ -10,7 +10,11 @@ from fastgrad_dsl.documents.plan import Approximated, Attention, Polynomial
 from fastgrad_dsl.documents.report import Derivation
 from fastgrad_dsl.report.words import SOURCES, number
 
-MASKS = {"padding": "a padding mask over the keys", "documents": "keys of the same document only"}
+MASKS = {
+    "forget": "a forget gate: a pair weighs less by the gates after key j, up to query i",
+    "padding": "a padding mask over the keys",
+    "documents": "keys of the same document only",
+}
 
 
 def derivation_key(entry: Attention) -> object:

@@ -22,7 +22,7 @@ _BINDING = {
 
 OPERATION_TENSORS = frozenset(
     (
-        *("a", "b", "condition", "far", "ids", "image", "length", "local", "logits"),
+        *("a", "b", "condition", "far", "ids", "image", "length", "local", "log_gate", "logits"),
         *("mask", "scores", "table", "targets", "tensors", "w", "weights", "x"),
     )
 )

@@ -45,6 +45,8 @@ CASES = {
     "padding": _spec(padded=True),
     "near and far": _spec(", causal = true, gain = 1.0, near = 4"),
     "rope": _spec(", causal = true, rope = 100.0"),
+    "forget": _spec(", forget = true"),
+    "forget, near and far": _spec(", forget = true, gain = 1.0, near = 4"),
 }
 
 
@@ -106,6 +108,7 @@ MASKS = {
     "causal": Attention(Mask(True), near=64),
     "window": Attention(Mask(window=9)),
     "operands": Attention(Mask(True, None, ("padding", "documents")), near=5),
+    "gates": Attention(Mask(True, None, ("forget", "padding")), near=5),
 }
 
 
@@ -114,6 +117,7 @@ def test_sampled_rows_are_made_without_the_others(mask: str) -> None:
     """Those of all rows, at a length at which all pairs would be hundreds of times more."""
     attention, n = MASKS[mask], 1500
     roles = {
+        "forget": -torch.rand(2, 1, n, generator=torch.Generator().manual_seed(1)),
         "padding": torch.arange(n).expand(2, n) % 11 != 3,
         "documents": torch.arange(n).expand(2, n) // torch.tensor([[100], [450]]),
     }
@@ -129,6 +133,7 @@ def test_sampled_rows_are_made_without_the_others(mask: str) -> None:
     assert torch.equal(found.visible, every.visible[:, :, rows])
     assert torch.equal(found.near, every.near[rows])
     assert torch.equal(near, every.near_pairs(50)[rows])
+    assert torch.equal(found.gates, every.gates[:, :, rows] if "forget" in attention.roles else every.gates)
 
 
 def test_a_near_field_of_the_rewrite_leaves_its_pairs_exact() -> None:

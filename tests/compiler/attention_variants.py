@@ -41,6 +41,7 @@ NEAR = (("near_q", "float[b, 4, n, 5]"), ("near_k", "float[b, 4, n, 5]"))
 GROUPED_NEAR = (("near_q", "float[b, 4, n, 5]"), ("near_k", "float[b, 2, n, 5]"))
 PADDING = (("padding", "bool[b, n]"),)
 K2, V2 = "float[b, 2, n, 3]", "float[b, 2, n, 2]"
+FORGET2 = ("forget", "float[b, 2, n]")
 VARIANTS = (
     Variant("plain"),
     Variant("causal", causal=True),
@@ -57,4 +58,15 @@ VARIANTS = (
     Variant("near causal", roles=NEAR, near=1, causal=True),
     Variant("near grouped padding", k=K2, v=V2, roles=(*GROUPED_NEAR, *PADDING), near=1, causal=True),
     Variant("near, same logits", near=1, causal=True),
+    Variant("forget", roles=(("forget", "float[b, 4, n]"),), causal=True),
+    Variant("forget window", roles=(("forget", "float[b, 4, n]"),), window=3, causal=True),
+    Variant(
+        "forget near grouped padding",
+        k=K2,
+        v=V2,
+        roles=(*GROUPED_NEAR, FORGET2, *PADDING),
+        near=1,
+        causal=True,
+    ),
+    Variant("forget documents", k=K2, v=V2, roles=(FORGET2, ("documents", "int[b, n]")), causal=True),
 )

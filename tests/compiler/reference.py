@@ -60,6 +60,27 @@ def _mask(op: str) -> Definition:
     return lambda xs, a: np.where(visible(op, xs[0], xs[1:], a), xs[0], a.get("fill", -math.inf))
 
 
+def _gates(log_gate: Array) -> Array:
+    """What each pair is multiplied by, as a logarithm: a difference of running sums."""
+    n = log_gate.shape[-1]
+    running, sums = np.zeros(log_gate.shape[:-1]), np.zeros((*log_gate.shape, n))
+    totals: list[Array] = []
+    for i in range(n):
+        running = running + np.where(log_gate[..., i] < -1000.0, -1000.0, log_gate[..., i])
+        for j, earlier in enumerate(totals):
+            sums[..., i, j] = running - earlier
+        totals.append(running)
+    return sums
+
+
+def _forget(s: Array, log_gate: Array) -> Array:
+    return np.where(np.isneginf(s), s, s + _gates(log_gate))
+
+
+def _decay(w: Array, log_gate: Array) -> Array:
+    return np.where(np.isneginf(w), w, w * np.exp(_gates(log_gate)))
+
+
 def _near(s: Array, block: int) -> Array:
     n, m = s.shape[-2:]
     return np.abs(np.arange(n)[:, None] // block - np.arange(m)[None, :] // block) <= 1
@@ -201,6 +222,7 @@ def _attention(xs: Inputs, a: Values) -> Array:
             near = extra["near_q"] @ np.swapaxes(near_k, -1, -2)
         s = np.where(_near(s, a["near"]), near, s)
     s = _alibi(s) if a["alibi"] else s
+    s = _forget(s, np.repeat(extra["forget"], times, -2)) if "forget" in extra else s
     for op, wanted in (("causal", a["causal"]), ("window", a["window"] is not None)):
         if wanted:
             s = _mask(op)([s], {"width": a["window"]})
@@ -257,6 +279,7 @@ REFERENCE: dict[str, Definition] = {
     "relu": lambda xs, a: np.where(xs[0] < 0, 0.0, xs[0]),
     "gelu": lambda xs, a: xs[0] * (1 + _ERF(xs[0] / math.sqrt(2))) / 2,
     "silu": lambda xs, a: xs[0] * sigmoid(xs[0]),
+    "log_sigmoid": lambda xs, a: -np.logaddexp(0.0, -xs[0]),
     "softplus": lambda xs, a: np.logaddexp(0.0, xs[0]),
     "abs": lambda xs, a: np.abs(xs[0]),
     "erf": lambda xs, a: _ERF(xs[0]),
@@ -276,6 +299,8 @@ REFERENCE: dict[str, Definition] = {
     "rms_norm": lambda xs, a: xs[0] / np.sqrt((xs[0] ** 2).mean(-1, keepdims=True) + a["eps"]) * xs[1],
     "unit": lambda xs, a: _unit(xs[0]),
     **{op: _mask(op) for op in ("causal", "window", "padding", "documents", "prefix")},
+    "forget": lambda xs, a: _forget(*xs),
+    "decay": lambda xs, a: _decay(*xs),
     "near_far": lambda xs, a: np.where(_near(xs[0], a["block"]), xs[0], xs[1]),
     "polynomial": lambda xs, a: _polynomial(xs[0], a["coefficients"]),
     "normalize_rows": lambda xs, a: _normalize_rows(xs[0]),

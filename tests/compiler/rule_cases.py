@@ -172,7 +172,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         ((F, "int[n, 4]"), "OP(%a, %b)"),
     ),
     **_each("neg abs", ((F,), "OP(%a)"), ((IDS,), "OP(%a)"), (("float[]",), "OP(%a)")),
-    **_each("exp tanh sigmoid relu gelu silu softplus erf", ((F,), "OP(%a)"), (("float[]",), "OP(%a)")),
+    **_each("exp tanh sigmoid log_sigmoid relu gelu silu softplus erf", ((F,), "OP(%a)"), (("float[]",), "OP(%a)")),
     **_each("log sqrt rsqrt", ((F,), "OP(%a)"), positive=True),
     "logical_not": (Case((B,), "logical_not(%a)"),),
     **_each(
@@ -240,6 +240,12 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case((S, "int[b]"), "prefix(%a, %b)"),
         Case(("float[b, n, n]", "int[b]"), "prefix(%a, %b, fill = 1.5)"),
     ),
+    **_each(
+        "forget decay",
+        ((S, "float[b, 2, n]"), "OP(%a, %b)"),
+        (("float[b, n, n]", "float[b, n]"), "OP(%a, %b)"),
+        (("float[n, n]", "float[n]"), "OP(%a, %b)"),
+    ),
     "near_far": (Case((S, S), "near_far(%a, %b, block = 1)"), Case((T, T), "near_far(%a, %b, block = 2)")),
     "polynomial": (
         Case((F,), "polynomial(%a, coefficients = (1.0, -0.5, 0.25, 0.1, 0.2))"),
@@ -274,5 +280,10 @@ CASES: dict[str, tuple[Case, ...]] = {
         _attention('roles = ("documents",); causal = true; scale = -1.5', IDS),
         _attention('roles = ("near_q", "near_k"); near = 2', NQ, NK),
         _attention("window = 2; alibi = true"),
+        _attention('roles = ("forget",); causal = true', "float[b, 2, n]"),
+        _attention(
+            'roles = ("near_q", "near_k", "forget", "documents"); near = 1; causal = true',
+            *(NQ, NK, "float[b, 2, n]", IDS),
+        ),
     ),
 }  # fmt: skip

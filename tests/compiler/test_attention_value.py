@@ -39,7 +39,7 @@ SUBSETS = [
 def with_roles(roles: tuple[str, ...]) -> Attention:
     own = "near_q" in roles
     masks = tuple(role for role in roles if role in OPERANDS)
-    return Attention(Mask(operands=masks), near=2 if own else None, own_near=own)
+    return Attention(Mask("forget" in masks, operands=masks), near=2 if own else None, own_near=own)
 
 
 def node_of(attention: Attention, op: str, **changed: Attribute) -> Node:
@@ -104,7 +104,7 @@ RANGES = {
         Attention(),
         Attention(Mask(True, 4), 0.5, alibi=True, verdict=Verdict("exact", "a window")),
         PLANNED,
-        replace(PLANNED, near=8, own_near=True, mask=Mask(operands=tuple(OPERANDS))),
+        replace(PLANNED, near=8, own_near=True, mask=Mask(True, operands=tuple(OPERANDS))),
     ],
     ids=["plain", "window", "planned", "near"],
 )
@@ -184,6 +184,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a polynomial and alibi": ({"polynomial": WEIGHTS, "alibi": True}, "cannot serve its mask alibi"),
     "an own polynomial and alibi": ({"polynomial": OWN_WEIGHTS, "alibi": True}, "its mask alibi"),
+    "a forget gate for later keys": (
+        {"mask": Mask(operands=("forget",))},
+        "a forget gate, and is not causal",
+    ),
+    "a forget gate and alibi": (
+        {"mask": Mask(True, operands=("forget",)), "alibi": True},
+        "or has slopes too",
+    ),
 }
 
 

@@ -43,7 +43,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         op: (Case((F,), f"{op}(%a)"),)
         for op in ("neg", "exp", "tanh", "sigmoid", "relu", "gelu", "silu", "abs")
     },
-    **{op: (Case((F,), f"{op}(%a)"),) for op in ("softplus", "erf", "unit", "merge_heads")},
+    **{op: (Case((F,), f"{op}(%a)"),) for op in ("log_sigmoid", "softplus", "erf", "unit", "merge_heads")},
     **{op: (Case((F,), f"{op}(%a)", positive=True),) for op in ("log", "sqrt", "rsqrt")},
     **{
         op: (
@@ -112,6 +112,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "padding": (Case(("float[b, 2, m, n]", "bool[b, n]"), "padding(%a, %b, fill = -2.0)"),),
     "documents": (Case((S, "int[b, n]"), "documents(%a, %b, fill = -2.0)"),),
     "prefix": (Case((S, "int[b]"), "prefix(%a, %b, fill = -2.0)"),),
+    **{op: (Case((S, "float[b, 2, n]"), f"{op}(%a, %b)"),) for op in ("forget", "decay")},
     "near_far": (Case((S, S), "near_far(%a, %b, block = 1)"), Case((S, S), "near_far(%a, %b, block = 2)")),
     "assume_bound": (Case((S,), "assume_bound(%a, bound = 9.0)"),),
     "rotary": (

@@ -36,6 +36,8 @@ INPUTS = """
 
 FILL = -12345.0
 
+GATE = "%a = amax(%x, axes = (-1,), keepdim = false)\n%l = log_sigmoid(%a)\n"
+
 # the node that is looked at, what follows the inputs above, and its exact bound (low, high, norm)
 CASES = {
     "unit rows": ("%y = add(%q, %two)", "q", (-1, 1, 1)),
@@ -108,6 +110,24 @@ CASES = {
     "gelu": ("%y = gelu(%q)", "y", (-0.1701, 1, 1)),
     "silu": ("%y = silu(%q)", "y", (-0.2785, 1, 1)),
     "softplus": ("%y = softplus(%x)", "y", (0, inf, inf)),
+    "log_sigmoid": ("%y = log_sigmoid(%x)", "y", (-inf, 0, inf)),
+    "a forget gate": (f"{GATE}%y = forget(%s, %l)", "y", (-inf, 1, inf)),
+    "a gate of any sign": ("%a = amax(%x, axes = (-1,), keepdim = false)\n%y = forget(%s, %a)", "y", None),
+    "weights with a forget gate": (
+        f"{GATE}%e = exp(%s)\n%y = decay(%e, %l)",
+        "y",
+        (0, 2.718281828459045, inf),
+    ),
+    "shares of weights with a forget gate": (
+        f"{GATE}%e = exp(%s)\n%d = decay(%e, %l)\n%y = normalize_rows(%d)",
+        "y",
+        (0, 1, 1),
+    ),
+    "weights with a gate of any sign": (
+        "%a = amax(%x, axes = (-1,), keepdim = false)\n%e = exp(%s)\n%y = decay(%e, %a)",
+        "y",
+        (0, inf, inf),
+    ),
     "square": ("%y = mul(%x, %x)", "y", (0, inf, inf)),
     "reciprocal": ("%a = mul(%q, %q)\n%b = add(%a, %two)\n%y = div(%two, %b)", "y", (2 / 3, 1, sqrt(8))),
     "division by what may be 0": ("%y = div(%q, %k)", "y", None),

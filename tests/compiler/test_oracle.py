@@ -94,6 +94,7 @@ WHOLE = np.array([[-7, 0, 3], [2, -1, 5]])
 EDGES = np.array(
     [-INF, -800.0, -40.0, -1.5, -0.5, -1e-9, 0.0, 1e-9, 0.5, 1.5, 2.9, 40.0, 800.0, INF, math.nan]
 )
+GATES = -np.abs(normal(2, 3, 5, seed=4))
 N = Dim.of("n")
 
 Case = tuple[tuple[Array, ...], dict[str, Attribute]]
@@ -130,7 +131,8 @@ CASES: dict[str, list[Case]] = {
        for op in ("add", "sub", "mul", "minimum", "maximum", "less", "less_equal", "equal")},
     "div": [case(*PAIR), case(WHOLE, np.asarray(4)), case(EDGES, EDGES[::-1])],
     **{op: [case(EDGES), case(X), case(np.asarray(0.3))] for op in (
-        "neg", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu", "abs", "erf", "assume_bound")},
+        "neg", "exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu", "abs", "erf", "log_sigmoid",
+        "assume_bound")},
     "dropout": [case(X, p=0.5)],
     "softplus": [case(EDGES[(EDGES < 20) | (EDGES > 50)])],  # torch's is the identity above 20, and 2e-9 off there
     "logical_not": [case(MASK)],
@@ -150,6 +152,8 @@ CASES: dict[str, list[Case]] = {
     "padding": [case(SCORES, MASK), case(SCORES[:, 0], MASK, fill=0.0)],
     "documents": [case(SCORES, IDS), case(SCORES[:, 0], IDS, fill=-9.0)],
     "prefix": [case(SCORES, LENGTHS), case(SCORES[:, 0], LENGTHS + 1, fill=-9.0)],
+    **{op: [case(HIDDEN, GATES), case(SCORES[0, 0], GATES[0, 1]), case(SCORES, np.minimum(X[..., 0] * 800.0, 0.0))]
+       for op in ("forget", "decay")},
     "near_far": [case(SCORES, SCORES + 9, block=1), case(normal(5, 7), normal(5, 7, seed=1), block=2)],
     "polynomial": [case(HIDDEN, coefficients=(1.0, -0.5, 0.25, 2.0)), case(X, coefficients=(0.0, 0.0, 1.0))],
     "normalize_rows": [case(np.exp(HIDDEN)), case(HIDDEN), case(np.zeros((2, 3)))],

@@ -32,6 +32,7 @@ COEFFICIENTS = (1.0, 1.0, 0.5)
 RECOGNISED = {  # operations that some attention has that is recognised
     "mul", "div", "neg", "causal", "window", "padding", "documents", "sub", "amax", "cast", "clamp", "alibi",
     "assume_bound", "dropout", "permute", "near_far", "softmax", "exp", "sum", "polynomial", "normalize_rows",
+    "forget", "decay",
 }  # fmt: skip
 
 
@@ -233,6 +234,45 @@ def sloped(text: Text, s: str) -> str:
     return text.op("alibi", s, value=scores - slopes[:, None, None] * np.abs(distance(scores)))
 
 
+def gates(text: Text, s: str) -> str:
+    """Log gates for scores [.., n, n]: at most 0, which is proved of some."""
+    gate = text.normal(*text.values[s].shape[:-1])
+    kind = text.pick("log_sigmoid", "log_sigmoid", "log_sigmoid", "neg abs", "any")
+    if kind == "log_sigmoid":
+        return text.op("log_sigmoid", gate, value=-np.logaddexp(0.0, -text.values[gate]))
+    if kind == "neg abs":
+        size = text.op("abs", gate, value=np.abs(text.values[gate]))
+        return text.op("neg", size, value=-text.values[size])
+    return gate
+
+
+def of_gates(log_gate: Array) -> Array:
+    """The sum of those after the key up to the query."""
+    n = log_gate.shape[-1]
+    total = log_gate.cumsum(-1)
+    return np.where(np.arange(n)[:, None] > np.arange(n), total[..., None] - total[..., None, :], 0.0)
+
+
+def forgotten(text: Text, s: str) -> str:
+    """With a gate, mostly of causal scores."""
+    if text.values[s].shape[-2] != text.values[s].shape[-1]:
+        return s
+    if text.chance(0.7):
+        s = text.op("causal", s, value=hide(text.values[s], distance(text.values[s]) >= 0))
+    gate = gates(text, s)
+    return text.op("forget", s, gate, value=text.values[s] + of_gates(text.values[gate]))
+
+
+def decayed(text: Text, w: str) -> str:
+    """Weights with a gate."""
+    weights = text.values[w]
+    if weights.shape[-2] != weights.shape[-1]:
+        return w
+    gate = gates(text, w)
+    factor = np.exp(of_gates(text.values[gate]))
+    return text.op("decay", w, gate, value=np.where(weights == -np.inf, weights, weights * factor))
+
+
 def assumed(text: Text, s: str) -> str:
     return text.op("assume_bound", s, value=text.values[s], more=", bound = 1e6")
 
@@ -268,7 +308,7 @@ def split(text: Text, s: str) -> str:
 Step = Callable[[Text, str], str]
 STEPS: dict[Step, float] = {
     scaled: 3, negated: 1, gained: 2, masked: 4, shifted: 4, cast: 1.5, clamped: 1.5, sloped: 1.5, assumed: 0.5,
-    undropped: 0.5, turned: 1.5, exchanged: 0.4, split: 2,
+    forgotten: 2, undropped: 0.5, turned: 1.5, exchanged: 0.4, split: 2,
 }  # fmt: skip
 
 
@@ -329,6 +369,8 @@ def attended(text: Text, s: str, v: str) -> str:
         w = text.op("near_far", close, far, value=value, more=", block = 2")
     if text.chance(0.5):
         w = masked(text, w)
+    if text.chance(0.3):
+        w = decayed(text, w)
     return weighed(text, text.op("normalize_rows", w, value=normalize_rows(text.values[w])), v)
 
 

@@ -51,6 +51,8 @@ model m(x: float[b, n, 8], y: float[b, m, 8], mask: bool[b, n], ids: int[b, n], 
     ks = split_heads(k; 4)
     vs = split_heads(v; 4)
     ss = qs @ ks.T
+    gates = log_sigmoid((x @ wq)[.., 0:4].T)
+    gate = log_sigmoid((x @ wq)[.., 0])
     z = {expression}
     {end}
 }}
@@ -100,6 +102,22 @@ FORMS = {
     "prefix, own": "normalize_rows(prefix(polynomial(s; (1.0, 1.0, 0.5)), length)) @ v",
     "grouped": "merge_heads(softmax(qs @ repeat_heads(split_heads(k[.., 0:4]; 2); 2).T) @ repeat_heads(split_heads("
     "v[.., 0:4]; 2); 2))",
+    "forget": HEADS.format("causal(forget(ss, gates))"),
+    "forget outside, with window and documents": HEADS.format(
+        "forget(window(documents(causal(ss), ids); 9), gates)"
+    ),
+    "forget, with padding, over its sum": "(exp(padding(causal(forget(s, gate)), mask)) @ v)"
+    " / sum(exp(padding(causal(forget(s, gate)), mask)); axis = -1, keepdim = true)",
+    "forget, near": "softmax(causal(forget(near_far(s, u; 8), gate))) @ v",
+    "forget, prefix": "softmax(causal(prefix(forget(u, gate), length))) @ v",
+    "forget, grouped": "merge_heads(softmax(causal(forget(qs @ repeat_heads(ks[:, 0:2], 2).T, squeeze(log_sigmoid("
+    "repeat_heads(unsqueeze((x @ wq).T[:, 0:2], -1), 2)), -1)))) @ repeat_heads(vs[:, 0:2], 2))",
+    "forget, grouped keys": "merge_heads(softmax(causal(forget(qs @ repeat_heads(ks[:, 0:2], 2).T, gates)))"
+    " @ repeat_heads(vs[:, 0:2], 2))",
+    "forget, one key head": "merge_heads(softmax(causal(forget(qs @ ks[:, 0:1].T, gates))) @ vs[:, 0:1])",
+    "decay": "normalize_rows(decay(causal(exp(s)), gate)) @ v",
+    "decay, own": "normalize_rows(decay(causal(polynomial(s; (1.0, 1.0, 0.5))), gate)) @ v",
+    "decay, own, near": "normalize_rows(causal(decay(near_far(exp(s), polynomial(u; (1.0, 1.0, 0.5)); 4), gate))) @ v",
     "own": "normalize_rows(causal(polynomial(s; (1.0, 1.0, 0.5)))) @ v",
     "own, even": "normalize_rows(padding(polynomial(s; (0.0, 0.0, 1.0)), mask)) @ v",
     "own, near": "normalize_rows(causal(near_far(exp(s), polynomial(u; (1.0, 1.0, 0.5)); 4))) @ v",
@@ -251,6 +269,12 @@ FAULTS: dict[str, tuple[str, Callable[[Program], Program]]] = {
     "alibi added": (HEADS.format("ss"), with_values(alibi=True)),
     "padding dropped": (FORMS["padding"], reordered(0, 1, 2)),
     "documents dropped": (FORMS["documents"], reordered(0, 1, 2)),
+    "forget gate dropped": (FORMS["forget"], reordered(0, 1, 2)),
+    "decay dropped": (FORMS["decay, own"], reordered(0, 1, 2)),
+    "a factor of a forget gate": ("softmax(causal(forget(s, gate) * 0.5)) @ v", without("mul")),
+    "a forget gate in a polynomial": (
+        "normalize_rows(decay(causal(polynomial(s; (1.0, 1.0, 0.5))), gate)) @ v", without("decay")
+    ),
     "q and k exchanged": ("softmax(s) @ v", reordered(1, 0, 2)),
     "v in place of k": ("softmax(s) @ v", reordered(0, 2, 2)),
     "near field dropped": ("softmax(near_far(s, u; 8)) @ v", lambda p: with_values(near=None)(reordered(0, 1, 2)(p))),

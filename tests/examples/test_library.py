@@ -54,7 +54,7 @@ USES = {
     "encoder_decoder": (f"source: int[b, m], {MASK.format('m')}, target: int[b, n]",
                         "source, mask, target; vocab = 24, width = 16, depth = 2, heads = 2, gain = 1.0, near = 2"),
 }  # fmt: skip
-SHARED = ("attend", "attend_padded")  # called by every block of attention
+SHARED = ("attend", "attend_padded", "attend_forgetting")  # called by blocks of attention
 
 
 def example(tensor: str, generator: torch.Generator) -> Tensor:
@@ -131,10 +131,22 @@ OPTIONS = [
     {"window": 3, "causal": True, "bias": True},
     {"gain": 1.5, "bias": True},  # free logits do not see the bias of k
 ]
+FORGETTING = [
+    {"forget": True},
+    {"forget": True, "kv_heads": 2, "gain": 1.5, "learned": True},
+    {"forget": True, "gain": 2.0, "near": 2, "rope": 100.0, "causal": True, "bias": True},
+    {"forget": True, "window": 3},
+]
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "padded"),
+    [
+        *((each, padded) for each in OPTIONS for padded in (False, True)),
+        *((each, False) for each in FORGETTING),
+    ],
+    ids=str,
+)
 def test_options_of_attention(options: dict, padded: bool) -> None:
     values = ", ".join(f"{key} = {str(value).lower()}" for key, value in {"heads": 4, **options}.items())
     signature = f"{X}, {MASK.format('n')}" if padded else X
@@ -172,9 +184,11 @@ def attention(weights: dict[str, Tensor], x: Tensor, mask: Tensor, options: dict
             else torch.zeros(7, 7, dtype=torch.bool)
         )
         scores = torch.where(near, scores, far)
+    if options.get("forget"):
+        scores = scores + forgotten(weights, x).repeat_interleave(4 // groups, 1)
     distance = torch.arange(7)[:, None] - torch.arange(7)
     seen = mask[:, None, None]
-    if options.get("causal"):
+    if options.get("causal") or options.get("forget"):
         seen = seen & (distance >= 0)
     if "window" in options:
         seen = seen & (distance.abs() < options["window"])
@@ -182,11 +196,36 @@ def attention(weights: dict[str, Tensor], x: Tensor, mask: Tensor, options: dict
     return weighted.transpose(1, 2).flatten(2) @ weights["wo"] + weights.get("bo", 0)
 
 
+def forgotten(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The sum of the log gates after key j up to query i, term by term: [b, key heads, 7, 7]."""
+    gates = (x @ weights["wf"] + weights["bf"]).sigmoid().log().transpose(1, 2)
+    sums = torch.zeros(*gates.shape, 7, dtype=gates.dtype)
+    for i in range(7):
+        for j in range(i):
+            sums[..., i, j] = gates[..., j + 1 : i + 1].sum(-1)
+    return sums
+
+
+def forgetting(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, coefficients: tuple[float, ...], near: int
+) -> Tensor:
+    """Causal weights that are a polynomial, or exp nearby, times e^gates, over their sum."""
+    k, v, gates = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) for each in (k, v, gates))
+    s = q @ k.mT * q.shape[-1] ** -0.5
+    w = torch.stack([c * s**power for power, c in enumerate(coefficients)]).sum(0)
+    if near:
+        w = torch.where(near_mask(torch.arange(7), 7, near), s.exp(), w)
+    w = (w * gates.exp()).tril()
+    return w / w.sum(-1, keepdim=True) @ v
+
+
 KERNEL_OPTIONS = [
     {"qk_dim": 5},
     {"kv_heads": 2, "v_dim": 3, "causal": True, "rope": 100.0},
     {"causal": True, "near": 2, "coefficients": (0.0, 0.0, 1.0)},
     {"coefficients": (1.0, 0.5, 0.25, 0.1, 0.1)},
+    {"kv_heads": 2, "forget": True},
+    {"near": 2, "forget": True, "causal": True, "coefficients": (0.0, 0.0, 1.0)},
 ]
 
 
@@ -210,6 +249,10 @@ def test_options_of_kernel_attention(options: dict) -> None:
     assert (q.shape[-1], v.shape[-1]) == (options.get("qk_dim", 16), options.get("v_dim", 6))
     given = {key: options[key] for key in ("causal", "near") if key in options}
     coefficients = options.get("coefficients", (1.0, 1.0, 0.5))
-    y = polynomial_attention(q, k, v, coefficients, scale=q.shape[-1] ** -0.5, **given)
+    if "forget" in options:
+        own = {path.removeprefix("kernel_attention."): w for path, w in weights.items()}
+        y = forgetting(q, k, v, forgotten(own, x), coefficients, options.get("near", 0))
+    else:
+        y = polynomial_attention(q, k, v, coefficients, scale=q.shape[-1] ** -0.5, **given)
     expected = y.transpose(1, 2).flatten(2) @ weights["kernel_attention.wo"]
     torch.testing.assert_close(run(program, [x], weights), expected, rtol=1e-11, atol=1e-11)

@@ -21,7 +21,7 @@ DOUBLE = 1e-11
 
 def options_of(inputs: Inputs, causal: bool, window: int | None, near: int | None) -> dict[str, Any]:
     masks = {"mask": inputs.mask, "documents": inputs.documents}
-    return {**inputs.near, **masks, "scale": 0.7, "causal": causal, "near": near, "window": window}
+    return {**inputs.named, **masks, "scale": 0.7, "causal": causal, "near": near, "window": window}
 
 
 def both(inputs: Inputs, options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -110,7 +110,7 @@ def work(n: int, documents: Tensor | None, window: int, causal: bool) -> Product
     """Both passes of one row as plain functions: a mode does not see into a custom operation."""
     inputs = make_inputs(KernelSpec(16, 64, COEFFICIENTS[2]), n, batch=1, heads=1).to(torch.float32)
     q, k, v = (x.detach() for x in inputs.tensors)
-    rest = (None, None, None, documents)
+    rest = (None, None, None, None, documents)
     with torch.no_grad(), Products() as record:
         saved = exact_forward(q, k, v, *rest, 0.25, causal, 0, window)
         exact_backward(inputs.cotangent, q, k, v, *rest, *saved, 0.25, causal, 0, window)

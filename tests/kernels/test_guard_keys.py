@@ -140,7 +140,7 @@ IN_RANGE_OR_NOT = [*((policy, 1e-3) for policy in POLICIES), ("warn", 9.0), ("ex
 def test_opcheck(policy: str, factor: float) -> None:
     inputs, key = inputs_of(20, factor), Guard(bound=0.5, source="data", policy=policy).key
     operation = getattr(torch.ops.fastgrad, kernel_name(SPEC)).default
-    torch.library.opcheck(operation, (*inputs.tensors, None, None, None, None, 0, key))
+    torch.library.opcheck(operation, (*inputs.tensors, None, None, None, None, None, 0, key))
 
 
 def test_a_padded_key_has_no_say() -> None:

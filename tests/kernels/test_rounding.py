@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -19,8 +20,18 @@ from torch.nn.functional import normalize
 
 from fastgrad_compiler.approximation.certificates import Certificate, certificate
 from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, Family, Polynomial, PrecisionError, fit
-from fastgrad_compiler.approximation.rounding import EXACT, UNITS, Run, Sizes, rounding, torch_tile
+from fastgrad_compiler.approximation.rounding import (
+    EXACT,
+    UNITS,
+    Run,
+    Sizes,
+    _drift,
+    _vanished,
+    rounding,
+    torch_tile,
+)
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
+from fastgrad_compiler.runtime.decay import log_decay
 from fastgrad_compiler.runtime.polynomial_attention import plan
 from fastgrad_compiler.targets import PYTORCH
 from tests.dense import softmax_attention
@@ -96,11 +107,22 @@ def results(case: Attack, tensors: list[Tensor]) -> tuple[list[Tensor], list[Ten
     """Output and gradients of q, k and v: of the kernel in the dtype of the run, and exact in float64."""
     *inputs, cotangent = tensors
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = load_kernel(case.spec)(*leaves)
+    given = gates(case) if case.spec.forget else None
+    out = load_kernel(case.spec)(*leaves, log_gate=given)
     found = [out, *torch.autograd.grad(out, leaves, cotangent)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    exact = softmax_attention(*wide, causal=case.spec.causal, near=case.spec.near)
+    wider = None if given is None else given.double()
+    exact = softmax_attention(*wide, causal=case.spec.causal, near=case.spec.near, log_gate=wider)
     return found, [exact, *torch.autograd.grad(exact, wide, cotangent.double())]
+
+
+def gates(case: Attack) -> Tensor:
+    """Log gates of each head: almost 0, small, large, and such as forget all at some tokens."""
+    generator = torch.Generator().manual_seed(case.n)
+    sizes = torch.tensor([1e-4, 0.03, 3.0, 0.3], dtype=torch.float64)[:, None]
+    found = -sizes * torch.rand(1, HEADS, case.n, generator=generator, dtype=torch.float64)
+    found[:, 3, 7::16] = -torch.inf
+    return limited(found, case)
 
 
 def ratios(case: Attack, tensors: list[Tensor], proved: Certificate) -> Tensor:
@@ -181,7 +203,17 @@ def test_no_kernel_leaves_its_bound_with_rounding(bound: float, degree: int, dty
         assert (worst > 0).all(), "nothing was off"
 
 
-@pytest.mark.parametrize("options", [{"causal": False}, {"near": 8}, {"causal": False, "near": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": False},
+        {"near": 8},
+        {"causal": False, "near": 8},
+        {"forget": True},
+        {"forget": True, "near": 8},
+    ],
+    ids=str,
+)
 def test_other_masks_stay_within_it(options: dict[str, object]) -> None:
     cases = list(planned(3.0, 8, "float32", **options))
     assert [case.spec.precision for case in cases] == ["float32", "float64"]
@@ -218,6 +250,40 @@ def test_float32_alone_leaves_the_certificate_of_real_arithmetic(bound: float, d
     assert double.bounds().output_rounding < 0.01
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_running_sums_of_gates_are_as_exact_as_the_bound_takes_them_to_be(packed: bool) -> None:
+    """Small gates after many large ones: each running sum is rounded once, not in every addition."""
+    n = 16_384
+    generator = torch.Generator().manual_seed(0)
+    found = -torch.rand(n, generator=generator, dtype=torch.float64)
+    found[: n // 2] *= 1000.0
+    ids = torch.zeros(1, n, dtype=torch.int64) if packed else None
+    sums = log_decay(found[None, None], None, ids)[0, 0].tolist()
+    exact, total = [], Fraction(0)
+    for gate in found[1:].tolist():
+        total += Fraction(gate)
+        exact.append(total)
+    limit = _drift(Sizes(n, n))
+    for i in range(1, n - 1, 97):
+        for j in (0, i // 2, i - 1, max(i - 100, 0)):
+            difference = Fraction(sums[i + 1]) - Fraction(sums[j + 1])
+            assert abs(difference - (exact[i] - exact[j])) <= limit
+    assert limit < 1e-8
+
+
+def test_what_gates_lead_to_0_is_counted() -> None:
+    """Far below a roundoff, unless R is large; without gates nothing is added."""
+    spec = KernelSpec(4, 3, fit("balanced", 4, 2.0).coefficients, causal=True)
+    plain, forgetting = (
+        rounding(each, Sizes(4096, 4096), 2.0, 2.0, PYTORCH, Run())
+        for each in (spec, replace(spec, forget=True))
+    )
+    assert 1.0 < forgetting.weights / plain.weights < 3.0
+    assert 1.0 < forgetting.slopes / plain.slopes < 3.0
+    assert _vanished(spec, Sizes(4096, 4096), 2.0, 2.0)[0] < 1e-30
+    assert _vanished(spec, Sizes(4096, 4096), 80.0, 80.0)[0] > 1.0
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("near", [None, 24])
 @pytest.mark.parametrize(("d", "dv", "degree"), [(2, 3, 2), (16, 64, 3), (16, 64, 4), (8, 200, 5)])
@@ -225,8 +291,11 @@ def test_the_least_tile_is_that_of_the_kernel(
     d: int, dv: int, degree: int, near: int | None, groups: int
 ) -> None:
     """The bound counts tiles: none may be smaller than it takes them to be."""
-    for causal, documents in ((True, False), (False, False), (False, True)):
-        spec = KernelSpec(d, dv, (1.0,) * (degree + 1), causal, near=near, documents=documents)
+    for causal, documents, forget in (
+        *((True, False, False), (False, False, False), (False, True, False)),
+        *((True, False, True), (True, True, True)),
+    ):
+        spec = KernelSpec(d, dv, (1.0,) * (degree + 1), causal, near=near, documents=documents, forget=forget)
         for dtype in (torch.float32, torch.float64):
             tensors = [torch.empty(1, h, 8, w, dtype=dtype) for h, w in ((groups, d), (1, d), (1, dv))]
             assert torch_tile(spec, groups) <= plan(spec, *tensors)[0]

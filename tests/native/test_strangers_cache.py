@@ -129,7 +129,7 @@ def test_a_library_without_our_operations_is_a_warning(monkeypatch: pytest.Monke
     attention = NativeAttention("attention_x", ModuleSpec("x", FromMemory(TEXT)), False)  # type: ignore[arg-type]
     x = torch.ones(1, 1, 8, 3)
     with pytest.warns(NativeWarning, match="has not the operations of attention_x"):
-        assert attention.forward(x, x, x, None, None, None, None) is None
+        assert attention.forward(x, x, x, *[None] * 5) is None
 
 
 def test_folders_are_made_for_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from math import ceil, inf, prod
 
 from fastgrad_compiler.approximation.elementary import exp
 from fastgrad_compiler.approximation.kernel_tiles import has_triton, is_fused, token_chunks
+from fastgrad_compiler.ir.masks import LEAST_LOG_GATE
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec, choose_chunk
 from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.runtime.triton_schedule import CHUNKS
@@ -39,8 +40,10 @@ _STEP = 8  # products that a GPU's matrix instruction adds up at least
 _VECTOR = 32
 _PASSES = 3  # instructions that make one product of float32 numbers out of tf32 ones
 _SEGMENTS = 1.25  # of the chunks: the C++ kernels cut a row of four chunks or more for a thread
-# units of roundoff in a near weight e^(t - m): |t - m| below that
+# units of roundoff in e^x that come of x, for near weights and gates: |x| is below that
 _EXPONENTS = {"float64": 1024, "float32": 128}
+_GATE = 4  # operations for the factor of a pair by a gate, of a state in each chunk too: a difference, e^x, a product
+_LEAST = {"float64": 2.0**-1022, "float32": 2.0**-126}  # what is below it may be rounded to 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class _Ways:
 
 @dataclass(frozen=True, slots=True)
 class _Arithmetic:
-    """The relative error of one operation, and of an operand that is rounded for a product."""
+    """The relative error of one operation, and of an operand that is rounded for a product, or of a gate's sum."""
 
     unit: float
     operand: float = 0.0
@@ -123,7 +126,7 @@ def rounding(
 
     Infinite where there is no bound.
     """
-    arithmetic = _arithmetic(spec, run)
+    arithmetic = _arithmetic(spec, sizes, run)
     served = [_torch(spec, sizes)]
     if run.device == "cpu" and backends.cpp:
         served.append(_cpp(spec, sizes))
@@ -132,9 +135,10 @@ def rounding(
     found = [_amplified(spec.coefficients, bound, max(reach, bound), arithmetic, each) for each in served]
     # a kernel in float64 keeps denominators in float32 for its backward pass
     saved = 4 * UNITS["float32"] if spec.precision == "float64" and run.dtype != "float64" else 0.0
+    vanished = _vanished(spec, sizes, bound, max(reach, bound)) if spec.forget else (0.0, 0.0)
     return Rounding(
-        weights=max(each[0] for each in found) + saved,
-        slopes=max(each[1] for each in found),
+        weights=max(each[0] for each in found) + saved + vanished[0],
+        slopes=max(each[1] for each in found) + vanished[1],
         products=_gamma(arithmetic, spec.dv + 4, 0),
         stored=UNITS[run.dtype],
     )
@@ -169,6 +173,17 @@ def _amplified(
     return _SLACK * exp(bound) * weights, _SLACK * exp(bound) * slopes
 
 
+def _vanished(spec: KernelSpec, sizes: Sizes, bound: float, reach: float) -> tuple[float, float]:
+    """(weights, slopes) of all keys of a row whose gates lead below the least number, as shares of the row's sum.
+
+    That is e^-R at least: the last key that a row sees has the factor 1.
+    """
+    terms = [abs(c) for c in spec.coefficients]
+    share = sizes.keys * exp(bound) * _LEAST[spec.precision]
+    slopes = [j * size for j, size in enumerate(terms) if j]
+    return share * _horner(terms, reach), share * _horner(slopes, reach)
+
+
 def _horner(coefficients: Sequence[float], x: float) -> float:
     """A polynomial by products and sums alone: powers of a float may differ between C libraries."""
     value = 0.0
@@ -185,8 +200,18 @@ def _gamma(arithmetic: _Arithmetic, operations: int, operands: int) -> float:
     return prod(1 / (1 - part) for part in parts) - 1
 
 
-def _arithmetic(spec: KernelSpec, run: Run) -> _Arithmetic:
-    return _Arithmetic(UNITS["float64" if "float64" in (spec.precision, run.dtype) else "float32"])
+def _arithmetic(spec: KernelSpec, sizes: Sizes, run: Run) -> _Arithmetic:
+    unit = UNITS["float64" if "float64" in (spec.precision, run.dtype) else "float32"]
+    return _Arithmetic(unit, _drift(sizes) if spec.forget else 0.0)
+
+
+def _drift(sizes: Sizes) -> float:
+    """Error of a difference of two running sums G of log gates of at least -1000, each rounded once to float64.
+
+    G is the sum of multiples of 2^-10, which is exact, and of rests of at most 2^-11 in size, which takes n additions.
+    """
+    n, unit = sizes.keys, UNITS["float64"]
+    return 2 * unit * -LEAST_LOG_GATE * n + n * unit * (n * 2.0**-11)
 
 
 def _gpu_arithmetic(run: Run) -> _Arithmetic:
@@ -207,7 +232,18 @@ def _power(spec: KernelSpec) -> int:
 def _fixed(spec: KernelSpec, window: int) -> int:
     """On every way, apart from sums over tokens and features."""
     near = 0 if spec.near is None else _EXPONENTS[spec.precision] + window // 16
-    return _FACTORS + spec.degree + near
+    gate = _EXPONENTS[spec.precision] + _GATE if spec.forget else 0
+    return _FACTORS + spec.degree + near + gate
+
+
+def _gates(spec: KernelSpec) -> tuple[int, int]:
+    """Differences of running sums on every way: those of a state's chunks add up to one."""
+    return (1, 1) if spec.forget else (0, 0)
+
+
+def _of_state(spec: KernelSpec) -> int:
+    """Operations of a state in each chunk: an addition, and the factor of a gate."""
+    return 1 + _GATE if spec.forget else 1
 
 
 def _window(spec: KernelSpec, tile: int) -> int:
@@ -222,8 +258,8 @@ def _torch(spec: KernelSpec, sizes: Sizes) -> _Ways:
     tile, least = choose_chunk(spec), torch_tile(spec, sizes.groups)
     r, window = rank(spec.d, spec.degree), _window(spec, tile)
     tiles = ceil(max(sizes.queries, sizes.keys) / least) + 2
-    common = _fixed(spec, window) + sizes.groups * tile + tiles + r + window
-    return _Ways((common, common + spec.dv), _power(spec))
+    common = _fixed(spec, window) + sizes.groups * tile + tiles * _of_state(spec) + r + window
+    return _Ways((common, common + spec.dv), _power(spec), operands=_gates(spec))
 
 
 def _cpp(spec: KernelSpec, sizes: Sizes) -> _Ways:
@@ -232,9 +268,9 @@ def _cpp(spec: KernelSpec, sizes: Sizes) -> _Ways:
     r, window = rank(spec.d, spec.degree), _window(spec, max(block, tile))
     least = min(tile, block // pieces)
     chunks = ceil(_SEGMENTS * sizes.groups * (max(sizes.queries, sizes.keys) / least + 2)) + 2
-    common = _fixed(spec, window) + tile + chunks + window
+    common = _fixed(spec, window) + tile + chunks * _of_state(spec) + window
     features = min(r, _FEATURES) + ceil(r / _FEATURES)
-    return _Ways((common + features, common + r + spec.dv), _power(spec))
+    return _Ways((common + features, common + r + spec.dv), _power(spec), operands=_gates(spec))
 
 
 def _triton(spec: KernelSpec, sizes: Sizes, run: Run) -> _Ways:

@@ -20,5 +20,6 @@ def spec_of(attention: Attention, d: int, dv: int, near_d: int) -> KernelSpec:
         scale=attention.scale,
         documents=mask.documents,
         window=mask.window,
+        forget=mask.forget,
         precision="float32" if polynomial is None else polynomial.precision,
     )

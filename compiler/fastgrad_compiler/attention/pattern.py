@@ -9,7 +9,7 @@ consumed nodes only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fastgrad_compiler.attention.scores import Product, Walk, inward, near_and_far
@@ -39,22 +39,55 @@ class Match:
 
 def match(graph: Graph, root: Node) -> Match | None:
     """The attention whose result (or its transpose) is `root`."""
+    return next((found for found, _ in _readings(graph, root) if found is not None), None)
+
+
+def refused_gates(graph: Graph, root: Node) -> dict[str, str]:
+    """The forget gates between `root` and scores that are no attention's, by name, and why; "" where it is another's
+    fault.
+    """
+    return {
+        name: why
+        for found, walk in _readings(graph, root)
+        if found is None
+        for name, why in walk.refused.items()
+    }
+
+
+def _readings(graph: Graph, root: Node) -> Iterator[tuple[Match | None, Walk]]:
+    """What each way to read the root finds, and where it came on its way inward."""
     for weights, value, flipped, late in _products(graph, root):
         walk = Walk(graph, flipped=flipped)
         if late:
             walk.consumed.add(root.inputs[0])
         found = divided(walk, weights, root.inputs[1]) if late else weights_of(walk, weights)
-        products = None if found is None else _to_products(walk, found)
-        if found is None or products is None or not _private(walk, root):
-            continue
-        if found.coefficients and (walk.mask.window is not None or walk.alibi):
-            continue  # the kernels have neither: the model's own polynomial runs as it is written
-        far, local, near = products
-        coefficients = tuple(float(str(each)) for each in found.coefficients)
-        return Match(
-            far, local, near, value, flipped, walk.mask, walk.operands, walk.alibi, walk.range, coefficients
-        )
-    return None
+        yield None if found is None else _read(walk, root, found, (value, flipped)), walk
+
+
+def _read(walk: Walk, root: Node, found: Weights, value: tuple[str, bool]) -> Match | None:
+    products = _to_products(walk, found)
+    if products is None:
+        return None
+    objection = _objection(walk, root, found)
+    if objection:  # it runs as it is written
+        walk.refuse(objection)
+        return None
+    far, local, near = products
+    coefficients = tuple(float(str(each)) for each in found.coefficients)
+    return Match(far, local, near, *value, walk.mask, walk.operands, walk.alibi, walk.range, coefficients)
+
+
+def _objection(walk: Walk, root: Node, found: Weights) -> str:
+    """Why what was read is no attention; empty where it is one."""
+    if not _private(walk, root):
+        return "something else reads its scores or weights too"
+    if found.coefficients and (walk.mask.window is not None or walk.alibi):
+        return "no kernel has the model's own polynomial with a window or with slopes"
+    if walk.mask.forget and not walk.mask.causal:
+        return "its scores are not causal"
+    if walk.mask.forget and walk.alibi:
+        return "its scores have the slopes of alibi too"
+    return ""
 
 
 def _to_products(walk: Walk, weights: Weights) -> tuple[Product, Product | None, int | None] | None:

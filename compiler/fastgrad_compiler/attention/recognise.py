@@ -3,7 +3,7 @@
 
 The node keeps the span of the product with the values, takes its name where the user gave one, and says in
 `bound` and `proof` what is proved of its logits. Constant factors of q, of k and of the scores are one
-`scale`; learned ones are multiplied into q. Key and value heads that were repeated for grouped attention
+`scale`; learned ones are multiplied into q. Heads of keys, values and gates that were repeated for grouped attention
 are taken as they were before. The node's operands are [b, h, n, d] whatever the model's are: axes before the heads are
 one batch, and tensors without heads have one. An attention with a prefix becomes two, of whose rows each is one's or
 the other's. What nobody reads any more is removed.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite, prod
 
 from fastgrad_compiler.attention.factors import factor_of
@@ -22,12 +23,22 @@ from fastgrad_compiler.attention.value import ATTENTION, OWN, Attention, Mask, P
 from fastgrad_compiler.ir.builder import Builder, Value
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Graph, Node, Program
+from fastgrad_compiler.ir.masks import FORGET, MASKS
 from fastgrad_compiler.ir.words import place
 
 # also where nothing reads them: inputs are the signature, and weights have their place in the state_dict, which calls
 # and repeats may hold
 _KEPT = ("input", "weight", "buffer", "call", "repeat")
 _ROWWISE = ("unit", "rotary", "neg")  # what repeating heads commutes with
+_ENTRYWISE = (
+    "log_sigmoid",
+    "neg",
+    "softplus",
+    "sigmoid",
+    "log",
+    "exp",
+    "clamp",
+)  # and what gates are made by
 
 
 def recognise_attention(program: Program) -> Program:
@@ -112,11 +123,13 @@ def _attention(builder: Builder, found: Match, reasons: tuple[str, ...], name: s
     scope = _Scope(builder)
     pairs = [scope.pair(product) for product in (found.far, found.local) if product is not None]
     value = scope[found.value]
-    pairs, value = scope.ungrouped(pairs, scope.swapped(value) if found.transposed else value)
-    if not _fit(pairs, value, found):
+    value = scope.swapped(value) if found.transposed else value
+    gate = scope[found.operands[FORGET]] if found.mask.forget else None
+    pairs, value, gate = scope.ungrouped(pairs, value, gate)
+    if not _fit(pairs, value, gate, found):
         del builder.nodes[start:]
         return None
-    result = _emit(scope, found, pairs, value, reasons, name)
+    result = _emit(scope, found, pairs, value, gate, reasons, name)
     result = result.reshape((*pairs[0].query.shape[:-1], value.shape[-1]))
     return (result.T if found.transposed else result).name
 
@@ -126,6 +139,13 @@ def _with_heads(value: Value, alibi: bool) -> Value:
     *leading, tokens, width = value.shape
     heads = leading.pop() if len(leading) > 1 or (leading and alibi) else Dim.of(1)
     return value.reshape((prod(leading, start=Dim.of(1)), heads, tokens, width))
+
+
+def _as_heads(gate: Value) -> Value:
+    """The log gates of each head as [b, h, n]."""
+    *leading, tokens = gate.shape
+    heads = leading.pop() if len(leading) > 1 else Dim.of(1)
+    return gate.reshape((prod(leading, start=Dim.of(1)), heads, tokens))
 
 
 def _of_batch(operand: Value, like: Value) -> Value:
@@ -138,9 +158,9 @@ def _of_batch(operand: Value, like: Value) -> Value:
     return spread.op("broadcast_to", shape=(batch, *more, tokens)).reshape((prod(more, start=batch), tokens))
 
 
-def _fit(pairs: list[_Pair], value: Value, found: Match) -> bool:
+def _fit(pairs: list[_Pair], value: Value, gate: Value | None, found: Match) -> bool:
     """Whether these are operands of one attention: the same leading dims, key heads that divide query
-    heads.
+    heads, a gate for each key.
     """
     rank = len(value.shape)
     operands = [operand for pair in pairs for operand in (pair.query, pair.key)]
@@ -148,6 +168,8 @@ def _fit(pairs: list[_Pair], value: Value, found: Match) -> bool:
         return False
     if any(operand.shape[-1].constant is None for operand in (*operands, value)):
         return False  # attention over channels: no kernel has a width that the run decides
+    if gate is not None and gate.shape != value.shape[:-1]:
+        return False
     if found.alibi and len(pairs) > 1:
         return False  # nothing that is emitted adds slopes to near and far logits
     if rank == 3 and found.alibi and found.operands:
@@ -162,14 +184,22 @@ def _fit(pairs: list[_Pair], value: Value, found: Match) -> bool:
 
 
 def _emit(
-    scope: _Scope, found: Match, pairs: list[_Pair], value: Value, reasons: tuple[str, ...], name: str
+    scope: _Scope,
+    found: Match,
+    pairs: list[_Pair],
+    value: Value,
+    gate: Value | None,
+    reasons: tuple[str, ...],
+    name: str,
 ) -> Value:
     far = pairs[0]
     floats = [far.query, far.key, value]
     for local in pairs[1:]:
         floats += [scope.times(local.query, local.scale), local.key]
     inputs = [_with_heads(each, found.alibi) for each in floats]
-    read = {role: _of_batch(scope[found.operands[role]], far.query) for role in found.mask.operands}
+    read = {} if gate is None else {FORGET: _as_heads(gate)}
+    masks = (role for role in found.mask.operands if role in MASKS)
+    read |= {role: _of_batch(scope[found.operands[role]], far.query) for role in masks}
     attention = Attention(
         found.mask,
         far.scale,
@@ -265,12 +295,28 @@ class _Scope:
         source = self[value.node.inputs[0]]
         return source if exchanged == tuple(range(len(axes))) else source.permute(exchanged)
 
-    def ungrouped(self, pairs: list[_Pair], value: Value) -> tuple[list[_Pair], Value]:
-        """Keys and values as they were before their heads were repeated, where all were repeated alike."""
+    def ungrouped(
+        self, pairs: list[_Pair], value: Value, gate: Value | None
+    ) -> tuple[list[_Pair], Value, Value | None]:
+        """Keys, values and gates as they were before their heads were repeated, where all were repeated alike."""
         repeats = {self.repeats(operand) for operand in (value, *(pair.key for pair in pairs))}
+        repeats |= set() if gate is None else {self.gate_repeats(gate)}
         if repeats == {1} or len(repeats) > 1:
-            return pairs, value
-        return [replace(pair, key=self.unrepeated(pair.key)) for pair in pairs], self.unrepeated(value)
+            return self.as_gated(pairs, value, gate)
+        pairs = [replace(pair, key=self.unrepeated(pair.key)) for pair in pairs]
+        return pairs, self.unrepeated(value), None if gate is None else self.ungated(gate)
+
+    def as_gated(
+        self, pairs: list[_Pair], value: Value, gate: Value | None
+    ) -> tuple[list[_Pair], Value, Value | None]:
+        """Keys and values with a head for each gate, where query heads share one by broadcasting."""
+        if gate is None or len(value.shape) < 4 or value.shape[-3] == gate.shape[-2]:
+            return pairs, value, gate
+        times = gate.shape[-2].divide(value.shape[-3])
+        if times is None or times.constant is None:
+            return pairs, value, gate
+        repeat = partial(Value.op, name="repeat_heads", times=times.constant)
+        return [replace(pair, key=repeat(pair.key)) for pair in pairs], repeat(value), gate
 
     def repeats(self, value: Value) -> int:
         """How often each head is repeated, 1 if it is not."""
@@ -279,6 +325,29 @@ class _Scope:
             node = self.nodes[node.inputs[0]]
         times = node["times"] if node.op == "repeat_heads" else 1
         return times if isinstance(times, int) else 1
+
+    def gate_repeats(self, gate: Value) -> int:
+        """How often the gates of each head are repeated: as rows [.., h, n, 1], which then lose their last axis."""
+        node, rank = gate.node, len(gate.shape)
+        while node.op in _ENTRYWISE or self.drops_last(node):
+            node = self.nodes[node.inputs[0]]
+        times = node["times"] if node.op == "repeat_heads" and len(node.tensor.shape) == rank + 1 else 1
+        return times if isinstance(times, int) else 1
+
+    def drops_last(self, node: Node) -> bool:
+        """Whether a node leaves out the last axis, of size 1."""
+        inputs = [self.nodes[name].tensor.shape for name in node.inputs]
+        return node.op == "reshape" and inputs[0] == (*node.tensor.shape, Dim.of(1))
+
+    def ungated(self, gate: Value) -> Value:
+        """The same gates without the repetition."""
+        if gate.node.op == "repeat_heads":
+            return self[gate.node.inputs[0]]
+        inner = self.ungated(self[gate.node.inputs[0]])
+        if gate.node.op == "reshape":
+            unshaped = self[inner.node.inputs[0]] if inner.node.op == "reshape" else inner
+            return unshaped.reshape(inner.shape[:-1])
+        return inner.op(gate.node.op, **dict(gate.node.attributes))
 
     def unrepeated(self, value: Value) -> Value:
         """The same rows without the repetition."""

@@ -17,7 +17,7 @@ from fastgrad_compiler.attention.factors import factor_of, swaps
 from fastgrad_compiler.attention.value import Mask, Range
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Bound, Graph, Node
-from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.masks import FORGET, GATED, MASKS
 from fastgrad_compiler.ir.ops import limits
 from fastgrad_compiler.ir.words import describe, number, place
 
@@ -40,7 +40,8 @@ class Product:
 @dataclass(slots=True)
 class Walk:
     """Where the walk inward stands. `factor` is the constant by which everything outside multiplies what is
-    inside; `operands` the nodes that the masks read, by role.
+    inside; `operands` the nodes that the masks read, by role; `refused` says of forget gates, by name, why they are no
+    attention's.
     """
 
     graph: Graph
@@ -58,6 +59,11 @@ class Walk:
     # scores of one branch of a near field, beside which the other stays where it is
     level_matters: bool = False
     range: Range = field(default_factory=Range)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def refuse(self, why: str) -> None:
+        """What is wrong with an attention around forget gates that could be its."""
+        self.refused |= {name: known or why for name, known in self.refused.items()}
 
 
 def is_key_axis(walk: Walk, axis: object, node: Node) -> bool:
@@ -206,6 +212,47 @@ def masked(walk: Walk, node: Node) -> str | None:
     return node.inputs[0]
 
 
+def gated(walk: Walk, node: Node) -> str | None:
+    """A forget gate, of scores or of weights: what it adds to scores, nothing may multiply, cut off or raise to a
+    power. R is that of the scores inside of it.
+    """
+    walk.refused[node.name] = _gate_objection(walk, node)
+    if walk.refused[node.name]:
+        return None
+    walk.operands[FORGET] = node.inputs[1]
+    walk.mask &= Mask(operands=(FORGET,))
+    walk.range = Range()
+    return node.inputs[0]
+
+
+def misplaced(walk: Walk, node: Node) -> None:
+    """A forget gate of the kind that is for the other of scores and weights."""
+    other = next(op for op in GATED if op != node.op)
+    walk.refused[node.name] = (
+        f"{node.op} is for {GATED[node.op]}, and this is one of {GATED[other]}: write {other}"
+    )
+
+
+def _gate_objection(walk: Walk, node: Node) -> str:
+    """Why a forget gate cannot be the attention's; empty where it can."""
+    gate = walk.graph[node.inputs[1]]
+    if FORGET in walk.operands:
+        return "the attention has another forget gate"
+    if walk.flipped:
+        return "its scores are transposed"
+    if walk.factor != 1 or walk.gains:
+        return "a factor stands outside of it, which would multiply what it adds: put the factor inside"
+    if not walk.masks_allowed:
+        return "it stands in one part of a near_far, or in a clamp: put it outside"
+    if walk.level_matters:
+        return "it would not multiply the weights, which are a polynomial of its scores: write decay(weights, log_gate)"
+    if gate.bound is None or gate.bound.high > 0:
+        return f"nothing proves that {describe(gate)}{place(gate)} is at most 0, as log_sigmoid(x) is"
+    if gate.bound.asserted:
+        return f"that {describe(gate)}{place(gate)} is at most 0 is asserted, not proved"
+    return ""
+
+
 def _alibi(walk: Walk, node: Node) -> str | None:
     """Slopes are added to scaled logits: nothing may multiply them."""
     if walk.flipped or not walk.masks_allowed or walk.alibi or walk.factor != 1 or walk.gains:
@@ -265,6 +312,8 @@ _STEPS: dict[str, Callable[[Walk, Node], str | None]] = {
     **dict.fromkeys(MASKS, masked),
     "permute": _transposed,
     "alibi": _alibi,
+    "forget": gated,
+    "decay": misplaced,
     "clamp": _clamped,
     "sub": _shifted,
     "assume_bound": _through,

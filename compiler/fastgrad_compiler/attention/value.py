@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from fastgrad_compiler.approximation import polynomial as approximation
 from fastgrad_compiler.ir.graph import Attribute, Node
-from fastgrad_compiler.ir.masks import OPERANDS
+from fastgrad_compiler.ir.masks import FORGET, OPERANDS
 from fastgrad_compiler.ir.ops import OPS
 from fastgrad_compiler.ir.verify import CompilerBug
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 class Mask:
     """Which keys a query sees: with `causal` those up to its own place, with a `window` of w those of |i - j| < w.
 
-    operands: the masks that read an operand, of `masks.OPERANDS`, in that order.
+    operands: the masks that read an operand, of `masks.OPERANDS`, in that order; a forget gate is one of them.
     """
 
     causal: bool = False
@@ -51,6 +51,11 @@ class Mask:
     def documents(self) -> bool:
         """Whether a query sees only keys of its own document."""
         return "documents" in self.operands
+
+    @property
+    def forget(self) -> bool:
+        """Whether a pair weighs less by the log gates between its key and its query."""
+        return FORGET in self.operands
 
     @staticmethod
     def of(node: Node) -> Mask:
@@ -163,6 +168,8 @@ class Attention:
         for name, size in (("near", self.near), ("window", self.mask.window)):
             if size is not None and size < 1:
                 raise CompilerBug(f"an attention has a {name} of {size}")
+        if self.mask.forget and (self.alibi or not self.mask.causal):
+            raise CompilerBug("an attention has a forget gate, and is not causal or has slopes too")
         if self.own_near and self.near is None:
             raise CompilerBug("an attention has queries and keys of near pairs, and no near field")
         if self.polynomial is not None and self.unservable:

@@ -1,8 +1,8 @@
 """From the weights of an attention inward, to the scores that they are computed from, and how.
 
 Weights are exp of the scores, or a polynomial of them that the model gives, over their row sum: `softmax(s)`,
-`normalize_rows(w)`, and `w / sum(w)` with the division before or after the product with the values. A mask may lie on
-weights that `normalize_rows` divides, and a near field may join exp nearby with a polynomial beyond.
+`normalize_rows(w)`, and `w / sum(w)` with the division before or after the product with the values. A mask or a forget
+gate may lie on weights that `normalize_rows` divides, and a near field may join exp nearby with a polynomial beyond.
 """
 
 from __future__ import annotations
@@ -10,9 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastgrad_compiler.attention.factors import swaps
-from fastgrad_compiler.attention.scores import Walk, is_key_axis, keeps_values, masked, same
+from fastgrad_compiler.attention.scores import (
+    Walk,
+    gated,
+    is_key_axis,
+    keeps_values,
+    masked,
+    misplaced,
+    same,
+)
 from fastgrad_compiler.ir.graph import Attribute, Node
-from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.masks import FORGET, MASKS
 
 _OF_SCORES = ("exp", "polynomial")
 
@@ -70,6 +78,12 @@ def _unnormalised(walk: Walk, name: str) -> Weights | None:
     if node.op in MASKS:
         inner = masked(walk, node)
         return _unnormalised(walk, inner) if inner is not None else None
+    if node.op == "decay":
+        inner = gated(walk, node)
+        return _unnormalised(walk, inner) if inner is not None else None
+    if node.op == FORGET:
+        misplaced(walk, node)
+        return None
     if node.op == "near_far":
         return _near_and_far(walk, node)
     return _of_scores(walk, node) if node.op in _OF_SCORES else None

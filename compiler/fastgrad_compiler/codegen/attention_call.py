@@ -8,11 +8,12 @@ from fastgrad_compiler.codegen.place import Operands, Place
 from fastgrad_compiler.codegen.writer import COMPARE, Expr, binary, call, index, literal, method
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.masks import FORGET
 from fastgrad_compiler.runtime.monomials import rank
 
 Given = dict[str, Expr]  # the operands by role
 _FLOATS = ("q", "k", "v", "near_q", "near_k")
-_ARGUMENTS = {"padding": "mask", "documents": "documents"}  # of the kernels, by role
+_ARGUMENTS = {FORGET: "log_gate", "padding": "mask", "documents": "documents"}  # of the kernels, by role
 
 
 def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
@@ -24,7 +25,7 @@ def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
     if has_window_kernel(attention, place.backends):
         return call(place.kernel(node), *_floats(given), **_masks(given))
     mask = attention.mask
-    banded = attention.own_near or mask.window is not None or mask.documents
+    banded = attention.own_near or mask.window is not None or mask.documents or mask.forget
     if banded and not attention.alibi:
         return _exact(place, attention, given)
     return _softmax(place, node, given)

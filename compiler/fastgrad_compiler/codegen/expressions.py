@@ -23,7 +23,7 @@ from fastgrad_compiler.codegen.writer import (
 )
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Node
-from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.masks import GATED, MASKS
 
 _NO_TARGET = "-(2**63)"  # in place of -100, the targets that PyTorch leaves out in silence by default
 
@@ -298,6 +298,10 @@ def _mask(place: Place, node: Node, operands: Operands) -> Expr:
     return call(place.helper(f"apply_{node.op}"), *operands, *sizes, fill=given)
 
 
+def _gated(place: Place, node: Node, operands: Operands) -> Expr:
+    return call(place.helper(f"apply_{node.op}"), *operands)
+
+
 def _near_far(place: Place, node: Node, operands: Operands) -> Expr:
     return call(place.helper("apply_near_far"), *operands, node["block"])
 
@@ -367,6 +371,7 @@ TORCH: dict[str, Rule] = {
         for name in ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "abs", "erf")
     },
     **{name: _function(f"F.{name}") for name in ("relu", "gelu", "silu")},
+    "log_sigmoid": _function("F.logsigmoid"),
     # above the threshold PyTorch gives x itself: its default of 20 would be seen in float64
     "softplus": lambda place, node, operands: call(
         "F.softplus", _tensor(place, node.inputs[0], operands[0]), threshold=literal(40.0)
@@ -386,6 +391,7 @@ TORCH: dict[str, Rule] = {
     "rms_norm": _rms_norm,
     "unit": lambda place, node, operands: call("F.normalize", operands[0], dim=-1, eps=literal(1e-6)),
     **dict.fromkeys(MASKS, _mask),
+    **dict.fromkeys(GATED, _gated),
     "near_far": _near_far,
     "polynomial": _polynomial,
     "normalize_rows": _normalize_rows,

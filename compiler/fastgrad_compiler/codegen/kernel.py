@@ -34,6 +34,7 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
     for name in (
         "attention_op.py",
         "content_name.py",
+        "decay.py",
         "documents.py",
         "exact_attention.py",
         "guard.py",
@@ -125,9 +126,10 @@ def _backend_texts(spec: KernelSpec, backends: Backends) -> dict[str, str]:
 def load_kernel(spec: KernelSpec, backends: Backends = PYTORCH) -> Callable[..., Tensor]:
     """The `attention` function of the emitted module, which is executed once a process.
 
-    attention(q, k, v, near_q=None, near_k=None, mask=None, documents=None, *, exact_below=0, guard=""):
-    q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv] -> [.., H, n, dv], in the dtype of v; guard: the key of one
-    that watches the logits. ValueError on wrong shapes.
+    attention(q, k, v, near_q=None, near_k=None, mask=None, documents=None, *, log_gate=None, exact_below=0,
+              guard=""):
+    q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv] -> [.., H, n, dv], in the dtype of v; log_gate
+    [.., Hk, n]; guard: the key of one that watches the logits. ValueError on wrong shapes.
     Its backends serve it where they can be built.
     """
     name = f"{RUNTIME_PACKAGE}.{kernel_name(spec, backends)}"

@@ -6,7 +6,7 @@ import keyword
 import re
 from collections.abc import Collection
 
-from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.masks import GATED, MASKS
 from fastgrad_grammar.quote import python_string
 
 # What the generated module itself uses; a variable of the user's of that name gets an underscore after it.
@@ -16,7 +16,7 @@ HELPERS = frozenset(
         "BufferList",
         "alibi_bias",
         "apply_alibi",
-        *(f"apply_{name}" for name in MASKS),
+        *(f"apply_{name}" for name in (*MASKS, *GATED)),
         "apply_near_far",
         "apply_polynomial",
         "causal_mask",

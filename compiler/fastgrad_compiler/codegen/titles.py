@@ -12,6 +12,8 @@ def kernel_title(spec: KernelSpec) -> str:
         parts = [f"Softmax attention within {spec.window} tokens"]
     if spec.causal:
         parts.append("causal")
+    if spec.forget:
+        parts.append("with forget gates")
     if spec.padding:
         parts.append("with a padding mask")
     if spec.documents:

@@ -8,12 +8,13 @@ Surface of each operation (docs/language.md lists the same); `;` or `,` may stan
     split_heads(x, heads)  merge_heads(x)  repeat_heads(x, times)  patches(image, size)
     concat(x, y, ..., axis = -1)  stack(x, y, ..., axis = 0)  zeros((n, d))  ones((n, d))  full((n, d), 0.5)
     embedding(table, ids)  one_hot(ids, classes)  positions(n)  arange(n)  float(x)  int(x)
-    exp log sqrt rsqrt tanh sigmoid relu gelu silu softplus erf abs of x
+    exp log sqrt rsqrt tanh sigmoid log_sigmoid relu gelu silu softplus erf abs of x
     min(a, b)  max(a, b)  clamp(x, low, high)
     where(condition, a, b)
     sum mean max min of (x, axis = -1, keepdim = false): an axis, a tuple of axes, all by default
     softmax(x, axis = -1)  layer_norm(x, w, b, eps = 1e-5)  rms_norm(x, w, eps = 1e-6)  unit(x)
     causal(s)  window(s, width)  padding(s, mask)  documents(s, ids)  prefix(s, length)  assume_bound(s, bound)
+    forget(s, log_gate)  decay(weights, log_gate)
     near_far(local, far; block = w)  polynomial(s; coefficients = (1.0, 1.0, 0.5))  normalize_rows(weights)
     rotary(x, base = 10000.0)  sinusoid(n, d)  alibi(s, heads)  dropout(x, p)  cross_entropy(logits, targets)
     mse(a, b)
@@ -31,7 +32,7 @@ from typing import Any, Protocol
 from fastgrad_compiler.frontend.values import Tensor
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute
-from fastgrad_compiler.ir.masks import MASKS, MaskOp
+from fastgrad_compiler.ir.masks import GATE, GATED, MASKS, MaskOp
 
 
 class _Needed:
@@ -196,6 +197,11 @@ def _mask(mask: MaskOp) -> Operation:
     return Operation(mask.name, (SCORES, *operands, *sizes))
 
 
+def _gated(name: str, what: str) -> Operation:
+    """Over scores or weights, then the log gates."""
+    return Operation(name, (Parameter(what, "tensor"), Parameter(GATE.name, "tensor")))
+
+
 _OPERATIONS = (
     Operation("reshape", (X, SHAPE), rest="shape"),
     Operation("permute", (X, Parameter("axes", "axes")), rest="axes"),
@@ -218,8 +224,8 @@ _OPERATIONS = (
     *(Operation(name, (Parameter("n", "dim"),), lambda emit, a: emit.node("arange", stop=a["n"]))
       for name in ("positions", "arange")),
     *(Operation(name, (X,))
-      for name in ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu", "softplus", "erf", "abs",
-                   "unit")),
+      for name in ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu", "log_sigmoid", "softplus",
+                   "erf", "abs", "unit")),
     _cast("float"),
     _cast("int"),
     Operation("clamp", (X, Parameter("low", "float"), Parameter("high", "float")), _clamp),
@@ -229,6 +235,7 @@ _OPERATIONS = (
     Operation("layer_norm", (X, W, Parameter("b", "tensor"), Parameter("eps", "float", 1e-5, least=0))),
     Operation("rms_norm", (X, W, Parameter("eps", "float", 1e-6, least=0))),
     *map(_mask, MASKS.values()),
+    *(_gated(name, what) for name, what in GATED.items()),
     Operation("near_far",
               (Parameter("local", "tensor"), Parameter("far", "tensor"), Parameter("block", "int", least=1))),
     Operation("polynomial", (SCORES, Parameter("coefficients", "weight_polynomial"))),

@@ -1,7 +1,8 @@
-"""The masks on scores [.., n, m]: what each reads, and what follows from it in every table of rules.
+"""The masks on scores [.., n, m], and forget gates: what each reads, and what follows from it in every table of rules.
 
 Padding aside, what a query sees through a mask is an interval of the keys (`runtime/sight.py`). The names are those of
-the operations, of the roles of an attention's operands, and of the fields of `attention.value.Mask`.
+the operations, of the roles of an attention's operands, and of the fields of `attention.value.Mask`. A forget gate
+hides no pair: it makes those of the past weigh less.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """What a mask reads beside the scores: `dtype`[b, m], or [b] without `tokens`; `phrase` and `help` are for
-    diagnostics.
+    """What a mask reads beside the scores: `dtype`[b, m], [b] without `tokens`, [b, hk, m] in an attention with
+    `heads`; `phrase` and `help` are for diagnostics.
     """
 
     name: str
@@ -20,6 +21,7 @@ class Operand:
     phrase: str
     help: str | None = None
     tokens: bool = True
+    heads: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,18 @@ MASKS: dict[str, MaskOp] = {
         MaskOp("prefix", Operand("length", "int", "lengths", tokens=False), square=True, splits=True),
     )
 }
+FORGET = "forget"
+GATE = Operand("log_gate", "float", "a log gate", heads=True)
+GATED: dict[str, str] = {FORGET: "scores", "decay": "weights"}
+"""The operations of a forget gate, and what each is applied to: one adds the sum of the log gates after key j up to
+query i, the other multiplies by its exponential; an attention has the role `forget` for both.
+"""
+LEAST_LOG_GATE = (
+    -1000.0
+)  # a log gate below it counts as this: all is forgotten, and no -inf is taken from another
+
 OPERANDS: dict[str, Operand] = {
-    name: mask.operand for name, mask in MASKS.items() if mask.operand and not mask.splits
+    FORGET: GATE,
+    **{name: mask.operand for name, mask in MASKS.items() if mask.operand and not mask.splits},
 }
-"""The operands of masks by the role that they have in an attention, in order."""
+"""The operands of masks and gates by the role that they have in an attention, in order: floats first."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import inf
 
 from fastgrad_compiler.ir.graph import Node, number
-from fastgrad_compiler.ir.masks import MASKS, MaskOp
+from fastgrad_compiler.ir.masks import GATED, MASKS, MaskOp
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,22 @@ def _mask(mask: MaskOp) -> Op:
 
 ARITHMETIC = ("add", "sub", "mul", "div", "minimum", "maximum")
 COMPARISONS = ("less", "less_equal", "equal")
-FUNCTIONS = ("exp", "log", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "gelu", "silu", "softplus", "erf")
+FUNCTIONS = (
+    *(
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "tanh",
+        "sigmoid",
+        "relu",
+        "gelu",
+        "silu",
+        "log_sigmoid",
+        "softplus",
+        "erf",
+    ),
+)
 """Of floats, entry by entry."""
 
 _OPS = (
@@ -85,6 +100,8 @@ _OPS = (
     _op("rms_norm", 2, attributes="eps"),
     _op("unit", 1),  # x / ||x||, 0 where ||x|| is tiny; last axis
     *map(_mask, MASKS.values()),
+    # (scores or weights [.., n, n], log gate [.., n]): those of the past less or times less by the gates since
+    *(_op(name, 2) for name in GATED),
     _op("near_far", 2, attributes="block"),  # (local, far)
     # p(s), and 0 where s is -inf, as exp has it; `coefficients` are ascending
     _op("polynomial", 1, attributes="coefficients"),
@@ -100,7 +117,8 @@ _OPS = (
     _op("cross_entropy", 2),  # mean over all positions; (logits [.., c], targets int[..])
     _op("mse", 2),
     # attention. Inputs q [.., h, n, d], k [.., hk, m, d], v [.., hk, m, dv] and then what `roles` names in order:
-    # near_q, near_k (own logits of the near pairs, already scaled), padding (bool[b, m]), documents (int[b, n]).
+    # near_q, near_k (own logits of the near pairs, already scaled), forget (float[b, hk, n], log gates of at most 0,
+    # only with causal), padding (bool[b, m]), documents (int[b, n]).
     # causal: bool; scale: float, of q.k; near: int | None; window: int | None; alibi: bool; bound: float | None is a
     # proved or asserted R of |scale * q.k| on the pairs that a polynomial would serve; proof: tuple of str;
     # asserted: bool. After `plan` also decision "exact" | "polynomial", why, family, degree, coefficients, eps,

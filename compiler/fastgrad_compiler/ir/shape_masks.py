@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastgrad_compiler.ir.graph import TensorType, Type
-from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.masks import GATE, GATED, MASKS
 from fastgrad_compiler.ir.shape_errors import (
     Blame,
     Site,
@@ -40,6 +40,17 @@ def _masked(site: Site) -> Type:
     for own, other in axes:
         text = f"{site.op} of scores {show(found.shape)} by {mask.operand.phrase} of {show(operand.shape)}"
         want_equal(site, (0, own), (1, other), text)
+    return found
+
+
+def _gated(site: Site) -> Type:
+    """A gate for each token, of each head where the scores have heads."""
+    found = _scores(site, square=True)
+    gate = want_dtype(site, 1, GATE.dtype)
+    want_rank(site, 1, len(found.shape) - 1, len(found.shape) - 1)
+    text = f"{site.op} of {GATED[site.op]} {show(found.shape)} by {GATE.phrase} of {show(gate.shape)}"
+    for axis in range(len(gate.shape)):
+        want_equal(site, (0, axis), (1, axis), text)
     return found
 
 
@@ -88,6 +99,7 @@ def _mse(site: Site) -> Type:
 
 MASK_RULES: dict[str, Rule] = {
     **dict.fromkeys(MASKS, _masked),
+    **dict.fromkeys(GATED, _gated),
     "near_far": _near_far,
     "normalize_rows": lambda site: want_float(site, 0, 1),
     "alibi": _alibi,

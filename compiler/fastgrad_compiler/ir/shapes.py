@@ -11,7 +11,7 @@ from dataclasses import replace
 from fastgrad_compiler.ir.calls import reachable
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType, Type
-from fastgrad_compiler.ir.masks import OPERANDS
+from fastgrad_compiler.ir.masks import FORGET, OPERANDS
 from fastgrad_compiler.ir.shape_errors import (
     Blame,
     ShapeError,
@@ -168,14 +168,19 @@ def _attention(site: Site) -> Type:
         want_equal(site, (0, -3), (near_q, -3), f"{text}: q and near q differ in heads")
         want_equal(site, (0, -2), (near_q, -2), f"{text}: q and near q differ in length")
         want_equal(site, (1, -2), (near_k, -2), f"{text}: k and near k differ in length")
+        want_equal(site, (1, -3), (near_k, -3), f"{text}: k and near k differ in heads")
     for role, operand in OPERANDS.items():
         if role in roles:
+            rank = 3 if operand.heads else 2
             want_dtype(site, roles[role], operand.dtype)
-            want_rank(site, roles[role], 2, 2)
+            want_rank(site, roles[role], rank, rank)
             want_equal(site, (0, 0), (roles[role], 0), f"{text}: {role} differs in number")
             want_equal(site, (1, -2), (roles[role], -1), f"{text}: {role} differs in length")
-    if "documents" in roles:
-        want_equal(site, (0, -2), (1, -2), f"{text}: documents are of one sequence, q and k differ in length")
+            if operand.heads:
+                want_equal(site, (1, -3), (roles[role], 1), f"{text}: k and {role} differ in heads")
+    for role in ("documents", FORGET):
+        if role in roles:
+            want_equal(site, (0, -2), (1, -2), f"{text}: {role} is of one sequence, q and k differ in length")
     return TensorType("float", (*q.shape[:-1], v.shape[-1]))
 
 

@@ -5,8 +5,9 @@ With A the row-stochastic weights, O = A V and the cotangent dO:
     dV = A^T dO     dA = dO V^T     dS = A * (dA - rowsum(dO * O))     dQ = scale dS K     dK = scale dS^T Q
 
 where S are the scores before the mask (docs/mathematics.md, section 4, with p = exp). Near pairs have their
-own scores, Q' K'^T, so dS splits between the two. Query heads that share a key head add up in dK and dV. The
-graph's `attention` node, which gives O, says what the whole is the backward of: `lowrank` reads its decision.
+own scores, Q' K'^T, so dS splits between the two. A log gate is a part of the scores of all pairs across it, whose dS
+add up in its cotangent. Query heads that share a key head add up in dK, dV and that of the gates. The graph's
+`attention` node, which gives O, says what the whole is the backward of: `lowrank` reads its decision.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from collections.abc import Mapping, Sequence
 
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.builder import Builder, Value
+from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Graph, Node, Type
-from fastgrad_compiler.passes.vjp_rules import split_near_far, sum_groups
+from fastgrad_compiler.ir.masks import FORGET, MASKS
+from fastgrad_compiler.passes.vjp_rules import of_gate, split_near_far, sum_groups
 
 BLOCK = "attention.backward"  # what such a graph has for its block
 
@@ -46,6 +49,8 @@ def attention_backward(
         near, far = split_near_far(d_scores, value.near)
         results |= _product_backward(near, x, "near_q", "near_k")
     results |= _product_backward(far * value.scale, x, "q", "k")
+    if FORGET in x:
+        results[FORGET] = _flat(_shared(_rows(of_gate(d_scores, _gates(x))), _rows(x[FORGET])))
     outputs = tuple(results[role].name for role in x if role in results)
     return Graph(name, tuple(build.nodes), outputs, BLOCK, attention.span)
 
@@ -74,13 +79,30 @@ def _scores(attention: Attention, x: Mapping[str, Value]) -> Value:
         scores = near.op("near_far", scores, block=attention.near)
     if attention.alibi:
         scores = scores.op("alibi")
+    if FORGET in x:
+        scores = scores.op(FORGET, _gates(x))
     if mask.causal:
         scores = scores.op("causal")
     if mask.window is not None:
         scores = scores.op("window", width=mask.window)
     for name in mask.operands:
-        scores = scores.op(name, x[name])
+        if name in MASKS:
+            scores = scores.op(name, x[name])
     return scores
+
+
+def _gates(x: Mapping[str, Value]) -> Value:
+    """The log gates [b, hk, n] of each query head, [b, h, n]."""
+    return _flat(_like_heads(_rows(x[FORGET]), x["q"]))
+
+
+def _rows(gates: Value) -> Value:
+    """[b, h, n] as [b, h, n, 1], as keys are."""
+    return gates.reshape((*gates.shape, Dim.of(1)))
+
+
+def _flat(rows: Value) -> Value:
+    return rows.reshape(rows.shape[:-1])
 
 
 def _product_backward(d_scores: Value, x: Mapping[str, Value], q: str, k: str) -> dict[str, Value]:

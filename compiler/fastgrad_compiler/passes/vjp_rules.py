@@ -14,7 +14,7 @@ from typing import TypeAlias
 from fastgrad_compiler.ir.builder import Operand, Value
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, integer, number, sequence
-from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.masks import LEAST_LOG_GATE, MASKS
 
 Cotangents: TypeAlias = Sequence[Value | None]
 
@@ -29,6 +29,7 @@ RULES: dict[str, Callable[..., Value | Cotangents]] = {
     "relu": lambda g, y, x: g.only(x > 0.0),
     "gelu": lambda g, y, x: g * (_normal_cdf(x) + x * _normal_pdf(x)),
     "silu": lambda g, y, x: g * (y + x.op("sigmoid") * (1.0 - y)),
+    "log_sigmoid": lambda g, y, x: g * (-x).op("sigmoid"),
     "softplus": lambda g, y, x: g * x.op("sigmoid"),
     "abs": lambda g, y, x: g.only(x > 0.0) - g.only(x < 0.0),
     "erf": lambda g, y, x: g * (x * -x).op("exp") * (2.0 / sqrt(pi)),
@@ -71,6 +72,8 @@ RULES: dict[str, Callable[..., Value | Cotangents]] = {
     "maximum": lambda g, y, a, b: _winner(g, b < a, a < b),
     "matmul": lambda g, y, a, b: (g @ b.T, a.T @ g),
     "rms_norm": lambda g, y, x, w: _rms_norm(g, x, w, y["eps"]),
+    "forget": lambda g, y, s, gate: (g, of_gate(g, gate)),
+    "decay": lambda g, y, w, gate: (g.op("decay", gate), of_gate((g * y).only(y > -inf), gate)),
     "near_far": lambda g, y, near, far: split_near_far(g, y["block"]),
     "embedding": lambda g, y, w, ids: (g.op("embedding_gradient", ids, rows=_whole(w.shape[0])), None),
     "embedding_gradient": lambda g, y, d, ids: (g.op("embedding", ids), None),
@@ -228,6 +231,20 @@ def split_near_far(g: Value, block: Attribute) -> tuple[Value, Value]:
     """The cotangents of `near_far(near, far)`: each keeps its own pairs."""
     zero = g.builder.fill(g.shape, 0.0)
     return g.op("near_far", zero, block=block), zero.op("near_far", g, block=block)
+
+
+def of_gate(g: Value, gate: Value) -> Value:
+    """The cotangent of a log gate [.., n] from that of what it adds to the scores [.., n, n].
+
+    Gate t is in the sums of the pairs j < t <= i. With a token's row sum less its column sum of the past, the total of
+    those pairs is a running sum from the end. A gate below the least one changes nothing.
+    """
+    past = g.op("causal", fill=0.0)
+    own = past.sum() - past.sum((-2,))
+    n = gate.shape[-1]
+    later = g.builder.fill((n, n), 1.0).op("causal", fill=0.0)  # 1 for each row from the column on
+    running = own.reshape((*own.shape[:-1], Dim.of(1), n)) @ later
+    return running.reshape(own.shape).only(gate >= LEAST_LOG_GATE)
 
 
 def _cross_entropy(g: Value, logits: Value, targets: Value) -> Value:

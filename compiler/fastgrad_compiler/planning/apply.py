@@ -8,9 +8,11 @@ from dataclasses import replace
 from fastgrad_compiler.attention.value import Attention, Range, Verdict
 from fastgrad_compiler.ir.builder import Builder, Value
 from fastgrad_compiler.ir.graph import Graph, Node
+from fastgrad_compiler.ir.masks import FORGET
 from fastgrad_compiler.planning.decision import Decision
 
-_HEADS_OF = {"q": "q", "near_q": "q", "k": "k", "near_k": "k", "v": "k"}  # of the operands that have heads
+# of the operands that have heads
+_HEADS_OF = {"q": "q", "near_q": "q", "k": "k", "near_k": "k", "v": "k", FORGET: "k"}
 
 
 def decided(node: Node, decision: Decision) -> Node:
@@ -98,11 +100,12 @@ def _run_text(run: tuple[int, int]) -> str:
 
 
 def _taken(value: Value, heads: Sequence[int]) -> Value:
-    """Some heads of a tensor [.., h, n, d]."""
-    if value.shape[-3].constant == len(heads):
+    """Some heads of an operand [b, h, ..]."""
+    axis = 1 - len(value.shape)
+    if value.shape[axis].constant == len(heads):
         return value
-    slices = [value.op("slice", axis=-3, start=start, stop=stop) for start, stop in _runs(heads)]
-    return slices[0] if len(slices) == 1 else value.builder.emit("concat", slices, {"axis": -3})
+    slices = [value.op("slice", axis=axis, start=start, stop=stop) for start, stop in _runs(heads)]
+    return slices[0] if len(slices) == 1 else value.builder.emit("concat", slices, {"axis": axis})
 
 
 def _in_order(builder: Builder, parts: Sequence[Value], heads: Sequence[int]) -> None:

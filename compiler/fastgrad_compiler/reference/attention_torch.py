@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgrad_compiler.attention.value import Attention, Mask
 from fastgrad_compiler.ir.graph import Node
+from fastgrad_compiler.ir.masks import FORGET, LEAST_LOG_GATE
 from fastgrad_compiler.reference.torch_env import Env
 from fastgrad_compiler.runtime.sight import Sight
 
@@ -33,6 +34,14 @@ def alibi(scores: Tensor) -> Tensor:
 def _distance(n: int, m: int, device: torch.device) -> Tensor:
     """i - j for each query i and key j."""
     return torch.arange(n, device=device)[:, None] - torch.arange(m, device=device)
+
+
+def forgotten(log_gate: Tensor, rows: Tensor) -> Tensor:
+    """The sum of the log gates after key j up to query i: [.., n] gives [.., rows, n] of the queries `rows`."""
+    total = log_gate.double().clamp(min=LEAST_LOG_GATE).cumsum(-1)
+    place = torch.arange(log_gate.shape[-1], device=log_gate.device)
+    sums = total[..., rows].unsqueeze(-1) - total.unsqueeze(-2)
+    return sums.masked_fill(place >= rows[:, None], 0.0).to(log_gate.dtype)
 
 
 def near_mask(rows: Tensor, m: int, block: int) -> Tensor:
@@ -64,36 +73,49 @@ def near_pairs(attention: Attention, rows: Tensor, m: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Scores:
-    """An attention on tensors: its logits, those of near pairs, which pairs are near and which are seen."""
+    """An attention on tensors: its logits, those of near pairs, which pairs are near and which are seen.
+
+    gates: what a forget gate adds to the logits of either.
+    """
 
     attention: Attention
-    given: Mapping[str, Tensor]  # by role; each shared head of keys and values once for every query head
+    given: Mapping[str, Tensor]  # by role; what query heads share once for each of them
     far: Tensor
     local: Tensor
     near: Tensor
     seen: Tensor
+    gates: Tensor
 
     @staticmethod
     def of(node: Node, inputs: Sequence[Tensor]) -> _Scores:
         attention = Attention.of(node)
         given = attention.by_role(list(inputs))
         groups = given["q"].shape[-3] // given["k"].shape[-3]
-        given |= {role: given[role].repeat_interleave(groups, -3) for role in _SHARED if role in given}
+        given |= {role: given[role].repeat_interleave(groups, 1) for role in _SHARED if role in given}
         far = attention.scale * (given["q"] @ given["k"].mT)
         local = given["near_q"] @ given["near_k"].mT if attention.own_near else far
         n, m = far.shape[-2:]
         rows = torch.arange(n, device=far.device)
         seen = visible_pairs(attention.mask, given, n, m, rows)
-        return _Scores(attention, given, far, local, near_pairs(attention, rows, m), seen)
+        gates = forgotten(given[FORGET], rows) if FORGET in given else far.new_zeros(())
+        return _Scores(attention, given, far, local, near_pairs(attention, rows, m), seen, gates)
 
 
-_SHARED = ("k", "v", "near_k")
+_SHARED = ("k", "v", "near_k", FORGET)
 
 
 def _unlike(gradient: Tensor, shared: Tensor) -> Tensor:
-    """The cotangent of keys or values [b, hk, m, d] from that of each head's, [b, h, m, d]."""
-    grouped: Tensor = gradient.unflatten(-3, (shared.shape[-3], -1))
-    return grouped.sum(-3)
+    """The cotangent of what query heads share, [b, hk, ..], from that of each head's, [b, h, ..]."""
+    grouped: Tensor = gradient.unflatten(1, (shared.shape[1], -1))
+    return grouped.sum(2)
+
+
+def _of_gate(gradient: Tensor, log_gate: Tensor) -> Tensor:
+    """The cotangent of log gates [b, h, n] from that of what they add to the logits: gate t is in pairs j < t <= i."""
+    past = gradient.tril()
+    own = past.sum(-1) - past.sum(-2)
+    running = own.flip(-1).cumsum(-1).flip(-1)
+    return running.masked_fill(log_gate < LEAST_LOG_GATE, 0.0)
 
 
 def attention(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
@@ -102,7 +124,8 @@ def attention(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     scores = torch.where(a.near, a.local, a.far)
     if a.attention.alibi:
         scores = scores + alibi(scores)
-    return softmax(scores.masked_fill(~a.seen, -math.inf)) @ a.given["v"]
+    hidden = ~a.seen | (scores == -math.inf)
+    return softmax((scores + a.gates).masked_fill(hidden, -math.inf)) @ a.given["v"]
 
 
 def polynomial(coefficients: Sequence[float], s: Tensor) -> Tensor:
@@ -118,10 +141,15 @@ def _coefficients(a: _Scores) -> tuple[float, ...]:
 
 
 def _weights(a: _Scores) -> tuple[Tensor, Tensor]:
-    """a~ of docs/mathematics.md, sections 3 and 5, and e^-m_i, which the far part carries."""
-    t = a.local.masked_fill(~(a.near & a.seen), -math.inf)
+    """a~ of docs/mathematics.md, sections 3 and 5, and e^(gates - m_i), which the far part carries.
+
+    Gates are those of a row less the most of them, so that they lead no row to 0: a factor of a row cancels.
+    """
+    most = a.gates.masked_fill(~a.seen, -math.inf).amax(-1, keepdim=True).detach()
+    gates = a.gates - most.masked_fill(most == -math.inf, 0.0)
+    t = (a.local + gates).masked_fill(~(a.near & a.seen), -math.inf)
     top = t.amax(-1, keepdim=True).clamp(min=0.0)
-    damping = (-top).exp()
+    damping = (gates - top).exp()
     far = torch.where(a.seen & ~a.near, damping * polynomial(_coefficients(a), a.far), 0.0)
     return (t - top).exp() + far, damping
 
@@ -159,5 +187,7 @@ def poly_attention_backward(node: Node, inputs: list[Tensor], env: Env) -> tuple
     results = [d_scores @ k, d_scores.mT @ q, weights.mT @ u]
     if own:
         results += [d_near @ a.given["near_k"], d_near.mT @ a.given["near_q"]]
+    if FORGET in a.given:
+        results.append(_of_gate(d_weights * weights, a.given[FORGET]))
     floats = [x for x in given if x.is_floating_point()]
     return tuple(_unlike(g, x) for g, x in zip(results, floats, strict=True))

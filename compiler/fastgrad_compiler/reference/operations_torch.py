@@ -10,6 +10,7 @@ Nothing here is shared with the kernels, and nothing is fast. Conventions that a
     rotary         turns pairs (i, i + d/2) by position * base^(-2 i / d)
     sinusoid       sin in even and cos in odd columns, as Vaswani et al.
     alibi          head i of h has slope 2^(-8 (i + 1) / h)
+    forget, decay  of a pair j <= i the gates after j up to i count, of another none; one below -1000 is -1000
     dropout        the identity: the interpreter evaluates, it does not train
 """
 
@@ -29,6 +30,7 @@ from fastgrad_compiler.ir.ops import ARITHMETIC, FUNCTIONS
 from fastgrad_compiler.reference.attention_torch import (
     alibi,
     attention,
+    forgotten,
     near_mask,
     poly_attention,
     poly_attention_backward,
@@ -188,6 +190,19 @@ def _masked(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     return scores.masked_fill(~seen, number(node.get("fill", float("-inf"))))
 
 
+def _forget(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
+    scores, log_gate = inputs
+    gates = forgotten(log_gate, torch.arange(scores.shape[-1], device=scores.device))
+    return (scores + gates).masked_fill(scores == -math.inf, -math.inf)
+
+
+def _decay(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
+    weights, log_gate = inputs
+    hidden = weights == -math.inf
+    gates = forgotten(log_gate, torch.arange(weights.shape[-1], device=weights.device))
+    return (weights.masked_fill(hidden, 0.0) * gates.exp()).masked_fill(hidden, -math.inf)
+
+
 def _prefix(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     """No attention has this mask: it is here for scores of every other use."""
     scores, lengths = inputs
@@ -253,11 +268,12 @@ TORCH: dict[str, Rule] = {
     "one_hot": _one_hot,
     **{
         name: _unary(getattr(torch, name))
-        for name in {*FUNCTIONS, "neg", "abs", "logical_not"} - _OF_NETWORKS
+        for name in {*FUNCTIONS, "neg", "abs", "logical_not"} - _OF_NETWORKS - {"log_sigmoid"}
     },
     **{name: _unary(getattr(functional, name)) for name in _OF_NETWORKS},
     **{name: _binary(getattr(torch, name)) for name in (*ARITHMETIC, "matmul")},
     "div": _div,
+    "log_sigmoid": _unary(functional.logsigmoid),
     "softplus": _unary(lambda x: functional.softplus(x, threshold=40.0)),
     "less": _binary(torch.lt),
     "less_equal": _binary(torch.le),
@@ -274,6 +290,8 @@ TORCH: dict[str, Rule] = {
     "unit": _unit,
     **dict.fromkeys(MASKS, _masked),
     "prefix": _prefix,
+    "forget": _forget,
+    "decay": _decay,
     "near_far": _near_far,
     "polynomial": _polynomial,
     "normalize_rows": _normalize_rows,

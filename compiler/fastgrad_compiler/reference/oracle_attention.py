@@ -92,18 +92,40 @@ def alibi(scores: Array) -> Array:
     return np.asarray(-slopes[:, None, None] * np.abs(distance(n, m)))
 
 
+def forgotten(log_gate: Array) -> Array:
+    """The sum of the log gates after key j up to query i, [.., n] gives [.., n, n]; one below -1000 counts as -1000."""
+    total = np.cumsum(np.maximum(log_gate, -1000.0), axis=-1)
+    n = log_gate.shape[-1]
+    return np.where(distance(n, n) > 0, total[..., :, None] - total[..., None, :], 0.0)
+
+
+def forget(scores: Array, log_gate: Array) -> Array:
+    """Scores [.., n, n] plus what is forgotten; hidden pairs stay hidden."""
+    return np.where(scores == -math.inf, scores, scores + forgotten(log_gate))
+
+
+def decay(weights: Array, log_gate: Array) -> Array:
+    """Weights [.., n, n] times the exponential of what is forgotten; hidden pairs stay hidden."""
+    hidden = weights == -math.inf
+    return np.where(hidden, weights, np.where(hidden, 0.0, weights) * np.exp(forgotten(log_gate)))
+
+
 # ---------------------------------------------------------------- attention
 
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The logits and masks of an attention node: `near_scores` are those of near pairs, `is_near` is [n, m]."""
+    """The logits and masks of an attention node: `near_scores` are those of near pairs, `is_near` is [n, m].
+
+    `gates` is what a forget gate adds to the logits of either.
+    """
 
     scores: Array
     near_scores: Array
     is_near: Array
     seen: Array
     value: Array
+    gates: Array
 
 
 def _pairs(node: Node, inputs: list[Array]) -> _Pairs:
@@ -114,7 +136,10 @@ def _pairs(node: Node, inputs: list[Array]) -> _Pairs:
     block = node["near"]
     is_near = near(n, m, block) if isinstance(block, int) else np.zeros((n, m), np.bool_)
     own = _product(extra["near_q"], extra["near_k"]) if "near_q" in extra else scores
-    return _Pairs(scores, own, is_near, _seen(node, extra, scores), _per_head(v, q))
+    gates = np.zeros(())
+    if "forget" in extra:
+        gates = forgotten(np.repeat(extra["forget"], q.shape[-3] // k.shape[-3], axis=-2))
+    return _Pairs(scores, own, is_near, _seen(node, extra, scores), _per_head(v, q), gates)
 
 
 def _names(node: Node) -> list[str]:
@@ -157,19 +182,23 @@ def attention(node: Node, inputs: list[Array]) -> Array:
         scores = np.where(pairs.is_near, pairs.near_scores, scores)
     if node["alibi"]:
         scores = scores + alibi(scores)
-    return softmax(np.where(pairs.seen, scores, -math.inf)) @ pairs.value
+    visible = pairs.seen & (scores != -math.inf)
+    return softmax(np.where(visible, scores + pairs.gates, -math.inf)) @ pairs.value
 
 
 def poly_attention(node: Node, inputs: list[Array]) -> Array:
-    """The same with weights exp(s) of near and p(s) of far pairs, over their sum.
+    """The same with weights exp(s) of near and p(s) of far pairs, times the exponential of gates, over their sum.
 
-    Both are divided by exp of the row's largest near logit, where that is above 0: a factor that cancels.
+    Both are divided by exp of the row's largest near logit, where that is above 0, and of its largest gate: factors
+    that cancel.
     """
     pairs = _pairs(node, inputs)
-    exponents = np.where(pairs.is_near & pairs.seen, pairs.near_scores, -math.inf)
+    most = np.where(pairs.seen, pairs.gates, -math.inf).max(axis=-1, keepdims=True, initial=-math.inf)
+    gates = pairs.gates - np.where(most == -math.inf, 0.0, most)
+    exponents = np.where(pairs.is_near & pairs.seen, pairs.near_scores + gates, -math.inf)
     top = np.maximum(exponents.max(axis=-1, keepdims=True, initial=-math.inf), 0.0)
     given = node["coefficients"]
     coefficients = [float(str(c)) for c in given] if isinstance(given, tuple) else []
-    far = np.where(pairs.is_near, 0.0, horner(coefficients, pairs.scores) * np.exp(-top))
+    far = np.where(pairs.is_near, 0.0, horner(coefficients, pairs.scores) * np.exp(gates - top))
     weights = np.where(pairs.is_near, np.exp(exponents - top), far)
     return over_sum(np.where(pairs.seen, weights, 0.0)) @ pairs.value

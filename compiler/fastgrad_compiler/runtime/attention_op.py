@@ -20,7 +20,8 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 class Floats(NamedTuple):
     """The inputs of an attention that have gradients, or these: q [b, H, n, d], k [b, Hk, m, d], v [b, Hk, m, dv].
 
-    near_q [b, H, n, near_d] and near_k [b, Hk, m, near_d]: of separate near logits.
+    near_q [b, H, n, near_d] and near_k [b, Hk, m, near_d]: of separate near logits. log_gate [b, Hk, n], at most 0:
+    the logarithm of what each token leaves of the weights of the keys before it.
     """
 
     q: Tensor
@@ -28,6 +29,7 @@ class Floats(NamedTuple):
     v: Tensor
     near_q: Tensor | None = None
     near_k: Tensor | None = None
+    log_gate: Tensor | None = None
 
 
 class Inputs(NamedTuple):
@@ -38,13 +40,17 @@ class Inputs(NamedTuple):
     v: Tensor
     near_q: Tensor | None = None
     near_k: Tensor | None = None
+    log_gate: Tensor | None = None
     mask: Tensor | None = None
     documents: Tensor | None = None
 
     @property
     def floats(self) -> Floats:
         """Those that have gradients."""
-        return Floats(self.q, self.k, self.v, self.near_q, self.near_k)
+        return Floats(self.q, self.k, self.v, self.near_q, self.near_k, self.log_gate)
+
+
+FLOATS, INPUTS = len(Floats._fields), len(Inputs._fields)  # of an operation: the first, and all
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -57,7 +63,7 @@ def call_attention(
 ) -> Tensor:
     """Flatten the leading dimensions to one batch, run the operation and give `out` its leading dimensions back."""
     leading = inputs.q.shape[:-3]
-    inner = (*(3 for _ in inputs.floats), 1, 1)
+    inner = (*(3 for _ in inputs[:5]), 2, 1, 1)
     given = [None if x is None else _one_batch(x, own) for x, own in zip(inputs, inner, strict=True)]
     out = operation(*given, *attributes)[0]
     return out.squeeze(0) if not leading else out.unflatten(0, leading) if len(leading) > 1 else out
@@ -76,7 +82,7 @@ def _one_batch(tensor: Tensor, inner: int) -> Tensor:
 
 def check_inputs(inputs: Inputs, causal: bool) -> None:
     """Raise ValueError unless q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv] and the rest fit together."""
-    q, k, v, near_q, near_k, mask, documents = inputs
+    q, k, v, near_q, near_k, log_gate, mask, documents = inputs
     if min(q.ndim, k.ndim, v.ndim) < 3:
         raise ValueError("q, k and v need at least three dimensions: [.., heads, tokens, width]")
     if k.shape[-3] == 0:
@@ -94,6 +100,10 @@ def check_inputs(inputs: Inputs, causal: bool) -> None:
     if near_q is not None and near_k is not None:
         _require("near_q", near_q.shape, (*q.shape[:-1], near_k.shape[-1]), "[.., heads, n, near_d]")
         _require("near_k", near_k.shape, (*k.shape[:-1], near_q.shape[-1]), "[.., kv_heads, m, near_d]")
+    if log_gate is not None:
+        if not causal:
+            raise ValueError("log_gate is of causal attention: a key after the query is never forgotten")
+        _require("log_gate", log_gate.shape, k.shape[:-1], "[.., kv_heads, n]")
     _check_masks(q, k, mask, documents)
 
 

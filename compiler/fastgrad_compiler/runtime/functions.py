@@ -179,6 +179,20 @@ def apply_prefix(scores: Tensor, length: Tensor, fill: float = -math.inf) -> Ten
     return scores.masked_fill(~(early | _lower(n, n, scores.device)), fill)
 
 
+def apply_forget(scores: Tensor, log_gate: Tensor) -> Tensor:
+    """Scores plus the sum of the log gates after key j up to query i, of keys up to the query; hidden pairs stay so.
+
+    scores [.., n, n], log_gate [.., n]: a gate below -1000 counts as -1000, which forgets all.
+    """
+    return (scores + _forgotten(log_gate).to(scores.dtype)).masked_fill(scores == -math.inf, -math.inf)
+
+
+def apply_decay(weights: Tensor, log_gate: Tensor) -> Tensor:
+    """Weights times e^(what `apply_forget` adds to scores); weights [.., n, n], -inf for a hidden pair."""
+    hidden, factor = weights == -math.inf, _forgotten(log_gate).exp().to(weights.dtype)
+    return (weights.masked_fill(hidden, 0.0) * factor).masked_fill(hidden, -math.inf)
+
+
 def apply_near_far(local: Tensor, far: Tensor, block: int) -> Tensor:
     """`local` where the blocks of `block` tokens of query and key are the same or touch, `far` elsewhere."""
     n, m = local.shape[-2:]
@@ -231,6 +245,14 @@ def _lower(n: int, m: int, device: torch.device) -> Tensor:
 
 def _distances(n: int, m: int, device: torch.device) -> Tensor:
     return (torch.arange(n, device=device).unsqueeze(-1) - torch.arange(m, device=device)).abs()
+
+
+def _forgotten(log_gate: Tensor) -> Tensor:
+    """[.., n] gives [.., n, n] in float64: differences of running sums for earlier keys, 0 for others."""
+    total = log_gate.double().clamp(min=-1000.0).cumsum(-1)
+    n = log_gate.shape[-1]
+    sums = total.unsqueeze(-1) - total.unsqueeze(-2)
+    return sums.masked_fill(_lower(n, n, log_gate.device).mT, 0.0)
 
 
 def _alibi(heads: int, n: int, m: int, like: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention_op import NAMESPACE
+from .attention_op import FLOATS, INPUTS, NAMESPACE
 from .guard_key import GuardKey, new_id, read_key
 from .logit_range import (
     Clamp,
@@ -38,6 +38,7 @@ from .logit_range import (
 
 LOGGER = logging.getLogger("fastgrad.budget")
 ATTRIBUTES = ", int exact_below, str guard"  # of the operations: the tail of their schema
+SAVED = FLOATS + INPUTS  # of a tangent's arguments: where what the forward pass saved begins
 ALWAYS_EXACT = 2**62  # as `exact_below`: every length is below it
 CALLS, PROVED, SAMPLED, UNSETTLED, VIOLATIONS, NORMS, AT_MOST, LARGEST = range(8)
 """Of a guard's counts: numbers of calls, then maxima; LARGEST is the first head's."""
@@ -302,7 +303,7 @@ def guarded(
             return backward(gradient, *given, ALWAYS_EXACT)
         if not _is_checked(key, given, exact_below) or read_key(key).policy != "clamp":
             return backward(gradient, *given, exact_below)
-        clamped = _clamp(key, rows_of(given[0], given[1], given[5], given[6]), pairs)
+        clamped = _clamp(key, rows_of(*given[:2], *given[FLOATS:INPUTS]), pairs)
         if clamped is None:
             return backward(gradient, *given, exact_below)
         dq, dk, *others = backward(gradient, clamped.queries(), *given[1:], exact_below)
@@ -317,12 +318,12 @@ def guarded_tangent(tangent: Kernel, scale: float, causal: bool, near: int) -> K
 
     def run_tangent(*arguments: Any) -> Any:
         *given, flag, exact_below, key = arguments
-        moved, inputs, saved = given[:5], given[5:12], given[12:]
+        moved, inputs, saved = given[:FLOATS], given[FLOATS:SAVED], given[SAVED:]
         if flag.numel() and bool(flag):
             return tangent(*given, ALWAYS_EXACT)
         if not _is_checked(key, inputs, exact_below) or read_key(key).policy != "clamp":
             return tangent(*given, exact_below)
-        clamped = _clamp(key, rows_of(inputs[0], inputs[1], inputs[5], inputs[6]), pairs)
+        clamped = _clamp(key, rows_of(*inputs[:2], *inputs[FLOATS:]), pairs)
         if clamped is None:
             return tangent(*given, exact_below)
         dq, *others = moved

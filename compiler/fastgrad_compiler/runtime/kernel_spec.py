@@ -26,6 +26,8 @@ class KernelSpec:
         padding: a key padding mask is an input.
         near: block size w; pairs whose blocks of w tokens are the same or touch weigh exp(t) instead of p(s).
         window: softmax of the pairs with |i - j| < window instead, exactly; then there is no polynomial.
+        forget: gates are an input; they scale the weight of a pair by the product of those after the key, up to the
+            query's own. Causal only.
         precision: of the arithmetic at least, "float32" or "float64"; inputs and results keep their dtype.
         near_d: width of separate queries and keys for t, already scaled; None: t = scale * q.k.
         scale: of the logits.
@@ -33,7 +35,8 @@ class KernelSpec:
         documents: ids of packed documents are an input; a query sees only keys of its own document.
 
     Raises:
-        ValueError: a width, a block or a chunk below 1, no coefficient beyond the constant, near_d without near.
+        ValueError: a width, a block or a chunk below 1, no coefficient beyond the constant, near_d without near, forget
+            without causal.
     """
 
     d: int
@@ -48,6 +51,7 @@ class KernelSpec:
     documents: bool = False
     window: int | None = None
     precision: str = "float32"
+    forget: bool = False
 
     def __post_init__(self) -> None:
         sizes = {
@@ -67,6 +71,8 @@ class KernelSpec:
             raise ValueError("an attention kernel needs a polynomial of degree 1 at least")
         if self.precision not in ("float32", "float64"):
             raise ValueError(f"the arithmetic of a kernel is float32 or float64, not {self.precision}")
+        if self.forget and not self.causal:
+            raise ValueError("forget gates are of causal attention: give `causal` too")
         if self.near_d is not None and self.near is None:
             raise ValueError("near_d is the width of a near field's queries and keys: give `near` too")
 

@@ -2,12 +2,14 @@
 
 The library of a kernel and a variant (see `native`) registers
 
-    fastgrad::NAME_VARIANT_forward(q, k, v, near_q, near_k, mask, documents, out, denominator, maximum, threads)
-    fastgrad::NAME_VARIANT_backward(gradient, q, k, v, near_q, near_k, mask, documents, out, denominator, maximum,
-                                    dq, dk, dv, dnear_q, dnear_k, threads)
+    fastgrad::NAME_VARIANT_forward(q, k, v, near_q, near_k, log_decay, mask, documents, out, denominator, maximum,
+                                   threads)
+    fastgrad::NAME_VARIANT_backward(gradient, q, k, v, near_q, near_k, log_decay, mask, documents, out, denominator,
+                                    maximum, dq, dk, dv, dnear_q, dnear_k, dlog_decay, threads)
 
 Their inputs have the variant's dtype and a dense last dimension; they write `out`, `denominator` and `maximum`, and the
-gradients, which are allocated here. Denominators, maxima and gradients are float32 in the variant bfloat16.
+gradients, which are allocated here. Denominators, maxima and gradients are float32 in the variant bfloat16. Of gates
+they get the sums of `decay.log_decay`, and give the gradient of these: both are float64 and contiguous in all variants.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from .attention_op import NAMESPACE, compute_dtype
 from .content_name import read_beside
+from .decay import gate_gradient, log_decay, sum_of_later
+from .documents import document_runs
 from .native import NativeError, enabled, load
 from .private_files import warn_once
 
@@ -51,11 +55,12 @@ class NativeAttention:
         v: Tensor,
         near_q: Tensor | None,
         near_k: Tensor | None,
+        log_gate: Tensor | None,
         mask: Tensor | None,
         documents: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """out, denominator and maximum; None where the call is not for native kernels or they cannot be had."""
-        operations = self._serve(q, k, v)
+        operations = self._serve(q, k, v) if log_gate is None else None
         if operations is None:
             return None
         dtype, rows = _input_dtype(q, k, v), q.shape[:-1]
@@ -63,7 +68,7 @@ class NativeAttention:
         out = v.new_empty((*rows, v.shape[-1]), dtype=dtype)
         denominator = q.new_empty(rows, dtype=precision)
         maximum = q.new_empty(rows if self.maximum else (0,), dtype=precision)
-        inputs = _inputs(dtype, q, k, v, near_q, near_k, mask, documents)
+        inputs = _inputs(dtype, q, k, v, near_q, near_k, log_gate, mask, documents)
         operations[0](*inputs, out, denominator, maximum, torch.get_num_threads())
         return out.to(v.dtype), denominator, maximum
 
@@ -75,27 +80,34 @@ class NativeAttention:
         v: Tensor,
         near_q: Tensor | None,
         near_k: Tensor | None,
+        log_gate: Tensor | None,
         mask: Tensor | None,
         documents: Tensor | None,
         out: Tensor,
         denominator: Tensor,
         maximum: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-        """The gradients of q, k, v, near_q and near_k, those that do not exist without elements; None as `forward`."""
-        operations = self._serve(q, k, v)
+    ) -> tuple[Tensor, ...] | None:
+        """The gradients of the floating inputs, those that do not exist without elements; None as `forward`."""
+        operations = self._serve(q, k, v) if log_gate is None else None
         if operations is None:
             return None
         dtype, precision = _input_dtype(q, k, v), compute_dtype(q, k, v)
-        dq, dk, dv, dnear_q, dnear_k = (
-            None if x is None else x.new_empty(x.shape, dtype=precision) for x in (q, k, v, near_q, near_k)
-        )
-        inputs = _inputs(dtype, q, k, v, near_q, near_k, mask, documents)
+        floats = (q, k, v, near_q, near_k, log_gate)
+        precisions = (*[precision] * 5, torch.float64)
+        gradients = [
+            None if x is None else x.new_empty(x.shape, dtype=of)
+            for x, of in zip(floats, precisions, strict=True)
+        ]
+        inputs = _inputs(dtype, q, k, v, near_q, near_k, log_gate, mask, documents)
         saved = (_dense(out.to(dtype)), denominator.contiguous(), maximum.contiguous())
-        gradients = (dq, dk, dv, dnear_q, dnear_k)
         operations[1](_dense(gradient.to(dtype)), *inputs, *saved, *gradients, torch.get_num_threads())
-        return tuple(  # type: ignore[return-value]
+        *_, of_sums = gradients
+        if log_gate is not None and of_sums is not None:
+            runs = None if documents is None else document_runs(documents)
+            gradients[-1] = gate_gradient(sum_of_later(of_sums, runs), log_gate, mask, documents)
+        return tuple(
             q.new_empty((0,)) if x is None or dx is None else dx.to(x.dtype)
-            for x, dx in zip((q, k, v, near_q, near_k), gradients, strict=True)
+            for x, dx in zip(floats, gradients, strict=True)
         )
 
     def _serve(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Operation, Operation] | None:
@@ -143,12 +155,14 @@ def _inputs(
     v: Tensor,
     near_q: Tensor | None,
     near_k: Tensor | None,
+    log_gate: Tensor | None,
     mask: Tensor | None,
     documents: Tensor | None,
 ) -> list[Tensor | None]:
     floats = [None if x is None else _dense(x.to(dtype)) for x in (q, k, v, near_q, near_k)]
     ids = None if documents is None else documents.to(torch.int64).contiguous()
-    return [*floats, None if mask is None else mask.contiguous(), ids]
+    sums = None if log_gate is None else log_decay(log_gate, mask, documents).contiguous()
+    return [*floats, sums, None if mask is None else mask.contiguous(), ids]
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -17,14 +17,17 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
-from .attention_op import NAMESPACE, compute_dtype
+from .attention_op import FLOATS, INPUTS, NAMESPACE, compute_dtype
 
-INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? near_q, Tensor? near_k, Tensor? mask, Tensor? documents"
+GIVEN = (
+    "Tensor q, Tensor k, Tensor v, Tensor? near_q, Tensor? near_k, Tensor? log_gate, "
+    "Tensor? mask, Tensor? documents"
+)
 TANGENTS = (
-    "Tensor? q_tangent, Tensor? k_tangent, Tensor? v_tangent, Tensor? near_q_tangent, Tensor? near_k_tangent"
+    "Tensor? q_tangent, Tensor? k_tangent, Tensor? v_tangent, Tensor? near_q_tangent, Tensor? near_k_tangent, "
+    "Tensor? log_gate_tangent"
 )
 SAVED = "Tensor out, Tensor denominator, Tensor maximum"
-FLOATS = 5  # q, k, v, near_q, near_k: the first inputs, and those with derivatives
 SECOND_DERIVATIVE = (
     "second derivatives of {name} are not available: its backward pass and its tangent are themselves custom "
     "operations without a derivative; those of the exact reference model are, where it has no near field, window or "
@@ -46,13 +49,12 @@ def register_attention(
 ) -> Operation:
     """Register `fastgrad::name`, `name_backward` and `name_tangent` once a process and return the first.
 
-    forward(q, k, v, near_q, near_k, mask, documents, *attributes) -> (out, denominator, maximum)
-    backward(gradient, q, k, v, near_q, near_k, mask, documents, out, denominator, maximum, *attributes)
-        -> 5 gradients
-    tangent(5 tangents or None, q, k, v, near_q, near_k, mask, documents, out, denominator, maximum, *attributes)
-        -> the tangent of out
+    forward(*inputs, *attributes) -> (out, denominator, maximum)
+    backward(gradient, *inputs, out, denominator, maximum, *attributes) -> 6 gradients
+    tangent(6 tangents or None, *inputs, out, denominator, maximum, *attributes) -> the tangent of out
 
-    The inputs have four dimensions, [batch, heads, tokens, width], mask and documents two. `attributes` is the tail
+    The inputs are those of `attention_op.Inputs`, where the first five have four dimensions, [batch, heads, tokens,
+    width]. `attributes` is the tail
     of the schema (", int exact_below"). `maximum` says whether a row maximum is saved; without one it has no elements.
     With `flag` the forward operation has one more result, `exact`, saved too and like flag(q, the last attribute).
     A name that another copy of this file registered before is kept as it is: the name holds a hash of the content.
@@ -82,15 +84,15 @@ def _register(
 
     derivatives = (
         _define(
-            f"{name}_backward(Tensor gradient, {INPUTS}, {saved}{attributes}) -> ({gradients})",
+            f"{name}_backward(Tensor gradient, {GIVEN}, {saved}{attributes}) -> ({gradients})",
             backward,
             _fake_backward,
         ),
         _define(
-            f"{name}_tangent({TANGENTS}, {INPUTS}, {saved}{attributes}) -> Tensor", tangent, _fake_tangent
+            f"{name}_tangent({TANGENTS}, {GIVEN}, {saved}{attributes}) -> Tensor", tangent, _fake_tangent
         ),
     )
-    operation = _define(f"{name}({INPUTS}{attributes}) -> ({outputs})", forward, fake_forward)
+    operation = _define(f"{name}({GIVEN}{attributes}) -> ({outputs})", forward, fake_forward)
     _differentiate(operation, *_rules(*derivatives))
     for derivative in derivatives:
         _differentiate(derivative, *_refusals(f"{NAMESPACE}::{name}"))
@@ -101,7 +103,7 @@ def _fake_backward(gradient: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ..
 
 
 def _fake_tangent(*inputs: Any) -> Tensor:
-    out: Tensor = inputs[FLOATS + 7]
+    out: Tensor = inputs[FLOATS + INPUTS]
     return torch.empty_like(out, memory_format=torch.contiguous_format)
 
 
@@ -195,13 +197,13 @@ def _rules(backward_operation: Operation, tangent_operation: Operation) -> tuple
 
     def setup(ctx: Any, inputs: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*results[1:])
-        kept = (*inputs[: FLOATS + 2], *results)
+        kept = (*inputs[:INPUTS], *results)
         ctx.save_for_backward(*kept)
         ctx.save_for_forward(*kept)
-        ctx.attributes = inputs[FLOATS + 2 :]
+        ctx.attributes = inputs[INPUTS:]
 
     def backward(ctx: Any, gradient: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-        others = (None,) * (2 + len(ctx.attributes))
+        others = (None,) * (INPUTS - FLOATS + len(ctx.attributes))
         if gradient is None:
             return (None,) * FLOATS + others
         kept = ctx.saved_tensors
@@ -212,7 +214,7 @@ def _rules(backward_operation: Operation, tangent_operation: Operation) -> tuple
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[object, ...]:
         kept = ctx.saved_tensors
         tangent = tangent_operation(*tangents[:FLOATS], *kept, *ctx.attributes)
-        return (tangent, *(None for _ in kept[FLOATS + 3 :]))
+        return (tangent, *(None for _ in kept[INPUTS + 1 :]))
 
     return setup, backward, jvp
 

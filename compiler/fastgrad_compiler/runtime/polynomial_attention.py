@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .attention_op import Floats, Inputs, compute_dtype, plan_tiles, row_groups
+from .attention_op import FLOATS, INPUTS, Floats, Inputs, compute_dtype, plan_tiles, row_groups
+from .decay import Decays, gate_gradient, log_decay, sum_of_later
 from .documents import document_runs
 from .exact_attention import exact_backward, exact_forward
 from .guard import ATTRIBUTES, exact_flag, guarded
@@ -31,10 +32,10 @@ class Backend(Protocol):
     """Native kernels of an attention, which serve some calls and give None for others."""
 
     def forward(self, *inputs: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-        """out, denominator and maximum, of the seven inputs."""
+        """out, denominator and maximum, of the inputs of `Inputs`."""
 
     def backward(self, gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...] | None:
-        """Five gradients, of the seven inputs and what the forward pass saved."""
+        """Six gradients, of the same inputs and what the forward pass saved."""
 
 
 def register_polynomial(
@@ -42,7 +43,8 @@ def register_polynomial(
 ) -> Operation:
     """Register the operation `fastgrad::name` with its derivatives, once a process, and return it.
 
-    It takes the seven inputs, `exact_below` and the key of a guard. native, triton: serve it on a CPU and on a GPU.
+    It takes the inputs of `attention_op.Inputs`, `exact_below` and the key of a guard. native, triton: serve it on a
+    CPU and on a GPU.
     """
     backends = [backend for backend in (triton, native) if backend is not None]
     passes: tuple[Pass, Pass] = (partial(forward, spec, backends), partial(backward, spec, backends))
@@ -80,9 +82,9 @@ def forward(spec: KernelSpec, backends: Sequence[Backend], *arguments: Any) -> t
 def backward(
     spec: KernelSpec, backends: Sequence[Backend], gradient: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    """The gradients of q, k, v, near_q and near_k, from that of out [B, H, n, dv]; none has no elements."""
+    """The gradients of the floating inputs, from that of out [B, H, n, dv]; none has no elements."""
     *given, exact_below = arguments
-    inputs, saved = Inputs(*given[:7]), Saved(*given[7:])
+    inputs, saved = Inputs(*given[:INPUTS]), Saved(*given[INPUTS:])
     if max(inputs.q.shape[2], inputs.k.shape[2]) < exact_below:
         exactly = (*given, spec.scale, spec.causal, spec.near or 0, 0)
         return exact_backward(gradient, *exactly)
@@ -90,14 +92,20 @@ def backward(
         if (found := backend.backward(gradient, *given)) is not None:
             return found
     kept, dtype = inputs.floats, compute_dtype(*inputs[:3])
-    near = (x if x is None else _zeros(x, dtype) for x in kept[3:])
-    gradients = Floats(*(_zeros(x, dtype) for x in inputs[:3]), *near)
+    dq, dk, dv = (_zeros(x, dtype) for x in inputs[:3])
+    near_q, near_k = (None if x is None else _zeros(x, dtype) for x in kept[3:5])
+    sums = None if kept.log_gate is None else _zeros(kept.log_gate, torch.float64)
+    gradients = Floats(dq, dk, dv, near_q, near_k, sums)
     for place, rows in _groups(spec, inputs):
         upstream = _by_key_head(gradient, inputs, place)
         of_rows = Saved(*(_by_key_head(x, inputs, place) for x in saved))
         backward_rows(rows, upstream, of_rows, _rows_of(gradients, inputs, place))
     if inputs.mask is not None:
         gradients.v.masked_fill_(~inputs.mask[:, None, :, None], 0.0)
+    if sums is not None and kept.log_gate is not None:
+        runs = None if inputs.documents is None else document_runs(inputs.documents)
+        later = sum_of_later(sums, runs)
+        gradients = gradients._replace(log_gate=gate_gradient(later, kept.log_gate, *inputs[FLOATS:]))
     return tuple(
         inputs.q.new_empty((0,)) if g is None or x is None else g.to(x.dtype)
         for g, x in zip(gradients, kept, strict=True)
@@ -108,28 +116,32 @@ def plan(spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, t
     """Queries in a tile, bytes of work buffers for a row of keys, and the precision of the arithmetic."""
     dtype, size = compute_dtype(q, k, v), choose_chunk(spec)
     largest = max((block.size for block in blocks(spec.d, spec.degree)), default=0)
-    columns = (5 if spec.documents else 4) * (spec.dv + 1) + 2 * (spec.near_d or 0)
-    per_query = 2 * spec.rank + largest + spec.degree * spec.d + columns
+    columns = (4 + spec.documents + spec.forget) * (spec.dv + 1) + 2 * (spec.near_d or 0)
+    per_query = (3 if spec.forget else 2) * spec.rank + largest + spec.degree * spec.d + columns
     per_row = (5 if spec.two_sided else 3) * spec.rank * (spec.dv + 1)  # states, and what is added to one
     window = 0 if spec.total else size
     if spec.near is not None:
         window += (2 if spec.causal else 3) * spec.near
+    if spec.forget:
+        window *= 2  # sums of gates of all pairs, in float64
     groups = q.shape[1] // k.shape[1]
     return *plan_tiles(size, groups, window, per_query, per_row, dtype.itemsize), dtype
 
 
 def _groups(spec: KernelSpec, inputs: Inputs) -> Iterator[tuple[Place, Rows]]:
     """The rows of a call in groups whose work buffers fit, and their place in [batch, key heads]."""
-    q, k, v, _, _, mask, documents = inputs
+    q, k, v, *_, mask, documents = inputs
     size, row_bytes, dtype = plan(spec, q, k, v)
     work = Workspace(q, dtype, spec.d, blocks(spec.d, spec.degree))
     diagonal = torch.tensor(weights(spec.d, folded_coefficients(spec)), dtype=dtype, device=q.device)
     runs = None if documents is None else document_runs(documents)
+    sums = None if inputs.log_gate is None else log_decay(inputs.log_gate, mask, documents)
     for place in row_groups(k.shape[0], k.shape[1], row_bytes):
         shown = None if mask is None else mask[place[0]]
-        of_rows = Inputs(*_rows_of(inputs.floats, inputs, place), shown)
+        of_rows = Inputs(*_rows_of(inputs.floats, inputs, place), mask=shown)
         own = None if runs is None else runs[place[0]]
-        yield place, Rows(spec, work, size, diagonal.unsqueeze(-1), of_rows, own)
+        decays = None if sums is None else Decays(sums[place], dtype)
+        yield place, Rows(spec, work, size, diagonal.unsqueeze(-1), of_rows, own, decays)
 
 
 def _by_key_head(x: Tensor, inputs: Inputs, place: Place) -> Tensor:
@@ -138,10 +150,11 @@ def _by_key_head(x: Tensor, inputs: Inputs, place: Place) -> Tensor:
 
 
 def _rows_of(x: Floats, inputs: Inputs, place: Place) -> Floats:
-    """Some rows of tensors like the first five inputs."""
+    """Some rows of tensors like the floating inputs."""
     near_q = None if x.near_q is None else _by_key_head(x.near_q, inputs, place)
     near_k = None if x.near_k is None else x.near_k[place]
-    return Floats(_by_key_head(x.q, inputs, place), x.k[place], x.v[place], near_q, near_k)
+    log_gate = None if x.log_gate is None else x.log_gate[place]
+    return Floats(_by_key_head(x.q, inputs, place), x.k[place], x.v[place], near_q, near_k, log_gate)
 
 
 def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:

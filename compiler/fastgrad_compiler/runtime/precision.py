@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_op import compute_dtype
+from .attention_op import FLOATS, INPUTS, compute_dtype
 
-FLOATS = 5  # q, k, v, near_q, near_k: the first inputs of a pass
 Pass = Callable[..., Any]
 
 
@@ -36,7 +35,7 @@ def in_float64(forward: Pass, backward: Pass) -> tuple[Pass, Pass]:
         *given, exact_below = inputs
         if not _wanted(given, exact_below):
             return backward(gradient, *inputs)  # type: ignore[no-any-return]
-        tensors, saved = given[: FLOATS + 2], given[FLOATS + 2 :]
+        tensors, saved = given[:INPUTS], given[INPUTS:]
         found = backward(gradient.double(), *_precise(tensors), *(x.double() for x in saved), exact_below)
         kept = [gradient if x is None else x for x in tensors[:FLOATS]]
         return tuple(g.to(x.dtype) for g, x in zip(found, kept, strict=True))
@@ -51,5 +50,5 @@ def _wanted(given: Sequence[Any], exact_below: int) -> bool:
 
 
 def _precise(tensors: Sequence[Any]) -> list[Any]:
-    """q, k, v, near_q and near_k in float64; mask and ids of documents as they are."""
+    """The floating inputs in float64; mask and ids of documents as they are."""
     return [x.double() if index < FLOATS and isinstance(x, Tensor) else x for index, x in enumerate(tensors)]

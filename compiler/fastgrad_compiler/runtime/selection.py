@@ -6,7 +6,8 @@ where all its results are finite they stand: one reading of the results is the w
 or upstream gradients are not finite is none of these: a row of NaN has no weights, and its gradients are NaN, whatever
 a kernel makes of it. Elsewhere `_Careful`
 
-* replaces spoilt tokens by zeros: those with a number that is not finite, or with a monomial that overflows;
+* replaces spoilt tokens by zeros: those with a number that is not finite, or with a monomial that overflows; a gate is
+  spoilt by NaN, and seen by the rows that see a key before it and one from it on;
 * runs the same pass: a row that sees none of them gets the same bits, because a kernel's row does not depend on finite
   numbers that it does not see;
 * makes rows that see a spoilt token NaN, and the gradients that such a row reaches, unless its own gradient is 0;
@@ -27,12 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_op import compute_dtype
-from .sight import Sight
+from .attention_op import FLOATS, INPUTS, compute_dtype
+from .decay import next_visible
+from .sight import Ranges, Sight
 
 Kernel = Callable[..., Any]
-Inputs = Sequence[Any]  # q, k, v, near_q, near_k, mask, documents
-OF_QUERIES = (0, 3)  # of q, k, v, near_q and near_k
+Inputs = Sequence[Any]  # of `attention_op.Inputs`
+BEHIND = INPUTS + 3  # where a pass's attributes begin, after what was saved
+OF_QUERIES, GATES = (0, 3), 5  # places of the floating inputs
 LARGE = 2.0**32  # values below it are not scaled: float32 leaves 2^95 to weights and sums
 LARGE_UPSTREAM = 2.0**64  # nor upstream gradients below this one
 SCALES = {
@@ -46,19 +49,19 @@ def selective(
 ) -> tuple[Kernel, Kernel]:
     """The two passes of a kernel, in which nothing hidden leaks, and that give zeros where there are no tokens.
 
-    forward(q, k, v, near_q, near_k, mask, documents, *attributes) and backward(gradient, the same, out, denominator,
-    maximum, *attributes) as for `register_attention`; a first attribute is `exact_below`, under which the attention is
-    exact. maximum: whether a row maximum is saved. on_device: kernels of other devices than a CPU select by themselves.
+    forward(*inputs, *attributes) and backward(gradient, *inputs, out, denominator, maximum, *attributes) as for
+    `register_attention`; a first attribute is `exact_below`, under which the attention is exact. maximum: whether a row
+    maximum is saved. on_device: kernels of other devices than a CPU select by themselves.
     """
 
     def run_forward(*inputs: Any) -> Any:
-        given, attributes = inputs[:7], inputs[7:]
+        given, attributes = inputs[:INPUTS], inputs[INPUTS:]
         return select_forward(
             forward, given, attributes, _exactly(sight, given, attributes), maximum, on_device
         )
 
     def run_backward(gradient: Tensor, *inputs: Any) -> Any:
-        given, saved, attributes = inputs[:7], inputs[7:10], inputs[10:]
+        given, saved, attributes = inputs[:INPUTS], inputs[INPUTS:BEHIND], inputs[BEHIND:]
         seen = _exactly(sight, given, attributes)
         return select_backward(backward, gradient, given, saved, attributes, seen, on_device)
 
@@ -68,12 +71,14 @@ def selective(
 def selective_tangent(run: Kernel, sight: Sight) -> Kernel:
     """The tangent of a kernel, in which nothing hidden leaks, by the arguments of its operation.
 
-    run(5 tangents, 7 inputs, (out, denominator, maximum), *attributes) -> the tangent of out; a first attribute as for
+    run(tangents, inputs, (out, denominator, maximum), *attributes) -> the tangent of out; a first attribute as for
     `selective`.
     """
 
     def run_tangent(*arguments: Any) -> Tensor:
-        return select_tangent(run, arguments, _exactly(sight, arguments[5:12], arguments[15:]))
+        return select_tangent(
+            run, arguments, _exactly(sight, arguments[FLOATS : FLOATS + INPUTS], arguments[FLOATS + BEHIND :])
+        )
 
     return run_tangent
 
@@ -115,10 +120,10 @@ def select_backward(
     sight: Sight,
     on_device: bool = False,
 ) -> tuple[Tensor, ...]:
-    """run(gradient, *inputs, *saved, *attributes), in which nothing hidden leaks: five gradients. See `selective`."""
+    """run(gradient, *inputs, *saved, *attributes), in which nothing hidden leaks: six gradients. See `selective`."""
     q, k, v = inputs[:3]
     if 0 in (q.numel(), k.numel(), v.numel()):
-        return tuple(gradient.new_empty((0,)) if x is None else torch.zeros_like(x) for x in inputs[:5])
+        return tuple(gradient.new_empty((0,)) if x is None else torch.zeros_like(x) for x in inputs[:FLOATS])
     if (on_device and not _reads(q)) or (_reads(q) and all(map(_sum_is_finite, (gradient, saved[0])))):
         gradients: tuple[Tensor, ...] = run(gradient, *inputs, *saved, *attributes)
         if not _reads(q) or all(map(_sum_is_finite, gradients)):
@@ -132,12 +137,13 @@ def select_tangent(run: Kernel, arguments: Sequence[Any], sight: Sight) -> Tenso
 
     A tangent that is not there is zeros. One that overflows stays so.
     """
-    inputs, saved, attributes = arguments[5:12], arguments[12:15], arguments[15:]
+    given = arguments[FLOATS:]
+    inputs, saved, attributes = given[:INPUTS], given[INPUTS:BEHIND], given[BEHIND:]
     if 0 in (x.numel() for x in inputs[:3]):
         return torch.zeros_like(saved[0])
     tangents = [
         torch.zeros_like(x) if dx is None and x is not None else dx
-        for x, dx in zip(inputs[:5], arguments[:5], strict=True)
+        for x, dx in zip(inputs[:FLOATS], arguments[:FLOATS], strict=True)
     ]
     if _reads(inputs[0]):
         found: Tensor = run(tangents, inputs, saved, *attributes)
@@ -165,7 +171,7 @@ class _Careful:
     """The inputs of a call without their spoilt tokens, and which rows see those; a tangent spoils its token too."""
 
     def __init__(self, inputs: Inputs, sight: Sight, tangents: Sequence[Any] | None = None) -> None:
-        q, k, v, near_q, near_k, mask, documents = inputs
+        q, k, v, near_q, near_k, log_gate, mask, documents = inputs
         self.groups, self.work = q.shape[1] // k.shape[1], compute_dtype(q, k, v)
         n, m = q.shape[2], k.shape[2]
         self.hidden = None if mask is None else ~mask[:, None]
@@ -178,20 +184,29 @@ class _Careful:
         spoilt_rows = self._spoilt(q, sight.degree)
         if near_q is not None:
             spoilt, spoilt_rows = spoilt | self._spoilt(near_k), spoilt_rows | self._spoilt(near_q)
-        for place, x in enumerate(tangents or ()):
+        for place, x in enumerate((tangents or ())[:GATES]):
             if x is not None and place in OF_QUERIES:
                 spoilt_rows = spoilt_rows | self._spoilt(x)
             elif x is not None:
                 spoilt = spoilt | self._spoilt(x)
         keys = self.keys = sight.ranges(n, m, documents, q.device)
+        spoilt_gates = None
+        if log_gate is not None:
+            self.gates = _gates(keys, mask)
+            spoilt_gates = log_gate.isnan()
+            if tangents is not None and tangents[GATES] is not None:
+                spoilt_gates = spoilt_gates | ~tangents[GATES].isfinite()
+            crossing = self.gates.hold(spoilt_gates).repeat_interleave(self.groups, 1)
+            spoilt_rows = spoilt_rows | crossing
         self.queries = keys.transposed()
         seeing = keys.hold(visible).repeat_interleave(self.groups, 1)
         self.rows = (keys.hold(spoilt & visible).repeat_interleave(self.groups, 1) | spoilt_rows) & seeing
-        self.flags = [spoilt_rows if place in OF_QUERIES else spoilt | ~visible for place in range(5)]
-        self.inputs: list[Any] = [*self._cleaned((q, k, v, near_q, near_k)), mask, documents]
+        hidden = spoilt | ~visible
+        self.flags: list[Any] = [spoilt_rows, hidden, hidden, spoilt_rows, hidden, spoilt_gates]
+        self.inputs: list[Any] = [*self._cleaned((q, k, v, near_q, near_k, log_gate)), mask, documents]
 
     def _cleaned(self, tensors: Sequence[Any]) -> list[Any]:
-        """Five tensors like q, k, v, near_q and near_k without the spoilt tokens."""
+        """Tensors like the floating inputs without the spoilt tokens."""
         return [
             None if x is None else _without(x, flags) for x, flags in zip(tensors, self.flags, strict=True)
         ]
@@ -281,25 +296,43 @@ class _Careful:
             if x.numel():
                 factor = 1.0 if place == 2 else values  # the gradient of v does not depend on v
                 total = y.to(self.work) + z.to(self.work) / factor
-                total = total / above.repeat_interleave(x.shape[1] // above.shape[1], 1)
+                scale = above.repeat_interleave(x.shape[1] // above.shape[1], 1)
+                total = total / (scale if x.ndim == scale.ndim else scale.squeeze(-1))
                 x = torch.where(x.isfinite(), x, total.to(x.dtype))
             merged.append(x)
         return tuple(merged)
 
     def _marked(self, found: tuple[Tensor, ...], broken: Tensor, silent: Tensor) -> tuple[Tensor, ...]:
         """NaN where a row reaches that has a gradient and is NaN, 0 for rows without a gradient and for hidden keys."""
-        reached = self.queries.hold(broken.unflatten(1, (-1, self.groups)).any(2))
+        of_heads = broken.unflatten(1, (-1, self.groups)).any(2)
+        reached = self.queries.hold(of_heads)
         hidden = torch.zeros_like(reached) if self.hidden is None else self.hidden.expand_as(reached)
-        marks = [(broken, silent), (reached, hidden), (reached, hidden), (broken, silent), (reached, hidden)]
-        return tuple(
+        of_rows, of_keys = (broken, silent), (reached, hidden)
+        marks = [of_rows, of_keys, of_keys, of_rows, of_keys]
+        *floats, gates = found
+        marked = [
             x if not x.numel() else _without(x.masked_fill(nan.unsqueeze(-1), math.nan), zero)
-            for x, (nan, zero) in zip(found, marks, strict=True)
-        )
+            for x, (nan, zero) in zip(floats, marks, strict=True)
+        ]
+        if gates.numel():
+            gates = gates.masked_fill(self.gates.transposed().hold(of_heads), math.nan)
+        return (*marked, gates)
 
 
 def _without(x: Tensor, tokens: Tensor) -> Tensor:
-    """x [b, h, t, width] with zeros at tokens, bool [b, h, t]."""
-    return x.masked_fill(tokens.unsqueeze(-1), 0.0)
+    """x [b, h, t, width] or [b, h, t] with zeros at tokens, bool [b, h, t]."""
+    return x.masked_fill(tokens if x.ndim == tokens.ndim else tokens.unsqueeze(-1), 0.0)
+
+
+def _gates(keys: Ranges, mask: Tensor | None) -> Ranges:
+    """The gates that decide a row: those after the first key that its query sees, up to the last."""
+    first, behind, n = keys.first, keys.behind, keys.others
+    if mask is not None:
+        place = torch.arange(1, n + 1, device=mask.device)
+        shown = torch.nn.functional.pad(next_visible(mask), (0, 1), value=n)
+        first = shown.gather(1, first.expand_as(mask))
+        behind = behind.minimum(torch.where(mask, place, 0).cummax(-1).values)
+    return Ranges((first + 1).minimum(behind), behind, n)
 
 
 def _scale(x: Tensor, limit: float, factor: float, groups: int = 1) -> Tensor:

@@ -28,7 +28,7 @@ DELTA_ROWS = 32
 
 
 Forward = tuple[Tensor, Tensor, Tensor]
-Backward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Backward = tuple[Tensor, ...]
 Result = TypeVar("Result")
 
 
@@ -55,11 +55,12 @@ class TritonAttention:
         v: Tensor,
         near_q: Tensor | None,
         near_k: Tensor | None,
+        log_gate: Tensor | None,
         mask: Tensor | None,
         documents: Tensor | None,
     ) -> Forward | None:
         """out, denominator and maximum; None where the call is not for Triton kernels or they cannot be had."""
-        return self._attempt(lambda call: call.forward(), q, k, v, near_q, near_k, mask)
+        return self._attempt(lambda call: call.forward(), q, k, v, near_q, near_k, log_gate, mask)
 
     def backward(
         self,
@@ -69,16 +70,19 @@ class TritonAttention:
         v: Tensor,
         near_q: Tensor | None,
         near_k: Tensor | None,
+        log_gate: Tensor | None,
         mask: Tensor | None,
         documents: Tensor | None,
         out: Tensor,
         denominator: Tensor,
         maximum: Tensor,
     ) -> Backward | None:
-        """The gradients of q, k, v, near_q and near_k, those that do not exist without elements; None as `forward`."""
-        return self._attempt(
-            lambda call: call.backward(gradient, out, denominator, maximum), q, k, v, near_q, near_k, mask
-        )
+        """The gradients of the floating inputs, those that do not exist without elements; None as `forward`."""
+
+        def work(call: Launches) -> Backward:
+            return (*call.backward(gradient, out, denominator, maximum), q.new_empty((0,)))
+
+        return self._attempt(work, q, k, v, near_q, near_k, log_gate, mask)
 
     def _attempt(
         self,
@@ -88,9 +92,10 @@ class TritonAttention:
         v: Tensor,
         near_q: Tensor | None,
         near_k: Tensor | None,
+        log_gate: Tensor | None,
         mask: Tensor | None,
     ) -> Result | None:
-        if self._failed or not enabled() or 0 in (q.numel(), k.numel(), v.numel()):
+        if self._failed or log_gate is not None or not enabled() or 0 in (q.numel(), k.numel(), v.numel()):
             return None
         if self.by_device and q.device.type != "cuda":
             return None
@@ -217,9 +222,7 @@ class Launches:
         else:
             self._backward(gradient, (inverse, maximum, delta), dq, dk, dv, dnear_q, dnear_k)
         gradients = (dq, dk, dv, dnear_q, dnear_k)
-        return tuple(  # type: ignore[return-value]
-            g if x is None else g.to(x.dtype) for x, g in zip(self.given, gradients, strict=True)
-        )
+        return tuple(g if x is None else g.to(x.dtype) for x, g in zip(self.given, gradients, strict=True))
 
     def _fused_backward(
         self, gradient: Tensor, inverse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor

@@ -20,7 +20,7 @@ from .sight import Sight
 def register_window(name: str, spec: KernelSpec, *, native: Backend | None = None) -> Operation:
     """Register the operation `fastgrad::name` with its derivatives, once a process, and return it.
 
-    It takes the seven inputs. native: serves it on a CPU.
+    It takes the inputs of `attention_op.Inputs`. native: serves it on a CPU.
     """
     assert spec.window is not None
     sight = Sight(spec.causal, spec.window)
@@ -41,7 +41,7 @@ def forward(spec: KernelSpec, native: Backend | None, *inputs: Any) -> tuple[Ten
 def backward(
     spec: KernelSpec, native: Backend | None, gradient: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    """The gradients of q, k and v, and two without elements, from that of out [B, H, n, dv]."""
+    """The gradients of q, k, v and log_gate, and two without elements, from that of out [B, H, n, dv]."""
     if native is not None and (found := native.backward(gradient, *arguments)) is not None:
         return found
     *inputs, out, denominator, maximum = arguments
@@ -55,7 +55,7 @@ def tangent(
     inputs: Sequence[Tensor | None],
     saved: Sequence[Tensor],
 ) -> Tensor:
-    """The tangent of out [B, H, n, dv], from those of q, k and v."""
+    """The tangent of out [B, H, n, dv], from those of q, k, v and log_gate."""
     out, denominator, maximum = saved
     return exact_tangent(tangents, inputs, out, _logsumexp(denominator, maximum), *_attributes(spec))
 

@@ -92,9 +92,16 @@ def is_extreme(graph: Graph, values: Mapping[str, Values]) -> bool:
             return True
         if node.op == "exp" and any(map(_ends, tensors)):
             return True
+        if node.op == "decay" and _is_lost(values[node.inputs[0]], tensors[0]):
+            return True
         if node.op in _POLES and _any_infinite(tensors) and not _any_infinite(each(values[node.inputs[0]])):
             return True
     return False
+
+
+def _is_lost(weights: Values, decayed: Array) -> bool:
+    """Whether a weight is 0, or nearly, by its gates: a factor of a row cancels, unless it leads there."""
+    return bool(((np.abs(decayed) < LEAST) & (each(weights)[0] != 0)).any())
 
 
 def _any_infinite(tensors: Iterable[Array]) -> bool:

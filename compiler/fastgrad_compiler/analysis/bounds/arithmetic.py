@@ -152,6 +152,10 @@ def _softplus_of(x: float) -> float:
     return x + log1p(exp(-x)) if x > 0 else log1p(exp(x))
 
 
+def _log_sigmoid_of(x: float) -> float:
+    return min(x, 0.0) - log1p(exp(-abs(x)))
+
+
 def _exp(step: Step) -> Fact:
     """What a mask hides becomes 0."""
     fact = step.fact
@@ -264,6 +268,7 @@ ARITHMETIC: dict[str, Rule] = {
     "relu": lambda step: replace(step.fact, low=max(step.fact.low, 0.0), high=max(step.fact.high, 0.0)),
     "gelu": _shrinking(_GELU_LEAST),
     "silu": _shrinking(_SILU_LEAST),
+    "log_sigmoid": _increasing(_log_sigmoid_of, -inf, 0.0),
     "softplus": _increasing(_softplus_of, 0.0, inf),
     "abs": lambda step: replace(step.fact, low=step.fact.least_magnitude, high=step.fact.magnitude),
     "erf": _increasing(erf, -1.0, 1.0, slope=_ERF_SLOPE),

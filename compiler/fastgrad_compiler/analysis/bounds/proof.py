@@ -8,7 +8,7 @@ from fastgrad_compiler.analysis.bounds.facts import Fact
 from fastgrad_compiler.analysis.bounds.outward import times_up
 from fastgrad_compiler.analysis.bounds.shapes import SHAPES
 from fastgrad_compiler.ir.graph import Node
-from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.masks import GATED, MASKS
 from fastgrad_compiler.ir.words import describe, number, place
 
 ASSUMED = "assumed in the file, not proved"
@@ -21,6 +21,7 @@ _QUIET = frozenset(
         "arange",
         "one_hot",
         "cast",
+        *GATED,
         "near_far",
         "alibi",
         "where",

@@ -17,7 +17,7 @@ from fastgrad_compiler.analysis.bounds.outward import add_down, add_up, over_up,
 from fastgrad_compiler.analysis.bounds.shapes import SHAPES
 from fastgrad_compiler.analysis.bounds.step import Rule, Step
 from fastgrad_compiler.ir.graph import Attribute, integer, sequence
-from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.masks import GATED, MASKS
 from fastgrad_compiler.ir.ops import COMPARISONS
 
 _ROOT_2 = root_up(2.0)
@@ -125,6 +125,22 @@ def _mask(step: Step) -> Fact:
     return replace(fact, low=min(fact.low, fill), high=max(fact.high, fill), norms=norms)
 
 
+def _forget(step: Step) -> Fact:
+    """Scores plus a sum of any number of log gates, which may be none."""
+    fact, gate = step.facts
+    low = fact.low if gate.low >= 0 and not gate.masked else -inf
+    return replace(fact, low=low, high=fact.high if gate.high <= 0 else inf, norms=(inf,) * step.rank)
+
+
+def _decay(step: Step) -> Fact:
+    """Weights times the exponential of such a sum, which is in [0, 1] where no log gate is above 0."""
+    fact, gate = step.facts
+    if gate.high <= 0:
+        return replace(fact, low=min(fact.low, 0.0), high=max(fact.high, 0.0))
+    low, high = (-inf if fact.low < 0 else 0.0), (inf if fact.high > 0 else 0.0)
+    return replace(fact, low=low, high=high, norms=(inf,) * step.rank)
+
+
 def _assume_bound(step: Step) -> Fact:
     """The user's word, where it is taken (`bounds.py`)."""
     fact, limit = step.fact, step.number("bound")
@@ -177,6 +193,8 @@ _RULES: dict[str, Rule] = {
     "rms_norm": _rms_norm,
     "unit": _unit,
     **dict.fromkeys(MASKS, _mask),
+    "forget": _forget,
+    "decay": _decay,
     "near_far": lambda step: replace(join(step.facts), norms=(inf,) * step.rank),
     "assume_bound": _assume_bound,
     "rotary": _rotary,
@@ -189,7 +207,7 @@ _RULES: dict[str, Rule] = {
 
 MASK_AWARE = frozenset(
     (
-        *(*MASKS, *COMPARISONS, "logical_not", "near_far", "assume_bound", "alibi", "softmax", "exp"),
+        *(*MASKS, *GATED, *COMPARISONS, "logical_not", "near_far", "assume_bound", "alibi", "softmax", "exp"),
         *("clamp", "cast", "mul", "div", "reshape", "permute", "slice"),
     )
 )

@@ -20,7 +20,7 @@ from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Node
 from fastgrad_compiler.ir.graph import number as float_of
-from fastgrad_compiler.ir.masks import MASKS
+from fastgrad_compiler.ir.masks import GATED, MASKS
 from fastgrad_compiler.ir.ops import COMPARISONS, limits
 from fastgrad_compiler.ir.words import number
 
@@ -209,6 +209,7 @@ DECLINED: dict[str, str] = {
             "sqrt",
             "rsqrt",
             "sigmoid",
+            "log_sigmoid",
             "softplus",
             "softmax",
             "normalize_rows",
@@ -219,7 +220,7 @@ DECLINED: dict[str, str] = {
     ),
     **dict.fromkeys((*COMPARISONS, "logical_not"), "its result is a mask"),
     **dict.fromkeys(
-        (*MASKS, "near_far", "alibi"),
+        (*MASKS, *GATED, "near_far", "alibi"),
         "it works on scores, which no row is made of",
     ),
     **dict.fromkeys(
