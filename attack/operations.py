@@ -182,6 +182,29 @@ def _rotary(g: Grower) -> str:
     return f"rotary({x.text}{keyword(g, f'; base = {g.rng.choice((10.0, 1000.0, 10000.0))}')})"
 
 
+def _of_documents(g: Grower) -> tuple[Typed, str]:
+    """A value with tokens, and `, ids` where documents of it are told apart."""
+    if g.rng.random() < 0.5:
+        return ranked(g, 2), ""
+    which = g.pick("int", lambda each: each.rank == 2)
+    x = g.pick(where=lambda each: each.rank >= 3 and (each.shape[0], each.shape[-2]) == which.shape)
+    return x, f", {which.text}"
+
+
+def _shift(g: Grower) -> str:
+    x, documents = _of_documents(g)
+    return f"shift({x.text}{documents}{keyword(g, f'; by = {g.rng.randint(1, 3)}')})"
+
+
+def _depthwise(g: Grower) -> str:
+    x, documents = _of_documents(g)
+    if x.size(-1) is None:
+        w = g.pick(where=lambda each: each.rank == 2 and each.shape[-1] == x.shape[-1])
+    else:
+        w = g.declare("weight", (g.rng.randint(1, 4), x.shape[-1]), "normal(std = 0.7)")
+    return f"depthwise({x.text}, {w.text}{documents})"
+
+
 # ---------------------------------------------------------------- arithmetic
 
 
@@ -420,6 +443,8 @@ RULES: dict[str, Rule] = {
     "polynomial": lambda g: f"polynomial({g.pick().text}; {g.rng.choice(COEFFICIENTS)})",
     "normalize_rows": _normalize_rows,
     "rotary": _rotary,
+    "shift": _shift,
+    "depthwise": _depthwise,
     "sinusoid": _sinusoid,
     "alibi": _alibi,
     "dropout": lambda g: f"dropout({g.pick().text}; p = {g.rng.choice((0.0, 0.1, 0.5))})",

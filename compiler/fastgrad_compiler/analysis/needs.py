@@ -16,7 +16,8 @@ _MIXING = frozenset(
     {"add", "sub", "mul", "div", "minimum", "maximum", "where"}
 )  # ints may stand beside floats
 _LOOKING = frozenset(
-    {"embedding", "documents", "less", "less_equal", "equal", "attention", "poly_attention"}
+    {"embedding", "documents", "less", "less_equal", "equal", "shift", "depthwise"}
+    | {"attention", "poly_attention"}
 )  # what takes ints of any size
 _SHAPED = {
     "reshape": ("shape",),

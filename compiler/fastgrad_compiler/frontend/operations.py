@@ -16,7 +16,7 @@ Surface of each operation (docs/language.md lists the same); `;` or `,` may stan
     causal(s)  window(s, width)  padding(s, mask)  documents(s, ids)  prefix(s, length)  assume_bound(s, bound)
     near_far(local, far; block = w)  polynomial(s; coefficients = (1.0, 1.0, 0.5))  normalize_rows(weights)
     rotary(x, base = 10000.0)  sinusoid(n, d)  alibi(s, heads)  dropout(x, p)  cross_entropy(logits, targets)
-    mse(a, b)
+    shift(x, by = 1)  shift(x, ids, by = 1)  depthwise(x, w)  depthwise(x, w, ids)  mse(a, b)
 
 An axis is a number or the name of a dimension (`mean(x, axis = n)`). sqrt, rsqrt, exp, log, tanh, abs, min, max, int
 and float of compile-time numbers are compile-time numbers.
@@ -82,6 +82,7 @@ class Operation:
 
 X = Parameter("x", "tensor")
 SCORES = Parameter("scores", "tensor")
+IDS = Parameter("ids", "tensor", None)  # of packed documents
 AXIS = Parameter("axis", "axis")
 KEEPDIM = Parameter("keepdim", "bool", False)
 
@@ -189,6 +190,11 @@ def _alibi(emit: Emit, a: Arguments) -> Tensor:
     return emit.node("alibi", scores)
 
 
+def _given(operand: Tensor | None) -> tuple[Tensor, ...]:
+    """An operand that may be left out."""
+    return () if operand is None else (operand,)
+
+
 def _normalise(name: str, eps: float, *weights: str) -> Operation:
     return Operation(
         name,
@@ -265,6 +271,10 @@ _OPERATIONS = (
               lambda emit, a: emit.node("assume_bound", a["scores"], bound=a["bound"])),
     Operation("rotary", (X, Parameter("base", "float", 10000.0, positive=True)),
               lambda emit, a: emit.node("rotary", a["x"], base=a["base"])),
+    Operation("shift", (X, IDS, Parameter("by", "int", 1, least=1)),
+              lambda emit, a: emit.node("shift", a["x"], *_given(a["ids"]), by=a["by"])),
+    Operation("depthwise", (X, Parameter("w", "tensor"), IDS),
+              lambda emit, a: emit.node("depthwise", a["x"], a["w"], *_given(a["ids"]))),
     Operation("sinusoid", (Parameter("n", "dim"), Parameter("d", "dim")),
               lambda emit, a: emit.node("sinusoid", length=a["n"], width=a["d"])),
     Operation("alibi", (SCORES, Parameter("heads", "int", None, least=1)), _alibi),

@@ -33,6 +33,7 @@ _QUIET = frozenset(
         "cast",
         *MASKS,
         "near_far",
+        "shift",
         "alibi",
         "where",
         "amax",
@@ -44,6 +45,7 @@ _QUIET = frozenset(
 _REASONS = {
     "unit": "unit divides each row by its norm",
     "rotary": "rotary is a rotation",
+    "depthwise": "a sum of bounded products",
     "softmax": "weights of a softmax",
     "normalize_rows": "shares of a row's sum",
     "sigmoid": "range of sigmoid",
