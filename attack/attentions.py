@@ -35,6 +35,8 @@ ROWS: dict[str, Step] = {
     "number": lambda g, x: f"{g.number(0.5, -1.0, 2.0)} * {x.text}",
     "negative": lambda g, x: f"-{x.text}",
     "rotary": lambda g, x: f"rotary({x.text}; base = 100.0)",
+    "token before": lambda g, x: f"shift({x.text})",
+    "convolution": lambda g, x: f"depthwise({x.text}, {_weight(g, g.rng.randint(1, 3), x.size(-1) or 1)})",
     "gain": lambda g, x: f"{x.text} * {gain(g)}",
     "divisor": lambda g, x: f"{x.text} / {gain(g)}",
     "cast": lambda g, x: f"float(int({g.positive()} * {x.text}))",

@@ -21,7 +21,7 @@ EXACT = frozenset([
     "concat", "stack", "slice", "select", "pad", "patches", "broadcast_to", "embedding", "arange",
     "one_hot", "minimum", "maximum", "neg", "relu", "abs", "logical_not", "less", "less_equal", "equal",
     "cast", "clamp", "where", "amax", "causal", "window", "padding", "documents", "prefix",
-    "near_far",    "assume_bound", "dropout",
+    "near_far", "shift", "assume_bound", "dropout",
 ])
 # fmt: on
 

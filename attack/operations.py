@@ -138,6 +138,29 @@ def _positions(name: str) -> Rule:
     return lambda g: f"{name}({g.rng.choice([dim for each in g.pool for dim in each.shape] or [2])})"
 
 
+def _of_documents(g: Grower) -> tuple[Typed, str]:
+    """A value with tokens, and `, ids` where documents of it are told apart."""
+    if g.rng.random() < 0.5:
+        return ranked(g, 2), ""
+    which = g.pick("int", lambda each: each.rank == 2)
+    x = g.pick(where=lambda each: each.rank >= 3 and (each.shape[0], each.shape[-2]) == which.shape)
+    return x, f", {which.text}"
+
+
+def _shift(g: Grower) -> str:
+    x, documents = _of_documents(g)
+    return f"shift({x.text}{documents}{keyword(g, f'; by = {g.rng.randint(1, 3)}')})"
+
+
+def _depthwise(g: Grower) -> str:
+    x, documents = _of_documents(g)
+    if x.size(-1) is None:
+        w = g.pick(where=lambda each: each.rank == 2 and each.shape[-1] == x.shape[-1])
+    else:
+        w = g.declare("weight", (g.rng.randint(1, 4), x.shape[-1]), "normal(std = 0.7)")
+    return f"depthwise({x.text}, {w.text}{documents})"
+
+
 # ---------------------------------------------------------------- arithmetic
 
 
@@ -405,6 +428,8 @@ RULES: dict[str, Rule] = {
         lambda g, x: f"rotary({x.text}{keyword(g, f'; base = {g.rng.choice((10.0, 1000.0, 10000.0))}')})",
         lambda each: each.rank >= 2 and (each.size(-1) or 1) % 2 == 0,
     ),
+    "shift": _shift,
+    "depthwise": _depthwise,
     "sinusoid": _of(lambda g, x: f"sinusoid({x.shape[-2]}, {x.size(-1) or 4})", _least(2)),
     "alibi": _of(
         lambda g, x: f"alibi({x.text}{keyword(g, f'; heads = {x.size(-3)}')})",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastgrad_dsl.documents.plan import Plan
 
 ID_OPERATIONS = {"embedding": 1, "cross_entropy": 1, "one_hot": 0}  # op -> which of its inputs holds ids
+DOCUMENT_OPERATIONS = ("documents", "shift", "depthwise")  # their int operand has ids of documents
 ENTRY_BYTES = 4  # of the smallest entries that a batch is made of
 BOUNDARIES = 3  # of documents in a random sequence, on average
 
@@ -135,10 +136,12 @@ def _input(graph: Graph, node: Node) -> Input:
 
 
 def _names_documents(node: Node, user: Node) -> bool:
-    """Whether `user` reads an int tensor as ids of documents: by a mask on scores, or by an attention."""
+    """Whether `user` reads an int tensor as ids of documents: by a mask on scores, a convolution or an attention."""
     roles = user.get("roles")
     named = user.inputs[3:] if isinstance(roles, tuple) and "documents" in roles else ()
-    return node.tensor.dtype == "int" and node.name in (user.inputs[1:] if user.op == "documents" else named)
+    return node.tensor.dtype == "int" and node.name in (
+        user.inputs[1:] if user.op in DOCUMENT_OPERATIONS else named
+    )
 
 
 def _id_limit(graph: Graph, node: Node, user: Node) -> int | None:

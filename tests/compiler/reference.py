@@ -120,6 +120,31 @@ def _rotary(x: Array, base: float, inverse: bool) -> Array:
     return result
 
 
+def _shift(x: Array, by: int, ids: Inputs) -> Array:
+    result = np.zeros_like(x)
+    runs = [_runs(each) for each in ids]
+    for t in range(x.shape[-2]):
+        if 0 <= t - by < x.shape[-2]:
+            result[..., t, :] = x[..., t - by, :]
+            for run in runs:
+                result[run[:, t] != run[:, t - by], ..., t, :] = 0.0
+    return result
+
+
+def _depthwise(x: Array, w: Array, ids: Inputs, reverse: bool) -> Array:
+    taps = [w[k] * _shift(x, -k if reverse else k, ids) for k in range(len(w))]
+    return np.asarray(sum(taps))
+
+
+def _depthwise_weights(g: Array, x: Array, ids: Inputs, width: int) -> Array:
+    result = np.zeros((width, x.shape[-1]))
+    for k in range(width):
+        products = g * _shift(x, k, ids)
+        for place in np.ndindex(x.shape[:-1]):
+            result[k] += products[place]
+    return result
+
+
 def _sinusoid(length: int, width: int) -> Array:
     result = np.zeros((length, width))
     for position in range(length):
@@ -306,6 +331,9 @@ REFERENCE: dict[str, Definition] = {
     "normalize_rows": lambda xs, a: _normalize_rows(xs[0]),
     "assume_bound": lambda xs, a: xs[0],
     "rotary": lambda xs, a: _rotary(xs[0], a["base"], bool(a.get("inverse"))),
+    "shift": lambda xs, a: _shift(xs[0], a["by"], xs[1:]),
+    "depthwise": lambda xs, a: _depthwise(xs[0], xs[1], xs[2:], bool(a.get("reverse"))),
+    "depthwise_weights": lambda xs, a: _depthwise_weights(xs[0], xs[1], xs[2:], a["width"]),
     "sinusoid": lambda xs, a: _sinusoid(a["length"], a["width"]),
     "alibi": lambda xs, a: _alibi(xs[0]),
     "dropout": lambda xs, a: xs[0],

@@ -261,6 +261,26 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case((F,), "rotary(%a, base = 0.5, inverse = false)"),
         Case(("float[3, n]",), "rotary(%a, base = 7.0)"),
     ),
+    "shift": (
+        Case((F,), "shift(%a, by = 1)"),
+        Case(("float[3, 4]",), "shift(%a, by = 2)"),
+        Case((F,), "shift(%a, by = -1)"),
+        Case((F, IDS), "shift(%a, %b, by = 1)"),
+        Case((S, IDS), "shift(%a, %b, by = -2)"),
+    ),
+    "depthwise": (
+        Case((F, "float[1, 4]"), "depthwise(%a, %b)"),
+        Case((F, "float[3, 4]"), "depthwise(%a, %b)"),
+        Case(("float[3, 4]", "float[2, 4]"), "depthwise(%a, %b)"),
+        Case((F, "float[2, 4]"), "depthwise(%a, %b, reverse = true)"),
+        Case((F, "float[3, 4]", IDS), "depthwise(%a, %b, %c)"),
+        Case((S, "float[3, n]", IDS), "depthwise(%a, %b, %c, reverse = true)"),
+    ),
+    "depthwise_weights": (
+        Case((F, F), "depthwise_weights(%a, %b, width = 3)"),
+        Case(("float[3, n]", "float[3, n]"), "depthwise_weights(%a, %b, width = 1)"),
+        Case((S, S, IDS), "depthwise_weights(%a, %b, %c, width = 2)"),
+    ),
     "alibi": (Case((S,), "alibi(%a)"), Case(("float[3, n, m]",), "alibi(%a)")),
     "dropout": (
         Case((F,), "dropout(%a, p = 0.0)"),

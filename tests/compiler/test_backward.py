@@ -119,6 +119,13 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case((F,), "rotary(%a, base = 100.0)"),
         Case((F,), "rotary(%a, base = 100.0, inverse = true)"),
     ),
+    "shift": (Case((F,), "shift(%a, by = 2)"), Case((F, "int[b, n]"), "shift(%a, %b, by = -1)")),
+    "depthwise": (
+        Case((F, "float[3, 4]"), "depthwise(%a, %b)"),
+        Case((F, "float[3, 4]", "int[b, n]"), "depthwise(%a, %b, %c)"),
+        Case((F, "float[2, 4]", "int[b, n]"), "depthwise(%a, %b, %c, reverse = true)"),
+    ),
+    "depthwise_weights": (Case((F, F, "int[b, n]"), "depthwise_weights(%a, %b, %c, width = 3)"),),
     "alibi": (Case((S,), "alibi(%a)"),),
     "dropout": (Case((F,), "dropout(%a, p = 0.5)"),),
     "cross_entropy": (Case((F, "int[b, n]"), "cross_entropy(%a, %b)"),),

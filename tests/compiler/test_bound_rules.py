@@ -290,7 +290,7 @@ def test_every_rule_and_attribute_is_attacked() -> None:
         used = {key for case in CASES[op] for key, _ in case.node.attributes}
         wanted = set(OPS[op].attributes) | (set(OPS[op].optional) if op != "attention" else set())
         assert used == wanted, op
-        for key in wanted & {"fill", "keepdim", "inverse"}:
+        for key in wanted & {"fill", "keepdim", "inverse", "reverse"}:
             assert len({case.node.get(key) for case in CASES[op]}) >= 2, (op, key)
         if {"axis", "axes"} & wanted:
             axes = [evaluated(case.node.get("axis", case.node.get("axes")), {}) for case in CASES[op]]

@@ -105,6 +105,27 @@ def test_rotary_depends_on_distances_only() -> None:
     same(x[2, [0, 4]], torch.tensor([math.cos(2), math.sin(2)], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("width", [1, 3, 7])
+def test_depthwise_is_a_convolution_of_each_channel(width: int) -> None:
+    x, w = normal(2, 5, 4), normal(width, 4, seed=1)
+    padded = functional.pad(x.mT, (width - 1, 0))
+    same(apply("depthwise", x, w), functional.conv1d(padded, w.flip(0).T.unsqueeze(1), groups=4).mT)
+    later = functional.conv1d(functional.pad(x.mT, (0, width - 1)), w.T.unsqueeze(1), groups=4).mT
+    same(apply("depthwise", x, w, reverse=True), later)
+    cotangent = normal(2, 5, 4, seed=2)
+    (expected,) = torch.autograd.grad(apply("depthwise", x, w.requires_grad_()), w, cotangent)
+    same(apply("depthwise_weights", cotangent, x, width=width), expected)
+
+
+def test_a_shift_stays_in_its_document() -> None:
+    x, ids = torch.arange(1.0, 6.0, dtype=torch.float64).view(1, 5, 1), torch.tensor([[4, 4, 7, 4, 4]])
+    assert apply("shift", x, ids, by=1).flatten().tolist() == [0, 1, 0, 0, 4]
+    assert apply("shift", x, ids, by=-1).flatten().tolist() == [2, 0, 0, 5, 0]
+    assert apply("shift", x, by=2).flatten().tolist() == [0, 0, 1, 2, 3]
+    assert apply("shift", x, ids, by=3).flatten().tolist() == [0] * 5  # of an id that is there again
+    assert apply("shift", x[:, :0], ids[:, :0], by=1).shape == (1, 0, 1)
+
+
 def test_sinusoid() -> None:
     table = apply("sinusoid", length=Dim.of("n"), width=6)
     assert table.shape == (5, 6)
@@ -153,7 +174,14 @@ def test_softmax_of_a_row_that_sees_nothing_is_zero() -> None:
 
 # ---------------------------------------------------------------- against docs/operations.md, written in numpy
 
-SUMS = {"matmul", "sum", "sum_to", "mean"}  # in any order, so that large terms may cancel or overflow
+SUMS = {
+    "matmul",
+    "sum",
+    "sum_to",
+    "mean",
+    "depthwise",
+    "depthwise_weights",
+}  # in any order, so that large terms may cancel or overflow
 EDGES = (
     0.0,
     -0.0,

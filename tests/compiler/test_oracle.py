@@ -72,7 +72,7 @@ def test_it_needs_no_torch_and_no_rule_of_the_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names = [name.removeprefix("fastgrad_compiler.") for name in done.stdout.split()]
     needed = ["calls", "dim", "flatten", "graph", "names"]
-    own = ["oracle", "oracle_attention", "oracle_operations"]
+    own = ["oracle", "oracle_attention", "oracle_convolution", "oracle_operations"]
     assert names == [
         "ir",
         *(f"ir.{name}" for name in needed),
@@ -158,6 +158,9 @@ CASES: dict[str, list[Case]] = {
     "polynomial": [case(HIDDEN, coefficients=(1.0, -0.5, 0.25, 2.0)), case(X, coefficients=(0.0, 0.0, 1.0))],
     "normalize_rows": [case(np.exp(HIDDEN)), case(HIDDEN), case(np.zeros((2, 3)))],
     "rotary": [case(X, base=10000.0), case(X, base=50.0, inverse=True)],
+    "shift": [case(X, by=1), case(X, IDS, by=2), case(X, IDS, by=-1), case(X, by=7), case(X, IDS, by=-7)],
+    "depthwise": [case(X, normal(3, 4)), case(X, normal(7, 4), IDS), case(X, normal(2, 4), IDS, reverse=True)],
+    "depthwise_weights": [case(X, X, width=7), case(X, normal(2, 3, 5, 4, seed=1), IDS, width=3)],
     "alibi": [case(SCORES), case(normal(8, 4, 6))],
     "cross_entropy": [case(normal(2, 5, 7), IDS), case(normal(7) * 1e3, np.asarray(4))],
     "mse": [case(X, X[::-1])],

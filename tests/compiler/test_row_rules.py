@@ -119,7 +119,8 @@ def drawn_input(
     if node.tensor.dtype == "bool":
         return Drawn(None, np.asarray(rng.random(shape) < 0.6))
     constants = [dim.substitute(known).constant for dim in node.tensor.shape]
-    weight = case.node.op in ("layer_norm", "rms_norm", "matmul", "div") and node.name != "a"
+    weights = ("layer_norm", "rms_norm", "matmul", "div", "depthwise")
+    weight = case.node.op in weights and node.name != "a"
     kind = rng.random() * (0.3 if weight else 1.0)
     if kind < 0.25 and None not in constants:
         value = np.asarray(rng.normal(size=shape) + rng.choice([0.0, 3.0]))

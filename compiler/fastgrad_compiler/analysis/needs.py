@@ -15,7 +15,9 @@ from fastgrad_compiler.ir.ops import ARITHMETIC, COMPARISONS
 _MAKING = frozenset({"arange", "fill", "one_hot", "sinusoid"})  # make a tensor from nothing but dims
 _MIXING = frozenset((*ARITHMETIC, "where"))  # ints may stand beside floats
 # what takes ints of any size
-_LOOKING = frozenset(("embedding", "documents", *COMPARISONS, "attention", "poly_attention"))
+_LOOKING = frozenset(
+    ("embedding", "documents", *COMPARISONS, "shift", "depthwise", "attention", "poly_attention")
+)
 _SHAPED = {
     "reshape": ("shape",),
     "broadcast_to": ("shape",),

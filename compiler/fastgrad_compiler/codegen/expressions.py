@@ -326,6 +326,14 @@ def _rotary(place: Place, node: Node, operands: Operands) -> Expr:
     return call(place.helper("rotary"), operands[0], literal(_number(node["base"])), inverse=inverse)
 
 
+def _shift(place: Place, node: Node, operands: Operands) -> Expr:
+    return call(place.helper("shift"), *operands, by=node["by"])
+
+
+def _depthwise(place: Place, node: Node, operands: Operands) -> Expr:
+    return call(place.helper("depthwise"), *operands, reverse=True if node.get("reverse") else None)
+
+
 def _sinusoid(place: Place, node: Node, operands: Operands) -> Expr:
     return call(place.helper("sinusoid"), place.dim(node["length"]), place.dim(node["width"]), place.like())
 
@@ -397,6 +405,8 @@ TORCH: dict[str, Rule] = {
     "normalize_rows": _normalize_rows,
     "assume_bound": lambda place, node, operands: operands[0],
     "rotary": _rotary,
+    "shift": _shift,
+    "depthwise": _depthwise,
     "sinusoid": _sinusoid,
     "alibi": _alibi,
     "dropout": _dropout,
@@ -410,5 +420,12 @@ TORCH: dict[str, Rule] = {
 STRUCTURE = frozenset({"input", "weight", "buffer", "literal", "constant", "call", "repeat", "item"})
 # Only in gradient graphs, which are not emitted: PyTorch differentiates the module.
 DECLINED = frozenset(
-    {"sum_to", "embedding_gradient", "repeat_backward", "weight_gradient", "poly_attention_backward"}
+    {
+        "sum_to",
+        "embedding_gradient",
+        "depthwise_weights",
+        "repeat_backward",
+        "weight_gradient",
+        "poly_attention_backward",
+    }
 )

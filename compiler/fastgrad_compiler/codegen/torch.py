@@ -44,7 +44,7 @@ def emit_package(
         "initialise.py": _runtime("initialise.py"),
     }
     if uses_helpers:
-        files |= {name: _runtime(name) for name in ("functions.py", "softmax_pairs.py")}
+        files |= {name: _runtime(name) for name in ("convolution.py", "functions.py", "softmax_pairs.py")}
     for spec in imports.kernels:
         files.update(kernel_files(spec, backends))
     if imports.kernels or imports.exact_attention:

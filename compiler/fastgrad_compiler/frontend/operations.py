@@ -17,7 +17,7 @@ Surface of each operation (docs/language.md lists the same); `;` or `,` may stan
     forget(s, log_gate)  decay(weights, log_gate)
     near_far(local, far; block = w)  polynomial(s; coefficients = (1.0, 1.0, 0.5))  normalize_rows(weights)
     rotary(x, base = 10000.0)  sinusoid(n, d)  alibi(s, heads)  dropout(x, p)  cross_entropy(logits, targets)
-    mse(a, b)
+    shift(x, by = 1)  shift(x, ids, by = 1)  depthwise(x, w)  depthwise(x, w, ids)  mse(a, b)
 
 An axis is a number or the name of a dimension (`mean(x, axis = n)`). sqrt, rsqrt, exp, log, tanh, abs, min, max, int
 and float of compile-time numbers are compile-time numbers.
@@ -100,6 +100,7 @@ X = Parameter("x", "tensor")
 W = Parameter("w", "tensor")
 SCORES = Parameter("scores", "tensor")
 TENSORS = Parameter("tensors", "tensors")
+IDS = Parameter("ids", "tensor", None)  # of packed documents
 AXIS = Parameter("axis", "axis")
 SHAPE = Parameter("shape", "shape")
 
@@ -190,6 +191,11 @@ def _alibi(emit: Emit, a: Arguments) -> Tensor:
     return emit.node("alibi", scores)
 
 
+def _given(operand: Tensor | None) -> tuple[Tensor, ...]:
+    """An operand that may be left out."""
+    return () if operand is None else (operand,)
+
+
 def _mask(mask: MaskOp) -> Operation:
     """Over the scores, then the operand or the size that it has."""
     operands = () if mask.operand is None else (Parameter(mask.operand.name, "tensor"),)
@@ -242,6 +248,10 @@ _OPERATIONS = (
     Operation("normalize_rows", (Parameter("weights", "tensor"),)),
     Operation("assume_bound", (SCORES, Parameter("bound", "float", positive=True))),
     Operation("rotary", (X, Parameter("base", "float", 10000.0, positive=True))),
+    Operation("shift", (X, IDS, Parameter("by", "int", 1, least=1)),
+              lambda emit, a: emit.node("shift", a["x"], *_given(a["ids"]), by=a["by"])),
+    Operation("depthwise", (X, W, IDS),
+              lambda emit, a: emit.node("depthwise", a["x"], a["w"], *_given(a["ids"]))),
     Operation("sinusoid", (Parameter("n", "dim"), Parameter("d", "dim")),
               lambda emit, a: emit.node("sinusoid", length=a["n"], width=a["d"])),
     Operation("alibi", (SCORES, Parameter("heads", "int", None, least=1)), _alibi),

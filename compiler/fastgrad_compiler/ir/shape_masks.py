@@ -1,7 +1,8 @@
-"""Shape rules of what stands around attention: masks on scores, positions, and losses."""
+"""Shape rules of what stands around attention: masks on scores, positions, convolutions, and losses."""
 
 from __future__ import annotations
 
+from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import TensorType, Type
 from fastgrad_compiler.ir.masks import GATE, GATED, MASKS
 from fastgrad_compiler.ir.shape_errors import (
@@ -71,13 +72,53 @@ def _alibi(site: Site) -> Type:
     return found
 
 
-# ---------------------------------------------------------------- position, other
+# ---------------------------------------------------------------- position, tokens before, other
 
 
 def _rotary(site: Site) -> Type:
     found = want_float(site, 0, 2)
     divide(site, -1, 2, "rotary turns pairs of entries")
     return found
+
+
+def _shift(site: Site) -> Type:
+    found = want_float(site, 0, 2)
+    _of_documents(site, 1)
+    site.integer("by")
+    return found
+
+
+def _depthwise(site: Site) -> Type:
+    found, weights = want_float(site, 0, 2), want_float(site, 1, 2, 2)
+    text = f"depthwise of {show(found.shape)} by weights {show(weights.shape)}: the channels differ"
+    want_equal(site, (0, -1), (1, -1), text)
+    if weights.shape[0].constant is None:
+        fail("FG212", f"depthwise needs a known width, not {weights.shape[0]}",
+             Blame(1, 0, f"{weights.shape[0]} here"))  # fmt: skip
+    _of_documents(site, 2)
+    return found
+
+
+def _depthwise_weights(site: Site) -> Type:
+    cotangent = want_float(site, 0, 2)
+    rank = len(cotangent.shape)
+    found = want_float(site, 1, rank, rank)
+    text = f"depthwise_weights of {show(cotangent.shape)} and {show(found.shape)}"
+    want_axes(site, 0, 1, range(-rank, 0), text)
+    _of_documents(site, 2)
+    return TensorType("float", (Dim.of(site.integer("width")), found.shape[-1]))
+
+
+def _of_documents(site: Site, index: int) -> None:
+    """Operand `index`, if it is given: the ids of packed documents, one for each token of operand 0."""
+    if len(site.inputs) <= index:
+        return
+    found = want_rank(site, 0, 3)
+    ids = want_dtype(site, index, "int")
+    want_rank(site, index, 2, 2)
+    for own, other in ((0, 0), (-2, 1)):
+        text = f"{site.op} of {show(found.shape)} by ids of {show(ids.shape)}"
+        want_equal(site, (0, own), (index, other), text)
 
 
 def _cross_entropy(site: Site) -> Type:
@@ -104,6 +145,9 @@ MASK_RULES: dict[str, Rule] = {
     "normalize_rows": lambda site: want_float(site, 0, 1),
     "alibi": _alibi,
     "rotary": _rotary,
+    "shift": _shift,
+    "depthwise": _depthwise,
+    "depthwise_weights": _depthwise_weights,
     "sinusoid": lambda site: TensorType("float", (site.dim("length"), site.dim("width"))),
     "cross_entropy": _cross_entropy,
     "mse": _mse,

@@ -84,6 +84,9 @@ RULES: dict[str, Callable[..., Value | Cotangents]] = {
     "concat": lambda g, y, *xs: _unconcat(g, xs, y["axis"]),
     "stack": lambda g, y, *xs: [g.op("select", axis=y["axis"], index=i) for i in range(len(xs))],
     **dict.fromkeys(MASKS, lambda g, y, *xs: _mask(g, y, xs)),
+    "shift": lambda g, y, x, *ids: (g.op("shift", *ids, by=-integer(y["by"])), *(None for _ in ids)),
+    "depthwise": lambda g, y, *xs: _depthwise(g, y, xs),
+    "depthwise_weights": lambda g, y, *xs: _depthwise_weights(g, xs),
 }
 
 
@@ -257,6 +260,24 @@ def _mask(g: Value, y: Value, xs: Sequence[Value]) -> Cotangents:
     size = MASKS[y.node.op].size
     sizes = {} if size is None else {size: y[size]}
     return g.op(y.node.op, *xs[1:], **sizes, fill=0.0), *(None for _ in xs[1:])
+
+
+def _depthwise(g: Value, y: Value, xs: Sequence[Value]) -> Cotangents:
+    """The mirrored convolution for x; for w_k, products of tokens that are k apart."""
+    x, w, *ids = xs
+    reverse = bool(y.node.get("reverse", False))
+    later, earlier = (x, g) if reverse else (g, x)
+    weights = later.op("depthwise_weights", earlier, *ids, width=_whole(w.shape[0]))
+    return g.op("depthwise", w, *ids, reverse=not reverse), weights, *(None for _ in ids)
+
+
+def _depthwise_weights(g: Value, xs: Sequence[Value]) -> Cotangents:
+    later, earlier, *ids = xs
+    return (
+        earlier.op("depthwise", g, *ids),
+        later.op("depthwise", g, *ids, reverse=True),
+        *(None for _ in ids),
+    )
 
 
 def _mse(g: Value, difference: Value) -> Cotangents:

@@ -8,6 +8,7 @@ Nothing here is shared with the kernels, and nothing is fast. Conventions that a
     int            towards 0; NaN is 0, and what 64 bits do not hold their nearest
     normalize_rows weights of -inf, which a mask leaves, are 0; a row of zeros stays one
     rotary         turns pairs (i, i + d/2) by position * base^(-2 i / d)
+    shift          zeros where there is no such token, or one of another document; so in depthwise
     sinusoid       sin in even and cos in odd columns, as Vaswani et al.
     alibi          head i of h has slope 2^(-8 (i + 1) / h)
     forget, decay  of a pair j <= i the gates after j up to i count, of another none; one below -1000 is -1000
@@ -17,7 +18,7 @@ Nothing here is shared with the kernels, and nothing is fast. Conventions that a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ from fastgrad_compiler.reference.attention_torch import (
     visible_pairs,
 )
 from fastgrad_compiler.reference.torch_env import Env, Rule
+from fastgrad_compiler.runtime.documents import document_runs
 
 # ---------------------------------------------------------------- structure and shape
 
@@ -173,6 +175,32 @@ def _rotary(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
+def _moved(x: Tensor, by: int, ids: Sequence[Tensor]) -> Tensor:
+    """x_(t - by) at place t, 0 where no token is there, or one of another document; x [.., n, c], ids int [b, n]."""
+    n = x.shape[-2]
+    source = torch.arange(n, device=x.device) - by
+    seen = (source >= 0) & (source < n)
+    source = source.clamp(0, max(n - 1, 0))
+    for each in ids:
+        runs = document_runs(each)
+        same = seen & (runs == runs[:, source])
+        seen = same.reshape(len(same), *[1] * (x.dim() - 3), n)
+    return torch.where(seen[..., None], x.index_select(-2, source), 0.0)
+
+
+def _depthwise(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
+    x, w, *ids = inputs
+    sign = -1 if node.get("reverse") else 1
+    taps = (w[k] * _moved(x, sign * k, ids) for k in range(1, len(w)))
+    return sum(taps, w[0] * x)
+
+
+def _depthwise_weights(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
+    cotangent, x, *ids = inputs
+    taps = [cotangent * _moved(x, k, ids) for k in range(integer(node["width"]))]
+    return torch.stack([tap.flatten(0, -2).sum(0) for tap in taps])
+
+
 def _sinusoid(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     length, width = env.size(node["length"]), env.size(node["width"])
     column = torch.arange(width, dtype=torch.float64, device=env.device)
@@ -297,6 +325,9 @@ TORCH: dict[str, Rule] = {
     "normalize_rows": _normalize_rows,
     "assume_bound": lambda node, inputs, env: inputs[0],
     "rotary": _rotary,
+    "shift": lambda node, inputs, env: _moved(inputs[0], integer(node["by"]), inputs[1:]),
+    "depthwise": _depthwise,
+    "depthwise_weights": _depthwise_weights,
     "sinusoid": _sinusoid,
     "alibi": lambda node, inputs, env: inputs[0] + alibi(inputs[0]),
     "dropout": lambda node, inputs, env: inputs[0],

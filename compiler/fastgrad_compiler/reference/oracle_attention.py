@@ -69,12 +69,17 @@ def padding(mask: Array, rank: int) -> Array:
     return mask.reshape(batch, *[1] * (rank - 2), keys)
 
 
+def runs(ids: Array) -> Array:
+    """How often the id changes up to each token: int[b, n] of int[b, n]."""
+    change = np.zeros(ids.shape, np.int64)
+    change[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return np.asarray(change.cumsum(axis=1))
+
+
 def documents(ids: Array, rank: int) -> Array:
     """True where no id from query to key differs from its neighbour: int[b, n] gives [b, 1, .., n, n]."""
     batch, length = ids.shape
-    change = np.zeros((batch, length), np.int64)
-    change[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    run = change.cumsum(axis=1)
+    run = runs(ids)
     same = run[:, :, None] == run[:, None, :]
     return np.asarray(same).reshape(batch, *[1] * (rank - 3), length, length)
 

@@ -10,6 +10,7 @@ div             gives a float, of ints too
 clamp           gives ints of ints, those within the limits
 mean            of nothing is NaN, a sum 0
 rotary          turns pairs (i, i + d/2) by position * base^(-2 i / d)
+shift           zeros where there is no such token, or one of another document; so in depthwise
 sinusoid        sin in even and cos in odd columns c, of position / 10000^((c - c % 2) / width)
 dropout         the identity: a run here evaluates, it does not train
 """
@@ -25,6 +26,7 @@ import numpy as np
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute, Node
 from fastgrad_compiler.reference import oracle_attention as pairs
+from fastgrad_compiler.reference import oracle_convolution as tokens
 from fastgrad_compiler.reference.oracle_attention import Array
 
 Sizes: TypeAlias = Mapping[str, int]
@@ -363,6 +365,11 @@ MEANING: dict[str, Rule] = {
     "normalize_rows": _normalize_rows,
     "assume_bound": _unary(lambda x: x),
     "rotary": _rotary,
+    "shift": lambda node, xs, sizes: tokens.moved(xs[0], integer(node["by"]), xs[1:]),
+    "depthwise": lambda node, xs, sizes: tokens.depthwise(xs[0], xs[1], xs[2:], bool(node.get("reverse"))),
+    "depthwise_weights": lambda node, xs, sizes: tokens.depthwise_weights(
+        xs[0], xs[1], xs[2:], integer(node["width"])
+    ),
     "alibi": _unary(lambda x: x + pairs.alibi(x)),
     "sinusoid": _sinusoid,
     "dropout": _unary(lambda x: x),

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .convolution import depthwise as depthwise
+from .convolution import document_runs
+from .convolution import shift as shift
 from .softmax_pairs import Marks, Pairs, is_finite, is_mapped, is_small, select
 
 
@@ -142,7 +145,7 @@ def document_mask(ids: Tensor, rank: int) -> Tensor:
     """bool [b, .., n, n] of that rank: keys with no change of the ids between them and the query; ids [b, n]."""
     b, n = ids.shape
     middle = (1,) * (rank - 3)
-    runs = F.pad((ids[:, 1:] != ids[:, :-1]).cumsum(1), (1, 0))
+    runs = document_runs(ids)
     return runs.view(b, *middle, n, 1) == runs.view(b, *middle, 1, n)
 
 

@@ -23,6 +23,7 @@ _QUIET = frozenset(
         "cast",
         *GATED,
         "near_far",
+        "shift",
         "alibi",
         "where",
         "amax",
@@ -34,6 +35,7 @@ _QUIET = frozenset(
 _REASONS = {
     "unit": "unit divides each row by its norm",
     "rotary": "rotary is a rotation",
+    "depthwise": "a sum of bounded products",
     "softmax": "weights of a softmax",
     "normalize_rows": "shares of a row's sum",
     "sigmoid": "range of sigmoid",

@@ -12,7 +12,16 @@ from dataclasses import replace
 from math import inf, nextafter
 
 from fastgrad_compiler.analysis.bounds.arithmetic import ARITHMETIC
-from fastgrad_compiler.analysis.bounds.facts import Fact, interval, join, root_size, size, total, unknown
+from fastgrad_compiler.analysis.bounds.facts import (
+    Fact,
+    interval,
+    join,
+    product,
+    root_size,
+    size,
+    total,
+    unknown,
+)
 from fastgrad_compiler.analysis.bounds.outward import add_down, add_up, over_up, root_up, times_down, times_up
 from fastgrad_compiler.analysis.bounds.shapes import SHAPES
 from fastgrad_compiler.analysis.bounds.step import Rule, Step
@@ -158,6 +167,21 @@ def _rotary(step: Step) -> Fact:
     return Fact(-most, most, (*others, fact.norms[-1]))
 
 
+def _depthwise(step: Step) -> Fact:
+    """A product for each k, or 0 where there is no such token, as there is for k = 0.
+
+    A vector along any axis grows at most by width times the largest entry of w, and by sqrt(width) times
+    the longest column of w, by Cauchy-Schwarz.
+    """
+    x, w, width = step.facts[0], step.facts[1], step.shapes[1][0]
+    low, high = product(x, w)
+    below, above = total(interval(min(low, 0.0), max(high, 0.0), step.rank), (width - 1,))
+    gain = min(times_up(size(width), w.magnitude), times_up(root_size(width), w.norms[0]))
+    most = times_up(gain, x.magnitude)
+    norms = tuple(times_up(gain, norm) for norm in x.norms)
+    return Fact(max(add_down(low, below), -most), min(add_up(high, above), most), norms)
+
+
 def _dropout(step: Step) -> Fact:
     """The identity, or in training 0 or scaled up."""
     fact, p = step.fact, step.number("p")
@@ -198,6 +222,8 @@ _RULES: dict[str, Rule] = {
     "near_far": lambda step: replace(join(step.facts), norms=(inf,) * step.rank),
     "assume_bound": _assume_bound,
     "rotary": _rotary,
+    "shift": SHAPES["pad"],
+    "depthwise": _depthwise,
     "sinusoid": _range(-1.0, 1.0),
     "alibi": lambda step: Fact(-inf, step.fact.high, (inf,) * step.rank, masked=step.fact.masked),
     "dropout": _dropout,
@@ -236,7 +262,14 @@ DECLINED: dict[str, str] = {
     "repeat": "the analysis enters its bodies",
     "item": "the analysis keeps a fact for each result of a node",
     **dict.fromkeys(
-        ["sum_to", "embedding_gradient", "poly_attention_backward", "repeat_backward", "weight_gradient"],
+        [
+            "sum_to",
+            "embedding_gradient",
+            "depthwise_weights",
+            "poly_attention_backward",
+            "repeat_backward",
+            "weight_gradient",
+        ],
         "it stands only in gradient graphs, where no bound is asked for",
     ),
     "poly_attention": "it stands only after the recognition of attention, where no bound is asked for",

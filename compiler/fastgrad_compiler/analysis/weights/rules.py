@@ -161,6 +161,35 @@ def _cast(step: Step) -> Rows | None:
 # ---------------------------------------------------------------- position, attention
 
 
+def _shift(step: Step) -> Rows | None:
+    """Another token's row, or 0."""
+    rows = _of_any_token(step)
+    return None if rows is None else _with_origin(rows)
+
+
+def _of_any_token(step: Step) -> Rows | None:
+    """What is known of every row of the first input."""
+    rows = step.rows[0]
+    if rows is None or rows.norm.shape[-1] == 1:
+        return rows
+    return step.ball(rows.norm.amax(-1, keepdim=True), rows)
+
+
+def _depthwise(step: Step) -> Rows | None:
+    """The token's own row and those of others, or 0, each entry times its weight."""
+    rows, weight, width = _of_any_token(step), step.rows[1], step.inputs[1].tensor.shape[0].constant
+    if rows is None or weight is None or weight.terms or width is None or step.width is None:
+        return None
+    first, *others = (
+        replace(weight, offset=tap).shaped(step.rank, step.width)
+        for tap in weight.offset.expand(width, -1).unbind()
+    )
+    result, other = times(rows, first), _with_origin(rows)
+    for tap in others:
+        result = add(result, times(other, tap))
+    return result
+
+
 def _attention(step: Step, values: Rows) -> Rows | None:
     """Means of values with positive weights that add up to 1, or 0 where a query sees no key."""
     heads, of = step.shape[-3].constant, step.inputs[2].tensor.shape[-3].constant
@@ -192,6 +221,8 @@ ROWS: dict[str, Rule] = {
     "assume_bound": lambda step: step.rows[0],
     "cast": _cast,
     "rotary": _shrinking(),  # a rotation, another for each place: norms are what it keeps
+    "shift": _shift,
+    "depthwise": _depthwise,
     "attention": known(_attention, 2),
 }
 
@@ -230,7 +261,7 @@ DECLINED: dict[str, str] = {
     **dict.fromkeys(("cross_entropy", "mse"), "its result has no rows"),
     "poly_attention": "its weights are positive only while its logits keep their range",
     **dict.fromkeys(
-        ("embedding_gradient", "poly_attention_backward", "weight_gradient"),
+        ("embedding_gradient", "depthwise_weights", "poly_attention_backward", "weight_gradient"),
         "it stands only in gradient graphs",
     ),
 }
