@@ -60,7 +60,7 @@ class NativeAttention:
         documents: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """out, denominator and maximum; None where the call is not for native kernels or they cannot be had."""
-        operations = self._serve(q, k, v) if log_gate is None else None
+        operations = self._serve(q, k, v)
         if operations is None:
             return None
         dtype, rows = _input_dtype(q, k, v), q.shape[:-1]
@@ -88,7 +88,7 @@ class NativeAttention:
         maximum: Tensor,
     ) -> tuple[Tensor, ...] | None:
         """The gradients of the floating inputs, those that do not exist without elements; None as `forward`."""
-        operations = self._serve(q, k, v) if log_gate is None else None
+        operations = self._serve(q, k, v)
         if operations is None:
             return None
         dtype, precision = _input_dtype(q, k, v), compute_dtype(q, k, v)

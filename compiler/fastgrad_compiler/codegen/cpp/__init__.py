@@ -22,6 +22,7 @@ HEADERS = (
     "tile",
     "features",
     "problem",
+    "decay",
     "pairs",
     "chunk",
     "pair_gradients",

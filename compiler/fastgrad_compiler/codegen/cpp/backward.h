@@ -12,6 +12,15 @@ inline void far_gradient(const Problem& p, Work& w, Row row, long chunk, const K
   const Cotangent far = far_cotangent(w, from - first, to - first);
   transpose<DV, VALUES>(far.rows, w.transposed);
   keys.state.upstream(w.transposed, far.delta, w.dphi);
+  if constexpr (FORGET) {
+    real* of_queries = w.pairs.decay.of_queries;
+    for (int t = 0; t < CHUNK; t += LANES) {
+      vector sum{};
+      for (long f = 0; f < RANK; ++f) sum += at(w.phi + f * CHUNK + t) * at(w.dphi + f * CHUNK + t);
+      at(of_queries + t) = sum;
+    }
+    add_sums(p, row, of_queries + (from - first), from, static_cast<int>(to - from));
+  }
   pull(w.phi, w.dphi, w.dx);
   if constexpr (DOCUMENTS)
     for (int t = 0; t < CHUNK; ++t)  // where 0 met a state that overflowed
@@ -88,6 +97,7 @@ inline void backward(const Problem& p) {
     clear(p.dk, p.batch, p.heads, p.keys, D, p.threads);
     clear(p.dv, p.batch, p.heads, p.keys, DV, p.threads);
   }
+  if constexpr (FORGET) std::fill_n(p.dlog_decay, p.batch * p.heads * p.keys, 0.0);
   if constexpr (SEPARATE) {
     clear(p.dnear_q, p.batch, p.heads * p.groups, p.queries, NEAR_D, p.threads);
     clear(p.dnear_k, p.batch, p.heads, p.keys, NEAR_D, p.threads);

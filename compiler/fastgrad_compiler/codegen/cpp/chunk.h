@@ -29,6 +29,7 @@ struct Work {
   void load_queries(const Problem& p, long b, long h, long g, long first, int count) {
     load<D, COLUMNS>(p.q.rows(b, h * p.groups + g), first, count, q, ahead);
     transpose<D, COLUMNS>(q, x);
+    if constexpr (FORGET) pairs.decay.load_queries(p, b, h, first, count);
     if constexpr (SEPARATE) {
       load<NEAR_D, NEAR_COLUMNS>(p.near_q.rows(b, h * p.groups + g), first, count, near_q, ahead);
       transpose<NEAR_D, NEAR_COLUMNS>(near_q, near_x);

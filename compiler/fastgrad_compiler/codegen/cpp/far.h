@@ -59,6 +59,19 @@ inline bool ends_document(const Problem& p, long b, long first, long last, long 
 
 // ---------------------------------------------------------------- states along the sequence
 
+// FORGET: v~ of the keys [first, first + count), in w.far and w.far_delta, times what is left of it at the edge `stop`,
+// which goes to w.decay.
+inline void decay_values(const Problem& p, Work& w, Row row, long first, int count, long stop) {
+  const double* sums = p.sums(row.b, row.h);
+  const Exponents& exponents = w.pairs.decay.keys;
+  exponents.load(count, [&](int t) { return sums[stop - 1] - sums[first + t]; });
+  exponents.exponentiate(w.decay);
+  for (int t = 0; t < count; ++t) {
+    for (int i = 0; i < VALUES; i += LANES) at(w.far + t * VALUES + i) *= w.decay[t];
+    w.far_delta[t] *= w.decay[t];
+  }
+}
+
 // The state of the keys [start, stop), added.
 inline void absorb_keys(const Problem& p, Work& w, Row row, State& state, long start, long stop) {
   for (long first = start; first < stop; first += CHUNK) {
@@ -67,6 +80,7 @@ inline void absorb_keys(const Problem& p, Work& w, Row row, State& state, long s
     transpose<D, COLUMNS>(w.k, w.x);
     features(w.phi);
     load_values(p, row.b, p.v.rows(row.b, row.h), first, count, w.far, w.far_delta, w.ahead);
+    if constexpr (FORGET) decay_values(p, w, row, first, count, stop);
     state.absorb(w.phi, w.far, w.far_delta, count);
   }
 }
@@ -83,6 +97,8 @@ struct KeyState {
     long start = place, stop = edge;
     if constexpr (SIDE == Side::RIGHT) std::swap(start, stop);
     if (start >= stop) return false;
+    if constexpr (FORGET)
+      if (!empty) state.scale(decay_between(p, row.b, row.h, place, edge));
     place = edge;
     bool reset = false;
     if constexpr (DOCUMENTS) {
@@ -99,12 +115,13 @@ struct Cotangent {
   real *rows, *delta;  // (CHUNK, VALUES), (CHUNK)
 };
 
-// u~ e^-m of the far queries [from, to) of a chunk, 0 elsewhere.
+// u~ e^-m of the far queries [from, to) of a chunk, 0 elsewhere; with gates times their decay since the window began.
 inline Cotangent far_cotangent(Work& w, long from, long to) {
-  if constexpr (!EXPONENTIAL && !DOCUMENTS) return {w.cotangent, w.delta};
+  if constexpr (!EXPONENTIAL && !DOCUMENTS && !FORGET) return {w.cotangent, w.delta};
   for (int t = 0; t < CHUNK; ++t) {
     const bool far = t >= from && t < to;  // 0 times a cotangent that overflowed is not 0
-    const real decay = EXPONENTIAL && far ? std::exp(-std::max(w.level[t], real(0))) : real(1);
+    real decay = EXPONENTIAL && far ? std::exp(-std::max(w.level[t], real(0))) : real(1);
+    if constexpr (FORGET) decay *= w.pairs.decay.factors[t];
     for (int i = 0; i < VALUES; i += LANES)
       at(w.far + t * VALUES + i) = far ? decay * at(w.cotangent + t * VALUES + i) : vector{};
     w.far_delta[t] = far ? decay * w.delta[t] : 0;
@@ -128,6 +145,8 @@ inline bool absorb_queries(const Problem& p, Work& w, Row row, long chunk, State
       empty = true;
     }
   }
+  if constexpr (FORGET)
+    if (!empty) state.scale(decay_between(p, row.b, row.h, edge, edge_of<SIDE>(p, chunk + 1)));
   for (long g = 0; g < p.groups; ++g) {
     w.load_queries(p, row.b, row.h, g, first, count);
     w.load_cotangent(p, row.b, row.h, g, first, count);
@@ -143,6 +162,21 @@ inline bool absorb_queries(const Problem& p, Work& w, Row row, long chunk, State
 
 inline void nothing(long) {}
 
+// FORGET: turns the gradients of v~, in w.rows and w.column, at the edge of a state into those at the keys, and subtracts
+// their products with v~ from the gradients of G.
+inline void decay_key_gradients(const Problem& p, Work& w, Row row, long first, int count) {
+  for (int t = 0; t < count; ++t) {
+    vector sum{};
+    for (int i = 0; i < VALUES; i += LANES) {
+      vector& gradient = at(w.rows + t * VALUES + i);
+      gradient = w.far_delta[t] == 0 ? vector{} : gradient;  // 0 times a state that overflowed is not 0
+      sum += at(w.far + t * VALUES + i) * gradient;
+      gradient *= w.decay[t];
+    }
+    if (w.far_delta[t] != 0) p.dsums(row.b, row.h)[first + t] -= total(sum) + w.far_delta[t] * w.column[t];
+  }
+}
+
 // dV += (Y^T W phi(K))[:dv] and dK += J_phi(K)^T (W Y v~) for the keys [start, stop).
 inline void key_gradients(const Problem& p, Work& w, Row row, const State& state, long start, long stop) {
   for (long first = start; first < stop; first += CHUNK) {
@@ -151,11 +185,14 @@ inline void key_gradients(const Problem& p, Work& w, Row row, const State& state
     transpose<D, COLUMNS>(w.k, w.x);
     features(w.phi);
     load_values(p, row.b, p.v.rows(row.b, row.h), first, count, w.far, w.far_delta, w.ahead);
+    if constexpr (FORGET) decay_values(p, w, row, first, count, stop);
     std::fill_n(w.rows, CHUNK * VALUES, real(0));
-    state.read(w.phi, w.rows, nullptr, count);
+    if constexpr (FORGET) std::fill_n(w.column, CHUNK, real(0));
+    state.read(w.phi, w.rows, FORGET ? w.column : nullptr, count);
     if constexpr (PADDING)
       for (int t = 0; t < count; ++t)
         if (w.far_delta[t] == 0) std::fill_n(w.rows + t * VALUES, VALUES, real(0));
+    if constexpr (FORGET) decay_key_gradients(p, w, row, first, count);
     add_rows<DV, VALUES>(w.rows, p.dv.rows(row.b, row.h), first, count);
     transpose<DV, VALUES>(w.far, w.transposed);
     state.upstream(w.transposed, w.far_delta, w.dphi);

@@ -126,9 +126,19 @@ struct State {
     extra[f] = sum;
   }
 
-  void add(const State& other) {
-    for (long k = 0; k < FEATURES * VALUES; k += LANES) at(values + k) += at(other.values + k);
-    for (long f = 0; f < FEATURES; ++f) add(f, other.extra[f]);
+  // += another, times a factor (FORGET); 0 makes that void, whatever is in it
+  void add(const State& other, real factor = 1) {
+    if (FORGET && factor == 0) return;
+    if constexpr (!FORGET) factor = 1;
+    for (long k = 0; k < FEATURES * VALUES; k += LANES) at(values + k) += factor * at(other.values + k);
+    for (long f = 0; f < FEATURES; ++f) add(f, factor * other.extra[f]);
+  }
+
+  // Times a factor; 0 makes it void, whatever is in it.
+  void scale(real factor) {
+    if (factor == 0) return clear();
+    if (factor != 1)
+      for (long k = 0; k < SIZE; k += LANES) at(values + k) *= factor;
   }
 
   // rows (CHUNK, VALUES) += phi^T W Z and column (CHUNK) += phi^T of its extra part.

@@ -11,6 +11,11 @@ inline void far_part(const Problem& p, Work& w, Row row, long chunk, const KeySt
   if (keys.empty || from >= to) return;
   features(w.phi);
   keys.state.read(w.phi, w.rows, w.column, static_cast<int>(last - first));
+  if constexpr (FORGET)
+    for (int t = 0; t < last - first; ++t) {
+      for (int i = 0; i < VALUES; i += LANES) at(w.rows + t * VALUES + i) *= w.pairs.decay.factors[t];
+      w.column[t] *= w.pairs.decay.factors[t];
+    }
   if constexpr (DOCUMENTS)
     for (long t = 0; t < CHUNK; ++t)
       if (t < from - first || t >= to - first) {

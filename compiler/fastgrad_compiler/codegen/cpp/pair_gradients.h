@@ -29,7 +29,7 @@ inline void each_key_range(const Problem& p, long segment, long first, long last
 }
 
 // Gradients of keys beside a segment, [HALO tokens before, HALO after], which are added when all segments are done.
-constexpr long HALO = NEAR > 0 ? 2 * NEAR : std::max(WINDOW - 1, 0L), HALO_WIDTH = D + DV + NEAR_D;
+constexpr long HALO = NEAR > 0 ? 2 * NEAR : std::max(WINDOW - 1, 0L), HALO_WIDTH = D + DV + NEAR_D + FORGET;
 
 struct Halo {
   real* memory;  // for each row and segment (2 HALO, HALO_WIDTH); nullptr: no key is beside its segment
@@ -60,6 +60,7 @@ struct Halo {
           for (int i = 0; i < D; ++i) p.dk.rows(row.b, row.h)[key][i] += from[i];
           for (int i = 0; i < DV; ++i) p.dv.rows(row.b, row.h)[key][i] += from[D + i];
           for (int i = 0; i < NEAR_D; ++i) p.dnear_k.rows(row.b, row.h)[key][i] += from[D + DV + i];
+          if constexpr (FORGET) p.dsums(row.b, row.h)[key] -= from[HALO_WIDTH - 1];
         }
       }
     }
@@ -69,13 +70,17 @@ struct Halo {
 // Where the gradients of the keys [start, ..) of a chunk's window go.
 struct KeyGradients {
   Rows<real> dk, dv, dnear_k;
+  real* beside = nullptr;   // the rows of keys beside the segment, from key 0 on
+  double* dsums = nullptr;  // FORGET: of all keys
 
   KeyGradients(const Problem& p, Row row, long segment, long start, const Halo& halo)
       : dk(p.dk.rows(row.b, row.h)), dv(p.dv.rows(row.b, row.h)), dnear_k(p.dnear_k.rows(row.b, row.h)) {
+    if constexpr (FORGET) dsums = p.dsums(row.b, row.h);
     if constexpr (HALO > 0) {
       const long begin = chunk_first(segment_start(p, segment));
       const long end = chunk_last(segment_start(p, segment + 1) - 1, p.queries);
-      if (real* beside = halo.rows(p, row.index, segment, begin, end, start)) {
+      beside = halo.rows(p, row.index, segment, begin, end, start);
+      if (beside != nullptr) {
         beside -= start * HALO_WIDTH;
         dk = {beside, HALO_WIDTH};
         dv = {beside + D, HALO_WIDTH};
@@ -83,7 +88,21 @@ struct KeyGradients {
       }
     }
   }
+
+  // FORGET: less those of G, of the keys [start, start + count)
+  void subtract(const real* of_keys, long start, int count) const {
+    for (int t = 0; t < count; ++t)
+      if (HALO > 0 && beside != nullptr)
+        beside[(start + t) * HALO_WIDTH + HALO_WIDTH - 1] += of_keys[t];
+      else
+        dsums[start + t] -= of_keys[t];
+  }
 };
+
+// FORGET: the gradients of G of queries, added.
+inline void add_sums(const Problem& p, Row row, const real* of_queries, long first, int count) {
+  for (int t = 0; t < count; ++t) p.dsums(row.b, row.h)[first + t] += of_queries[t];
+}
 
 // The gradients that come from pairs: of the queries into w.dx and w.near_dx, of the keys and values into place.
 inline void local_gradients(const Problem& p, Work& w, Row row, long segment, long first, long last, const Halo& halo) {
@@ -93,6 +112,7 @@ inline void local_gradients(const Problem& p, Work& w, Row row, long segment, lo
   if constexpr (MIXED)
     for (int t = 0; t < CHUNK; ++t) w.decay[t] = std::exp(-std::max(w.level[t], real(0)));
   Pairs& pairs = w.pairs;
+  if constexpr (FORGET) std::fill_n(pairs.decay.of_queries, CHUNK, real(0));
   each_key_range(p, segment, first, last, [&](long start, long stop) {
     if (reach.none(start, stop)) return;
     pairs.load(p, row.b, row.h, start, stop, first, w.x, w.near_x);
@@ -101,6 +121,7 @@ inline void local_gradients(const Problem& p, Work& w, Row row, long segment, lo
     const KeyGradients to(p, row, segment, start, halo);
     pairs.to_keys<VALUES>(pairs.weights, w.cotangent, w.gradients, queries);
     add_rows<DV, VALUES>(w.gradients, to.dv, start, pairs.count());
+    if constexpr (FORGET) to.subtract(pairs.decay.of_keys, start, pairs.count());
     if constexpr (SCORED) {
       pairs.to_keys<COLUMNS>(pairs.scores, w.q, w.gradients, queries);
       add_rows<D, COLUMNS>(w.gradients, to.dk, start, pairs.count());
@@ -112,4 +133,5 @@ inline void local_gradients(const Problem& p, Work& w, Row row, long segment, lo
       pairs.to_transposed<NEAR_D>(pairs.near_kx, pairs.local, w.near_dx);
     }
   });
+  if constexpr (FORGET) add_sums(p, row, pairs.decay.of_queries, first, queries);
 }

@@ -1,25 +1,5 @@
 // ---------------------------------------------------------------- pairs of tokens, one by one
 
-// e^x for x <= 0, to rounding: 2^k e^r with |r| <= ln(2) / 2 and a Taylor polynomial of e^r.
-inline vector exponential(vector x) {
-  constexpr bool DOUBLE = sizeof(real) == 8;
-  constexpr int TERMS = DOUBLE ? 13 : 7, FRACTION = DOUBLE ? 52 : 23, BIAS = DOUBLE ? 1023 : 127;
-  constexpr real LEAST = DOUBLE ? -708 : -87, HIGH = DOUBLE ? 0x1.62e42feep-1 : 0x1.62e4p-1;
-  constexpr real LOW = DOUBLE ? 1.90821492927058770002e-10 : 1.42860677e-6, SHIFT = DOUBLE ? 0x1.8p52 : 0x1.8p23;
-  const lanes vanishes = x < LEAST;
-  x = vanishes ? vector{} : x;
-  const vector k = (x * real(1.44269504088896340736) + SHIFT) - SHIFT;
-  const vector r = (x - k * HIGH) - k * LOW;
-  vector sum = vector{} + real(1) / TERMS;
-#pragma GCC unroll 16
-  for (int term = TERMS - 1; term >= 1; --term) sum = (sum * r + real(1)) * (real(1) / term);
-  sum = sum * r + real(1);  // 1 + r (1 + r/2 (1 + r/3 ...))
-  const lanes power = (__builtin_convertvector(k, lanes) + BIAS) << FRACTION;
-  vector scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  return vanishes ? vector{} : sum * scale;
-}
-
 inline vector polynomial(vector s) {
   vector sum = vector{} + real(COEFFICIENTS[DEGREE]);
 #pragma GCC unroll 16
@@ -90,15 +70,18 @@ struct Pairs {
   real *k, *kx, *values, *ones;  // (CHUNK, COLUMNS), (D, CHUNK), (CHUNK, VALUES), (CHUNK)
   real *scores, *weights;        // (CHUNK keys, CHUNK queries)
   real *near_k, *near_kx, *local;  // SEPARATE: (CHUNK, NEAR_COLUMNS), (NEAR_D, CHUNK), as scores
+  Decay decay;                     // FORGET
 
   static constexpr long SQUARE = static_cast<long>(CHUNK) * CHUNK;
   static constexpr long LOCAL = SEPARATE ? SQUARE : 0;
-  static constexpr long SIZE = CHUNK * (COLUMNS + D + VALUES + 1L + NEAR_COLUMNS + NEAR_D) + 2 * SQUARE + LOCAL + 320;
+  static constexpr long SIZE =
+      CHUNK * (COLUMNS + D + VALUES + 1L + NEAR_COLUMNS + NEAR_D) + 2 * SQUARE + LOCAL + 320 + Decay::SIZE;
 
   explicit Pairs(Arena& memory)
       : k(memory.take(CHUNK * COLUMNS)), kx(memory.take(D * CHUNK)), values(memory.take(CHUNK * VALUES)),
         ones(memory.take(CHUNK)), scores(memory.take(SQUARE)), weights(memory.take(SQUARE)),
-        near_k(memory.take(CHUNK * NEAR_COLUMNS)), near_kx(memory.take(NEAR_D * CHUNK)), local(memory.take(LOCAL)) {}
+        near_k(memory.take(CHUNK * NEAR_COLUMNS)), near_kx(memory.take(NEAR_D * CHUNK)), local(memory.take(LOCAL)),
+        decay(memory) {}
 
   int count() const { return static_cast<int>(stop - start); }
 
@@ -108,6 +91,7 @@ struct Pairs {
     stop = to;
     diagonal = CAUSAL && start == first;
     load_values(p, b, p.v.rows(b, h), start, count(), values, ones, 0);
+    if constexpr (FORGET) decay.load_keys(p, b, h, start, count());
     if constexpr (SCORED) {
       attention::load<D, COLUMNS>(p.k.rows(b, h), start, count(), k, 0);
       transpose<D, COLUMNS>(k, kx);
@@ -165,6 +149,7 @@ constexpr real NOTHING = -std::numeric_limits<real>::infinity();
 // t of a key for LANES queries from i on, NOTHING where it is hidden or far, and the row maxima that take it in.
 inline vector near_logit(const Pairs& pairs, const Reach& reach, bool all, int j, int i, vector& largest) {
   vector local = SEPARATE ? at(pairs.local + j * CHUNK + i) : SCALE * at(pairs.scores + j * CHUNK + i);
+  if constexpr (FORGET) local += pairs.decay.exponent(j, i);
   if (!MIXED && !all) local = reach.sees(pairs.start + j, i) ? local : vector{} + NOTHING;
   if (pairs.hidden(j)) {
     local = vector{} + NOTHING;
@@ -197,7 +182,9 @@ inline void add_exponential_pairs(Pairs& pairs, const Reach& reach, bool all, in
       vector weight = exponential(at(t + j * CHUNK + i) - level);
       if constexpr (MIXED) {
         const lanes far = reach.sees(pairs.start + j, i) & ~reach.near(pairs.start + j, i);
-        if (!pairs.hidden(j)) weight = far ? decay * polynomial(at(pairs.scores + j * CHUNK + i)) : weight;
+        vector far_weight = decay * polynomial(at(pairs.scores + j * CHUNK + i));
+        if constexpr (FORGET) far_weight *= pairs.decay.factor(j, i);
+        if (!pairs.hidden(j)) weight = far ? far_weight : weight;
       }
       sum += weight;
       at(pairs.weights + j * CHUNK + i) = weight;
@@ -218,6 +205,7 @@ inline void add_polynomial_pairs(Pairs& pairs, const Reach& reach, bool all, rea
     vector sum = at(column + i);
     for (int j = 0; j < pairs.count(); ++j) {
       vector weight = polynomial(at(pairs.scores + j * CHUNK + i));
+      if constexpr (FORGET) weight *= pairs.decay.factor(j, i);
       if (!all) weight = reach.sees(pairs.start + j, i) ? weight : vector{};
       if (pairs.hidden(j)) weight = vector{};
       sum += weight;
@@ -238,11 +226,16 @@ inline void add_pairs(Pairs& pairs, const Reach& reach, int queries, real* rows,
 }
 
 // Weights again of key j for LANES queries from i on, where a pair may be far, and in place of the scores (and of local,
-// where it is SEPARATE) their gradients. above: the gradient of the weight; level, decay: m, e^-m.
-inline void weigh_mixed(Pairs& pairs, const Reach& reach, int j, int i, vector above, vector level, vector decay) {
+// where it is SEPARATE) their gradients. above: the gradient of the weight; level, decay: m, e^-m. Returns the gradients
+// of the weights' logarithms (FORGET).
+inline vector weigh_mixed(Pairs& pairs, const Reach& reach, int j, int i, vector above, vector level, vector decay) {
   const long place = j * CHUNK + i;
   const vector s = at(pairs.scores + place);
-  const vector t = SEPARATE ? at(pairs.local + place) : SCALE * s;
+  vector t = SEPARATE ? at(pairs.local + place) : SCALE * s;
+  if constexpr (FORGET) {
+    t += pairs.decay.exponent(j, i);
+    decay *= pairs.decay.factor(j, i);
+  }
   const lanes visible = pairs.hidden(j) ? lanes{} : reach.sees(pairs.start + j, i);
   const lanes near = visible & reach.near(pairs.start + j, i), far = visible & ~near;
   const vector weight = near ? exponential(t < level ? t - level : vector{}) : vector{};
@@ -251,42 +244,61 @@ inline void weigh_mixed(Pairs& pairs, const Reach& reach, int j, int i, vector a
   at(pairs.weights + place) = far ? decay * polynomial(s) : weight;
   if constexpr (SEPARATE) at(pairs.local + place) = local_gradient;
   at(pairs.scores + place) = SEPARATE ? far_gradient : far_gradient + SCALE * local_gradient;
+  return visible ? at(pairs.weights + place) * above : vector{};
 }
 
 // The same where pairs are all near or, without a near field, all far.
-inline void weigh_alike(Pairs& pairs, const Reach& reach, bool all, int j, int i, vector above, vector level) {
+inline vector weigh_alike(Pairs& pairs, const Reach& reach, bool all, int j, int i, vector above, vector level) {
   const long place = j * CHUNK + i;
   vector weight, gradient;  // of the weight; of t, or of s
   if constexpr (EXPONENTIAL) {
-    const vector t = SEPARATE ? at(pairs.local + place) : SCALE * at(pairs.scores + place);
+    vector t = SEPARATE ? at(pairs.local + place) : SCALE * at(pairs.scores + place);
+    if constexpr (FORGET) t += pairs.decay.exponent(j, i);
     weight = exponential(t < level ? t - level : vector{});
     gradient = SEPARATE ? weight * above : SCALE * weight * above;
   } else {
     const vector s = at(pairs.scores + place);
     weight = polynomial(s);
     gradient = slope(s) * above;
+    if constexpr (FORGET) {
+      const vector factor = pairs.decay.factor(j, i);
+      weight *= factor;
+      gradient *= factor;
+    }
   }
+  vector of_logarithm = weight * above;
   if (!all) {
     const lanes visible = reach.sees(pairs.start + j, i);
     weight = visible ? weight : vector{};
     gradient = visible ? gradient : vector{};
+    of_logarithm = visible ? of_logarithm : vector{};
   }
-  if (pairs.hidden(j)) weight = gradient = vector{};
+  if (pairs.hidden(j)) weight = gradient = of_logarithm = vector{};
   at(pairs.weights + place) = weight;
   at((SEPARATE ? pairs.local : pairs.scores) + place) = gradient;
+  return of_logarithm;
 }
 
 // Weights again and gradients of the logits, from `gradient` (keys, queries) of the weights less delta (CHUNK), which is
-// of the denominator; maximum, decay (CHUNK): m, and e^-m for far keys.
+// of the denominator; maximum, decay (CHUNK): m, and e^-m for far keys. FORGET: gradients of G too, those of queries
+// added.
 inline void weigh_again(Pairs& pairs, const Reach& reach, const real* delta, real* gradient, const real* maximum,
                         const real* decay) {
   const bool all = !pairs.diagonal && reach.all(pairs.start, pairs.stop);
-  for (int j = 0; j < pairs.count(); ++j)
+  for (int j = 0; j < pairs.count(); ++j) {
+    vector of_key{};
     for (int i = 0; i < CHUNK; i += LANES) {
       const vector above = at(gradient + j * CHUNK + i) + at(delta + i);
+      vector of_logarithm;
       if constexpr (MIXED)
-        weigh_mixed(pairs, reach, j, i, above, at(maximum + i), at(decay + i));
+        of_logarithm = weigh_mixed(pairs, reach, j, i, above, at(maximum + i), at(decay + i));
       else
-        weigh_alike(pairs, reach, all, j, i, above, at(maximum + i));
+        of_logarithm = weigh_alike(pairs, reach, all, j, i, above, at(maximum + i));
+      if constexpr (FORGET) {
+        at(pairs.decay.of_queries + i) += of_logarithm;
+        of_key += of_logarithm;
+      }
     }
+    if constexpr (FORGET) pairs.decay.of_keys[j] = total(of_key);
+  }
 }

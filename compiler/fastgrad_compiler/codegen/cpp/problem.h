@@ -38,16 +38,18 @@ struct Problem {
   long batch, heads, groups, queries, keys;  // `heads` of k and v; each has `groups` heads of q
   Heads<const input> q, k, v;
   Heads<const input> near_q, near_k;  // SEPARATE
-  const double* log_decay;            // FORGET: [batch, heads, keys], see decay.py; and its gradient
+  const double* log_decay;            // FORGET: [batch, heads, keys], sums of gates, see decay.py
   const bool* mask;                   // PADDING: [batch, keys], true for a real token
   const std::int64_t* documents;      // DOCUMENTS: [batch, keys]; a run of equal numbers is a document
   Heads<input> out;
   real *denominator, *maximum;  // [batch, heads * groups, queries]
   Heads<const input> gradient;
   Heads<real> dq, dk, dv, dnear_q, dnear_k;
-  double* dlog_decay;
+  double* dlog_decay;  // FORGET: as log_decay
   long threads, segments;  // parts of the sequence that are done at the same time
 
+  const double* sums(long b, long h) const { return log_decay + (b * heads + h) * keys; }
+  double* dsums(long b, long h) const { return dlog_decay + (b * heads + h) * keys; }
   long saved(long b, long h, long g) const { return ((b * heads + h) * groups + g) * queries; }
 };
 

@@ -55,12 +55,21 @@ inline void sum_segments(const Carries& carries, long row) {
   for (long s = 1; s < carries.p.segments; ++s) carries.copy(row, 0, s);
 }
 
+// FORGET: the decay of a state along a segment.
+inline real decay_across(const Problem& p, long row, long segment) {
+  if constexpr (!FORGET) return 1;
+  const long from = edge_of<Side::LEFT>(p, segment_start(p, segment));
+  const long to = edge_of<Side::LEFT>(p, segment_start(p, segment + 1));
+  return decay_between(p, row / p.heads, row % p.heads, from, to);
+}
+
 // Turns what each segment adds into what it begins with; `ascending`: it comes from the segments before.
 inline void scan_segments(const Carries& carries, long row, bool ascending) {
   const long segments = carries.p.segments;
   const auto place = [&](long k) { return ascending ? k : segments - 1 - k; };
   for (long k = 1; k < segments; ++k)
-    if (!carries.resets[row * segments + place(k)]) carries.at(row, place(k)).add(carries.at(row, place(k - 1)));
+    if (!carries.resets[row * segments + place(k)])
+      carries.at(row, place(k)).add(carries.at(row, place(k - 1)), decay_across(carries.p, row, place(k)));
   for (long k = segments - 1; k > 0; --k) carries.copy(row, place(k - 1), place(k));
   carries.at(row, place(0)).clear();
 }
