@@ -1,0 +1,97 @@
+"""The models that are compared: one text of a `.tfg` file for each form of attention, alike in everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb
+
+BYTES = 4  # of a number in a state or a cache
+
+SPEC = """use std
+
+dim b
+dim n <= {longest}
+
+model mixer(tokens: int[b, n]) -> float[b, n, {vocabulary}] {{
+    weight table: float[{vocabulary}, {width}] = normal(std = {std})
+    x = embedding(table, tokens)
+{layers}
+    return std.rms_norm(x) @ table.T
+}}
+
+objective loss(logits: float[b, n, {vocabulary}], targets: int[b, n]) = cross_entropy(logits, targets)
+{budget}"""
+LAYER = """    x = x + {mixer} as mixers_{i}
+    x = x + std.swiglu(std.rms_norm(x); hidden = {hidden})"""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One form: `call` is its text, with {heads}; d, degree: of a polynomial; near, window: tokens; degree 0: exact."""
+
+    call: str
+    d: int = 0
+    degree: int = 0
+    near: int = 0
+    window: int = 0
+
+    def state_bytes(self, n: int, heads: int, width: int) -> int:
+        """What a layer keeps of n tokens to go on, in float32: states, and keys and values of what is near."""
+        each = width // heads
+        if self.window:
+            return BYTES * heads * min(n, self.window) * 2 * each
+        if not self.degree:
+            return BYTES * heads * n * 2 * each
+        state = comb(self.d + self.degree, self.degree) * (each + 1)
+        return BYTES * heads * (state + min(n, 2 * self.near) * (self.d + each))
+
+
+def _softmax(options: str = "") -> str:
+    return "std.attention(std.rms_norm(x); heads = {heads}, causal = true, rope = 10000.0" + options + ")"
+
+
+def _bounded(d: int, gain: float, near: int | None, rope: bool) -> str:
+    options = f", qk_dim = {d}, gain = {gain}" + (f", near = {near}" if near else "")
+    options += ", rope = 10000.0" if rope else ""
+    return "std.attention(std.rms_norm(x); heads = {heads}, causal = true" + options + ")"
+
+
+def _own(d: int, coefficients: str, near: int | None, rope: bool = False) -> str:
+    options = f", qk_dim = {d}, coefficients = {coefficients}" + (f", near = {near}" if near else "")
+    options += ", rope = 10000.0" if rope else ""
+    return "std.kernel_attention(std.rms_norm(x); heads = {heads}, causal = true" + options + ")"
+
+
+TAYLOR, SQUARE, FOURTH = "(1.0, 1.0, 0.5)", "(0.0, 0.0, 1.0)", "(0.0, 0.0, 0.0, 0.0, 1.0)"
+
+FORMS: dict[str, Attention] = {
+    "softmax": Attention(_softmax()),
+    "window of 32": Attention(_softmax(", window = 32"), window=32),
+    "bounded, gain 1, near 16, rotary": Attention(_bounded(16, 1.0, 16, True), 16, 2, 16),
+    "bounded, gain 1, near 16": Attention(_bounded(16, 1.0, 16, False), 16, 2, 16),
+    "1 + s + s^2/2": Attention(_own(16, TAYLOR, None), 16, 2),
+    "1 + s + s^2/2, near 16": Attention(_own(16, TAYLOR, 16), 16, 2, 16),
+    "1 + s + s^2/2, near 16, rotary": Attention(_own(16, TAYLOR, 16, rope=True), 16, 2, 16),
+    "s^2, near 16": Attention(_own(16, SQUARE, 16), 16, 2, 16),
+    "s^4 of width 8, near 16": Attention(_own(8, FOURTH, 16), 8, 4, 16),
+}
+
+
+def text(
+    forms: tuple[Attention, ...], *, vocabulary: int, width: int, heads: int, longest: int, hidden: int = 0
+) -> str:
+    """The file of a model with one layer for each of `forms`."""
+    layers = [
+        LAYER.format(mixer=form.call.format(heads=heads), i=i, hidden=hidden or 2 * width)
+        for i, form in enumerate(forms)
+    ]
+    planned = [f'    at "mixers_{i}" degree = {f.degree}' for i, f in enumerate(forms) if "gain" in f.call]
+    budget = "\n".join(["", "budget {", *planned, "}", ""]) if planned else ""
+    return SPEC.format(
+        longest=longest,
+        vocabulary=vocabulary,
+        width=width,
+        std=width**-0.5,
+        layers="\n".join(layers),
+        budget=budget,
+    )
