@@ -46,32 +46,42 @@ class Attention:
         return BYTES * heads * (state + min(n, 2 * self.near) * (self.d + each))
 
 
-def _softmax(options: str = "") -> str:
-    return "std.attention(std.rms_norm(x); heads = {heads}, causal = true, rope = 10000.0" + options + ")"
+NORMED = "std.rms_norm(x)"
+CONVOLVED = "std.short_conv(std.rms_norm(x); width = 4)"  # sees the last tokens too
+
+
+def _softmax(options: str = "", source: str = NORMED) -> str:
+    return f"std.attention({source}; heads = {{heads}}, causal = true, rope = 10000.0{options})"
 
 
 def _bounded(d: int, gain: float, near: int | None, rope: bool) -> str:
     options = f", qk_dim = {d}, gain = {gain}" + (f", near = {near}" if near else "")
     options += ", rope = 10000.0" if rope else ""
-    return "std.attention(std.rms_norm(x); heads = {heads}, causal = true" + options + ")"
+    return f"std.attention({NORMED}; heads = {{heads}}, causal = true{options})"
 
 
-def _own(d: int, coefficients: str, near: int | None, rope: bool = False) -> str:
-    options = f", qk_dim = {d}, coefficients = {coefficients}" + (f", near = {near}" if near else "")
-    options += ", rope = 10000.0" if rope else ""
-    return "std.kernel_attention(std.rms_norm(x); heads = {heads}, causal = true" + options + ")"
+def _own(d: int, coefficients: str, near: int | None, options: str = "", source: str = NORMED) -> str:
+    options = (
+        f", qk_dim = {d}, coefficients = {coefficients}" + (f", near = {near}" if near else "") + options
+    )
+    return f"std.kernel_attention({source}; heads = {{heads}}, causal = true{options})"
 
 
 TAYLOR, SQUARE, FOURTH = "(1.0, 1.0, 0.5)", "(0.0, 0.0, 1.0)", "(0.0, 0.0, 0.0, 0.0, 1.0)"
 
 FORMS: dict[str, Attention] = {
     "softmax": Attention(_softmax()),
+    "softmax, forget": Attention(_softmax(", forget = true")),
+    "softmax, short convolution": Attention(_softmax(source=CONVOLVED)),
     "window of 32": Attention(_softmax(", window = 32"), window=32),
     "bounded, gain 1, near 16, rotary": Attention(_bounded(16, 1.0, 16, True), 16, 2, 16),
     "bounded, gain 1, near 16": Attention(_bounded(16, 1.0, 16, False), 16, 2, 16),
     "1 + s + s^2/2": Attention(_own(16, TAYLOR, None), 16, 2),
     "1 + s + s^2/2, near 16": Attention(_own(16, TAYLOR, 16), 16, 2, 16),
-    "1 + s + s^2/2, near 16, rotary": Attention(_own(16, TAYLOR, 16, rope=True), 16, 2, 16),
+    "1 + s + s^2/2, near 16, rotary": Attention(_own(16, TAYLOR, 16, ", rope = 10000.0"), 16, 2, 16),
+    "1 + s + s^2/2, near 16, forget": Attention(_own(16, TAYLOR, 16, ", forget = true"), 16, 2, 16),
+    "1 + s + s^2/2, short convolution": Attention(_own(16, TAYLOR, None, source=CONVOLVED), 16, 2),
+    "1 + s + s^2/2, near 16, short convolution": Attention(_own(16, TAYLOR, 16, source=CONVOLVED), 16, 2, 16),
     "s^2, near 16": Attention(_own(16, SQUARE, 16), 16, 2, 16),
     "s^4 of width 8, near 16": Attention(_own(8, FOURTH, 16), 8, 4, 16),
 }
