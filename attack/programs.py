@@ -130,7 +130,8 @@ def _library(g: Grower, _: list[_Block]) -> None:
     options += g.rng.sample(more, g.rng.randint(0, 2))
     name, given = ("attention_padded", f", {mask[0]}") if mask and g.rng.random() < 0.3 else ("attention", "")
     kind = g.rng.choice((f"{name}({x.text}{given}; {', '.join(options)})", f"mlp({x.text}; hidden = 4)",
-                         f"swiglu({x.text}; hidden = 4)", f"rms_norm({x.text})", f"layer_norm({x.text})"))  # fmt: skip
+                         f"swiglu({x.text}; hidden = 4)", f"rms_norm({x.text})", f"layer_norm({x.text})",
+                         f"short_conv({x.text}; width = 2)"))  # fmt: skip
     if sum(kind.count(word) for word in ("gain",)) > 1:
         raise Unfit
     g.say(f"std.{kind}")
