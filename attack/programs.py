@@ -124,7 +124,8 @@ def _library(g: Grower, _: list[_Block]) -> None:
     if name == "attention" and g.rng.random() < 0.2:
         options.append("forget = true")
     kind = g.rng.choice((f"{name}({x.text}{given}; {', '.join(options)})", f"mlp({x.text}; hidden = 4)",
-                         f"swiglu({x.text}; hidden = 4)", f"rms_norm({x.text})", f"layer_norm({x.text})"))  # fmt: skip
+                         f"swiglu({x.text}; hidden = 4)", f"rms_norm({x.text})", f"layer_norm({x.text})",
+                         f"short_conv({x.text}; width = 2)"))  # fmt: skip
     if kind.count("gain") > 1:
         raise Unfit
     g.say(f"std.{kind}")

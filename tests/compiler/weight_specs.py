@@ -111,6 +111,10 @@ SPECS = {
         ),
         0.5,
     ),
+    "the token before": Spec(written(TWO + HEADS.format("shift(h) @ wq", "h @ wk")), 0.5),
+    "a short convolution": Spec(
+        written(TWO + HEADS.format("std.short_conv(h @ wq; width = 2)", "h @ wk")), 0.65
+    ),
     "scales of entries": Spec(
         written(
             TWO + "weight s: float[16] = normal()\n    " + HEADS.format("(h * s) @ wq", "(-h / 2.0) @ wk")

@@ -38,6 +38,8 @@ USES = {
     "embed": (TOKENS, "tokens; 9, 24"),
     "mlp": (X, 'x; 48, activation = "silu", bias = false'),
     "swiglu": (X, "x; 48"),
+    "short_conv": (X, "x"),
+    "short_conv_packed": (f"{X}, ids: int[b, n]", "x, ids; width = 2"),
     "attention": (X, "x; 4"),
     "attention_padded": (f"{X}, {MASK.format('n')}", "x, mask; 4"),
     "cross_attention": (f"{X}, {MEMORY}", "x, memory; 4"),
@@ -217,6 +219,26 @@ def forgetting(
         w = torch.where(near_mask(torch.arange(7), 7, near), s.exp(), w)
     w = (w * gates.exp()).tril()
     return w / w.sum(-1, keepdim=True) @ v
+
+
+@pytest.mark.parametrize("width", [1, 2, 8])
+def test_a_short_convolution_starts_as_the_identity(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for block, more in (("short_conv", ""), ("short_conv_packed", ", ids: int[b, n]")):
+        program = library_model(X + more, f"x{', ids' if more else ''}; {width}", block)
+        inputs = [example(tensor, generator) for tensor in re.split(r", (?=\w+:)", X + more)]
+        weights = initial_weights(program, 0, torch.float64)
+        assert {path: tuple(w.shape) for path, w in weights.items()} == {f"{block}.w": (width, 24)}
+        torch.testing.assert_close(run(program, inputs, weights), inputs[0], rtol=0, atol=0)
+        w = torch.randn(width, 24, generator=generator, dtype=torch.float64)
+        found = run(program, inputs, {f"{block}.w": w})
+        x, expected = inputs[0], inputs[0].clone()
+        for t in range(7):
+            for k in range(min(width, t + 1)):
+                one = inputs[1][:, t - k : t + 1] if more else torch.zeros(2, 1)
+                seen = (one == one[:, :1]).all(1, keepdim=True)
+                expected[:, t] += w[k] * x[:, t - k] * seen
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 KERNEL_OPTIONS = [
