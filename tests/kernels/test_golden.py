@@ -24,6 +24,7 @@ SPEC = KernelSpec(
     8, 16, (1.0, 0.9, 0.55), causal=True, padding=True, near=64, near_d=5, scale=0.25
 )  # every branch but those of documents, of windows and of far keys on both sides
 WINDOW = KernelSpec(8, 16, (), documents=True, window=7)
+FORGET = KernelSpec(8, 16, (1.0, 0.9, 0.55), causal=True, forget=True)
 
 
 def rendered(spec: KernelSpec, ending: str) -> str:
@@ -41,7 +42,7 @@ def test_triton(golden: Golden) -> None:
     golden(GOLDEN / "attention_triton.py.txt", rendered(SPEC, TRITON))
 
 
-@pytest.mark.parametrize(("file", "spec"), [("attention", SPEC), ("window", WINDOW)])
+@pytest.mark.parametrize(("file", "spec"), [("attention", SPEC), ("window", WINDOW), ("forget", FORGET)])
 def test_cpp(file: str, spec: KernelSpec, golden: Golden) -> None:
     """The constants; what follows them is the same text for every kernel."""
     text = rendered(spec, CPP)

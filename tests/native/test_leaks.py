@@ -19,7 +19,8 @@ run_native = partial(run_kernel, native=True)
 
 
 def run_window(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
-    out = load_kernel(spec, CPP)(*inputs.tensors[:3], mask=inputs.mask, documents=inputs.documents)
+    q, k, v = inputs.tensors[:3]
+    out = load_kernel(spec, CPP)(q, k, v, mask=inputs.mask, documents=inputs.documents, **inputs.named)
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
 
 
