@@ -24,6 +24,7 @@ SPEC = KernelSpec(
     8, 16, (1.0, 0.9, 0.55), causal=True, padding=True, near=64, near_d=5, scale=0.25
 )  # every branch but those of documents, of windows and of far keys on both sides
 WINDOW = KernelSpec(8, 16, (), documents=True, window=7)
+FORGET = KernelSpec(8, 16, (1.0, 0.9, 0.55), causal=True, forget=True)
 
 
 def rendered(spec: KernelSpec, ending: str) -> str:
@@ -32,7 +33,7 @@ def rendered(spec: KernelSpec, ending: str) -> str:
     return kernel_files(spec, AUTO)[f"{name}{ending}"].replace(name, NAME_PLACEHOLDER)
 
 
-@pytest.mark.parametrize(("file", "spec"), [("attention", SPEC), ("window", WINDOW)])
+@pytest.mark.parametrize(("file", "spec"), [("attention", SPEC), ("window", WINDOW), ("forget", FORGET)])
 def test_pytorch(file: str, spec: KernelSpec, golden: Golden) -> None:
     golden(GOLDEN / f"{file}.py.txt", rendered(spec, ".py"))
 

@@ -33,12 +33,21 @@ HEADS = 4  # each with a start of its own
 
 @dataclass(frozen=True)
 class Attack:
-    """A kernel with the polynomial that it evaluates, and a run of it."""
+    """A kernel with the polynomial that it evaluates, a run of it, and its gates if it has any."""
 
     polynomial: Polynomial
     spec: KernelSpec
     dtype: str
     n: int
+
+    @property
+    def gates(self) -> dict[str, Tensor]:
+        """log_gate [1, HEADS, n], from such that hardly forget to such that forget all, by name."""
+        if not self.spec.forget:
+            return {}
+        generator = torch.Generator().manual_seed(self.n)
+        sizes = 3.0 * torch.randn(1, HEADS, self.n, generator=generator, dtype=torch.float64) - 4.0
+        return {"log_gate": -sizes.exp().to(DTYPES[self.dtype])}
 
     def bounds(self) -> Certificate:
         """What is stated, rounding included."""
@@ -96,10 +105,12 @@ def results(case: Attack, tensors: list[Tensor]) -> tuple[list[Tensor], list[Ten
     """Output and gradients of q, k and v: of the kernel in the dtype of the run, and exact in float64."""
     *inputs, cotangent = tensors
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = load_kernel(case.spec)(*leaves)
+    out = load_kernel(case.spec)(*leaves, **case.gates)
     found = [out, *torch.autograd.grad(out, leaves, cotangent)]
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    exact = softmax_attention(*wide, causal=case.spec.causal, near=case.spec.near)
+    q, k, v = wide
+    gates: dict[str, Any] = {name: x.double() for name, x in case.gates.items()}
+    exact = softmax_attention(q, k, v, causal=case.spec.causal, near=case.spec.near, **gates)
     return found, [exact, *torch.autograd.grad(exact, wide, cotangent.double())]
 
 
@@ -181,7 +192,17 @@ def test_no_kernel_leaves_its_bound_with_rounding(bound: float, degree: int, dty
         assert (worst > 0).all(), "nothing was off"
 
 
-@pytest.mark.parametrize("options", [{"causal": False}, {"near": 8}, {"causal": False, "near": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": False},
+        {"near": 8},
+        {"causal": False, "near": 8},
+        {"forget": True},
+        {"near": 8, "forget": True},
+    ],
+    ids=str,
+)
 def test_other_masks_stay_within_it(options: dict[str, object]) -> None:
     cases = list(planned(3.0, 8, "float32", **options))
     assert [case.spec.precision for case in cases] == ["float32", "float64"]
@@ -225,8 +246,9 @@ def test_the_least_tile_is_that_of_the_kernel(
     d: int, dv: int, degree: int, near: int | None, groups: int
 ) -> None:
     """The bound counts tiles: none may be smaller than it takes them to be."""
-    for causal, documents in ((True, False), (False, False), (False, True)):
-        spec = KernelSpec(d, dv, (1.0,) * (degree + 1), causal, near=near, documents=documents)
+    kinds: list[dict[str, Any]] = [{"causal": True}, {}, {"documents": True}]
+    for masks in (*kinds, {"causal": True, "forget": True}):
+        spec = KernelSpec(d, dv, (1.0,) * (degree + 1), near=near, **masks)
         for dtype in (torch.float32, torch.float64):
             tensors = [torch.empty(1, h, 8, w, dtype=dtype) for h, w in ((groups, d), (1, d), (1, dv))]
             assert torch_tile(spec, groups) <= plan(spec, *tensors)[0]

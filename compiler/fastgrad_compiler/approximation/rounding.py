@@ -42,7 +42,9 @@ _SEGMENTS = 1.25  # of the chunks: the C++ kernels cut a row of four chunks or m
 _EXPONENTS = {
     "float64": 1024,
     "float32": 128,
-}  # units of roundoff in a near weight e^(t - m): |t - m| below that
+}  # units of roundoff in a near weight e^(t - m): |t - m| below that; so in a product of decays
+_DECAY = 4  # operations of a decay: rounding a difference of sums, its exponential, a product
+_LEAST_GATE, _BLOCK = 1000, 256  # of runtime/decay.py: size of a log gate, and how sums of them are made
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,14 @@ def _fixed(spec: KernelSpec, window: int) -> int:
     return _FACTORS + spec.degree + near
 
 
+def _decays(spec: KernelSpec, tokens: int, steps: int) -> int:
+    """Of forget gates: a decay for each step of a state, and what the sums of the logarithms in float64 are off by."""
+    if not spec.forget:
+        return 0
+    sums = (_BLOCK + tokens / _BLOCK) * _LEAST_GATE * tokens * UNITS["float64"] / UNITS[spec.precision]
+    return _EXPONENTS[spec.precision] + _DECAY * (steps + 2) + ceil(sums)
+
+
 def _window(spec: KernelSpec, tile: int) -> int:
     """Keys that a tile of queries meets one by one, at most."""
     if spec.near is not None:
@@ -222,8 +232,9 @@ def _torch(spec: KernelSpec, sizes: Sizes) -> _Ways:
     """A library's products: within a tile, and over features, in any order; states take one addition per tile."""
     tile, least = choose_chunk(spec), torch_tile(spec, sizes.groups)
     r, window = rank(spec.d, spec.degree), _window(spec, tile)
-    tiles = ceil(max(sizes.queries, sizes.keys) / least) + 2
-    common = _fixed(spec, window) + sizes.groups * tile + tiles + r + window
+    tokens = max(sizes.queries, sizes.keys)
+    tiles = ceil(tokens / least) + 2
+    common = _fixed(spec, window) + sizes.groups * tile + tiles + r + window + _decays(spec, tokens, tiles)
     return _Ways((common, common + spec.dv), _power(spec))
 
 
@@ -232,8 +243,9 @@ def _cpp(spec: KernelSpec, sizes: Sizes) -> _Ways:
     block, pieces, tile = token_chunks(spec)
     r, window = rank(spec.d, spec.degree), _window(spec, max(block, tile))
     least = min(tile, block // pieces)
-    chunks = ceil(_SEGMENTS * sizes.groups * (max(sizes.queries, sizes.keys) / least + 2)) + 2
-    common = _fixed(spec, window) + tile + chunks + window
+    tokens = max(sizes.queries, sizes.keys)
+    chunks = ceil(_SEGMENTS * sizes.groups * (tokens / least + 2)) + 2
+    common = _fixed(spec, window) + tile + chunks + window + _decays(spec, tokens, chunks)
     features = min(r, _FEATURES) + ceil(r / _FEATURES)
     return _Ways((common + features, common + r + spec.dv), _power(spec))
 
@@ -248,6 +260,7 @@ def _triton(spec: KernelSpec, sizes: Sizes, run: Run) -> _Ways:
         most = max(most, _summed(sizes.groups * tokens))
     window = _window(spec, max(chunks))
     common = _fixed(spec, window) + most + _summed(rank(spec.d, spec.degree)) + _summed(window)
+    common += _decays(spec, tokens, most)
     power = 0 if run.dtype == "bfloat16" else 2  # factors that are chosen by a product, and scores
     return _Ways((common, common + _summed(spec.dv)), _power(spec), operands=(4, 6), operand_power=power)
 
@@ -266,10 +279,11 @@ def torch_tile(spec: KernelSpec, groups: int) -> int:
     """The least tile that PyTorch's kernel may take, whose work buffers are limited (`plan_tiles`)."""
     tile, r, d, dv = choose_chunk(spec), rank(spec.d, spec.degree), spec.d, spec.dv
     largest = rank(d, spec.degree - 1) if spec.degree > 1 else 0
-    columns = (5 if spec.documents else 4) * (dv + 1)
-    per_query = 2 * r + largest + spec.degree * d + columns + 2 * (spec.near_d or 0)
+    columns = (4 + spec.documents + spec.forget) * (dv + 1)
+    features = (3 if spec.forget else 2) * r
+    per_query = features + largest + spec.degree * d + columns + 2 * (spec.near_d or 0)
     states = 5 if not spec.causal and (spec.near is not None or spec.documents) else 3
-    window = _window(spec, tile)
+    window = _window(spec, tile) * (2 if spec.forget else 1)
     while True:
         size = 8 * (groups * tile * (per_query + _SCORE_BUFFERS * window) + states * r * (dv + 1))
         if size <= _WORK_BYTES or tile % 2 or tile <= _LEAST_TILE:
