@@ -97,6 +97,24 @@ def test_documents(lead: tuple[int, ...], causal: bool) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("lead", [(), (3,), (2, 4)])
+def test_forget_gates(lead: tuple[int, ...]) -> None:
+    """One for each token and key head, of which two query heads share one where there are four."""
+    q, k, v = qkv(*lead)
+    heads = (*lead[:-1], 2) if len(lead) == 2 else lead
+    k, v = (x[:, ::2] if len(lead) == 2 else x for x in (k, v))
+    gates = (-0.1 * torch.arange(9.0).double().expand(*heads, 9)).contiguous().requires_grad_()
+    found = polynomial_attention(q, k, v, bound=0.5, causal=True, log_gate=gates)
+    shared = [x.repeat_interleave(2, 1) if len(lead) == 2 else x for x in (k, v, gates)]
+    sums = shared[2].cumsum(-1)
+    decay = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).tril().exp()
+    weights = evaluated(fit("balanced", 2, 0.5).coefficients, q @ shared[0].mT / math.sqrt(4)) * decay
+    expected = dense(q, shared[0], shared[1], weights, causal=True)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(x.square().sum(), (q, k, v, gates)) for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_close_to_softmax_attention() -> None:
     q, k, v = qkv(2, 3)
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -114,6 +132,8 @@ def test_close_to_softmax_attention() -> None:
         ({"documents": torch.zeros(1, 4, dtype=torch.int64)}, "documents has shape"),
         ({"documents": torch.zeros(1, 5)}, "integer ids"),
         ({"documents": torch.zeros(1, 5, dtype=torch.int64), "m": 7}, "tokens to each other"),
+        ({"log_gate": torch.zeros(1, 2, 5)}, "give `causal` too"),
+        ({"log_gate": torch.zeros(1, 2, 4), "causal": True}, "log_gate has shape"),
     ],
 )
 def test_refusals(change: dict, message: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrad_compiler.runtime import exact_attention as module
+from fastgrad_compiler.runtime import exact_blocks as module
 from fastgrad_compiler.runtime.exact_attention import exact_attention, exact_backward, exact_forward
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from tests import dense

@@ -33,7 +33,7 @@ def rendered(spec: KernelSpec, ending: str) -> str:
     return kernel_files(spec, AUTO)[f"{name}{ending}"].replace(name, NAME_PLACEHOLDER)
 
 
-@pytest.mark.parametrize(("file", "spec"), [("attention", SPEC), ("window", WINDOW)])
+@pytest.mark.parametrize(("file", "spec"), [("attention", SPEC), ("window", WINDOW), ("forget", FORGET)])
 def test_pytorch(file: str, spec: KernelSpec, golden: Golden) -> None:
     golden(GOLDEN / f"{file}.py.txt", rendered(spec, ".py"))
 

@@ -42,6 +42,7 @@ SPECS = {
     "documents": replace(BASE, documents=True),
     "causal documents": replace(BASE, documents=True, causal=True, padding=True),
     "all": replace(BASE, near=2, near_d=4, causal=True, padding=True, documents=True),
+    "forget": replace(BASE, near=2, causal=True, padding=True, forget=True),
 }
 specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 lengths = pytest.mark.parametrize("n", [1, 7, 13])
@@ -250,9 +251,9 @@ def test_clamp_scales_queries_down(name: str, n: int) -> None:
     guard = Guard(bound=bound, source="data", policy="clamp")
     found = guarded(spec, inputs, guard)
     q = clamped(spec, inputs.tensors[0], inputs, bound)
-    _, k, v, *near = inputs.tensors
+    _, k, v = inputs.tensors[:3]
     options: dict = {"scale": spec.scale, "causal": spec.causal, "near": spec.near, "mask": inputs.mask}
-    options |= dict(zip(("near_q", "near_k"), near, strict=False))
+    options |= inputs.named
     out = dense.polynomial_attention(q, k, v, spec.coefficients, documents=inputs.documents, **options)
     gradients = torch.autograd.grad(out, inputs.tensors, inputs.cotangent, allow_unused=True)
     expected = [

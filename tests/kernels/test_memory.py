@@ -61,8 +61,18 @@ def largest(forward: Any, backward: Any, inputs: Inputs, *attributes: object) ->
         KernelSpec(16, 64, COEFFICIENTS[3], causal=True),
         KernelSpec(16, 64, COEFFICIENTS[2], causal=True, near=64, documents=True),
         KernelSpec(16, 64, COEFFICIENTS[2], documents=True),
+        KernelSpec(16, 64, COEFFICIENTS[2], causal=True, near=64, forget=True),
     ],
-    ids=["causal", "padded", "causal near", "unmasked near", "degree 3", "causal documents", "documents"],
+    ids=[
+        "causal",
+        "padded",
+        "causal near",
+        "unmasked near",
+        "degree 3",
+        "causal documents",
+        "documents",
+        "forget",
+    ],
 )
 def test_nothing_grows_with_length_times_rank(spec: KernelSpec) -> None:
     inputs = make_inputs(spec, N, batch=1, heads=1).to(torch.float32)
@@ -89,8 +99,9 @@ def test_nothing_of_exact_attention_is_quadratic() -> None:
         KernelSpec(16, 64, COEFFICIENTS[2], causal=True),
         KernelSpec(16, 64, COEFFICIENTS[2], near=48, near_d=16),
         KernelSpec(16, 64, COEFFICIENTS[2], documents=True),
+        KernelSpec(16, 64, COEFFICIENTS[2], causal=True, forget=True),
     ],
-    ids=["causal", "unmasked near", "documents"],
+    ids=["causal", "unmasked near", "documents", "forget"],
 )
 def test_a_tangent_does_not_grow_either(spec: KernelSpec) -> None:
     n = N // 2

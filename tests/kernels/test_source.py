@@ -39,6 +39,11 @@ CASES += [
     for near, near_d in ((None, None), (64, None), (7, 5))
 ]
 CASES += [
+    KernelSpec(8, 16, COEFFICIENTS[2], True, padding, near, near_d, forget=True)
+    for padding in (False, True)
+    for near, near_d in ((None, None), (7, 5))
+]
+CASES += [
     KernelSpec(4, 16, tuple(0.3**j for j in range(9))),
     KernelSpec(4, 16, (1.0, 0.5)),
     KernelSpec(200, 8, COEFFICIENTS[2], causal=True),

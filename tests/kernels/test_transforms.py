@@ -137,7 +137,7 @@ EXACT = {
 @pytest.mark.parametrize("name", ["causal", "padding", "packed", "near"])
 def test_tangents_of_exact_attention(name: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """In several blocks of queries, and for whatever PyTorch's fused kernel served."""
-    monkeypatch.setattr("fastgrad_compiler.runtime.exact_attention.WORK_BYTES", 4096)
+    monkeypatch.setattr("fastgrad_compiler.runtime.exact_blocks.WORK_BYTES", 4096)
     inputs = make_inputs(SPECS[name], 41, groups=2)
     primals = detached(inputs)
     tangents = random_like(primals)

@@ -37,6 +37,7 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
         "decay.py",
         "documents.py",
         "exact_attention.py",
+        "exact_blocks.py",
         "guard.py",
         "guard_key.py",
         "kernel_call.py",

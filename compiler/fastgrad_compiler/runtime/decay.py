@@ -1,7 +1,7 @@
 """Forget gates as decays: the running sum of their logarithms, the factors of pairs, and the gradient of the gates.
 
 With l = log_gate and G_i the sum of l up to token i of a document, the weight of a pair is times e^(G_i - G_j), i >= j
-(docs/mathematics.md, section 6). Sums and their differences are float64; a difference is rounded to the precision of
+(docs/mathematics.md, section 12). Sums and their differences are float64; a difference is rounded to the precision of
 the arithmetic before it is exponentiated. A gate of at most LEAST forgets everything in every precision, -inf too.
 
 Sums begin anew with each document, and a gate that no query sees across counts as 0: what is hidden decides no bit.
@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from .documents import document_ranges, document_runs
 
 LEAST = -1000.0  # e^LEAST is 0 in float64
+BLOCK = 256  # tokens that are added up one by one: a sum of n takes BLOCK + n / BLOCK additions in a row
 
 
 def log_decay(log_gate: Tensor, mask: Tensor | None, documents: Tensor | None) -> Tensor:
@@ -36,12 +37,17 @@ def log_decay_tangent(
 
 
 def gate_gradient(later: Tensor, log_gate: Tensor, mask: Tensor | None, documents: Tensor | None) -> Tensor:
-    """The gradient of log_gate [b, h, n]; later: `sum_of_later` of the gradient of G. 0 for a gate without effect."""
+    """The gradient of log_gate [b, h, n]; 0 for a gate without effect.
+
+    later, of each token that is not hidden: `sum_of_later` of the gradient of G, or which comes to the same, the sum of
+    the gradients of logits over queries from it on and keys before it.
+    """
     if mask is not None:
         place = next_visible(mask)
         later = pad(later, (0, 1)).gather(-1, place[:, None].expand_as(later))
     without = _without_effect(log_gate, mask, documents)[:, None] | _outside(log_gate)
-    return later.masked_fill(without, 0.0).to(log_gate.dtype)
+    gradient: Tensor = later.masked_fill(without, 0.0)
+    return gradient.to(log_gate.dtype)
 
 
 def running_sum(x: Tensor, runs: Tensor | None) -> Tensor:
@@ -50,7 +56,9 @@ def running_sum(x: Tensor, runs: Tensor | None) -> Tensor:
     With documents in log2(n) steps, which add nothing of another document: it may hold anything.
     """
     if runs is None:
-        return x.cumsum(-1)
+        blocks = pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).cumsum(-1)
+        before: Tensor = pad(blocks[..., :-1, -1].cumsum(-1), (1, 0))
+        return (before.unsqueeze(-1) + blocks).flatten(-2)[..., : x.shape[-1]]
     distance = 1
     while distance < x.shape[-1]:
         same = (runs[:, distance:] == runs[:, :-distance])[:, None]

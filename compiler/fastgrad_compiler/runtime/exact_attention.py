@@ -3,7 +3,7 @@
     a_ij = exp(s_ij), s = scale * q.k          everywhere, or
     a_ij = exp(t_ij) near, exp(s_ij) far       with a near field: t = near_q.near_k, near: |i//w - j//w| <= 1
 
-and with forget gates times e^(G_i - G_j) (docs/mathematics.md, sections 5 and 6). O(n * rows) memory, never n x n. A
+and with forget gates times e^(G_i - G_j) (docs/mathematics.md, sections 5 and 12). O(n * rows) memory, never n x n. A
 block of queries visits only the keys that it may see: with a window of w O(n w) work, with documents O(n * longest).
 Where PyTorch has a fused kernel for the case, its forward and backward are called directly, because autograd is off
 inside a custom operation.
@@ -12,8 +12,7 @@ inside a custom operation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,25 +20,18 @@ from torch import Tensor
 
 from .attention_op import (
     INPUTS,
-    WORK_BYTES,
     Floats,
     Inputs,
     call_attention,
     check_inputs,
     compute_dtype,
-    row_groups,
 )
 from .content_name import content_name, read_beside
-from .decay import Decays, gate_gradient, log_decay, log_decay_tangent, sum_of_later
-from .documents import document_runs
+from .decay import gate_gradient, log_decay_tangent
+from .exact_blocks import Block, Seen, blocks
 from .operation import register_attention
 from .selection import select_backward, select_forward, select_tangent
-from .sight import CPU, Band, Ranges, Sight
-
-BUFFERS = 5  # live [rows, keys] tensors of a block, in the backward pass
-GATE_BUFFERS = 5  # and with forget gates
-LEAST_ROWS = 16
-BANDED_ROWS = 64  # queries of a block whose keys are limited to a band: as many as the band is wide, or these
+from .sight import Sight
 
 
 def exact_attention(
@@ -101,20 +93,20 @@ def exact_forward(
             *_padded(q, k, v), 0.0, causal, scale=scale
         )
         out, logsumexp = out[..., : v.shape[-1]].to(v.dtype).contiguous(), logsumexp.to(dtype).contiguous()
-        _restore(out, logsumexp, Floats(q, k, v), _Seen.of(Inputs(q, k, v), scale, causal, 0, 0))
+        _restore(out, logsumexp, Floats(q, k, v), Seen.of(Inputs(q, k, v), scale, causal, 0, 0))
         return out, logsumexp, none
     out = v.new_empty((*q.shape[:-1], v.shape[-1]))
     logsumexp = q.new_empty(q.shape[:-1], dtype=dtype)
     inputs = Inputs(q, k, v, near_q, near_k, log_gate, mask, documents)
-    _fill(out, logsumexp, inputs.floats, _Seen.of(inputs, scale, causal, near, window))
+    _fill(out, logsumexp, inputs.floats, Seen.of(inputs, scale, causal, near, window))
     return out, logsumexp, none
 
 
-def _fill(out: Tensor, logsumexp: Tensor, inputs: Floats, seen: _Seen) -> None:
+def _fill(out: Tensor, logsumexp: Tensor, inputs: Floats, seen: Seen) -> None:
     """Both results of all rows, block by block."""
     heads = inputs[1].shape[1]
     grouped_out, grouped_sum = out.unflatten(1, (heads, -1)), logsumexp.unflatten(1, (heads, -1))
-    for block in _blocks(inputs, seen):
+    for block in blocks(inputs, seen):
         logits, _ = block.logits()
         total = torch.logsumexp(logits, -1)
         total.masked_fill_(total == -math.inf, 0.0)
@@ -123,7 +115,7 @@ def _fill(out: Tensor, logsumexp: Tensor, inputs: Floats, seen: _Seen) -> None:
         grouped_out[block.index] = torch.matmul(weights, block.v).to(out.dtype)
 
 
-def _restore(out: Tensor, logsumexp: Tensor, inputs: Floats, seen: _Seen) -> None:
+def _restore(out: Tensor, logsumexp: Tensor, inputs: Floats, seen: Seen) -> None:
     """Rows of NaN as blocks give them: the fused kernel takes up to 15 logits of NaN for hidden keys, and gives 0.
 
     Its logsumexp is 0 then. In bfloat16 it gives 0 also where logits are infinite.
@@ -134,7 +126,7 @@ def _restore(out: Tensor, logsumexp: Tensor, inputs: Floats, seen: _Seen) -> Non
     n = int(lost.any(0).any(0).nonzero().max()) + 1
     q, k, v = (inputs[0][:, :, :n], *(x[:, :, : n if seen.sight.causal else None] for x in inputs[1:3]))
     again, total = torch.empty_like(out[:, :, :n]), torch.empty_like(logsumexp[:, :, :n])
-    again_seen = _Seen.of(Inputs(q, k, v), seen.scale, seen.sight.causal, 0, 0)
+    again_seen = Seen.of(Inputs(q, k, v), seen.scale, seen.sight.causal, 0, 0)
     _fill(again, total, Floats(q, k, v), again_seen)
     lost = lost[:, :, :n]
     out[:, :, :n] = torch.where(lost.unsqueeze(-1), again, out[:, :, :n])
@@ -170,13 +162,12 @@ def exact_backward(
         gradient.new_empty((0,)) if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device)
         for x in inputs[:5]
     )
-    later = None if log_gate is None else torch.zeros(log_gate.shape, dtype=torch.float64, device=q.device)
-    runs = None if documents is None else document_runs(documents)
+    across = None if log_gate is None else torch.zeros(log_gate.shape, dtype=torch.float64, device=q.device)
     grouped_dq = dq.unflatten(1, (heads, -1))
     gradient, out = gradient.unflatten(1, (heads, -1)), out.unflatten(1, (heads, -1))
     logsumexp = logsumexp.unflatten(1, (heads, -1))
-    seen = _Seen.of(given, scale, causal, near, window)
-    for block in _blocks(inputs, seen):
+    seen = Seen.of(given, scale, causal, near, window)
+    for block in blocks(inputs, seen):
         logits, neighbours = block.logits()
         weights = logits.sub_(logsumexp[block.index].unsqueeze(-1)).exp_()
         upstream = gradient[block.index].to(dtype)
@@ -185,8 +176,8 @@ def exact_backward(
         low = block.band.keys[0]
         keys = (*block.rows, slice(*block.band.keys))
         dv[keys] += torch.matmul(weights.mT, upstream).sum(2)
-        if later is not None:
-            later[keys] += block.sums_of_later(dlogits, runs)
+        if across is not None:
+            across[(*block.rows, slice(low + 1, block.band.keys[1]))] += block.sums_across(dlogits)
         if neighbours is not None and block.near_q is not None and block.near_k is not None:
             columns, is_near = neighbours
             local = dlogits[..., columns]
@@ -202,9 +193,9 @@ def exact_backward(
         dk[keys] += torch.matmul(dlogits.mT, block.q).sum(2)
     gradients = zip((dq, dk, dv, dnear_q, dnear_k), inputs, strict=False)
     found = (g if x is None else g.to(x.dtype) for g, x in gradients)
-    if later is None or log_gate is None:
+    if across is None or log_gate is None:
         return *found, gradient.new_empty((0,))
-    return *found, gate_gradient(later, log_gate, mask, documents)
+    return *found, gate_gradient(across, log_gate, mask, documents)
 
 
 def exact_tangent(
@@ -223,13 +214,13 @@ def exact_tangent(
     grouped_out, logsumexp = out.unflatten(1, (heads, -1)), logsumexp.unflatten(1, (heads, -1))
     result = torch.empty_like(out, memory_format=torch.contiguous_format)
     grouped = result.unflatten(1, (heads, -1))
-    seen = _Seen.of(given, scale, causal, near, window)
+    seen = Seen.of(given, scale, causal, near, window)
     moved_inputs = Floats(*tangents)
     gates = None
     if given.log_gate is not None and moved_inputs.log_gate is not None:
         gates = log_decay_tangent(moved_inputs.log_gate, given.log_gate, given.mask, given.documents)
-    for block in _blocks(given.floats, seen):
-        moved = _Block(moved_inputs, seen, block.rows, block.band)
+    for block in blocks(given.floats, seen):
+        moved = Block(moved_inputs, seen, block.rows, block.band)
         logits, neighbours = block.logits()
         weights = logits.sub_(logsumexp[block.index].unsqueeze(-1)).exp_()
         slopes = (torch.matmul(moved.q, block.k.mT) + torch.matmul(block.q, moved.k.mT)).mul_(scale)
@@ -245,145 +236,6 @@ def exact_tangent(
         total -= slopes.sum(-1, keepdim=True) * grouped_out[block.index]
         grouped[block.index] = total.to(result.dtype)
     return result
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """Scale of the logits, block size of the near field, and which keys a query sees: those of `ranges` that the mask
-    does not hide. host: the same ranges where they can be read without waiting for a device, if they depend on no data.
-    """
-
-    scale: float
-    near: int
-    sight: Sight
-    ranges: Ranges
-    host: Ranges
-    mask: Tensor | None
-    documents: bool
-    sums: Tensor | None  # `log_decay`, of forget gates
-
-    @staticmethod
-    def of(inputs: Inputs, scale: float, causal: bool, near: int, window: int) -> _Seen:
-        """Of a call, by its attributes."""
-        q, k, *_, log_gate, mask, documents = inputs
-        sight, n, m = Sight(causal, window), q.shape[2], k.shape[2]
-        ranges = sight.ranges(n, m, documents, q.device)
-        host = ranges if documents is not None else sight.ranges(n, m, None, CPU)
-        sums = None if log_gate is None else log_decay(log_gate, mask, documents)
-        return _Seen(scale, near, sight, ranges, host, mask, documents is not None, sums)
-
-    @property
-    def reach(self) -> int | None:
-        """How far the keys of a query reach on one side, at most: a window, or the longest document; None for any."""
-        reaches = [self.sight.window] if self.sight.window else []
-        if self.documents:
-            reaches.append(int((self.ranges.behind - self.ranges.first).max()))
-        return min(reaches, default=None)
-
-
-class _Block:
-    """Queries [first, last) of some rows, and the keys [low, high) that they may see.
-
-    q [b, h, G, t, d], k, v [b, h, 1, high - low, ..].
-    """
-
-    def __init__(
-        self,
-        inputs: Floats,
-        seen: _Seen,
-        rows: tuple[slice, slice],
-        band: Band,
-    ) -> None:
-        q, k, v, near_q, near_k, _ = inputs
-        self.rows, self.band, self.seen = rows, band, seen
-        self.index = (*rows, slice(None), slice(*band.queries))
-        dtype = compute_dtype(q, k, v)
-        heads = k.shape[1]
-
-        def of_queries(x: Tensor) -> Tensor:
-            grouped: Tensor = x.unflatten(1, (heads, -1))
-            return grouped[self.index].to(dtype)
-
-        def of_keys(x: Tensor) -> Tensor:
-            return x[rows][:, :, None, slice(*band.keys)].to(dtype)
-
-        self.q, self.k, self.v = of_queries(q), of_keys(k), of_keys(v)
-        self.near_q = None if near_q is None else of_queries(near_q)
-        self.near_k = None if near_k is None else of_keys(near_k)
-        self.decays = None if seen.sums is None else Decays(seen.sums[rows], dtype)
-
-    def logits(self) -> tuple[Tensor, tuple[slice, Tensor] | None]:
-        """[b, h, G, t, keys], -inf where hidden; and the columns among them that may be near, with their mask."""
-        logits = torch.matmul(self.q, self.k.mT).mul_(self.seen.scale)
-        neighbours = None
-        if self.seen.near and self.near_q is not None and self.near_k is not None:
-            columns, is_near = neighbours = self._neighbours(self.seen.near)
-            local = torch.matmul(self.near_q, self.near_k[..., columns, :].mT)
-            target = logits[..., columns]
-            target.copy_(torch.where(is_near, local, target))
-        if self.decays is not None:
-            logits.add_(self.decays.log_pairs(slice(*self.band.queries), slice(*self.band.keys)).unsqueeze(2))
-        self._hide(logits)
-        return logits, neighbours
-
-    def sums_of_later(self, dlogits: Tensor, runs: Tensor | None) -> Tensor:
-        """[b, h, keys]: what the block adds to `sum_of_later` of dG, from the gradient of its logits.
-
-        The keys of a causal block end with its queries, and rows whose keys are all from a token on add nothing there.
-        """
-        (first, last), (low, high) = self.band.queries, self.band.keys
-        own = -dlogits.sum((2, 3), dtype=torch.float64)
-        own[..., first - low : last - low] += dlogits.sum((2, 4), dtype=torch.float64)
-        return sum_of_later(own, None if runs is None else runs[self.rows[0], low:high])
-
-    def near_slopes(self, moved: _Block, columns: slice) -> Tensor:
-        """The tangent of the near logits, from a block of tangents."""
-        queries, keys, moved_queries, moved_keys = self.near_q, self.near_k, moved.near_q, moved.near_k
-        if queries is None or keys is None or moved_queries is None or moved_keys is None:
-            raise ValueError("a near field has queries and keys of its own, and so have its tangents")
-        keys, moved_keys = keys[..., columns, :], moved_keys[..., columns, :]
-        return torch.matmul(moved_queries, keys.mT) + torch.matmul(queries, moved_keys.mT)
-
-    def _neighbours(self, near: int) -> tuple[slice, Tensor]:
-        (first, last), (low, high) = self.band.queries, self.band.keys
-        start = min(high, max(low, (first // near - 1) * near))
-        stop = max(start, min(high, ((last - 1) // near + 2) * near))
-        blocks, others = (
-            torch.arange(*ends, device=self.q.device).div(near, rounding_mode="floor")
-            for ends in ((first, last), (start, stop))
-        )
-        return slice(start - low, stop - low), (blocks[:, None] - others).abs() <= 1
-
-    def _hide(self, logits: Tensor) -> None:
-        """-inf where a key is hidden; the keys that all queries of the band see are left out."""
-        (low, high), (inner, outer), ranges = (
-            self.band.keys,
-            self.band.whole,
-            self.seen.ranges.of(self.rows[0]),
-        )
-        for keys in ((low, inner), (outer, high)):
-            if keys[0] < keys[1]:
-                hidden = ranges.hidden(self.band.queries, keys)[:, None, None]
-                logits[..., keys[0] - low : keys[1] - low].masked_fill_(hidden, -math.inf)
-        if self.seen.mask is not None:
-            logits.masked_fill_(~self.seen.mask[self.rows[0], None, None, None, low:high], -math.inf)
-
-
-def _blocks(inputs: Floats, seen: _Seen) -> Iterator[_Block]:
-    """Blocks that cover all rows and queries, as large as WORK_BYTES and the band of visible keys allow."""
-    q, k, v = inputs[:3]
-    (batch, heads, m), n = k.shape[:3], q.shape[2]
-    size, keys, reach = n, m, seen.reach
-    if reach is not None:
-        size = max(BANDED_ROWS, reach)
-        keys = min(m, size + 2 * reach)
-    groups = q.shape[1] // heads
-    buffers = BUFFERS * groups + (0 if seen.sums is None else GATE_BUFFERS)
-    query_bytes = buffers * compute_dtype(q, k, v).itemsize * keys
-    size = min(n, size, max(LEAST_ROWS, WORK_BYTES // query_bytes))
-    for rows in row_groups(batch, heads, query_bytes * size):
-        for band in seen.host.of(rows[0]).bands(size):
-            yield _Block(inputs, seen, rows, band)
 
 
 def _fused(q: Tensor, others: Sequence[Tensor | None], window: int) -> bool:
@@ -470,6 +322,7 @@ FILES = (
     "decay.py",
     "documents.py",
     "exact_attention.py",
+    "exact_blocks.py",
     "operation.py",
     "selection.py",
     "sight.py",

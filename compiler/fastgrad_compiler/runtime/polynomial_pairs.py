@@ -2,7 +2,7 @@
 
 Without a near field a pair weighs p(s), s = q.k. With one it weighs exp(t - m) where it is near and e^-m p(s) where it
 is far, m being the row's maximum (docs/mathematics.md, section 5). With forget gates G_i - G_j is added to t, and p(s)
-is times its exponential (section 6). Scores and weights are (rows, width, keys).
+is times its exponential (section 12). Scores and weights are (rows, width, keys).
 """
 
 from __future__ import annotations

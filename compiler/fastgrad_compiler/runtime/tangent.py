@@ -6,7 +6,7 @@ With weights a_ij and O_i = N_i / D_i, N_i = sum of a_ij v_j, D_i = sum of a_ij:
     d(phi(q)^T W Z) = dphi(q)^T W Z + phi(q)^T W dZ,  Z = sum of phi(k) [v, 1]
 
 With forget gates a weight e^x = e^(G_i - G_j) has the tangent e^x dx; Z and dZ are sums of terms times e^(G_p - G_j), p
-the last key of the sum (docs/mathematics.md, section 6).
+the last key of the sum (docs/mathematics.md, section 12).
 
 One sweep over the sequence, as the forward pass makes it, with a state for Z and one for dZ, and a second sweep where
 there are far keys on both sides: O(n) time and memory, in PyTorch's operations on every target and device.
