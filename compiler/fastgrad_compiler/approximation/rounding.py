@@ -43,7 +43,6 @@ _SEGMENTS = 1.25  # of the chunks: the C++ kernels cut a row of four chunks or m
 # units of roundoff in e^x that come of x, for near weights and gates: |x| is below that
 _EXPONENTS = {"float64": 1024, "float32": 128}
 _GATE = 4  # operations for the factor of a pair by a gate, of a state in each chunk too: a difference, e^x, a product
-_GATE_BLOCK = 256  # of runtime/decay.py
 _LEAST = {"float64": 2.0**-1022, "float32": 2.0**-126}  # what is below it may be rounded to 0
 
 
@@ -207,13 +206,12 @@ def _arithmetic(spec: KernelSpec, sizes: Sizes, run: Run) -> _Arithmetic:
 
 
 def _drift(sizes: Sizes) -> float:
-    """Error of a difference of two running sums G of log gates of at least -1000, in float64.
+    """Error of a difference of two running sums G of log gates of at least -1000 (`runtime/decay.py`), in float64.
 
-    Each is made of at most BLOCK additions in a block of tokens and of one for each block (`runtime/decay.py`).
+    G is the sum of multiples of 2^-10, which is exact, and of rests of at most 2^-11 in size, which takes n additions.
     """
     n, unit = sizes.keys, UNITS["float64"]
-    additions = _GATE_BLOCK + ceil(n / _GATE_BLOCK) + 1
-    return 2 * additions * unit * -LEAST_LOG_GATE * n * _SLACK
+    return 2 * unit * -LEAST_LOG_GATE * n + n * unit * (n * 2.0**-11)
 
 
 def _gpu_arithmetic(run: Run) -> _Arithmetic:

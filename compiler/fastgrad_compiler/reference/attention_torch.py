@@ -145,8 +145,9 @@ def _weights(a: _Scores) -> tuple[Tensor, Tensor]:
 
     Gates are those of a row less the most of them, so that they lead no row to 0: a factor of a row cancels.
     """
-    most = a.gates.masked_fill(~a.seen, -math.inf).amax(-1, keepdim=True).detach()
-    gates = a.gates - most.masked_fill(most == -math.inf, 0.0)
+    gates = a.gates.masked_fill(~a.seen, -math.inf)
+    most = gates.amax(-1, keepdim=True).detach()
+    gates = gates - most.masked_fill(most == -math.inf, 0.0)
     t = (a.local + gates).masked_fill(~(a.near & a.seen), -math.inf)
     top = t.amax(-1, keepdim=True).clamp(min=0.0)
     damping = (gates - top).exp()

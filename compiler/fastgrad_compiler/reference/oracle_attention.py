@@ -198,8 +198,9 @@ def poly_attention(node: Node, inputs: list[Array]) -> Array:
     that cancel.
     """
     pairs = _pairs(node, inputs)
-    most = np.where(pairs.seen, pairs.gates, -math.inf).max(axis=-1, keepdims=True, initial=-math.inf)
-    gates = pairs.gates - np.where(most == -math.inf, 0.0, most)
+    gates = np.where(pairs.seen, pairs.gates, -math.inf)
+    most = gates.max(axis=-1, keepdims=True, initial=-math.inf)
+    gates = gates - np.where(most == -math.inf, 0.0, most)
     exponents = np.where(pairs.is_near & pairs.seen, pairs.near_scores + gates, -math.inf)
     top = np.maximum(exponents.max(axis=-1, keepdims=True, initial=-math.inf), 0.0)
     given = node["coefficients"]
