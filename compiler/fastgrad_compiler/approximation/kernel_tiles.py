@@ -42,4 +42,4 @@ def is_fused(spec: KernelSpec) -> bool:
     """Whether a program can keep the state of a whole sequence in its registers."""
     rank_fits = padded_rank(spec.d, spec.degree) <= FUSED_RANK
     small = spec.degree <= FUSED_DEGREE and rank_fits and spec.dv <= FUSED_DV
-    return small and spec.causal and spec.near is None and not spec.forget
+    return small and spec.causal and spec.near is None

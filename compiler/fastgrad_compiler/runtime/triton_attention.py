@@ -191,7 +191,7 @@ class Launches:
             self._launch(
                 "fused_forward_kernel",
                 self._rows,
-                *(self.q, self.k, self.v, self.mask, self.index, self.weight, out, denominator),
+                *(self.q, self.k, self.v, *self.sums, self.mask, self.index, self.weight, out, denominator),
                 *self._strides(self.q, self.k, self.v),
                 *(self.queries, self.heads, self.groups),
             )
@@ -223,7 +223,7 @@ class Launches:
         grid = (self.batch * self.heads * _ceil(self.queries, DELTA_ROWS),)
         self.kernels.delta_kernel[grid](gradient, out, denominator, delta, inverse, *sizes, ROWS=DELTA_ROWS)
         if self.fused:
-            self._fused_backward(gradient, inverse, delta, dq, dk, dv)
+            self._fused_backward(gradient, inverse, delta, dq, dk, dv, dsums)
         else:
             self._backward(gradient, (inverse, maximum, delta), dq, dk, dv, dnear_q, dnear_k, dsums)
         gradients = (dq, dk, dv, dnear_q, dnear_k)
@@ -235,12 +235,20 @@ class Launches:
         return (*found, gate_gradient(of_queries + of_keys, log_gate, None))
 
     def _fused_backward(
-        self, gradient: Tensor, inverse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+        self,
+        gradient: Tensor,
+        inverse: Tensor,
+        delta: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dsums: list[Tensor],
     ) -> None:
-        inputs = (gradient, self.q, self.k, self.v, self.mask, self.index, self.weight, inverse, delta)
+        inputs = (gradient, self.q, self.k, self.v, *self.sums, self.mask)
+        inputs = (*inputs, self.index, self.weight, inverse, delta)
         sizes = (*self._strides(gradient, self.q, self.k, self.v), self.queries, self.heads, self.groups)
-        self._launch("fused_query_gradient_kernel", self._rows, *inputs, dq, *sizes)
-        self._launch("fused_key_gradient_kernel", self._rows, *inputs, dk, dv, *sizes)
+        self._launch("fused_query_gradient_kernel", self._rows, *inputs, dq, *dsums[:1], *sizes)
+        self._launch("fused_key_gradient_kernel", self._rows, *inputs, dk, dv, *dsums[1:], *sizes)
 
     def _backward(
         self,
