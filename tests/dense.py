@@ -25,17 +25,18 @@ def polynomial_attention(
     mask: Tensor | None = None,
     documents: Tensor | None = None,
     window: int | None = None,
+    log_gate: Tensor | None = None,
 ) -> Tensor:
-    """Weights p(s), s = scale * q.k; exp(t) where near.
+    """Weights p(s), s = scale * q.k; exp(t) where near; times e^(the sum of the gates of the tokens j + 1 .. i).
 
-    q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv], mask [.., m], documents [.., n]; near_q and near_k
-    give t, already scaled.
+    q [.., H, n, d], k [.., Hk, m, d], v [.., Hk, m, dv], mask [.., m], documents [.., n], log_gate [.., Hk, n]; near_q
+    and near_k give t, already scaled.
     """
     scores = scale * q @ _heads(k, q).mT
     weights = sum(c * scores**power for power, c in enumerate(coefficients))
     assert isinstance(weights, Tensor)
     hidden = _hidden(scores, causal, window, mask, documents)
-    return _attend(weights, scores, hidden, q, v, near, near_q, near_k)
+    return _attend(weights, scores, hidden, q, v, near, near_q, near_k, log_gate)
 
 
 def softmax_attention(
@@ -51,11 +52,12 @@ def softmax_attention(
     mask: Tensor | None = None,
     documents: Tensor | None = None,
     window: int | None = None,
+    log_gate: Tensor | None = None,
 ) -> Tensor:
     """The same with weights exp(s)."""
     scores = scale * q @ _heads(k, q).mT
     hidden = _hidden(scores, causal, window, mask, documents)
-    return _attend(torch.exp(scores), scores, hidden, q, v, near, near_q, near_k)
+    return _attend(torch.exp(scores), scores, hidden, q, v, near, near_q, near_k, log_gate)
 
 
 def _hidden(
@@ -99,15 +101,33 @@ def _attend(
     near: int | None,
     near_q: Tensor | None,
     near_k: Tensor | None,
+    log_gate: Tensor | None,
 ) -> Tensor:
     i = torch.arange(weights.shape[-2])[:, None]
     j = torch.arange(weights.shape[-1])[None, :]
     if near is not None:
         local = scores if near_q is None or near_k is None else near_q @ _heads(near_k, q).mT
         weights = torch.where((i // near - j // near).abs() <= 1, torch.exp(local), weights)
+    if log_gate is not None:
+        weights = weights * _decays(_heads(log_gate.unsqueeze(-1), q).squeeze(-1), hidden)
     weights = torch.where(hidden, 0.0, weights)
     total = weights.sum(-1, keepdim=True)
     return torch.where(total == 0, 0.0, (weights / torch.where(total == 0, 1.0, total)) @ _heads(v, q))
+
+
+def _decays(log_gate: Tensor, hidden: Tensor) -> Tensor:
+    """e^(sum of log_gate [.., n] over the tokens j + 1 .. i), row by row, over the row's greatest, which has no effect.
+
+    A row whose keys are all forgotten is thus what it tends to.
+    """
+    n = log_gate.shape[-1]
+    row, rows, earlier = torch.zeros_like(log_gate), [], torch.arange(n)
+    for i in range(n):
+        row = torch.where(earlier < i, row + log_gate[..., i : i + 1].clamp(min=-1000.0), 0.0)
+        rows.append(row)
+    sums = torch.stack(rows, -2).masked_fill(hidden, -torch.inf)
+    greatest = sums.detach().amax(-1, keepdim=True)
+    return torch.exp(sums - torch.where(greatest == -torch.inf, 0.0, greatest))
 
 
 def _heads(x: Tensor, q: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def sample(spec: KernelSpec) -> Inputs:
 def run(spec: KernelSpec, inputs: Inputs, exact_below: int = 0, backends: Any = TRITON) -> list[Tensor]:
     """Output and gradients."""
     out = load_kernel(spec, backends)(
-        *inputs.tensors[:3], **inputs.near, mask=inputs.mask, exact_below=exact_below
+        *inputs.tensors[:3], **inputs.named, mask=inputs.mask, exact_below=exact_below
     )
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
 
@@ -123,8 +123,7 @@ def test_inputs_without_elements_are_for_pytorch(shape: tuple[int, ...]) -> None
 def test_opcheck(spec: KernelSpec) -> None:
     inputs = sample(spec)
     load_kernel(spec, TRITON)
-    q, k, v, *near = inputs.tensors
-    arguments = (q, k, v, *(near or (None, None)), None, inputs.mask, None, 0, "")
+    arguments = (*inputs.arguments, 0, "")
     with launches() as ran:
         torch.library.opcheck(getattr(torch.ops.fastgrad, kernel_name(spec, TRITON)), arguments)
     assert ran

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +26,9 @@ COEFFICIENTS: dict[int, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k, v, near_q, near_k that require gradients, a mask, ids of documents, and the gradient of the output."""
+    """q, k, v, near_q, near_k, log_gate (those that there are, which require gradients), a mask, ids of documents, and
+    the gradient of the output.
+    """
 
     tensors: tuple[Tensor, ...]
     mask: Tensor | None
@@ -33,14 +36,26 @@ class Inputs:
     documents: Tensor | None = None
 
     @property
-    def near(self) -> dict[str, Tensor]:
-        """near_q and near_k by name, if there are any."""
-        return dict(zip(("near_q", "near_k"), self.tensors[3:], strict=False))
+    def named(self) -> dict[str, Tensor]:
+        """near_q, near_k and log_gate by name, those that there are."""
+        return named(self.tensors[3:])
+
+    @property
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """The inputs of an operation, in its order."""
+        more = (self.named.get(name) for name in ("near_q", "near_k", "log_gate"))
+        return (*self.tensors[:3], *more, self.mask, self.documents)
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values in another precision."""
         tensors = tuple(x.detach().to(dtype).requires_grad_() for x in self.tensors)
         return replace(self, tensors=tensors, cotangent=self.cotangent.to(dtype))
+
+
+def named(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What follows q, k and v in `Inputs.tensors`, by name."""
+    near, gates = ("near_q", "near_k"), ("log_gate",)
+    return dict(zip(((), gates, near, near + gates)[len(tensors)], tensors, strict=True))
 
 
 def make_inputs(
@@ -79,6 +94,8 @@ def make_inputs(
     if spec.documents:
         begins = torch.rand(batch, n, generator=generator) < torch.linspace(0.7, 0.08, batch)[:, None]
         documents = begins.cumsum(1) % 3
+    if spec.forget:
+        tensors.append(-torch.exp(2.0 * random(batch, heads, n) - 2.0))  # from 0.001 to 5
     return Inputs(tuple(x.requires_grad_() for x in tensors), mask, cotangent, documents)
 
 
@@ -89,7 +106,7 @@ def run_kernel(
     q, k, v = inputs.tensors[:3]
     masks = {"mask": inputs.mask, "documents": inputs.documents}
     out = load_kernel(spec, CPP if native else PYTORCH)(
-        q, k, v, **inputs.near, **masks, exact_below=exact_below
+        q, k, v, **inputs.named, **masks, exact_below=exact_below
     )
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
 
@@ -100,9 +117,9 @@ def run_dense(spec: KernelSpec, inputs: Inputs, *, exact: bool = False) -> list[
     options: dict[str, object] = {"scale": spec.scale, "causal": spec.causal, "near": spec.near}
     options |= {"mask": inputs.mask, "documents": inputs.documents}
     if exact:
-        out = dense.softmax_attention(q, k, v, **options, **inputs.near)  # type: ignore[arg-type]
+        out = dense.softmax_attention(q, k, v, **options, **inputs.named)  # type: ignore[arg-type]
     else:
-        out = dense.polynomial_attention(q, k, v, spec.coefficients, **options, **inputs.near)  # type: ignore[arg-type]
+        out = dense.polynomial_attention(q, k, v, spec.coefficients, **options, **inputs.named)  # type: ignore[arg-type]
     gradients = torch.autograd.grad(out, inputs.tensors, inputs.cotangent, allow_unused=True)
     zeros = (torch.zeros_like(x) for x in inputs.tensors)
     return [out, *(z if g is None else g for g, z in zip(gradients, zeros, strict=True))]

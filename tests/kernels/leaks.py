@@ -30,6 +30,10 @@ KINDS: dict[str, KernelSpec] = {
     "near, documents": replace(NEAR, documents=True),
     "near, documents, causal": replace(NEAR, causal=True, documents=True),
     "degree 1, documents": replace(POLYNOMIAL, coefficients=COEFFICIENTS[1], documents=True),
+    "forget": replace(POLYNOMIAL, causal=True, forget=True),
+    "forget, padding": replace(POLYNOMIAL, causal=True, padding=True, forget=True),
+    "forget, near": replace(NEAR, causal=True, padding=True, forget=True),
+    "forget, documents": replace(POLYNOMIAL, causal=True, documents=True, padding=True, forget=True),
 }
 WINDOW = KernelSpec(3, 5, (), scale=0.7, window=4)
 WINDOWS: dict[str, KernelSpec] = {
@@ -37,6 +41,7 @@ WINDOWS: dict[str, KernelSpec] = {
     "window, causal": replace(WINDOW, causal=True),
     "window, padding": replace(WINDOW, padding=True),
     "window, documents": replace(WINDOW, documents=True, causal=True),
+    "window, forget": replace(WINDOW, causal=True, padding=True, forget=True),
 }
 LENGTH = 37
 DOCUMENT = (9, 20)  # the tokens of the document in the middle
@@ -73,14 +78,31 @@ def targets_of(spec: KernelSpec, length: int = LENGTH) -> Iterator[list[int]]:
 
 
 def spoil(spec: KernelSpec, inputs: Inputs, tokens: list[int], value: float, names: str) -> Inputs:
-    """The inputs with `value` in a component of these tokens; names: of q, k and v, near_q and near_k with q and k."""
+    """The inputs with `value` in a component of these tokens.
+
+    names: of q, k and v, near_q and near_k with q and k, and g for log_gate.
+    """
     tensors = []
-    for name, tensor in zip("qkvqk", inputs.tensors, strict=False):
+    for name, tensor in zip(places(spec), inputs.tensors, strict=True):
         copy = tensor.detach().clone()
-        if name in names:
+        if name == "g" and name in names:
+            copy[:, :, tokens] = value
+        elif name in names:
             copy[:, :, tokens, -1] = value
         tensors.append(copy.requires_grad_())
     return replace(inputs, tensors=tuple(tensors))
+
+
+def places(spec: KernelSpec) -> str:
+    """What each of the inputs belongs to: q, k, v or the gates."""
+    return "qkv" + "qk" * (spec.near_d is not None) + "g" * spec.forget
+
+
+def gates_of(visible: Tensor) -> Tensor:
+    """bool [batch, n, gates]: gates between each query's first visible key and its last."""
+    return (visible.cumsum(-1).roll(1, -1).index_fill(-1, torch.tensor(0), 0) > 0) & (
+        visible.flip(-1).cumsum(-1).flip(-1) > 0
+    )
 
 
 def visible_pairs(spec: KernelSpec, inputs: Inputs) -> Tensor:
@@ -96,6 +118,8 @@ def dirty_rows(visible: Tensor, tokens: list[int], names: str) -> Tensor:
     if "q" in names:
         dirty = dirty.clone()
         dirty[:, tokens] = True
+    if "g" in names:
+        dirty = dirty | gates_of(visible)[:, :, tokens].any(-1)
     return dirty
 
 
@@ -140,9 +164,10 @@ def check(
     untouched = ~(visible & dirty[:, :, None]).any(1)  # keys
     if inputs.mask is not None:
         untouched |= ~inputs.mask
+    gates = ~(gates_of(visible) & dirty[:, :, None]).any(1)
     for place, (gradient, other) in enumerate(zip(found, expected, strict=True)):
-        of_rows = place in (0, 1, 4)  # out, q, near_q
-        keep = (~dirty if of_rows else untouched)[:, None, :].expand(gradient.shape[:3])
+        kept = {"q": ~dirty, "g": gates}.get(("q" + places(spec))[place], untouched)
+        keep = kept[:, None, :].expand(gradient.shape[:3])
         assert torch.equal(gradient[keep], other[keep]), (case, place, "with a gradient")
 
 
@@ -164,6 +189,8 @@ def attack(
             (HUGE[dtype], "k"),
             (HUGE[dtype], "kv"),
         ]
+    if spec.forget:
+        cases += [(float("nan"), "g"), (float("nan"), "qkvg")]
     visible = visible_pairs(spec, inputs)
     for tokens in targets_of(spec, length):
         for value, names in cases:

@@ -109,7 +109,7 @@ def test_nothing_leaks(causal: bool, near: int | None, near_d: int | None) -> No
     spec = packed(causal, near=near, near_d=near_d)
     inputs = replace(make_inputs(spec, 40, batch=1), documents=of_lengths([11, 1, 20, 8]))
     q, k, v = inputs.tensors[:3]
-    out = load_kernel(spec)(q, k, v, **inputs.near, documents=inputs.documents)
+    out = load_kernel(spec)(q, k, v, **inputs.named, documents=inputs.documents)
     for gradient in torch.autograd.grad(out[:, :, 12:32].square().sum(), inputs.tensors):
         assert not gradient[:, :, :12].any()
         assert not gradient[:, :, 32:].any()

@@ -21,7 +21,7 @@ DOUBLE = 1e-11
 
 def options_of(inputs: Inputs, causal: bool, window: int | None, near: int | None) -> dict[str, Any]:
     masks = {"mask": inputs.mask, "documents": inputs.documents}
-    return {**inputs.near, **masks, "scale": 0.7, "causal": causal, "near": near, "window": window}
+    return {**inputs.named, **masks, "scale": 0.7, "causal": causal, "near": near, "window": window}
 
 
 def both(inputs: Inputs, options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:

@@ -21,7 +21,7 @@ EVERY = {**KINDS, **WINDOWS, "unmasked": KernelSpec(3, 5, KINDS["causal"].coeffi
 
 def attend(spec: KernelSpec, inputs: Inputs, kind: str) -> Tensor:
     q, k, v = inputs.tensors[:3]
-    masks: dict[str, Any] = {"mask": inputs.mask, "documents": inputs.documents, **inputs.near}
+    masks: dict[str, Any] = {"mask": inputs.mask, "documents": inputs.documents, **inputs.named}
     if kind == "exact":
         masks |= {"causal": spec.causal, "near": spec.near, "window": spec.window}
         return exact_attention(q, k, v, **masks, scale=spec.scale)

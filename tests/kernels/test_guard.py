@@ -77,7 +77,7 @@ def guarded(spec: KernelSpec, inputs: Inputs, guard: Guard, *, native: bool = Fa
     """Output and all gradients of a guarded call."""
     q, k, v = inputs.tensors[:3]
     out = load_kernel(spec, CPP if native else PYTORCH)(
-        q, k, v, **inputs.near, mask=inputs.mask, documents=inputs.documents, guard=guard.key
+        q, k, v, **inputs.named, mask=inputs.mask, documents=inputs.documents, guard=guard.key
     )
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
 

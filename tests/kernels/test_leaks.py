@@ -24,7 +24,7 @@ def run_exact_below(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
 
 def run_exact(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
     options: dict[str, Any] = {"scale": spec.scale, "causal": spec.causal, "window": spec.window}
-    options |= {"near": spec.near, "mask": inputs.mask, "documents": inputs.documents, **inputs.near}
+    options |= {"near": spec.near, "mask": inputs.mask, "documents": inputs.documents, **inputs.named}
     q, k, v = inputs.tensors[:3]
     out = exact_attention(q, k, v, **options)
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
@@ -39,7 +39,7 @@ def test_polynomial(kind: str) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        *(FEW := ("causal, padding", "near, documents, causal")),
+        *(FEW := ("causal, padding", "near, documents, causal", "forget, documents")),
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in FEW),
     ],
 )
@@ -53,13 +53,16 @@ def test_grouped_heads(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", [*WINDOWS, "causal", "padding", "near, documents, causal"])
+@pytest.mark.parametrize(
+    "kind", [*WINDOWS, "causal", "padding", "near, documents, causal", "forget, documents"]
+)
 def test_exact(kind: str, dtype: torch.dtype) -> None:
     attack(run_exact, {**KINDS, **WINDOWS}[kind], dtype, every=dtype == torch.float32)
 
 
 def run_window(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
-    out = load_kernel(spec)(*inputs.tensors[:3], mask=inputs.mask, documents=inputs.documents)
+    q, k, v = inputs.tensors[:3]
+    out = load_kernel(spec)(q, k, v, mask=inputs.mask, documents=inputs.documents, **inputs.named)
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
 
 
@@ -68,7 +71,7 @@ def test_window_kernels(kind: str) -> None:
     attack(run_window, WINDOWS[kind], torch.float32, every=False)
 
 
-@pytest.mark.parametrize("kind", ["causal", "padding", "near, documents"])
+@pytest.mark.parametrize("kind", ["causal", "padding", "near, documents", "forget, padding"])
 def test_exact_below_the_break_even(kind: str) -> None:
     attack(run_exact_below, KINDS[kind], torch.float32)
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgrad_compiler.approximation.features import rank
+from fastgrad_compiler.runtime.attention_op import FLOATS
 from fastgrad_compiler.runtime.exact_attention import exact_backward, exact_forward
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.runtime.polynomial_attention import backward, forward
@@ -43,8 +44,7 @@ class LargestStorage(TorchDispatchMode):
 
 def largest(forward: Any, backward: Any, inputs: Inputs, *attributes: object) -> LargestStorage:
     """Both passes as plain functions: a mode does not see into a custom operation."""
-    q, k, v, *near = (x.detach() for x in inputs.tensors)
-    arguments = (q, k, v, *(near or (None, None)), None, inputs.mask, inputs.documents)
+    arguments = inputs.arguments
     with torch.no_grad(), LargestStorage() as record:
         saved = forward(*arguments, *attributes)
         backward(inputs.cotangent, *arguments, *saved, *attributes)
@@ -95,9 +95,8 @@ def test_nothing_of_exact_attention_is_quadratic() -> None:
 def test_a_tangent_does_not_grow_either(spec: KernelSpec) -> None:
     n = N // 4
     inputs = make_inputs(spec, n, batch=1, heads=1).to(torch.float32)
-    q, k, v, *near = (x.detach() for x in inputs.tensors)
-    tensors = (q, k, v, *(near or (None, None)), None)
-    given = (*tensors, inputs.mask, inputs.documents)
+    given = inputs.arguments
+    tensors = given[:FLOATS]
     with torch.no_grad():
         saved = forward(spec, (), *given, 0)
         flag = torch.empty(0, dtype=torch.bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from torch.utils.checkpoint import checkpoint
 from fastgrad_compiler.codegen.kernel import KernelSpec, emit_kernel, kernel_name, load_kernel
 from fastgrad_compiler.runtime.exact_attention import OPERATION as EXACT
 from fastgrad_compiler.runtime.exact_attention import exact_attention
-from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_kernel
+from tests.kernels.inputs import COEFFICIENTS, make_inputs, named, run_kernel
 
 CAUSAL = KernelSpec(3, 4, COEFFICIENTS[2], causal=True, chunk=4)
 NEAR = KernelSpec(3, 4, COEFFICIENTS[2], True, True, near=4, near_d=2, chunk=4)
 UNMASKED = KernelSpec(3, 4, COEFFICIENTS[3], near=5, chunk=8)
 PACKED = KernelSpec(3, 4, COEFFICIENTS[2], near=4, near_d=2, chunk=4, documents=True)
+FORGET = replace(NEAR, forget=True, documents=True)
 SPECS = pytest.mark.parametrize(
-    "spec", [CAUSAL, NEAR, UNMASKED, PACKED], ids=["causal", "near", "unmasked", "packed"]
+    "spec",
+    [CAUSAL, NEAR, UNMASKED, PACKED, FORGET],
+    ids=["causal", "near", "unmasked", "packed", "forget"],
 )
 
 
@@ -46,16 +50,11 @@ class Layer(nn.Module):
         return out.transpose(-2, -3).flatten(-2)
 
 
-def arguments(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    q, k, v, *near = inputs.tensors
-    return (q, k, v, *(near or (None, None)), None, inputs.mask, inputs.documents)
-
-
 @SPECS
 @pytest.mark.parametrize("exact_below", [0, 100])
 def test_opcheck(spec: KernelSpec, exact_below: int) -> None:
     operation = getattr(torch.ops.fastgrad, load_and_name(spec))
-    torch.library.opcheck(operation, (*arguments(make_inputs(spec, 9)), exact_below, ""))
+    torch.library.opcheck(operation, (*make_inputs(spec, 9).arguments, exact_below, ""))
 
 
 @pytest.mark.parametrize("exact_below", [0, 100])
@@ -97,8 +96,8 @@ def test_exact_below_is_decided_by_device() -> None:
 
 def test_opcheck_of_exact_attention() -> None:
     operation: Any = EXACT
-    for spec, window in ((NEAR, 0), (PACKED, 3)):
-        inputs = arguments(make_inputs(spec, 9))
+    for spec, window in ((NEAR, 0), (PACKED, 3), (FORGET, 3)):
+        inputs = make_inputs(spec, 9).arguments
         torch.library.opcheck(operation, (*inputs, 0.5, spec.causal, 4, window))
 
 
@@ -112,10 +111,9 @@ def load_and_name(spec: KernelSpec) -> str:
 def test_gradcheck(spec: KernelSpec, exact_below: int) -> None:
     inputs = make_inputs(spec, 11, batch=1)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, *near: Tensor) -> Tensor:
-        names = dict(zip(("near_q", "near_k"), near, strict=False))
+    def attend(q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         masks = {"mask": inputs.mask, "documents": inputs.documents}
-        return load_kernel(spec)(q, k, v, **names, **masks, exact_below=exact_below)
+        return load_kernel(spec)(q, k, v, **named(more), **masks, exact_below=exact_below)
 
     assert torch.autograd.gradcheck(attend, inputs.tensors)
 

@@ -28,7 +28,7 @@ from fastgrad_compiler.runtime.exact_attention import exact_attention
 from fastgrad_compiler.runtime.guard import Guard
 from fastgrad_compiler.targets import BACKENDS
 from tests import dense
-from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs
+from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, named
 
 Attention = Callable[..., Tensor]
 SPECS = {
@@ -41,20 +41,23 @@ SPECS = {
     "causal packed": KernelSpec(3, 4, COEFFICIENTS[4], causal=True, chunk=4, documents=True),
     "packed near": KernelSpec(3, 4, COEFFICIENTS[2], near=4, near_d=2, chunk=4, documents=True),
     "linear": KernelSpec(3, 4, COEFFICIENTS[1], causal=True),
+    "forget": KernelSpec(3, 4, COEFFICIENTS[2], causal=True, chunk=4, forget=True),
+    "forget near": KernelSpec(3, 4, COEFFICIENTS[2], True, True, near=4, near_d=2, chunk=4, forget=True),
+    "forget packed": KernelSpec(3, 4, COEFFICIENTS[2], True, True, chunk=4, documents=True, forget=True),
 }
 WINDOWS = {
     "window": KernelSpec(3, 4, (), window=5),
     "causal window": KernelSpec(3, 4, (), causal=True, window=3, padding=True, documents=True),
+    "forget window": KernelSpec(3, 4, (), causal=True, window=5, padding=True, forget=True),
 }
 
 
 def of_tensors(attend: Attention, inputs: Inputs, **options: object) -> Attention:
-    """attend as a function of q, k, v and of near_q, near_k where they are."""
+    """attend as a function of q, k, v and of near_q, near_k and log_gate where they are."""
 
-    def function(q: Tensor, k: Tensor, v: Tensor, *near: Tensor) -> Tensor:
-        given = dict(zip(("near_q", "near_k"), near, strict=False))
+    def function(q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         masks = {"mask": inputs.mask, "documents": inputs.documents}
-        return attend(q, k, v, **given, **masks, **options)
+        return attend(q, k, v, **named(more), **masks, **options)
 
     return function
 
@@ -315,13 +318,12 @@ def test_vmap_is_a_loop(name: str) -> None:
         if getattr(several[0], key) is not None
     }
     stacked = [torch.stack(tensors) for tensors in zip(*map(detached, several), strict=True)]
-    names = ["q", "k", "v", "near_q", "near_k"][: len(stacked)]
     attend = load_kernel(spec)
 
     def call(given: dict[str, Tensor]) -> Tensor:
         return attend(*(given[key] for key in "qkv"), **{k: x for k, x in given.items() if k not in "qkv"})
 
-    given = dict(zip(names, stacked, strict=True)) | masks
+    given = dict(zip("qkv", stacked, strict=False)) | named(stacked[3:]) | masks
     expected = torch.stack([call({k: x[i] for k, x in given.items()}) for i in range(3)])
     torch.testing.assert_close(vmap(call)(given), expected)
     moved = {k: x.movedim(0, 1) for k, x in given.items()}
@@ -422,18 +424,18 @@ def test_transforms_are_compiled(transform: str) -> None:
 
 def test_opcheck_of_derivatives() -> None:
     """The operations of both derivatives as those of the forward pass (test_torch_features.py)."""
-    spec = SPECS["causal near"]
+    spec = SPECS["forget near"]
     inputs = make_inputs(spec, 9)
     load_kernel(spec)
     from fastgrad_compiler.codegen.kernel import kernel_name
 
     operations = torch.ops.fastgrad
-    given = (*detached(inputs), None, inputs.mask, None)
+    given = (*detached(inputs), inputs.mask, None)
     results = getattr(operations, kernel_name(spec))(*given, 0, "")
     torch.library.opcheck(
         getattr(operations, f"{kernel_name(spec)}_backward"), (inputs.cotangent, *given, *results, 0, "")
     )
     torch.library.opcheck(
         getattr(operations, f"{kernel_name(spec)}_tangent"),
-        (*random_like(detached(inputs)), None, *given, *results, 0, ""),
+        (*random_like(detached(inputs)), *given, *results, 0, ""),
     )

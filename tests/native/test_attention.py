@@ -33,7 +33,7 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7, to
 def run(spec: KernelSpec, inputs: Inputs, native: bool, exact_below: int = 0) -> list[Tensor]:
     """Output and the gradients of all inputs."""
     out = load_kernel(spec, CPP if native else PYTORCH)(
-        *inputs.tensors[:3], **inputs.near, mask=inputs.mask, exact_below=exact_below
+        *inputs.tensors[:3], **inputs.named, mask=inputs.mask, exact_below=exact_below
     )
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent.to(out.dtype))]
 
@@ -132,8 +132,7 @@ def test_exact_below_the_break_even_length() -> None:
 def test_opcheck(spec: KernelSpec, exact_below: int) -> None:
     inputs = make_inputs(spec, 9)
     load_kernel(spec, CPP)
-    q, k, v, *near = inputs.tensors
-    arguments = (q, k, v, *(near or (None, None)), None, inputs.mask, inputs.documents, exact_below, "")
+    arguments = (*inputs.arguments, exact_below, "")
     torch.library.opcheck(getattr(torch.ops.fastgrad, kernel_name(spec, CPP)), arguments)
     assert exact_below or served(spec, "float64")
 

@@ -3,9 +3,10 @@
     a_ij = exp(s_ij), s = scale * q.k          everywhere, or
     a_ij = exp(t_ij) near, exp(s_ij) far       with a near field: t = near_q.near_k, near: |i//w - j//w| <= 1
 
-(docs/mathematics.md, section 5.) O(n * rows) memory, never n x n. A block of queries visits only the keys that it may
-see: with a window of w O(n w) work, with documents O(n * longest). Where PyTorch has a fused kernel for the case,
-its forward and backward are called directly, because autograd is off inside a custom operation.
+and with forget gates times e^(G_i - G_j) (docs/mathematics.md, sections 5 and 6). O(n * rows) memory, never n x n. A
+block of queries visits only the keys that it may see: with a window of w O(n w) work, with documents O(n * longest).
+Where PyTorch has a fused kernel for the case, its forward and backward are called directly, because autograd is off
+inside a custom operation.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ from .attention_op import (
     row_groups,
 )
 from .content_name import content_name, read_beside
+from .decay import Decays, gate_gradient, log_decay, log_decay_tangent, sum_of_later
+from .documents import document_runs
 from .operation import register_attention
 from .selection import select_backward, select_forward, select_tangent
 from .sight import CPU, Band, Ranges, Sight
 
 BUFFERS = 5  # live [rows, keys] tensors of a block, in the backward pass
+GATE_BUFFERS = 5  # and with forget gates
 LEAST_ROWS = 16
 BANDED_ROWS = 64  # queries of a block whose keys are limited to a band: as many as the band is wide, or these
 
@@ -90,26 +94,20 @@ def exact_forward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [B, H, n, dv], logsumexp [B, H, n] and an empty tensor; near and window are 0 where there is none."""
-    _not_yet(log_gate)
     dtype = compute_dtype(q, k, v)
     none = q.new_empty((0,), dtype=dtype)
-    if (scale > 0 or not causal) and _fused(q, mask, documents, near_q, window):
+    if (scale > 0 or not causal) and _fused(q, (near_q, log_gate, mask, documents), window):
         out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *_padded(q, k, v), 0.0, causal, scale=scale
         )
         out, logsumexp = out[..., : v.shape[-1]].to(v.dtype).contiguous(), logsumexp.to(dtype).contiguous()
-        _restore(out, logsumexp, Floats(q, k, v), _Seen.of(q, k, None, None, scale, causal, 0, 0))
+        _restore(out, logsumexp, Floats(q, k, v), _Seen.of(Inputs(q, k, v), scale, causal, 0, 0))
         return out, logsumexp, none
     out = v.new_empty((*q.shape[:-1], v.shape[-1]))
     logsumexp = q.new_empty(q.shape[:-1], dtype=dtype)
-    seen = _Seen.of(q, k, mask, documents, scale, causal, near, window)
-    _fill(out, logsumexp, Floats(q, k, v, near_q, near_k), seen)
+    inputs = Inputs(q, k, v, near_q, near_k, log_gate, mask, documents)
+    _fill(out, logsumexp, inputs.floats, _Seen.of(inputs, scale, causal, near, window))
     return out, logsumexp, none
-
-
-def _not_yet(log_gate: Tensor | None) -> None:
-    if log_gate is not None:
-        raise NotImplementedError("forget gates")
 
 
 def _fill(out: Tensor, logsumexp: Tensor, inputs: Floats, seen: _Seen) -> None:
@@ -136,7 +134,7 @@ def _restore(out: Tensor, logsumexp: Tensor, inputs: Floats, seen: _Seen) -> Non
     n = int(lost.any(0).any(0).nonzero().max()) + 1
     q, k, v = (inputs[0][:, :, :n], *(x[:, :, : n if seen.sight.causal else None] for x in inputs[1:3]))
     again, total = torch.empty_like(out[:, :, :n]), torch.empty_like(logsumexp[:, :, :n])
-    again_seen = _Seen.of(q, k, None, None, seen.scale, seen.sight.causal, 0, 0)
+    again_seen = _Seen.of(Inputs(q, k, v), seen.scale, seen.sight.causal, 0, 0)
     _fill(again, total, Floats(q, k, v), again_seen)
     lost = lost[:, :, :n]
     out[:, :, :n] = torch.where(lost.unsqueeze(-1), again, out[:, :, :n])
@@ -162,20 +160,22 @@ def exact_backward(
     window: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of the floating inputs; without elements for an input that is not there."""
-    if (scale > 0 or not causal) and _fused(q, mask, documents, near_q, window):
+    if (scale > 0 or not causal) and _fused(q, (near_q, log_gate, mask, documents), window):
         return _fused_backward(gradient, q, k, v, out, logsumexp, scale, causal)
-    _not_yet(log_gate)
     dtype = compute_dtype(q, k, v)
     heads = k.shape[1]
-    inputs = Floats(q, k, v, near_q, near_k)
+    given = Inputs(q, k, v, near_q, near_k, log_gate, mask, documents)
+    inputs = given.floats
     dq, dk, dv, dnear_q, dnear_k = (
         gradient.new_empty((0,)) if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device)
         for x in inputs[:5]
     )
+    later = None if log_gate is None else torch.zeros(log_gate.shape, dtype=torch.float64, device=q.device)
+    runs = None if documents is None else document_runs(documents)
     grouped_dq = dq.unflatten(1, (heads, -1))
     gradient, out = gradient.unflatten(1, (heads, -1)), out.unflatten(1, (heads, -1))
     logsumexp = logsumexp.unflatten(1, (heads, -1))
-    seen = _Seen.of(q, k, mask, documents, scale, causal, near, window)
+    seen = _Seen.of(given, scale, causal, near, window)
     for block in _blocks(inputs, seen):
         logits, neighbours = block.logits()
         weights = logits.sub_(logsumexp[block.index].unsqueeze(-1)).exp_()
@@ -185,6 +185,8 @@ def exact_backward(
         low = block.band.keys[0]
         keys = (*block.rows, slice(*block.band.keys))
         dv[keys] += torch.matmul(weights.mT, upstream).sum(2)
+        if later is not None:
+            later[keys] += block.sums_of_later(dlogits, runs)
         if neighbours is not None and block.near_q is not None and block.near_k is not None:
             columns, is_near = neighbours
             local = dlogits[..., columns]
@@ -200,7 +202,9 @@ def exact_backward(
         dk[keys] += torch.matmul(dlogits.mT, block.q).sum(2)
     gradients = zip((dq, dk, dv, dnear_q, dnear_k), inputs, strict=False)
     found = (g if x is None else g.to(x.dtype) for g, x in gradients)
-    return *found, gradient.new_empty((0,))
+    if later is None or log_gate is None:
+        return *found, gradient.new_empty((0,))
+    return *found, gate_gradient(later, log_gate, mask, documents)
 
 
 def exact_tangent(
@@ -214,15 +218,17 @@ def exact_tangent(
     window: int,
 ) -> Tensor:
     """The tangent of out, from those of the floating inputs (None where there is no such input)."""
-    *given, mask, documents = inputs
-    _not_yet(given[5])
-    heads = given[1].shape[1]
+    given = Inputs(*inputs)
+    heads = given.k.shape[1]
     grouped_out, logsumexp = out.unflatten(1, (heads, -1)), logsumexp.unflatten(1, (heads, -1))
     result = torch.empty_like(out, memory_format=torch.contiguous_format)
     grouped = result.unflatten(1, (heads, -1))
-    seen = _Seen.of(given[0], given[1], mask, documents, scale, causal, near, window)
+    seen = _Seen.of(given, scale, causal, near, window)
     moved_inputs = Floats(*tangents)
-    for block in _blocks(Floats(*given), seen):
+    gates = None
+    if given.log_gate is not None and moved_inputs.log_gate is not None:
+        gates = log_decay_tangent(moved_inputs.log_gate, given.log_gate, given.mask, given.documents)
+    for block in _blocks(given.floats, seen):
         moved = _Block(moved_inputs, seen, block.rows, block.band)
         logits, neighbours = block.logits()
         weights = logits.sub_(logsumexp[block.index].unsqueeze(-1)).exp_()
@@ -231,6 +237,9 @@ def exact_tangent(
             columns, is_near = neighbours
             target = slopes[..., columns]
             target.copy_(torch.where(is_near, block.near_slopes(moved, columns), target))
+        if gates is not None:
+            own, other = (gates[(*block.rows, slice(*x))] for x in (block.band.queries, block.band.keys))
+            slopes.add_((own.unsqueeze(-1) - other.unsqueeze(-2)).unsqueeze(2).to(slopes.dtype))
         slopes.mul_(weights)
         total = torch.matmul(slopes, block.v) + torch.matmul(weights, moved.v)
         total -= slopes.sum(-1, keepdim=True) * grouped_out[block.index]
@@ -251,23 +260,17 @@ class _Seen:
     host: Ranges
     mask: Tensor | None
     documents: bool
+    sums: Tensor | None  # `log_decay`, of forget gates
 
     @staticmethod
-    def of(
-        q: Tensor,
-        k: Tensor,
-        mask: Tensor | None,
-        documents: Tensor | None,
-        scale: float,
-        causal: bool,
-        near: int,
-        window: int,
-    ) -> _Seen:
+    def of(inputs: Inputs, scale: float, causal: bool, near: int, window: int) -> _Seen:
         """Of a call, by its attributes."""
+        q, k, *_, log_gate, mask, documents = inputs
         sight, n, m = Sight(causal, window), q.shape[2], k.shape[2]
         ranges = sight.ranges(n, m, documents, q.device)
         host = ranges if documents is not None else sight.ranges(n, m, None, CPU)
-        return _Seen(scale, near, sight, ranges, host, mask, documents is not None)
+        sums = None if log_gate is None else log_decay(log_gate, mask, documents)
+        return _Seen(scale, near, sight, ranges, host, mask, documents is not None, sums)
 
     @property
     def reach(self) -> int | None:
@@ -307,6 +310,7 @@ class _Block:
         self.q, self.k, self.v = of_queries(q), of_keys(k), of_keys(v)
         self.near_q = None if near_q is None else of_queries(near_q)
         self.near_k = None if near_k is None else of_keys(near_k)
+        self.decays = None if seen.sums is None else Decays(seen.sums[rows], dtype)
 
     def logits(self) -> tuple[Tensor, tuple[slice, Tensor] | None]:
         """[b, h, G, t, keys], -inf where hidden; and the columns among them that may be near, with their mask."""
@@ -317,8 +321,20 @@ class _Block:
             local = torch.matmul(self.near_q, self.near_k[..., columns, :].mT)
             target = logits[..., columns]
             target.copy_(torch.where(is_near, local, target))
+        if self.decays is not None:
+            logits.add_(self.decays.log_pairs(slice(*self.band.queries), slice(*self.band.keys)).unsqueeze(2))
         self._hide(logits)
         return logits, neighbours
+
+    def sums_of_later(self, dlogits: Tensor, runs: Tensor | None) -> Tensor:
+        """[b, h, keys]: what the block adds to `sum_of_later` of dG, from the gradient of its logits.
+
+        The keys of a causal block end with its queries, and rows whose keys are all from a token on add nothing there.
+        """
+        (first, last), (low, high) = self.band.queries, self.band.keys
+        own = -dlogits.sum((2, 3), dtype=torch.float64)
+        own[..., first - low : last - low] += dlogits.sum((2, 4), dtype=torch.float64)
+        return sum_of_later(own, None if runs is None else runs[self.rows[0], low:high])
 
     def near_slopes(self, moved: _Block, columns: slice) -> Tensor:
         """The tangent of the near logits, from a block of tangents."""
@@ -361,18 +377,18 @@ def _blocks(inputs: Floats, seen: _Seen) -> Iterator[_Block]:
     if reach is not None:
         size = max(BANDED_ROWS, reach)
         keys = min(m, size + 2 * reach)
-    query_bytes = BUFFERS * compute_dtype(q, k, v).itemsize * (q.shape[1] // heads) * keys
+    groups = q.shape[1] // heads
+    buffers = BUFFERS * groups + (0 if seen.sums is None else GATE_BUFFERS)
+    query_bytes = buffers * compute_dtype(q, k, v).itemsize * keys
     size = min(n, size, max(LEAST_ROWS, WORK_BYTES // query_bytes))
     for rows in row_groups(batch, heads, query_bytes * size):
         for band in seen.host.of(rows[0]).bands(size):
             yield _Block(inputs, seen, rows, band)
 
 
-def _fused(
-    q: Tensor, mask: Tensor | None, documents: Tensor | None, near_q: Tensor | None, window: int
-) -> bool:
+def _fused(q: Tensor, others: Sequence[Tensor | None], window: int) -> bool:
     """Whether PyTorch's fused kernel serves a call; it has no answer to a causal one whose scale is not above 0."""
-    return q.device.type == "cpu" and mask is None and documents is None and near_q is None and not window
+    return q.device.type == "cpu" and all(x is None for x in others) and not window
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -451,6 +467,7 @@ def _sight(scale: float, causal: bool, near: int, window: int) -> Sight:
 FILES = (
     "attention_op.py",
     "content_name.py",
+    "decay.py",
     "documents.py",
     "exact_attention.py",
     "operation.py",

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .attention_op import NAMESPACE, compute_dtype
 from .content_name import read_beside
-from .decay import gate_gradient, log_decay
+from .decay import gate_gradient, log_decay, sum_of_later
+from .documents import document_runs
 from .native import NativeError, enabled, load
 from .private_files import warn_once
 
@@ -102,7 +103,8 @@ class NativeAttention:
         operations[1](_dense(gradient.to(dtype)), *inputs, *saved, *gradients, torch.get_num_threads())
         *_, of_sums = gradients
         if log_gate is not None and of_sums is not None:
-            gradients[-1] = gate_gradient(of_sums, log_gate, documents)
+            runs = None if documents is None else document_runs(documents)
+            gradients[-1] = gate_gradient(sum_of_later(of_sums, runs), log_gate, mask, documents)
         return tuple(
             q.new_empty((0,)) if x is None or dx is None else dx.to(x.dtype)
             for x, dx in zip(floats, gradients, strict=True)
@@ -159,7 +161,7 @@ def _inputs(
 ) -> list[Tensor | None]:
     floats = [None if x is None else _dense(x.to(dtype)) for x in (q, k, v, near_q, near_k)]
     ids = None if documents is None else documents.to(torch.int64).contiguous()
-    sums = None if log_gate is None else log_decay(log_gate, mask).contiguous()
+    sums = None if log_gate is None else log_decay(log_gate, mask, documents).contiguous()
     return [*floats, sums, None if mask is None else mask.contiguous(), ids]
 
 

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .attention_op import INPUTS, Floats, Inputs, compute_dtype, plan_tiles, row_groups
+from .attention_op import FLOATS, INPUTS, Floats, Inputs, compute_dtype, plan_tiles, row_groups
+from .decay import Decays, gate_gradient, log_decay, sum_of_later
 from .documents import document_runs
 from .exact_attention import exact_backward, exact_forward
 from .guard import ATTRIBUTES, exact_flag, guarded
@@ -67,7 +68,6 @@ def forward(spec: KernelSpec, backends: Sequence[Backend], *arguments: Any) -> t
     for backend in backends:
         if (outputs := backend.forward(*inputs)) is not None:
             return outputs
-    _not_yet(inputs.log_gate)
     q, v, dtype = inputs.q, inputs.v, compute_dtype(*inputs[:3])
     saved = Saved(
         v.new_empty((*q.shape[:-1], v.shape[-1])),
@@ -91,37 +91,39 @@ def backward(
     for backend in backends:
         if (found := backend.backward(gradient, *given)) is not None:
             return found
-    _not_yet(inputs.log_gate)
     kept, dtype = inputs.floats, compute_dtype(*inputs[:3])
-    near = (x if x is None else _zeros(x, dtype) for x in kept[3:5])
-    gradients = Floats(*(_zeros(x, dtype) for x in inputs[:3]), *near)
+    dq, dk, dv = (_zeros(x, dtype) for x in inputs[:3])
+    near_q, near_k = (None if x is None else _zeros(x, dtype) for x in kept[3:5])
+    sums = None if kept.log_gate is None else _zeros(kept.log_gate, torch.float64)
+    gradients = Floats(dq, dk, dv, near_q, near_k, sums)
     for place, rows in _groups(spec, inputs):
         upstream = _by_key_head(gradient, inputs, place)
         of_rows = Saved(*(_by_key_head(x, inputs, place) for x in saved))
         backward_rows(rows, upstream, of_rows, _rows_of(gradients, inputs, place))
     if inputs.mask is not None:
         gradients.v.masked_fill_(~inputs.mask[:, None, :, None], 0.0)
+    if sums is not None and kept.log_gate is not None:
+        runs = None if inputs.documents is None else document_runs(inputs.documents)
+        later = sum_of_later(sums, runs)
+        gradients = gradients._replace(log_gate=gate_gradient(later, kept.log_gate, *inputs[FLOATS:]))
     return tuple(
         inputs.q.new_empty((0,)) if g is None or x is None else g.to(x.dtype)
         for g, x in zip(gradients, kept, strict=True)
     )
 
 
-def _not_yet(log_gate: Tensor | None) -> None:
-    if log_gate is not None:
-        raise NotImplementedError("forget gates")
-
-
 def plan(spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, torch.dtype]:
     """Queries in a tile, bytes of work buffers for a row of keys, and the precision of the arithmetic."""
     dtype, size = compute_dtype(q, k, v), choose_chunk(spec)
     largest = max((block.size for block in blocks(spec.d, spec.degree)), default=0)
-    columns = (5 if spec.documents else 4) * (spec.dv + 1) + 2 * (spec.near_d or 0)
-    per_query = 2 * spec.rank + largest + spec.degree * spec.d + columns
+    columns = (4 + spec.documents + spec.forget) * (spec.dv + 1) + 2 * (spec.near_d or 0)
+    per_query = (3 if spec.forget else 2) * spec.rank + largest + spec.degree * spec.d + columns
     per_row = (5 if spec.two_sided else 3) * spec.rank * (spec.dv + 1)  # states, and what is added to one
     window = 0 if spec.total else size
     if spec.near is not None:
         window += (2 if spec.causal else 3) * spec.near
+    if spec.forget:
+        window *= 2  # sums of gates of all pairs, in float64
     groups = q.shape[1] // k.shape[1]
     return *plan_tiles(size, groups, window, per_query, per_row, dtype.itemsize), dtype
 
@@ -133,11 +135,13 @@ def _groups(spec: KernelSpec, inputs: Inputs) -> Iterator[tuple[Place, Rows]]:
     work = Workspace(q, dtype, spec.d, blocks(spec.d, spec.degree))
     diagonal = torch.tensor(weights(spec.d, folded_coefficients(spec)), dtype=dtype, device=q.device)
     runs = None if documents is None else document_runs(documents)
+    sums = None if inputs.log_gate is None else log_decay(inputs.log_gate, mask, documents)
     for place in row_groups(k.shape[0], k.shape[1], row_bytes):
         shown = None if mask is None else mask[place[0]]
         of_rows = Inputs(*_rows_of(inputs.floats, inputs, place), mask=shown)
         own = None if runs is None else runs[place[0]]
-        yield place, Rows(spec, work, size, diagonal.unsqueeze(-1), of_rows, own)
+        decays = None if sums is None else Decays(sums[place], dtype)
+        yield place, Rows(spec, work, size, diagonal.unsqueeze(-1), of_rows, own, decays)
 
 
 def _by_key_head(x: Tensor, inputs: Inputs, place: Place) -> Tensor:

@@ -169,6 +169,12 @@ def load_values(work: Workspace, v: Tensor, mask: Tensor | None) -> Tensor:
     return buffer
 
 
+def scale_tokens(tokens: Tensor, factors: Tensor) -> None:
+    """tokens (b * h, G * t, width) *= factors [b, h, t], the same for each of G."""
+    b, h, t = factors.shape
+    tokens.view(b, h, -1, t, tokens.shape[-1]).mul_(factors[:, :, None, :, None])
+
+
 def store_output(total: Tensor, out: Tensor, denominator: Tensor) -> None:
     """Write N / D to out [b, h, G, t, dv] and D to denominator [b, h, G, t] from total (rows, G * t, dv + 1).
 

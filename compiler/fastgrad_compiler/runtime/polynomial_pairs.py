@@ -1,7 +1,8 @@
 """The pairs of polynomial attention that are met one by one: weights of a tile of queries and the keys of its window.
 
 Without a near field a pair weighs p(s), s = q.k. With one it weighs exp(t - m) where it is near and e^-m p(s) where it
-is far, m being the row's maximum (docs/mathematics.md, section 5). Scores and weights are (rows, width, keys).
+is far, m being the row's maximum (docs/mathematics.md, section 5). With forget gates G_i - G_j is added to t, and p(s)
+is times its exponential (section 6). Scores and weights are (rows, width, keys).
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ class Window:
 
     * `scores` q.k, where a pair may weigh p(s) or where t = SCALE s;
     * `local`, t, -inf where a pair is not near or hidden, with a near field;
-    * `hidden`, bool, which pairs weigh no p(s).
+    * `hidden`, bool, which pairs weigh no p(s);
+    * `decay` [b, h, 1, t, keys], e^(G_i - G_j) where a pair may weigh p(s), None without forget gates.
     """
 
     scores: Tensor
     local: Tensor
     hidden: Tensor
+    decay: Tensor | None = None
 
     def __init__(self, rows: Rows, tile: Tile, features: Features) -> None:
         spec, work, inputs = rows.spec, rows.work, rows.inputs
@@ -50,10 +53,15 @@ class Window:
             self.keys = load_tokens(work, "keys", inputs.k[tile.keys])
             self.scores = self.take("scores")
             torch.bmm(features.x.mT, self.keys.mT, out=self.scores)
+        logs = None
+        if rows.decays is not None:
+            logs = rows.decays.log_pairs(tile.queries, tile.of_keys).unsqueeze(2)
         if spec.near is None:
             self._hide()
         else:
-            self._load_local()
+            self._load_local(logs)
+        if logs is not None and (spec.near is None or self.mixed):
+            self.decay = logs.exp_()
 
     def take(self, name: str) -> Tensor:
         """A buffer (rows, width, keys)."""
@@ -73,8 +81,7 @@ class Window:
         """bool [b, 1, 1, t, keys]: pairs of one document; None without documents."""
         if self.rows.runs is None:
             return None
-        queries, keys = slice(self.tile.first, self.tile.last), slice(self.tile.low, self.tile.high)
-        return same_document(self.rows.runs, queries, keys)
+        return same_document(self.rows.runs, self.tile.queries, self.tile.of_keys)
 
     def _hide(self) -> None:
         visible = self._visible()
@@ -83,7 +90,7 @@ class Window:
         else:
             self.hidden = ~visible | self._future() if self.rows.spec.causal else ~visible
 
-    def _load_local(self) -> None:
+    def _load_local(self, logs: Tensor | None) -> None:
         spec, work, inputs, tile = self.rows.spec, self.rows.work, self.rows.inputs, self.tile
         self.local = self.take("local")
         if inputs.near_q is None or inputs.near_k is None:
@@ -93,6 +100,8 @@ class Window:
             self.near_keys = load_tokens(work, "near_keys", inputs.near_k[tile.keys])
             torch.bmm(self.near_queries, self.near_keys.mT, out=self.local)
         tiled, visible = self.by_head(self.local), self._visible()
+        if logs is not None:
+            tiled.add_(logs)
         if self.mixed:
             assert spec.near is not None
             queries, keys = range(tile.first, tile.last), range(tile.low, tile.high)
@@ -110,10 +119,17 @@ class Window:
 
 
 def pair_weights(window: Window, name: str = "attention_weights") -> Tensor:
-    """p(s), and 0 where a pair is hidden, in the buffer of that name."""
-    weights = horner(window.rows.coefficients, window.scores, out=window.take(name))
-    window.by_head(weights).masked_fill_(window.hidden, 0.0)
-    return weights
+    """p(s) times the decay, and 0 where a pair is hidden, in the buffer of that name."""
+    return _select(window, horner(window.rows.coefficients, window.scores, out=window.take(name)))
+
+
+def _select(window: Window, pairs: Tensor) -> Tensor:
+    """(rows, width, keys) of p(s) times the decay in place, 0 where a pair is hidden."""
+    tiled = window.by_head(pairs)
+    if window.decay is not None:
+        tiled.mul_(window.decay)
+    tiled.masked_fill_(window.hidden, 0.0)
+    return pairs
 
 
 def near_weights(window: Window, total: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,10 +164,11 @@ def pair_gradients(window: Window, upstream: Tensor, query_gradient: Tensor, gra
     """
     weights, keys = pair_weights(window), window.tile.keys
     add_rows(torch.bmm(weights.mT, upstream), gradients.v[keys])
+    weight_gradient = torch.bmm(upstream, window.values.mT, out=window.take("weight_gradient"))
+    if (sums := gradients.log_gate) is not None:
+        _add_gates(window, weights.mul_(weight_gradient), sums)
     slope = horner(derivative(window.rows.coefficients), window.scores, out=weights)
-    score_gradient = torch.bmm(upstream, window.values.mT, out=window.scores).mul_(slope)
-    window.by_head(score_gradient).masked_fill_(window.hidden, 0.0)
-    _pull_scores(window, score_gradient, query_gradient, gradients)
+    _pull_scores(window, _select(window, slope.mul_(weight_gradient)), query_gradient, gradients)
 
 
 def near_gradients(
@@ -169,6 +186,8 @@ def near_gradients(
     weight_gradient = window.take("weight_gradient")
     torch.bmm(upstream, window.values.mT, out=weight_gradient)
     near.mul_(weight_gradient)  # now the gradient of t
+    if (sums := gradients.log_gate) is not None:
+        _add_gates(window, near, sums)
     score_gradient = None
     if window.mixed:
         score_gradient = _far_gradient(window, far, weight_gradient, far_decay(largest), gradients)
@@ -189,10 +208,17 @@ def _far_gradient(
     """The gradient of q.k from far pairs; adds what they give dV."""
     weights = pair_weights(window, "far_weights")
     add_rows(torch.bmm(weights.mT, far), gradients.v[window.tile.keys])
+    if (sums := gradients.log_gate) is not None:
+        _add_gates(window, weights.mul_(weight_gradient).mul_(decay), sums)
     slope = horner(derivative(window.rows.coefficients), window.scores, out=weights)
-    gradient = slope.mul_(weight_gradient).mul_(decay)
-    window.by_head(gradient).masked_fill_(window.hidden, 0.0)
-    return gradient
+    return _select(window, slope.mul_(weight_gradient).mul_(decay))
+
+
+def _add_gates(window: Window, products: Tensor, sums: Tensor) -> None:
+    """dG [b, h, n] += what the pairs of a window give; products (rows, width, keys): weights times their gradients."""
+    tiled = window.by_head(products)
+    sums[:, :, window.tile.queries].add_(tiled.sum((2, 4)))
+    sums[:, :, window.tile.of_keys].sub_(tiled.sum((2, 3)))
 
 
 def _pull_scores(window: Window, score_gradient: Tensor, query_gradient: Tensor, gradients: Floats) -> None:

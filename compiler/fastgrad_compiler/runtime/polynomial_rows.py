@@ -1,7 +1,9 @@
 """Some rows of a polynomial attention: tiles of queries, and the states that far keys and queries are summed up in.
 
 A state is a sum of phi(x) y^T: of keys, Z = sum of phi(k) [v, 1], and of queries, Y = sum of phi(q) [u, -delta]. Where
-sequences are packed documents it holds one document at a time: each step says which one by a token of it.
+sequences are packed documents it holds one document at a time: each step says which one by a token of it. With forget
+gates its terms are times e^(G_token - G_j), of keys, or e^(G_i - G_token), of queries: each step says that token too,
+which is after the keys and before the queries of the sum.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .attention_op import Floats, Inputs
+from .decay import Decays
 from .documents import keep_document, of_document, select_columns, select_tokens
 from .kernel_spec import KernelSpec, folded_coefficients
-from .polynomial_features import Features, Workspace, add_product, add_rows, load_values
+from .polynomial_features import Features, Workspace, add_product, add_rows, load_values, scale_tokens
 
 
 class Tile(NamedTuple):
@@ -27,14 +30,24 @@ class Tile(NamedTuple):
     width: int  # queries of all heads of a group
 
     @property
+    def queries(self) -> slice:
+        """Its queries."""
+        return slice(self.first, self.last)
+
+    @property
+    def of_keys(self) -> slice:
+        """The keys that they meet one by one."""
+        return slice(self.low, self.high)
+
+    @property
     def here(self) -> tuple[slice, ...]:
         """Index of its queries in [b, h, G, n, ..]."""
-        return (slice(None), slice(None), slice(None), slice(self.first, self.last))
+        return (slice(None), slice(None), slice(None), self.queries)
 
     @property
     def keys(self) -> tuple[slice, ...]:
         """Index of its keys in [b, h, m, ..]."""
-        return (slice(None), slice(None), slice(self.low, self.high))
+        return (slice(None), slice(None), self.of_keys)
 
 
 class Sum:
@@ -58,6 +71,7 @@ class Rows:
     """Some rows of a call, q [b, h, G, n, d], k, v [b, h, m, ..], mask [b, m], and its work buffers.
 
     size: queries in a tile. weights (rank, 1): the diagonal of W. runs [b, n]: `document_runs`, None without documents.
+    decays: of forget gates, None without.
     """
 
     def __init__(
@@ -68,9 +82,10 @@ class Rows:
         weights: Tensor,
         inputs: Inputs,
         runs: Tensor | None,
+        decays: Decays | None = None,
     ) -> None:
         self.spec, self.work, self.size, self.weights = spec, work, size, weights
-        self.inputs, self.runs = inputs, runs
+        self.inputs, self.runs, self.decays = inputs, runs, decays
         b, h, self.groups, self.n, _ = inputs.q.shape
         self.heads, self.m = (b, h), inputs.k.shape[2]
         self.count = b * h
@@ -121,17 +136,21 @@ class Rows:
         """Z += phi(K) [V, 1] over the keys [start, stop) of the document of `token`; before, the sum was `old`'s."""
         if start >= stop:
             return
-        if self.runs is not None:
-            keep_document(state.total, self.runs, self._within(old), token)
+        self._move(state, self._within(old), token)
         for first in range(start, stop, self.size):
             last = min(first + self.size, stop)
             phi = self.work.features(self.count, last - first).load(self.inputs.k[:, :, first:last])
             values = load_values(self.work, self.inputs.v[:, :, first:last], self._shown(first, last, token))
+            if self.decays is not None:
+                scale_tokens(values, self.decays.until(token, slice(first, last)))
             add_product(self.work, state.total, phi, values)
         state.weigh(self.weights)
 
     def key_gradients(self, state: Sum, gradients: Floats, start: int, stop: int, token: int) -> None:
-        """dV += (Y^T W phi(K))[:dv], dK += J_phi(K)^T (W Y [V, 1]): keys [start, stop) of `token`'s document."""
+        """dV += (Y^T W phi(K))[:dv], dK += J_phi(K)^T (W Y [V, 1]): keys [start, stop) of `token`'s document.
+
+        Of gates, dG -= [V, 1] . Y^T W phi(K).
+        """
         if start >= stop:
             return
         state.weigh(self.weights)
@@ -143,15 +162,31 @@ class Rows:
             features.load(k[:, :, first:last])
             shown = self._shown(first, last, token)
             values = load_values(self.work, v[:, :, first:last], shown)
+            decay = (
+                None if self.decays is None else self.decays.until(self._within(token), slice(first, last))
+            )
+            if decay is not None:
+                scale_tokens(values, decay)
             torch.bmm(state.weighted, values.mT, out=cotangent.upstream)
             of_values, of_keys = torch.bmm(features.tokens, state.weighted), cotangent.pull()
             if self.runs is not None and shown is not None:
                 select_tokens(of_values, shown, out=of_values)
                 select_columns(of_keys, shown)
+            if decay is not None and gradients.log_gate is not None:
+                by_key = torch.linalg.vecdot(values, of_values).view(decay.shape)
+                gradients.log_gate[:, :, first:last].sub_(by_key)
+                scale_tokens(of_values, decay)
             add_rows(of_values, gradients.v[:, :, first:last])
             gradients.k[:, :, first:last].add_(of_keys.mT.view(*self.heads, last - first, k.shape[-1]))
 
     # ------------------------------------------------------------ the queries of a state
+
+    def _move(self, state: Sum, old: int, new: int) -> None:
+        """A sum that was of token `old` comes to be one of `new`."""
+        if self.runs is not None:
+            keep_document(state.total, self.runs, old, new)
+        if self.decays is not None:
+            state.total.mul_(self.decays.between(old, new).view(-1, 1, 1))
 
     def _of_document(self, tile: Tile, token: int) -> Tensor | None:
         """bool [b, t]: queries of a tile that are of the document of `token`; None without documents."""
@@ -168,14 +203,26 @@ class Rows:
     def read(self, state: Sum, features: Features, tile: Tile, token: int, out: Tensor) -> Tensor:
         """phi(Q)^T W Z into `out`, (rows, width, dv + 1), for the queries of the document of `token`."""
         torch.bmm(features.tokens, state.weighted, out=out)
+        self._forget(out, tile, token)
         own = self._of_document(tile, token)
         return out if own is None else select_tokens(out, own, out=out)
 
-    def pull(self, state: Sum, tile: Tile, upstream: Tensor, token: int) -> Tensor:
-        """J_phi^T (W Z u~), (rows, d, width): the gradient that queries of `token`'s document owe to far keys."""
+    def pull(
+        self, state: Sum, tile: Tile, upstream: Tensor, token: int, sums: Tensor | None = None
+    ) -> Tensor:
+        """J_phi^T (W Z u~), (rows, d, width): the gradient that queries of `token`'s document owe to far keys.
+
+        sums: dG of gates, [b, h, n], += phi^T W Z u~.
+        """
         cotangent = self.work.cotangent(self.count, tile.width)
         own = self._of_document(tile, token)
-        torch.bmm(state.weighted, self._selected(upstream, own).mT, out=cotangent.upstream)
+        upstream = self._decayed(self._selected(upstream, own), tile, token)
+        torch.bmm(state.weighted, upstream.mT, out=cotangent.upstream)
+        if sums is not None:
+            phi = self.work.features(self.count, tile.width).phi
+            product = torch.mul(phi, cotangent.upstream, out=self.work.take("row_product", *phi.shape))
+            of_rows = product.sum(1).view(*self.heads, self.groups, -1)
+            sums[:, :, tile.queries].add_(of_rows.sum(2))
         gradient = cotangent.pull()
         return gradient if own is None else select_columns(gradient, own)
 
@@ -183,8 +230,19 @@ class Rows:
         self, state: Sum, features: Features, tile: Tile, upstream: Tensor, token: int, old: int
     ) -> None:
         """Y += phi(Q)^T u~ over the queries of the document of `token`; before, the sum was that of `old`."""
-        if self.runs is not None:
-            keep_document(state.total, self.runs, self._within(old), token)
-        add_product(
-            self.work, state.total, features.phi, self._selected(upstream, self._of_document(tile, token))
-        )
+        self._move(state, self._within(old), self._within(token))
+        selected = self._selected(upstream, self._of_document(tile, token))
+        add_product(self.work, state.total, features.phi, self._decayed(selected, tile, token))
+
+    def _forget(self, tokens: Tensor, tile: Tile, token: int) -> None:
+        """(rows, width, ..) of a tile's queries *= the decay since `token`."""
+        if self.decays is not None:
+            scale_tokens(tokens, self.decays.since(self._within(token), tile.queries))
+
+    def _decayed(self, upstream: Tensor, tile: Tile, token: int) -> Tensor:
+        """upstream (rows, width, dv + 1) times the decay since `token`, which leaves `upstream` as it is."""
+        if self.decays is None:
+            return upstream
+        copy = self.work.take("decayed_upstream", *upstream.shape).copy_(upstream)
+        self._forget(copy, tile, token)
+        return copy

@@ -53,7 +53,7 @@ def forward_rows(rows: Rows, saved: Saved) -> None:
         place = tile.low
         features = rows.queries(tile)
         total = rows.take_total(tile)
-        if spec.causal and spec.near is None and not spec.documents:
+        if spec.causal and spec.near is None and not (spec.documents or spec.forget):
             window = Window(rows, tile, features)
             torch.bmm(pair_weights(window), window.values, out=total)
             total.baddbmm_(features.tokens, state.weighted)
@@ -108,7 +108,7 @@ def _add_window(rows: Rows, tile: Tile, features: Features, total: Tensor, maxim
 def backward_rows(rows: Rows, gradient: Tensor, saved: Saved, gradients: Floats) -> None:
     """Add to the gradients of some rows, in two sweeps: from the left for the queries, from the right for the keys.
 
-    gradient [b, h, G, n, dv]: of out.
+    gradient [b, h, G, n, dv]: of out. Of gates the gradient is that of `Decays.sums`.
     """
     state = rows.sum("state")
     other = rows.sum("other state") if rows.spec.two_sided else None
@@ -141,7 +141,7 @@ def _from_the_left(
             largest = load_maximum(rows, tile, saved.maximum)
             far = rows.work.take("far_upstream", *upstream.shape)
             torch.mul(upstream, far_decay(largest), out=far)
-        query_gradient = rows.pull(keys, tile, far, tile.low - 1)
+        query_gradient = rows.pull(keys, tile, far, tile.low - 1, gradients.log_gate)
         if queries is not None:
             rows.add_queries(queries, features, tile, far, token=tile.last - 1, old=tile.first - 1)
         if largest is not None:

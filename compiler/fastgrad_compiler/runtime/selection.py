@@ -6,7 +6,8 @@ where all its results are finite they stand: one reading of the results is the w
 or upstream gradients are not finite is none of these: a row of NaN has no weights, and its gradients are NaN, whatever
 a kernel makes of it. Elsewhere `_Careful`
 
-* replaces spoilt tokens by zeros: those with a number that is not finite, or with a monomial that overflows;
+* replaces spoilt tokens by zeros: those with a number that is not finite, or with a monomial that overflows; a gate is
+  spoilt by NaN, and seen by the rows that see a key before it and one from it on;
 * runs the same pass: a row that sees none of them gets the same bits, because a kernel's row does not depend on finite
   numbers that it does not see;
 * makes rows that see a spoilt token NaN, and the gradients that such a row reaches, unless its own gradient is 0;
@@ -28,12 +29,13 @@ import torch
 from torch import Tensor
 
 from .attention_op import FLOATS, INPUTS, compute_dtype
-from .sight import Sight
+from .decay import next_visible
+from .sight import Ranges, Sight
 
 Kernel = Callable[..., Any]
 Inputs = Sequence[Any]  # of `attention_op.Inputs`
 BEHIND = INPUTS + 3  # where a pass's attributes begin, after what was saved
-OF_QUERIES = (0, 3)  # of q, k, v, near_q and near_k
+OF_QUERIES, GATES = (0, 3), 5  # places of the floating inputs
 LARGE = 2.0**32  # values below it are not scaled: float32 leaves 2^95 to weights and sums
 LARGE_UPSTREAM = 2.0**64  # nor upstream gradients below this one
 SCALES = {
@@ -182,24 +184,31 @@ class _Careful:
         spoilt_rows = self._spoilt(q, sight.degree)
         if near_q is not None:
             spoilt, spoilt_rows = spoilt | self._spoilt(near_k), spoilt_rows | self._spoilt(near_q)
-        for place, x in enumerate(tangents or ()):
+        for place, x in enumerate((tangents or ())[:GATES]):
             if x is not None and place in OF_QUERIES:
                 spoilt_rows = spoilt_rows | self._spoilt(x)
             elif x is not None:
                 spoilt = spoilt | self._spoilt(x)
         keys = self.keys = sight.ranges(n, m, documents, q.device)
+        spoilt_gates = None
+        if log_gate is not None:
+            self.gates = _gates(keys, mask)
+            spoilt_gates = log_gate.isnan()
+            if tangents is not None and tangents[GATES] is not None:
+                spoilt_gates = spoilt_gates | ~tangents[GATES].isfinite()
+            crossing = self.gates.hold(spoilt_gates).repeat_interleave(self.groups, 1)
+            spoilt_rows = spoilt_rows | crossing
         self.queries = keys.transposed()
         seeing = keys.hold(visible).repeat_interleave(self.groups, 1)
         self.rows = (keys.hold(spoilt & visible).repeat_interleave(self.groups, 1) | spoilt_rows) & seeing
-        self.flags = [spoilt_rows if place in OF_QUERIES else spoilt | ~visible for place in range(5)]
+        hidden = spoilt | ~visible
+        self.flags: list[Any] = [spoilt_rows, hidden, hidden, spoilt_rows, hidden, spoilt_gates]
         self.inputs: list[Any] = [*self._cleaned((q, k, v, near_q, near_k, log_gate)), mask, documents]
 
     def _cleaned(self, tensors: Sequence[Any]) -> list[Any]:
         """Tensors like the floating inputs without the spoilt tokens."""
-        *rows, gates = tensors
         return [
-            *(None if x is None else _without(x, flags) for x, flags in zip(rows, self.flags, strict=True)),
-            gates,
+            None if x is None else _without(x, flags) for x, flags in zip(tensors, self.flags, strict=True)
         ]
 
     def _spoilt(self, x: Tensor, degree: int = 1) -> Tensor:
@@ -287,28 +296,43 @@ class _Careful:
             if x.numel():
                 factor = 1.0 if place == 2 else values  # the gradient of v does not depend on v
                 total = y.to(self.work) + z.to(self.work) / factor
-                total = total / above.repeat_interleave(x.shape[1] // above.shape[1], 1)
+                scale = above.repeat_interleave(x.shape[1] // above.shape[1], 1)
+                total = total / (scale if x.ndim == scale.ndim else scale.squeeze(-1))
                 x = torch.where(x.isfinite(), x, total.to(x.dtype))
             merged.append(x)
         return tuple(merged)
 
     def _marked(self, found: tuple[Tensor, ...], broken: Tensor, silent: Tensor) -> tuple[Tensor, ...]:
         """NaN where a row reaches that has a gradient and is NaN, 0 for rows without a gradient and for hidden keys."""
-        reached = self.queries.hold(broken.unflatten(1, (-1, self.groups)).any(2))
+        of_heads = broken.unflatten(1, (-1, self.groups)).any(2)
+        reached = self.queries.hold(of_heads)
         hidden = torch.zeros_like(reached) if self.hidden is None else self.hidden.expand_as(reached)
-        marks = [(broken, silent), (reached, hidden), (reached, hidden), (broken, silent), (reached, hidden)]
-        return (
-            tuple(
-                x if not x.numel() else _without(x.masked_fill(nan.unsqueeze(-1), math.nan), zero)
-                for x, (nan, zero) in zip(found, marks, strict=False)
-            )
-            + found[len(marks) :]
-        )
+        of_rows, of_keys = (broken, silent), (reached, hidden)
+        marks = [of_rows, of_keys, of_keys, of_rows, of_keys]
+        *floats, gates = found
+        marked = [
+            x if not x.numel() else _without(x.masked_fill(nan.unsqueeze(-1), math.nan), zero)
+            for x, (nan, zero) in zip(floats, marks, strict=True)
+        ]
+        if gates.numel():
+            gates = gates.masked_fill(self.gates.transposed().hold(of_heads), math.nan)
+        return (*marked, gates)
 
 
 def _without(x: Tensor, tokens: Tensor) -> Tensor:
-    """x [b, h, t, width] with zeros at tokens, bool [b, h, t]."""
-    return x.masked_fill(tokens.unsqueeze(-1), 0.0)
+    """x [b, h, t, width] or [b, h, t] with zeros at tokens, bool [b, h, t]."""
+    return x.masked_fill(tokens if x.ndim == tokens.ndim else tokens.unsqueeze(-1), 0.0)
+
+
+def _gates(keys: Ranges, mask: Tensor | None) -> Ranges:
+    """The gates that decide a row: those after the first key that its query sees, up to the last."""
+    first, behind, n = keys.first, keys.behind, keys.others
+    if mask is not None:
+        place = torch.arange(1, n + 1, device=mask.device)
+        shown = torch.nn.functional.pad(next_visible(mask), (0, 1), value=n)
+        first = shown.gather(1, first.expand_as(mask))
+        behind = behind.minimum(torch.where(mask, place, 0).cummax(-1).values)
+    return Ranges((first + 1).minimum(behind), behind, n)
 
 
 def _scale(x: Tensor, limit: float, factor: float, groups: int = 1) -> Tensor:

@@ -5,6 +5,9 @@ With weights a_ij and O_i = N_i / D_i, N_i = sum of a_ij v_j, D_i = sum of a_ij:
     dO_i = (dN_i - O_i dD_i) / D_i
     d(phi(q)^T W Z) = dphi(q)^T W Z + phi(q)^T W dZ,  Z = sum of phi(k) [v, 1]
 
+With forget gates a weight e^x = e^(G_i - G_j) has the tangent e^x dx; Z and dZ are sums of terms times e^(G_p - G_j), p
+the last key of the sum (docs/mathematics.md, section 6).
+
 One sweep over the sequence, as the forward pass makes it, with a state for Z and one for dZ, and a second sweep where
 there are far keys on both sides: O(n) time and memory, in PyTorch's operations on every target and device.
 """
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .attention_op import compute_dtype, plan_tiles, row_groups
+from .decay import Decays, log_decay, log_decay_tangent
 from .documents import document_runs, of_document, same_document
 from .exact_attention import exact_tangent
 from .guard import guarded_tangent
@@ -61,16 +65,18 @@ def _tangent(
 ) -> Tensor:
     """The tangent of out [B, H, n, dv], from those of the floating inputs."""
     q, k, v, near_q, near_k, log_gate, mask, documents = inputs
-    if log_gate is not None:
-        raise NotImplementedError("forget gates")
     dtype = torch.float64 if spec.precision == "float64" else compute_dtype(q, k, v)
     heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     rank, width = spec.rank, v.shape[-1] + 1
-    window = TILE + 3 * (spec.near or 0)
+    window = (TILE + 3 * (spec.near or 0)) * (2 if spec.forget else 1)
     tile, row_bytes = plan_tiles(
         TILE, groups, 2 * window, 6 * rank + 6 * width, 6 * rank * width, dtype.itemsize
     )
     runs = None if documents is None else document_runs(documents)
+    gates = None
+    if log_gate is not None:
+        masks = log_gate, mask, documents
+        gates = log_decay(*masks), log_decay_tangent(tangents[5], *masks)
 
     def by_key_head(x: Tensor) -> Tensor:
         grouped: Tensor = x.unflatten(1, (heads, -1))
@@ -94,11 +100,46 @@ def _tangent(
             by_key_head(maximum)[rows].to(dtype) if spec.near else None,
             None if mask is None else mask[rows[0]],
             None if runs is None else runs[rows[0]],
+            None if gates is None else _Gates(Decays(gates[0][rows], dtype), gates[1][rows]),
         ).total()
         share = inverse(by_key_head(denominator)[rows].to(dtype)).unsqueeze(-1)
         moved = (total[..., :-1] - by_key_head(out)[rows] * total[..., -1:]) * share
         by_key_head(result)[rows] = moved.to(out.dtype)
     return result
+
+
+@dataclass(frozen=True)
+class _Gates:
+    """The decays of some rows, and the tangents [b, h, n] of their sums.
+
+    Each function gives factors e^x and their rates dx, so that the tangent of a factor is e^x dx; of pairs it gives x.
+    """
+
+    decays: Decays
+    moved: Tensor
+
+    def between(self, first: int, last: int) -> Pair:
+        """[b, h, 1, 1] each: from one token to a later one."""
+        rates = self.moved[:, :, last] - self.moved[:, :, first]
+        return self.decays.between(first, last)[:, :, None, None], self._like(rates)[:, :, None, None]
+
+    def until(self, token: int, keys: slice) -> Pair:
+        """[b, h, t, 1] each: from keys to a token after them."""
+        rates = self.moved[:, :, token, None] - self.moved[:, :, keys]
+        return self.decays.until(token, keys).unsqueeze(-1), self._like(rates).unsqueeze(-1)
+
+    def since(self, token: int, queries: slice) -> Pair:
+        """[b, h, 1, t, 1] each: from a token to the queries after it."""
+        rates = self.moved[:, :, queries] - self.moved[:, :, token, None]
+        return self.decays.since(token, queries)[:, :, None, :, None], self._like(rates)[:, :, None, :, None]
+
+    def pairs(self, queries: slice, keys: slice) -> Pair:
+        """[b, h, 1, t, keys] each: G_i - G_j and its tangent."""
+        rates = self.moved[:, :, queries, None] - self.moved[:, :, None, keys]
+        return self.decays.log_pairs(queries, keys).unsqueeze(2), self._like(rates).unsqueeze(2)
+
+    def _like(self, rates: Tensor) -> Tensor:
+        return rates.to(self.decays.dtype)
 
 
 @dataclass(frozen=True)
@@ -116,6 +157,7 @@ class _Rows:
     maximum: Tensor | None
     mask: Tensor | None
     runs: Tensor | None
+    gates: _Gates | None
     state: list[Tensor] = field(default_factory=list)  # W Z and W dZ, [b, h, rank, dv + 1]
 
     @property
@@ -194,6 +236,10 @@ class _Rows:
             left = self.runs[:, own] != self.runs[:, min(max(old, 0), self.m - 1)]
             for x in self.state:
                 x.masked_fill_(left[:, None, None, None], 0.0)
+        if self.gates is not None:
+            decay, slope = self.gates.between(max(old, 0), own)
+            moved.add_(state * slope).mul_(decay)
+            state.mul_(decay)
         for start in range(first, last, self.tile):
             part = slice(start, min(start + self.tile, last))
             shown = None if self.mask is None else self.mask[:, part]
@@ -202,14 +248,22 @@ class _Rows:
                 shown = of_own if shown is None else shown & of_own
             phi, dphi = self._features(*(x[:, :, part] for x in self.k))
             values, dvalues = self._values(part, shown)
+            if self.gates is not None:
+                decay, slope = self.gates.until(own, part)
+                values, dvalues = values * decay, (dvalues + values * slope) * decay
             state += factors * (phi @ values)
             moved += factors * (dphi @ values + phi @ dvalues)
 
     def _read(self, queries: slice, token: int) -> Tensor:
         """[b, h, G, t, dv + 1]: what the state adds to the tangents of N and D; for the document of `token` alone."""
         phi, dphi = self._features(*(x[:, :, :, queries].flatten(2, 3) for x in self.q))
+        groups = self.q[0].shape[2]
         sums = dphi.mT @ self.state[0] + phi.mT @ self.state[1]
-        found: Tensor = sums.unflatten(2, (self.q[0].shape[2], -1))
+        found: Tensor = sums.unflatten(2, (groups, -1))
+        if self.gates is not None:
+            decay, slope = self.gates.since(token, queries)
+            plain = (phi.mT @ self.state[0]).unflatten(2, (groups, -1))
+            found = (found + plain * slope) * decay
         if self.runs is not None:
             own = of_document(self.runs, queries.start, queries.stop, token)
             found = found.masked_fill(~own[:, None, None, :, None], 0.0)
@@ -249,12 +303,18 @@ class _Rows:
         coefficients = folded_coefficients(self.spec)
         weights = horner(coefficients, scores, out=torch.empty_like(scores))
         dweights = horner(derivative(coefficients), scores, out=torch.empty_like(scores)) * slopes
+        if self.gates is not None:
+            logs, rates = self.gates.pairs(queries, keys)
+            decay = logs.exp()
+            weights, dweights = weights * decay, (dweights + weights * rates) * decay
         if self.spec.near is not None and self.maximum is not None:
             largest = self.maximum[:, :, :, queries, None]
             if self.near is not None:
                 local, dlocal = self._products(*self.near, queries, keys)
             else:
                 local, dlocal = scores * self.spec.scale, slopes * self.spec.scale
+            if self.gates is not None:
+                local, dlocal = local + logs, dlocal + rates
             near, decay = self._near(queries, keys, self.spec.near), far_decay(largest)
             exponentials = (local - largest).masked_fill(~near, 0.0).exp()
             weights = torch.where(near, exponentials, weights * decay)
