@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .decay import gate_gradient, log_decay
+from .decay import gate_gradient, log_decay, sum_of_later
 from .kernel_spec import KernelSpec, folded_coefficients
 from .triton_kernels import DTYPES, cannot_build, enabled, import_kernels, refusal, warn
 from .triton_schedule import DEVICES, SCAN, Shape, choose_chunk, choose_schedule
@@ -146,7 +146,8 @@ class Launches:
         self.device = q.device
         self.q, self.k, self.v = (_aligned(x.to(self.dtype)) for x in (q, k, v))
         self.near = [None if x is None else _aligned(x.to(self.dtype)) for x in (near_q, near_k)]
-        self.sums = [] if log_gate is None else [_two_numbers(log_decay(log_gate, mask))]
+        self.sums = [] if log_gate is None else [_two_numbers(log_decay(log_gate, mask, None))]
+        self.shown = mask
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
         self.batch, self.heads, self.queries = q.shape[:3]
         self.shared, self.keys = k.shape[1:3]
@@ -172,6 +173,7 @@ class Launches:
             causal=spec.causal,
             near=spec.near or 0,
             near_d=spec.near_d or 0,
+            forget=spec.forget,
         )
         there = "fused_forward_kernel" in self.kernels.CONFIGS[self.architecture][DTYPES[self.dtype]]
         return there and choose_schedule(device, shape) == "fused", choose_chunk(device, shape)
@@ -230,9 +232,9 @@ class Launches:
         found = (g if x is None else g.to(x.dtype) for x, g in zip(floats, gradients, strict=True))
         if log_gate is None:
             return (*found, self.q.new_empty((0,)))
-        of_queries, of_keys = dsums
-        of_queries = of_queries.unflatten(1, (self.shared, self.groups)).sum(2)
-        return (*found, gate_gradient(of_queries + of_keys, log_gate, None))
+        of_queries, of_keys = (x.double() for x in dsums)
+        total = of_queries.unflatten(1, (self.shared, self.groups)).sum(2) + of_keys
+        return (*found, gate_gradient(sum_of_later(total, None), log_gate, self.shown, None))
 
     def _fused_backward(
         self,
@@ -244,8 +246,8 @@ class Launches:
         dv: Tensor,
         dsums: list[Tensor],
     ) -> None:
-        inputs = (gradient, self.q, self.k, self.v, *self.sums, self.mask)
-        inputs = (*inputs, self.index, self.weight, inverse, delta)
+        tensors = (gradient, self.q, self.k, self.v, *self.sums)
+        inputs = (*tensors, self.mask, self.index, self.weight, inverse, delta)
         sizes = (*self._strides(gradient, self.q, self.k, self.v), self.queries, self.heads, self.groups)
         self._launch("fused_query_gradient_kernel", self._rows, *inputs, dq, *dsums[:1], *sizes)
         self._launch("fused_key_gradient_kernel", self._rows, *inputs, dk, dv, *dsums[1:], *sizes)
@@ -262,7 +264,8 @@ class Launches:
         dsums: list[Tensor],
     ) -> None:
         strides = self._strides(gradient, self.q, self.k, self.v, *self.near)
-        inputs = (gradient, self.q, self.k, self.v, *self.near, *self.sums, self.mask, self.index, self.origin)
+        tensors = (gradient, self.q, self.k, self.v, *self.near, *self.sums)
+        inputs = (*tensors, self.mask, self.index, self.origin)
         before, after = self._key_states()
         self._launch(
             "query_gradient_kernel",
