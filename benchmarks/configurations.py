@@ -84,7 +84,9 @@ def classes() -> Iterator[tuple[KernelSpec, bool]]:
                 yield plain, False
                 yield replace(plain, near=24, near_d=min(d, 32)), False
     for dv in FUSED_DV_CLASSES:
-        yield KernelSpec(8, dv, COEFFICIENTS[:3], causal=True, padding=True), True
+        walked = KernelSpec(8, dv, COEFFICIENTS[:3], causal=True, padding=True)
+        yield walked, True
+        yield replace(walked, forget=True), True
 
 
 def configured(job: Job, configuration: Configuration) -> Job:

@@ -107,7 +107,8 @@ def jobs(
     v = tensor(BATCH, HEADS, TOKENS, spec.dv)
     near = [tensor(BATCH, HEADS, TOKENS, spec.near_d) if spec.near_d else None for _ in range(2)]
     mask = torch.empty((BATCH, TOKENS), dtype=torch.bool, device="meta") if spec.padding else None
-    launches = Launches(recorder, spec, q, k, v, near[0], near[1], mask, target)  # type: ignore[arg-type]
+    gates = torch.empty((BATCH, HEADS, TOKENS), device="meta") if spec.forget else None
+    launches = Launches(recorder, spec, q, k, v, near[0], near[1], gates, mask, target)  # type: ignore[arg-type]
     launches.fused = fused
     out, denominator, maximum = launches.forward()
     launches.backward(torch.empty_like(out), out, denominator, maximum)

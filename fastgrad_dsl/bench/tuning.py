@@ -48,8 +48,8 @@ WARPS, STAGES = (2, 8), (1, 4)
 
 Timer = Callable[[Callable[[], None]], float]
 """Seconds of a run."""
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""q, k, v, near_q, near_k and mask."""
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""q, k, v, near_q, near_k, log_gate and mask."""
 
 
 @dataclass(frozen=True)
@@ -298,4 +298,6 @@ def _inputs(shape: Shape, work: Work) -> tuple[Inputs, Tensor]:
     whole = torch.ones((work.batch, work.tokens), dtype=torch.bool, device=work.device)
     mask = whole if spec.padding else None
     q, k = rows(shape.heads, spec.d), rows(shape.key_heads, spec.d)
-    return (q, k, values, near[0], near[1], mask), cotangent
+    # what a token leaves of the weights before it: 0.95 in the median
+    gates = -torch.exp(random(shape.key_heads, 1).squeeze(-1) - 3.0) if spec.forget else None
+    return (q, k, values, near[0], near[1], gates, mask), cotangent

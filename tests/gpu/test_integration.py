@@ -36,7 +36,10 @@ SINGLE = 2e-5  # of float32 beside float64, relative to the largest entry
 CAUSAL = KernelSpec(3, 4, COEFFICIENTS[2], causal=True, padding=True)
 NEAR = KernelSpec(4, 5, COEFFICIENTS[3], causal=True, near=16, near_d=3, scale=0.8)
 CROSS = KernelSpec(4, 6, COEFFICIENTS[2])
-SPECS = pytest.mark.parametrize("spec", [CAUSAL, NEAR, CROSS], ids=["causal", "near", "cross"])
+FORGET = KernelSpec(4, 6, COEFFICIENTS[2], causal=True, padding=True, near=6, forget=True)
+SPECS = pytest.mark.parametrize(
+    "spec", [CAUSAL, NEAR, CROSS, FORGET], ids=["causal", "near", "cross", "forget"]
+)
 SLOW = pytest.mark.slow
 
 
@@ -117,8 +120,8 @@ def test_inputs_without_elements_are_for_pytorch(shape: tuple[int, ...]) -> None
 
 @pytest.mark.parametrize(
     "spec",
-    [pytest.param(CAUSAL, marks=SLOW), NEAR, pytest.param(CROSS, marks=SLOW)],
-    ids=["causal", "near", "cross"],
+    [pytest.param(CAUSAL, marks=SLOW), NEAR, pytest.param(CROSS, marks=SLOW), FORGET],
+    ids=["causal", "near", "cross", "forget"],
 )
 def test_opcheck(spec: KernelSpec) -> None:
     inputs = sample(spec)
@@ -185,13 +188,12 @@ def test_launches_wait_for_nothing_and_allocate_by_shape(spec: KernelSpec, tmp_p
     """On tensors without storage a value cannot be read, and from the second call on no table is made or moved."""
     path = write_kernels(spec, tmp_path, "kernels")
     inputs = sample(spec)
-    tensors = [x.detach().to("meta") for x in inputs.tensors] + [None] * (5 - len(inputs.tensors))
-    mask = None if inputs.mask is None else inputs.mask.to("meta")
+    *given, _ = (x if x is None else x.detach().to("meta") for x in inputs.arguments)
     cotangent = inputs.cotangent.to("meta")
     runs = []
     for _ in range(3):
         with Operations() as operations:
-            call = Launches(Recorder(load_kernels(path), path, "sm_90"), spec, *tensors, mask)  # type: ignore[arg-type, call-arg]
+            call = Launches(Recorder(load_kernels(path), path, "sm_90"), spec, *given)  # type: ignore[arg-type]
             call.backward(cotangent, *call.forward())
         runs.append(operations.seen)
     assert runs[1] == runs[2]

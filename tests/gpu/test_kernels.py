@@ -84,9 +84,8 @@ def run(
     for types in kernels.CONFIGS.values():
         for configurations in types.values():
             configurations.update(dict.fromkeys((*KERNELS, *FUSED_KERNELS), tiles))
-    q, k, v, *near = (x.detach() for x in inputs.tensors)
-    near_q, near_k = near or (None, None)
-    call = Launches(kernels, spec, q, k, v, near_q, near_k, inputs.mask)
+    *given, _ = (x if x is None else x.detach() for x in inputs.arguments)
+    call = Launches(kernels, spec, *given)  # type: ignore[arg-type]
     call.fused, call.chunk = fused, chunk if spec.near is None else spec.near * -(-chunk // spec.near)
     out, denominator, maximum = call.forward()
     gradients = call.backward(inputs.cotangent.to(out.dtype), out, denominator, maximum)

@@ -29,6 +29,10 @@ SPECS = {
 LENGTH = 45
 HIDDEN = [0, 1, 20, LENGTH - 1]
 FUSED = ("causal", "causal, padding")
+GATES = {
+    "forget, padding": replace(CAUSAL, padding=True, forget=True),
+    "forget, near": replace(CAUSAL, near=24, padding=True, near_d=8, forget=True),
+}
 REST = [("causal", False), ("wide, causal, padding", False), ("causal", True)]  # less of what others have too
 SCHEDULES = [
     pytest.param(*each, marks=[pytest.mark.slow] if each in REST else [])
@@ -48,10 +52,30 @@ SCHEDULES = [
 )
 @pytest.mark.parametrize(("kind", "fused"), SCHEDULES)
 def test_kernels(kind: str, fused: bool, value: float, names: str, tmp_path: Path) -> None:
-    def run_kernels(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
-        return run(spec, inputs, tmp_path, fused=fused)
-
     spec = replace(SPECS[kind], d=4) if fused else SPECS[kind]
+    attack(spec, fused, value, names, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused"),
+    [
+        ("forget, padding", False),
+        ("forget, padding", True),
+        pytest.param("forget, near", False, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("names", ["g", pytest.param("qkvg", marks=pytest.mark.slow)])
+def test_gates(kind: str, fused: bool, names: str, tmp_path: Path) -> None:
+    spec = replace(GATES[kind], d=4) if fused else GATES[kind]
+    attack(spec, fused, float("nan"), names, tmp_path)
+
+
+def attack(spec: KernelSpec, fused: bool, value: float, names: str, folder: Path) -> None:
+    """Numbers in hidden tokens, and in one that earlier queries do not see."""
+
+    def run_kernels(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
+        return run(spec, inputs, folder, fused=fused)
+
     inputs = make_inputs(spec, LENGTH, batch=1, heads=1, groups=2).to(torch.float32)
     if spec.padding:
         mask = torch.ones(1, LENGTH, dtype=torch.bool)

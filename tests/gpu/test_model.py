@@ -48,8 +48,10 @@ class Flops:
         (KernelSpec(8, 16, COEFFICIENTS[2], causal=True, near=32, near_d=20), 1, None, False),
         (KernelSpec(8, 16, COEFFICIENTS[2], near=16), 1, None, False),
         (KernelSpec(8, 32, COEFFICIENTS[2], causal=True), 2, None, True),
+        (KernelSpec(8, 16, COEFFICIENTS[2], causal=True, near=32, forget=True), 2, None, False),
+        (KernelSpec(8, 16, COEFFICIENTS[2], causal=True, forget=True), 1, None, True),
     ],
-    ids=["causal", "cross", "near", "near without a mask", "fused"],
+    ids=["causal", "cross", "near", "near without a mask", "fused", "gates", "gates, fused"],
 )
 def test_flops_and_programs_are_those_of_the_launches(
     spec: KernelSpec, groups: int, m: int | None, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -61,9 +63,8 @@ def test_flops_and_programs_are_those_of_the_launches(
     for configurations in kernels.CONFIGS["sm_80"].values():
         configurations.update(dict.fromkeys((*KERNELS, *FUSED_KERNELS), tiles))
     assert not fused or is_fused(spec)
-    q, k, v, *near = (x.detach() for x in inputs.tensors)
-    near_q, near_k = near or (None, None)
-    call = Launches(kernels, spec, q, k, v, near_q, near_k, None)
+    *given, _ = (x if x is None else x.detach() for x in inputs.arguments)
+    call = Launches(kernels, spec, *given)  # type: ignore[arg-type]
     call.fused, call.chunk = fused, CHUNK
     found = _counted(call, inputs.cotangent, Flops(monkeypatch), monkeypatch)
 
@@ -80,6 +81,7 @@ def test_flops_and_programs_are_those_of_the_launches(
         causal=spec.causal,
         near=spec.near or 0,
         near_d=spec.near_d or 0,
+        forget=spec.forget,
     )
     works = schedule.works("fused" if fused else "parallel", shape, CHUNK, TILES, CACHE)
     expected = [(w.kernel, w.matrix_flops, w.programs) for w in (*works[0], *works[1])]

@@ -33,7 +33,7 @@ def token_chunks(spec: KernelSpec) -> tuple[int, int, int]:
 def has_triton(spec: KernelSpec) -> bool:
     """Whether there are Triton kernels for a specification; PyTorch's code serves the others."""
     widths = max(spec.d, spec.near_d or 0) <= LARGEST_D and spec.dv <= LARGEST_DV
-    if spec.window is not None or spec.documents or spec.forget or spec.precision == "float64" or not widths:
+    if spec.window is not None or spec.documents or spec.precision == "float64" or not widths:
         return False
     return rank(spec.d, spec.degree) <= LARGEST_RANK
 

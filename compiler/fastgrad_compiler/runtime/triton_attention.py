@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .decay import gate_gradient, log_decay, sum_of_later
 from .kernel_spec import KernelSpec, folded_coefficients
 from .triton_kernels import DTYPES, cannot_build, enabled, import_kernels, refusal, warn
 from .triton_schedule import DEVICES, SCAN, Shape, choose_chunk, choose_schedule
@@ -78,11 +79,10 @@ class TritonAttention:
         maximum: Tensor,
     ) -> Backward | None:
         """The gradients of the floating inputs, those that do not exist without elements; None as `forward`."""
-
-        def work(call: Launches) -> Backward:
-            return (*call.backward(gradient, out, denominator, maximum), q.new_empty((0,)))
-
-        return self._attempt(work, q, k, v, near_q, near_k, log_gate, mask)
+        return self._attempt(
+            lambda call: call.backward(gradient, out, denominator, maximum),
+            *(q, k, v, near_q, near_k, log_gate, mask),
+        )
 
     def _attempt(
         self,
@@ -95,7 +95,7 @@ class TritonAttention:
         log_gate: Tensor | None,
         mask: Tensor | None,
     ) -> Result | None:
-        if self._failed or log_gate is not None or not enabled() or 0 in (q.numel(), k.numel(), v.numel()):
+        if self._failed or not enabled() or 0 in (q.numel(), k.numel(), v.numel()):
             return None
         if self.by_device and q.device.type != "cuda":
             return None
@@ -104,7 +104,7 @@ class TritonAttention:
             return None
         try:
             with torch.cuda.device_of(q):
-                return work(Launches(self.kernels(), self.spec, q, k, v, near_q, near_k, mask))
+                return work(Launches(self.kernels(), self.spec, q, k, v, near_q, near_k, log_gate, mask))
         except Exception as error:
             if not cannot_build(error):
                 raise
@@ -135,16 +135,19 @@ class Launches:
         v: Tensor,
         near_q: Tensor | None,
         near_k: Tensor | None,
+        log_gate: Tensor | None,
         mask: Tensor | None,
         target: str = "",
     ) -> None:
-        self.kernels, self.spec, self.given = kernels, spec, (q, k, v, near_q, near_k)
+        self.kernels, self.spec, self.given = kernels, spec, (q, k, v, near_q, near_k, log_gate)
         self.dtype = q.dtype if q.dtype == k.dtype == v.dtype else torch.float32
         if self.dtype == torch.bfloat16 and q.device.type == "cpu" and not self.interprets_bfloat16:
             self.dtype = torch.float32
         self.device = q.device
         self.q, self.k, self.v = (_aligned(x.to(self.dtype)) for x in (q, k, v))
         self.near = [None if x is None else _aligned(x.to(self.dtype)) for x in (near_q, near_k)]
+        self.sums = [] if log_gate is None else [_two_numbers(log_decay(log_gate, mask, None))]
+        self.shown = mask
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
         self.batch, self.heads, self.queries = q.shape[:3]
         self.shared, self.keys = k.shape[1:3]
@@ -170,6 +173,7 @@ class Launches:
             causal=spec.causal,
             near=spec.near or 0,
             near_d=spec.near_d or 0,
+            forget=spec.forget,
         )
         there = "fused_forward_kernel" in self.kernels.CONFIGS[self.architecture][DTYPES[self.dtype]]
         return there and choose_schedule(device, shape) == "fused", choose_chunk(device, shape)
@@ -189,7 +193,7 @@ class Launches:
             self._launch(
                 "fused_forward_kernel",
                 self._rows,
-                *(self.q, self.k, self.v, self.mask, self.index, self.weight, out, denominator),
+                *(self.q, self.k, self.v, *self.sums, self.mask, self.index, self.weight, out, denominator),
                 *self._strides(self.q, self.k, self.v),
                 *(self.queries, self.heads, self.groups),
             )
@@ -198,7 +202,8 @@ class Launches:
         self._launch(
             "forward_kernel",
             self._query_tiles,
-            *(self.q, self.k, self.v, *self.near, self.mask, self.index, self.origin, before, after),
+            *(self.q, self.k, self.v, *self.near, *self.sums, self.mask, self.index, self.origin),
+            *(before, after),
             *(out, denominator, maximum),
             *self._strides(self.q, self.k, self.v, *self.near),
             *self._sizes(),
@@ -207,30 +212,45 @@ class Launches:
         return out.to(self.given[2].dtype), denominator, maximum
 
     def backward(self, gradient: Tensor, out: Tensor, denominator: Tensor, maximum: Tensor) -> Backward:
-        """The gradients of the five inputs, in their types."""
+        """The gradients of the six floating inputs, in their types."""
         gradient, out = _aligned(gradient.to(self.dtype)), _aligned(out).contiguous()
         denominator, maximum = denominator.contiguous(), maximum.contiguous()
+        *floats, log_gate = self.given
         dq, dk, dv, dnear_q, dnear_k = (
-            self.q.new_empty((0,)) if x is None else self._empty(x.shape, self.dtype) for x in self.given
+            self.q.new_empty((0,)) if x is None else self._empty(x.shape, self.dtype) for x in floats
         )
+        dsums = [] if log_gate is None else [self._empty(x.shape[:3]) for x in (self.q, self.k)]
         delta, inverse = self._empty(denominator.shape), self._empty(denominator.shape)
         sizes = (*gradient.stride()[:3], out.stride(2), self.queries, self.heads)
         grid = (self.batch * self.heads * _ceil(self.queries, DELTA_ROWS),)
         self.kernels.delta_kernel[grid](gradient, out, denominator, delta, inverse, *sizes, ROWS=DELTA_ROWS)
         if self.fused:
-            self._fused_backward(gradient, inverse, delta, dq, dk, dv)
+            self._fused_backward(gradient, inverse, delta, dq, dk, dv, dsums)
         else:
-            self._backward(gradient, (inverse, maximum, delta), dq, dk, dv, dnear_q, dnear_k)
+            self._backward(gradient, (inverse, maximum, delta), dq, dk, dv, dnear_q, dnear_k, dsums)
         gradients = (dq, dk, dv, dnear_q, dnear_k)
-        return tuple(g if x is None else g.to(x.dtype) for x, g in zip(self.given, gradients, strict=True))
+        found = (g if x is None else g.to(x.dtype) for x, g in zip(floats, gradients, strict=True))
+        if log_gate is None:
+            return (*found, self.q.new_empty((0,)))
+        of_queries, of_keys = (x.double() for x in dsums)
+        total = of_queries.unflatten(1, (self.shared, self.groups)).sum(2) + of_keys
+        return (*found, gate_gradient(sum_of_later(total, None), log_gate, self.shown, None))
 
     def _fused_backward(
-        self, gradient: Tensor, inverse: Tensor, delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor
+        self,
+        gradient: Tensor,
+        inverse: Tensor,
+        delta: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        dsums: list[Tensor],
     ) -> None:
-        inputs = (gradient, self.q, self.k, self.v, self.mask, self.index, self.weight, inverse, delta)
+        tensors = (gradient, self.q, self.k, self.v, *self.sums)
+        inputs = (*tensors, self.mask, self.index, self.weight, inverse, delta)
         sizes = (*self._strides(gradient, self.q, self.k, self.v), self.queries, self.heads, self.groups)
-        self._launch("fused_query_gradient_kernel", self._rows, *inputs, dq, *sizes)
-        self._launch("fused_key_gradient_kernel", self._rows, *inputs, dk, dv, *sizes)
+        self._launch("fused_query_gradient_kernel", self._rows, *inputs, dq, *dsums[:1], *sizes)
+        self._launch("fused_key_gradient_kernel", self._rows, *inputs, dk, dv, *dsums[1:], *sizes)
 
     def _backward(
         self,
@@ -241,14 +261,16 @@ class Launches:
         dv: Tensor,
         dnear_q: Tensor,
         dnear_k: Tensor,
+        dsums: list[Tensor],
     ) -> None:
         strides = self._strides(gradient, self.q, self.k, self.v, *self.near)
-        inputs = (gradient, self.q, self.k, self.v, *self.near, self.mask, self.index, self.origin)
+        tensors = (gradient, self.q, self.k, self.v, *self.near, *self.sums)
+        inputs = (*tensors, self.mask, self.index, self.origin)
         before, after = self._key_states()
         self._launch(
             "query_gradient_kernel",
             self._query_tiles,
-            *(*inputs, before, after, *saved, dq, dnear_q),
+            *(*inputs, before, after, *saved, dq, dnear_q, *dsums[:1]),
             *(*strides, *self._sizes()),
             MIXED=self._mixed,
         )
@@ -258,7 +280,7 @@ class Launches:
         self._launch(
             "key_gradient_kernel",
             self._key_tiles,
-            *(*inputs, before, after, *saved, *live, dk, dv, dnear_k),
+            *(*inputs, before, after, *saved, *live, dk, dv, dnear_k, *dsums[1:]),
             *(*strides, *self._sizes()),
             MIXED=self._mixed,
         )
@@ -268,7 +290,7 @@ class Launches:
     def _key_states(self) -> tuple[Tensor, Tensor]:
         """W Z of the keys before each chunk, or of all, and of those after it if a query sees far ones there."""
         spec, near = self.spec, self.spec.near or 0
-        inputs = (self.k, self.v, self.mask, None, None, None)
+        inputs = (self.k, self.v, *self.sums, self.mask, None, None, None)
 
         def make(shift: int, mode: int) -> Tensor:
             return self._states(inputs, self.keys, shift, mode, upstream=False, live=[None] * spec.causal)
@@ -282,7 +304,7 @@ class Launches:
         """W Y of the queries before each chunk, and of those after it, or of all; causal: `live` is written too."""
         spec, near = self.spec, self.spec.near or 0
         inverse, maximum, delta = saved
-        inputs = (self.q, gradient, None, inverse, delta, maximum)
+        inputs = (self.q, gradient, *self.sums, None, inverse, delta, maximum)
 
         def make(shift: int, mode: int) -> Tensor:
             return self._states(inputs, self.queries, shift, mode, upstream=True, live=live)
@@ -313,7 +335,8 @@ class Launches:
             UPSTREAM=upstream,
         )
         grid = (rows * _ceil(kernels.STATE_SIZE.value, SCAN),)
-        kernels.scan_kernel[grid](state, self.weight, self.chunks, MODE=mode, SIZE=SCAN)
+        sizes = (*self.sums, tokens, self.chunk, self.chunks, shift) if self.sums else (self.chunks,)
+        kernels.scan_kernel[grid](state, self.weight, *sizes, MODE=mode, SIZE=SCAN)
         return state
 
     # ---------------------------------------------------------------- a launch
@@ -395,6 +418,12 @@ def architecture(device: torch.device) -> str:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+def _two_numbers(sums: Tensor) -> Tensor:
+    """Sums float64 [b, h, n] as float32 [b, h, 2, n], twice n numbers that add up to them: to 48 bits."""
+    rounded = sums.float()
+    return torch.stack((rounded, (sums - rounded).float()), -2)
 
 
 def _aligned(x: Tensor) -> Tensor:

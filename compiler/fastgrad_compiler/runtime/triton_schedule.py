@@ -17,7 +17,9 @@ matrix products d and dv are padded to powers of two of at least 16 (d', dv'); i
     query_gradient_kernel  2 R dv' + E + F                                   2 (2 d' + dv')
     key_gradient_kernel    4 R dv' + E + F                                   2 (2 d' + 2 dv')
 
-A near field without a mask has states before and states after: all of it twice. Pairs are counted in whole tiles, as
+A near field without a mask has states before and states after: all of it twice. Forget gates add two numbers a token
+that every kernel reads, what they do to a pair or to a token's features, and the gradients of their sums; PyTorch's
+sums of them before and after the launches are not counted. Pairs are counted in whole tiles, as
 kernels visit them. States are R x (dv + 1) numbers in float32. Every tensor is read once by a kernel, but by each
 query head of a group anew; where what the tiles of one chunk share does not fit the cache, by each tile anew.
 
@@ -36,6 +38,7 @@ LARGEST_D, LARGEST_DV = 64, 128  # that there are kernels for
 BLOCK = 16  # components that a factor of a feature is chosen from
 SCAN = 1024  # numbers of a state that a program of scan_kernel adds up
 FLOAT32 = 4
+SUM = 2 * FLOAT32  # bytes of a running sum of gates: two numbers
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Shape:
         dtype: "float32", "float16" or "bfloat16", of the inputs.
         causal: query i sees keys up to i.
         near, near_d: tokens of a block of the near field, and the width of its own queries and keys; 0: none.
+        forget: there are gates, of which each key head has its own.
     """
 
     heads: int
@@ -101,6 +105,7 @@ class Shape:
     causal: bool = True
     near: int = 0
     near_d: int = 0
+    forget: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -136,6 +141,26 @@ class Shape:
     def sides(self) -> int:
         """How many states a token meets: those before and those after it, or one."""
         return 2 if self.near and not self.causal else 1
+
+    @property
+    def gate_bytes(self) -> int:
+        """Of a token's running sum of gates."""
+        return SUM if self.forget else 0
+
+    @property
+    def sum_gradient_bytes(self) -> int:
+        """Of the gradient of a token's running sum."""
+        return FLOAT32 if self.forget else 0
+
+    @property
+    def pair_gates(self) -> int:
+        """Vector flops that gates add to a pair: a difference of two sums, exp, a product."""
+        return 5 if self.forget else 0
+
+    @property
+    def products(self) -> int:
+        """Vector flops of adding a weight or a feature, times what reached it, to the gradient of a sum of gates."""
+        return 2 if self.forget else 0
 
     @property
     def width(self) -> int:
@@ -237,14 +262,16 @@ def parallel_forward(shape: Shape, chunk: int, tiles: Tiles, cache: int) -> tupl
     """state_kernel, scan_kernel, forward_kernel. cache: bytes, of the device."""
     s, g = shape, shape.degree
     pairs = s.heads * dense_pairs(s, chunk, tiles)
-    met = s.heads * s.m * (s.d + s.near_d + s.dv) * s.itemsize if pairs else 0
-    own = s.heads * s.n * ((s.d + s.near_d + s.dv) * s.itemsize + FLOAT32 * (2 if s.near else 1))
+    row = (s.d + s.near_d + s.dv) * s.itemsize + s.gate_bytes
+    met = s.heads * s.m * row if pairs else 0
+    own = s.heads * s.n * (row + FLOAT32 * (2 if s.near else 1))
     forward = Work(
         "forward_kernel",
         own + met + s.heads * _states_read(s, chunk, tiles, cache, s.n),
         pairs * 2 * (s.width + padded(s.dv)),
         s.heads * s.n * (s.main + s.selections) * s.sides,
-        s.heads * s.n * s.rank * (g + 1) * s.sides + pairs * (2 * g + 1 + (4 if s.near else 0)),
+        s.heads * s.n * s.rank * (g + 1) * s.sides
+        + pairs * (2 * g + 1 + (4 if s.near else 0) + s.pair_gates),
         s.heads * math.ceil(s.n / tiles.rows),
     )
     return (*_key_states(s, chunk, tiles, cache), forward)
@@ -254,24 +281,26 @@ def parallel_backward(shape: Shape, chunk: int, tiles: Tiles, cache: int) -> tup
     """delta_kernel, states of keys and query_gradient_kernel, states of queries and key_gradient_kernel."""
     s, g = shape, shape.degree
     pairs, met = (s.heads * dense_pairs(s, chunk, tiles, of_keys) for of_keys in (False, True))
-    near = 4 if s.near else 0
+    near = (4 if s.near else 0) + s.pair_gates + s.products
     row = (s.d + s.near_d + s.dv) * s.itemsize  # q and dO, or k and v
+    gates, sums = s.gate_bytes, s.sum_gradient_bytes
     queries, keys = s.heads * s.n, s.key_heads * s.m
-    pull = s.rank * (g * g + 1) * s.sides  # features, t times the other factors, denominators
+    pull = s.rank * (g * g + 1 + s.products) * s.sides  # features, t times the other factors, denominators
+    again = 2 * g if s.forget else 0  # p of pairs, of which dQ needs p' alone
     query = Work(
         "query_gradient_kernel",
-        queries * (row + 2 * FLOAT32 + (s.d + s.near_d) * s.itemsize)
-        + (s.heads * s.m * row if pairs else 0)
+        queries * (row + 2 * FLOAT32 + (s.d + s.near_d) * s.itemsize + gates + sums)
+        + (s.heads * s.m * (row + gates) if pairs else 0)
         + s.heads * _states_read(s, chunk, tiles, cache, s.n),
         pairs * 2 * (2 * s.width + padded(s.dv)),
         queries * (s.main + s.selections + s.pull_back) * s.sides,
-        queries * pull + pairs * (2 * g + near),
+        queries * pull + pairs * (2 * g + near + again),
         s.heads * math.ceil(s.n / tiles.rows),
     )
     key = Work(
         "key_gradient_kernel",
-        2 * keys * row
-        + (queries * (row + 2 * FLOAT32) if met else 0)
+        keys * (2 * row + gates + sums)
+        + (queries * (row + 2 * FLOAT32 + gates) if met else 0)
         + s.key_heads * _states_read(s, chunk, tiles, cache, s.m),
         met * 2 * (2 * s.width + 2 * padded(s.dv)),
         keys * (2 * s.main + s.selections + s.pull_back) * s.sides,
@@ -289,13 +318,13 @@ def _states_read(s: Shape, chunk: int, tiles: Tiles, cache: int, tokens: int) ->
 
 
 def _key_states(s: Shape, chunk: int, tiles: Tiles, cache: int) -> tuple[Work, ...]:
-    row = (s.d + s.dv) * s.itemsize
+    row = (s.d + s.dv) * s.itemsize + s.gate_bytes
     return _states(s, chunk, tiles, cache, s.key_heads * s.m, s.m, row)
 
 
 def _query_states(s: Shape, chunk: int, tiles: Tiles, cache: int) -> tuple[Work, ...]:
     """Of queries and u~, summed over the query heads of a group."""
-    row = (s.d + s.dv) * s.itemsize + 2 * FLOAT32
+    row = (s.d + s.dv) * s.itemsize + 2 * FLOAT32 + s.gate_bytes
     return _states(s, chunk, tiles, cache, s.heads * s.n, s.n, row)
 
 
@@ -314,12 +343,12 @@ def _states(
         tokens * row * _repeats(shared, blocks, cache) + written,
         0,
         tokens * (s.main + s.selections),
-        tokens * s.rank * s.degree,
+        tokens * s.rank * (s.degree + s.forget),
         s.key_heads * chunks * blocks,
     )
     kept = s.key_heads * s.state_bytes if s.single_state else written
     parts = math.ceil(s.rank * (math.ceil(s.dv / 16) * 16 + 1) / SCAN)
-    scan = Work("scan_kernel", written + kept, 0, 0, 2 * written // FLOAT32, s.key_heads * parts)
+    scan = Work("scan_kernel", written + kept, 0, 0, (2 + s.forget) * written // FLOAT32, s.key_heads * parts)
     return (state, scan) * s.sides
 
 
@@ -334,13 +363,13 @@ def fused_forward(shape: Shape, tiles: Tiles) -> tuple[Work, ...]:
     s, g = shape, shape.degree
     queries, keys = s.heads * s.n, s.key_heads * s.m
     pairs = s.heads * _tile_pairs(s, tiles)
-    row = (s.d + s.dv) * s.itemsize
+    row = (s.d + s.dv) * s.itemsize + s.gate_bytes
     work = Work(
         "fused_forward_kernel",
         queries * (row + FLOAT32) + keys * row,
         pairs * 2 * (s.width + padded(s.dv)),
         (queries + keys) * (s.main + s.selections),
-        (queries + keys) * s.rank * (g + 1) + pairs * (2 * g + 1),
+        (queries + keys) * s.rank * (g + 1 + s.forget) + pairs * (2 * g + 1 + s.pair_gates),
         s.key_heads,
     )
     return (work,)
@@ -352,21 +381,23 @@ def fused_backward(shape: Shape, tiles: Tiles) -> tuple[Work, ...]:
     queries, keys = s.heads * s.n, s.key_heads * s.m
     pairs = s.heads * _tile_pairs(s, tiles)
     row = (s.d + s.dv) * s.itemsize
-    pull, absorbed = s.rank * (g * g + 1), s.main + s.selections
+    gates, sums = s.gate_bytes, s.sum_gradient_bytes
+    pull, absorbed = s.rank * (g * g + 1 + s.products + s.forget), s.main + s.selections
+    of_pairs, absorbing = s.pair_gates + s.products, g + s.forget
     query = Work(
         "fused_query_gradient_kernel",
-        queries * (row + 2 * FLOAT32 + s.d * s.itemsize) + keys * row,
+        queries * (row + 2 * FLOAT32 + s.d * s.itemsize + gates + sums) + keys * (row + gates),
         pairs * 2 * (2 * s.width + padded(s.dv)),
         queries * (s.main + s.selections + s.pull_back) + keys * absorbed,
-        queries * pull + keys * s.rank * g + pairs * 2 * g,
+        queries * pull + keys * s.rank * absorbing + pairs * (2 * g + of_pairs + (2 * g if s.forget else 0)),
         s.key_heads,
     )
     key = Work(
         "fused_key_gradient_kernel",
-        2 * keys * row + queries * (row + 2 * FLOAT32),
+        keys * (2 * row + gates + sums) + queries * (row + 2 * FLOAT32 + gates),
         pairs * 2 * (2 * s.width + 2 * padded(s.dv)),
         keys * (2 * s.main + s.selections + s.pull_back) + queries * absorbed,
-        keys * pull + queries * s.rank * g + pairs * 4 * g,
+        keys * pull + queries * s.rank * absorbing + pairs * (4 * g + of_pairs),
         s.key_heads,
     )
     return (_delta(s, tiles), query, key)

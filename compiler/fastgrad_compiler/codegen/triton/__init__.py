@@ -45,6 +45,7 @@ def _context(spec: KernelSpec) -> dict[str, object]:
         "scale": float(spec.scale),
         "causal": spec.causal,
         "padding": spec.padding,
+        "forget": spec.forget,
         "total": total,
         "after": spec.near is not None and not spec.causal,
         "whole": spec.d <= BLOCK,

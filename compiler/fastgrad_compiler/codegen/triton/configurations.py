@@ -2,7 +2,7 @@
 
 `python -m benchmarks.configurations` makes it: of some candidates it keeps the largest tiles that fit in shared memory
 and spill no register, and of those the one with the highest occupancy. Its rows are for classes of kernels, whose
-hardest member was compiled.
+hardest member was compiled. Kernels with forget gates have rows of their own in the fused schedule alone.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def key(architecture: str, dtype: str, kernel: str, spec: KernelSpec) -> str:
     dtype = ROW_OF.get(dtype, dtype)
     degree = _at_least(spec.degree, DEGREE_CLASSES[dtype])
     near = " near" if spec.near is not None and not kernel.startswith(("state", "fused")) else ""
-    return f"{architecture} {dtype} {kernel} d={d} dv={dv} degree={degree}{near}"
+    forget = " forget" if spec.forget and kernel.startswith("fused") else ""
+    return f"{architecture} {dtype} {kernel} d={d} dv={dv} degree={degree}{near}{forget}"
 
 
 def _at_least(size: int, classes: tuple[int, ...]) -> int:
