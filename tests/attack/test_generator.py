@@ -43,7 +43,8 @@ SIGNS = {
 }
 TRIES = 40
 NOT_WRITTEN = {
-    **dict.fromkeys(("sum_to", "embedding_gradient", "repeat_backward", "weight_gradient", "poly_attention_backward"),
+    **dict.fromkeys(("sum_to", "embedding_gradient", "repeat_backward", "weight_gradient", "depthwise_weights",
+                     "poly_attention_backward"),
                     "stands in gradient graphs only"),
     **dict.fromkeys(("attention", "poly_attention"), "is what recognition makes"),
     "literal": "is what calibration makes",
@@ -106,7 +107,7 @@ def _optional() -> list[tuple[str, str]]:
         (operation.name, parameter.name)
         for operation in operations_
         for parameter in operation.parameters
-        if parameter.default is not NEEDED
+        if parameter.default is not NEEDED and not parameter.is_tensor
     ]
 
 
@@ -114,6 +115,12 @@ def _optional() -> list[tuple[str, str]]:
 def test_every_argument_is_given_and_left_out(name: str, argument: str) -> None:
     texts = _written(name)[0]
     given = [bool(re.search(rf"\b{argument} = ", text)) for text in texts]
+    assert {True, False} <= set(given)
+
+
+@pytest.mark.parametrize("name", ["shift", "depthwise"])
+def test_documents_are_told_apart_or_not(name: str) -> None:
+    given = [bool(re.search(r", (ids|tokens)\b", text)) for text in _written(name)[0]]
     assert {True, False} <= set(given)
 
 

@@ -300,11 +300,11 @@ _WORK_BYTES, _LEAST_TILE, _SCORE_BUFFERS = 20 * 2**20, 16, 4  # of runtime/atten
 def torch_tile(spec: KernelSpec, groups: int) -> int:
     """The least tile that PyTorch's kernel may take, whose work buffers are limited (`plan_tiles`)."""
     tile, r, d, dv = choose_chunk(spec), rank(spec.d, spec.degree), spec.d, spec.dv
-    largest = rank(d, spec.degree - 1) if spec.degree > 1 else 0
-    columns = (5 if spec.documents else 4) * (dv + 1)
-    per_query = 2 * r + largest + spec.degree * d + columns + 2 * (spec.near_d or 0)
+    largest = rank(d, spec.degree - 1) - rank(d, spec.degree - 2) if spec.degree > 1 else 0
+    columns = (4 + spec.documents + spec.forget) * (dv + 1)
+    per_query = (3 if spec.forget else 2) * r + largest + spec.degree * d + columns + 2 * (spec.near_d or 0)
     states = 5 if not spec.causal and (spec.near is not None or spec.documents) else 3
-    window = _window(spec, tile)
+    window = (2 if spec.forget else 1) * _window(spec, tile)
     while True:
         size = 8 * (groups * tile * (per_query + _SCORE_BUFFERS * window) + states * r * (dv + 1))
         if size <= _WORK_BYTES or tile % 2 or tile <= _LEAST_TILE:

@@ -9,7 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .attention_op import FLOATS, INPUTS, Floats, Inputs, compute_dtype, plan_tiles, row_groups
+from .attention_op import (
+    FLOATS,
+    INPUTS,
+    Floats,
+    Inputs,
+    compute_dtype,
+    plan_tiles,
+    row_groups,
+)
 from .decay import Decays, gate_gradient, log_decay, sum_of_later
 from .documents import document_runs
 from .exact_attention import exact_backward, exact_forward

@@ -17,7 +17,14 @@ from .attention_op import Floats, Inputs
 from .decay import Decays
 from .documents import keep_document, of_document, select_columns, select_tokens
 from .kernel_spec import KernelSpec, folded_coefficients
-from .polynomial_features import Features, Workspace, add_product, add_rows, load_values, scale_tokens
+from .polynomial_features import (
+    Features,
+    Workspace,
+    add_product,
+    add_rows,
+    load_values,
+    scale_tokens,
+)
 
 
 class Tile(NamedTuple):

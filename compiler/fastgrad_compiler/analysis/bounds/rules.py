@@ -244,17 +244,22 @@ def _guarded(op: str, rule: Rule) -> Rule:
     """The rule, for inputs that a mask hides in part and for ints that may leave 64 bits."""
 
     def guarded(step: Step) -> Fact:
-        masked = any(fact.masked for fact in step.facts)
-        fact = unknown(step.rank) if masked and op not in MASK_AWARE else rule(step)
+        hidden = any(fact.masked for fact in step.facts)
+        fact = unknown(step.rank) if hidden and op not in MASK_AWARE else rule(step)
         whole = op in _WRAPPING and step.node.tensor.dtype == "int"
         if fact.known and not (whole and not -_LIMIT <= fact.low <= fact.high < _LIMIT):
             return fact
-        return unknown(step.rank, fact.masked or masked)
+        return unknown(step.rank, fact.masked or (hidden and op not in _MIXING))
 
     return guarded
 
 
 BOUND: dict[str, Rule] = {op: _guarded(op, rule) for op, rule in _RULES.items()}
+
+_MIXING = frozenset(
+    ("matmul", "sum", "mean", "normalize_rows", "unit", "rms_norm", "layer_norm", "cross_entropy", "mse")
+)
+"""Operations whose results are no pairs any more: none of them is hidden."""
 
 DECLINED: dict[str, str] = {
     "input": "its facts come from the call sites",
