@@ -38,6 +38,8 @@ _FEATURES = 128  # features of a state that the C++ kernels add up before they a
 _STEP = 8  # products that a GPU's matrix instruction adds up at least
 # additions of a vector of 128 entries, whose rounding is a quarter of that of a matrix instruction
 _VECTOR = 32
+_GPU_UNIT = 4 * UNITS["float32"]  # of a matrix instruction, which may cut sums off where others round
+_LEAST_ROWS = 16  # tokens of a step of a fused kernel
 _PASSES = 3  # instructions that make one product of float32 numbers out of tf32 ones
 _SEGMENTS = 1.25  # of the chunks: the C++ kernels cut a row of four chunks or more for a thread
 # units of roundoff in e^x that come of x, for near weights and gates: |x| is below that
@@ -216,9 +218,7 @@ def _drift(sizes: Sizes) -> float:
 
 def _gpu_arithmetic(run: Run) -> _Arithmetic:
     """Of tensor cores, which may cut sums off where others round; a float32 operand is a sum of tf32 ones."""
-    return _Arithmetic(
-        4 * UNITS["float32"], {"bfloat16": 2.0**-8, "float16": 2.0**-10}.get(run.dtype, 2.0**-21)
-    )
+    return _Arithmetic(_GPU_UNIT, {"bfloat16": 2.0**-8, "float16": 2.0**-10}.get(run.dtype, 2.0**-21))
 
 
 # ---------------------------------------------------------------- ways
@@ -278,13 +278,25 @@ def _triton(spec: KernelSpec, sizes: Sizes, run: Run) -> _Ways:
     tokens = max(sizes.queries, sizes.keys)
     near = spec.near or 1
     chunks = [near * ceil(chunk / near) for chunk in CHUNKS]
-    most = max(_summed(sizes.groups * chunk) + ceil(tokens / chunk) for chunk in chunks)
+    steps = (
+        1 + _GATE if spec.forget else 1
+    )  # of a state in each chunk: an addition, and the factor of its gates
+    most = max(_summed(sizes.groups * chunk) + ceil(tokens / chunk) * steps for chunk in chunks)
     if is_fused(spec):
-        most = max(most, _summed(sizes.groups * tokens))
+        walked = ceil(tokens / _LEAST_ROWS) * _GATE if spec.forget else 0
+        most = max(most, _summed(sizes.groups * tokens) + walked)
+    if spec.forget:
+        most += _sums_of_gates(sizes)
     window = _window(spec, max(chunks))
     common = _fixed(spec, window) + most + _summed(rank(spec.d, spec.degree)) + _summed(window)
     power = 0 if run.dtype == "bfloat16" else 2  # factors that are chosen by a product, and scores
     return _Ways((common, common + _summed(spec.dv)), _power(spec), operands=(4, 6), operand_power=power)
+
+
+def _sums_of_gates(sizes: Sizes) -> int:
+    """Operations that err as much as a difference of two running sums that kernels get as two numbers of float32 each."""
+    n = max(sizes.queries, sizes.keys)
+    return ceil((_drift(Sizes(n, n)) + 2 * -LEAST_LOG_GATE * n * 2.0**-48) / _GPU_UNIT)
 
 
 def _summed(terms: int) -> int:

@@ -2,12 +2,14 @@
 
 `python -m benchmarks.configurations` makes it: of some candidates it keeps the largest tiles that fit in shared memory
 and spill no register, and of those the one with the highest occupancy. Its rows are for classes of kernels, whose
-hardest member was compiled. Kernels with forget gates have rows of their own in the fused schedule alone.
+hardest member was compiled. Kernels with forget gates have rows of their own in the fused schedule, and in the parallel
+one where those of kernels without gates spill.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -50,7 +52,10 @@ def _kernels(architecture: str, dtype: str, spec: KernelSpec, fused: bool) -> di
 def find(architecture: str, dtype: str, kernel: str, spec: KernelSpec) -> Configuration | None:
     """The row of the table for a kernel, or of a relative; None where no candidate was good."""
     places = (architecture, *RELATIVES.get(architecture, ()))
-    rows = (_table().get(key(place, dtype, kernel, spec)) for place in places)
+    classes = [spec]
+    if spec.forget and not kernel.startswith("fused"):
+        classes.append(replace(spec, forget=False))
+    rows = (_table().get(key(place, dtype, kernel, of_class)) for place in places for of_class in classes)
     row = next(filter(None, rows), None)
     return None if row is None else (row[0], row[1], row[2], row[3], row[4])
 
@@ -62,7 +67,7 @@ def key(architecture: str, dtype: str, kernel: str, spec: KernelSpec) -> str:
     dtype = ROW_OF.get(dtype, dtype)
     degree = _at_least(spec.degree, DEGREE_CLASSES[dtype])
     near = " near" if spec.near is not None and not kernel.startswith(("state", "fused")) else ""
-    forget = " forget" if spec.forget and kernel.startswith("fused") else ""
+    forget = " forget" if spec.forget else ""
     return f"{architecture} {dtype} {kernel} d={d} dv={dv} degree={degree}{near}{forget}"
 
 
