@@ -278,10 +278,7 @@ def _triton(spec: KernelSpec, sizes: Sizes, run: Run) -> _Ways:
     tokens = max(sizes.queries, sizes.keys)
     near = spec.near or 1
     chunks = [near * ceil(chunk / near) for chunk in CHUNKS]
-    steps = (
-        1 + _GATE if spec.forget else 1
-    )  # of a state in each chunk: an addition, and the factor of its gates
-    most = max(_summed(sizes.groups * chunk) + ceil(tokens / chunk) * steps for chunk in chunks)
+    most = max(_summed(sizes.groups * chunk) + ceil(tokens / chunk) * _of_state(spec) for chunk in chunks)
     if is_fused(spec):
         walked = ceil(tokens / _LEAST_ROWS) * _GATE if spec.forget else 0
         most = max(most, _summed(sizes.groups * tokens) + walked)
@@ -294,7 +291,7 @@ def _triton(spec: KernelSpec, sizes: Sizes, run: Run) -> _Ways:
 
 
 def _sums_of_gates(sizes: Sizes) -> int:
-    """Operations that err as much as a difference of two running sums that kernels get as two numbers of float32 each."""
+    """Operations that err as much as a difference of running sums that kernels get as two float32 numbers each."""
     n = max(sizes.queries, sizes.keys)
     return ceil((_drift(Sizes(n, n)) + 2 * -LEAST_LOG_GATE * n * 2.0**-48) / _GPU_UNIT)
 
