@@ -57,8 +57,9 @@ def running_sum(x: Tensor, runs: Tensor | None) -> Tensor:
     """
     if runs is None:
         blocks = pad(x, (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK)).cumsum(-1)
-        before: Tensor = pad(blocks[..., :-1, -1].cumsum(-1), (1, 0))
-        return (before.unsqueeze(-1) + blocks).flatten(-2)[..., : x.shape[-1]]
+        before = pad(blocks[..., :-1, -1].cumsum(-1), (1, 0))
+        whole: Tensor = (blocks + before.unsqueeze(-1)).flatten(-2)
+        return whole[..., : x.shape[-1]]
     distance = 1
     while distance < x.shape[-1]:
         same = (runs[:, distance:] == runs[:, :-distance])[:, None]
