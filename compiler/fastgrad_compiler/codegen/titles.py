@@ -13,7 +13,7 @@ def kernel_title(spec: KernelSpec) -> str:
     if spec.causal:
         parts.append("causal")
     if spec.forget:
-        parts.append("with forget gates")
+        parts.append("forget gates")
     if spec.padding:
         parts.append("with a padding mask")
     if spec.documents:
