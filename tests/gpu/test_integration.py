@@ -179,7 +179,8 @@ class Operations(TorchDispatchMode):
     ) -> Any:
         result = function(*arguments, **(named or {}))
         assert not (named or {}).get("device") or torch.device((named or {})["device"]).type == "meta"
-        self.seen.append((function.__name__, tuple(result.shape)))
+        made = result if isinstance(result, tuple) else (result,)
+        self.seen.append((function.__name__, tuple(tuple(each.shape) for each in made)))
         return result
 
 
@@ -206,7 +207,9 @@ def test_launches_wait_for_nothing_and_allocate_by_shape(spec: KernelSpec, tmp_p
         "where",
         "amax",
     }  # the last query with a gradient, of each row
-    assert {name.partition(".")[0] for name, _ in runs[1]} <= allowed
+    names = {name.partition(".")[0] for name, _ in runs[1]}
+    assert not names & {"_local_scalar_dense", "nonzero", "lift_fresh", "lift_fresh_copy"}
+    assert spec.forget or names <= allowed  # sums of gates take many more, all of them on the device
 
 
 # ---------------------------------------------------------------- models
