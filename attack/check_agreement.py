@@ -87,8 +87,12 @@ def _meant(program: Program, case: Case, point: Point) -> tuple[Sequence[Array],
 
 
 def _outputs(model: nn.Module, point: Point) -> list[Array]:
-    with torch.no_grad():
-        return [each.numpy() for each in run_module(model, point.tensors()[0])]
+    torch.set_default_dtype(torch.float64)  # of a program that neither reads a number nor has weights
+    try:
+        with torch.no_grad():
+            return [each.numpy() for each in run_module(model, point.tensors()[0])]
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def _interpreted(program: Program, point: Point) -> list[Array]:

@@ -107,7 +107,7 @@ def test_both_passes_take_the_threads_that_pytorch_takes(monkeypatch: pytest.Mon
     monkeypatch.setattr(NativeAttention, "_serve", lambda *_: (operation, operation))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     q, v = torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 4)
-    kernel = NativeAttention("attention_x", None, maximum=False)
+    kernel = NativeAttention("attention_x", None, KernelSpec(3, 4, (1.0, 1.0)))
     saved = kernel.forward(q, q, v, None, None, None, None, None)
     assert saved is not None
     kernel.backward(saved[0], q, q, v, None, None, None, None, None, *saved)

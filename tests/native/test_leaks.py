@@ -54,4 +54,4 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     "kind", ["window, documents", *(pytest.param(k, marks=pytest.mark.slow) for k in WINDOWS)]
 )
 def test_window(kind: str) -> None:
-    attack(run_window, WINDOWS[kind], torch.float32)
+    attack(run_window, WINDOWS[kind], torch.float32, gates=False)

@@ -24,6 +24,7 @@ import pytest
 import torch
 
 from fastgrad_compiler.runtime import private_files, triton_kernels
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.runtime.native_attention import NativeAttention, NativeWarning
 from fastgrad_compiler.runtime.private_files import cache_folder, why_unsafe
 from tests.native.compilers import NEEDS_COMPILER, Builder
@@ -126,7 +127,8 @@ class FromMemory:
 @pytest.mark.usefixtures("builder")
 def test_a_library_without_our_operations_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(vars(torch.ops.fastgrad), "native_warning", raising=False)
-    attention = NativeAttention("attention_x", ModuleSpec("x", FromMemory(TEXT)), False)  # type: ignore[arg-type]
+    module = ModuleSpec("x", FromMemory(TEXT))  # type: ignore[arg-type]
+    attention = NativeAttention("attention_x", module, KernelSpec(3, 4, (1.0, 1.0)))
     x = torch.ones(1, 1, 8, 3)
     with pytest.warns(NativeWarning, match="has not the operations of attention_x"):
         assert attention.forward(x, x, x, *[None] * 5) is None

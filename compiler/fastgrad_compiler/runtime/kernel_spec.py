@@ -87,6 +87,11 @@ class KernelSpec:
         return rank(self.d, self.degree) if self.coefficients else 1
 
     @property
+    def saves_maximum(self) -> bool:
+        """Whether some weights are exponentials, so that a forward pass saves the largest exponent of each row."""
+        return self.near is not None or self.window is not None
+
+    @property
     def two_sided(self) -> bool:
         """Whether a query meets keys one by one, and others on both sides of those by a state."""
         return not self.causal and (self.near is not None or self.documents)

@@ -9,7 +9,8 @@ The library of a kernel and a variant (see `native`) registers
 
 Their inputs have the variant's dtype and a dense last dimension; they write `out`, `denominator` and `maximum`, and the
 gradients, which are allocated here. Denominators, maxima and gradients are float32 in the variant bfloat16. Of gates
-they get the sums of `decay.log_decay`, and give the gradient of these: both are float64 and contiguous in all variants.
+they get the sums of `decay.log_decay`, and give the gradient of these, or of a window the gradient of the gate after
+each token: all are float64 and contiguous in all variants.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from importlib.machinery import ModuleSpec
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .attention_op import NAMESPACE, compute_dtype
 from .content_name import read_beside
 from .decay import gate_gradient, log_decay, sum_of_later
 from .documents import document_runs
+from .kernel_spec import KernelSpec
 from .native import NativeError, enabled, load
 from .private_files import warn_once
 
@@ -38,12 +41,12 @@ class NativeWarning(RuntimeWarning):
 class NativeAttention:
     """The native operations of one kernel, built and loaded when the first call asks for them.
 
-    name: of the kernel. spec: of its module, beside which NAME.cpp lies: in a folder, an archive or memory. maximum:
-    whether a row maximum is saved.
+    name: of the kernel. spec: of its module, beside which NAME.cpp lies: in a folder, an archive or memory. kernel: what
+    it computes.
     """
 
-    def __init__(self, name: str, spec: ModuleSpec | None, maximum: bool) -> None:
-        self.name, self.maximum = name, maximum
+    def __init__(self, name: str, spec: ModuleSpec | None, kernel: KernelSpec) -> None:
+        self.name, self.kernel = name, kernel
         self._spec = spec
         self._operations: dict[torch.dtype, tuple[Operation, Operation] | None] = {}
         self._lock = threading.Lock()
@@ -67,7 +70,7 @@ class NativeAttention:
         precision = compute_dtype(q, k, v)
         out = v.new_empty((*rows, v.shape[-1]), dtype=dtype)
         denominator = q.new_empty(rows, dtype=precision)
-        maximum = q.new_empty(rows if self.maximum else (0,), dtype=precision)
+        maximum = q.new_empty(rows if self.kernel.saves_maximum else (0,), dtype=precision)
         inputs = _inputs(dtype, q, k, v, near_q, near_k, log_gate, mask, documents)
         operations[0](*inputs, out, denominator, maximum, torch.get_num_threads())
         return out.to(v.dtype), denominator, maximum
@@ -103,8 +106,11 @@ class NativeAttention:
         operations[1](_dense(gradient.to(dtype)), *inputs, *saved, *gradients, torch.get_num_threads())
         *_, of_sums = gradients
         if log_gate is not None and of_sums is not None:
-            runs = None if documents is None else document_runs(documents)
-            gradients[-1] = gate_gradient(sum_of_later(of_sums, runs), log_gate, mask, documents)
+            if self.kernel.window:
+                later = pad(of_sums, (1, -1))
+            else:
+                later = sum_of_later(of_sums, None if documents is None else document_runs(documents))
+            gradients[-1] = gate_gradient(later, log_gate, mask, documents)
         return tuple(
             q.new_empty((0,)) if x is None or dx is None else dx.to(x.dtype)
             for x, dx in zip(floats, gradients, strict=True)

@@ -58,7 +58,7 @@ def register_polynomial(
     passes: tuple[Pass, Pass] = (partial(forward, spec, backends), partial(backward, spec, backends))
     if spec.precision == "float64":
         passes = in_float64(*passes)
-    saves_maximum, near = spec.near is not None, spec.near or 0
+    saves_maximum, near = spec.saves_maximum, spec.near or 0
     sight = Sight(spec.causal, degree=spec.degree)
     passes = selective(*passes, sight, maximum=saves_maximum, on_device=triton is not None)
     passes = guarded(*passes, spec.scale, spec.causal, near)

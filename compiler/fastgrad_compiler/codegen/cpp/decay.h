@@ -63,7 +63,7 @@ struct Exponents {
 struct Decay {
   Exponents queries, keys;     // G
   real *factors, *inverses;    // (CHUNK): of queries since the window began, or the document if later; and 1 over them
-  real *of_queries, *of_keys;  // (CHUNK): gradients of G, of a key negated
+  real *of_queries, *of_keys;  // (CHUNK): gradients of G, see `weigh_again`
   bool mild[CHUNK / LANES];    // whether the factors of these queries all are MILD or more
 
   // From here on a query's factor times a key's inverse is as good as the exponential of a difference.

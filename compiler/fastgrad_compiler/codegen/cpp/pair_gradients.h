@@ -60,7 +60,7 @@ struct Halo {
           for (int i = 0; i < D; ++i) p.dk.rows(row.b, row.h)[key][i] += from[i];
           for (int i = 0; i < DV; ++i) p.dv.rows(row.b, row.h)[key][i] += from[D + i];
           for (int i = 0; i < NEAR_D; ++i) p.dnear_k.rows(row.b, row.h)[key][i] += from[D + DV + i];
-          if constexpr (FORGET) p.dsums(row.b, row.h)[key] -= from[HALO_WIDTH - 1];
+          if constexpr (FORGET) p.dsums(row.b, row.h)[key] += from[HALO_WIDTH - 1];
         }
       }
     }
@@ -89,13 +89,13 @@ struct KeyGradients {
     }
   }
 
-  // FORGET: less those of G, of the keys [start, start + count)
-  void subtract(const real* of_keys, long start, int count) const {
+  // FORGET: those of G too, of the keys [start, start + count)
+  void add_sums(const real* of_keys, long start, int count) const {
     for (int t = 0; t < count; ++t)
       if (HALO > 0 && beside != nullptr)
         beside[(start + t) * HALO_WIDTH + HALO_WIDTH - 1] += of_keys[t];
       else
-        dsums[start + t] -= of_keys[t];
+        dsums[start + t] += of_keys[t];
   }
 };
 
@@ -121,7 +121,7 @@ inline void local_gradients(const Problem& p, Work& w, Row row, long segment, lo
     const KeyGradients to(p, row, segment, start, halo);
     pairs.to_keys<VALUES>(pairs.weights, w.cotangent, w.gradients, queries);
     add_rows<DV, VALUES>(w.gradients, to.dv, start, pairs.count());
-    if constexpr (FORGET) to.subtract(pairs.decay.of_keys, start, pairs.count());
+    if constexpr (FORGET) to.add_sums(pairs.decay.of_keys, start, pairs.count());
     if constexpr (SCORED) {
       pairs.to_keys<COLUMNS>(pairs.scores, w.q, w.gradients, queries);
       add_rows<D, COLUMNS>(w.gradients, to.dk, start, pairs.count());
@@ -133,5 +133,5 @@ inline void local_gradients(const Problem& p, Work& w, Row row, long segment, lo
       pairs.to_transposed<NEAR_D>(pairs.near_kx, pairs.local, w.near_dx);
     }
   });
-  if constexpr (FORGET) add_sums(p, row, pairs.decay.of_queries, first, queries);
+  if constexpr (FORGET && !BANDED) add_sums(p, row, pairs.decay.of_queries, first, queries);
 }

@@ -57,6 +57,7 @@ struct Reach {
     const lane_integer j = static_cast<lane_integer>(key - base);
     return (at(low + t) <= j) & (at(high + t) > j);
   }
+  lanes sees_beyond(long key, int t) const { return at(high + t) > static_cast<lane_integer>(key + 1 - base); }
   lanes near(long key, int t) const {  // MIXED
     const lane_integer j = static_cast<lane_integer>(key - base);
     return (at(near_low + t) <= j) & (at(near_high + t) > j);
@@ -281,7 +282,8 @@ inline vector weigh_alike(Pairs& pairs, const Reach& reach, bool all, int j, int
 
 // Weights again and gradients of the logits, from `gradient` (keys, queries) of the weights less delta (CHUNK), which is
 // of the denominator; maximum, decay (CHUNK): m, and e^-m for far keys. FORGET: gradients of G too, those of queries
-// added.
+// added; but BANDED: of_keys is the gradient of the gate after a key, the sum over the pairs whose decay it is part of,
+// and of_queries the sums so far. Then no token beyond a window decides a bit.
 inline void weigh_again(Pairs& pairs, const Reach& reach, const real* delta, real* gradient, const real* maximum,
                         const real* decay) {
   const bool all = !pairs.diagonal && reach.all(pairs.start, pairs.stop);
@@ -295,8 +297,8 @@ inline void weigh_again(Pairs& pairs, const Reach& reach, const real* delta, rea
       else
         of_logarithm = weigh_alike(pairs, reach, all, j, i, above, at(maximum + i));
       if constexpr (FORGET) {
-        at(pairs.decay.of_queries + i) += of_logarithm;
-        of_key += of_logarithm;
+        const vector so_far = at(pairs.decay.of_queries + i) += of_logarithm;
+        of_key += !BANDED ? -of_logarithm : reach.sees_beyond(pairs.start + j, i) ? so_far : vector{};
       }
     }
     if constexpr (FORGET) pairs.decay.of_keys[j] = total(of_key);
