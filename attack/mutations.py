@@ -62,7 +62,7 @@ def a_spec(chance: random.Random) -> str:
     """A text to start from; mostly one that is sound, since others are refused early."""
     if chance.random() < 0.1:
         return chance.choice(wrong_specs())
-    found = chance.choice(sound_specs())
+    found = min(chance.choices(sound_specs(), k=2), key=len)  # short ones say as much in less time
     return found if len(found) <= LARGEST or chance.random() < 0.2 else a_spec(chance)
 
 
