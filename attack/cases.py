@@ -26,6 +26,9 @@ from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.api.loader import package_from_texts
 from fastgrad_grammar.source import Source
 
+JUMPS = frozenset(["cast", "less", "less_equal", "equal"])
+"""Operations whose results jump: two ways to compute a program may land on either side."""
+
 Array = np.ndarray[Any, np.dtype[Any]]
 Sizes = Mapping[str, int]
 

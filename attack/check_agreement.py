@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attack.cases import Array, Case, Finding, Point, Undecided, built, run_meaning, run_module, walk
+from attack.cases import JUMPS, Array, Case, Finding, Point, Undecided, built, run_meaning, run_module, walk
 from attack.check_targets import check_targets
 from attack.meaning import rounded_otherwise
 from fastgrad_compiler.ir.flatten import flatten
@@ -25,7 +25,6 @@ ROUNDING = (
 )
 NUDGES = 3
 AT_JUMPS = 30  # nudges of a program that can jump: int of what is 2 except for rounding is 1 in half of them
-JUMPS = frozenset(["cast", "less", "less_equal", "equal"])
 DRAWS = 4  # points before a case is given up
 STEP = 1e-6  # of central differences
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.cases import (
+    JUMPS,
     Case,
     Finding,
     Point,
@@ -156,6 +157,8 @@ class _Attack:
             if call.logits.numel()
         ]
         if self.uncertain or any(close) or len(self.calls) != 1 or self.policy not in ("exact", "clamp"):
+            return
+        if any(node.op in JUMPS for node in self.flat.nodes):
             return
         for one, other in zip(found, results, strict=True):
             size = float(other.double().abs().max()) if other.numel() else 0.0

@@ -231,7 +231,7 @@ def _with_budget(rng: random.Random, text: str) -> str:
     if rng.random() < 0.2:
         entries.append(f"near = {rng.choice((2, 4))}")
     try:
-        recognised = run(elaborate(Source("<attack>", text)), until="attention")[-1].program
+        recognised = run(elaborate(Source("<attack>", text)), until="attention", validate=False)[-1].program
     except TfgError:
         return text
     table = [entry for entry in attention_table(recognised) if not is_own(entry.node)]
@@ -251,7 +251,7 @@ def _budget(entries: list[str]) -> str:
 
 def _compiles(text: str) -> bool:
     try:
-        run(elaborate(Source("<attack>", text)), until="plan")
+        run(elaborate(Source("<attack>", text)), until="plan", validate=False)
     except TfgError:
         return False
     return True

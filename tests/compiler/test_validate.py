@@ -115,6 +115,7 @@ FORMS = {
     "forget, grouped keys": "merge_heads(softmax(causal(forget(qs @ repeat_heads(ks[:, 0:2], 2).T, gates)))"
     " @ repeat_heads(vs[:, 0:2], 2))",
     "forget, one key head": "merge_heads(softmax(causal(forget(qs @ ks[:, 0:1].T, gates))) @ vs[:, 0:1])",
+    "exponentials of 0": "normalize_rows(exp(sigmoid(q) @ (-4e5 * sigmoid(k)).T)) @ v",
     "decay": "normalize_rows(decay(causal(exp(s)), gate)) @ v",
     "decay, own": "normalize_rows(decay(causal(polynomial(s; (1.0, 1.0, 0.5))), gate)) @ v",
     "decay, own, near": "normalize_rows(causal(decay(near_far(exp(s), polynomial(u; (1.0, 1.0, 0.5)); 4), gate))) @ v",

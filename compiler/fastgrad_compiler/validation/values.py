@@ -90,7 +90,7 @@ def is_extreme(graph: Graph, values: Mapping[str, Values]) -> bool:
         tensors = [tensor for tensor in each(value) if tensor.dtype == np.float64]
         if node.op not in _SELECTING and any(map(_is_large, tensors)):
             return True
-        if node.op == "exp" and any(map(_ends, tensors)):
+        if node.op == "exp" and _ends(each(values[node.inputs[0]])[0], tensors[0]):
             return True
         if node.op == "decay" and _is_lost(values[node.inputs[0]], tensors[0]):
             return True
@@ -113,8 +113,9 @@ def _is_large(tensor: Array) -> bool:
     return bool(np.isfinite(sizes[sizes > LARGEST]).any())
 
 
-def _ends(exponentials: Array) -> bool:
-    return bool(((exponentials == inf) | ((exponentials > 0) & (exponentials < LEAST))).any())
+def _ends(exponents: Array, exponentials: Array) -> bool:
+    lost = (exponentials < LEAST) & (exponents != -inf)
+    return bool((lost | (exponentials == inf)).any())
 
 
 def is_as_proved(graph: Graph, values: Mapping[str, Values]) -> bool:
