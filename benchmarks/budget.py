@@ -30,7 +30,7 @@ from fastgrad_dsl.models.batches import model_inputs, random_batch, target_input
 from fastgrad_dsl.models.measure import whole_errors
 from fastgrad_dsl.models.text_data import load_text
 
-SPEC, TEXT = ROOT / "examples" / "gpt.tfg", ROOT / "examples" / "data" / "emma.txt"
+SPEC, TEXT = ROOT / "examples" / "bounded.tfg", ROOT / "examples" / "data" / "emma.txt"
 PIN = re.compile(r'    at "\*" degree = 2\n')
 CALIBRATED, MEASURED = 2048, 4096  # tokens of a sequence: to calibrate on, and of the demonstration's step
 LARGE = {"depth": 24, "d_model": 256, "heads": 16}

@@ -1,4 +1,4 @@
-"""Times of the compiler: a 96-layer gpt.tfg after imports, and `fastgrad check` as a whole process."""
+"""Times of the compiler: a 96-layer bounded.tfg after imports, and `fastgrad check` as a whole process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from benchmarks.settings import ROOT, Settings, heading, say
 from fastgrad_dsl.api.compiled import compile as compile_spec
 
-SPEC = ROOT / "examples" / "gpt.tfg"
+SPEC = ROOT / "examples" / "bounded.tfg"
 RUNS, QUICK_RUNS = 7, 1
 
 

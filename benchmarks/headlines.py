@@ -42,7 +42,7 @@ def _training_headline(sections: Mapping[str, Section]) -> str | None:
     if exact is None or own is None:
         return None
     return (
-        f"a training step of examples/gpt.tfg, 6 layers, at n = {SHARE_AT:,}: **{own:.2f} s**, {ratio(exact, own)} "
+        f"a training step of examples/bounded.tfg, 6 layers, at n = {SHARE_AT:,}: **{own:.2f} s**, {ratio(exact, own)} "
         "times faster than on SDPA"
     )
 

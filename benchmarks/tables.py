@@ -237,7 +237,7 @@ def training(section: Section) -> str:
     return "\n".join(
         [
             _heading("A training step", section),
-            f"examples/gpt.tfg, {section['layers']} layers of width {section['width']}, batch {section['batch']}: "
+            f"examples/bounded.tfg, {section['layers']} layers of width {section['width']}, batch {section['batch']}: "
             "forward, backward and AdamW; time and peak memory in separate processes. Lower is better. `~`: "
             "extrapolated as a n + b n².\n",
             table_of(columns, sorted(section["rows"], key=lambda row: row["n"])),
@@ -253,9 +253,9 @@ def _about(entry: Mapping[str, Any]) -> str:
 def compiler(section: Section) -> str:
     """Compile times."""
     what = {
-        "a 96-layer gpt.tfg to the text of all its files, after imports": "compile_96_layers_s",
+        "a 96-layer bounded.tfg to the text of all its files, after imports": "compile_96_layers_s",
         "the same with 1 layer": "compile_1_layer_s",
-        "`fastgrad check examples/gpt.tfg`, the whole process": "check_process_s",
+        "`fastgrad check examples/bounded.tfg`, the whole process": "check_process_s",
     }
     rows = [[said, f"{section[key]:.3f}"] for said, key in what.items()]
     heading = _heading("The compiler", section)
@@ -267,7 +267,7 @@ def budget(section: Section) -> str:
     tokens, planning, guards = section["tokens"], section["planning"], section["guards"]
     planned, verified = section["planned"]["planned"], section["planned"]["verification"]
     rows = [
-        [f"calibration, planning and verification of gpt.tfg without its pin, at {tokens['calibrated']:,} tokens",
+        [f"calibration, planning and verification of bounded.tfg without its pin, at {tokens['calibrated']:,} tokens",
          f"{section['calibration_s']:.1f} s"],
         [f"planning {planning['layers']} layers of {planning['heads']} heads, once calibrated",
          f"{planning['plan_s']:.3f} s"],
@@ -320,9 +320,9 @@ def curves(section: Section) -> str:
         [
             _heading("Training curves", section),
             f"![{CURVES_TITLE}](curves.svg)\n",
-            f"gpt.tfg without its pin, {section['steps']} steps at {section['tokens']:,} tokens, with the same data, "
-            "seed and initial weights, from which the plans are made. Losses are on held-out text, in nats per byte. "
-            "`exact again` starts from weights moved by a millionth: it shows the effect of chance alone.\n",
+            f"bounded.tfg without its pin, {section['steps']} steps at {section['tokens']:,} tokens, with the same "
+            "data, seed and initial weights, from which the plans are made. Losses are on held-out text, in nats per "
+            "byte. `exact again` starts from weights moved by a millionth: it shows the effect of chance alone.\n",
             table(["run", "limits (output, gradient)", "final loss", "beside exact", "seconds"], losses),
             "What the planner finds with initial and with trained weights; gains on the output are estimates:\n",
             table([*heading, "trained plan", "largest logit", "gain"], rows, left=3),

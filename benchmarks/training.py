@@ -1,4 +1,4 @@
-"""A training step of examples/gpt.tfg, 6 layers of width 256, against the same model on SDPA.
+"""A training step of examples/bounded.tfg, 6 layers of width 256, against the same model on SDPA.
 
     python -m benchmarks.training '{"model": "sdpa", "n": 4096, "steps": 1, "threads": 2, "target": "auto"}'
 
@@ -23,17 +23,17 @@ from fastgrad_dsl.api.compiled import compile as compile_spec
 from fastgrad_dsl.bench.memory import peak_of, run_child
 from fastgrad_dsl.training.loop import Options, make_optimiser, training_step
 
-SPEC = ROOT / "examples" / "gpt.tfg"
+SPEC = ROOT / "examples" / "bounded.tfg"
 LENGTHS, QUICK_LENGTHS = (4096, 16_384, 65_536), (128, 256)
-NEAR_LINE = "        near = near,\n"  # of gpt.tfg; without it no attention has a near field
+NEAR_LINE = "        near = near,\n"  # of bounded.tfg; without it no attention has a near field
 WARM = 128  # tokens of the step before, which builds what is built once and makes the optimiser's state
 LONGEST_EXACT = 16_384
 
 MODELS = {
-    "near": "gpt.tfg, compiled",
-    "far": "gpt.tfg without its near field, compiled",
-    "sdpa": "gpt.tfg without its near field, softmax by SDPA",
-    "reference": "gpt.tfg, exact near and far",
+    "near": "bounded.tfg, compiled",
+    "far": "bounded.tfg without its near field, compiled",
+    "sdpa": "bounded.tfg without its near field, softmax by SDPA",
+    "reference": "bounded.tfg, exact near and far",
 }
 """What is trained. PyTorch has no fused kernel for near logits of their own, so SDPA runs the model without them."""
 

@@ -47,7 +47,7 @@ class Attention:
 
 
 NORMED = "std.rms_norm(x)"
-CONVOLVED = "std.short_conv(std.rms_norm(x); width = 4)"  # sees the last tokens too
+CONVOLVED = "std.short_conv(std.rms_norm(x))"  # sees the last tokens too
 
 
 def _softmax(options: str = "", source: str = NORMED) -> str:
@@ -68,22 +68,27 @@ def _own(d: int, coefficients: str, near: int | None, options: str = "", source:
 
 
 TAYLOR, SQUARE, FOURTH = "(1.0, 1.0, 0.5)", "(0.0, 0.0, 1.0)", "(0.0, 0.0, 0.0, 0.0, 1.0)"
+MIXER = f"std.mixer({NORMED}; heads = {{heads}}, near = 16)"
 
 FORMS: dict[str, Attention] = {
     "softmax": Attention(_softmax()),
-    "softmax, forget": Attention(_softmax(", forget = true")),
     "softmax, short convolution": Attention(_softmax(source=CONVOLVED)),
-    "window of 32": Attention(_softmax(", window = 32"), window=32),
+    "softmax, short convolution, forget": Attention(_softmax(", forget = true", CONVOLVED)),
+    "window of 32, short convolution": Attention(_softmax(", window = 32", CONVOLVED), window=32),
     "bounded, gain 1, near 16, rotary": Attention(_bounded(16, 1.0, 16, True), 16, 2, 16),
-    "bounded, gain 1, near 16": Attention(_bounded(16, 1.0, 16, False), 16, 2, 16),
-    "1 + s + s^2/2": Attention(_own(16, TAYLOR, None), 16, 2),
+    "bounded, gain 1, near 16, short convolution": Attention(
+        _bounded(16, 1.0, 16, False).replace(NORMED, CONVOLVED), 16, 2, 16
+    ),
+    "bounded, gain 2, d 8, near 16, short convolution": Attention(
+        _bounded(8, 2.0, 16, False).replace(NORMED, CONVOLVED), 8, 4, 16
+    ),
     "1 + s + s^2/2, near 16": Attention(_own(16, TAYLOR, 16), 16, 2, 16),
-    "1 + s + s^2/2, near 16, rotary": Attention(_own(16, TAYLOR, 16, ", rope = 10000.0"), 16, 2, 16),
-    "1 + s + s^2/2, near 16, forget": Attention(_own(16, TAYLOR, 16, ", forget = true"), 16, 2, 16),
     "1 + s + s^2/2, short convolution": Attention(_own(16, TAYLOR, None, source=CONVOLVED), 16, 2),
-    "1 + s + s^2/2, near 16, short convolution": Attention(_own(16, TAYLOR, 16, source=CONVOLVED), 16, 2, 16),
-    "s^2, near 16": Attention(_own(16, SQUARE, 16), 16, 2, 16),
-    "s^4 of width 8, near 16": Attention(_own(8, FOURTH, 16), 8, 4, 16),
+    "mixer": Attention(MIXER, 16, 2, 16),
+    "mixer, rotary": Attention(_own(16, TAYLOR, 16, ", rope = 10000.0", CONVOLVED), 16, 2, 16),
+    "mixer, forget": Attention(MIXER.replace("near = 16", "near = 16, forget = true"), 16, 2, 16),
+    "mixer of s^2": Attention(_own(16, SQUARE, 16, source=CONVOLVED), 16, 2, 16),
+    "mixer of s^4, d 8": Attention(_own(8, FOURTH, 16, source=CONVOLVED), 8, 4, 16),
 }
 
 

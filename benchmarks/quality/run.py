@@ -51,7 +51,7 @@ class Setting:
 
 
 SETTINGS: dict[str, Setting] = {
-    **{f"recall of {p} pairs": Setting(Task("recall", 8 * p, p, 512), steps=800) for p in (16, 32, 64, 128)},
+    **{f"recall of {p} pairs": Setting(Task("recall", 8 * p, p, max(128, 4 * p))) for p in (16, 32, 64, 128)},
     "chains": Setting(Task("markov", 512, 0, 12)),
     "copying": Setting(Task("copying", 128, 32, 64), lengths=(128, 256, 512)),
     "needle": Setting(Task("needle", 256, 0, 64), batch=64, lengths=(256, 1024, 2048)),
@@ -91,9 +91,18 @@ def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> tuple[Tensor, 
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED), right
 
 
-def train(setting: Setting, form: str, rate: float, seed: int) -> dict[str, Any]:
+def measured(setting: Setting, form: str, rate: float, seed: int) -> dict[str, Any]:
     """One run: losses and accuracies on held-out sequences, seconds of training, bytes of state."""
-    model, generator = model_of(setting, form, seed), torch.Generator().manual_seed(seed)
+    model = model_of(setting, form, seed)
+    seconds = train(model, setting, rate, seed)
+    tests = [test(model, setting, n) for n in setting.lengths or (setting.task.n,)]
+    state = FORMS[form].state_bytes(setting.task.n, setting.heads, setting.width)
+    return {"seconds": round(seconds, 1), "state_bytes": state, "tests": tests}
+
+
+def train(model: nn.Module, setting: Setting, rate: float, seed: int) -> float:
+    """Train on fresh sequences at every step; the seconds that it took."""
+    generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=DECAY, betas=(0.9, 0.95))
     started = time.perf_counter()
     for step in range(setting.steps):
@@ -104,10 +113,7 @@ def train(setting: Setting, form: str, rate: float, seed: int) -> dict[str, Any]
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-    seconds = time.perf_counter() - started
-    tests = [test(model, setting, n) for n in setting.lengths or (setting.task.n,)]
-    state = FORMS[form].state_bytes(setting.task.n, setting.heads, setting.width)
-    return {"seconds": round(seconds, 1), "state_bytes": state, "tests": tests}
+    return time.perf_counter() - started
 
 
 @torch.no_grad()
@@ -144,7 +150,7 @@ def measure(
         if time.monotonic() >= ends:
             break
         task, form, rate, seed = key
-        found = train(settings[task], form, rate, seed)
+        found = measured(settings[task], form, rate, seed)
         say(f"{task}, {form}, rate {rate:g}, seed {seed}: {found['seconds']:.0f} s, {found['tests'][-1]}")
         document["runs"].append({"task": task, "form": form, "rate": rate, "seed": seed, **found})
         document["machine"] = describe_machine(torch.get_num_threads())

@@ -71,7 +71,7 @@ def test_the_rate_rises_and_falls() -> None:
 
 def test_state_bytes() -> None:
     assert FORMS["softmax"].state_bytes(100, 2, 64) == 4 * 2 * 100 * 64
-    assert FORMS["window of 32"].state_bytes(100, 2, 64) == 4 * 2 * 32 * 64
+    assert FORMS["window of 32, short convolution"].state_bytes(100, 2, 64) == 4 * 2 * 32 * 64
     assert FORMS["1 + s + s^2/2, near 16"].state_bytes(100, 2, 64) == 4 * 2 * (153 * 33 + 32 * 48)
 
 
@@ -87,18 +87,18 @@ def test_forms_are_models(form: str) -> None:
 def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[str, float]] = []
 
-    def train(setting: object, form: str, rate: float, seed: int) -> dict[str, object]:
+    def measured(setting: object, form: str, rate: float, seed: int) -> dict[str, object]:
         trained.append((form, rate))
         tests = [{"n": 32, "loss": 1.0, "accuracy": rate}]
         return {"seconds": 1.0, "state_bytes": 1024, "tests": tests}
 
-    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(run, "measured", measured)
     file, task = tmp_path / "quality.json", "recall of 16 pairs"
     measure(file, QUICK, runs([task], ["softmax"], 1), -inf)
     assert not file.exists()
     measure(file, QUICK, runs([task], ["softmax"], 1), inf)
-    measure(file, QUICK, runs([task], ["softmax", "window of 32"], 1), inf)
-    assert trained == [(form, rate) for form in ("softmax", "window of 32") for rate in run.RATES]
+    measure(file, QUICK, runs([task], ["softmax", "mixer"], 1), inf)
+    assert trained == [(form, rate) for form in ("softmax", "mixer") for rate in run.RATES]
     document = json.loads(file.read_text())
     found = page.render(document)
     assert "| softmax | 0.010 | 0.01 | 1 | 1 KB | 1 s |" in found[page.PAGE]  # the best of three rates

@@ -514,7 +514,7 @@ def test_deep_expressions_in_deep_blocks_stay_within_python_frames() -> None:
 
 
 def test_ninety_six_layers_are_as_fast_as_one() -> None:
-    source = read_source(EXAMPLES / "gpt.tfg")
+    source = read_source(EXAMPLES / "bounded.tfg")
     elaborate(source)
     best = {}
     for depth in (1, 96):
@@ -532,7 +532,7 @@ def test_ninety_six_layers_are_as_fast_as_one() -> None:
 def test_elaboration_does_not_import_torch() -> None:
     code = (
         "import sys; from fastgrad_compiler.frontend import elaborate; from fastgrad_grammar.read import read_source;"
-        f"elaborate(read_source({str(EXAMPLES / 'gpt.tfg')!r})); assert 'torch' not in sys.modules"
+        f"elaborate(read_source({str(EXAMPLES / 'bounded.tfg')!r})); assert 'torch' not in sys.modules"
     )
     root = EXAMPLES.parent
     path = [str(root / "compiler"), str(root / "grammar")]

@@ -50,7 +50,7 @@ def example(name: str, sizes: dict[str, int], **params: object) -> Example:
 
 
 CASES = (
-    example("gpt", {"n": 19}, depth=2, d_model=16, heads=4, near=4, vocab=11),
+    example("bounded", {"n": 19}, depth=2, d_model=16, heads=4, near=4, vocab=11),
     example("llama", {"b": 1, "n": 270}, depth=2, d_model=16, heads=4, kv_heads=2, hidden=24, vocab=11),
     example("bert", {"n": 13}, depth=2, d_model=16, heads=4, context=4096, vocab=11),
     example("vit", {}, depth=2, d_model=16, heads=4, height=24, width=24, patch=2, classes=5),

@@ -31,15 +31,15 @@ EXAMPLE = """\
 program gpt
 main gpt
 objective loss
-dim n <= 65536 % 64  # gpt.tfg:12
-budget {  # gpt.tfg:40
+dim n <= 65536 % 64  # bounded.tfg:12
+budget {  # bounded.tfg:40
     output <= 0.01
     near = 256
-    at "layers.0.*" relative = 0.001  # gpt.tfg:44
+    at "layers.0.*" relative = 0.001  # bounded.tfg:44
     at "layers.5.*" exact
 }
 
-graph gpt block gpt {  # gpt.tfg:14
+graph gpt block gpt {  # bounded.tfg:14
     %x = input() : float[b, n, 16]
     %w = weight(init = ("normal", 0.0, 0.02), label = "w") : float[16, 16]
     %y = matmul(%x, %w) : float[b, n, 16] where in [-1.0, 1.0], norm <= 4.0, asserted, by "# b", "c"  # a:15

@@ -189,7 +189,7 @@ def test_random_models(seed: int) -> None:
 
 def test_a_deep_model_is_no_more_work() -> None:
     """A graph is compared once, however often it runs."""
-    gpt = read_source(next(path for path in EXAMPLES if path.stem == "gpt"))
+    gpt = read_source(next(path for path in EXAMPLES if path.stem == "bounded"))
     counts = []
     for depth in (1, 96):
         stages = run(elaborate(gpt, params={"depth": depth}), until="attention", validate=False)

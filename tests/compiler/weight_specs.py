@@ -113,7 +113,7 @@ SPECS = {
     ),
     "the token before": Spec(written(TWO + HEADS.format("shift(h) @ wq", "h @ wk")), 0.5),
     "a short convolution": Spec(
-        written(TWO + HEADS.format("std.short_conv(h @ wq; width = 2)", "h @ wk")), 0.65
+        written(TWO + HEADS.format("std.short_conv(h @ wq; width = 2)", "h @ wk")), 0.55
     ),
     "scales of entries": Spec(
         written(

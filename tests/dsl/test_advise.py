@@ -199,7 +199,7 @@ def test_unreadable_data(name: str, tmp_path: Path) -> None:
     text = (
         _text()
         if name.endswith("safetensors")
-        else (Path(__file__).parents[2] / "examples" / "gpt.tfg").read_text()
+        else (Path(__file__).parents[2] / "examples" / "bounded.tfg").read_text()
     )
     path = _file(tmp_path, text)
     result = CliRunner().invoke(

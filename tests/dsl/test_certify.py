@@ -182,4 +182,4 @@ def test_a_training_step_is_not_disturbed() -> None:
 
 def test_another_models_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="there is no weight"):
-        fg.compile(LIMITED, target="torch").certify(small("gpt").module())
+        fg.compile(LIMITED, target="torch").certify(small("bounded").module())

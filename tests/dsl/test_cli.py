@@ -149,7 +149,7 @@ HEAVY = {
 def test_check_loads_only_what_it_needs(options: list[str], more: set[str]) -> None:
     """Typer reads options with pydantic, which takes as long to load as half of a check; a plain one does without."""
     code = (
-        f"import sys; sys.argv = ['fastgrad', 'check', 'examples/gpt.tfg', *{options!r}]\n"
+        f"import sys; sys.argv = ['fastgrad', 'check', 'examples/bounded.tfg', *{options!r}]\n"
         "from fastgrad_dsl.commands.cli import main\n"
         "try: main()\n"
         "except SystemExit as stopped: assert not stopped.code\n"

@@ -47,7 +47,7 @@ def test_names_of_modules_are_known_without_torch() -> None:
     assert own <= MODULE_ATTRIBUTES
 
 
-@pytest.mark.parametrize("name", ["gpt", "spelled_out"])
+@pytest.mark.parametrize("name", ["bounded", "spelled_out"])
 def test_golden_modules(name: str, golden: Golden) -> None:
     """But for the hashes in the names of kernels, which any change of a file of `runtime` changes."""
     compiled = fg.compile(EXAMPLES / f"{name}.tfg", target="torch")
@@ -98,7 +98,7 @@ def test_objective_may_be_named_like_an_export() -> None:
 
 def test_depth_changes_only_constants() -> None:
     shallow, deep = (
-        fg.compile(EXAMPLES / "gpt.tfg", params={"depth": depth}).modules["model.py"] for depth in (1, 96)
+        fg.compile(EXAMPLES / "bounded.tfg", params={"depth": depth}).modules["model.py"] for depth in (1, 96)
     )
     assert "range(96)" in deep
     assert re.sub(r"range\(\d+\)", "range(N)", deep) == re.sub(r"range\(\d+\)", "range(N)", shallow)

@@ -64,17 +64,17 @@ def test_exact_below_break_even_in_both_passes(name: str) -> None:
 
 
 def test_gradients_of_a_tight_polynomial_are_those_of_the_reference() -> None:
-    source = (EXAMPLES / "gpt.tfg").read_text()
+    source = (EXAMPLES / "bounded.tfg").read_text()
     for old, new in (('at "*" degree = 2', 'at "*" degree = 10'), ("qk_dim = 16", "qk_dim = 4")):
         assert old in source
         source = source.replace(old, new)
-    compiled = fg.compile(source, params={**SIZES["gpt"], "depth": 1})
+    compiled = fg.compile(source, params={**SIZES["bounded"], "depth": 1})
     model = disturbed(compiled.module(dtype=torch.float64))
     polynomial = always_polynomial(compiled, model)
-    assert polynomial(*INPUTS["gpt"]).ne(model(*INPUTS["gpt"])).any(), "the kernel ran"
+    assert polynomial(*INPUTS["bounded"]).ne(model(*INPUTS["bounded"])).any(), "the kernel ran"
     gradients = []
     for each in (polynomial, compiled.reference(model)):
-        loss = each(*INPUTS["gpt"]).square().sum()
+        loss = each(*INPUTS["bounded"]).square().sum()
         gradients.append(torch.autograd.grad(loss, list(each.parameters())))
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)
 
@@ -92,10 +92,10 @@ def test_initial_weights_are_those_of_the_interpreter(name: str) -> None:
 
 
 def test_initial_weights_are_drawn_in_float32_whatever_the_default_dtype() -> None:
-    expected = small("gpt").module(seed=3)
+    expected = small("bounded").module(seed=3)
     torch.set_default_dtype(torch.float64)
     try:
-        found, asked = small("gpt").module(seed=3), small("gpt").module(seed=3, dtype=torch.float32)
+        found, asked = small("bounded").module(seed=3), small("bounded").module(seed=3, dtype=torch.float32)
     finally:
         torch.set_default_dtype(torch.float32)
     for weight, wide, narrow in zip(
@@ -107,20 +107,20 @@ def test_initial_weights_are_drawn_in_float32_whatever_the_default_dtype() -> No
 
 
 def test_the_order_of_params_changes_no_file() -> None:
-    source, sizes = EXAMPLES / "gpt.tfg", SIZES["gpt"]
+    source, sizes = EXAMPLES / "bounded.tfg", SIZES["bounded"]
     assert len(sizes) > 1
     files = fg.compile(source, params=sizes).files
     assert fg.compile(source, params=dict(reversed(sizes.items()))).files == files
 
 
 def test_keys_are_paths() -> None:
-    keys = list(small("gpt").module().state_dict())
+    keys = list(small("bounded").module().state_dict())
     assert {"table", "layers.1.attention.wq", "layers.0.mlp_norm.w", "rms_norm.w"} <= set(keys)
 
 
 def test_objective() -> None:
-    compiled = small("gpt")
-    logits, targets = torch.randn(2, 13, 11), INPUTS["gpt"][0]
+    compiled = small("bounded")
+    logits, targets = torch.randn(2, 13, 11), INPUTS["bounded"][0]
     assert compiled.loss is not None
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     assert torch.equal(compiled.loss(logits, targets), expected)
@@ -134,7 +134,7 @@ def kernels(name: str) -> nn.Module:
     return always_polynomial(small(name), disturbed(small(name).module()))
 
 
-@pytest.mark.parametrize("name", ["gpt", "bert"])
+@pytest.mark.parametrize("name", ["bounded", "bert"])
 def test_torch_compile_in_one_graph(name: str) -> None:
     model = kernels(name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -146,36 +146,36 @@ def test_torch_compile_in_one_graph(name: str) -> None:
 
 
 def test_export_with_a_dynamic_length() -> None:
-    model = kernels("gpt").eval()
+    model = kernels("bounded").eval()
     length = torch.export.Dim("n", min=2, max=4096)
-    exported = torch.export.export(model, tuple(INPUTS["gpt"]), dynamic_shapes=({1: length},))
+    exported = torch.export.export(model, tuple(INPUTS["bounded"]), dynamic_shapes=({1: length},))
     longer = torch.randint(11, (2, 29), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(exported.module()(longer), model(longer))
 
 
 def test_deepcopy_and_state_dict() -> None:
-    model = kernels("gpt")
+    model = kernels("bounded")
     copied = copy.deepcopy(model)
     assert all(a is not b for a, b in zip(copied.parameters(), model.parameters(), strict=True))
-    torch.testing.assert_close(copied(*INPUTS["gpt"]), model(*INPUTS["gpt"]), rtol=0, atol=0)
+    torch.testing.assert_close(copied(*INPUTS["bounded"]), model(*INPUTS["bounded"]), rtol=0, atol=0)
 
 
 def test_checkpointing_changes_nothing() -> None:
-    model = kernels("gpt").double()
-    plain = model(*INPUTS["gpt"])
-    again = checkpoint(model, *INPUTS["gpt"], use_reentrant=False)
+    model = kernels("bounded").double()
+    plain = model(*INPUTS["bounded"])
+    again = checkpoint(model, *INPUTS["bounded"], use_reentrant=False)
     gradients = [torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (plain, again)]
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 def test_autocast_and_bfloat16() -> None:
-    model = kernels("gpt")
-    expected = model(*INPUTS["gpt"])
+    model = kernels("bounded")
+    expected = model(*INPUTS["bounded"])
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = model(*INPUTS["gpt"])
+        mixed = model(*INPUTS["bounded"])
     mixed.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    pure = copy.deepcopy(model).bfloat16()(*INPUTS["gpt"])
+    pure = copy.deepcopy(model).bfloat16()(*INPUTS["bounded"])
     for found in (mixed, pure):
         assert found.dtype == torch.bfloat16
         assert (found - expected).norm() < 0.05 * expected.norm()  # 8 bits of mantissa, two layers
@@ -193,13 +193,13 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
     try:
-        model = kernels("gpt").double()
+        model = kernels("bounded").double()
         wrapped = nn.parallel.DistributedDataParallel(model)
-        wrapped(*INPUTS["gpt"]).square().sum().backward()
+        wrapped(*INPUTS["bounded"]).square().sum().backward()
         gradients = [p.grad for p in model.parameters()]
     finally:
         torch.distributed.destroy_process_group()
-    expected = torch.autograd.grad(model(*INPUTS["gpt"]).square().sum(), list(model.parameters()))
+    expected = torch.autograd.grad(model(*INPUTS["bounded"]).square().sum(), list(model.parameters()))
     torch.testing.assert_close(gradients, list(expected), rtol=1e-9, atol=1e-12)
 
 
@@ -207,11 +207,11 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
 
 
 def test_inputs_that_do_not_fit_are_refused() -> None:
-    model = small("gpt").module()
+    model = small("bounded").module()
     with pytest.raises(ValueError, match=r"tokens has shape \[13\], expected \[b, n\]"):
-        model(INPUTS["gpt"][0][0])
+        model(INPUTS["bounded"][0][0])
     with pytest.raises(ValueError, match=r"tokens has shape \[2, 0\], but every size is at least 1"):
-        model(INPUTS["gpt"][0][:, :0])
+        model(INPUTS["bounded"][0][:, :0])
     declared = fg.compile(
         "dim b\ndim n <= 8 % 4\nmodel m(x: float[b, n], y: float[n]) -> float[b, n] { return x + y }\n"
     )
@@ -239,7 +239,7 @@ torch.save((loss.detach(), model.state_dict()), sys.argv[2])
 
 
 def test_written_folder_stands_alone(tmp_path: Path) -> None:
-    compiled = small("gpt")
+    compiled = small("bounded")
     compiled.write(tmp_path / "gpt")
     result = tmp_path / "result.pt"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -260,10 +260,10 @@ def test_written_folder_stands_alone(tmp_path: Path) -> None:
 
 def test_writing_again_removes_only_its_own_files(tmp_path: Path) -> None:
     folder = tmp_path / "gpt"
-    small("gpt").write(folder)
+    small("bounded").write(folder)
     (folder / "attention_mine.py").write_text("mine = 1\n")
     old = {path.name for path in folder.glob("attention_*.py")}
-    fg.compile(EXAMPLES / "gpt.tfg", params={**SIZES["gpt"], "near": 4}, out=folder)
+    fg.compile(EXAMPLES / "bounded.tfg", params={**SIZES["bounded"], "near": 4}, out=folder)
     new = {path.name for path in folder.glob("attention_*.py")}
     assert {"attention_mine.py", "attention_op.py"} <= new
     assert old - new, "the kernel of the earlier compile is gone"
@@ -293,7 +293,7 @@ def test_labels_like_methods_of_modules() -> None:
 
 
 def test_a_report_on_a_given_batch_names_its_dims() -> None:
-    compiled = fg.compile(EXAMPLES / "gpt.tfg", params={"depth": 1, "d_model": 32, "heads": 2, "near": 8})
+    compiled = fg.compile(EXAMPLES / "bounded.tfg", params={"depth": 1, "d_model": 32, "heads": 2, "near": 8})
     tokens = torch.randint(256, (2, 720), generator=torch.Generator().manual_seed(0))
     report = compiled.report(compiled.module(seed=0), (tokens, tokens))
     assert report["batch"]["dims"] == {"b": 2, "n": 720}

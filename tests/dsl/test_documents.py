@@ -51,7 +51,7 @@ def refusal(content: bytes, kind: str = "plan.json") -> str:
 
 @cache
 def plan() -> str:
-    return small("gpt").files["plan.json"]
+    return small("bounded").files["plan.json"]
 
 
 @cache
@@ -174,7 +174,7 @@ def test_only_files_are_read(tmp_path: Path) -> None:
 def test_a_damaged_folder_is_a_diagnostic(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small("gpt").write(tmp_path)
+    small("bounded").write(tmp_path)
     for content in (b"{", b"\xff\xfe", b"[" * 5000):
         (tmp_path / name).write_bytes(content)
         monkeypatch.setattr(sys, "argv", ["fastgrad", "report", str(tmp_path), "--no-measure"])

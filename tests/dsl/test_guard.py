@@ -148,7 +148,7 @@ def test_paths_are_those_of_the_plan() -> None:
 
 
 def test_only_ranges_that_are_not_proved_are_guarded() -> None:
-    found = small("gpt")
+    found = small("bounded")
     assert "Guard" not in found.modules["model.py"]
     assert found.module().budget_status() == []  # type: ignore[operator]
     assert compiled("warn").reference(compiled("warn").module()).budget_status() == []  # type: ignore[operator]

@@ -105,7 +105,7 @@ def test_commands_that_are_named_exist() -> None:
 
 
 def test_commands_that_reproduce_a_report_have_their_options() -> None:
-    compiled = small("gpt")
+    compiled = small("bounded")
     plan = replace(compiled.plan_document, params={"depth": "2"})
     calibration = calibration_of(plan, data="text of a.txt", weights="weights of w.safetensors")
     batch = Batch(batches=1, tokens=1, kind="text of a.txt", dims={}, seed=1, weights="weights of w")
@@ -133,7 +133,7 @@ def test_a_short_text_names_an_option_that_is_there(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("short")
-    file = str(ROOT / "examples" / "gpt.tfg")
+    file = str(ROOT / "examples" / "bounded.tfg")
     more = {
         "report": ["--text", "short.txt"],
         "train": ["--text", "short.txt"],

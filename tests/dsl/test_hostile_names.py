@@ -64,7 +64,7 @@ USED = """block twice(x: float[b, n, 4]) -> float[b, n, 4] {
     return 2 * x * w
 }
 """
-PLAIN = "gpt"
+PLAIN = "bounded"
 
 
 @pytest.fixture(autouse=True)

@@ -110,11 +110,11 @@ def page(name: str) -> str:
         compiled = fg.compile(NESTED, target="torch", validate=False)
         return render_html(compiled.report(calibration=calibration_of(compiled.plan_document)))
     compiled = small(name)
-    if name != "gpt":
+    if name != "bounded":
         return render_html(compiled.report())
     calibration = calibration_of(compiled.plan_document)
     model = always_polynomial(compiled, compiled.module())
-    return render_html(compiled.report(model, INPUTS["gpt"] * 2, calibration=calibration))
+    return render_html(compiled.report(model, INPUTS["bounded"] * 2, calibration=calibration))
 
 
 def check(name: str, width: int, folder: Path, *, dark: bool) -> None:
@@ -129,13 +129,13 @@ def check(name: str, width: int, folder: Path, *, dark: bool) -> None:
 
 @pytest.mark.parametrize(("width", "dark"), [(400, True), (1280, False)])
 def test_nothing_is_cut_or_faint(width: int, dark: bool, tmp_path: Path) -> None:
-    check("gpt", width, tmp_path, dark=dark)
+    check("bounded", width, tmp_path, dark=dark)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 400, 700, 1200, 1280])
-@pytest.mark.parametrize("name", ["nested", "gpt", "encoder_decoder", "based"])
+@pytest.mark.parametrize("name", ["nested", "bounded", "encoder_decoder", "based"])
 def test_no_page_is_cut_or_faint_at_any_width(name: str, width: int, dark: bool, tmp_path: Path) -> None:
     check(name, width, tmp_path, dark=dark)
 
@@ -153,7 +153,7 @@ def test_no_page_is_cut_or_faint_at_any_width(name: str, width: int, dark: bool,
 )  # fmt: skip
 @pytest.mark.slow
 def test_what_is_wrong_is_seen(broken: tuple[str, str], key: str, tmp_path: Path) -> None:
-    text = page("gpt")
+    text = page("bounded")
     assert broken[0] in text
     policy = text.index('<meta http-equiv="Content-Security-Policy"')
     text = text[:policy] + text[text.index(">", policy) + 1 :]  # its hashes are of the sound page

@@ -22,7 +22,9 @@ from tests.dsl.models import INPUTS, NAMES, always_polynomial, small
 from tests.dsl.schemas import validator
 
 WAYS = ("planned", "calibrated", "unverified", "measured", "measured and calibrated")
-CASES = [(name, way) for name in NAMES for way in WAYS if "measured" not in way or name in ("gpt", "based")]
+CASES = [
+    (name, way) for name in NAMES for way in WAYS if "measured" not in way or name in ("bounded", "based")
+]
 JARGON = ("flops", "keys more", "in the time of one", "pace", "inf", "nan", "None")
 
 
@@ -141,7 +143,7 @@ def test_an_exact_gradient_of_zero_has_no_relative_error() -> None:
 
 
 def test_a_gradient_that_is_not_zero_is_compared() -> None:
-    for entry in report("gpt", "measured")["attentions"]:
+    for entry in report("bounded", "measured")["attentions"]:
         assert entry["exact_zero"] == []
         assert all(entry["errors"][what]["measured"] > 0 for what in ("dq", "dk", "dv"))
 

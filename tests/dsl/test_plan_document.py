@@ -210,6 +210,6 @@ def test_files_are_strict_json(name: str) -> None:
 
 
 def test_the_source_of_a_library_attention_is_the_line_that_calls_it() -> None:
-    compiled = fg.compile(EXAMPLES / "gpt.tfg", params={"depth": 1})
+    compiled = fg.compile(EXAMPLES / "bounded.tfg", params={"depth": 1})
     (entry,) = compiled.plan_document["attentions"]
-    assert "examples/gpt.tfg:17:" in entry["source"]
+    assert "examples/bounded.tfg:17:" in entry["source"]

@@ -59,7 +59,7 @@ def kernels(name: str) -> Any:
 # ---------------------------------------------------------------- torch.func
 
 
-@pytest.mark.parametrize("name", ["gpt", "bert", "based", "spelled_out"])
+@pytest.mark.parametrize("name", ["bounded", "bert", "based", "spelled_out"])
 def test_tangents_of_models(name: str) -> None:
     """In the direction of the gradient the tangent of the loss is the gradient's square, in both kinds of attention."""
     for model in (kernels(name).double(), small(name).reference(kernels(name)).double()):
@@ -76,7 +76,7 @@ def test_tangents_of_models(name: str) -> None:
         assert expected > 0
 
 
-@pytest.mark.parametrize("name", ["gpt", "bert"])
+@pytest.mark.parametrize("name", ["bounded", "bert"])
 @pytest.mark.parametrize("exact", [False, True], ids=["polynomial", "exact"])
 def test_gradients_of_samples(name: str, exact: bool) -> None:
     model = kernels(name).double()
@@ -147,7 +147,7 @@ torch.save((found, guarded.budget_status()), sys.argv[4])
 
 def test_pickles_are_read_by_a_new_process(tmp_path: Path) -> None:
     """By pickle and torch.save; a guarded model counts anew, by the same range and policy."""
-    compiled, model, (tokens,) = small("gpt"), kernels("gpt"), INPUTS["gpt"]
+    compiled, model, (tokens,) = small("bounded"), kernels("bounded"), INPUTS["bounded"]
     guarded: Any = fg.compile(GUARDED, target="torch").module()
     paths = [tmp_path / name for name in ("model.pickle", "model.pt", "tokens.pt", "out.pt")]
     plain = disturbed(compiled.module())
@@ -168,14 +168,14 @@ def test_pickles_are_read_by_a_new_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_every_protocol_and_part(protocol: int) -> None:
     """Also of a block alone, of the exact reference, of several models at once, whose texts are held once."""
-    model = kernels("gpt")
-    for module in (model, model.layers, small("gpt").reference(model)):
+    model = kernels("bounded")
+    for module in (model, model.layers, small("bounded").reference(model)):
         again = pickle.loads(pickle.dumps(module, protocol))
         assert type(again) is type(module)
         for found, expected in zip(again.state_dict().values(), module.state_dict().values(), strict=True):
             assert torch.equal(found, expected)
     one, three = (len(pickle.dumps([copy.deepcopy(model) for _ in range(n)], protocol)) for n in (1, 3))
-    texts = sum(len(text) for text in small("gpt").modules.values())
+    texts = sum(len(text) for text in small("bounded").modules.values())
     assert three - one < texts < one
 
 
@@ -192,10 +192,10 @@ class Wider(nn.Module):
 
 
 def test_a_module_within_another_and_a_copy() -> None:
-    model = Wider(kernels("gpt"))
-    expected = model(*INPUTS["gpt"])
+    model = Wider(kernels("bounded"))
+    expected = model(*INPUTS["bounded"])
     for again in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(again(*INPUTS["gpt"]), expected)
+        assert torch.equal(again(*INPUTS["bounded"]), expected)
         assert type(again.inner) is type(model.inner)
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -211,7 +211,7 @@ def _forward(model: nn.Module, results: Any) -> None:
 @pytest.mark.slow
 def test_a_spawned_process_takes_a_model() -> None:
     context = multiprocessing.get_context("spawn")
-    results, model = context.SimpleQueue(), kernels("gpt")
+    results, model = context.SimpleQueue(), kernels("bounded")
     process = context.Process(target=_forward, args=(model, results))
     process.start()
     found = results.get()
@@ -229,7 +229,7 @@ def on_meta(compiled: fg.Compiled, seed: int = 0) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", ["gpt", "vit", "based"])
+@pytest.mark.parametrize("name", ["bounded", "vit", "based"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_after_to_empty_are_those_of_the_seed(name: str, dtype: torch.dtype) -> None:
     compiled = small(name)
@@ -260,7 +260,7 @@ def test_what_was_not_reset_is_nan() -> None:
 def test_nothing_is_drawn_on_meta() -> None:
     """Not even from a generator of the user's, nor where the model is used before it has memory."""
     state = torch.get_rng_state()
-    model = on_meta(small("gpt"))
+    model = on_meta(small("bounded"))
     assert torch.equal(torch.get_rng_state(), state)
     assert model(torch.zeros(1, 5, dtype=torch.int64, device="meta")).shape == (1, 5, 11)
     model.reset_parameters(1)
@@ -272,7 +272,7 @@ def test_nothing_is_drawn_on_meta() -> None:
 
 def _train(rank: int, store: str, result: str, way: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    compiled = small("gpt")
+    compiled = small("bounded")
     assert compiled.loss is not None
     if way == "ddp":
         inner: Any = compiled.module(5)
@@ -288,7 +288,7 @@ def _train(rank: int, store: str, result: str, way: str) -> None:
         model.reset_parameters(5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for _ in range(2):
-        tokens = INPUTS["gpt"][0][rank : rank + 1]
+        tokens = INPUTS["bounded"][0][rank : rank + 1]
         compiled.loss(model(tokens), tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -307,7 +307,7 @@ def test_two_processes_train_as_one(way: str, tmp_path: Path) -> None:
     """Half of the batch each; sharded from the device "meta" where the way is FSDP2."""
     store, result = str(tmp_path / "store"), str(tmp_path / "state.pt")
     spawn(_train, (store, result, way), nprocs=2)
-    compiled, (tokens,) = small("gpt"), INPUTS["gpt"]
+    compiled, (tokens,) = small("bounded"), INPUTS["bounded"]
     model = compiled.module(5)
     assert compiled.loss is not None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

@@ -28,7 +28,7 @@ from tests.dsl.models import EXAMPLES, INPUTS, NAMES, always_polynomial, small, 
 from tests.dsl.schemas import validator
 
 VALIDATOR = validator("report.json")
-GPT = EXAMPLES / "gpt.tfg"
+GPT = EXAMPLES / "bounded.tfg"
 SIZES = {"depth": 2, "d_model": 16, "heads": 2, "near": 2, "vocab": 11}
 ATTEND = """
     q = {unit}(split_heads(x, 2))
@@ -60,7 +60,7 @@ def test_reports_are_valid(name: str) -> None:
 
 
 def test_the_schema_refuses_what_is_missing_or_unknown() -> None:
-    report = json.loads(to_json(small("gpt").report()))
+    report = json.loads(to_json(small("bounded").report()))
     for broken in (
         {key: value for key, value in report.items() if key != "headline"},
         {**report, "more": 1},
@@ -70,7 +70,7 @@ def test_the_schema_refuses_what_is_missing_or_unknown() -> None:
         assert not VALIDATOR.is_valid(broken)
 
 
-@pytest.mark.parametrize("name", ["gpt", "based"])
+@pytest.mark.parametrize("name", ["bounded", "based"])
 def test_files_of_a_compile_are_the_same_twice(name: str) -> None:
     first, second = (fg.compile(small(name).source.text, target="torch").files for _ in range(2))
     assert first == second
@@ -78,13 +78,13 @@ def test_files_of_a_compile_are_the_same_twice(name: str) -> None:
 
 
 def test_a_measured_report_is_the_same_twice() -> None:
-    compiled = small("gpt")
-    reports = [compiled.report(compiled.module(0), INPUTS["gpt"] * 2) for _ in range(2)]
+    compiled = small("bounded")
+    reports = [compiled.report(compiled.module(0), INPUTS["bounded"] * 2) for _ in range(2)]
     assert to_json(reports[0]) == to_json(reports[1])
 
 
 def test_headline_of_what_was_measured() -> None:
-    report = measured("gpt")
+    report = measured("bounded")
     for what in ("output", "gradient"):
         use = report["headline"][what]
         assert use["value"] == report["whole"][what]["measured"]
@@ -98,7 +98,7 @@ def test_headline_of_what_was_measured() -> None:
 
 
 def test_headline_by_what_is_known() -> None:
-    compiled = small("gpt")
+    compiled = small("bounded")
     calibration = calibration_of(compiled.plan_document)
     planned = calibration["planned"]
     for given, kind, value in (
@@ -144,7 +144,7 @@ def test_prediction_at_the_longest_length() -> None:
 
 
 def test_a_measured_pace_of_the_calibration_is_used() -> None:
-    compiled = small("gpt")
+    compiled = small("bounded")
     calibration = calibration_of(compiled.plan_document)
     for scale in (1.0, 2.0):
         pace = replace(calibration.pace, speed=scale, keys=0)
@@ -184,9 +184,9 @@ def test_errors_of_tensors_and_heads() -> None:
 
 
 def test_curves_are_the_polynomials() -> None:
-    (curve,) = measured("gpt")["curves"]
+    (curve,) = measured("bounded")["curves"]
     polynomial = fit("balanced", 2, 1.0)
-    assert curve["attentions"] == [entry["path"] for entry in measured("gpt")["attentions"]]
+    assert curve["attentions"] == [entry["path"] for entry in measured("bounded")["attentions"]]
     assert curve["s"][0] == -1.0
     assert curve["s"][-1] == 1.0
     for s, value in zip(curve["s"], curve["p"], strict=True):
@@ -218,7 +218,7 @@ def test_the_chosen_candidate_is_the_plan() -> None:
 
 
 def test_the_waterfall_adds_up() -> None:
-    report = measured("gpt")
+    report = measured("bounded")
     for what in ("output", "gradient"):
         waterfall = report["waterfall"][what]
         ends = [0.0]
@@ -231,7 +231,7 @@ def test_the_waterfall_adds_up() -> None:
 
 
 def test_a_calibration_gives_estimates() -> None:
-    compiled = small("gpt")
+    compiled = small("bounded")
     calibration = calibration_of(compiled.plan_document)
     report = compiled.report(calibration=calibration)
     chosen = [next(c for c in a["candidates"] if c["chosen"]) for a in calibration["attentions"]]
@@ -249,7 +249,7 @@ def test_a_calibration_gives_estimates() -> None:
 
 def test_heads_that_are_served_apart_keep_their_numbers() -> None:
     """A plan may serve groups of an attention's heads by attentions of their own."""
-    compiled = small("gpt")
+    compiled = small("bounded")
     plan = compiled.plan_document
     calibration = calibration_of(plan)
     first, _ = calibration["attentions"]
@@ -268,7 +268,7 @@ def test_heads_that_are_served_apart_keep_their_numbers() -> None:
 
 
 def test_spec_derivations_and_code() -> None:
-    report = small("gpt").report()
+    report = small("bounded").report()
     assert report["spec"]["lines"] == GPT.read_text().splitlines()
     (remark,) = report["spec"]["remarks"]
     assert "std.attention(" in report["spec"]["lines"][remark["line"] - 1]
@@ -283,7 +283,9 @@ def test_spec_derivations_and_code() -> None:
         "rank r = ",
     ):
         assert part in lines
-    assert report["code"] == {name: small("gpt").modules[name] for name in report["attentions"][0]["code"]}
+    assert report["code"] == {
+        name: small("bounded").modules[name] for name in report["attentions"][0]["code"]
+    }
     assert list(report["code"])
 
 
@@ -360,7 +362,9 @@ def test_commands_that_reproduce_a_calibration() -> None:
         assert "--set depth=2 " in command
         assert expected in command
         assert again == "fastgrad report build --no-measure --html build/report.html"
-    assert small("gpt").report(small("gpt").module(), INPUTS["gpt"])["reproduce"]["commands"] is None
+    assert (
+        small("bounded").report(small("bounded").module(), INPUTS["bounded"])["reproduce"]["commands"] is None
+    )
 
 
 def test_numbers_in_words() -> None:

@@ -29,7 +29,7 @@ from tests.dsl.models import EXAMPLES, INPUTS, NAMES, always_polynomial, small, 
 browser = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium: CHROMIUM names none, and none is on the path"
 )
-GPT = EXAMPLES / "gpt.tfg"
+GPT = EXAMPLES / "bounded.tfg"
 PAGES = ("measured", "planned", "exact", "own", "none")
 LARGEST = 2_000_000  # characters of a page of 24 layers
 ORDER = ("headline", "warnings", "spec", "table", "plots", "derivations", "code", "reproduce")
@@ -44,12 +44,12 @@ def report(name: str) -> Report:
         return fg.compile(text("return x")).report()
     if name == "own":
         return small("based").report()
-    compiled = small("gpt")
+    compiled = small("bounded")
     calibration = calibration_of(compiled.plan_document)
     if name == "planned":
         return compiled.report(calibration=replace(calibration, verification=None))
     model = always_polynomial(compiled, compiled.module())
-    return compiled.report(model, INPUTS["gpt"] * 2, calibration=calibration)
+    return compiled.report(model, INPUTS["bounded"] * 2, calibration=calibration)
 
 
 class Reader(HTMLParser):

@@ -30,7 +30,7 @@ from fastgrad_dsl.documents.report import Report
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, always_polynomial, small
 
-TUNE = TuneRequest(EXAMPLES / "gpt.tfg", {}, None, 1, 1024, "float32")
+TUNE = TuneRequest(EXAMPLES / "bounded.tfg", {}, None, 1, 1024, "float32")
 WIDTHS = (40, 60, 80, 200)
 NESTED = """
 use std
@@ -73,14 +73,14 @@ def nested() -> Any:
 
 @cache
 def reports() -> dict[str, Report]:
-    compiled = small("gpt")
+    compiled = small("bounded")
     calibration = calibration_of(compiled.plan_document)
     model = always_polynomial(compiled, compiled.module())
     return {
         "nested": nested().report(),
         "planned": compiled.report(),
         "calibrated": compiled.report(calibration=calibration),
-        "measured": compiled.report(model, INPUTS["gpt"] * 2, calibration=calibration),
+        "measured": compiled.report(model, INPUTS["bounded"] * 2, calibration=calibration),
         "own": small("based").report(),
         "encoder_decoder": small("encoder_decoder").report(),
     }
@@ -99,7 +99,7 @@ def tuned() -> tune_command.Tuned:
         tuning.Choice("forward", "a name", table, other, 0.123456, 0.0987654, 31),
         tuning.Choice("backward_keys", "another", table, table, 0.00123, 0.00123, 29),
     ]
-    found = tuning.shapes(fg.compile(EXAMPLES / "gpt.tfg", target="triton").program)
+    found = tuning.shapes(fg.compile(EXAMPLES / "bounded.tfg", target="triton").program)
     return tune_command.Tuned(
         tuple((shape, choices) for shape in found), Path("a/cache/folder/of/a/user/tuned.json")
     )
@@ -147,8 +147,8 @@ def advised(name: str) -> advice.AdviceDocument:
 
 
 def advised_on_data() -> advice.AdviceDocument:
-    document = advised("gpt")
-    found = calibration_of(fg.compile(EXAMPLES / "gpt.tfg").plan_document)
+    document = advised("bounded")
+    found = calibration_of(fg.compile(EXAMPLES / "bounded.tfg").plan_document)
     measured = advice.Measured(found.data, found.weights, found.dims, found.planned)
     first = replace(document.attentions[0], candidates=found.attentions[0].candidates)
     return replace(document, measured=measured, attentions=(first,))
@@ -162,7 +162,7 @@ PRINTED: dict[str, Callable[[], None]] = {
     "tune --dry-run": lambda: tune_command.print_candidates(TUNE),
     "bench": lambda: bench.print_bench(bench_document()),
 }
-for _name in ("gpt", "llama", "based", "encoder_decoder"):
+for _name in ("bounded", "llama", "based", "encoder_decoder"):
     PRINTED[f"check {_name}"] = partial(lambda n: terminal.print_plan(small(n).program, f"{n}.tfg"), _name)
 for _wide in (False, True):
     _more = " --wide" * _wide
@@ -170,7 +170,7 @@ for _wide in (False, True):
         PRINTED[f"report {_name}{_more}"] = partial(
             lambda name, wide: terminal.print_report(reports()[name], wide=wide), _name, _wide
         )
-    for _name in ("gpt", "encoder_decoder", "based"):
+    for _name in ("bounded", "encoder_decoder", "based"):
         PRINTED[f"advise {_name}{_more}"] = partial(
             lambda name, wide: advice.print_advice(advised(name), wide=wide), _name, _wide
         )

@@ -247,11 +247,11 @@ def test_one_training_at_a_time(fastgrad: Run) -> None:
 @pytest.fixture(autouse=True)
 def _signals_of_a_terminal() -> Iterator[None]:
     """Whoever started the tests may have had SIGINT or SIGHUP ignored, as a shell does in the background."""
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGHUP, hang_up)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def rotate(x: Tensor, base: float) -> Tensor:
 
 
 def gpt(weights: Weights, tokens: Tensor, *, depth: int, heads: int, near: int) -> Tensor:
-    """The exact model of gpt.tfg: free logits in neighbouring blocks, unit queries and keys beyond."""
+    """The exact model of bounded.tfg: free logits in neighbouring blocks, unit queries and keys beyond."""
     x = weights["table"][tokens]
     for index in range(depth):
         layer = within(weights, f"layers.{index}")

@@ -106,7 +106,7 @@ def test_bert_is_a_transformer_encoder(forward: Forward, dtype: torch.dtype, tol
 @pytest.mark.parametrize("n", [1, 3, 21])
 def test_gpt_is_a_plain_gpt(forward: Forward, dtype: torch.dtype, tolerance: float, n: int) -> None:
     sizes = {"depth": 2, "d_model": 32, "heads": 4, "near": 4, "vocab": 13}
-    spec: Spec = (EXAMPLES / "gpt.tfg", tuple(sizes.items()))
+    spec: Spec = (EXAMPLES / "bounded.tfg", tuple(sizes.items()))
     weights, tokens = (
         moved(spec, dtype),
         torch.randint(13, (2, n), generator=torch.Generator().manual_seed(2)),

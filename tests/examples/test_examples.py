@@ -80,7 +80,7 @@ def test_trains_exactly_with_the_same_weights(name: str) -> None:
 
 GPT = ("poly_attention", "n", "n", 16, 2, 64, True)  # operation, queries, keys, width, degree, near, causal
 EXPECTED: dict[str, dict[str, tuple[object, ...]]] = {
-    "gpt": {"layers.*": GPT},
+    "bounded": {"layers.*": GPT},
     "llama": {
         "layers.0.*": ("attention", "n", "n", 8, None, 128, True),
         "layers.[1-7].*": ("poly_attention", "n", "n", 8, 4, 128, True),

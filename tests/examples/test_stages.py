@@ -18,7 +18,7 @@ from tests.initial_weights import initial_weights
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES: dict[str, dict[str, object]] = {
-    "gpt": {"depth": 2, "d_model": 16, "heads": 2, "near": 2, "vocab": 11},
+    "bounded": {"depth": 2, "d_model": 16, "heads": 2, "near": 2, "vocab": 11},
     "llama": {"depth": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "near": 2, "hidden": 24, "vocab": 11},
     "bert": {"depth": 2, "d_model": 16, "heads": 4, "vocab": 11},
     "vit": {"depth": 2, "d_model": 16, "heads": 4, "height": 12, "width": 16},
@@ -34,7 +34,7 @@ def tokens(n: int) -> Tensor:
 
 PADDING = torch.arange(9) < torch.tensor([9, 4])[:, None]
 INPUTS: dict[str, list[Tensor]] = {
-    **{name: [tokens(13)] for name in ("gpt", "llama", "spelled_out", "based")},
+    **{name: [tokens(13)] for name in ("bounded", "llama", "spelled_out", "based")},
     "bert": [tokens(9), PADDING],
     "vit": [torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)],
     "encoder_decoder": [tokens(9), PADDING, tokens(13)],

@@ -216,7 +216,8 @@ def test_launches_wait_for_nothing_and_allocate_by_shape(spec: KernelSpec, tmp_p
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt", pytest.param("llama", marks=SLOW), pytest.param("encoder_decoder", marks=SLOW), "bert"]
+    "name",
+    ["bounded", pytest.param("llama", marks=SLOW), pytest.param("encoder_decoder", marks=SLOW), "bert"],
 )
 def test_a_model_equals_that_of_pytorch(name: str) -> None:
     """Near fields, grouped queries, cross attention, padding."""
@@ -237,7 +238,7 @@ def test_a_model_equals_that_of_pytorch(name: str) -> None:
 
 
 def test_files_and_plan_of_a_model() -> None:
-    compiled = fg.compile(EXAMPLES / "gpt.tfg", params=SIZES["gpt"], target="triton")
+    compiled = fg.compile(EXAMPLES / "bounded.tfg", params=SIZES["bounded"], target="triton")
     kernels = {entry["kernel"] for entry in compiled.plan_document["attentions"]} - {None}
     assert kernels
     assert compiled.plan_document["target"] == "triton"
@@ -245,7 +246,7 @@ def test_files_and_plan_of_a_model() -> None:
         assert {f"{kernel}.py", f"{kernel}_triton.py"} <= compiled.files.keys()
     assert {"triton_attention.py", "triton_tables.py", "private_files.py"} <= compiled.files.keys()
     assert not [name for name in compiled.files if name.endswith(".cpp") or name == "native_attention.py"]
-    plain = fg.compile(EXAMPLES / "gpt.tfg", params=SIZES["gpt"], target="torch")
+    plain = fg.compile(EXAMPLES / "bounded.tfg", params=SIZES["bounded"], target="torch")
     assert not [name for name in plain.files if "triton" in name]
 
 
@@ -280,17 +281,17 @@ print(*(module.__file__ for name, module in sys.modules.items() if ".attention_"
 @pytest.mark.parametrize("how", LOADED)
 def test_a_written_model_runs_in_another_process(how: str, tmp_path: Path) -> None:
     """Kernels are where the folder is, or where its texts were written to: in the cache."""
-    params = {**SIZES["gpt"], "depth": 1}
-    fg.compile(EXAMPLES / "gpt.tfg", params=params, target="triton", out=tmp_path / "gpt")
+    params = {**SIZES["bounded"], "depth": 1}
+    fg.compile(EXAMPLES / "bounded.tfg", params=params, target="triton", out=tmp_path / "gpt")
     model = tmp_path / "gpt" / "model.py"
     model.write_text(model.read_text().replace("exact_below=", "exact_below=0 * "))
-    tokens = INPUTS["gpt"][0]
+    tokens = INPUTS["bounded"][0]
     torch.save(tokens, tmp_path / "tokens.pt")
     code = SAVE.format(load=LOADED[how])
     result = in_another_process(code, str(tmp_path / "gpt"), str(tmp_path / "tokens.pt"))
     assert (result.returncode, result.stderr) == (0, "")
     assert Path(result.stdout.strip()).parent == tmp_path / ("gpt" if how == "in place" else "cache")
-    plain = fg.compile(EXAMPLES / "gpt.tfg", params=params, target="torch")
+    plain = fg.compile(EXAMPLES / "bounded.tfg", params=params, target="torch")
     expected = always_polynomial(plain, plain.module(seed=5))(tokens)
     torch.testing.assert_close(torch.load(tmp_path / "tokens.pt"), expected)
 

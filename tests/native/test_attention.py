@@ -228,7 +228,7 @@ torch.save(out, sys.argv[2])
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
 def test_a_generated_package_stands_alone(packed: bool, tmp_path: Path) -> None:
     """In a folder, in an archive, and loaded here from memory."""
-    compiled = fg.compile(EXAMPLES / "gpt.tfg", params=SIZES["gpt"], out=tmp_path / "gpt")
+    compiled = fg.compile(EXAMPLES / "bounded.tfg", params=SIZES["bounded"], out=tmp_path / "gpt")
     tokens = torch.randint(11, (1, 700), generator=torch.Generator().manual_seed(0))
     torch.save(tokens, tmp_path / "tokens.pt")
     where = tmp_path
@@ -243,7 +243,7 @@ def test_a_generated_package_stands_alone(packed: bool, tmp_path: Path) -> None:
     assert result.stderr == ""
     out = torch.load(tmp_path / "tokens.pt")
     models = [load_package(tmp_path / "gpt").MODEL(seed=5), compiled.module(seed=5)]
-    plain = fg.compile(EXAMPLES / "gpt.tfg", params=SIZES["gpt"], target="torch")
+    plain = fg.compile(EXAMPLES / "bounded.tfg", params=SIZES["bounded"], target="torch")
     assert not [name for name in plain.modules if "native" in name or name.endswith(".cpp")]
     for model in (*models, plain.module(seed=5)):
         torch.testing.assert_close(model(tokens), out)

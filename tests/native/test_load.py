@@ -78,7 +78,7 @@ with warnings.catch_warnings(record=True) as caught:
         fg.compile(sys.argv[1], params={{"depth": 1}}).module()(torch.ones(1, 700, dtype=torch.long))
 print(*(f"{{issubclass(w.category, RuntimeWarning)}} {{w.message}}" for w in caught), sep="\\n")
 """
-    example = [str(Path(__file__).parents[2] / "examples" / "gpt.tfg")] if found == "nothing" else []
+    example = [str(Path(__file__).parents[2] / "examples" / "bounded.tfg")] if found == "nothing" else []
     told = (
         builder.run(code, *example, environment=environments[found], with_torch=True)
         .stdout.strip()

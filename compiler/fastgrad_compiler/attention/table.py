@@ -73,7 +73,7 @@ class AttentionEntry:
 
     @property
     def place(self) -> str:
-        """`gpt.tfg:12:9` of `span`, empty for a program without a source."""
+        """`bounded.tfg:12:9` of `span`, empty for a program without a source."""
         return self.span.place if self.span else ""
 
     @property

@@ -41,8 +41,8 @@ class NativeWarning(RuntimeWarning):
 class NativeAttention:
     """The native operations of one kernel, built and loaded when the first call asks for them.
 
-    name: of the kernel. spec: of its module, beside which NAME.cpp lies: in a folder, an archive or memory. kernel: what
-    it computes.
+    name: of the kernel. spec: of its module, beside which NAME.cpp lies: in a folder, an archive or memory. kernel:
+    what it computes.
     """
 
     def __init__(self, name: str, spec: ModuleSpec | None, kernel: KernelSpec) -> None:
