@@ -114,6 +114,9 @@ def _trained(
         checkpoint_every=50, learning_rate=2e-3,
     )  # fmt: skip
     loss, model = language_model_loss(compiled, training.tokens), compiled.module(seed=0)
+    _timed_step(
+        model, loss, *next(data.validation_batches(options.tokens, 1, 1))
+    )  # builds kernels, not on the clock
     run(console, model, loss, data, TrainRequest(TEXT, folder, training, force=True))
     return Trained(compiled, model, loss, folder)
 

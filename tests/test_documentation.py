@@ -25,12 +25,12 @@ TESTS = {  # by the file's path below tests/, and by its name alone
 
 
 def programs(page: str) -> list[str]:
-    """The blocks of a page, indented or fenced, that hold a whole model and its budget."""
+    """The blocks of a page, indented or fenced, that hold a whole model."""
     text = (ROOT / page).read_text(encoding="utf-8")
     fenced = re.findall(r"^```\w*\n(.*?)^```$", text, re.M | re.S)
     indented = re.findall(r"(?:^(?: {4}.*)?\n)+", text, re.M)
     blocks = [*fenced, *map(textwrap.dedent, indented)]
-    return [block for block in blocks if re.search(r"^model ", block, re.M) and "budget {" in block]
+    return [block for block in blocks if re.search(r"^model ", block, re.M) and "embedding(" in block]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/language.md"])
