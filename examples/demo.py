@@ -1,4 +1,4 @@
-"""The demonstration behind `make demo`: train gpt.tfg and softmax attention for as long, and see what each recalls.
+"""The demonstration of `make demo`: train gpt.tfg, and the same with softmax, for as long, and see what each recalls.
 
 Everything printed is measured in this run. Step times are medians of interleaved steps; peak memory is that of a
 process of its own that takes one training step.
@@ -35,12 +35,13 @@ from fastgrad_dsl.training.folder import LOG
 from fastgrad_dsl.training.loop import Loss, Options
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # relative: generated files name the spec as it was given
-SPECS = {name: HERE / f"{name}.tfg" for name in ("gpt", "softmax")}
+SPEC = HERE / "gpt.tfg"
+MODELS: dict[str, dict[str, object]] = {"gpt": {}, "softmax": {"softmax": True}}
 TEXT = HERE / "data" / "emma.txt"
 MEBIBYTE = 2**20
 TIMED_STEPS = 3
 RECALL = Setting(Task("recall", 256, 32, 128), steps=400)
-RECALLED = {"depth": 2, "d_model": 64, "heads": 2, "vocab": 128}
+RECALLED = {"depth": 2, "d_model": 64, "heads": 2, "vocab": 128, "near": 16}
 RATE = 5e-3  # of learning to recall
 
 
@@ -68,20 +69,20 @@ def main() -> None:
     console = Console()
     build = Path(options.out)
     console.rule("1. the compiled model")
-    compiled = {name: fg.compile(spec) for name, spec in SPECS.items()}
+    compiled = {name: fg.compile(SPEC, params=params) for name, params in MODELS.items()}
     compiled["gpt"].write(build)
-    print_plan(compiled["gpt"].program, str(SPECS["gpt"]))
+    print_plan(compiled["gpt"].program, str(SPEC))
     data = load_text(TEXT, options.tokens)
     trained = {}
-    for number, name in enumerate(SPECS, 2):
-        console.rule(f"{number}. {SPECS[name]}: {options.minutes:g} minutes at {options.tokens} tokens")
+    for number, name in enumerate(MODELS, 2):
+        console.rule(f"{number}. {name}: {options.minutes:g} minutes at {options.tokens} tokens")
         trained[name] = _trained(console, compiled[name], data, options, Path(f"runs/demo-{name}"))
     console.rule("4. side by side")
     rows = _side_by_side(trained, data, options.tokens)
     _print_rows(console, rows)
     console.rule("5. what a model of two layers learns to recall")
     recalled = {} if options.no_recall else _recalled(console)
-    console.rule("6. what gpt.tfg writes")
+    console.rule("6. what gpt writes")
     one = trained["gpt"]
     print_sample(console, one.model, one.compiled.program, data, options.tokens, 200)
     console.rule("files")
@@ -102,7 +103,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-recall", action="store_true", help="leave out the recall of pairs")
     parser.add_argument("--out", default="build/gpt", help="folder of the compiled model")
     parser.add_argument("--json", help="also write the measured numbers to this file")
-    parser.add_argument("--step", choices=SPECS, help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=MODELS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -152,10 +153,10 @@ def _print_rows(console: Console, rows: dict[str, dict[str, Any]]) -> None:
     for name, row in rows.items():
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MEBIBYTE:,.0f}"
         cells = (str(row["steps"]), f"{row['validation_loss']:.3f}", f"{row['seconds']:.2f}", peak)
-        table.add_row(f"{name}.tfg", *cells)
+        table.add_row(name, *cells)
     console.print(table, highlight=False)
     ratio = rows["softmax"]["seconds"] / rows["gpt"]["seconds"]
-    console.print(f"a step of gpt.tfg is {ratio:.1f} times as fast (all measured)", highlight=False)
+    console.print(f"a step of gpt is {ratio:.1f} times as fast (all measured)", highlight=False)
 
 
 def _timed_step(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> float:
@@ -168,7 +169,7 @@ def _timed_step(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -
 
 def _one_step(which: str, tokens: int) -> dict[str, int | None]:
     """Peak resident memory that one step of one model adds, bytes; None where it is not known."""
-    compiled = fg.compile(SPECS[which])
+    compiled = fg.compile(SPEC, params=MODELS[which])
     model, loss = compiled.module(seed=0), language_model_loss(compiled, tokens)
     inputs, targets = next(load_text(TEXT, tokens).validation_batches(tokens, 1, 1))
     _timed_step(model, loss, inputs[:, :64], targets[:, :64])  # one-time costs of the libraries
@@ -181,13 +182,12 @@ def _one_step(which: str, tokens: int) -> dict[str, int | None]:
 def _recalled(console: Console) -> dict[str, dict[str, float]]:
     """Multi-query associative recall: 32 pairs, each asked for once, up to 250 tokens later."""
     found = {}
-    for name, spec in SPECS.items():
-        near = {"near": 16} if name == "gpt" else {}
-        model = fg.compile(spec, params={**RECALLED, **near}).module(seed=0)
+    for name, params in MODELS.items():
+        model = fg.compile(SPEC, params={**RECALLED, **params}).module(seed=0)
         seconds = train(model, RECALL, RATE, seed=0)
         accuracy = test(model, RECALL, RECALL.task.n)["accuracy"]
         console.print(
-            f"{name}.tfg recalls {accuracy:.0%} of {RECALL.task.size} pairs after {RECALL.steps} steps,"
+            f"{name} recalls {accuracy:.0%} of {RECALL.task.size} pairs after {RECALL.steps} steps,"
             f" {seconds:.0f} s (measured)",
             highlight=False,
         )

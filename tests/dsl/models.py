@@ -16,6 +16,7 @@ from fastgrad_dsl.api.loader import package_from_texts
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES: dict[str, dict[str, object]] = {
     "bounded": {"depth": 2, "d_model": 16, "heads": 2, "near": 2, "vocab": 11},
+    "gpt": {"depth": 2, "d_model": 16, "heads": 2, "near": 2, "vocab": 11},
     "llama": {"depth": 2, "d_model": 16, "heads": 4, "kv_heads": 2, "near": 2, "hidden": 24, "vocab": 11},
     "bert": {"depth": 2, "d_model": 16, "heads": 4, "vocab": 11},
     "vit": {"depth": 2, "d_model": 16, "heads": 4, "height": 12, "width": 16},
@@ -32,7 +33,7 @@ def _tokens(n: int) -> Tensor:
 
 _PADDING = torch.arange(9) < torch.tensor([9, 4])[:, None]
 INPUTS: dict[str, list[Tensor]] = {
-    **{name: [_tokens(13)] for name in ("bounded", "llama", "spelled_out", "based")},
+    **{name: [_tokens(13)] for name in ("bounded", "gpt", "llama", "spelled_out", "based")},
     "bert": [_tokens(9), _PADDING],
     "vit": [torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)],
     "encoder_decoder": [_tokens(9), _PADDING, _tokens(13)],
