@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fastgrad_dsl as fg
-from benchmarks.quality.run import Setting, test, train
+from benchmarks.quality.run import Setting, assess, train
 from benchmarks.quality.tasks import Task
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.loader import WEIGHTS
@@ -184,8 +184,8 @@ def _recalled(console: Console) -> dict[str, dict[str, float]]:
     found = {}
     for name, params in MODELS.items():
         model = fg.compile(SPEC, params={**RECALLED, **params}).module(seed=0)
-        seconds = train(model, RECALL, RATE, seed=0)
-        accuracy = test(model, RECALL, RECALL.task.n)["accuracy"]
+        *_, (_, seconds, _) = train(model, RECALL, RATE, seed=0)
+        accuracy = assess(model, RECALL, RECALL.task.n)["accuracy"]
         console.print(
             f"{name} recalls {accuracy:.0%} of {RECALL.task.size} pairs after {RECALL.steps} steps,"
             f" {seconds:.0f} s (measured)",

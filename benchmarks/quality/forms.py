@@ -27,23 +27,29 @@ LAYER = """    x = x + {mixer} as mixers_{i}
 
 @dataclass(frozen=True)
 class Attention:
-    """One form: `call` is its text, with {heads}; d, degree: of a polynomial; near, window: tokens; degree 0: exact."""
+    """One form: `call` is its text, with {heads} and {near}.
+
+    d, degree: of a polynomial, 0 where there is none; window: tokens.
+    """
 
     call: str
     d: int = 0
     degree: int = 0
-    near: int = 0
     window: int = 0
 
-    def state_bytes(self, n: int, heads: int, width: int) -> int:
-        """What a layer keeps of n tokens to go on, in float32: states, and keys and values of what is near."""
+    def state_bytes(self, n: int, heads: int, width: int, near: int) -> int:
+        """What a layer keeps of n tokens to go on, in float32: states, and keys and values of what is near.
+
+        near: tokens in a block of the near field, where there is one.
+        """
         each = width // heads
         if self.window:
             return BYTES * heads * min(n, self.window) * 2 * each
         if not self.degree:
             return BYTES * heads * n * 2 * each
         state = comb(self.d + self.degree, self.degree) * (each + 1)
-        return BYTES * heads * (state + min(n, 2 * self.near) * (self.d + each))
+        near = near if "near" in self.call else 0
+        return BYTES * heads * (state + min(n, 2 * near) * (self.d + each))
 
 
 NORMED = "std.rms_norm(x)"
@@ -54,50 +60,51 @@ def _softmax(options: str = "", source: str = NORMED) -> str:
     return f"std.attention({source}; heads = {{heads}}, causal = true, rope = 10000.0{options})"
 
 
-def _bounded(d: int, gain: float, near: int | None, rope: bool) -> str:
-    options = f", qk_dim = {d}, gain = {gain}" + (f", near = {near}" if near else "")
-    options += ", rope = 10000.0" if rope else ""
-    return f"std.attention({NORMED}; heads = {{heads}}, causal = true{options})"
+def _bounded(d: int, gain: float, options: str = "", source: str = CONVOLVED) -> str:
+    options = f", qk_dim = {d}, gain = {gain}, near = {{near}}{options}"
+    return f"std.attention({source}; heads = {{heads}}, causal = true{options})"
 
 
-def _own(d: int, coefficients: str, near: int | None, options: str = "", source: str = NORMED) -> str:
-    options = (
-        f", qk_dim = {d}, coefficients = {coefficients}" + (f", near = {near}" if near else "") + options
-    )
+def _own(d: int, coefficients: str, options: str = "", source: str = CONVOLVED) -> str:
+    options = f", qk_dim = {d}, coefficients = {coefficients}{options}"
     return f"std.kernel_attention({source}; heads = {{heads}}, causal = true{options})"
 
 
 TAYLOR, SQUARE, FOURTH = "(1.0, 1.0, 0.5)", "(0.0, 0.0, 1.0)", "(0.0, 0.0, 0.0, 0.0, 1.0)"
-MIXER = f"std.mixer({NORMED}; heads = {{heads}}, near = 16)"
+ROTARY, NEAR = ", rope = 10000.0", ", near = {near}"
+MIXER = f"std.mixer({NORMED}; heads = {{heads}}{NEAR}"
 
 FORMS: dict[str, Attention] = {
     "softmax": Attention(_softmax()),
     "softmax, short convolution": Attention(_softmax(source=CONVOLVED)),
     "softmax, short convolution, forget": Attention(_softmax(", forget = true", CONVOLVED)),
     "window of 32, short convolution": Attention(_softmax(", window = 32", CONVOLVED), window=32),
-    "bounded, gain 1, near 16, rotary": Attention(_bounded(16, 1.0, 16, True), 16, 2, 16),
-    "bounded, gain 1, near 16, short convolution": Attention(
-        _bounded(16, 1.0, 16, False).replace(NORMED, CONVOLVED), 16, 2, 16
-    ),
-    "bounded, gain 2, d 8, near 16, short convolution": Attention(
-        _bounded(8, 2.0, 16, False).replace(NORMED, CONVOLVED), 8, 4, 16
-    ),
-    "1 + s + s^2/2, near 16": Attention(_own(16, TAYLOR, 16), 16, 2, 16),
-    "1 + s + s^2/2, short convolution": Attention(_own(16, TAYLOR, None, source=CONVOLVED), 16, 2),
-    "mixer": Attention(MIXER, 16, 2, 16),
-    "mixer, rotary": Attention(_own(16, TAYLOR, 16, ", rope = 10000.0", CONVOLVED), 16, 2, 16),
-    "mixer, forget": Attention(MIXER.replace("near = 16", "near = 16, forget = true"), 16, 2, 16),
-    "mixer of s^2": Attention(_own(16, SQUARE, 16, source=CONVOLVED), 16, 2, 16),
-    "mixer of s^4, d 8": Attention(_own(8, FOURTH, 16, source=CONVOLVED), 8, 4, 16),
+    "bounded, gain 1, near, rotary": Attention(_bounded(16, 1.0, ROTARY, NORMED), 16, 2),
+    "bounded, gain 1, near, short convolution": Attention(_bounded(16, 1.0), 16, 2),
+    "bounded, gain 2, d 8, near, short convolution": Attention(_bounded(8, 2.0), 8, 4),
+    "1 + s + s^2/2, near": Attention(_own(16, TAYLOR, NEAR, NORMED), 16, 2),
+    "1 + s + s^2/2, short convolution": Attention(_own(16, TAYLOR), 16, 2),
+    "mixer": Attention(f"{MIXER})", 16, 2),
+    "mixer, forget": Attention(f"{MIXER}, forget = true)", 16, 2),
+    "mixer, rotary": Attention(_own(16, TAYLOR, NEAR + ROTARY), 16, 2),
+    "mixer of s^2": Attention(_own(16, SQUARE, NEAR), 16, 2),
+    "mixer of s^4, d 8": Attention(_own(8, FOURTH, NEAR), 8, 4),
 }
 
 
 def text(
-    forms: tuple[Attention, ...], *, vocabulary: int, width: int, heads: int, longest: int, hidden: int = 0
+    forms: tuple[Attention, ...],
+    *,
+    vocabulary: int,
+    width: int,
+    heads: int,
+    near: int,
+    longest: int,
+    hidden: int = 0,
 ) -> str:
     """The file of a model with one layer for each of `forms`."""
     layers = [
-        LAYER.format(mixer=form.call.format(heads=heads), i=i, hidden=hidden or 2 * width)
+        LAYER.format(mixer=form.call.format(heads=heads, near=near), i=i, hidden=hidden or 2 * width)
         for i, form in enumerate(forms)
     ]
     planned = [f'    at "mixers_{i}" degree = {f.degree}' for i, f in enumerate(forms) if "gain" in f.call]

@@ -1,9 +1,10 @@
 """Train every form on every task, and write docs/quality.json; docs/quality.md and its plots are made from it.
 
-    python -m benchmarks.quality.run [--task NAME ...] [--form TEXT ...] [--seeds N] [--minutes M] [--quick]
+    python -m benchmarks.quality.run [--task NAME ...] [--form TEXT ...] [--rate R ...] [--seeds N] [--minutes M]
 
-A run that is in the file is not repeated, and each is written as soon as it has ended: what was cut off goes on with
-the same command. `--minutes` ends after the run in which they are over.
+One thread computes, and seconds are of the processor: other work on the machine hardly changes them. A run that is in
+the file is not repeated, and each is written as soon as it has ended: what was cut off goes on with the same command.
+`--minutes` ends after the run in which they are over; `--quick` tries tiny sizes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from fastgrad_dsl.storage.files import write_atomically
 RATES = (2e-3, 5e-3, 1e-2)
 WARM_UP = 0.1  # share of the steps in which the rate rises
 DECAY = 0.1  # of weights
+POINTS = 10  # of a curve
 HELD_OUT = 16  # sequences in a batch of the test, of which there are TEST_BATCHES
 TEST_BATCHES = 8
 
@@ -45,6 +47,7 @@ class Setting:
     layers: int = 2
     width: int = 64
     heads: int = 2
+    near: int = 16
     batch: int = 16
     steps: int = 400
     lengths: tuple[int, ...] = ()
@@ -55,9 +58,13 @@ SETTINGS: dict[str, Setting] = {
     "chains": Setting(Task("markov", 512, 0, 12)),
     "copying": Setting(Task("copying", 128, 32, 64), lengths=(128, 256, 512)),
     "needle": Setting(Task("needle", 256, 0, 64), batch=64, lengths=(256, 1024, 2048)),
+    **{
+        f"language of {n:,} bytes": Setting(Task("language", n, 0, 256), 4, 128, 4, 64, batch=1, steps=steps)
+        for n, steps in ((2048, 300), (8192, 100))
+    },
 }
 QUICK = {
-    name: Setting(Task(s.task.name, 32, 4, 32), width=16, heads=1, batch=2, steps=2, lengths=s.lengths[:1])
+    name: Setting(Task(s.task.name, 32, 4, s.task.vocabulary), width=16, heads=1, batch=2, steps=2, lengths=s.lengths[:1])
     for name, s in SETTINGS.items()
 }
 
@@ -70,6 +77,7 @@ def model_of(setting: Setting, form: str, seed: int) -> nn.Module:
         vocabulary=setting.task.vocabulary,
         width=setting.width,
         heads=setting.heads,
+        near=setting.near,
         longest=longest,
     )
     return fg.compile(spec).module(seed=seed)
@@ -92,49 +100,68 @@ def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> tuple[Tensor, 
 
 
 def measured(setting: Setting, form: str, rate: float, seed: int) -> dict[str, Any]:
-    """One run: losses and accuracies on held-out sequences, seconds of training, bytes of state."""
+    """One run: losses and accuracies on held-out sequences, the curve of training, seconds, bytes of state."""
     model = model_of(setting, form, seed)
-    seconds = train(model, setting, rate, seed)
-    tests = [test(model, setting, n) for n in setting.lengths or (setting.task.n,)]
-    state = FORMS[form].state_bytes(setting.task.n, setting.heads, setting.width)
-    return {"seconds": round(seconds, 1), "state_bytes": state, "tests": tests}
+    curve = list(train(model, setting, rate, seed))
+    tests = [assess(model, setting, n) for n in setting.lengths or (setting.task.n,)]
+    state = FORMS[form].state_bytes(setting.task.n, setting.heads, setting.width, setting.near)
+    return {"seconds": curve[-1][1], "state_bytes": state, "tests": tests, "curve": curve}
 
 
-def train(model: nn.Module, setting: Setting, rate: float, seed: int) -> float:
-    """Train on fresh sequences at every step; the seconds that it took."""
+def train(model: nn.Module, setting: Setting, rate: float, seed: int) -> Iterator[tuple[int, float, float]]:
+    """Train on fresh sequences at every step; POINTS times the steps and seconds so far, and the loss on held-out ones.
+
+    The first step, in which kernels are built, and the tests are not on the clock.
+    """
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=DECAY, betas=(0.9, 0.95))
-    started = time.perf_counter()
+    points = {round(setting.steps * (i + 1) / POINTS) for i in range(POINTS)}
+    seconds = 0.0
     for step in range(setting.steps):
         for group in optimiser.param_groups:
             group["lr"] = rate_at(step, setting.steps, rate)
-        loss, _ = loss_of(model, *setting.task.batch(setting.batch, generator))
+        batch = setting.task.batch(setting.batch, generator)
+        started = time.process_time()
+        loss, _ = loss_of(model, *batch)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-    return time.perf_counter() - started
+        seconds += time.process_time() - started if step else 0.0
+        if step + 1 in points:
+            yield step + 1, round(seconds, 2), assess(model, setting, setting.task.n, 2)["loss"]
 
 
 @torch.no_grad()
-def test(model: nn.Module, setting: Setting, n: int) -> dict[str, Any]:
-    """Loss and accuracy at a length, on sequences that no run has trained on."""
-    generator, found = torch.Generator().manual_seed(1_000_000), []
+def assess(model: nn.Module, setting: Setting, n: int, batches: int = TEST_BATCHES) -> dict[str, Any]:
+    """Loss and accuracy at a length, on sequences that no run has trained on; of text by quarters of the length too."""
+    found, quarters = [], torch.zeros(4, dtype=torch.float64)
     oracle = 0.0
-    for _ in range(TEST_BATCHES):
-        tokens, targets = setting.task.batch(HELD_OUT, generator, n)
+    for tokens, targets in setting.task.held_out(batches, HELD_OUT, n):
         found.append(torch.stack(loss_of(model, tokens, targets)))
         if setting.task.name == "markov":
-            oracle += oracle_loss(tokens, targets) / TEST_BATCHES
+            oracle += oracle_loss(tokens, targets) / batches
+        if setting.task.name == "language":
+            quarters += by_quarters(model, tokens, targets) / batches
     loss, accuracy = torch.stack(found).mean(0).tolist()
-    return {"n": n, "loss": round(loss, 5), "accuracy": round(accuracy, 5)} | (
-        {"oracle": round(oracle, 5)} if oracle else {}
+    return (
+        {"n": n, "loss": round(loss, 5), "accuracy": round(accuracy, 5)}
+        | ({"oracle": round(oracle, 5)} if oracle else {})
+        | ({"quarters": [round(x, 5) for x in quarters.tolist()]} if quarters.any() else {})
     )
 
 
-def runs(tasks: list[str], forms: list[str], seeds: int) -> Iterator[tuple[str, str, float, int]]:
+def by_quarters(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """float64 [4]: the loss of each quarter of the sequence."""
+    losses = cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none")
+    return torch.stack([part.mean() for part in losses.view(tokens.shape).chunk(4, -1)]).double()
+
+
+def runs(
+    tasks: list[str], forms: list[str], seeds: int, rates: Sequence[float] = RATES
+) -> Iterator[tuple[str, str, float, int]]:
     """(task, form, rate, seed), the first seed of everything first."""
-    for seed, task, form, rate in itertools.product(range(seeds), tasks, forms, RATES):
+    for seed, task, form, rate in itertools.product(range(seeds), tasks, forms, rates):
         yield task, form, rate, seed
 
 
@@ -166,13 +193,15 @@ def main() -> None:
     )
     parser.add_argument("--task", action="append", choices=SETTINGS, help="all by default")
     parser.add_argument("--form", action="append", choices=FORMS, help="all by default")
+    parser.add_argument("--rate", action="append", type=float, help="three by default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--json", type=Path, default=ROOT / page.JSON)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see whether it works")
     options = parser.parse_args()
     settings = QUICK if options.quick else SETTINGS
-    wanted = runs(options.task or [*SETTINGS], options.form or [*FORMS], options.seeds)
+    wanted = runs(options.task or [*SETTINGS], options.form or [*FORMS], options.seeds, options.rate or RATES)
+    torch.set_num_threads(1)
     document = measure(options.json, settings, wanted, time.monotonic() + 60 * options.minutes)
     if options.json == ROOT / page.JSON:
         for name, content in page.render(document).items():

@@ -1,21 +1,27 @@
-"""Synthetic tasks whose answers lie earlier in the same sequence. Each gives tokens and targets, int64 [batch, n].
+"""Synthetic tasks whose answers lie earlier in the same sequence, and a novel. Each gives tokens and targets, int64
+[batch, n].
 
 A target of IGNORED is not scored. Everything follows from the generator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
+
+from benchmarks.settings import ROOT
+from fastgrad_dsl.models.text_data import load_text
 
 IGNORED = -100  # of torch's cross_entropy
 GAP_POWER = (
     0.01  # how far a query lies from its pair: the share of the paths with gap g falls as g^(power - 1)
 )
 STATES = 12  # of a Markov chain
+TEXT = ROOT / "examples" / "data" / "emma.txt"
+HELD_OUT_SEED = 1_000_000
 
 Batch = tuple[Tensor, Tensor]
 
@@ -32,6 +38,15 @@ class Task:
     def batch(self, count: int, generator: Generator, n: int | None = None) -> Batch:
         """Tokens and targets of `count` sequences of n tokens, by default the task's own n."""
         return MAKERS[self.name](self, count, n or self.n, generator)
+
+    def held_out(self, batches: int, count: int, n: int) -> Iterator[Batch]:
+        """Sequences that no run trains on, always the same: of text, one after another, from its last tenth."""
+        if self.name == "language":
+            yield from load_text(TEXT, n).validation_batches(n, 1, batches)
+        else:
+            generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+            for _ in range(batches):
+                yield self.batch(count, generator, n)
 
 
 def recall(task: Task, count: int, n: int, generator: Generator) -> Batch:
@@ -116,9 +131,15 @@ def needle(task: Task, count: int, n: int, generator: Generator) -> Batch:
     return tokens, targets
 
 
+def language(task: Task, count: int, n: int, generator: Generator) -> Batch:
+    """Bytes from anywhere in the first nine tenths of a novel: the next one is to be foretold."""
+    return load_text(TEXT, n).batch(n, count, generator)
+
+
 MAKERS: dict[str, Callable[[Task, int, int, Generator], Batch]] = {
     "recall": recall,
     "markov": markov,
     "copying": copying,
     "needle": needle,
+    "language": language,
 }

@@ -70,16 +70,16 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 def test_state_bytes() -> None:
-    assert FORMS["softmax"].state_bytes(100, 2, 64) == 4 * 2 * 100 * 64
-    assert FORMS["window of 32, short convolution"].state_bytes(100, 2, 64) == 4 * 2 * 32 * 64
-    assert FORMS["1 + s + s^2/2, near 16"].state_bytes(100, 2, 64) == 4 * 2 * (153 * 33 + 32 * 48)
+    assert FORMS["softmax"].state_bytes(100, 2, 64, 16) == 4 * 2 * 100 * 64
+    assert FORMS["window of 32, short convolution"].state_bytes(100, 2, 64, 16) == 4 * 2 * 32 * 64
+    assert FORMS["1 + s + s^2/2, near"].state_bytes(100, 2, 64, 16) == 4 * 2 * (153 * 33 + 32 * 48)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_are_models(form: str) -> None:
     import fastgrad_dsl as fg
 
-    spec = text((FORMS[form],), vocabulary=16, width=8, heads=1, longest=65_536)
+    spec = text((FORMS[form],), vocabulary=16, width=8, heads=1, near=2, longest=65_536)
     logits = fg.compile(spec, target="torch").module(seed=0)(torch.ones(1, 5, dtype=torch.int64))
     assert logits.shape == (1, 5, 16)
 
@@ -90,7 +90,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     def measured(setting: object, form: str, rate: float, seed: int) -> dict[str, object]:
         trained.append((form, rate))
         tests = [{"n": 32, "loss": 1.0, "accuracy": rate}]
-        return {"seconds": 1.0, "state_bytes": 1024, "tests": tests}
+        return {"seconds": 1.0, "state_bytes": 1024, "tests": tests, "curve": [(2, 1.0, 1.0)]}
 
     monkeypatch.setattr(run, "measured", measured)
     file, task = tmp_path / "quality.json", "recall of 16 pairs"

@@ -64,7 +64,10 @@ def test_attentions_of_an_example_are_bounded_and_decided(path: Path) -> None:
     for entry in entries:
         assert entry.node["why"]
         assert entry.node.get("decision") in (None if is_own(entry.node) else "polynomial", "exact")
-        if path.stem not in ("based", "gpt"):  # the model's own polynomials and free logits, which no budget limits
+        if path.stem not in (
+            "based",
+            "gpt",
+        ):  # the model's own polynomials and free logits, which no budget limits
             assert isinstance(entry.node["bound"], float)
             assert entry.node["proof"]
         assert entry.place
