@@ -6,17 +6,22 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.curves_figure import STYLE
 from fastgrad_dsl.plots.panels import Panel, Series
 from fastgrad_dsl.plots.panels import render as render_plot
+from fastgrad_dsl.plots.svg import COLOURS, RIGHT, TOP, Axis, bottom_axis, key, left_axis, line
+from fastgrad_dsl.plots.svg import figure as svg
 
 JSON, PAGE, FIGURE = "docs/quality.json", "docs/quality.md", "docs/quality.svg"
+WIDTH, HEIGHT, LEFT, BOTTOM = 720.0, 380.0, 64.0, 44.0  # of a plot of losses
+ROW = 16.0  # of its key
 
 INTRODUCTION = """\
 # What models of each form learn
 
 Speed is worth nothing if a model does not learn. This page compares forms of attention in models that are alike in
-everything else, at equal steps and tokens. Every number is **measured**: on held-out sequences, at the best of three
-rates for each form, mean and spread (largest less smallest) over seeds. Made from [quality.json](quality.json) by
+everything else, at equal steps and tokens. Every number is **measured**: on held-out sequences, at the form's best of
+the rates that were tried, mean and half the range over seeds. Made from [quality.json](quality.json) by
 
     python -m benchmarks.quality.run
 
@@ -25,8 +30,14 @@ rates for each form, mean and spread (largest less smallest) over seeds. Made fr
 * **chains**: a new random Markov chain of 12 states in each sequence; cross entropy above that of the Bayes prediction.
 * **copying**, **needle**: what is far is to be written again; the share of tokens that are foretold, at the length of
   training and at longer ones.
+* **language**: bytes of the novel that the examples train on; cross entropy on its last tenth, of the whole and of the
+  last quarter of a sequence, which has the most to look back on.
 * **state**: bytes that a layer keeps to go on, for the length of training, in float32: the sums of a polynomial, or
   keys and values.
+* **training**: seconds of one thread of {cpu}.
+
+`mixer` is `std.mixer`: a short convolution, then the polynomial 1 + s + s^2/2 of the scores, and exp of them within
+neighbouring blocks. `bounded` has far logits of limited size, which a polynomial replaces (examples/bounded.tfg).
 """
 
 Document = Mapping[str, Any]
@@ -34,13 +45,27 @@ Run = Mapping[str, Any]
 
 
 def render(document: Document) -> dict[str, str]:
-    """The page and its plot by their paths."""
-    return {PAGE: page(document), FIGURE: figure(document)}
+    """The page and its plots by their paths."""
+    tasks = dict.fromkeys(run["task"] for run in document["runs"])
+    losses = {path(task): losses_figure(document, task) for task in tasks if is_text(task)}
+    return {PAGE: page(document), FIGURE: figure(document), **losses}
+
+
+def is_text(task: str) -> bool:
+    """Whether a task is to foretell bytes."""
+    return task.startswith("language")
+
+
+def path(task: str) -> str:
+    """The file of a task's own plot."""
+    return f"docs/quality-{''.join(letter for letter in task if letter.isdigit())}.svg"
 
 
 def score(task: str, test: Mapping[str, float]) -> float:
-    """Nats above the oracle's for chains, else the accuracy."""
-    return test["loss"] - test["oracle"] if task == "chains" else test["accuracy"]
+    """Nats above the oracle's for chains, nats of text, else the accuracy."""
+    if task == "chains":
+        return test["loss"] - test["oracle"]
+    return test["loss"] if is_text(task) else test["accuracy"]
 
 
 def best(runs: Sequence[Run], task: str, form: str) -> list[Run]:
@@ -48,7 +73,7 @@ def best(runs: Sequence[Run], task: str, form: str) -> list[Run]:
     mine = [run for run in runs if (run["task"], run["form"]) == (task, form)]
     if not mine:
         return []
-    sign = -1 if task == "chains" else 1
+    sign = -1 if task == "chains" or is_text(task) else 1
 
     def mean(rate: float) -> float:
         return sign * statistics.mean(score(task, run["tests"][0]) for run in mine if run["rate"] == rate)
@@ -61,24 +86,54 @@ def page(document: Document) -> str:
     """docs/quality.md."""
     runs = document["runs"]
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    parts = [INTRODUCTION, "\n![Recall against bytes of state](quality.svg)\n"]
+    cpu = document.get("machine", {}).get("cpu", "a processor")
+    parts = [INTRODUCTION.replace("{cpu}", str(cpu))]
+    if any(task.startswith("recall") for task in tasks):
+        parts.append("\n![Recall against bytes of state](quality.svg)\n")
     for task in tasks:
         lengths = [test["n"] for test in next(run for run in runs if run["task"] == task)["tests"]]
-        heads = " | ".join(f"{n:,} tokens" for n in lengths)
-        what = "nats above the oracle's (lower is better)" if task == "chains" else "accuracy"
+        heads = " | ".join(f"{n:,} tokens" for n in lengths) + (" | last quarter" if is_text(task) else "")
+        what = "accuracy"
+        if task == "chains":
+            what = "nats above the oracle's (lower is better)"
+        elif is_text(task):
+            what = "nats per byte (lower is better)"
         parts.append(f"\n## {task.capitalize()}: {what}\n")
+        if is_text(task):
+            parts.append(f"![Loss against seconds]({path(task).removeprefix('docs/')})\n")
         parts.append(f"| form | {heads} | rate | seeds | state | training |")
-        parts.append("| --- |" + " ---: |" * (len(lengths) + 4))
+        parts.append("| --- |" + " ---: |" * (heads.count("|") + 5))
         for form in dict.fromkeys(run["form"] for run in runs if run["task"] == task):
             parts.append(_row(task, form, best(runs, task, form)))
+        parts += _tried(runs, task)
     return "\n".join(parts) + "\n"
 
 
+def _tried(runs: Sequence[Run], task: str) -> list[str]:
+    """Steps, and where fewer rates were tried than elsewhere, for which forms."""
+    rates = {
+        form: sorted({run["rate"] for run in runs if (run["task"], run["form"]) == (task, form)})
+        for form in dict.fromkeys(run["form"] for run in runs if run["task"] == task)
+    }
+    kinds = list(dict.fromkeys(tuple(found) for found in rates.values()))
+    said = [", ".join(f"{rate:g}" for rate in kind) for kind in kinds]
+    if len(kinds) == 1:
+        return [f"\nRates tried: {said[0]}."]
+    names = [", ".join(form for form, found in rates.items() if tuple(found) == kind) for kind in kinds]
+    return [
+        "\nRates tried: "
+        + "; ".join(f"{rate} ({name})" for rate, name in zip(said, names, strict=True))
+        + "."
+    ]
+
+
 def _row(task: str, form: str, runs: Sequence[Run]) -> str:
+    columns = [[score(task, run["tests"][place]) for run in runs] for place in range(len(runs[0]["tests"]))]
+    if is_text(task):
+        columns.append([run["tests"][0]["quarters"][-1] for run in runs])
     cells = []
-    for place in range(len(runs[0]["tests"])):
-        values = [score(task, run["tests"][place]) for run in runs]
-        spread = f" +- {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+    for values in columns:
+        spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
         cells.append(f"{statistics.mean(values):.3f}{spread}")
     seconds = statistics.median(run["seconds"] for run in runs)
     state = f"{runs[0]['state_bytes'] / 1024:,.0f} KB"
@@ -102,3 +157,26 @@ def figure(document: Document) -> str:
         labels = ("KB of state a layer (lower is better)", "share of values missed (lower is better)")
         panels.append(Panel(task.capitalize(), *labels, tuple(series)))
     return render_plot(panels, "Recall against bytes of state", "See the tables of docs/quality.md.")
+
+
+def losses_figure(document: Document, task: str) -> str:
+    """Loss on held-out text against seconds of training, a line for each form at its best rate."""
+    runs = document["runs"]
+    forms = list(dict.fromkeys(run["form"] for run in runs))
+    curves = {form: best(runs, task, form)[0]["curve"] for form in forms if best(runs, task, form)}
+    points = [(seconds, loss) for curve in curves.values() for _, seconds, loss in curve[1:]]
+    top = TOP + ROW * len(curves)
+    x = Axis(0.0, max(seconds for seconds, _ in points), LEFT, WIDTH - RIGHT)
+    y = Axis(min(loss for _, loss in points), max(loss for _, loss in points), HEIGHT - BOTTOM, top)
+    parts = bottom_axis(x, HEIGHT - BOTTOM, top, "seconds of training")
+    parts += left_axis(y, LEFT, WIDTH - RIGHT, "held out, nats per byte: lower is better")
+    for place, (form, curve) in enumerate(curves.items()):
+        colour = forms.index(form) % len(COLOURS)
+        parts += key(LEFT + 200, TOP + 4 + ROW * place, [(colour, form, form.startswith("softmax"))])
+        places = [(x.at(seconds), y.at(loss)) for _, seconds, loss in curve[1:]]
+        parts.append(line(places, colour, dashed=form.startswith("softmax")))
+    ends = ", ".join(
+        f"{form} {curve[-1][2]:.3f} after {curve[-1][1]:.0f} s" for form, curve in curves.items()
+    )
+    title = f"{task.capitalize()}: loss against time"
+    return str(svg("losses", title, f"{title}: {ends}.", HEIGHT, parts, WIDTH, STYLE)) + "\n"

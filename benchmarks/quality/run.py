@@ -64,7 +64,14 @@ SETTINGS: dict[str, Setting] = {
     },
 }
 QUICK = {
-    name: Setting(Task(s.task.name, 32, 4, s.task.vocabulary), width=16, heads=1, batch=2, steps=2, lengths=s.lengths[:1])
+    name: Setting(
+        Task(s.task.name, 32, 4, s.task.vocabulary),
+        width=16,
+        heads=1,
+        batch=2,
+        steps=2,
+        lengths=s.lengths[:1],
+    )
     for name, s in SETTINGS.items()
 }
 
