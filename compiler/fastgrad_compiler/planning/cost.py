@@ -112,9 +112,7 @@ class Cost(Protocol):
 
 
 @cache
-def break_even(
-    cost: Cost, shape: Shape, way: Way, other: Way = EXACT, *, least: int = LEAST_LENGTH
-) -> int:
+def break_even(cost: Cost, shape: Shape, way: Way, other: Way = EXACT, *, least: int = LEAST_LENGTH) -> int:
     """Least n, with as many keys, from which on a way takes no longer than the other; NEVER where there is none.
 
     n and m of the shape make no difference. It is sought from NEVER downward, so that a way that pays on short

@@ -60,7 +60,19 @@ def _with_lengths(graph: Graph, node: Node, target: str) -> Node:
         return node
     shape, way = shape_of(attention, 1, 1, d, dv), Way(polynomial.degree, attention.near)
     even, on_gpu = (dense_break_even(target, shape, way, on_gpu=gpu) for gpu in (False, True))
-    return replace(attention, verdict=replace(verdict, break_even=even, break_even_gpu=on_gpu)).on(node)
+    dense = f"; on all pairs below {_lengths(even, on_gpu)}, where that is faster (estimate)"
+    why = verdict.why + (dense if even or on_gpu else "")
+    found = replace(verdict, why=why, break_even=even, break_even_gpu=on_gpu)
+    return replace(attention, verdict=found).on(node)
+
+
+def _lengths(even: int, on_gpu: int) -> str:
+    """Two lengths, not both 0, in words."""
+    if not even:
+        return f"{on_gpu:,} tokens on a GPU"
+    if even == on_gpu:
+        return f"{even:,} tokens"
+    return f"{even:,} tokens ({on_gpu:,} on a GPU)" if on_gpu else f"{even:,} tokens, but not on a GPU"
 
 
 def _fixed(rule: BudgetRule, group: Sequence[AttentionEntry]) -> Diagnostic:

@@ -77,8 +77,8 @@ class Sum:
 class Rows:
     """Some rows of a call, q [b, h, G, n, d], k, v [b, h, m, ..], mask [b, m], and its work buffers.
 
-    size: queries in a tile. dense: they meet all keys that they see one by one, and no state is used. weights (rank, 1): the diagonal of W. runs [b, n]: `document_runs`, None without documents.
-    decays: of forget gates, None without.
+    size: queries in a tile. weights (rank, 1): the diagonal of W. runs [b, n]: `document_runs`, None without documents.
+    decays: of forget gates, None without. dense: a tile meets all keys that it sees one by one, and no state is used.
     """
 
     def __init__(
