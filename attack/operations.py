@@ -349,6 +349,14 @@ COEFFICIENTS = ("(1.0, 1.0, 0.5)", "(0.0, 0.0, 1.0)", "(1.0, 0.0, 0.5)", "(2.0, 
                 "(1.0, 0.5, 0.5, 0.1, 0.05)")  # fmt: skip
 
 
+def _fit(g: Grower) -> str:
+    family = g.rng.choice(("balanced", "minimax", "taylor", '"minimax"'))
+    degree, bound = g.rng.choice((2, 2, 4)), g.positive()
+    return g.rng.choice(
+        (f"fit({family}, {degree}, {bound})", f"fit({family}, degree = {degree}, bound = {bound})")
+    )
+
+
 def _cross_entropy(g: Grower, x: Typed) -> str:
     targets = g.pick("int", lambda each: each.shape == x.shape[:-1])
     return f"cross_entropy({x.text}, clamp({targets.text}; low = 0, high = {IDS - 1}))"
@@ -417,6 +425,7 @@ RULES: dict[str, Rule] = {
     **{name: _gated(name) for name in ("forget", "decay")},
     "assume_bound": lambda g: f"assume_bound({g.pick().text}; bound = {g.positive()})",
     "near_far": _of(_near_far, _least(2)),
+    "fit": lambda g: f"polynomial({g.pick().text}; {_fit(g)})",
     "polynomial": lambda g: f"polynomial({g.pick().text}; {g.rng.choice(COEFFICIENTS)})",
     "normalize_rows": _of(
         lambda g, x: (

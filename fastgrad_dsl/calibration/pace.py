@@ -68,12 +68,13 @@ class MachinePace(Document, frozen=True):
     def seconds(self, shape: Shape, way: Way) -> float:
         """Of one attention, forward and backward, of a batch of one (an estimate).
 
-        Exact attention is fused, or in blocks where it has a near field with logits of its own, documents or a window.
+        Exact attention is fused, or in blocks where it has a near field with logits of its own, documents or a window,
+        and a polynomial on all pairs is in blocks.
         """
         work = shape.heads * flops(shape, way).total
-        if way.degree is not None:
+        if way.degree is not None and not way.dense:
             return self.polynomial.seconds(work) / (DOUBLE if way.precision == "float64" else 1.0)
-        in_blocks = shape.near is not None or shape.documents or shape.window is not None
+        in_blocks = way.dense or shape.near is not None or shape.documents or shape.window is not None
         return (self.blocks if in_blocks else self.fused).seconds(work)
 
     @property

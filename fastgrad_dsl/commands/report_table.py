@@ -22,7 +22,7 @@ PLAN: tuple[Made, ...] = (
     (Column("R"), lambda entry: number(entry.bound)),
     EPS,
     (Column("rounding\nbound"), lambda entry: number(entry.rounding.weights if entry.rounding else None)),
-    (Column("exact\nbelow"), lambda entry: number(entry.break_even)),
+    (Column("exact\nbelow"), lambda entry: number(entry.break_even if is_approximated(entry) else None)),
 )
 
 

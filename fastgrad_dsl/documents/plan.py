@@ -126,7 +126,8 @@ class Attention(Document, frozen=True):
     `keys` are the two lengths, dims as text; `d`, `dv` the widths of a head; `kernel` is the module that
     serves the attention, None where PyTorch does; `precision` is that of its arithmetic at least.
 
-    It is exact below `break_even` tokens on the device that the target is for, on a GPU below `break_even_gpu`.
+    It is exact below `break_even` tokens on the device that the target is for, on a GPU below `break_even_gpu`; one
+    that is the model's own has the same weights there, of all pairs one by one.
 
     `bound` is R with its `proof`, its `range_source` and whether it is only `asserted`; `guarded` says whether a run
     checks it; `certificate` holds for a float32 run on a CPU; `reach` bounds |scale| sum_a |q_a k_a|.

@@ -154,7 +154,7 @@ class _Attentions(TorchDispatchMode):
     """Watches the attention operations of one forward and backward pass, in order; `exact` are made exact."""
 
     exact: frozenset[int] = frozenset()
-    at_any_length: bool = False  # polynomials serve below their break-even length too
+    at_any_length: frozenset[int] = frozenset()  # whose polynomials serve below their break-even length too
     compare: Sequence[Served] = ()
     calls: list[_Call] = field(default_factory=list)
 
@@ -193,7 +193,7 @@ class _Attentions(TorchDispatchMode):
         return result
 
     def _limit(self, index: int, exact_below: int) -> int:
-        return ALWAYS_EXACT if index in self.exact else 0 if self.at_any_length else exact_below
+        return ALWAYS_EXACT if index in self.exact else 0 if index in self.at_any_length else exact_below
 
     def _backward(self, func: Any, args: tuple[Any, ...]) -> Any:
         *saved, exact_below, guard = args[1 + INPUTS :]
@@ -235,7 +235,8 @@ def measure_errors(
     """
     approximated = [index for index, attention in enumerate(served) if not attention.own]
     progress("the compiled model")
-    watched = _Attentions(at_any_length=at_any_length, compare=served)
+    anywhere = frozenset(approximated) if at_any_length else frozenset()
+    watched = _Attentions(at_any_length=anywhere, compare=served)
     run = partial(_pass, model, inputs, targets, objective)
     found = run(watched)
     progress("the exact model")
@@ -244,7 +245,7 @@ def measure_errors(
     attentions = []
     for index in approximated:
         progress(served[index].path)
-        moved = run(_Attentions(exact=frozenset({index}), at_any_length=at_any_length))
+        moved = run(_Attentions(exact=frozenset({index}), at_any_length=anywhere))
         call = watched.calls[index]
         attentions.append(AttentionErrors(served[index].path, call.local, call.heads, *moved.errors(found)))
     output, gradient = found.errors(exact)
@@ -275,8 +276,8 @@ def whole_errors(
     for softmax. Polynomials are measured at any length, below their break-even too. Raises TfgError FG427.
     """
     run = partial(_pass, model, inputs, targets, objective)
-    found = run(_Attentions(at_any_length=True))
-    exact = run(_Attentions(exact=frozenset(index for index, each in enumerate(approximated) if each)))
+    those = frozenset(index for index, each in enumerate(approximated) if each)
+    found, exact = run(_Attentions(at_any_length=those)), run(_Attentions(exact=those))
     _check(exact, found)
     return found.errors(exact)
 

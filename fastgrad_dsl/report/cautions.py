@@ -125,7 +125,8 @@ def _batch(batch: Batch | None, attentions: Attentions) -> Iterator[Warned]:
         yield Warned("weights", f"measured with {batch.weights}: trained weights have other logits", ())
     if batch.kind.startswith("random"):
         yield Warned("data", "measured on random inputs: real data have other logits", ())
-    shortest = min((e.break_even for e in attentions if e.break_even is not None), default=0)
+    lengths = [e.break_even for e in attentions if is_approximated(e) and e.break_even is not None]
+    shortest = min(lengths, default=0)
     longest = max(batch.dims.values(), default=0)
     if longest < shortest:
         text = f"below {shortest} tokens every attention runs exactly: measure a longer batch (--dim)"

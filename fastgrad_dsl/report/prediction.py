@@ -7,7 +7,8 @@ lengths.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from fastgrad_compiler.approximation.elementary import power
 from fastgrad_compiler.planning.cost import EXACT, PACE, Pace, Shape, Way, state_bytes
@@ -33,7 +34,8 @@ def pace_of(plan: Plan, calibration: Calibration | None) -> tuple[Pace, PaceKind
     """The pace of the plan's target, and whether it was measured on this machine or is the default."""
     if calibration is None:
         return PACE[plan.target], "default"
-    return Pace(float(calibration.pace.speed), calibration.pace.keys), calibration.pace.kind
+    measured = replace(PACE[plan.target], speed=float(calibration.pace.speed), keys=calibration.pace.keys)
+    return measured, calibration.pace.kind
 
 
 def shape_of(entry: Attention, n: int, m: int) -> Shape:
@@ -44,8 +46,19 @@ def shape_of(entry: Attention, n: int, m: int) -> Shape:
     return Shape(n=n, m=m, d=d, dv=dv, window=window, **masks)
 
 
-def own_way(entry: Attention) -> Way:
-    """The polynomial that serves an attention."""
+def way_at(entry: Attention, tokens: int) -> Way:
+    """How an attention is served at a length, the greater of its two.
+
+    Below its break-even one that stands in for exp is exact, and the model's own polynomial is computed on all pairs.
+    """
+    polynomial = polynomial_way(entry)
+    if tokens >= (entry.break_even or 0) or entry.decision == "exact":
+        return polynomial
+    return EXACT if is_approximated(entry) else replace(polynomial, dense=True)
+
+
+def polynomial_way(entry: Attention) -> Way:
+    """The states of the polynomial that serves an attention; exact without one."""
     return Way(entry.degree, entry.near, entry.precision or "float32")
 
 
@@ -61,12 +74,13 @@ def predict(plan: Plan, pace: Pace, kind: PaceKind, calibration: Calibration | N
         n, m = lengths_of(entry, sizes)
         shape = shape_of(entry, n, m)
         exact = pace.time(shape, EXACT)
-        own = pace.time(shape, own_way(entry)) if _served(entry, m) else exact
+        way = way_at(entry, max(n, m))
+        own = pace.time(shape, way)
         forward += entry.query_heads * exact.forward
         backward += entry.query_heads * exact.backward
         own_forward += entry.query_heads * own.forward
         own_backward += entry.query_heads * own.backward
-        memory = _memory(entry, n, m, _served(entry, m))
+        memory = _memory(entry, n, m, way.degree is not None and not way.dense)
         exact_bytes += memory.exact
         own_bytes += memory.compiled
         scores += memory.scores
@@ -98,16 +112,16 @@ def cost_curve(entry: Attention, sizes: Mapping[str, int], pace: Pace) -> Cost |
     """Time of an attention against the length; None where its widths are known at run time only."""
     if not _is_counted(entry):
         return None
-    served = entry.decision == "polynomial"
+    served, approximated = polynomial_way(entry), is_approximated(entry)
     n, m = lengths_of(entry, sizes)
     longest, shape = max(n, m), shape_of(entry, n, m)
-    own = own_way(entry) if _served(entry, m) else EXACT
+    own = way_at(entry, longest)
     last = max(longest, 2 * (entry.break_even or 0), 2 * SHORTEST)
     lengths = sorted({round(SHORTEST * power(last / SHORTEST, i / (POINTS - 1))) for i in range(POINTS)})
     unit = pace.seconds(shape_of(entry, longest, longest), EXACT)
 
-    def curve(way: Way) -> Times:
-        times = [pace.time(shape_of(entry, n, n), way) for n in lengths]
+    def curve(way: Callable[[int], Way]) -> Times:
+        times = [pace.time(shape_of(entry, n, n), way(n)) for n in lengths]
         return Times(
             forward=tuple(_digits(time.forward / unit) for time in times),
             total=tuple(_digits(time.total / unit) for time in times),
@@ -118,9 +132,9 @@ def cost_curve(entry: Attention, sizes: Mapping[str, int], pace: Pace) -> Cost |
         longest=longest,
         speed_up=pace.seconds(shape, EXACT) / pace.seconds(shape, own),
         lengths=tuple(lengths),
-        exact=curve(EXACT),
-        polynomial=curve(own_way(entry)) if served else None,
-        break_even=entry.break_even if served else None,
+        exact=curve(lambda n: EXACT),
+        polynomial=curve(lambda n: served if approximated else way_at(entry, n)) if served.degree else None,
+        break_even=entry.break_even if approximated else None,
     )
 
 
@@ -135,13 +149,6 @@ def _is_counted(entry: Attention) -> bool:
     return entry.d is not None and entry.dv is not None
 
 
-def _served(entry: Attention, m: int) -> bool:
-    """Whether a polynomial runs at this length; an attention that stands in for exp is exact below its break-even."""
-    if not is_approximated(entry):
-        return entry.decision == "polynomial"
-    return m >= (entry.break_even or 0)
-
-
 def widths(entry: Attention) -> tuple[int, int]:
     """d and dv, which are known."""
     assert entry.d is not None
@@ -149,7 +156,7 @@ def widths(entry: Attention) -> tuple[int, int]:
     return entry.d, entry.dv
 
 
-def _memory(entry: Attention, n: int, m: int, served: bool) -> Memory:
+def _memory(entry: Attention, n: int, m: int, with_states: bool) -> Memory:
     """Bytes of one sequence in float32: q, k, v, the output and their gradients, and what each way adds.
 
     Fused exact attention adds one normaliser per row, a polynomial the states of both passes; `scores` is what exact
@@ -158,8 +165,10 @@ def _memory(entry: Attention, n: int, m: int, served: bool) -> Memory:
     heads, (d, dv) = entry.query_heads, widths(entry)
     tensors = 2 * NUMBER * (d + dv) * (heads * n + entry.key_heads * m)
     exact = tensors + NUMBER * heads * n
-    states = 2 * heads * state_bytes(d=d, dv=dv, degree=entry.degree or 0) if served else 0
-    return Memory(exact=exact, compiled=tensors + states if served else exact, scores=NUMBER * heads * n * m)
+    states = 2 * heads * state_bytes(d=d, dv=dv, degree=entry.degree or 0) if with_states else 0
+    return Memory(
+        exact=exact, compiled=tensors + states if with_states else exact, scores=NUMBER * heads * n * m
+    )
 
 
 def _digits(value: float) -> float:

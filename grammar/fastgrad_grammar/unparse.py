@@ -28,6 +28,9 @@ OPERATION_TENSORS = frozenset(
 )
 """The parameters of operations that are tensors: never after `;`, even where a number is given for one."""
 
+VALUE_OPERATIONS = frozenset({"fit"})
+"""Operations that take compile-time values alone and give one."""
+
 
 def binding(expr: ast.Expr) -> int:
     """How tightly an expression binds."""
@@ -142,7 +145,9 @@ def first_value(call: ast.Call, scope: Scope) -> int | None:
     operation get one if they are plainly compile-time values. None stands before the first argument.
     """
     arguments = call.arguments
-    tensors = scope.signatures.get((call.module, call.function.text))
+    tensors = (
+        () if _is_value_operation(call, scope) else scope.signatures.get((call.module, call.function.text))
+    )
     if tensors is not None:
         sides = [_is_value(index, one, tensors) for index, one in enumerate(arguments)]
     else:
@@ -153,6 +158,12 @@ def first_value(call: ast.Call, scope: Scope) -> int | None:
                 return None
     first = sides.index(True) if any(sides) else 0
     return first if first and all(sides[first:]) else None
+
+
+def _is_value_operation(call: ast.Call, scope: Scope) -> bool:
+    """A block of the file hides the operation of its name."""
+    name = (call.module, call.function.text)
+    return call.module is None and call.function.text in VALUE_OPERATIONS and name not in scope.signatures
 
 
 def _is_value(index: int, argument: ast.Argument, tensors: tuple[str, ...]) -> bool:
@@ -181,6 +192,8 @@ def _is_plain_value(expr: ast.Expr, scope: Scope) -> bool:
             return all(_is_plain_value(part, scope) for part in parts)
         case ast.Tuple():
             return all(_is_plain_value(item, scope) for item in expr.items)
+        case ast.Call():
+            return _is_value_operation(expr, scope)
         case _:
             return False
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.text import parse_program, print_program
@@ -248,6 +249,9 @@ KERNEL_OPTIONS = [
     {"causal": True, "near": 2, "coefficients": (0.0, 0.0, 1.0)},
     {"coefficients": (1.0, 0.5, 0.25, 0.1, 0.1)},
     {"kv_heads": 2, "forget": True},
+    {"causal": True, "kv_heads": 2, "gain": 2.0, "coefficients": "fit(balanced, degree = 4, bound = 2.0)"},
+    {"causal": True, "near": 2, "rope": 100.0, "gain": 1.5, "coefficients": "fit(minimax, 2, bound = 1.5)"},
+    {"forget": True, "gain": 1.0, "coefficients": "fit(taylor, 4, 1.0)"},
     {"near": 2, "forget": True, "causal": True, "coefficients": (0.0, 0.0, 1.0)},
 ]
 
@@ -272,10 +276,17 @@ def test_options_of_kernel_attention(options: dict) -> None:
     assert (q.shape[-1], v.shape[-1]) == (options.get("qk_dim", 16), options.get("v_dim", 6))
     given = {key: options[key] for key in ("causal", "near") if key in options}
     coefficients = options.get("coefficients", (1.0, 1.0, 0.5))
+    if isinstance(coefficients, str):
+        family, degree, bound = re.findall(r"[a-z]+(?=,)|[\d.]+", coefficients)
+        coefficients = fit(family, int(degree), float(bound)).coefficients
+    scale = q.shape[-1] ** -0.5
+    if "gain" in options:
+        given |= {"near_q": q * scale, "near_k": k}  # the near field has the free scores
+        q, k = options["gain"] / scale * functional.normalize(q, dim=-1), functional.normalize(k, dim=-1)
     if "forget" in options:
         own = {path.removeprefix("kernel_attention."): w for path, w in weights.items()}
         y = forgetting(q, k, v, forgotten(own, x), coefficients, options.get("near", 0))
     else:
-        y = polynomial_attention(q, k, v, coefficients, scale=q.shape[-1] ** -0.5, **given)
+        y = polynomial_attention(q, k, v, coefficients, scale=scale, **given)
     expected = y.transpose(1, 2).flatten(2) @ weights["kernel_attention.wo"]
     torch.testing.assert_close(run(program, [x], weights), expected, rtol=1e-11, atol=1e-11)

@@ -81,6 +81,12 @@ def body(text: str) -> str:
         ("y = other.f(x, n = 1)", "y = other.f(x, n = 1)"),
         ("y = std.linear(x, 64, bias = false)", "y = std.linear(x; 64, bias = false)"),
         ("y = std.linear(x, 64; bias = false)", "y = std.linear(x; 64, bias = false)"),
+        ("y = fit(balanced; degree = 4, bound = 2.0)", "y = fit(balanced, degree = 4, bound = 2.0)"),
+        (
+            "y = polynomial(x, coefficients = fit(taylor, 2, 1.0))",
+            "y = polynomial(x; coefficients = fit(taylor, 2, 1.0))",
+        ),
+        ("y = other.g(x, coefficients = other.fit(x))", "y = other.g(x, coefficients = other.fit(x))"),
         ("y = f(x, k)", "y = f(x, k)"),  # not the block itself: a block cannot call itself
     ],
 )
@@ -105,6 +111,13 @@ def test_semicolon_by_the_signature_of_a_block_of_the_file() -> None:
         ("g(x, k = 3, y = x)", "g(x, k = 3, y = x)"),
     ]:
         assert f"    y = {expected}\n" in check(text.replace("{{\n{}\n}}", f"{{\ny = {call}\n}}"))
+
+
+def test_a_block_of_the_file_hides_the_operation_of_its_name() -> None:
+    text = (
+        "block fit(x: float[b]; k: int) -> float[b] {\n    return x\n}\nblock f(x: float[b]) -> float[b] {\n"
+    )
+    assert "    y = fit(x; 3)\n" in check(f"{text}    y = fit(x, 3)\n}}\n")
 
 
 @pytest.mark.parametrize(

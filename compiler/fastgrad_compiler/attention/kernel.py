@@ -21,5 +21,6 @@ def spec_of(attention: Attention, d: int, dv: int, near_d: int) -> KernelSpec:
         documents=mask.documents,
         window=mask.window,
         forget=mask.forget,
+        own=attention.is_own,
         precision="float32" if polynomial is None else polynomial.precision,
     )

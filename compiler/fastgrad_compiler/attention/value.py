@@ -21,8 +21,6 @@ ATTENTION = ("attention", "poly_attention")
 OWN = "own"  # the family of a polynomial that is the model's own: it stands in for nothing, and has no error
 QKV, NEAR = ("q", "k", "v"), ("near_q", "near_k")
 _OF_APPROXIMATIONS = {
-    "break_even",
-    "break_even_gpu",
     "positive_from",
     "precision",
     "asserted",
@@ -136,7 +134,10 @@ class Polynomial:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the plan decided, and why; break_even: the least length at which a polynomial serves, on a GPU another."""
+    """What the plan decided, and why; break_even: the least length at which a polynomial serves, on a GPU another.
+
+    Below it an attention is exact, or if its polynomial is the model's own, computed on all pairs.
+    """
 
     decision: str
     why: str

@@ -57,7 +57,9 @@ def _what(attention: Attention, d: int) -> str:
     assert polynomial is not None
     degree, monomials = polynomial.degree, rank(d, polynomial.degree)
     if attention.is_own:
-        return f"the model's own polynomial, of degree {degree} and rank {monomials}"
+        below = attention.verdict.break_even if attention.verdict is not None else None
+        dense = f"; on all pairs below {below} tokens" if below else ""
+        return f"the model's own polynomial, of degree {degree} and rank {monomials}{dense}"
     error, bound = polynomial.eps, attention.range.limit
     limit = "" if error is None else f"; relative error at most {error:.1e} where |s| <= {bound:g}"
     return f"a polynomial of degree {degree} instead of exp, rank {monomials}{limit}"

@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastgrad_compiler.approximation.polynomial import FAMILIES
 from fastgrad_compiler.frontend import values
-from fastgrad_compiler.frontend.expressions import scalar
+from fastgrad_compiler.frontend.expressions import bare_word, scalar
 from fastgrad_compiler.frontend.reporter import Abort, did_you_mean
 from fastgrad_compiler.frontend.scope import Scope
 from fastgrad_compiler.ir.graph import ON_VIOLATION, TRUST, Budget, BudgetRule
 from fastgrad_grammar import ast
 from fastgrad_grammar.diagnostics import Note
 from fastgrad_grammar.source import Span
-
-FAMILIES = ("balanced", "minimax", "taylor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ RULES: dict[str, _Key] = {
     "relative": _LIMIT,
     "degree": _COUNT,
     "near": _COUNT,
-    "family": _one_of(*FAMILIES),
+    "family": _one_of(*sorted(FAMILIES)),
 }
 
 
@@ -117,7 +116,7 @@ def _value(scope: Scope, entry: ast.Limit | ast.Setting, keys: dict[str, _Key], 
         sign = "<=" if key.limit else "="
         raise scope.report("FG232", f"`{name}` is set with `{sign}`", entry.span, "the other sign",
                            help_=(f"write {name} {sign} {entry.value.span.text}",))  # fmt: skip
-    word = _bare_word(scope, entry.value) if key.words else None
+    word = bare_word(scope, entry.value) if key.words else None
     value: Any = word or scalar(scope, entry.value, f"`{name}`")
     if not key.fits(value):
         help_ = did_you_mean(value, key.words) if isinstance(value, str) else None
@@ -125,11 +124,6 @@ def _value(scope: Scope, entry: ast.Limit | ast.Setting, keys: dict[str, _Key], 
         raise scope.report("FG233", f"`{name}` is {key.expected}, not {found}", entry.value.span,
                            f"{word or values.show(value)} here", help_=(help_,))  # fmt: skip
     return float(value) if key.limit else value
-
-
-def _bare_word(scope: Scope, value: ast.Expr) -> str | None:
-    """A name that stands for nothing in the file, and so for itself."""
-    return value.name if isinstance(value, ast.Ref) and value.name not in scope.names else None
 
 
 def _misplaced(name: str, keys: dict[str, _Key]) -> str | None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgrad_compiler.approximation.own_polynomial import objection
+from fastgrad_compiler.approximation.polynomial import FAMILIES
 from fastgrad_compiler.approximation.rational import trimmed
 from fastgrad_compiler.frontend import values
 from fastgrad_compiler.frontend.arguments import Formal, match_arguments
 from fastgrad_compiler.frontend.expressions import (
     as_tensor,
+    bare_word,
     compile_time,
     dimension,
     evaluate,
@@ -19,7 +21,7 @@ from fastgrad_compiler.frontend.expressions import (
     scalar,
 )
 from fastgrad_compiler.frontend.operations import NEEDED, OPERATIONS, OVERLOADS, Operation, Parameter
-from fastgrad_compiler.frontend.reporter import Abort
+from fastgrad_compiler.frontend.reporter import Abort, did_you_mean
 from fastgrad_compiler.frontend.scope import Scope
 from fastgrad_compiler.frontend.state import emit
 from fastgrad_compiler.frontend.values import FUNCTIONS, Constant, Several, Tensor, Value
@@ -38,6 +40,9 @@ class _Emit:
 
     def node(self, op: str, *operands: Tensor, **attributes: Attribute) -> Tensor:
         return emit(self.scope, self.call.span, op, operands, **attributes)
+
+    def step(self, work: int) -> None:
+        self.scope.state.step(self.call.span, work)
 
     def refuse(self, code: str, message: str) -> Abort:
         return self.scope.report(code, message, self.call.span)
@@ -183,12 +188,26 @@ def _number(a: _Argument) -> Any:
     if values.is_number(value):
         for broken, limit in (
             (p.least is not None and value < p.least, f"at least {p.least}"),
+            (p.most is not None and value > p.most, f"at most {p.most}"),
             (p.below is not None and value >= p.below, f"below {p.below}"),
             (p.positive and value <= 0, "above 0"),
         ):
             if broken:
                 raise a.refuse("FG218", f"{a.what} is {limit}, not {value}", expr, f"{value} here")
     return value
+
+
+def _family(a: _Argument) -> str:
+    """A family of polynomials, with quotes or without."""
+    (expr,) = a.expressions
+    word = bare_word(a.scope, expr)
+    found = word or a.converted(scalar(a.scope, expr, a.what), "str", optional=False)
+    if found not in FAMILIES:
+        shown = word or values.show(found)
+        help_ = did_you_mean(str(found), FAMILIES)
+        message = f"{a.what} is one of {', '.join(sorted(FAMILIES))}, not {shown}"
+        raise a.refuse("FG218", message, expr, f"{shown} here", help_)
+    return str(found)
 
 
 def _weight_polynomial(a: _Argument) -> tuple[float, ...]:
@@ -275,6 +294,7 @@ KINDS: dict[str, Callable[[_Argument], Any]] = {
     "int": _number,
     "float": _number,
     "bool": _number,
+    "family": _family,
     "weight_polynomial": _weight_polynomial,
     "dim": lambda a: values.normal(dimension(a.scope, a.expressions[0])),
     "axis": lambda a: _one_axis(a, a.expressions[0], a.rank),

@@ -37,6 +37,12 @@ def _scalar_of(scope: Scope, found: Value, expr: ast.Expr, what: str) -> Scalar:
     return found
 
 
+def bare_word(scope: Scope, expr: ast.Expr) -> str | None:
+    """The text of a name that stands for nothing in the file, and so for itself: one of an option's fixed words."""
+    names = (scope.names, scope.file.names, scope.hidden, scope.file.hidden)
+    return expr.name if isinstance(expr, ast.Ref) and not any(expr.name in known for known in names) else None
+
+
 def compile_time(scope: Scope, expr: ast.Expr, what: str) -> Constant:
     """The same, where a tuple of compile-time values is one too."""
     found = evaluate(scope, expr)

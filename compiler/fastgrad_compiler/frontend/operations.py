@@ -19,6 +19,8 @@ Surface of each operation (docs/language.md lists the same); `;` or `,` may stan
     rotary(x, base = 10000.0)  sinusoid(n, d)  alibi(s, heads)  dropout(x, p)  cross_entropy(logits, targets)
     shift(x, by = 1)  shift(x, ids, by = 1)  depthwise(x, w)  depthwise(x, w, ids)  mse(a, b)
 
+    fit(balanced, degree = 4, bound = 2.0)  the coefficients of an approximation of exp: compile-time numbers
+
 An axis is a number or the name of a dimension (`mean(x, axis = n)`). sqrt, rsqrt, exp, log, tanh, abs, min, max, int
 and float of compile-time numbers are compile-time numbers.
 """
@@ -29,7 +31,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fastgrad_compiler.frontend.values import Tensor
+from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, PrecisionError, fit
+from fastgrad_compiler.frontend.values import Several, Tensor, Value
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute
 from fastgrad_compiler.ir.masks import GATE, GATED, MASKS, MaskOp
@@ -44,12 +47,13 @@ NEEDED = _Needed()
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """`kind` is a key of `calls.KINDS`; `least` (at least), `below` and `positive` (above 0) limit numbers."""
+    """`kind` is a key of `calls.KINDS`; `least`, `most`, `below` and `positive` (above 0) limit numbers."""
 
     name: str
     kind: str
     default: object = NEEDED
     least: float | None = None
+    most: float | None = None
     below: float | None = None
     positive: bool = False
 
@@ -60,17 +64,20 @@ class Parameter:
 
 
 class Emit(Protocol):
-    """What an operation's rule may do: add a node at the call's place, or give up with a diagnostic."""
+    """What an operation's rule may do: add a node at the call's place, count work, or give up with a diagnostic."""
 
     def node(self, op: str, *operands: Tensor, **attributes: Attribute) -> Tensor:
         """A node typed by the shape rules."""
+
+    def step(self, work: int) -> None:
+        """Count work that is no node's."""
 
     def refuse(self, code: str, message: str) -> Exception:
         """Report what is wrong; the result is to be raised."""
 
 
 Arguments = Mapping[str, Any]
-Rule = Callable[[Emit, Arguments], Tensor]
+Rule = Callable[[Emit, Arguments], Value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +92,7 @@ class Operation:
     rule: Rule | None = field(default=None, compare=False)
     rest: str | None = None
 
-    def result(self, emit: Emit, arguments: Arguments) -> Tensor:
+    def result(self, emit: Emit, arguments: Arguments) -> Value:
         """What the operation gives for its arguments by name."""
         if self.rule is not None:
             return self.rule(emit, arguments)
@@ -113,7 +120,7 @@ def _cast(dtype: str) -> Operation:
     return Operation(dtype, (X,), rule)
 
 
-def _reduce(op: str) -> Rule:
+def _reduce(op: str) -> Callable[[Emit, Arguments], Tensor]:
     return lambda emit, a: emit.node(op, a["x"], axes=a["axis"], keepdim=a["keepdim"])
 
 
@@ -191,6 +198,14 @@ def _alibi(emit: Emit, a: Arguments) -> Tensor:
     return emit.node("alibi", scores)
 
 
+def _fit(emit: Emit, a: Arguments) -> Several:
+    emit.step(a["degree"] ** 2)
+    try:
+        return Several(fit(a["family"], a["degree"], a["bound"]).coefficients)
+    except PrecisionError as error:
+        raise emit.refuse("FG306", str(error)) from None
+
+
 def _given(operand: Tensor | None) -> tuple[Tensor, ...]:
     """An operand that may be left out."""
     return () if operand is None else (operand,)
@@ -245,6 +260,8 @@ _OPERATIONS = (
     Operation("near_far",
               (Parameter("local", "tensor"), Parameter("far", "tensor"), Parameter("block", "int", least=1))),
     Operation("polynomial", (SCORES, Parameter("coefficients", "weight_polynomial"))),
+    Operation("fit", (Parameter("family", "family"), Parameter("degree", "int", least=1, most=MAX_DEGREE),
+                      Parameter("bound", "float", positive=True)), _fit),
     Operation("normalize_rows", (Parameter("weights", "tensor"),)),
     Operation("assume_bound", (SCORES, Parameter("bound", "float", positive=True))),
     Operation("rotary", (X, Parameter("base", "float", 10000.0, positive=True))),

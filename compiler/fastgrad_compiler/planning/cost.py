@@ -11,6 +11,8 @@ Per query token, with r = rank(d, degree), keys within a chunk or a near block c
     dense part, per key in it   forward 2 (d + dv + 1)      backward 2 (3 d + 2 (dv + 1))
     state part                  forward 4 r (dv + 1)        backward 10 r (dv + 1)
 
+A polynomial of the model's own may meet all pairs one by one, as exact attention does: then its dense part is all.
+
 A causal exact kernel visits half of the pairs, and one with a window of w at most w keys a query (causal) or 2 w - 1.
 The dense part holds `chunk` keys (causal, or documents), none (no mask), or, with a near field of block w,
 2 w (causal) or 3 w (no mask) keys. A near field or documents without a mask need a prefix and a suffix state, so that
@@ -84,12 +86,14 @@ class Way:
         near: block size of the near field in which a polynomial is exact, None without one.
         precision: "float32", or "float64" for a polynomial that float32 would round too much.
         chunk: tokens that a causal kernel handles densely at a time.
+        dense: without a state, on all pairs.
     """
 
     degree: int | None = None
     near: int | None = None
     precision: str = "float32"
     chunk: int = 64
+    dense: bool = False
 
 
 EXACT = Way()
@@ -108,8 +112,8 @@ class Cost(Protocol):
 
 
 @cache
-def break_even(cost: Cost, shape: Shape, way: Way, *, least: int = LEAST_LENGTH) -> int:
-    """Least n, with as many keys, from which on a way takes no longer than exact attention; NEVER where there is none.
+def break_even(cost: Cost, shape: Shape, way: Way, other: Way = EXACT, *, least: int = LEAST_LENGTH) -> int:
+    """Least n, with as many keys, from which on a way takes no longer than the other; NEVER where there is none.
 
     n and m of the shape make no difference. It is sought from NEVER downward, so that a way that pays on short
     sequences and not on longer ones does not count, and is a power of two or a multiple of the cost's step; `least` at
@@ -118,7 +122,7 @@ def break_even(cost: Cost, shape: Shape, way: Way, *, least: int = LEAST_LENGTH)
 
     def pays(n: int) -> bool:
         at = replace(shape, n=n, m=n)
-        return cost.seconds(at, way) <= cost.seconds(at, EXACT)
+        return cost.seconds(at, way) <= cost.seconds(at, other)
 
     high = NEVER
     if not pays(high):
@@ -164,10 +168,12 @@ class Pace:
     Args:
         speed: flops of polynomial attention in the time of one flop of exact attention at great lengths.
         keys: exact attention takes the time of so many keys more than there are: it is slower at short lengths.
+        dense: as `speed`, of a polynomial on all pairs, in PyTorch, with as many keys more.
     """
 
     speed: float
     keys: int
+    dense: float = 1.0
     step: ClassVar[int] = 1
 
     def time(self, shape: Shape, way: Way) -> Time:
@@ -175,6 +181,8 @@ class Pace:
         work = flops(shape, way)
         if way.degree is None:
             factor = 1 + self.keys / shape.m
+        elif way.dense:
+            factor = (1 + self.keys / shape.m) / self.dense
         else:
             factor = 1 / (self.speed * (DOUBLE if way.precision == "float64" else 1.0))
         return Time(work.forward * factor, work.backward * factor)
@@ -186,8 +194,11 @@ class Pace:
 
 EQUAL = Pace(1.0, 0)  # flops are compared as they are
 # measured, rounded (docs/performance.md): 300 and 162 GFLOP/s, half of which at 500 keys
-NATIVE = Pace(1.8, 500)
-PACE = {"torch": EQUAL, "cpp": NATIVE, "triton": EQUAL, "auto": NATIVE}
+# On all pairs 28 GFLOP/s of a core, half of which at 500 keys, where the states of rank 4,845 of PyTorch have 37, and
+# those of C++ 57.
+NATIVE = Pace(1.8, 500, 0.9)
+TORCH = Pace(1.0, 0, 0.8)
+PACE = {"torch": TORCH, "cpp": NATIVE, "triton": EQUAL, "auto": NATIVE}
 """By target; that of triton is not measured, and its kernels have a model of their own (`roofline`)."""
 
 
@@ -208,6 +219,9 @@ def flops(shape: Shape, way: Way = EXACT) -> Flops:
         return Flops(work * (d + dv), work * (3 * d + 2 * dv))
     if shape.window is not None:
         raise ValueError("no polynomial serves a window")
+    if way.dense:
+        work = _exact_work(shape)
+        return Flops(work * (d + dv + 1), work * (3 * d + 2 * (dv + 1)))
     two_sided = (near is not None or shape.documents) and not shape.causal
     dense = 2 * n * min(_dense_keys(shape, near, way.chunk), m)
     state = rank(d, way.degree) * (dv + 1) * (2 if two_sided else 1)

@@ -5,7 +5,7 @@ The budget's `output` and `gradient` are shared out equally: of L approximated a
 1/L of them, by its certificate, with the gain from an attention to the model's output taken as 1. That is
 an estimate; the report measures the whole. A rule that cannot be obeyed is refused (FG3xx). Without a
 budget nothing is approximated. Attentions whose weights are a polynomial of the model's own need none and take no
-share: they were decided when the model was written.
+share: they were decided when the model was written, and the plan only says below which length they run on all pairs.
 
 A decision is an attribute of the node. Where one graph's attentions are decided differently at different
 places, the graph is cloned; equal decisions share one graph.
@@ -28,7 +28,7 @@ from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.planning.apply import applied, decided
 from fastgrad_compiler.planning.candidates import MAX_RANK
 from fastgrad_compiler.planning.decision import Caps, Case, Decision, Outcome, Refusal, decide, with_gpu
-from fastgrad_compiler.planning.own import refuse_own
+from fastgrad_compiler.planning.own import refuse_own, with_own_lengths
 from fastgrad_compiler.planning.refusal import diagnose
 from fastgrad_compiler.planning.settings import Settings, check_budget, settings_of
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
@@ -76,6 +76,7 @@ def plan_attention(
         if several := decisions.get(entry.full_path):
             case = _case_of(program, entry, settings[entry.full_path], sharing=1, target=target)
             decisions[entry.full_path] = tuple(with_gpu(each, case) for each in several)
+    program = with_own_lengths(program, target)
     return _Specialiser(program, {**decisions, **unread}).program_of_decisions()
 
 

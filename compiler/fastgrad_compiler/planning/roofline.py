@@ -145,6 +145,33 @@ def flash_time(device: Device, shape: Shape, *, ideal: bool = False) -> tuple[fl
     return times[0], added(times)
 
 
+DENSE_TILE, DENSE_BUFFERS = 256, 4  # queries at a time, and tensors of their scores that are live
+WORK_BYTES = 20 * 2**20  # of runtime/attention_op.py
+DENSE_LAUNCHES, LAUNCH = 80, 5e-6  # of a tile in both passes, and seconds of each
+DENSE_PASSES = (
+    20,
+    12,
+)  # over the numbers of a tensor of scores, both passes: in any case, and for each degree
+
+
+def dense_time(device: Device, shape: Shape) -> float:
+    """Modelled seconds of both passes of a polynomial on all pairs, in PyTorch's operations and float32.
+
+    Unlike kernels, operations are so many here that launches count; scores are written and read in memory.
+    """
+    pairs = shape.heads * shape.n * shape.m // (2 if shape.causal else 1)
+    products = 2 * pairs * (4 * shape.d + 3 * (shape.dv + 1))
+    passes = DENSE_PASSES[0] + DENSE_PASSES[1] * shape.degree
+    held = shape.heads * shape.n * shape.m * DENSE_BUFFERS * FLOAT32
+    tiles = max(ceil(shape.n / DENSE_TILE), ceil(held / WORK_BYTES))
+    seconds = (
+        products / device.vector,
+        pairs * passes * FLOAT32 / device.bandwidth,
+        tiles * DENSE_LAUNCHES * LAUNCH,
+    )
+    return added(seconds)
+
+
 MODEL_HEADS = 64  # times batch: enough to fill a device at any length that matters
 
 
@@ -182,4 +209,6 @@ class Roofline:
         )
         if way.degree is None:
             return flash_time(self.device, call, ideal=self.ideal)[1]
+        if way.dense:
+            return dense_time(self.device, call)
         return best(self.device, call).total

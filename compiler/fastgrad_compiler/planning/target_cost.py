@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastgrad_compiler.planning.cost import EQUAL, PACE, Cost, Shape, Way, break_even
 from fastgrad_compiler.planning.roofline import Roofline
 from fastgrad_compiler.runtime.triton_schedule import DEVICES
@@ -25,3 +27,10 @@ def cost_of(target: str, shape: Shape, way: Way, *, on_gpu: bool = False) -> Cos
 def target_break_even(target: str, shape: Shape, way: Way, *, on_gpu: bool = False) -> int:
     """`break_even` on a target, of one document as long as the sequence."""
     return break_even(cost_of(target, shape, way, on_gpu=on_gpu), shape, way)
+
+
+def dense_break_even(target: str, shape: Shape, way: Way, *, on_gpu: bool = False) -> int:
+    """Least n from which on the states of a polynomial take no longer than all pairs; 0 where they never do."""
+    cost = cost_of(target, shape, way, on_gpu=on_gpu)
+    found = break_even(cost, shape, way, replace(way, dense=True), least=1)
+    return found if found > 1 else 0

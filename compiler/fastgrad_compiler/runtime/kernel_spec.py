@@ -28,6 +28,8 @@ class KernelSpec:
         window: softmax of the pairs with |i - j| < window instead, exactly; then there is no polynomial.
         forget: gates are an input; they scale the weight of a pair by the product of those after the key, up to the
             query's own. Causal only.
+        own: the polynomial is the model's own, so that it weighs pairs in calls shorter than `exact_below` too, which
+            visit all pairs one by one; otherwise those weigh exp(s).
         precision: of the arithmetic at least, "float32" or "float64"; inputs and results keep their dtype.
         near_d: width of separate queries and keys for t, already scaled; None: t = scale * q.k.
         scale: of the logits.
@@ -52,6 +54,7 @@ class KernelSpec:
     window: int | None = None
     precision: str = "float32"
     forget: bool = False
+    own: bool = False
 
     def __post_init__(self) -> None:
         sizes = {

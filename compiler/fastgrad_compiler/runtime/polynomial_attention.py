@@ -23,7 +23,7 @@ from .documents import document_runs
 from .exact_attention import exact_backward, exact_forward
 from .guard import ATTRIBUTES, exact_flag, guarded
 from .kernel_spec import KernelSpec, choose_chunk, folded_coefficients
-from .monomials import blocks, weights
+from .monomials import blocks, rank, weights
 from .operation import Operation, Pass, register_attention
 from .polynomial_features import Workspace
 from .polynomial_rows import Rows
@@ -70,10 +70,11 @@ def forward(spec: KernelSpec, backends: Sequence[Backend], *arguments: Any) -> t
     """out [B, H, n, dv], denominator [B, H, n] and maximum [B, H, n] (of a near field; else without elements)."""
     *given, exact_below = arguments
     inputs, near = Inputs(*given), spec.near or 0
-    if max(inputs.q.shape[2], inputs.k.shape[2]) < exact_below:
+    short = max(inputs.q.shape[2], inputs.k.shape[2]) < exact_below
+    if short and not spec.own:
         out, denominator, maximum = exact_forward(*inputs, spec.scale, spec.causal, near, 0)
         return out, denominator, torch.zeros_like(denominator) if near else maximum
-    for backend in backends:
+    for backend in () if short else backends:
         if (outputs := backend.forward(*inputs)) is not None:
             return outputs
     q, v, dtype = inputs.q, inputs.v, compute_dtype(*inputs[:3])
@@ -82,7 +83,7 @@ def forward(spec: KernelSpec, backends: Sequence[Backend], *arguments: Any) -> t
         q.new_empty(q.shape[:-1], dtype=dtype),
         q.new_empty(q.shape[:-1] if near else (0,), dtype=dtype),
     )
-    for place, rows in _groups(spec, inputs):
+    for place, rows in _groups(spec, inputs, short):
         forward_rows(rows, Saved(*(_by_key_head(x, inputs, place) for x in saved)))
     return saved
 
@@ -93,10 +94,11 @@ def backward(
     """The gradients of the floating inputs, from that of out [B, H, n, dv]; none has no elements."""
     *given, exact_below = arguments
     inputs, saved = Inputs(*given[:INPUTS]), Saved(*given[INPUTS:])
-    if max(inputs.q.shape[2], inputs.k.shape[2]) < exact_below:
+    short = max(inputs.q.shape[2], inputs.k.shape[2]) < exact_below
+    if short and not spec.own:
         exactly = (*given, spec.scale, spec.causal, spec.near or 0, 0)
         return exact_backward(gradient, *exactly)
-    for backend in backends:
+    for backend in () if short else backends:
         if (found := backend.backward(gradient, *given)) is not None:
             return found
     kept, dtype = inputs.floats, compute_dtype(*inputs[:3])
@@ -104,7 +106,7 @@ def backward(
     near_q, near_k = (None if x is None else _zeros(x, dtype) for x in kept[3:5])
     sums = None if kept.log_gate is None else _zeros(kept.log_gate, torch.float64)
     gradients = Floats(dq, dk, dv, near_q, near_k, sums)
-    for place, rows in _groups(spec, inputs):
+    for place, rows in _groups(spec, inputs, short):
         upstream = _by_key_head(gradient, inputs, place)
         of_rows = Saved(*(_by_key_head(x, inputs, place) for x in saved))
         backward_rows(rows, upstream, of_rows, _rows_of(gradients, inputs, place))
@@ -120,15 +122,19 @@ def backward(
     )
 
 
-def plan(spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, torch.dtype]:
+def plan(
+    spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor, dense: bool = False
+) -> tuple[int, int, torch.dtype]:
     """Queries in a tile, bytes of work buffers for a row of keys, and the precision of the arithmetic."""
     dtype, size = compute_dtype(q, k, v), choose_chunk(spec)
-    largest = max((block.size for block in blocks(spec.d, spec.degree)), default=0)
+    degree = 1 if dense else spec.degree
+    features = rank(spec.d, degree)
+    largest = max((block.size for block in blocks(spec.d, degree)), default=0)
     columns = (4 + spec.documents + spec.forget) * (spec.dv + 1) + 2 * (spec.near_d or 0)
-    per_query = (3 if spec.forget else 2) * spec.rank + largest + spec.degree * spec.d + columns
-    per_row = (5 if spec.two_sided else 3) * spec.rank * (spec.dv + 1)  # states, and what is added to one
-    window = 0 if spec.total else size
-    if spec.near is not None:
+    per_query = (3 if spec.forget else 2) * features + largest + degree * spec.d + columns
+    per_row = (5 if spec.two_sided else 3) * features * (spec.dv + 1)  # states, and what is added to one
+    window = k.shape[2] if dense else 0 if spec.total else size
+    if spec.near is not None and not dense:
         window += (2 if spec.causal else 3) * spec.near
     if spec.forget:
         window *= 2  # sums of gates of all pairs, in float64
@@ -136,12 +142,16 @@ def plan(spec: KernelSpec, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, t
     return *plan_tiles(size, groups, window, per_query, per_row, dtype.itemsize), dtype
 
 
-def _groups(spec: KernelSpec, inputs: Inputs) -> Iterator[tuple[Place, Rows]]:
-    """The rows of a call in groups whose work buffers fit, and their place in [batch, key heads]."""
+def _groups(spec: KernelSpec, inputs: Inputs, dense: bool) -> Iterator[tuple[Place, Rows]]:
+    """The rows of a call in groups whose work buffers fit, and their place in [batch, key heads].
+
+    dense: pairs are met one by one, for which the only features of a token are its components.
+    """
     q, k, v, *_, mask, documents = inputs
-    size, row_bytes, dtype = plan(spec, q, k, v)
-    work = Workspace(q, dtype, spec.d, blocks(spec.d, spec.degree))
-    diagonal = torch.tensor(weights(spec.d, folded_coefficients(spec)), dtype=dtype, device=q.device)
+    size, row_bytes, dtype = plan(spec, q, k, v, dense)
+    work = Workspace(q, dtype, spec.d, () if dense else blocks(spec.d, spec.degree))
+    of_states = () if dense else weights(spec.d, folded_coefficients(spec))
+    diagonal = torch.tensor(of_states, dtype=dtype, device=q.device)
     runs = None if documents is None else document_runs(documents)
     sums = None if inputs.log_gate is None else log_decay(inputs.log_gate, mask, documents)
     for place in row_groups(k.shape[0], k.shape[1], row_bytes):
@@ -149,7 +159,7 @@ def _groups(spec: KernelSpec, inputs: Inputs) -> Iterator[tuple[Place, Rows]]:
         of_rows = Inputs(*_rows_of(inputs.floats, inputs, place), mask=shown)
         own = None if runs is None else runs[place[0]]
         decays = None if sums is None else Decays(sums[place], dtype)
-        yield place, Rows(spec, work, size, diagonal.unsqueeze(-1), of_rows, own, decays)
+        yield place, Rows(spec, work, size, diagonal.unsqueeze(-1), of_rows, own, decays, dense)
 
 
 def _by_key_head(x: Tensor, inputs: Inputs, place: Place) -> Tensor:

@@ -34,19 +34,20 @@ class Window:
 
     * `scores` q.k, where a pair may weigh p(s) or where t = SCALE s;
     * `local`, t, -inf where a pair is not near or hidden, with a near field;
-    * `hidden`, bool, which pairs weigh no p(s);
+    * `hidden`, bool, which pairs of the last keys weigh no p(s), as many as it has columns; None where all weigh it;
     * `decay` [b, h, 1, t, keys], e^(G_i - G_j) where a pair may weigh p(s), None without forget gates.
     """
 
     scores: Tensor
     local: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
     decay: Tensor | None = None
 
     def __init__(self, rows: Rows, tile: Tile, features: Features) -> None:
         spec, work, inputs = rows.spec, rows.work, rows.inputs
         self.rows, self.tile, self.features = rows, tile, features
-        self.mixed = spec.near is not None and spec.near % rows.size != 0  # a pair of a window may be far
+        # a pair of a window may be far
+        self.mixed = spec.near is not None and (rows.dense or spec.near % rows.size != 0)
         mask = None if inputs.mask is None else inputs.mask[:, tile.low : tile.high]
         self.values = load_values(work, inputs.v[tile.keys], mask)
         if spec.near_d is None or self.mixed:
@@ -84,11 +85,13 @@ class Window:
         return same_document(self.rows.runs, self.tile.queries, self.tile.of_keys)
 
     def _hide(self) -> None:
-        visible = self._visible()
+        visible, causal = self._visible(), self.rows.spec.causal
         if visible is None:
-            self.hidden = self._future()
-        else:
-            self.hidden = ~visible | self._future() if self.rows.spec.causal else ~visible
+            self.hidden = self._future() if causal else None
+            return
+        self.hidden = ~visible
+        if causal:
+            self.hidden[..., self.tile.first - self.tile.low :].logical_or_(self._future())
 
     def _load_local(self, logs: Tensor | None) -> None:
         spec, work, inputs, tile = self.rows.spec, self.rows.work, self.rows.inputs, self.tile
@@ -128,7 +131,8 @@ def _select(window: Window, pairs: Tensor) -> Tensor:
     tiled = window.by_head(pairs)
     if window.decay is not None:
         tiled.mul_(window.decay)
-    tiled.masked_fill_(window.hidden, 0.0)
+    if window.hidden is not None:
+        tiled[..., -window.hidden.shape[-1] :].masked_fill_(window.hidden, 0.0)
     return pairs
 
 

@@ -78,7 +78,7 @@ class Rows:
     """Some rows of a call, q [b, h, G, n, d], k, v [b, h, m, ..], mask [b, m], and its work buffers.
 
     size: queries in a tile. weights (rank, 1): the diagonal of W. runs [b, n]: `document_runs`, None without documents.
-    decays: of forget gates, None without.
+    decays: of forget gates, None without. dense: a tile meets all keys that it sees one by one, and no state is used.
     """
 
     def __init__(
@@ -90,8 +90,11 @@ class Rows:
         inputs: Inputs,
         runs: Tensor | None,
         decays: Decays | None = None,
+        dense: bool = False,
     ) -> None:
         self.spec, self.work, self.size, self.weights = spec, work, size, weights
+        self.dense = dense
+        self.two_sided, self.total = spec.two_sided and not dense, spec.total and not dense
         self.inputs, self.runs, self.decays = inputs, runs, decays
         b, h, self.groups, self.n, _ = inputs.q.shape
         self.heads, self.m = (b, h), inputs.k.shape[2]
@@ -104,7 +107,9 @@ class Rows:
     def _tile(self, first: int, last: int) -> Tile:
         near, causal = self.spec.near, self.spec.causal
         low, high, width = first, last, self.groups * (last - first)
-        if self.spec.total:
+        if self.dense:
+            low, high = 0, last if causal else self.m
+        elif self.total:
             low = high = self.m
         elif near is not None:
             low = max(0, (first // near - 1) * near)

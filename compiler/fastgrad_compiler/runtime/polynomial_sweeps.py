@@ -46,7 +46,7 @@ def forward_rows(rows: Rows, saved: Saved) -> None:
     """Write out, the denominator and, with a near field, the maximum of some rows."""
     spec = rows.spec
     state = rows.sum("state")
-    later = _later_keys(rows, state, saved) if spec.two_sided else None
+    later = _later_keys(rows, state, saved) if rows.two_sided else None
     place = 0
     for tile in rows.tiles:
         rows.absorb(state, place, tile.low, token=tile.low - 1, old=place - 1)
@@ -90,7 +90,7 @@ def _add_later(rows: Rows, tile: Tile, total: Tensor, later: Tensor, denominator
 
 def _add_window(rows: Rows, tile: Tile, features: Features, total: Tensor, maximum: Tensor) -> None:
     """[N, D] of a tile += its window's; of a near field in units of e^maximum, which is written."""
-    if rows.spec.total:
+    if rows.total:
         return
     window = Window(rows, tile, features)
     if rows.spec.near is None:
@@ -111,8 +111,10 @@ def backward_rows(rows: Rows, gradient: Tensor, saved: Saved, gradients: Floats)
     gradient [b, h, G, n, dv]: of out. Of gates the gradient is that of `Decays.sums`.
     """
     state = rows.sum("state")
-    other = rows.sum("other state") if rows.spec.two_sided else None
+    other = rows.sum("other state") if rows.two_sided else None
     _from_the_left(rows, gradient, saved, gradients, state, other)
+    if rows.dense:
+        return
     state.clear()
     if other is not None:
         other.clear()
@@ -147,7 +149,7 @@ def _from_the_left(
         if largest is not None:
             window = Window(rows, tile, features)
             near_gradients(window, upstream, far, largest, query_gradient, gradients)
-        elif not rows.spec.total:
+        elif not rows.total:
             pair_gradients(Window(rows, tile, features), upstream, query_gradient, gradients)
         store_tokens(query_gradient, gradients.q[tile.here])
     if queries is not None:

@@ -45,11 +45,12 @@ def polynomial_tangent(spec: KernelSpec) -> Any:
         tangents: Sequence[Any], inputs: Sequence[Any], saved: Sequence[Tensor], exact_below: int
     ) -> Tensor:
         out, denominator, maximum = saved
-        if max(inputs[0].shape[2], inputs[1].shape[2]) < exact_below:
+        short = max(inputs[0].shape[2], inputs[1].shape[2]) < exact_below
+        if short and not spec.own:
             return exact_tangent(
                 tangents, inputs, out, denominator, spec.scale, spec.causal, spec.near or 0, 0
             )
-        return _tangent(spec, tangents, inputs, out, denominator, maximum)
+        return _tangent(spec, tangents, inputs, out, denominator, maximum, short)
 
     sight = Sight(spec.causal, degree=spec.degree)
     return guarded_tangent(selective_tangent(run, sight), spec.scale, spec.causal, spec.near or 0)
@@ -62,13 +63,14 @@ def _tangent(
     out: Tensor,
     denominator: Tensor,
     maximum: Tensor,
+    dense: bool,
 ) -> Tensor:
-    """The tangent of out [B, H, n, dv], from those of the floating inputs."""
+    """The tangent of out [B, H, n, dv], from those of the floating inputs; dense: all pairs are met one by one."""
     q, k, v, near_q, near_k, log_gate, mask, documents = inputs
     dtype = torch.float64 if spec.precision == "float64" else compute_dtype(q, k, v)
     heads, groups = k.shape[1], q.shape[1] // k.shape[1]
-    rank, width = spec.rank, v.shape[-1] + 1
-    window = (TILE + 3 * (spec.near or 0)) * (2 if spec.forget else 1)
+    rank, width = 0 if dense else spec.rank, v.shape[-1] + 1
+    window = (k.shape[2] if dense else TILE + 3 * (spec.near or 0)) * (2 if spec.forget else 1)
     tile, row_bytes = plan_tiles(
         TILE, groups, 2 * window, 6 * rank + 6 * width, 6 * rank * width, dtype.itemsize
     )
@@ -93,6 +95,7 @@ def _tangent(
         total = _Rows(
             spec,
             tile,
+            dense,
             (by_key_head(q)[rows].to(dtype), by_key_head(tangents[0])[rows].to(dtype)),
             (k[rows].to(dtype), tangents[1][rows].to(dtype)),
             (v[rows].to(dtype), tangents[2][rows].to(dtype)),
@@ -150,6 +153,7 @@ class _Rows:
 
     spec: KernelSpec
     tile: int
+    dense: bool  # each window is all that a query may see
     q: Pair
     k: Pair
     v: Pair
@@ -175,8 +179,9 @@ class _Rows:
         q, v = self.q[0], self.v[0]
         total = q.new_zeros((*q.shape[:-1], v.shape[-1] + 1))
         windows = list(self._windows())
-        self._add_earlier(total, windows)
-        if self.spec.two_sided:
+        if not self.dense:
+            self._add_earlier(total, windows)
+        if self.spec.two_sided and not self.dense:
             self._add_later(total, windows)
         if self.maximum is not None:
             total *= far_decay(self.maximum).unsqueeze(-1)
@@ -213,7 +218,9 @@ class _Rows:
         for first in range(0, n, self.tile):
             last = min(first + self.tile, n)
             low, high = first, last
-            if near:
+            if self.dense:
+                low, high = 0, m
+            elif near:
                 low, high = (first // near - 1) * near, ((last - 1) // near + 2) * near
             elif self.spec.total:
                 low = high = m
