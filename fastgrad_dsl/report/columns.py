@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastgrad_dsl.documents.report import Exact, Head, Kind, Report, ReportedAttention
-from fastgrad_dsl.report.words import SOURCES, bound, decision, number
+from fastgrad_dsl.report.words import SOURCES, bound, decision, keys_used, number, number_of_keys, share
 
 GROUPS = (
     ("", 7),
@@ -62,6 +62,21 @@ def attention_rows(report: Report) -> list[Row]:
             tuple(tuple(column.head(head) for column in COLUMNS) for head in entry.per_head or ()),
         )
         for entry in report.attentions
+    ]
+
+
+def weight_rows(report: Report) -> list[dict[str, str]]:
+    """What the weights of each attention can be and are, by heading; empty where nothing is known of any."""
+    known = [e for e in report.attentions if not (e.largest_share is None and e.spread is None)]
+    return [
+        {
+            "attention": entry.path,
+            "largest share (bound)": share(entry.largest_share),
+            "keys seen": number_of_keys(entry.spread.visible if entry.spread else None),
+            "keys used (measured)": keys_used(entry.spread.planned if entry.spread else None),
+            "used by exact (measured)": keys_used(entry.spread.exact if entry.spread else None),
+        }
+        for entry in known
     ]
 
 
