@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # `check` starts without msgspec
 
 VACUOUS = 1.0  # a proved relative error of 1 and more says nothing: 0 as an output would do as well
 ONE_BATCH = "one batch"  # how a calibration says that nothing was held out
+NO_ERROR = "no approximation error at all: every attention runs as the file defines it"
 SOURCES = {
     "program": "proved from the program",
     "weights": "proved from the weights",

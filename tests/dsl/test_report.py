@@ -127,7 +127,11 @@ def test_headline_by_what_is_known() -> None:
     report = compiled.report(calibration=missed)
     assert report["headline"]["verdict"]["state"] == "missed"
     assert report["warnings"][0]["kind"] == "budget"
-    assert fg.compile(text("return softmax(x @ x.T) @ x")).report()["headline"]["verdict"]["state"] == "exact"
+    verdict = fg.compile(text("return softmax(x @ x.T) @ x")).report()["headline"]["verdict"]
+    assert verdict == {"state": "exact", "text": "Nothing is approximated: every attention is exact."}
+    said = "No approximation error at all: every attention runs as the file defines it."
+    assert small("based").report()["headline"]["verdict"] == {"state": "exact", "text": said}
+    assert f'<p class="verdict exact">{said}</p>' in render_html(small("based").report())
 
 
 def test_prediction_at_the_longest_length() -> None:
