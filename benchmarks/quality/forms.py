@@ -86,9 +86,10 @@ FORMS: dict[str, Attention] = {
     "1 + s + s^2/2, short convolution": Attention(_own(16, TAYLOR), 16, 2),
     "mixer": Attention(f"{MIXER})", 16, 2),
     "mixer, forget": Attention(f"{MIXER}, forget = true)", 16, 2),
-    "mixer, rotary": Attention(_own(16, TAYLOR, NEAR + ROTARY), 16, 2),
-    "mixer of s^2": Attention(_own(16, SQUARE, NEAR), 16, 2),
-    "mixer of s^4, d 8": Attention(_own(8, FOURTH, NEAR), 8, 4),
+    "mixer, no positions": Attention(f"{MIXER}, rope = none)", 16, 2),
+    "mixer, rotary throughout": Attention(_own(16, TAYLOR, NEAR + ROTARY), 16, 2),
+    "mixer of s^2": Attention(f"{MIXER}, coefficients = {SQUARE})", 16, 2),
+    "mixer of s^4, d 8": Attention(f"{MIXER}, qk_dim = 8, coefficients = {FOURTH})", 8, 4),
 }
 
 

@@ -9,7 +9,17 @@ from fastgrad_dsl.documents.pairs import WHATS, What, of
 from fastgrad_dsl.documents.plan import is_approximated
 from fastgrad_dsl.documents.report import Kind, Report
 from fastgrad_dsl.documents.report import ReportedAttention as Entry
-from fastgrad_dsl.report.words import bound, factor, family, number
+from fastgrad_dsl.report.words import (
+    KEYS_USED,
+    LARGEST_SHARE,
+    bound,
+    factor,
+    family,
+    keys_used,
+    number,
+    number_of_keys,
+    share,
+)
 
 KINDS: tuple[Kind, ...] = ("measured", "estimate", "bound")  # of errors, the best first
 
@@ -17,12 +27,22 @@ Made = tuple[Column, Callable[[Entry], str]]
 
 NAME: Made = (Column("attention", is_number=False), lambda entry: entry.path)
 EPS: Made = (Column("eps\nbound"), lambda entry: number(entry.eps))
+SHARE: Made = (Column("largest\nshare\nbound"), lambda entry: share(entry.largest_share))
 PLAN: tuple[Made, ...] = (
     (Column("rank"), lambda entry: number(entry.rank)),
     (Column("R"), lambda entry: number(entry.bound)),
+    SHARE,
     EPS,
     (Column("rounding\nbound"), lambda entry: number(entry.rounding.weights if entry.rounding else None)),
     (Column("exact\nbelow"), lambda entry: number(entry.break_even if is_approximated(entry) else None)),
+)
+SPREAD: tuple[Made, ...] = (
+    (Column("keys\nseen"), lambda entry: number_of_keys(entry.spread.visible if entry.spread else None)),
+    (Column("keys\nused\nmeasured"), lambda entry: keys_used(entry.spread.planned if entry.spread else None)),
+    (
+        Column("used\nby exact\nmeasured"),
+        lambda entry: keys_used(entry.spread.exact if entry.spread else None),
+    ),
 )
 
 
@@ -36,7 +56,8 @@ def report_table(report: Report, *, wide: bool = False) -> tuple[list[Column], l
     if not wide:
         known = list({what: (what, kind) for what, kind in reversed(known)}.values())[::-1]
     errors = [_error(what, kind) for what, kind in known]
-    middle = [*PLAN, *errors] if wide else errors or [EPS]
+    spread = SPREAD if any(entry.spread for entry in report.attentions) else ()
+    middle = [*PLAN, *errors, *spread] if wide else errors or [EPS]
     made = [NAME, (Column("decision", is_number=False), _decision), *middle, _speed(report)]
     rows = [[cell(entry) for _, cell in made] for entry in report.attentions]
     return [column for column, _ in made], rows, _legend(report, {kind for _, kind in known}, wide=wide)
@@ -60,10 +81,14 @@ def _legend(report: Report, kinds: set[str], *, wide: bool) -> list[str]:
         f"relative L2 errors, smaller is better; {'; '.join(said[kind] for kind in KINDS if kind in kinds)}"
     ]
     eps = ["eps: the largest relative error of a weight (bound)"] if wide or not kinds else []
+    most = [LARGEST_SHARE] if wide else []
+    used = [KEYS_USED] if wide and any(entry.spread for entry in report.attentions) else []
     speed = "times as fast: as exact attention at the longest lengths, forward and backward (estimate)"
     return [
         *(found if kinds else []),
         *eps,
+        *most,
+        *used,
         speed,
         *([] if wide else ["`fastgrad report --wide` shows all that is known of each"]),
     ]

@@ -16,7 +16,7 @@ from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.planning.selectivity import averages
 from fastgrad_dsl.commands.tables import print_table, say
 from fastgrad_dsl.documents.pairs import WHATS, of
-from fastgrad_dsl.report.words import as_exact, counted, family, folded, run_on, size, verified_on
+from fastgrad_dsl.report.words import NO_ERROR, as_exact, counted, family, folded, run_on, size, verified_on
 from fastgrad_grammar import quote
 
 if TYPE_CHECKING:  # `check` starts without msgspec
@@ -60,7 +60,10 @@ def print_plan(program: Program, file: str) -> None:
     """What each attention will be and why; equal ones of a repeat are folded. Then the forget gates that are none's."""
     out = console()
     table = attention_table(program)
-    say(out, f"{file}: model {program.name}, {counted(len(table), 'attention')}")
+    said = f"{file}: model {program.name}, {counted(len(table), 'attention')}"
+    served = [entry.attention for entry in table if entry.attention.is_polynomial]
+    own = bool(served) and all(attention.is_own for attention in served)
+    say(out, f"{said}, {NO_ERROR}" if own else said)
     rows: dict[tuple[str, str, str, str], list[str]] = {}
     lengths = Lengths(program)
     for entry in table:
@@ -111,7 +114,8 @@ def print_report(report: Report, *, wide: bool = False) -> None:
     wide: all that is known of each attention, in place of what is asked most: decision, errors and time.
     """
     out = console()
-    say(out, f"model {report.model} ({report.source})", style="bold")
+    said, verdict = f"model {report.model} ({report.source})", report.headline.verdict
+    say(out, f"{said}: {verdict.text}" if verdict.state == "exact" else said, style="bold")
     _print_headline(out, report)
     for warning in report.warnings:
         say(out, f"warning: {warning.text}", style="yellow")
@@ -129,7 +133,8 @@ def print_report(report: Report, *, wide: bool = False) -> None:
 def _print_headline(out: Console, report: Report) -> None:
     """Verdict, use of the budget, the batch and what was measured of it, predicted time and memory."""
     headline = report.headline
-    say(out, headline.verdict.text, style=VERDICTS.get(headline.verdict.state, "bold"))
+    if headline.verdict.state != "exact":  # which the first line says
+        say(out, headline.verdict.text, style=VERDICTS.get(headline.verdict.state, "bold"))
     for what in WHATS:
         say(out, f"{what}: {of(headline, what).words}", indent=2)
     say(out, run_on(report))

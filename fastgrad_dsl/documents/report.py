@@ -13,6 +13,7 @@ from fastgrad_dsl.documents.plan import Attention, Budget, Dim
 Paths = Annotated[tuple[str, ...], Meta(min_length=1)]
 Kind = Literal["bound", "estimate", "measured"]
 State = Literal["exact", "unlimited", "kept", "missed", "likely", "unlikely", "open"]
+Share = Annotated[float, Meta(ge=0, le=1)]
 Exact = Literal["output", "dq", "dk", "dv", "gradient"]
 
 
@@ -62,9 +63,34 @@ class Head(Document, frozen=True):
     output: Errors
 
 
-class ReportedAttention(Attention, frozen=True):
-    """What plan.json says of it, its errors, its files in `code`, and its places in the lists that attentions share."""
+class Entropy(Document, frozen=True):
+    """Of a row of weights, in `nats`, and e^entropy, the number of `keys` that it is with equal weights: means."""
 
+    nats: Part
+    keys: Part
+
+
+class Spread(Document, frozen=True):
+    """How an attention spreads its weight, measured on the batch: means over the rows that see a key, of all heads.
+
+    `visible`: keys that a row sees. `planned` as the plan has it, `exact` in the exact model; None where a weight is
+    negative or all of a row are 0.
+    """
+
+    visible: Part
+    planned: Entropy | None
+    exact: Entropy | None
+
+
+class ReportedAttention(Attention, frozen=True):
+    """What plan.json says of it, its errors, its files in `code`, and its places in the lists that attentions share.
+
+    `largest_share`: a bound of the share of a row's weight that one key gets beyond a near field, where a query sees
+    all keys at the longest lengths; None where nothing bounds it.
+    """
+
+    largest_share: Share | None
+    spread: Spread | None
     errors: LocalErrors
     exact_zero: tuple[Exact, ...]
     per_head: tuple[Head, ...] | None
@@ -333,7 +359,7 @@ class Warned(Document, frozen=True):
 class Report(Document, frozen=True):
     """The error-budget report of a compiled model. See docs/report.md."""
 
-    format: Literal["fastgrad-report-4"]
+    format: Literal["fastgrad-report-5"]
     model: str
     source: str
     target: str

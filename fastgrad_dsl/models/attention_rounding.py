@@ -16,11 +16,11 @@ from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import BACKENDS
 from fastgrad_dsl.documents import plan
 from fastgrad_dsl.documents.base import finite, picked
-from fastgrad_dsl.documents.plan import Approximated
+from fastgrad_dsl.documents.plan import Approximated, Polynomial
 
 
-def spec_of(entry: Approximated) -> KernelSpec:
-    """The kernel that serves an attention of a plan by a polynomial, as far as rounding depends on it."""
+def spec_of(entry: Polynomial) -> KernelSpec:
+    """The kernel that serves an attention of a plan by a polynomial, as far as weights and rounding depend on it."""
     return KernelSpec(
         d=entry.d,
         dv=entry.dv,

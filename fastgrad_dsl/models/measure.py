@@ -26,10 +26,11 @@ from fastgrad_compiler.approximation.certificates import (
     value_gradient_rounding,
 )
 from fastgrad_compiler.approximation.rounding import EXACT, UNITS, Rounding, Run, Sizes, rounding
-from fastgrad_compiler.runtime.attention_op import INPUTS
+from fastgrad_compiler.runtime.attention_op import INPUTS, Inputs
 from fastgrad_compiler.runtime.guard import BudgetViolation
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
+from fastgrad_dsl.models.spread import Spread, clamped, spread_of
 from fastgrad_grammar.diagnostics import TfgError
 
 ALWAYS_EXACT = 2**62  # as `exact_below`: every length is below it
@@ -44,7 +45,8 @@ class Served:
     """What is known of a polynomial attention before any data: its path, eps, eps' and the logits' scale.
 
     `own`: the polynomial is the model's own. It stands in for nothing: it is run, and not compared with softmax.
-    `bound` is R; `spec` is the kernel and `backends` the target's, for the bound of rounding: without it none is added.
+    `bound` is R; `spec` is the kernel and `backends` the target's, for the bound of rounding and for its weights:
+    without it nothing is added, and how they spread is not known.
     """
 
     path: str
@@ -120,11 +122,20 @@ class AttentionErrors:
 
 
 @dataclass(frozen=True)
+class Spreads:
+    """How an attention spreads its weight in the compiled model and in the exact one; None where no row sees a key."""
+
+    planned: Spread | None
+    exact: Spread | None
+
+
+@dataclass(frozen=True)
 class ModelErrors:
     """Relative L2 errors of the whole model on a batch against the exact model with the same weights.
 
     The estimates add up the effects of the attentions (first order, no cancellation assumed). `loss` is the
-    compiled model's and `exact_loss` the exact one's (None without an objective).
+    compiled model's and `exact_loss` the exact one's (None without an objective). `spreads`: by path, of the attentions
+    that a polynomial serves, the model's own among them.
     """
 
     output: float
@@ -135,6 +146,7 @@ class ModelErrors:
     exact_loss: float | None
     weight_gradients: Mapping[str, float]
     attentions: tuple[AttentionErrors, ...]
+    spreads: Mapping[str, Spreads]
 
 
 @dataclass
@@ -147,6 +159,7 @@ class _Call:
         default_factory=lambda: dict.fromkeys(("output", *GRADIENTS), Local(0.0, 0.0))
     )
     heads: tuple[HeadErrors, ...] = ()
+    spread: Spread | None = None
 
 
 @dataclass
@@ -156,6 +169,7 @@ class _Attentions(TorchDispatchMode):
     exact: frozenset[int] = frozenset()
     at_any_length: frozenset[int] = frozenset()  # whose polynomials serve below their break-even length too
     compare: Sequence[Served] = ()
+    weigh: Sequence[Served] = ()
     calls: list[_Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -190,6 +204,11 @@ class _Attentions(TorchDispatchMode):
             bounds = _output_bounds(served, inputs, reference)
             call.local["output"] = _local(result[0], reference, bounds)
             call.heads = _heads(served, inputs, result[0], reference, bounds)
+        if self.weigh and (spec := self.weigh[index].spec) is not None:
+            given, flag = Inputs(*inputs), result[-1]
+            is_exact = max(given.q.shape[2], given.k.shape[2]) < below or bool(flag.numel() and flag)
+            given = given if is_exact else clamped(given, spec, guard)
+            call.spread = spread_of(given, spec, exact=is_exact)
         return result
 
     def _limit(self, index: int, exact_below: int) -> int:
@@ -236,11 +255,12 @@ def measure_errors(
     approximated = [index for index, attention in enumerate(served) if not attention.own]
     progress("the compiled model")
     anywhere = frozenset(approximated) if at_any_length else frozenset()
-    watched = _Attentions(at_any_length=anywhere, compare=served)
+    watched = _Attentions(at_any_length=anywhere, compare=served, weigh=served)
     run = partial(_pass, model, inputs, targets, objective)
     found = run(watched)
     progress("the exact model")
-    exact = run(_Attentions(exact=frozenset(approximated)))
+    reference = _Attentions(exact=frozenset(approximated), weigh=served)
+    exact = run(reference)
     _check(exact, found)
     attentions = []
     for index in approximated:
@@ -260,6 +280,10 @@ def measure_errors(
             name: relative_error(each, exact.gradients[name]) for name, each in found.gradients.items()
         },
         attentions=tuple(attentions),
+        spreads={
+            each.path: Spreads(planned.spread, other.spread)
+            for each, planned, other in zip(served, watched.calls, reference.calls, strict=True)
+        },
     )
 
 

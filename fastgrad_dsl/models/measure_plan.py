@@ -29,7 +29,7 @@ def measure_plan(
             entry.scale,
             own=not isinstance(entry, Approximated),
             bound=entry.bound or 0.0,
-            spec=spec_of(entry) if isinstance(entry, Approximated) else None,
+            spec=spec_of(entry),
             backends=BACKENDS[plan.target],
         )
         for entry in plan.attentions

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastgrad_dsl.documents.report import Exact, Head, Kind, Report, ReportedAttention
-from fastgrad_dsl.report.words import SOURCES, bound, decision, number
+from fastgrad_dsl.documents.report import Exact, Head, Kind, Report, ReportedAttention, Spread
+from fastgrad_dsl.report.words import (
+    SOURCES,
+    bound,
+    decision,
+    folded,
+    keys_used,
+    number,
+    number_of_keys,
+    share,
+)
 
 GROUPS = (
     ("", 7),
@@ -62,6 +71,27 @@ def attention_rows(report: Report) -> list[Row]:
             tuple(tuple(column.head(head) for column in COLUMNS) for head in entry.per_head or ()),
         )
         for entry in report.attentions
+    ]
+
+
+def weight_rows(report: Report) -> list[dict[str, str]]:
+    """What the weights of attentions can be and are, by heading; those of which it is the same have a row together.
+
+    Attentions of which nothing is known have none.
+    """
+    known: dict[tuple[float | None, Spread | None], list[str]] = {}
+    for entry in report.attentions:
+        if entry.largest_share is not None or entry.spread is not None:
+            known.setdefault((entry.largest_share, entry.spread), []).append(entry.path)
+    return [
+        {
+            "attention": folded(paths),
+            "largest share (bound)": share(most),
+            "keys seen": number_of_keys(spread.visible if spread else None),
+            "keys used (measured)": keys_used(spread.planned if spread else None),
+            "used by exact (measured)": keys_used(spread.exact if spread else None),
+        }
+        for (most, spread), paths in known.items()
     ]
 
 

@@ -26,6 +26,7 @@ from fastgrad_dsl.report.headline import headline, summary, waterfall
 from fastgrad_dsl.report.prediction import cost_curve, cost_key, pace_of, predict
 from fastgrad_dsl.report.reproduce import reproduce
 from fastgrad_dsl.report.sources import annotated_spec, kernel_code
+from fastgrad_dsl.report.weights import largest_share_of, spread_of
 
 if TYPE_CHECKING:
     from fastgrad_dsl.models.measure import ModelErrors
@@ -78,6 +79,8 @@ def build_report(
         attentions.append(
             ReportedAttention(
                 **asdict(entry),
+                largest_share=largest_share_of(entry, sizes),
+                spread=spread_of(entry, errors),
                 errors=attention_errors(entry, found, estimated),
                 exact_zero=exact_zero(found),
                 per_head=heads_of(entry, found, own),

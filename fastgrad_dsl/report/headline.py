@@ -25,7 +25,7 @@ from fastgrad_dsl.documents.report import (
     Waterfalls,
     WholeErrors,
 )
-from fastgrad_dsl.report.words import number, percent, sample, verified_on
+from fastgrad_dsl.report.words import NO_ERROR, number, percent, sample, verified_on
 
 EFFECTS = "how far the model moves when this attention alone is made exact"
 CALIBRATED = "what the calibration expects of each attention"
@@ -147,9 +147,9 @@ def _verdict(plan: Plan, use: Mapping[str, Use]) -> Verdict:
     """`state`: exact, unlimited, kept, missed, likely, unlikely or open; and `text`."""
     if not any(map(is_approximated, plan.attentions)):
         own = any(entry.decision == "polynomial" for entry in plan.attentions)
-        every = "runs as the file defines it" if own else "is exact"
-        why = f"every attention {every}" if plan.attentions else "no attentions"
-        return Verdict("exact", f"Nothing is approximated: {why}.")
+        every = "every attention is exact" if plan.attentions else "no attentions"
+        said = NO_ERROR if own else f"nothing is approximated: {every}"
+        return Verdict("exact", f"{said[0].upper()}{said[1:]}.")
     limited = {what: each for what, each in use.items() if each.limit is not None}
     if not limited:
         return Verdict("unlimited", "The file sets no budget, so none can be missed.")

@@ -14,7 +14,7 @@ from msgspec.structs import asdict
 from fastgrad_dsl.documents.pairs import WHATS, of
 from fastgrad_dsl.documents.report import Report, Spec
 from fastgrad_dsl.report import figures, words
-from fastgrad_dsl.report.columns import COLUMNS, GROUPS, attention_rows, column_labels
+from fastgrad_dsl.report.columns import COLUMNS, GROUPS, attention_rows, column_labels, weight_rows
 from fastgrad_dsl.report.entries import calibration_of
 from fastgrad_grammar import quote
 
@@ -37,6 +37,7 @@ def render_html(report: Report) -> str:
         columns=COLUMNS,
         labels=column_labels(),
         rows=attention_rows(report),
+        weights=weight_rows(report),
         remarks=_remarks(report.spec),
         waterfalls=[
             (what, figures.waterfall(what, each), each.basis)

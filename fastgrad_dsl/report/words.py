@@ -10,10 +10,11 @@ from fastgrad_compiler.attention.value import OWN
 if TYPE_CHECKING:  # `check` starts without msgspec
     from fastgrad_dsl.documents.calibration import Calibration, Verification
     from fastgrad_dsl.documents.plan import Attention
-    from fastgrad_dsl.documents.report import Report, ServedPace
+    from fastgrad_dsl.documents.report import Entropy, Report, ServedPace
 
 VACUOUS = 1.0  # a proved relative error of 1 and more says nothing: 0 as an output would do as well
 ONE_BATCH = "one batch"  # how a calibration says that nothing was held out
+NO_ERROR = "no approximation error at all: every attention runs as the file defines it"
 SOURCES = {
     "program": "proved from the program",
     "weights": "proved from the weights",
@@ -21,6 +22,14 @@ SOURCES = {
     "asserted": "asserted, not proved",
 }
 """Where R comes from, in words."""
+LARGEST_SHARE = (
+    "largest share: the most that one key beyond a near field gets of a row's weight, where a query sees all keys at "
+    "the longest lengths (bound)"
+)
+KEYS_USED = (
+    "keys used: e^entropy of a row's weights, the number of keys that it is with equal weights, beside the keys that a "
+    "row sees; means on this batch"
+)
 
 
 def number(value: float | None) -> str:
@@ -45,6 +54,23 @@ def percent(share: float) -> str:
 def factor(value: float) -> str:
     """A factor, as in `31` and `1.7`."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def share(known: float | None) -> str:
+    """A share as `percent`; `-` for what is not known."""
+    return "-" if known is None else percent(known)
+
+
+def number_of_keys(count: float | None) -> str:
+    """A mean number of keys, as in `7.5` and `1,024`; `-` for what is not known."""
+    if count is None:
+        return "-"
+    return f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
+
+
+def keys_used(found: Entropy | None) -> str:
+    """To how many keys with equal weights a row comes."""
+    return number_of_keys(found.keys if found else None)
 
 
 def times(value: float) -> str:

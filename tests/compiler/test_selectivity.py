@@ -8,7 +8,8 @@ import torch
 from fastgrad_compiler.attention.table import Lengths, attention_table
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.pipeline import run
-from fastgrad_compiler.planning.selectivity import averages, largest_share, least_bound
+from fastgrad_compiler.planning.selectivity import averages, far_keys, largest_share, least_bound
+from fastgrad_compiler.reference.attention_torch import near_mask
 from fastgrad_grammar.source import Source
 
 MODEL = """use std
@@ -39,6 +40,29 @@ def test_the_bound_for_a_share() -> None:
     assert least_bound(0.5, 1) == least_bound(0.01, 3) == 0.0
 
 
+def test_no_far_key_gets_more_whatever_near_ones_are() -> None:
+    """Weights of near keys are anything, and those of a polynomial are off by up to eps."""
+    for causal, near, eps in ((True, 4, 0.0), (False, 3, 0.2), (True, None, 0.5)):
+        n, bound = 24, 1.2
+        count = far_keys(n, near, causal=causal)
+        most = torch.zeros(())
+        for near_size in (0.0, 1e3):
+            logits = torch.full((n, n), -bound)
+            logits[:, 0] = bound
+            weights = logits.exp() * (1 + eps * logits.sign())
+            is_near = near_mask(torch.arange(n), n, near) if near else torch.zeros(n, n).bool()
+            weights = torch.where(is_near, near_size, weights)
+            share = (weights / weights.sum(-1, keepdim=True)).masked_fill(is_near, 0.0)
+            most = torch.maximum(most, share[-1 if causal else slice(None)].max())
+        assert most.item() == pytest.approx(largest_share(bound, count, eps), rel=1e-6)
+    assert (far_keys(24, 4, causal=True), far_keys(24, 8, causal=False), far_keys(7, None, causal=True)) == (
+        16,
+        0,
+        7,
+    )
+    assert largest_share(0.0, 5, eps=1.0) == 1.0
+
+
 @pytest.mark.parametrize(
     ("options", "longest", "attention", "expected"),
     [
@@ -53,6 +77,8 @@ def test_the_bound_for_a_share() -> None:
         (", gain = 1.0", "", "attention", None),
         ("", " <= 2048", "attention", None),
         (", gain = 1.0, window = 8", " <= 2048", "attention", None),
+        (", gain = 1.0, forget = true", " <= 2048", "attention", None),
+        (", gain = 1.0, near = 1024", " <= 2048", "attention", None),
         (", qk_dim = 4", " <= 2048", "kernel_attention", None),
     ],
 )

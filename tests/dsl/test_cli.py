@@ -105,6 +105,25 @@ def test_report_of_a_model_without_inputs(fastgrad: Run) -> None:
     assert "on random inputs, initial weights" in out
 
 
+OWN = "x = x + std.kernel_attention(x; heads = 2, qk_dim = 4, causal = true)"
+
+
+@pytest.mark.parametrize(
+    ("more", "is_own"), [("", True), ("x = x + std.attention(x; heads = 2, gain = 1.0)", False)]
+)
+def test_no_approximation_error_is_the_first_thing_said(fastgrad: Run, more: str, is_own: bool) -> None:
+    """Where all polynomials are the model's own; not where one stands in for exp, or there is none."""
+    budget = 'budget {\n    at "*" degree = 2\n}' if more else ""
+    text = "use std\ndim b\ndim n <= 4096\nmodel own(x: float[b, n, 8]) -> float[b, n, 8] {{\n{}\n{}\nreturn x\n}}\n{}"
+    Path("own.tfg").write_text(text.format(OWN, more, budget.replace("*", "attention*")))
+    first = "no approximation error at all: every attention runs as the file defines it"
+    for command in (("check", "own.tfg"), ("report", "own.tfg", "--no-measure")):
+        status, out, _ = fastgrad(*command)
+        assert status == 0, out
+        assert (first in out.splitlines()[0].replace("No", "no")) == is_own, out
+        assert (first in out.replace("No", "no")) == is_own
+
+
 def test_check_shows_a_near_field(fastgrad: Run) -> None:
     spec = Path("tiny.tfg")
     spec.write_text(SPEC.replace('at "*" degree = 2', 'at "*" degree = 2\n at "layers.0.*" near = 4'))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from functools import cache
-from math import exp
+from math import exp, log
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,10 @@ from msgspec.structs import replace
 import fastgrad_dsl as fg
 from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.planning.cost import PACE, Shape, Way, flops
+from fastgrad_compiler.planning.selectivity import largest_share
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.report import ReportRequest, make_report
+from fastgrad_dsl.commands.report_table import report_table
 from fastgrad_dsl.documents.report import Report
 from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.report.document import build_report
@@ -125,7 +127,11 @@ def test_headline_by_what_is_known() -> None:
     report = compiled.report(calibration=missed)
     assert report["headline"]["verdict"]["state"] == "missed"
     assert report["warnings"][0]["kind"] == "budget"
-    assert fg.compile(text("return softmax(x @ x.T) @ x")).report()["headline"]["verdict"]["state"] == "exact"
+    verdict = fg.compile(text("return softmax(x @ x.T) @ x")).report()["headline"]["verdict"]
+    assert verdict == {"state": "exact", "text": "Nothing is approximated: every attention is exact."}
+    said = "No approximation error at all: every attention runs as the file defines it."
+    assert small("based").report()["headline"]["verdict"] == {"state": "exact", "text": said}
+    assert f'<p class="verdict exact">{said}</p>' in render_html(small("based").report())
 
 
 def test_prediction_at_the_longest_length() -> None:
@@ -181,6 +187,48 @@ def test_errors_of_tensors_and_heads() -> None:
             )  # unit rows: their norms are the whole range
             assert head["least"] < head["largest"]
             assert 0 <= head["outside"] < 0.01
+
+
+def test_what_one_key_can_get() -> None:
+    """At the longest lengths, beyond the near field; nothing is said where weights depend on more than the logits."""
+    report = small("gpt").report()
+    for entry in report.attentions:
+        assert entry.largest_share == largest_share(1.0, 65536 - 2 * 2, entry.eps or 0.0)
+        assert entry.spread is None
+    unlimited = [*small("based").report().attentions, *asserted(0.5, "", "").report().attentions]
+    assert [entry.largest_share is None for entry in unlimited] == [True] * 4 + [False]
+    for option in ("forget = true", "window = 8"):
+        spec = "use std\n" + text(f"return std.attention(x; heads = 2, causal = true, gain = 1.0, {option})")
+        assert fg.compile(spec).report().attentions[0].largest_share is None
+
+
+def test_rows_spread_their_weight_as_measured() -> None:
+    """Of what a polynomial serves, the model's own too; the table and the page show it."""
+    for name in ("gpt", "based"):
+        report = measured(name)
+        columns, rows, legend = report_table(report, wide=True)
+        at = [column.heading for column in columns].index("keys\nseen")
+        for entry, row in zip(report.attentions, rows, strict=True):
+            if entry.decision == "exact":
+                assert entry.spread is None
+                assert row[at : at + 3] == ["-"] * 3
+                continue
+            assert entry.spread is not None
+            assert entry.spread.planned is not None
+            assert entry.spread.exact is not None
+            assert entry.spread.visible == 7.0  # of 13 tokens, causal
+            assert 0 < entry.spread.planned.nats < log(7)
+            assert entry.spread.planned.keys <= 7.0
+            assert entry.spread.planned.keys == pytest.approx(entry.spread.exact.keys, rel=0.02)
+            assert row[at] == "7"
+            assert row[at + 1] == f"{entry.spread.planned.keys:.3g}"
+            assert row[at + 2] == f"{entry.spread.exact.keys:.3g}"
+            assert f'<td data-label="keys used (measured)">{row[at + 1]}</td>' in render_html(report)
+        assert any(line.startswith("keys used: ") for line in legend)
+    assert "Weights of a row" not in render_html(fg.compile(text("return softmax(x @ x.T) @ x")).report())
+    assert not any(
+        line.startswith("keys used: ") for line in report_table(small("gpt").report(), wide=True)[2]
+    )
 
 
 def test_curves_are_the_polynomials() -> None:

@@ -157,7 +157,7 @@ def test_same_report_same_page() -> None:
 def test_a_page_of_many_layers_is_small() -> None:
     compiled = fg.compile(GPT, params={"depth": 24, "d_model": 512, "heads": 16})
     page = render_html(compiled.report(calibration=calibration_of(compiled.plan_document)))
-    assert page.count("<tbody>") == 24
+    assert page.count("<tbody>") == 24 + 1  # the weights of all rows are the same
     assert page.count('class="head"') == 24 * 16
     assert len(page) < LARGEST
 

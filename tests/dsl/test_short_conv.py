@@ -126,6 +126,21 @@ def test_a_later_token_changes_nothing_before_it() -> None:
     torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("width", [1, 33])
+def test_any_width_from_one_on_will_do(width: int) -> None:
+    signature = "model m(x: float[b, n, 3]) -> float[b, n, 3]"
+    text = f"use std\ndim b\ndim n\n{signature} {{\n    return std.short_conv(x; width = {width})\n}}"
+    module = fg.compile(text).module(dtype=torch.float64)
+    ((_, w),) = module.named_parameters()
+    with torch.no_grad():
+        w.copy_(torch.randn(width, 3, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = x.clone()
+    for k in range(width):
+        expected[:, k:] += w[k] * x[:, : 40 - k]
+    torch.testing.assert_close(module(x), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_pytorch_does_to_modules(kind: str) -> None:
     module, given = model(kind, torch.float32), inputs(19)

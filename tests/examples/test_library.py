@@ -46,7 +46,7 @@ USES = {
     "cross_attention": (f"{X}, {MEMORY}", "x, memory; 4"),
     "cross_attention_padded": (f"{X}, {MEMORY}, {MASK.format('m')}", "x, memory, mask; 4, gain = 1.0, bias = true"),
     "kernel_attention": (X, "x; 4, causal = true, near = 2"),
-    "mixer": (X, "x; 4, qk_dim = 3, near = 2"),
+    "mixer": (X, "x; 4, qk_dim = 4, near = 2"),
     "transformer_layer": (X, 'x; 4, 48, causal = true, activation = "relu", rope = 10000.0'),
     "transformer_layer_padded": (f"{X}, {MASK.format('n')}", "x, mask; 4, 48, pre_norm = true"),
     "llama_layer": (X, "x; 4, kv_heads = 2, hidden = 48"),
@@ -253,7 +253,27 @@ KERNEL_OPTIONS = [
     {"causal": True, "near": 2, "rope": 100.0, "gain": 1.5, "coefficients": "fit(minimax, 2, bound = 1.5)"},
     {"forget": True, "gain": 1.0, "coefficients": "fit(taylor, 4, 1.0)"},
     {"near": 2, "forget": True, "causal": True, "coefficients": (0.0, 0.0, 1.0)},
+    {"causal": True, "near": 2, "near_rope": 100.0, "kv_heads": 2},
+    {"causal": True, "near": 2, "near_rope": 100.0, "gain": 2.0},
 ]
+
+
+def test_the_mixer_is_a_convolution_and_a_polynomial_with_positions_nearby() -> None:
+    program = library_model(X, "x; heads = 4, qk_dim = 6, near = 2", "mixer")
+    attention = (
+        "kernel_attention(short_conv(x); heads = 4, qk_dim = 5, causal = true, near = 2, near_rope = 1e4)"
+    )
+    parts = elaborate(
+        Source(
+            "parts",
+            f"use std\ndim b\ndim n\nmodel m({X}) -> float[b, n, 24] {{ return std.{attention} }}".replace(
+                "(short", "(std.short"
+            ),
+        )
+    )
+    weights, x = initial_weights(program, 0, torch.float64), example(X, torch.Generator().manual_seed(0))
+    same = dict(zip(initial_weights(parts), weights.values(), strict=True))
+    torch.testing.assert_close(run(program, [x], weights), run(parts, [x], same), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", KERNEL_OPTIONS, ids=str)
@@ -280,8 +300,12 @@ def test_options_of_kernel_attention(options: dict) -> None:
         family, degree, bound = re.findall(r"[a-z]+(?=,)|[\d.]+", coefficients)
         coefficients = fit(family, int(degree), float(bound)).coefficients
     scale = q.shape[-1] ** -0.5
+    if "gain" in options or "near_rope" in options:  # the near field has free scores, and its own positions
+        near_q, near_k = (
+            rotate(each, options["near_rope"]) if "near_rope" in options else each for each in (q, k)
+        )
+        given |= {"near_q": near_q * scale, "near_k": near_k}
     if "gain" in options:
-        given |= {"near_q": q * scale, "near_k": k}  # the near field has the free scores
         q, k = options["gain"] / scale * functional.normalize(q, dim=-1), functional.normalize(k, dim=-1)
     if "forget" in options:
         own = {path.removeprefix("kernel_attention."): w for path, w in weights.items()}
