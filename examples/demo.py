@@ -40,7 +40,7 @@ MODELS: dict[str, dict[str, object]] = {"gpt": {}, "softmax": {"softmax": True}}
 TEXT = HERE / "data" / "emma.txt"
 MEBIBYTE = 2**20
 TIMED_STEPS = 3
-RECALL = Setting(Task("recall", 256, 32, 128), steps=400)
+RECALL = Setting(Task("recall", 256, 32, 128))
 RECALLED = {"depth": 2, "d_model": 64, "heads": 2, "vocab": 128, "near": 16}
 RATE = 5e-3  # of learning to recall
 

@@ -49,7 +49,7 @@ class Setting:
     heads: int = 2
     near: int = 16
     batch: int = 16
-    steps: int = 400
+    steps: int = 600
     lengths: tuple[int, ...] = ()
 
 

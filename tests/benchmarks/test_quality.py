@@ -107,6 +107,6 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_the_mixer_recalls() -> None:
-    """32 pairs, 400 steps: about a minute of one processor. A far field that can only average recalls a twentieth."""
+    """32 pairs, 600 steps: about a minute of one processor. A far field that can only average recalls a twentieth."""
     setting = SETTINGS["recall of 32 pairs"]
     assert measured(setting, "mixer", 5e-3, seed=0)["tests"][0]["accuracy"] > 0.95
