@@ -40,6 +40,18 @@ the rates that were tried, mean and half the range over seeds. Made from [qualit
 neighbouring blocks. `bounded` has far logits of limited size, which a polynomial replaces (examples/bounded.tfg).
 """
 
+SUMMARY = {  # form: what it is for, and what it costs
+    "mixer": ("a decoder: text, and recall of what stands anywhere before", "the same for each token"),
+    "mixer, forget": ("text alone: what is old fades, and with it what could be recalled", "the same for each token"),
+    "bounded, gain 1, near, rotary": (
+        "where an error against softmax must be proved, and averages of the far past will do", "the same for each token"
+    ),
+    "window of 32, short convolution": ("nothing beyond the window", "the same for each token, the least"),
+    "softmax, short convolution": ("the most exact recall; short sequences", "grows with the length"),
+    "softmax": ("what others use", "grows with the length"),
+}  # fmt: skip
+SHOWN = ("recall of 32 pairs", "language of 2,048 bytes")
+
 Document = Mapping[str, Any]
 Run = Mapping[str, Any]
 
@@ -106,7 +118,27 @@ def page(document: Document) -> str:
         for form in dict.fromkeys(run["form"] for run in runs if run["task"] == task):
             parts.append(_row(task, form, best(runs, task, form)))
         parts += _tried(runs, task)
+    parts += _summary(runs)
     return "\n".join(parts) + "\n"
+
+
+def _summary(runs: Sequence[Run]) -> list[str]:
+    """The table for a reader in a hurry."""
+    columns = [task for task in SHOWN if any(run["task"] == task for run in runs)]
+    lines = ["\n## In short: which form for which need\n", f"| form | for | cost | {' | '.join(columns)} |"]
+    lines.append("| --- | --- | --- |" + " ---: |" * len(columns))
+    for form, words in SUMMARY.items():
+        found = [best(runs, task, form) for task in columns]
+        if any(found):
+            cells = [
+                f"{_mean(task, mine):.3f}" if mine else "-" for task, mine in zip(columns, found, strict=True)
+            ]
+            lines.append(f"| {' | '.join((form, *words, *cells))} |")
+    return lines
+
+
+def _mean(task: str, runs: Sequence[Run]) -> float:
+    return statistics.mean(score(task, run["tests"][0]) for run in runs)
 
 
 def _tried(runs: Sequence[Run], task: str) -> list[str]:
