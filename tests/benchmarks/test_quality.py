@@ -108,14 +108,27 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 def test_losses_of_text_are_drawn_against_seconds(tmp_path: Path) -> None:
     runs_ = [
         {
-            "task": "language of 2,048 bytes", "form": form, "rate": 0.003, "seed": seed, "seconds": 9.0, "state_bytes": 2048,
-            "tests": [{"n": 2048, "loss": loss + 0.02 * seed, "accuracy": 0.5, "quarters": [3.0, 2.5, 2.5, loss - 0.1]}],
+            "task": "language of 2,048 bytes",
+            "form": form,
+            "rate": 0.003,
+            "seed": seed,
+            "seconds": 9.0,
+            "state_bytes": 2048,
+            "tests": [
+                {
+                    "n": 2048,
+                    "loss": loss + 0.02 * seed,
+                    "accuracy": 0.5,
+                    "quarters": [3.0, 2.5, 2.5, loss - 0.1],
+                }
+            ],
             "curve": [[1, 1.0, 4.0], [2, 5.0, 3.0], [3, 9.0, loss]],
         }
-        for form, loss in (("softmax", 2.2), ("mixer", 2.1)) for seed in (0, 1)
-    ]  # fmt: skip
+        for form, loss in (("softmax", 2.2), ("mixer", 2.1))
+        for seed in (0, 1)
+    ]
     found = page.render({"runs": runs_})
-    assert "| mixer | 2.110 ± 0.010 | 2.000 | 0.003 | 2 | 2 KB | 9 s |" in found[page.PAGE]
+    assert "| mixer | 2.110 ± 0.010 | 2.000 ± 0.000 | 0.003 | 2 | 2 KB | 9 s |" in found[page.PAGE]
     assert "(quality-2048.svg)" in found[page.PAGE]
     assert "mixer 2.100 after 9 s" in found["docs/quality-2048.svg"]
 
