@@ -91,6 +91,18 @@ FORMS: dict[str, Attention] = {
     "mixer of s^2": Attention(f"{MIXER}, coefficients = {SQUARE})", 16, 2),
     "mixer of s^4, d 8": Attention(f"{MIXER}, qk_dim = 8, coefficients = {FOURTH})", 8, 4),
 }
+HYBRIDS = {  # layers in turn, from the first on
+    "window of 32 and mixer in turn": ("window of 32, short convolution", "mixer"),
+    "mixer, every second layer softmax": ("mixer", "softmax, short convolution"),
+    "mixer, every fourth layer softmax": (*["mixer"] * 3, "softmax, short convolution"),
+}
+NAMES = (*FORMS, *HYBRIDS)
+
+
+def layers(form: str, count: int) -> tuple[Attention, ...]:
+    """The attention of each layer of a model."""
+    names = HYBRIDS.get(form, (form,))
+    return tuple(FORMS[names[i % len(names)]] for i in range(count))
 
 
 def text(

@@ -32,7 +32,7 @@ the rates that were tried, mean and half the range over seeds. Made from [qualit
   training and at longer ones.
 * **language**: bytes of the novel that the examples train on; cross entropy on its last tenth, of the whole and of the
   last quarter of a sequence, which has the most to look back on.
-* **state**: bytes that a layer keeps to go on, for the length of training, in float32: the sums of a polynomial, or
+* **state**: bytes that a layer keeps (the mean) to go on, for the length of training, in float32: the sums of a polynomial, or
   keys and values.
 * **training**: seconds of one thread of {cpu}.
 

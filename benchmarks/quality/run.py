@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 import fastgrad_dsl as fg
 from benchmarks.quality import page
-from benchmarks.quality.forms import FORMS, text
+from benchmarks.quality.forms import NAMES, layers, text
 from benchmarks.quality.tasks import IGNORED, Task, oracle_loss
 from benchmarks.settings import ROOT, say
 from fastgrad_dsl.bench.machine import describe_machine
@@ -80,7 +80,7 @@ def model_of(setting: Setting, form: str, seed: int) -> nn.Module:
     """The module of a form, with initial weights of a seed."""
     longest = max(65_536, setting.task.n)
     spec = text(
-        (FORMS[form],) * setting.layers,
+        layers(form, setting.layers),
         vocabulary=setting.task.vocabulary,
         width=setting.width,
         heads=setting.heads,
@@ -111,7 +111,11 @@ def measured(setting: Setting, form: str, rate: float, seed: int) -> dict[str, A
     model = model_of(setting, form, seed)
     curve = list(train(model, setting, rate, seed))
     tests = [assess(model, setting, n) for n in setting.lengths or (setting.task.n,)]
-    state = FORMS[form].state_bytes(setting.task.n, setting.heads, setting.width, setting.near)
+    of_layers = [
+        each.state_bytes(setting.task.n, setting.heads, setting.width, setting.near)
+        for each in layers(form, setting.layers)
+    ]
+    state = sum(of_layers) // setting.layers
     return {"seconds": curve[-1][1], "state_bytes": state, "tests": tests, "curve": curve}
 
 
@@ -199,7 +203,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", action="append", choices=SETTINGS, help="all by default")
-    parser.add_argument("--form", action="append", choices=FORMS, help="all by default")
+    parser.add_argument("--form", action="append", choices=NAMES, help="all by default")
     parser.add_argument("--rate", action="append", type=float, help="three by default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=math.inf)
@@ -207,7 +211,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see whether it works")
     options = parser.parse_args()
     settings = QUICK if options.quick else SETTINGS
-    wanted = runs(options.task or [*SETTINGS], options.form or [*FORMS], options.seeds, options.rate or RATES)
+    wanted = runs(options.task or [*SETTINGS], options.form or [*NAMES], options.seeds, options.rate or RATES)
     torch.set_num_threads(1)
     document = measure(options.json, settings, wanted, time.monotonic() + 60 * options.minutes)
     if options.json == ROOT / page.JSON:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.quality import page, run
-from benchmarks.quality.forms import FORMS, text
+from benchmarks.quality.forms import FORMS, NAMES, layers, text
 from benchmarks.quality.run import QUICK, SETTINGS, measure, measured, rate_at, runs
 from benchmarks.quality.tasks import IGNORED, STATES, Task, chains, oracle_loss
 
@@ -75,11 +75,11 @@ def test_state_bytes() -> None:
     assert FORMS["1 + s + s^2/2, near"].state_bytes(100, 2, 64, 16) == 4 * 2 * (153 * 33 + 32 * 48)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", NAMES)
 def test_forms_are_models(form: str) -> None:
     import fastgrad_dsl as fg
 
-    spec = text((FORMS[form],), vocabulary=16, width=8, heads=1, near=2, longest=65_536)
+    spec = text(layers(form, 2), vocabulary=16, width=8, heads=1, near=2, longest=65_536)
     logits = fg.compile(spec, target="torch").module(seed=0)(torch.ones(1, 5, dtype=torch.int64))
     assert logits.shape == (1, 5, 16)
 
