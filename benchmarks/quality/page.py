@@ -32,8 +32,8 @@ the rates that were tried, mean and half the range over seeds. Made from [qualit
   training and at longer ones.
 * **language**: bytes of the novel that the examples train on; cross entropy on its last tenth, of the whole and of the
   last quarter of a sequence, which has the most to look back on.
-* **state**: bytes that a layer keeps (the mean) to go on, for the length of training, in float32: the sums of a polynomial, or
-  keys and values.
+* **state**: bytes that a layer keeps to go on, for the length of training, in float32 (the mean of all layers): the
+  sums of a polynomial, or keys and values.
 * **training**: seconds of one thread of {cpu}.
 
 `mixer` is `std.mixer`: a short convolution, then the polynomial 1 + s + s^2/2 of the scores, and exp of them within
@@ -41,13 +41,13 @@ neighbouring blocks. `bounded` has far logits of limited size, which a polynomia
 """
 
 SUMMARY = {  # form: what it is for, and what it costs
-    "mixer": ("a decoder: text, and recall of what stands anywhere before", "the same for each token"),
-    "mixer, forget": ("text alone: what is old fades, and with it what could be recalled", "the same for each token"),
+    "mixer": ("text, and recall of anything before", "constant a token"),
+    "mixer, forget": ("text alone: what is old fades", "constant a token"),
     "bounded, gain 1, near, rotary": (
-        "where an error against softmax must be proved, and averages of the far past will do", "the same for each token"
+        "a proved error against softmax; the far past as an average", "constant a token"
     ),
-    "window of 32, short convolution": ("nothing beyond the window", "the same for each token, the least"),
-    "softmax, short convolution": ("the most exact recall; short sequences", "grows with the length"),
+    "window of 32, short convolution": ("nothing beyond the window", "constant, and least"),
+    "softmax, short convolution": ("short sequences", "grows with the length"),
     "softmax": ("what others use", "grows with the length"),
 }  # fmt: skip
 SHOWN = ("recall of 32 pairs", "language of 2,048 bytes")
