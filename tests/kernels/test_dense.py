@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.func import jvp
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
-from fastgrad_compiler.runtime import attention_op, polynomial_attention
+from fastgrad_compiler.runtime import attention_op, polynomial_attention, selection
 from fastgrad_compiler.runtime.attention_op import FLOATS
 from fastgrad_compiler.runtime.polynomial_attention import backward, forward
 from fastgrad_compiler.runtime.polynomial_rows import Rows
+from fastgrad_compiler.runtime.sight import Sight
 from fastgrad_compiler.runtime.tangent import polynomial_tangent
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_dense, run_kernel, worst_error
 from tests.kernels.leaks import KINDS, attack
@@ -202,6 +203,23 @@ def test_nothing_hidden_leaks(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["causal, padding", "near, documents, causal"])
 def test_nothing_hidden_leaks_in_other_precisions(kind: str, dtype: torch.dtype) -> None:
     attack(run, replace(KINDS[kind], own=True), dtype, groups=2, every=False)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_device_whose_kernels_select_by_themselves(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do not serve short calls, so that these are careful ones."""
+    monkeypatch.setattr(selection, "_reads", lambda _: False)
+
+    def run(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
+        both = partial(forward, spec, [_Refusing()]), partial(backward, spec, [_Refusing()])
+        sight = Sight(spec.causal, degree=spec.degree)
+        first, second = selection.selective(*both, sight, maximum=False, on_device=True)
+        with torch.no_grad():
+            saved = first(*inputs.arguments, LONGER)
+            gradients = second(inputs.cotangent, *inputs.arguments, *saved, LONGER)
+        return [saved[0], *gradients[:3]]
+
+    attack(run, replace(KINDS["causal, padding"], own=own), torch.float32, every=False)
 
 
 def test_many_rows_are_worked_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
