@@ -27,7 +27,7 @@ from tests.kernels.test_transforms import detached, kernel_and_dense, of_tensors
 DOUBLE = 1e-11
 LONGER = 1000  # than all sequences here
 OWN = KernelSpec(3, 5, COEFFICIENTS[4], scale=0.7, chunk=8, own=True)
-MASKS = [
+MASKS: list[dict[str, Any]] = [
     {"causal": causal, "padding": padding, "documents": documents, "forget": forget}
     for causal, padding, documents, forget in itertools.product((False, True), repeat=4)
     if causal or not forget
@@ -35,7 +35,7 @@ MASKS = [
 FIELDS = [(None, None), (8, None), (5, None), (3, 3), (16, 3), (64, 2)]  # near, near_d
 
 
-def named(masks: dict[str, bool]) -> str:
+def named(masks: dict[str, Any]) -> str:
     return ", ".join(key for key, value in masks.items() if value) or "unmasked"
 
 
@@ -45,7 +45,7 @@ def run(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
 
 @pytest.mark.parametrize("masks", MASKS, ids=named)
 @pytest.mark.parametrize(("near", "near_d"), FIELDS)
-def test_matches_the_dense_reference(masks: dict[str, bool], near: int | None, near_d: int | None) -> None:
+def test_matches_the_dense_reference(masks: dict[str, Any], near: int | None, near_d: int | None) -> None:
     """Output and all gradients, and the states' too: nothing but rounding tells them apart."""
     for n, m, groups in ((37, 23, 1), (21, 50, 2), (1, 1, 2)):
         spec = replace(OWN, near=near, near_d=near_d, **masks)
@@ -167,7 +167,7 @@ def test_large_near_logits_do_not_overflow(near: int) -> None:
 @pytest.mark.parametrize("masks", MASKS, ids=named)
 @pytest.mark.parametrize(("near", "near_d"), [(None, None), (4, None), (4, 2)])
 def test_tangents(
-    masks: dict[str, bool], near: int | None, near_d: int | None, monkeypatch: pytest.MonkeyPatch
+    masks: dict[str, Any], near: int | None, near_d: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastgrad_compiler.runtime.tangent.TILE", 8)
     spec = replace(OWN, near=near, near_d=near_d, **masks)
@@ -234,7 +234,7 @@ def test_many_rows_are_worked_in_groups(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     "masks", [{"causal": True}, {"padding": True}, {"causal": True, "forget": True}], ids=str
 )
-def test_memory_is_that_of_a_tile_and_its_keys(masks: dict[str, bool]) -> None:
+def test_memory_is_that_of_a_tile_and_its_keys(masks: dict[str, Any]) -> None:
     """Neither n * n nor, of a rank of 20,475, n * r: no feature beyond a token's own components is made."""
     spec, n = KernelSpec(24, 64, COEFFICIENTS[4], own=True, **masks), 2048
     inputs = make_inputs(spec, n, batch=1, heads=1).to(torch.float32)
