@@ -17,7 +17,10 @@ from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_compiler.ir.verify import verify
 from fastgrad_compiler.passes.backward import derive_gradient
 from fastgrad_compiler.planning.candidates import MAX_RANK
+from fastgrad_compiler.planning.cost import Shape, Way
+from fastgrad_compiler.planning.own import with_own_lengths
 from fastgrad_compiler.planning.plan import plan_attention
+from fastgrad_compiler.planning.target_cost import dense_break_even
 from fastgrad_compiler.reference.interpret import run_gradient
 from fastgrad_grammar.diagnostics import TfgError
 from tests.compiler.gradients import assert_gradient, derive, program_of, run_one, sample_of
@@ -347,8 +350,21 @@ def planned(budget: str, max_rank: int = MAX_RANK) -> list[Node]:
     ],
 )
 def test_a_budget_does_not_change_it(budget: str) -> None:
-    alone = recognise_attention(program(TWO))
+    alone = with_own_lengths(recognise_attention(program(TWO)), "auto")
     assert planned(budget)[1] == own(alone)[0]
+
+
+def test_the_plan_says_below_which_length_it_runs_on_all_pairs() -> None:
+    """A rank of 45: the lengths are those of the cost model of each target."""
+    (before,) = own(recognise_attention(program(TWO)))
+    shape, way = Shape(n=1, m=1, d=8, dv=3, causal=False), Way(2)
+    words = {"torch": "23 tokens (29 on a GPU)", "cpp": "29 tokens on a GPU", "auto": ""}
+    for target, told in words.items():
+        (node,) = own(with_own_lengths(recognise_attention(program(TWO)), target))
+        lengths = tuple(dense_break_even(target, shape, way, on_gpu=gpu) for gpu in (False, True))
+        assert (node["break_even"], node["break_even_gpu"]) == lengths
+        added = f"; on all pairs below {told}, where that is faster (estimate)" if told else ""
+        assert node["why"] == f"{before['why']}{added}"
 
 
 def test_it_takes_no_share_of_a_budget() -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastgrad_dsl as fg
+from fastgrad_compiler.planning.cost import Shape, Way
+from fastgrad_compiler.planning.target_cost import dense_break_even
 from fastgrad_compiler.reference.interpret import run
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.functional import polynomial_attention as kernel
@@ -191,6 +193,41 @@ def test_a_kernel_runs_at_every_length() -> None:
     torch.testing.assert_close(model(q, k, v), expected)
 
 
+SHORT_OR_LONG = """use std
+dim b
+dim n
+
+model m(x: float[b, n, 16]) -> float[b, n, 16] {
+    return std.kernel_attention(x; heads = 2, qk_dim = 10, causal = true, coefficients = fit(taylor, 4, 1.0))
+}
+"""
+
+
+@pytest.mark.parametrize("target", ["torch", "cpp"])
+def test_below_its_break_even_all_pairs_are_met(target: str) -> None:
+    """The lengths are those of the cost model, the plan says them, and the values are those of states."""
+    compiled = fg.compile(SHORT_OR_LONG, target=target)
+    (entry,) = compiled.plan_document["attentions"]
+    even, on_gpu = entry["break_even"], entry["break_even_gpu"]
+    shape, way = Shape(n=1, m=1, d=10, dv=8), Way(4)
+    assert even == dense_break_even(target, shape, way) > 100
+    assert on_gpu == dense_break_even(target, shape, way, on_gpu=True)
+    assert entry["why"] == (
+        f"exact: the model's own polynomial; on all pairs below {even:,} tokens ({on_gpu:,} on a GPU), "
+        "where that is faster (estimate)"
+    )
+    assert f"exact_below={even}, exact_below_gpu={on_gpu})" in compiled.modules["model.py"]
+    assert f"of degree 4 and rank 1001; on all pairs below {even} tokens" in compiled.modules["model.py"]
+    model = compiled.module(dtype=torch.float64)
+    weights = {name.rpartition(".")[2]: weight for name, weight in model.named_parameters()}
+    for n in (even - 1, even):
+        x = torch.randn(1, n, 16, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        q, k, v = ((x @ weights[f"w{name}"]).unflatten(-1, (2, -1)).transpose(1, 2) for name in "qkv")
+        y = polynomial_attention(q, k, v, entry["coefficients"], scale=10**-0.5, causal=True)
+        expected = y.transpose(1, 2).flatten(2) @ weights["wo"]
+        torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+
+
 # ---------------------------------------------------------------- whole models
 
 MODEL = """use std
@@ -235,10 +272,10 @@ def test_the_plan_says_that_it_is_exact(mixed: Compiled) -> None:
             2,
             15,
         )
-        assert entry["why"] == "exact: the model's own polynomial"
+        assert entry["why"].startswith("exact: the model's own polynomial")
         assert (entry["eps"], entry["eps_prime"], entry["bound"], entry["near"]) == (0.0, 0.0, None, near)
         assert entry["coefficients"] == list(TAYLOR)
-        assert entry["break_even"] is None
+        assert (entry["break_even"], entry["break_even_gpu"]) == (0, 0)
         assert set(entry["certificate"].values()) == {0.0}
     assert (served["family"], served["near"]) == ("balanced", 16)
     json.loads(mixed.files["plan.json"], parse_constant=pytest.fail)

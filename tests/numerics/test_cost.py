@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 
-from fastgrad_compiler.planning import cost
+from fastgrad_compiler.planning import cost, roofline
 from fastgrad_compiler.planning.cost import EQUAL, EXACT, Flops, Pace, Shape, Time, Way, state_bytes
+from fastgrad_compiler.planning.target_cost import dense_break_even
+from fastgrad_compiler.runtime import attention_op
 from fastgrad_compiler.runtime.monomials import rank
 
 
@@ -177,3 +180,42 @@ def test_break_even_is_sought_from_the_longest_length_down() -> None:
 def test_sizes_that_make_no_sense(sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         flops(d=4, dv=4, degree=2, **sizes)
+
+
+def test_all_pairs_of_a_polynomial_cost_what_exact_attention_does_and_a_denominator() -> None:
+    for causal in (False, True):
+        shape = Shape(n=100, m=100, d=16, dv=64, causal=causal)
+        wider = replace(shape, dv=65)  # values with their ones
+        dense, exact = cost.flops(shape, Way(4, dense=True)), cost.flops(wider)
+        assert (dense.forward, dense.backward) == (exact.forward, exact.backward)
+        assert cost.flops(shape, Way(2, 16, dense=True)) == dense
+
+
+@pytest.mark.parametrize(
+    ("target", "speed", "dense", "keys"), [("torch", 1.0, 0.8, 0), ("cpp", 1.8, 0.9, 500)]
+)
+def test_states_pay_from_where_all_pairs_take_longer(
+    target: str, speed: float, dense: float, keys: int
+) -> None:
+    shape, way = Shape(n=1, m=1, d=16, dv=64), Way(4)
+    even = dense_break_even(target, shape, way)
+    states, chunk = 14 * 4845 * 65, 64 * 2 * (4 * 16 + 3 * 65)
+    pairs = (4 * 16 + 3 * 65) * (even + keys) * speed / dense
+    assert (states + chunk) == pytest.approx(pairs, rel=1e-3)
+    both = [cost.PACE[target].seconds(replace(shape, n=n, m=n), way) for n in (even - 1, even)]
+    all_pairs = [
+        cost.PACE[target].seconds(replace(shape, n=n, m=n), replace(way, dense=True))
+        for n in (even - 1, even)
+    ]
+    assert both[0] > all_pairs[0]
+    assert both[1] <= all_pairs[1]
+
+
+def test_states_of_a_small_rank_always_pay_in_native_kernels() -> None:
+    assert dense_break_even("cpp", Shape(n=1, m=1, d=4, dv=16), Way(2)) == 0
+
+
+def test_on_a_gpu_launches_make_all_pairs_of_short_sequences_slow() -> None:
+    assert dense_break_even("triton", Shape(n=1, m=1, d=16, dv=64), Way(4)) == 0
+    assert dense_break_even("triton", Shape(n=1, m=1, d=64, dv=128), Way(3)) > 0
+    assert roofline.WORK_BYTES == attention_op.WORK_BYTES

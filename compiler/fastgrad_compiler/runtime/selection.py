@@ -51,19 +51,21 @@ def selective(
 
     forward(*inputs, *attributes) and backward(gradient, *inputs, out, denominator, maximum, *attributes) as for
     `register_attention`; a first attribute is `exact_below`, under which the attention is exact. maximum: whether a row
-    maximum is saved. on_device: kernels of other devices than a CPU select by themselves.
+    maximum is saved. on_device: kernels of other devices than a CPU select by themselves, at the lengths
+    that they serve.
     """
 
     def run_forward(*inputs: Any) -> Any:
         given, attributes = inputs[:INPUTS], inputs[INPUTS:]
-        return select_forward(
-            forward, given, attributes, _exactly(sight, given, attributes), maximum, on_device
-        )
+        short = _is_short(given, attributes)
+        seen = replace(sight, degree=1) if short else sight
+        return select_forward(forward, given, attributes, seen, maximum, on_device and not short)
 
     def run_backward(gradient: Tensor, *inputs: Any) -> Any:
         given, saved, attributes = inputs[:INPUTS], inputs[INPUTS:BEHIND], inputs[BEHIND:]
-        seen = _exactly(sight, given, attributes)
-        return select_backward(backward, gradient, given, saved, attributes, seen, on_device)
+        short = _is_short(given, attributes)
+        seen = replace(sight, degree=1) if short else sight
+        return select_backward(backward, gradient, given, saved, attributes, seen, on_device and not short)
 
     return run_forward, run_backward
 
@@ -76,16 +78,17 @@ def selective_tangent(run: Kernel, sight: Sight) -> Kernel:
     """
 
     def run_tangent(*arguments: Any) -> Tensor:
+        given, attributes = arguments[FLOATS : FLOATS + INPUTS], arguments[FLOATS + BEHIND :]
         return select_tangent(
-            run, arguments, _exactly(sight, arguments[FLOATS : FLOATS + INPUTS], arguments[FLOATS + BEHIND :])
+            run, arguments, replace(sight, degree=1) if _is_short(given, attributes) else sight
         )
 
     return run_tangent
 
 
-def _exactly(sight: Sight, inputs: Inputs, attributes: Sequence[Any]) -> Sight:
-    tokens = max(inputs[0].shape[2], inputs[1].shape[2])
-    return replace(sight, degree=1) if attributes and tokens < attributes[0] else sight
+def _is_short(inputs: Inputs, attributes: Sequence[Any]) -> bool:
+    """Whether a call meets its pairs one by one, for which no components of a token are multiplied with each other."""
+    return bool(attributes) and max(inputs[0].shape[2], inputs[1].shape[2]) < attributes[0]
 
 
 def select_forward(
