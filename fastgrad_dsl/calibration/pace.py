@@ -3,7 +3,7 @@
     seconds of a call, forward and backward = overhead + flops / rate
 
 one line each for polynomial kernels of the target, for PyTorch's fused softmax, and for exact attention in blocks (near
-fields, windows, documents). Flops are those of `fastgrad_compiler.planning.cost`.
+fields, windows, documents, forget gates). Flops are those of `fastgrad_compiler.planning.cost`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ LENGTHS = (512, 4096)
 KEYS_AT = 1024  # length at which a call's overhead is told in keys
 MOST = 1e30  # flops a second and seconds of a call; beyond, a file is broken
 REPEATS, SECONDS = 5, 1.0  # of each contender at each length
+GATED = 1.3  # times as long a polynomial takes with forget gates in PyTorch (measured); in C++ hardly longer
 LEAST_RATE_SHARE = 0.1  # a fitted rate is at least this share of what the longer call alone shows
 
 
@@ -68,13 +69,15 @@ class MachinePace(Document, frozen=True):
     def seconds(self, shape: Shape, way: Way) -> float:
         """Of one attention, forward and backward, of a batch of one (an estimate).
 
-        Exact attention is fused, or in blocks where it has a near field with logits of its own, documents or a window,
-        and a polynomial on all pairs is in blocks.
+        Exact attention is fused, or in blocks where it has a near field with logits of its own, documents, forget gates
+        or a window, and a polynomial on all pairs is in blocks.
         """
         work = shape.heads * flops(shape, way).total
         if way.degree is not None and not way.dense:
-            return self.polynomial.seconds(work) / (DOUBLE if way.precision == "float64" else 1.0)
-        in_blocks = way.dense or shape.near is not None or shape.documents or shape.window is not None
+            gated = GATED if shape.forget and not BACKENDS[self.target].cpp else 1.0
+            return gated * self.polynomial.seconds(work) / (DOUBLE if way.precision == "float64" else 1.0)
+        masked = shape.near is not None or shape.documents or shape.forget or shape.window is not None
+        in_blocks = way.dense or masked
         return (self.blocks if in_blocks else self.fused).seconds(work)
 
     @property

@@ -115,7 +115,9 @@ class _Sized:
 
     def fused(self) -> float:
         """Seconds of PyTorch's fused exact attention of all heads, masks left aside."""
-        shape = replace(self.shape(self.attention.heads), near=None, documents=False, window=None)
+        shape = replace(
+            self.shape(self.attention.heads), near=None, documents=False, forget=False, window=None
+        )
         return self.calibration.pace.seconds(shape, EXACT)
 
     def apart(self) -> float:

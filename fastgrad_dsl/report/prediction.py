@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from fastgrad_compiler.approximation.elementary import power
+from fastgrad_compiler.ir.masks import FORGET
 from fastgrad_compiler.planning.cost import EXACT, PACE, Pace, Shape, Way, state_bytes
 from fastgrad_dsl.documents.base import picked
 from fastgrad_dsl.documents.calibration import Calibration, PaceKind
@@ -42,7 +43,7 @@ def shape_of(entry: Attention, n: int, m: int) -> Shape:
     """One head of an attention, whose widths are known, at a length."""
     d, dv = widths(entry)
     window = entry.window if entry.decision == "exact" else None  # whatever a file says
-    masks = {"causal": entry.causal, "documents": "documents" in entry.roles}
+    masks = {"causal": entry.causal, **{name: name in entry.roles for name in ("documents", FORGET)}}
     return Shape(n=n, m=m, d=d, dv=dv, window=window, **masks)
 
 

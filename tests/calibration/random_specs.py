@@ -16,14 +16,15 @@ class RandomSpec:
     gradient: float
 
 
-def random_spec(seed: int, trust: str) -> RandomSpec:
-    """The spec of a seed; the same model and limits for either trust."""
+def random_spec(seed: int, trust: str, *, forget: bool = False) -> RandomSpec:
+    """The spec of a seed; the same model and limits for either trust. `forget`: with gates, so causal."""
     rng = random.Random(seed)
     depth, heads = rng.randint(1, 4), rng.choice([1, 2, 4])
     kv_heads = rng.choice([h for h in (1, 2, 4) if heads % h == 0])
     qk_dim, v_dim = rng.choice([2, 4, 8]), rng.choice([4, 8, 12])
     width = rng.choice([16, 24, 32])
     mask = rng.choice(["causal", "none", "padding"])
+    mask = "causal" if forget else mask
     options = [f"heads = {heads}", f"kv_heads = {kv_heads}", f"qk_dim = {qk_dim}", f"v_dim = {v_dim}"]
     if mask == "causal":
         options.append("causal = true")
@@ -36,6 +37,8 @@ def random_spec(seed: int, trust: str) -> RandomSpec:
         options.append("rope = 1000.0")
     if not limited and rng.random() < 0.5:
         options.append("bias = true")
+    if forget:
+        options.append("forget = true")
     norm = rng.choice(["rms_norm", "layer_norm"])
     output = rng.choice([3e-3, 1e-2, 5e-2])
     gradient = output * rng.choice([2.0, 5.0])

@@ -19,7 +19,7 @@ from fastgrad_dsl.models.batches import model_inputs, random_batch, target_input
 from fastgrad_dsl.models.measure import whole_errors
 from tests.calibration.random_specs import random_spec
 
-SEEDS = range(24)
+SEEDS, GATED = range(24), range(24, 29)  # the latter with forget gates
 
 
 def _batches(compiled: Compiled, length: int, seeds: Sequence[int]) -> list[tuple[Tensor, ...]]:
@@ -40,17 +40,17 @@ def _measured(compiled: Compiled, batch: Sequence[Tensor]) -> tuple[float, float
 @cache
 def _planned(seed: int, trust: str) -> Compiled:
     """The random spec of a seed, calibrated on two batches and verified on a third."""
-    spec = random_spec(seed, trust)
+    spec = random_spec(seed, trust, forget=seed in GATED)
     compiled = fg.compile(spec.text, target="torch")
     batches = _batches(compiled, spec.length, (1, 2, 3))
     return compiled.calibrate(compiled.module(seed=0), batches, measured_pace=False)
 
 
 @pytest.mark.parametrize("trust", ["certified", "calibrated"])
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", [*SEEDS, *GATED])
 def test_measured_errors_stay_within_the_budget(seed: int, trust: str) -> None:
     """Measured on two batches that neither calibration nor verification has seen."""
-    spec, planned = random_spec(seed, trust), _planned(seed, trust)
+    spec, planned = random_spec(seed, trust, forget=seed in GATED), _planned(seed, trust)
     for batch in _batches(planned, spec.length, (101, 102)):
         output, gradient = _measured(planned, batch)
         assert output <= spec.output
@@ -64,15 +64,18 @@ def test_measured_errors_stay_within_the_budget(seed: int, trust: str) -> None:
 
 def test_the_random_specs_are_worth_the_trouble() -> None:
     """Most of them are served by polynomials: a plan that leaves all exact keeps any budget."""
-    served = {
-        trust: sum(
-            any(is_approximated(entry) for entry in _planned(seed, trust).plan_document.attentions)
-            for seed in SEEDS
-        )
-        for trust in ("certified", "calibrated")
-    }
-    assert served["calibrated"] >= len(SEEDS) // 2
-    assert served["certified"] >= len(SEEDS) // 4
+    for seeds in (SEEDS, GATED):
+        served = {
+            trust: sum(
+                any(is_approximated(entry) for entry in _planned(seed, trust).plan_document.attentions)
+                for seed in seeds
+            )
+            for trust in ("certified", "calibrated")
+        }
+        assert served["calibrated"] >= len(seeds) // 2
+        assert served["certified"] >= len(seeds) // 4
+    gated = [_planned(seed, "calibrated").plan_document.attentions for seed in GATED]
+    assert all("forget" in entry.roles for entries in gated for entry in entries)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import fastgrad_dsl as fg
+from fastgrad_compiler.planning.cost import EXACT, Shape, Way
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.calibration import pace
 from fastgrad_dsl.calibration.pace import MachinePace, default_pace, machine_pace
@@ -127,6 +129,17 @@ def test_a_pace_is_read_as_it_was_kept_or_refused() -> None:
     for record in records:
         with pytest.raises(ValueError, match=r"expected|missing"):
             built(MachinePace, record)
+
+
+@pytest.mark.parametrize("target", ["torch", "cpp"])
+def test_forget_gates_take_time(target: str) -> None:
+    """With them exact attention has no fused kernel, and what PyTorch does of a polynomial takes longer."""
+    cost, shape = default_pace(target), Shape(n=4096, m=4096, d=16, dv=64, heads=8)
+    gated = replace(shape, forget=True)
+    assert cost.seconds(gated, EXACT) == cost.seconds(replace(shape, documents=True), EXACT)
+    assert cost.seconds(gated, EXACT) > 2 * cost.seconds(shape, EXACT)
+    slower = cost.seconds(gated, Way(2)) / cost.seconds(shape, Way(2))
+    assert slower == pytest.approx(1.3 if target == "torch" else 1.0)
 
 
 def test_a_pace_that_cannot_be_kept_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

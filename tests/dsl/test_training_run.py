@@ -51,6 +51,12 @@ block layer(x: float[b, n, d]) -> float[b, n, d] {
     return x + std.attention(std.rms_norm(x); heads = 2, qk_dim = 2, causal = true)
 }
 """
+GATED = """use std
+block layer(x: float[b, n, d]) -> float[b, n, d] {
+    h = std.short_conv(std.rms_norm(x); width = 3) as mix
+    return x + std.attention(h; heads = 2, qk_dim = 2, gain = 1.0, forget = true)
+}
+"""
 Run = Callable[..., tuple[int, str, str]]
 OPTIONS = (
     "train",
@@ -315,6 +321,35 @@ def test_a_calibrated_run_that_is_killed_goes_on_bit_for_bit(
         fastgrad(*calibrated)
     torch.manual_seed(99)
     assert fastgrad(*calibrated, "--resume")[0] == 0
+    same_run("run", "whole")
+
+
+def test_gates_and_short_convolutions_are_planned_trained_and_resumed(
+    fastgrad: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of `--calibrate`, and the same killed after its first checkpoint."""
+    Path("parts/layer.tfg").write_text(GATED)
+    options = (*OPTIONS, "--calibrate", "--seq", "130", "--steps", "5", "--target", "torch")
+    status, out, err = fastgrad(*options, "-o", "whole")
+    assert status == 0, err
+    assert out.count("calibrated on the text") == 1
+    (entry,) = json.loads(Path("whole/model/plan.json").read_text())["attentions"]
+    assert (entry["roles"], entry["decision"]) == (["forget"], "polynomial")
+    weights = load_file("whole/weights.safetensors")
+    assert {"layer.mix.w", "layer.attention.wf", "layer.attention.bf"} <= weights.keys()
+    for name in ("layer.mix.w", "layer.attention.bf"):
+        start = 0.0 if name.endswith(".w") else 4.0
+        assert bool((weights[name] != start).any())
+    budgets = [event["budget"] for event in log("whole") if "budget" in event]
+    assert len(budgets) == 2  # after steps 2 and 4: at the end none was due
+    assert all(b["output"] <= 0.05 and b["gradient"] <= 0.1 for b in budgets)  # type: ignore[index]
+    loss, *_, end = log("whole")
+    assert set(loss) == {"step", "seconds", "loss", "learning_rate", "gradient_norm"}
+    assert set(end) == {"step", "seconds", "validation_loss"}
+    at_step(monkeypatch, 4, killed)
+    with pytest.raises(Killed):
+        fastgrad(*options)
+    assert fastgrad(*options, "--resume")[0] == 0
     same_run("run", "whole")
 
 
