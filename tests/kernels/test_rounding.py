@@ -297,9 +297,9 @@ def test_the_least_tile_is_that_of_the_kernel(
     ):
         spec = KernelSpec(d, dv, (1.0,) * (degree + 1), causal, near=near, documents=documents, forget=forget)
         for dtype in (torch.float32, torch.float64):
-            tensors = [torch.empty(1, h, 8, w, dtype=dtype) for h, w in ((groups, d), (1, d), (1, dv))]
-            assert torch_tile(spec, groups) <= plan(spec, *tensors)[0]
-        assert torch_tile(spec, groups) == plan(spec, *tensors)[0], "not larger than it needs to be"
+            q, k, v = (torch.empty(1, h, 8, w, dtype=dtype) for h, w in ((groups, d), (1, d), (1, dv)))
+            assert torch_tile(spec, groups) <= plan(spec, q, k, v)[0]
+        assert torch_tile(spec, groups) == plan(spec, q, k, v)[0], "not larger than it needs to be"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
