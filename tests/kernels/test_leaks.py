@@ -30,19 +30,17 @@ def run_exact(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FEW = ("causal, padding", "near, documents, causal", "forget, documents")
+FEW_KINDS = [*FEW, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in FEW)]
+
+
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_polynomial(kind: str) -> None:
     attack(run_kernel, KINDS[kind], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *(FEW := ("causal, padding", "near, documents, causal", "forget, documents")),
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in FEW),
-    ],
-)
+@pytest.mark.parametrize("kind", FEW_KINDS)
 def test_other_precisions(kind: str, dtype: torch.dtype) -> None:
     attack(run_kernel, KINDS[kind], dtype, every=False)
 
@@ -52,7 +50,9 @@ def test_grouped_heads(kind: str) -> None:
     attack(run_kernel, KINDS[kind], torch.float32, groups=2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])]
+)
 @pytest.mark.parametrize(
     "kind", [*WINDOWS, "causal", "padding", "near, documents, causal", "forget, documents"]
 )
