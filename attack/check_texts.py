@@ -18,7 +18,7 @@ from fastgrad_compiler.ir.text_parser import parse_program
 from fastgrad_dsl.commands.terminal import print_plan, print_report
 from fastgrad_dsl.documents.report import Report
 from fastgrad_dsl.report import words
-from fastgrad_dsl.report.words import folded, number
+from fastgrad_dsl.report.words import folded, number, share
 from fastgrad_grammar.format import format_source
 from fastgrad_grammar.source import Source
 
@@ -102,7 +102,7 @@ def _check_text(case: Case, plan: list[Entry]) -> None:
 
 
 def _report_text(report: Report) -> None:
-    """The table of `fastgrad report --wide`: decision, rank, R and eps of each attention."""
+    """The table of `fastgrad report --wide`: decision, rank, R, largest share and eps of each attention."""
     lines = _printed(lambda: print_report(report, wide=True))
     for entry in report["attentions"]:
         line = next((line for line in lines if re.match(rf"{re.escape(entry['path'])}\s", line)), None)
@@ -112,7 +112,13 @@ def _report_text(report: Report) -> None:
         decision = f"{family} {entry['degree']}" if entry["decision"] == "polynomial" else "exact"
         if entry["near"] is not None and decision != "exact":
             decision += f", near {entry['near']}"
-        cells = [decision, number(entry["rank"]), number(entry["bound"]), number(entry["eps"])]
+        known = [
+            number(entry["rank"]),
+            number(entry["bound"]),
+            share(entry["largest_share"]),
+            number(entry["eps"]),
+        ]
+        cells = [decision, *known]
         if not re.match(r"\s*".join(map(re.escape, [entry["path"], *cells])) + r"\s", line):
             raise Finding("e", "a row of report", f"{line!r} does not say {cells}")
 

@@ -124,8 +124,6 @@ def test_the_models_own_polynomial_comes_back_without_what_only_approximations_h
     approximated = {key for key, _ in node_of(PLANNED, "poly_attention").attributes}
     assert approximated - {key for key, _ in node.attributes} == {
         "asserted",
-        "break_even",
-        "break_even_gpu",
         "positive_from",
         "precision",
         "proof",

@@ -191,7 +191,7 @@ def test_errors_of_tensors_and_heads() -> None:
 
 def test_what_one_key_can_get() -> None:
     """At the longest lengths, beyond the near field; nothing is said where weights depend on more than the logits."""
-    report = small("gpt").report()
+    report = small("bounded").report()
     for entry in report.attentions:
         assert entry.largest_share == largest_share(1.0, 65536 - 2 * 2, entry.eps or 0.0)
         assert entry.spread is None
@@ -204,7 +204,7 @@ def test_what_one_key_can_get() -> None:
 
 def test_rows_spread_their_weight_as_measured() -> None:
     """Of what a polynomial serves, the model's own too; the table and the page show it."""
-    for name in ("gpt", "based"):
+    for name in ("bounded", "gpt", "based"):
         report = measured(name)
         columns, rows, legend = report_table(report, wide=True)
         at = [column.heading for column in columns].index("keys\nseen")
