@@ -99,7 +99,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--minutes", type=float, default=1.5, help="training time of each model")
-    parser.add_argument("--tokens", type=int, default=8192, help="length of a sequence")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of a sequence")
     parser.add_argument("--no-recall", action="store_true", help="leave out the recall of pairs")
     parser.add_argument("--out", default="build/gpt", help="folder of the compiled model")
     parser.add_argument("--json", help="also write the measured numbers to this file")
