@@ -26,7 +26,7 @@ from fastgrad_compiler.approximation.certificates import (
     value_gradient_rounding,
 )
 from fastgrad_compiler.approximation.rounding import EXACT, UNITS, Rounding, Run, Sizes, rounding
-from fastgrad_compiler.runtime.attention_op import INPUTS, Inputs
+from fastgrad_compiler.runtime.attention_op import INPUTS, Inputs, is_short
 from fastgrad_compiler.runtime.guard import BudgetViolation
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
@@ -206,7 +206,8 @@ class _Attentions(TorchDispatchMode):
             call.heads = _heads(served, inputs, result[0], reference, bounds)
         if self.weigh and (spec := self.weigh[index].spec) is not None:
             given, flag = Inputs(*inputs), result[-1]
-            is_exact = max(given.q.shape[2], given.k.shape[2]) < below or bool(flag.numel() and flag)
+            with_exp = is_short(given, below) or bool(flag.numel() and flag)
+            is_exact = with_exp and not self.weigh[index].own
             given = given if is_exact else clamped(given, spec, guard)
             call.spread = spread_of(given, spec, exact=is_exact)
         return result

@@ -124,3 +124,25 @@ def test_weights_are_those_that_run(policy: str, size: float) -> None:
     assert entry.spread.planned is not None
     assert entry.spread.planned.nats == pytest.approx(entropy.mean().item(), rel=1e-5)
     assert entry.spread.planned.keys == pytest.approx(entropy.exp().mean().item(), rel=1e-5)
+
+
+def test_the_models_own_weights_are_its_own_at_every_length() -> None:
+    """In short calls too, which meet all pairs one by one."""
+    spec = text(
+        "q = split_heads(x, 2)\n    return merge_heads(normalize_rows(polynomial(q @ q.T; (0.0, 0.0, 1.0))) @ q)"
+    )
+    compiled = fg.compile(spec, target="torch")
+    model, x = compiled.module(), torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(1))
+    assert (compiled.report().attentions[0].break_even or 0) > 5
+    short, long = (
+        compiled.report(each, [x]).attentions[0].spread
+        for each in (model, always_polynomial(compiled, model))
+    )
+    k = x.unflatten(-1, (2, 2)).transpose(1, 2)
+    shares = (k @ k.mT).square()
+    shares = shares / shares.sum(-1, keepdim=True)
+    for found in (short, long):
+        assert found is not None
+        assert found.planned is not None
+        assert found.planned == found.exact
+        assert found.planned.nats == pytest.approx(torch.special.entr(shares).sum(-1).mean().item(), rel=1e-5)

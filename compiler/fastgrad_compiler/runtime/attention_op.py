@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,12 @@ class Inputs(NamedTuple):
     def floats(self) -> Floats:
         """Those that have gradients."""
         return Floats(self.q, self.k, self.v, self.near_q, self.near_k, self.log_gate)
+
+
+def is_short(inputs: Sequence[Any], exact_below: int) -> bool:
+    """Whether a call, by its inputs from q and k on, has fewer tokens than `exact_below`."""
+    q, k = inputs[:2]
+    return bool(max(q.shape[2], k.shape[2]) < exact_below)
 
 
 FLOATS, INPUTS = len(Floats._fields), len(Inputs._fields)  # of an operation: the first, and all

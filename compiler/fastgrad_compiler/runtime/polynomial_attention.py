@@ -15,6 +15,7 @@ from .attention_op import (
     Floats,
     Inputs,
     compute_dtype,
+    is_short,
     plan_tiles,
     row_groups,
 )
@@ -70,7 +71,7 @@ def forward(spec: KernelSpec, backends: Sequence[Backend], *arguments: Any) -> t
     """out [B, H, n, dv], denominator [B, H, n] and maximum [B, H, n] (of a near field; else without elements)."""
     *given, exact_below = arguments
     inputs, near = Inputs(*given), spec.near or 0
-    short = max(inputs.q.shape[2], inputs.k.shape[2]) < exact_below
+    short = is_short(inputs, exact_below)
     if short and not spec.own:
         out, denominator, maximum = exact_forward(*inputs, spec.scale, spec.causal, near, 0)
         return out, denominator, torch.zeros_like(denominator) if near else maximum
@@ -94,7 +95,7 @@ def backward(
     """The gradients of the floating inputs, from that of out [B, H, n, dv]; none has no elements."""
     *given, exact_below = arguments
     inputs, saved = Inputs(*given[:INPUTS]), Saved(*given[INPUTS:])
-    short = max(inputs.q.shape[2], inputs.k.shape[2]) < exact_below
+    short = is_short(inputs, exact_below)
     if short and not spec.own:
         exactly = (*given, spec.scale, spec.causal, spec.near or 0, 0)
         return exact_backward(gradient, *exactly)

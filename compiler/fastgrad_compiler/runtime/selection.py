@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_op import FLOATS, INPUTS, compute_dtype
+from .attention_op import FLOATS, INPUTS, compute_dtype, is_short
 from .decay import next_visible
 from .sight import Ranges, Sight
 
@@ -57,13 +57,13 @@ def selective(
 
     def run_forward(*inputs: Any) -> Any:
         given, attributes = inputs[:INPUTS], inputs[INPUTS:]
-        short = _is_short(given, attributes)
+        short = _one_by_one(given, attributes)
         seen = replace(sight, degree=1) if short else sight
         return select_forward(forward, given, attributes, seen, maximum, on_device and not short)
 
     def run_backward(gradient: Tensor, *inputs: Any) -> Any:
         given, saved, attributes = inputs[:INPUTS], inputs[INPUTS:BEHIND], inputs[BEHIND:]
-        short = _is_short(given, attributes)
+        short = _one_by_one(given, attributes)
         seen = replace(sight, degree=1) if short else sight
         return select_backward(backward, gradient, given, saved, attributes, seen, on_device and not short)
 
@@ -80,15 +80,15 @@ def selective_tangent(run: Kernel, sight: Sight) -> Kernel:
     def run_tangent(*arguments: Any) -> Tensor:
         given, attributes = arguments[FLOATS : FLOATS + INPUTS], arguments[FLOATS + BEHIND :]
         return select_tangent(
-            run, arguments, replace(sight, degree=1) if _is_short(given, attributes) else sight
+            run, arguments, replace(sight, degree=1) if _one_by_one(given, attributes) else sight
         )
 
     return run_tangent
 
 
-def _is_short(inputs: Inputs, attributes: Sequence[Any]) -> bool:
+def _one_by_one(inputs: Inputs, attributes: Sequence[Any]) -> bool:
     """Whether a call meets its pairs one by one, for which no components of a token are multiplied with each other."""
-    return bool(attributes) and max(inputs[0].shape[2], inputs[1].shape[2]) < attributes[0]
+    return bool(attributes) and is_short(inputs, attributes[0])
 
 
 def select_forward(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention_op import compute_dtype, plan_tiles, row_groups
+from .attention_op import compute_dtype, is_short, plan_tiles, row_groups
 from .decay import Decays, log_decay, log_decay_tangent
 from .documents import document_runs, of_document, same_document
 from .exact_attention import exact_tangent
@@ -45,7 +45,7 @@ def polynomial_tangent(spec: KernelSpec) -> Any:
         tangents: Sequence[Any], inputs: Sequence[Any], saved: Sequence[Tensor], exact_below: int
     ) -> Tensor:
         out, denominator, maximum = saved
-        short = max(inputs[0].shape[2], inputs[1].shape[2]) < exact_below
+        short = is_short(inputs, exact_below)
         if short and not spec.own:
             return exact_tangent(
                 tangents, inputs, out, denominator, spec.scale, spec.causal, spec.near or 0, 0
