@@ -19,15 +19,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import fastgrad_dsl as fg
-from benchmarks.quality.run import Setting, assess, train
-from benchmarks.quality.tasks import Task
+from benchmarks.quality.run import SETTINGS, assess, train
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.loader import WEIGHTS
 from fastgrad_dsl.bench.memory import peak_of
+from fastgrad_dsl.commands.tables import Column, print_table
 from fastgrad_dsl.commands.terminal import print_plan
 from fastgrad_dsl.commands.train import TrainRequest, language_model_loss, print_sample, run
 from fastgrad_dsl.models.text_data import TextData, load_text
@@ -40,8 +39,11 @@ MODELS: dict[str, dict[str, object]] = {"gpt": {}, "softmax": {"softmax": True}}
 TEXT = HERE / "data" / "emma.txt"
 MEBIBYTE = 2**20
 TIMED_STEPS = 3
-RECALL = Setting(Task("recall", 256, 32, 128))
-RECALLED = {"depth": 2, "d_model": 64, "heads": 2, "vocab": 128, "near": 16}
+RECALL = SETTINGS["recall of 32 pairs"]
+RECALLED = {
+    "depth": RECALL.layers, "d_model": RECALL.width, "heads": RECALL.heads, "near": RECALL.near,
+    "vocab": RECALL.task.vocabulary,
+}  # fmt: skip
 RATE = 5e-3  # of learning to recall
 
 
@@ -115,9 +117,8 @@ def _trained(
         checkpoint_every=50, learning_rate=2e-3,
     )  # fmt: skip
     loss, model = language_model_loss(compiled, training.tokens), compiled.module(seed=0)
-    _timed_step(
-        model, loss, *next(data.validation_batches(options.tokens, 1, 1))
-    )  # builds kernels, not on the clock
+    first = next(data.validation_batches(options.tokens, 1, 1))
+    _timed_step(model, loss, *first)  # builds kernels, not on the clock
     run(console, model, loss, data, TrainRequest(TEXT, folder, training, force=True))
     return Trained(compiled, model, loss, folder)
 
@@ -147,14 +148,14 @@ def _side_by_side(trained: dict[str, Trained], data: TextData, tokens: int) -> d
 
 
 def _print_rows(console: Console, rows: dict[str, dict[str, Any]]) -> None:
-    table = Table("model", box=None, pad_edge=False)
-    for heading in ("steps", "nats per byte, held out", "seconds per step", "peak MiB"):
-        table.add_column(heading, justify="right")
+    headings = ("steps", "nats per byte,\nheld out", "seconds\nper step", "peak\nMiB")
+    cells = []
     for name, row in rows.items():
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MEBIBYTE:,.0f}"
-        cells = (str(row["steps"]), f"{row['validation_loss']:.3f}", f"{row['seconds']:.2f}", peak)
-        table.add_row(name, *cells)
-    console.print(table, highlight=False)
+        cells.append(
+            (name, str(row["steps"]), f"{row['validation_loss']:.3f}", f"{row['seconds']:.2f}", peak)
+        )
+    print_table(console, [Column("model", is_number=False), *map(Column, headings)], cells)
     ratio = rows["softmax"]["seconds"] / rows["gpt"]["seconds"]
     console.print(f"a step of gpt is {ratio:.1f} times as fast (all measured)", highlight=False)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.curves_figure import STYLE
+from benchmarks.tables import table
 from fastgrad_dsl.plots.panels import Panel, Series
 from fastgrad_dsl.plots.panels import render as render_plot
 from fastgrad_dsl.plots.svg import COLOURS, RIGHT, TOP, Axis, bottom_axis, key, left_axis, line
@@ -85,13 +86,29 @@ def best(runs: Sequence[Run], task: str, form: str) -> list[Run]:
     mine = [run for run in runs if (run["task"], run["form"]) == (task, form)]
     if not mine:
         return []
-    sign = -1 if task == "chains" or is_text(task) else 1
+    by_rate = {
+        rate: [run for run in mine if run["rate"] == rate] for rate in sorted({r["rate"] for r in mine})
+    }
+    choose = min if lower_is_better(task) else max
+    return choose(by_rate.values(), key=lambda runs: mean(task, runs))
 
-    def mean(rate: float) -> float:
-        return sign * statistics.mean(score(task, run["tests"][0]) for run in mine if run["rate"] == rate)
 
-    rate = max(sorted({run["rate"] for run in mine}), key=mean)
-    return [run for run in mine if run["rate"] == rate]
+def mean(task: str, runs: Sequence[Run]) -> float:
+    """Of their scores at the first length."""
+    return statistics.mean(score(task, run["tests"][0]) for run in runs)
+
+
+def lower_is_better(task: str) -> bool:
+    """Whether a task is scored by its loss."""
+    return task == "chains" or is_text(task)
+
+
+def unit(task: str) -> str:
+    """What a score is, in words."""
+    if not lower_is_better(task):
+        return "accuracy"
+    nats = "nats per byte" if is_text(task) else "nats above the oracle's"
+    return f"{nats} (lower is better)"
 
 
 def page(document: Document) -> str:
@@ -104,45 +121,34 @@ def page(document: Document) -> str:
         parts.append("\n![Recall against bytes of state](quality.svg)\n")
     for task in tasks:
         lengths = [test["n"] for test in next(run for run in runs if run["task"] == task)["tests"]]
-        heads = " | ".join(f"{n:,} tokens" for n in lengths) + (" | last quarter" if is_text(task) else "")
-        what = "accuracy"
-        if task == "chains":
-            what = "nats above the oracle's (lower is better)"
-        elif is_text(task):
-            what = "nats per byte (lower is better)"
-        parts.append(f"\n## {task.capitalize()}: {what}\n")
+        parts.append(f"\n## {task.capitalize()}: {unit(task)}\n")
         if is_text(task):
             parts.append(f"![Loss against seconds]({path(task).removeprefix('docs/')})\n")
-        parts.append(f"| form | {heads} | rate | seeds | state | training |")
-        parts.append("| --- |" + " ---: |" * (heads.count("|") + 5))
-        for form in dict.fromkeys(run["form"] for run in runs if run["task"] == task):
-            parts.append(_row(task, form, best(runs, task, form)))
-        parts += _tried(runs, task)
-    parts += _summary(runs)
-    return "\n".join(parts) + "\n"
+        heads = [*(f"{n:,} tokens" for n in lengths), *(["last quarter"] if is_text(task) else [])]
+        forms = dict.fromkeys(run["form"] for run in runs if run["task"] == task)
+        rows = [_row(task, form, best(runs, task, form)) for form in forms]
+        parts.append(table(["form", *heads, "rate", "seeds", "state", "training"], rows))
+        parts.append(_tried(runs, task))
+    parts += ["\n## In short: which form for which need\n", _summary(runs)]
+    return "\n".join(parts)
 
 
-def _summary(runs: Sequence[Run]) -> list[str]:
+def _summary(runs: Sequence[Run]) -> str:
     """The table for a reader in a hurry."""
     columns = [task for task in SHOWN if any(run["task"] == task for run in runs)]
-    lines = ["\n## In short: which form for which need\n", f"| form | for | cost | {' | '.join(columns)} |"]
-    lines.append("| --- | --- | --- |" + " ---: |" * len(columns))
+    rows = []
     for form, words in SUMMARY.items():
         found = [best(runs, task, form) for task in columns]
         if any(found):
             cells = [
-                f"{_mean(task, mine):.3f}" if mine else "-" for task, mine in zip(columns, found, strict=True)
+                f"{mean(task, mine):.3f}" if mine else "-" for task, mine in zip(columns, found, strict=True)
             ]
-            lines.append(f"| {' | '.join((form, *words, *cells))} |")
-    return lines
+            rows.append((form, *words, *cells))
+    return table(["form", "for", "cost", *columns], rows, left=3)
 
 
-def _mean(task: str, runs: Sequence[Run]) -> float:
-    return statistics.mean(score(task, run["tests"][0]) for run in runs)
-
-
-def _tried(runs: Sequence[Run], task: str) -> list[str]:
-    """Steps, and where fewer rates were tried than elsewhere, for which forms."""
+def _tried(runs: Sequence[Run], task: str) -> str:
+    """The rates that were tried, and where they differ, for which forms."""
     rates = {
         form: sorted({run["rate"] for run in runs if (run["task"], run["form"]) == (task, form)})
         for form in dict.fromkeys(run["form"] for run in runs if run["task"] == task)
@@ -150,16 +156,12 @@ def _tried(runs: Sequence[Run], task: str) -> list[str]:
     kinds = list(dict.fromkeys(tuple(found) for found in rates.values()))
     said = [", ".join(f"{rate:g}" for rate in kind) for kind in kinds]
     if len(kinds) == 1:
-        return [f"\nRates tried: {said[0]}."]
+        return f"Rates tried: {said[0]}."
     names = [", ".join(form for form, found in rates.items() if tuple(found) == kind) for kind in kinds]
-    return [
-        "\nRates tried: "
-        + "; ".join(f"{rate} ({name})" for rate, name in zip(said, names, strict=True))
-        + "."
-    ]
+    return f"Rates tried: {'; '.join(f'{rate} ({name})' for rate, name in zip(said, names, strict=True))}."
 
 
-def _row(task: str, form: str, runs: Sequence[Run]) -> str:
+def _row(task: str, form: str, runs: Sequence[Run]) -> list[str]:
     columns = [[score(task, run["tests"][place]) for run in runs] for place in range(len(runs[0]["tests"]))]
     if is_text(task):
         columns.append([run["tests"][0]["quarters"][-1] for run in runs])
@@ -169,9 +171,7 @@ def _row(task: str, form: str, runs: Sequence[Run]) -> str:
         cells.append(f"{statistics.mean(values):.3f}{spread}")
     seconds = statistics.median(run["seconds"] for run in runs)
     state = f"{runs[0]['state_bytes'] / 1024:,.0f} KB"
-    return (
-        f"| {form} | {' | '.join(cells)} | {runs[0]['rate']:g} | {len(runs)} | {state} | {seconds:,.0f} s |"
-    )
+    return [form, *cells, f"{runs[0]['rate']:g}", str(len(runs)), state, f"{seconds:,.0f} s"]
 
 
 def figure(document: Document) -> str:
@@ -184,7 +184,7 @@ def figure(document: Document) -> str:
         for colour, form in enumerate(forms):
             mine = best(runs, task, form)
             if mine:
-                missed = max(1e-3, 1 - statistics.mean(score(task, run["tests"][0]) for run in mine))
+                missed = max(1e-3, 1 - mean(task, mine))
                 series.append(Series(form, ((mine[0]["state_bytes"] / 1024, missed),), colour))
         labels = ("KB of state a layer (lower is better)", "share of values missed (lower is better)")
         panels.append(Panel(task.capitalize(), *labels, tuple(series)))
@@ -195,7 +195,7 @@ def losses_figure(document: Document, task: str) -> str:
     """Loss on held-out text against seconds of training, a line for each form at its best rate."""
     runs = document["runs"]
     forms = list(dict.fromkeys(run["form"] for run in runs))
-    curves = {form: best(runs, task, form)[0]["curve"] for form in forms if best(runs, task, form)}
+    curves = {form: mine[0]["curve"] for form in forms if (mine := best(runs, task, form))}
     points = [(seconds, loss) for curve in curves.values() for _, seconds, loss in curve[1:]]
     top = TOP + ROW * len(curves)
     x = Axis(0.0, max(seconds for seconds, _ in points), LEFT, WIDTH - RIGHT)

@@ -98,9 +98,8 @@ def rate_at(step: int, steps: int, rate: float) -> float:
     return rate * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def loss_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross entropy of the scored targets, and the share of them that is foretold."""
-    logits = model(tokens)
     scored = targets != IGNORED
     right = (logits.argmax(-1) == targets)[scored].float().mean()
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED), right
@@ -131,9 +130,9 @@ def train(model: nn.Module, setting: Setting, rate: float, seed: int) -> Iterato
     for step in range(setting.steps):
         for group in optimiser.param_groups:
             group["lr"] = rate_at(step, setting.steps, rate)
-        batch = setting.task.batch(setting.batch, generator)
+        tokens, targets = setting.task.batch(setting.batch, generator)
         started = time.process_time()
-        loss, _ = loss_of(model, *batch)
+        loss, _ = loss_of(model(tokens), targets)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -149,11 +148,12 @@ def assess(model: nn.Module, setting: Setting, n: int, batches: int = TEST_BATCH
     found, quarters = [], torch.zeros(4, dtype=torch.float64)
     oracle = 0.0
     for tokens, targets in setting.task.held_out(batches, HELD_OUT, n):
-        found.append(torch.stack(loss_of(model, tokens, targets)))
+        logits = model(tokens)
+        found.append(torch.stack(loss_of(logits, targets)))
         if setting.task.name == "markov":
             oracle += oracle_loss(tokens, targets) / batches
         if setting.task.name == "language":
-            quarters += by_quarters(model, tokens, targets) / batches
+            quarters += by_quarters(logits, targets) / batches
     loss, accuracy = torch.stack(found).mean(0).tolist()
     return (
         {"n": n, "loss": round(loss, 5), "accuracy": round(accuracy, 5)}
@@ -162,10 +162,10 @@ def assess(model: nn.Module, setting: Setting, n: int, batches: int = TEST_BATCH
     )
 
 
-def by_quarters(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+def by_quarters(logits: Tensor, targets: Tensor) -> Tensor:
     """float64 [4]: the loss of each quarter of the sequence."""
-    losses = cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none")
-    return torch.stack([part.mean() for part in losses.view(tokens.shape).chunk(4, -1)]).double()
+    losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return torch.stack([part.mean() for part in losses.view(targets.shape).chunk(4, -1)]).double()
 
 
 def runs(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Generator, Tensor
 
 from benchmarks.settings import ROOT
-from fastgrad_dsl.models.text_data import load_text
+from fastgrad_dsl.models.text_data import TextData, load_text
 
 IGNORED = -100  # of torch's cross_entropy
 GAP_POWER = (
@@ -42,7 +43,7 @@ class Task:
     def held_out(self, batches: int, count: int, n: int) -> Iterator[Batch]:
         """Sequences that no run trains on, always the same: of text, one after another, from its last tenth."""
         if self.name == "language":
-            yield from load_text(TEXT, n).validation_batches(n, 1, batches)
+            yield from _novel(n).validation_batches(n, 1, batches)
         else:
             generator = torch.Generator().manual_seed(HELD_OUT_SEED)
             for _ in range(batches):
@@ -133,7 +134,12 @@ def needle(task: Task, count: int, n: int, generator: Generator) -> Batch:
 
 def language(task: Task, count: int, n: int, generator: Generator) -> Batch:
     """Bytes from anywhere in the first nine tenths of a novel: the next one is to be foretold."""
-    return load_text(TEXT, n).batch(n, count, generator)
+    return _novel(n).batch(n, count, generator)
+
+
+@cache
+def _novel(n: int) -> TextData:
+    return load_text(TEXT, n)
 
 
 MAKERS: dict[str, Callable[[Task, int, int, Generator], Batch]] = {
