@@ -145,9 +145,8 @@ class _Attack:
             if said["violations"] and not _beyond(node, call, -MARGIN):
                 raise Finding("d", "a violation that is none", f"{entry.path}: {self._words()}; {said}")
             largest = float(call.logits.max()) if call.logits.numel() else 0.0
-            if call.logits.shape[-2] <= ALL and said["largest"] < largest - MARGIN * max(
-                largest, _limit(node)
-            ):
+            least = largest - MARGIN * max(largest, _limit(node))
+            if call.logits.shape[-2] <= ALL and said["largest"] < least:
                 words = f"{entry.path}: {said['largest']:.6g} of {largest:.6g}"
                 raise Finding("d", "largest is too small", words)
 

@@ -112,13 +112,8 @@ def _report_text(report: Report) -> None:
         decision = f"{family} {entry['degree']}" if entry["decision"] == "polynomial" else "exact"
         if entry["near"] is not None and decision != "exact":
             decision += f", near {entry['near']}"
-        known = [
-            number(entry["rank"]),
-            number(entry["bound"]),
-            share(entry["largest_share"]),
-            number(entry["eps"]),
-        ]
-        cells = [decision, *known]
+        rank, most = number(entry["rank"]), share(entry["largest_share"])
+        cells = [decision, rank, number(entry["bound"]), most, number(entry["eps"])]
         if not re.match(r"\s*".join(map(re.escape, [entry["path"], *cells])) + r"\s", line):
             raise Finding("e", "a row of report", f"{line!r} does not say {cells}")
 

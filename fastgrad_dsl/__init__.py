@@ -1,7 +1,7 @@
 """fastgrad: a small language for transformers, compiled to PyTorch modules with almost-linear attention.
 
     import fastgrad_dsl as fg
-    compiled = fg.compile("bounded.tfg")
+    compiled = fg.compile("gpt.tfg")
     model = compiled.module(seed=0)
 
 Names are imported when they are first used, so that the command line starts without PyTorch.

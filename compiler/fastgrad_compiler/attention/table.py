@@ -73,7 +73,7 @@ class AttentionEntry:
 
     @property
     def place(self) -> str:
-        """`bounded.tfg:12:9` of `span`, empty for a program without a source."""
+        """`gpt.tfg:12:9` of `span`, empty for a program without a source."""
         return self.span.place if self.span else ""
 
     @property

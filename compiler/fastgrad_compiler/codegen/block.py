@@ -65,7 +65,7 @@ class Module:
 
 
 def place_of(span: Span) -> str:
-    """`bounded.tfg:14`, on one line; the folder of the user's file is left out."""
+    """`gpt.tfg:14`, on one line; the folder of the user's file is left out."""
     path, _, line = span.short_place.rpartition(":")
     return comment(f"{path if path.startswith('std/') else PurePath(path).name}:{line}")
 

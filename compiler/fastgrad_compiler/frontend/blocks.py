@@ -98,7 +98,7 @@ class _Argument:
         return f"`{self.parameter.name.text}` of {self.shown}"
 
     def size(self, axis: int) -> str:
-        """What stands at the place of the argument: `256 here (d_model, bounded.tfg:4)`."""
+        """What stands at the place of the argument: `256 here (d_model, gpt.tfg:4)`."""
         return f"{self.tensor.type.shape[axis]} here{_from(self.tensor.origins[axis])}"
 
     @property

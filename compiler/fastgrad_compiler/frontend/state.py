@@ -118,7 +118,7 @@ def _typed(
 
 
 def _blame_label(blame: Iterable[Blame], operands: Sequence[Tensor]) -> str:
-    """`256 here (d_model, bounded.tfg:4) but 128 here (w1, bounded.tfg:12)`."""
+    """`256 here (d_model, gpt.tfg:4) but 128 here (w1, gpt.tfg:12)`."""
     parts = []
     for each in blame:
         origin = None if each.axis is None else operands[each.input].origins[each.axis]

@@ -6,7 +6,7 @@
     budget { ... }
 
     graph gpt {
-        %x = input() : float[b, n, 16]                      # bounded.tfg:14
+        %x = input() : float[b, n, 16]                      # gpt.tfg:14
         %w = weight(init = ("normal", 0.0, 0.02), label = "w") : float[16, 16]
         %y = matmul(%x, %w) : float[b, n, 16] where in [-1.0, 1.0], norm <= 1.0, by "rows of x have norm 1"
         return %y

@@ -18,7 +18,7 @@ def describe(node: Node) -> str:
 
 
 def place(node: Node) -> str:
-    """` (bounded.tfg:12)`, or nothing where the node has no source."""
+    """` (gpt.tfg:12)`, or nothing where the node has no source."""
     return f" ({node.span.short_place})" if node.span else ""
 
 

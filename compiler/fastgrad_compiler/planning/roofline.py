@@ -148,10 +148,8 @@ def flash_time(device: Device, shape: Shape, *, ideal: bool = False) -> tuple[fl
 DENSE_TILE, DENSE_BUFFERS = 256, 4  # queries at a time, and tensors of their scores that are live
 WORK_BYTES = 20 * 2**20  # of runtime/attention_op.py
 DENSE_LAUNCHES, LAUNCH = 80, 5e-6  # of a tile in both passes, and seconds of each
-DENSE_PASSES = (
-    20,
-    12,
-)  # over the numbers of a tensor of scores, both passes: in any case, and for each degree
+# over the numbers of a tensor of scores, both passes: in any case, and for each degree
+DENSE_PASSES = (20, 12)
 
 
 def dense_time(device: Device, shape: Shape) -> float:
