@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from attack.grower import Grower, Typed, Unfit, constant_shape, tuple_of
 
@@ -303,17 +304,26 @@ _READERS = (
 """What reads scores with hidden pairs and is finite: -inf stays in no sum."""
 
 
+def _scores(g: Grower, fits: Callable[[Typed], bool]) -> Typed:
+    """Scores that fit: of the pool, or of the tokens of a value with themselves."""
+    try:
+        return g.pick(where=fits)
+    except Unfit:
+        x = g.pick(where=lambda e: e.rank >= 2 and fits(replace(e, shape=(*e.shape[:-1], e.shape[-2]))))
+        return g.sometimes(f"{x.text} @ {x.text}.T")
+
+
 def _masked(name: str, mask: str = "") -> Rule:
     """Scores with hidden pairs, in what leaves no -inf."""
 
     def rule(g: Grower) -> str:
         if mask:
             which = g.pick("bool" if name == "padding" else "int", lambda each: each.rank == 2)
-            x = g.pick(where=lambda e: e.rank >= 3 and (e.shape[0], e.shape[-1]) == which.shape
-                       and (name == "padding" or e.shape[-2] == e.shape[-1]))  # fmt: skip
+            x = _scores(g, lambda e: e.rank >= 3 and (e.shape[0], e.shape[-1]) == which.shape
+                        and (name == "padding" or e.shape[-2] == e.shape[-1]))  # fmt: skip
             operand = f"max({which.text}; axis = -1)" if mask == "length" else which.text
             return g.rng.choice(_READERS).format(f"{name}({x.text}, {operand})")
-        x = g.pick(where=lambda e: e.rank >= 2 and (name == "window" or e.shape[-2] == e.shape[-1]))
+        x = _scores(g, lambda e: e.rank >= 2 and (name == "window" or e.shape[-2] == e.shape[-1]))
         width = f"; width = {g.rng.randint(1, 4)}" if name == "window" else ""
         return g.rng.choice(_READERS).format(f"{name}({x.text}{width})")
 
@@ -357,9 +367,13 @@ def _fit(g: Grower) -> str:
     )
 
 
-def _cross_entropy(g: Grower, x: Typed) -> str:
-    targets = g.pick("int", lambda each: each.shape == x.shape[:-1])
-    return f"cross_entropy({x.text}, clamp({targets.text}; low = 0, high = {IDS - 1}))"
+def _cross_entropy(g: Grower) -> str:
+    targets = g.pick("int")
+    x = g.pick(where=lambda each: each.shape[:-1] == targets.shape and each.size(-1) is not None)
+    logits = x.text
+    if (x.size(-1) or 0) < IDS or g.rng.random() < 0.3:
+        logits = f"{x.text} @ {g.declare('weight', (x.size(-1), IDS), 'normal(std = 1.0)').text}"
+    return f"cross_entropy({logits}, clamp({targets.text}; low = 0, high = {IDS - 1}))"
 
 
 RULES: dict[str, Rule] = {
@@ -445,7 +459,7 @@ RULES: dict[str, Rule] = {
         lambda each: each.rank >= 3 and each.size(-3) is not None,
     ),
     "dropout": lambda g: f"dropout({g.pick().text}; p = {g.rng.choice((0.0, 0.1, 0.5))})",
-    "cross_entropy": _of(_cross_entropy, lambda each: each.rank >= 1 and (each.size(-1) or 0) >= IDS),
+    "cross_entropy": _cross_entropy,
     "mse": _of(lambda g, x: f"mse({x.text}, {g.pick(where=lambda each: each.shape == x.shape).text})"),
     # what is written with signs
     **{operator: _binary(operator) for operator in ("+", "-", "*")},
