@@ -111,6 +111,9 @@ CODES: dict[str, str] = {
     "FG431": "folder that holds a run already",
     "FG432": "run that is being trained",
     "FG433": "loss or gradient that is not finite",
+    # FG5xx: the step form
+    "FG501": "operation without a step form",
+    "FG502": "no dimension to step along",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",

@@ -224,14 +224,23 @@ class Budget:
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
+ROLES = ("main", "objective", "gradient", "step", "along")
+"""The fields of a Program that name a graph, or with `along` a dim."""
+
+
 @dataclass(frozen=True)
 class Program:
-    """All graphs of a compiled model; `main` runs the model, `objective` the loss, `gradient` the derived backward."""
+    """All graphs of a compiled model; `main` runs the model, `objective` the loss, `gradient` the derived backward.
+
+    `step` runs the model on the next tokens along the dim `along`, given what it kept of those before.
+    """
 
     graphs: tuple[Graph, ...]
     main: str
     objective: str | None = None
     gradient: str | None = None
+    step: str | None = None
+    along: str | None = None
     dims: tuple[DimInfo, ...] = ()
     budget: Budget | None = None
     name: str = "model"
