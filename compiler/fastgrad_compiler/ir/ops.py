@@ -53,9 +53,9 @@ FUNCTIONS = (
 )
 """Of floats, entry by entry."""
 
-# In a step form, whose inputs are the next tokens (`passes/step.py`): `past` says that positions go on from those of the
-# calls before; `state` is the label under which a node keeps what it needs of the tokens before, `memory` that of the
-# keys of another sequence, which are the same in every call.
+# In a step form, whose inputs are the next tokens (`passes/step.py`): `past` says that positions go on from those of
+# the calls before; `state` is the label under which a node keeps what it needs of the tokens before, `memory` that of
+# the keys of another sequence, which are the same in every call.
 _OPS = (
     # structure. weight, buffer: `init` is (kind, argument...) as in ("normal", 0.0, 0.02); `label` ends its path.
     _op("input", 0),

@@ -17,17 +17,10 @@ from functools import cached_property
 
 from fastgrad_compiler.attention.value import ATTENTION
 from fastgrad_compiler.ir.calls import callees, runs
-from fastgrad_compiler.ir.graph import Graph, Node, Program, attributes
+from fastgrad_compiler.ir.graph import ONCE, STEP, Graph, Node, Program, attributes, step_form
 from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_compiler.passes.streams import LOOKING_BACK, Look, NoStep, Placed, Streams, moved_by, streams
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
-
-STEP, ONCE = "@step", "@once"  # after the name of a graph: no name of a block has the sign
-
-
-def step_form(graph: str) -> str:
-    """The name of the step form of a graph, which a program has where it is another graph."""
-    return f"{graph}{STEP}"
 
 
 def derive_step(program: Program) -> Program:
@@ -157,7 +150,7 @@ class _Derivation:
     def _nodes(self, graph: Graph, found: Streams, once: tuple[str, ...]) -> tuple[Node, ...]:
         """The nodes of a step form. The graph of `once` is added on the way."""
         nodes = list(graph.inputs)
-        names = {}
+        names: dict[str, str] = {}
         if once:
             kept, names = self._kept(graph, once)
             nodes += kept
@@ -199,7 +192,7 @@ class _Derivation:
             return self._runs(node)
         if node.op in ("arange", "sinusoid") or (node.op == "slice" and places[0] is None):
             return node.with_attributes(past=True)
-        if node.op == "rotary" and places[0] == found.of(node.name) and places[0].axis == -2:
+        if node.op == "rotary" and places[0] is not None and places[0].axis == -2:
             return node.with_attributes(past=True)
         if node.op in ("pad", "concat") and (by := moved_by(graph, node, places)):
             source = graph[node.inputs[-1]].inputs

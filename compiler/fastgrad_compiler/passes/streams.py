@@ -447,7 +447,8 @@ STREAMS: dict[str, Rule] = {
     **dict.fromkeys(("weight", "buffer", "constant", "literal"), _none),
     **dict.fromkeys((*ARITHMETIC, *COMPARISONS, *FUNCTIONS), _together),
     **dict.fromkeys(
-        ("neg", "abs", "logical_not", "cast", "clamp", "where", "polynomial", "assume_bound", "dropout"), _together
+        ("neg", "abs", "logical_not", "cast", "clamp", "where", "polynomial", "assume_bound", "dropout"),
+        _together,
     ),
     "matmul": _matmul,
     **dict.fromkeys(("sum", "mean", "amax"), _reduced),

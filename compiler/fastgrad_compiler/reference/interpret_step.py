@@ -1,4 +1,4 @@
-"""Runs the step form of a program on tensors: what a node that looks back gives for all tokens so far, of them the last.
+"""Runs the step form of a program on tensors: a node that looks back is computed for all tokens so far.
 
 Nothing is kept but the inputs of such nodes, and each call computes their dense definition anew.
 """
@@ -98,7 +98,9 @@ class StepRun(Run):
             result = TORCH["rotary"](node, [torch.cat((before, inputs[0]), _TOKENS)], self.env)
         else:
             key = "stop" if node.op == "arange" else "length"
-            result = TORCH[node.op](node.with_attributes(**{key: Dim.of(_dim(node, key)) + past}), inputs, self.env)
+            result = TORCH[node.op](
+                node.with_attributes(**{key: Dim.of(_dim(node, key)) + past}), inputs, self.env
+            )
         assert isinstance(result, Tensor)
         if node.op == "slice":
             return result
@@ -114,6 +116,8 @@ def _token_axes(node: Node) -> list[int | None]:
     """The axis of the tokens in each input of a node that looks back, None for weights."""
     if node.op in ATTENTION:
         rows = ("q", "k", "v", "near_q", "near_k")
-        return [_TOKENS if role in rows else -1 for role in Attention.of(node).by_role(range(len(node.inputs)))]
+        return [
+            _TOKENS if role in rows else -1 for role in Attention.of(node).by_role(range(len(node.inputs)))
+        ]
     first: list[int | None] = [_TOKENS] if node.op == "shift" else [_TOKENS, None]
     return [*first, *(-1 for _ in node.inputs[len(first) :])]
