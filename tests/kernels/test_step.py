@@ -37,7 +37,9 @@ def fresh(dtype: torch.dtype = torch.float64) -> State:
 
 
 @torch.no_grad()
-def in_steps(call: Callable[[Any, State], Tensor], split: list[int], *inputs: tuple[Tensor | None, int]) -> Tensor:
+def in_steps(
+    call: Callable[[Any, State], Tensor], split: list[int], *inputs: tuple[Tensor | None, int]
+) -> Tensor:
     """The results of calls on parts of inputs, each with the axis of its tokens, along the second axis from the end."""
     state, first, found = fresh(), 0, []
     for count in split:
@@ -54,8 +56,11 @@ def steps(spec: KernelSpec, inputs: Inputs, rule: Rule, split: list[int], **more
 
     def call(parts: list[Any], state: State) -> Tensor:
         *rows, gate, mask, documents = parts
-        given = {"log_gate": gate, "mask": mask, "documents": documents}
-        return attention_step(*rows, **given, state=state.at("attention"), rule=rule, **more)
+        given: dict[str, Any] = {"log_gate": gate, "mask": mask, "documents": documents}
+        q, k, v, near_q, near_k = rows
+        return attention_step(
+            q, k, v, near_q, near_k, **given, state=state.at("attention"), rule=rule, **more
+        )
 
     axes = (-2, -2, -2, -2, -2, -1, -1, -1)
     return in_steps(call, split, *zip(inputs.arguments, axes, strict=True))
@@ -68,7 +73,9 @@ def polynomial_rule(spec: KernelSpec) -> Rule:
 @pytest.mark.parametrize("forget", [False, True])
 @pytest.mark.parametrize(("padding", "documents"), MASKS)
 @pytest.mark.parametrize(("near", "near_d"), FIELDS)
-def test_polynomial(near: int | None, near_d: int | None, padding: bool, documents: bool, forget: bool) -> None:
+def test_polynomial(
+    near: int | None, near_d: int | None, padding: bool, documents: bool, forget: bool
+) -> None:
     spec = KernelSpec(
         3, 4, COEFFICIENTS[2], causal=True, scale=0.7, near=near, near_d=near_d, padding=padding,
         documents=documents, forget=forget,
@@ -116,7 +123,9 @@ def test_softmax_with_its_own_near_logits_and_with_slopes() -> None:
         assert worst_error([steps(spec, plain, Rule(0.7, alibi=True), split)], [sloped]) < DOUBLE
 
 
-def test_a_long_first_call_is_served_as_a_whole_and_leaves_the_same_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_first_call_is_served_as_a_whole_and_leaves_the_same_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     spec = KernelSpec(3, 4, COEFFICIENTS[2], causal=True, near=4, documents=True, padding=True, forget=True)
     inputs = make_inputs(spec, N)
     wanted = run_dense(spec, inputs)[0]
@@ -140,7 +149,9 @@ def test_keys_of_another_sequence_are_summed_up_once() -> None:
     state.starting = True
     for token in range(5):
         keys = (k, v) if token == 0 else (torch.full_like(k, torch.nan), v)
-        found.append(memory_step(q[:, :, token, None], *keys, mask=inputs.mask, state=state.at("a"), rule=rule))
+        found.append(
+            memory_step(q[:, :, token, None], *keys, mask=inputs.mask, state=state.at("a"), rule=rule)
+        )
         state.starting = False
     assert worst_error([torch.cat(found, 2)], [run_dense(spec, inputs)[0]]) < DOUBLE
 

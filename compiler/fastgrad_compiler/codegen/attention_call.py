@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.codegen.attention_kernels import has_window_kernel
 from fastgrad_compiler.codegen.place import Operands, Place
-from fastgrad_compiler.codegen.writer import COMPARE, Expr, binary, call, index, literal, method, tuple_text
+from fastgrad_compiler.codegen.writer import COMPARE, Expr, binary, call, index, literal, method
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Node
 from fastgrad_compiler.ir.masks import FORGET
@@ -84,7 +84,7 @@ def _next(place: Place, node: Node, given: Given) -> Expr:
         *_floats(given),
         **_masks(given),
         state=place.state(node["state"]),
-        rule=_rule(place, attention, by_polynomial),
+        rule=_rule(place, node, by_polynomial),
         whole=place.kernel(node) if by_polynomial else None,
         guard=place.guard(node) if by_polynomial else None,
     )
@@ -99,22 +99,21 @@ def _of_memory(place: Place, node: Node, given: Given) -> Expr:
         *_floats(given),
         **_masks(given),
         state=place.state(node["memory"]),
-        rule=_rule(place, attention, True),
+        rule=_rule(place, node, True),
     )
 
 
-def _rule(place: Place, attention: Attention, by_polynomial: bool) -> Expr:
-    """How pairs weigh, as `runtime/step_attention.py` has it."""
-    polynomial = attention.polynomial if by_polynomial else None
-    near = attention.near if by_polynomial or attention.own_near else None
+def _rule(place: Place, node: Node, by_polynomial: bool) -> Expr:
+    """How pairs weigh, as `runtime/step_tokens.py` has it."""
+    attention, rule = Attention.of(node), place.step_helper("Rule")
+    if by_polynomial:
+        return call(f"{rule}.of", place.kernel_spec(node))
     return call(
-        place.step_helper("Rule"),
+        rule,
         literal(attention.scale),
-        coefficients=None if polynomial is None else tuple_text(map(literal, polynomial.coefficients)),
-        near=near,
+        near=attention.near if attention.own_near else None,
         window=attention.mask.window,
         alibi=True if attention.alibi else None,
-        precision=literal("float64") if polynomial and polynomial.precision == "float64" else None,
     )
 
 

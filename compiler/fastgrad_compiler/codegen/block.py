@@ -49,6 +49,7 @@ class Imports:
 
     helpers: set[str] = field(default_factory=set)
     kernels: dict[KernelSpec, str] = field(default_factory=dict)  # with the name that the module gives it
+    specs: set[str] = field(default_factory=set)  # of those kernels, with `_spec` after their names
     exact_attention: bool = False
     steps: set[str] = field(default_factory=set)  # of runtime/step.py, step_attention.py and state.py
     backends: Backends = PYTORCH  # of the kernels
@@ -153,6 +154,11 @@ class Block:
             name = "polynomial_attention" if spec.window is None else "window_attention"
             kernels[spec] = unique(name, kernels.values())
         return kernels[spec]
+
+    def kernel_spec(self, node: Node) -> str:
+        name = f"{self.kernel(node)}_spec"
+        self.module.imports.specs.add(name)
+        return name
 
     def state(self, label: Attribute) -> Expr:
         return call("state.at", literal(str(label)), *(counter for counter, _ in self.loops))

@@ -46,6 +46,9 @@ class Place(Protocol):
     def step_helper(self, name: str) -> str:
         """A function or class of runtime/step.py or runtime/step_attention.py, imported."""
 
+    def kernel_spec(self, node: Node) -> str:
+        """The specification of that kernel, imported."""
+
     def guard(self, node: Node) -> Expr | None:
         """The key of the guard that watches an attention, None where none does."""
 

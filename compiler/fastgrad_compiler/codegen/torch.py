@@ -109,10 +109,10 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
         lines.append("import torch.nn.functional as F")
     uses_modules = re.search(r"\bnn\.", code) is not None
     lines += ["from torch import Tensor, nn" if uses_modules else "from torch import Tensor", ""]
-    siblings = {
-        f"from .{kernel_name(spec, imports.backends)} import attention as {name}"
-        for spec, name in imports.kernels.items()
-    }
+    siblings = set()
+    for spec, name in imports.kernels.items():
+        own = f"SPEC as {name}_spec, " if f"{name}_spec" in imports.specs else ""
+        siblings.add(f"from .{kernel_name(spec, imports.backends)} import {own}attention as {name}")
     if imports.exact_attention:
         siblings.add("from .exact_attention import exact_attention")
     if re.search(rf"\b{GUARD}\(", code):

@@ -156,6 +156,9 @@ _OPS = (
     _op("weight_gradient", 1, attributes="label"),  # a sink: the cotangent of this graph's weight `label`
 )
 
+STEP_ATTRIBUTES = frozenset(("past", "state", "memory", "once"))
+"""Of nodes in a step form alone."""
+
 OPS: dict[str, Op] = {op.name: op for op in _OPS}
 
 

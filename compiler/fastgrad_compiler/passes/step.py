@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from fastgrad_compiler.attention.value import ATTENTION
-from fastgrad_compiler.ir.calls import callees, runs
+from fastgrad_compiler.ir.calls import callees, reachable, runs
 from fastgrad_compiler.ir.graph import ONCE, STEP, Graph, Node, Program, attributes, step_form
 from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_compiler.passes.streams import LOOKING_BACK, Look, NoStep, Placed, Streams, moved_by, streams
@@ -234,7 +234,7 @@ class _Derivation:
     def _bodies(self) -> dict[str, str]:
         """The graph that repeats each body."""
         found: dict[str, str] = {}
-        for graph in self.program.graphs:
+        for graph in reachable(self.program.by_name, [self.program.main]):
             for node in graph.nodes:
                 if node.op == "repeat":
                     found.update(dict.fromkeys(callees(node), graph.name))

@@ -6,18 +6,15 @@ brings it up to date in place; `clone` it before a call to go on in two ways.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree
 
 from .initialise import Generated
 
-POSITION, MODEL = "position", "model"  # in a file: the number of tokens, and the hash of the model
 SUMS = "sums"  # the last part of the path of what is kept in float64 whatever the model's dtype
 SHARED = "shared"  # the last part of the path of what has no batch axis
 
@@ -126,16 +123,6 @@ class State(Scope):
         found.position = self.position.to(device=device)
         return found
 
-    def save(self, path: str | Path, model: nn.Module) -> None:
-        """Write a safetensors file, which holds the hash of the model's weights. Needs the package safetensors."""
-        from safetensors.torch import save_file
-
-        tensors = {name: x.contiguous() for name, x in self.tensors.items()}
-        given = {MODEL: fingerprint(model, self.model), "capacity": str(self.capacity)}
-        partial = Path(f"{path}.partial")
-        save_file({POSITION: self.position, **tensors}, partial, given)
-        partial.replace(path)
-
     # ------------------------------------------------------------ what generated code asks
 
     def enter(self, model: str, tokens: int, *, batch: int | None = None, at_most: int | None = None) -> None:
@@ -202,6 +189,10 @@ class Stepped(Generated):
         state.position.zero_()
         return state
 
+    def restored(self, position: Tensor, tensors: dict[str, Tensor], capacity: int = 0) -> State:
+        """A state of this model from what another one held."""
+        return State(self.STEP, position, tensors, capacity)
+
     def _fixed(self, given: tuple[Any, ...]) -> tuple[Tensor, ...]:
         count = len(self.FIXED)
         if count and len(given) != count:
@@ -210,22 +201,6 @@ class Stepped(Generated):
         if not count and (len(given) > 1 or any(isinstance(each, Tensor) for each in given)):
             raise TypeError("start takes the number of sequences")
         return given if count else ()
-
-    def load_state(self, path: str | Path) -> State:
-        """A state from a file, on the model's device. ValueError where another model or other weights wrote it."""
-        from safetensors import SafetensorError, safe_open
-
-        device = next((x.device for x in self.parameters()), torch.device("cpu"))
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                given = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no state: {error}") from None
-        if given.get(MODEL) != fingerprint(self, self.STEP) or POSITION not in tensors:
-            raise ValueError(f"{path} holds the state of another model, or of other weights")
-        position = tensors.pop(POSITION)
-        return State(self.STEP, position, tensors, int(given.get("capacity", "0")))
 
 
 def _token(described: Any, sizes: dict[str, int], like: Tensor) -> Tensor:
@@ -237,16 +212,6 @@ def _token(described: Any, sizes: dict[str, int], like: Tensor) -> Tensor:
     dtype = {"int": torch.int64, "bool": torch.bool}.get(kind, like.dtype)
     whole = [sizes[size] if isinstance(size, str) else size for size in shape]
     return torch.full(whole, kind == "bool", dtype=dtype, device=like.device)
-
-
-def fingerprint(model: nn.Module, structure: str) -> str:
-    """A hash of a model's structure and weights."""
-    digest = hashlib.sha256(structure.encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().contiguous().cpu().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return digest.hexdigest()
 
 
 def _flatten(state: State) -> tuple[list[Tensor], tuple[Any, ...]]:

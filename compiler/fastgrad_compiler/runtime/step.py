@@ -39,6 +39,8 @@ def depthwise_step(x: Tensor, w: Tensor, ids: Tensor | None = None, *, state: Sc
     if before == 0:
         return depthwise(x, w, ids)
     tokens, documents = _before(x, ids, before, state)
+    if documents is None and x.shape[-2] == 1:
+        return (tokens * w.flip(0)).sum(-2, keepdim=True)
     return depthwise(tokens, w, documents)[..., before:, :]
 
 

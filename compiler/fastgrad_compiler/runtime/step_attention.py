@@ -297,7 +297,7 @@ class Kept:
         return out.to(new.v.dtype).flatten(1, 2)
 
     def _watched(self, rows: Tensor, new: Tokens, keys: Tokens, served: Tensor) -> Tensor:
-        """Queries [b, h, G, c, d] after the guard has seen them, scaled down where it clamps; served: pairs far apart."""
+        """Queries [b, h, G, c, d] that the guard has seen, scaled down if it clamps; served: pairs of the far field."""
         longest = self.state.get("longest", lambda: rows.new_zeros(new.k.shape[:2]))
         lengths = torch.linalg.vector_norm(new.k, dim=-1, dtype=rows.dtype).amax(-1)
         torch.maximum(longest, lengths.to(longest.dtype), out=longest)

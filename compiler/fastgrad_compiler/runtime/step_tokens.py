@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention_op import compute_dtype
+from .kernel_spec import KernelSpec
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class Rule:
     window: int = 0
     alibi: bool = False
     precision: str = "float32"
+
+    @staticmethod
+    def of(spec: KernelSpec) -> Rule:
+        """That of a kernel by a polynomial."""
+        return Rule(spec.scale, spec.coefficients, spec.near or 0, precision=spec.precision)
 
     @property
     def ring(self) -> int | None:
