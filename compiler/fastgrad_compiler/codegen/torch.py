@@ -111,8 +111,10 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
     lines += ["from torch import Tensor, nn" if uses_modules else "from torch import Tensor", ""]
     siblings = set()
     for spec, name in imports.kernels.items():
-        own = f"SPEC as {name}_spec, " if f"{name}_spec" in imports.specs else ""
-        siblings.add(f"from .{kernel_name(spec, imports.backends)} import {own}attention as {name}")
+        kernel = kernel_name(spec, imports.backends)
+        siblings.add(f"from .{kernel} import attention as {name}")
+        if f"{name}_spec" in imports.specs:
+            siblings.add(f"from .{kernel} import SPEC as {name}_spec")
     if imports.exact_attention:
         siblings.add("from .exact_attention import exact_attention")
     if re.search(rf"\b{GUARD}\(", code):
