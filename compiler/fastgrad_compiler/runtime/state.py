@@ -225,4 +225,15 @@ def _unflatten(tensors: Iterable[Any], context: tuple[Any, ...]) -> State:
     return State(model, position, dict(zip(names, others, strict=True)), capacity)
 
 
-_pytree.register_pytree_node(State, _flatten, _unflatten, serialized_type_name=f"{State.__module__}.State")
+def _with_keys(state: State) -> tuple[list[tuple[Any, Tensor]], tuple[Any, ...]]:
+    leaves, context = _flatten(state)
+    return list(zip(map(_pytree.MappingKey, ("position", *state.tensors)), leaves, strict=True)), context
+
+
+_pytree.register_pytree_node(
+    State,
+    _flatten,
+    _unflatten,
+    serialized_type_name=f"{State.__module__}.State",
+    flatten_with_keys_fn=_with_keys,
+)
