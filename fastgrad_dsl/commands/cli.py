@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -202,18 +203,25 @@ def advise(
 def stages(
     file: File,
     after: Annotated[str | None, Option(help="Show only the program after this pass.")] = None,
+    along: Annotated[
+        str | None, Option(metavar="DIM", help="The dim of the step form; an error says why there is none.")
+    ] = None,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
 ) -> None:
     """Print the program as each pass leaves it."""
     from fastgrad_compiler.ir.text import print_program
+    from fastgrad_compiler.passes.step import with_step
     from fastgrad_compiler.pipeline import PASSES
 
     names = ["elaborate", *(p.name for p in PASSES)]
     if after is not None and after not in names:
         raise TfgError.of("FG417", f"unknown pass {after}", *suggestions(after, names))
-    for stage in _stages(file, model, set_, include, until=after):
+    found = _stages(file, model, set_, include, until=after)
+    if along is not None and after in (None, "step"):
+        found = (*found[:-1], replace(found[-1], program=with_step(found[-2].program, along)))
+    for stage in found:
         if after in (None, stage.name):
             print(f"# after {stage.name} ({1000 * stage.seconds:.1f} ms)\n\n{print_program(stage.program)}")
 
