@@ -40,7 +40,7 @@ def parts(name: str) -> tuple[list[Tensor], list[Tensor]]:
 
 def in_steps(model: Any, tokens: list[Tensor], fixed: list[Tensor], split: list[int]) -> Tensor:
     """The results of calls on so many tokens each."""
-    state, found, first = model.start(*(fixed or [tokens[0].shape[0]])), [], 0
+    state, found, first = model.start(*fixed) if fixed else model.start(tokens[0].shape[0]), [], 0
     for count in split:
         out, state = model.step(*(x[:, first : first + count] for x in tokens), state)
         found.append(out)
