@@ -85,6 +85,9 @@ Dim = Annotated[
 Weights = Annotated[Path | None, _path("A .safetensors file with the model's weights.")]
 Seed = Annotated[int, Option(min=0, max=LARGEST, help="Seed of initial weights and random batches.")]
 Wide = Annotated[bool, Option("--wide", help="Show every column of the tables.")]
+Tokenizer = Annotated[
+    Path | None, _path("A tokenizer.json, whose tokens take the place of bytes.", metavar="FILE")
+]
 Target = Annotated[
     str, Option(help="torch, cpp (C++ on a CPU), triton (on a GPU) or auto (chooses by device).")
 ]
@@ -266,6 +269,7 @@ def report(
 def train(
     file: File,
     text: Annotated[Path, _path("The text to learn, any file; its bytes are the tokens.")],
+    tokenizer: Tokenizer = None,
     steps: Annotated[int, Option(min=0, max=LARGEST, help="Number of optimiser steps.")] = 1000,
     seq: Annotated[int, Option(min=1, max=MANY, help="Tokens per sequence.")] = 1024,
     batch: Annotated[int, Option(min=1, max=MANY, help="Sequences per step.")] = 1,
@@ -285,13 +289,13 @@ def train(
     calibrate: Annotated[
         bool, Option("--calibrate", help="Plan from measurements on the text before training.")
     ] = False,
-    sample: Annotated[int, Option(min=0, max=LARGEST, help="Bytes of text to generate at the end.")] = 200,
+    sample: Annotated[int, Option(min=0, max=LARGEST, help="Tokens of text to generate at the end.")] = 200,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
     target: Target = "auto",
 ) -> None:
-    """Train a byte-level language model on a text file; loss is printed and logged as JSON lines.
+    """Train a language model on a text file; loss is printed and logged as JSON lines.
 
     The run's folder holds the compiled model, the spec, the weights and a checkpoint. Ctrl-C or SIGTERM saves a
     checkpoint and stops; the same command with --resume continues from there, with more --steps if you like.
@@ -311,7 +315,9 @@ def train(
         steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
         validate_every=every, checkpoint_every=every,
     )  # fmt: skip
-    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample, calibrate, force))
+    train_language_model(
+        compiled, TrainRequest(text, folder, options, resume, sample, calibrate, force, tokenizer)
+    )
 
 
 @app.command()
