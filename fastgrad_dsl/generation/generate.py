@@ -63,12 +63,19 @@ def read_prompt(
 ) -> Reading:
     """Read a prompt once, to `generate` after it many times; the arguments and errors are those of `generate`."""
     steps = step_form(model)
-    ids = as_ids(prompt, tokenizer or ByteTokenizer())
-    if not ids.shape[1]:
-        if after is None:
-            raise TfgError.of("FG437", "the prompt is empty", "give at least one token")
-        return after.clone()
-    return read(steps, ids, None if after is None else after.clone())
+    return read_ids(steps, as_ids(prompt, tokenizer or ByteTokenizer()), after)
+
+
+def read_ids(model: StepModel, ids: Tensor, after: Reading | None) -> Reading:
+    """Read int64 [b, c] after what was read before, which is left as it is.
+
+    Raises TfgError FG437 if there is nothing to go on from, or an id that the model does not have.
+    """
+    if ids.shape[1]:
+        return read(model, ids, None if after is None else after.clone())
+    if after is None:
+        raise TfgError.of("FG437", "the prompt has no tokens", "give at least one")
+    return after.clone()
 
 
 def as_ids(prompt: Prompt, tokenizer: Tokenizer) -> Tensor:

@@ -165,7 +165,8 @@ class _TokenStream:
         return new
 
     def _decoded(self, tokens: list[int]) -> str:
-        return self._rules.decode(tokens, skip_special_tokens=False)
+        text: str = self._rules.decode(tokens, skip_special_tokens=False)
+        return text
 
 
 def load_tokenizer(path: str | Path) -> FileTokenizer:
