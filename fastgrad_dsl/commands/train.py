@@ -23,7 +23,7 @@ from fastgrad_dsl.generation.sampling import Sampling
 from fastgrad_dsl.generation.step_form import has_steps
 from fastgrad_dsl.models.batches import model_inputs
 from fastgrad_dsl.models.text_data import BYTES, TextData, load_text
-from fastgrad_dsl.models.tokenizer import Tokenizer, check_size, decode, load_tokenizer
+from fastgrad_dsl.models.tokenizer import Tokenizer, check_size, load_tokenizer
 from fastgrad_dsl.storage.weights import load_weights
 from fastgrad_dsl.training.budget_watch import BudgetWatch
 from fastgrad_dsl.training.checkpoint import read_checkpoint
@@ -183,9 +183,9 @@ def run(
 def print_sample(
     console: Console, model: nn.Module, program: Program, data: TextData, window: int, length: int
 ) -> None:
-    """A continuation of the held-out text's beginning, by the model's step form if it has one."""
-    prompt = data.validation[:PROMPT_TOKENS].tolist()
-    if has_steps(model):
+    """A continuation of the held-out text's beginning, by the step form where the model has one for as many tokens."""
+    prompt, limit = data.validation[:PROMPT_TOKENS].tolist(), _token_limit(program)
+    if has_steps(model) and (limit is None or len(prompt) + length <= limit):
         drawn = generate(model, prompt, tokens=length, sampling=SAMPLING, tokenizer=data.tokenizer)
         written = [int(token) for token in drawn]
     else:
@@ -193,9 +193,10 @@ def print_sample(
         multiple = max((program.multiples.get(name, 1) for name in dims), default=1)
         size = data.tokenizer.size
         written = rerun(model, prompt, length, SAMPLING, window=window, multiple=multiple, size=size)
-    begun, whole = (decode(data.tokenizer, tokens) for tokens in (prompt, prompt + written))
+    stream = data.tokenizer.stream()
+    begun, rest = ("".join(map(stream.push, tokens)) for tokens in (prompt, written))
     console.print("\nsample (the model's own text follows >>>):")
-    console.print(f"{begun} >>> {whole[len(begun) :]}", markup=False, highlight=False)
+    console.print(f"{begun} >>> {rest}{stream.finish()}", markup=False, highlight=False)
 
 
 def language_model_loss(compiled: Compiled, tokens: int, tokenizer: Tokenizer = BYTES) -> Loss:

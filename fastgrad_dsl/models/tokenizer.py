@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-LONGEST_HELD = 8  # tokens: more of them than this are never the bytes of one character
+MANY = 1 << 31  # ids are less
+LONGEST_HELD = 64  # tokens that end in no whole character: a longer run of such bytes is not waited for
 
 
 class TextStream(Protocol):
@@ -185,8 +186,8 @@ def load_tokenizer(path: str | Path) -> FileTokenizer:
         largest = max(rules.get_vocab(with_added_tokens=True).values(), default=-1)
     except Exception as error:  # the library has no class for what it refuses
         raise _unusable(path, str(error).strip() or type(error).__name__) from None
-    if largest < 0:
-        raise _unusable(path, "it has no tokens")
+    if not 0 <= largest < MANY:
+        raise _unusable(path, "it has no tokens" if largest < 0 else f"it has the id {largest}")
     return FileTokenizer(str(path), source, rules, largest + 1)
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.commands import generate as command
 from fastgrad_dsl.commands.cli import main
 from fastgrad_dsl.commands.failures import INTERRUPTED, NO_READER
 from fastgrad_dsl.generation import reading as reading_module
+from fastgrad_dsl.generation.step_form import step_form
 from tests.dsl.step_models import Rerun
 from tests.dsl.tokenizers_of_tests import write_tokenizer
 
@@ -277,10 +278,12 @@ def test_numbers_out_of_range(fastgrad: Run, option: str, values: tuple[str, ...
         assert f"Invalid value for '{option}'" in err
 
 
-def test_a_model_without_a_step_form_is_a_diagnostic(fastgrad: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    with pytest.raises(fg.TfgError, match=r"\[FG434\] Identity cannot be run token by token: "):
-        fg.generate(nn.Identity(), "abc", tokens=1)
+def test_a_model_without_a_step_form(fastgrad: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "step_form", step_form)
+    monkeypatch.setattr("fastgrad_dsl.generation.step_form.has_steps", lambda model: False)
+    status, out, err = fastgrad("build", "--prompt", "abc")
+    assert (status, out) == (2, "")
+    assert err.startswith("error[FG434]: Tiny cannot be run token by token: ")
 
 
 def test_a_state_of_another_model_or_a_damaged_one(fastgrad: Run) -> None:
