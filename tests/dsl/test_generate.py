@@ -129,7 +129,8 @@ def test_a_tokenizer_splits_the_prompt_and_limits_what_is_drawn(tmp_path: Path) 
 
 
 def test_what_is_refused() -> None:
-    for empty in ("", b"", [], torch.empty(1, 0, dtype=torch.int64)):
+    nothing: tuple[Prompt, ...] = ("", b"", [], torch.empty(1, 0, dtype=torch.int64))
+    for empty in nothing:
         with pytest.raises(TfgError, match=r"\[FG437\] the prompt has no tokens"):
             ids(empty)
     for wrong in ([1, 300], [-1]):
