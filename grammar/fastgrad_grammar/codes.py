@@ -115,6 +115,9 @@ CODES: dict[str, str] = {
     "FG435": "state that cannot be used",
     "FG436": "tokenizer that cannot be used",
     "FG437": "prompt that cannot be used",
+    # FG5xx: the step form
+    "FG501": "operation without a step form",
+    "FG502": "no dimension to step along",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",
