@@ -19,7 +19,7 @@ from fastgrad_dsl.generation.continuation import Continuation, Ended
 from fastgrad_dsl.generation.generate import go_on, read_ids
 from fastgrad_dsl.generation.reading import Reading, load_reading, save_reading
 from fastgrad_dsl.generation.sampling import SEEDS, Sampling
-from fastgrad_dsl.generation.step_form import StepModel, step_form
+from fastgrad_dsl.generation.step_form import StepModel, has_steps, step_form
 from fastgrad_dsl.models.text_data import BYTES, read_text
 from fastgrad_dsl.models.tokenizer import Tokenizer, check_size, load_tokenizer
 from fastgrad_dsl.report.words import counted, size
@@ -111,8 +111,9 @@ class _Opened:
 def generate_text(request: GenerateRequest) -> tuple[Generation, bool]:
     """Write on the standard output, and return what was written and whether Ctrl-C ended it.
 
-    Raises TfgError: what compiling or loading finds wrong; FG411 or FG437 for the prompt, FG418 for the weights, FG434
-    for a model without a step form, FG435 for the state, FG436 for the tokenizer, FG427 for logits that are not finite.
+    Raises TfgError: what compiling or loading finds wrong; FG411 or FG437 for the prompt, FG418 for the weights, FG434,
+    FG501 or FG502 for a model without a step form, FG435 for the state, FG436 for the tokenizer, FG427 for logits that
+    are not finite.
     """
     if "" in request.stops:
         raise TfgError.of("FG416", "--stop: a string to stop at has at least one character")
@@ -203,6 +204,8 @@ def _opened(request: GenerateRequest) -> _Opened:
         if request.weights is None:
             raise _without_weights(where)
         plan, module = compiled.plan_document, compiled.module()
+        if not has_steps(module):
+            compiled.stepped()  # says where the text has no step form
     if request.weights is not None:
         load_weights(module, request.weights)
     steps = step_form(module)

@@ -33,15 +33,16 @@ def generate(
         model: a generated module, or any with its step form (docs/generation.md).
         prompt: a text (b = 1) that `tokenizer` splits, by default into bytes; ids (b = 1); or an int tensor [b, c] of
             ids, c at least 1. It may be empty after a reading.
-        samples: how many continuations of each sequence, those of all sequences before the second of any. The prompt
-            is read once, and its state repeated.
+        samples: how many continuations of each sequence, one after the other. The prompt is read once, and its state
+            repeated.
         tokenizer: also for ids, it limits what is drawn to the tokens that it has.
         after: what `read_prompt` read before, which is left as it is.
 
     The prompt is read before the first token is asked for. Raises TfgError: FG434 if the model has no step form, FG437
     for an empty prompt or an id that the model does not have, FG436 for a tokenizer with more tokens than the model,
     FG427 if logits are not finite, FG426 if the samples do not fit into memory, FG411 for a text that is not the
-    tokenizer's; ValueError for a count below 0 or a batch of another size than that of `after`.
+    tokenizer's; ValueError for a count below 0, a batch of another size than that of `after`, and, when it comes to
+    that, for more tokens than the model is declared for.
     """
     if tokens < 0 or samples < 1:
         raise ValueError(f"tokens {tokens}, samples {samples}: expected at least 0 and 1")

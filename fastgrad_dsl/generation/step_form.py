@@ -1,48 +1,20 @@
-"""What generation asks of a model: the step form that generated modules have, and their state."""
+"""What generation asks of a model: the step form of generated modules whose only input is tokens, and its state."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Protocol, Self, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor, nn
 
 from fastgrad_grammar.diagnostics import TfgError
 
-
-class State(Protocol):
-    """What a model keeps of the tokens that it has read, for each sequence of a batch."""
-
-    @property
-    def position(self) -> Tensor:
-        """How many tokens were read: int64, a scalar."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """The size of all tensors in bytes."""
-        ...
-
-    def clone(self) -> Self:
-        """A state of its own, which steps of this one do not change."""
-        ...
-
-    def __getitem__(self, rows: slice) -> Self:
-        """The state of some sequences of the batch."""
-        ...
-
-    def repeat(self, times: int) -> Self:
-        """The state of the batch, so many times after each other."""
-        ...
-
-    def save(self, path: Path, model: StepModel) -> None:
-        """Write a safetensors file that names the model by a hash."""
-        ...
+if TYPE_CHECKING:
+    from fastgrad_compiler.runtime.state import State
 
 
 class StepModel(Protocol):
-    """A model whose only inputs are tokens, with its step form."""
+    """A module with a step form (docs/generation.md)."""
 
     training: bool
 
@@ -62,24 +34,26 @@ class StepModel(Protocol):
         """Logits [b, c, vocab] of the tokens after each of int64 [b, c], and the state, which is updated in place."""
         ...
 
-    def load_state(self, path: Path) -> State:
-        """The state of a file that `State.save` wrote; ValueError if it is another model's."""
-        ...
-
 
 def has_steps(model: nn.Module) -> bool:
-    """Whether a module has a step form."""
-    return hasattr(model, "start")
+    """Whether a module has a step form whose only input is tokens."""
+    return why_not(model) is None
 
 
 def step_form(model: nn.Module) -> StepModel:
-    """A module as what runs token by token. Raises TfgError FG434, which says why, if it has no step form."""
-    if not has_steps(model):
-        said = f"{type(model).__name__} cannot be run token by token: {why_not(model)}"
-        raise TfgError.of("FG434", said)
+    """A module as what runs token by token. Raises TfgError FG434, which says why, if it is none."""
+    reason = why_not(model)
+    if reason is not None:
+        help_ = "`fastgrad generate` names the place in a .tfg file that has no step form"
+        raise TfgError.of("FG434", f"{type(model).__name__} cannot be run token by token: {reason}", help_)
     return cast(StepModel, model)
 
 
-def why_not(model: nn.Module) -> str:
-    """Why a module has no step form."""
-    return "it was generated without a step form"
+def why_not(model: nn.Module) -> str | None:
+    """Why a module cannot be run token by token; None if it can."""
+    if not hasattr(model, "start"):
+        return "it was generated without a step form"
+    fixed, tokens = getattr(model, "FIXED", ()), getattr(model, "TOKENS", None)
+    if fixed or (tokens is not None and [(kind, len(shape)) for _, kind, shape in tokens] != [("int", 2)]):
+        return "it takes other inputs than tokens"
+    return None

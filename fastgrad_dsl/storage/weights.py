@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastgrad_grammar.diagnostics import TfgError
@@ -26,16 +27,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def read_tensors(path: Path, code: str, what: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file; TfgError with this code where it is none, "cannot read `what` PATH"."""
-    return read_whole(path, code, what)[0]
-
-
-def read_whole(path: Path, code: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file and the texts in its header; TfgError as `read_tensors`."""
     try:
         check_regular(path)
-        with safe_open(path, framework="pt") as stream:
-            names = stream.keys()
-            return {name: stream.get_tensor(name) for name in names}, stream.metadata() or {}
+        return load_file(path)
     except OSError as error:
         reason = error.strerror or str(error)
     except SafetensorError as error:

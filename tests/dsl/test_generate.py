@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastgrad_dsl as fg
+from fastgrad_dsl.generation import reading
 from fastgrad_dsl.generation.continuation import Continuation
 from fastgrad_dsl.generation.generate import Prompt
 from fastgrad_dsl.models.tokenizer import ByteTokenizer
@@ -74,17 +75,28 @@ def test_a_batch_is_its_rows() -> None:
     assert found[1] == ids(prompts[1:], sampling=fg.Sampling(seed=8))[0]
 
 
-def test_samples_of_a_batch_come_one_batch_after_the_other() -> None:
+def test_samples_of_a_prompt_come_one_after_the_other() -> None:
     prompts = torch.tensor([[1, 2, 3], [4, 5, 6]])
     found = ids(prompts, samples=2, sampling=fg.Sampling(seed=7))
     for row, seed in enumerate((7, 8, 9, 10)):
-        assert found[row] == ids(prompts[row % 2 :][:1], sampling=fg.Sampling(seed=seed))[0]
+        assert found[row] == ids(prompts[row // 2 :][:1], sampling=fg.Sampling(seed=seed))[0]
 
 
 def test_a_prompt_is_read_once_and_the_last_token_not_at_all() -> None:
     model = Rerun(Tail())
     ids("abcdef", 5, model, samples=3)
     assert model.calls == [6, 1, 1, 1, 1]
+
+
+def test_a_long_prompt_is_read_in_parts_if_its_logits_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one token that tells how many logits there are; 300 for each of 2 rows."""
+    prompts = torch.arange(20).reshape(2, 10)
+    wanted = ids(prompts)
+    monkeypatch.setattr(reading, "SHORT_CALL", 3)
+    for largest, calls in ((2400, [1, 4, 4, 2]), (10, [1, 3, 3, 3, 1]), (6000, [1, 10])):
+        monkeypatch.setattr(reading, "LARGEST_LOGITS", largest)
+        assert ids(prompts, model=(model := Rerun(Tail()))) == wanted
+        assert model.calls == [*calls, *[1] * 9]
 
 
 def test_what_was_read_serves_many_times() -> None:
@@ -152,7 +164,7 @@ def test_what_is_refused() -> None:
 def test_samples_larger_than_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgrad_dsl.models.batches.memory_bytes", lambda: 1000)
     with pytest.raises(
-        TfgError, match=r"\[FG426\] not enough memory: the state of 42 samples takes 1,008 bytes"
+        TfgError, match=r"\[FG426\] not enough memory: the state of 42 samples takes 1,344 bytes"
     ):
         ids("abc", samples=42)
 

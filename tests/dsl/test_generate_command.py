@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,9 +22,7 @@ import fastgrad_dsl as fg
 from fastgrad_dsl.commands import generate as command
 from fastgrad_dsl.commands.cli import main
 from fastgrad_dsl.commands.failures import INTERRUPTED, NO_READER
-from fastgrad_dsl.generation import reading as reading_module
-from fastgrad_dsl.generation.step_form import step_form
-from tests.dsl.step_models import Rerun
+from fastgrad_dsl.generation.generate import go_on
 from tests.dsl.tokenizers_of_tests import write_tokenizer
 
 SPEC = """use std
@@ -51,10 +52,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of that folder; models have a step form."""
+    """A copy of that folder."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "step_form", Rerun)
     return tmp_path
 
 
@@ -86,8 +86,7 @@ SHORT = ("--tokens", "12", "--seed", "3")
 
 def expected(prompt: bytes, tokens: int, seed: int) -> str:
     """What the weights write, by the API."""
-    model = Rerun(fg.load("build"))
-    drawn = fg.generate(model, prompt, tokens=tokens, sampling=fg.Sampling(seed=seed))
+    drawn = fg.generate(fg.load("build"), prompt, tokens=tokens, sampling=fg.Sampling(seed=seed))
     return bytes(int(token) for token in drawn).decode(errors="replace")
 
 
@@ -102,7 +101,7 @@ def test_a_spec_a_build_and_the_api_write_the_same(fastgrad: Run) -> None:
     first, second = err.splitlines()
     assert first.startswith("read 3 bytes in ")
     assert second.startswith("wrote 12 bytes in ")
-    assert second.endswith("; the state of a text takes 112 bytes")  # 3 + 12 - 1 tokens: the last is not read
+    assert second.endswith("; the state of a text takes 4.01 KiB")
 
 
 def test_prompts_from_files_and_the_standard_input(fastgrad: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,28 +277,44 @@ def test_numbers_out_of_range(fastgrad: Run, option: str, values: tuple[str, ...
         assert f"Invalid value for '{option}'" in err
 
 
-def test_a_model_without_a_step_form(fastgrad: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "step_form", step_form)
-    monkeypatch.setattr("fastgrad_dsl.generation.step_form.has_steps", lambda model: False)
-    status, out, err = fastgrad("build", "--prompt", "abc")
+def test_a_model_without_a_step_form(fastgrad: Run) -> None:
+    """The place that has none, where the text is there."""
+    Path("both.tfg").write_text(SPEC.format(vocab=256).replace("causal = true", "causal = false"))
+    fg.compile("both.tfg", target="torch", validate=False, out="both")
+    status, out, err = fastgrad("both", "--weights", "w.safetensors", "--prompt", "abc")
     assert (status, out) == (2, "")
-    assert err.startswith("error[FG434]: Tiny cannot be run token by token: ")
+    assert err.startswith(
+        "error[FG434]: Tiny cannot be run token by token: it was generated without a step form"
+    )
+    status, out, err = fastgrad("both.tfg", "--weights", "w.safetensors", "--prompt", "abc")
+    assert (status, out) == (2, "")
+    assert err.startswith("error[FG501]: ")
 
 
 def test_a_state_of_another_model_or_a_damaged_one(fastgrad: Run) -> None:
     written(fastgrad, "build", "--prompt", "abc", "--tokens", "0", "--save-state", "s")
     status, out, err = fastgrad("build", "--weights", "other.safetensors", "--load-state", "s")
-    assert (status, out, err) == (
-        2,
-        "",
-        "error[FG435]: cannot use the state s: s holds the state of another model\n",
-    )
-    content = Path("s").read_bytes()
+    said = "error[FG435]: s holds the state of another model, or of other weights\n"
+    assert (status, out, err) == (2, "", said)
+    content, tensors = Path("s").read_bytes(), {name: x.clone() for name, x in load_file("s").items()}
+    with safe_open("s", "pt") as stream:
+        about = stream.metadata()
     for damaged in (b"", content[:-3], content[: len(content) // 2], b"\xff" * 40):
         Path("s").write_bytes(damaged)
         status, _, err = fastgrad("build", "--load-state", "s")
         assert status == 2
-        assert err.startswith("error[FG435]: cannot read the state s: ")
+        assert err.startswith("error[FG435]: s is not a state: ")
+    for name in tensors:
+        for other in (
+            {},
+            {name: tensors[name][..., None]},
+            {name: tensors[name].half()},
+            {"x": torch.ones(1)},
+        ):
+            save_file({**{key: x for key, x in tensors.items() if key != name}, **other}, "s", about)
+            status, _, err = fastgrad("build", "--load-state", "s", *SHORT)
+            assert status == 2 or (name, *other) == ("next.logits", name), (name, other)
+            assert err.startswith("error[FG435]: s ") or status == 0
 
 
 def test_weights_that_are_not_finite_are_a_diagnostic(fastgrad: Run) -> None:
@@ -313,22 +328,14 @@ def test_weights_that_are_not_finite_are_a_diagnostic(fastgrad: Run) -> None:
 # ---------------------------------------------------------------- stopping
 
 
-def interrupted_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
-    """Steps raise at this call."""
-    real, calls = Rerun.step, 0
-
-    def step(self: Rerun, tokens: Tensor, state: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise error
-        return real(self, tokens, state)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Rerun, "step", step)
-
-
 def test_an_interrupt_keeps_the_text_so_far(fastgrad: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted_at(monkeypatch, 6, KeyboardInterrupt())
+    """After five tokens."""
+
+    def interrupted(*given: Any) -> Iterator[Tensor]:
+        yield from itertools.islice(go_on(*given), 5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "go_on", interrupted)
     status, out, _ = fastgrad("build", "--prompt", "abc", *SHORT, "--json", "found.json")
     assert (status, out) == (INTERRUPTED, expected(b"abc", 5, 3) + "\n")
     (sample,) = json.loads(Path("found.json").read_text())["samples"]
@@ -358,9 +365,3 @@ def test_a_terminal_obeys_nothing_of_a_text(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "stdout", out)
     command._show("a\x1b[31m\tb\nc")
     assert out.getvalue() == "a\\x1b[31m\tb\nc"
-
-
-def test_a_long_prompt_is_read_in_parts(fastgrad: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = written(fastgrad, "build", "--prompt", "abcdefghij", *SHORT)
-    monkeypatch.setattr(reading_module, "LONGEST_CALL", 4)
-    assert written(fastgrad, "build", "--prompt", "abcdefghij", *SHORT) == text

@@ -7,12 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch import nn
 
-from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.commands import train as command
 from fastgrad_dsl.commands.cli import main
-from tests.dsl.step_models import Rerun
 from tests.dsl.tokenizers_of_tests import write_tokenizer
 
 SPEC = """dim b
@@ -115,28 +112,19 @@ def test_a_text_that_is_not_utf8(fastgrad: Run) -> None:
     assert err.startswith("error[FG411]: text.txt is not UTF-8 text")
 
 
-@pytest.mark.parametrize(
-    ("longest", "with_steps", "by_steps"), [(84, True, True), (83, True, False), (84, False, False)]
-)
+@pytest.mark.parametrize(("longest", "by_steps"), [(84, True), (83, False)])
 def test_the_sample_is_the_same_however_it_is_made(
-    fastgrad: Run, monkeypatch: pytest.MonkeyPatch, longest: int, with_steps: bool, by_steps: bool
+    fastgrad: Run, monkeypatch: pytest.MonkeyPatch, longest: int, by_steps: bool
 ) -> None:
     """64 and 20 tokens: by the step form if there is one for as many, else by running the text again."""
     Path("words.tfg").write_text(Path("words.tfg").read_text().replace("n <= 64", f"n <= {longest}"))
     options = (*WITH, "--steps", "1", "--sample", "20", "--force")
+    monkeypatch.setattr(command, "has_steps", lambda model: False)
     expected = fastgrad(*options)[1].split("follows >>>):\n")[1]
     begun, _, written = expected.partition(" >>> ")
     assert begun in Path("text.txt").read_text()
     assert written
-    models = []
-    real = Compiled.adopt
-
-    def adopt(self: Compiled, model: nn.Module) -> nn.Module:
-        models.append(Rerun(real(self, model)) if with_steps else real(self, model))
-        return models[-1]
-
-    monkeypatch.setattr(Compiled, "adopt", adopt)
+    monkeypatch.setattr(command, "has_steps", lambda model: True)
+    monkeypatch.setattr(command, "rerun" if by_steps else "generate", None)
     _, out, err = fastgrad(*options)
     assert out.split("follows >>>):\n")[1] == expected, err
-    if with_steps:
-        assert models[-1].calls == ([command.PROMPT_TOKENS, *[1] * 19] if by_steps else [])
