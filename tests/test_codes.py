@@ -43,6 +43,10 @@ WITHOUT_FILE = {
     "FG431": "tests/dsl/test_training_run.py::test_a_run_that_exists_is_refused_unless_forced",
     "FG432": "tests/dsl/test_training_run.py::test_one_training_at_a_time",
     "FG433": "tests/dsl/test_training_run.py::test_a_rate_that_is_far_too_large_stops_the_run",
+    "FG434": "tests/dsl/test_generate.py::test_what_is_refused",
+    "FG435": "tests/dsl/test_generate_command.py::test_a_state_of_another_model_or_a_damaged_one",
+    "FG436": "tests/dsl/test_generate_command.py::test_tokenizers_that_cannot_be_used",
+    "FG437": "tests/dsl/test_generate_command.py::test_what_is_refused",
     "FG501": "tests/compiler/test_step.py::test_what_mixes_tokens_or_sees_later_ones_is_refused_with_its_place",
     "FG502": "tests/compiler/test_step.py::test_a_dim_that_is_not_there_or_not_the_only_one_is_refused",
 }
