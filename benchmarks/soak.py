@@ -4,8 +4,8 @@
 
 A small model (examples/gpt.tfg, narrow and shallow, with random weights, so that its text stays varied) draws its
 tokens in float32, `--call` of them at a time: with 1, each is drawn given all before it; with more, from the logits of
-the call before. A second model in float64 is given the same tokens. The largest difference of their logits, relative to the
-largest logit, and the memory of the process are taken at powers of two and at the end.
+the call before. A second model in float64 is given the same tokens. The largest difference of their logits, relative to
+the largest logit, and the memory of the process are taken at powers of two and at the end.
 """
 
 from __future__ import annotations
