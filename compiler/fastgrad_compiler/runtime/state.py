@@ -107,9 +107,9 @@ class State(Scope):
         return self._mapped(lambda path, x: x.clone() if path.endswith(SHARED) else x[sequences].clone())
 
     def repeat(self, times: int) -> State:
-        """Each sequence `times` in a row."""
+        """All sequences, so many times after each other."""
         return self._mapped(
-            lambda path, x: x.clone() if path.endswith(SHARED) else x.repeat_interleave(times, 0)
+            lambda path, x: x.clone() if path.endswith(SHARED) else x.repeat(times, *(1,) * (x.ndim - 1))
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
