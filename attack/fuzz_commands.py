@@ -15,7 +15,9 @@ from pathlib import Path
 from unittest import mock
 
 import typer
+from safetensors.torch import save
 
+import fastgrad_dsl as fg
 from attack.fuzz import Fuzz
 from attack.fuzz_files import SPEC
 from fastgrad_dsl.commands import cli
@@ -159,6 +161,8 @@ def prepare(folder: Path, build: bool = True) -> None:
     for name in ("model.py", "__init__.py", "plan.json"):
         (folder / "hollow" / name).write_text("")
     if build:
+        weights = fg.compile(folder / "tiny.tfg", target="torch", validate=False).module().state_dict()
+        (folder / "weights.safetensors").write_bytes(save(weights))
         with contextlib.chdir(folder):
             run(["compile", *SOUND["compile"][:-1], "build"])
 

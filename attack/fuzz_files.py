@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import nn
 
 import fastgrad_dsl as fg
 from attack.fuzz import Fuzz
@@ -28,6 +29,8 @@ from fastgrad_dsl.commands.failures import diagnostics
 from fastgrad_dsl.commands.terminal import print_report
 from fastgrad_dsl.commands.train import TrainRequest, train_language_model
 from fastgrad_dsl.documents.write import to_json
+from fastgrad_dsl.generation.reading import load_reading, save_reading
+from fastgrad_dsl.generation.step_form import step_form
 from fastgrad_dsl.report.page import render_html
 from fastgrad_dsl.storage.weights import load_weights
 from fastgrad_dsl.training.loop import Options
@@ -107,7 +110,8 @@ def readers(folder: Path) -> tuple[Reader, ...]:
     names = [f"{name}.{i}" for name in ("tokens", "targets") for i in (0, 1)]
     batches.write_bytes(save({name: tokens.clone() for name in names}))
     _train(compiled, text, run, resume=False)
-    saved = run / "checkpoint.safetensors"
+    saved, state = run / "checkpoint.safetensors", folder / "state"
+    save_reading(fg.read_prompt(model, "abc"), step_form(model), state)
     made = [
         ("plan", build / "plan.json", mutated_json, lambda: _report(build)),
         ("calibration", build / "calibration.json", mutated_json, lambda: _report(build)),
@@ -117,6 +121,7 @@ def readers(folder: Path) -> tuple[Reader, ...]:
         ("checkpoint-weights", saved, mutated_safetensors, lambda: load_weights(compiled.module(), saved)),
         ("manifest", build / "files.json", mutated_json, lambda: compiled.write(build)),
         ("tuned", tuned, mutated_json, lambda: triton_tuned.read(tuned)),
+        ("state", state, mutated_safetensors, lambda: _go_on(model, state)),
     ]  # fmt: skip
     return tuple(Reader(name, path, path.read_bytes(), mutate, read) for name, path, mutate, read in made)
 
@@ -141,6 +146,13 @@ def _train(compiled: Compiled, text: Path, run: Path, *, resume: bool) -> None:
     options = Options(steps=1, tokens=8, validation_batches=1, warmup=1)
     with redirect_stdout(io.StringIO()):
         train_language_model(compiled, TrainRequest(text, run, options, resume=resume, sample=0))
+
+
+def _go_on(model: nn.Module, state: Path) -> None:
+    """A state that is taken is one from which the model goes on, unless it says that it has more tokens than that."""
+    reading = load_reading(step_form(model), state)
+    if int(reading.state.position) <= 62:
+        list(fg.generate(model, "", tokens=2, after=reading))
 
 
 def _resume(compiled: Compiled, text: Path, run: Path) -> None:
