@@ -33,8 +33,8 @@ def generate(
         model: a generated module, or any with its step form (docs/generation.md).
         prompt: a text (b = 1) that `tokenizer` splits, by default into bytes; ids (b = 1); or an int tensor [b, c] of
             ids, c at least 1. It may be empty after a reading.
-        samples: how many continuations of each sequence, one after the other. The prompt is read once, and its state
-            repeated.
+        samples: how many continuations of each sequence, those of the whole batch after each other. The prompt is read
+            once, and its state repeated.
         tokenizer: also for ids, it limits what is drawn to the tokens that it has.
         after: what `read_prompt` read before, which is left as it is.
 

@@ -45,12 +45,11 @@ class Reading:
         return Reading(self.state.clone(), self.logits, self.seen)
 
     def repeat(self, times: int) -> Reading:
-        """Each row so many times in a row. Raises TfgError FG426 if its states do not fit into memory."""
+        """The batch, so many times after each other. Raises TfgError FG426 if its states do not fit into memory."""
         if times == 1:
             return self
         check_memory(f"the state of {times} samples", times * self.state.nbytes)
-        logits, seen = (each.repeat_interleave(times, 0) for each in (self.logits, self.seen))
-        return Reading(self.state.repeat(times), logits, seen)
+        return Reading(self.state.repeat(times), self.logits.repeat(times, 1), self.seen.repeat(times, 1))
 
 
 def read(model: StepModel, tokens: Tensor, after: Reading | None = None) -> Reading:

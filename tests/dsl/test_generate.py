@@ -13,12 +13,28 @@ import fastgrad_dsl as fg
 from fastgrad_dsl.generation import reading
 from fastgrad_dsl.generation.continuation import Continuation
 from fastgrad_dsl.generation.generate import Prompt
+from fastgrad_dsl.generation.rerun import rerun
 from fastgrad_dsl.models.tokenizer import ByteTokenizer
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.step_models import Rerun
 from tests.dsl.tokenizers_of_tests import write_tokenizer
 
 VOCABULARY = 300
+SPEC = """use std
+param own = true
+dim b
+dim n <= 64
+model tiny(tokens: int[b, n]) -> float[b, n, 256] {
+    weight table: float[256, 8] = normal(std = 1.0)
+    x = embedding(table, tokens)
+    if own {
+        x = x + std.mixer(x; heads = 2, near = 4)
+    } else {
+        x = x + std.attention(x; heads = 2, causal = true, rope = 10000.0)
+    }
+    return x @ table.T
+}
+"""
 
 
 class Tail(nn.Module):
@@ -68,6 +84,29 @@ def test_prompts_of_every_form() -> None:
     assert ids("\N{SNOWMAN}\udcff", sampling=GREEDY) == [by_hand(b"\xe2\x98\x83\xff", 10, 256)]
 
 
+@pytest.mark.parametrize("own", ["true", "false"])
+def test_a_compiled_model_writes_what_it_writes_by_running_the_whole_text_again(own: str) -> None:
+    model = fg.compile(SPEC, params={"own": own}, target="torch", validate=False).module(dtype=torch.float64)
+    sampling = fg.Sampling(seed=3, top_p=0.9, repetition_penalty=1.2)
+    wanted = rerun(model, b"abcde", 40, sampling, window=64, size=256)
+    assert ids("abcde", 40, model, sampling=sampling) == [wanted]
+    found = ids(torch.tensor([list(b"abcde"), list(b"vwxyz")]), 40, model, samples=2, sampling=sampling)
+    assert found[0] == wanted
+    other = fg.Sampling(seed=6, top_p=0.9, repetition_penalty=1.2)
+    assert found[3] == rerun(model, b"vwxyz", 40, other, window=64, size=256)
+    with pytest.raises(ValueError, match="declared for at most 64"):
+        ids("abcde", 61, model)
+
+
+def test_a_model_with_other_inputs_is_refused() -> None:
+    text = SPEC.replace("tokens: int[b, n]", "tokens: int[b, n], more: float[b, n, 8]").replace(
+        "tokens)\n", "tokens) + more\n"
+    )
+    model = fg.compile(text, target="torch", validate=False).module()
+    with pytest.raises(TfgError, match=r"\[FG434\] Tiny cannot be run token by token: it takes other inputs"):
+        ids("abc", model=model)
+
+
 def test_a_batch_is_its_rows() -> None:
     prompts = torch.tensor([[1, 2, 3], [4, 5, 6]])
     found = ids(prompts, sampling=fg.Sampling(seed=7))
@@ -75,11 +114,11 @@ def test_a_batch_is_its_rows() -> None:
     assert found[1] == ids(prompts[1:], sampling=fg.Sampling(seed=8))[0]
 
 
-def test_samples_of_a_prompt_come_one_after_the_other() -> None:
+def test_samples_of_a_batch_come_one_batch_after_the_other() -> None:
     prompts = torch.tensor([[1, 2, 3], [4, 5, 6]])
     found = ids(prompts, samples=2, sampling=fg.Sampling(seed=7))
     for row, seed in enumerate((7, 8, 9, 10)):
-        assert found[row] == ids(prompts[row // 2 :][:1], sampling=fg.Sampling(seed=seed))[0]
+        assert found[row] == ids(prompts[row % 2 :][:1], sampling=fg.Sampling(seed=seed))[0]
 
 
 def test_a_prompt_is_read_once_and_the_last_token_not_at_all() -> None:
