@@ -135,7 +135,7 @@ def _needs(program: Program, graph: Graph, found: Mapping[str, Needs]) -> Needs:
         for callee in callees(node):
             inner = found[callee]
             dims |= set(inner.dims if node.op == "repeat" else inner.extra)
-            makes = makes or (inner.makes if node.op == "repeat" else inner.like)
+            makes = makes or (inner.makes if node.op == "repeat" or node.get("once") else inner.like)
     if graph.name == program.main:
         dims |= _checked(program, graph)
     extra = dims - sources(graph.inputs).keys()

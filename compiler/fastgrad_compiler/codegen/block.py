@@ -111,6 +111,7 @@ class Block:
         self.exact, self.safe_softmax = module.exact, module.safe_softmax
         self.in_class = in_class
         self.loops: tuple[tuple[str, int], ...] = ()  # counter and first iteration of each loop around
+        self.late: frozenset[str] = frozenset()  # inputs that are not there in every call
         self.fixed: Sequence[str] = ()  # inputs of a model's step form that the first call alone is given
         self.template: Expr | None = None  # a float tensor that new ones are made like
         self.comments = True
@@ -140,8 +141,9 @@ class Block:
         return self.template or Expr("like")
 
     def device(self) -> Expr:
-        if self.graph.inputs:
-            return attribute(self.values[self.graph.inputs[0].name], "device")
+        present = [node.name for node in self.graph.inputs if node.name not in self.late]
+        if present:
+            return attribute(self.values[present[0]], "device")
         return attribute(self.like(), "device")
 
     @property
@@ -204,9 +206,12 @@ class Block:
 
     def bind_inputs(self, late: Collection[str] = ()) -> list[str]:
         """The names of the arguments, in order; `late`: of those that are not there in every call."""
+        self.late = frozenset(late)
         path = weight_path(self.module.program, self.graph)
         floats = [
-            node.name for node in self.graph.inputs if node.tensor.dtype == "float" and node.name not in late
+            node.name
+            for node in self.graph.inputs
+            if node.tensor.dtype == "float" and node.name not in self.late
         ]
         if path is None and floats and self.module.needs[self.graph.name].makes:
             self.statements.last_use[floats[0]] = FOREVER  # other tensors are made like it
