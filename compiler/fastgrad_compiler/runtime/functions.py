@@ -68,7 +68,7 @@ def rotary(x: Tensor, base: float, *, inverse: bool = False, past: Tensor | int 
     past: the position of the first token.
     """
     n, d = x.shape[-2:]
-    precision = _precision(x)
+    precision = _of_angles(x.device)
     rates = torch.arange(0, d, 2, device=x.device, dtype=precision) * (-math.log(base) / d)
     angles = _positions(n, past, x.device, precision) * rates.exp()
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -83,11 +83,16 @@ def sinusoid(length: int, width: int, like: Tensor, *, past: Tensor | int = 0) -
 
     past: the position of the first row.
     """
-    precision = _precision(like)
+    precision = _of_angles(like.device)
     rates = torch.arange(0, width, 2, device=like.device, dtype=precision) * (-math.log(10000.0) / width)
     angles = _positions(length, past, like.device, precision) * rates.exp()
     table = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
     return table[:, :width].to(like.dtype)
+
+
+def _of_angles(device: torch.device) -> torch.dtype:
+    """What angles are computed in: in float32 that of place 65,536 is off by 1e-4, and of 1,000,000 by 1e-2."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _positions(count: int, past: Tensor | int, device: torch.device, dtype: torch.dtype) -> Tensor:
