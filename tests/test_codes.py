@@ -43,6 +43,11 @@ WITHOUT_FILE = {
     "FG431": "tests/dsl/test_training_run.py::test_a_run_that_exists_is_refused_unless_forced",
     "FG432": "tests/dsl/test_training_run.py::test_one_training_at_a_time",
     "FG433": "tests/dsl/test_training_run.py::test_a_rate_that_is_far_too_large_stops_the_run",
+    "FG434": "tests/checkpoints/test_faults.py::test_a_file_of_weights_that_is_cut_or_lies",
+    "FG435": "tests/checkpoints/test_faults.py::test_a_setting_that_is_not_supported_is_named",
+    "FG436": "tests/checkpoints/test_faults.py::test_tensors_that_do_not_fit",
+    "FG437": "tests/checkpoints/test_faults.py::test_other_files_are_kept",
+    "FG438": "tests/checkpoints/test_faults.py::test_an_export_needs_an_import",
 }
 """Codes that no text file in golden/errors can show, and the test that shows each."""
 

@@ -111,6 +111,11 @@ CODES: dict[str, str] = {
     "FG431": "folder that holds a run already",
     "FG432": "run that is being trained",
     "FG433": "loss or gradient that is not finite",
+    "FG434": "checkpoint that cannot be read",
+    "FG435": "checkpoint that is not supported",
+    "FG436": "tensors that do not fit the checkpoint's model",
+    "FG437": "file that holds something else",
+    "FG438": "model that was not imported",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",

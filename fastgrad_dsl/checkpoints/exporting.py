@@ -1,0 +1,134 @@
+"""From weights under the paths of a spec back to the checkpoint that the spec was imported from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgrad_dsl.checkpoints.importing import Outputs
+from fastgrad_dsl.checkpoints.mapping import Places
+from fastgrad_dsl.checkpoints.model import Imported, recognise
+from fastgrad_dsl.checkpoints.read import CONFIG
+from fastgrad_dsl.documents.origin import Origin
+from fastgrad_dsl.documents.read import parse_json, read_document
+from fastgrad_dsl.storage.staged import Writer, text_writer, write_together
+from fastgrad_dsl.storage.weights import of_model, read_tensors
+from fastgrad_grammar.diagnostics import TfgError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ORIGIN = "origin.json"
+"""In a folder that `compile` wrote."""
+
+
+def export_checkpoint(where: Path, weights: Path, folder: Path, *, force: bool = False) -> int:
+    """Write the checkpoint that a spec, or a build of it, was imported from, with new weights; how many tensors it has.
+
+    Raises TfgError: FG438 (no record of an import), FG430 (a record that is damaged), FG418 (weights that are not the
+    spec's), FG421 and FG437 (outputs).
+    """
+    origin, kept_path = find_origin(where)
+    data = {name: parse_json(text.encode(), name) for name, text in origin.texts.items()}
+    if not isinstance(data.get(CONFIG), dict):
+        raise TfgError.of("FG430", f"the record of the import has no {CONFIG}", "import the checkpoint again")
+    model = recognise(data)
+    places = model.places(origin.tensors)
+    if places.kept != origin.kept:
+        raise TfgError.of(
+            "FG430", "the record of the import contradicts itself", "import the checkpoint again"
+        )
+    found = of_model(read_tensors(weights, "FG418", "weights"))
+    _check_weights(weights, found, model)
+    kept = read_tensors(kept_path, "FG438", "what the import kept in") if places.kept else {}
+    writers: dict[Path, Writer] = {
+        folder / file: partial(_write_file, origin, places, found, kept, file)
+        for file in sorted({entry.file for entry in origin.tensors.values()})
+    }
+    writers |= {folder / name: text_writer(text) for name, text in origin.texts.items()}
+    write_together(writers, force=force)
+    return len(origin.tensors)
+
+
+def find_origin(where: Path) -> tuple[Origin, Path]:
+    """The record of the import of a spec or a build, and where the tensors are that the import kept."""
+    if where.is_dir():
+        path = where / ORIGIN
+        if not path.exists() and (where / "model" / ORIGIN).exists():
+            path = where / "model" / ORIGIN  # of a training run
+        kept = path.with_name("kept.safetensors")
+    else:
+        path, kept = Outputs(where).origin, Outputs(where).kept
+    if not path.exists():
+        help_ = (
+            "`fastgrad import FOLDER -o MODEL.tfg` writes it beside the spec; compile copies it into a build"
+        )
+        raise TfgError.of("FG438", f"{where} was not imported: there is no {path}", help_)
+    return read_document(path, Origin), kept
+
+
+def tensor_of(name: str, places: Places, weights: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of the checkpoint, made of the weights of the spec."""
+    rule = places.rules[name]
+    return rule.layout.out([weights[path] for path in rule.paths])
+
+
+def _check_weights(path: Path, found: Mapping[str, Tensor], model: Imported) -> None:
+    """Whether there is each weight of the spec, in its shape, and nothing else."""
+    for wrong, others, said in (
+        ([name for name in model.shapes if name not in found], found, "lacks"),
+        (
+            [name for name in found if name not in model.shapes],
+            model.shapes,
+            "has what the checkpoint lacks:",
+        ),
+    ):
+        if wrong:
+            near = nearest(wrong[0], others)
+            help_ = (f"did you mean {near}?",) if near else ()
+            raise TfgError.of("FG418", f"{path} {said} {wrong[0]}", *help_)
+    for name, shape in model.shapes.items():
+        if tuple(found[name].shape) != shape:
+            said = f"{list(found[name].shape)}, expected {list(shape)}"
+            raise TfgError.of("FG418", f"{path}: {name} has shape {said}")
+
+
+def _write_file(
+    origin: Origin,
+    places: Places,
+    weights: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    file: str,
+    path: Path,
+) -> None:
+    from safetensors.torch import save_file
+
+    types = _dtypes()
+    made: dict[str, Tensor] = {}
+    for name, entry in origin.tensors.items():
+        if entry.file == file:
+            tensor = kept.get(name) if name in places.kept else tensor_of(name, places, weights)
+            if tensor is None:
+                raise TfgError.of(
+                    "FG438", f"what the import kept lacks {name}", "import the checkpoint again"
+                )
+            # a copy of its own: names of one weight must not share memory
+            made[name] = tensor.to(types[entry.dtype]).clone(memory_format=_contiguous())
+    save_file(made, path, dict(origin.metadata.get(file, {})) or None)
+
+
+def _contiguous() -> Any:
+    import torch
+
+    return torch.contiguous_format
+
+
+def _dtypes() -> dict[str, Any]:
+    import torch
+
+    return {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+        "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    }  # fmt: skip

@@ -1,0 +1,127 @@
+"""What a family reads of config.json: a table of fields, each with the values that it may have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from fastgrad_dsl.documents.form import shown
+from fastgrad_grammar.diagnostics import TfgError
+
+MOST = 1 << 24
+"""Of any size in a config: no model has as many of anything that is counted there."""
+
+
+class _Needed:
+    """The default of a field without one."""
+
+
+NEEDED = _Needed()
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of config.json; `objection` says what is expected where a value does not fit, else None."""
+
+    name: str
+    default: object
+    objection: Callable[[object], str | None]
+
+    def read(self, config: Mapping[str, object]) -> object:
+        """The value, or the default of Transformers' own config class. Raises TfgError FG435."""
+        value = config.get(self.name, self.default)
+        if value is NEEDED:
+            raise refused(f"{self.name} is missing")
+        expected = self.objection(value)
+        if expected is not None:
+            raise refused(f"{self.name} is {shown(value)}, expected {expected}")
+        return value
+
+
+def size(name: str, default: object = NEEDED, *, optional: bool = False, most: int = MOST) -> Field:
+    """A whole number of at least 1; null too if it is `optional`."""
+
+    def objection(value: object) -> str | None:
+        if (optional and value is None) or (type(value) is int and 1 <= value <= most):
+            return None
+        return f"a whole number from 1 to {most}"
+
+    return Field(name, default, objection)
+
+
+def number(
+    name: str, default: object = NEEDED, *, optional: bool = False, least: float = 1e-30, most: float = 1e12
+) -> Field:
+    """A number within limits, above 0 unless `least` says otherwise; null too if it is `optional`."""
+
+    def objection(value: object) -> str | None:
+        if optional and value is None:
+            return None
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+        return None if ok and math.isfinite(cast(float, value)) else f"a number from {least:g} to {most:g}"
+
+    return Field(name, default, objection)
+
+
+def flag(name: str, default: bool) -> Field:
+    """True or false."""
+    return one_of(name, default, True, False)
+
+
+def one_of(name: str, default: object, *allowed: object) -> Field:
+    """One of a few values. A single one is what the computation must be: any other would change it."""
+
+    def objection(value: object) -> str | None:
+        if any(type(each) is type(value) and each == value for each in allowed):
+            return None
+        words = ", ".join(map(shown, allowed))
+        return f"one of {words}" if len(allowed) > 1 else words
+
+    return Field(name, default, objection)
+
+
+def anything(name: str, default: object = None) -> Field:
+    """A field that the family examines itself."""
+    return Field(name, default, lambda value: None)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of a family, read; `texts` are the other JSON files that say what a checkpoint computes."""
+
+    values: Mapping[str, object]
+    architecture: str
+    others: Mapping[str, object]
+
+    def integer(self, name: str) -> int:
+        """A size."""
+        return cast(int, self.values[name])
+
+    def real(self, name: str) -> float:
+        """A number, as a float."""
+        return float(cast(float, self.values[name]))
+
+    def flag(self, name: str) -> bool:
+        """Whether a field is true."""
+        return self.values[name] is True
+
+    def text(self, name: str) -> str:
+        """A word."""
+        return cast(str, self.values[name])
+
+    def either(self, name: str, otherwise: int) -> int:
+        """A size that may be null."""
+        value = self.values[name]
+        return otherwise if value is None else cast(int, value)
+
+
+def read_fields(fields: Iterable[Field], config: Mapping[str, object]) -> dict[str, object]:
+    """The values of all fields. Raises TfgError FG435 for the first that does not fit."""
+    return {field.name: field.read(config) for field in fields}
+
+
+def refused(said: str, *help_: str) -> TfgError:
+    """FG435 for a config.json; `said` names the field."""
+    return TfgError.of("FG435", f"config.json: {said}", *help_)
