@@ -359,6 +359,19 @@ COEFFICIENTS = ("(1.0, 1.0, 0.5)", "(0.0, 0.0, 1.0)", "(1.0, 0.0, 0.5)", "(2.0, 
                 "(1.0, 0.5, 0.5, 0.1, 0.05)")  # fmt: skip
 
 
+def _turned(g: Grower, name: str) -> str:
+    """A rotary whose stretch a function of the language gives."""
+    x = g.pick(
+        "float", lambda each: each.rank >= 2 and each.size(-1) is not None and (each.size(-1) or 1) % 2 == 0
+    )
+    base, factor, context = (
+        g.rng.choice((10.0, 1000.0)),
+        g.rng.choice((0.5, 2.0, 8.0)),
+        g.rng.choice((4, 64, 8192)),
+    )
+    return f"rotary({x.text}; base = {base}, stretch = {name}({x.size(-1)}, {base}, {factor}, {context}))"
+
+
 def _fit(g: Grower) -> str:
     family = g.rng.choice(("balanced", "minimax", "taylor", '"minimax"'))
     degree, bound = g.rng.choice((2, 2, 4)), g.positive()
@@ -447,6 +460,8 @@ RULES: dict[str, Rule] = {
         ),
         _least(1),
     ),
+    "rope_llama3": lambda g: _turned(g, "rope_llama3"),
+    "rope_yarn": lambda g: _turned(g, "rope_yarn"),
     "rotary": _of(
         lambda g, x: f"rotary({x.text}{keyword(g, f'; base = {g.rng.choice((10.0, 1000.0, 10000.0))}')})",
         lambda each: each.rank >= 2 and (each.size(-1) or 1) % 2 == 0,

@@ -7,7 +7,7 @@ needed, so that a model can move, be compiled and be exported.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -62,12 +62,20 @@ def truncate(x: Tensor) -> Tensor:
     return whole.masked_fill(x >= 2.0**63, 2**63 - 1).masked_fill(x < -(2.0**63), -(2**63))
 
 
-def rotary(x: Tensor, base: float, *, inverse: bool = False) -> Tensor:
-    """Turn the pairs (i, i + d/2) of x [.., n, d] by the angle position * base^(-2i/d); `inverse` turns back."""
+def rotary(
+    x: Tensor, base: float, *, stretch: Sequence[float] | None = None, inverse: bool = False
+) -> Tensor:
+    """Turn the pairs (i, i + d/2) of x [.., n, d] by the angle position * base^(-2i/d); `inverse` turns back.
+
+    The angle is divided by the stretch of the pair, where there is one: one number for all pairs, or one for each.
+    """
     n, d = x.shape[-2:]
     precision = _precision(x)
     rates = torch.arange(0, d, 2, device=x.device, dtype=precision) * (-math.log(base) / d)
-    angles = torch.arange(n, device=x.device, dtype=precision).unsqueeze(-1) * rates.exp()
+    rates = rates.exp()
+    if stretch is not None:
+        rates = rates / torch.tensor(stretch, device=x.device, dtype=precision)
+    angles = torch.arange(n, device=x.device, dtype=precision).unsqueeze(-1) * rates
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     if inverse:
         sin = -sin
