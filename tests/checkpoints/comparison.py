@@ -45,9 +45,11 @@ def saved(config: Any, kind: str, folder: Path, **options: Any) -> Case:
     """A random model of a class of Transformers, saved and imported."""
     torch.manual_seed(0)
     theirs = getattr(transformers, kind)._from_config(config, attn_implementation="eager").eval()
-    for parameter in theirs.parameters():  # zeros and ones would hide a bias or a norm that is left out
+    for (
+        parameter
+    ) in theirs.parameters():  # zeros and ones would hide a bias or a norm, small weights attention
         with torch.no_grad():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(0.2 * torch.randn_like(parameter))
     theirs.save_pretrained(folder, **options)
     return imported(theirs, folder)
 
