@@ -40,13 +40,15 @@ class Field:
         return value
 
 
-def size(name: str, default: object = NEEDED, *, optional: bool = False, most: int = MOST) -> Field:
-    """A whole number of at least 1; null too if it is `optional`."""
+def size(
+    name: str, default: object = NEEDED, *, optional: bool = False, least: int = 1, most: int = MOST
+) -> Field:
+    """A whole number within limits; null too if it is `optional`."""
 
     def objection(value: object) -> str | None:
-        if (optional and value is None) or (type(value) is int and 1 <= value <= most):
+        if (optional and value is None) or (type(value) is int and least <= value <= most):
             return None
-        return f"a whole number from 1 to {most}"
+        return f"a whole number from {least} to {most}"
 
     return Field(name, default, objection)
 

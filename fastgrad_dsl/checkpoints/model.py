@@ -45,7 +45,7 @@ class Imported:
         prefixed = family.prefix and any(name.startswith(family.prefix) for name in there)
         prefix = family.prefix if prefixed else ""
         rules = expanded(family.rules(self.config), family.layers(self.config), prefix)
-        return match(rules, [pattern.replace("{p}", prefix) for pattern in family.kept], there)
+        return match(rules, [pattern.replace("{p}", prefix) for pattern in family.kept(self.config)], there)
 
 
 def recognise(data: Mapping[str, object]) -> Imported:

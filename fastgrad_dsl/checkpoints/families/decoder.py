@@ -79,7 +79,7 @@ def family(kind: Kind) -> Family:
         lambda config: _rules(kind, config),
         lambda config: config.integer("num_hidden_layers"),
         prefix="model.",
-        kept=("{p}layers.*.self_attn.rotary_emb.inv_freq", "{p}rotary_emb.inv_freq"),
+        kept=lambda config: ("{p}layers.*.self_attn.rotary_emb.inv_freq", "{p}rotary_emb.inv_freq"),
         check=_check,
     )
 

@@ -31,7 +31,7 @@ class Family:
     rules: Callable[[Config], tuple[Rule, ...]]
     layers: Callable[[Config], int]
     prefix: str = ""
-    kept: tuple[str, ...] = ()
+    kept: Callable[[Config], tuple[str, ...]] = lambda config: ()
     check: Callable[[Config], None] = lambda config: None
 
 

@@ -98,6 +98,6 @@ GPT2 = Family(
     _rules,
     lambda config: config.integer("n_layer"),
     prefix="transformer.",
-    kept=("{p}h.*.attn.bias", "{p}h.*.attn.masked_bias"),
+    kept=lambda config: ("{p}h.*.attn.bias", "{p}h.*.attn.masked_bias"),
     check=_check,
 )
