@@ -19,7 +19,7 @@ class _Torch:
 def make_double(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a model compute in float64, and its rotary positions made anew in it."""
     model.double()
-    for name in {type(model).__module__, "transformers.modeling_rope_utils"}:
+    for name in {type(model).__module__, "transformers.modeling_rope_utils"} & set(sys.modules):
         monkeypatch.setattr(sys.modules[name], "torch", _Torch())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     for module in model.modules():

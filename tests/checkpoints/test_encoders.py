@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,7 @@ def test_hidden_states_and_the_pooler(kind: str, tmp_path: Path) -> None:
     case = case_of(kind, "Model", tmp_path / "saved")
     for dtype in TOLERANCE:
         for index, what in enumerate(("last_hidden_state", "pooler_output")):
-            errors = largest_errors(
-                case, batch(kind), dtype, lambda out, what=what: getattr(out, what), arguments, index=index
-            )
+            errors = largest_errors(case, batch(kind), dtype, attrgetter(what), arguments, index=index)
             assert max(errors) < TOLERANCE[dtype]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def compared(
             case,
             inputs,
             dtype,
-            lambda out: getattr(out, what),
+            attrgetter(what),
             lambda inputs: (inputs["pixel_values"],),
             index=index,
         )

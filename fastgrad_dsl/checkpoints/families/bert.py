@@ -99,12 +99,12 @@ def _spec(kind: Kind, config: Config) -> str:
         hidden=config.integer("intermediate_size"),
         context=config.integer("max_position_embeddings"),
         vocab=config.integer("vocab_size"),
-        kinds=config.integer("type_vocab_size"),
+        types_known=config.integer("type_vocab_size"),
         padding_id=config.integer("pad_token_id") if kind.counted else None,
         eps=config.real("layer_norm_eps"),
     )
     places = "std.real_places(tokens != padding_id) + padding_id" if kind.counted else "positions(n)"
-    kinds = "embedding(kinds_table, types)" if typed else "kinds_table"
+    kinds = "embedding(type_table, types)" if typed else "type_table"
     inputs = "tokens: int[b, n], mask: bool[b, n]" + (", types: int[b, n]" if typed else "")
     result, tail = _results(kind, config)
     more = "; types: which of the texts that are read together a token is of" if typed else ""
@@ -128,7 +128,7 @@ block layer(x: float[b, n, d_model], mask: bool[b, n]) -> float[b, n, d_model] {
 model {kind.name.replace("-", "_")}({inputs}) -> {result} {{
     weight table: float[vocab, d_model] = normal(std = 0.02)
     weight places: float[context, d_model] = normal(std = 0.02)
-    weight kinds_table: float[kinds, d_model] = normal(std = 0.02)
+    weight type_table: float[types_known, d_model] = normal(std = 0.02)
     x = embedding(table, tokens) + {kinds} + embedding(places, {places})
     x = std.layer_norm(x; eps) as embedding_norm
     repeat i in depth {{
@@ -167,7 +167,7 @@ def _rules(kind: Kind, config: Config) -> tuple[Rule, ...]:
     rules = [
         Rule("{p}embeddings.word_embeddings.weight", ("table",)),
         Rule("{p}embeddings.position_embeddings.weight", ("places",)),
-        Rule("{p}embeddings.token_type_embeddings.weight", ("kinds_table",)),
+        Rule("{p}embeddings.token_type_embeddings.weight", ("type_table",)),
         *_norm("{p}embeddings.LayerNorm", "embedding_norm"),
     ]
     for name in ("query", "key", "value"):
