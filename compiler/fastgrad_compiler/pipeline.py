@@ -15,6 +15,7 @@ from fastgrad_compiler.ir.text import parse_program
 from fastgrad_compiler.ir.verify import verify
 from fastgrad_compiler.passes.backward import derive_gradient
 from fastgrad_compiler.passes.lowrank import rewrite_low_rank
+from fastgrad_compiler.passes.step import derive_step
 from fastgrad_compiler.planning.plan import Assignment, plan_attention
 
 
@@ -48,6 +49,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("plan", plan_attention),
     Pass("backward", derive_gradient),
     Pass("lowrank", rewrite_low_rank, exact=False),
+    Pass("step", derive_step),
 )
 
 

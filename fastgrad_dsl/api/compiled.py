@@ -13,6 +13,7 @@ from fastgrad_compiler.codegen.torch import emit_package
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.text import print_program
+from fastgrad_compiler.passes.step import with_step
 from fastgrad_compiler.pipeline import Stage, run
 from fastgrad_compiler.planning.plan import Assignment
 from fastgrad_compiler.targets import BACKENDS, check_target
@@ -95,6 +96,15 @@ class Compiled:
     def recognised(self) -> Program:
         """The program after recognition, in which each attention is one node."""
         return next(stage.program for stage in self.stages if stage.name == "attention")
+
+    def stepped(self, along: str | None = None) -> Program:
+        """The program with its step form along a dim, by default the only one that has it (docs/generation.md).
+
+        Raises TfgError FG501 with the operation that has none, FG502 where no dim, or more than one, could be it.
+        """
+        if along is None and self.program.step is not None:
+            return self.program
+        return with_step(next(stage.program for stage in self.stages if stage.name == "lowrank"), along)
 
     def with_decisions(self, assignment: Assignment, calibration: Calibration | None = None) -> Compiled:
         """The same model planned anew, by what was decided of its attentions and what that rests on."""

@@ -116,6 +116,9 @@ CODES: dict[str, str] = {
     "FG436": "tensors that do not fit the checkpoint's model",
     "FG437": "file that holds something else",
     "FG438": "model that was not imported",
+    # FG5xx: the step form
+    "FG501": "operation without a step form",
+    "FG502": "no dimension to step along",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",

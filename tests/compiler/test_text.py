@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import (
     ON_VIOLATION,
+    ROLES,
     TRUST,
     Attribute,
     Bound,
@@ -155,8 +156,7 @@ programs = st.builds(
     Program,
     st.lists(graphs, min_size=1, max_size=2).map(tuple),
     names,
-    st.one_of(st.none(), names),
-    st.one_of(st.none(), names),
+    *(st.one_of(st.none(), names) for _ in ROLES[1:]),
     st.lists(dim_infos, max_size=2).map(tuple),
     st.one_of(st.none(), budgets),
     names,

@@ -70,7 +70,8 @@ def sources(graph: Graph) -> dict[str, Source]:
 def needs(program: Program) -> dict[str, Needs]:
     """Of every graph that the model and its objective reach."""
     found: dict[str, Needs] = {}
-    for graph in reachable(program.by_name, program.roots):
+    roots = (*program.roots, program.step) if program.step is not None else program.roots
+    for graph in reachable(program.by_name, roots):
         found[graph.name] = _needs(program, graph, found)
     return found
 
@@ -101,7 +102,7 @@ def weight_path(program: Program, graph: Graph, owner: str = "", depth: int = 0)
             return (Step(owner, str(node["label"]), depth),)
     for node in graph.nodes:
         inner = None
-        if node.op == "call":
+        if node.op == "call" and not node.get("once"):
             inner = weight_path(program, program[str(node["graph"])])
             inner = inner and (Step(owner, str(node["label"]), depth), *inner)
         elif node.op == "repeat":

@@ -14,7 +14,7 @@ from typing import TypeVar
 from fastgrad_compiler.approximation import polynomial as approximation
 from fastgrad_compiler.ir.graph import Attribute, Node
 from fastgrad_compiler.ir.masks import FORGET, OPERANDS
-from fastgrad_compiler.ir.ops import OPS
+from fastgrad_compiler.ir.ops import OPS, STEP_ATTRIBUTES
 from fastgrad_compiler.ir.verify import CompilerBug
 
 ATTENTION = ("attention", "poly_attention")
@@ -278,8 +278,9 @@ class Attention:
         return {key: value for key, value in found.items() if key in kept}
 
     def on(self, node: Node) -> Node:
-        """The node with this value for its attributes."""
-        return replace(node, attributes=tuple(sorted(self.attributes(node.op).items())))
+        """The node with this value for its attributes, and those of a step form as they are."""
+        steps = {key: value for key, value in node.attributes if key in STEP_ATTRIBUTES}
+        return replace(node, attributes=tuple(sorted({**self.attributes(node.op), **steps}.items())))
 
 
 def _polynomial(node: Node) -> Polynomial | None:

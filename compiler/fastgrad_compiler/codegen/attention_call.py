@@ -20,6 +20,14 @@ def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
     """The expression of an `attention` or `poly_attention` node."""
     attention = Attention.of(node)
     given = attention.by_role(list(operands))
+    if node.get("state") is not None:
+        return _next(place, node, given)
+    if (
+        node.op == "poly_attention"
+        and node.get("memory") is not None
+        and (attention.is_own or not place.exact)
+    ):
+        return _of_memory(place, node, given)
     if node.op == "poly_attention" and (attention.is_own or not place.exact):
         return _polynomial(place, node, given)
     if has_window_kernel(attention, place.backends):
@@ -52,17 +60,61 @@ def _polynomial(place: Place, node: Node, given: Given) -> Expr:
     return call(kernel, *_floats(given), **masks, **below, guard=place.guard(node))
 
 
-def _what(attention: Attention, d: int) -> str:
+def _what(attention: Attention, d: int, step: bool = False) -> str:
     polynomial = attention.polynomial
     assert polynomial is not None
     degree, monomials = polynomial.degree, rank(d, polynomial.degree)
     if attention.is_own:
-        below = attention.verdict.break_even if attention.verdict is not None else None
+        below = attention.verdict.break_even if attention.verdict is not None and not step else None
         dense = f"; on all pairs below {below} tokens" if below else ""
         return f"the model's own polynomial, of degree {degree} and rank {monomials}{dense}"
     error, bound = polynomial.eps, attention.range.limit
     limit = "" if error is None else f"; relative error at most {error:.1e} where |s| <= {bound:g}"
     return f"a polynomial of degree {degree} instead of exp, rank {monomials}{limit}"
+
+
+def _next(place: Place, node: Node, given: Given) -> Expr:
+    """Attention of the next tokens to all before them."""
+    attention = Attention.of(node)
+    by_polynomial = node.op == "poly_attention" and (attention.is_own or not place.exact)
+    if by_polynomial:
+        place.remark(_what(attention, _size(place.type(node.inputs[0]).shape[-1]), step=True))
+    return call(
+        place.step_helper("attention_step"),
+        *_floats(given),
+        **_masks(given),
+        state=place.state(node["state"]),
+        rule=_rule(place, node, by_polynomial),
+        whole=place.kernel(node) if by_polynomial else None,
+        guard=place.guard(node) if by_polynomial else None,
+    )
+
+
+def _of_memory(place: Place, node: Node, given: Given) -> Expr:
+    """Attention of the next tokens to the keys of another sequence, which are the same in every call."""
+    attention = Attention.of(node)
+    place.remark(_what(attention, _size(place.type(node.inputs[0]).shape[-1]), step=True))
+    return call(
+        place.step_helper("memory_step"),
+        *_floats(given),
+        **_masks(given),
+        state=place.state(node["memory"]),
+        rule=_rule(place, node, True),
+    )
+
+
+def _rule(place: Place, node: Node, by_polynomial: bool) -> Expr:
+    """How pairs weigh, as `runtime/step_tokens.py` has it."""
+    attention, rule = Attention.of(node), place.step_helper("Rule")
+    if by_polynomial:
+        return call(f"{rule}.of", place.kernel_spec(node))
+    return call(
+        rule,
+        literal(attention.scale),
+        near=attention.near if attention.own_near else None,
+        window=attention.mask.window,
+        alibi=True if attention.alibi else None,
+    )
 
 
 def _exact(place: Place, attention: Attention, given: Given) -> Expr:

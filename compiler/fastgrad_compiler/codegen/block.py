@@ -27,11 +27,13 @@ from fastgrad_compiler.codegen.writer import (
     call,
     index,
     literal,
+    method,
     noun,
+    tuple_text,
     weight,
 )
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute, Graph, Node, Program, TensorType
+from fastgrad_compiler.ir.graph import STEP, Attribute, Graph, Node, Program, TensorType
 from fastgrad_compiler.ir.names import unique
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
@@ -47,7 +49,9 @@ class Imports:
 
     helpers: set[str] = field(default_factory=set)
     kernels: dict[KernelSpec, str] = field(default_factory=dict)  # with the name that the module gives it
+    specs: set[str] = field(default_factory=set)  # of those kernels, with `_spec` after their names
     exact_attention: bool = False
+    steps: set[str] = field(default_factory=set)  # of runtime/step.py, step_attention.py and state.py
     backends: Backends = PYTORCH  # of the kernels
 
 
@@ -62,6 +66,17 @@ class Module:
     exact: bool
     safe_softmax: bool
     guards: Guards = field(default_factory=dict)  # filled as classes are written
+
+    def has_batch(self, node: Node) -> bool:
+        """Whether the first axis of a value is that of the sequences."""
+        tokens = next(
+            (each.tensor.shape for each in self.program[self.program.main].inputs if self.is_token(each)), ()
+        )
+        return bool(node.tensor.shape) and node.tensor.shape[0] == tokens[0] and len(tokens) > 1
+
+    def is_token(self, node: Node) -> bool:
+        """Whether an input of the model is along the dim of its step form."""
+        return any(self.program.along in dim.names for dim in node.tensor.shape)
 
 
 def place_of(span: Span) -> str:
@@ -96,6 +111,7 @@ class Block:
         self.exact, self.safe_softmax = module.exact, module.safe_softmax
         self.in_class = in_class
         self.loops: tuple[tuple[str, int], ...] = ()  # counter and first iteration of each loop around
+        self.fixed: Sequence[str] = ()  # inputs of a model's step form that the first call alone is given
         self.template: Expr | None = None  # a float tensor that new ones are made like
         self.comments = True
         self.values: dict[str, Expr] = {}
@@ -139,8 +155,21 @@ class Block:
             kernels[spec] = unique(name, kernels.values())
         return kernels[spec]
 
+    def kernel_spec(self, node: Node) -> str:
+        name = f"{self.kernel(node)}_spec"
+        self.module.imports.specs.add(name)
+        return name
+
+    def state(self, label: Attribute) -> Expr:
+        return call("state.at", literal(str(label)), *(counter for counter, _ in self.loops))
+
+    def step_helper(self, name: str) -> str:
+        self.module.imports.steps.add(name)
+        return name
+
     def guard(self, node: Node) -> Expr | None:
-        label = self.module.guards.get((self.graph.name, node.name)) if self.in_class else None
+        whole = self.graph.name.removesuffix(STEP)
+        label = self.module.guards.get((whole, node.name)) if self.in_class else None
         return attribute(self._member(label), "key") if label is not None else None
 
     def exact_kernel(self) -> str:
@@ -242,12 +271,44 @@ class Block:
             self._comment(node)
             if node.op == "repeat":
                 write_repeat(self, node)
+            elif node.get("once"):
+                self._write_once(node)
             elif isinstance(node.type, tuple):
                 self._several(node, self._call(node))
             else:
                 value = self.expression(node)
                 self.writer.statement(f"{self.assign(node.name)} = ", value)
         self.at = FOREVER - 1
+
+    def _write_once(self, node: Node) -> None:
+        """What the first call computes, and every call reads."""
+        graph = self.module.program[str(node["graph"])]
+        state = self.state(node["label"])
+        inner = self._nested(graph, [self.value(name) for name in node.inputs])
+        self.writer.line("if state.starts:")
+        with self.writer.indented():
+            inner.writer = Writer(self.writer.column)
+            if self.fixed:
+                left = ", ".join(self.fixed) if len(self.fixed) > 1 else f"[{self.fixed[0]}]"
+                inner.writer.line(f"{left} = fixed")
+            for name in self.module.needs[graph.name].dims:
+                if name not in inner.dims:
+                    inner.name_dims([name])
+                    for given in graph.inputs:
+                        inner.read_dims(given, [name])
+            inner.write()
+            shared = [
+                place for place, name in enumerate(graph.outputs) if not self.module.has_batch(graph[name])
+            ]
+            keep = method(state, "keep", *inner.results(), shared=tuple_text(shared) if shared else None)
+            inner.writer.statement("", keep)
+            for line in inner.writer.lines:
+                self.writer.line(line)
+        if isinstance(node.type, tuple):
+            self._several(node, method(state, "kept"))
+        else:
+            self.writer.statement(f"[{self.assign(node.name)}] = ", method(state, "kept"))
+        self.last_comment = ""
 
     def results(self) -> list[Expr]:
         """The values of the outputs."""
@@ -320,12 +381,16 @@ class Block:
             if len(value.text) > LONGEST // 2 and not value.is_name:
                 value = self.bind(value, noun(self.graph[name]))
             arguments.append(value)
+        steps = graph.endswith(STEP)
+        if steps:
+            arguments.append(self.state(node["label"]))
         arguments += [f"{variable(name)}={self.dims[name]}" for name in needed.extra]
         if needed.like:
             arguments.append(f"like={self.like()}")
         if not self.in_class:
             return call(f"{self.module.classes[graph]}()", *arguments)
-        return call(str(self._member(str(node["label"]))), *arguments)
+        member = self._member(str(node["label"]))
+        return call(f"{member}.step" if steps else str(member), *arguments)
 
     def _member(self, label: str) -> Expr:
         member: Leaf | Repeated = self.members[label]
@@ -364,11 +429,17 @@ class Block:
         """The body of a repeat from the iteration `first` on, as a block of its own with the same members; what is
         needed later is out of its reach.
         """
+        inner = self._nested(graph, inputs)
+        inner.loops = (*self.loops, (counter, first))
+        inner.holders[counter] = FOREVER
+        return inner
+
+    def _nested(self, graph: Graph, inputs: Sequence[Expr]) -> Block:
+        """A graph whose statements stand among this one's."""
         inner = Block(self.module, graph, Writer(), self.members, in_class=self.in_class)
-        inner.loops, inner.dims, inner.template = (*self.loops, (counter, first)), self.dims, self.template
+        inner.loops, inner.dims, inner.template = self.loops, dict(self.dims), self.template
         inner.values = {node.name: value for node, value in zip(graph.inputs, inputs, strict=True)}
         inner.holders = {name: FOREVER for name, last in self.holders.items() if last >= self.at}
-        inner.holders[counter] = FOREVER
         return inner
 
 

@@ -189,6 +189,10 @@ def _places(place: Place, node: Node, one: str) -> str:
 
 
 def _slice(place: Place, node: Node, operands: Operands) -> Expr:
+    if node.get("past"):
+        first, count = node["start"], _as_dim(node["stop"]) - _as_dim(node["start"])
+        rows = place.step_helper("rows_of")
+        return call(rows, operands[0], node["axis"], place.dim(first), place.dim(count), "state")
     start, stop = place.dim(node["start"]), place.dim(node["stop"])
     size = place.type(node.inputs[0]).shape[int(str(node["axis"]))]
     first, end = _as_dim(node["start"]), _as_dim(node["stop"])
@@ -250,6 +254,8 @@ def _fill(place: Place, node: Node, operands: Operands) -> Expr:
 
 
 def _arange(place: Place, node: Node, operands: Operands) -> Expr:
+    if node.get("past"):
+        return call(place.step_helper("place_of"), place.dim(node["stop"]), "state", place.device())
     return call("torch.arange", place.dim(node["stop"]), device=place.device())
 
 
@@ -325,20 +331,32 @@ def _rotary(place: Place, node: Node, operands: Operands) -> Expr:
     inverse = True if node.get("inverse") else None
     stretch = node.get("stretch")
     numbers = None if stretch is None else tuple_text([literal(_number(each)) for each in sequence(stretch)])
-    base = literal(_number(node["base"]))
-    return call(place.helper("rotary"), operands[0], base, stretch=numbers, inverse=inverse)
+    base, past = literal(_number(node["base"])), _past(node)
+    return call(place.helper("rotary"), operands[0], base, stretch=numbers, inverse=inverse, past=past)
+
+
+def _past(node: Node) -> str | None:
+    """The place of the first token, in a step form."""
+    return "state.past" if node.get("past") else None
 
 
 def _shift(place: Place, node: Node, operands: Operands) -> Expr:
+    if node.get("state") is not None:
+        return call(
+            place.step_helper("shift_step"), *operands, by=node["by"], state=place.state(node["state"])
+        )
     return call(place.helper("shift"), *operands, by=node["by"])
 
 
 def _depthwise(place: Place, node: Node, operands: Operands) -> Expr:
+    if node.get("state") is not None:
+        return call(place.step_helper("depthwise_step"), *operands, state=place.state(node["state"]))
     return call(place.helper("depthwise"), *operands, reverse=True if node.get("reverse") else None)
 
 
 def _sinusoid(place: Place, node: Node, operands: Operands) -> Expr:
-    return call(place.helper("sinusoid"), place.dim(node["length"]), place.dim(node["width"]), place.like())
+    sizes = place.dim(node["length"]), place.dim(node["width"])
+    return call(place.helper("sinusoid"), *sizes, place.like(), past=_past(node))
 
 
 def _dropout(place: Place, node: Node, operands: Operands) -> Expr:

@@ -29,7 +29,7 @@ class Statements:
             return False
         if node.op == "item":
             return False
-        if node.op == "repeat" or isinstance(node.type, tuple):
+        if node.op == "repeat" or isinstance(node.type, tuple) or node.get("once"):
             return True
         return not node.name.startswith("_") or self.uses[node.name] > 1
 

@@ -40,8 +40,22 @@ HELPERS = frozenset(
 )
 MODULE_NAMES = frozenset(
     {"F", "Generated", "Guard", "Tensor", "budget_status", "math", "name_guards", "nn", "torch"}
+    | {
+        "Rule",
+        "Scope",
+        "State",
+        "Stepped",
+        "attention_step",
+        "depthwise_step",
+        "memory_step",
+        "place_of",
+        "rows_of",
+    }
+    | {"shift_step"}
 )
-LOCAL_NAMES = HELPERS | MODULE_NAMES | {"MODEL", "exact_attention", "initialise", "like", "range", "self"}
+LOCAL_NAMES = (
+    HELPERS | MODULE_NAMES | {"MODEL", "exact_attention", "initialise", "like", "range", "self", "state"}
+)
 CLASS_NAMES = HELPERS | MODULE_NAMES | {"ClassVar", "False", "None", "True"}
 _NUMBERED = re.compile(r"(.+?)_\d+")
 # What nn.Module has, written down so that files neither need a PyTorch to be made nor depend on which it is.
@@ -61,7 +75,9 @@ _OF_MODULE = """
     register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule
     share_memory state_dict to to_empty train training type xpu zero_grad
 """
-MODULE_ATTRIBUTES = frozenset(_OF_MODULE.split()) | {"INIT", "budget_status", "reset_parameters"}
+MODULE_ATTRIBUTES = frozenset(_OF_MODULE.split()) | {
+    *("INIT", "STEP", "budget_status", "load_state", "reset_parameters", "start", "step"),
+}
 
 
 def class_name(block: str, taken: Collection[str]) -> str:

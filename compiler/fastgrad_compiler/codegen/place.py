@@ -40,6 +40,15 @@ class Place(Protocol):
     def kernel(self, node: Node) -> str:
         """The function of the kernel that serves an attention, imported."""
 
+    def state(self, label: Attribute) -> Expr:
+        """The part of the state under a label, in a step form."""
+
+    def step_helper(self, name: str) -> str:
+        """A function or class of runtime/step.py or runtime/step_attention.py, imported."""
+
+    def kernel_spec(self, node: Node) -> str:
+        """The specification of that kernel, imported."""
+
     def guard(self, node: Node) -> Expr | None:
         """The key of the guard that watches an attention, None where none does."""
 

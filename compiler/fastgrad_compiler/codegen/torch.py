@@ -15,13 +15,28 @@ from fastgrad_compiler.codegen.guards import GUARD, NAME, STATUS, guards_of
 from fastgrad_compiler.codegen.kernel import RUNTIME, RUNTIME_FILES, kernel_files, kernel_name, runtime_files
 from fastgrad_compiler.codegen.members import Leaf, Member, container, leaf_init, members
 from fastgrad_compiler.codegen.names import class_name, member_access, variable
+from fastgrad_compiler.codegen.step import (
+    BASE,
+    SCOPE,
+    STATE,
+    has_step,
+    write_model_step,
+    write_step,
+    write_step_values,
+)
 from fastgrad_compiler.codegen.writer import Writer, call, literal, method, tuple_text
 from fastgrad_compiler.ir.calls import reachable
-from fastgrad_compiler.ir.graph import DimInfo, Graph, Program
+from fastgrad_compiler.ir.graph import DimInfo, Graph, Program, step_form
 from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import python_docstring, python_string
 
+STEP_FILES = ("state.py", "step.py", "step_attention.py", "step_sums.py", "step_tokens.py")
+STEP_NAMES = {
+    "state": (BASE, STATE, SCOPE),
+    "step": ("depthwise_step", "place_of", "rows_of", "shift_step"),
+    "step_tokens": ("Rule",),
+}
 _HIDES_ROWS = frozenset({*(name for name, mask in MASKS.items() if mask.empties), "where", "fill", "log"})
 
 
@@ -47,7 +62,9 @@ def emit_package(
         files |= {name: _runtime(name) for name in ("convolution.py", "functions.py", "softmax_pairs.py")}
     for spec in imports.kernels:
         files.update(kernel_files(spec, backends))
-    if imports.kernels or imports.exact_attention:
+    if imports.steps:
+        files |= {name: _runtime(name) for name in STEP_FILES}
+    if imports.kernels or imports.exact_attention or imports.steps:
         files.update({path.name: _runtime(path.name) for path in RUNTIME_FILES})
     files.update({path.name: _runtime(path.name) for path in runtime_files(imports.kernels, backends)})
     return dict(sorted(files.items()))
@@ -92,15 +109,19 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
         lines.append("import torch.nn.functional as F")
     uses_modules = re.search(r"\bnn\.", code) is not None
     lines += ["from torch import Tensor, nn" if uses_modules else "from torch import Tensor", ""]
-    siblings = {
-        f"from .{kernel_name(spec, imports.backends)} import attention as {name}"
-        for spec, name in imports.kernels.items()
-    }
+    siblings = set()
+    for spec, name in imports.kernels.items():
+        kernel = kernel_name(spec, imports.backends)
+        siblings.add(f"from .{kernel} import attention as {name}")
+        if f"{name}_spec" in imports.specs:
+            siblings.add(f"from .{kernel} import SPEC as {name}_spec")
     if imports.exact_attention:
         siblings.add("from .exact_attention import exact_attention")
     if re.search(rf"\b{GUARD}\(", code):
         siblings.add(f"from .guard import {GUARD}, {STATUS}, {NAME}")
-    siblings.add("from .initialise import Generated, initialise")
+    siblings |= _step_imports(imports)
+    base = [] if BASE in imports.steps else ["Generated"]
+    siblings.add(f"from .initialise import {', '.join([*base, 'initialise'])}")
     lines += sorted(siblings)
     text = "\n".join(lines) + "\n"
     if helpers:
@@ -110,6 +131,15 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
         text += str(writer)
     ordered = text.rpartition("\n\n")
     return f"{ordered[0]}\n\n{_sorted_imports(ordered[2])}\n\n"
+
+
+def _step_imports(imports: Imports) -> set[str]:
+    """What step forms take from the files that belong to them."""
+    texts: dict[str, list[str]] = {}
+    for name in imports.steps:
+        file = next((file for file, known in STEP_NAMES.items() if name in known), "step_attention")
+        texts.setdefault(file, []).append(name)
+    return {f"from .{file} import {', '.join(sorted(names, key=_isort))}" for file, names in texts.items()}
 
 
 def _sorted_imports(text: str) -> str:
@@ -168,10 +198,11 @@ def _distinct_classes(module: Module, graphs: list[Graph]) -> list[str]:
     for graph in graphs:
         taken = {known for known, _ in found.values()} | ({variable(objective)} if objective else set())
         name = class_name(graph.block, taken)
-        module.classes[graph.name] = name
+        module.classes[graph.name] = module.classes[step_form(graph.name)] = name
         text = _class(module, graph)
         key = text.replace(f"class {name}(", "class (", 1)
-        module.classes[graph.name] = found.setdefault(key, (name, text))[0]
+        name, _ = found.setdefault(key, (name, text))
+        module.classes[graph.name] = module.classes[step_form(graph.name)] = name
     return [text for _, text in found.values()]
 
 
@@ -185,15 +216,21 @@ def _class(module: Module, graph: Graph) -> str:
     if graph.span is not None:
         writer.comment(f"{place_of(graph.span)}: {_head_line(graph)}")
     main = graph.name == module.program.main
-    writer.line(f"class {module.classes[graph.name]}({'Generated' if main else 'nn.Module'}):")
+    steps = has_step(module, graph)
+    base = "nn.Module" if not main else BASE if steps else "Generated"
+    writer.line(f"class {module.classes[graph.name]}({base}):")
     with writer.indented():
         writer.docstring(f"{_signature(graph)}.")
         writer.line()
+        if main and steps:
+            write_step_values(module, graph, writer)
         _initial_values(writer, found)
         if found or main:
             _constructor(module, writer, found, main)
             writer.line()
         _forward(module, graph, writer, found, main)
+        if steps:
+            (write_model_step if main else write_step)(module, graph, writer, found)
         if main:
             _status(module, writer)
     return str(writer)

@@ -61,7 +61,7 @@ def elaborate(
         assert name is not None  # otherwise something was reported
         graphs = reachable(state.graphs, [each for each in (name, objective) if each])
         used = _used_dims(graphs, dims)
-        program = Program(graphs, name, objective, None, used, budget, block.name.text)
+        program = Program(graphs, name, objective, dims=used, budget=budget, name=block.name.text)
         _check_size(report, program)
         _shown(report, program, dims)
         report.check()

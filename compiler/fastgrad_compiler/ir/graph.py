@@ -117,6 +117,11 @@ class Node:
         return self.type
 
 
+def step_form(graph: str) -> str:
+    """The name of the step form of a graph, of which a program has one where it differs from the graph."""
+    return f"{graph}{STEP}"
+
+
 def attributes(**values: Attribute) -> tuple[tuple[str, Attribute], ...]:
     """Attributes in the order that a Node keeps them."""
     return tuple(sorted(values.items()))
@@ -224,14 +229,24 @@ class Budget:
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
+STEP, ONCE = "@step", "@once"  # after the name of a graph: no name of a block has the sign
+ROLES = ("main", "objective", "gradient", "step", "along")
+"""The fields of a Program that name a graph, or with `along` a dim."""
+
+
 @dataclass(frozen=True)
 class Program:
-    """All graphs of a compiled model; `main` runs the model, `objective` the loss, `gradient` the derived backward."""
+    """All graphs of a compiled model; `main` runs the model, `objective` the loss, `gradient` the derived backward.
+
+    `step` runs the model on the next tokens along the dim `along`, given what it kept of those before.
+    """
 
     graphs: tuple[Graph, ...]
     main: str
     objective: str | None = None
     gradient: str | None = None
+    step: str | None = None
+    along: str | None = None
     dims: tuple[DimInfo, ...] = ()
     budget: Budget | None = None
     name: str = "model"

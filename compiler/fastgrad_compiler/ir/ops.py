@@ -53,6 +53,9 @@ FUNCTIONS = (
 )
 """Of floats, entry by entry."""
 
+# In a step form, whose inputs are the next tokens (`passes/step.py`): `past` says that positions go on from those of
+# the calls before; `state` is the label under which a node keeps what it needs of the tokens before, `memory` that of
+# the keys of another sequence, which are the same in every call.
 _OPS = (
     # structure. weight, buffer: `init` is (kind, argument...) as in ("normal", 0.0, 0.02); `label` ends its path.
     _op("input", 0),
@@ -61,7 +64,8 @@ _OPS = (
     _op("constant", 0, attributes="value"),  # a scalar; its dtype follows from the value
     _op("fill", 0, attributes="shape value"),  # a float tensor of one value
     _op("literal", 0, attributes="label values"),  # a float tensor of given values, nested tuples; no weight
-    _op("call", 0, None, "graph label"),
+    # `once`: run by the first call of a step form alone, which keeps the results for the later ones
+    _op("call", 0, None, "graph label", "once"),
     # bodies: ((graph, times), ...); inputs: `carried` values, then invariants
     _op("repeat", 0, None, "bodies carried"),
     _op("item", 1, attributes="index"),
@@ -74,7 +78,7 @@ _OPS = (
     _op("repeat_heads", 1, attributes="times"),
     _op("concat", 1, None, "axis"),
     _op("stack", 1, None, "axis"),
-    _op("slice", 1, attributes="axis start stop"),
+    _op("slice", 1, attributes="axis start stop", optional="past"),
     _op("select", 1, attributes="axis index"),
     _op("pad", 1, attributes="axis before after"),  # zeros; what slice's gradient needs
     _op("patches", 1, attributes="size"),  # [b, c, H, W] -> [b, H/s * W/s, c*s*s]
@@ -83,7 +87,7 @@ _OPS = (
     # lookup
     _op("embedding", 2),
     _op("embedding_gradient", 2, attributes="rows"),  # (cotangent, ids) -> [rows, d]
-    _op("arange", 0, attributes="stop"),  # int[stop]
+    _op("arange", 0, attributes="stop", optional="past"),  # int[stop]
     _op("one_hot", 1, attributes="classes"),
     # arithmetic
     *(_op(name, 2) for name in (*ARITHMETIC, *COMPARISONS)),
@@ -109,12 +113,12 @@ _OPS = (
     _op("normalize_rows", 1),
     _op("assume_bound", 1, attributes="bound"),  # the identity, with the user's word that |s| <= bound
     # position
-    _op("rotary", 1, attributes="base", optional="inverse stretch"),  # [.., n, d], pairs (i, i + d/2)
+    _op("rotary", 1, attributes="base", optional="inverse past stretch"),  # [.., n, d], pairs (i, i + d/2)
     # along the tokens of [.., n, c]: (x[, documents int[b, n]]), (x, w [width, c][, documents])
-    _op("shift", 1, 2, "by"),  # y_t = x_(t - by)
-    _op("depthwise", 2, 3, optional="reverse"),  # y_t = sum_k w_k x_(t - k), or x_(t + k) in reverse
+    _op("shift", 1, 2, "by", "state"),  # y_t = x_(t - by)
+    _op("depthwise", 2, 3, optional="reverse state"),  # y_t = sum_k w_k x_(t - k), or x_(t + k) in reverse
     _op("depthwise_weights", 2, 3, "width"),  # (g, x[, documents]) -> w_k = sum_t g_t x_(t - k)
-    _op("sinusoid", 0, attributes="length width"),  # float[length, width]
+    _op("sinusoid", 0, attributes="length width", optional="past"),  # float[length, width]
     _op("alibi", 1),  # scores [b, h, n, m] + slopes of h heads * -|i - j|
     # other
     _op("dropout", 1, attributes="p"),
@@ -135,14 +139,15 @@ _OPS = (
         None,
         "roles causal scale near window alibi bound asserted proof",
         "decision why family degree coefficients eps eps_prime break_even break_even_gpu positive_from source reach "
-        "precision",
+        "precision state",
     ),
     _op(
         "poly_attention",
         3,
         None,
         "roles causal scale near bound coefficients",
-        "why family degree eps eps_prime break_even break_even_gpu positive_from asserted proof source reach precision",
+        "why family degree eps eps_prime break_even break_even_gpu positive_from asserted proof source reach precision "
+        "state memory",
     ),
     # (inputs of poly_attention, cotangent) -> cotangents of its float inputs, a tuple
     _op("poly_attention_backward", 4, None, "roles causal scale near bound coefficients", "precision"),
@@ -150,6 +155,9 @@ _OPS = (
     _op("repeat_backward", 1, None, "bodies backward carried"),
     _op("weight_gradient", 1, attributes="label"),  # a sink: the cotangent of this graph's weight `label`
 )
+
+STEP_ATTRIBUTES = frozenset(("past", "state", "memory", "once"))
+"""Of nodes in a step form alone."""
 
 OPS: dict[str, Op] = {op.name: op for op in _OPS}
 

@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute, Bound, Budget, DimInfo, Graph, Node, Program, Type
+from fastgrad_compiler.ir.graph import ROLES, Attribute, Bound, Budget, DimInfo, Graph, Node, Program, Type
 from fastgrad_compiler.ir.text_parser import parse_program
 from fastgrad_grammar.quote import comment, json_text
 from fastgrad_grammar.source import Span
@@ -91,7 +91,7 @@ def _tuple(values: tuple[Attribute, ...]) -> str:
 
 def _header(program: Program) -> Iterator[str]:
     yield f"program {_name(program.name)}"
-    for role in ("main", "objective", "gradient"):
+    for role in ROLES:
         if (graph := getattr(program, role)) is not None:
             yield f"{role} {_name(graph)}"
     yield from map(_dim, program.dims)

@@ -13,6 +13,7 @@ from lark import Lark, Token, Transformer, UnexpectedCharacters, UnexpectedInput
 
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import (
+    ROLES,
     Attribute,
     Bound,
     Budget,
@@ -29,7 +30,7 @@ from fastgrad_grammar.source import Source, Span
 _GRAMMAR = Path(__file__).with_name("text.lark")
 _PLACE = re.compile(r"#\s*(?P<path>.+):(?P<line>\d+)\s*")
 _EXPECTED = {
-    "GRAPH": "one of program, main, objective, gradient, dim, budget, graph",
+    "GRAPH": "one of program, main, objective, gradient, step, along, dim, budget, graph",
     "_AT": "output, gradient, near, trust, on_violation or at",
     "_RETURN": "`%`",
     "DTYPE": "float, int or bool",
@@ -147,7 +148,8 @@ class _Build(Transformer[Token, object]):
         budget = next((item for item in reversed(items) if isinstance(item, Budget)), None)
         main = names.get("main", graphs[0].name)
         name = names.get("program", "model")
-        return Program(graphs, main, names.get("objective"), names.get("gradient"), dims, budget, name)
+        roles = {role: names.get(role) for role in ROLES[1:]}
+        return Program(graphs, main, **roles, dims=dims, budget=budget, name=name)
 
     def dim_info(self, name: str, most: int | None, multiple: int | None, place: Token | None) -> DimInfo:
         return DimInfo(name, most, 1 if multiple is None else multiple, _place(place))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def run(
     inputs or weights do not have the declared types, or a dim leaves its bound.
     """
     source = program[graph or program.main]
-    state = _Run.start(program, source, _in_order(source, inputs), weights, dtype)
+    state = Run.start(program, source, _in_order(source, inputs), weights, dtype)
     state.attend = attend
     return packed(state.graph(source.name))
 
@@ -58,7 +58,7 @@ def run_gradient(
         raise ValueError(f"program {program.name} has no gradient graph")
     main, source = program[program.main], program[program.gradient]
     given = [*_in_order(main, inputs), *cotangents]
-    state = _Run.start(program, source, given, weights, dtype)
+    state = Run.start(program, source, given, weights, dtype)
     results = state.graph(source.name)
     names = [node.name for node in main.inputs if is_float(node.type)]
     return dict(zip(names, results, strict=True)), state.gradients
@@ -131,7 +131,7 @@ def _solve(dim: Dim, size: int, dims: dict[str, int]) -> None:
 
 
 @dataclass
-class _Run:
+class Run:
     """One run: what it was given, and the gradients of weights that it meets."""
 
     program: Program
@@ -141,20 +141,21 @@ class _Run:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     attend: Attend | None = None
 
-    @staticmethod
+    @classmethod
     def start(
+        cls,
         program: Program,
         graph: Graph,
         inputs: Sequence[Tensor],
         weights: Mapping[str, Tensor],
         dtype: torch.dtype | None,
-    ) -> _Run:
+    ) -> Self:
         dims = bind_dims(program, graph, inputs)
         tensors = [*inputs, *weights.values()]
         floats = dtype or next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
         device = tensors[0].device if tensors else torch.device("cpu")
         given = [_converted(t, node, floats) for t, node in zip(inputs, graph.inputs, strict=True)]
-        return _Run(program, Env(dims, floats, device), given, weights)
+        return cls(program, Env(dims, floats, device), given, weights)
 
     def graph(self, name: str, inputs: Sequence[Tensor] | None = None, place: Place = ROOT) -> list[Tensor]:
         """The results of a graph that is run at a place."""

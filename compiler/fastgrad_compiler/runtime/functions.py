@@ -63,11 +63,17 @@ def truncate(x: Tensor) -> Tensor:
 
 
 def rotary(
-    x: Tensor, base: float, *, stretch: Sequence[float] | None = None, inverse: bool = False
+    x: Tensor,
+    base: float,
+    *,
+    stretch: Sequence[float] | None = None,
+    inverse: bool = False,
+    past: Tensor | int = 0,
 ) -> Tensor:
     """Turn the pairs (i, i + d/2) of x [.., n, d] by the angle position * base^(-2i/d); `inverse` turns back.
 
-    The angle is divided by the stretch of the pair, where there is one: one number for all pairs, or one for each.
+    stretch: what the angles of each pair are divided by, one number for all pairs or one for each.
+    past: the position of the first token.
     """
     n, d = x.shape[-2:]
     precision = _precision(x)
@@ -75,7 +81,7 @@ def rotary(
     rates = rates.exp()
     if stretch is not None:
         rates = rates / torch.tensor(stretch, device=x.device, dtype=precision)
-    angles = torch.arange(n, device=x.device, dtype=precision).unsqueeze(-1) * rates
+    angles = _positions(n, past, x.device, precision) * rates
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     if inverse:
         sin = -sin
@@ -83,13 +89,23 @@ def rotary(
     return torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
 
 
-def sinusoid(length: int, width: int, like: Tensor) -> Tensor:
-    """The positions of Vaswani et al.: [length, width], sines at even places and cosines at odd ones."""
+def sinusoid(length: int, width: int, like: Tensor, *, past: Tensor | int = 0) -> Tensor:
+    """The positions of Vaswani et al.: [length, width], sines at even places and cosines at odd ones.
+
+    past: the position of the first row.
+    """
     precision = _precision(like)
     rates = torch.arange(0, width, 2, device=like.device, dtype=precision) * (-math.log(10000.0) / width)
-    angles = torch.arange(length, device=like.device, dtype=precision).unsqueeze(-1) * rates.exp()
+    angles = _positions(length, past, like.device, precision) * rates.exp()
     table = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
     return table[:, :width].to(like.dtype)
+
+
+def _positions(count: int, past: Tensor | int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[count, 1]: past, past + 1 ..."""
+    if isinstance(past, int):
+        return torch.arange(past, past + count, device=device, dtype=dtype).unsqueeze(-1)
+    return (torch.arange(count, device=device) + past.to(device)).to(dtype).unsqueeze(-1)
 
 
 def softmax_attention(

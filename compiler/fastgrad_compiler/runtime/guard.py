@@ -134,6 +134,19 @@ class Guard:
             return self.spec.policy != "exact"
         return not self._exact
 
+    def watch(self, norms: Tensor, seen: Tensor) -> None:
+        """Check and count a call of a step form, by the bound of all logits by norms, and the largest seen: both [H].
+
+        A step cannot be made exact, since earlier keys are sums by then: the policy `exact` raises as `raise` does.
+        """
+        device, limit = norms.device, _limits(self.spec.bounds, norms.device, norms.dtype)
+        if not _waits(device):
+            self._act(device)
+        beyond = self._record(self._counts_on(seen[None]), limit, norms, torch.minimum(seen, norms), norms)
+        if _waits(device) and bool(beyond):
+            self._reported += 1
+            self._report(seen.tolist(), step=True)
+
     # ------------------------------------------------------------ counting
 
     def _count(self, rows: Rows, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -151,15 +164,19 @@ class Guard:
             sample = choose_sample(rows, pairs, self._turn(rows, counts))
             seen = torch.where(proved, norms, sampled_range(rows, pairs, sample))
             at_most = torch.where(proved, norms, torch.maximum(seen, sample.unseen))
-        beyond = ~(seen <= limit).all()
+        return self._record(counts, limit, norms, seen, at_most), seen
+
+    def _record(self, counts: Tensor, limit: Tensor, norms: Tensor, seen: Tensor, at_most: Tensor) -> Tensor:
+        """Add a call to the counts; whether a logit beyond R was seen."""
+        proved, beyond, device = (norms <= limit).all(), ~(seen <= limit).all(), counts.device
         unsettled = ~(beyond | (at_most <= limit).all())
         calls = torch.stack((torch.ones_like(proved), proved, ~proved, unsettled, beyond))
         counts[:NORMS] += calls.to(counts.dtype)
         maxima = torch.cat((norms.amax().view(1), at_most.amax().view(1), seen))
         counts[NORMS:] = torch.maximum(counts[NORMS:], maxima)
-        if not _waits(rows.q.device) and rows.q.device not in self._copies and not _capturing(rows.q.device):
-            self._copies[rows.q.device] = _copy(counts)
-        return beyond, seen
+        if not _waits(device) and device not in self._copies and not _capturing(device):
+            self._copies[device] = _copy(counts)
+        return beyond
 
     def _turn(self, rows: Rows, counts: Tensor) -> Tensor:
         """Where the evenly spread queries of a call begin: int64, no dimensions.
@@ -201,8 +218,8 @@ class Guard:
         self._exact = self.spec.policy == "exact"
         self._report(largest)
 
-    def _report(self, largest: Sequence[float]) -> None:
-        """Raise, or say once what is the matter."""
+    def _report(self, largest: Sequence[float], step: bool = False) -> None:
+        """Raise, or say once what is the matter; `step`: of a step form."""
         spec = self.spec
         bounds = spec.bound if isinstance(spec.bound, tuple) else (spec.bound,) * len(largest)
         logit, bound, head = max(
@@ -210,8 +227,9 @@ class Guard:
             key=lambda found: share_of_range(*found[:2]),
         )
         message = f"{spec.path}: a logit of size {logit:.4g} in head {head} is beyond R = {bound:.4g} ({spec.source})"
-        if spec.policy == "raise":
-            raise BudgetViolation(f"{message}: on_violation = raise")
+        if spec.policy == "raise" or (step and spec.policy == "exact"):
+            reason = ", and a step cannot be made exact" if step and spec.policy == "exact" else ""
+            raise BudgetViolation(f"{message}: on_violation = {spec.policy}{reason}")
         if not self._said:
             self._said = True
             LOGGER.warning("%s: %s", message, _CONSEQUENCES[spec.policy])
@@ -291,7 +309,7 @@ def guarded(
             return (*forward(*given, exact_below), flag)
         q, k, *_, mask, documents = given
         rows = rows_of(q, k, mask, documents)
-        if not _guard_of(key).allows(rows, pairs):
+        if not guard_of(key).allows(rows, pairs):
             flag.fill_(True)
             return (*forward(*given, ALWAYS_EXACT), flag)
         clamped = _clamp(key, rows, pairs)
@@ -348,7 +366,7 @@ def _is_checked(key: str, inputs: Sequence[Any], exact_below: int) -> bool:
     return bool(key) and max(q.shape[2], k.shape[2]) >= exact_below and 0 not in (q.numel(), k.numel())
 
 
-def _guard_of(key: str) -> Any:
+def guard_of(key: str) -> Any:
     """The guard of a key, made from it where this process has none."""
     spec = read_key(key)
     guard = _GUARDS.get(spec.id) or _REMADE.get(spec.id)
