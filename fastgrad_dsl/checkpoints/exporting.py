@@ -13,15 +13,13 @@ from fastgrad_dsl.checkpoints.model import Imported, recognise
 from fastgrad_dsl.checkpoints.read import CONFIG
 from fastgrad_dsl.documents.origin import Origin
 from fastgrad_dsl.documents.read import parse_json, read_document
+from fastgrad_dsl.storage.import_record import RECORD
 from fastgrad_dsl.storage.staged import Writer, text_writer, write_together
 from fastgrad_dsl.storage.weights import of_model, read_tensors
 from fastgrad_grammar.diagnostics import TfgError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-ORIGIN = "origin.json"
-"""In a folder that `compile` wrote."""
 
 
 def export_checkpoint(where: Path, weights: Path, folder: Path, *, force: bool = False) -> int:
@@ -42,7 +40,7 @@ def export_checkpoint(where: Path, weights: Path, folder: Path, *, force: bool =
         )
     found = of_model(read_tensors(weights, "FG418", "weights"))
     _check_weights(weights, found, model)
-    kept = read_tensors(kept_path, "FG438", "what the import kept in") if places.kept else {}
+    kept = _kept(where, places, kept_path)
     writers: dict[Path, Writer] = {
         folder / file: partial(_write_file, origin, places, found, kept, file)
         for file in sorted({entry.file for entry in origin.tensors.values()})
@@ -52,13 +50,13 @@ def export_checkpoint(where: Path, weights: Path, folder: Path, *, force: bool =
     return len(origin.tensors)
 
 
-def find_origin(where: Path) -> tuple[Origin, Path]:
-    """The record of the import of a spec or a build, and where the tensors are that the import kept."""
+def find_origin(where: Path) -> tuple[Origin, Path | None]:
+    """The record of the import of a spec, a build or a training run; with a spec also where the kept tensors are."""
+    kept: Path | None
     if where.is_dir():
-        path = where / ORIGIN
-        if not path.exists() and (where / "model" / ORIGIN).exists():
-            path = where / "model" / ORIGIN  # of a training run
-        kept = path.with_name("kept.safetensors")
+        run = where / "model" / RECORD
+        path = run if run.exists() else where / RECORD
+        kept = None
     else:
         path, kept = Outputs(where).origin, Outputs(where).kept
     if not path.exists():
@@ -67,6 +65,18 @@ def find_origin(where: Path) -> tuple[Origin, Path]:
         )
         raise TfgError.of("FG438", f"{where} was not imported: there is no {path}", help_)
     return read_document(path, Origin), kept
+
+
+def _kept(where: Path, places: Places, path: Path | None) -> dict[str, Tensor]:
+    """The tensors that the import kept, since no weights of the spec hold them."""
+    if not places.kept:
+        return {}
+    if path is None:
+        help_ = f"name the imported .tfg file in place of {where}: they lie beside it"
+        raise TfgError.of(
+            "FG438", f"the checkpoint has tensors that a build does not hold: {places.kept[0]}", help_
+        )
+    return read_tensors(path, "FG438", "what the import kept in")
 
 
 def tensor_of(name: str, places: Places, weights: Mapping[str, Tensor]) -> Tensor:

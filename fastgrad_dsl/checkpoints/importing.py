@@ -13,6 +13,7 @@ from fastgrad_dsl.checkpoints.read import Checkpoint, read_folder
 from fastgrad_dsl.documents.form import format_of
 from fastgrad_dsl.documents.origin import Origin, TensorOrigin
 from fastgrad_dsl.documents.write import to_json
+from fastgrad_dsl.storage.import_record import beside
 from fastgrad_dsl.storage.staged import Writer, check_absent, text_writer, write_together
 from fastgrad_grammar.diagnostics import TfgError
 
@@ -36,7 +37,7 @@ class Outputs:
     @property
     def origin(self) -> Path:
         """What the checkpoint was."""
-        return self.spec.with_suffix(".origin.json")
+        return beside(self.spec)
 
     @property
     def kept(self) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastgrad_dsl as fg
 from fastgrad_dsl.checkpoints.exporting import export_checkpoint
 from fastgrad_dsl.checkpoints.importing import import_checkpoint
 from fastgrad_dsl.commands.cli import main
@@ -303,3 +304,44 @@ def test_the_commands(
     assert status("import", str(folder), "-o", str(tmp_path / "model.txt")) == 2
     assert status("export", spec, "--weights", str(folder / "config.json"), "-o", str(tmp_path / "b")) == 2
     assert "FG418" in capsys.readouterr().err
+
+
+def test_a_build_knows_what_it_was_imported_from(tmp_path: Path) -> None:
+    folder, spec = write_folder(tmp_path / "in"), tmp_path / "model.tfg"
+    import_checkpoint(folder, spec)
+    build, weights = tmp_path / "build", spec.with_suffix(".safetensors")
+    fg.compile(spec, out=build)
+    fg.compile(spec, out=build)  # origin.json is one of the build's own files
+    for path in (spec, weights, spec.with_suffix(".origin.json")):
+        path.rename(path.with_name(f"other{path.name}"))
+    export_checkpoint(build, tmp_path / "othermodel.safetensors", tmp_path / "back")
+    assert (tmp_path / "back" / TENSORS).read_bytes() == (folder / TENSORS).read_bytes()
+    tensors = {**tensors_of(GPT2), "h.0.attn.bias": torch.ones(1, 1, 8, 8)}
+    import_checkpoint(write_folder(tmp_path / "with", tensors=tensors), spec)
+    fg.compile(spec, out=build)
+    with pytest.raises(TfgError, match=r"FG438.* h\.0\.attn\.bias"):
+        export_checkpoint(build, weights, tmp_path / "again")
+    export_checkpoint(spec, weights, tmp_path / "again")
+    assert (tmp_path / "again" / TENSORS).read_bytes() == (tmp_path / "with" / TENSORS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tensors", {}),
+        ("kept", ["x"]),
+        ("texts", {}),
+        ("texts", {"config.json": "{"}),
+        ("texts", {"config.json": "[]"}),
+        ("texts", {"../config.json": "{}"}),
+        ("metadata", None),
+    ],
+)
+def test_a_record_that_is_damaged(key: str, value: object, tmp_path: Path) -> None:
+    spec = tmp_path / "model.tfg"
+    import_checkpoint(write_folder(tmp_path / "in"), spec)
+    path = spec.with_suffix(".origin.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(TfgError, match="FG430"):
+        export_checkpoint(spec, spec.with_suffix(".safetensors"), tmp_path / "back")
+    assert not (tmp_path / "back").exists()

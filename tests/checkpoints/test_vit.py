@@ -61,7 +61,7 @@ def test_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
-@pytest.mark.parametrize(("index", "what"), enumerate(("last_hidden_state", "pooler_output")))
+@pytest.mark.parametrize(("index", "what"), [(0, "last_hidden_state"), (1, "pooler_output")])
 def test_hidden_states_and_the_pooler(
     index: int, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
