@@ -51,6 +51,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "gemma": ("Gemma", {"head_dim": 8}),
+    "gemma, untied": ("Gemma", {"head_dim": 6, "tie_word_embeddings": False, "attention_bias": True}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 6, "sliding_window": 3, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 2.0,
+         "final_logit_softcapping": 3.0},
+    ),
+    "gemma2, no caps": (
+        "Gemma2",
+        {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+         "layer_types": ["full_attention", "full_attention"]},
+    ),
     "olmo2": ("Olmo2", {}),
     "olmo2, biases": ("Olmo2", {"attention_bias": True, "rope_scaling": {"type": "linear", "factor": 2.0}}),
 }  # fmt: skip
@@ -75,7 +87,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert max(errors) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "qwen3", "olmo2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "qwen3", "olmo2", "gemma", "gemma2"])
 def test_the_way_back_is_exact(name: str, tmp_path: Path) -> None:
     check_round_trip(case_of(name, tmp_path / "saved"))
 

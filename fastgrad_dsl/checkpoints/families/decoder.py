@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +29,14 @@ block head_norm(x: float[b, h, n, width]) -> float[b, h, n, width] {
 }
 """
 
+GEMMA_NORM = """
+# x / sqrt(mean(x^2) + eps) * (1 + w)
+block norm(x: float[b, n, d_model]) -> float[b, n, d_model] {
+    weight w: float[d_model] = zeros()
+    return rms_norm(x, 1.0 + w, eps)
+}
+"""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -35,10 +44,13 @@ class Kind:
 
     summary       a comment for the spec
     biases        whether queries, keys and values have one, and whether the output of attention has
-    norms         before each part (Llama), or after it (OLMo 2)
+    norms         before each part (Llama), after it (OLMo 2), or both (Gemma 2)
     head_norms    of queries and keys: of each head (Qwen3), or of all heads together (OLMo 2)
     windows       which layers attend to a window
     activation    the field that names it
+    gemma         whether norms multiply by 1 + w, and the table's rows are multiplied by the root of their width
+    caps          of scores and of logits, beyond which none can be, and none for no cap
+    scaled_by     the square of what scores are divided by; none: the width of a head
     """
 
     name: str
@@ -47,14 +59,24 @@ class Kind:
     summary: str
     fields: tuple[Field, ...]
     biases: Callable[[Config], tuple[bool, bool]] = lambda config: (False, False)
-    norms: Literal["before", "after"] = "before"
+    norms: Literal["before", "after", "both"] = "before"
     head_norms: Literal["none", "each", "all"] = "none"
     windows: Callable[[Config], Windows] = lambda config: Windows()
     activation: str = "hidden_act"
+    gemma: bool = False
+    caps: Callable[[Config], tuple[float | None, float | None]] = lambda config: (None, None)
+    scaled_by: Callable[[Config], float | None] = lambda config: None
 
 
-def sizes(*, vocab: int, kv_heads: int | None, tied: bool = False, eps: float = 1e-6) -> tuple[Field, ...]:
-    """Fields that all of these families have, with the defaults of one."""
+def sizes(
+    *,
+    vocab: int,
+    kv_heads: int | None,
+    tied: bool = False,
+    eps: float = 1e-6,
+    activation: tuple[str, str] = ("hidden_act", "silu"),
+) -> tuple[Field, ...]:
+    """Fields that all of these families have, with the defaults of one; `activation` is its field and the default."""
     return (
         size("vocab_size", vocab),
         size("hidden_size", 4096),
@@ -64,7 +86,7 @@ def sizes(*, vocab: int, kv_heads: int | None, tied: bool = False, eps: float = 
         size("num_key_value_heads", kv_heads, optional=True, most=4096),
         number("rms_norm_eps", eps),
         flag("tie_word_embeddings", tied),
-        one_of("hidden_act", "silu", *GATED),
+        one_of(*activation, *GATED),
     )
 
 
@@ -103,6 +125,7 @@ def _check(config: Config) -> None:
 def _spec(kind: Kind, config: Config) -> str:
     rope, windows = rope_of(config), kind.windows(config)
     heads = config.integer("num_attention_heads")
+    score_cap, logit_cap = kind.caps(config)
     settings = params(
         depth=config.integer("num_hidden_layers"),
         d_model=config.integer("hidden_size"),
@@ -116,11 +139,13 @@ def _spec(kind: Kind, config: Config) -> str:
         rope_base=rope.base,
         rope_scale=None if rope.scale == 1.0 else rope.scale,
         sliding=windows.width,
+        query_scale=_query_scale(kind, config),
+        score_cap=score_cap,
+        logit_cap=logit_cap,
     )
     value = "; window: int?" if windows.choice else ""
     passed = "; window = window" if windows.choice else ""
     chosen = f"; window = {windows.choice}" if windows.choice else ""
-    logits = "x @ table.T" if _tied(config) else "std.linear(x; vocab, bias = false) as output"
     signature = f"(x: float[b, n, d_model]{value}) -> float[b, n, d_model]"
     return f"""
 # {kind.summary}
@@ -129,7 +154,7 @@ use std
 {settings}
 dim b
 dim n <= context
-{HEAD_NORM if kind.head_norms == "each" else ""}{rope.block}
+{HEAD_NORM if kind.head_norms == "each" else ""}{GEMMA_NORM if kind.gemma else ""}{rope.block}
 block attention{signature} {{
 {_attention(kind, config, windows)}}}
 
@@ -139,14 +164,31 @@ block layer{signature} {{
 
 model {kind.name}(tokens: int[b, n]) -> float[b, n, vocab] {{
     weight table: float[vocab, d_model] = normal(std = 0.02)
-    x = embedding(table, tokens)
+    x = embedding(table, tokens){" * sqrt(d_model)" if kind.gemma else ""}
     repeat i in depth {{
         x = layer(x{chosen}) as layers
     }}
-    x = std.rms_norm(x; eps) as norm
-    return {logits}
+    x = {_norm(kind, "x", "norm")}
+    {_logits(config, logit_cap)}
 }}
 {LANGUAGE_LOSS}"""
+
+
+def _norm(kind: Kind, value: str, label: str) -> str:
+    """A norm of a value."""
+    return f"norm({value}) as {label}" if kind.gemma else f"std.rms_norm({value}; eps) as {label}"
+
+
+def _query_scale(kind: Kind, config: Config) -> float | None:
+    """What queries are multiplied by, so that scores are divided by another number than the root of a head's width."""
+    by = kind.scaled_by(config)
+    return None if by is None or by == width_of(config) else math.sqrt(width_of(config) / by)
+
+
+def _logits(config: Config, cap: float | None) -> str:
+    """The last statements: logits, and their cap."""
+    logits = "x @ table.T" if _tied(config) else "std.linear(x; vocab, bias = false) as output"
+    return f"return {logits}" if cap is None else f"x = {logits}\n    return logit_cap * tanh(x / logit_cap)"
 
 
 def _attention(kind: Kind, config: Config, windows: Windows) -> str:
@@ -161,9 +203,13 @@ def _attention(kind: Kind, config: Config, windows: Windows) -> str:
         lines.append(f"{name} = split_heads({name}, {count})")
         if kind.head_norms == "each" and name != "v":
             lines.append(f"{name} = head_norm({name}) as {label}_norm")
-    lines += [f"{name} = {rope.turned(name)}" for name in "qk"]
+    scaled = "" if _query_scale(kind, config) is None else "query_scale * "
+    lines += [f"q = {scaled}{rope.turned('q')}", f"k = {rope.turned('k')}"]
     window = "" if windows.width is None else f", window = {'window' if windows.choice else 'sliding'}"
-    lines.append(f"y = std.attend(q, k, v; causal = true{window})")
+    if kind.caps(config)[0] is None:
+        lines.append(f"y = std.attend(q, k, v; causal = true{window})")
+    else:
+        lines.append(f"y = std.attend_capped(q, k, v; cap = score_cap, causal = true{window})")
     lines.append(f"return std.linear(y; d_model, bias = {_word(outer)}) as output")
     return "".join(f"    {line}\n" for line in lines)
 
@@ -172,15 +218,28 @@ def _parts(kind: Kind, config: Config, passed: str) -> str:
     """The two parts of a layer with their norms."""
     gated = GATED[config.text(kind.activation)]
     lines = []
-    if kind.norms == "before":
-        lines.append("x = x + attention(std.rms_norm(x; eps) as attention_norm" + passed + ")")
-        lines.append(f"x = x + {gated}(std.rms_norm(x; eps) as mlp_norm; hidden) as mlp")
-    else:
-        lines.append(f"y = attention(x{passed})")
-        lines.append("x = x + std.rms_norm(y; eps) as attention_norm")
-        lines.append(f"y = {gated}(x; hidden) as mlp")
-        lines.append("x = x + std.rms_norm(y; eps) as mlp_norm")
+    for label, part in (("attention", f"attention({{}}{passed})"), ("mlp", f"{gated}({{}}; hidden) as mlp")):
+        value = "x" if kind.norms == "after" else _norm(kind, "x", f"{label}_norm")
+        if kind.norms == "before":
+            lines.append(f"x = x + {part.format(value)}")
+        else:
+            after = f"{label}_norm" if kind.norms == "after" else f"{label}_result_norm"
+            lines.append(f"y = {part.format(value)}")
+            lines.append(f"x = x + {_norm(kind, 'y', after)}")
     return "".join(f"    {line}\n" for line in lines)
+
+
+_NORM_NAMES = {
+    "before": {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
+    "after": {"post_attention_layernorm": "attention_norm", "post_feedforward_layernorm": "mlp_norm"},
+    "both": {
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "attention_result_norm",
+        "pre_feedforward_layernorm": "mlp_norm",
+        "post_feedforward_layernorm": "mlp_result_norm",
+    },
+}
+"""What Transformers calls the norms of a layer, and what the spec does."""
 
 
 def _rules(kind: Kind, config: Config) -> tuple[Rule, ...]:
@@ -196,11 +255,7 @@ def _rules(kind: Kind, config: Config) -> tuple[Rule, ...]:
             rules += norm(f"{theirs}.self_attn.{name}_norm", f"{attention}.{label}_norm", bias=False)
     for name in ("gate", "up", "down"):
         rules.append(Rule(f"{theirs}.mlp.{name}_proj.weight", (f"{ours}.mlp.{name}",), TRANSPOSED))
-    names = {
-        "before": ("input_layernorm", "post_attention_layernorm"),
-        "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
-    }
-    for name, label in zip(names[kind.norms], ("attention_norm", "mlp_norm"), strict=True):
+    for name, label in _NORM_NAMES[kind.norms].items():
         rules += norm(f"{theirs}.{name}", f"{ours}.{label}", bias=False)
     if _tied(config):
         return (*rules, Rule("lm_head.weight", ("table",)))
