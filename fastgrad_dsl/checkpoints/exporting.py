@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from fastgrad_dsl.checkpoints.importing import Outputs
 from fastgrad_dsl.checkpoints.mapping import Places
 from fastgrad_dsl.checkpoints.model import Imported, recognise
-from fastgrad_dsl.checkpoints.read import CONFIG
+from fastgrad_dsl.checkpoints.read import CONFIG, TEXTS, is_pooling, is_weights
+from fastgrad_dsl.documents.form import shown
 from fastgrad_dsl.documents.origin import Origin
 from fastgrad_dsl.documents.read import parse_json, read_document
 from fastgrad_dsl.storage.import_record import RECORD
 from fastgrad_dsl.storage.staged import Writer, text_writer, write_together
-from fastgrad_dsl.storage.weights import of_model, read_tensors
+from fastgrad_dsl.storage.weights import of_model, read_tensors, write_tensors
 from fastgrad_grammar.diagnostics import TfgError, nearest
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def export_checkpoint(where: Path, weights: Path, folder: Path, *, force: bool =
     data = {name: parse_json(text.encode(), name) for name, text in origin.texts.items()}
     if not isinstance(data.get(CONFIG), dict):
         raise TfgError.of("FG430", f"the record of the import has no {CONFIG}", "import the checkpoint again")
+    _check_names(origin, folder)
     model = recognise(data)
     places = model.places(origin.tensors)
     if places.kept != origin.kept:
@@ -48,6 +50,20 @@ def export_checkpoint(where: Path, weights: Path, folder: Path, *, force: bool =
     writers |= {folder / name: text_writer(text) for name, text in origin.texts.items()}
     write_together(writers, force=force)
     return len(origin.tensors)
+
+
+def _check_names(origin: Origin, folder: Path) -> None:
+    """Whether a record names only files that a checkpoint has, and none of their folders is a link in `folder`."""
+    weights = {entry.file for entry in origin.tensors.values()} | set(origin.metadata)
+    strange = [name for name in weights if not is_weights(name)]
+    strange += [name for name in origin.texts if name not in TEXTS and not is_pooling(name)]
+    if strange:
+        said = f"the record of the import names {shown(strange[0])}, which is no file of a checkpoint"
+        raise TfgError.of("FG430", said, "import the checkpoint again")
+    for name in origin.texts:
+        above = (folder / name).parent
+        if above != folder and above.is_symlink():
+            raise TfgError.of("FG437", f"{above} is not written to: it is a link", "name another folder")
 
 
 def find_origin(where: Path) -> tuple[Origin, Path | None]:
@@ -113,8 +129,6 @@ def _write_file(
     file: str,
     path: Path,
 ) -> None:
-    from safetensors.torch import save_file
-
     types = _dtypes()
     made: dict[str, Tensor] = {}
     for name, entry in origin.tensors.items():
@@ -126,7 +140,7 @@ def _write_file(
                 )
             # a copy of its own: names of one weight must not share memory
             made[name] = tensor.to(types[entry.dtype]).clone(memory_format=_contiguous())
-    save_file(made, path, dict(origin.metadata.get(file, {})) or None)
+    write_tensors(path, made, origin.metadata.get(file, {}))
 
 
 def _contiguous() -> Any:

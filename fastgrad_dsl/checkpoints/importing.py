@@ -20,6 +20,7 @@ from fastgrad_grammar.diagnostics import TfgError
 if TYPE_CHECKING:
     from torch import Tensor
 
+FORMAT = {"format": "pt"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -108,15 +109,15 @@ def spec_weights(checkpoint: Checkpoint, model: Imported, places: Places) -> dic
 
 
 def _write_weights(checkpoint: Checkpoint, model: Imported, places: Places, path: Path) -> None:
-    from safetensors.torch import save_file
+    from fastgrad_dsl.storage.weights import write_tensors
 
-    save_file(spec_weights(checkpoint, model, places), path, {"format": "pt"})
+    write_tensors(path, spec_weights(checkpoint, model, places), FORMAT)
 
 
 def _write_kept(checkpoint: Checkpoint, names: tuple[str, ...], path: Path) -> None:
-    from safetensors.torch import save_file
+    from fastgrad_dsl.storage.weights import write_tensors
 
-    save_file({name: checkpoint.tensor(name) for name in names}, path, {"format": "pt"})
+    write_tensors(path, {name: checkpoint.tensor(name) for name in names}, FORMAT)
 
 
 def _origin(checkpoint: Checkpoint, places: Places) -> Origin:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Shape: TypeAlias = tuple[int, ...]
 SHOWN = 3  # names in a diagnostic
+LONGEST = 200  # of their characters
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def match(rules: dict[str, Rule], kept: Sequence[str], names: Iterable[str]) -> 
     ):
         if wrong:
             near = nearest(wrong[0], candidates)
-            help_ = (f"{wrong[0]}: did you mean {near}?",) if near else ()
+            help_ = (f"{wrong[0][:LONGEST]}: did you mean {near[:LONGEST]}?",) if near else ()
             raise TfgError.of("FG436", f"the checkpoint {said} {_listed(wrong)}", *help_)
     return Places(known, others)
 
@@ -150,4 +151,4 @@ def _shown(shape: Shape) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return ", ".join(name[:LONGEST] for name in names[:SHOWN]) + more

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, get_args
 
-from fastgrad_dsl.documents.form import FORMATS
+from fastgrad_dsl.documents.form import FORMATS, shown
 from fastgrad_dsl.documents.origin import Dtype
 from fastgrad_dsl.documents.read import MAX_BYTES, parse_json
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
@@ -25,6 +25,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 MODULES = "modules.json"
 """Of sentence-transformers: what comes after the model."""
 
+TEXTS = (CONFIG, MODULES, INDEX)
 DTYPES = frozenset(get_args(Dtype))
 
 
@@ -67,7 +68,7 @@ def read_folder(folder: Path) -> Checkpoint:
         raise _unreadable(folder, "it is no folder", "name a folder with config.json and model.safetensors")
     texts: dict[str, str] = {}
     data: dict[str, Any] = {}
-    for name in (CONFIG, MODULES, INDEX):
+    for name in TEXTS:
         if name == CONFIG or os.path.lexists(folder / name):
             texts[name], data[name] = _json(folder, name)
     if not isinstance(data[CONFIG], dict):
@@ -90,7 +91,7 @@ def read_folder(folder: Path) -> Checkpoint:
             said = (
                 "is in it, but not in the index" if other in found else "is not in it, but the index says so"
             )
-            raise _unreadable(folder / name, f"the tensor {other} {said}")
+            raise _unreadable(folder / name, f"the tensor {shown(other)} {said}")
         tensors.update(found)
     return Checkpoint(folder, texts, data, metadata, tensors)
 
@@ -111,11 +112,26 @@ def _json(folder: Path, name: str) -> tuple[str, Any]:
     return content.decode(), tree
 
 
+def is_pooling(name: str) -> bool:
+    """Whether a name is that of the config of pooling, one folder below the checkpoint's: 1_Pooling/config.json."""
+    parts = PurePosixPath(name).parts
+    return (
+        FORMATS["inside"](name) and len(parts) == 2 and parts[0].endswith("_Pooling") and parts[1] == CONFIG
+    )
+
+
+def is_weights(name: object) -> bool:
+    """Whether a name is that of a safetensors file directly in a folder."""
+    if not isinstance(name, str) or not FORMATS["inside"](name) or "\\" in name:
+        return False
+    return PurePosixPath(name).name == name and name.endswith(".safetensors")
+
+
 def _poolings(modules: object) -> list[str]:
-    """The configs of pooling in modules.json; `sentence.py` examines the rest."""
+    """The configs of pooling in modules.json; `families/pooling.py` examines the rest."""
     found = modules if isinstance(modules, list) else []
-    paths = [each["path"] for each in found if isinstance(each, dict) and isinstance(each.get("path"), str)]
-    return [f"{path}/{CONFIG}" for path in paths if path.endswith("_Pooling") and FORMATS["inside"](path)]
+    names = [f"{each.get('path')}/{CONFIG}" for each in found if isinstance(each, dict)]
+    return [name for name in names if is_pooling(name)]
 
 
 def _shards(path: Path, index: Any) -> Mapping[str, set[str]]:
@@ -125,11 +141,11 @@ def _shards(path: Path, index: Any) -> Mapping[str, set[str]]:
         raise _unreadable(path, "it has no weight_map")
     files: dict[str, set[str]] = {}
     for tensor, file in named.items():
-        plain = isinstance(file, str) and FORMATS["inside"](file) and PurePosixPath(file).name == file
-        if not plain or not file.endswith(".safetensors") or "\\" in file:
-            raise _unreadable(
-                path, f"{tensor} is said to be in {file!r}, which is no safetensors file of the folder"
+        if not is_weights(file):
+            said = (
+                f"{shown(tensor)} is said to be in {shown(file)}, which is no safetensors file of the folder"
             )
+            raise _unreadable(path, said)
         files.setdefault(file, set()).add(tensor)
     return files
 
@@ -162,7 +178,9 @@ def _header(folder: Path, name: str) -> tuple[Mapping[str, str], dict[str, Tenso
         metadata: Mapping[str, str] = file.metadata() or {}
     for each, entry in found.items():
         if entry.dtype not in DTYPES:
-            raise _unreadable(folder / name, f"{each} has the type {entry.dtype}, which is not read")
+            raise _unreadable(
+                folder / name, f"{shown(each)} has the type {shown(entry.dtype)}, which is not read"
+            )
     return metadata, found
 
 

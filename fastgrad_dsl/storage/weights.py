@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastgrad_grammar.diagnostics import TfgError
@@ -40,3 +41,11 @@ def read_tensors(path: Path, code: str, what: str) -> dict[str, Tensor]:
     except SafetensorError as error:
         reason = str(error)
     raise TfgError.of(code, f"cannot read {what} {path}: {reason}")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file at once. Raises OSError."""
+    try:
+        save_file(dict(tensors), path, dict(metadata) or None)
+    except SafetensorError as error:
+        raise OSError(str(error)) from None

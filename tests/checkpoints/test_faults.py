@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import fastgrad_dsl as fg
+from attack.checkpoints import GPT2, tensors_of, write_folder
 from fastgrad_dsl.checkpoints.exporting import export_checkpoint
 from fastgrad_dsl.checkpoints.importing import import_checkpoint
 from fastgrad_dsl.commands.cli import main
 from fastgrad_grammar.diagnostics import TfgError
-from tests.checkpoints.folders import GPT2, tensors_of, write_folder
 
 TENSORS = "model.safetensors"
 FIRST = "h.0.attn.c_attn.weight"
@@ -211,10 +211,10 @@ def test_an_index_that_is_wrong_about_a_file(tmp_path: Path) -> None:
     names = dict.fromkeys(tensors_of(GPT2), "a.safetensors")
     index = folder / f"{TENSORS}.index.json"
     index.write_text(json.dumps({"weight_map": {**names, "x": "a.safetensors"}}))
-    assert "the tensor x is not in it, but the index says so" in refusal(folder, tmp_path)
+    assert 'the tensor "x" is not in it, but the index says so' in refusal(folder, tmp_path)
     del names[FIRST]
     index.write_text(json.dumps({"weight_map": names}))
-    assert f"the tensor {FIRST} is in it, but not in the index" in refusal(folder, tmp_path)
+    assert f'the tensor "{FIRST}" is in it, but not in the index' in refusal(folder, tmp_path)
     index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors_of(GPT2), "b.safetensors")}))
     assert "b.safetensors: no such file" in refusal(folder, tmp_path)
 
@@ -334,6 +334,8 @@ def test_a_build_knows_what_it_was_imported_from(tmp_path: Path) -> None:
         ("texts", {"config.json": "{"}),
         ("texts", {"config.json": "[]"}),
         ("texts", {"../config.json": "{}"}),
+        ("texts", {"config.json": json.dumps(GPT2), "run.py": ""}),
+        ("metadata", {"a/model.safetensors": {}}),
         ("metadata", None),
     ],
 )

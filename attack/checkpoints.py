@@ -35,6 +35,9 @@ def tensors_of(config: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
+TENSORS = "model.safetensors"
+
+
 def write_folder(
     folder: Path, config: Mapping[str, Any] = GPT2, tensors: Mapping[str, Tensor] | None = None
 ) -> Path:
@@ -42,5 +45,13 @@ def write_folder(
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     found = dict(tensors if tensors is not None else tensors_of(config))
-    save_file(found, folder / "model.safetensors", {"format": "pt"})
+    save_file(found, folder / TENSORS, {"format": "pt"})
+    return folder
+
+
+def write_shards(folder: Path, config: Mapping[str, Any] = GPT2) -> Path:
+    """The same with an index, which names one file: that has another name than the one that stands alone."""
+    write_folder(folder, config)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors_of(config), TENSORS)}
+    (folder / f"{TENSORS}.index.json").write_text(json.dumps(index))
     return folder
