@@ -36,6 +36,7 @@ def tensors_of(config: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 TENSORS = "model.safetensors"
+SHARD = "model-00001-of-00001.safetensors"
 
 
 def write_folder(
@@ -50,8 +51,9 @@ def write_folder(
 
 
 def write_shards(folder: Path, config: Mapping[str, Any] = GPT2) -> Path:
-    """The same with an index, which names one file: that has another name than the one that stands alone."""
+    """The same with an index, which names one file."""
     write_folder(folder, config)
-    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors_of(config), TENSORS)}
+    (folder / TENSORS).rename(folder / SHARD)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors_of(config), SHARD)}
     (folder / f"{TENSORS}.index.json").write_text(json.dumps(index))
     return folder

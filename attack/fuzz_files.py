@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 
 import fastgrad_dsl as fg
-from attack.checkpoints import TENSORS, write_shards
+from attack.checkpoints import SHARD, TENSORS, write_shards
 from attack.fuzz import Fuzz
 from attack.mutations import mutated_bytes
 from fastgrad_compiler.runtime import triton_tuned
@@ -124,7 +124,7 @@ def readers(folder: Path) -> tuple[Reader, ...]:
         ("tuned", tuned, mutated_json, lambda: triton_tuned.read(tuned)),
         ("config", imported / "config.json", mutated_json, lambda: _import(imported, folder / "a.tfg")),
         ("index", imported / f"{TENSORS}.index.json", mutated_json, lambda: _import(imported, folder / "a.tfg")),
-        ("tensors", imported / TENSORS, mutated_safetensors, lambda: _import(imported, folder / "a.tfg")),
+        ("tensors", imported / SHARD, mutated_safetensors, lambda: _import(imported, folder / "a.tfg")),
         ("origin", folder / "o.origin.json", mutated_json, lambda: _export(folder / "o.tfg", folder / "back")),
     ]  # fmt: skip
     return tuple(Reader(name, path, path.read_bytes(), mutate, read) for name, path, mutate, read in made)

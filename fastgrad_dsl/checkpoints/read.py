@@ -68,15 +68,15 @@ def read_folder(folder: Path) -> Checkpoint:
         raise _unreadable(folder, "it is no folder", "name a folder with config.json and model.safetensors")
     texts: dict[str, str] = {}
     data: dict[str, Any] = {}
-    for name in TEXTS:
+    alone = os.path.lexists(folder / WEIGHTS)
+    for name in (CONFIG, MODULES, *(() if alone else (INDEX,))):
         if name == CONFIG or os.path.lexists(folder / name):
             texts[name], data[name] = _json(folder, name)
     if not isinstance(data[CONFIG], dict):
         raise _unreadable(folder / CONFIG, "it is no JSON object")
     for name in _poolings(data.get(MODULES)):
         texts[name], data[name] = _json(folder, name)
-    if os.path.lexists(folder / WEIGHTS):
-        texts.pop(INDEX, None)
+    if alone:
         files: dict[str, set[str] | None] = {WEIGHTS: None}
     elif INDEX in data:
         files = dict(_shards(folder / INDEX, data[INDEX]))
