@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from fastgrad_dsl.checkpoints.importing import Outputs
 from fastgrad_dsl.checkpoints.mapping import Places
@@ -19,8 +21,10 @@ from fastgrad_dsl.storage.staged import Writer, text_writer, write_together
 from fastgrad_dsl.storage.weights import of_model, read_tensors, write_tensors
 from fastgrad_grammar.diagnostics import TfgError, nearest
 
-if TYPE_CHECKING:
-    from torch import Tensor
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def export_checkpoint(where: Path, weights: Path, folder: Path, *, force: bool = False) -> int:
@@ -129,7 +133,6 @@ def _write_file(
     file: str,
     path: Path,
 ) -> None:
-    types = _dtypes()
     made: dict[str, Tensor] = {}
     for name, entry in origin.tensors.items():
         if entry.file == file:
@@ -139,20 +142,5 @@ def _write_file(
                     "FG438", f"what the import kept lacks {name}", "import the checkpoint again"
                 )
             # a copy of its own: names of one weight must not share memory
-            made[name] = tensor.to(types[entry.dtype]).clone(memory_format=_contiguous())
+            made[name] = tensor.to(DTYPES[entry.dtype]).clone(memory_format=torch.contiguous_format)
     write_tensors(path, made, origin.metadata.get(file, {}))
-
-
-def _contiguous() -> Any:
-    import torch
-
-    return torch.contiguous_format
-
-
-def _dtypes() -> dict[str, Any]:
-    import torch
-
-    return {
-        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-        "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    }  # fmt: skip

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, get_args
 
+from safetensors import SafetensorError, safe_open
+
 from fastgrad_dsl.documents.form import FORMATS, shown
 from fastgrad_dsl.documents.origin import Dtype
 from fastgrad_dsl.documents.read import MAX_BYTES, parse_json
@@ -185,8 +187,6 @@ def _header(folder: Path, name: str) -> tuple[Mapping[str, str], dict[str, Tenso
 
 
 def _opened(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
     try:
         return safe_open(path, framework="pt")
     except OSError as error:

@@ -63,7 +63,12 @@ USES = {
                         "source, mask, target; vocab = 24, width = 16, depth = 2, heads = 2, gain = 1.0, near = 2"),
 }  # fmt: skip
 RESULTS = {"vit": "float[b, 24]", "mean_pool": "float[b, 24]", "real_places": "int[b, n]"}
-SHARED = ("attend", "attend_padded", "attend_forgetting", "attend_capped")  # called by blocks of attention, or of Gemma 2
+SHARED = (
+    "attend",
+    "attend_padded",
+    "attend_forgetting",
+    "attend_capped",
+)  # called by blocks of attention, or of Gemma 2
 
 
 def example(tensor: str, generator: torch.Generator) -> Tensor:
