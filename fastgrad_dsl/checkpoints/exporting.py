@@ -38,7 +38,7 @@ def export_checkpoint(where: Path, weights: Path, folder: Path, *, force: bool =
     if not isinstance(data.get(CONFIG), dict):
         raise TfgError.of("FG430", f"the record of the import has no {CONFIG}", "import the checkpoint again")
     _check_names(origin, folder)
-    model = recognise(data)
+    model = recognise(data, origin.tensors)
     places = model.places(origin.tensors)
     if places.kept != origin.kept:
         raise TfgError.of(

@@ -91,11 +91,20 @@ def anything(name: str, default: object = None) -> Field:
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of a family, read; `texts` are the other JSON files that say what a checkpoint computes."""
+    """The fields of a family, read.
+
+    `others` are the data of the other JSON files, by name; `tensors` the names of the checkpoint's tensors, none if all
+    that it may have count as there.
+    """
 
     values: Mapping[str, object]
     architecture: str
     others: Mapping[str, object]
+    tensors: frozenset[str] | None = None
+
+    def has(self, suffix: str) -> bool:
+        """Whether the checkpoint has a tensor whose name ends like this: for parts that no field tells of."""
+        return self.tensors is None or any(name.endswith(suffix) for name in self.tensors)
 
     def integer(self, name: str) -> int:
         """A size."""

@@ -67,7 +67,7 @@ def import_checkpoint(folder: Path, spec: Path, *, force: bool = False) -> Summa
     outputs = Outputs(spec)
     check_absent(dict.fromkeys((spec, outputs.weights, outputs.origin)), force=force)
     checkpoint = read_folder(folder)
-    model = recognise(checkpoint.data)
+    model = recognise(checkpoint.data, checkpoint.tensors)
     places = model.places(checkpoint.tensors)
     for name, rule in places.rules.items():
         check_shape(name, rule, model.shapes, checkpoint.tensors[name].shape)

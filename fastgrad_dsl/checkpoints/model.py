@@ -48,8 +48,11 @@ class Imported:
         return match(rules, [pattern.replace("{p}", prefix) for pattern in family.kept(self.config)], there)
 
 
-def recognise(data: Mapping[str, object]) -> Imported:
-    """The family of a checkpoint, by the data of its JSON files. Raises TfgError FG435 where it is not supported."""
+def recognise(data: Mapping[str, object], tensors: Iterable[str] | None = None) -> Imported:
+    """The family of a checkpoint, by the data of its JSON files and the names of its tensors.
+
+    Raises TfgError FG435 where it is not supported.
+    """
     config = data[CONFIG]
     assert isinstance(config, Mapping)
     kind = config.get("model_type")
@@ -69,6 +72,7 @@ def recognise(data: Mapping[str, object]) -> Imported:
         said = f"architectures is {shown(named)}, expected one of {', '.join(family.architectures)}"
         raise refused(said)
     others = {name: value for name, value in data.items() if name != CONFIG}
-    found = Config(read_fields(family.fields, config), str(architecture), others)
+    names = None if tensors is None else frozenset(tensors)
+    found = Config(read_fields(family.fields, config), str(architecture), others, names)
     family.check(found)
     return Imported(family, found)

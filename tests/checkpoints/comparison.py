@@ -41,10 +41,14 @@ class Case:
     compiled: fg.Compiled
 
 
-def saved(config: Any, kind: str, folder: Path, **options: Any) -> Case:
-    """A random model of a class of Transformers, saved and imported."""
+def saved(
+    config: Any, kind: str, folder: Path, made: Mapping[str, Any] | None = None, **options: Any
+) -> Case:
+    """A random model of a class of Transformers, saved and imported; `made` and `options` are of the two."""
     torch.manual_seed(0)
-    theirs = getattr(transformers, kind)._from_config(config, attn_implementation="eager").eval()
+    theirs = (
+        getattr(transformers, kind)._from_config(config, attn_implementation="eager", **(made or {})).eval()
+    )
     for (
         parameter
     ) in theirs.parameters():  # zeros and ones would hide a bias or a norm, small weights attention
@@ -119,7 +123,8 @@ def gradient_error(case: Case, theirs: Any, ours: nn.Module) -> float:
 def places_of(case: Case) -> Places:
     """Where the tensors of a case's checkpoint are in its spec."""
     origin, _ = find_origin(case.spec)
-    return recognise({name: json.loads(text) for name, text in origin.texts.items()}).places(origin.tensors)
+    data = {name: json.loads(text) for name, text in origin.texts.items()}
+    return recognise(data, origin.tensors).places(origin.tensors)
 
 
 def relative(found: Tensor, wanted: Tensor, least: float = 1e-30) -> float:

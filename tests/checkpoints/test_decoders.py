@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from fastgrad_dsl.checkpoints.exporting import export_checkpoint
 from tests.checkpoints.comparison import (
     TOLERANCE,
     Case,
@@ -98,3 +100,17 @@ def test_the_way_back_from_shards_of_bfloat16(tmp_path: Path) -> None:
     case = saved(config, "Qwen2ForCausalLM", tmp_path / "saved", max_shard_size="10KB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2
     check_round_trip(case)
+
+
+def test_weights_of_another_dtype_are_converted_back(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**SMALL)
+    case = saved(config, "LlamaForCausalLM", tmp_path / "saved", {"dtype": torch.bfloat16})
+    weights = load_file(case.spec.with_suffix(".safetensors"))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    save_file({name: tensor.double() for name, tensor in weights.items()}, tmp_path / "double.safetensors")
+    export_checkpoint(case.spec, tmp_path / "double.safetensors", tmp_path / "back")
+    name = "model.safetensors"
+    assert (tmp_path / "back" / name).read_bytes() == (case.folder / name).read_bytes()
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back")
+    for (key, now), was in zip(again.state_dict().items(), case.theirs.state_dict().values(), strict=True):
+        assert torch.equal(now, was), key

@@ -46,10 +46,12 @@ def arguments(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     return inputs["input_ids"], inputs["attention_mask"] == 1, *types
 
 
-def case_of(kind: str, model: str, folder: Path, **settings: Any) -> Case:
+def case_of(
+    kind: str, model: str, folder: Path, made: Mapping[str, Any] | None = None, **settings: Any
+) -> Case:
     types = 2 if kind == "Bert" else 1
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, "type_vocab_size": types, **settings})
-    return saved(config, f"{kind}{model}", folder)
+    return saved(config, f"{kind}{model}", folder, made)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,14 @@ def test_hidden_states_and_the_pooler(kind: str, tmp_path: Path) -> None:
         for index, what in enumerate(("last_hidden_state", "pooler_output")):
             errors = largest_errors(case, batch(kind), dtype, attrgetter(what), arguments, index=index)
             assert max(errors) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_a_model_without_a_pooler(kind: str, tmp_path: Path) -> None:
+    case = case_of(kind, "Model", tmp_path / "saved", {"add_pooling_layer": False})
+    errors = largest_errors(case, batch(kind), torch.float64, lambda out: out.last_hidden_state, arguments)
+    assert max(errors) < TOLERANCE[torch.float64]
+    check_round_trip(case)
 
 
 def test_places_of_roberta_count_real_tokens_wherever_padding_is(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from fastgrad_dsl.checkpoints.fields import Config, number, one_of, refused, siz
 from fastgrad_dsl.checkpoints.mapping import Rule, linear
 
 MASKED, BARE = "ForMaskedLM", "Model"
+POOLER = "pooler.dense.weight"
+"""A model may have been saved without it."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ def _results(kind: Kind, config: Config) -> tuple[str, str]:
         result = "float[b, n, vocab]"
     elif (pooling := pooling_of(config.others)) is not None:
         lines, result = [pooling.statements], "float[b, d_model]"
+    elif not config.has(POOLER):
+        lines, result = ["return x"], "float[b, n, d_model]"
     else:
         lines = ["first = std.linear(x[:, 0:1]; d_model) as pooler", "return (x, tanh(first)[:, 0])"]
         result = "(float[b, n, d_model], float[b, d_model])"
@@ -184,7 +188,7 @@ def _rules(kind: Kind, config: Config) -> tuple[Rule, ...]:
         rules += _norm(kind.head["norm"], "transform_norm")
         rules += [Rule(kind.head["bias"], ("bias",)), Rule(f"{kind.head['decoder']}.bias", ("bias",))]
         rules.append(Rule(f"{kind.head['decoder']}.weight", ("table",)))
-    elif pooling_of(config.others) is None:
+    elif pooling_of(config.others) is None and config.has(POOLER):
         rules += linear("{p}pooler.dense", "pooler")
     return tuple(rules)
 

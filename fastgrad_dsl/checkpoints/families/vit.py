@@ -8,6 +8,7 @@ from fastgrad_dsl.checkpoints.mapping import Rule, convolution, linear, norm
 from fastgrad_dsl.documents.form import shown
 
 CLASSIFIER = "ViTForImageClassification"
+POOLER = "pooler.dense.weight"  # which a model may have been saved without
 LABELS = 2  # of a config without id2label
 
 FIELDS = (
@@ -54,16 +55,10 @@ def _spec(config: Config) -> str:
         patch=config.integer("patch_size"),
         channels=config.integer("num_channels"),
         classes=classes if classifier else None,
-        pooled=None if classifier else pooled,
+        pooled=None if classifier or not config.has(POOLER) else pooled,
         eps=config.real("layer_norm_eps"),
     )
-    if classifier:
-        result = "float[b, classes]"
-        tail = "first = std.linear(x[:, 0:1]; classes) as output\n    return first[:, 0]"
-        loss = "\nobjective loss(logits: float[b, classes], labels: int[b]) = cross_entropy(logits, labels)\n"
-    else:
-        result, loss = "(float[b, (side // patch) * (side // patch) + 1, d_model], float[b, pooled])", ""
-        tail = "first = std.linear(x[:, 0:1]; pooled) as pooler\n    return (x, tanh(first)[:, 0])"
+    result, tail, loss = _results(config)
     return f"""
 # ViT: an image as patches, with a first token of its own and learned positions; layer norms before each part.
 use std
@@ -93,6 +88,19 @@ model vit(images: float[b, channels, side, side]) -> {result} {{
 {loss}"""
 
 
+def _results(config: Config) -> tuple[str, str, str]:
+    """The type of the results, the statements that make them, and the objective."""
+    hidden = "float[b, (side // patch) * (side // patch) + 1, d_model]"
+    if _is_classifier(config):
+        tail = "first = std.linear(x[:, 0:1]; classes) as output\n    return first[:, 0]"
+        loss = "\nobjective loss(logits: float[b, classes], labels: int[b]) = cross_entropy(logits, labels)\n"
+        return "float[b, classes]", tail, loss
+    if not config.has(POOLER):
+        return hidden, "return x", ""
+    tail = "first = std.linear(x[:, 0:1]; pooled) as pooler\n    return (x, tanh(first)[:, 0])"
+    return f"({hidden}, float[b, pooled])", tail, ""
+
+
 def _rules(config: Config) -> tuple[Rule, ...]:
     theirs, ours = "{p}encoder.layer.{i}", "layers.{i}"
     attention = f"{ours}.attention."
@@ -112,8 +120,11 @@ def _rules(config: Config) -> tuple[Rule, ...]:
     for name in ("query", "key", "value"):
         place = f"{theirs}.attention.attention.{name}"
         rules += linear(place, attention, weight=f"w{name[0]}", offset=f"b{name[0]}")
-    head = linear("classifier", "output") if _is_classifier(config) else linear("{p}pooler.dense", "pooler")
-    return (*rules, *head)
+    if _is_classifier(config):
+        rules += linear("classifier", "output")
+    elif config.has(POOLER):
+        rules += linear("{p}pooler.dense", "pooler")
+    return tuple(rules)
 
 
 def _kept(config: Config) -> tuple[str, ...]:
