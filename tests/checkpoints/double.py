@@ -24,5 +24,7 @@ def make_double(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     for module in model.modules():
         if hasattr(module, "inv_freq"):
-            fresh = type(module)(model.config)
+            fresh = type(module)(module.config)
             module.inv_freq, module.attention_scaling = fresh.inv_freq, fresh.attention_scaling
+        if hasattr(module, "embed_scale"):  # of Gemma 3, the root of the width
+            module.embed_scale = torch.tensor(module.embedding_dim**0.5, dtype=torch.float64)

@@ -65,6 +65,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None,
          "layer_types": ["full_attention", "full_attention"]},
     ),
+    "gemma3": (
+        "Gemma3Text",
+        {"head_dim": 6, "sliding_window": 3, "query_pre_attn_scalar": 9, "rope_theta": 50.0,
+         "rope_local_base_freq": 7.0, "layer_types": ["sliding_attention", "full_attention"],
+         "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "gemma3, windows": ("Gemma3Text", {"head_dim": 6, "sliding_window": 3, "rope_local_base_freq": 7.0}),
     "olmo2": ("Olmo2", {}),
     "olmo2, biases": ("Olmo2", {"attention_bias": True, "rope_scaling": {"type": "linear", "factor": 2.0}}),
 }  # fmt: skip
@@ -73,7 +80,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def case_of(name: str, folder: Path) -> Case:
     kind, settings = MODELS[name]
     config = getattr(transformers, f"{kind}Config")(**{**SMALL, **settings})
-    return saved(config, f"{kind}ForCausalLM", folder)
+    return saved(config, f"{kind.removesuffix('Text')}ForCausalLM", folder)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -89,7 +96,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert max(errors) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "qwen3", "olmo2", "gemma", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "qwen3", "olmo2", "gemma", "gemma2", "gemma3"])
 def test_the_way_back_is_exact(name: str, tmp_path: Path) -> None:
     check_round_trip(case_of(name, tmp_path / "saved"))
 

@@ -51,6 +51,7 @@ class Kind:
     gemma         whether norms multiply by 1 + w, and the table's rows are multiplied by the root of their width
     caps          of scores and of logits, beyond which none can be, and none for no cap
     scaled_by     the square of what scores are divided by; none: the width of a head
+    local_base    the base of the rotary positions of layers with a window, none if it is that of all layers
     """
 
     name: str
@@ -66,6 +67,7 @@ class Kind:
     gemma: bool = False
     caps: Callable[[Config], tuple[float | None, float | None]] = lambda config: (None, None)
     scaled_by: Callable[[Config], float | None] = lambda config: None
+    local_base: Callable[[Config], float | None] = lambda config: None
 
 
 def sizes(
@@ -138,6 +140,7 @@ def _spec(kind: Kind, config: Config) -> str:
         eps=config.real("rms_norm_eps"),
         rope_base=rope.base,
         rope_scale=None if rope.scale == 1.0 else rope.scale,
+        local_base=None if windows.width is None else kind.local_base(config),
         sliding=windows.width,
         query_scale=_query_scale(kind, config),
         score_cap=score_cap,
@@ -154,7 +157,7 @@ use std
 {settings}
 dim b
 dim n <= context
-{HEAD_NORM if kind.head_norms == "each" else ""}{GEMMA_NORM if kind.gemma else ""}{rope.block}
+{_norms(kind)}{rope.block}
 block attention{signature} {{
 {_attention(kind, config, windows)}}}
 
@@ -172,6 +175,16 @@ model {kind.name}(tokens: int[b, n]) -> float[b, n, vocab] {{
     {_logits(config, logit_cap)}
 }}
 {LANGUAGE_LOSS}"""
+
+
+def _norms(kind: Kind) -> str:
+    """The blocks of norms that std does not have."""
+    head = HEAD_NORM if kind.head_norms == "each" else ""
+    if not kind.gemma:
+        return head
+    return GEMMA_NORM + head.replace("* w for", "* (1 + w) for").replace("ones()", "zeros()").replace(
+        "(x, w", "(x, 1.0 + w"
+    )
 
 
 def _norm(kind: Kind, value: str, label: str) -> str:
@@ -203,8 +216,15 @@ def _attention(kind: Kind, config: Config, windows: Windows) -> str:
         lines.append(f"{name} = split_heads({name}, {count})")
         if kind.head_norms == "each" and name != "v":
             lines.append(f"{name} = head_norm({name}) as {label}_norm")
-    scaled = "" if _query_scale(kind, config) is None else "query_scale * "
-    lines += [f"q = {scaled}{rope.turned('q')}", f"k = {rope.turned('k')}"]
+    local = None if windows.width is None else kind.local_base(config)
+    for name in "qk":
+        turned = rope.turned(name)
+        if local is not None:
+            near = f"rotary({name}; base = local_base)"
+            turned = f"{turned} if window == none else {near}" if windows.choice else near
+        lines.append(f"{name} = {turned}")
+    if _query_scale(kind, config) is not None:
+        lines.append("q = query_scale * q")
     window = "" if windows.width is None else f", window = {'window' if windows.choice else 'sliding'}"
     if kind.caps(config)[0] is None:
         lines.append(f"y = std.attend(q, k, v; causal = true{window})")

@@ -1,4 +1,4 @@
-"""Gemma and Gemma 2: norms by 1 + w, a scaled table, and in Gemma 2 caps, windows and four norms a layer."""
+"""Gemma 1 to 3: norms by 1 + w, a scaled table; from 2 on windows and four norms a layer, in 2 also caps."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ def _biases(config: Config) -> tuple[bool, bool]:
 
 
 def _windows(config: Config) -> Windows:
-    """Every second layer attends to all, unless layer_types says otherwise."""
+    """Every second layer (in Gemma 3 every sixth) attends to all, unless layer_types says otherwise."""
     count = config.integer("num_hidden_layers")
-    usual = [FULL if layer % 2 else SLIDING for layer in range(count)]
+    period = config.integer("sliding_window_pattern") if "sliding_window_pattern" in config.values else 2
+    usual = [SLIDING if (layer + 1) % period else FULL for layer in range(count)]
     types = layer_types(config.values["layer_types"], count, usual)
     return windows_of(
         types, None if config.values["sliding_window"] is None else config.integer("sliding_window")
@@ -72,5 +73,37 @@ GEMMA2 = family(
         gemma=True,
         caps=_caps,
         scaled_by=lambda config: config.real("query_pre_attn_scalar"),
+    )
+)
+
+GEMMA3 = family(
+    Kind(
+        "gemma3_text",
+        "Gemma 3",
+        "Gemma3ForCausalLM",
+        "Gemma 3: RMS norms by 1 + w around each part and of each head's q and k, two kinds of rotary positions.",
+        (
+            *sizes(vocab=262208, kv_heads=4, tied=True, activation=("hidden_activation", GELU)),
+            *rope.positions(131072, base=1_000_000.0),
+            number("rope_local_base_freq", 10000.0),
+            size("head_dim", 256),
+            flag("attention_bias", False),
+            number("query_pre_attn_scalar", 256),
+            size("sliding_window", 4096, optional=True),
+            size("sliding_window_pattern", 6, most=4096),
+            anything("layer_types"),
+            number("attn_logit_softcapping", None, optional=True),
+            number("final_logit_softcapping", None, optional=True),
+            one_of("use_bidirectional_attention", False, False),
+        ),
+        biases=_biases,
+        norms="both",
+        head_norms="each",
+        windows=_windows,
+        activation="hidden_activation",
+        gemma=True,
+        caps=_caps,
+        scaled_by=lambda config: config.real("query_pre_attn_scalar"),
+        local_base=lambda config: config.real("rope_local_base_freq"),
     )
 )

@@ -19,10 +19,10 @@ from fastgrad_dsl.checkpoints.fields import (
 from fastgrad_dsl.documents.form import shown
 
 
-def positions(context: int) -> tuple[Field, ...]:
-    """What a family with rotary positions reads of them; `context` is its default of max_position_embeddings."""
+def positions(context: int, base: float = 10000.0) -> tuple[Field, ...]:
+    """What a family with rotary positions reads of them, with its defaults of the longest text and of the base."""
     return (
-        number("rope_theta", 10000.0),
+        number("rope_theta", base),
         anything("rope_scaling"),
         anything("rope_parameters"),
         size("max_position_embeddings", context, most=1 << 40),
