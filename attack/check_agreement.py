@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attack.cases import JUMPS, Array, Case, Finding, Point, Undecided, built, run_meaning, run_module, walk
 from attack.check_targets import check_targets
 from attack.meaning import rounded_otherwise
+from attack.steps import by_interpreter, by_module, random_split, stepped
 from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.flatten import weights as weights_of
 from fastgrad_compiler.ir.graph import Program
@@ -72,6 +73,23 @@ def _forward(case: Case, exact: Program, program: Program, point: Point) -> None
     served, served_noise = _meant(program, case, point)
     module = built(program, point.weights)
     agree("the module with its polynomials", _outputs(module, point), served, served_noise)
+    _steps(case, point, served, served_noise)
+
+
+def _steps(case: Case, point: Point, expected: Sequence[Array], noise: Sequence[Array]) -> None:
+    """The step form, where there is one, in calls at random."""
+    rng = case.random("steps")
+    program = stepped(case.served, rng)
+    if program is None:
+        return
+    inputs, weights = point.tensors()
+    split = random_split(case.sizes[str(program.along)], rng)
+    with torch.no_grad():
+        found = by_interpreter(program, inputs, weights, split)
+        agree("the interpreter in steps", [each.numpy() for each in found], expected, noise)
+        model = built(program, point.weights)
+        found = by_module(program, model, inputs, split, case.sizes)
+        agree("the module in steps", [each.numpy() for each in found], expected, noise)
 
 
 def _meant(program: Program, case: Case, point: Point) -> tuple[Sequence[Array], list[Array]]:

@@ -29,6 +29,7 @@ _CALLS = {
     "stages": "tiny.tfg",
     "report": "tiny.tfg --dim n=16",
     "train": "tiny.tfg --target torch --text text.txt --steps 1 --seq 8 --sample 1",
+    "generate": "tiny.tfg --target torch --weights weights.safetensors --prompt a --tokens 2",
     "bench": "--quick --n 8 --heads 1 --repeats 1 --target torch",
     "tune": "tiny.tfg --dry-run",
     "fmt": "tiny.tfg",
@@ -53,7 +54,7 @@ PATHS = (
     "tiny.tfg", "broken.safetensors", "build", "hollow",
 )  # fmt: skip
 FRAME = re.compile(r'/(fastgrad_\w+/.*?", line \d+)')
-ENDLESS = {("train", "--steps"), ("train", "--sample")}
+ENDLESS = {("train", "--steps"), ("train", "--sample"), ("generate", "--tokens")}
 """Options that ask for as much work as their number says: only numbers that are refused, or small ones, are tried."""
 
 MEASURES = "bench"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, budget, compiler, curves, demo, gpu, gpu_model, peers, training
+from benchmarks import attention, budget, compiler, curves, demo, generation, gpu, gpu_model, peers, training
 from benchmarks.settings import ROOT, Settings, say
 from fastgrad_dsl.storage.files import write_atomically
 
@@ -31,10 +31,19 @@ SECTIONS: dict[str, Callable[[Settings], dict[str, object]]] = {
     "budget": budget.measure,
     "curves": curves.measure,
     "demo": demo.measure,
+    "generation": generation.measure,
     "gpu_model": gpu_model.measure,
     "gpu": gpu.measure,
 }
-USUAL = ("attention", "peers", "training", "compiler", "budget", "gpu_model")  # others are asked for by name
+USUAL = (
+    "attention",
+    "peers",
+    "training",
+    "generation",
+    "compiler",
+    "budget",
+    "gpu_model",
+)  # others are asked for by name
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def attention(section: Section) -> str:
     """Times by length and width, slopes, break-even, share of the peak, memory."""
     shape = section["shape"]
     parts = [
-        _heading("Attention", section),
+        heading_of("Attention", section),
         f"{shape['heads']} heads, dv = {shape['dv']}, causal, batch 1; medians of interleaved passes, milliseconds; in "
         "brackets: times faster than SDPA, PyTorch's scaled_dot_product_attention on its fast path. Lower is better.\n",
     ]
@@ -191,7 +191,7 @@ def peers(section: Section) -> str:
     ]
     return "\n".join(
         [
-            _heading("Beside other libraries", section),
+            heading_of("Beside other libraries", section),
             f"n = {shape['n']:,}, {shape['heads']} heads, d = {shape['d']}, dv = {shape['dv']}, causal; the same "
             f"inputs for all, logits within {section['largest_logit']:g}; errors are relative (L2), against softmax in "
             "float64; the gradient error is the largest of those of q, k and v. Lower is better.\n",
@@ -236,7 +236,7 @@ def training(section: Section) -> str:
     )
     return "\n".join(
         [
-            _heading("A training step", section),
+            heading_of("A training step", section),
             f"examples/bounded.tfg, {section['layers']} layers of width {section['width']}, batch {section['batch']}: "
             "forward, backward and AdamW; time and peak memory in separate processes. Lower is better. `~`: "
             "extrapolated as a n + b n².\n",
@@ -258,7 +258,7 @@ def compiler(section: Section) -> str:
         "`fastgrad check examples/bounded.tfg`, the whole process": "check_process_s",
     }
     rows = [[said, f"{section[key]:.3f}"] for said, key in what.items()]
-    heading = _heading("The compiler", section)
+    heading = heading_of("The compiler", section)
     return f"{heading}\nMedians of {section['runs']}.\n\n{table(['what', 'seconds'], rows)}"
 
 
@@ -285,7 +285,7 @@ def budget(section: Section) -> str:
     kinds = ", ".join(section["planned"]["attentions"])
     return "\n".join(
         [
-            _heading("Budgets", section),
+            heading_of("Budgets", section),
             table(["what", "measured"], rows),
             f"The plan, layer by layer: {kinds}. Its errors: output {planned['output']:.2g} (estimate), "
             f"{verified['output']:.2g} (measured, held out); gradient {planned['gradient']:.2g} (estimate), "
@@ -318,7 +318,7 @@ def curves(section: Section) -> str:
     heading = ["run", "attention", "initial plan", "largest logit", "gain"]
     return "\n".join(
         [
-            _heading("Training curves", section),
+            heading_of("Training curves", section),
             f"![{CURVES_TITLE}](curves.svg)\n",
             f"bounded.tfg without its pin, {section['steps']} steps at {section['tokens']:,} tokens, with the same "
             "data, seed and initial weights, from which the plans are made. Losses are on held-out text, in nats per "
@@ -352,7 +352,7 @@ def demo(section: Section) -> str:
     ]
     return "\n".join(
         [
-            _heading("The demonstration", section),
+            heading_of("The demonstration", section),
             f"examples/gpt.tfg, and the same with softmax: {section['minutes']:g} minutes of training each at "
             f"{section['tokens']:,} tokens, loss on held-out text; and the share of 32 pairs that a model of two "
             "layers recalls.\n",
@@ -361,7 +361,8 @@ def demo(section: Section) -> str:
     )
 
 
-def _heading(title: str, section: Section) -> str:
+def heading_of(title: str, section: Section) -> str:
+    """The title of a section, and how it was measured."""
     quick = " **A quick run with tiny sizes: these numbers mean nothing.**" if section["quick"] else ""
     target = f", target {section['target']}" if title != "The compiler" else ""
     made = f"`{section['command']}`, {section['machine']['date']}: {machine_line(section)}{target}.{quick}"

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from fastgrad_dsl.api.compiled import Compiled as Compiled
     from fastgrad_dsl.api.compiled import compile as compile
     from fastgrad_dsl.api.loader import load as load
+    from fastgrad_dsl.generation.generate import generate as generate
+    from fastgrad_dsl.generation.generate import read_prompt as read_prompt
+    from fastgrad_dsl.generation.sampling import Sampling as Sampling
+    from fastgrad_dsl.models.tokenizer import load_tokenizer as load_tokenizer
     from fastgrad_dsl.training.budget_log import JsonLinesHandler as JsonLinesHandler
     from fastgrad_dsl.training.budget_log import TensorBoardHandler as TensorBoardHandler
     from fastgrad_dsl.training.budget_log import log_budget as log_budget
@@ -33,11 +37,15 @@ _HOMES = {
     "Diagnostic": "fastgrad_grammar.diagnostics",
     "JsonLinesHandler": "fastgrad_dsl.training.budget_log",
     "TensorBoardHandler": "fastgrad_dsl.training.budget_log",
+    "Sampling": "fastgrad_dsl.generation.sampling",
     "TfgError": "fastgrad_grammar.diagnostics",
     "compile": "fastgrad_dsl.api.compiled",
+    "generate": "fastgrad_dsl.generation.generate",
     "initialise": "fastgrad_compiler.runtime.initialise",
     "load": "fastgrad_dsl.api.loader",
+    "load_tokenizer": "fastgrad_dsl.models.tokenizer",
     "log_budget": "fastgrad_dsl.training.budget_log",
+    "read_prompt": "fastgrad_dsl.generation.generate",
 }
 __all__ = sorted([*_HOMES, "__version__", "functional"])
 

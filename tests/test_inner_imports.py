@@ -18,7 +18,7 @@ MODULES = {
     for path in (ROOT / folder / package).rglob("*.py")
 }
 HEAVY = {"torch", "numpy", "scipy", "jinja2", "jsonschema", "markupsafe", "msgspec", "referencing", "rich"}
-ABSENT = {"triton", "grp", "pwd"}  # not there on every machine
+ABSENT = {"triton", "tokenizers", "grp", "pwd"}  # not there on every machine
 SLOW = {"torch.distributed.tensor"}  # half a second more than torch alone
 CLI = "fastgrad_dsl.commands.cli"  # each command loads its own half there
 

@@ -47,12 +47,13 @@ def peak_of(action: Callable[[], object]) -> int | None:
         return None
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text("5")  # forget the high-water mark
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     action()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of this process, now or with VmHWM at most."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return 1024 * int(line.split()[1])
 

@@ -30,8 +30,8 @@ DTYPES: dict[str, torch.dtype] = {
 def export_checkpoint(where: Path, weights: Path, folder: Path, *, force: bool = False) -> int:
     """Write the checkpoint that a spec, or a build of it, was imported from, with new weights; how many tensors it has.
 
-    Raises TfgError: FG438 (no record of an import), FG430 (a record that is damaged), FG418 (weights that are not the
-    spec's), FG421 and FG437 (outputs).
+    Raises TfgError: FG605 (no record of an import), FG430 (a record that is damaged), FG418 (weights that are not the
+    spec's), FG421 and FG604 (outputs).
     """
     origin, kept_path = find_origin(where)
     data = {name: parse_json(text.encode(), name) for name, text in origin.texts.items()}
@@ -67,7 +67,7 @@ def _check_names(origin: Origin, folder: Path) -> None:
     for name in origin.texts:
         above = (folder / name).parent
         if above != folder and above.is_symlink():
-            raise TfgError.of("FG437", f"{above} is not written to: it is a link", "name another folder")
+            raise TfgError.of("FG604", f"{above} is not written to: it is a link", "name another folder")
 
 
 def find_origin(where: Path) -> tuple[Origin, Path | None]:
@@ -83,7 +83,7 @@ def find_origin(where: Path) -> tuple[Origin, Path | None]:
         help_ = (
             "`fastgrad import FOLDER -o MODEL.tfg` writes it beside the spec; compile copies it into a build"
         )
-        raise TfgError.of("FG438", f"{where} was not imported: there is no {path}", help_)
+        raise TfgError.of("FG605", f"{where} was not imported: there is no {path}", help_)
     return read_document(path, Origin), kept
 
 
@@ -94,9 +94,9 @@ def _kept(where: Path, places: Places, path: Path | None) -> dict[str, Tensor]:
     if path is None:
         help_ = f"name the imported .tfg file in place of {where}: they lie beside it"
         raise TfgError.of(
-            "FG438", f"the checkpoint has tensors that a build does not hold: {places.kept[0]}", help_
+            "FG605", f"the checkpoint has tensors that a build does not hold: {places.kept[0]}", help_
         )
-    return read_tensors(path, "FG438", "what the import kept in")
+    return read_tensors(path, "FG605", "what the import kept in")
 
 
 def tensor_of(name: str, places: Places, weights: Mapping[str, Tensor]) -> Tensor:
@@ -139,7 +139,7 @@ def _write_file(
             tensor = kept.get(name) if name in places.kept else tensor_of(name, places, weights)
             if tensor is None:
                 raise TfgError.of(
-                    "FG438", f"what the import kept lacks {name}", "import the checkpoint again"
+                    "FG605", f"what the import kept lacks {name}", "import the checkpoint again"
                 )
             # a copy of its own: names of one weight must not share memory
             made[name] = tensor.to(DTYPES[entry.dtype]).clone(memory_format=torch.contiguous_format)

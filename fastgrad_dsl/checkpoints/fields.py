@@ -30,7 +30,7 @@ class Field:
     objection: Callable[[object], str | None]
 
     def read(self, config: Mapping[str, object]) -> object:
-        """The value, or the default of Transformers' own config class. Raises TfgError FG435."""
+        """The value, or the default of Transformers' own config class. Raises TfgError FG602."""
         value = config.get(self.name, self.default)
         if value is NEEDED:
             raise refused(f"{self.name} is missing")
@@ -129,10 +129,10 @@ class Config:
 
 
 def read_fields(fields: Iterable[Field], config: Mapping[str, object]) -> dict[str, object]:
-    """The values of all fields. Raises TfgError FG435 for the first that does not fit."""
+    """The values of all fields. Raises TfgError FG602 for the first that does not fit."""
     return {field.name: field.read(config) for field in fields}
 
 
 def refused(said: str, *help_: str) -> TfgError:
-    """FG435 for a config.json; `said` names the field."""
-    return TfgError.of("FG435", f"config.json: {said}", *help_)
+    """FG602 for a config.json; `said` names the field."""
+    return TfgError.of("FG602", f"config.json: {said}", *help_)

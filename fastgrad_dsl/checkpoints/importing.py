@@ -61,8 +61,8 @@ class Summary:
 def import_checkpoint(folder: Path, spec: Path, *, force: bool = False) -> Summary:
     """Read a checkpoint and write `spec` and the files beside it.
 
-    Raises TfgError: FG434 (unreadable files), FG435 (a family or setting that is not supported), FG436 (tensors that
-    are not those of the family), FG421 and FG437 (outputs).
+    Raises TfgError: FG601 (unreadable files), FG602 (a family or setting that is not supported), FG603 (tensors that
+    are not those of the family), FG421 and FG604 (outputs).
     """
     outputs = Outputs(spec)
     check_absent(dict.fromkeys((spec, outputs.weights, outputs.origin)), force=force)
@@ -73,7 +73,7 @@ def import_checkpoint(folder: Path, spec: Path, *, force: bool = False) -> Summa
         check_shape(name, rule, model.shapes, checkpoint.tensors[name].shape)
         if checkpoint.tensors[name].dtype not in FLOATS:
             raise TfgError.of(
-                "FG436", f"{name} has the type {checkpoint.tensors[name].dtype}, expected floats"
+                "FG603", f"{name} has the type {checkpoint.tensors[name].dtype}, expected floats"
             )
     writers: dict[Path, Writer] = {outputs.weights: partial(_write_weights, checkpoint, model, places)}
     if places.kept:
@@ -93,7 +93,7 @@ def import_checkpoint(folder: Path, spec: Path, *, force: bool = False) -> Summa
 
 
 def spec_weights(checkpoint: Checkpoint, model: Imported, places: Places) -> dict[str, Tensor]:
-    """The weights of the spec by path. Raises TfgError FG436 where two tensors that are one weight differ."""
+    """The weights of the spec by path. Raises TfgError FG603 where two tensors that are one weight differ."""
     import torch
 
     found: dict[str, Tensor] = {}
@@ -104,7 +104,7 @@ def spec_weights(checkpoint: Checkpoint, model: Imported, places: Places) -> dic
                 found[path] = part.contiguous()
             elif not torch.equal(found[path], part):
                 other = next(each for each, known in places.rules.items() if path in known.paths)
-                raise TfgError.of("FG436", f"{name} and {other} differ, though config.json ties them")
+                raise TfgError.of("FG603", f"{name} and {other} differ, though config.json ties them")
     return found
 
 

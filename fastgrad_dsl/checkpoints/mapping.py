@@ -113,7 +113,7 @@ class Places:
 def match(rules: dict[str, Rule], kept: Sequence[str], names: Iterable[str]) -> Places:
     """Find the rule of each tensor; `kept` are patterns of tensors that no computation reads.
 
-    Raises TfgError FG436 for weights without a tensor, and for tensors that are unknown.
+    Raises TfgError FG603 for weights without a tensor, and for tensors that are unknown.
     """
     there = sorted(names)
     known = {name: rules[name] for name in there if name in rules}
@@ -128,21 +128,21 @@ def match(rules: dict[str, Rule], kept: Sequence[str], names: Iterable[str]) -> 
         if wrong:
             near = nearest(wrong[0], candidates)
             help_ = (f"{wrong[0][:LONGEST]}: did you mean {near[:LONGEST]}?",) if near else ()
-            raise TfgError.of("FG436", f"the checkpoint {said} {_listed(wrong)}", *help_)
+            raise TfgError.of("FG603", f"the checkpoint {said} {_listed(wrong)}", *help_)
     return Places(known, others)
 
 
 def check_shape(name: str, rule: Rule, shapes: Mapping[str, Shape], found: Shape) -> None:
-    """Whether a tensor has the shape that its rule asks for. Raises TfgError FG436, which says if it is transposed."""
+    """Whether a tensor has the shape that its rule asks for. Raises TfgError FG603, which says if it is transposed."""
     wanted = rule.layout.shape([shapes[path] for path in rule.paths])
     if found == wanted:
         return
     said = f"{name} has shape {_shown(found)}, expected {_shown(wanted)}"
     if found == wanted[::-1]:
-        raise TfgError.of("FG436", f"{said}: it is transposed")
+        raise TfgError.of("FG603", f"{said}: it is transposed")
     if math.prod(found) == math.prod(wanted):
-        raise TfgError.of("FG436", f"{said}: it has the same number of entries in another layout")
-    raise TfgError.of("FG436", said, "config.json is another checkpoint's, or the file was changed")
+        raise TfgError.of("FG603", f"{said}: it has the same number of entries in another layout")
+    raise TfgError.of("FG603", said, "config.json is another checkpoint's, or the file was changed")
 
 
 def _shown(shape: Shape) -> str:

@@ -39,7 +39,7 @@ class Imported:
         return {node.name: tuple(dim.evaluate({}) for dim in node.tensor.shape) for node in weights}
 
     def places(self, names: Iterable[str]) -> Places:
-        """The place of each tensor of a checkpoint. Raises TfgError FG436 for names that do not fit the family."""
+        """The place of each tensor of a checkpoint. Raises TfgError FG603 for names that do not fit the family."""
         there = set(names)
         family = self.family
         prefixed = family.prefix and any(name.startswith(family.prefix) for name in there)
@@ -51,7 +51,7 @@ class Imported:
 def recognise(data: Mapping[str, object], tensors: Iterable[str] | None = None) -> Imported:
     """The family of a checkpoint, by the data of its JSON files and the names of its tensors.
 
-    Raises TfgError FG435 where it is not supported.
+    Raises TfgError FG602 where it is not supported.
     """
     config = data[CONFIG]
     assert isinstance(config, Mapping)

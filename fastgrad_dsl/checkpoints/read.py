@@ -65,7 +65,7 @@ class Checkpoint:
 
 
 def read_folder(folder: Path) -> Checkpoint:
-    """Read all of a checkpoint but its numbers. Raises TfgError FG434 for all that is wrong with the files."""
+    """Read all of a checkpoint but its numbers. Raises TfgError FG601 for all that is wrong with the files."""
     if not folder.is_dir():
         raise _unreadable(folder, "it is no folder", "name a folder with config.json and model.safetensors")
     texts: dict[str, str] = {}
@@ -109,7 +109,7 @@ def _json(folder: Path, name: str) -> tuple[str, Any]:
     try:
         tree = parse_json(content, str(path))
     except TfgError as error:
-        said = [Diagnostic("FG434", each.message) for each in error.diagnostics]
+        said = [Diagnostic("FG601", each.message) for each in error.diagnostics]
         raise TfgError(said) from None
     return content.decode(), tree
 
@@ -206,4 +206,4 @@ def _no_weights(folder: Path) -> TfgError:
 
 
 def _unreadable(path: Path, reason: str, *help_: str) -> TfgError:
-    return TfgError.of("FG434", f"cannot read the checkpoint {path}: {reason}", *help_)
+    return TfgError.of("FG601", f"cannot read the checkpoint {path}: {reason}", *help_)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -14,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 from fastgrad_dsl import __version__
-from fastgrad_dsl.commands.failures import diagnostics, run_command
+from fastgrad_dsl.commands.failures import INTERRUPTED, diagnostics, run_command
 from fastgrad_dsl.storage.outputs import rewrite, try_file, try_folder, write_output
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, suggestions
 from fastgrad_grammar.quote import json_text, terminal
@@ -45,6 +46,13 @@ def _finite(value: float) -> float:
     """A number of an option that float32 can hold: `min` and `max` let nan pass."""
     if not abs(value) <= LARGEST_FLOAT:
         raise typer.BadParameter(f"{value} is not a finite number of 32 bits")
+    return value
+
+
+def _positive(value: float) -> float:
+    """A number of an option that divides."""
+    if not _finite(value) > 0:
+        raise typer.BadParameter(f"{value} is not above 0")
     return value
 
 
@@ -85,6 +93,9 @@ Dim = Annotated[
 Weights = Annotated[Path | None, _path("A .safetensors file with the model's weights.")]
 Seed = Annotated[int, Option(min=0, max=LARGEST, help="Seed of initial weights and random batches.")]
 Wide = Annotated[bool, Option("--wide", help="Show every column of the tables.")]
+Tokenizer = Annotated[
+    Path | None, _path("A tokenizer.json, whose tokens take the place of bytes.", metavar="FILE")
+]
 Target = Annotated[
     str, Option(help="torch, cpp (C++ on a CPU), triton (on a GPU) or auto (chooses by device).")
 ]
@@ -202,18 +213,25 @@ def advise(
 def stages(
     file: File,
     after: Annotated[str | None, Option(help="Show only the program after this pass.")] = None,
+    along: Annotated[
+        str | None, Option(metavar="DIM", help="The dim of the step form; an error says why there is none.")
+    ] = None,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
 ) -> None:
     """Print the program as each pass leaves it."""
     from fastgrad_compiler.ir.text import print_program
+    from fastgrad_compiler.passes.step import with_step
     from fastgrad_compiler.pipeline import PASSES
 
     names = ["elaborate", *(p.name for p in PASSES)]
     if after is not None and after not in names:
         raise TfgError.of("FG417", f"unknown pass {after}", *suggestions(after, names))
-    for stage in _stages(file, model, set_, include, until=after):
+    found = _stages(file, model, set_, include, until=after)
+    if along is not None and after in (None, "step"):
+        found = (*found[:-1], replace(found[-1], program=with_step(found[-2].program, along)))
+    for stage in found:
         if after in (None, stage.name):
             print(f"# after {stage.name} ({1000 * stage.seconds:.1f} ms)\n\n{print_program(stage.program)}")
 
@@ -266,6 +284,7 @@ def report(
 def train(
     file: File,
     text: Annotated[Path, _path("The text to learn, any file; its bytes are the tokens.")],
+    tokenizer: Tokenizer = None,
     steps: Annotated[int, Option(min=0, max=LARGEST, help="Number of optimiser steps.")] = 1000,
     seq: Annotated[int, Option(min=1, max=MANY, help="Tokens per sequence.")] = 1024,
     batch: Annotated[int, Option(min=1, max=MANY, help="Sequences per step.")] = 1,
@@ -285,13 +304,13 @@ def train(
     calibrate: Annotated[
         bool, Option("--calibrate", help="Plan from measurements on the text before training.")
     ] = False,
-    sample: Annotated[int, Option(min=0, max=LARGEST, help="Bytes of text to generate at the end.")] = 200,
+    sample: Annotated[int, Option(min=0, max=LARGEST, help="Tokens of text to generate at the end.")] = 200,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
     target: Target = "auto",
 ) -> None:
-    """Train a byte-level language model on a text file; loss is printed and logged as JSON lines.
+    """Train a language model on a text file; loss is printed and logged as JSON lines.
 
     The run's folder holds the compiled model, the spec, the weights and a checkpoint. Ctrl-C or SIGTERM saves a
     checkpoint and stops; the same command with --resume continues from there, with more --steps if you like.
@@ -311,7 +330,82 @@ def train(
         steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
         validate_every=every, checkpoint_every=every,
     )  # fmt: skip
-    train_language_model(compiled, TrainRequest(text, folder, options, resume, sample, calibrate, force))
+    train_language_model(
+        compiled, TrainRequest(text, folder, options, resume, sample, calibrate, force, tokenizer)
+    )
+
+
+@app.command()
+def generate(
+    where: Annotated[
+        Path,
+        Argument(
+            metavar="DIR_OR_FILE",
+            help="A folder that `compile` or `train` wrote, or a .tfg file.",
+            readable=False,
+        ),
+    ],
+    prompt: Annotated[
+        str, Option(metavar="TEXT", help="What to go on with; @FILE reads a file, - the standard input.")
+    ] = "",
+    tokens: Annotated[int, Option(min=0, max=MANY, help="Most tokens to write.")] = 200,
+    weights: Weights = None,
+    tokenizer: Tokenizer = None,
+    temperature: Annotated[
+        float, Option(min=0.0, callback=_finite, help="Divides the logits; 0 takes the most likely token.")
+    ] = 1.0,
+    top_k: Annotated[int | None, Option(min=1, max=MANY, help="Draw from the K most likely tokens.")] = None,
+    top_p: Annotated[
+        float,
+        Option(min=0.0, max=1.0, callback=_finite, help="Draw from the most likely tokens of this share."),
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        Option(
+            min=0.0,
+            max=1.0,
+            callback=_finite,
+            help="Draw only tokens that have this share of the most likely one's probability.",
+        ),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, Option(callback=_positive, help="Above 1, tokens that the text has already are less likely.")
+    ] = 1.0,
+    seed: Annotated[int, Option(min=0, max=LARGEST, help="Seed of the first sample.")] = 0,
+    stop: Annotated[
+        list[str] | None, Option(metavar="STRING", help="End the text before this; can be repeated.")
+    ] = None,
+    samples: Annotated[int, Option(min=1, max=1024, help="Continuations, written together.")] = 1,
+    save_state: Annotated[Path | None, _path("Save the state after the prompt to this file.")] = None,
+    load_state: Annotated[
+        Path | None, _path("Go on after the state of this file, then the prompt if there is one.")
+    ] = None,
+    json_: Annotated[Path | None, _path("Also write texts, counts and settings as JSON.", "--json")] = None,
+    model: Model = None,
+    set_: Set = None,
+    include: Include = None,
+    target: Target = "auto",
+) -> int:
+    """Go on with a prompt by a trained model, token by token from its state; the text is printed while it comes.
+
+    Ctrl-C ends the text where it is.
+    """
+    try_file(save_state)
+    try_file(json_)
+
+    from fastgrad_dsl.commands.generate import GenerateRequest, generate_text
+    from fastgrad_dsl.documents.write import to_json
+    from fastgrad_dsl.generation.sampling import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    request = GenerateRequest(
+        where, prompt, tokens, sampling, weights, tokenizer, stop or (), samples, save_state, load_state,
+        _params(set_), model, include or (), target,
+    )  # fmt: skip
+    result, interrupted = generate_text(request)
+    if json_ is not None:
+        write_output(json_, to_json(result))
+    return INTERRUPTED if interrupted else 0
 
 
 @app.command()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -16,13 +18,13 @@ from fastgrad_dsl.storage.files import write_atomically
 if TYPE_CHECKING:
     from fastgrad_compiler.runtime.state import State
 
-POSITION, MODEL, CAPACITY = "position", "model", "capacity"
+POSITION, MODEL, SIZES, CAPACITY = "position", "model", "sizes", "capacity"
 
 
 def save_state(state: State, path: str | Path, model: nn.Module) -> None:
     """Write a safetensors file with a state of `model`. Raises OSError where it cannot be written."""
     tensors = {name: x.contiguous() for name, x in state.tensors.items()}
-    about = {MODEL: fingerprint(model), CAPACITY: str(state.capacity)}
+    about = {MODEL: fingerprint(model), SIZES: json.dumps({**state.sizes, CAPACITY: state.capacity})}
     write_atomically(Path(path), save({POSITION: state.position, **tensors}, about))
 
 
@@ -40,16 +42,19 @@ def load_state(path: str | Path, model: Any) -> State:
         raise ValueError(f"{path} is not a state: {error}") from None
     if about.get(MODEL) != fingerprint(model):
         raise ValueError(f"{path} holds the state of another model, or of other weights")
-    position = tensors.pop(POSITION, None)
-    if (
-        position is None
-        or position.dtype != torch.int64
-        or position.ndim
-        or not about.get(CAPACITY, "").isdigit()
-    ):
+    position, sizes = tensors.pop(POSITION, None), _sizes(about.get(SIZES, ""))
+    if position is None or position.dtype != torch.int64 or position.ndim or CAPACITY not in sizes:
         raise ValueError(f"{path} is not a state: it lacks the number of its tokens")
-    found: State = model.restored(position, tensors, int(about[CAPACITY]))
+    found: State = model.restored(position, tensors, sizes.pop(CAPACITY), sizes)
     return found
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """The sizes in a file; none where the text is not what `save_state` wrote."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, int])
+    except msgspec.DecodeError:
+        return {}
 
 
 def fingerprint(model: nn.Module) -> str:

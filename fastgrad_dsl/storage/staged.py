@@ -29,7 +29,7 @@ def text_writer(text: str) -> Writer:
 def write_together(writers: Mapping[Path, Writer], *, force: bool = False) -> None:
     """Write files under temporary names, and rename them when all are complete.
 
-    Raises TfgError FG437 if a file exists, has other content and `force` is not set, and FG421 if one cannot be
+    Raises TfgError FG604 if a file exists, has other content and `force` is not set, and FG421 if one cannot be
     written. Everything is then as it was. A link that is in the way counts as other content and is never followed.
     """
     aside: dict[Path, Path] = {}
@@ -52,7 +52,7 @@ def write_together(writers: Mapping[Path, Writer], *, force: bool = False) -> No
 
 
 def check_absent(paths: Mapping[Path, object], *, force: bool) -> None:
-    """Refuse early what can be refused without content: folders and links in the way. Raises FG421 and FG437."""
+    """Refuse early what can be refused without content: folders and links in the way. Raises FG421 and FG604."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             raise TfgError.of("FG421", f"cannot write {path}: it is a folder")
@@ -81,5 +81,5 @@ def _check_same(path: Path, new: Path) -> None:
 
 def _in_the_way(path: Path, why: str) -> TfgError:
     return TfgError.of(
-        "FG437", f"{path} is not replaced: {why}", "name another place, or add --force to replace it"
+        "FG604", f"{path} is not replaced: {why}", "name another place, or add --force to replace it"
     )

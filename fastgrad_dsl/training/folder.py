@@ -3,6 +3,7 @@
     model/                    the compiled model, as `fastgrad compile` writes it
     spec/                     the spec under its own name, and the files that it uses
     weights.safetensors       the weights at the last checkpoint
+    tokenizer.json            the tokenizer of the text, if it was not read as bytes
     checkpoint.safetensors    all that training needs to go on
     log.jsonl                 one JSON object for each step and for each validation
 
@@ -36,12 +37,13 @@ from fastgrad_grammar.diagnostics import TfgError
 
 if TYPE_CHECKING:
     from fastgrad_dsl.api.compiled import Compiled
+    from fastgrad_dsl.models.text_data import TextData
     from fastgrad_grammar.source import Source
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
-SPEC, LOCK = "spec", ".lock"
+SPEC, LOCK, TOKENIZER = "spec", ".lock", "tokenizer.json"
 _FILES = (CHECKPOINT, WEIGHTS, LOG)  # in the order in which a run that is replaced is removed
-_TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, _FILES))}|{MODEL})\.\w+\.(tmp|new|old)")
+_TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, (*_FILES, TOKENIZER)))}|{MODEL})\.\w+\.(tmp|new|old)")
 """What `write_atomically` and `write_build` leave where they are killed; they remove it the next time."""
 _LOCK_TEXT = re.compile(rb"(p|pr|pro|proc|proce|proces|process|process \d*( (o|on|on [^\n]*\n?)?)?)?")
 """The text of a lock, or as much of it as a process wrote before it was killed or the disk was full."""
@@ -71,7 +73,7 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
             _clean(folder)
             if not resume:
                 # the checkpoint first: what is left is not a run, and never a mixture of two
-                for name in _FILES:
+                for name in (*_FILES, TOKENIZER):
                     (folder / name).unlink(missing_ok=True)
         yield
     finally:
@@ -92,7 +94,7 @@ def _check_lock(path: Path) -> None:
 
 def _check_free(folder: Path) -> None:
     there = {entry.name for entry in folder.iterdir() if not _TEMPORARY.fullmatch(entry.name)} - {LOCK}
-    known = {*_FILES, MODEL, SPEC} if (folder / MODEL / MANIFEST).is_file() else {*_FILES}
+    known = {*_FILES, MODEL, SPEC, TOKENIZER} if (folder / MODEL / MANIFEST).is_file() else {*_FILES}
     run = {CHECKPOINT} & there or {name for name in {LOG} & there if (folder / name).lstat().st_size}
     if run or there - known:
         raise _occupied(folder, run, sorted(there - known))
@@ -100,7 +102,7 @@ def _check_free(folder: Path) -> None:
 
 def _clean(folder: Path) -> None:
     """Remove what writers left that were killed."""
-    for name in _FILES:
+    for name in (*_FILES, TOKENIZER):
         remove_dead_files(folder, f".{name}.")
     for path, clean in (
         (folder / SPEC, lambda place: remove_dead_files(place, ".")),
@@ -110,8 +112,17 @@ def _clean(folder: Path) -> None:
             clean(path)
 
 
-def publish(compiled: Compiled, texts: Mapping[str, str], folder: Path, *, force: bool = False) -> None:
-    """Write the compiled model and the `spec_files` of its spec into a run's folder, if they are not there already.
+def publish(
+    compiled: Compiled,
+    texts: Mapping[str, str],
+    folder: Path,
+    *,
+    tokenizer: bytes | None = None,
+    force: bool = False,
+) -> None:
+    """Write the compiled model, the `spec_files` of its spec and the file of a tokenizer into a run's folder.
+
+    What is there already is not written again.
 
     Raises TfgError FG421 where they cannot be written, FG428 where the model was changed by hand, and not `force`.
     """
@@ -124,6 +135,9 @@ def publish(compiled: Compiled, texts: Mapping[str, str], folder: Path, *, force
             for name, text in texts.items():
                 _refuse_links(folder / SPEC, Path(name).parts[:-1])
                 write_atomically(folder / SPEC / name, text)
+    if tokenizer is not None and not _holds(folder, {TOKENIZER: tokenizer}):
+        with writing(folder / TOKENIZER):
+            write_atomically(folder / TOKENIZER, tokenizer)
 
 
 def _refuse_links(place: Path, parts: Iterable[str] = ()) -> None:
@@ -134,10 +148,11 @@ def _refuse_links(place: Path, parts: Iterable[str] = ()) -> None:
             raise OSError(ELOOP, f"{place} is a link", str(place))
 
 
-def _holds(folder: Path, texts: Mapping[str, str]) -> bool:
-    """Whether a folder's files have these texts already."""
+def _holds(folder: Path, contents: Mapping[str, str | bytes]) -> bool:
+    """Whether a folder's files have these contents already."""
+    whole = {name: text.encode() if isinstance(text, str) else text for name, text in contents.items()}
     try:
-        return all((folder / name).read_bytes() == text.encode() for name, text in texts.items())
+        return all((folder / name).read_bytes() == content for name, content in whole.items())
     except OSError:
         return False
 
@@ -175,16 +190,18 @@ def _used(module: Module, seen: set[str]) -> Iterator[Source]:
 
 
 def identity(
-    compiled: Compiled, texts: Mapping[str, str], text: str, *, exact: bool, calibrate: bool
+    compiled: Compiled, texts: Mapping[str, str], data: TextData, *, exact: bool, calibrate: bool
 ) -> dict[str, str]:
     """What a resumed run must share with the one that was begun, by what a person calls it; texts by their hash.
 
-    `texts` are the `spec_files`, `text` is the SHA-256 of the text to learn.
+    `texts` are the `spec_files`, `data` is the text to learn.
     """
     main, *used = texts.items()
     params = ", ".join(f"{name}={value}" for name, value in sorted(compiled.params.items()))
+    tokenizer = data.tokenizer.source
     return {
-        "the text": f"sha256 {text}",
+        "the text": f"sha256 {data.digest}",
+        **({} if tokenizer is None else {"--tokenizer": _digest(tokenizer)}),
         "the spec": _digest(main[1]),
         **{f"the file {name}": _digest(content) for name, content in used},
         "--set": params or "nothing",
@@ -195,8 +212,8 @@ def identity(
     }
 
 
-def _digest(text: str) -> str:
-    return f"sha256 {sha256(text.encode()).hexdigest()}"
+def _digest(content: str | bytes) -> str:
+    return f"sha256 {sha256(content.encode() if isinstance(content, str) else content).hexdigest()}"
 
 
 def _in_use(folder: Path) -> TfgError:

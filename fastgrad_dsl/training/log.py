@@ -12,7 +12,7 @@ from fastgrad_dsl.training.budget_watch import BudgetState
 
 @dataclass(frozen=True)
 class Event:
-    """One line of the log: a step's loss and rate, or a validation loss; losses in nats per byte."""
+    """One line of the log: a step's loss and rate, or a validation loss; losses in nats per token."""
 
     step: int
     seconds: float

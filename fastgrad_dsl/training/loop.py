@@ -1,4 +1,4 @@
-"""Byte-level language modelling on a text: the loop behind `fastgrad train` and the demonstration."""
+"""Language modelling on a text: the loop behind `fastgrad train` and the demonstration."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def learning_rate(options: Options, step: int, done: float) -> float:
 def validation_loss(
     model: nn.Module, loss: Loss, data: TextData, options: Options, check: Callable[[], None] = lambda: None
 ) -> float:
-    """Mean loss over the held-out batches, in nats per byte; `check` is called before each of them, and may raise."""
+    """Mean loss over the held-out batches, in nats per token; `check` is called before each of them, and may raise."""
     training = model.training
     model.eval()
     losses = []
@@ -365,32 +365,3 @@ def make_optimiser(model: nn.Module, options: Options) -> torch.optim.AdamW:
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95))
-
-
-def generate(
-    model: nn.Module,
-    prompt: bytes,
-    length: int,
-    *,
-    window: int,
-    multiple: int = 1,
-    temperature: float = 0.8,
-    seed: int = 0,
-) -> bytes:
-    """`length` bytes that the model writes after `prompt`, each drawn given at most `window` bytes before it.
-
-    The input is padded on the right to a multiple of `multiple`, which a causal model does not see.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    text = list(prompt)
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        for _ in range(length):
-            context = text[-window:]
-            padded = context + [0] * (-len(context) % multiple)
-            logits = model(torch.tensor([padded]))[0, len(context) - 1, :256]
-            weights = torch.softmax(logits.float() / temperature, -1)
-            text.append(int(torch.multinomial(weights, 1, generator=generator)))
-    model.train(training)
-    return bytes(text[len(prompt) :])

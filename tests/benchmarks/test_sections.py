@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, peers, training
+from benchmarks import attention, generation, generation_table, peers, training
 from benchmarks.linear_attention import elu_attention
 from benchmarks.run import SECTIONS, merge
 from benchmarks.settings import ROOT, Settings
@@ -153,3 +153,19 @@ def test_merge_keeps_the_other_sections_in_order(tmp_path: Path) -> None:
     document = json.loads(file.read_text())
     assert document == {"format": 1, "sections": {"attention": {"cells": []}, "compiler": {"runs": 2}}}
     assert list(document["sections"]) == [name for name in SECTIONS if name in document["sections"]]
+
+
+def test_generation_measures_tokens_and_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"depth": 1, "d_model": 32, "heads": 2, "near": 4}
+    models = {"mixer": small, "softmax": {**small, "softmax": True}}
+    monkeypatch.setattr(generation, "MODELS", models)
+    monkeypatch.setattr(generation, "QUICK_CONTEXTS", (64, 512))
+    monkeypatch.setattr(generation, "MOST_STATE", 1.5e6)  # 16 caches of 512 tokens are larger
+    section: Any = generation.measure(SETTINGS)
+    found = {(row["model"], row["batch"], row["context"]): row for row in section["tokens"]}
+    caches = [found["softmax", 1, context]["state_bytes"] for context in generation.QUICK_CONTEXTS]
+    assert caches[1] - caches[0] == (512 - 64) * 2 * 32 * 4  # keys and values
+    assert found["mixer", 1, 64]["state_bytes"] == found["mixer", 1, 512]["state_bytes"]
+    assert {key for key, row in found.items() if row["seconds"] is None} == {("softmax", 16, 512)}
+    documented(set(section) | set(section["tokens"][0]) | set(section["prompts"][0]))
+    assert "| 16 | 512 |" in generation_table.generation({**section, "quick": True})

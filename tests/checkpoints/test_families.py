@@ -83,5 +83,5 @@ def test_what_would_change_the_computation_is_refused_by_name(change: dict[str, 
     with pytest.raises(TfgError) as caught:
         _ = recognise({"config.json": config}).spec
     (found,) = caught.value.diagnostics
-    assert found.code == "FG435"
+    assert found.code == "FG602"
     assert said in found.message

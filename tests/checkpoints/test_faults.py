@@ -57,7 +57,7 @@ def test_a_setting_that_is_not_supported_is_named(field: str, value: Any, said: 
     folder = write_folder(tmp_path / "in", tensors=tensors_of(GPT2))
     (folder / "config.json").write_text(json.dumps({**GPT2, field: value}))
     found = refusal(folder, tmp_path)
-    assert found.startswith("FG435: config.json: ")
+    assert found.startswith("FG602: config.json: ")
     assert said in found
 
 
@@ -67,7 +67,7 @@ def test_a_setting_that_is_not_supported_is_named(field: str, value: Any, said: 
 def test_a_config_that_is_no_json_object(text: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in")
     (folder / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    assert refusal(folder, tmp_path).startswith("FG434: ")
+    assert refusal(folder, tmp_path).startswith("FG601: ")
 
 
 def _damaged(content: bytes) -> dict[str, bytes]:
@@ -115,7 +115,7 @@ def test_a_file_of_weights_that_is_cut_or_lies(damage: str, tmp_path: Path) -> N
     folder = write_folder(tmp_path / "in")
     (folder / TENSORS).write_bytes(_damaged((folder / TENSORS).read_bytes())[damage])
     found = refusal(folder, tmp_path)
-    assert found.startswith("FG434: ")
+    assert found.startswith("FG601: ")
     assert TENSORS in found
 
 
@@ -170,7 +170,7 @@ def test_tensors_that_do_not_fit(
     tensors = tensors_of(GPT2)
     change(tensors)
     found = refusal(write_folder(tmp_path / "in", tensors=tensors), tmp_path)
-    assert found.startswith("FG436: ")
+    assert found.startswith("FG603: ")
     assert said in found
 
 
@@ -193,7 +193,7 @@ def test_an_index_leads_nowhere_else(name: object, tmp_path: Path) -> None:
     (folder / TENSORS).rename(tmp_path / "secret.safetensors")
     (folder / f"{TENSORS}.index.json").write_text(json.dumps({"weight_map": {FIRST: name}}))
     found = refusal(folder, tmp_path)
-    assert found.startswith("FG434: ")
+    assert found.startswith("FG601: ")
     assert "no safetensors file of the folder" in found
 
 
@@ -250,7 +250,7 @@ def test_folders_that_are_no_checkpoints(tmp_path: Path) -> None:
 def test_other_files_are_kept(tmp_path: Path) -> None:
     folder, out = write_folder(tmp_path / "in"), tmp_path / "model.tfg"
     out.write_text("mine")
-    with pytest.raises(TfgError, match="FG437"):
+    with pytest.raises(TfgError, match="FG604"):
         import_checkpoint(folder, out)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["model.tfg"]
     assert out.read_text() == "mine"
@@ -270,9 +270,9 @@ def test_other_files_are_kept(tmp_path: Path) -> None:
 def test_an_export_needs_an_import(tmp_path: Path) -> None:
     spec, weights = tmp_path / "model.tfg", tmp_path / "model.safetensors"
     import_checkpoint(write_folder(tmp_path / "in"), spec)
-    with pytest.raises(TfgError, match="FG438"):
+    with pytest.raises(TfgError, match="FG605"):
         export_checkpoint(tmp_path / "other.tfg", weights, tmp_path / "back")
-    with pytest.raises(TfgError, match="FG438"):
+    with pytest.raises(TfgError, match="FG605"):
         export_checkpoint(tmp_path / "in", weights, tmp_path / "back")
     with pytest.raises(TfgError, match=r"FG418.* lacks table"):
         export_checkpoint(spec, tmp_path / "in" / TENSORS, tmp_path / "back")
@@ -300,7 +300,7 @@ def test_the_commands(
     assert status("export", spec, "--weights", weights, "-o", str(tmp_path / "back")) == 0
     assert (tmp_path / "back" / TENSORS).read_bytes() == (folder / TENSORS).read_bytes()
     assert status("import", str(tmp_path / "none"), "-o", spec) == 2
-    assert "FG434" in capsys.readouterr().err
+    assert "FG601" in capsys.readouterr().err
     assert status("import", str(folder), "-o", str(tmp_path / "model.txt")) == 2
     assert status("export", spec, "--weights", str(folder / "config.json"), "-o", str(tmp_path / "b")) == 2
     assert "FG418" in capsys.readouterr().err
@@ -319,7 +319,7 @@ def test_a_build_knows_what_it_was_imported_from(tmp_path: Path) -> None:
     tensors = {**tensors_of(GPT2), "h.0.attn.bias": torch.ones(1, 1, 8, 8)}
     import_checkpoint(write_folder(tmp_path / "with", tensors=tensors), spec)
     fg.compile(spec, out=build)
-    with pytest.raises(TfgError, match=r"FG438.* h\.0\.attn\.bias"):
+    with pytest.raises(TfgError, match=r"FG605.* h\.0\.attn\.bias"):
         export_checkpoint(build, weights, tmp_path / "again")
     export_checkpoint(spec, weights, tmp_path / "again")
     assert (tmp_path / "again" / TENSORS).read_bytes() == (tmp_path / "with" / TENSORS).read_bytes()

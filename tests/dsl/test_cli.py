@@ -213,6 +213,7 @@ def test_compile_writes_a_folder_and_keeps_what_is_not_its_own(fastgrad: Run) ->
         "spec.tfg",
         "__init__.py",
         "stages/06-lowrank.txt",
+        "stages/07-step.txt",
     } <= first
     (folder / "mine.txt").write_text("keep")
     Path("tiny.tfg").write_text(SPEC.replace("degree = 2", "degree = 4"))
@@ -277,7 +278,7 @@ def test_stages_prints_the_program_after_a_pass(fastgrad: Run) -> None:
     assert "softmax" not in out
     _, everything, _ = fastgrad("stages", "tiny.tfg")
     assert [line.split()[2] for line in everything.splitlines() if line.startswith("# after")] == [
-        "elaborate", "shapes", "bounds", "attention", "plan", "backward", "lowrank",
+        "elaborate", "shapes", "bounds", "attention", "plan", "backward", "lowrank", "step",
     ]  # fmt: skip
     status, _, err = fastgrad("stages", "tiny.tfg", "--after", "shape")
     assert status == 2

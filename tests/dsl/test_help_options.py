@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("fastgrad_dsl", "compiler/fastgrad_compiler", "grammar/fastgrad_grammar")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 COMMAND = re.compile(r"`fastgrad ([a-z]+)")
-ALL = ("check", "compile", "advise", "stages", "report", "train", "tune")
+ALL = ("check", "compile", "advise", "stages", "report", "train", "generate", "tune")
 
 SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/commands/advise.py": {"--wide": ("advise",)},
@@ -41,9 +41,25 @@ SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/models/sizes.py": {"--dim": ("report",)},
     "fastgrad_dsl/commands/report_table.py": {"--wide": ("report",)},
     "fastgrad_dsl/training/folder.py": dict.fromkeys(
-        ("--target", "--exact", "--resume", "--force", "--out", "--calibrate", "--set", "--model"), ("train",)
+        (
+            "--target",
+            "--exact",
+            "--resume",
+            "--force",
+            "--out",
+            "--calibrate",
+            "--set",
+            "--model",
+            "--tokenizer",
+        ),
+        ("train",),
     ),
     "fastgrad_dsl/models/text_data.py": {"--seq": ("train",)},
+    "fastgrad_dsl/models/tokenizer.py": {"--tokenizer": ("train", "generate")},
+    "fastgrad_dsl/commands/generate.py": dict.fromkeys(
+        ("--stop", "--prompt", "--load-state", "--weights", "--tokens"), ("generate",)
+    ),
+    "fastgrad_dsl/generation/reading.py": {"--save-state": ("generate",)},
     "fastgrad_dsl/training/loop.py": dict.fromkeys(("--rate", "--resume", "--clip"), ("train",)),
     "fastgrad_dsl/commands/tune.py": {"--dtype": ("tune",)},
     "fastgrad_dsl/bench/tuning.py": {"--dry-run": ("tune",)},

@@ -40,7 +40,7 @@ def parts(name: str) -> tuple[list[Tensor], list[Tensor]]:
 
 def in_steps(model: Any, tokens: list[Tensor], fixed: list[Tensor], split: list[int]) -> Tensor:
     """The results of calls on so many tokens each."""
-    state, found, first = model.start(*(fixed or [tokens[0].shape[0]])), [], 0
+    state, found, first = model.start(*fixed) if fixed else model.start(tokens[0].shape[0]), [], 0
     for count in split:
         out, state = model.step(*(x[:, first : first + count] for x in tokens), state)
         found.append(out)
@@ -131,8 +131,8 @@ def test_sequences_are_taken_out_and_repeated(gpt: Any) -> None:
     for chosen in (slice(1, 2), torch.tensor([1]), torch.tensor([False, True, False])):
         one, _ = gpt.step(tokens(2, 3)[1:2], state[chosen])
         assert difference(one, next_[1:2]) < 1e-6
-    doubled, _ = gpt.step(tokens(2, 3).repeat_interleave(2, 0), state.repeat(2))
-    assert difference(doubled, next_.repeat_interleave(2, 0)) < 1e-6
+    doubled, _ = gpt.step(tokens(2, 3).repeat(2, 1), state.repeat(2))
+    assert difference(doubled, next_.repeat(2, 1, 1)) < 1e-6
 
 
 def test_it_is_a_pytree_that_moves(gpt: Any) -> None:

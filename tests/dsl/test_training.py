@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastgrad_dsl.generation.rerun import rerun
+from fastgrad_dsl.generation.sampling import Sampling
 from fastgrad_dsl.models.text_data import TextData, load_text
 from fastgrad_dsl.training.folder import CHECKPOINT, LOG
-from fastgrad_dsl.training.loop import Options, generate, learning_rate, train
+from fastgrad_dsl.training.loop import Options, learning_rate, train
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.training_model import TEXT, Bigram, loss
 
@@ -125,4 +127,5 @@ class Counter(nn.Module):
 
 
 def test_sampling_continues_the_prompt_within_the_window() -> None:
-    assert generate(Counter(), b"abc", 12, window=8, multiple=4) == b"defghijklmno"
+    written = rerun(Counter(), b"abc", 12, Sampling(), window=8, multiple=4, size=256)
+    assert bytes(written) == b"defghijklmno"

@@ -182,7 +182,8 @@ def test_the_sums_are_two_numbers_to_the_last_bits(tmp_path: Path) -> None:
     inputs = rounded(PLAIN, mixed(make_inputs(PLAIN, 500)), torch.float32)
     *given, _ = (x if x is None else x.detach() for x in inputs.arguments)
     call = Launches(load_kernels(write_kernels(PLAIN, tmp_path, "kernels")), PLAIN, *given)  # type: ignore[arg-type]
-    (sums,) = call.sums
+    sums = call.sums
+    assert isinstance(sums, Tensor)
     gates = inputs.tensors[-1].detach().double().clamp(min=-1000.0)
     gates[..., 0] = 0.0
     expected = gates.cumsum(-1)

@@ -36,6 +36,8 @@ SPILLING = [
 # which of the two is faster, a GPU has to say.
 SPILLING_A_LITTLE = [
     "gfx942 bfloat16 d12 dv20 degree3 unmasked padding near24 near_d20 forward_kernel",
+    "sm_100 bfloat16 d64 dv64 degree2 query_gradient_kernel",
+    "sm_100 bfloat16 d8 dv64 degree2 fused_query_gradient_kernel",
     "sm_80 bfloat16 d64 dv128 degree2 forward_kernel",
     "sm_80 bfloat16 d64 dv128 degree2 query_gradient_kernel",
     "sm_80 bfloat16 d64 dv128 degree4 forward_kernel",
@@ -44,7 +46,6 @@ SPILLING_A_LITTLE = [
     "sm_80 float32 d8 dv8 degree4 near64 near_d8 key_gradient_kernel",
     "sm_90 bfloat16 d64 dv128 degree2 key_gradient_kernel",
     "sm_90 bfloat16 d64 dv128 degree4 key_gradient_kernel",
-    "sm_90 bfloat16 d64 dv64 degree2 query_gradient_kernel",
     "sm_90 float16 d12 dv20 degree3 unmasked padding near24 near_d20 query_gradient_kernel",
 ]
 LITTLE = 25  # words of four bytes a thread

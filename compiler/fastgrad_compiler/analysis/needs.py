@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -55,10 +55,10 @@ class Needs:
     like: bool
 
 
-def sources(graph: Graph) -> dict[str, Source]:
-    """Where each dim that the inputs show is read."""
+def sources(inputs: Iterable[Node]) -> dict[str, Source]:
+    """Where each dim that inputs show is read."""
     found: dict[str, Source] = {}
-    for node in graph.inputs:
+    for node in inputs:
         for axis, dim in enumerate(node.tensor.shape):
             if len(dim.terms) == 1 and len(dim.terms[0][0]) == 1:
                 ((name,), coefficient) = dim.terms[0]
@@ -135,10 +135,10 @@ def _needs(program: Program, graph: Graph, found: Mapping[str, Needs]) -> Needs:
         for callee in callees(node):
             inner = found[callee]
             dims |= set(inner.dims if node.op == "repeat" else inner.extra)
-            makes = makes or (inner.makes if node.op == "repeat" else inner.like)
+            makes = makes or (inner.makes if node.op == "repeat" or node.get("once") else inner.like)
     if graph.name == program.main:
         dims |= _checked(program, graph)
-    extra = dims - sources(graph).keys()
+    extra = dims - sources(graph.inputs).keys()
     like = makes and not _has_tensor(program, graph)
     return Needs(tuple(sorted(dims)), tuple(sorted(extra)), makes, like)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import PurePath
 
-from fastgrad_compiler.analysis.needs import Needs, Step, sources, weight_path
+from fastgrad_compiler.analysis.needs import Needs, Source, Step, sources, weight_path
 from fastgrad_compiler.codegen.attention_kernels import kernel_spec
 from fastgrad_compiler.codegen.expressions import TORCH
 from fastgrad_compiler.codegen.guards import Guards
@@ -111,6 +111,7 @@ class Block:
         self.exact, self.safe_softmax = module.exact, module.safe_softmax
         self.in_class = in_class
         self.loops: tuple[tuple[str, int], ...] = ()  # counter and first iteration of each loop around
+        self.late: frozenset[str] = frozenset()  # inputs that are not there in every call
         self.fixed: Sequence[str] = ()  # inputs of a model's step form that the first call alone is given
         self.template: Expr | None = None  # a float tensor that new ones are made like
         self.comments = True
@@ -140,8 +141,9 @@ class Block:
         return self.template or Expr("like")
 
     def device(self) -> Expr:
-        if self.graph.inputs:
-            return attribute(self.values[self.graph.inputs[0].name], "device")
+        present = [node.name for node in self.graph.inputs if node.name not in self.late]
+        if present:
+            return attribute(self.values[present[0]], "device")
         return attribute(self.like(), "device")
 
     @property
@@ -202,10 +204,15 @@ class Block:
         self.values[node_name] = Expr(target)
         return target
 
-    def bind_inputs(self) -> list[str]:
-        """The names of the arguments, in order."""
+    def bind_inputs(self, late: Collection[str] = ()) -> list[str]:
+        """The names of the arguments, in order; `late`: of those that are not there in every call."""
+        self.late = frozenset(late)
         path = weight_path(self.module.program, self.graph)
-        floats = [node.name for node in self.graph.inputs if node.tensor.dtype == "float"]
+        floats = [
+            node.name
+            for node in self.graph.inputs
+            if node.tensor.dtype == "float" and node.name not in self.late
+        ]
         if path is None and floats and self.module.needs[self.graph.name].makes:
             self.statements.last_use[floats[0]] = FOREVER  # other tensors are made like it
         names = [self.assign(node.name) for node in self.graph.inputs]
@@ -220,16 +227,15 @@ class Block:
         for name in wanted:
             self.dims[name] = unique(variable(name), [*self.holders, *self.dims.values()])
 
-    def read_dims(self, node: Node, wanted: Sequence[str]) -> list[str]:
-        """Statements that read those dims that `node`, an input, shows; gives their names."""
-        shown = sources(self.graph)
+    def read_dims(self, node: Node, wanted: Sequence[str], inputs: Sequence[Node] = ()) -> list[str]:
+        """Statements that read those dims that `node`, an input, shows first among `inputs`; gives their names."""
+        shown = sources(inputs or self.graph.inputs)
         names = [name for name in wanted if name in shown and shown[name].input == node.name]
         if names:
-            self._read_dims(node, names)
+            self._read_dims(node, names, shown)
         return names
 
-    def _read_dims(self, node: Node, names: list[str]) -> None:
-        shown = sources(self.graph)
+    def _read_dims(self, node: Node, names: list[str], shown: Mapping[str, Source]) -> None:
         shape = attribute(self.values[node.name], "shape")
         plain = {shown[n].axis: n for n in names if shown[n].factor == 1}
         rank = len(node.tensor.shape)
@@ -256,6 +262,7 @@ class Block:
         roots = self.statements.roots
         last = roots[-1] if roots else None
         direct = last is not None and last.op != "repeat" and self.graph.outputs == (last.name,)
+        direct = direct and last is not None and not last.get("once")
         if last is None or not direct or self.statements.uses[last.name] > 1:
             self._write(roots)
             self._return()

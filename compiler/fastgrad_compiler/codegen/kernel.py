@@ -9,7 +9,6 @@ from __future__ import annotations
 import linecache
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -18,8 +17,7 @@ from typing import TYPE_CHECKING
 
 from fastgrad_compiler.approximation.kernel_tiles import has_triton
 from fastgrad_compiler.codegen.cpp import emit_cpp
-from fastgrad_compiler.codegen.templates import render
-from fastgrad_compiler.codegen.titles import kernel_title
+from fastgrad_compiler.codegen.kernel_module import write_module
 from fastgrad_compiler.codegen.triton import emit_triton
 from fastgrad_compiler.runtime.content_name import content_name
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec as KernelSpec
@@ -167,24 +165,6 @@ def _execute(name: str, files: dict[str, str]) -> ModuleType:
 @cache
 def _render(spec: KernelSpec, name: str, backends: Backends) -> str:
     triton = TRITON in _backend_texts(spec, backends)
-    values = {field.name: (getattr(spec, field.name), field.default) for field in fields(spec)}
-    given = {name: value for name, (value, default) in values.items() if value != default}
-    degree = "" if spec.window is not None else f", degree {spec.degree}"
-    context = {
-        "title": kernel_title(spec),
-        "specification": f"d = {spec.d}, dv = {spec.dv}{degree}",
-        "name": name,
-        "spec": spec,
-        "fields": {name: _literal(value) for name, value in given.items()},
-        "cpp": backends.cpp,
-        "triton": triton,
-        "unserved": backends.triton and not (triton or backends.cpp),
-    }
-    return render("attention.py.j2", context)
-
-
-def _literal(value: object) -> object:
-    """A field of a specification as it is emitted: the same for numbers that are equal."""
-    if isinstance(value, tuple):
-        return tuple(map(float, value))
-    return repr(value) if isinstance(value, str) else value
+    return write_module(
+        spec, name, backends.cpp, triton, unserved=backends.triton and not (triton or backends.cpp)
+    )

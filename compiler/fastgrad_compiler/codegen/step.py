@@ -67,7 +67,8 @@ def write_model_step(module: Module, graph: Graph, writer: Writer, found: dict[s
     tokens, fixed = _inputs(module, form)
     block = Block(module, form, writer, found)
     needed = module.needs[form.name]
-    names = dict(zip((node.name for node in form.inputs), block.bind_inputs(), strict=True))
+    late = [node.name for node in fixed]
+    names = dict(zip((node.name for node in form.inputs), block.bind_inputs(late), strict=True))
     typed = [*(f"{names[node.name]}: Tensor" for node in tokens), f"state: {STATE}"]
     typed += ["*fixed: Tensor"] if fixed else []
     results = ["Tensor"] * _results(graph)
@@ -81,8 +82,8 @@ def write_model_step(module: Module, graph: Graph, writer: Writer, found: dict[s
         )
         _enter(module, block, writer, tokens, needed.dims)
         block.fixed = [names[node.name] for node in fixed]
-        if needed.like:
-            writer.line(f"like = torch.empty((), device={names[tokens[0].name]}.device)")
+        if needed.makes and block.template is None:
+            writer.line("like = state.like")
         block.write()
         given = ", ".join(map(str, block.results()))
         writer.line(f"state.advance({block.dims[str(module.program.along)]})")
@@ -127,13 +128,15 @@ def _enter(
     along = str(module.program.along)
     shown = {name for node in tokens for dim in node.tensor.shape for name in dim.names}
     dims = sorted({*wanted, along} & shown)
-    block.name_dims(dims)
+    block.name_dims(sorted({*wanted, along}))
     known: set[str] = set()
     check = block.helper("check_shape")
     for node in tokens:
         sizes = [block.dim(d) if d.names <= known else literal(str(d)) for d in node.tensor.shape]
         writer.statement("", call(check, literal(node.name), block.values[node.name], tuple_text(sizes)))
-        known.update(block.read_dims(node, dims))
+        known.update(block.read_dims(node, dims, tokens))
+    for name in sorted(set(wanted) - shown - {along}):
+        writer.line(f"{block.dims[name]} = state.sizes[{literal(name)}]")
     info = next((dim for dim in module.program.dims if dim.name == along), None)
     if info is not None and info.at_most is not None and info.span is not None:
         writer.comment(f"{place_of(info.span)}: {info.span.text.strip()}")

@@ -23,3 +23,14 @@ def kernel_title(spec: KernelSpec) -> str:
     if spec.precision == "float64":
         parts.append("computed in float64")
     return ", ".join(parts)
+
+
+def near_formulas(spec: KernelSpec, score: str) -> list[str]:
+    """What the weights are with a near field, whose logits are `score` or near_q.near_k; nothing without one."""
+    if spec.near is None:
+        return []
+    t = "near_q.near_k" if spec.near_d else score
+    return [
+        f"weight of a pair: exp(t - m) in blocks of {spec.near} tokens that are one or touch, e^-m p(s) beyond",
+        f"t = {t}; m: the row's greatest t, and at least 0 if it sees a far key",
+    ]

@@ -109,20 +109,7 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
         lines.append("import torch.nn.functional as F")
     uses_modules = re.search(r"\bnn\.", code) is not None
     lines += ["from torch import Tensor, nn" if uses_modules else "from torch import Tensor", ""]
-    siblings = set()
-    for spec, name in imports.kernels.items():
-        kernel = kernel_name(spec, imports.backends)
-        siblings.add(f"from .{kernel} import attention as {name}")
-        if f"{name}_spec" in imports.specs:
-            siblings.add(f"from .{kernel} import SPEC as {name}_spec")
-    if imports.exact_attention:
-        siblings.add("from .exact_attention import exact_attention")
-    if re.search(rf"\b{GUARD}\(", code):
-        siblings.add(f"from .guard import {GUARD}, {STATUS}, {NAME}")
-    siblings |= _step_imports(imports)
-    base = [] if BASE in imports.steps else ["Generated"]
-    siblings.add(f"from .initialise import {', '.join([*base, 'initialise'])}")
-    lines += sorted(siblings)
+    lines += sorted(_siblings(imports, code))
     text = "\n".join(lines) + "\n"
     if helpers:
         writer = Writer()
@@ -133,13 +120,32 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
     return f"{ordered[0]}\n\n{_sorted_imports(ordered[2])}\n\n"
 
 
-def _step_imports(imports: Imports) -> set[str]:
-    """What step forms take from the files that belong to them."""
-    texts: dict[str, list[str]] = {}
+def _siblings(imports: Imports, code: str) -> set[str]:
+    """Imports from files of the package but functions.py."""
+    siblings: set[str] = set()
+    for spec, name in imports.kernels.items():
+        kernel = kernel_name(spec, imports.backends)
+        siblings.add(f"from .{kernel} import attention as {name}")
+        if f"{name}_spec" in imports.specs:
+            siblings.add(f"from .{kernel} import SPEC as {name}_spec")
+    if imports.exact_attention:
+        siblings.add("from .exact_attention import exact_attention")
+    if re.search(rf"\b{GUARD}\(", code):
+        siblings.add(f"from .guard import {GUARD}, {STATUS}, {NAME}")
+    for file, names in _step_names(imports).items():
+        siblings.add(f"from .{file} import {', '.join(sorted(names, key=_isort))}")
+    base = [] if BASE in imports.steps else ["Generated"]
+    siblings.add(f"from .initialise import {', '.join([*base, 'initialise'])}")
+    return siblings
+
+
+def _step_names(imports: Imports) -> dict[str, list[str]]:
+    """What step forms take, by the file that has it."""
+    found: dict[str, list[str]] = {}
     for name in imports.steps:
         file = next((file for file, known in STEP_NAMES.items() if name in known), "step_attention")
-        texts.setdefault(file, []).append(name)
-    return {f"from .{file} import {', '.join(sorted(names, key=_isort))}" for file, names in texts.items()}
+        found.setdefault(file, []).append(name)
+    return found
 
 
 def _sorted_imports(text: str) -> str:

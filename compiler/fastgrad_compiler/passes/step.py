@@ -17,6 +17,7 @@ from functools import cached_property
 
 from fastgrad_compiler.attention.value import ATTENTION
 from fastgrad_compiler.ir.calls import callees, reachable, runs
+from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import ONCE, STEP, Graph, Node, Program, attributes, step_form
 from fastgrad_compiler.ir.names import UniqueNames
 from fastgrad_compiler.passes.streams import LOOKING_BACK, Look, NoStep, Placed, Streams, moved_by, streams
@@ -85,13 +86,30 @@ def _looks_back(program: Program) -> bool:
 
 
 def _derived(program: Program, along: str) -> Program:
+    graphs = [graph for graph in program.graphs if not graph.name.endswith((STEP, ONCE))]
+    program = replace(program, graphs=tuple(graphs), step=None, along=None)
+    _check_inputs(program, along)
     derivation = _Derivation(program, along)
     name = derivation.step(program.main)
     if name == program.main:  # nothing to keep: the step form is written all the same
         main = program[name]
         name = step_form(name)
         derivation.graphs.append(replace(main, name=name))
-    return replace(program, graphs=(*program.graphs, *derivation.graphs), step=name, along=along)
+    derived = {graph.name: graph for graph in derivation.graphs}
+    read = [graph for graph in reachable({**program.by_name, **derived}, [name]) if graph.name in derived]
+    return replace(program, graphs=(*program.graphs, *read), step=name, along=along)
+
+
+def _check_inputs(program: Program, along: str) -> None:
+    """Raises TfgError FG501 where a size of new tokens could not be given by its name."""
+    for node in program[program.main].inputs:
+        dims = [dim for dim in node.tensor.shape if along not in dim.names]
+        sums = [dim for dim in dims if dim.names and dim != Dim.of(next(iter(dim.names)))]
+        if sums and len(dims) < len(node.tensor.shape):
+            message = (
+                f"no step form along {along}: {node.name} has the size {sums[0]}, which is not a dim itself"
+            )
+            raise TfgError([Diagnostic("FG501", message, node.span)])
 
 
 @dataclass

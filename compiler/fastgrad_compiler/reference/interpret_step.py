@@ -6,7 +6,7 @@ Nothing is kept but the inputs of such nodes, and each call computes their dense
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,7 +46,10 @@ def run_step(
     if program.step is None or program.along is None:
         raise ValueError(f"program {program.name} has no step form")
     source = program[program.step]
-    state = StepRun.start(program, source, inputs, weights, dtype)
+    dims = tuple(
+        dim for dim in program.dims if dim.name != program.along
+    )  # what it declares is of whole texts
+    state = StepRun.start(replace(program, dims=dims), source, inputs, weights, dtype)
     state.kept = kept
     results = state.graph(source.name)
     kept.past += state.env.dims[program.along]

@@ -6,7 +6,7 @@ brings it up to date in place; `clone` it before a call to go on in two ways.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils import _pytree
 from .initialise import Generated
 
 SUMS = "sums"  # the last part of the path of what is kept in float64 whatever the model's dtype
+LIKE = "like.kept.shared"
 SHARED = "shared"  # the last part of the path of what has no batch axis
 
 
@@ -80,9 +81,19 @@ class State(Scope):
     Made by the model's `start`. `capacity`: the tokens for which caches of exact attention are made; they grow.
     """
 
-    def __init__(self, model: str, position: Tensor, tensors: dict[str, Tensor], capacity: int = 0) -> None:
+    def __init__(
+        self,
+        model: str,
+        position: Tensor,
+        tensors: dict[str, Tensor],
+        capacity: int = 0,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__(self, "")
         self.model, self.position, self.tensors, self.capacity = model, position, tensors, capacity
+        self.sizes: dict[str, int] = dict(
+            sizes or {}
+        )  # of the run-time dims of what is the same in every call
         self.starting = False
         self.known: int | None = None
 
@@ -107,9 +118,9 @@ class State(Scope):
         return self._mapped(lambda path, x: x.clone() if path.endswith(SHARED) else x[sequences].clone())
 
     def repeat(self, times: int) -> State:
-        """Each sequence `times` in a row."""
+        """All sequences, so many times after each other."""
         return self._mapped(
-            lambda path, x: x.clone() if path.endswith(SHARED) else x.repeat_interleave(times, 0)
+            lambda path, x: x.clone() if path.endswith(SHARED) else x.repeat(times, *(1,) * (x.ndim - 1))
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
@@ -124,6 +135,11 @@ class State(Scope):
         return found
 
     # ------------------------------------------------------------ what generated code asks
+
+    @property
+    def like(self) -> Tensor:
+        """A number of the model's dtype and device."""
+        return self.tensors[LIKE]
 
     def enter(self, model: str, tokens: int, *, batch: int | None = None, at_most: int | None = None) -> None:
         """Begin a call for some tokens. ValueError where the state is another model's, or of another batch size."""
@@ -145,7 +161,7 @@ class State(Scope):
 
     def _mapped(self, change: Callable[[str, Tensor], Tensor]) -> State:
         tensors = {path: change(path, x) for path, x in self.tensors.items()}
-        return State(self.model, self.position.clone(), tensors, self.capacity)
+        return State(self.model, self.position.clone(), tensors, self.capacity, self.sizes)
 
 
 class Stepped(Generated):
@@ -177,11 +193,17 @@ class Stepped(Generated):
         size = known.pop("batch_size", 1) if fixed or not given else given[0]
         for name in batch:
             known.setdefault(name, size)
-        like = next(iter(self.parameters()), torch.empty(()))
-        state = State(self.STEP, torch.zeros((), dtype=torch.int64, device=like.device), {}, capacity)
+        floats = (x for x in (*self.parameters(), *self.buffers(), *fixed) if x.is_floating_point())
+        like = next(floats, fixed[0] if fixed else torch.empty(()))
+        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+        tensors = {LIKE: torch.zeros((), dtype=dtype, device=like.device)}
+        named = {name: size for name, size in known.items() if isinstance(name, str)}
+        state = State(
+            self.STEP, torch.zeros((), dtype=torch.int64, device=like.device), tensors, capacity, named
+        )
         state.starting = True
         step: Any = self.step  # of the class that was generated
-        step(*(_token(each, known, like) for each in self.TOKENS), state, *fixed)
+        step(*(_token(each, known, state.like) for each in self.TOKENS), state, *fixed)
         state.starting = False
         for path, tensor in state.tensors.items():
             if ".kept." not in path:
@@ -189,9 +211,11 @@ class Stepped(Generated):
         state.position.zero_()
         return state
 
-    def restored(self, position: Tensor, tensors: dict[str, Tensor], capacity: int = 0) -> State:
+    def restored(
+        self, position: Tensor, tensors: dict[str, Tensor], capacity: int, sizes: Mapping[str, int]
+    ) -> State:
         """A state of this model from what another one held."""
-        return State(self.STEP, position, tensors, capacity)
+        return State(self.STEP, position, tensors, capacity, sizes)
 
     def _fixed(self, given: tuple[Any, ...]) -> tuple[Tensor, ...]:
         count = len(self.FIXED)
@@ -216,13 +240,18 @@ def _token(described: Any, sizes: dict[str, int], like: Tensor) -> Tensor:
 
 def _flatten(state: State) -> tuple[list[Tensor], tuple[Any, ...]]:
     names = tuple(state.tensors)
-    return [state.position, *state.tensors.values()], (names, state.model, state.capacity)
+    return [state.position, *state.tensors.values()], (
+        names,
+        state.model,
+        state.capacity,
+        tuple(state.sizes.items()),
+    )
 
 
 def _unflatten(tensors: Iterable[Any], context: tuple[Any, ...]) -> State:
-    names, model, capacity = context
+    names, model, capacity, sizes = context
     position, *others = tensors
-    return State(model, position, dict(zip(names, others, strict=True)), capacity)
+    return State(model, position, dict(zip(names, others, strict=True)), capacity, dict(sizes))
 
 
 def _with_keys(state: State) -> tuple[list[tuple[Any, Tensor]], tuple[Any, ...]]:

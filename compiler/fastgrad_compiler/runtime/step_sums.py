@@ -44,9 +44,9 @@ def _table(d: int, degree: int, device: torch.device) -> Table:
         variables[block.level - 2] += [block.index] * block.size
         sources[block.level - 2] += range(*block.source)
     degree_of = [level for level, (start, stop) in enumerate(levels(d, degree)) for _ in range(start, stop)]
-    rows = (tuple(torch.tensor(row, device=device) for row in table) for table in (variables, sources))
+    by_level = [tuple(torch.tensor(row, device=device) for row in table) for table in (variables, sources)]
     count = torch.tensor(multinomial(d, degree), dtype=torch.float64, device=device)
-    found = Table(*rows, torch.tensor(degree_of, device=device), count)
+    found = Table(by_level[0], by_level[1], torch.tensor(degree_of, device=device), count)
     if not torch.compiler.is_compiling():
         _TABLES[key] = found
     return found

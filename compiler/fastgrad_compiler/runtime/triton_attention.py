@@ -9,7 +9,7 @@ other kernels are for them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, TypeVar
@@ -146,7 +146,7 @@ class Launches:
         self.device = q.device
         self.q, self.k, self.v = (_aligned(x.to(self.dtype)) for x in (q, k, v))
         self.near = [None if x is None else _aligned(x.to(self.dtype)) for x in (near_q, near_k)]
-        self.sums = [] if log_gate is None else [_two_numbers(log_decay(log_gate, mask, None))]
+        self.sums = None if log_gate is None else _two_numbers(log_decay(log_gate, mask, None))
         self.shown = mask
         self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
         self.batch, self.heads, self.queries = q.shape[:3]
@@ -193,7 +193,8 @@ class Launches:
             self._launch(
                 "fused_forward_kernel",
                 self._rows,
-                *(self.q, self.k, self.v, *self.sums, self.mask, self.index, self.weight, out, denominator),
+                *(self.q, self.k, self.v, self.sums, self.mask, self.index, self.origin, self.weight),
+                *(out, denominator),
                 *self._strides(self.q, self.k, self.v),
                 *(self.queries, self.heads, self.groups),
             )
@@ -202,7 +203,7 @@ class Launches:
         self._launch(
             "forward_kernel",
             self._query_tiles,
-            *(self.q, self.k, self.v, *self.near, *self.sums, self.mask, self.index, self.origin),
+            *(self.q, self.k, self.v, *self.near, self.sums, self.mask, self.index, self.origin),
             *(before, after),
             *(out, denominator, maximum),
             *self._strides(self.q, self.k, self.v, *self.near),
@@ -219,7 +220,7 @@ class Launches:
         dq, dk, dv, dnear_q, dnear_k = (
             self.q.new_empty((0,)) if x is None else self._empty(x.shape, self.dtype) for x in floats
         )
-        dsums = [] if log_gate is None else [self._empty(x.shape[:3]) for x in (self.q, self.k)]
+        dsums = [None if log_gate is None else self._empty(x.shape[:3]) for x in (self.q, self.k)]
         delta, inverse = self._empty(denominator.shape), self._empty(denominator.shape)
         sizes = (*gradient.stride()[:3], out.stride(2), self.queries, self.heads)
         grid = (self.batch * self.heads * _ceil(self.queries, DELTA_ROWS),)
@@ -232,7 +233,7 @@ class Launches:
         found = (g if x is None else g.to(x.dtype) for x, g in zip(floats, gradients, strict=True))
         if log_gate is None:
             return (*found, self.q.new_empty((0,)))
-        of_queries, of_keys = (x.double() for x in dsums)
+        of_queries, of_keys = (x.double() for x in dsums if x is not None)
         total = of_queries.unflatten(1, (self.shared, self.groups)).sum(2) + of_keys
         return (*found, gate_gradient(sum_of_later(total, None), log_gate, self.shown, None))
 
@@ -244,13 +245,13 @@ class Launches:
         dq: Tensor,
         dk: Tensor,
         dv: Tensor,
-        dsums: list[Tensor],
+        dsums: list[Tensor | None],
     ) -> None:
-        tensors = (gradient, self.q, self.k, self.v, *self.sums)
-        inputs = (*tensors, self.mask, self.index, self.weight, inverse, delta)
+        tensors = (gradient, self.q, self.k, self.v, self.sums, self.mask, self.index, self.origin)
+        inputs = (*tensors, self.weight, inverse, delta)
         sizes = (*self._strides(gradient, self.q, self.k, self.v), self.queries, self.heads, self.groups)
-        self._launch("fused_query_gradient_kernel", self._rows, *inputs, dq, *dsums[:1], *sizes)
-        self._launch("fused_key_gradient_kernel", self._rows, *inputs, dk, dv, *dsums[1:], *sizes)
+        self._launch("fused_query_gradient_kernel", self._rows, *inputs, dq, dsums[0], *sizes)
+        self._launch("fused_key_gradient_kernel", self._rows, *inputs, dk, dv, dsums[1], *sizes)
 
     def _backward(
         self,
@@ -261,26 +262,26 @@ class Launches:
         dv: Tensor,
         dnear_q: Tensor,
         dnear_k: Tensor,
-        dsums: list[Tensor],
+        dsums: list[Tensor | None],
     ) -> None:
         strides = self._strides(gradient, self.q, self.k, self.v, *self.near)
-        tensors = (gradient, self.q, self.k, self.v, *self.near, *self.sums)
+        tensors = (gradient, self.q, self.k, self.v, *self.near, self.sums)
         inputs = (*tensors, self.mask, self.index, self.origin)
         before, after = self._key_states()
         self._launch(
             "query_gradient_kernel",
             self._query_tiles,
-            *(*inputs, before, after, *saved, dq, dnear_q, *dsums[:1]),
+            *(*inputs, before, after, *saved, dq, dnear_q, dsums[0]),
             *(*strides, *self._sizes()),
             MIXED=self._mixed,
         )
         del before, after
-        live = [self._empty((self.batch * self.shared * self.chunks,))] if self.spec.causal else []
+        live = self._empty((self.batch * self.shared * self.chunks,)) if self.spec.causal else None
         before, after = self._query_states(gradient, saved, live)
         self._launch(
             "key_gradient_kernel",
             self._key_tiles,
-            *(*inputs, before, after, *saved, *live, dk, dv, dnear_k, *dsums[1:]),
+            *(*inputs, before, after, *saved, live, dk, dv, dnear_k, dsums[1]),
             *(*strides, *self._sizes()),
             MIXED=self._mixed,
         )
@@ -290,21 +291,21 @@ class Launches:
     def _key_states(self) -> tuple[Tensor, Tensor]:
         """W Z of the keys before each chunk, or of all, and of those after it if a query sees far ones there."""
         spec, near = self.spec, self.spec.near or 0
-        inputs = (self.k, self.v, *self.sums, self.mask, None, None, None)
+        inputs = (self.k, self.v, self.sums, self.mask, None, None, None)
 
         def make(shift: int, mode: int) -> Tensor:
-            return self._states(inputs, self.keys, shift, mode, upstream=False, live=[None] * spec.causal)
+            return self._states(inputs, self.keys, shift, mode, upstream=False)
 
         before = make(-near, TOTAL if spec.total else PREFIX)
         return before, make(near, SUFFIX) if spec.two_sided else before
 
     def _query_states(
-        self, gradient: Tensor, saved: tuple[Tensor, Tensor, Tensor], live: list[Tensor]
+        self, gradient: Tensor, saved: tuple[Tensor, Tensor, Tensor], live: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """W Y of the queries before each chunk, and of those after it, or of all; causal: `live` is written too."""
         spec, near = self.spec, self.spec.near or 0
         inverse, maximum, delta = saved
-        inputs = (self.q, gradient, *self.sums, None, inverse, delta, maximum)
+        inputs = (self.q, gradient, self.sums, None, inverse, delta, maximum)
 
         def make(shift: int, mode: int) -> Tensor:
             return self._states(inputs, self.queries, shift, mode, upstream=True, live=live)
@@ -319,7 +320,7 @@ class Launches:
         shift: int,
         mode: int,
         upstream: bool,
-        live: Sequence[Tensor | None],
+        live: Tensor | None = None,
     ) -> Tensor:
         kernels, rows = self.kernels, self.batch * self.shared
         x, y = inputs[:2]
@@ -329,14 +330,14 @@ class Launches:
         self._launch(
             "state_kernel",
             lambda config: rows * self.chunks * (kernels.RANK.value // config["FEATURES"]),
-            *(*inputs, self.index, self.origin, state, *live),
+            *(*inputs, self.index, self.origin, state, live),
             *self._strides(x, y),
             *(tokens, self.chunk, self.chunks, shift, self.shared, self.groups if upstream else 1),
             UPSTREAM=upstream,
         )
         grid = (rows * _ceil(kernels.STATE_SIZE.value, SCAN),)
-        sizes = (*self.sums, tokens, self.chunk, self.chunks, shift) if self.sums else (self.chunks,)
-        kernels.scan_kernel[grid](state, self.weight, *sizes, MODE=mode, SIZE=SCAN)
+        sizes = (tokens, self.chunk, self.chunks, shift)
+        kernels.scan_kernel[grid](state, self.weight, self.sums, *sizes, MODE=mode, SIZE=SCAN)
         return state
 
     # ---------------------------------------------------------------- a launch

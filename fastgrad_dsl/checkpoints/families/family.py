@@ -20,7 +20,7 @@ class Family:
     layers          how many layers there are, for `{i}` in the rules
     prefix          what may stand before the names of the backbone, `{p}` in the rules
     kept            patterns of tensors that no computation reads; `{p}` as in the rules
-    check           raises TfgError FG435 for fields that do not fit each other
+    check           raises TfgError FG602 for fields that do not fit each other
     """
 
     name: str

@@ -29,7 +29,7 @@ class Pooling:
 
 
 def pooling_of(others: Mapping[str, Any]) -> Pooling | None:
-    """The pooling that modules.json names, none without such a file. Raises TfgError FG435 for other modules."""
+    """The pooling that modules.json names, none without such a file. Raises TfgError FG602 for other modules."""
     modules = others.get(MODULES)
     if modules is None:
         return None
@@ -61,4 +61,4 @@ def _mode(name: str, config: Mapping[str, object]) -> str:
 
 
 def _refused(file: str, said: str) -> TfgError:
-    return TfgError.of("FG435", f"{file}: {said}")
+    return TfgError.of("FG602", f"{file}: {said}")

@@ -83,7 +83,7 @@ block turned(x: float[b, h, n, width]) -> float[b, h, n, width] {{
 
 
 def rope_of(config: Config) -> Rope:
-    """The rotary positions of a config. Raises TfgError FG435 for scaling that is not known, by name."""
+    """The rotary positions of a config. Raises TfgError FG602 for scaling that is not known, by name."""
     base, found = config.real("rope_theta"), None
     for field in ("rope_scaling", "rope_parameters"):
         found = config.values[field] if found is None else found

@@ -21,7 +21,7 @@ class Windows:
 
 
 def windows_of(types: Sequence[object], width: int | None) -> Windows:
-    """The windows of layers of given types. Raises TfgError FG435 for types or an order that the spec cannot say."""
+    """The windows of layers of given types. Raises TfgError FG602 for types or an order that the spec cannot say."""
     unknown = next((each for each in types if each not in (FULL, SLIDING)), None)
     if unknown is not None:
         raise refused(f"layer_types has {shown(unknown)}, expected {FULL} or {SLIDING}")
@@ -44,7 +44,7 @@ def windows_of(types: Sequence[object], width: int | None) -> Windows:
 
 
 def layer_types(given: object, count: int, otherwise: Sequence[str]) -> Sequence[object]:
-    """layer_types as config.json has it, or what its absence means. Raises TfgError FG435 for another length."""
+    """layer_types as config.json has it, or what its absence means. Raises TfgError FG602 for another length."""
     if given is None:
         return otherwise
     if not isinstance(given, list) or len(given) != count:

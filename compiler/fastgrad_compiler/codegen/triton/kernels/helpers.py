@@ -1,3 +1,13 @@
+"""Loads and stores of tokens, sums of gates, and the polynomial."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastgrad_compiler.codegen.triton.kernels.specification import COEFFICIENTS, DEGREE, LIVE_CHUNKS, SLOPE
+
+
 @triton.jit
 def load_rows(X, row_stride, first, limit, width: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr):
     """X [first : first + TOKENS, : width] as [TOKENS, WIDTH]; 0 from token `limit` on and beyond `width`."""
@@ -24,7 +34,6 @@ def load_tokens(X, first, limit, other, TOKENS: tl.constexpr):
     return tl.load(X + token, mask=token < limit, other=other)
 
 
-{% if forget %}
 @triton.jit
 def load_sums(SUMS, first, limit, tokens, TOKENS: tl.constexpr):
     """G of tokens [first : first + TOKENS] as G and rest; from token `limit` on that of the last one before."""
@@ -45,14 +54,12 @@ def difference(later, later_rest, earlier, earlier_rest):
     return (later - earlier) + (later_rest - earlier_rest)
 
 
-{% endif %}
 @triton.jit
 def inverse(denominator):
     """1 / D, and 0 where D is 0: such a row sees no key."""
     return tl.where(denominator == 0, 0.0, 1.0 / tl.where(denominator == 0, 1.0, denominator))
 
 
-{% if causal %}
 @triton.jit
 def live_behind(LIVE, c, chunks):
     """How many queries of the chunks after c have a gradient."""
@@ -62,8 +69,6 @@ def live_behind(LIVE, c, chunks):
     return tl.sum(total, 0)
 
 
-{% endif %}
-{% if causal or padding %}
 @triton.jit
 def finite(x):
     """x, and 0 where it is not a finite number: a weight of 0 times it is to be 0."""
@@ -76,61 +81,22 @@ def not_a_number(v):
     return tl.sum(v.to(tl.float32) * 0.0, 1)
 
 
-{% endif %}
 @triton.jit
 def polynomial(s):
     """p(s), by Horner's rule."""
-    return {{ horner }}
+    value = COEFFICIENTS.value[DEGREE] * s + COEFFICIENTS.value[DEGREE - 1]
+    for step in tl.static_range(2, DEGREE + 1):
+        value = value * s + COEFFICIENTS.value[DEGREE - step]
+    return value
 
 
 @triton.jit
 def slope(s):
     """p'(s)."""
-    return {{ horner_slope }}
-
-
-{% if not whole %}
-@triton.jit
-def load_block(X, row_stride, first, limit, origin, TOKENS: tl.constexpr):
-    """The BLOCK components of X from `origin` on, [TOKENS, BLOCK]; 0 from token `limit` on and beyond D."""
-    token, column = tl.arange(0, TOKENS), tl.arange(0, BLOCK)
-    origin, row_stride = tl.multiple_of(origin, BLOCK), tl.multiple_of(row_stride, 8)
-    start = X + tl.cast(first, tl.int64) * row_stride + origin
-    seen = (first + token < limit)[:, None] & (origin + column < D)[None, :]
-    return tl.load(start + token[:, None] * row_stride + column[None, :], mask=seen, other=0.0)
-
-
-{% endif %}
-@triton.jit
-def factors(x, index, PRECISION: tl.constexpr):
-    """x @ E + [index < 0], float32 [TOKENS, FEATURES]: the component of x [TOKENS, BLOCK] that `index` names, or 1."""
-    chosen = (tl.arange(0, BLOCK)[:, None] == index[None, :]).to(x.dtype)
-    return tl.dot(x, chosen, input_precision=PRECISION) + tl.where(index < 0, 1.0, 0.0)[None, :]
-
-
-@triton.jit
-def factors_by_feature(x, index, PRECISION: tl.constexpr):
-    """The transpose of `factors`, [FEATURES, TOKENS]."""
-    chosen = (index[:, None] == tl.arange(0, BLOCK)[None, :]).to(x.dtype)
-    return tl.dot(chosen, tl.trans(x), input_precision=PRECISION) + tl.where(index < 0, 1.0, 0.0)[:, None]
-
-
-@triton.jit
-def pull_back(gradient, upstream, index, origin, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """gradient [TOKENS, WIDE] += upstream @ E^T: what reached a factor, [TOKENS, FEATURES], to its component."""
-    component = tl.where(index < 0, -1, index + origin)
-    chosen = (component[:, None] == tl.arange(0, WIDE)[None, :]).to(OPERAND)
-    return tl.dot(upstream.to(OPERAND), chosen, gradient, input_precision=PRECISION)
-
-
-@triton.jit
-def load_state(STATE, first, FEATURES: tl.constexpr):
-    """Rows [first : first + FEATURES] of a state, [FEATURES, VALUES], and of its sum of features, [FEATURES]."""
-    feature, column = first + tl.arange(0, FEATURES), tl.arange(0, VALUES)
-    rows = STATE + feature[:, None] * STATE_WIDTH + column[None, :]
-{% if values == state_width %}
-    state = tl.load(rows)
-{% else %}
-    state = tl.load(rows, mask=(column < STATE_WIDTH)[None, :], other=0.0)
-{% endif %}
-    return state, tl.load(STATE + RANK * STATE_WIDTH + feature)
+    if DEGREE == 1:
+        value = s * 0.0 + SLOPE.value[0]
+    else:
+        value = SLOPE.value[DEGREE - 1] * s + SLOPE.value[DEGREE - 2]
+        for step in tl.static_range(2, DEGREE):
+            value = value * s + SLOPE.value[DEGREE - 1 - step]
+    return value

@@ -1,0 +1,109 @@
+"""Tokens after a prompt, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastgrad_dsl.generation.reading import Reading, read
+from fastgrad_dsl.generation.sampling import Sampler, Sampling
+from fastgrad_dsl.generation.step_form import StepModel, step_form
+from fastgrad_dsl.models.tokenizer import ByteTokenizer, Tokenizer, check_size
+from fastgrad_grammar.diagnostics import TfgError
+
+Prompt = str | bytes | Sequence[int] | Tensor
+PLAIN = Sampling()
+
+
+def generate(
+    model: nn.Module,
+    prompt: Prompt,
+    *,
+    tokens: int,
+    sampling: Sampling = PLAIN,
+    samples: int = 1,
+    tokenizer: Tokenizer | None = None,
+    after: Reading | None = None,
+) -> Iterator[Tensor]:
+    """Yield `tokens` times the next token of each sequence, int64 [b * samples] on the CPU.
+
+    Args:
+        model: a generated module, or any with its step form (docs/generation.md).
+        prompt: a text (b = 1) that `tokenizer` splits, by default into bytes; ids (b = 1); or an int tensor [b, c] of
+            ids, c at least 1. It may be empty after a reading.
+        samples: how many continuations of each sequence, those of the whole batch after each other. The prompt is read
+            once, and its state repeated.
+        tokenizer: also for ids, it limits what is drawn to the tokens that it has.
+        after: what `read_prompt` read before, which is left as it is.
+
+    The prompt is read before the first token is asked for. Raises TfgError: FG434 if the model has no step form, FG437
+    for an empty prompt or an id that the model does not have, FG436 for a tokenizer with more tokens than the model,
+    FG427 if logits are not finite, FG426 if the samples do not fit into memory, FG411 for a text that is not the
+    tokenizer's; ValueError for a count below 0, a batch of another size than that of `after`, and, when it comes to
+    that, for more tokens than the model is declared for.
+    """
+    if tokens < 0 or samples < 1:
+        raise ValueError(f"tokens {tokens}, samples {samples}: expected at least 0 and 1")
+    if tokenizer is None and isinstance(prompt, str | bytes):
+        tokenizer = ByteTokenizer()
+    reading = read_prompt(model, prompt, tokenizer=tokenizer, after=after)
+    if tokenizer is not None:
+        check_size(tokenizer, reading.logits.shape[1], type(model).__name__)
+    size = None if tokenizer is None else tokenizer.size
+    return go_on(step_form(model), reading.repeat(samples), tokens, sampling, size)
+
+
+def read_prompt(
+    model: nn.Module,
+    prompt: Prompt,
+    *,
+    tokenizer: Tokenizer | None = None,
+    after: Reading | None = None,
+) -> Reading:
+    """Read a prompt once, to `generate` after it many times; the arguments and errors are those of `generate`."""
+    steps = step_form(model)
+    return read_ids(steps, as_ids(prompt, tokenizer or ByteTokenizer()), after)
+
+
+def read_ids(model: StepModel, ids: Tensor, after: Reading | None) -> Reading:
+    """Read int64 [b, c] after what was read before, which is left as it is.
+
+    Raises TfgError FG437 if there is nothing to go on from, or an id that the model does not have.
+    """
+    if ids.shape[1]:
+        return read(model, ids, None if after is None else after.clone())
+    if after is None:
+        raise TfgError.of("FG437", "the prompt has no tokens", "give at least one")
+    return after.clone()
+
+
+def as_ids(prompt: Prompt, tokenizer: Tokenizer) -> Tensor:
+    """A prompt as int64 [b, c].
+
+    Raises TfgError FG411 for a text that is not the tokenizer's, ValueError for what is no prompt.
+    """
+    if isinstance(prompt, str):
+        prompt = prompt.encode(errors="surrogateescape")
+    if isinstance(prompt, bytes):
+        return tokenizer.encode(prompt, "the prompt").long()[None]
+    ids = prompt if isinstance(prompt, Tensor) else torch.tensor(list(prompt), dtype=torch.int64)[None]
+    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or not ids.shape[0]:
+        raise ValueError("a prompt is a text, ids, or an int tensor [b, c]")
+    return ids.long()
+
+
+def go_on(
+    model: StepModel, reading: Reading, tokens: int, sampling: Sampling, size: int | None
+) -> Iterator[Tensor]:
+    """Yield `tokens` times one drawn token of each row, int64 [b], of ids below `size`; the reading is updated.
+
+    Raises TfgError FG427 if logits are not finite.
+    """
+    sampler = Sampler(sampling, reading.rows)
+    for left in range(tokens, 0, -1):
+        drawn = sampler.draw(reading.logits[:, :size], reading.seen[:, :size])
+        yield drawn
+        if left > 1:
+            reading = read(model, drawn[:, None], reading)
