@@ -15,6 +15,8 @@ from tests.checkpoints.comparison import (
     Case,
     check_round_trip,
     largest_errors,
+    ours_of,
+    relative,
     saved,
     tokens,
     transformers,
@@ -121,3 +123,16 @@ def test_weights_of_another_dtype_are_converted_back(tmp_path: Path) -> None:
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back")
     for (key, now), was in zip(again.state_dict().items(), case.theirs.state_dict().values(), strict=True):
         assert torch.equal(now, was), key
+
+
+@pytest.mark.parametrize("name", ["llama, yarn", "mistral", "gemma2, no caps", "gemma3"])
+def test_imported_models_run_token_by_token(name: str, tmp_path: Path) -> None:
+    case = case_of(name, tmp_path / "saved")
+    model: Any = ours_of(case, torch.float64)
+    ids = tokens(97)
+    with torch.no_grad():
+        whole, state, found = model(ids), model.start(2), []
+        for first, count in ((0, 3), (3, 1), (4, 1), (5, 2)):
+            out, state = model.step(ids[:, first : first + count], state)
+            found.append(out)
+    assert relative(torch.cat(found, 1), whole) < 1e-10
