@@ -15,7 +15,9 @@ from pathlib import Path
 from unittest import mock
 
 import typer
+from safetensors.torch import save
 
+import fastgrad_dsl as fg
 from attack.checkpoints import write_folder
 from attack.fuzz import Fuzz
 from attack.fuzz_files import SPEC
@@ -165,6 +167,8 @@ def prepare(folder: Path, build: bool = True) -> None:
     write_folder(folder / "checkpoint")
     if build:
         import_checkpoint(folder / "checkpoint", folder / "known.tfg")
+        weights = fg.compile(folder / "tiny.tfg", target="torch", validate=False).module().state_dict()
+        (folder / "weights.safetensors").write_bytes(save(weights))
         with contextlib.chdir(folder):
             run(["compile", *SOUND["compile"][:-1], "build"])
 

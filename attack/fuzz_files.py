@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import nn
 
 import fastgrad_dsl as fg
 from attack.checkpoints import SHARD, TENSORS, write_shards
@@ -31,6 +32,8 @@ from fastgrad_dsl.commands.failures import diagnostics
 from fastgrad_dsl.commands.terminal import print_report
 from fastgrad_dsl.commands.train import TrainRequest, train_language_model
 from fastgrad_dsl.documents.write import to_json
+from fastgrad_dsl.generation.reading import load_reading, save_reading
+from fastgrad_dsl.generation.step_form import step_form
 from fastgrad_dsl.report.page import render_html
 from fastgrad_dsl.storage.weights import load_weights
 from fastgrad_dsl.training.loop import Options
@@ -112,7 +115,8 @@ def readers(folder: Path) -> tuple[Reader, ...]:
     _train(compiled, text, run, resume=False)
     imported = write_shards(folder / "imported")
     import_checkpoint(imported, folder / "o.tfg")
-    saved = run / "checkpoint.safetensors"
+    saved, state = run / "checkpoint.safetensors", folder / "state"
+    save_reading(fg.read_prompt(model, "abc"), step_form(model), state)
     made = [
         ("plan", build / "plan.json", mutated_json, lambda: _report(build)),
         ("calibration", build / "calibration.json", mutated_json, lambda: _report(build)),
@@ -126,6 +130,7 @@ def readers(folder: Path) -> tuple[Reader, ...]:
         ("index", imported / f"{TENSORS}.index.json", mutated_json, lambda: _import(imported, folder / "a.tfg")),
         ("tensors", imported / SHARD, mutated_safetensors, lambda: _import(imported, folder / "a.tfg")),
         ("origin", folder / "o.origin.json", mutated_json, lambda: _export(folder / "o.tfg", folder / "back")),
+        ("state", state, mutated_safetensors, lambda: _go_on(model, state)),
     ]  # fmt: skip
     return tuple(Reader(name, path, path.read_bytes(), mutate, read) for name, path, mutate, read in made)
 
@@ -159,6 +164,13 @@ def _train(compiled: Compiled, text: Path, run: Path, *, resume: bool) -> None:
     options = Options(steps=1, tokens=8, validation_batches=1, warmup=1)
     with redirect_stdout(io.StringIO()):
         train_language_model(compiled, TrainRequest(text, run, options, resume=resume, sample=0))
+
+
+def _go_on(model: nn.Module, state: Path) -> None:
+    """A state that is taken is one from which the model goes on, unless it says that it has more tokens than that."""
+    reading = load_reading(step_form(model), state)
+    if int(reading.state.position) <= 62:
+        list(fg.generate(model, "", tokens=2, after=reading))
 
 
 def _resume(compiled: Compiled, text: Path, run: Path) -> None:

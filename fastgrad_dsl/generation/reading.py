@@ -108,8 +108,14 @@ def load_reading(model: StepModel, path: Path) -> Reading:
     try:
         check_regular(path)
         state = load_state(path, model)
+        state.capacity = 0  # whatever the file asks for: caches grow by what is read
         logits, seen = state.tensors.pop(LOGITS), state.tensors.pop(SEEN).cpu()
-        fits = logits.ndim == 2 and seen.shape == logits.shape and seen.dtype == torch.bool
+        fits = (
+            logits.ndim == 2
+            and logits.is_floating_point()
+            and seen.shape == logits.shape
+            and seen.dtype == torch.bool
+        )
         if not fits or int(state.position) < 0 or not _alike(state, model.start(logits.shape[0])):
             raise ValueError(f"{path} has tensors that are not those of the model's state")
     except OSError as error:

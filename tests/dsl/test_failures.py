@@ -102,6 +102,8 @@ OUTPUTS = [
     (("report", "tiny.tfg"), "--json", "fastgrad_dsl.api.report.make_report"),
     (("report", "tiny.tfg"), "--html", "fastgrad_dsl.api.report.make_report"),
     (("advise", "tiny.tfg"), "--json", "fastgrad_dsl.commands.advise.make_advice"),
+    (("generate", "tiny.tfg"), "--json", "fastgrad_dsl.commands.generate.generate_text"),
+    (("generate", "tiny.tfg"), "--save-state", "fastgrad_dsl.commands.generate.generate_text"),
     (("bench",), "--json", "fastgrad_dsl.commands.bench.run_bench"),
     (("bench",), "--svg", "fastgrad_dsl.commands.bench.run_bench"),
     (("compile", "tiny.tfg"), "-o", "fastgrad_dsl.api.compiled.compile"),
