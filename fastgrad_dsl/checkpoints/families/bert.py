@@ -1,5 +1,7 @@
-"""BERT and RoBERTa: encoders with learned positions and layer norms after each part, as bare models, with the head for
-masked tokens, or with the pooling of sentence-transformers."""
+"""BERT, RoBERTa and XLM-R: encoders of padded texts with learned positions and layer norms after each part.
+
+They come as bare models, with the head for masked tokens, or with the pooling of sentence-transformers.
+"""
 
 from __future__ import annotations
 
