@@ -18,8 +18,10 @@ import typer
 from safetensors.torch import save
 
 import fastgrad_dsl as fg
+from attack.checkpoints import write_folder
 from attack.fuzz import Fuzz
 from attack.fuzz_files import SPEC
+from fastgrad_dsl.checkpoints.importing import import_checkpoint
 from fastgrad_dsl.commands import cli
 
 _CALLS = {
@@ -33,6 +35,8 @@ _CALLS = {
     "bench": "--quick --n 8 --heads 1 --repeats 1 --target torch",
     "tune": "tiny.tfg --dry-run",
     "fmt": "tiny.tfg",
+    "import": "checkpoint -o imported.tfg",
+    "export": "known.tfg --weights known.safetensors -o back",
 }
 SOUND = {command: call.split() for command, call in _CALLS.items()}
 """A call of each command that does its work; a test asserts that none is missing."""
@@ -160,7 +164,9 @@ def prepare(folder: Path, build: bool = True) -> None:
         (folder / name).mkdir()
     for name in ("model.py", "__init__.py", "plan.json"):
         (folder / "hollow" / name).write_text("")
+    write_folder(folder / "checkpoint")
     if build:
+        import_checkpoint(folder / "checkpoint", folder / "known.tfg")
         weights = fg.compile(folder / "tiny.tfg", target="torch", validate=False).module().state_dict()
         (folder / "weights.safetensors").write_bytes(save(weights))
         with contextlib.chdir(folder):

@@ -19,12 +19,15 @@ from safetensors.torch import save
 from torch import nn
 
 import fastgrad_dsl as fg
+from attack.checkpoints import SHARD, TENSORS, write_shards
 from attack.fuzz import Fuzz
 from attack.mutations import mutated_bytes
 from fastgrad_compiler.runtime import triton_tuned
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.report import ReportRequest, make_report
 from fastgrad_dsl.calibration.data import named_batches
+from fastgrad_dsl.checkpoints.exporting import export_checkpoint
+from fastgrad_dsl.checkpoints.importing import import_checkpoint
 from fastgrad_dsl.commands.failures import diagnostics
 from fastgrad_dsl.commands.terminal import print_report
 from fastgrad_dsl.commands.train import TrainRequest, train_language_model
@@ -110,6 +113,8 @@ def readers(folder: Path) -> tuple[Reader, ...]:
     names = [f"{name}.{i}" for name in ("tokens", "targets") for i in (0, 1)]
     batches.write_bytes(save({name: tokens.clone() for name in names}))
     _train(compiled, text, run, resume=False)
+    imported = write_shards(folder / "imported")
+    import_checkpoint(imported, folder / "o.tfg")
     saved, state = run / "checkpoint.safetensors", folder / "state"
     save_reading(fg.read_prompt(model, "abc"), step_form(model), state)
     made = [
@@ -121,9 +126,22 @@ def readers(folder: Path) -> tuple[Reader, ...]:
         ("checkpoint-weights", saved, mutated_safetensors, lambda: load_weights(compiled.module(), saved)),
         ("manifest", build / "files.json", mutated_json, lambda: compiled.write(build)),
         ("tuned", tuned, mutated_json, lambda: triton_tuned.read(tuned)),
+        ("config", imported / "config.json", mutated_json, lambda: _import(imported, folder / "a.tfg")),
+        ("index", imported / f"{TENSORS}.index.json", mutated_json, lambda: _import(imported, folder / "a.tfg")),
+        ("tensors", imported / SHARD, mutated_safetensors, lambda: _import(imported, folder / "a.tfg")),
+        ("origin", folder / "o.origin.json", mutated_json, lambda: _export(folder / "o.tfg", folder / "back")),
         ("state", state, mutated_safetensors, lambda: _go_on(model, state)),
     ]  # fmt: skip
     return tuple(Reader(name, path, path.read_bytes(), mutate, read) for name, path, mutate, read in made)
+
+
+def _import(folder: Path, spec: Path) -> None:
+    import_checkpoint(folder, spec, force=True)
+    fg.compile(spec)
+
+
+def _export(spec: Path, folder: Path) -> None:
+    export_checkpoint(spec, spec.with_suffix(".safetensors"), folder, force=True)
 
 
 def _report(build: Path) -> None:

@@ -359,6 +359,29 @@ COEFFICIENTS = ("(1.0, 1.0, 0.5)", "(0.0, 0.0, 1.0)", "(1.0, 0.0, 0.5)", "(2.0, 
                 "(1.0, 0.5, 0.5, 0.1, 0.05)")  # fmt: skip
 
 
+def _even(each: Typed) -> bool:
+    return each.rank >= 2 and (each.size(-1) or 1) % 2 == 0
+
+
+def _keywords(g: Grower, *texts: str) -> str:
+    """Arguments that may each be left out, after the tensors."""
+    given = [text for text in texts if g.rng.random() < 0.6]
+    return f"; {', '.join(given)}" if given else ""
+
+
+def _stretched(name: str, *options: str) -> Rule:
+    """A rotary whose stretch a function of the language gives."""
+
+    def rule(g: Grower) -> str:
+        x, base = g.pick(where=_even), g.rng.choice((10.0, 1000.0))
+        factor, context = g.rng.choice((0.5, 2.0, 8.0)), g.rng.choice((4, 64, 8192))
+        more = _keywords(g, *options).replace("; ", ", ")
+        stretch = f"{name}({x.size(-1)}, {base}, {factor}, {context}{more})"
+        return f"rotary({x.text}; base = {base}, stretch = {stretch})"
+
+    return rule
+
+
 def _fit(g: Grower) -> str:
     family = g.rng.choice(("balanced", "minimax", "taylor", '"minimax"'))
     degree, bound = g.rng.choice((2, 2, 4)), g.positive()
@@ -447,9 +470,12 @@ RULES: dict[str, Rule] = {
         ),
         _least(1),
     ),
-    "rotary": _of(
-        lambda g, x: f"rotary({x.text}{keyword(g, f'; base = {g.rng.choice((10.0, 1000.0, 10000.0))}')})",
-        lambda each: each.rank >= 2 and (each.size(-1) or 1) % 2 == 0,
+    "rope_llama3": _stretched("rope_llama3", "low = 0.5", "high = 3.0"),
+    "rope_yarn": _stretched("rope_yarn", "fast = 16.0", "slow = 0.25", "whole = false"),
+    "rotary": lambda g: (
+        f"rotary({g.pick(where=_even).text}"
+        + _keywords(g, f"base = {g.rng.choice((10.0, 1000.0, 10000.0))}", f"stretch = ({g.positive()},)")
+        + ")"
     ),
     "shift": _shift,
     "depthwise": _depthwise,

@@ -49,6 +49,11 @@ WITHOUT_FILE = {
     "FG437": "tests/dsl/test_generate_command.py::test_what_is_refused",
     "FG501": "tests/compiler/test_step.py::test_what_mixes_tokens_or_sees_later_ones_is_refused_with_its_place",
     "FG502": "tests/compiler/test_step.py::test_a_dim_that_is_not_there_or_not_the_only_one_is_refused",
+    "FG601": "tests/checkpoints/test_faults.py::test_a_file_of_weights_that_is_cut_or_lies",
+    "FG602": "tests/checkpoints/test_faults.py::test_a_setting_that_is_not_supported_is_named",
+    "FG603": "tests/checkpoints/test_faults.py::test_tensors_that_do_not_fit",
+    "FG604": "tests/checkpoints/test_faults.py::test_other_files_are_kept",
+    "FG605": "tests/checkpoints/test_faults.py::test_an_export_needs_an_import",
 }
 """Codes that no text file in golden/errors can show, and the test that shows each."""
 

@@ -25,6 +25,7 @@ from fastgrad_dsl.models.plan_document import plan_document
 from fastgrad_dsl.report.document import build_report
 from fastgrad_dsl.report.page import render_html
 from fastgrad_dsl.storage.build_folder import write_build
+from fastgrad_dsl.storage.import_record import record_for_build
 from fastgrad_grammar.read import included, read_source
 from fastgrad_grammar.source import Source
 
@@ -139,6 +140,7 @@ class Compiled:
             "report.json": to_json(report),
             "report.html": render_html(report),
             SPEC: self.source.text,
+            **record_for_build(self.source.path),
         }
         if self.calibration is not None:
             texts["calibration.json"] = to_json(self.calibration)

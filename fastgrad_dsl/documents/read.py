@@ -47,9 +47,7 @@ def read_document(path: Path, kind: type[_Document]) -> _Document:
 
 def parse_document(content: bytes, kind: type[_Document], shown: str) -> _Document:
     """The document in bytes that were read from the file `shown`; TfgError FG430 for all that is wrong in it."""
-    tree = _tree(content, shown)
-    for place, said in _faults(tree):
-        raise _refused(shown, place, said)
+    tree = parse_json(content, shown)
     wanted, found = format_of(kind), tree.get("format") if isinstance(tree, dict) else None
     if found != wanted:
         said = f"expected {value(wanted)}, found {value(found)}" if found else f"expected {value(wanted)}"
@@ -66,6 +64,14 @@ def parse_document(content: bytes, kind: type[_Document], shown: str) -> _Docume
 
 
 # ---------------------------------------------------------------- the text
+
+
+def parse_json(content: bytes, shown: str) -> Any:
+    """The data of strict JSON, of limited size and depth; TfgError FG430, with the place, for what is wrong in it."""
+    tree = _tree(content, shown)
+    for place, said in _faults(tree):
+        raise _refused(shown, place, said)
+    return tree
 
 
 def _tree(content: bytes, shown: str) -> Any:

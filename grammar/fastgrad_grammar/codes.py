@@ -118,6 +118,12 @@ CODES: dict[str, str] = {
     # FG5xx: the step form
     "FG501": "operation without a step form",
     "FG502": "no dimension to step along",
+    # FG6xx: checkpoints of Hugging Face
+    "FG601": "checkpoint that cannot be read",
+    "FG602": "checkpoint that is not supported",
+    "FG603": "tensors that do not fit the checkpoint's model",
+    "FG604": "file that holds something else",
+    "FG605": "model that was not imported",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",

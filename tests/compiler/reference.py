@@ -108,12 +108,13 @@ def _normalize_rows(w: Array) -> Array:
     return w / np.where(total == 0, 1.0, total)
 
 
-def _rotary(x: Array, base: float, inverse: bool) -> Array:
+def _rotary(x: Array, base: float, inverse: bool, stretch: tuple[float, ...] = (1.0,)) -> Array:
     *_, n, d = x.shape
     result = x.copy()
     for position in range(n):
         for i in range(d // 2):
             angle = position * base ** (-2.0 * i / d) * (-1 if inverse else 1)
+            angle /= stretch[i if len(stretch) > 1 else 0]
             first, second = x[..., position, i], x[..., position, i + d // 2]
             result[..., position, i] = first * math.cos(angle) - second * math.sin(angle)
             result[..., position, i + d // 2] = first * math.sin(angle) + second * math.cos(angle)
@@ -330,7 +331,7 @@ REFERENCE: dict[str, Definition] = {
     "polynomial": lambda xs, a: _polynomial(xs[0], a["coefficients"]),
     "normalize_rows": lambda xs, a: _normalize_rows(xs[0]),
     "assume_bound": lambda xs, a: xs[0],
-    "rotary": lambda xs, a: _rotary(xs[0], a["base"], bool(a.get("inverse"))),
+    "rotary": lambda xs, a: _rotary(xs[0], a["base"], bool(a.get("inverse")), a.get("stretch", (1.0,))),
     "shift": lambda xs, a: _shift(xs[0], a["by"], xs[1:]),
     "depthwise": lambda xs, a: _depthwise(xs[0], xs[1], xs[2:], bool(a.get("reverse"))),
     "depthwise_weights": lambda xs, a: _depthwise_weights(xs[0], xs[1], xs[2:], a["width"]),

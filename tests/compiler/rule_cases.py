@@ -260,6 +260,8 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case((F,), "rotary(%a, base = 10000.0, inverse = true)"),
         Case((F,), "rotary(%a, base = 0.5, inverse = false)"),
         Case(("float[3, n]",), "rotary(%a, base = 7.0)"),
+        Case((F,), "rotary(%a, base = 100.0, stretch = (4.0,))"),
+        Case(("float[n, 6]",), "rotary(%a, base = 9.0, inverse = true, stretch = (1.0, 2.5, 8.0))"),
     ),
     "shift": (
         Case((F,), "shift(%a, by = 1)"),

@@ -157,7 +157,7 @@ CASES: dict[str, list[Case]] = {
     "near_far": [case(SCORES, SCORES + 9, block=1), case(normal(5, 7), normal(5, 7, seed=1), block=2)],
     "polynomial": [case(HIDDEN, coefficients=(1.0, -0.5, 0.25, 2.0)), case(X, coefficients=(0.0, 0.0, 1.0))],
     "normalize_rows": [case(np.exp(HIDDEN)), case(HIDDEN), case(np.zeros((2, 3)))],
-    "rotary": [case(X, base=10000.0), case(X, base=50.0, inverse=True)],
+    "rotary": [case(X, base=10000.0), case(X, base=50.0, inverse=True), case(X, base=50.0, stretch=(0.5, 3.0))],
     "shift": [case(X, by=1), case(X, IDS, by=2), case(X, IDS, by=-1), case(X, by=7), case(X, IDS, by=-7)],
     "depthwise": [case(X, normal(3, 4)), case(X, normal(7, 4), IDS), case(X, normal(2, 4), IDS, reverse=True)],
     "depthwise_weights": [case(X, X, width=7), case(X, normal(2, 3, 5, 4, seed=1), IDS, width=3)],

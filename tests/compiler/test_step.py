@@ -133,6 +133,7 @@ PIECES = {
     "token shift": "x = x + pad(x[:, :n - 1]; axis = 1, before = 1, after = 0)",
     "token shift after zeros": "x = x + concat(zeros(b, 2, 4), x[:, :n - 2]; axis = 1)",
     "rotary": "x = rotary(x; base = 100.0)",
+    "stretched": "x = rotary(x; base = 100.0, stretch = (3.0,))",
     "sinusoid": "x = x + sinusoid(n, 4)",
     "positions": "x = x + 0.1 * unsqueeze(float(positions(n)); axis = -1)",
     "learned positions": "weight t_: float[40, 4] = normal(std = 1.0)\nx = x + t_[1:n + 1]",

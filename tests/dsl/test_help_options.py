@@ -31,6 +31,7 @@ SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/commands/advise.py": {"--wide": ("advise",)},
     "fastgrad_dsl/commands/bench.py": dict.fromkeys(("--n", "--heads", "--degree", "--d"), ("bench",)),
     "fastgrad_dsl/storage/build_manifest.py": {"--force": ("compile", "train")},
+    "fastgrad_dsl/storage/staged.py": {"--force": ("import", "export")},
     "fastgrad_dsl/calibration/data.py": {"--dim": ("compile", "advise")},
     "fastgrad_dsl/training/checkpoint.py": {"--out": ("train",)},
     "fastgrad_dsl/commands/train.py": dict.fromkeys(("--rate", "--resume", "--steps", "--clip"), ("train",)),

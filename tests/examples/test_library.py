@@ -39,6 +39,10 @@ USES = {
     "embed": (TOKENS, "tokens; 9, 24"),
     "mlp": (X, 'x; 48, activation = "silu", bias = false'),
     "swiglu": (X, "x; 48"),
+    "geglu": (X, "x; 48"),
+    "gelu_tanh": (X, "x"),
+    "real_places": (MASK.format("n"), "mask"),
+    "mean_pool": (f"{X}, {MASK.format('n')}", "x, mask"),
     "short_conv": (X, "x"),
     "short_conv_packed": (f"{X}, ids: int[b, n]", "x, ids; width = 2"),
     "attention": (X, "x; 4"),
@@ -58,7 +62,13 @@ USES = {
     "encoder_decoder": (f"source: int[b, m], {MASK.format('m')}, target: int[b, n]",
                         "source, mask, target; vocab = 24, width = 16, depth = 2, heads = 2, gain = 1.0, near = 2"),
 }  # fmt: skip
-SHARED = ("attend", "attend_padded", "attend_forgetting")  # called by blocks of attention
+RESULTS = {"vit": "float[b, 24]", "mean_pool": "float[b, 24]", "real_places": "int[b, n]"}
+SHARED = (
+    "attend",
+    "attend_padded",
+    "attend_forgetting",
+    "attend_capped",
+)  # called by blocks of attention, or of Gemma 2
 
 
 def example(tensor: str, generator: torch.Generator) -> Tensor:
@@ -75,7 +85,7 @@ def example(tensor: str, generator: torch.Generator) -> Tensor:
 
 
 def library_model(tensors: str, call: str, block: str) -> Program:
-    result = "float[b, 24]" if block == "vit" else "float[b, n, 24]"
+    result = RESULTS.get(block, "float[b, n, 24]")
     return elaborate(
         Source("<text>", f"use std\ndim b\ndim n <= 16\ndim m\nmodel used({tensors}) -> {result} {{\n"
                          f"    return std.{block}({call})\n}}\n")
@@ -109,9 +119,10 @@ def test_a_block_runs(block: str) -> None:
     inputs = [example(tensor, generator) for tensor in re.split(r", (?=\w+:)", tensors)]
     result = run(program, inputs, initial_weights(program, 0, torch.float64))
     assert isinstance(result, Tensor)
-    assert result.shape == ((2, 24) if block == "vit" else (2, 7, 24))
+    shapes = {"float[b, n, 24]": (2, 7, 24), "float[b, 24]": (2, 24), "int[b, n]": (2, 7)}
+    assert result.shape == shapes[RESULTS.get(block, "float[b, n, 24]")]
     assert result.isfinite().all()
-    assert result.std() > 1e-6
+    assert result.double().std() > 1e-6
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -121,6 +132,28 @@ def test_an_example_elaborates(path: Path) -> None:
     assert program.objective is not None
     assert (program.budget is None) == (path.stem in ("based", "gpt"))  # nothing to approximate
     assert parse_program(print_program(program)) == program
+
+
+def test_real_places_and_means_leave_padding_out() -> None:
+    mask = torch.tensor([[True, True, True, True], [False, True, False, True]])
+    text = "use std\ndim b\ndim n\nmodel used(mask: bool[b, n]) -> int[b, n] {\n    return std.real_places(mask)\n}\n"
+    places = run(elaborate(Source("<text>", text)), [mask], {})
+    assert isinstance(places, Tensor)
+    assert places.tolist() == [[1, 2, 3, 4], [0, 1, 0, 2]]
+    program = library_model(f"{X}, {MASK.format('n')}", "x, mask", "mean_pool")
+    x = torch.randn(2, 4, 24, dtype=torch.float64)
+    nothing = torch.zeros(1, 4, dtype=torch.bool)
+    means = run(program, [x, torch.cat((mask[1:], nothing))], {})
+    assert isinstance(means, Tensor)
+    assert torch.allclose(means[0], (x[0, 1] + x[0, 3]) / 2, rtol=1e-12)
+    assert means[1].abs().max() == 0
+
+
+def test_gelu_by_tanh_is_pytorchs() -> None:
+    x = 3 * torch.randn(2, 7, 24, dtype=torch.float64)
+    result = run(library_model(X, "x", "gelu_tanh"), [x], {})
+    assert isinstance(result, Tensor)
+    assert torch.allclose(result, functional.gelu(x, approximate="tanh"), rtol=1e-12, atol=1e-15)
 
 
 OPTIONS = [

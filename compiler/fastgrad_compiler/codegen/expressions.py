@@ -22,7 +22,7 @@ from fastgrad_compiler.codegen.writer import (
     tuple_text,
 )
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute, Node
+from fastgrad_compiler.ir.graph import Attribute, Node, sequence
 from fastgrad_compiler.ir.masks import GATED, MASKS
 
 _NO_TARGET = "-(2**63)"  # in place of -100, the targets that PyTorch leaves out in silence by default
@@ -329,8 +329,10 @@ def _alibi(place: Place, node: Node, operands: Operands) -> Expr:
 
 def _rotary(place: Place, node: Node, operands: Operands) -> Expr:
     inverse = True if node.get("inverse") else None
+    stretch = node.get("stretch")
+    numbers = None if stretch is None else tuple_text([literal(_number(each)) for each in sequence(stretch)])
     base, past = literal(_number(node["base"])), _past(node)
-    return call(place.helper("rotary"), operands[0], base, inverse=inverse, past=past)
+    return call(place.helper("rotary"), operands[0], base, stretch=numbers, inverse=inverse, past=past)
 
 
 def _past(node: Node) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from fastgrad_compiler.approximation.own_polynomial import objection
@@ -225,6 +226,19 @@ def _weight_polynomial(a: _Argument) -> tuple[float, ...]:
     return coefficients
 
 
+def _stretch(a: _Argument) -> tuple[float, ...] | None:
+    """One number above 0 for all pairs of a rotary, or one for each (which the shape rule counts)."""
+    (expr,) = a.expressions
+    converted = a.converted(compile_time(a.scope, expr, a.what), "floats", optional=True)
+    if converted is None:
+        return None
+    numbers = tuple(each for each in getattr(converted, "items", ()) if isinstance(each, float))
+    wrong = next((each for each in numbers if not 0 < each < inf), None)
+    if wrong is not None or not numbers:
+        raise a.refuse("FG218", f"{a.what} is numbers above 0, not {values.show(converted)}", expr)
+    return numbers
+
+
 def _one_axis(a: _Argument, expr: ast.Expr, rank: int) -> int:
     """An axis as a negative int; a name of a dim stands for the axis that has it."""
     if isinstance(expr, ast.Ref):
@@ -295,6 +309,7 @@ KINDS: dict[str, Callable[[_Argument], Any]] = {
     "float": _number,
     "bool": _number,
     "family": _family,
+    "stretch": _stretch,
     "weight_polynomial": _weight_polynomial,
     "dim": lambda a: values.normal(dimension(a.scope, a.expressions[0])),
     "axis": lambda a: _one_axis(a, a.expressions[0], a.rank),

@@ -16,10 +16,13 @@ Surface of each operation (docs/language.md lists the same); `;` or `,` may stan
     causal(s)  window(s, width)  padding(s, mask)  documents(s, ids)  prefix(s, length)  assume_bound(s, bound)
     forget(s, log_gate)  decay(weights, log_gate)
     near_far(local, far; block = w)  polynomial(s; coefficients = (1.0, 1.0, 0.5))  normalize_rows(weights)
-    rotary(x, base = 10000.0)  sinusoid(n, d)  alibi(s, heads)  dropout(x, p)  cross_entropy(logits, targets)
-    shift(x, by = 1)  shift(x, ids, by = 1)  depthwise(x, w)  depthwise(x, w, ids)  mse(a, b)
+    rotary(x, base = 10000.0, stretch = none)  sinusoid(n, d)  alibi(s, heads)  dropout(x, p)
+    shift(x, by = 1)  shift(x, ids, by = 1)  depthwise(x, w)  depthwise(x, w, ids)
+    cross_entropy(logits, targets)  mse(a, b)
 
     fit(balanced, degree = 4, bound = 2.0)  the coefficients of an approximation of exp: compile-time numbers
+    rope_llama3(width, base, factor, context, low = 1.0, high = 4.0)  the stretch of a rotary: compile-time numbers
+    rope_yarn(width, base, factor, context, fast = 32.0, slow = 1.0, whole = true)  the same
 
 An axis is a number or the name of a dimension (`mean(x, axis = n)`). sqrt, rsqrt, exp, log, tanh, abs, min, max, int
 and float of compile-time numbers are compile-time numbers.
@@ -32,6 +35,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fastgrad_compiler.approximation.polynomial import MAX_DEGREE, PrecisionError, fit
+from fastgrad_compiler.frontend import stretches
 from fastgrad_compiler.frontend.values import Several, Tensor, Value
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Attribute
@@ -110,6 +114,12 @@ TENSORS = Parameter("tensors", "tensors")
 IDS = Parameter("ids", "tensor", None)  # of packed documents
 AXIS = Parameter("axis", "axis")
 SHAPE = Parameter("shape", "shape")
+_ROPE = (
+    Parameter("width", "int", least=2, most=1 << 16),
+    Parameter("base", "float", positive=True),
+    Parameter("factor", "float", positive=True),
+    Parameter("context", "int", least=1),
+)
 
 
 def _cast(dtype: str) -> Operation:
@@ -206,6 +216,38 @@ def _fit(emit: Emit, a: Arguments) -> Several:
         raise emit.refuse("FG306", str(error)) from None
 
 
+def _rotary(emit: Emit, a: Arguments) -> Tensor:
+    x, base, stretch = a["x"], a["base"], a["stretch"]
+    if stretch is None:
+        return emit.node("rotary", x, base=base)
+    return emit.node("rotary", x, base=base, stretch=stretch)
+
+
+def _llama3(emit: Emit, a: Arguments) -> Several:
+    if a["low"] >= a["high"]:
+        raise emit.refuse("FG218", f"rope_llama3 from {a['low']} to {a['high']} turns: low is below high")
+    return _stretched(emit, a, stretches.llama3)
+
+
+def _yarn(emit: Emit, a: Arguments) -> Several:
+    if a["slow"] > a["fast"]:
+        raise emit.refuse("FG218", f"rope_yarn from {a['slow']} to {a['fast']} turns: slow is at most fast")
+    if a["base"] <= 1:
+        raise emit.refuse("FG218", f"rope_yarn with the base {a['base']}: it is above 1")
+    return _stretched(emit, a, stretches.yarn)
+
+
+def _stretched(emit: Emit, a: Arguments, rule: Callable[..., tuple[float, ...]]) -> Several:
+    emit.step(a["width"])
+    if a["width"] % 2:
+        raise emit.refuse("FG208", f"a width of {a['width']}: rotary turns pairs of entries")
+    try:
+        found = rule(**a)
+    except OverflowError:
+        raise emit.refuse("FG219", "a stretch of numbers that are too large") from None
+    return Several(found)
+
+
 def _given(operand: Tensor | None) -> tuple[Tensor, ...]:
     """An operand that may be left out."""
     return () if operand is None else (operand,)
@@ -264,7 +306,12 @@ _OPERATIONS = (
                       Parameter("bound", "float", positive=True)), _fit),
     Operation("normalize_rows", (Parameter("weights", "tensor"),)),
     Operation("assume_bound", (SCORES, Parameter("bound", "float", positive=True))),
-    Operation("rotary", (X, Parameter("base", "float", 10000.0, positive=True))),
+    Operation("rotary", (X, Parameter("base", "float", 10000.0, positive=True), Parameter("stretch", "stretch", None)),
+              _rotary),
+    Operation("rope_llama3", (*_ROPE, Parameter("low", "float", 1.0, positive=True),
+                              Parameter("high", "float", 4.0, positive=True)), _llama3),
+    Operation("rope_yarn", (*_ROPE, Parameter("fast", "float", 32.0, positive=True),
+                            Parameter("slow", "float", 1.0, positive=True), Parameter("whole", "bool", True)), _yarn),
     Operation("shift", (X, IDS, Parameter("by", "int", 1, least=1)),
               lambda emit, a: emit.node("shift", a["x"], *_given(a["ids"]), by=a["by"])),
     Operation("depthwise", (X, W, IDS),

@@ -113,7 +113,7 @@ _OPS = (
     _op("normalize_rows", 1),
     _op("assume_bound", 1, attributes="bound"),  # the identity, with the user's word that |s| <= bound
     # position
-    _op("rotary", 1, attributes="base", optional="inverse past"),  # [.., n, d], pairs (i, i + d/2)
+    _op("rotary", 1, attributes="base", optional="inverse past stretch"),  # [.., n, d], pairs (i, i + d/2)
     # along the tokens of [.., n, c]: (x[, documents int[b, n]]), (x, w [width, c][, documents])
     _op("shift", 1, 2, "by", "state"),  # y_t = x_(t - by)
     _op("depthwise", 2, 3, optional="reverse state"),  # y_t = sum_k w_k x_(t - k), or x_(t + k) in reverse

@@ -77,7 +77,13 @@ def _alibi(site: Site) -> Type:
 
 def _rotary(site: Site) -> Type:
     found = want_float(site, 0, 2)
-    divide(site, -1, 2, "rotary turns pairs of entries")
+    pairs = divide(site, -1, 2, "rotary turns pairs of entries")
+    stretch = site.attributes.get("stretch")
+    if isinstance(stretch, tuple) and len(stretch) != 1 and pairs != Dim.of(len(stretch)):
+        fail(
+            "FG218",
+            f"rotary of {pairs} pairs by a stretch of {len(stretch)} numbers: one for each or one for all",
+        )
     return found
 
 

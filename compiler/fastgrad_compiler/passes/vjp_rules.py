@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from fastgrad_compiler.ir.builder import Operand, Value
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute, integer, number, sequence
+from fastgrad_compiler.ir.graph import Attribute, Node, integer, number, sequence
 from fastgrad_compiler.ir.masks import LEAST_LOG_GATE, MASKS
 
 Cotangents: TypeAlias = Sequence[Value | None]
@@ -59,7 +59,7 @@ RULES: dict[str, Callable[..., Value | Cotangents]] = {
     "normalize_rows": lambda g, y, x: _normalize_rows(g, y, x),
     "assume_bound": lambda g, y, x: g,
     # position: a rotation's transpose is its inverse; alibi adds what does not depend on the scores
-    "rotary": lambda g, y, x: g.op("rotary", base=y["base"], inverse=not y.node.get("inverse", False)),
+    "rotary": lambda g, y, x: g.op("rotary", **_turned_back(y.node)),
     "alibi": lambda g, y, x: g,
     # other: graphs run as in evaluation, where dropout is the identity
     "dropout": lambda g, y, x: g,
@@ -191,6 +191,11 @@ def _unit(g: Value, y: Value, x: Value) -> Value:
     squared, least = (x * x).sum(keepdim=True), 1e-12  # below it the norm is held constant
     radial = (y * (g * y).sum(keepdim=True)).only(squared >= least)
     return (g - radial) * squared.op("maximum", least).op("rsqrt")
+
+
+def _turned_back(node: Node) -> dict[str, Attribute]:
+    """The attributes of the rotation back."""
+    return {**dict(node.attributes), "inverse": not node.get("inverse", False)}
 
 
 def _derivative(coefficients: Attribute) -> tuple[float, ...]:

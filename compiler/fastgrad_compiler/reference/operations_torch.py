@@ -7,7 +7,7 @@ Nothing here is shared with the kernels, and nothing is fast. Conventions that a
     polynomial     0 where the score is -inf, as exp
     int            towards 0; NaN is 0, and what 64 bits do not hold their nearest
     normalize_rows weights of -inf, which a mask leaves, are 0; a row of zeros stays one
-    rotary         turns pairs (i, i + d/2) by position * base^(-2 i / d)
+    rotary         turns pairs (i, i + d/2) by position * base^(-2 i / d), over the stretch of the pair
     shift          zeros where there is no such token, or one of another document; so in depthwise
     sinusoid       sin in even and cos in odd columns, as Vaswani et al.
     alibi          head i of h has slope 2^(-8 (i + 1) / h)
@@ -167,6 +167,10 @@ def _rotary(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     speed = number(node["base"]) ** (
         -2 * torch.arange(width // 2, dtype=torch.float64, device=x.device) / width
     )
+    stretch = node.get("stretch")
+    if stretch is not None:
+        numbers = [number(each) for each in sequence(stretch)]
+        speed = speed / torch.tensor(numbers, dtype=torch.float64, device=x.device)
     angle = torch.arange(length, dtype=torch.float64, device=x.device)[:, None] * speed
     if node.get("inverse"):
         angle = -angle

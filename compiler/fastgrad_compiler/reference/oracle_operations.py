@@ -9,7 +9,7 @@ cast            from float to int towards 0, NaN to 0, and to the nearest where 
 div             gives a float, of ints too
 clamp           gives ints of ints, those within the limits
 mean            of nothing is NaN, a sum 0
-rotary          turns pairs (i, i + d/2) by position * base^(-2 i / d)
+rotary          turns pairs (i, i + d/2) by position * base^(-2 i / d), over the stretch of the pair
 shift           zeros where there is no such token, or one of another document; so in depthwise
 sinusoid        sin in even and cos in odd columns c, of position / 10000^((c - c % 2) / width)
 dropout         the identity: a run here evaluates, it does not train
@@ -270,6 +270,9 @@ def _rotary(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     (x,) = inputs
     length, half = x.shape[-2], x.shape[-1] // 2
     speed = _number(node["base"]) ** (-np.arange(half) / half)
+    stretch = node.get("stretch")
+    if stretch is not None:
+        speed = speed / np.array([_number(each) for each in _items(stretch)])
     angle = np.arange(length)[:, None] * speed * (-1 if node.get("inverse") else 1)
     turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
     return np.concatenate((turned.real, turned.imag), axis=-1)

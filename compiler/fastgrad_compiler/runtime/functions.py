@@ -7,7 +7,7 @@ needed, so that a model can move, be compiled and be exported.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -62,15 +62,26 @@ def truncate(x: Tensor) -> Tensor:
     return whole.masked_fill(x >= 2.0**63, 2**63 - 1).masked_fill(x < -(2.0**63), -(2**63))
 
 
-def rotary(x: Tensor, base: float, *, inverse: bool = False, past: Tensor | int = 0) -> Tensor:
+def rotary(
+    x: Tensor,
+    base: float,
+    *,
+    stretch: Sequence[float] | None = None,
+    inverse: bool = False,
+    past: Tensor | int = 0,
+) -> Tensor:
     """Turn the pairs (i, i + d/2) of x [.., n, d] by the angle position * base^(-2i/d); `inverse` turns back.
 
+    stretch: what the angles of each pair are divided by, one number for all pairs or one for each.
     past: the position of the first token.
     """
     n, d = x.shape[-2:]
     precision = _of_angles(x.device)
     rates = torch.arange(0, d, 2, device=x.device, dtype=precision) * (-math.log(base) / d)
-    angles = _positions(n, past, x.device, precision) * rates.exp()
+    rates = rates.exp()
+    if stretch is not None:
+        rates = rates / torch.tensor(stretch, device=x.device, dtype=precision)
+    angles = _positions(n, past, x.device, precision) * rates
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     if inverse:
         sin = -sin

@@ -1,0 +1,1 @@
+"""The families of models that are read: each a table of fields, a spec and a table of tensors."""
