@@ -189,6 +189,7 @@ def test_the_sums_are_two_numbers_to_the_last_bits(tmp_path: Path) -> None:
     *given, _ = (x if x is None else x.detach() for x in inputs.arguments)
     call = Launches(load_kernels(write_kernels(PLAIN, tmp_path, "kernels")), PLAIN, *given)  # type: ignore[arg-type]
     sums = call.sums
+    assert sums is not None
     gates = inputs.tensors[-1].detach().double().clamp(min=-1000.0)
     gates[..., 0] = 0.0
     expected = gates.cumsum(-1)
