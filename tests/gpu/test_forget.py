@@ -91,10 +91,16 @@ def test_kernels_agree_with_the_dense_reference(
 @pytest.mark.parametrize(
     ("d", "dv", "degree", "near", "n"),
     [
-        (20, 24, 3, 16, 53),
+        (18, 20, 2, 16, 37),
         *(
             pytest.param(*shape, marks=SLOW)
-            for shape in ((5, 3, 1, None, 37), (3, 70, 4, None, 66), (33, 16, 2, 40, 81), (9, 20, 2, 8, 1))
+            for shape in (
+                (20, 24, 3, 16, 53),
+                (5, 3, 1, None, 37),
+                (3, 70, 4, None, 66),
+                (33, 16, 2, 40, 81),
+                (9, 20, 2, 8, 1),
+            )
         ),
     ],
 )
@@ -139,7 +145,7 @@ def test_sums_are_rounded_after_their_differences_are_taken(spec: KernelSpec, tm
 @pytest.mark.parametrize("near", [None, pytest.param(16, marks=SLOW)])
 def test_the_result_does_not_depend_on_the_schedule(near: int | None, tmp_path: Path) -> None:
     spec = replace(PLAIN, near=near, padding=True)
-    inputs = rounded(spec, mixed(make_inputs(spec, 85, heads=1, batch=1)), torch.float32)
+    inputs = rounded(spec, mixed(make_inputs(spec, 70, heads=1, batch=1)), torch.float32)
     first = run(spec, inputs, tmp_path)
     others = [
         run(spec, inputs, tmp_path, chunk=64, tiles=(16, 32, 64, 4, 1)),
@@ -183,7 +189,7 @@ def test_the_sums_are_two_numbers_to_the_last_bits(tmp_path: Path) -> None:
     *given, _ = (x if x is None else x.detach() for x in inputs.arguments)
     call = Launches(load_kernels(write_kernels(PLAIN, tmp_path, "kernels")), PLAIN, *given)  # type: ignore[arg-type]
     sums = call.sums
-    assert isinstance(sums, Tensor)
+    assert sums is not None
     gates = inputs.tensors[-1].detach().double().clamp(min=-1000.0)
     gates[..., 0] = 0.0
     expected = gates.cumsum(-1)

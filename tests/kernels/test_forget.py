@@ -23,9 +23,15 @@ from tests.kernels.leaks import gates_of
 DOUBLE = 1e-12  # float64: sums of some dozen terms of size 1
 FORGET = KernelSpec(3, 4, COEFFICIENTS[2], causal=True, scale=0.7, chunk=8, forget=True)
 WINDOW = KernelSpec(3, 4, (), causal=True, scale=0.7, window=5, forget=True)
+SLOW = pytest.mark.slow
 FIELDS = [(None, None), (8, None), (5, None), (3, 3), (16, 3), (64, 2)]  # near, near_d
 SHAPES = [(1, 2, 8), (37, 1, 8), (70, 2, 16), (64, 3, 64)]  # n, groups, chunk
 MASKS = list(itertools.product((False, True), repeat=2))  # padding, documents
+PAIRS = [  # masks, field: all fields with both masks, all masks without a field, some fields without a mask
+    *(((True, True), field) for field in FIELDS),
+    *((masks, (None, None)) for masks in MASKS[:3]),
+    *(((False, False), field) for field in ((5, None), (16, 3))),
+]
 KINDS = {
     "causal": FORGET,
     "padding": replace(FORGET, padding=True),
@@ -59,11 +65,13 @@ def errors(spec: KernelSpec, inputs: Inputs) -> tuple[float, float]:
 # ---------------------------------------------------------------- values and gradients
 
 
-@pytest.mark.parametrize(("near", "near_d"), FIELDS)
-@pytest.mark.parametrize(("padding", "documents"), MASKS)
-def test_matches_dense_reference(
-    padding: bool, documents: bool, near: int | None, near_d: int | None
-) -> None:
+@pytest.mark.parametrize(
+    ("masks", "field"),
+    [pytest.param(*each, marks=[] if each in PAIRS else [SLOW]) for each in itertools.product(MASKS, FIELDS)],
+    ids=str,
+)
+def test_matches_dense_reference(masks: tuple[bool, bool], field: tuple[int | None, int | None]) -> None:
+    (padding, documents), (near, near_d) = masks, field
     spec = replace(FORGET, padding=padding, documents=documents, near=near, near_d=near_d)
     for n, groups, chunk in SHAPES:
         inputs = make_inputs(spec, n, groups=groups)
@@ -114,8 +122,9 @@ def test_many_rows_are_worked_in_groups(kind: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("kind", ["causal", "near"])
 def test_gradcheck(kind: str) -> None:
-    spec = KINDS[kind]
-    inputs = make_inputs(spec, 7, batch=1, heads=1, groups=2)
+    spec = replace(KINDS[kind], chunk=2)
+    spec = spec if spec.near is None else replace(spec, near=1, near_d=2)
+    inputs = make_inputs(spec, 5, batch=1, heads=1, groups=2)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         return load_kernel(spec)(q, k, v, **named(more), mask=inputs.mask)
@@ -201,8 +210,22 @@ def test_gates_of_0_forget_nothing(kind: str) -> None:
         assert worst_error(run_kernel(spec, inputs, below)[:-1], expected) < 1e-14
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("gate", [-80.0, -1000.0, -1e30, -torch.inf])
+STRONG = [
+    (-80.0, torch.float64),
+    (-1000.0, torch.bfloat16),
+    (-1e30, torch.float32),
+    (-torch.inf, torch.float32),
+]
+GATES = (-80.0, -1000.0, -1e30, -torch.inf)
+
+
+@pytest.mark.parametrize(
+    ("gate", "dtype"),
+    [
+        pytest.param(*each, marks=[] if each in STRONG else [SLOW])
+        for each in itertools.product(GATES, (torch.float32, torch.float64, torch.bfloat16))
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_strong_gates(kind: str, gate: float, dtype: torch.dtype) -> None:
     """Everywhere, at every third token, and at one: what they leave is what is left, and nothing is lost to underflow.
