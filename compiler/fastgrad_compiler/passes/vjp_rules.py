@@ -182,9 +182,11 @@ def _share(g: Value, winners: Value, axes: tuple[int, ...]) -> Value:
 
 
 def _winner(g: Value, first: Value, second: Value) -> Cotangents:
-    """`g` to the operand that won, half to each on a tie."""
+    """`g` to the operand that won, half to each on a tie; none of it to the other, whatever it is."""
     half = (g * 0.5).fit(first.shape)
-    return half + half.only(first) - half.only(second), half + half.only(second) - half.only(first)
+    return tuple(
+        half.only(won) + half.only(lost.op("logical_not")) for won, lost in ((first, second), (second, first))
+    )
 
 
 def _unit(g: Value, y: Value, x: Value) -> Value:
