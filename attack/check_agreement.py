@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -84,7 +85,7 @@ def _steps(case: Case, point: Point, expected: Sequence[Array], noise: Sequence[
         return
     inputs, weights = point.tensors()
     split = random_split(case.sizes[str(program.along)], rng)
-    with torch.no_grad():
+    with torch.no_grad(), _in_double():
         found = by_interpreter(program, inputs, weights, split)
         agree("the interpreter in steps", [each.numpy() for each in found], expected, noise)
         model = built(program, point.weights)
@@ -104,10 +105,16 @@ def _meant(program: Program, case: Case, point: Point) -> tuple[Sequence[Array],
 
 
 def _outputs(model: nn.Module, point: Point) -> list[Array]:
-    torch.set_default_dtype(torch.float64)  # of a program that neither reads a number nor has weights
+    with torch.no_grad(), _in_double():
+        return [each.numpy() for each in run_module(model, point.tensors()[0])]
+
+
+@contextmanager
+def _in_double() -> Iterator[None]:
+    """For a program that neither reads a number nor has weights."""
+    torch.set_default_dtype(torch.float64)
     try:
-        with torch.no_grad():
-            return [each.numpy() for each in run_module(model, point.tensors()[0])]
+        yield
     finally:
         torch.set_default_dtype(torch.float32)
 

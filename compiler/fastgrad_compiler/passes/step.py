@@ -144,12 +144,11 @@ class _Derivation:
     def _step(self, graph: Graph) -> str:
         found = self.streams(graph.name)
         once = self._once(graph, found)
-        nodes = self._nodes(graph, found, once)
-        if nodes == graph.nodes:
+        form = self._form(graph, found, once)
+        if form.nodes == graph.nodes:
             return graph.name
-        name = step_form(graph.name)
-        self.graphs.append(replace(graph, name=name, nodes=nodes))
-        return name
+        self.graphs.append(form)
+        return form.name
 
     # ------------------------------------------------------------ what is the same in every call
 
@@ -165,8 +164,8 @@ class _Derivation:
             name for name in wanted if name in found.fixed and (is_main or graph[name].op != "input")
         )
 
-    def _nodes(self, graph: Graph, found: Streams, once: tuple[str, ...]) -> tuple[Node, ...]:
-        """The nodes of a step form. The graph of `once` is added on the way."""
+    def _form(self, graph: Graph, found: Streams, once: tuple[str, ...]) -> Graph:
+        """The step form of a graph. The graph of `once` is added on the way."""
         nodes = list(graph.inputs)
         names: dict[str, str] = {}
         if once:
@@ -176,8 +175,10 @@ class _Derivation:
             if node.op != "input" and node.name not in once:
                 live = self._live(graph, node, found) if node.name in found.live else node
                 nodes.append(replace(live, inputs=tuple(names.get(name, name) for name in live.inputs)))
-        needed = replace(graph, nodes=tuple(nodes)).alive
-        return tuple(node for node in nodes if node.op == "input" or node.name in needed)
+        outputs = tuple(names.get(name, name) for name in graph.outputs)
+        whole = replace(graph, name=step_form(graph.name), nodes=tuple(nodes), outputs=outputs)
+        needed = tuple(node for node in nodes if node.op == "input" or node.name in whole.alive)
+        return replace(whole, nodes=needed)
 
     def _kept(self, graph: Graph, once: tuple[str, ...]) -> tuple[list[Node], dict[str, str]]:
         """The call of the graph that computes what is kept, its results, and other names for kept inputs."""
