@@ -111,7 +111,8 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
     lines += ["from torch import Tensor, nn" if uses_modules else "from torch import Tensor", ""]
     siblings = set()
     for spec, name in imports.kernels.items():
-        own = f"SPEC as {name}_spec, " if f"{name}_spec" in imports.specs else ""
+        own = f"NATIVE as {name}_native, " if f"{name}_native" in imports.natives else ""
+        own += f"SPEC as {name}_spec, " if f"{name}_spec" in imports.specs else ""
         siblings.add(f"from .{kernel_name(spec, imports.backends)} import {own}attention as {name}")
     if imports.exact_attention:
         siblings.add("from .exact_attention import exact_attention")

@@ -30,6 +30,7 @@ HEADERS = (
     "sweeps",
     "forward",
     "backward",
+    "step",
     "register",
 )
 
