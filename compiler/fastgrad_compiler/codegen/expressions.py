@@ -329,8 +329,10 @@ def _alibi(place: Place, node: Node, operands: Operands) -> Expr:
 
 def _rotary(place: Place, node: Node, operands: Operands) -> Expr:
     inverse = True if node.get("inverse") else None
-    base, past = literal(_number(node["base"])), _past(node)
-    return call(place.helper("rotary"), operands[0], base, inverse=inverse, past=past)
+    base = literal(_number(node["base"]))
+    if node.get("past"):
+        return call(place.step_helper("rotary_step"), operands[0], base, inverse=inverse, state="state")
+    return call(place.helper("rotary"), operands[0], base, inverse=inverse)
 
 
 def _past(node: Node) -> str | None:

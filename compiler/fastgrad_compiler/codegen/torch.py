@@ -34,7 +34,7 @@ from fastgrad_grammar.quote import python_docstring, python_string
 STEP_FILES = ("state.py", "step.py", "step_attention.py", "step_sums.py", "step_tokens.py")
 STEP_NAMES = {
     "state": (BASE, STATE, SCOPE),
-    "step": ("depthwise_step", "place_of", "rows_of", "shift_step"),
+    "step": ("depthwise_step", "place_of", "rotary_step", "rows_of", "shift_step"),
     "step_tokens": ("Rule",),
 }
 _HIDES_ROWS = frozenset({*(name for name, mask in MASKS.items() if mask.empties), "where", "fill", "log"})

@@ -62,16 +62,22 @@ def truncate(x: Tensor) -> Tensor:
     return whole.masked_fill(x >= 2.0**63, 2**63 - 1).masked_fill(x < -(2.0**63), -(2**63))
 
 
-def rotary(x: Tensor, base: float, *, inverse: bool = False, past: Tensor | int = 0) -> Tensor:
-    """Turn the pairs (i, i + d/2) of x [.., n, d] by the angle position * base^(-2i/d); `inverse` turns back.
+def rotary(x: Tensor, base: float, *, inverse: bool = False) -> Tensor:
+    """Turn the pairs (i, i + d/2) of x [.., n, d] by the angle position * base^(-2i/d); `inverse` turns back."""
+    return turned(x, *turns(x, base, 0), inverse=inverse)
 
-    past: the position of the first token.
-    """
+
+def turns(x: Tensor, base: float, past: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [n, d/2] of the angles by which `rotary` turns x, whose first token has the position `past`."""
     n, d = x.shape[-2:]
     precision = _precision(x)
     rates = torch.arange(0, d, 2, device=x.device, dtype=precision) * (-math.log(base) / d)
     angles = _positions(n, past, x.device, precision) * rates.exp()
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
+    """x turned by the angles of `turns`, or back."""
     if inverse:
         sin = -sin
     first, second = x.chunk(2, -1)

@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
 from .attention_op import NAMESPACE, Inputs, compute_dtype
@@ -137,16 +138,25 @@ class NativeAttention:
             for x, dx in zip(floats, gradients, strict=True)
         )
 
+    @staticmethod
+    def is_plain() -> bool:
+        """Whether operations that have no rules for graphs, maps and derivatives may serve what runs now."""
+        derived = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        return enabled() and not (derived or torch.compiler.is_compiling() or is_mapped())
+
     def stepper(self, tokens: Sequence[Tensor | None]) -> Operation | None:
-        """What serves the next tokens, of which these are the floating tensors, new ones and kept ones; or None."""
+        """What serves the next tokens, of which these are the floating tensors, new ones and kept ones; or None.
+
+        They carry no gradients, and `is_plain` holds.
+        """
         floats = [x for x in tokens if x is not None]
         dtype = floats[0].dtype
-        if not _is_plain(floats) or any(x.dtype != dtype for x in floats):
+        if any([x.dtype != dtype or not x.is_cpu for x in floats]):
             return None
         if self.kernel.precision == "float64":
-            dtype = torch.float64 if dtype == torch.float32 else dtype
-            if dtype != torch.float64:
+            if dtype not in (torch.float32, torch.float64):
                 return None
+            dtype = torch.float64
         operations = self._library(dtype)
         return None if operations is None else operations.step
 
@@ -176,7 +186,7 @@ class NativeAttention:
         self, sums: Tensor, k: Tensor, v: Tensor, there: Tensor | None, factor: Tensor | None, work: torch.dtype
     ) -> bool:
         """`step_sums.absorb` in the precision `work`; False where it cannot be had, and nothing is done."""
-        if not _is_plain((sums, k, v)) or 0 in (k.numel(), v.numel()):
+        if not (self.is_plain() and k.is_cpu) or 0 in (k.numel(), v.numel()):
             return False
         half = k.dtype == v.dtype == torch.bfloat16 and work == torch.float32
         dtype = torch.bfloat16 if half else work
@@ -223,14 +233,6 @@ class NativeAttention:
         except OSError as error:
             message = f"{error.filename or error} is missing: compile the model again"
             raise NativeError(message) from error
-
-
-def _is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether native operations, which have no rules for graphs, maps and derivatives, may have these."""
-    if not enabled() or torch.compiler.is_compiling() or is_mapped():
-        return False
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return not wanted and all(x.device.type == "cpu" for x in tensors)
 
 
 def _input_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:

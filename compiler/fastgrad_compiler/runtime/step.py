@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .convolution import depthwise, shift
+from .functions import turned, turns
 from .state import Scope
 
 
@@ -23,6 +24,21 @@ def rows_of(x: Tensor, axis: int, first: int, tokens: int, state: Scope) -> Tens
     IndexError where there are none for so many tokens.
     """
     return x.index_select(axis, place_of(tokens, state, x.device) + first)
+
+
+def rotary_step(x: Tensor, base: float, *, inverse: bool = False, state: Scope) -> Tensor:
+    """`rotary` of new tokens x [.., c, d]; what turns them is found once in a call."""
+    kind = (base, inverse, x.shape[-2:], x.dtype, x.device)
+    if x.shape[-2] == 1 and state.known_past is not None:
+        return x @ state.once(("rotation", *kind), lambda: _rotation(x, base, inverse, state))
+    cos, sin = state.once(("turns", *kind), lambda: turns(x, base, state.past))
+    return turned(x, cos, sin, inverse=inverse)
+
+
+def _rotation(x: Tensor, base: float, inverse: bool, state: Scope) -> Tensor:
+    """[d, d]: the matrix by which one token is turned, in one operation."""
+    unit = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return turned(unit, *turns(x, base, state.past), inverse=inverse)
 
 
 def shift_step(x: Tensor, ids: Tensor | None = None, *, by: int, state: Scope) -> Tensor:

@@ -115,6 +115,8 @@ def _natively(native: NativeAttention, inputs: Inputs, state: Scope) -> Tensor |
     past, sums = state.known_past, state.find("sums")
     if past is None or sums is None or state.starts or not 0 < inputs.q.shape[2] <= FEW:
         return None
+    if not state.once("plain", native.is_plain):
+        return None
     ring = [state.find(name) for name in Tokens._fields[:-1]]
     operation = native.stepper((*inputs[:5], *ring[:3]))
     if operation is None:
