@@ -32,6 +32,7 @@ from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import python_docstring, python_string
 
 STEP_FILES = ("state.py", "step.py", "step_attention.py", "step_sums.py", "step_tokens.py")
+HELPER_FILES = ("convolution.py", "functions.py", "positions.py", "softmax_pairs.py")
 STEP_NAMES = {
     "state": (BASE, STATE, SCOPE),
     "step": ("depthwise_step", "place_of", "rotary_step", "rows_of", "shift_step"),
@@ -59,7 +60,7 @@ def emit_package(
         "initialise.py": _runtime("initialise.py"),
     }
     if uses_helpers:
-        files |= {name: _runtime(name) for name in ("convolution.py", "functions.py", "softmax_pairs.py")}
+        files |= {name: _runtime(name) for name in HELPER_FILES}
     for spec in imports.kernels:
         files.update(kernel_files(spec, backends))
     if imports.steps:
@@ -111,9 +112,7 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
     lines += ["from torch import Tensor, nn" if uses_modules else "from torch import Tensor", ""]
     siblings = set()
     for spec, name in imports.kernels.items():
-        own = f"NATIVE as {name}_native, " if f"{name}_native" in imports.natives else ""
-        own += f"SPEC as {name}_spec, " if f"{name}_spec" in imports.specs else ""
-        siblings.add(f"from .{kernel_name(spec, imports.backends)} import {own}attention as {name}")
+        siblings |= _kernel_imports(imports, kernel_name(spec, imports.backends), name)
     if imports.exact_attention:
         siblings.add("from .exact_attention import exact_attention")
     if re.search(rf"\b{GUARD}\(", code):
@@ -130,6 +129,13 @@ def _imports(imports: Imports, helpers: list[str], body: str) -> str:
         text += str(writer)
     ordered = text.rpartition("\n\n")
     return f"{ordered[0]}\n\n{_sorted_imports(ordered[2])}\n\n"
+
+
+def _kernel_imports(imports: Imports, module: str, name: str) -> set[str]:
+    """What a model takes from a kernel's file."""
+    found = {"attention": name, "NATIVE": f"{name}_native", "SPEC": f"{name}_spec"}
+    taken = {name, *imports.natives, *imports.specs}
+    return {f"from .{module} import {what} as {own}" for what, own in found.items() if own in taken}
 
 
 def _step_imports(imports: Imports) -> set[str]:

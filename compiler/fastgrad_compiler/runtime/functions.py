@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .convolution import depthwise as depthwise
 from .convolution import document_runs
 from .convolution import shift as shift
+from .positions import places, precision_of, turned, turns
 from .softmax_pairs import Marks, Pairs, is_finite, is_mapped, is_small, select
 
 
@@ -67,40 +68,16 @@ def rotary(x: Tensor, base: float, *, inverse: bool = False) -> Tensor:
     return turned(x, *turns(x, base, 0), inverse=inverse)
 
 
-def turns(x: Tensor, base: float, past: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [n, d/2] of the angles by which `rotary` turns x, whose first token has the position `past`."""
-    n, d = x.shape[-2:]
-    precision = _precision(x)
-    rates = torch.arange(0, d, 2, device=x.device, dtype=precision) * (-math.log(base) / d)
-    angles = _positions(n, past, x.device, precision) * rates.exp()
-    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-
-
-def turned(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
-    """x turned by the angles of `turns`, or back."""
-    if inverse:
-        sin = -sin
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
-
-
 def sinusoid(length: int, width: int, like: Tensor, *, past: Tensor | int = 0) -> Tensor:
     """The positions of Vaswani et al.: [length, width], sines at even places and cosines at odd ones.
 
     past: the position of the first row.
     """
-    precision = _precision(like)
+    precision = precision_of(like)
     rates = torch.arange(0, width, 2, device=like.device, dtype=precision) * (-math.log(10000.0) / width)
-    angles = _positions(length, past, like.device, precision) * rates.exp()
+    angles = places(length, past, like.device, precision) * rates.exp()
     table = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
     return table[:, :width].to(like.dtype)
-
-
-def _positions(count: int, past: Tensor | int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[count, 1]: past, past + 1 ..."""
-    if isinstance(past, int):
-        return torch.arange(past, past + count, device=device, dtype=dtype).unsqueeze(-1)
-    return (torch.arange(count, device=device) + past.to(device)).to(dtype).unsqueeze(-1)
 
 
 def softmax_attention(
@@ -239,7 +216,7 @@ def centred_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> T
     the mean and each entry over the deviation. A mean that is rounded to the dtype leaves a difference that is exact
     there, of which F.layer_norm takes the rest.
     """
-    wide, weight, bias = (t.to(_precision(x)) for t in (x, weight, bias))
+    wide, weight, bias = (t.to(precision_of(x)) for t in (x, weight, bias))
     centred = wide - wide.mean(-1, keepdim=True)
     return F.layer_norm(centred, x.shape[-1:], weight, bias, eps).to(x.dtype)
 
@@ -254,11 +231,6 @@ def normalize_rows(weights: Tensor) -> Tensor:
 def apply_alibi(scores: Tensor) -> Tensor:
     """Scores [.., h, n, m] with a bias that falls with the distance, at a rate of its own for each head."""
     return scores + _alibi(scores.shape[-3], scores.shape[-2], scores.shape[-1], scores)
-
-
-def _precision(like: Tensor) -> torch.dtype:
-    """What positions are computed in: bfloat16 cannot tell 256 from 257."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def _lower(n: int, m: int, device: torch.device) -> Tensor:
@@ -279,7 +251,7 @@ def _forgotten(log_gate: Tensor) -> Tensor:
 
 def _alibi(heads: int, n: int, m: int, like: Tensor) -> Tensor:
     slopes = torch.exp2(
-        torch.arange(1, heads + 1, device=like.device, dtype=_precision(like)) * (-8.0 / heads)
+        torch.arange(1, heads + 1, device=like.device, dtype=precision_of(like)) * (-8.0 / heads)
     )
     return -(slopes.view(-1, 1, 1) * _distances(n, m, like.device)).to(like.dtype)
 

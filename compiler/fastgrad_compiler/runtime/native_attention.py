@@ -19,8 +19,8 @@ Where attention is causal and by a polynomial, it has two more, for tokens that 
     fastgrad::NAME_VARIANT_absorb(k, v, factor, there, sums, threads)
 
 The first gives the attention of some tokens one by one, and brings up to date what is kept: the tensors of
-`step_attention.Kept`. All its tokens have one dtype; in the variant float64 that may be float32. The second adds keys to
-sums.
+`step_attention.Kept`. All its tokens have one dtype; in the variant float64 that may be float32. The second adds keys
+to sums.
 """
 
 from __future__ import annotations
@@ -183,7 +183,13 @@ class NativeAttention:
         return out
 
     def absorb(
-        self, sums: Tensor, k: Tensor, v: Tensor, there: Tensor | None, factor: Tensor | None, work: torch.dtype
+        self,
+        sums: Tensor,
+        k: Tensor,
+        v: Tensor,
+        there: Tensor | None,
+        factor: Tensor | None,
+        work: torch.dtype,
     ) -> bool:
         """`step_sums.absorb` in the precision `work`; False where it cannot be had, and nothing is done."""
         if not (self.is_plain() and k.is_cpu) or 0 in (k.numel(), v.numel()):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .convolution import depthwise, shift
-from .functions import turned, turns
+from .positions import turned, turns
 from .state import Scope
 
 
@@ -30,7 +30,8 @@ def rotary_step(x: Tensor, base: float, *, inverse: bool = False, state: Scope) 
     """`rotary` of new tokens x [.., c, d]; what turns them is found once in a call."""
     kind = (base, inverse, x.shape[-2:], x.dtype, x.device)
     if x.shape[-2] == 1 and state.known_past is not None:
-        return x @ state.once(("rotation", *kind), lambda: _rotation(x, base, inverse, state))
+        rotation: Tensor = state.once(("rotation", *kind), lambda: _rotation(x, base, inverse, state))
+        return x @ rotation
     cos, sin = state.once(("turns", *kind), lambda: turns(x, base, state.past))
     return turned(x, cos, sin, inverse=inverse)
 

@@ -161,7 +161,9 @@ def _runs(ids: Tensor, state: Scope) -> Tensor:
 class Kept:
     """What an attention keeps of its tokens: the last of them in a ring, or all; and the sums of those before."""
 
-    def __init__(self, state: Scope, rule: Rule, like: Tokens, guard: str = "", native: NativeAttention | None = None) -> None:
+    def __init__(
+        self, state: Scope, rule: Rule, like: Tokens, guard: str = "", native: NativeAttention | None = None
+    ) -> None:
         self.state, self.rule, self.guard, self.native = state, rule, guard, native
         self.size = rule.ring if rule.ring is not None else self._capacity(like)
         self.tile = min(self.size, TILE) if rule.ring else TILE
