@@ -15,7 +15,8 @@ each token: all are float64 and contiguous in all variants.
 Where attention is causal and by a polynomial, it has two more, for tokens that go on from a `State`:
 
     fastgrad::NAME_VARIANT_step(q, k, v, near_q, near_k, log_gate, mask, runs, ring_k, ring_v, ring_near_k, ring_gates,
-                                ring_seen, ring_run, document, sums, out, past, threads)
+                                ring_seen, ring_run, document, summed, sums, out, past,
+                                threads)
     fastgrad::NAME_VARIANT_absorb(k, v, factor, there, sums, threads)
 
 The first gives the attention of some tokens one by one, and brings up to date what is kept: the tensors of
@@ -166,12 +167,13 @@ class NativeAttention:
         inputs: Inputs,
         ring: Sequence[Tensor | None],
         document: Tensor | None,
+        summed: Tensor | None,
         sums: Tensor,
         past: int,
     ) -> Tensor:
         """[b, H, c, dv]: the attention of new tokens, whose documents are numbered as those of the ring.
 
-        operation: of `stepper`. ring: k, v, near_k, gates, seen and run. They, the document and the sums are written.
+        operation: of `stepper`. ring: k, v, near_k, gates, seen and run. They and what follows are written.
         """
         q, k, v, near_q, near_k, log_gate, mask, runs = inputs
         batch, heads, count, _ = q.shape
@@ -179,7 +181,7 @@ class NativeAttention:
         floats = [None if x is None else _dense(x) for x in (q, k, v, near_q, near_k)]
         gates = None if log_gate is None else log_gate.double().contiguous()
         masks = (None if x is None else x.contiguous() for x in (mask, runs))
-        operation(*floats, gates, *masks, *ring, document, sums, out, past, torch.get_num_threads())
+        operation(*floats, gates, *masks, *ring, document, summed, sums, out, past, torch.get_num_threads())
         return out
 
     def absorb(

@@ -1,7 +1,8 @@
 """Causal attention of new tokens to all before them, from what is kept of those.
 
 By a polynomial, a ring holds the last tokens as they are, twice the block of the near field; what leaves it is added to
-the sums phi(k) [v, 1]^T of all earlier ones, in float64, so that nothing drifts. Within a window the ring is all there
+the sums phi(k) [v, 1]^T of all earlier ones, in float64, so that nothing drifts. Native kernels add tokens when nothing
+is near them any more; how many are in the sums is kept too, and the others of the ring are met one by one. Within a window the ring is all there
 is. Exact attention keeps every token, in a cache that doubles when it is full.
 
 Pairs with a token of the ring weigh what they weigh in a whole text: exp of the score where they are near, else the
@@ -22,7 +23,7 @@ from torch import Tensor
 from .attention_op import Inputs
 from .exact_attention import exact_attention
 from .guard import guard_of
-from .state import Scope
+from .state import SHARED, Scope
 from .step_sums import absorb, read, sums_shape
 from .step_tokens import (
     AXES,
@@ -42,6 +43,7 @@ from .step_tokens import (
 if TYPE_CHECKING:  # a build for other targets has no such file
     from .native_attention import NativeAttention
 
+SUMMED = f"summed.{SHARED}"  # int64, no dimensions: how many tokens are in the sums
 FEW = 16  # tokens that native kernels serve one by one
 TILE = 128  # tokens at a time where there is no ring
 LEAST_CACHE = 64
@@ -123,7 +125,8 @@ def _natively(native: NativeAttention, inputs: Inputs, state: Scope) -> Tensor |
         return None
     if inputs.documents is not None:
         inputs = inputs._replace(documents=_runs(inputs.documents, state))
-    return native.step(operation, inputs, ring, state.find("document"), sums, past)
+    kept = (state.find("document"), state.find(SUMMED), sums)
+    return native.step(operation, inputs, ring, *kept, past)
 
 
 def _exact(rule: Rule) -> Whole | None:
@@ -174,6 +177,9 @@ class Kept:
             self.sums = state.get(
                 "sums", lambda: torch.zeros(shape, dtype=torch.float64, device=like.k.device)
             )
+        self.summed: Tensor | None = None
+        if self.sums is not None and self.size:
+            self.summed = state.get(SUMMED, lambda: like.places.new_zeros(()))
 
     def _made(self, name: str, like: Tensor | None, axis: int) -> Tensor | None:
         if like is None:
@@ -207,10 +213,12 @@ class Kept:
     # ------------------------------------------------------------ tokens that are kept
 
     def _earlier(self, new: Tokens) -> Tokens:
-        """The tokens of the ring, with their places before new ones."""
+        """The tokens of the ring, with their places before new ones; those that are in the sums count as none."""
         last = new.places[0] - 1
         slots = torch.arange(self.size, device=new.places.device)
         places = last - torch.remainder(last - slots, max(self.size, 1))
+        if self.summed is not None:
+            places = torch.where(places < self.summed, -1, places)
         return self.ring._replace(places=places)
 
     def _cache(self, new: Tokens) -> Tokens:
@@ -237,6 +245,8 @@ class Kept:
             self._sum_up(
                 Tokens._make(None if x is None else x.index_select(axis, slots) for x, axis in picked), new
             )
+        if self.summed is not None:
+            torch.maximum(self.summed, new.places[-1] + 1 - size, out=self.summed)
         if new.run is not None:
             self._document().copy_(new.run[:, -1:])
         if size:

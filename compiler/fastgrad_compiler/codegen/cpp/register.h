@@ -78,8 +78,8 @@ template <typename Element>
 inline void step_as(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& near_q, const Optional& near_k,
                     const Optional& log_gate, const Optional& mask, const Optional& runs, const Tensor& ring_k,
                     const Tensor& ring_v, const Optional& ring_near_k, const Optional& ring_gates,
-                    const Optional& ring_seen, const Optional& ring_run, const Optional& document, const Tensor& sums,
-                    const Tensor& out, std::int64_t past, std::int64_t threads) {
+                    const Optional& ring_seen, const Optional& ring_run, const Optional& document, const Optional& summed,
+                    const Tensor& sums, const Tensor& out, std::int64_t past, std::int64_t threads) {
   Next<Element> s{};
   s.batch = k.size(0);
   s.heads = k.size(1);
@@ -110,6 +110,7 @@ inline void step_as(const Tensor& q, const Tensor& k, const Tensor& v, const Opt
     s.ring_run = entries<std::int64_t>(ring_run.value(), b * RING);
     s.document = entries<std::int64_t>(document.value(), b);
   }
+  if (NEAR > 0) s.summed = entries<std::int64_t>(summed.value(), 1);
   s.sums = entries<double>(sums, b * h * RANK * SUM_COLUMNS);
   s.out = heads<Element>(out);
   s.threads = std::max<std::int64_t>(1, threads);
@@ -119,10 +120,10 @@ inline void step_as(const Tensor& q, const Tensor& k, const Tensor& v, const Opt
 void attention_step(const Tensor q, const Tensor k, const Tensor v, const Optional near_q, const Optional near_k,
                     const Optional log_gate, const Optional mask, const Optional runs, Tensor ring_k, Tensor ring_v,
                     Optional ring_near_k, Optional ring_gates, Optional ring_seen, Optional ring_run, Optional document,
-                    Tensor sums, Tensor out, std::int64_t past, std::int64_t threads) {
+                    Optional summed, Tensor sums, Tensor out, std::int64_t past, std::int64_t threads) {
   const auto run = [&](auto element) {
     step_as<decltype(element)>(q, k, v, near_q, near_k, log_gate, mask, runs, ring_k, ring_v, ring_near_k, ring_gates,
-                               ring_seen, ring_run, document, sums, out, past, threads);
+                               ring_seen, ring_run, document, summed, sums, out, past, threads);
   };
 #if FASTGRAD_VARIANT == 1
   if (k.scalar_type() == torch::headeronly::ScalarType::Float) return run(float{});
@@ -164,7 +165,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastgrad, library) {
     library.def(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_step(Tensor q, Tensor k, Tensor v, Tensor? near_q, Tensor? near_k"
                 ", Tensor? log_gate, Tensor? mask, Tensor? runs, Tensor(a!) ring_k, Tensor(b!) ring_v"
                 ", Tensor(c!)? ring_near_k, Tensor(d!)? ring_gates, Tensor(e!)? ring_seen, Tensor(f!)? ring_run"
-                ", Tensor(g!)? document, Tensor(h!) sums, Tensor(i!) out, int past, int threads) -> ()");
+                ", Tensor(g!)? document, Tensor(h!)? summed, Tensor(i!) sums, Tensor(j!) out, int past, int threads) -> ()");
     library.def(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_absorb(Tensor k, Tensor v, Tensor? factor, Tensor? there"
                 ", Tensor(a!) sums, int threads) -> ()");
   }

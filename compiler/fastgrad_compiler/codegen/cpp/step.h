@@ -1,8 +1,10 @@
 // ---------------------------------------------------------------- the next tokens of a sequence, one by one
 
 // What attention keeps of the tokens before (runtime/step_attention.py, which reads and writes the same): the last RING
-// of them as they are, token i in slot i % RING, and of those before the sums of phi(k) [v, 1]^T, in double precision, so
-// that nothing drifts. A row of the sums holds DV columns and the denominators'. `Element`: of tokens, in memory.
+// of them as they are, token i in slot i % RING, and of the first ones, `summed` in number, the sums of phi(k) [v, 1]^T,
+// in double precision, so that nothing drifts. A row of the sums holds DV columns and the denominators'. Memory is what
+// a step waits for, so that a block of the ring is summed up at once, when nothing is near it any more: the sums are
+// read for each token, and written for each block. `Element`: of tokens, in memory.
 constexpr long RING = 2 * NEAR, SUM_COLUMNS = DV + 1;
 constexpr double LEAST_GATE = -1000;
 
@@ -18,6 +20,7 @@ struct Next {
   bool* ring_seen;         // PADDING: [batch, RING]
   std::int64_t* ring_run;  // DOCUMENTS: [batch, RING]
   std::int64_t* document;  // DOCUMENTS: [batch], of the last token
+  std::int64_t* summed;    // NEAR: one number, at least past - RING
   double* sums;            // [batch, heads, RANK, SUM_COLUMNS]
   Heads<Element> out;
   long threads;
@@ -35,6 +38,12 @@ struct Next {
     if constexpr (DOCUMENTS)
       if (run(b, key) != run(b, place)) return false;
     return true;
+  }
+  // The tokens whose keys are in the sums when `place` reads them.
+  long summed_at(long place) const {
+    if constexpr (NEAR == 0) return place;
+    const long block = place / NEAR_BLOCK * NEAR;  // where the sums last moved, if a token was there in this call
+    return std::max<long>({*summed, place + 1 - RING, block >= past ? block - NEAR : 0, 0});
   }
   bool begins(long b, long place) const {  // a document
     if constexpr (!DOCUMENTS) return false;
@@ -83,10 +92,12 @@ inline real dot(const Element* a, const real* b) {
 // One token and the keys that it sees: those of the far field first, itself last.
 template <typename Element>
 struct Meeting {
+  static constexpr int AT_ONCE = 4;  // keys that are added to the sums together
+
   alignas(VECTOR_BYTES) real q[COLUMNS], near_q[SEPARATE ? NEAR_COLUMNS : 1];
   alignas(VECTOR_BYTES) real weights[round_up(RING + 1, LANES)], values[DV];
   alignas(VECTOR_BYTES) real phi[RANK];
-  alignas(VECTOR_BYTES) double of_query[RANK], of_key[RANK], value[SUM_COLUMNS];
+  alignas(VECTOR_BYTES) double of_query[RANK], of_keys[AT_ONCE][RANK], rows[AT_ONCE][SUM_COLUMNS];
   const Element *k[RING + 1], *v[RING + 1], *near_k[SEPARATE ? RING + 1 : 1];
   double gates[FORGET ? RING + 1 : 1];
   long far, count;
@@ -106,7 +117,7 @@ struct Meeting {
   }
 
   void find_keys(const Next<Element>& s, long b, long h, long place, double gate) {
-    const long oldest = std::max(0L, place - RING);
+    const long oldest = NEAR ? s.summed_at(place) : place;
     const long nearest = NEAR ? std::max(oldest, (place / NEAR_BLOCK - 1) * NEAR) : place;
     const Rows<Element> ring_k = s.ring_k.rows(b, h), ring_v = s.ring_v.rows(b, h);
     far = count = 0;
@@ -130,17 +141,16 @@ struct Meeting {
     ++count;
   }
 
-  // A key that is added to the sums, times a factor.
-  void add(const Element* key, const Element* its_value, double factor) {
+  // A key that is to be added to the sums, times a factor; or none.
+  void add(int at, const Element* key, const Element* value, double factor) {
     features(key);
-    std::copy_n(phi, RANK, of_key);
-    for (int i = 0; i < DV; ++i) value[i] = factor * number(its_value[i]);
-    value[DV] = factor;
+    std::copy_n(phi, RANK, of_keys[at]);
+    for (int i = 0; i < DV; ++i) rows[at][i] = factor * number(value[i]);
+    rows[at][DV] = factor;
   }
-
-  void add_nothing() {
-    std::fill_n(of_key, RANK, 0.0);
-    std::fill_n(value, SUM_COLUMNS, 0.0);
+  void add_nothing(int at) {
+    std::fill_n(of_keys[at], RANK, 0.0);
+    std::fill_n(rows[at], SUM_COLUMNS, 0.0);
   }
 
   // Weights of the keys in units of e^m, and m.
@@ -216,9 +226,35 @@ template <bool ADD, typename Element>
 inline void read_sums(const Meeting<Element>& w, double* sums, double decay, double* found) {
   long f = 0;
   for (; f + 4 <= RANK; f += 4)
-    read_rows<4, ADD>(sums + f * SUM_COLUMNS, w.of_query + f, w.of_key + f, w.value, decay, found);
+    read_rows<4, ADD>(sums + f * SUM_COLUMNS, w.of_query + f, w.of_keys[0] + f, w.rows[0], decay, found);
   for (; f < RANK; ++f)
-    read_rows<1, ADD>(sums + f * SUM_COLUMNS, w.of_query + f, w.of_key + f, w.value, decay, found);
+    read_rows<1, ADD>(sums + f * SUM_COLUMNS, w.of_query + f, w.of_keys[0] + f, w.rows[0], decay, found);
+}
+
+template <typename Element>
+inline void add_keys(Meeting<Element>& w, double* __restrict sums, int count) {
+  static_assert(Meeting<Element>::AT_ONCE == 4);
+  for (int at = count; at < 4; ++at) w.add_nothing(at);
+  for (long f = 0; f < RANK; ++f) {
+    const double a = w.of_keys[0][f], b = w.of_keys[1][f], c = w.of_keys[2][f], d = w.of_keys[3][f];
+    for (int i = 0; i < SUM_COLUMNS; ++i)
+      sums[f * SUM_COLUMNS + i] += a * w.rows[0][i] + b * w.rows[1][i] + c * w.rows[2][i] + d * w.rows[3][i];
+  }
+}
+
+// Adds the keys of the ring before `place` that its sums are to hold, and do not yet.
+template <typename Element>
+inline void move_sums(const Next<Element>& s, Meeting<Element>& w, long b, long h, long place, double* sums) {
+  const long from = place == s.past ? std::max<long>(*s.summed, 0) : s.summed_at(place - 1), to = s.summed_at(place);
+  int count = 0;
+  for (long key = from; key < to; ++key) {
+    if (!s.sees(b, place, key)) continue;
+    const long slot = key % std::max(RING, 1L);
+    const double factor = FORGET ? std::exp(s.ring_gates[(b * s.heads + h) * RING + slot]) : 1;
+    w.add(count++, s.ring_k.rows(b, h)[slot], s.ring_v.rows(b, h)[slot], factor);
+    if (count == Meeting<Element>::AT_ONCE) add_keys(w, sums, count), count = 0;
+  }
+  if (count > 0) add_keys(w, sums, count);
 }
 
 template <typename Element>
@@ -232,19 +268,17 @@ inline void next_token(const Next<Element>& s, Meeting<Element>& w, long b, long
   double* sums = s.sums + row * RANK * SUM_COLUMNS;
   const bool begins = s.begins(b, place);
   if (begins) std::fill_n(sums, RANK * SUM_COLUMNS, 0.0);
-  const bool reads = !begins && place > RING;
+  if constexpr (NEAR > 0) move_sums(s, w, b, h, place, sums);
+  const bool reads = !begins && s.summed_at(place) > 0;
 
   w.find_keys(s, b, h, place, gate);
   const double decay = FORGET ? std::exp(gate) : 1;
-  const long leaves = place - RING;  // the ring; without one the token itself does
-  const bool adds = leaves >= 0 && s.sees(b, place, leaves), writes = adds || (FORGET && reads && gate != 0);
-  if (!adds) {
-    w.add_nothing();
-  } else if constexpr (NEAR > 0) {
-    const double factor = FORGET ? std::exp(s.ring_gates[row * RING + slot] + gate) : 1;
-    w.add(s.ring_k.rows(b, h)[slot], s.ring_v.rows(b, h)[slot], factor);
-  } else {
-    w.add(s.k.rows(b, h)[token], s.v.rows(b, h)[token], 1);
+  const bool adds = NEAR == 0 && s.sees(b, place, place);  // itself: there is no ring
+  const bool writes = adds || (FORGET && reads && gate != 0);
+  if (adds) {
+    w.add(0, s.k.rows(b, h)[token], s.v.rows(b, h)[token], 1);
+  } else if (writes) {
+    w.add_nothing(0);
   }
 
   for (long g = 0; g < s.groups; ++g) {
@@ -310,6 +344,7 @@ inline void step(const Next<Element>& s) {
       if constexpr (DOCUMENTS && NEAR > 0) s.ring_run[b * RING + place % RING] = s.runs[token];
       if constexpr (DOCUMENTS) s.document[b] = s.runs[token];
     }
+  if constexpr (NEAR > 0) *s.summed = s.summed_at(s.past + s.tokens - 1);
 }
 
 // ---------------------------------------------------------------- many keys at once
