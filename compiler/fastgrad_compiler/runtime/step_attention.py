@@ -2,8 +2,8 @@
 
 By a polynomial, a ring holds the last tokens as they are, twice the block of the near field; what leaves it is added to
 the sums phi(k) [v, 1]^T of all earlier ones, in float64, so that nothing drifts. Native kernels add tokens when nothing
-is near them any more; how many are in the sums is kept too, and the others of the ring are met one by one. Within a window the ring is all there
-is. Exact attention keeps every token, in a cache that doubles when it is full.
+is near them any more; how many are in the sums is kept too, and the others of the ring are met one by one. Within a
+window the ring is all there is. Exact attention keeps every token, in a cache that doubles when it is full.
 
 Pairs with a token of the ring weigh what they weigh in a whole text: exp of the score where they are near, else the
 polynomial. Nothing here decides by the number of tokens before, so that a step of fixed shapes compiles.
