@@ -86,6 +86,7 @@ def _next(place: Place, node: Node, given: Given) -> Expr:
         state=place.state(node["state"]),
         rule=_rule(place, node, by_polynomial),
         whole=place.kernel(node) if by_polynomial else None,
+        native=place.kernel_native(node) if by_polynomial and place.backends.cpp else None,
         guard=place.guard(node) if by_polynomial else None,
     )
 

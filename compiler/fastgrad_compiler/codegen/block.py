@@ -50,6 +50,7 @@ class Imports:
     helpers: set[str] = field(default_factory=set)
     kernels: dict[KernelSpec, str] = field(default_factory=dict)  # with the name that the module gives it
     specs: set[str] = field(default_factory=set)  # of those kernels, with `_spec` after their names
+    natives: set[str] = field(default_factory=set)  # likewise, with `_native`
     exact_attention: bool = False
     steps: set[str] = field(default_factory=set)  # of runtime/step.py, step_attention.py and state.py
     backends: Backends = PYTORCH  # of the kernels
@@ -160,6 +161,11 @@ class Block:
     def kernel_spec(self, node: Node) -> str:
         name = f"{self.kernel(node)}_spec"
         self.module.imports.specs.add(name)
+        return name
+
+    def kernel_native(self, node: Node) -> str:
+        name = f"{self.kernel(node)}_native"
+        self.module.imports.natives.add(name)
         return name
 
     def state(self, label: Attribute) -> Expr:

@@ -331,8 +331,10 @@ def _rotary(place: Place, node: Node, operands: Operands) -> Expr:
     inverse = True if node.get("inverse") else None
     stretch = node.get("stretch")
     numbers = None if stretch is None else tuple_text([literal(_number(each)) for each in sequence(stretch)])
-    base, past = literal(_number(node["base"])), _past(node)
-    return call(place.helper("rotary"), operands[0], base, stretch=numbers, inverse=inverse, past=past)
+    given = operands[0], literal(_number(node["base"]))
+    if node.get("past"):
+        return call(place.step_helper("rotary_step"), *given, stretch=numbers, inverse=inverse, state="state")
+    return call(place.helper("rotary"), *given, stretch=numbers, inverse=inverse)
 
 
 def _past(node: Node) -> str | None:

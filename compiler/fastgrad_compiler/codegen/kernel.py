@@ -56,7 +56,7 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
     )
 )
 CPP_RUNTIME_FILES: tuple[Path, ...] = tuple(
-    RUNTIME / name for name in ("native.py", "native_attention.py", "private_files.py")
+    RUNTIME / name for name in ("native.py", "native_attention.py", "private_files.py", "softmax_pairs.py")
 )
 TRITON_RUNTIME_FILES: tuple[Path, ...] = tuple(
     RUNTIME / name

@@ -49,6 +49,7 @@ MODULE_NAMES = frozenset(
         "depthwise_step",
         "memory_step",
         "place_of",
+        "rotary_step",
         "rows_of",
     }
     | {"shift_step"}

@@ -49,6 +49,9 @@ class Place(Protocol):
     def kernel_spec(self, node: Node) -> str:
         """The specification of that kernel, imported."""
 
+    def kernel_native(self, node: Node) -> str:
+        """The native operations of that kernel, imported."""
+
     def guard(self, node: Node) -> Expr | None:
         """The key of the guard that watches an attention, None where none does."""
 

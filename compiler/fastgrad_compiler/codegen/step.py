@@ -15,6 +15,7 @@ from fastgrad_compiler.ir.graph import Graph, Node, step_form
 from fastgrad_compiler.ir.text import print_graph
 from fastgrad_compiler.runtime.content_name import content_name
 
+REMARKS = frozenset(("asserted", "proof", "source", "why"))
 BASE, STATE, SCOPE = "Stepped", "State", "Scope"  # of runtime/state.py
 
 
@@ -105,11 +106,17 @@ def _digest(module: Module) -> str:
     """A hash of all that decides what a state means."""
     program = module.program
     graphs = [
-        replace(graph, span=None, nodes=tuple(replace(node, span=None, bound=None) for node in graph.nodes))
+        replace(graph, span=None, nodes=tuple(map(_meaning, graph.nodes)))
         for graph in reachable(program.by_name, [str(program.step)])
     ]
     texts = [program.name, str(module.exact), *map(print_graph, graphs)]
     return content_name("step", [text.encode() for text in texts])
+
+
+def _meaning(node: Node) -> Node:
+    """A node without what is said about it, which names files and places."""
+    kept = tuple((key, value) for key, value in node.attributes if key not in REMARKS)
+    return replace(node, span=None, bound=None, attributes=kept)
 
 
 def _described(node: Node, along: str | None) -> str:

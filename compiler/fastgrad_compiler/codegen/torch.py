@@ -32,9 +32,10 @@ from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import python_docstring, python_string
 
 STEP_FILES = ("state.py", "step.py", "step_attention.py", "step_sums.py", "step_tokens.py")
+HELPER_FILES = ("convolution.py", "functions.py", "positions.py", "softmax_pairs.py")
 STEP_NAMES = {
     "state": (BASE, STATE, SCOPE),
-    "step": ("depthwise_step", "place_of", "rows_of", "shift_step"),
+    "step": ("depthwise_step", "place_of", "rotary_step", "rows_of", "shift_step"),
     "step_tokens": ("Rule",),
 }
 _HIDES_ROWS = frozenset({*(name for name, mask in MASKS.items() if mask.empties), "where", "fill", "log"})
@@ -59,7 +60,7 @@ def emit_package(
         "initialise.py": _runtime("initialise.py"),
     }
     if uses_helpers:
-        files |= {name: _runtime(name) for name in ("convolution.py", "functions.py", "softmax_pairs.py")}
+        files |= {name: _runtime(name) for name in HELPER_FILES}
     for spec in imports.kernels:
         files.update(kernel_files(spec, backends))
     if imports.steps:
@@ -124,10 +125,7 @@ def _siblings(imports: Imports, code: str) -> set[str]:
     """Imports from files of the package but functions.py."""
     siblings: set[str] = set()
     for spec, name in imports.kernels.items():
-        kernel = kernel_name(spec, imports.backends)
-        siblings.add(f"from .{kernel} import attention as {name}")
-        if f"{name}_spec" in imports.specs:
-            siblings.add(f"from .{kernel} import SPEC as {name}_spec")
+        siblings |= _kernel_imports(imports, kernel_name(spec, imports.backends), name)
     if imports.exact_attention:
         siblings.add("from .exact_attention import exact_attention")
     if re.search(rf"\b{GUARD}\(", code):
@@ -137,6 +135,13 @@ def _siblings(imports: Imports, code: str) -> set[str]:
     base = [] if BASE in imports.steps else ["Generated"]
     siblings.add(f"from .initialise import {', '.join([*base, 'initialise'])}")
     return siblings
+
+
+def _kernel_imports(imports: Imports, module: str, name: str) -> set[str]:
+    """What a model takes from a kernel's file."""
+    found = {"attention": name, "NATIVE": f"{name}_native", "SPEC": f"{name}_spec"}
+    taken = {name, *imports.natives, *imports.specs}
+    return {f"from .{module} import {what} as {own}" for what, own in found.items() if own in taken}
 
 
 def _step_names(imports: Imports) -> dict[str, list[str]]:

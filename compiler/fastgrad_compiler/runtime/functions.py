@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .convolution import depthwise as depthwise
 from .convolution import document_runs
 from .convolution import shift as shift
+from .positions import of_angles, places, precision_of, turned, turns
 from .softmax_pairs import Marks, Pairs, is_finite, is_mapped, is_small, select
 
 
@@ -63,30 +64,13 @@ def truncate(x: Tensor) -> Tensor:
 
 
 def rotary(
-    x: Tensor,
-    base: float,
-    *,
-    stretch: Sequence[float] | None = None,
-    inverse: bool = False,
-    past: Tensor | int = 0,
+    x: Tensor, base: float, *, stretch: Sequence[float] | None = None, inverse: bool = False
 ) -> Tensor:
     """Turn the pairs (i, i + d/2) of x [.., n, d] by the angle position * base^(-2i/d); `inverse` turns back.
 
     stretch: what the angles of each pair are divided by, one number for all pairs or one for each.
-    past: the position of the first token.
     """
-    n, d = x.shape[-2:]
-    precision = _of_angles(x.device)
-    rates = torch.arange(0, d, 2, device=x.device, dtype=precision) * (-math.log(base) / d)
-    rates = rates.exp()
-    if stretch is not None:
-        rates = rates / torch.tensor(stretch, device=x.device, dtype=precision)
-    angles = _positions(n, past, x.device, precision) * rates
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    if inverse:
-        sin = -sin
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+    return turned(x, *turns(x, base, 0, stretch), inverse=inverse)
 
 
 def sinusoid(length: int, width: int, like: Tensor, *, past: Tensor | int = 0) -> Tensor:
@@ -94,23 +78,11 @@ def sinusoid(length: int, width: int, like: Tensor, *, past: Tensor | int = 0) -
 
     past: the position of the first row.
     """
-    precision = _of_angles(like.device)
+    precision = of_angles(like.device)
     rates = torch.arange(0, width, 2, device=like.device, dtype=precision) * (-math.log(10000.0) / width)
-    angles = _positions(length, past, like.device, precision) * rates.exp()
+    angles = places(length, past, like.device, precision) * rates.exp()
     table = torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)
     return table[:, :width].to(like.dtype)
-
-
-def _of_angles(device: torch.device) -> torch.dtype:
-    """What angles are computed in: in float32 that of place 65,536 is off by 1e-4, and of 1,000,000 by 1e-2."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _positions(count: int, past: Tensor | int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[count, 1]: past, past + 1 ..."""
-    if isinstance(past, int):
-        return torch.arange(past, past + count, device=device, dtype=dtype).unsqueeze(-1)
-    return (torch.arange(count, device=device) + past.to(device)).to(dtype).unsqueeze(-1)
 
 
 def softmax_attention(
@@ -249,7 +221,7 @@ def centred_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> T
     the mean and each entry over the deviation. A mean that is rounded to the dtype leaves a difference that is exact
     there, of which F.layer_norm takes the rest.
     """
-    wide, weight, bias = (t.to(_precision(x)) for t in (x, weight, bias))
+    wide, weight, bias = (t.to(precision_of(x)) for t in (x, weight, bias))
     centred = wide - wide.mean(-1, keepdim=True)
     return F.layer_norm(centred, x.shape[-1:], weight, bias, eps).to(x.dtype)
 
@@ -264,11 +236,6 @@ def normalize_rows(weights: Tensor) -> Tensor:
 def apply_alibi(scores: Tensor) -> Tensor:
     """Scores [.., h, n, m] with a bias that falls with the distance, at a rate of its own for each head."""
     return scores + _alibi(scores.shape[-3], scores.shape[-2], scores.shape[-1], scores)
-
-
-def _precision(like: Tensor) -> torch.dtype:
-    """What positions are computed in: bfloat16 cannot tell 256 from 257."""
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
 def _lower(n: int, m: int, device: torch.device) -> Tensor:
@@ -289,7 +256,7 @@ def _forgotten(log_gate: Tensor) -> Tensor:
 
 def _alibi(heads: int, n: int, m: int, like: Tensor) -> Tensor:
     slopes = torch.exp2(
-        torch.arange(1, heads + 1, device=like.device, dtype=_precision(like)) * (-8.0 / heads)
+        torch.arange(1, heads + 1, device=like.device, dtype=precision_of(like)) * (-8.0 / heads)
     )
     return -(slopes.view(-1, 1, 1) * _distances(n, m, like.device)).to(like.dtype)
 

@@ -70,7 +70,7 @@ def enabled() -> bool:
 
 
 def load(name: str, text: str, variant: str) -> None:
-    """Build the kernel if the cache has none, and register its two operations, fastgrad::NAME_VARIANT_...
+    """Build the kernel if the cache has none, and register its operations, fastgrad::NAME_VARIANT_...
 
     Raises NativeError where that cannot be done.
     """

@@ -11,27 +11,50 @@ Their inputs have the variant's dtype and a dense last dimension; they write `ou
 gradients, which are allocated here. Denominators, maxima and gradients are float32 in the variant bfloat16. Of gates
 they get the sums of `decay.log_decay`, and give the gradient of these, or of a window the gradient of the gate after
 each token: all are float64 and contiguous in all variants.
+
+Where attention is causal and by a polynomial, it has two more, for tokens that go on from a `State`:
+
+    fastgrad::NAME_VARIANT_step(q, k, v, near_q, near_k, log_gate, mask, runs, ring_k, ring_v, ring_near_k, ring_gates,
+                                ring_seen, ring_run, document, summed, sums, out, past,
+                                threads)
+    fastgrad::NAME_VARIANT_absorb(k, v, factor, there, sums, threads)
+
+The first gives the attention of some tokens one by one, and brings up to date what is kept: the tensors of
+`step_attention.Kept`. All its tokens have one dtype; in the variant float64 that may be float32. The second adds keys
+to sums.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
-from .attention_op import NAMESPACE, compute_dtype
+from .attention_op import NAMESPACE, Inputs, compute_dtype
 from .content_name import read_beside
 from .decay import gate_gradient, log_decay, sum_of_later
 from .documents import document_runs
 from .kernel_spec import KernelSpec
-from .native import NativeError, enabled, load
+from .native import VARIANTS, NativeError, enabled, load
 from .private_files import warn_once
+from .softmax_pairs import is_mapped
 
 Operation = Callable[..., None]
+
+
+class Operations(NamedTuple):
+    """Those of a library; the last two None where the attention is not of a step form."""
+
+    forward: Operation
+    backward: Operation
+    step: Operation | None
+    absorb: Operation | None
 
 
 class NativeWarning(RuntimeWarning):
@@ -48,7 +71,7 @@ class NativeAttention:
     def __init__(self, name: str, spec: ModuleSpec | None, kernel: KernelSpec) -> None:
         self.name, self.kernel = name, kernel
         self._spec = spec
-        self._operations: dict[torch.dtype, tuple[Operation, Operation] | None] = {}
+        self._operations: dict[torch.dtype, Operations | None] = {}
         self._lock = threading.Lock()
 
     def forward(
@@ -72,7 +95,7 @@ class NativeAttention:
         denominator = q.new_empty(rows, dtype=precision)
         maximum = q.new_empty(rows if self.kernel.saves_maximum else (0,), dtype=precision)
         inputs = _inputs(dtype, q, k, v, near_q, near_k, log_gate, mask, documents)
-        operations[0](*inputs, out, denominator, maximum, torch.get_num_threads())
+        operations.forward(*inputs, out, denominator, maximum, torch.get_num_threads())
         return out.to(v.dtype), denominator, maximum
 
     def backward(
@@ -103,7 +126,7 @@ class NativeAttention:
         ]
         inputs = _inputs(dtype, q, k, v, near_q, near_k, log_gate, mask, documents)
         saved = (_dense(out.to(dtype)), denominator.contiguous(), maximum.contiguous())
-        operations[1](_dense(gradient.to(dtype)), *inputs, *saved, *gradients, torch.get_num_threads())
+        operations.backward(_dense(gradient.to(dtype)), *inputs, *saved, *gradients, torch.get_num_threads())
         *_, of_sums = gradients
         if log_gate is not None and of_sums is not None:
             if self.kernel.window:
@@ -116,27 +139,100 @@ class NativeAttention:
             for x, dx in zip(floats, gradients, strict=True)
         )
 
-    def _serve(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Operation, Operation] | None:
-        """The two operations that serve these inputs, None where PyTorch's must."""
+    @staticmethod
+    def is_plain() -> bool:
+        """Whether operations that have no rules for graphs, maps and derivatives may serve what runs now."""
+        derived = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        return enabled() and not (derived or torch.compiler.is_compiling() or is_mapped())
+
+    def stepper(self, tokens: Sequence[Tensor | None]) -> Operation | None:
+        """What serves the next tokens, of which these are the floating tensors, new ones and kept ones; or None.
+
+        They carry no gradients, and `is_plain` holds.
+        """
+        floats = [x for x in tokens if x is not None]
+        dtype = floats[0].dtype
+        if any([x.dtype != dtype or not x.is_cpu for x in floats]):
+            return None
+        if self.kernel.precision == "float64":
+            if dtype not in (torch.float32, torch.float64):
+                return None
+            dtype = torch.float64
+        operations = self._library(dtype)
+        return None if operations is None else operations.step
+
+    def step(
+        self,
+        operation: Operation,
+        inputs: Inputs,
+        ring: Sequence[Tensor | None],
+        document: Tensor | None,
+        summed: Tensor | None,
+        sums: Tensor,
+        past: int,
+    ) -> Tensor:
+        """[b, H, c, dv]: the attention of new tokens, whose documents are numbered as those of the ring.
+
+        operation: of `stepper`. ring: k, v, near_k, gates, seen and run. They and what follows are written.
+        """
+        q, k, v, near_q, near_k, log_gate, mask, runs = inputs
+        batch, heads, count, _ = q.shape
+        out = v.new_empty((batch, count, heads, v.shape[-1])).transpose(1, 2)
+        floats = [None if x is None else _dense(x) for x in (q, k, v, near_q, near_k)]
+        gates = None if log_gate is None else log_gate.double().contiguous()
+        masks = (None if x is None else x.contiguous() for x in (mask, runs))
+        operation(*floats, gates, *masks, *ring, document, summed, sums, out, past, torch.get_num_threads())
+        return out
+
+    def absorb(
+        self,
+        sums: Tensor,
+        k: Tensor,
+        v: Tensor,
+        there: Tensor | None,
+        factor: Tensor | None,
+        work: torch.dtype,
+    ) -> bool:
+        """`step_sums.absorb` in the precision `work`; False where it cannot be had, and nothing is done."""
+        if not (self.is_plain() and k.is_cpu) or 0 in (k.numel(), v.numel()):
+            return False
+        half = k.dtype == v.dtype == torch.bfloat16 and work == torch.float32
+        dtype = torch.bfloat16 if half else work
+        operations = self._library(dtype)
+        if operations is None or operations.absorb is None:
+            return False
+        shown = None if there is None else there.expand(k.shape[0], -1).contiguous()
+        given = None if factor is None else factor.double().contiguous()
+        rows = (_dense(x.to(dtype)) for x in (k, v))
+        operations.absorb(*rows, given, shown, sums, torch.get_num_threads())
+        return True
+
+    def _serve(self, q: Tensor, k: Tensor, v: Tensor) -> Operations | None:
+        """The operations that serve these inputs, None where PyTorch's must."""
         if q.device.type != "cpu" or not enabled() or 0 in (q.numel(), k.numel(), v.numel()):
             return None
-        dtype = _input_dtype(q, k, v)
+        return self._library(_input_dtype(q, k, v))
+
+    def _library(self, dtype: torch.dtype) -> Operations | None:
         if dtype not in self._operations:
             with self._lock:
                 if dtype not in self._operations:
                     self._operations[dtype] = self._load(str(dtype).removeprefix("torch."))
         return self._operations[dtype]
 
-    def _load(self, variant: str) -> tuple[Operation, Operation] | None:
+    def _load(self, variant: str) -> Operations | None:
+        if variant not in VARIANTS:
+            return None
         registered = getattr(torch.ops, NAMESPACE)
-        forward, backward = (f"{self.name}_{variant}_{which}" for which in ("forward", "backward"))
-        if not hasattr(registered, forward):
+        names = [f"{self.name}_{variant}_{which}" for which in Operations._fields]
+        if not hasattr(registered, names[0]):
             try:
                 load(self.name, self._text(), variant)
             except NativeError as error:
                 _warn(str(error))
                 return None
-        return getattr(registered, forward).default, getattr(registered, backward).default
+        found = (getattr(registered, name, None) for name in names)
+        return Operations._make(None if operation is None else operation.default for operation in found)
 
     def _text(self) -> str:
         """NAME.cpp, from where the module came."""

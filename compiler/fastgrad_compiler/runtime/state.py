@@ -6,7 +6,7 @@ brings it up to date in place; `clone` it before a call to go on in two ways.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +44,14 @@ class Scope:
     def starts(self) -> bool:
         """Whether this is the first call, which computes what all later ones share."""
         return self.root.starting
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What is the same for all that is asked in one call, made when it is asked first."""
+        if self.root.known is None:
+            return make()
+        if key not in self.root.made:
+            self.root.made[key] = make()
+        return self.root.made[key]
 
     def get(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A tensor of this part, made where there is none yet."""
@@ -96,6 +104,7 @@ class State(Scope):
         )  # of the run-time dims of what is the same in every call
         self.starting = False
         self.known: int | None = None
+        self.made: dict[Hashable, Any] = {}
 
     # ------------------------------------------------------------ what users ask
 
@@ -143,6 +152,7 @@ class State(Scope):
 
     def enter(self, model: str, tokens: int, *, batch: int | None = None, at_most: int | None = None) -> None:
         """Begin a call for some tokens. ValueError where the state is another model's, or of another batch size."""
+        self.made.clear()  # of a call that failed
         if model != self.model:
             raise ValueError("the state was made by another model")
         if batch is not None and self.batch_size not in (None, batch):
@@ -158,6 +168,7 @@ class State(Scope):
         """End a call."""
         self.position.add_(tokens)
         self.known = None
+        self.made.clear()
 
     def _mapped(self, change: Callable[[str, Tensor], Tensor]) -> State:
         tensors = {path: change(path, x) for path, x in self.tensors.items()}

@@ -5,10 +5,13 @@ Each function gives the results for c >= 1 new tokens, and keeps in its part of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .convolution import depthwise, shift
+from .positions import turned, turns
 from .state import Scope
 
 
@@ -23,6 +26,27 @@ def rows_of(x: Tensor, axis: int, first: int, tokens: int, state: Scope) -> Tens
     IndexError where there are none for so many tokens.
     """
     return x.index_select(axis, place_of(tokens, state, x.device) + first)
+
+
+def rotary_step(
+    x: Tensor,
+    base: float,
+    *,
+    stretch: Sequence[float] | None = None,
+    inverse: bool = False,
+    state: Scope,
+) -> Tensor:
+    """`rotary` of new tokens x [.., c, d]; what turns them is found once in a call."""
+    kind = (base, stretch, x.shape[-2:], x.dtype, x.device)
+    cos, sin = state.once(("turns", *kind), lambda: turns(x, base, state.past, stretch))
+    if x.shape[-2] > 1 or state.known_past is None:
+        return turned(x, cos, sin, inverse=inverse)
+
+    def rotation() -> Tensor:
+        return turned(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), cos, sin, inverse=inverse)
+
+    matrix: Tensor = state.once(("rotation", inverse, *kind), rotation)
+    return x @ matrix  # of one token, in one operation
 
 
 def shift_step(x: Tensor, ids: Tensor | None = None, *, by: int, state: Scope) -> Tensor:

@@ -1,8 +1,9 @@
 """Causal attention of new tokens to all before them, from what is kept of those.
 
 By a polynomial, a ring holds the last tokens as they are, twice the block of the near field; what leaves it is added to
-the sums phi(k) [v, 1]^T of all earlier ones, in float64, so that nothing drifts. Within a window the ring is all there
-is. Exact attention keeps every token, in a cache that doubles when it is full.
+the sums phi(k) [v, 1]^T of all earlier ones, in float64, so that nothing drifts. Native kernels add tokens when nothing
+is near them any more; how many are in the sums is kept too, and the others of the ring are met one by one. Within a
+window the ring is all there is. Exact attention keeps every token, in a cache that doubles when it is full.
 
 Pairs with a token of the ring weigh what they weigh in a whole text: exp of the score where they are near, else the
 polynomial. Nothing here decides by the number of tokens before, so that a step of fixed shapes compiles.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import Tensor
 from .attention_op import Inputs
 from .exact_attention import exact_attention
 from .guard import guard_of
-from .state import Scope
+from .state import SHARED, Scope
 from .step_sums import absorb, read, sums_shape
 from .step_tokens import (
     AXES,
@@ -39,6 +40,11 @@ from .step_tokens import (
     work_dtype,
 )
 
+if TYPE_CHECKING:  # a build for other targets has no such file
+    from .native_attention import NativeAttention
+
+SUMMED = f"summed.{SHARED}"  # int64, no dimensions: how many tokens are in the sums
+FEW = 16  # tokens that native kernels serve one by one
 TILE = 128  # tokens at a time where there is no ring
 LEAST_CACHE = 64
 LEAST_LOG_GATE = -1000.0
@@ -61,15 +67,20 @@ def attention_step(
     state: Scope,
     rule: Rule,
     whole: Whole | None = None,
+    native: NativeAttention | None = None,
     guard: str = "",
 ) -> Tensor:
     """[b, H, c, dv]: the attention of c new tokens, whose inputs are those of `attention_op.Inputs`.
 
     whole: the same attention of a text from its beginning, which serves a long first call. guard: the key of the one
-    that watches the logits; it sees those with the tokens of the ring, and what norms prove of all others.
+    that watches the logits; it sees those with the tokens of the ring, and what norms prove of all others. native:
+    serves a few tokens at once, except under a guard, and sums up the keys of many.
     """
-    tokens = _new_tokens(Inputs(q, k, v, near_q, near_k, log_gate, mask, documents), state)
-    kept, count = Kept(state, rule, tokens, guard), q.shape[2]
+    inputs, count = Inputs(q, k, v, near_q, near_k, log_gate, mask, documents), q.shape[2]
+    if native is not None and not guard and (found := _natively(native, inputs, state)) is not None:
+        return found
+    tokens = _new_tokens(inputs, state)
+    kept = Kept(state, rule, tokens, guard, native)
     if state.known_past == 0 and count > kept.tile and (serve := whole or _exact(rule)) is not None:
         given: dict[str, Any] = {
             "log_gate": log_gate,
@@ -99,6 +110,23 @@ def memory_step(
     (sums,) = state.kept()
     found = read(grouped(q, k).to(work_dtype(q, rule)), sums, rule)
     return quotient(found[..., :-1], found[..., -1:]).to(v.dtype).flatten(1, 2)
+
+
+def _natively(native: NativeAttention, inputs: Inputs, state: Scope) -> Tensor | None:
+    """The attention of a few tokens in one call, None where PyTorch's operations must serve it."""
+    past, sums = state.known_past, state.find("sums")
+    if past is None or sums is None or state.starts or not 0 < inputs.q.shape[2] <= FEW:
+        return None
+    if not state.once("plain", native.is_plain):
+        return None
+    ring = [state.find(name) for name in Tokens._fields[:-1]]
+    operation = native.stepper((*inputs[:5], *ring[:3]))
+    if operation is None:
+        return None
+    if inputs.documents is not None:
+        inputs = inputs._replace(documents=_runs(inputs.documents, state))
+    kept = (state.find("document"), state.find(SUMMED), sums)
+    return native.step(operation, inputs, ring, *kept, past)
 
 
 def _exact(rule: Rule) -> Whole | None:
@@ -136,8 +164,10 @@ def _runs(ids: Tensor, state: Scope) -> Tensor:
 class Kept:
     """What an attention keeps of its tokens: the last of them in a ring, or all; and the sums of those before."""
 
-    def __init__(self, state: Scope, rule: Rule, like: Tokens, guard: str = "") -> None:
-        self.state, self.rule, self.guard = state, rule, guard
+    def __init__(
+        self, state: Scope, rule: Rule, like: Tokens, guard: str = "", native: NativeAttention | None = None
+    ) -> None:
+        self.state, self.rule, self.guard, self.native = state, rule, guard, native
         self.size = rule.ring if rule.ring is not None else self._capacity(like)
         self.tile = min(self.size, TILE) if rule.ring else TILE
         self.ring = Tokens._make((*map(self._made, Tokens._fields, like[:-1], AXES), like.places))
@@ -147,6 +177,9 @@ class Kept:
             self.sums = state.get(
                 "sums", lambda: torch.zeros(shape, dtype=torch.float64, device=like.k.device)
             )
+        self.summed: Tensor | None = None
+        if self.sums is not None and self.size:
+            self.summed = state.get(SUMMED, lambda: like.places.new_zeros(()))
 
     def _made(self, name: str, like: Tensor | None, axis: int) -> Tensor | None:
         if like is None:
@@ -180,10 +213,12 @@ class Kept:
     # ------------------------------------------------------------ tokens that are kept
 
     def _earlier(self, new: Tokens) -> Tokens:
-        """The tokens of the ring, with their places before new ones."""
+        """The tokens of the ring, with their places before new ones; those that are in the sums count as none."""
         last = new.places[0] - 1
         slots = torch.arange(self.size, device=new.places.device)
         places = last - torch.remainder(last - slots, max(self.size, 1))
+        if self.summed is not None:
+            places = torch.where(places < self.summed, -1, places)
         return self.ring._replace(places=places)
 
     def _cache(self, new: Tokens) -> Tokens:
@@ -210,6 +245,8 @@ class Kept:
             self._sum_up(
                 Tokens._make(None if x is None else x.index_select(axis, slots) for x, axis in picked), new
             )
+        if self.summed is not None:
+            torch.maximum(self.summed, new.places[-1] + 1 - size, out=self.summed)
         if new.run is not None:
             self._document().copy_(new.run[:, -1:])
         if size:
@@ -244,7 +281,9 @@ class Kept:
         if left.run is not None and new.run is not None:
             there = there & (left.run == new.run[:, -1:])
         factor = None if left.log_gate is None else left.log_gate.exp()
-        absorb(self.sums, left.k, left.v, there, factor, work_dtype(left.k, self.rule))
+        given = (self.sums, left.k, left.v, there, factor, work_dtype(left.k, self.rule))
+        if self.native is None or self.state.known_past is None or not self.native.absorb(*given):
+            absorb(*given)
 
     # ------------------------------------------------------------ weights
 

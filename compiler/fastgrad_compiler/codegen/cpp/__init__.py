@@ -29,6 +29,7 @@ HEADERS = (
     "sweeps",
     "forward",
     "backward",
+    "step",
     "register",
 )
 
@@ -55,6 +56,7 @@ INCLUDES = """\
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
 #include <optional>
 

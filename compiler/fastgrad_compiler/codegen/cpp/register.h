@@ -59,6 +59,93 @@ void attention_backward(const Tensor gradient, const Tensor q, const Tensor k, c
   backward(p);
 }
 
+// x as [batch, heads, tokens, width], dense in its last dimension.
+template <typename Element>
+inline Heads<Element> heads(const Tensor& x, long batch, long heads, long tokens, long width) {
+  const bool fits = x.dim() == 4 && x.size(0) == batch && x.size(1) == heads && x.size(2) == tokens && x.size(3) == width;
+  STD_TORCH_CHECK(fits, "the tokens of a step do not fit each other, what is kept, or the kernel");
+  return attention::heads<Element>(x);
+}
+
+// x of `numbers` entries, contiguous.
+template <typename Element>
+inline Element* entries(const Tensor& x, long numbers) {
+  STD_TORCH_CHECK(x.numel() == numbers && x.is_contiguous(), "what is kept of earlier tokens does not fit a step");
+  return static_cast<Element*>(x.data_ptr());
+}
+
+template <typename Element>
+inline void step_as(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& near_q, const Optional& near_k,
+                    const Optional& log_gate, const Optional& mask, const Optional& runs, const Tensor& ring_k,
+                    const Tensor& ring_v, const Optional& ring_near_k, const Optional& ring_gates,
+                    const Optional& ring_seen, const Optional& ring_run, const Optional& document, const Optional& summed,
+                    const Tensor& sums, const Tensor& out, std::int64_t past, std::int64_t threads) {
+  Next<Element> s{};
+  s.batch = k.size(0);
+  s.heads = k.size(1);
+  s.groups = s.heads == 0 ? 0 : q.size(1) / s.heads;
+  s.tokens = k.size(2);
+  s.past = past;
+  const long b = s.batch, h = s.heads, query_heads = q.size(1), t = s.tokens;
+  s.q = heads<const Element>(q, b, query_heads, t, D);
+  s.k = heads<const Element>(k, b, h, t, D);
+  s.v = heads<const Element>(v, b, h, t, DV);
+  s.ring_k = heads<Element>(ring_k, b, h, RING, D);
+  s.ring_v = heads<Element>(ring_v, b, h, RING, DV);
+  if (SEPARATE) {
+    s.near_q = heads<const Element>(near_q.value(), b, query_heads, t, NEAR_D);
+    s.near_k = heads<const Element>(near_k.value(), b, h, t, NEAR_D);
+    s.ring_near_k = heads<Element>(ring_near_k.value(), b, h, RING, NEAR_D);
+  }
+  if (FORGET) {
+    s.log_gate = entries<const double>(log_gate.value(), b * h * t);
+    s.ring_gates = entries<double>(ring_gates.value(), b * h * RING);
+  }
+  if (PADDING) {
+    s.mask = entries<const bool>(mask.value(), b * t);
+    s.ring_seen = entries<bool>(ring_seen.value(), b * RING);
+  }
+  if (DOCUMENTS) {
+    s.runs = entries<const std::int64_t>(runs.value(), b * t);
+    s.ring_run = entries<std::int64_t>(ring_run.value(), b * RING);
+    s.document = entries<std::int64_t>(document.value(), b);
+  }
+  if (NEAR > 0) s.summed = entries<std::int64_t>(summed.value(), 1);
+  s.sums = entries<double>(sums, b * h * RANK * SUM_COLUMNS);
+  s.out = heads<Element>(out);
+  s.threads = std::max<std::int64_t>(1, threads);
+  step(s);
+}
+
+void attention_step(const Tensor q, const Tensor k, const Tensor v, const Optional near_q, const Optional near_k,
+                    const Optional log_gate, const Optional mask, const Optional runs, Tensor ring_k, Tensor ring_v,
+                    Optional ring_near_k, Optional ring_gates, Optional ring_seen, Optional ring_run, Optional document,
+                    Optional summed, Tensor sums, Tensor out, std::int64_t past, std::int64_t threads) {
+  const auto run = [&](auto element) {
+    step_as<decltype(element)>(q, k, v, near_q, near_k, log_gate, mask, runs, ring_k, ring_v, ring_near_k, ring_gates,
+                               ring_seen, ring_run, document, summed, sums, out, past, threads);
+  };
+#if FASTGRAD_VARIANT == 1
+  if (k.scalar_type() == torch::headeronly::ScalarType::Float) return run(float{});
+#endif
+  run(input{});
+}
+
+void attention_absorb(const Tensor k, const Tensor v, const Optional factor, const Optional there, Tensor sums,
+                      std::int64_t threads) {
+  Absorbed a{};
+  a.batch = k.size(0);
+  a.heads = k.size(1);
+  a.keys = k.size(2);
+  a.k = heads<const input>(k, a.batch, a.heads, a.keys, D);
+  a.v = heads<const input>(v, a.batch, a.heads, a.keys, DV);
+  if (factor) a.factor = entries<const double>(*factor, a.batch * a.heads * a.keys);
+  if (there) a.there = entries<const bool>(*there, a.batch * a.keys);
+  a.sums = entries<double>(sums, a.batch * a.heads * RANK * SUM_COLUMNS);
+  a.threads = std::max<std::int64_t>(1, threads);
+  absorb(a);
+}
+
 }  // namespace
 }  // namespace attention
 
@@ -74,9 +161,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastgrad, library) {
   library.def(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_backward(Tensor gradient, " FASTGRAD_INPUTS
               ", Tensor out, Tensor denominator, Tensor maximum, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv"
               ", Tensor(d!)? dnear_q, Tensor(e!)? dnear_k, Tensor(f!)? dlog_decay, int threads) -> ()");
+  if constexpr (attention::STEPS) {
+    library.def(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_step(Tensor q, Tensor k, Tensor v, Tensor? near_q, Tensor? near_k"
+                ", Tensor? log_gate, Tensor? mask, Tensor? runs, Tensor(a!) ring_k, Tensor(b!) ring_v"
+                ", Tensor(c!)? ring_near_k, Tensor(d!)? ring_gates, Tensor(e!)? ring_seen, Tensor(f!)? ring_run"
+                ", Tensor(g!)? document, Tensor(h!)? summed, Tensor(i!) sums, Tensor(j!) out, int past, int threads) -> ()");
+    library.def(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_absorb(Tensor k, Tensor v, Tensor? factor, Tensor? there"
+                ", Tensor(a!) sums, int threads) -> ()");
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgrad, CPU, library) {
   library.impl(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_forward", TORCH_BOX(&attention::attention_forward));
   library.impl(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_backward", TORCH_BOX(&attention::attention_backward));
+  if constexpr (attention::STEPS) {
+    library.impl(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_step", TORCH_BOX(&attention::attention_step));
+    library.impl(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_absorb", TORCH_BOX(&attention::attention_absorb));
+  }
 }

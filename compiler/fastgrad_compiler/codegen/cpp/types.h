@@ -35,3 +35,4 @@ constexpr bool MIXED = NEAR > 0 && NEAR < TILE;                // a pair that is
 constexpr bool SEPARATE = NEAR_D > 0;                          // t comes from queries and keys of its own
 constexpr bool SCORED = MIXED || !SEPARATE;                    // pairs that are met one by one need q.k
 constexpr bool FUSED = CAUSAL && !EXPONENTIAL;  // pairs of a chunk meet its gradients in the sweep that writes them
+constexpr bool STEPS = CAUSAL && !BANDED;      // the next tokens of a sequence are served from what is kept of it
