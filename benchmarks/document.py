@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import figures, generation_table, gpu_tables, tables
+from benchmarks import figures, generation_table, gpu_tables, soak, tables
 from benchmarks.curves_figure import curves_figure
 from benchmarks.headlines import HEADLINES
 from benchmarks.settings import ROOT
@@ -22,7 +22,12 @@ from fastgrad_dsl.storage.files import write_atomically
 Document = Mapping[str, Any]
 PAGE, FIGURE, README = "docs/performance.md", "docs/performance.svg", "README.md"
 CURVES = "docs/curves.svg"
-WRITERS = {**tables.SECTIONS, "generation": generation_table.generation, **gpu_tables.SECTIONS}
+WRITERS = {
+    **tables.SECTIONS,
+    "generation": generation_table.generation,
+    "soak": soak.soak,
+    **gpu_tables.SECTIONS,
+}
 BEGIN, END = "<!-- performance: made by benchmarks/document.py -->", "<!-- end of performance -->"
 INTRODUCTION = """\
 # Performance

@@ -18,7 +18,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, budget, compiler, curves, demo, generation, gpu, gpu_model, peers, training
+from benchmarks import (
+    attention,
+    budget,
+    compiler,
+    curves,
+    demo,
+    generation,
+    gpu,
+    gpu_model,
+    peers,
+    soak,
+    training,
+)
 from benchmarks.settings import ROOT, Settings, say
 from fastgrad_dsl.storage.files import write_atomically
 
@@ -32,6 +44,7 @@ SECTIONS: dict[str, Callable[[Settings], dict[str, object]]] = {
     "curves": curves.measure,
     "demo": demo.measure,
     "generation": generation.measure,
+    "soak": soak.measure,
     "gpu_model": gpu_model.measure,
     "gpu": gpu.measure,
 }
@@ -52,7 +65,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--section", action="append", choices=SECTIONS, help="all but curves, demo and gpu by default"
+        "--section", action="append", choices=SECTIONS, help="all but curves, demo, soak and gpu by default"
     )
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "performance.json")
     parser.add_argument("--target", default="auto", help="of the polynomial attention")

@@ -1,84 +1,73 @@
 """A model that writes millions of tokens: whether memory grows, and how far its outputs are from float64.
 
-    python -m benchmarks.soak --tokens 5000000 --call 64 --json docs/soak.json
+    python -m benchmarks.run --section soak
 
 A small model (examples/gpt.tfg, narrow and shallow, with random weights, so that its text stays varied) draws its
-tokens in float32, `--call` of them at a time: with 1, each is drawn given all before it; with more, from the logits of
-the call before. A second model in float64 is given the same tokens. The largest difference of their logits, relative to
-the largest logit, and the memory of the process are taken at powers of two and at the end.
+tokens in float32, some at a time, from the logits of the call before. A second model in float64 is given the same
+tokens. The largest difference of their logits, relative to the largest logit, and the memory of the process are taken
+at powers of two and at the end.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from benchmarks.generation import DECLARED, SPEC
-from benchmarks.settings import say
+from benchmarks.settings import Settings, heading, say
+from benchmarks.tables import Section, heading_of, table_of
 from fastgrad_dsl.api.compiled import compile as compile_spec
-from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.memory import resident
-from fastgrad_dsl.storage.files import write_atomically
 
-SIZES = {"depth": 2, "d_model": 32, "heads": 2, "near": 16}
-TOLERANCE = 1e-4  # of float32 logits beside float64, relative to the largest
+SIZES = {"depth": 2, "d_model": 32, "heads": 2, "near": 64}
+TOKENS, QUICK_TOKENS, CALL = 5_000_000, 4096, 128
 
 
-def main() -> None:
-    """Write the tokens; the status is 1 where outputs or memory leave their limits."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def measure(settings: Settings) -> dict[str, object]:
+    """The section `soak` of the JSON."""
+    tokens = QUICK_TOKENS if settings.quick else TOKENS
+    spec = compile_spec(
+        SPEC.read_text().replace(DECLARED, f"dim n <= {2 * tokens}"), params=SIZES, target=settings.target
     )
-    parser.add_argument("--tokens", type=int, default=5_000_000)
-    parser.add_argument("--call", type=int, default=1, help="tokens at a time")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    text = SPEC.read_text().replace(DECLARED, f"dim n <= {2 * options.tokens}")
-    spec = compile_spec(text, params=SIZES)
-    single: Any = spec.module(seed=0)
-    double: Any = spec.module(seed=0, dtype=torch.float64)
-    points = list(write(single, double, options.tokens, options.call))
-    worst, growth = max(p["difference"] for p in points), points[-1]["resident"] - points[0]["resident"]
-    found = {
-        "machine": describe_machine(1),
-        "tokens": options.tokens,
-        "call": options.call,
-        "sizes": SIZES,
-        "tolerance": TOLERANCE,
-        "points": points,
-        "worst": worst,
-        "growth_bytes": growth,
-    }
-    if options.json is not None:
-        write_atomically(options.json, json.dumps(found, indent=1) + "\n")
-    print(
-        f"{options.tokens:,} tokens: off float64 by at most {worst:.1e}, memory grew by {growth / 2**20:.1f} MiB"
-    )
-    raise SystemExit(int(worst > TOLERANCE or growth > 2**24))
+    single, double = spec.module(seed=0), spec.module(seed=0, dtype=torch.float64)
+    points = list(_points(single, double, tokens))
+    return {**heading(settings), "tokens": tokens, "call": CALL, "sizes": SIZES, "points": points}
 
 
-def write(single: Any, double: Any, tokens: int, call: int) -> Any:
-    """Yield a point at powers of two from 1,024 on, and at the end."""
+def _points(single: Any, double: Any, tokens: int) -> Iterator[dict[str, object]]:
     generator = torch.Generator().manual_seed(0)
     states = single.start(1), double.start(1)
-    given, started = torch.zeros((1, call), dtype=torch.int64), time.monotonic()
-    for count in range(call, tokens + call, call):
+    given, started = torch.zeros((1, CALL), dtype=torch.int64), time.monotonic()
+    for count in range(CALL, tokens + CALL, CALL):
         logits, _ = single.step(given, states[0])
         exact, _ = double.step(given, states[1])
-        if count >= tokens or (count >= 1024 and count.bit_length() > (count - call).bit_length()):
+        if count >= tokens or (count >= 1024 and count.bit_length() > (count - CALL).bit_length()):
             difference = float((logits.double() - exact).abs().max() / exact.abs().max())
-            seconds = round(time.monotonic() - started, 1)
-            say(f"{count:,} tokens, {seconds} s: off by {difference:.1e}")
-            point = {"tokens": count, "difference": difference, "resident": resident(), "seconds": seconds}
-            yield {**point, "state_bytes": states[0].nbytes}
+            say(f"{count:,} tokens, {time.monotonic() - started:.0f} s: off by {difference:.1e}")
+            sizes = {"resident_bytes": resident(), "state_bytes": states[0].nbytes}
+            yield {"tokens": count, "difference": difference, **sizes}
         given = torch.multinomial(logits[0].softmax(-1), 1, generator=generator).mT
 
 
-if __name__ == "__main__":
-    main()
+def soak(section: Section) -> str:
+    """The section of docs/performance.md."""
+    first, last = section["points"][0], section["points"][-1]
+    growth = (last["resident_bytes"] - first["resident_bytes"]) / 2**20
+    columns = (
+        ("tokens", lambda point: f"{point['tokens']:,}"),
+        ("off float64 by", lambda point: f"{point['difference']:.1e}"),
+        ("state", lambda point: f"{point['state_bytes']:,} bytes"),
+    )
+    shown = [point for place, point in enumerate(section["points"]) if place % 2 == 0 or point is last]
+    return "\n".join(
+        [
+            heading_of("A soak", section),
+            f"A small model of the same kind writes {last['tokens']:,} tokens in float32, {section['call']} at a time, "
+            "and one in float64 is given the same: the largest difference of logits, relative to the largest logit. "
+            f"Between the first and the last row the process grew by {growth:.1f} MiB.\n",
+            table_of(columns, shown, left=0),
+        ]
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, generation, generation_table, peers, training
+from benchmarks import attention, generation, generation_table, peers, soak, training
 from benchmarks.linear_attention import elu_attention
 from benchmarks.run import SECTIONS, merge
 from benchmarks.settings import ROOT, Settings
@@ -169,3 +169,12 @@ def test_generation_measures_tokens_and_prompts(monkeypatch: pytest.MonkeyPatch)
     assert {key for key, row in found.items() if row["seconds"] is None} == {("softmax", 16, 512)}
     documented(set(section) | set(section["tokens"][0]) | set(section["prompts"][0]))
     assert "| 16 | 512 |" in generation_table.generation({**section, "quick": True})
+
+
+def test_a_soak_compares_with_float64() -> None:
+    section: Any = soak.measure(SETTINGS)
+    assert [point["tokens"] for point in section["points"]] == [1024, 2048, 4096]
+    assert all(point["difference"] < 1e-4 for point in section["points"])
+    assert len({point["state_bytes"] for point in section["points"]}) == 1
+    documented(set(section) | set(section["points"][0]))
+    assert "| 4,096 |" in soak.soak(section)
