@@ -16,7 +16,8 @@ from typer import Argument, Option
 
 from fastgrad_dsl import __version__
 from fastgrad_dsl.commands.failures import INTERRUPTED, diagnostics, run_command
-from fastgrad_dsl.storage.outputs import rewrite, try_file, try_folder, write_output
+from fastgrad_dsl.storage.files import write_atomically
+from fastgrad_dsl.storage.outputs import rewrite, try_file, try_folder
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, suggestions
 from fastgrad_grammar.quote import json_text, terminal
 from fastgrad_grammar.read import read_source
@@ -206,7 +207,7 @@ def advise(
         advice = make_advice(request, tell)
     print_advice(advice, wide=wide)
     if json_ is not None:
-        write_output(json_, to_json(advice))
+        write_atomically(json_, to_json(advice))
 
 
 @app.command()
@@ -275,9 +276,9 @@ def report(
         result = make_report(request, tell)
     print_report(result, wide=wide)
     if json_ is not None:
-        write_output(json_, to_json(result))
+        write_atomically(json_, to_json(result))
     if html is not None:
-        write_output(html, render_html(result))
+        write_atomically(html, render_html(result))
 
 
 @app.command()
@@ -404,7 +405,7 @@ def generate(
     )  # fmt: skip
     result, interrupted = generate_text(request)
     if json_ is not None:
-        write_output(json_, to_json(result))
+        write_atomically(json_, to_json(result))
     return INTERRUPTED if interrupted else 0
 
 
@@ -447,9 +448,9 @@ def bench(
         result = run_bench(request, tell)
     print_bench(result)
     if json_ is not None:
-        write_output(json_, json_text(result, 2) + "\n")
+        write_atomically(json_, json_text(result, 2) + "\n")
     if svg is not None:
-        write_output(svg, plot(result))
+        write_atomically(svg, plot(result))
 
 
 @app.command()

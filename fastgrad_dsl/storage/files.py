@@ -15,11 +15,15 @@ from fastgrad_grammar.diagnostics import TfgError
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write through a temporary file beside `path`, so that a crash leaves the old file or the new one.
 
-    Folders that are missing are made; an existing file keeps its mode and, where we may give files away, its owner.
+    A device or a pipe is written as it is. Folders that are missing are made; an existing file keeps its mode and,
+    where we may give files away, its owner.
     Raises OSError, which names `path`.
     """
     data = content.encode() if isinstance(content, str) else content
     with naming(path):
+        if is_stream(path):
+            _write_stream(path, data)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         old = _regular_file(path)
         if old is None:
@@ -30,6 +34,25 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with suppress(PermissionError):
             os.chown(path, old.st_uid, old.st_gid)
         path.chmod(mode)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is there and is a device, a pipe or a socket, or names an open file (/dev/stdout, /dev/fd/1)."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    named = path.is_symlink() and path.is_absolute() and path.parts[1] in ("dev", "proc")
+    return named or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _write_stream(path: Path, data: bytes) -> None:
+    number = os.open(
+        path, os.O_WRONLY | os.O_NONBLOCK
+    )  # a pipe that nobody reads is an error, not waited for
+    os.set_blocking(number, True)
+    with os.fdopen(number, "wb") as stream:
+        stream.write(data)
 
 
 @contextmanager

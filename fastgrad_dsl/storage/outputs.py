@@ -8,27 +8,10 @@ import tempfile
 from errno import EISDIR, ENOTDIR, EROFS
 from pathlib import Path
 
-from fastgrad_dsl.storage.files import naming, write_atomically, writing
+from fastgrad_dsl.storage.files import is_stream, naming, write_atomically, writing
 
 TRIED = bytes(1 << 14)
 """A disk that has no room for as little has none for any output."""
-
-
-def write_output(path: Path, content: str) -> None:
-    """Write a file that the user named, whole or not at all; a device or a pipe is written as it is.
-
-    Raises OSError, which names `path`.
-    """
-    if not _is_stream(path):
-        write_atomically(path, content)
-        return
-    with naming(path):
-        number = os.open(
-            path, os.O_WRONLY | os.O_NONBLOCK
-        )  # a pipe that nobody reads is an error, not waited for
-        os.set_blocking(number, True)
-        with os.fdopen(number, "wb") as stream:
-            stream.write(content.encode())
 
 
 def rewrite(path: Path, content: str) -> None:
@@ -53,7 +36,7 @@ def try_file(path: Path | None) -> None:
     with writing(path):
         if path.is_dir():
             raise OSError(EISDIR, os.strerror(EISDIR))
-        if not _is_stream(path):
+        if not is_stream(path):
             _try_folder(path.parent)
 
 
@@ -72,13 +55,3 @@ def _try_folder(path: Path) -> None:
     with tempfile.TemporaryFile(dir=path) as stream:
         stream.write(TRIED)
         stream.flush()
-
-
-def _is_stream(path: Path) -> bool:
-    """Whether a path is there and is a device, a pipe or a socket, or names an open file (/dev/stdout, /dev/fd/1)."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return False
-    named = path.is_symlink() and path.is_absolute() and path.parts[1] in ("dev", "proc")
-    return named or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fastgrad_compiler.runtime.private_files import sync_folder
-from fastgrad_dsl.storage.files import naming, writing
+from fastgrad_dsl.storage.files import is_stream, naming, writing
 from fastgrad_grammar.diagnostics import TfgError
 
 Writer = Callable[[Path], None]
@@ -61,6 +61,8 @@ def check_absent(paths: Mapping[Path, object], *, force: bool) -> None:
 
 
 def _written(path: Path, write: Writer, aside: dict[Path, Path]) -> None:
+    if is_stream(path):
+        raise TfgError.of("FG421", f"cannot write {path}: it is a device or a pipe")
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))

@@ -20,7 +20,8 @@ from fastgrad_dsl.calibration.pace import default_pace
 from fastgrad_dsl.commands import cli, failures
 from fastgrad_dsl.commands.failures import run_command
 from fastgrad_dsl.storage.files import write_atomically
-from fastgrad_dsl.storage.outputs import rewrite, try_file, try_folder, write_output
+from fastgrad_dsl.storage.outputs import rewrite, try_file, try_folder
+from fastgrad_dsl.storage.staged import text_writer, write_together
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -161,6 +162,15 @@ def test_a_full_disk_is_found_by_trying(monkeypatch: pytest.MonkeyPatch, tmp_pat
             tried(tmp_path / "no/where")
 
 
+def test_no_writer_replaces_a_device() -> None:
+    """Not even as root, whom nothing keeps from it: /dev/null would be a file from then on."""
+    write_atomically(Path("/dev/null"), b"gone")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(TfgError, match=r"FG421.*device"):
+        write_together({Path("/dev/null"): text_writer("text")}, force=True)
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
 @pytest.mark.parametrize("option", ["--json", "--html"])
 def test_a_device_is_written_as_it_is(fastgrad: Run, option: str) -> None:
     mode = os.stat("/dev/full").st_mode
@@ -182,7 +192,7 @@ def test_an_output_may_be_the_standard_output_or_a_pipe(tmp_path: Path) -> None:
 def test_a_pipe_without_a_reader_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="No such device or address") as found:
-        write_output(tmp_path / "pipe", "text")
+        write_atomically(tmp_path / "pipe", "text")
     assert found.value.filename == str(tmp_path / "pipe")
 
 
