@@ -72,6 +72,29 @@ def test_a_model_in_steps_is_the_whole(name: str) -> None:
         assert difference(found, meant) < (1e-3 if name == "encoder_decoder" else 1e-12)
 
 
+STD_MODELS = {
+    "gpt": "std.gpt(tokens; vocab = 17, context = 64, width = 16, heads = 2, depth = 2)",
+    "llama": "std.llama(tokens; vocab = 17, width = 16, heads = 2, depth = 2)",
+}
+
+
+@pytest.mark.parametrize("name", STD_MODELS)
+def test_what_is_returned_is_computed_before_the_call_ends(name: str) -> None:
+    """A model that is a single call, whose step reads the position, in its `return`."""
+    text = f"""
+use std
+dim b
+dim n <= 64
+model small(tokens: int[b, n]) -> float[b, n, 17] {{
+    return {STD_MODELS[name]}
+}}
+"""
+    model: Any = fg.compile(text, target="torch").module(dtype=torch.float64)
+    tokens = torch.arange(2 * N).reshape(2, N) % 17
+    for split in SPLITS:
+        assert difference(in_steps(model, [tokens], [], split), model(tokens)) < 1e-12
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_precisions(dtype: torch.dtype) -> None:
     spec = compiled("gpt")

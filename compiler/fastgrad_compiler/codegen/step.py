@@ -87,8 +87,8 @@ def write_model_step(module: Module, graph: Graph, writer: Writer, found: dict[s
             writer.line("like = state.like")
         block.write()
         given = ", ".join(map(str, block.results()))
-        writer.line(f"state.advance({block.dims[str(module.program.along)]})")
-        writer.line(f"return {given}, state")
+        # results may be calls that read the position: they come first, from left to right
+        writer.line(f"return {given}, state.advance({block.dims[str(module.program.along)]})")
 
 
 def _inputs(module: Module, graph: Graph) -> tuple[list[Node], list[Node]]:

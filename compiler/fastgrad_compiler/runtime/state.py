@@ -164,11 +164,12 @@ class State(Scope):
         if at_most is not None and self.known + tokens > at_most:
             raise ValueError(f"{self.known + tokens} tokens, but the model is declared for at most {at_most}")
 
-    def advance(self, tokens: int) -> None:
-        """End a call."""
+    def advance(self, tokens: int) -> State:
+        """End a call: this state. What belongs to the call must have been computed."""
         self.position.add_(tokens)
         self.known = None
         self.made.clear()
+        return self
 
     def _mapped(self, change: Callable[[str, Tensor], Tensor]) -> State:
         tensors = {path: change(path, x) for path, x in self.tensors.items()}
