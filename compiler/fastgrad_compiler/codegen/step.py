@@ -8,7 +8,7 @@ from dataclasses import replace
 from fastgrad_compiler.codegen.block import Block, Module, place_of
 from fastgrad_compiler.codegen.members import Member
 from fastgrad_compiler.codegen.names import variable
-from fastgrad_compiler.codegen.writer import Expr, Writer, call, literal, tuple_text
+from fastgrad_compiler.codegen.writer import LINE_LENGTH, Expr, Writer, call, literal, noun, tuple_text
 from fastgrad_compiler.ir.calls import reachable
 from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import Graph, Node, step_form
@@ -72,10 +72,10 @@ def write_model_step(module: Module, graph: Graph, writer: Writer, found: dict[s
     names = dict(zip((node.name for node in form.inputs), block.bind_inputs(late), strict=True))
     typed = [*(f"{names[node.name]}: Tensor" for node in tokens), f"state: {STATE}"]
     typed += ["*fixed: Tensor"] if fixed else []
-    results = ["Tensor"] * _results(graph)
+    types = ["Tensor"] * _results(graph)
     writer.line()
     writer.line("@torch.no_grad()")
-    writer.statement("def ", call("step", "self", *typed), f" -> tuple[{', '.join(results)}, {STATE}]:")
+    writer.statement("def ", call("step", "self", *typed), f" -> tuple[{', '.join(types)}, {STATE}]:")
     with writer.indented():
         said = " `start` gives what is the same in every call." if fixed else ""
         writer.docstring(
@@ -86,9 +86,15 @@ def write_model_step(module: Module, graph: Graph, writer: Writer, found: dict[s
         if needed.makes and block.template is None:
             writer.line("like = state.like")
         block.write()
-        given = ", ".join(map(str, block.results()))
         # results may be calls that read the position: they come first, from left to right
-        writer.line(f"return {given}, state.advance({block.dims[str(module.program.along)]})")
+        end = f"state.advance({block.dims[str(module.program.along)]})"
+        results = block.results()
+        if writer.column + len(f"return {', '.join(map(str, results))}, {end}") > LINE_LENGTH:
+            named = zip(form.outputs, results, strict=True)
+            results = [
+                value if value.is_name else block.bind(value, noun(form[name])) for name, value in named
+            ]
+        writer.line(f"return {', '.join(map(str, results))}, {end}")
 
 
 def _inputs(module: Module, graph: Graph) -> tuple[list[Node], list[Node]]:
