@@ -31,7 +31,7 @@ from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import python_docstring, python_string
 
-STEP_FILES = ("state.py", "step.py", "step_attention.py", "step_sums.py", "step_tokens.py")
+STEP_FILES = ("pieces.py", "state.py", "step.py", "step_attention.py", "step_sums.py", "step_tokens.py")
 STEP_NAMES = {
     "state": (BASE, STATE, SCOPE),
     "step": ("depthwise_step", "place_of", "rows_of", "shift_step"),

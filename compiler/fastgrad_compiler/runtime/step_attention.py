@@ -68,7 +68,10 @@ def attention_step(
     whole: the same attention of a text from its beginning, which serves a long first call. guard: the key of the one
     that watches the logits; it sees those with the tokens of the ring, and what norms prove of all others.
     """
-    tokens = _new_tokens(Inputs(q, k, v, near_q, near_k, log_gate, mask, documents), state)
+    inputs = Inputs(q, k, v, near_q, near_k, log_gate, mask, documents)
+    if (pieces := state.root.pieces) is not None:
+        return pieces.attention(inputs, rule, whole, guard)
+    tokens = _new_tokens(inputs, state)
     kept, count = Kept(state, rule, tokens, guard), q.shape[2]
     if state.known_past == 0 and count > kept.tile and (serve := whole or _exact(rule)) is not None:
         given: dict[str, Any] = {
