@@ -36,10 +36,8 @@ def attention_of_piece(inputs: Inputs, rule: Rule, whole: Whole | None, guard: s
     """
     if rule.coefficients and whole is not None:
         return _by_polynomial(inputs, rule, whole, guard, layout)
-    if rule.window and not rule.alibi:
-        starts = layout.since(rule.window - 1)
-    else:
-        starts = (0,) * len(layout.lengths)
+    banded = rule.window and not rule.alibi
+    starts = layout.since(rule.window - 1) if banded else (0,) * len(layout.lengths)
     extended = _extended(inputs, starts, layout)
     return _exactly(inputs.q, extended, rule)
 
@@ -92,7 +90,12 @@ def _exactly(q: Tensor, extended: Inputs, rule: Rule) -> Tensor:
         rates = slopes(q, k).view(1, -1, 1, 1)
         bias = (-rates * distance).to(q.dtype).masked_fill(~seen, -torch.inf)
     return softmax_attention(
-        q, k, extended.v, attn_mask=seen if bias is None else bias, scale=rule.scale, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        extended.v,
+        attn_mask=seen if bias is None else bias,
+        scale=rule.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
@@ -115,16 +118,16 @@ def _visible(extended: Inputs, distance: Tensor, rule: Rule) -> Tensor:
 def _by_polynomial(inputs: Inputs, rule: Rule, whole: Whole, guard: str, layout: Layout) -> Tensor:
     """By the kernel of the whole text on what is near, and sums of what is before."""
     if guard and (policy := read_key(guard).policy) in ("exact", "clamp"):
-        raise ValueError(f"a guard of the policy {policy} cannot change an attention whose keys are on several ranks")
+        raise ValueError(
+            f"a guard of the policy {policy} cannot change an attention whose keys are on several ranks"
+        )
     width = rule.near
     starts = tuple(max(0, (place // width - 1) * width) if width else place for place in layout.offsets)
     extended = _extended(inputs, starts[:-1], layout)
     sums, factor = _earlier_sums(extended, starts, rule, layout)
     c, rows = inputs.q.shape[2], grouped(inputs.q, inputs.k).to(work_dtype(inputs.q, rule))
-    if layout.rank == 0:
-        found = sums[:, :, None, :1].expand(*rows.shape[:-1], -1)  # zeros, whose gradients other ranks wait for
-    else:
-        found = _read(rows, sums, rule)
+    nothing = sums[:, :, None, :1].expand(*rows.shape[:-1], -1)  # zeros, whose gradients others wait for
+    found = _read(rows, sums, rule) if layout.rank else nothing
     if factor is not None:
         found = found * factor[:, :, None, -c:, None]
     module: Any = sys.modules[whole.__module__]
@@ -137,9 +140,9 @@ def _by_polynomial(inputs: Inputs, rule: Rule, whole: Whole, guard: str, layout:
 def _earlier_sums(
     extended: Inputs, starts: tuple[int, ...], rule: Rule, layout: Layout
 ) -> tuple[Tensor, Tensor | None]:
-    """The sums of all keys before the start of this rank, and by which factor each token sees them, [b or 1, h or 1, t].
+    """The sums of all keys before the start of this rank, and by which factor each token sees them.
 
-    float64 [b, h, r, dv + 1], decayed to the token before the start, of its document.
+    float64 [b, h, r, dv + 1], of the document of the token before the start and decayed to it; [b, h or 1, t].
     """
     k, v, log_gate, mask = extended.k, extended.v, extended.log_gate, extended.mask
     count = 0 if layout.rank == len(layout.lengths) - 1 else starts[layout.rank + 1] - starts[layout.rank]
@@ -199,7 +202,8 @@ def _factor(gates: Tensor | None, runs: Tensor | None, mask: Tensor | None) -> T
         assert factor is not None
         return factor
     same = (runs == 0)[:, None]
-    return same.double() if factor is None else factor.masked_fill(~same, 0.0)
+    seen: Tensor = same.double() if factor is None else factor.masked_fill(~same, 0.0)
+    return seen
 
 
 def _sum_up(k: Tensor, v: Tensor, there: Tensor | None, factor: Tensor | None, rule: Rule) -> Tensor:
@@ -207,7 +211,8 @@ def _sum_up(k: Tensor, v: Tensor, there: Tensor | None, factor: Tensor | None, r
     work, degree, shape = work_dtype(k, rule), len(rule.coefficients) - 1, sums_shape(k, v, rule)
 
     def part(k: Tensor, v: Tensor, there: Tensor | None, factor: Tensor | None) -> Tensor:
-        return sums_of(k, v, there, factor, degree, work).double()
+        found: Tensor = sums_of(k, v, there, factor, degree, work).double()
+        return found
 
     size = _block(k, shape[0])
     total = None
@@ -225,7 +230,8 @@ def _read(rows: Tensor, sums: Tensor, rule: Rule) -> Tensor:
     """float64 [b, h, G, c, dv + 1]: what queries [b, h, G, c, d] read. Their features are made again, too."""
     parts = rows.split(_block(rows.flatten(1, 2), sums.shape[2]), 3)
     return torch.cat(
-        [checkpoint(read, part, sums, rule, use_reentrant=False, preserve_rng_state=False) for part in parts], 3
+        [checkpoint(read, part, sums, rule, use_reentrant=False, preserve_rng_state=False) for part in parts],
+        3,
     )
 
 

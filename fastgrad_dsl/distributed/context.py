@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from fastgrad_compiler.runtime.state import LIKE, State
 from fastgrad_compiler.runtime.step_tokens import Rule
 from fastgrad_dsl.distributed.attention import Whole, attention_of_piece
 from fastgrad_dsl.distributed.exchange import Layout, sum_of_shares, tokens_from
+from fastgrad_grammar.diagnostics import TfgError
 
 
 @contextmanager
@@ -32,7 +32,9 @@ def context_parallel(mesh: DeviceMesh) -> Iterator[None]:
     Raises ValueError for a mesh of several dimensions, or within another context.
     """
     if mesh.ndim != 1:
-        raise ValueError(f"context_parallel takes one dimension of a mesh, such as mesh['context'], not {mesh.ndim}")
+        raise ValueError(
+            f"context_parallel takes one dimension of a mesh, such as mesh['context'], not {mesh.ndim}"
+        )
     if serving() is not None:
         raise ValueError("context_parallel is within another one")
     serve(_Pieces(mesh.get_group()))
@@ -51,7 +53,9 @@ def shard_sequence(tensors: Tensor | Sequence[Tensor], mesh: DeviceMesh, axis: i
     if isinstance(tensors, Tensor):
         count, rank, tokens = mesh.size(), mesh.get_local_rank(), tensors.shape[axis]
         if tokens < count:
-            raise ValueError(f"{tokens} tokens are too few for {count} ranks, of which each needs one at least")
+            raise ValueError(
+                f"{tokens} tokens are too few for {count} ranks, of which each needs one at least"
+            )
         return tensors.tensor_split(count, axis)[rank].contiguous()
     return tuple(shard_sequence(each, mesh, axis) for each in tensors)
 
@@ -69,17 +73,6 @@ def mean_over_tokens(mean: Tensor, tokens: int) -> Tensor:
     return sum_of_shares(mean * (tokens / total.item()), pieces.group)
 
 
-def over_pieces(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An objective that is a mean over tokens, within a context over those of all ranks."""
-
-    @wraps(objective)
-    def of_all(*given: Tensor) -> Tensor:
-        value = objective(*given)
-        return value if serving() is None else mean_over_tokens(value, given[0].numel())
-
-    return of_all
-
-
 class _Pieces:
     """The pieces of the sequences of a group; `layout` is that of the model that runs."""
 
@@ -90,6 +83,9 @@ class _Pieces:
     def run(self, model: nn.Module, *given: Any, **named: Any) -> Any:
         """What `forward` of a generated model gives for this rank's piece."""
         kind: Any = type(model)
+        if not hasattr(kind, "STEP"):
+            message = f"model {kind.__name__} has no step form, and so it cannot run on a piece of a sequence"
+            raise TfgError.of("FG502", message, "`compiled.stepped()` says which operation is in the way")
         inputs = inspect.signature(kind.forward).bind(model, *given, **named).arguments
         tokens = [inputs[name] for name, *_ in kind.TOKENS]
         fixed = [inputs[name] for name, *_ in kind.FIXED]

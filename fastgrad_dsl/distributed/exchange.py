@@ -1,8 +1,8 @@
 """What a rank is given of the tokens before its piece, and how their gradients go back.
 
-Every exchange is one `all_to_all_single`, in which a rank sends what others asked for and nothing else; its backward pass
-is the same with the sizes the other way round. Ranks that need nothing take part in it with no rows. So all ranks run
-the same operations in the same order, and autograd runs their backward passes in the reverse one: nothing can deadlock.
+Every exchange is one `all_to_all_single`, in which a rank sends what others need and nothing else; its backward pass is
+the same with the sizes the other way round. Ranks that need nothing take part in it without rows. So all ranks run the
+same operations in the same order, and autograd runs their backward passes in the reverse one: nothing can deadlock.
 """
 
 from __future__ import annotations
@@ -49,14 +49,19 @@ def tokens_from(x: Tensor, axis: int, starts: Sequence[int], layout: Layout) -> 
     own, rows = offsets[rank], x.movedim(axis, 0)
     if all(start == offset for start, offset in zip(starts, offsets, strict=False)):
         return rows[:0].movedim(0, axis)
-    asked = [(max(start, own) - own, min(offset, offsets[rank + 1]) - own) for start, offset in _each(starts, layout)]
+    asked = [
+        (max(start, own) - own, min(offset, offsets[rank + 1]) - own)
+        for start, offset in _each(starts, layout)
+    ]
     sent = [rows[first:last] for first, last in asked if first < last]
     given = [
         max(0, min(own, offsets[source + 1]) - max(starts[rank], offsets[source]))
         for source in range(len(layout.lengths))
     ]
     packed = torch.cat(sent) if sent else rows[:0]
-    return _exchange(packed, [max(0, last - first) for first, last in asked], given, layout.group).movedim(0, axis)
+    return _exchange(packed, [max(0, last - first) for first, last in asked], given, layout.group).movedim(
+        0, axis
+    )
 
 
 def earlier(x: Tensor, layout: Layout) -> Tensor:

@@ -31,7 +31,7 @@ from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import python_docstring, python_string
 
-STEP_FILES = ("pieces.py", "state.py", "step.py", "step_attention.py", "step_sums.py", "step_tokens.py")
+STEP_FILES = ("state.py", "step.py", "step_attention.py", "step_sums.py", "step_tokens.py")
 STEP_NAMES = {
     "state": (BASE, STATE, SCOPE),
     "step": ("depthwise_step", "place_of", "rows_of", "shift_step"),
@@ -57,6 +57,7 @@ def emit_package(
         "__init__.py": _init(program, name),
         "model.py": _header(name, source, exact) + _imports(imports, uses_helpers, body) + body,
         "initialise.py": _runtime("initialise.py"),
+        "pieces.py": _runtime("pieces.py"),
     }
     if uses_helpers:
         files |= {name: _runtime(name) for name in ("convolution.py", "functions.py", "softmax_pairs.py")}

@@ -6,12 +6,13 @@ that state for what earlier ranks hold. The packages of a process, each with its
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .attention_op import NAMESPACE, Inputs
+if TYPE_CHECKING:
+    from .attention_op import Inputs
 
 _KEY = "pieces"
 
@@ -31,10 +32,10 @@ class Pieces(Protocol):
 
 def serving() -> Pieces | None:
     """What serves the models of this process; None where they have whole sequences."""
-    found: Pieces | None = vars(getattr(torch.ops, NAMESPACE)).get(_KEY)
+    found: Pieces | None = vars(torch.ops.fastgrad).get(_KEY)
     return found
 
 
 def serve(pieces: Pieces | None) -> None:
     """Set what serves them."""
-    vars(getattr(torch.ops, NAMESPACE))[_KEY] = pieces
+    vars(torch.ops.fastgrad)[_KEY] = pieces

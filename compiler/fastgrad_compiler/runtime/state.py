@@ -7,7 +7,6 @@ brings it up to date in place; `clone` it before a call to go on in two ways.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from .initialise import Generated
-from .pieces import Pieces, serving
+from .pieces import Pieces
 
 SUMS = "sums"  # the last part of the path of what is kept in float64 whatever the model's dtype
 LIKE = "like.kept.shared"
@@ -177,16 +176,6 @@ class Stepped(Generated):
     STEP: ClassVar[str]
     TOKENS: ClassVar[tuple[Any, ...]]
     FIXED: ClassVar[tuple[Any, ...]] = ()
-
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        """As that of nn.Module; where the sequences are in pieces on several ranks, `forward` is run on this one's."""
-        if torch.compiler.is_compiling() or (pieces := serving()) is None or "forward" in self.__dict__:
-            return super().__call__(*given, **named)
-        self.__dict__["forward"] = partial(pieces.run, self)
-        try:
-            return super().__call__(*given, **named)
-        finally:
-            del self.__dict__["forward"]
 
     @torch.no_grad()
     def start(self, *given: Any, capacity: int = 0, **sizes: int) -> State:

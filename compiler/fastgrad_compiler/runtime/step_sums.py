@@ -83,7 +83,16 @@ def absorb(
     for first in range(0, k.shape[2], size):
         part = slice(first, first + size)
         shown = None if there is None else there[:, part]
-        sums.add_(sums_of(k[:, :, part], v[:, :, part], shown, None if factor is None else factor[:, :, part], degree, work))
+        sums.add_(
+            sums_of(
+                k[:, :, part],
+                v[:, :, part],
+                shown,
+                None if factor is None else factor[:, :, part],
+                degree,
+                work,
+            )
+        )
 
 
 def sums_of(
