@@ -2,7 +2,7 @@
 
 Each rank puts the last tokens of the ranks before its own ones, so many that the near fields and the window of its
 first token are whole, from where a block of the near field begins. A kernel of the whole text serves these; of keys
-before them a rank is given sums of features (docs/mathematics.md, section 14), or with exact attention all of them.
+before them a rank is given sums of features (docs/distributed.md), or with exact attention all of them.
 """
 
 from __future__ import annotations

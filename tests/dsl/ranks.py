@@ -12,10 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
+import fastgrad_dsl as fg
 from fastgrad_dsl.api.loader import package_from_texts
-from fastgrad_dsl.distributed import context_parallel
+from fastgrad_dsl.distributed import context_parallel, shard_sequence
+from fastgrad_grammar.diagnostics import TfgError
+from tests.dsl.models import EXAMPLES, SIZES
 
 RANKS = 4
 
@@ -80,7 +84,8 @@ def run_cases(rank: int, folder: Path) -> None:
                 sent.bytes = sent.calls = 0
                 errors = _errors(case, lengths, rank, meshes[len(lengths)])
                 found[case.name, lengths] = (*errors, sent.bytes, sent.calls)
-    torch.save(found, folder / f"found-{rank}.pt")
+    found_of_models = _of_models(rank)
+    torch.save((found, found_of_models), folder / f"found-{rank}.pt")
 
 
 class _Sent:
@@ -128,3 +133,115 @@ def difference(found: Tensor, wanted: Tensor) -> float:
         if found.numel()
         else 0.0
     )
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def _of_models(rank: int) -> dict[str, Any]:
+    """What is asked of whole models: errors by name, and what was said of refusals."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    line = DeviceMesh("cpu", list(range(RANKS)), mesh_dim_names=("context",))
+    alone = [DeviceMesh("cpu", [each], mesh_dim_names=("context",)) for each in range(RANKS)][rank]
+    tokens = torch.randint(0, 11, (4, 38), generator=torch.Generator().manual_seed(1))
+    batch = tokens[:, :-1], tokens[:, 1:]
+    found: dict[str, Any] = {"of a file": _loss_errors(batch, line), "refused": _refused(line, mesh, rank)}
+    found["data and context"] = _data_and_context(batch, mesh)
+    bounded = _example("bounded").module().double()
+    with context_parallel(alone):
+        wanted = shard_sequence(bounded(batch[0]), line)
+    with context_parallel(line):
+        piece = shard_sequence(batch[0], line)
+        found["in place of exp"] = difference(bounded(piece), wanted)
+        stepped = torch.compile(bounded)
+        found["compiled"] = difference(stepped(piece), wanted)
+    exact = shard_sequence(bounded(batch[0]), line)
+    found["eps"] = difference(wanted, exact)
+    return found
+
+
+def _example(name: str, **more: Any) -> Any:
+    params = {**SIZES[name], **more}
+    return fg.compile(EXAMPLES / f"{name}.tfg", params=params, target="torch", validate=False)
+
+
+def _whole(compiled: Any, batch: tuple[Tensor, Tensor]) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    """A model without gradients, its loss on a batch in one process, and the gradients of that."""
+    model = compiled.module().double()
+    loss = compiled.loss(model(batch[0]), batch[1])
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return model, loss.detach(), gradients
+
+
+def _loss_errors(batch: tuple[Tensor, Tensor], mesh: DeviceMesh) -> tuple[float, float]:
+    """Of the objective, and of all gradients."""
+    compiled = _example("gpt", vocab=11)
+    model, wanted, gradients = _whole(compiled, batch)
+    with context_parallel(mesh):
+        x, y = shard_sequence(batch, mesh)
+        loss = compiled.loss(model(x), y)
+        loss.backward()
+    errors = []
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad, group=mesh.get_group())
+        errors.append(difference(parameter.grad, gradients[name]))
+    return difference(loss, wanted), max(errors)
+
+
+def _data_and_context(batch: tuple[Tensor, Tensor], mesh: DeviceMesh) -> float:
+    """DistributedDataParallel over the ranks with other sequences, together with pieces of each."""
+    compiled = _example("gpt", vocab=11)
+    model, _, gradients = _whole(compiled, batch)
+    parallel = DistributedDataParallel(model, process_group=mesh["data"].get_group())
+    own = [x.chunk(2)[mesh["data"].get_local_rank()] for x in batch]
+    with context_parallel(mesh["context"]):
+        x, y = shard_sequence(own, mesh["context"])
+        compiled.loss(parallel(x), y).backward()
+    errors = []
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad, group=mesh["context"].get_group())
+        errors.append(difference(parameter.grad, gradients[name]))
+    return max(errors)
+
+
+SHORT = """dim b
+dim n <= 16
+model m(x: float[b, n, 4]) -> float[b, n, 4] {
+    return x + softmax(causal(x @ x.T)) @ x
+}
+objective o(out: float[b, n, 4]) = log(mean(out * out))
+"""
+
+
+def _refused(line: DeviceMesh, mesh: DeviceMesh, rank: int) -> dict[str, str]:
+    """What is said where something is refused, by what was tried."""
+    short = fg.compile(SHORT, target="torch", validate=False)
+    model, bert = short.module(), _example("bert")
+    x = torch.zeros(2, 4, 4)
+    tried: dict[str, Callable[[], object]] = {
+        "no step form": lambda: bert.module()(torch.zeros(1, 4, dtype=torch.int64)),
+        "no token": lambda: model(x[:, : rank % 2]),
+        "too long": lambda: model(torch.zeros(2, 5, 4)),
+        "other sequences": lambda: model(x[: 1 + rank % 2]),
+        "few tokens": lambda: shard_sequence(x[:, :3], line),
+        "within another": lambda: context_parallel(line).__enter__(),
+        "no mean": lambda: short.loss(model(x)) if short.loss else None,
+    }
+    found = {}
+    with context_parallel(line):
+        for name, attempt in tried.items():
+            found[name] = _said(attempt)
+    found["two dims"] = _said(lambda: context_parallel(mesh).__enter__())
+    return found
+
+
+def _said(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except (TfgError, ValueError) as error:
+        return str(error)
+    return "nothing"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from tests.dsl.ranks import RANKS, Case, run_cases, spawn
 N = 13
 TOKENS = ("x", "ids", "keys")
 EVEN = ((7, 6), (5, 4, 4), (4, 3, 3, 3))
-RAGGED = ((1, 12), (5, 1, 7), (3, 1, 8, 1), (1, 1, 1, 10))
+RAGGED = ((1, 12), (1, 5, 7), (3, 1, 8, 1), (1, 1, 1, 10))
 INPUTS = "x: float[b, n, 4], ids: int[b, n], keys: bool[b, n], memory: float[b, m, 4]"
 POLYNOMIAL = "polynomial(q @ k.T; (1.0, 0.3, 0.5))"
 NEAR = f"near_far(exp(r @ k.T), {POLYNOMIAL}; 2)"
@@ -48,8 +50,9 @@ PIECES = {
     "sinusoid": "x = x + sinusoid(n, 4)",
     "positions": "x = x + 0.1 * unsqueeze(float(positions(n)); axis = -1)",
     "learned positions": "weight t: float[40, 4] = normal(std = 1.0)\nx = x + t[1:n + 1]",
-    "memory": "y = std.rms_norm(memory)\nx = x + softmax(x @ tanh(y).T) @ y",
-    "memory by a polynomial": "x = x + normalize_rows(polynomial(x @ memory.T; (1.0, 1.0, 0.5))) @ memory",
+    "memory": "x = x + shift(x)\ny = std.rms_norm(memory)\nx = x + softmax(x @ tanh(y).T) @ y",
+    "memory by a polynomial": "x = x + shift(x)\n"
+    "x = x + normalize_rows(polynomial(x @ memory.T; (1.0, 1.0, 0.5))) @ memory",
 }
 SINGLE = ("polynomial", "near gates padding", "exact", "window")  # in float32, too
 
@@ -70,6 +73,7 @@ def source(body: str) -> str:
 
 def case(name: str, body: str, lengths: tuple[tuple[int, ...], ...], dtype: torch.dtype, n: int = N) -> Case:
     compiled = fg.compile(source(body), target="torch", validate=False)
+    assert compiled.stepped().along == "n", name
     generator = torch.Generator().manual_seed(len(body) + n)
     inputs = {
         "x": torch.randn(2, n, 4, generator=generator, dtype=torch.float64).to(dtype),
@@ -93,8 +97,8 @@ Found = dict[tuple[str, tuple[int, ...]], tuple[float, float, int, int]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
-    """By rank and case: the errors of results and gradients, the bytes that it sent, and the exchanges."""
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Found, dict[str, Any]]]:
+    """What each rank found: see `ranks.run_cases`."""
     folder = tmp_path_factory.mktemp("ranks")
     cases = [case(name, body, EVEN + RAGGED, torch.float64) for name, body in PIECES.items()]
     cases += [case(f"{name} float32", PIECES[name], EVEN, torch.float32) for name in SINGLE]
@@ -105,6 +109,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
     torch.save(cases, folder / "cases.pt")
     spawn(run_cases, folder)
     return [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def found(ranks: list[tuple[Found, dict[str, Any]]]) -> list[Found]:
+    """By rank and case: the errors of results and gradients, the bytes that it sent, and the exchanges."""
+    return [cases for cases, _ in ranks]
 
 
 @pytest.mark.parametrize("name", PIECES)
@@ -125,8 +135,69 @@ def test_pieces_in_float32(name: str, found: list[Found]) -> None:
 
 
 def test_bytes_do_not_depend_on_the_length(found: list[Found]) -> None:
-    """Sums of 15 features by 5 columns, a decay, and a halo of two tokens, there and back again."""
     for rank in range(RANKS):
         short, long = (found[rank][f"near of {4 * n}", (n, n, n, n)][2:] for n in (8, 16))
         assert short == long
-    print([found[rank]["near of 32", (8, 8, 8, 8)][2:] for rank in range(RANKS)])
+
+
+def test_bytes_of_an_attention(found: list[Found]) -> None:
+    """The first of four ranks sends its sums to three, and a halo of two tokens to the next; gradients are the last's.
+
+    Of each of two sequences sums of 15 features by 5 columns and a decay; of a token k, v, the near key, a gate, all in
+    float64, and one byte of the mask.
+    """
+    sums, halo, masks = 2 * 8 * (15 * 5 + 1), 2 * 2 * 8 * (4 + 4 + 1), 2 * 2
+    sent = [found[rank]["near of 32", (8, 8, 8, 8)][2] for rank in range(RANKS)]
+    assert sent[0] == 3 * sums + halo + masks
+    assert sent[-1] == 3 * sums + halo
+    assert sent[1] == sent[2] == 3 * sums + 2 * halo + masks
+
+
+def test_what_is_within_a_rank_is_sent_nowhere(found: list[Found]) -> None:
+    for name in ("rotary", "sinusoid", "positions", "learned positions"):
+        assert {found[rank][name, EVEN[2]][2:] for rank in range(RANKS)} == {(0, 0)}
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def test_the_objective_and_its_gradients(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    for _, found in ranks:
+        assert max(found["of a file"]) < 1e-11
+
+
+def test_with_data_parallel(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    """Two by two processes give the gradients of one."""
+    for _, found in ranks:
+        assert found["data and context"] < 1e-11
+
+
+def test_a_polynomial_in_place_of_exp(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    """Whatever the length: one process is exact below the break-even length, and both are within the budget."""
+    for _, found in ranks:
+        assert found["in place of exp"] < 1e-11
+        assert 1e-11 < found["eps"] < 1e-2
+
+
+def test_what_was_compiled_runs_without_it(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    for _, found in ranks:
+        assert found["compiled"] < 1e-11
+
+
+REFUSED = {
+    "no step form": "[FG502] model Bert has no step form, and so it cannot run on a piece of a sequence",
+    "no token": "a rank has no token of the sequence",
+    "too long": "20 tokens, but the model is declared for at most 16",
+    "other sequences": "the ranks have pieces of different numbers of sequences: [1, 2, 1, 2]",
+    "few tokens": "3 tokens are too few for 4 ranks",
+    "within another": "context_parallel is within another one",
+    "no mean": "[FG501] no value in pieces along n: an objective is a sum of means over tokens there",
+    "two dims": "context_parallel takes one dimension of a mesh",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str, ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    """By every rank alike, so that none waits for another."""
+    for _, found in ranks:
+        assert found["refused"][what].startswith(REFUSED[what])
