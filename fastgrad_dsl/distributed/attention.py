@@ -215,14 +215,12 @@ def _sum_up(k: Tensor, v: Tensor, there: Tensor | None, factor: Tensor | None, r
         return found
 
     size = _block(k, shape[0])
-    total = None
+    total = torch.zeros((*k.shape[:2], *shape), dtype=torch.float64, device=k.device)
     for first in range(0, max(k.shape[2], 1), size):
         here = slice(first, first + size)
         given = (k[:, :, here], v[:, :, here], None if there is None else there[:, here])
         decay = None if factor is None else factor[:, :, here]
-        found = checkpoint(part, *given, decay, use_reentrant=False, preserve_rng_state=False)
-        total = found if total is None else total + found
-    assert total is not None
+        total = total + checkpoint(part, *given, decay, use_reentrant=False, preserve_rng_state=False)
     return total
 
 
@@ -259,7 +257,7 @@ class _Joined(torch.autograd.Function):
         total = kept + far[..., -1] * shift
         scale = torch.where(total == 0, 0.0, total.reciprocal())
         rows = own.to(far.dtype) * (kept * scale).unsqueeze(-1)
-        out = (rows + far[..., :-1] * (shift * scale).unsqueeze(-1)).to(own.dtype)
+        out: Tensor = (rows + far[..., :-1] * (shift * scale).unsqueeze(-1)).to(own.dtype)
         ctx.save_for_backward(*inputs, out, total, maximum, shift * scale, *flag)
         ctx.operation, ctx.guard, ctx.dtype = operation, guard, before.dtype
         return out

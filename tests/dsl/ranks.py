@@ -51,7 +51,8 @@ def module_of(texts: dict[str, str], weights: dict[str, Tensor], dtype: torch.dt
 
 def spawn(work: Callable[..., None], *given: Any) -> None:
     """Run work(rank, *given) in RANKS processes of one group."""
-    torch.multiprocessing.spawn(_begin, (work, given, os.getpid()), nprocs=RANKS)
+    begin = torch.multiprocessing.spawn  # type: ignore[attr-defined]  # exported without saying so
+    begin(_begin, (work, given, os.getpid()), nprocs=RANKS)
 
 
 def _begin(rank: int, work: Callable[..., None], given: tuple[Any, ...], parent: int) -> None:

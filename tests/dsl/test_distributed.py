@@ -15,7 +15,7 @@ from tests.dsl.ranks import RANKS, Case, run_cases, spawn
 N = 13
 TOKENS = ("x", "ids", "keys")
 EVEN = ((7, 6), (5, 4, 4), (4, 3, 3, 3))
-RAGGED = ((1, 12), (1, 5, 7), (3, 1, 8, 1), (1, 1, 1, 10))
+RAGGED = ((1, 5, 7), (1, 1, 1, 10))
 INPUTS = "x: float[b, n, 4], ids: int[b, n], keys: bool[b, n], memory: float[b, m, 4]"
 POLYNOMIAL = "polynomial(q @ k.T; (1.0, 0.3, 0.5))"
 NEAR = f"near_far(exp(r @ k.T), {POLYNOMIAL}; 2)"
