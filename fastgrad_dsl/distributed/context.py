@@ -90,6 +90,8 @@ class _Pieces:
         tokens = [inputs[name] for name, *_ in kind.TOKENS]
         fixed = [inputs[name] for name, *_ in kind.FIXED]
         state = _PieceState(self, kind, tokens[0].device, _like(model, tokens), _sizes(kind, fixed))
+        if any(x.numel() == 0 for x in tokens):
+            state.enter(kind.STEP, 0)  # the other ranks wait for this one's length
         *results, _ = kind.step.__wrapped__(model, *tokens, state, *fixed)
         return results[0] if len(results) == 1 else tuple(results)
 
