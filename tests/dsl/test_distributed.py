@@ -71,8 +71,15 @@ def source(body: str) -> str:
     return f"use std\ndim b\ndim n\ndim m\nmodel m({INPUTS}) -> float[b, n, 4] {{\n{inside}\n}}\n"
 
 
-def case(name: str, body: str, lengths: tuple[tuple[int, ...], ...], dtype: torch.dtype, n: int = N) -> Case:
-    compiled = fg.compile(source(body), target="torch", validate=False)
+def case(
+    name: str,
+    body: str,
+    lengths: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    n: int = N,
+    target: str = "torch",
+) -> Case:
+    compiled = fg.compile(source(body), target=target, validate=False)
     assert compiled.stepped().along == "n", name
     generator = torch.Generator().manual_seed(len(body) + n)
     inputs = {
@@ -146,7 +153,7 @@ def test_bytes_of_an_attention(found: list[Found]) -> None:
     Of each of two sequences sums of 15 features by 5 columns and a decay; of a token k, v, the near key, a gate, all in
     float64, and one byte of the mask.
     """
-    sums, halo, masks = 2 * 8 * (15 * 5 + 1), 2 * 2 * 8 * (4 + 4 + 1), 2 * 2
+    sums, halo, masks = 2 * 8 * (15 * 5 + 1), 2 * 2 * 8 * (4 + 4 + 4 + 1), 2 * 2
     sent = [found[rank]["near of 32", (8, 8, 8, 8)][2] for rank in range(RANKS)]
     assert sent[0] == 3 * sums + halo + masks
     assert sent[-1] == 3 * sums + halo
