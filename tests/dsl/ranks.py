@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fastgrad_dsl as fg
@@ -147,7 +149,8 @@ def _of_models(rank: int) -> dict[str, Any]:
     tokens = torch.randint(0, 11, (4, 38), generator=torch.Generator().manual_seed(1))
     batch = tokens[:, :-1], tokens[:, 1:]
     found: dict[str, Any] = {"of a file": _loss_errors(batch, line), "refused": _refused(line, mesh, rank)}
-    found["data and context"] = _data_and_context(batch, mesh)
+    found["replicated"] = _data_and_context(batch, mesh, _replicated)
+    found["sharded"] = _data_and_context(batch, mesh, _sharded)
     bounded = _example("bounded").module().double()
     with context_parallel(alone):
         wanted = shard_sequence(bounded(batch[0]), line)
@@ -192,11 +195,13 @@ def _loss_errors(batch: tuple[Tensor, Tensor], mesh: DeviceMesh) -> tuple[float,
     return difference(loss, wanted), max(errors)
 
 
-def _data_and_context(batch: tuple[Tensor, Tensor], mesh: DeviceMesh) -> float:
-    """DistributedDataParallel over the ranks with other sequences, together with pieces of each."""
+def _data_and_context(
+    batch: tuple[Tensor, Tensor], mesh: DeviceMesh, wrapped: Callable[..., nn.Module]
+) -> float:
+    """The largest error of a gradient: other sequences on other ranks, together with pieces of each."""
     compiled = _example("gpt", vocab=11)
     model, _, gradients = _whole(compiled, batch)
-    parallel = DistributedDataParallel(model, process_group=mesh["data"].get_group())
+    parallel = wrapped(model, mesh["data"])
     own = [x.chunk(2)[mesh["data"].get_local_rank()] for x in batch]
     with context_parallel(mesh["context"]):
         x, y = shard_sequence(own, mesh["context"])
@@ -204,9 +209,23 @@ def _data_and_context(batch: tuple[Tensor, Tensor], mesh: DeviceMesh) -> float:
     errors = []
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
-        dist.all_reduce(parameter.grad, group=mesh["context"].get_group())
-        errors.append(difference(parameter.grad, gradients[name]))
+        whole = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        dist.all_reduce(whole, group=mesh["context"].get_group())
+        errors.append(difference(whole, gradients[name]))
     return max(errors)
+
+
+def _replicated(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return DistributedDataParallel(model, process_group=mesh.get_group())
+
+
+def _sharded(model: Any, mesh: DeviceMesh) -> nn.Module:
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+        register_fsdp_forward_method(layer, "step")
+    fully_shard(model, mesh=mesh)
+    whole: nn.Module = model
+    return whole
 
 
 SHORT = """dim b

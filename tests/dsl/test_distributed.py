@@ -173,10 +173,11 @@ def test_the_objective_and_its_gradients(ranks: list[tuple[Found, dict[str, Any]
         assert max(found["of a file"]) < 1e-11
 
 
-def test_with_data_parallel(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
-    """Two by two processes give the gradients of one."""
+@pytest.mark.parametrize("how", ["replicated", "sharded"])
+def test_with_data_parallel(how: str, ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    """Two by two processes give the gradients of one, with weights that are on each or in parts."""
     for _, found in ranks:
-        assert found["data and context"] < 1e-11
+        assert found[how] < 1e-11
 
 
 def test_a_polynomial_in_place_of_exp(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
