@@ -160,6 +160,11 @@ def _of_models(rank: int) -> dict[str, Any]:
         stepped = torch.compile(bounded)
         found["compiled"] = difference(stepped(piece), wanted)
     exact = shard_sequence(bounded(batch[0]), line)
+    x = 0.5 * torch.randn(2, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with context_parallel(alone):
+        guarded = shard_sequence(_guarded("warn")(x), line)
+    with context_parallel(line):
+        found["guarded"] = difference(_guarded("warn")(shard_sequence(x, line)), guarded)
     found["eps"] = difference(wanted, exact)
     return found
 
@@ -237,6 +242,25 @@ objective o(out: float[b, n, 4]) = log(mean(out * out))
 """
 
 
+GUARDED = """dim b
+dim n
+model m(x: float[b, n, 4]) -> float[b, n, 4] {
+    s = assume_bound(x @ x.T, 2.0)
+    return x + softmax(causal(s)) @ x
+}
+budget {
+    output <= 0.9
+    at "*" degree = 2
+    on_violation = POLICY
+}
+"""
+
+
+def _guarded(policy: str) -> nn.Module:
+    text = GUARDED.replace("POLICY", policy)
+    return fg.compile(text, target="torch", validate=False).module().double()
+
+
 def _refused(line: DeviceMesh, mesh: DeviceMesh, rank: int) -> dict[str, str]:
     """What is said where something is refused, by what was tried."""
     short = fg.compile(SHORT, target="torch", validate=False)
@@ -249,6 +273,8 @@ def _refused(line: DeviceMesh, mesh: DeviceMesh, rank: int) -> dict[str, str]:
         "other sequences": lambda: model(x[: 1 + rank % 2]),
         "few tokens": lambda: shard_sequence(x[:, :3], line),
         "within another": lambda: context_parallel(line).__enter__(),
+        "exact": lambda: _guarded("exact")(x.double()),
+        "clamp": lambda: _guarded("clamp")(x.double()),
         "no mean": lambda: short.loss(model(x)) if short.loss else None,
     }
     found = {}

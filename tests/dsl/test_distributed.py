@@ -187,6 +187,11 @@ def test_a_polynomial_in_place_of_exp(ranks: list[tuple[Found, dict[str, Any]]])
         assert 1e-11 < found["eps"] < 1e-2
 
 
+def test_with_guards(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    for _, found in ranks:
+        assert found["guarded"] < 1e-11
+
+
 def test_what_was_compiled_runs_without_it(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
     for _, found in ranks:
         assert found["compiled"] < 1e-11
@@ -199,6 +204,8 @@ REFUSED = {
     "other sequences": "the ranks have pieces of different numbers of sequences: [1, 2, 1, 2]",
     "few tokens": "3 tokens are too few for 4 ranks",
     "within another": "context_parallel is within another one",
+    "exact": "a guard of the policy exact cannot change an attention whose keys are on several ranks",
+    "clamp": "a guard of the policy clamp cannot change an attention whose keys are on several ranks",
     "no mean": "[FG501] no value in pieces along n: an objective is a sum of means over tokens there",
     "two dims": "context_parallel takes one dimension of a mesh",
 }
