@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastgrad_compiler.runtime.guard import BudgetViolation as BudgetViolation
     from fastgrad_compiler.runtime.initialise import initialise as initialise
+    from fastgrad_dsl import distributed as distributed
     from fastgrad_dsl import functional as functional
     from fastgrad_dsl.api.compiled import Compiled as Compiled
     from fastgrad_dsl.api.compiled import compile as compile
@@ -47,12 +48,13 @@ _HOMES = {
     "log_budget": "fastgrad_dsl.training.budget_log",
     "read_prompt": "fastgrad_dsl.generation.generate",
 }
-__all__ = sorted([*_HOMES, "__version__", "functional"])
+_MODULES = ("distributed", "functional")
+__all__ = sorted([*_HOMES, *_MODULES, "__version__"])
 
 
 def __getattr__(name: str) -> object:
-    if name == "functional":
-        return import_module("fastgrad_dsl.functional")
+    if name in _MODULES:
+        return import_module(f"fastgrad_dsl.{name}")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -206,8 +206,14 @@ class Compiled:
 
     @property
     def loss(self) -> Callable[..., Tensor] | None:
-        """The objective of the file as a function of tensors, None if it has none."""
-        return getattr(self._package, "OBJECTIVE", None)
+        """The objective of the file as a function of tensors, None if it has none.
+
+        Within `distributed.context_parallel` it is that of the tokens of all ranks.
+        """
+        from fastgrad_dsl.distributed.objective import Objective
+
+        found = getattr(self._package, "OBJECTIVE", None)
+        return None if found is None else Objective(found, self.program)
 
     def report(
         self,

@@ -58,6 +58,7 @@ def emit_package(
         "__init__.py": _init(program, name),
         "model.py": _header(name, source, exact) + _imports(imports, uses_helpers, body) + body,
         "initialise.py": _runtime("initialise.py"),
+        "pieces.py": _runtime("pieces.py"),
     }
     if uses_helpers:
         files |= {name: _runtime(name) for name in HELPER_FILES}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Self
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Generator, Tensor, nn
+
+from .pieces import serving
 
 
 @torch.no_grad()
@@ -66,6 +69,16 @@ INITIALISERS: dict[str, Callable[..., Tensor]] = {
 
 class Generated(nn.Module):
     """The base of a generated model: its tensors can be made again where it was built without memory for them."""
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        """As that of nn.Module; where the sequences are in pieces on several ranks, `forward` is run on this one's."""
+        if torch.compiler.is_compiling() or (pieces := serving()) is None or "forward" in self.__dict__:
+            return super().__call__(*given, **named)
+        self.__dict__["forward"] = partial(pieces.run, self)
+        try:
+            return super().__call__(*given, **named)
+        finally:
+            del self.__dict__["forward"]
 
     def reset_parameters(self, seed: int = 0) -> None:
         """Give every tensor the value that it has in a model made with `seed`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from .initialise import Generated
+from .pieces import Pieces
 
 SUMS = "sums"  # the last part of the path of what is kept in float64 whatever the model's dtype
 LIKE = "like.kept.shared"
@@ -105,6 +106,7 @@ class State(Scope):
         self.starting = False
         self.known: int | None = None
         self.made: dict[Hashable, Any] = {}
+        self.pieces: Pieces | None = None  # where this state is that of a piece of a sequence
 
     # ------------------------------------------------------------ what users ask
 

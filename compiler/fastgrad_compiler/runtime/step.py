@@ -70,6 +70,9 @@ def depthwise_step(x: Tensor, w: Tensor, ids: Tensor | None = None, *, state: Sc
 
 def _before(x: Tensor, ids: Tensor | None, count: int, state: Scope) -> tuple[Tensor, Tensor | None]:
     """New tokens, and their documents, after the last `count` of those before, zeros where there were none."""
+    if (pieces := state.root.pieces) is not None:
+        tokens = torch.cat((pieces.before(x, -2, count), x), -2)
+        return tokens, None if ids is None else torch.cat((pieces.before(ids, -1, count), ids), -1)
     recent = state.get("recent", lambda: x.new_zeros((*x.shape[:-2], count, x.shape[-1])))
     tokens = torch.cat((recent, x), -2)
     recent.copy_(tokens[..., x.shape[-2] :, :])

@@ -77,6 +77,8 @@ def attention_step(
     serves a few tokens at once, except under a guard, and sums up the keys of many.
     """
     inputs, count = Inputs(q, k, v, near_q, near_k, log_gate, mask, documents), q.shape[2]
+    if (pieces := state.root.pieces) is not None:
+        return pieces.attention(inputs, rule, whole, guard)
     if native is not None and not guard and (found := _natively(native, inputs, state)) is not None:
         return found
     tokens = _new_tokens(inputs, state)

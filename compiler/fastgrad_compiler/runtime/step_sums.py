@@ -82,13 +82,30 @@ def absorb(
     size = max(WORK_BYTES // (sums.shape[0] * sums.shape[1] * sums.shape[2] * work.itemsize), 1)
     for first in range(0, k.shape[2], size):
         part = slice(first, first + size)
-        keys, values = k[:, :, part].to(work), F.pad(v[:, :, part].to(work), (0, 1), value=1.0)
-        if factor is not None:
-            values = values * factor[:, :, part, None].to(work)
-        if there is not None:
-            hidden = ~there[:, None, part, None]
-            keys, values = keys.masked_fill(hidden, 0.0), values.masked_fill(hidden, 0.0)
-        sums.add_(_features(keys, degree).mT @ values)
+        shown = None if there is None else there[:, part]
+        sums.add_(
+            sums_of(
+                k[:, :, part],
+                v[:, :, part],
+                shown,
+                None if factor is None else factor[:, :, part],
+                degree,
+                work,
+            )
+        )
+
+
+def sums_of(
+    k: Tensor, v: Tensor, there: Tensor | None, factor: Tensor | None, degree: int, work: torch.dtype
+) -> Tensor:
+    """[b, h, r, dv + 1]: what tokens add to the sums, of all features at once; see `absorb`."""
+    keys, values = k.to(work), F.pad(v.to(work), (0, 1), value=1.0)
+    if factor is not None:
+        values = values * factor.unsqueeze(-1).to(work)
+    if there is not None:
+        hidden = ~there[:, None, :, None]
+        keys, values = keys.masked_fill(hidden, 0.0), values.masked_fill(hidden, 0.0)
+    return _features(keys, degree).mT @ values
 
 
 def _degree(d: int, features: int) -> int:

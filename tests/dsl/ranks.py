@@ -1,0 +1,293 @@
+"""What the processes of tests/dsl/test_distributed.py do: each runs its pieces of models that it finds in a file."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import fastgrad_dsl as fg
+from fastgrad_dsl.api.loader import package_from_texts
+from fastgrad_dsl.distributed import context_parallel, shard_sequence
+from fastgrad_grammar.diagnostics import TfgError
+from tests.dsl.models import EXAMPLES, SIZES
+
+RANKS = 4
+
+
+@dataclass
+class Case:
+    """A model, its inputs (of which `tokens` are in pieces), and what one process computes with them.
+
+    gradients: of weights and of inputs, by name, for the sum of the result times `upstream`.
+    """
+
+    name: str
+    texts: dict[str, str]
+    weights: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    tokens: tuple[str, ...]
+    upstream: Tensor
+    out: Tensor
+    gradients: dict[str, Tensor]
+    lengths: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype = torch.float64
+
+
+def module_of(texts: dict[str, str], weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    model: nn.Module = package_from_texts(texts).MODEL(0).to(dtype)
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def spawn(work: Callable[..., None], *given: Any) -> None:
+    """Run work(rank, *given) in RANKS processes of one group."""
+    begin = torch.multiprocessing.spawn  # type: ignore[attr-defined]  # exported without saying so
+    begin(_begin, (work, given, os.getpid()), nprocs=RANKS)
+
+
+def _begin(rank: int, work: Callable[..., None], given: tuple[Any, ...], parent: int) -> None:
+    torch.set_num_threads(1)
+    folder = Path(given[0])
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / f'meeting-{parent}'}",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    work(rank, *given)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_cases(rank: int, folder: Path) -> None:
+    """Write by case and lengths the largest relative errors of the result and of all gradients, and the bytes sent."""
+    meshes = {
+        size: DeviceMesh("cpu", list(range(size)), mesh_dim_names=("context",))
+        for size in range(1, RANKS + 1)
+    }
+    cases: list[Case] = torch.load(folder / "cases.pt", weights_only=False)
+    sent = _Sent()
+    found: dict[tuple[str, tuple[int, ...]], tuple[float, float, int, int]] = {}
+    for case in cases:
+        for lengths in case.lengths:
+            if rank < len(lengths):
+                sent.bytes = sent.calls = 0
+                errors = _errors(case, lengths, rank, meshes[len(lengths)])
+                found[case.name, lengths] = (*errors, sent.bytes, sent.calls)
+    found_of_models = _of_models(rank)
+    torch.save((found, found_of_models), folder / f"found-{rank}.pt")
+
+
+class _Sent:
+    """Counts what is sent to other ranks."""
+
+    def __init__(self) -> None:
+        self.bytes = self.calls = 0
+        self.inner = dist.all_to_all_single
+        setattr(dist, "all_to_all_single", self.count)  # noqa: B010  # which type checkers would not let assign
+
+    def count(self, out: Tensor, given: Tensor, sizes: list[int], splits: list[int], group: Any) -> None:
+        self.bytes += given.numel() * given.element_size()
+        self.calls += 1
+        self.inner(out, given, sizes, splits, group=group)
+
+
+def _errors(case: Case, lengths: tuple[int, ...], rank: int, mesh: DeviceMesh) -> tuple[float, float]:
+    model = module_of(case.texts, case.weights, case.dtype)
+    inputs = {}
+    for name, x in case.inputs.items():
+        piece = x.split(lengths, 1)[rank] if name in case.tokens else x
+        inputs[name] = piece.clone().requires_grad_(x.is_floating_point())
+    with context_parallel(mesh):
+        out = model(**inputs)
+        (out * case.upstream.split(lengths, 1)[rank]).sum().backward()
+    errors = [0.0]
+    for name, wanted in case.gradients.items():
+        given = inputs[name].grad if name in inputs else model.get_parameter(name).grad
+        gradient = torch.zeros_like(wanted) if given is None and name not in case.tokens else given
+        assert gradient is not None, name
+        if name in case.tokens:
+            wanted = wanted.split(lengths, 1)[rank]
+        else:
+            dist.all_reduce(gradient, group=mesh.get_group())
+        errors.append(difference(gradient, wanted))
+    return difference(out, case.out.split(lengths, 1)[rank]), max(errors)
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, relative to one plus the largest entry."""
+    if not found.isfinite().all():
+        return float("inf")
+    return (
+        float((found - wanted).detach().abs().max() / (1.0 + wanted.detach().abs().max()))
+        if found.numel()
+        else 0.0
+    )
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def _of_models(rank: int) -> dict[str, Any]:
+    """What is asked of whole models: errors by name, and what was said of refusals."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    line = DeviceMesh("cpu", list(range(RANKS)), mesh_dim_names=("context",))
+    alone = [DeviceMesh("cpu", [each], mesh_dim_names=("context",)) for each in range(RANKS)][rank]
+    tokens = torch.randint(0, 11, (4, 38), generator=torch.Generator().manual_seed(1))
+    batch = tokens[:, :-1], tokens[:, 1:]
+    found: dict[str, Any] = {"of a file": _loss_errors(batch, line), "refused": _refused(line, mesh, rank)}
+    found["replicated"] = _data_and_context(batch, mesh, _replicated)
+    found["sharded"] = _data_and_context(batch, mesh, _sharded)
+    bounded = _example("bounded").module().double()
+    with context_parallel(alone):
+        wanted = shard_sequence(bounded(batch[0]), line)
+    with context_parallel(line):
+        piece = shard_sequence(batch[0], line)
+        found["in place of exp"] = difference(bounded(piece), wanted)
+        stepped = torch.compile(bounded)
+        found["compiled"] = difference(stepped(piece), wanted)
+    exact = shard_sequence(bounded(batch[0]), line)
+    x = 0.5 * torch.randn(2, 9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with context_parallel(alone):
+        guarded = shard_sequence(_guarded("warn")(x), line)
+    with context_parallel(line):
+        found["guarded"] = difference(_guarded("warn")(shard_sequence(x, line)), guarded)
+    found["eps"] = difference(wanted, exact)
+    return found
+
+
+def _example(name: str, **more: Any) -> Any:
+    params = {**SIZES[name], **more}
+    return fg.compile(EXAMPLES / f"{name}.tfg", params=params, target="torch", validate=False)
+
+
+def _whole(compiled: Any, batch: tuple[Tensor, Tensor]) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    """A model without gradients, its loss on a batch in one process, and the gradients of that."""
+    model = compiled.module().double()
+    loss = compiled.loss(model(batch[0]), batch[1])
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return model, loss.detach(), gradients
+
+
+def _loss_errors(batch: tuple[Tensor, Tensor], mesh: DeviceMesh) -> tuple[float, float]:
+    """Of the objective, and of all gradients."""
+    compiled = _example("gpt", vocab=11)
+    model, wanted, gradients = _whole(compiled, batch)
+    with context_parallel(mesh):
+        x, y = shard_sequence(batch, mesh)
+        loss = compiled.loss(model(x), y)
+        loss.backward()
+    errors = []
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad, group=mesh.get_group())
+        errors.append(difference(parameter.grad, gradients[name]))
+    return difference(loss, wanted), max(errors)
+
+
+def _data_and_context(
+    batch: tuple[Tensor, Tensor], mesh: DeviceMesh, wrapped: Callable[..., nn.Module]
+) -> float:
+    """The largest error of a gradient: other sequences on other ranks, together with pieces of each."""
+    compiled = _example("gpt", vocab=11)
+    model, _, gradients = _whole(compiled, batch)
+    parallel = wrapped(model, mesh["data"])
+    own = [x.chunk(2)[mesh["data"].get_local_rank()] for x in batch]
+    with context_parallel(mesh["context"]):
+        x, y = shard_sequence(own, mesh["context"])
+        compiled.loss(parallel(x), y).backward()
+    errors = []
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        whole = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        dist.all_reduce(whole, group=mesh["context"].get_group())
+        errors.append(difference(whole, gradients[name]))
+    return max(errors)
+
+
+def _replicated(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return DistributedDataParallel(model, process_group=mesh.get_group())
+
+
+def _sharded(model: Any, mesh: DeviceMesh) -> nn.Module:
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+        register_fsdp_forward_method(layer, "step")
+    fully_shard(model, mesh=mesh)
+    whole: nn.Module = model
+    return whole
+
+
+SHORT = """dim b
+dim n <= 16
+model m(x: float[b, n, 4]) -> float[b, n, 4] {
+    return x + softmax(causal(x @ x.T)) @ x
+}
+objective o(out: float[b, n, 4]) = log(mean(out * out))
+"""
+
+
+GUARDED = """dim b
+dim n
+model m(x: float[b, n, 4]) -> float[b, n, 4] {
+    s = assume_bound(x @ x.T, 2.0)
+    return x + softmax(causal(s)) @ x
+}
+budget {
+    output <= 0.9
+    at "*" degree = 2
+    on_violation = POLICY
+}
+"""
+
+
+def _guarded(policy: str) -> nn.Module:
+    text = GUARDED.replace("POLICY", policy)
+    return fg.compile(text, target="torch", validate=False).module().double()
+
+
+def _refused(line: DeviceMesh, mesh: DeviceMesh, rank: int) -> dict[str, str]:
+    """What is said where something is refused, by what was tried."""
+    short = fg.compile(SHORT, target="torch", validate=False)
+    model, bert = short.module(), _example("bert")
+    x = torch.zeros(2, 4, 4)
+    tried: dict[str, Callable[[], object]] = {
+        "no step form": lambda: bert.module()(torch.zeros(1, 4, dtype=torch.int64)),
+        "no token": lambda: model(x[:, : rank % 2]),
+        "too long": lambda: model(torch.zeros(2, 5, 4)),
+        "other sequences": lambda: model(x[: 1 + rank % 2]),
+        "few tokens": lambda: shard_sequence(x[:, :3], line),
+        "within another": lambda: context_parallel(line).__enter__(),
+        "exact": lambda: _guarded("exact")(x.double()),
+        "clamp": lambda: _guarded("clamp")(x.double()),
+        "no mean": lambda: short.loss(model(x)) if short.loss else None,
+    }
+    found = {}
+    with context_parallel(line):
+        for name, attempt in tried.items():
+            found[name] = _said(attempt)
+    found["two dims"] = _said(lambda: context_parallel(mesh).__enter__())
+    return found
+
+
+def _said(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except (TfgError, ValueError) as error:
+        return str(error)
+    return "nothing"

@@ -1,0 +1,218 @@
+"""A sequence in pieces on several ranks gives what one process gives: results, gradients of weights and of inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastgrad_dsl as fg
+from fastgrad_dsl.api.loader import package_from_texts
+from tests.dsl.ranks import RANKS, Case, run_cases, spawn
+
+N = 13
+TOKENS = ("x", "ids", "keys")
+EVEN = ((7, 6), (5, 4, 4), (4, 3, 3, 3))
+RAGGED = ((1, 5, 7), (1, 1, 1, 10))
+INPUTS = "x: float[b, n, 4], ids: int[b, n], keys: bool[b, n], memory: float[b, m, 4]"
+POLYNOMIAL = "polynomial(q @ k.T; (1.0, 0.3, 0.5))"
+NEAR = f"near_far(exp(r @ k.T), {POLYNOMIAL}; 2)"
+ATTENDING = "x = x + normalize_rows({}) @ (x @ w_v)"
+GATES = "log_sigmoid(mean(x; axis = -1))"
+
+PIECES = {
+    "exact": "x = x + softmax(causal(q @ k.T)) @ (x @ w_v)",
+    "exact heads": "x = x + std.attention(x; heads = 2, kv_heads = 1, causal = true, rope = 100.0)",
+    "exact documents": "x = x + softmax(causal(documents(q @ k.T, ids))) @ (x @ w_v)",
+    "exact padding": "x = x + softmax(causal(padding(q @ k.T, keys))) @ (x @ w_v)",
+    "exact forget": f"x = x + softmax(causal(forget(q @ k.T, {GATES}))) @ (x @ w_v)",
+    "exact near": "x = x + softmax(causal(near_far(r @ k.T, q @ k.T; block = 2))) @ (x @ w_v)",
+    "window": "x = x + softmax(causal(window(q @ k.T; width = 3))) @ (x @ w_v)",
+    "alibi": "h = split_heads(x, 2)\nx = x + merge_heads(softmax(alibi(causal(h @ h.T))) @ h) @ w_v",
+    "polynomial": ATTENDING.format(f"causal({POLYNOMIAL})"),
+    "near": ATTENDING.format(f"causal({NEAR})"),
+    "gates": ATTENDING.format(f"decay(causal({POLYNOMIAL}), {GATES})"),
+    "near gates": ATTENDING.format(f"decay(causal({NEAR}), {GATES})"),
+    "documents": ATTENDING.format(f"causal(documents({POLYNOMIAL}, ids))"),
+    "near documents": ATTENDING.format(f"causal(documents({NEAR}, ids))"),
+    "padding": ATTENDING.format(f"causal(padding({POLYNOMIAL}, keys))"),
+    "near gates padding": ATTENDING.format(f"decay(causal(padding({NEAR}, keys)), {GATES})"),
+    "all": ATTENDING.format(f"decay(causal(documents(padding({NEAR}, keys), ids)), {GATES})"),
+    "grouped heads": "x = x + std.kernel_attention(x; heads = 2, kv_heads = 1, qk_dim = 2, causal = true, near = 2, "
+    "near_rope = 100.0, forget = true)",
+    "layers": "repeat i in 2 {\nx = x + std.mixer(std.rms_norm(x); heads = 2, qk_dim = 2, near = 2) as mixers\n}",
+    "convolution": "x = x + std.short_conv(x; width = 4)",
+    "packed convolution": "x = x + std.short_conv_packed(x, ids; width = 4)",
+    "shift": "x = x + 0.5 * shift(x; by = 2)",
+    "rotary": "x = rotary(x; base = 100.0)",
+    "sinusoid": "x = x + sinusoid(n, 4)",
+    "positions": "x = x + 0.1 * unsqueeze(float(positions(n)); axis = -1)",
+    "learned positions": "weight t: float[40, 4] = normal(std = 1.0)\nx = x + t[1:n + 1]",
+    "memory": "x = x + shift(x)\ny = std.rms_norm(memory)\nx = x + softmax(x @ tanh(y).T) @ y",
+    "memory by a polynomial": "x = x + shift(x)\n"
+    "x = x + normalize_rows(polynomial(x @ memory.T; (1.0, 1.0, 0.5))) @ memory",
+}
+SINGLE = ("polynomial", "near gates padding", "exact", "window")  # in float32, too
+
+
+def source(body: str) -> str:
+    lines = ["weight w_q: float[4, 4] = normal(std = 0.5)", "weight w_k: float[4, 4] = normal(std = 0.5)"]
+    lines += ["weight w_r: float[4, 4] = normal(std = 0.5)", "weight w_v: float[4, 4] = normal(std = 0.5)"]
+    lines += [
+        "q = x @ w_q",
+        "k = x @ w_k",
+        "r = x @ w_r",
+        *body.split("\n"),
+        "return x + 0.1 * (q + k + r) @ w_v",
+    ]
+    inside = "\n".join(f"    {line}" for line in lines)
+    return f"use std\ndim b\ndim n\ndim m\nmodel m({INPUTS}) -> float[b, n, 4] {{\n{inside}\n}}\n"
+
+
+def case(
+    name: str,
+    body: str,
+    lengths: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    n: int = N,
+    target: str = "torch",
+) -> Case:
+    compiled = fg.compile(source(body), target=target, validate=False)
+    assert compiled.stepped().along == "n", name
+    generator = torch.Generator().manual_seed(len(body) + n)
+    inputs = {
+        "x": torch.randn(2, n, 4, generator=generator, dtype=torch.float64).to(dtype),
+        "ids": torch.randint(0, 4, (2, n), generator=generator).sort(1).values % 3,
+        "keys": torch.rand(2, n, generator=generator) > 0.3,
+        "memory": torch.randn(2, 5, 4, generator=generator, dtype=torch.float64).to(dtype),
+    }
+    model = package_from_texts(compiled.modules).MODEL(0).to(dtype)
+    given = {key: x.clone().requires_grad_(x.is_floating_point()) for key, x in inputs.items()}
+    upstream = torch.randn(2, n, 4, generator=generator, dtype=torch.float64).to(dtype)
+    out: Tensor = model(**given)
+    (out * upstream).sum().backward()
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    gradients |= {key: x.grad for key, x in given.items() if x.grad is not None}
+    weights = {key: p.detach() for key, p in model.state_dict().items()}
+    texts = compiled.modules
+    return Case(name, texts, weights, inputs, TOKENS, upstream, out.detach(), gradients, lengths, dtype)
+
+
+Found = dict[tuple[str, tuple[int, ...]], tuple[float, float, int, int]]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Found, dict[str, Any]]]:
+    """What each rank found: see `ranks.run_cases`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    cases = [case(name, body, EVEN + RAGGED, torch.float64) for name, body in PIECES.items()]
+    cases += [case(f"{name} float32", PIECES[name], EVEN, torch.float32) for name in SINGLE]
+    cases += [
+        case(f"near of {4 * n}", PIECES["near gates padding"], ((n, n, n, n),), torch.float64, 4 * n)
+        for n in (8, 16)
+    ]
+    torch.save(cases, folder / "cases.pt")
+    spawn(run_cases, folder)
+    return [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def found(ranks: list[tuple[Found, dict[str, Any]]]) -> list[Found]:
+    """By rank and case: the errors of results and gradients, the bytes that it sent, and the exchanges."""
+    return [cases for cases, _ in ranks]
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_are_the_whole(name: str, found: list[Found]) -> None:
+    for lengths in EVEN + RAGGED:
+        for rank in range(len(lengths)):
+            out, gradient, *_ = found[rank][name, lengths]
+            assert out < 1e-11, (lengths, rank)
+            assert gradient < 1e-11, (lengths, rank)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_pieces_in_float32(name: str, found: list[Found]) -> None:
+    for lengths in EVEN:
+        for rank in range(len(lengths)):
+            out, gradient, *_ = found[rank][f"{name} float32", lengths]
+            assert max(out, gradient) < 1e-5, (lengths, rank)
+
+
+def test_bytes_do_not_depend_on_the_length(found: list[Found]) -> None:
+    for rank in range(RANKS):
+        short, long = (found[rank][f"near of {4 * n}", (n, n, n, n)][2:] for n in (8, 16))
+        assert short == long
+
+
+def test_bytes_of_an_attention(found: list[Found]) -> None:
+    """The first of four ranks sends its sums to three, and a halo of two tokens to the next; gradients are the last's.
+
+    Of each of two sequences sums of 15 features by 5 columns and a decay; of a token k, v, the near key, a gate, all in
+    float64, and one byte of the mask.
+    """
+    sums, halo, masks = 2 * 8 * (15 * 5 + 1), 2 * 2 * 8 * (4 + 4 + 4 + 1), 2 * 2
+    sent = [found[rank]["near of 32", (8, 8, 8, 8)][2] for rank in range(RANKS)]
+    assert sent[0] == 3 * sums + halo + masks
+    assert sent[-1] == 3 * sums + halo
+    assert sent[1] == sent[2] == 3 * sums + 2 * halo + masks
+
+
+def test_what_is_within_a_rank_is_sent_nowhere(found: list[Found]) -> None:
+    for name in ("rotary", "sinusoid", "positions", "learned positions"):
+        assert {found[rank][name, EVEN[2]][2:] for rank in range(RANKS)} == {(0, 0)}
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def test_the_objective_and_its_gradients(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    for _, found in ranks:
+        assert max(found["of a file"]) < 1e-11
+
+
+@pytest.mark.parametrize("how", ["replicated", "sharded"])
+def test_with_data_parallel(how: str, ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    """Two by two processes give the gradients of one, with weights that are on each or in parts."""
+    for _, found in ranks:
+        assert found[how] < 1e-11
+
+
+def test_a_polynomial_in_place_of_exp(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    """Whatever the length: one process is exact below the break-even length, and both are within the budget."""
+    for _, found in ranks:
+        assert found["in place of exp"] < 1e-11
+        assert 1e-11 < found["eps"] < 1e-2
+
+
+def test_with_guards(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    for _, found in ranks:
+        assert found["guarded"] < 1e-11
+
+
+def test_what_was_compiled_runs_without_it(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    for _, found in ranks:
+        assert found["compiled"] < 1e-11
+
+
+REFUSED = {
+    "no step form": "[FG502] model Bert has no step form, and so it cannot run on a piece of a sequence",
+    "no token": "a rank has no token of the sequence",
+    "too long": "20 tokens, but the model is declared for at most 16",
+    "other sequences": "the ranks have pieces of different numbers of sequences: [1, 2, 1, 2]",
+    "few tokens": "3 tokens are too few for 4 ranks",
+    "within another": "context_parallel is within another one",
+    "exact": "a guard of the policy exact cannot change an attention whose keys are on several ranks",
+    "clamp": "a guard of the policy clamp cannot change an attention whose keys are on several ranks",
+    "no mean": "[FG501] no value in pieces along n: an objective is a sum of means over tokens there",
+    "two dims": "context_parallel takes one dimension of a mesh",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str, ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    """By every rank alike, so that none waits for another."""
+    for _, found in ranks:
+        assert found["refused"][what].startswith(REFUSED[what])
