@@ -201,6 +201,20 @@ def test_gates_that_forget_everything() -> None:
     del alone
 
 
+@pytest.mark.parametrize("strength", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("near", [None, 4])
+def test_strong_gates_and_hidden_queries(near: int | None, strength: float) -> None:
+    """A hidden query has the shares of its visible keys, however far back and forgotten all of them are."""
+    spec = KernelSpec(3, 4, COEFFICIENTS[2], causal=True, near=near, padding=True, forget=True)
+    inputs = make_inputs(spec, N).to(torch.float32)
+    *rows, gates = (x.detach() for x in inputs.tensors)
+    given = Inputs((*rows, strength * gates), inputs.mask, inputs.cotangent)
+    masks = {"mask": given.mask, "log_gate": given.tensors[-1]}
+    wanted = load_kernel(spec)(*given.tensors[:3], **masks)
+    for split in SPLITS.values():
+        assert worst_error([steps(spec, given, polynomial_rule(spec), split)], [wanted]) < 1e-5
+
+
 def test_a_cache_grows_and_a_ring_does_not() -> None:
     spec = KernelSpec(3, 4, COEFFICIENTS[2], causal=True, near=4)
     inputs = make_inputs(spec, 200, batch=1)
