@@ -521,7 +521,7 @@ def lsp() -> None:
         if error.name is None or error.name.partition(".")[0] not in ("pygls", "lsprotocol"):
             raise
         help_ = "pip install 'fastgrad-dsl[lsp]'"
-        raise TfgError.of("FG416", f"`fastgrad lsp` needs the library {error.name}", help_) from None
+        raise TfgError.of("FG438", f"`fastgrad lsp` needs the library {error.name}", help_) from None
     serve()
 
 

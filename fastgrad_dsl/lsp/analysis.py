@@ -135,9 +135,9 @@ def analyse(parsed: Parsed, reader: Reader) -> Analysis:
         files[source.path] = source.text
         return source
 
-    reader = Reader(read, reader.parse)
+    noting = Reader(read, reader.parse)
     for name in names:
-        model, errors = _model(parsed.source, name, reader)
+        model, errors = _model(parsed.source, name, noting)
         facts.append(model)
         found += errors
     if names == [None] and any(isinstance(item, ast.BlockDecl) for item in parsed.tree.items):

@@ -64,7 +64,9 @@ def _candidates(
         yield from _expression(view, cursor, position, views)
 
 
-def _words(words: tuple[str, ...], kind: types.CompletionItemKind = _Kind.Keyword) -> Iterator[types.CompletionItem]:
+def _words(
+    words: tuple[str, ...], kind: types.CompletionItemKind = _Kind.Keyword
+) -> Iterator[types.CompletionItem]:
     return (types.CompletionItem(word, kind=kind) for word in words)
 
 
@@ -103,9 +105,7 @@ def _paths(view: View, written: str, position: types.Position) -> Iterator[types
         count = sum(entry.path == text for entry in entries)
         detail = "an attention" if count else "attentions"
         edit = types.TextEdit(types.Range(start, position), text)
-        yield types.CompletionItem(
-            text, kind=_Kind.Value, detail=detail, text_edit=edit, filter_text=text
-        )
+        yield types.CompletionItem(text, kind=_Kind.Value, detail=detail, text_edit=edit, filter_text=text)
 
 
 # ---------------------------------------------------------------- expressions
@@ -134,8 +134,7 @@ def _expression(
     for name in view.used:
         yield types.CompletionItem(name, kind=_Kind.Module, detail=view.used[name])
     for name in sorted(NAMES):
-        (callee, *_) = callees(view, None, name, views) or (None,)
-        if callee is not None:
+        for callee in callees(view, None, name, views)[:1]:
             yield types.CompletionItem(
                 name, kind=_Kind.Function, detail=callee.text, documentation=callee.documentation
             )

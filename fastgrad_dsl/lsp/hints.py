@@ -32,7 +32,8 @@ def _hints(view: View) -> Iterator[types.InlayHint]:
                 entries = _attentions(view, statement.value)
                 if entries:
                     text = " | ".join(
-                        f"{said} ({len(same)}x)" if len(same) > 1 else said for said, same in decisions(entries)
+                        f"{said} ({len(same)}x)" if len(same) > 1 else said
+                        for said, same in decisions(entries)
                     )
                     yield _hint(view, statement.span, f"attention: {text}", attention_text(entries))
 

@@ -40,7 +40,9 @@ def hover(view: View, position: types.Position, views: Views) -> types.Hover | N
         parts, span = list(_name(view, found, syntax, views)), found.span
     text = "\n\n".join(part for part in parts if part)
     folder = os.path.dirname(view.path)
-    text = text.replace(f"{folder.rstrip('/')}/", "") if folder else text  # reasons name files by their places
+    text = (
+        text.replace(f"{folder.rstrip('/')}/", "") if folder else text
+    )  # reasons name files by their places
     if not text:
         return None
     place = view.range(span) if span is not None and view.source.text == view.lines.text else None

@@ -51,7 +51,11 @@ class ItemParser:
 
     def parse(self, source: Source) -> Parsed:
         """The tree of a text, with every error in it."""
-        if self._last is None or self._last.source.text != source.text or self._last.source.path != source.path:
+        if (
+            self._last is None
+            or self._last.source.text != source.text
+            or self._last.source.path != source.path
+        ):
             self._last = self._by_items(source) or _at_once(source)
         return self._last
 

@@ -58,7 +58,11 @@ def _spans(view: View) -> list[tuple[Span, bool]]:
 
 
 def _comments(view: View) -> list[types.FoldingRange]:
-    lines = [comment.line - 1 for comment in find_comments(Source(view.path, view.lines.text)) if _alone(view, comment.offset)]
+    lines = [
+        comment.line - 1
+        for comment in find_comments(Source(view.path, view.lines.text))
+        if _alone(view, comment.offset)
+    ]
     found: list[types.FoldingRange] = []
     for line in lines:
         if found and found[-1].end_line == line - 1:

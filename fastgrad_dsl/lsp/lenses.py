@@ -35,7 +35,9 @@ def _lenses(view: View) -> Iterator[types.CodeLens]:
 
 def _without_own(view: View, models: dict[str, ModelFacts]) -> list[str]:
     """The models that the budget of the whole file is for."""
-    own = {item.model.text for item in view.items() if isinstance(item, ast.Budget) and item.model is not None}
+    own = {
+        item.model.text for item in view.items() if isinstance(item, ast.Budget) and item.model is not None
+    }
     return [name for name in models if name not in own]
 
 

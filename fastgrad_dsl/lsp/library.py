@@ -25,7 +25,9 @@ def block_of(symbol: Symbol, views: Views) -> ast.BlockDecl | None:
 def parameter_of(symbol: Symbol, views: Views) -> ast.TensorParam | ast.ValueParam | None:
     """The parameter of a block that a symbol names."""
     block = block_of(symbol, views) if symbol.space.startswith("block ") else None
-    declared = (*block.tensors, *block.values) if block is not None else ()
+    if block is None:
+        return None
+    declared: list[ast.TensorParam | ast.ValueParam] = [*block.tensors, *block.values]
     return next((each for each in declared if each.name.text == symbol.name), None)
 
 

@@ -59,8 +59,8 @@ def parameter_text(parameter: Parameter) -> str:
     default = parameter.default
     if default is NEEDED:
         return parameter.name
-    known = default is None or isinstance(default, bool | int | float | str)
-    return f"{parameter.name} = {show(default) if known else '...'}"
+    known = show(default) if default is None or isinstance(default, bool | int | float | str) else "..."
+    return f"{parameter.name} = {known}"
 
 
 def operation_signature(operation: Operation) -> str:
@@ -73,4 +73,6 @@ def operation_signature(operation: Operation) -> str:
 
 if __name__ == "__main__":
     table = rows_of(_PAGE.read_text(encoding="utf-8"))
-    _TABLE.write_text(json.dumps(table, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    _TABLE.write_text(
+        json.dumps(table, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

@@ -62,5 +62,10 @@ def _symbol(
     children: Iterable[types.DocumentSymbol] = (),
 ) -> types.DocumentSymbol:
     return types.DocumentSymbol(
-        name.text, kind, view.range(node.span), view.range(name.span), " ".join(detail.split()), children=list(children)
+        name.text,
+        kind,
+        view.range(node.span),
+        view.range(name.span),
+        " ".join(detail.split()),
+        children=list(children),
     )

@@ -110,5 +110,3 @@ def _is_path(view: View, name: str) -> bool:
 def _refuse_if(taken: bool, name: str, where: str) -> None:
     if taken:
         raise Refused(f"{name} has a meaning {where} already")
-
-

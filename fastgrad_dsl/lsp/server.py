@@ -1,4 +1,4 @@
-"""The wiring: which request is answered by what. Nothing that goes wrong here reaches the editor but a line of its log."""
+"""The wiring: which request is answered by what. Of a defect, the editor gets a line in its log and no answer."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ class Server(LanguageServer):
         if path not in self.known.documents:
             return
         try:
-            found = await asyncio.get_running_loop().run_in_executor(
-                self._checker, self.known.analyse, path
-            )
+            found = await asyncio.get_running_loop().run_in_executor(self._checker, self.known.analyse, path)
         except Exception as error:
             _log(error)
             return
@@ -124,10 +122,12 @@ class Server(LanguageServer):
 
 
 def _log(error: Exception) -> None:
-    """A defect of the server in one line: where it arose. Editors show the log; a traceback would say no more to users."""
+    """A defect of the server in one line, with where it arose: editors show the log to users."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-    logger.error("this is a bug in fastgrad, please report it: %s at %s: %s", type(error).__name__, place, error)
+    logger.error(
+        "this is a bug in fastgrad, please report it: %s at %s: %s", type(error).__name__, place, error
+    )
 
 
 def make_server() -> Server:
@@ -145,7 +145,9 @@ def serve() -> None:
     """Serve an editor on the standard input and output, until it says that it is done."""
     logging.basicConfig(level=logging.WARNING, format="fastgrad lsp: %(message)s")
     logging.getLogger("pygls").setLevel(logging.CRITICAL)  # it logs what is refused with a traceback
-    with open(os.dup(sys.stdout.fileno()), "wb") as output:  # which the server closes; the command's own stays open
+    with open(
+        os.dup(sys.stdout.fileno()), "wb"
+    ) as output:  # which the server closes; the command's own stays open
         make_server().start_io(stdout=output)
 
 
@@ -192,9 +194,7 @@ def _take(server: Server, uri: str) -> None:
 
 
 def _repairs(server: Server) -> None:
-    @server.feature(
-        types.TEXT_DOCUMENT_CODE_ACTION, types.CodeActionOptions([types.CodeActionKind.QuickFix])
-    )
+    @server.feature(types.TEXT_DOCUMENT_CODE_ACTION, types.CodeActionOptions([types.CodeActionKind.QuickFix]))
     def actions(params: types.CodeActionParams) -> list[types.CodeAction] | None:
         uri = params.text_document.uri
         return server.answer(uri, lambda view: fixes(view, uri, params.context.diagnostics))

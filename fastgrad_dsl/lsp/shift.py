@@ -21,7 +21,9 @@ class Shift:
             return len(self.old), 0
         most = min(len(self.old), len(self.new))
         before = _largest(most, lambda size: self.old[:size] == self.new[:size])
-        after = _largest(most - before, lambda size: self.old[len(self.old) - size :] == self.new[len(self.new) - size :])
+        after = _largest(
+            most - before, lambda size: self.old[len(self.old) - size :] == self.new[len(self.new) - size :]
+        )
         return before, after
 
     def to_old(self, offset: int) -> int:

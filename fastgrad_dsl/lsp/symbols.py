@@ -140,19 +140,25 @@ class _Finder:
                 self._define(item.name, "block", "model" if item.is_model else "block", item.span)
                 self._block(item)
             case ast.Objective():
-                self._define(item.name, "objective", "objective", item.span)
-                self.space = f"objective {item.name.text}"
-                for tensor in item.tensors:
-                    self._exprs(*tensor.type.dims)
-                    self._bind(tensor.name, "input", tensor.span)
-                self._expr(item.value)
+                self._objective(item)
             case ast.Budget():
-                if item.model is not None and item.model.text in self.blocks:
-                    self._add("block", item.model.text, item.model.span, "model")
-                for entry in item.entries:
-                    rule = entry.rule if isinstance(entry, ast.At) else entry
-                    if not isinstance(rule, ast.Exact):
-                        self._expr(rule.value)
+                self._budget(item)
+
+    def _objective(self, item: ast.Objective) -> None:
+        self._define(item.name, "objective", "objective", item.span)
+        self.space = f"objective {item.name.text}"
+        for tensor in item.tensors:
+            self._exprs(*tensor.type.dims)
+            self._bind(tensor.name, "input", tensor.span)
+        self._expr(item.value)
+
+    def _budget(self, item: ast.Budget) -> None:
+        if item.model is not None and item.model.text in self.blocks:
+            self._add("block", item.model.text, item.model.span, "model")
+        for entry in item.entries:
+            rule = entry.rule if isinstance(entry, ast.At) else entry
+            if not isinstance(rule, ast.Exact):
+                self._expr(rule.value)
 
     def _block(self, block: ast.BlockDecl) -> None:
         self.space = f"block {block.name.text}"

@@ -1,4 +1,4 @@
-"""Colours by meaning: what each token of a document is. Tokens are those of the lexer, so that broken text has them too."""
+"""Colours by meaning: what each token of a document is. Tokens are those of the lexer: broken text has them too."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fastgrad_compiler.frontend.operations import NAMES
 from fastgrad_dsl.lsp.view import View
 from fastgrad_grammar.build import TENSOR_TYPES, VALUE_TYPES
 from fastgrad_grammar.comments import find_comments
-from fastgrad_grammar.expected import KEYWORDS
 from fastgrad_grammar.grammar import load_grammar
 from fastgrad_grammar.layout import OPERATORS, lex
 from fastgrad_grammar.source import Source
+from fastgrad_grammar.syntax_errors import KEYWORDS
 
 TYPES = (
     *("keyword", "comment", "string", "number", "operator", "namespace", "type", "function", "class"),
@@ -68,7 +68,9 @@ def _tokens(view: View) -> Iterator[tuple[int, int, str, int]]:
         start, end = token.start_pos or 0, token.end_pos or 0
         found = known.get(start)
         if found is not None and found.span.end == end:
-            modifiers = _modifiers("declaration" if found.defines else "", "readonly" if found.kind in _FIXED else "")
+            modifiers = _modifiers(
+                "declaration" if found.defines else "", "readonly" if found.kind in _FIXED else ""
+            )
             if found.symbol.path == "std":
                 modifiers |= _modifiers("defaultLibrary")
             yield start, end, _BY_KIND[found.kind], modifiers

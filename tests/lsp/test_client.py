@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.tfg"))
 SERVER = ClientServerConfig(
     server_command=[sys.executable, "-m", "fastgrad_dsl", "lsp"],
-    server_env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "compiler", ROOT / "grammar")))},
+    server_env={
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "compiler", ROOT / "grammar"))),
+    },
 )
 PATIENCE = 60.0  # seconds; a loaded machine starts a process slowly
 
