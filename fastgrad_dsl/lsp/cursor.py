@@ -32,8 +32,8 @@ class OpenCall:
 
 @dataclass(frozen=True)
 class Cursor:
-    """`body` is the keyword of the innermost body that is open, None at the top level; `line` are the tokens of the item
-    or statement so far, without the word that is being written; `string` is what is in a string that is open.
+    """`body` is the keyword of the innermost body that is open, None at the top level. `line` are the tokens of the
+    item or statement so far without the word that is being written; `string` is what is in a string that is open.
     """
 
     body: str | None

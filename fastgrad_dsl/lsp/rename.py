@@ -81,7 +81,6 @@ def _check_files(known: Workspace, view: View, symbol: Symbol) -> None:
 def _check_free(view: View, symbol: Symbol, name: str) -> None:
     """Refused where the new name means something already in a place of the old one."""
     taken = view.index.by_symbol
-    spaces = {each.space for each in taken}
     if symbol.space.startswith(("block ", "objective ")):
         _refuse_if(Symbol(symbol.path, symbol.space, name) in taken, name, "in the block")
         inside = taken.get(Symbol(view.path, "file", name), ())
@@ -90,7 +89,11 @@ def _check_free(view: View, symbol: Symbol, name: str) -> None:
         hidden = item is not None and any(item.span.start <= o.span.start < item.span.end for o in inside)
         _refuse_if(hidden or (symbol.space.startswith("objective ") and bool(inside)), name, "of the file")
     elif symbol.space == "file":
-        _refuse_if(any(Symbol(view.path, space, name) in taken for space in spaces - {"label"}), name, "here")
+        inside = {view.index.space_at(each.span.start) for each in taken[symbol]}
+        hidden = any(Symbol(view.path, space, name) in taken for space in (*inside, "file"))
+        is_param = any(each.kind == "param" for each in taken[symbol])  # which the dims of signatures name
+        sized = any(each.kind == "size" and each.symbol.name == name for each in view.index.occurrences)
+        _refuse_if(hidden or (is_param and sized), name, "here")
     elif symbol.space == "block":
         _refuse_if(name in NAMES, name, "as an operation")
         _refuse_if(_is_path(view, name) or Symbol(view.path, "block", name) in taken, name, "here")

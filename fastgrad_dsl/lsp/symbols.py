@@ -83,6 +83,14 @@ class Index:
         blocks = (item for item in self.items if isinstance(item, ast.BlockDecl))
         return next((block for block in blocks if block.span.start <= offset <= block.span.end), None)
 
+    def space_at(self, offset: int) -> str:
+        """The space of the names that are bound around a place, empty outside of blocks and the objective."""
+        items = (item for item in self.items if isinstance(item, ast.BlockDecl | ast.Objective))
+        item = next((item for item in items if item.span.start <= offset <= item.span.end), None)
+        if item is None:
+            return ""
+        return f"{'block' if isinstance(item, ast.BlockDecl) else 'objective'} {item.name.text}"
+
     def definition_before(self, symbol: Symbol, offset: int) -> Occurrence | None:
         """Where a name that stands at a place was bound last: what binds it after that is another value."""
         found = [each for each in self.by_symbol.get(symbol, ()) if each.defines]
