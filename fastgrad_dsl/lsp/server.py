@@ -265,7 +265,7 @@ def _showing(server: Server) -> None:
     def on_folding(params: types.FoldingRangeParams) -> list[types.FoldingRange] | None:
         return server.answer(params.text_document.uri, folding)
 
-    @server.feature(types.TEXT_DOCUMENT_SEMANTIC_TOKENS_FULL, types.SemanticTokensOptions(LEGEND))
+    @server.feature(types.TEXT_DOCUMENT_SEMANTIC_TOKENS_FULL, LEGEND)
     def on_tokens(params: types.SemanticTokensParams) -> types.SemanticTokens | None:
         return server.answer(params.text_document.uri, semantic_tokens)
 
