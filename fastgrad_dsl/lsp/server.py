@@ -58,8 +58,9 @@ class Server(LanguageServer):
         threading.stack_size(before)
 
     def report_server_error(self, error: Exception, source: object) -> None:
-        """Errors of the protocol are for the log."""
-        logger.error("%s: %s", type(error).__name__, error)
+        """Errors of the protocol are for the log; what is refused was answered."""
+        if not isinstance(error, JsonRpcException) or error.code != REQUEST_FAILED:
+            logger.error("%s: %s", type(error).__name__, error)
 
     # ------------------------------------------------------------ checking
 
