@@ -89,8 +89,8 @@ def _check_free(view: View, symbol: Symbol, name: str) -> None:
         hidden = item is not None and any(item.span.start <= o.span.start < item.span.end for o in inside)
         _refuse_if(hidden or (symbol.space.startswith("objective ") and bool(inside)), name, "of the file")
     elif symbol.space == "file":
-        inside = {view.index.space_at(each.span.start) for each in taken[symbol]}
-        hidden = any(Symbol(view.path, space, name) in taken for space in (*inside, "file"))
+        around = {view.index.space_at(each.span.start) for each in taken[symbol]}
+        hidden = any(Symbol(view.path, space, name) in taken for space in (*around, "file"))
         is_param = any(each.kind == "param" for each in taken[symbol])  # which the dims of signatures name
         sized = any(each.kind == "size" and each.symbol.name == name for each in view.index.occurrences)
         _refuse_if(hidden or (is_param and sized), name, "here")

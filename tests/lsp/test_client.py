@@ -88,6 +88,7 @@ async def ask(client: LanguageClient, path: Path, text: str) -> None:
     whole = types.Range(types.Position(0, 0), types.Position(text.count("\n"), 0))
     told = await client.text_document_hover_async(types.HoverParams(document, at))
     assert told is not None
+    assert isinstance(told.contents, types.MarkupContent)
     assert "model" in told.contents.value
     assert await client.text_document_document_symbol_async(types.DocumentSymbolParams(document))
     assert await client.text_document_folding_range_async(types.FoldingRangeParams(document))
@@ -96,6 +97,7 @@ async def ask(client: LanguageClient, path: Path, text: str) -> None:
     assert await client.text_document_code_lens_async(types.CodeLensParams(document))
     assert not await client.text_document_completion_async(types.CompletionParams(document, at))
     found = await client.text_document_definition_async(types.DefinitionParams(document, at))
+    assert isinstance(found, types.Location)
     assert found.range.start == at
     options = types.FormattingOptions(tab_size=4, insert_spaces=True)
     edits = await client.text_document_formatting_async(types.DocumentFormattingParams(document, options))
