@@ -49,7 +49,7 @@ def test_an_error_of_syntax_and_its_mending(editor: Editor) -> None:
 
 
 def test_notes_are_related_places_and_help_is_told(editor: Editor) -> None:
-    editor.open(SPEC.replace("param heads = 4", "param heads = 4\nparam heads = 5"))
+    editor.open(SPEC.replace("param heads = 4", "param heads = 4\nparam heads = 4"))
     (found,) = editor.shown()
     assert found.code == "FG202"
     assert found.related_information is not None
