@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,10 @@ OF_OPTIONS = {"FG236", "FG401", "FG402", "FG403", "FG404", "FG405"}
 @pytest.mark.parametrize("path", sorted(ERRORS.glob("*.tfg")), ids=lambda path: path.stem)
 def test_what_the_terminal_says_is_shown(editor: Editor, path: Path) -> None:
     wanted = set(re.findall(r"\[(FG\d+)\]", path.with_suffix(".out").read_text(encoding="utf-8")))
-    for other in ERRORS.glob("*.tfg"):
-        (editor.folder / other.name).write_bytes(other.read_bytes())
+    shutil.copytree(ERRORS, editor.folder, dirs_exist_ok=True)
     editor.open(path.read_bytes().decode("utf-8", "replace"), path.name)
-    shown = {code for other in editor.folder.glob("*.tfg") for code in editor.codes(other.name)}
+    files = [str(other.relative_to(editor.folder)) for other in editor.folder.rglob("*") if other.is_file()]
+    shown = {code for name in files for code in editor.codes(name)}
     assert wanted - OF_OPTIONS <= shown
 
 
