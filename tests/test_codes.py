@@ -47,6 +47,7 @@ WITHOUT_FILE = {
     "FG435": "tests/dsl/test_generate_command.py::test_a_state_of_another_model_or_a_damaged_one",
     "FG436": "tests/dsl/test_generate_command.py::test_tokenizers_that_cannot_be_used",
     "FG437": "tests/dsl/test_generate_command.py::test_what_is_refused",
+    "FG438": "tests/lsp/test_command.py::test_a_missing_library_is_named",
     "FG501": "tests/compiler/test_step.py::test_what_mixes_tokens_or_sees_later_ones_is_refused_with_its_place",
     "FG502": "tests/compiler/test_step.py::test_a_dim_that_is_not_there_or_not_the_only_one_is_refused",
     "FG601": "tests/checkpoints/test_faults.py::test_a_file_of_weights_that_is_cut_or_lies",

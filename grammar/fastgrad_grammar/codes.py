@@ -115,6 +115,7 @@ CODES: dict[str, str] = {
     "FG435": "state that cannot be used",
     "FG436": "tokenizer that cannot be used",
     "FG437": "prompt that cannot be used",
+    "FG438": "library that is not installed",
     # FG5xx: the step form
     "FG501": "operation without a step form",
     "FG502": "no dimension to step along",

@@ -27,23 +27,33 @@ def parse(source: Source, start: int = 0, end: int | None = None) -> ast.File:
     FG003 for a text that is too large, FG1xx for its syntax. After an error, parsing goes on at the next
     line of the same body.
     """
+    file, diagnostics = parse_tolerant(source, start, end)
+    if diagnostics or file is None:
+        raise TfgError(diagnostics)
+    return file
+
+
+def parse_tolerant(
+    source: Source, start: int = 0, end: int | None = None
+) -> tuple[ast.File | None, list[Diagnostic]]:
+    """What `parse` gives or raises, and for a text with errors the tree without what is wrong (None if little is left).
+
+    A block with a broken head is in that tree by a head that stands in for it, whose names are not in the text.
+    """
     if len(source.text) > MAX_BYTES:
-        raise TfgError([too_large(source.path)])
+        return None, [too_large(source.path)]
     grammar = load_grammar()
     layout = lay_out(source, grammar, start, end)
     diagnostics = list(layout.diagnostics)
     if layout.stopped:
-        raise TfgError(_first(diagnostics + list(layout.broken.values())))
+        return None, _first(diagnostics + list(layout.broken.values()))
     tree, errors = _Driver(grammar, layout).run()
     diagnostics += errors
     if tree is None:
-        raise TfgError(_first(diagnostics))
+        return None, _first(diagnostics)
     builder = Builder(source)
     file = builder.file(tree)
-    diagnostics += builder.diagnostics
-    if diagnostics:
-        raise TfgError(_first(diagnostics))
-    return file
+    return file, _first(diagnostics + builder.diagnostics)
 
 
 def _first(diagnostics: Sequence[Diagnostic]) -> list[Diagnostic]:

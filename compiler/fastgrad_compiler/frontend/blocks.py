@@ -146,6 +146,7 @@ def _bind_value(outer: Scope, inner: Scope, parameter: ast.ValueParam, expr: ast
     if isinstance(expr, ast.Ref) and outer is not inner:
         binding = outer.names.get(expr.name)
         origin = (binding and binding.origin) or origin
+    inner.state.found(name.span, value)
     inner.names[name.text] = Binding(value, name.span, "value", origin)
 
 
@@ -268,6 +269,7 @@ def bind_input(scope: Scope, builder: Builder, parameter: ast.TensorParam, argum
     """An input of the graph for a tensor of its signature; `argument` gives type and origins."""
     value = builder.input(parameter.name.text, argument.type, argument.origins, parameter.span)
     origin = Origin(parameter.name.text, parameter.name.span)
+    scope.state.found(parameter.name.span, value)
     scope.names[parameter.name.text] = Binding(value, parameter.name.span, "input", origin)
 
 

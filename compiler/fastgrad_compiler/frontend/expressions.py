@@ -21,7 +21,9 @@ from fastgrad_grammar.source import Span
 
 def evaluate(scope: Scope, expr: ast.Expr) -> Value:
     """The value of an expression: a compile-time value, a tensor of the scope's graph, or several of them."""
-    return _EXPRESSIONS[type(expr)](scope, expr)
+    value = _EXPRESSIONS[type(expr)](scope, expr)
+    scope.state.found(expr.span, value)
+    return value
 
 
 def scalar(scope: Scope, expr: ast.Expr, what: str) -> Scalar:

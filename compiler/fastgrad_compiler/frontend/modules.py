@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -91,9 +91,27 @@ def standard_library() -> Module:
     return module
 
 
-def load(source: Source, report: Reporter) -> Module:
+def _from_disk(shown: str, path: Path) -> Source:
+    return read_source(shown, place=str(path))
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How the loader gets at texts: `read` a used file, by what to call it and where it lies, and `parse` a text.
+
+    An editor has texts that are not saved, and trees of what did not change. Both raise TfgError.
+    """
+
+    read: Callable[[str, Path], Source] = _from_disk
+    parse: Callable[[Source], ast.File] = parse
+
+
+DISK = Reader()
+
+
+def load(source: Source, report: Reporter, reader: Reader = DISK) -> Module:
     """The main file and all that it uses. Raises TfgError for its syntax; the rest goes to `report`."""
-    return _Loader(source, report).module("", source, parse(source), ())
+    return _Loader(source, report, reader).module("", source, reader.parse(source), ())
 
 
 _Chain: TypeAlias = "tuple[tuple[Path, ast.Use | None], ...]"
@@ -106,8 +124,9 @@ class _Loader:
     links followed: a spec from a stranger shows no other file.
     """
 
-    def __init__(self, main: Source, report: Reporter) -> None:
+    def __init__(self, main: Source, report: Reporter, reader: Reader) -> None:
         self.report = report
+        self.reader = reader
         self.include = main.include
         self.roots = [Path(os.path.realpath(folder)) for folder in (_folder(main), *main.include)]
         self.characters = len(main.text)
@@ -171,7 +190,7 @@ class _Loader:
             message = f"more than {MAX_CHAIN} files use each other in a row"
             raise self._refuse(use, message, "use fewer, longer files")
         try:
-            text = read_source(shown, place=str(path))
+            text = self.reader.read(shown, path)
         except TfgError as error:
             first = error.diagnostics[0]
             raise self._refuse(use, first.message, *first.help) from None
@@ -180,7 +199,7 @@ class _Loader:
             size = f"{MAX_BYTES >> 10} KiB"
             raise self._refuse(use, f"with {shown} the files are too large together", f"they may have {size}")
         try:
-            tree = parse(text)
+            tree = self.reader.parse(text)
         except TfgError as error:
             self.report.diagnostics.extend(error.diagnostics)
             raise Abort from None

@@ -82,6 +82,7 @@ def _param(scope: Scope, item: ast.Param, given: Mapping[str, object]) -> None:
     except Abort:
         scope.names[name.text] = Binding(Failed(), name.span, "param")
         return
+    scope.state.found(name.span, value)
     scope.names[name.text] = Binding(value, name.span, "param", origin)
 
 

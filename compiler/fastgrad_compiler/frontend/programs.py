@@ -11,12 +11,12 @@ from fastgrad_compiler.frontend.blocks import bind_input, evaluate_call, make_gr
 from fastgrad_compiler.frontend.budgets import budget_for
 from fastgrad_compiler.frontend.builder import Builder
 from fastgrad_compiler.frontend.expressions import tensor
-from fastgrad_compiler.frontend.modules import Module, check_names, load
+from fastgrad_compiler.frontend.modules import DISK, Module, Reader, check_names, load
 from fastgrad_compiler.frontend.parameters import dim_info, file_scope
 from fastgrad_compiler.frontend.repeats import run_repeat
 from fastgrad_compiler.frontend.reporter import Abort, Reporter, did_you_mean
 from fastgrad_compiler.frontend.scope import Binding, Failed, Scope
-from fastgrad_compiler.frontend.state import MAX_UNROLLED, State
+from fastgrad_compiler.frontend.state import MAX_UNROLLED, State, Watch
 from fastgrad_compiler.frontend.statements import dim_origin, tensor_type
 from fastgrad_compiler.frontend.values import Tensor
 from fastgrad_compiler.ir.calls import reachable
@@ -39,17 +39,23 @@ def models(source: Source) -> tuple[str, ...]:
 
 
 def elaborate(
-    source: Source, *, model: str | None = None, params: Mapping[str, object] | None = None
+    source: Source,
+    *,
+    model: str | None = None,
+    params: Mapping[str, object] | None = None,
+    reader: Reader = DISK,
+    watch: Watch | None = None,
 ) -> Program:
     """The program of one model of a file: typed graphs, dims, budget, objective.
 
     `model` picks one of several; `params` overrides the file's params by Python values or by command-line texts.
+    `reader` says how texts are read, and `watch` is told what each expression was found to be.
     Raises TfgError with every diagnostic found: FG1xx (syntax), FG2xx (the file), FG401 to FG405 (`model`, `params`).
     """
     with _deep_recursion():
         report = Reporter()
-        main = load(source, report)
-        state = State(report, evaluate_call, run_repeat)
+        main = load(source, report, reader)
+        state = State(report, evaluate_call, run_repeat, watch=watch)
         scope = _file_scopes(state, main, params or {})
         dims = dim_info(scope)
         state.multiples.update({name: info.multiple_of for name, info in dims.items()})

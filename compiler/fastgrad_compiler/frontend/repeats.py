@@ -76,6 +76,7 @@ def _bodies(scope: Scope, statement: ast.Repeat, count: int) -> list[_Body]:
         inner = scope.inner(builder)
         inner.names.update(stepped)
         origin = Origin(index, statement.index.span)
+        scope.state.found(statement.index.span, iteration)
         inner.names[index] = Binding(iteration, statement.index.span, "index", origin)
         before = len(scope.report.diagnostics)
         run_body(inner, statement.body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from fastgrad_compiler.frontend.builder import Builder, check_size, trace_origins
 from fastgrad_compiler.frontend.modules import Module
@@ -20,6 +21,10 @@ MAX_STEPS = 100_000
 MAX_UNROLLED = 200_000  # counting every iteration of repeats and every call of blocks
 MAX_DEPTH = 64
 MAX_REPEAT = 100_000
+
+
+Watch: TypeAlias = "Callable[[Span, Value], None]"
+"""Is told the value of each expression, and of each name where it is bound, once for each instance of its block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,12 @@ class State:
     graph_names: UniqueNames = field(default_factory=UniqueNames)
     file_scopes: dict[Module, Scope] = field(default_factory=dict)
     steps: int = 0
+    watch: Watch | None = None
+
+    def found(self, span: Span, value: Value) -> None:
+        """Tell who watches what an expression, or a name where it is bound, was found to be."""
+        if self.watch is not None:
+            self.watch(span, value)
 
     def step(self, span: Span, work: int = 1) -> None:
         """Count work; FG241 ends the run where a program grows beyond what can be meant."""

@@ -60,6 +60,7 @@ def bind(scope: Scope, name: ast.Name, value: Value) -> None:
     """Give a value the user's name."""
     if isinstance(value, Tensor) and scope.builder is not None:
         value = scope.builder.rename(value, name.text)
+    scope.state.found(name.span, value)
     scope.names[name.text] = Binding(value, name.span, "local", Origin(name.text, name.span))
     scope.hidden.pop(name.text, None)
 
@@ -116,6 +117,7 @@ def _weight(scope: Scope, statement: ast.Weight | ast.Buffer) -> None:
     origins = tuple([dim_origin(scope, expr, name) for expr in statement.type.dims])
     declared = (name.text, tuple([expr.span.text for expr in statement.type.dims]))
     tensor = Tensor(node.name, kind, origins, scope.builder, declared)
+    scope.state.found(name.span, tensor)
     scope.names[name.text] = Binding(tensor, name.span, "weight", Origin(name.text, name.span))
     scope.hidden.pop(name.text, None)
 

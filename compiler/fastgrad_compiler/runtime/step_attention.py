@@ -79,15 +79,9 @@ def attention_step(
     inputs, count = Inputs(q, k, v, near_q, near_k, log_gate, mask, documents), q.shape[2]
     if (pieces := state.root.pieces) is not None:
         return pieces.attention(inputs, rule, whole, guard)
-    hidden_gates = (
-        log_gate is not None and mask is not None
-    )  # `_effective`, which the native kernel does not know
-    if (
-        native is not None
-        and not guard
-        and not hidden_gates
-        and (found := _natively(native, inputs, state)) is not None
-    ):
+    if log_gate is not None:
+        inputs = inputs._replace(log_gate=_effective(log_gate, mask, state))
+    if native is not None and not guard and (found := _natively(native, inputs, state)) is not None:
         return found
     tokens = _new_tokens(inputs, state)
     kept = Kept(state, rule, tokens, guard, native)
@@ -154,19 +148,19 @@ def _new_tokens(inputs: Inputs, state: Scope) -> Tokens:
         hidden = ~mask[:, None, :, None]
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
         near_k = None if near_k is None else near_k.masked_fill(hidden, 0.0)
-    gates = None if log_gate is None else log_gate.double().clamp(LEAST_LOG_GATE, 0.0)
-    if gates is not None and mask is not None:
-        gates = _effective(gates, mask, state)
     places = torch.arange(k.shape[2], device=k.device) + state.past
-    return Tokens(k, v, near_k, gates, mask, None if documents is None else _runs(documents, state), places)
+    return Tokens(k, v, near_k, log_gate, mask, None if documents is None else _runs(documents, state), places)
 
 
-def _effective(gates: Tensor, mask: Tensor, state: Scope) -> Tensor:
-    """The gates of visible tokens with those of the hidden ones before them; a hidden token has 0.
+def _effective(log_gate: Tensor, mask: Tensor | None, state: Scope) -> Tensor:
+    """float64 [b, h, c]: the gates of visible tokens, with those of the hidden ones before them; 0 of hidden tokens.
 
     So a hidden query reads the keys before it as the last visible one does: a factor that its whole row has cancels
     (docs/mathematics.md, section 12), and would leave nothing of a row whose keys are all far back.
     """
+    gates = log_gate.double().clamp(LEAST_LOG_GATE, 0.0)
+    if mask is None:
+        return gates
     pending = state.get("pending", lambda: gates.new_zeros(gates.shape[:2]))
     total = pending.unsqueeze(-1) + gates.cumsum(-1)
     last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).cummax(-1).values[:, None]
