@@ -149,7 +149,9 @@ def _new_tokens(inputs: Inputs, state: Scope) -> Tokens:
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
         near_k = None if near_k is None else near_k.masked_fill(hidden, 0.0)
     places = torch.arange(k.shape[2], device=k.device) + state.past
-    return Tokens(k, v, near_k, log_gate, mask, None if documents is None else _runs(documents, state), places)
+    return Tokens(
+        k, v, near_k, log_gate, mask, None if documents is None else _runs(documents, state), places
+    )
 
 
 def _effective(log_gate: Tensor, mask: Tensor | None, state: Scope) -> Tensor:
