@@ -299,8 +299,12 @@ def test_guards_watch_steps(policy: str) -> None:
     assert (status["calls"], status["proved"], status["violations"]) == (12, 12, 0)
     large = 30.0 * x[:, :1]
     if policy in ("raise", "exact"):
+        before = state.clone()
         with pytest.raises(RuntimeError, match=f"on_violation = {policy}"):
             model.step(large, state)
+        with pytest.raises(RuntimeError, match="failed half way"):
+            model.step(x[:, :1], state)
+        assert model.step(x[:, :1], before)[0].isfinite().all()
         return
     out, _ = model.step(large, state)
     assert model.budget_status()[0]["violations"] == 1

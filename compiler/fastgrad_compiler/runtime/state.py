@@ -104,6 +104,7 @@ class State(Scope):
             sizes or {}
         )  # of the run-time dims of what is the same in every call
         self.starting = False
+        self.entered = False  # whether a call is under way
         self.known: int | None = None
         self.made: dict[Hashable, Any] = {}
         self.pieces: Pieces | None = None  # where this state is that of a piece of a sequence
@@ -153,7 +154,15 @@ class State(Scope):
         return self.tensors[LIKE]
 
     def enter(self, model: str, tokens: int, *, batch: int | None = None, at_most: int | None = None) -> None:
-        """Begin a call for some tokens. ValueError where the state is another model's, or of another batch size."""
+        """Begin a call for some tokens.
+
+        ValueError where the state is another model's, or of another batch size; RuntimeError where the call before
+        ended with an error, and may have brought a part of the state up to date.
+        """
+        if self.entered:
+            raise RuntimeError(
+                "a step on this state failed half way: go on from a clone that was made before it"
+            )
         self.made.clear()  # of a call that failed
         if model != self.model:
             raise ValueError("the state was made by another model")
@@ -165,11 +174,12 @@ class State(Scope):
         self.known = int(self.position)
         if at_most is not None and self.known + tokens > at_most:
             raise ValueError(f"{self.known + tokens} tokens, but the model is declared for at most {at_most}")
+        self.entered = not self.starting
 
     def advance(self, tokens: int) -> State:
         """End a call: this state. What belongs to the call must have been computed."""
         self.position.add_(tokens)
-        self.known = None
+        self.known, self.entered = None, False
         self.made.clear()
         return self
 
