@@ -74,6 +74,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     ),
     "gemma3, windows": ("Gemma3Text", {"head_dim": 6, "sliding_window": 3, "rope_local_base_freq": 7.0}),
+    "gemma3, a cap of scores that is never applied": (
+        "Gemma3Text",
+        {"head_dim": 6, "sliding_window": 3, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0},
+    ),
     "olmo2": ("Olmo2", {}),
     "olmo2, biases": ("Olmo2", {"attention_bias": True, "rope_scaling": {"type": "linear", "factor": 2.0}}),
 }  # fmt: skip

@@ -25,10 +25,17 @@ def _windows(config: Config) -> Windows:
     )
 
 
+def _cap(config: Config, name: str) -> float | None:
+    return None if config.values[name] is None else config.real(name)
+
+
 def _caps(config: Config) -> tuple[float | None, float | None]:
-    names = ("attn_logit_softcapping", "final_logit_softcapping")
-    scores, logits = (None if config.values[name] is None else config.real(name) for name in names)
-    return scores, logits
+    return _cap(config, "attn_logit_softcapping"), _cap(config, "final_logit_softcapping")
+
+
+def _logit_cap(config: Config) -> tuple[None, float | None]:
+    """Of Gemma 3, whose class in Transformers keeps attn_logit_softcapping and never applies it."""
+    return None, _cap(config, "final_logit_softcapping")
 
 
 GEMMA = family(
@@ -92,7 +99,6 @@ GEMMA3 = family(
             size("sliding_window", 4096, optional=True),
             size("sliding_window_pattern", 6, most=4096),
             anything("layer_types"),
-            number("attn_logit_softcapping", None, optional=True),
             number("final_logit_softcapping", None, optional=True),
             one_of("use_bidirectional_attention", False, False),
         ),
@@ -102,7 +108,7 @@ GEMMA3 = family(
         windows=_windows,
         activation="hidden_activation",
         gemma=True,
-        caps=_caps,
+        caps=_logit_cap,
         scaled_by=lambda config: config.real("query_pre_attn_scalar"),
         local_base=lambda config: config.real("rope_local_base_freq"),
     )
