@@ -57,6 +57,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma": ("Gemma", {"head_dim": 8}),
     "gemma, untied": ("Gemma", {"head_dim": 6, "tie_word_embeddings": False, "attention_bias": True}),
+    "gemma, as its first configs name gelu": (
+        "Gemma", {"head_dim": 8, "hidden_act": "gelu", "hidden_activation": None},
+    ),
     "gemma2": (
         "Gemma2",
         {"head_dim": 6, "sliding_window": 3, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 2.0,

@@ -86,6 +86,27 @@ def test_each_weight_of_a_spec_has_one_place(name: str, architecture: str, tmp_p
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"architectures": ["LlamaModel"]}, "expected one of LlamaForCausalLM"),
         ({"model_type": "qwen2", "architectures": None, "layer_types": ["x", "y"]}, 'layer_types has "x"'),
+        *(
+            (
+                {
+                    "model_type": name,
+                    "architectures": None,
+                    "layer_types": ["full_attention", "sliding_attention"],
+                },
+                "layer_types is [",
+            )
+            for name in ("llama", "gemma", "olmo2")
+        ),
+        ({"layer_types": "full_attention"}, "null, or full_attention alone"),
+        (
+            {
+                "model_type": "gemma",
+                "architectures": None,
+                "hidden_act": "gelu",
+                "hidden_activation": "gelu_pytorch_tanh",
+            },
+            'hidden_act is "gelu", and hidden_activation "gelu_pytorch_tanh"',
+        ),
         (
             {"model_type": "qwen2", "architectures": None, "layer_types": ["full_attention"]},
             "expected a list of 2",
@@ -119,3 +140,10 @@ def test_rotary_positions_that_are_said_twice_alike(change: dict[str, object]) -
     config = {**SMALL, "model_type": "llama", **change}
     found = recognise({"config.json": config})
     assert rope_of(found.config) == Rope(7.0, "(3.0,)")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "olmo2"])
+def test_layer_types_that_say_full_attention_change_nothing(name: str) -> None:
+    config = {**SMALL, "model_type": name}
+    said = {**config, "layer_types": ["full_attention"] * 2}
+    assert recognise({"config.json": said}).spec == recognise({"config.json": config}).spec

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from fastgrad_dsl.checkpoints.families import rope
-from fastgrad_dsl.checkpoints.families.decoder import Kind, family, sizes
-from fastgrad_dsl.checkpoints.families.windows import FULL, SLIDING, Windows, layer_types, windows_of
-from fastgrad_dsl.checkpoints.fields import Config, anything, flag, number, one_of, size
+from fastgrad_dsl.checkpoints.families.decoder import EXACT_GELU, GATED, Kind, family, sizes
+from fastgrad_dsl.checkpoints.families.windows import (
+    FULL,
+    SLIDING,
+    Windows,
+    layer_types,
+    only_full,
+    windows_of,
+)
+from fastgrad_dsl.checkpoints.fields import Config, anything, flag, number, one_of, refused, size
 
 GELU = "gelu_pytorch_tanh"
 
 
 def _biases(config: Config) -> tuple[bool, bool]:
     return config.flag("attention_bias"), config.flag("attention_bias")
+
+
+def _one_activation(config: Config) -> None:
+    """Transformers computes hidden_act in some versions of Gemma 1 and hidden_activation, unless null, in others."""
+    act, activation = config.text("hidden_act"), config.values["hidden_activation"]
+    if activation is not None and GATED.get(config.text("hidden_activation")) != GATED.get(act):
+        raise refused(f'hidden_act is "{act}", and hidden_activation "{activation}": they disagree')
 
 
 def _windows(config: Config) -> Windows:
@@ -45,13 +59,21 @@ GEMMA = family(
         "GemmaForCausalLM",
         "Gemma: RMS norms by 1 + w, rotary positions, grouped heads, a gated feed-forward part.",
         (
-            *sizes(vocab=256000, kv_heads=16, tied=True, activation=("hidden_act", GELU)),
+            *sizes(
+                vocab=256000,
+                kv_heads=16,
+                tied=True,
+                activation=("hidden_act", GELU),
+                more_activations=(EXACT_GELU,),
+            ),
             *rope.positions(8192),
             size("head_dim", 256),
             flag("attention_bias", False),
-            one_of("hidden_activation", None, None, GELU),
+            one_of("hidden_activation", None, None, EXACT_GELU, *GATED),
+            only_full(),
         ),
         biases=_biases,
+        check=_one_activation,
         gemma=True,
     )
 )
