@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from operator import index
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -105,10 +104,12 @@ def _of_sequence(prompt: object) -> Tensor:
         raise _no_prompt(type(prompt).__name__)
     ids = []
     for each in prompt:
-        is_id = isinstance(each, SupportsIndex) and not isinstance(each, bool)
-        if not is_id or (isinstance(each, Tensor) and (each.ndim or not _is_whole(each))):
-            raise _no_prompt(f"a sequence with {type(each).__name__} {each}")
-        ids.append(index(each))
+        try:
+            if isinstance(each, bool) or (isinstance(each, Tensor) and (each.ndim or not _is_whole(each))):
+                raise TypeError
+            ids.append(index(each))
+        except TypeError:
+            raise _no_prompt(f"a sequence with {type(each).__name__} {each}") from None
     beyond = next((each for each in ids if not LEAST <= each <= MOST), None)
     if beyond is not None:
         raise TfgError.of("FG437", f"the prompt has the id {beyond}, which the model does not have")

@@ -201,6 +201,7 @@ def test_what_is_refused() -> None:
         ([1, True], "a sequence with bool True"),
         (["a"], "a sequence with str a"),
         ([[1, 2]], "a sequence with list "),
+        (np.array([[1, 2]]), "a sequence with ndarray "),
         ([torch.tensor(True)], "a sequence with Tensor "),
         ([torch.tensor([1])], "a sequence with Tensor "),
         (torch.ones(1, 2, dtype=torch.bool), r"a tensor \[1, 2\] of bool"),
