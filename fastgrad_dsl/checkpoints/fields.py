@@ -94,13 +94,14 @@ class Config:
     """The fields of a family, read.
 
     `others` are the data of the other JSON files, by name; `tensors` the names of the checkpoint's tensors, none if all
-    that it may have count as there.
+    that it may have count as there; `given` the names of the fields that are there, whose values are no defaults.
     """
 
     values: Mapping[str, object]
     architecture: str
     others: Mapping[str, object]
     tensors: frozenset[str] | None = None
+    given: frozenset[str] = frozenset()
 
     def has(self, suffix: str) -> bool:
         """Whether the checkpoint has a tensor whose name ends like this: for parts that no field tells of."""

@@ -73,6 +73,7 @@ def recognise(data: Mapping[str, object], tensors: Iterable[str] | None = None) 
         raise refused(said)
     others = {name: value for name, value in data.items() if name != CONFIG}
     names = None if tensors is None else frozenset(tensors)
-    found = Config(read_fields(family.fields, config), str(architecture), others, names)
+    values, given = read_fields(family.fields, config), frozenset(config)
+    found = Config(values, str(architecture), others, names, given)
     family.check(found)
     return Imported(family, found)

@@ -17,7 +17,7 @@ from typer import Argument, Option
 from fastgrad_dsl import __version__
 from fastgrad_dsl.commands.failures import INTERRUPTED, diagnostics, run_command
 from fastgrad_dsl.storage.files import write_atomically
-from fastgrad_dsl.storage.outputs import rewrite, try_file, try_folder
+from fastgrad_dsl.storage.outputs import rewrite, try_file, try_files, try_folder
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, suggestions
 from fastgrad_grammar.quote import json_text, terminal
 from fastgrad_grammar.read import read_source
@@ -261,8 +261,7 @@ def report(
     include: Include = None,
 ) -> None:
     """Show the error of each attention and of the whole model: bounds, estimates and measurements."""
-    try_file(json_)
-    try_file(html)
+    try_files(json=json_, html=html)
 
     from fastgrad_dsl.api.report import ReportRequest, make_report
     from fastgrad_dsl.commands.terminal import print_report, progress
@@ -391,8 +390,7 @@ def generate(
 
     Ctrl-C ends the text where it is.
     """
-    try_file(save_state)
-    try_file(json_)
+    try_files(**{"save-state": save_state, "json": json_})
 
     from fastgrad_dsl.commands.generate import GenerateRequest, generate_text
     from fastgrad_dsl.documents.write import to_json
@@ -435,8 +433,7 @@ def bench(
     target: Target = "auto",
 ) -> None:
     """Time polynomial attention against PyTorch's on this machine, forward and backward."""
-    try_file(json_)
-    try_file(svg)
+    try_files(json=json_, svg=svg)
 
     from fastgrad_dsl.bench.contenders import Contender
     from fastgrad_dsl.commands.bench import BenchRequest, plot, print_bench, run_bench

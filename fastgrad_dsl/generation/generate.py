@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from fastgrad_grammar.diagnostics import TfgError
 
 Prompt = str | bytes | Sequence[int] | Tensor
 PLAIN = Sampling()
+LEAST, MOST = -(1 << 63), (1 << 63) - 1  # of int64
 
 
 def generate(
@@ -82,16 +84,44 @@ def read_ids(model: StepModel, ids: Tensor, after: Reading | None) -> Reading:
 def as_ids(prompt: Prompt, tokenizer: Tokenizer) -> Tensor:
     """A prompt as int64 [b, c].
 
-    Raises TfgError FG411 for a text that is not the tokenizer's, ValueError for what is no prompt.
+    Raises TfgError FG411 for a text that is not the tokenizer's, FG437 for an id that no model has, ValueError for what
+    is no prompt.
     """
     if isinstance(prompt, str):
         prompt = prompt.encode(errors="surrogateescape")
     if isinstance(prompt, bytes):
         return tokenizer.encode(prompt, "the prompt").long()[None]
-    ids = prompt if isinstance(prompt, Tensor) else torch.tensor(list(prompt), dtype=torch.int64)[None]
-    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or not ids.shape[0]:
-        raise ValueError("a prompt is a text, ids, or an int tensor [b, c]")
-    return ids.long()
+    if not isinstance(prompt, Tensor):
+        return _of_sequence(prompt)
+    if prompt.ndim != 2 or not prompt.shape[0] or not _is_whole(prompt):
+        raise _no_prompt(f"a tensor {list(prompt.shape)} of {str(prompt.dtype).removeprefix('torch.')}")
+    return prompt.long()
+
+
+def _of_sequence(prompt: object) -> Tensor:
+    """Ids as int64 [1, c]: int, or whatever stands for one, such as those of numpy; truth values stand for none."""
+    if not isinstance(prompt, Iterable):
+        raise _no_prompt(type(prompt).__name__)
+    ids = []
+    for each in prompt:
+        try:
+            if isinstance(each, bool) or (isinstance(each, Tensor) and (each.ndim or not _is_whole(each))):
+                raise TypeError
+            ids.append(index(each))
+        except TypeError:
+            raise _no_prompt(f"a sequence with {type(each).__name__} {each}") from None
+    beyond = next((each for each in ids if not LEAST <= each <= MOST), None)
+    if beyond is not None:
+        raise TfgError.of("FG437", f"the prompt has the id {beyond}, which the model does not have")
+    return torch.tensor(ids, dtype=torch.int64)[None]
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _no_prompt(given: str) -> ValueError:
+    return ValueError(f"a prompt is a text, ids, or an int tensor [b, c], not {given}")
 
 
 def go_on(

@@ -9,6 +9,7 @@ from errno import EISDIR, ENOTDIR, EROFS
 from pathlib import Path
 
 from fastgrad_dsl.storage.files import is_stream, naming, write_atomically, writing
+from fastgrad_grammar.diagnostics import TfgError
 
 TRIED = bytes(1 << 14)
 """A disk that has no room for as little has none for any output."""
@@ -38,6 +39,21 @@ def try_file(path: Path | None) -> None:
             raise OSError(EISDIR, os.strerror(EISDIR))
         if not is_stream(path):
             _try_folder(path.parent)
+
+
+def try_files(**outputs: Path | None) -> None:
+    """`try_file` for each output of a command, by the name of its option.
+
+    Raises TfgError FG421, and FG416 where two of them are one file; a device or a pipe may take both.
+    """
+    there: dict[str, str] = {}
+    for name, path in outputs.items():
+        try_file(path)
+        if path is None or is_stream(path):
+            continue
+        other = there.setdefault(os.path.realpath(path), name)
+        if other != name:
+            raise TfgError.of("FG416", f"--{other} and --{name} are one file: {path}", "write them to two")
 
 
 def try_folder(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,13 +17,26 @@ MODEL = "model."  # before the names of weights in a checkpoint
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a model's weights in place; TfgError FG418 where the file is unreadable or another model's."""
-    tensors = read_tensors(path, "FG418", "weights")
+    """Load a model's weights in place; TfgError FG418 where the file is unreadable or another model's.
+
+    Numbers of another precision are converted, but not those of another kind: whole ones, truth values or complex ones.
+    """
+    tensors = of_model(read_tensors(path, "FG418", "weights"))
+    for name, own in model.state_dict().items():
+        if name in tensors and _kind(tensors[name]) != _kind(own):
+            types = [str(each.dtype).removeprefix("torch.") for each in (tensors[name], own)]
+            raise TfgError.of(
+                "FG418", f"{path}: {name} has the type {types[0]}, and the model's is {types[1]}"
+            )
     try:
-        model.load_state_dict(of_model(tensors))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise TfgError.of("FG418", f"{path} does not hold this model's weights: {reason}") from None
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
 def of_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

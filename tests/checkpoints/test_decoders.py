@@ -57,6 +57,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma": ("Gemma", {"head_dim": 8}),
     "gemma, untied": ("Gemma", {"head_dim": 6, "tie_word_embeddings": False, "attention_bias": True}),
+    "gemma, as its first configs name gelu": (
+        "Gemma", {"head_dim": 8, "hidden_act": "gelu", "hidden_activation": None},
+    ),
     "gemma2": (
         "Gemma2",
         {"head_dim": 6, "sliding_window": 3, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 2.0,
@@ -74,6 +77,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     ),
     "gemma3, windows": ("Gemma3Text", {"head_dim": 6, "sliding_window": 3, "rope_local_base_freq": 7.0}),
+    "gemma3, a cap of scores that is never applied": (
+        "Gemma3Text",
+        {"head_dim": 6, "sliding_window": 3, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0},
+    ),
     "olmo2": ("Olmo2", {}),
     "olmo2, biases": ("Olmo2", {"attention_bias": True, "rope_scaling": {"type": "linear", "factor": 2.0}}),
 }  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 
 from attack.checkpoints import tensors_of, write_folder
 from fastgrad_compiler.frontend import elaborate
+from fastgrad_dsl.checkpoints.families.rope import Rope, rope_of
 from fastgrad_dsl.checkpoints.families.table import FAMILIES
 from fastgrad_dsl.checkpoints.importing import import_checkpoint
 from fastgrad_dsl.checkpoints.mapping import expanded
@@ -24,6 +25,7 @@ SMALL = {
     "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 9, "image_size": 6, "patch_size": 3,
     "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 9,
 }  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 3.0}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -59,6 +61,22 @@ def test_each_weight_of_a_spec_has_one_place(name: str, architecture: str, tmp_p
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "extra": 1}}, "rope_scaling has extra"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, 'factor is "2"'),
         ({"rope_scaling": "linear"}, 'rope_scaling is "linear"'),
+        ({"rope_parameters": "linear"}, 'rope_parameters is "linear"'),
+        (
+            {"rope_theta": 10000, "rope_scaling": {**LINEAR, "rope_theta": 7}},
+            "rope_theta is 10000, and 7 beside the scaling",
+        ),
+        ({"rope_scaling": {**LINEAR, "rope_theta": 7}}, "rope_theta is 10000.0, and 7 beside the scaling"),
+        ({"rope_theta": 10, "rope_parameters": {"rope_theta": 7}}, "rope_theta is 10, and 7"),
+        (
+            {"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "factor": 4.0}},
+            "rope_scaling and rope_parameters disagree",
+        ),
+        ({"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "rope_theta": 7}}, "and 7 beside"),
+        (
+            {"rope_scaling": {**LINEAR, "type": "dynamic"}},
+            'rope_type is "linear", and type beside it "dynamic"',
+        ),
         ({"rope_theta": -1}, "rope_theta is -1"),
         ({"rope_theta": 1e999}, "rope_theta"),
         ({"mlp_bias": True}, "mlp_bias is true, expected false"),
@@ -68,6 +86,27 @@ def test_each_weight_of_a_spec_has_one_place(name: str, architecture: str, tmp_p
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"architectures": ["LlamaModel"]}, "expected one of LlamaForCausalLM"),
         ({"model_type": "qwen2", "architectures": None, "layer_types": ["x", "y"]}, 'layer_types has "x"'),
+        *(
+            (
+                {
+                    "model_type": name,
+                    "architectures": None,
+                    "layer_types": ["full_attention", "sliding_attention"],
+                },
+                "layer_types is [",
+            )
+            for name in ("llama", "gemma", "olmo2")
+        ),
+        ({"layer_types": "full_attention"}, "null, or full_attention alone"),
+        (
+            {
+                "model_type": "gemma",
+                "architectures": None,
+                "hidden_act": "gelu",
+                "hidden_activation": "gelu_pytorch_tanh",
+            },
+            'hidden_act is "gelu", and hidden_activation "gelu_pytorch_tanh"',
+        ),
         (
             {"model_type": "qwen2", "architectures": None, "layer_types": ["full_attention"]},
             "expected a list of 2",
@@ -85,3 +124,26 @@ def test_what_would_change_the_computation_is_refused_by_name(change: dict[str, 
     (found,) = caught.value.diagnostics
     assert found.code == "FG602"
     assert said in found.message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 7, "rope_scaling": LINEAR},
+        {"rope_theta": 7, "rope_scaling": {"type": "linear", "factor": 3, "rope_theta": 7.0}},
+        {"rope_parameters": {**LINEAR, "rope_theta": 7}},
+        {"rope_theta": 7, "rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "rope_theta": 7}},
+        {"rope_theta": 7, "rope_scaling": {"type": "linear", "factor": 3.0}, "rope_parameters": LINEAR},
+    ],
+)
+def test_rotary_positions_that_are_said_twice_alike(change: dict[str, object]) -> None:
+    config = {**SMALL, "model_type": "llama", **change}
+    found = recognise({"config.json": config})
+    assert rope_of(found.config) == Rope(7.0, "(3.0,)")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "olmo2"])
+def test_layer_types_that_say_full_attention_change_nothing(name: str) -> None:
+    config = {**SMALL, "model_type": name}
+    said = {**config, "layer_types": ["full_attention"] * 2}
+    assert recognise({"config.json": said}).spec == recognise({"config.json": config}).spec

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,6 +77,8 @@ def test_prompts_of_every_form() -> None:
     for prompt in (
         [97, 98, 99],
         (97, 98, 99),
+        list(torch.tensor([97, 98, 99])),
+        list(np.array([97, 98, 99])),
         torch.tensor([[97, 98, 99]]),
         torch.tensor([[97, 98, 99]]).short(),
     ):
@@ -192,6 +196,26 @@ def test_what_is_refused() -> None:
     for tensor in (torch.tensor([1, 2]), torch.tensor([[1.0]]), torch.empty(0, 3, dtype=torch.int64)):
         with pytest.raises(ValueError, match="a prompt is a text, ids, or an int tensor"):
             ids(tensor)
+    others: tuple[tuple[Any, str], ...] = (
+        ([1.5], "a sequence with float 1.5"),
+        ([1, True], "a sequence with bool True"),
+        (["a"], "a sequence with str a"),
+        ([[1, 2]], "a sequence with list "),
+        (np.array([[1, 2]]), "a sequence with ndarray "),
+        ([torch.tensor(True)], "a sequence with Tensor "),
+        ([torch.tensor([1])], "a sequence with Tensor "),
+        (torch.ones(1, 2, dtype=torch.bool), r"a tensor \[1, 2\] of bool"),
+        (None, "NoneType"),
+        (3, "int"),
+    )
+    for wrong_kind, said in others:
+        with pytest.raises(
+            ValueError, match=rf"a prompt is a text, ids, or an int tensor \[b, c\], not {said}"
+        ):
+            ids(wrong_kind)
+    for large in (2**70, -(2**70)):
+        with pytest.raises(TfgError, match=rf"\[FG437\] the prompt has the id {large}"):
+            ids([1, large])
     with pytest.raises(ValueError, match="tokens -1, samples 1"):
         ids("abc", -1)
     with pytest.raises(ValueError, match="tokens 10, samples 0"):

@@ -43,12 +43,14 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny.tfg, a build with its weights, and the weights of two models."""
+    """A folder with tiny.tfg, a build with its weights, the weights of two models, and whole numbers of one."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "tiny.tfg").write_text(SPEC.format(vocab=256))
     compiled = fg.compile(folder / "tiny.tfg", target="torch", validate=False, out=folder / "build")
     for seed, path in ((1, "w.safetensors"), (1, "build/weights.safetensors"), (2, "other.safetensors")):
         save_file(compiled.module(seed=seed).state_dict(), folder / path)
+    whole = {name: each.to(torch.int32) for name, each in load_file(folder / "w.safetensors").items()}
+    save_file(whole, folder / "whole.safetensors")
     return folder
 
 
@@ -243,6 +245,13 @@ def test_tokenizers_that_cannot_be_used(fastgrad: Run) -> None:
         (("build", "--prompt", "@."), "FG411"),
         (("build", "--prompt", "abc", "--tokens", "62"), "FG437"),
         (("build", "--prompt", "abc", "--stop", ""), "FG416"),
+        (("build", "--prompt", "abc", "--set", "vocab=3"), "FG416"),
+        (("build", "--prompt", "abc", "--model", "tiny"), "FG416"),
+        (("build", "--prompt", "abc", "--include", "."), "FG416"),
+        (("build", "--prompt", "abc", "--target", "triton"), "FG416"),
+        (("build", "--prompt", "abc", "--save-state", "new", "--json", "new"), "FG416"),
+        (("build", "--prompt", "abc", "--save-state", "new", "--json", "build/../new"), "FG416"),
+        (("build", "--prompt", "abc", "--weights", "whole.safetensors"), "FG418"),
         (("build", "--prompt", "abc", "--load-state", "none"), "FG435"),
         (("build", "--prompt", "abc", "--load-state", "w.safetensors"), "FG435"),
         (("build", "--prompt", "abc", "--load-state", "tiny.tfg"), "FG435"),

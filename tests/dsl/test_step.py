@@ -156,6 +156,29 @@ def test_sequences_are_taken_out_and_repeated(gpt: Any) -> None:
         assert difference(one, next_[1:2]) < 1e-6
     doubled, _ = gpt.step(tokens(2, 3).repeat(2, 1), state.repeat(2))
     assert difference(doubled, next_.repeat(2, 1, 1)) < 1e-6
+    others: tuple[Any, ...] = (
+        1,
+        -1,
+        True,
+        [1],
+        None,
+        ...,
+        (slice(1), 0),
+        torch.tensor(1),
+        torch.ones(3, 3) > 0,
+    )
+    for other in others:
+        with pytest.raises(TypeError, match="sequences of a state are a slice"):
+            state[other]
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_batch_has_at_least_one_sequence(gpt: Any, count: int) -> None:
+    for start in (lambda: gpt.start(count), lambda: gpt.start(batch_size=count)):
+        with pytest.raises(ValueError, match=f"batch_size {count}: expected at least 1"):
+            start()
+    with pytest.raises(ValueError, match=f"times {count}: expected at least 1"):
+        gpt.start(1).repeat(count)
 
 
 def test_it_is_a_pytree_that_moves(gpt: Any) -> None:

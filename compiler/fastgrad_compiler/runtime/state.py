@@ -126,11 +126,18 @@ class State(Scope):
         return self._mapped(lambda path, x: x.clone())
 
     def __getitem__(self, sequences: slice | Tensor) -> State:
-        """Some of the sequences, as a copy: state[2:3], or by a tensor of places or of truth values."""
+        """Some of the sequences, as a copy: state[2:3], or by a tensor [m] of places or [b] of truth values.
+
+        Raises TypeError for anything else, a single place too: a state always is of a batch.
+        """
+        if not isinstance(sequences, slice) and not (isinstance(sequences, Tensor) and sequences.ndim == 1):
+            raise TypeError("sequences of a state are a slice, state[2:3], or a tensor of one dimension")
         return self._mapped(lambda path, x: x.clone() if path.endswith(SHARED) else x[sequences].clone())
 
     def repeat(self, times: int) -> State:
-        """All sequences, so many times after each other."""
+        """All sequences, so many times after each other. Raises ValueError for a number below 1."""
+        if times < 1:
+            raise ValueError(f"times {times}: expected at least 1")
         return self._mapped(
             lambda path, x: x.clone() if path.endswith(SHARED) else x.repeat(times, *(1,) * (x.ndim - 1))
         )
@@ -205,7 +212,8 @@ class Stepped(Generated):
 
         start(batch_size=1) where all inputs are tokens; else start(inputs..), what is the same in every call, in the
         order of the model's inputs. `capacity`: tokens for which caches of exact attention are made; they grow, but not
-        in a graph that is compiled. `sizes`: of further dims of the tokens. TypeError where something is missing.
+        in a graph that is compiled. `sizes`: of further dims of the tokens. TypeError where something is missing,
+        ValueError for a batch of less than one sequence.
 
         One token of no meaning is run, which makes the tensors; what was kept of it is cleared.
         """
@@ -215,6 +223,8 @@ class Stepped(Generated):
                 name: size for name, size in zip(shape, tensor.shape, strict=True) if isinstance(name, str)
             }
         size = known.pop("batch_size", 1) if fixed or not given else given[0]
+        if size < 1:
+            raise ValueError(f"batch_size {size}: expected at least 1")
         for name in batch:
             known.setdefault(name, size)
         floats = (x for x in (*self.parameters(), *self.buffers(), *fixed) if x.is_floating_point())

@@ -21,6 +21,19 @@ GATED = {
 }
 """The gated feed-forward part of an activation."""
 
+EXACT_GELU = "gelu"
+"""An activation that only Gemma's first configs name, whose gated part is a block of the spec."""
+
+GELU_GATED = """
+# (gelu(x Wg) * (x Wu)) Wd
+block gated(x: float[b, n, d_model]) -> float[b, n, d_model] {
+    weight gate: float[d_model, hidden] = xavier()
+    weight up: float[d_model, hidden] = xavier()
+    weight down: float[hidden, d_model] = xavier()
+    return (gelu(x @ gate) * (x @ up)) @ down
+}
+"""
+
 HEAD_NORM = """
 # x / sqrt(mean(x^2) + eps) * w for each head, with weights that all heads share
 block head_norm(x: float[b, h, n, width]) -> float[b, h, n, width] {
@@ -52,6 +65,7 @@ class Kind:
     caps          of scores and of logits, beyond which none can be, and none for no cap
     scaled_by     the square of what scores are divided by; none: the width of a head
     local_base    the base of the rotary positions of layers with a window, none if it is that of all layers
+    check         raises TfgError FG602 for fields that do not fit each other in this family alone
     """
 
     name: str
@@ -68,6 +82,7 @@ class Kind:
     caps: Callable[[Config], tuple[float | None, float | None]] = lambda config: (None, None)
     scaled_by: Callable[[Config], float | None] = lambda config: None
     local_base: Callable[[Config], float | None] = lambda config: None
+    check: Callable[[Config], None] = lambda config: None
 
 
 def sizes(
@@ -77,6 +92,7 @@ def sizes(
     tied: bool = False,
     eps: float = 1e-6,
     activation: tuple[str, str] = ("hidden_act", "silu"),
+    more_activations: tuple[str, ...] = (),
 ) -> tuple[Field, ...]:
     """Fields that all of these families have, with the defaults of one; `activation` is its field and the default."""
     return (
@@ -88,7 +104,7 @@ def sizes(
         size("num_key_value_heads", kv_heads, optional=True, most=4096),
         number("rms_norm_eps", eps),
         flag("tie_word_embeddings", tied),
-        one_of(*activation, *GATED),
+        one_of(*activation, *GATED, *more_activations),
     )
 
 
@@ -104,7 +120,7 @@ def family(kind: Kind) -> Family:
         lambda config: config.integer("num_hidden_layers"),
         prefix="model.",
         kept=lambda config: ("{p}layers.*.self_attn.rotary_emb.inv_freq", "{p}rotary_emb.inv_freq"),
-        check=_check,
+        check=lambda config: _check(kind, config),
     )
 
 
@@ -114,7 +130,7 @@ def width_of(config: Config) -> int:
     return config.either("head_dim", config.integer("hidden_size") // heads)
 
 
-def _check(config: Config) -> None:
+def _check(kind: Kind, config: Config) -> None:
     heads = config.integer("num_attention_heads")
     if heads % config.either("num_key_value_heads", heads):
         raise refused("num_attention_heads is no multiple of num_key_value_heads")
@@ -122,6 +138,7 @@ def _check(config: Config) -> None:
         raise refused("hidden_size is no multiple of num_attention_heads")
     if width_of(config) % 2:
         raise refused("the width of a head is odd, and rotary positions turn pairs")
+    kind.check(config)
 
 
 def _spec(kind: Kind, config: Config) -> str:
@@ -157,7 +174,7 @@ use std
 {settings}
 dim b
 dim n <= context
-{_norms(kind)}{rope.block}
+{_norms(kind)}{_gated(kind, config)}{rope.block}
 block attention{signature} {{
 {_attention(kind, config, windows)}}}
 
@@ -185,6 +202,11 @@ def _norms(kind: Kind) -> str:
     return GEMMA_NORM + head.replace("* w for", "* (1 + w) for").replace("ones()", "zeros()").replace(
         "(x, w", "(x, 1.0 + w"
     )
+
+
+def _gated(kind: Kind, config: Config) -> str:
+    """The block of a gated feed-forward part that std does not have."""
+    return GELU_GATED if config.text(kind.activation) == EXACT_GELU else ""
 
 
 def _norm(kind: Kind, value: str, label: str) -> str:
@@ -236,9 +258,10 @@ def _attention(kind: Kind, config: Config, windows: Windows) -> str:
 
 def _parts(kind: Kind, config: Config, passed: str) -> str:
     """The two parts of a layer with their norms."""
-    gated = GATED[config.text(kind.activation)]
+    activation = config.text(kind.activation)
+    mlp = "gated({}) as mlp" if activation == EXACT_GELU else f"{GATED[activation]}({{}}; hidden) as mlp"
     lines = []
-    for label, part in (("attention", f"attention({{}}{passed})"), ("mlp", f"{gated}({{}}; hidden) as mlp")):
+    for label, part in (("attention", f"attention({{}}{passed})"), ("mlp", mlp)):
         value = "x" if kind.norms == "after" else _norm(kind, "x", f"{label}_norm")
         if kind.norms == "before":
             lines.append(f"x = x + {part.format(value)}")

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from fastgrad_dsl.checkpoints.families import rope
-from fastgrad_dsl.checkpoints.families.decoder import Kind, family, sizes
-from fastgrad_dsl.checkpoints.families.windows import FULL, SLIDING, Windows, layer_types, windows_of
-from fastgrad_dsl.checkpoints.fields import Config, anything, flag, number, one_of, size
+from fastgrad_dsl.checkpoints.families.decoder import EXACT_GELU, GATED, Kind, family, sizes
+from fastgrad_dsl.checkpoints.families.windows import (
+    FULL,
+    SLIDING,
+    Windows,
+    layer_types,
+    only_full,
+    windows_of,
+)
+from fastgrad_dsl.checkpoints.fields import Config, anything, flag, number, one_of, refused, size
 
 GELU = "gelu_pytorch_tanh"
 
 
 def _biases(config: Config) -> tuple[bool, bool]:
     return config.flag("attention_bias"), config.flag("attention_bias")
+
+
+def _one_activation(config: Config) -> None:
+    """Transformers computes hidden_act in some versions of Gemma 1 and hidden_activation, unless null, in others."""
+    act, activation = config.text("hidden_act"), config.values["hidden_activation"]
+    if activation is not None and GATED.get(config.text("hidden_activation")) != GATED.get(act):
+        raise refused(f'hidden_act is "{act}", and hidden_activation "{activation}": they disagree')
 
 
 def _windows(config: Config) -> Windows:
@@ -25,10 +39,17 @@ def _windows(config: Config) -> Windows:
     )
 
 
+def _cap(config: Config, name: str) -> float | None:
+    return None if config.values[name] is None else config.real(name)
+
+
 def _caps(config: Config) -> tuple[float | None, float | None]:
-    names = ("attn_logit_softcapping", "final_logit_softcapping")
-    scores, logits = (None if config.values[name] is None else config.real(name) for name in names)
-    return scores, logits
+    return _cap(config, "attn_logit_softcapping"), _cap(config, "final_logit_softcapping")
+
+
+def _logit_cap(config: Config) -> tuple[None, float | None]:
+    """Of Gemma 3, whose class in Transformers keeps attn_logit_softcapping and never applies it."""
+    return None, _cap(config, "final_logit_softcapping")
 
 
 GEMMA = family(
@@ -38,13 +59,21 @@ GEMMA = family(
         "GemmaForCausalLM",
         "Gemma: RMS norms by 1 + w, rotary positions, grouped heads, a gated feed-forward part.",
         (
-            *sizes(vocab=256000, kv_heads=16, tied=True, activation=("hidden_act", GELU)),
+            *sizes(
+                vocab=256000,
+                kv_heads=16,
+                tied=True,
+                activation=("hidden_act", GELU),
+                more_activations=(EXACT_GELU,),
+            ),
             *rope.positions(8192),
             size("head_dim", 256),
             flag("attention_bias", False),
-            one_of("hidden_activation", None, None, GELU),
+            one_of("hidden_activation", None, None, EXACT_GELU, *GATED),
+            only_full(),
         ),
         biases=_biases,
+        check=_one_activation,
         gemma=True,
     )
 )
@@ -92,7 +121,6 @@ GEMMA3 = family(
             size("sliding_window", 4096, optional=True),
             size("sliding_window_pattern", 6, most=4096),
             anything("layer_types"),
-            number("attn_logit_softcapping", None, optional=True),
             number("final_logit_softcapping", None, optional=True),
             one_of("use_bidirectional_attention", False, False),
         ),
@@ -102,7 +130,7 @@ GEMMA3 = family(
         windows=_windows,
         activation="hidden_activation",
         gemma=True,
-        caps=_caps,
+        caps=_logit_cap,
         scaled_by=lambda config: config.real("query_pre_attn_scalar"),
         local_base=lambda config: config.real("rope_local_base_freq"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastgrad_dsl.checkpoints.families import rope
 from fastgrad_dsl.checkpoints.families.decoder import Kind, family, sizes
+from fastgrad_dsl.checkpoints.families.windows import only_full
 from fastgrad_dsl.checkpoints.fields import Config, flag, one_of, size
 
 
@@ -22,6 +23,7 @@ LLAMA = family(
             *rope.positions(2048),
             size("head_dim", None, optional=True),
             flag("attention_bias", False),
+            only_full(),
             one_of("mlp_bias", False, False),
         ),
         biases=_biases,

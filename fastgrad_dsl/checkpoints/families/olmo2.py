@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastgrad_dsl.checkpoints.families import rope
 from fastgrad_dsl.checkpoints.families.decoder import Kind, family, sizes
+from fastgrad_dsl.checkpoints.families.windows import only_full
 from fastgrad_dsl.checkpoints.fields import flag, size
 
 OLMO2 = family(
@@ -17,6 +18,7 @@ OLMO2 = family(
             *rope.positions(2048),
             size("head_dim", None, optional=True),
             flag("attention_bias", False),
+            only_full(),
         ),
         biases=lambda config: (config.flag("attention_bias"), config.flag("attention_bias")),
         norms="after",

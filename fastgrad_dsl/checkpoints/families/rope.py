@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from fastgrad_dsl.checkpoints.fields import (
     Config,
@@ -54,6 +55,7 @@ _KINDS: dict[str, tuple[Field, ...]] = {
 }
 """What each kind of scaling reads beside its name."""
 
+_OBJECTS = ("rope_scaling", "rope_parameters")
 _NAMES = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
@@ -83,23 +85,49 @@ block turned(x: float[b, h, n, width]) -> float[b, h, n, width] {{
 
 
 def rope_of(config: Config) -> Rope:
-    """The rotary positions of a config. Raises TfgError FG602 for scaling that is not known, by name."""
-    base, found = config.real("rope_theta"), None
-    for field in ("rope_scaling", "rope_parameters"):
-        found = config.values[field] if found is None else found
+    """The rotary positions of a config.
+
+    Raises TfgError FG602 for scaling that is not known, by name, and for two fields that disagree, of which the
+    versions of Transformers take one or the other.
+    """
+    base, scaling, parameters = (config.values[name] for name in ("rope_theta", *_OBJECTS))
+    found = parameters if scaling is None else scaling
     if found is None:
-        return Rope(base)
-    if not isinstance(found, Mapping):
-        raise refused(f"rope_scaling is {shown(found)}, expected an object")
-    base = read_fields([number("rope_theta", base)], found)["rope_theta"]  # type: ignore[assignment]
+        return Rope(config.real("rope_theta"))
+    for name in _OBJECTS:
+        if not isinstance(config.values[name], Mapping | None):
+            raise refused(f"{name} is {shown(config.values[name])}, expected an object")
+    assert isinstance(found, Mapping)
+    # rope_parameters are a newer format, which has the base in them alone
+    base = _base(found, base, fixed=scaling is not None or "rope_theta" in config.given)
+    if isinstance(scaling, Mapping) and isinstance(parameters, Mapping):
+        _base(parameters, base, fixed=True)
+        if _without_base(scaling) != _without_base(parameters):
+            raise refused("rope_scaling and rope_parameters disagree")
     kind = found.get("rope_type", found.get("type", "default"))
+    if found.get("type", kind) != kind:
+        raise refused(f"rope_type is {shown(kind)}, and type beside it {shown(found['type'])}: they disagree")
     if kind not in _KINDS or not isinstance(kind, str):
         raise refused(f"rope_type is {shown(kind)}, expected one of {', '.join(_KINDS)}")
     read = read_fields((*_KINDS[kind], one_of("partial_rotary_factor", 1.0, 1.0, 1)), found)
     unknown = sorted(set(found) - set(read) - set(_NAMES) - {"original_max_position_embeddings"})
     if unknown:
         raise refused(f"rope_scaling has {unknown[0]}, which rope_type {kind} does not")
-    return _scaled(kind, float(base), Config(read, config.architecture, {}), config)
+    return _scaled(kind, base, Config(read, config.architecture, {}), config)
+
+
+def _base(found: Mapping[str, object], base: object, *, fixed: bool) -> float:
+    """The base that is in an object, or the given one. Raises TfgError FG602 for another, if that is `fixed`."""
+    inner = cast(float, read_fields([number("rope_theta", base)], found)["rope_theta"])
+    if fixed and inner != base:
+        raise refused(f"rope_theta is {shown(base)}, and {shown(inner)} beside the scaling: they disagree")
+    return float(inner)
+
+
+def _without_base(found: Mapping[str, object]) -> dict[str, object]:
+    """What an object says beside the base; the kind under its newer name."""
+    names = {name: "rope_type" if name == "type" else name for name in found if name != "rope_theta"}
+    return {new: found[name] for name, new in names.items()}
 
 
 def _scaled(kind: str, base: float, read: Config, config: Config) -> Rope:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastgrad_dsl.checkpoints.fields import refused
+from fastgrad_dsl.checkpoints.fields import Field, refused
 from fastgrad_dsl.documents.form import shown
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -41,6 +41,16 @@ def windows_of(types: Sequence[object], width: int | None) -> Windows:
     raise refused(
         "layer_types alternates in an order that is not read: the first ones, or every k-th, are full"
     )
+
+
+def only_full() -> Field:
+    """layer_types of a family whose layers have no windows."""
+
+    def objection(value: object) -> str | None:
+        fits = value is None or (isinstance(value, list) and all(each == FULL for each in value))
+        return None if fits else f"null, or {FULL} alone"
+
+    return Field("layer_types", None, objection)
 
 
 def layer_types(given: object, count: int, otherwise: Sequence[str]) -> Sequence[object]:
