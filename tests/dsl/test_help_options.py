@@ -57,7 +57,18 @@ SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/models/text_data.py": {"--seq": ("train",)},
     "fastgrad_dsl/models/tokenizer.py": {"--tokenizer": ("train", "generate")},
     "fastgrad_dsl/commands/generate.py": dict.fromkeys(
-        ("--stop", "--prompt", "--load-state", "--weights", "--tokens"), ("generate",)
+        (
+            "--include",
+            "--load-state",
+            "--model",
+            "--prompt",
+            "--set",
+            "--stop",
+            "--target",
+            "--tokens",
+            "--weights",
+        ),
+        ("generate",),
     ),
     "fastgrad_dsl/generation/reading.py": {"--save-state": ("generate",)},
     "fastgrad_dsl/training/loop.py": dict.fromkeys(("--rate", "--resume", "--clip"), ("train",)),
