@@ -31,9 +31,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             return
         mode = old.st_mode & 0o777
         write_whole(path, data, mode)  # less the process's mask: nobody sees more meanwhile
-        with suppress(PermissionError):
+        with suppress(OSError):  # the file is whole and there, whoever owns it
             os.chown(path, old.st_uid, old.st_gid)
-        path.chmod(mode)
+            path.chmod(mode)
 
 
 def is_stream(path: Path) -> bool:

@@ -82,7 +82,9 @@ def test_mutated_files(tmp_path: Path) -> None:
 
 
 def test_every_command_has_a_sound_call() -> None:
-    assert set(SOUND) == set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    """Except of the language server, which has no option and ends with its input; tests/lsp attacks it."""
+    commands = set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    assert set(SOUND) == commands - {"lsp"}
 
 
 def _cheap() -> Iterator[list[str]]:

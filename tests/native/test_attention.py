@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgrad_dsl as fg
 from fastgrad_compiler.codegen.kernel import KernelSpec, kernel_name, load_kernel
-from fastgrad_compiler.runtime.native_attention import NativeAttention
+from fastgrad_compiler.runtime.native_attention import NativeAttention, Operations
 from fastgrad_compiler.targets import PYTORCH
 from fastgrad_dsl.api.loader import load_package
 from tests.dsl.models import EXAMPLES, SIZES
@@ -104,7 +104,7 @@ def test_both_passes_take_the_threads_that_pytorch_takes(monkeypatch: pytest.Mon
     def operation(*arguments: object) -> None:
         asked.append(arguments[-1])
 
-    monkeypatch.setattr(NativeAttention, "_serve", lambda *_: (operation, operation))
+    monkeypatch.setattr(NativeAttention, "_serve", lambda *_: Operations(operation, operation, None, None))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     q, v = torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 4)
     kernel = NativeAttention("attention_x", None, KernelSpec(3, 4, (1.0, 1.0)))
@@ -220,7 +220,7 @@ sys.path.insert(0, sys.argv[1])
 from gpt import MODEL
 out = MODEL(seed=5)(torch.load(sys.argv[2]))
 out.square().mean().backward()
-assert sum("_float32_" in name for name in dir(torch.ops.fastgrad)) == 2
+assert sum("_float32_" in name for name in dir(torch.ops.fastgrad)) == 4
 torch.save(out, sys.argv[2])
 """
 

@@ -6,13 +6,10 @@ that state for what earlier ranks hold. The packages of a process, each with its
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from .attention_op import Inputs
 
 _KEY = "pieces"
 
@@ -26,7 +23,7 @@ class Pieces(Protocol):
     def before(self, x: Tensor, axis: int, count: int) -> Tensor:
         """The last `count` tokens before this piece along an axis, zeros where there are fewer."""
 
-    def attention(self, inputs: Inputs, rule: Any, whole: Any, guard: str) -> Tensor:
+    def attention(self, inputs: Any, rule: Any, whole: Any, guard: str) -> Tensor:
         """The causal attention of this piece's tokens to all before them."""
 
 
