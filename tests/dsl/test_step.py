@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import re
 import subprocess
 import sys
@@ -344,4 +343,4 @@ def test_why_there_is_no_step_form() -> None:
 def test_texts_of_steps_are_read_like_those_of_the_whole() -> None:
     text = compiled("gpt").modules["model.py"]
     assert len(re.findall(r"def step\(self", text)) == 5  # the model, its layer, and what looks back in it
-    assert io.StringIO(text).read().count("state.advance(n)") == 1
+    assert text.count("state.advance(n)") == 1

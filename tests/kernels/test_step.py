@@ -30,9 +30,8 @@ FIELDS = [(None, None), (4, None), (3, 3), (64, 2), (1, None)]  # near, near_d
 MASKS = [(False, False), (True, False), (False, True), (True, True)]  # padding, documents
 
 
-def fresh(dtype: torch.dtype = torch.float64) -> State:
+def fresh() -> State:
     """A state before the first token."""
-    del dtype
     return State("", torch.zeros((), dtype=torch.int64), {})
 
 
@@ -195,10 +194,8 @@ def test_gates_that_forget_everything() -> None:
     gates = gates.clone()
     gates[:, :, 30] = -torch.inf
     found = steps(spec, Inputs((*rows, gates), None, inputs.cotangent), polynomial_rule(spec), SPLITS["odd"])
-    alone = Inputs((*(x[:, :, 30:] for x in rows), gates[:, :, 30:]), None, inputs.cotangent)
     assert worst_error([found[:, :, 30, None]], [rows[2][:, :, 30, None]]) < DOUBLE  # its own value
     assert found.isfinite().all()
-    del alone
 
 
 @pytest.mark.parametrize("strength", [1.0, 30.0, 1000.0])

@@ -337,11 +337,6 @@ def _rotary(place: Place, node: Node, operands: Operands) -> Expr:
     return call(place.helper("rotary"), *given, stretch=numbers, inverse=inverse)
 
 
-def _past(node: Node) -> str | None:
-    """The place of the first token, in a step form."""
-    return "state.past" if node.get("past") else None
-
-
 def _shift(place: Place, node: Node, operands: Operands) -> Expr:
     if node.get("state") is not None:
         return call(
@@ -358,7 +353,8 @@ def _depthwise(place: Place, node: Node, operands: Operands) -> Expr:
 
 def _sinusoid(place: Place, node: Node, operands: Operands) -> Expr:
     sizes = place.dim(node["length"]), place.dim(node["width"])
-    return call(place.helper("sinusoid"), *sizes, place.like(), past=_past(node))
+    past = "state.past" if node.get("past") else None  # the place of the first token, in a step form
+    return call(place.helper("sinusoid"), *sizes, place.like(), past=past)
 
 
 def _dropout(place: Place, node: Node, operands: Operands) -> Expr:

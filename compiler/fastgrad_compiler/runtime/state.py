@@ -100,9 +100,7 @@ class State(Scope):
     ) -> None:
         super().__init__(self, "")
         self.model, self.position, self.tensors, self.capacity = model, position, tensors, capacity
-        self.sizes: dict[str, int] = dict(
-            sizes or {}
-        )  # of the run-time dims of what is the same in every call
+        self.sizes = dict(sizes or {})  # of the run-time dims of what is the same in every call
         self.starting = False
         self.entered = False  # whether a call is under way
         self.known: int | None = None

@@ -316,7 +316,7 @@ class Kept:
         visible = self._visible(new, keys)
         near = None
         if self.rule.near:
-            near = (new.places[:, None] // self.rule.near - keys.places // self.rule.near) <= 1
+            near = self._near(new, keys)
         if self.guard and not torch.compiler.is_compiling() and not self.state.starts:
             rows = self._watched(rows, new, keys, visible if near is None else visible & ~near)
         scores = self.rule.scale * (rows @ keys.k.to(work).mT.unsqueeze(2))
@@ -395,12 +395,16 @@ class Kept:
         scores = rule.scale * (grouped(q, new.k).to(work) @ keys.k.to(work).mT.unsqueeze(2))
         if rule.near and near_q is not None and keys.near_k is not None:
             local = grouped(near_q, new.k).to(work) @ keys.near_k.to(work).mT.unsqueeze(2)
-            near = (new.places[:, None] // rule.near - keys.places // rule.near) <= 1
+            near = self._near(new, keys)
             scores = torch.where(near, local, scores)
         if rule.alibi:
             scores = scores - slopes(q, new.k) * (new.places[:, None] - keys.places)
         values = finite_values(keys.v.to(work), visible, new)
         return softmax_of(scores, gates_of(new, keys, of_cache=True), visible, values).to(new.v.dtype)
+
+    def _near(self, new: Tokens, keys: Tokens) -> Tensor:
+        """bool [c, t]: which keys stand in a new token's block of the near field, or the one before."""
+        return (new.places[:, None] // self.rule.near - keys.places // self.rule.near) <= 1
 
     def _visible(self, new: Tokens, keys: Tokens) -> Tensor:
         """bool [b or 1, 1, 1, c, t]: which keys each new token sees."""

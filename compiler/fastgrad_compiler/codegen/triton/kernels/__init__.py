@@ -1,1 +1,1 @@
-"""The text of Triton kernels: its parts, which the emitter puts one after another behind the constants."""
+"""The text of Triton kernels: its parts, which the emitter puts one after another, after the constants."""
