@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fastgrad_compiler.runtime.attention_op import Inputs
-from fastgrad_compiler.runtime.pieces import serve, serving
-from fastgrad_compiler.runtime.state import LIKE, State
-from fastgrad_compiler.runtime.step_tokens import Rule
-from fastgrad_dsl.distributed.attention import Whole, attention_of_piece
-from fastgrad_dsl.distributed.exchange import Layout, sum_of_shares, tokens_from
+from fastgrad_compiler.runtime.piece_run import PieceRun
+from fastgrad_compiler.runtime.pieces import Layout, served, serving
+from fastgrad_dsl.distributed.exchange import RankLayout, sum_of_shares
 from fastgrad_grammar.diagnostics import TfgError
 
 
@@ -37,12 +33,8 @@ def context_parallel(mesh: DeviceMesh) -> Iterator[None]:
         )
     if serving() is not None:
         raise ValueError("context_parallel is within another one")
-    serve(_Pieces(mesh.get_group()))
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        serve(None)
+    with served(_Ranks(mesh.get_group())), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def shard_sequence(tensors: Tensor | Sequence[Tensor], mesh: DeviceMesh, axis: int = 1) -> Any:
@@ -66,87 +58,34 @@ def mean_over_tokens(mean: Tensor, tokens: int) -> Tensor:
     The same on every rank; its gradient is that of this rank's share.
     """
     pieces = serving()
-    if not isinstance(pieces, _Pieces):
+    if not isinstance(pieces, _Ranks):
         return mean
     total = torch.tensor([tokens], dtype=torch.int64, device=mean.device)
     dist.all_reduce(total, group=pieces.group)
     return sum_of_shares(mean * (tokens / total.item()), pieces.group)
 
 
-class _Pieces:
-    """The pieces of the sequences of a group; `layout` is that of the model that runs."""
+class _Ranks(PieceRun):
+    """The pieces of the sequences of a group."""
 
     def __init__(self, group: Any) -> None:
         self.group = group
-        self.layout = Layout((0,) * dist.get_world_size(group), dist.get_rank(group), group)
 
     def run(self, model: nn.Module, *given: Any, **named: Any) -> Any:
         """What `forward` of a generated model gives for this rank's piece."""
-        kind: Any = type(model)
-        if not hasattr(kind, "STEP"):
-            message = f"model {kind.__name__} has no step form, and so it cannot run on a piece of a sequence"
+        if not hasattr(type(model), "STEP"):
+            message = f"model {type(model).__name__} has no step form, and so it cannot run on a piece of a sequence"
             raise TfgError.of("FG502", message, "`compiled.stepped()` says which operation is in the way")
-        inputs = inspect.signature(kind.forward).bind(model, *given, **named).arguments
-        tokens = [inputs[name] for name, *_ in kind.TOKENS]
-        fixed = [inputs[name] for name, *_ in kind.FIXED]
-        state = _PieceState(self, kind, tokens[0].device, _like(model, tokens), _sizes(kind, fixed))
-        if any(x.numel() == 0 for x in tokens):
-            state.enter(kind.STEP, 0)  # the other ranks wait for this one's length
-        *results, _ = kind.step.__wrapped__(model, *tokens, state, *fixed)
-        return results[0] if len(results) == 1 else tuple(results)
+        return super().run(model, *given, **named)
 
-    def before(self, x: Tensor, axis: int, count: int) -> Tensor:
-        """The last `count` tokens before this piece along an axis, zeros where there are fewer."""
-        found = tokens_from(x, axis, self.layout.since(count), self.layout)
-        missing = list(x.shape)
-        missing[axis] = count - found.shape[axis]
-        return torch.cat((x.new_zeros(missing), found), axis)
-
-    def attention(self, inputs: Inputs, rule: Rule, whole: Whole | None, guard: str) -> Tensor:
-        """The causal attention of this piece's tokens to all before them."""
-        return attention_of_piece(inputs, rule, whole, guard, self.layout)
-
-
-class _PieceState(State):
-    """The state of a step form that runs on a piece, which begins where the pieces of earlier ranks end."""
-
-    def __init__(
-        self, pieces: _Pieces, kind: Any, device: torch.device, like: torch.dtype, sizes: dict[str, int]
-    ) -> None:
-        position = torch.zeros((), dtype=torch.int64, device=device)
-        super().__init__(kind.STEP, position, {LIKE: torch.zeros((), dtype=like, device=device)}, 0, sizes)
-        self.served, self.pieces, self.starting = pieces, pieces, True
-
-    def enter(self, model: str, tokens: int, *, batch: int | None = None, at_most: int | None = None) -> None:
-        """Find where the piece begins. ValueError where there is none, or sequences are longer than declared."""
-        group = self.served.group
-        own = torch.tensor([tokens, -1 if batch is None else batch], device=self.position.device)
-        found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(found, own, group=group)
+    def enter(self, tokens: int, batch: int | None, device: torch.device) -> Layout:
+        """The layout by the lengths of all ranks. ValueError where a rank has no token, or other sequences."""
+        own = torch.tensor([tokens, -1 if batch is None else batch], device=device)
+        found = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(found, own, group=self.group)
         lengths, batches = zip(*(each.tolist() for each in found), strict=True)
         if min(lengths) < 1:
             raise ValueError("a rank has no token of the sequence, but each needs one at least")
         if len(set(batches)) > 1:
             raise ValueError(f"the ranks have pieces of different numbers of sequences: {list(batches)}")
-        if at_most is not None and sum(lengths) > at_most:
-            raise ValueError(f"{sum(lengths)} tokens, but the model is declared for at most {at_most}")
-        layout = Layout(lengths, dist.get_rank(group), group)
-        self.served.layout, self.known = layout, layout.offset
-        self.position.fill_(layout.offset)
-
-    def advance(self, tokens: int) -> State:
-        """Nothing goes on after a piece."""
-        return self
-
-
-def _like(model: nn.Module, tokens: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of a model."""
-    floats = (x.dtype for x in (*model.parameters(), *model.buffers(), *tokens) if x.is_floating_point())
-    return next(floats, torch.get_default_dtype())
-
-
-def _sizes(kind: Any, fixed: Sequence[Tensor]) -> dict[str, int]:
-    """The run-time dims of the inputs that are the same for all tokens."""
-    pairs = zip(kind.FIXED, fixed, strict=True)
-    named = ((name, size) for (_, _, shape), x in pairs for name, size in zip(shape, x.shape, strict=True))
-    return {name: size for name, size in named if isinstance(name, str)}
+        return RankLayout(lengths, dist.get_rank(self.group), self.group)

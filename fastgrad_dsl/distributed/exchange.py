@@ -9,70 +9,54 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastgrad_compiler.runtime.pieces import Layout
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the pieces of a sequence are: their lengths by rank of a group, this process's rank, and the group."""
 
-    lengths: tuple[int, ...]
-    rank: int
+@dataclass
+class RankLayout(Layout):
+    """Each rank of a group holds a piece."""
+
     group: Any
 
-    @property
-    def offsets(self) -> tuple[int, ...]:
-        """The place of each piece's first token, and after them the length of the sequence."""
-        return tuple(accumulate(self.lengths, initial=0))
+    def tokens_from(self, x: Tensor, axis: int, starts: Sequence[int]) -> Tensor:
+        """As the base class says."""
+        offsets, rank = self.offsets, self.rank
+        own, rows = offsets[rank], x.movedim(axis, 0)
+        if all(start == offset for start, offset in zip(starts, offsets, strict=False)):
+            return rows[:0].movedim(0, axis)
+        asked = [
+            (max(start, own) - own, min(offset, offsets[rank + 1]) - own)
+            for start, offset in zip(starts, offsets, strict=False)
+        ]
+        sent = [rows[first:last] for first, last in asked if first < last]
+        given = [
+            max(0, min(own, offsets[source + 1]) - max(starts[rank], offsets[source]))
+            for source in range(len(self.lengths))
+        ]
+        packed = torch.cat(sent) if sent else rows[:0]
+        found = _exchange(packed, [max(0, last - first) for first, last in asked], given, self.group)
+        return found.movedim(0, axis)
 
-    @property
-    def offset(self) -> int:
-        """The place of this piece's first token."""
-        return self.offsets[self.rank]
+    def earlier_sum(self, sums: Tensor, log_decay: Tensor | None) -> Tensor:
+        """As the base class says: every earlier rank sends its own sums and its decay."""
+        parts = [sums.flatten(2)] if log_decay is None else [sums.flatten(2), log_decay]
+        received = self._earlier(torch.cat(parts, -1))
+        if log_decay is None:
+            return received.sum(0).unflatten(-1, sums.shape[2:])
+        logs = torch.cat((received[1:, ..., -1:], torch.zeros_like(received[:1, ..., -1:])))
+        later = logs.flip(0).cumsum(0).flip(0)  # of the pieces between each one and this one
+        return (received[..., :-1] * later.exp()).sum(0).unflatten(-1, sums.shape[2:])
 
-    def since(self, count: int) -> tuple[int, ...]:
-        """By rank: the place `count` tokens before its piece, at least 0."""
-        return tuple(max(0, offset - count) for offset in self.offsets[:-1])
-
-
-def tokens_from(x: Tensor, axis: int, starts: Sequence[int], layout: Layout) -> Tensor:
-    """The tokens [starts[rank], offset) along an axis, which earlier ranks hold; x: this rank's piece.
-
-    starts: for every rank where its tokens begin, at most its offset.
-    """
-    offsets, rank = layout.offsets, layout.rank
-    own, rows = offsets[rank], x.movedim(axis, 0)
-    if all(start == offset for start, offset in zip(starts, offsets, strict=False)):
-        return rows[:0].movedim(0, axis)
-    asked = [
-        (max(start, own) - own, min(offset, offsets[rank + 1]) - own)
-        for start, offset in _each(starts, layout)
-    ]
-    sent = [rows[first:last] for first, last in asked if first < last]
-    given = [
-        max(0, min(own, offsets[source + 1]) - max(starts[rank], offsets[source]))
-        for source in range(len(layout.lengths))
-    ]
-    packed = torch.cat(sent) if sent else rows[:0]
-    return _exchange(packed, [max(0, last - first) for first, last in asked], given, layout.group).movedim(
-        0, axis
-    )
-
-
-def earlier(x: Tensor, layout: Layout) -> Tensor:
-    """[p, ..]: the tensors x of the p ranks before this one, all of one shape."""
-    ranks = Layout((1,) * len(layout.lengths), layout.rank, layout.group)
-    return tokens_from(x.unsqueeze(0), 0, (0,) * len(layout.lengths), ranks)
-
-
-def _each(starts: Sequence[int], layout: Layout) -> list[tuple[int, int]]:
-    """The tokens [first, last) that each rank asks for."""
-    return list(zip(starts, layout.offsets, strict=False))
+    def _earlier(self, x: Tensor) -> Tensor:
+        """[p, ..]: the tensors x of the p ranks before this one, all of one shape."""
+        ranks = RankLayout((1,) * len(self.lengths), self.rank, self.group)
+        return ranks.tokens_from(x.unsqueeze(0), 0, (0,) * len(self.lengths))
 
 
 def _exchange(rows: Tensor, sent: list[int], given: list[int], group: Any) -> Tensor:

@@ -1,8 +1,8 @@
-"""Causal attention of a piece's tokens to themselves and to all before them, which other ranks hold.
+"""Causal attention of a piece's tokens to themselves and to all before them, which are in earlier pieces.
 
-Each rank puts the last tokens of the ranks before its own ones, so many that the near fields and the window of its
+The last tokens of earlier pieces are put before a piece's own, so many that the near fields and the window of its
 first token are whole, from where a block of the near field begins. A kernel of the whole text serves these; of keys
-before them a rank is given sums of features (docs/distributed.md), or with exact attention all of them.
+before them there are sums of features, or with exact attention all of them.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastgrad_compiler.runtime.attention_op import WORK_BYTES, Inputs
-from fastgrad_compiler.runtime.documents import document_runs
-from fastgrad_compiler.runtime.exact_attention import exact_attention
-from fastgrad_compiler.runtime.functions import softmax_attention
-from fastgrad_compiler.runtime.guard_key import read_key
-from fastgrad_compiler.runtime.step_sums import read, sums_of, sums_shape
-from fastgrad_compiler.runtime.step_tokens import AXES, Rule, grouped, slopes, work_dtype
-from fastgrad_dsl.distributed.exchange import Layout, earlier, tokens_from
+from .attention_op import WORK_BYTES, Inputs
+from .documents import document_runs
+from .exact_attention import exact_attention
+from .functions import softmax_attention
+from .guard_key import read_key
+from .pieces import Layout
+from .step_sums import read, sums_of, sums_shape
+from .step_tokens import AXES, Rule, grouped, slopes, work_dtype
 
 Whole: TypeAlias = Callable[..., Tensor]
 LEAST_LOG_GATE = -1000.0
 
 
 def attention_of_piece(inputs: Inputs, rule: Rule, whole: Whole | None, guard: str, layout: Layout) -> Tensor:
-    """[b, H, c, dv]: the attention of the c tokens of this rank's piece; `Inputs` are those of the piece.
+    """[b, H, c, dv]: the attention of the c tokens of a piece; `Inputs` are those of the piece.
 
     whole: the kernel by a polynomial. Raises ValueError where its guard would have to change what it computes.
     """
@@ -48,7 +48,7 @@ def _extended(inputs: Inputs, starts: tuple[int, ...], layout: Layout) -> Inputs
     ahead = layout.offset - starts[layout.rank]
 
     def more(x: Tensor | None, axis: int) -> Tensor | None:
-        return None if x is None else torch.cat((tokens_from(x, axis, starts, layout), x), axis)
+        return None if x is None else torch.cat((layout.tokens_from(x, axis, starts), x), axis)
 
     keys = [more(x, axis) for x, axis in zip((k, v, near_k, log_gate, mask, documents), AXES, strict=False)]
     assert keys[0] is not None
@@ -119,7 +119,7 @@ def _by_polynomial(inputs: Inputs, rule: Rule, whole: Whole, guard: str, layout:
     """By the kernel of the whole text on what is near, and sums of what is before."""
     if guard and (policy := read_key(guard).policy) in ("exact", "clamp"):
         raise ValueError(
-            f"a guard of the policy {policy} cannot change an attention whose keys are on several ranks"
+            f"a guard of the policy {policy} cannot change an attention whose keys are in several pieces"
         )
     width = rule.near
     starts = tuple(max(0, (place // width - 1) * width) if width else place for place in layout.offsets)
@@ -140,7 +140,7 @@ def _by_polynomial(inputs: Inputs, rule: Rule, whole: Whole, guard: str, layout:
 def _earlier_sums(
     extended: Inputs, starts: tuple[int, ...], rule: Rule, layout: Layout
 ) -> tuple[Tensor, Tensor | None]:
-    """The sums of all keys before the start of this rank, and by which factor each token sees them.
+    """The sums of all keys before the start of this piece, and by which factor each token sees them.
 
     float64 [b, h, r, dv + 1], of the document of the token before the start and decayed to it; [b, h or 1, t].
     """
@@ -154,16 +154,10 @@ def _earlier_sums(
         there = same if there is None else there & same
     if gates is not None and count:
         decay = (gates[..., count - 1 : count] - gates[..., :count]).exp()
-    parts = [_sum_up(k[:, :, :count], v[:, :, :count], there, decay, rule).flatten(2)]
-    if gates is not None or runs is not None:
-        parts.append(_log_decay(k, gates, runs, count))
-    received = earlier(torch.cat(parts, -1), layout)
-    shape = sums_shape(k, v, rule)
-    if len(parts) == 1:
-        return received.sum(0).unflatten(-1, shape), None
-    logs = torch.cat((received[1:, ..., -1:], received.new_zeros((1, *k.shape[:2], 1))))[: received.shape[0]]
-    later = logs.flip(0).cumsum(0).flip(0)  # of the pieces between each one and this one
-    return (received[..., :-1] * later.exp()).sum(0).unflatten(-1, shape), _factor(gates, runs, mask)
+    sums = _sum_up(k[:, :, :count], v[:, :, :count], there, decay, rule)
+    if gates is None and runs is None:
+        return layout.earlier_sum(sums, None), None
+    return layout.earlier_sum(sums, _log_decay(k, gates, runs, count)), _factor(gates, runs, mask)
 
 
 def _runs(extended: Inputs, starts: tuple[int, ...], layout: Layout) -> Tensor | None:
@@ -173,7 +167,7 @@ def _runs(extended: Inputs, starts: tuple[int, ...], layout: Layout) -> Tensor |
         return None
     before = tuple(max(0, start - 1) for start in starts[:-1])
     own = ids[:, layout.offset - starts[layout.rank] :]
-    first = torch.cat((tokens_from(own, 1, before, layout), own), 1)[:, :1]
+    first = torch.cat((layout.tokens_from(own, 1, before), own), 1)[:, :1]
     previous = torch.cat((first, ids[:, :-1]), 1)
     return (ids != previous).cumsum(1)
 
