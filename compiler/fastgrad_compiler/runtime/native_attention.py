@@ -12,7 +12,7 @@ gradients, which are allocated here. Denominators, maxima and gradients are floa
 they get the sums of `decay.log_decay`, and give the gradient of these, or of a window the gradient of the gate after
 each token: all are float64 and contiguous in all variants.
 
-Where attention is causal and by a polynomial, it has two more, for tokens that go on from a `State`:
+Where attention is causal and by a polynomial, it has five more. Two are for tokens that go on from a `State`:
 
     fastgrad::NAME_VARIANT_step(q, k, v, near_q, near_k, log_gate, mask, runs, ring_k, ring_v, ring_near_k, ring_gates,
                                 ring_seen, ring_run, document, summed, sums, out, past,
@@ -21,7 +21,14 @@ Where attention is causal and by a polynomial, it has two more, for tokens that 
 
 The first gives the attention of some tokens one by one, and brings up to date what is kept: the tensors of
 `step_attention.Kept`. All its tokens have one dtype; in the variant float64 that may be float32. The second adds keys
-to sums.
+to sums. Three are for a piece of a sequence: what its queries read from such sums, and the gradients of both:
+
+    fastgrad::NAME_VARIANT_read(q, sums, found, threads)
+    fastgrad::NAME_VARIANT_read_backward(gradient, q, sums, dq, dsums, threads)
+    fastgrad::NAME_VARIANT_absorb_backward(dsums, k, v, factor, there, dk, dv, dfactor, threads)
+
+They add to the gradients that they are given, but for `dfactor`, which is written. `found` and `gradient` are contiguous
+and, as the gradients of tokens, in the precision of the arithmetic; sums, their gradients and factors are float64.
 """
 
 from __future__ import annotations
@@ -49,12 +56,15 @@ Operation = Callable[..., None]
 
 
 class Operations(NamedTuple):
-    """Those of a library; the last two None where the attention is not of a step form."""
+    """Those of a library; from `step` on None where the attention is not of a step form."""
 
     forward: Operation
     backward: Operation
     step: Operation | None
     absorb: Operation | None
+    read: Operation | None
+    read_backward: Operation | None
+    absorb_backward: Operation | None
 
 
 class NativeWarning(RuntimeWarning):
@@ -206,6 +216,17 @@ class NativeAttention:
         rows = (_dense(x.to(dtype)) for x in (k, v))
         operations.absorb(*rows, given, shown, sums, torch.get_num_threads())
         return True
+
+    def of_piece(self, *tokens: Tensor) -> Operations | None:
+        """The operations for pieces of sequences that serve such tokens, which may carry gradients, or None."""
+        plain = enabled() and not (torch.compiler.is_compiling() or is_mapped() or forward_ad._current_level >= 0)
+        if not plain or any(x.device.type != "cpu" or x.numel() == 0 for x in tokens):
+            return None
+        dtypes = {x.dtype for x in tokens}
+        if self.kernel.precision == "float64":
+            dtypes = {torch.float64}
+        operations = self._library(dtypes.pop()) if len(dtypes) == 1 else None
+        return None if operations is None or operations.read is None else operations
 
     def _serve(self, q: Tensor, k: Tensor, v: Tensor) -> Operations | None:
         """The operations that serve these inputs, None where PyTorch's must."""

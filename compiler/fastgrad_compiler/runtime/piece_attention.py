@@ -21,6 +21,8 @@ from .documents import document_runs
 from .exact_attention import exact_attention
 from .functions import softmax_attention
 from .guard_key import read_key
+from .native_sums import read as native_read
+from .native_sums import sum_up as native_sum_up
 from .pieces import Layout
 from .step_sums import read, sums_of, sums_shape
 from .step_tokens import AXES, Rule, grouped, slopes, work_dtype
@@ -29,13 +31,15 @@ Whole: TypeAlias = Callable[..., Tensor]
 LEAST_LOG_GATE = -1000.0
 
 
-def attention_of_piece(inputs: Inputs, rule: Rule, whole: Whole | None, guard: str, layout: Layout) -> Tensor:
+def attention_of_piece(
+    inputs: Inputs, rule: Rule, whole: Whole | None, native: Any, guard: str, layout: Layout
+) -> Tensor:
     """[b, H, c, dv]: the attention of the c tokens of a piece; `Inputs` are those of the piece.
 
-    whole: the kernel by a polynomial. Raises ValueError where its guard would have to change what it computes.
+    whole: the kernel by a polynomial; native: its `NativeAttention`, or None. Raises ValueError where its guard would have to change what it computes.
     """
     if rule.coefficients and whole is not None:
-        return _by_polynomial(inputs, rule, whole, guard, layout)
+        return _by_polynomial(inputs, rule, whole, native, guard, layout)
     banded = rule.window and not rule.alibi
     starts = layout.since(rule.window - 1) if banded else (0,) * len(layout.lengths)
     extended = _extended(inputs, starts, layout)
@@ -115,7 +119,9 @@ def _visible(extended: Inputs, distance: Tensor, rule: Rule) -> Tensor:
 # ---------------------------------------------------------------- by a polynomial
 
 
-def _by_polynomial(inputs: Inputs, rule: Rule, whole: Whole, guard: str, layout: Layout) -> Tensor:
+def _by_polynomial(
+    inputs: Inputs, rule: Rule, whole: Whole, native: Any, guard: str, layout: Layout
+) -> Tensor:
     """By the kernel of the whole text on what is near, and sums of what is before."""
     if guard and (policy := read_key(guard).policy) in ("exact", "clamp"):
         raise ValueError(
@@ -124,10 +130,16 @@ def _by_polynomial(inputs: Inputs, rule: Rule, whole: Whole, guard: str, layout:
     width = rule.near
     starts = tuple(max(0, (place // width - 1) * width) if width else place for place in layout.offsets)
     extended = _extended(inputs, starts[:-1], layout)
-    sums, factor = _earlier_sums(extended, starts, rule, layout)
-    c, rows = inputs.q.shape[2], grouped(inputs.q, inputs.k).to(work_dtype(inputs.q, rule))
-    nothing = sums[:, :, None, :1].expand(*rows.shape[:-1], -1)  # zeros, whose gradients others wait for
-    found = _read(rows, sums, rule) if layout.rank else nothing
+    operations = None if native is None else native.of_piece(inputs.q, inputs.k, inputs.v)
+    sums, factor = _earlier_sums(extended, starts, rule, operations, layout)
+    c, work = inputs.q.shape[2], work_dtype(inputs.q, rule)
+    rows = grouped(inputs.q, inputs.k)
+    if not layout.rank:
+        found = sums[:, :, None, :1].expand(*rows.shape[:-1], -1)  # zeros, whose gradients others wait for
+    elif operations is not None:
+        found = native_read(operations, inputs.q, sums, work).unflatten(1, rows.shape[1:3])
+    else:
+        found = _read(rows.to(work), sums, rule)
     if factor is not None:
         found = found * factor[:, :, None, -c:, None]
     module: Any = sys.modules[whole.__module__]
@@ -138,7 +150,7 @@ def _by_polynomial(inputs: Inputs, rule: Rule, whole: Whole, guard: str, layout:
 
 
 def _earlier_sums(
-    extended: Inputs, starts: tuple[int, ...], rule: Rule, layout: Layout
+    extended: Inputs, starts: tuple[int, ...], rule: Rule, operations: Any, layout: Layout
 ) -> tuple[Tensor, Tensor | None]:
     """The sums of all keys before the start of this piece, and by which factor each token sees them.
 
@@ -154,7 +166,11 @@ def _earlier_sums(
         there = same if there is None else there & same
     if gates is not None and count:
         decay = (gates[..., count - 1 : count] - gates[..., :count]).exp()
-    sums = _sum_up(k[:, :, :count], v[:, :, :count], there, decay, rule)
+    given = k[:, :, :count], v[:, :, :count], there, decay
+    if operations is not None and count:
+        sums = native_sum_up(operations, *given, sums_shape(k, v, rule)[0], work_dtype(k, rule))
+    else:
+        sums = _sum_up(*given, rule)
     if gates is None and runs is None:
         return layout.earlier_sum(sums, None), None
     return layout.earlier_sum(sums, _log_decay(k, gates, runs, count)), _factor(gates, runs, mask)

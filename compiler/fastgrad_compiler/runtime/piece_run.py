@@ -48,9 +48,9 @@ class PieceRun:
         missing[axis] = count - found.shape[axis]
         return torch.cat((x.new_zeros(missing), found), axis)
 
-    def attention(self, inputs: Inputs, rule: Rule, whole: Whole | None, guard: str) -> Tensor:
+    def attention(self, inputs: Inputs, rule: Rule, whole: Whole | None, native: Any, guard: str) -> Tensor:
         """The causal attention of this piece's tokens to all before them."""
-        return attention_of_piece(inputs, rule, whole, guard, self.layout)
+        return attention_of_piece(inputs, rule, whole, native, guard, self.layout)
 
 
 class _PieceState(State):

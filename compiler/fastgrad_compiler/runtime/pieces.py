@@ -66,7 +66,7 @@ class Pieces(Protocol):
     def before(self, x: Tensor, axis: int, count: int) -> Tensor:
         """The last `count` tokens before this piece along an axis, zeros where there are fewer."""
 
-    def attention(self, inputs: Any, rule: Any, whole: Any, guard: str) -> Tensor:
+    def attention(self, inputs: Any, rule: Any, whole: Any, native: Any, guard: str) -> Tensor:
         """The causal attention of this piece's tokens to all before them."""
 
 

@@ -78,7 +78,7 @@ def attention_step(
     """
     inputs, count = Inputs(q, k, v, near_q, near_k, log_gate, mask, documents), q.shape[2]
     if (pieces := state.root.pieces) is not None:
-        return pieces.attention(inputs, rule, whole, guard)
+        return pieces.attention(inputs, rule, whole, native, guard)
     if log_gate is not None:
         inputs = inputs._replace(log_gate=_effective(log_gate, mask, state))
     if native is not None and not guard and (found := _natively(native, inputs, state)) is not None:

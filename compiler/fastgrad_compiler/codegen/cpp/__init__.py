@@ -30,6 +30,7 @@ HEADERS = (
     "forward",
     "backward",
     "step",
+    "earlier",
     "register",
 )
 

@@ -146,6 +146,46 @@ void attention_absorb(const Tensor k, const Tensor v, const Optional factor, con
   absorb(a);
 }
 
+// What the operations on a piece share: x are its queries, or its keys.
+inline Piece piece(const Tensor& x, const Tensor& sums, std::int64_t threads) {
+  Piece p{};
+  p.batch = sums.size(0);
+  p.heads = sums.size(1);
+  p.groups = p.heads == 0 ? 0 : x.size(1) / p.heads;
+  p.tokens = x.size(2);
+  p.x = heads<const input>(x, p.batch, p.heads * p.groups, p.tokens, D);
+  p.sums = entries<const double>(sums, p.batch * p.heads * RANK * SUM_COLUMNS);
+  p.threads = std::max<std::int64_t>(1, threads);
+  return p;
+}
+
+void attention_read(const Tensor q, const Tensor sums, Tensor found, std::int64_t threads) {
+  Piece p = piece(q, sums, threads);
+  p.found = entries<real>(found, p.batch * p.heads * p.groups * p.tokens * SUM_COLUMNS);
+  read_earlier(p);
+}
+
+void attention_read_backward(const Tensor gradient, const Tensor q, const Tensor sums, Tensor dq, Tensor dsums,
+                             std::int64_t threads) {
+  Piece p = piece(q, sums, threads);
+  p.gradient = entries<const real>(gradient, p.batch * p.heads * p.groups * p.tokens * SUM_COLUMNS);
+  p.dx = heads<real>(dq, p.batch, p.heads * p.groups, p.tokens, D);
+  p.dsums = entries<double>(dsums, p.batch * p.heads * RANK * SUM_COLUMNS);
+  read_backward(p);
+}
+
+void attention_absorb_backward(const Tensor dsums, const Tensor k, const Tensor v, const Optional factor,
+                               const Optional there, Tensor dk, Tensor dv, Optional dfactor, std::int64_t threads) {
+  Piece p = piece(k, dsums, threads);
+  p.v = heads<const input>(v, p.batch, p.heads, p.tokens, DV);
+  if (factor) p.factor = entries<const double>(*factor, p.batch * p.heads * p.tokens);
+  if (there) p.there = entries<const bool>(*there, p.batch * p.tokens);
+  p.dx = heads<real>(dk, p.batch, p.heads, p.tokens, D);
+  p.dv = heads<real>(dv, p.batch, p.heads, p.tokens, DV);
+  if (dfactor) p.dfactor = entries<double>(*dfactor, p.batch * p.heads * p.tokens);
+  absorb_backward(p);
+}
+
 }  // namespace
 }  // namespace attention
 
@@ -168,6 +208,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastgrad, library) {
                 ", Tensor(g!)? document, Tensor(h!)? summed, Tensor(i!) sums, Tensor(j!) out, int past, int threads) -> ()");
     library.def(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_absorb(Tensor k, Tensor v, Tensor? factor, Tensor? there"
                 ", Tensor(a!) sums, int threads) -> ()");
+    library.def(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_read(Tensor q, Tensor sums, Tensor(a!) found, int threads) -> ()");
+    library.def(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_read_backward(Tensor gradient, Tensor q, Tensor sums"
+                ", Tensor(a!) dq, Tensor(b!) dsums, int threads) -> ()");
+    library.def(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_absorb_backward(Tensor dsums, Tensor k, Tensor v, Tensor? factor"
+                ", Tensor? there, Tensor(a!) dk, Tensor(b!) dv, Tensor(c!)? dfactor, int threads) -> ()");
   }
 }
 
@@ -177,5 +222,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgrad, CPU, library) {
   if constexpr (attention::STEPS) {
     library.impl(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_step", TORCH_BOX(&attention::attention_step));
     library.impl(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_absorb", TORCH_BOX(&attention::attention_absorb));
+    library.impl(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_read", TORCH_BOX(&attention::attention_read));
+    library.impl(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_read_backward", TORCH_BOX(&attention::attention_read_backward));
+    library.impl(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_absorb_backward", TORCH_BOX(&attention::attention_absorb_backward));
   }
 }
