@@ -1,0 +1,248 @@
+"""What a training step holds: the values that each operation keeps for its backward pass, as generated code runs it.
+
+A value that several operations keep is held once, and a view is held with what it views. Weights are not counted: they
+are there anyway. What the backward pass needs beyond that, for the gradients that it works on, is counted apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TypeAlias
+
+from fastgrad_compiler.attention.value import Attention
+from fastgrad_compiler.ir.calls import callees, graphs_with, reachable, runs
+from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, integer
+from fastgrad_compiler.ir.masks import GATED, MASKS
+
+BYTES = {"float": 4, "int": 8, "bool": 1}  # floats are float32
+
+
+@dataclass(frozen=True)
+class Keeps:
+    """What an operation keeps: which of its inputs, its output, and tensors of its own.
+
+    Tensors of its own are so many numbers for each entry of the output, or for each row of it.
+    """
+
+    inputs: tuple[int, ...] = ()
+    output: bool = False
+    entries: float = 0.0
+    rows: int = 0
+
+
+NOTHING = Keeps()
+_INPUT, _OUTPUT, _BOTH = Keeps((0,)), Keeps(output=True), Keeps((0, 1))
+
+KEEPS: dict[str, Keeps] = {
+    **dict.fromkeys(("mul", "div", "minimum", "maximum", "matmul"), _BOTH),
+    **dict.fromkeys(("exp", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "softmax"), _OUTPUT),
+    **dict.fromkeys(("log", "gelu", "silu", "softplus", "erf", "abs", "clamp", "polynomial"), _INPUT),
+    **dict.fromkeys(("amax", "normalize_rows"), Keeps((0,), output=True)),
+    **dict.fromkeys(("cross_entropy",), Keeps((1,), entries=1)),
+    **dict.fromkeys((*MASKS, "near_far", "where"), Keeps(entries=0.25)),  # which entries are hidden
+    **dict.fromkeys(GATED, Keeps((0, 1), output=True)),
+    "log_sigmoid": Keeps((0,), entries=1),
+    "rms_norm": Keeps((0,), entries=1, rows=1),
+    "layer_norm": Keeps(entries=1, rows=2),
+    "unit": Keeps((0,), rows=2),
+    "depthwise": _BOTH,
+    "embedding": Keeps((1,)),
+    "dropout": Keeps(entries=1),
+    "mse": _BOTH,
+}
+"""Of the operations of a model. One that is not here keeps nothing: sums, and what only moves entries."""
+
+VIEWS = frozenset(
+    ("reshape", "permute", "split_heads", "slice", "select", "broadcast_to", "item", "assume_bound", "cast")
+)
+
+
+def sizes_of(shape: tuple[object, ...], sizes: Mapping[str, int]) -> int:
+    """The number of entries of a shape of dims at these sizes."""
+    return prod(dim.evaluate(sizes) for dim in shape)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a graph holds when its forward pass is over.
+
+    own: bytes of values that are its own; inputs: places of the inputs that it keeps, which whoever calls it counts;
+    outputs: places of outputs that are in `own`; peak: the most bytes at once, when the backward pass has gradients to
+    work on, or what it makes again; again: flops of the forward pass that are done a second time.
+    """
+
+    own: float
+    inputs: frozenset[int]
+    outputs: frozenset[int]
+    peak: float
+    again: float = 0.0
+
+
+Decisions: TypeAlias = Mapping[tuple[str, str], int]
+"""By graph and call: in how many iterations of the repeat around it, from the first on, its values are made again."""
+ALWAYS = 2**31
+
+
+class Activations:
+    """What the graphs of a program hold at some sizes of the run-time dims."""
+
+    def __init__(self, program: Program, sizes: Mapping[str, int]) -> None:
+        self.program, self.sizes = program, sizes
+        self.trained = graphs_with(program, lambda node: node.op == "weight")
+        self._reach = {graph.name: frozenset(each.name for each in reachable(program.by_name, [graph.name])) for graph in program.graphs}
+        self._known: dict[object, Held] = {}
+        self._flops: dict[str, float] = {}
+
+    def held(self, name: str, decisions: Decisions, iteration: int = 0) -> Held:
+        """What a graph holds; iteration: of the repeat of which it is the body."""
+        relevant = {place: times for place, times in decisions.items() if place[0] in self._reach[name]}
+        own = frozenset(node for (graph, node), times in relevant.items() if graph == name and iteration < times)
+        key = name, own, frozenset(relevant.items())
+        if key not in self._known:
+            self._known[key] = _Count(self, self.program[name], own, relevant).held()
+        return self._known[key]
+
+    def bytes(self, type_: TensorType) -> float:
+        """Of a tensor."""
+        return sizes_of(type_.shape, self.sizes) * BYTES[type_.dtype]
+
+    def flops(self, name: str) -> float:
+        """Of the forward pass of a graph: of products exactly, of attention by its model, of the rest by its bytes."""
+        if name not in self._flops:
+            graph = self.program[name]
+            self._flops[name] = sum(self._flops_of(graph, node) for node in graph.nodes)
+        return self._flops[name]
+
+    def _flops_of(self, graph: Graph, node: Node) -> float:
+        if inner := runs(node):
+            return sum(times * self.flops(callee) for callee, times in inner)
+        if node.op in ("input", "weight", "buffer", "constant", "literal", *VIEWS) or isinstance(node.type, tuple):
+            return 0.0
+        entries = sizes_of(node.tensor.shape, self.sizes)
+        if node.op == "matmul":
+            return 2.0 * entries * graph[node.inputs[0]].tensor.shape[-1].evaluate(self.sizes)
+        if node.op in ("attention", "poly_attention"):
+            return self._attention_flops(graph, node)
+        return POINTWISE * entries
+
+    def _attention_flops(self, graph: Graph, node: Node) -> float:
+        # planning's model of time imports this folder's rules
+        from fastgrad_compiler.planning.cost import EXACT, Way, flops, shape_of
+
+        q, k, v = (
+            [dim.evaluate(self.sizes) for dim in graph[name].tensor.shape] for name in node.inputs[:3]
+        )
+        attention = Attention.of(node)
+        shape = shape_of(attention, q[-2], k[-2], q[-1], v[-1])
+        polynomial = attention.polynomial
+        way = EXACT if polynomial is None else Way(polynomial.degree, attention.near)
+        return prod(q[:-2]) * flops(shape, way).forward
+
+
+POINTWISE = 20.0  # flops that a machine could do while it reads and writes a number
+
+
+class _Count:
+    """The values of one graph, as they are kept one after the other."""
+
+    def __init__(
+        self, whole: Activations, graph: Graph, again: frozenset[str], decisions: Decisions
+    ) -> None:
+        self.whole, self.graph, self.made_again, self.decisions = whole, graph, again, decisions
+        self.root: dict[str, str] = {}
+        self.kept: set[str] = set()  # what is held: of the graph's own values, in `own`
+        self.derived = {node.name for node in graph.inputs if node.tensor.dtype == "float"}
+        self.own = self.peak = self.again = 0.0
+
+    def held(self) -> Held:
+        """Of the graph."""
+        graph = self.graph
+        for node in graph.nodes:
+            if node.name in graph.alive:
+                self._visit(node)
+        outputs = (place for place, name in enumerate(graph.outputs) if self.root[name] in self.kept)
+        inputs = (place for place, node in enumerate(graph.inputs) if node.name in self.kept)
+        return Held(self.own, frozenset(inputs), frozenset(outputs), max(self.own, self.peak), self.again)
+
+    def _visit(self, node: Node) -> None:
+        self.root[node.name] = self.root[node.inputs[0]] if node.op in VIEWS else node.name
+        if node.op == "weight":
+            self.derived.add(node.name)
+        if self.derived.isdisjoint(node.inputs) and not self.whole.trained.intersection(callees(node)):
+            return
+        self.derived.add(node.name)
+        if node.op == "call":
+            self._call(node)
+        elif node.op == "repeat":
+            self._repeat(node)
+        elif node.op not in VIEWS:
+            self._operation(node)
+
+    def _keep(self, name: str) -> None:
+        root = self.root[name]
+        node = self.graph[root]
+        if root in self.kept or node.op in ("weight", "buffer", "constant", "literal", "fill"):
+            return
+        self.kept.add(root)
+        if node.op != "input":
+            self.own += self.whole.bytes(node.tensor)
+
+    def _operation(self, node: Node) -> None:
+        keeps = self._keeps(node)
+        for place in keeps.inputs:
+            if place < len(node.inputs) and self._is_needed(node, place):
+                self._keep(node.inputs[place])
+        if keeps.output:
+            self._keep(node.name)
+        given = self.graph[node.inputs[0]].tensor
+        shape = given.shape if node.op == "cross_entropy" else node.tensor.shape
+        size = self.whole.bytes(TensorType("float", shape))
+        rows = size / max(1, shape[-1].evaluate(self.whole.sizes)) if shape else 0
+        self.own += keeps.entries * size + keeps.rows * rows
+        floats = [self.graph[name] for name in node.inputs if self.graph[name].tensor.dtype == "float"]
+        moved = sum(self.whole.bytes(x.tensor) for x in floats if x.op not in ("weight", "constant"))
+        self.peak = max(self.peak, self.own + moved + size)
+
+    def _keeps(self, node: Node) -> Keeps:
+        if node.op in ("attention", "poly_attention"):
+            rows = 2 if Attention.of(node).near is not None else 1
+            return Keeps(tuple(range(len(node.inputs))), output=True, rows=rows)
+        return KEEPS.get(node.op, NOTHING)
+
+    def _is_needed(self, node: Node, place: int) -> bool:
+        """Whether the gradient of another input reads this one: not that of a product with a number."""
+        if node.op not in ("mul", "matmul", "depthwise", "div"):
+            return True
+        others = [name for other, name in enumerate(node.inputs) if other != place]
+        return not self.derived.isdisjoint(others) or (node.op == "div" and place == 1)
+
+    def _call(self, node: Node) -> None:
+        callee = str(node["graph"])
+        held, again = self.whole.held(callee, self.decisions), node.name in self.made_again
+        self._run(node, held, self.whole.flops(callee) if again else None)
+        if not again and not isinstance(node.type, tuple) and held.outputs:
+            self.kept.add(node.name)  # it is in what the callee owns
+
+    def _repeat(self, node: Node) -> None:
+        bodies = [body for body, times in runs(node) for _ in range(times)]
+        carried = integer(node["carried"])
+        for iteration, body in enumerate(bodies):
+            held = self.whole.held(body, self.decisions, iteration)
+            self._run(node, held, None)
+            if iteration:  # what it was given is what the iteration before gave
+                for place in held.inputs:
+                    if place < carried:
+                        self.own += self.whole.bytes(self.whole.program[body].inputs[place].tensor)
+
+    def _run(self, node: Node, held: Held, again: float | None) -> None:
+        """A graph that the node runs; again: flops where its values are made again."""
+        given = [self.graph[name].tensor for name in node.inputs]
+        moving = max((self.whole.bytes(x) for x in given if x.dtype == "float"), default=0.0)
+        self.peak = max(self.peak, self.own + held.peak + moving)
+        self.again += held.again if again is None else again
+        self.own += held.own if again is None else 0.0
+        for place, name in enumerate(node.inputs):
+            if again is not None or place in held.inputs:
+                self._keep(name)
