@@ -14,6 +14,7 @@ from fastgrad_compiler.ir.shapes import infer_shapes
 from fastgrad_compiler.ir.text import parse_program
 from fastgrad_compiler.ir.verify import verify
 from fastgrad_compiler.passes.backward import derive_gradient
+from fastgrad_compiler.passes.loss import derive_training, fuse_loss
 from fastgrad_compiler.passes.lowrank import rewrite_low_rank
 from fastgrad_compiler.passes.step import derive_step
 from fastgrad_compiler.planning.plan import Assignment, plan_attention
@@ -50,6 +51,8 @@ PASSES: tuple[Pass, ...] = (
     Pass("backward", derive_gradient),
     Pass("lowrank", rewrite_low_rank, exact=False),
     Pass("step", derive_step),
+    Pass("training", derive_training),
+    Pass("loss", fuse_loss),
 )
 
 

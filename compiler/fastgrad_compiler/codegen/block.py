@@ -33,7 +33,7 @@ from fastgrad_compiler.codegen.writer import (
     weight,
 )
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import STEP, Attribute, Graph, Node, Program, TensorType
+from fastgrad_compiler.ir.graph import LOSS, STEP, Attribute, Graph, Node, Program, TensorType
 from fastgrad_compiler.ir.names import unique
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
@@ -176,7 +176,7 @@ class Block:
         return name
 
     def guard(self, node: Node) -> Expr | None:
-        whole = self.graph.name.removesuffix(STEP)
+        whole = self.graph.name.removesuffix(STEP).removesuffix(LOSS)
         label = self.module.guards.get((whole, node.name)) if self.in_class else None
         return attribute(self._member(label), "key") if label is not None else None
 
@@ -403,7 +403,7 @@ class Block:
         if not self.in_class:
             return call(f"{self.module.classes[graph]}()", *arguments)
         member = self._member(str(node["label"]))
-        return call(f"{member}.step" if steps else str(member), *arguments)
+        return call(f"{member}.step" if steps else f"{member}.loss" if graph.endswith(LOSS) else member, *arguments)
 
     def _member(self, label: str) -> Expr:
         member: Leaf | Repeated = self.members[label]

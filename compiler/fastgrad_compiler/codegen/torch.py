@@ -26,13 +26,16 @@ from fastgrad_compiler.codegen.step import (
 )
 from fastgrad_compiler.codegen.writer import Writer, call, literal, method, tuple_text
 from fastgrad_compiler.ir.calls import reachable
-from fastgrad_compiler.ir.graph import DimInfo, Graph, Program, step_form
+from fastgrad_compiler.ir.graph import DimInfo, Graph, Program, loss_form, step_form
 from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import python_docstring, python_string
 
 STEP_FILES = ("state.py", "step.py", "step_attention.py", "step_sums.py", "step_tokens.py")
-HELPER_FILES = ("convolution.py", "functions.py", "positions.py", "softmax_pairs.py")
+HELPER_FILES = (
+    *("attention_op.py", "content_name.py", "convolution.py", "functions.py", "linear_loss.py", "operation.py"),
+    *("positions.py", "softmax_pairs.py"),
+)
 STEP_NAMES = {
     "state": (BASE, STATE, SCOPE),
     "step": ("depthwise_step", "place_of", "rotary_step", "rows_of", "shift_step"),
@@ -135,6 +138,8 @@ def _siblings(imports: Imports, code: str) -> set[str]:
         siblings.add(f"from .{file} import {', '.join(sorted(names, key=_isort))}")
     base = [] if BASE in imports.steps else ["Generated"]
     siblings.add(f"from .initialise import {', '.join([*base, 'initialise'])}")
+    if re.search(r"\brefuse_pieces\(", code):
+        siblings.add("from .pieces import refuse_pieces")
     return siblings
 
 
@@ -210,11 +215,12 @@ def _distinct_classes(module: Module, graphs: list[Graph]) -> list[str]:
     for graph in graphs:
         taken = {known for known, _ in found.values()} | ({variable(objective)} if objective else set())
         name = class_name(graph.block, taken)
-        module.classes[graph.name] = module.classes[step_form(graph.name)] = name
+        forms = graph.name, step_form(graph.name), loss_form(graph.name)
+        module.classes.update(dict.fromkeys(forms, name))
         text = _class(module, graph)
         key = text.replace(f"class {name}(", "class (", 1)
         name, _ = found.setdefault(key, (name, text))
-        module.classes[graph.name] = module.classes[step_form(graph.name)] = name
+        module.classes.update(dict.fromkeys(forms, name))
     return [text for _, text in found.values()]
 
 
@@ -241,6 +247,8 @@ def _class(module: Module, graph: Graph) -> str:
             _constructor(module, writer, found, main)
             writer.line()
         _forward(module, graph, writer, found, main)
+        if loss_form(graph.name) in module.program.by_name:
+            _loss(module, module.program[loss_form(graph.name)], writer, found, main)
         if steps:
             (write_model_step if main else write_step)(module, graph, writer, found)
         if main:
@@ -315,7 +323,15 @@ def _status(module: Module, writer: Writer) -> None:
             writer.line("return []")
 
 
-def _forward(module: Module, graph: Graph, writer: Writer, found: dict[str, Member], main: bool) -> None:
+def _loss(module: Module, form: Graph, writer: Writer, found: dict[str, Member], main: bool) -> None:
+    """The method that gives the loss of what `forward` gives."""
+    writer.line()
+    _forward(module, form, writer, found, main, "loss")
+
+
+def _forward(
+    module: Module, graph: Graph, writer: Writer, found: dict[str, Member], main: bool, name: str = "forward"
+) -> None:
     block = Block(module, graph, writer, found)
     needed = module.needs[graph.name]
     arguments = block.bind_inputs()
@@ -327,8 +343,11 @@ def _forward(module: Module, graph: Graph, writer: Writer, found: dict[str, Memb
     outputs = graph.output_type
     count = len(outputs) if isinstance(outputs, tuple) else 1
     result = "Tensor" if count == 1 else f"tuple[{', '.join(['Tensor'] * count)}]"
-    writer.statement("def ", call("forward", *typed), f" -> {result}:")
+    writer.statement("def ", call(name, *typed), f" -> {result}:")
     with writer.indented():
+        if main and name == "loss":
+            writer.docstring(f"`{module.program.objective}` of what `forward` gives, without making all logits.")
+            writer.line("refuse_pieces()")
         if main:
             _checks(module, graph, block, writer)
         else:

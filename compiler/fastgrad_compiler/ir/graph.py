@@ -122,6 +122,11 @@ def step_form(graph: str) -> str:
     return f"{graph}{STEP}"
 
 
+def loss_form(graph: str) -> str:
+    """The name of the graph that gives the loss of what a graph gives (`passes/loss.py`)."""
+    return f"{graph}{LOSS}"
+
+
 def attributes(**values: Attribute) -> tuple[tuple[str, Attribute], ...]:
     """Attributes in the order that a Node keeps them."""
     return tuple(sorted(values.items()))
@@ -229,8 +234,8 @@ class Budget:
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
-STEP, ONCE = "@step", "@once"  # after the name of a graph: no name of a block has the sign
-ROLES = ("main", "objective", "gradient", "step", "along")
+STEP, ONCE, LOSS = "@step", "@once", "@loss"  # after the name of a graph: no name of a block has the sign
+ROLES = ("main", "objective", "gradient", "step", "along", "training")
 """The fields of a Program that name a graph, or with `along` a dim."""
 
 
@@ -238,7 +243,8 @@ ROLES = ("main", "objective", "gradient", "step", "along")
 class Program:
     """All graphs of a compiled model; `main` runs the model, `objective` the loss, `gradient` the derived backward.
 
-    `step` runs the model on the next tokens along the dim `along`, given what it kept of those before.
+    `step` runs the model on the next tokens along the dim `along`, given what it kept of those before. `training` runs
+    the model and the objective, from the inputs of both, without making logits.
     """
 
     graphs: tuple[Graph, ...]
@@ -247,6 +253,7 @@ class Program:
     gradient: str | None = None
     step: str | None = None
     along: str | None = None
+    training: str | None = None
     dims: tuple[DimInfo, ...] = ()
     budget: Budget | None = None
     name: str = "model"
@@ -261,8 +268,8 @@ class Program:
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """The graphs that users run: `main`, and the objective where there is one."""
-        return (self.main,) if self.objective is None else (self.main, self.objective)
+        """The graphs that users run: `main`, the objective and `training` where there are such."""
+        return tuple(name for name in (self.main, self.objective, self.training) if name is not None)
 
     @cached_property
     def multiples(self) -> Mapping[str, int]:

@@ -39,7 +39,7 @@ def _places(program: Program) -> Iterator[tuple[str, Node]]:
 def _graph_names(program: Program) -> Findings:
     if len(program.by_name) != len(program.graphs):
         yield program.name, "two graphs have one name"
-    for role in ("main", "objective", "gradient", "step"):
+    for role in ("main", "objective", "gradient", "step", "training"):
         name = getattr(program, role)
         if name is not None and name not in program.by_name:
             yield program.name, f"{role} graph {name} is not there"

@@ -138,6 +138,7 @@ DECLINED: dict[str, str] = {
     **dict.fromkeys((*COMPARISONS, "logical_not"), "gives truth values"),
     "one_hot": "reads whole numbers",
     "weight_gradient": "receives a gradient",
+    "linear_cross_entropy": "is made when gradients are derived",
     **dict.fromkeys(("poly_attention_backward", "repeat_backward"), "has no second derivative"),
 }
 """Operations through which no cotangent flows, and why."""
