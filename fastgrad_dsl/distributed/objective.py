@@ -77,7 +77,9 @@ def problem(graph: Graph, along: str) -> Diagnostic | None:
             bad = bool(means.intersection(node.inputs))
             of_tokens.add(node.name)
         elif given:
-            bad = node.op not in MEANS or node.get("ignored") is not None  # ranks differ in how many tokens count
+            bad = (
+                node.op not in MEANS or node.get("ignored") is not None
+            )  # ranks differ in how many tokens count
             means.add(node.name)
         else:
             bad = not _is_linear(node, means)

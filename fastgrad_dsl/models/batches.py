@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
     from fastgrad_dsl.documents.plan import Plan
 
-ID_OPERATIONS = {"embedding": 1, "cross_entropy": 1, "linear_cross_entropy": 2, "one_hot": 0}  # op -> which of its inputs holds ids
+ID_OPERATIONS = {
+    "embedding": 1,
+    "cross_entropy": 1,
+    "linear_cross_entropy": 2,
+    "one_hot": 0,
+}  # op -> which of its inputs holds ids
 DOCUMENT_OPERATIONS = ("documents", "shift", "depthwise")  # their int operand has ids of documents
 ENTRY_BYTES = 4  # of the smallest entries that a batch is made of
 BOUNDARIES = 3  # of documents in a random sequence, on average

@@ -229,8 +229,10 @@ def _cross_entropy(logits: Array, targets: Array, a: Values) -> Array:
             continue
         row, share = logits[place], a.get("smoothing", 0.0)
         top = row.max()
-        truth = np.eye(len(row))[targets[place]] * (1 - share) + share / len(row)
-        losses.append(top + math.log(np.exp(row - top).sum()) - truth @ row)
+        truth = row[targets[place]]
+        if share:
+            truth = (1 - share) * truth + share * row.mean()
+        losses.append(top + math.log(np.exp(row - top).sum()) - truth)
     return np.asarray(np.mean(losses))
 
 

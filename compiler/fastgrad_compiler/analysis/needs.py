@@ -16,7 +16,16 @@ _MAKING = frozenset({"arange", "fill", "one_hot", "sinusoid"})  # make a tensor 
 _MIXING = frozenset((*ARITHMETIC, "where"))  # ints may stand beside floats
 # what takes ints of any size
 _LOOKING = frozenset(
-    ("embedding", "documents", *COMPARISONS, "shift", "depthwise", "attention", "poly_attention", "linear_cross_entropy")
+    (
+        "embedding",
+        "documents",
+        *COMPARISONS,
+        "shift",
+        "depthwise",
+        "attention",
+        "poly_attention",
+        "linear_cross_entropy",
+    )
 )
 _SHAPED = {
     "reshape": ("shape",),

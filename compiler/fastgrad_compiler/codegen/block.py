@@ -403,7 +403,9 @@ class Block:
         if not self.in_class:
             return call(f"{self.module.classes[graph]}()", *arguments)
         member = self._member(str(node["label"]))
-        return call(f"{member}.step" if steps else f"{member}.loss" if graph.endswith(LOSS) else member, *arguments)
+        return call(
+            f"{member}.step" if steps else f"{member}.loss" if graph.endswith(LOSS) else member, *arguments
+        )
 
     def _member(self, label: str) -> Expr:
         member: Leaf | Repeated = self.members[label]

@@ -40,7 +40,18 @@ HELPERS = frozenset(
     }
 )
 MODULE_NAMES = frozenset(
-    {"F", "Generated", "Guard", "Tensor", "budget_status", "math", "name_guards", "nn", "refuse_pieces", "torch"}
+    {
+        "F",
+        "Generated",
+        "Guard",
+        "Tensor",
+        "budget_status",
+        "math",
+        "name_guards",
+        "nn",
+        "refuse_pieces",
+        "torch",
+    }
     | {
         "Rule",
         "Scope",

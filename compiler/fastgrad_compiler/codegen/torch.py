@@ -33,7 +33,14 @@ from fastgrad_grammar.quote import python_docstring, python_string
 
 STEP_FILES = ("state.py", "step.py", "step_attention.py", "step_sums.py", "step_tokens.py")
 HELPER_FILES = (
-    *("attention_op.py", "content_name.py", "convolution.py", "functions.py", "linear_loss.py", "operation.py"),
+    *(
+        "attention_op.py",
+        "content_name.py",
+        "convolution.py",
+        "functions.py",
+        "linear_loss.py",
+        "operation.py",
+    ),
     *("positions.py", "softmax_pairs.py"),
 )
 STEP_NAMES = {
@@ -346,7 +353,9 @@ def _forward(
     writer.statement("def ", call(name, *typed), f" -> {result}:")
     with writer.indented():
         if main and name == "loss":
-            writer.docstring(f"`{module.program.objective}` of what `forward` gives, without making all logits.")
+            writer.docstring(
+                f"`{module.program.objective}` of what `forward` gives, without making all logits."
+            )
             writer.line("refuse_pieces()")
         if main:
             _checks(module, graph, block, writer)

@@ -30,7 +30,7 @@ def derive_training(program: Program) -> Program:
 
 
 def _joined(program: Program, graph: Graph, objective: Graph) -> tuple[Graph, ...] | None:
-    """The graph and then the objective as one, after what it runs of that kind; None if logits are made all the same."""
+    """The graph and the objective as one, after such graphs that it runs; None if logits are made all the same."""
     last = graph[graph.outputs[0]]
     if len(graph.outputs) == 1 and last.op == "call" and not graph.users[last.name]:
         inner = _joined(program, program[str(last["graph"])], objective)
@@ -94,7 +94,9 @@ def _rewritten(graph: Graph, multiples: Mapping[str, int]) -> Graph:
         head = _head(graph, loss) if loss.op == "cross_entropy" else None
         if head is not None:
             added = _emitted(Builder(graph.nodes, multiples), graph, loss, head)
-            kept = ((node,) if node is not loss else added for node in graph.nodes if node.name not in head.names)
+            kept = (
+                (node,) if node is not loss else added for node in graph.nodes if node.name not in head.names
+            )
             return _rewritten(replace(graph, nodes=tuple(chain.from_iterable(kept))), multiples)
     return graph
 

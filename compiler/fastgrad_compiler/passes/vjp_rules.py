@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from fastgrad_compiler.ir.builder import Operand, Value
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute, Node, integer, number, sequence
+from fastgrad_compiler.ir.graph import Attribute, Node, TensorType, integer, number, sequence
 from fastgrad_compiler.ir.masks import LEAST_LOG_GATE, MASKS
 
 Cotangents: TypeAlias = Sequence[Value | None]

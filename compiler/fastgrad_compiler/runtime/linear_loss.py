@@ -52,12 +52,12 @@ def linear_cross_entropy(
     """The mean of F.cross_entropy over all tokens, a scalar; the same numbers up to rounding.
 
     x [.., d], w [d, classes], targets int [..], bias [classes]. `smoothing` in [0, 1] and `ignored`, a target that does
-    not count, are label_smoothing and ignore_index of PyTorch. Raises IndexError on a CPU for a target that is no class.
+    not count, are label_smoothing and ignore_index of PyTorch. Raises IndexError on a CPU for a target that is no
+    class.
     """
     wide = torch.is_autocast_enabled(x.device.type)
     if wide:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, w, bias))
+        x, w, bias = _autocast(x), _autocast(w), None if bias is None else _autocast(bias)
     rows, ids = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     wanted = [_needs_gradient(t) for t in (rows, w, bias)]
     loss, *_ = _operation()(rows, w, ids, bias, smoothing, ignored, wanted[0], wanted[1] or wanted[2])
@@ -65,9 +65,14 @@ def linear_cross_entropy(
 
 
 def chunk_rows(x: Tensor, w: Tensor) -> int:
-    """How many tokens have logits at a time: twice the numbers of x and w together, or LEAST_ENTRIES if that is more."""
+    """How many tokens have logits at a time: twice as many numbers as x and w hold, LEAST_ENTRIES at least."""
     most = max(2 * (x.numel() + w.numel()), LEAST_ENTRIES)
     return max(most // max(w.shape[1], 1), 1)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """As a product takes it there."""
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _needs_gradient(x: Tensor | None) -> bool:
@@ -245,7 +250,14 @@ def _precision(x: Tensor) -> torch.dtype:
 
 
 def _fake(
-    x: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None, _: float, __: int | None, of_x: bool, of_w: bool
+    x: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    _: float,
+    __: int | None,
+    of_x: bool,
+    of_w: bool,
 ) -> tuple[Tensor, ...]:
     work = _precision(x)
     scalar = x.new_empty((), dtype=work)

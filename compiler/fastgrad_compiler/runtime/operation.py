@@ -88,14 +88,15 @@ def _register(
             backward,
             _fake_backward,
         ),
-        define(
-            f"{name}_tangent({TANGENTS}, {GIVEN}, {saved}{attributes}) -> Tensor", tangent, _fake_tangent
-        ),
+        define(f"{name}_tangent({TANGENTS}, {GIVEN}, {saved}{attributes}) -> Tensor", tangent, _fake_tangent),
     )
     operation = define(f"{name}({GIVEN}{attributes}) -> ({outputs})", forward, fake_forward)
     differentiate(operation, *_rules(*derivatives))
     for derivative in derivatives:
-        differentiate(derivative, *refusals(SECOND_DERIVATIVE.format(name=f"polynomial attention ({NAMESPACE}::{name})")))
+        differentiate(
+            derivative,
+            *refusals(SECOND_DERIVATIVE.format(name=f"polynomial attention ({NAMESPACE}::{name})")),
+        )
 
 
 def _fake_backward(gradient: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -140,7 +141,9 @@ def define(
     library.impl(name, torch.compiler.disable(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     operation = getattr(getattr(torch.ops, NAMESPACE), name).default
-    torch.library.register_vmap(f"{NAMESPACE}::{name}", (batching_rule or _batching_rule)(operation), lib=library)
+    torch.library.register_vmap(
+        f"{NAMESPACE}::{name}", (batching_rule or _batching_rule)(operation), lib=library
+    )
     return operation
 
 

@@ -36,7 +36,9 @@ def serving() -> Pieces | None:
 def refuse_pieces() -> None:
     """RuntimeError where they have pieces: what runs next is made for whole sequences."""
     if serving() is not None:
-        raise RuntimeError("`model.loss` takes whole sequences: in pieces, `compiled.loss(model(inputs), targets)`")
+        raise RuntimeError(
+            "`model.loss` takes whole sequences: in pieces, `compiled.loss(model(inputs), targets)`"
+        )
 
 
 def serve(pieces: Pieces | None) -> None:
