@@ -17,6 +17,7 @@ from fastgrad_compiler.codegen.loops import write_repeat
 from fastgrad_compiler.codegen.members import Leaf, Member, Repeated, members
 from fastgrad_compiler.codegen.names import base, member_access, variable
 from fastgrad_compiler.codegen.place import Operands
+from fastgrad_compiler.codegen.row_functions import RowFunction, row_function
 from fastgrad_compiler.codegen.writer import (
     ADD,
     ATOM,
@@ -52,6 +53,7 @@ class Imports:
     specs: set[str] = field(default_factory=set)  # of those kernels, with `_spec` after their names
     natives: set[str] = field(default_factory=set)  # likewise, with `_native`
     exact_attention: bool = False
+    rows: dict[str, RowFunction] = field(default_factory=dict)  # by kernel
     steps: set[str] = field(default_factory=set)  # of runtime/step.py, step_attention.py and state.py
     backends: Backends = PYTORCH  # of the kernels
 
@@ -394,6 +396,8 @@ class Block:
             if len(value.text) > LONGEST // 2 and not value.is_name:
                 value = self.bind(value, noun(self.graph[name]))
             arguments.append(value)
+        if node.is_fused:
+            return call(row_function(self.module, graph), *arguments)
         steps = graph.endswith(STEP)
         if steps:
             arguments.append(self.state(node["label"]))

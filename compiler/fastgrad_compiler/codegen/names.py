@@ -49,7 +49,7 @@ MODULE_NAMES = frozenset(
         "math",
         "name_guards",
         "nn",
-        "refuse_pieces",
+        "refuse_pieces", "row_kernel",
         "torch",
     }
     | {

@@ -10,11 +10,13 @@ import re
 from pathlib import Path, PurePath
 
 from fastgrad_compiler.analysis.needs import is_counted, needs
+from fastgrad_compiler.codegen import row_functions
 from fastgrad_compiler.codegen.block import Block, Imports, Module, place_of, source_line
 from fastgrad_compiler.codegen.guards import GUARD, NAME, STATUS, guards_of
 from fastgrad_compiler.codegen.kernel import RUNTIME, RUNTIME_FILES, kernel_files, kernel_name, runtime_files
 from fastgrad_compiler.codegen.members import Leaf, Member, container, leaf_init, members
 from fastgrad_compiler.codegen.names import class_name, member_access, variable
+from fastgrad_compiler.codegen.row_functions import RowFunction
 from fastgrad_compiler.codegen.step import (
     BASE,
     SCOPE,
@@ -74,6 +76,9 @@ def emit_package(
         files |= {name: _runtime(name) for name in HELPER_FILES}
     for spec in imports.kernels:
         files.update(kernel_files(spec, backends))
+    if imports.rows and backends.cpp:
+        files |= {name: _runtime(name) for name in row_functions.RUNTIME_FILES}
+        files |= {f"{each.kernel}.cpp": each.text for each in imports.rows.values()}
     if imports.steps:
         files |= {name: _runtime(name) for name in STEP_FILES}
     if imports.kernels or imports.exact_attention or imports.steps:
@@ -145,6 +150,8 @@ def _siblings(imports: Imports, code: str) -> set[str]:
         siblings.add(f"from .{file} import {', '.join(sorted(names, key=_isort))}")
     base = [] if BASE in imports.steps else ["Generated"]
     siblings.add(f"from .initialise import {', '.join([*base, 'initialise'])}")
+    if re.search(r"\brow_kernel\(", code):
+        siblings.add("from .row_kernel import row_kernel")
     if re.search(r"\brefuse_pieces\(", code):
         siblings.add("from .pieces import refuse_pieces")
     return siblings
@@ -212,7 +219,7 @@ def _classes(program: Program, classes: dict[str, str], imports: Imports, exact:
     texts = _distinct_classes(module, graphs)
     if program.objective is not None:
         texts.append(_objective(module, program[program.objective]))
-    return "\n\n".join(texts)
+    return "\n\n".join([*(_row_function(module, each) for each in imports.rows.values()), *texts])
 
 
 def _distinct_classes(module: Module, graphs: list[Graph]) -> list[str]:
@@ -395,6 +402,26 @@ def _check_dim(block: Block, writer: Writer, info: DimInfo) -> None:
     writer.statement(
         "", call(check, literal(info.name), size, literal(place), at_most=info.at_most, multiple_of=multiple)
     )
+
+
+def _row_function(module: Module, function: RowFunction) -> str:
+    """A group of operations on rows as a function, which its kernel serves where there is one."""
+    writer, graph = Writer(), function.body
+    block = Block(module, graph, writer, {}, in_class=False)
+    arguments = block.bind_inputs()
+    if graph.span is not None:
+        writer.comment(f"{place_of(graph.span)}: {source_line(graph.span)}")
+    if module.imports.backends.cpp:
+        writer.line(f'@row_kernel("{function.kernel}", __spec__, "{function.kinds}")')
+    writer.statement("def ", call(function.name, *(f"{name}: Tensor" for name in arguments)), " -> Tensor:")
+    with writer.indented():
+        needed = module.needs[graph.name]
+        block.name_dims(needed.dims)
+        for node in graph.inputs:
+            block.read_dims(node, needed.dims)
+        block.comments = False  # the one above says it
+        block.write_function()
+    return str(writer)
 
 
 def _objective(module: Module, graph: Graph) -> str:

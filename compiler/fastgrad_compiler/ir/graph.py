@@ -73,6 +73,10 @@ class Bound:
         return max(abs(self.low), abs(self.high))
 
 
+STEP, ONCE, LOSS, FUSED = "@step", "@once", "@loss", "@fused"
+"""What stands after the names of graphs that passes derive: no name of a block has the sign."""
+
+
 @dataclass(frozen=True)
 class Node:
     """One operation: `op` is a key of `ops.OPS`; `inputs` name nodes of the same graph, in order.
@@ -108,6 +112,11 @@ class Node:
         """A copy in which these names of nodes are others."""
         inputs = tuple(names.get(name, name) for name in self.inputs)
         return replace(self, name=names.get(self.name, self.name), inputs=inputs)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it runs a group of operations as one kernel (`passes/fuse.py`): no block of the user's."""
+        return self.op == "call" and FUSED in str(self["graph"])
 
     @property
     def tensor(self) -> TensorType:
@@ -234,7 +243,6 @@ class Budget:
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
-STEP, ONCE, LOSS = "@step", "@once", "@loss"  # after the name of a graph: no name of a block has the sign
 ROLES = ("main", "objective", "gradient", "step", "along", "training")
 """The fields of a Program that name a graph, or with `along` a dim."""
 

@@ -51,6 +51,10 @@ class Derivation:
             self._add(graph, _differentiate(self, self.program[graph], self._names.take(f"{graph}.backward")))
         return self._derived[graph]
 
+    def derived(self, graph: Graph) -> Graph:
+        """The backward of a graph, which is not kept."""
+        return _differentiate(self, graph, f"{graph.name}.backward")
+
     def attention_backward(self, attention: Node, types: tuple[Type | None, ...]) -> str:
         """The name of the graph of this attention's exact backward; equal attentions share one."""
         key = (attention.attributes, types)
