@@ -23,6 +23,7 @@ ORDER = [
     "step",
     "training",
     "loss",
+    "fuse",
 ]
 
 

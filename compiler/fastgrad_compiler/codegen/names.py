@@ -49,7 +49,8 @@ MODULE_NAMES = frozenset(
         "math",
         "name_guards",
         "nn",
-        "refuse_pieces", "row_kernel",
+        "refuse_pieces",
+        "row_kernel",
         "torch",
     }
     | {

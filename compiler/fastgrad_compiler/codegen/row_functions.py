@@ -48,7 +48,11 @@ def _kernel(program: Program, graph: str) -> tuple[str, str, str]:
     shape = body[body.outputs[0]].tensor.shape
     text = emit_rows(body, backward)
     letters = "".join(kind[0] for kind in kinds(body, shape, tuple(node.name for node in body.inputs)))
-    return content_name("rows", [text.encode(), letters.encode(), *map(_runtime, RUNTIME_FILES)]), text, letters
+    return (
+        content_name("rows", [text.encode(), letters.encode(), *map(_runtime, RUNTIME_FILES)]),
+        text,
+        letters,
+    )
 
 
 @cache

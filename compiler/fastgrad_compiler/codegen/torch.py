@@ -412,7 +412,8 @@ def _row_function(module: Module, function: RowFunction) -> str:
     if graph.span is not None:
         writer.comment(f"{place_of(graph.span)}: {source_line(graph.span)}")
     if module.imports.backends.cpp:
-        writer.line(f'@row_kernel("{function.kernel}", __spec__, "{function.kinds}")')
+        width = graph[graph.outputs[0]].tensor.shape[-1]
+        writer.line(f'@row_kernel("{function.kernel}", __spec__, "{function.kinds}", {width})')
     writer.statement("def ", call(function.name, *(f"{name}: Tensor" for name in arguments)), " -> Tensor:")
     with writer.indented():
         needed = module.needs[graph.name]

@@ -99,7 +99,7 @@ def _is_convex(graph: Graph, members: frozenset[str]) -> bool:
 
 
 def _body(graph: Graph, members: frozenset[str], name: str) -> Graph | None:
-    """The graph of a group; None where it has more than one result, or is a single operation that PyTorch does as fast."""
+    """The graph of a group; None where it has several results, or is one operation that PyTorch does as fast."""
     visible = [
         each
         for each in members
@@ -145,7 +145,7 @@ def _is_kernel_node(graph: Graph, node: Node, shape: Shape) -> bool:
         return False
     if node.op == "sum_to":
         return node.name in graph.outputs or kinds[0] == "each"
-    return node.op in (*ELEMENTWISE, *REDUCTIONS, *NORMS)
+    return node.op in (*ELEMENTWISE, *REDUCTIONS, *NORMS, "broadcast_to")
 
 
 def _with_call(graph: Graph, members: frozenset[str], body: Graph) -> Graph:

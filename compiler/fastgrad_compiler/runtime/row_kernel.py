@@ -31,19 +31,19 @@ class _Operations(NamedTuple):
     backward: Callable[..., None]
 
 
-def row_kernel(name: str, spec: ModuleSpec | None, kinds: str) -> Callable[[Plain], RowKernel]:
-    """Serve a function of rows by the kernel NAME.cpp, which lies beside the module of `spec`.
+def row_kernel(name: str, spec: ModuleSpec | None, kinds: str, width: int) -> Callable[[Plain], RowKernel]:
+    """Serve a function of rows of a width d by the kernel NAME.cpp, which lies beside the module of `spec`.
 
     kinds: a letter for each argument: r for rows [.., d], e for a number of each [.., 1], c for [d], n for a number.
     """
-    return lambda plain: RowKernel(name, spec, kinds, plain)
+    return lambda plain: RowKernel(name, spec, kinds, width, plain)
 
 
 class RowKernel:
     """The group; `plain` computes it by PyTorch's operations."""
 
-    def __init__(self, name: str, spec: ModuleSpec | None, kinds: str, plain: Plain) -> None:
-        self.name, self.kinds, self.plain = name, kinds, plain
+    def __init__(self, name: str, spec: ModuleSpec | None, kinds: str, width: int, plain: Plain) -> None:
+        self.name, self.kinds, self.width, self.plain = name, kinds, width, plain
         self._spec = spec
         self._operations: dict[torch.dtype, _Operations | None] = {}
         self._lock = threading.Lock()
@@ -82,14 +82,14 @@ class RowKernel:
     def _serving(self, inputs: tuple[Tensor, ...]) -> _Operations | None:
         dtype = inputs[0].dtype
         derived = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-        if derived or not enabled():
+        if derived or not enabled() or torch.is_autocast_enabled("cpu"):
             return None
         batched = torch._C._functorch.is_legacy_batchedtensor  # by torch.autograd.grad with is_grads_batched
-        shape = self._rows(inputs).shape
+        shape = tuple(self._rows(inputs).shape)
+        wanted = {"r": (*shape[:-1], self.width), "e": (*shape[:-1], 1), "c": (self.width,), "n": ()}
         for x, kind in zip(inputs, self.kinds, strict=True):
-            if x.dtype != dtype or x.device.type != "cpu" or type(x) not in _TENSORS or x.numel() == 0 or batched(x):
-                return None
-            if (kind == "r" and x.shape != shape) or (kind == "e" and x.shape != (*shape[:-1], 1)):
+            plain = type(x) in _TENSORS and x.device.type == "cpu" and not batched(x)
+            if not plain or x.dtype != dtype or tuple(x.shape) != wanted[kind] or x.numel() == 0:
                 return None
         return self._library(dtype)
 
