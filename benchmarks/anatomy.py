@@ -125,6 +125,6 @@ def counted(step: Callable[[], None]) -> tuple[int, int]:
     """Flops of the products, and the bytes that all else moves."""
     with FlopCounterMode(display=False) as flops:
         step()
-    with _Moved() as moved:
+    with _Moved() as moved:  # type: ignore[no-untyped-call]
         step()
     return flops.get_total_flops(), moved.moved

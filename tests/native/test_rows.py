@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.api.compiled import Compiled
+from tests.native.compilers import NEEDS_COMPILER
 
 SPEC = """
 use std
@@ -29,7 +30,14 @@ model m(x: float[b, n, 24]) -> float[b, n, 24] {
     return z - mean(z; axis = -1, keepdim = true)
 }
 """
+pytestmark = NEEDS_COMPILER
 KERNELS = {"_rms_norm_rows", "_layer_norm_rows", "_swiglu_rows", "_m_rows"}
+
+
+@pytest.fixture(autouse=True)
+def native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are built."""
+    monkeypatch.setenv("FASTGRAD_NATIVE", "1")
 
 
 @cache
@@ -121,7 +129,7 @@ def test_what_kernels_do_not_serve_is_served_by_pytorch(monkeypatch: pytest.Monk
     assert type(first.grad_fn).__name__ == "_RowsBackward"
     monkeypatch.setenv("FASTGRAD_NATIVE", "0")
     assert type(kernel(x, w).grad_fn).__name__ != "_RowsBackward"
-    monkeypatch.delenv("FASTGRAD_NATIVE")
+    monkeypatch.setenv("FASTGRAD_NATIVE", "1")
     torch.testing.assert_close(torch.func.vmap(lambda x: kernel(x, w))(x.detach()), first.detach())
     tangent = torch.func.jvp(lambda x: kernel(x, w), (x.detach(),), (w.expand(2, 3, 24),))[1]
     assert tangent.shape == x.shape
