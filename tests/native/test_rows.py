@@ -30,14 +30,8 @@ model m(x: float[b, n, 24]) -> float[b, n, 24] {
     return z - mean(z; axis = -1, keepdim = true)
 }
 """
-pytestmark = NEEDS_COMPILER
+pytestmark = [NEEDS_COMPILER, pytest.mark.usefixtures("native")]
 KERNELS = {"_rms_norm_rows", "_layer_norm_rows", "_swiglu_rows", "_m_rows"}
-
-
-@pytest.fixture(autouse=True)
-def native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels are built."""
-    monkeypatch.setenv("FASTGRAD_NATIVE", "1")
 
 
 @cache
