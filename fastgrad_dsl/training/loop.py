@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad_dsl.api.loader import WEIGHTS
+from fastgrad_dsl.distributed.objective import Objective
 from fastgrad_dsl.models.text_data import TextData
 from fastgrad_dsl.storage.files import write_atomically, writing
 from fastgrad_dsl.training.budget_watch import BudgetWatch
@@ -86,7 +87,7 @@ def validation_loss(
             sizes = options.tokens, options.batch, options.validation_batches
             for inputs, targets in data.validation_batches(*sizes):
                 check()
-                losses.append(loss(model(inputs), targets).item())
+                losses.append(_value(model, loss, inputs, targets).item())
     finally:
         model.train(training)
     return sum(losses) / len(losses)
@@ -343,10 +344,17 @@ def gradients(
     """One forward and backward pass; loss, and norm of the gradient before it is clipped."""
     inputs, targets = batch
     optimiser.zero_grad(set_to_none=True)
-    value = loss(model(inputs), targets)
+    value = _value(model, loss, inputs, targets)
     value.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
     return value.item(), norm.item()
+
+
+def _value(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss of a batch; that of a file need not make the logits."""
+    if isinstance(loss, Objective):
+        return loss.of(model, (inputs,), (targets,))
+    return loss(model(inputs), targets)
 
 
 def update(optimiser: torch.optim.Optimizer, rate: float) -> None:

@@ -51,6 +51,10 @@ class Derivation:
             self._add(graph, _differentiate(self, self.program[graph], self._names.take(f"{graph}.backward")))
         return self._derived[graph]
 
+    def derived(self, graph: Graph) -> Graph:
+        """The backward of a graph, which is not kept."""
+        return _differentiate(self, graph, f"{graph.name}.backward")
+
     def attention_backward(self, attention: Node, types: tuple[Type | None, ...]) -> str:
         """The name of the graph of this attention's exact backward; equal attentions share one."""
         key = (attention.attributes, types)
@@ -138,6 +142,7 @@ DECLINED: dict[str, str] = {
     **dict.fromkeys((*COMPARISONS, "logical_not"), "gives truth values"),
     "one_hot": "reads whole numbers",
     "weight_gradient": "receives a gradient",
+    "linear_cross_entropy": "is made when gradients are derived",
     **dict.fromkeys(("poly_attention_backward", "repeat_backward"), "has no second derivative"),
 }
 """Operations through which no cotangent flows, and why."""

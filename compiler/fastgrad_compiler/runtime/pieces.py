@@ -76,6 +76,14 @@ def serving() -> Pieces | None:
     return found
 
 
+def refuse_pieces() -> None:
+    """RuntimeError where they have pieces: what runs next is made for whole sequences."""
+    if serving() is not None:
+        raise RuntimeError(
+            "`model.loss` takes whole sequences: in pieces, `compiled.loss(model(inputs), targets)`"
+        )
+
+
 @contextmanager
 def served(pieces: Pieces) -> Iterator[None]:
     """Within it the models of this process run on pieces of sequences."""
