@@ -6,15 +6,17 @@ are there anyway. What the backward pass needs beyond that, for the gradients th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import TypeAlias
 
-from fastgrad_compiler.attention.value import Attention
+from fastgrad_compiler.attention.value import ATTENTION, Attention
 from fastgrad_compiler.ir.calls import callees, graphs_with, reachable, runs
-from fastgrad_compiler.ir.graph import Graph, Node, Program, TensorType, integer
+from fastgrad_compiler.ir.graph import FUSED, Graph, Node, Program, TensorType, integer
 from fastgrad_compiler.ir.masks import GATED, MASKS
+from fastgrad_compiler.ir.ops import COMPARISONS
 
 BYTES = {"float": 4, "int": 8, "bool": 1}  # floats are float32
 
@@ -51,8 +53,27 @@ KEEPS: dict[str, Keeps] = {
     "embedding": Keeps((1,)),
     "dropout": Keeps(entries=1),
     "mse": _BOTH,
+    "linear_cross_entropy": Keeps((0, 2), entries=1),  # its gradients are formed in the forward pass
+    **dict.fromkeys(ATTENTION, Keeps()),  # all inputs, its output, and numbers of rows: `_keeps`
 }
-"""Of the operations of a model. One that is not here keeps nothing: sums, and what only moves entries."""
+"""Of the operations of a model."""
+
+NOTHING_KEPT = frozenset(
+    ("input", "weight", "buffer", "constant", "fill", "literal", "arange", "sinusoid", "one_hot")
+    + ("add", "sub", "neg", "sum", "mean", "concat", "stack", "pad", "patches", "merge_heads", "repeat_heads")
+    + ("sum_to", "rotary", "shift", "alibi", "logical_not", *COMPARISONS)
+)
+"""Sums, what only moves entries, and what has no gradient."""
+
+DECLINED = {
+    **dict.fromkeys(("call", "repeat"), "what it runs is counted"),
+    **dict.fromkeys(
+        ("embedding_gradient", "depthwise_weights", "poly_attention_backward", "repeat_backward"),
+        "stands in derived gradients alone",
+    ),
+    "weight_gradient": "stands in derived gradients alone",
+}
+"""Operations without a rule, and why."""
 
 VIEWS = frozenset(
     ("reshape", "permute", "split_heads", "slice", "select", "broadcast_to", "item", "assume_bound", "cast")
@@ -91,7 +112,10 @@ class Activations:
     def __init__(self, program: Program, sizes: Mapping[str, int]) -> None:
         self.program, self.sizes = program, sizes
         self.trained = graphs_with(program, lambda node: node.op == "weight")
-        self._reach = {graph.name: frozenset(each.name for each in reachable(program.by_name, [graph.name])) for graph in program.graphs}
+        self._reach = {
+            name: frozenset(graph.name for graph in reachable(program.by_name, [name]))
+            for name in program.by_name
+        }
         self._known: dict[object, Held] = {}
         self._flops: dict[str, float] = {}
 
@@ -100,9 +124,17 @@ class Activations:
         relevant = {place: times for place, times in decisions.items() if place[0] in self._reach[name]}
         own = frozenset(node for (graph, node), times in relevant.items() if graph == name and iteration < times)
         key = name, own, frozenset(relevant.items())
-        if key not in self._known:
+        if key not in self._known and FUSED in name:
+            self._known[key] = self._of_kernel(self.program[name])
+        elif key not in self._known:
             self._known[key] = _Count(self, self.program[name], own, relevant).held()
         return self._known[key]
+
+    def _of_kernel(self, graph: Graph) -> Held:
+        """A kernel of rows keeps what it reads, and makes the rest again."""
+        places = frozenset(place for place, node in enumerate(graph.inputs) if node.tensor.dtype == "float")
+        moved = sum(self.bytes(graph[name].tensor) for name in graph.outputs)
+        return Held(0.0, places, frozenset(), moved)
 
     def bytes(self, type_: TensorType) -> float:
         """Of a tensor."""
@@ -123,6 +155,9 @@ class Activations:
         entries = sizes_of(node.tensor.shape, self.sizes)
         if node.op == "matmul":
             return 2.0 * entries * graph[node.inputs[0]].tensor.shape[-1].evaluate(self.sizes)
+        if node.op == "linear_cross_entropy":  # its gradients are products too
+            x, w = (graph[name].tensor.shape for name in node.inputs[:2])
+            return 6.0 * sizes_of(x, self.sizes) * w[-1].evaluate(self.sizes)
         if node.op in ("attention", "poly_attention"):
             return self._attention_flops(graph, node)
         return POINTWISE * entries
@@ -141,6 +176,8 @@ class Activations:
         return prod(q[:-2]) * flops(shape, way).forward
 
 
+LEAST_ENTRIES = 1 << 20  # as `runtime/linear_loss.py` has it
+LOSSES = ("cross_entropy", "linear_cross_entropy")
 POINTWISE = 20.0  # flops that a machine could do while it reads and writes a number
 
 
@@ -197,13 +234,26 @@ class _Count:
         if keeps.output:
             self._keep(node.name)
         given = self.graph[node.inputs[0]].tensor
-        shape = given.shape if node.op == "cross_entropy" else node.tensor.shape
+        shape = given.shape if node.op in LOSSES else node.tensor.shape
         size = self.whole.bytes(TensorType("float", shape))
         rows = size / max(1, shape[-1].evaluate(self.whole.sizes)) if shape else 0
         self.own += keeps.entries * size + keeps.rows * rows
+        if node.op == "linear_cross_entropy":
+            self._loss_of_product(node, size)
+            return
         floats = [self.graph[name] for name in node.inputs if self.graph[name].tensor.dtype == "float"]
         moved = sum(self.whole.bytes(x.tensor) for x in floats if x.op not in ("weight", "constant"))
         self.peak = max(self.peak, self.own + moved + size)
+
+    def _loss_of_product(self, node: Node, size: float) -> None:
+        """The gradient of the weight, and in its forward pass the logits of a chunk, twice."""
+        weights = self.whole.bytes(self.graph[node.inputs[1]].tensor)
+        self.own += weights
+        tokens = sizes_of(self.graph[node.inputs[2]].tensor.shape, self.whole.sizes)
+        classes = self.graph[node.inputs[1]].tensor.shape[-1].evaluate(self.whole.sizes)
+        chunk = BYTES["float"] * max(2 * (size + weights) / BYTES["float"], LEAST_ENTRIES)
+        logits = min(chunk, BYTES["float"] * tokens * classes)
+        self.peak = max(self.peak, self.own + 2 * logits, self.own + size + weights)
 
     def _keeps(self, node: Node) -> Keeps:
         if node.op in ("attention", "poly_attention"):
@@ -226,15 +276,29 @@ class _Count:
             self.kept.add(node.name)  # it is in what the callee owns
 
     def _repeat(self, node: Node) -> None:
-        bodies = [body for body, times in runs(node) for _ in range(times)]
-        carried = integer(node["carried"])
-        for iteration, body in enumerate(bodies):
-            held = self.whole.held(body, self.decisions, iteration)
-            self._run(node, held, None)
-            if iteration:  # what it was given is what the iteration before gave
-                for place in held.inputs:
-                    if place < carried:
-                        self.own += self.whole.bytes(self.whole.program[body].inputs[place].tensor)
+        carried, first = integer(node["carried"]), 0
+        for body, times in runs(node):
+            graph = self.whole.program[body]
+            for start, count in self._stretches(body, first, times):
+                held = self.whole.held(body, self.decisions, start)
+                # what an iteration was given is what the one before gave
+                moved = sum(self.whole.bytes(graph.inputs[place].tensor) for place in held.inputs if place < carried)
+                if start == 0:
+                    self._run(node, held, None)
+                    count, start = count - 1, 1
+                if count:
+                    self.own += (count - 1) * (held.own + moved)
+                    self.again += (count - 1) * held.again
+                    self._run(node, held, None)
+                    self.own += moved
+            first += times
+
+    def _stretches(self, body: str, first: int, times: int) -> Iterator[tuple[int, int]]:
+        """(first, count) of the iterations that are alike: decisions change at certain ones."""
+        own = {limit for (graph, _), limit in self.decisions.items() if graph == body}
+        edges = sorted({first, first + times, *(edge for edge in own if first < edge < first + times)})
+        for start, end in pairwise(edges):
+            yield start, end - start
 
     def _run(self, node: Node, held: Held, again: float | None) -> None:
         """A graph that the node runs; again: flops where its values are made again."""
