@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ from fastgrad_compiler.passes.backward import derive_gradient
 from fastgrad_compiler.passes.fuse import fuse_rows
 from fastgrad_compiler.passes.loss import derive_training, fuse_loss
 from fastgrad_compiler.passes.lowrank import rewrite_low_rank
+from fastgrad_compiler.passes.memory import plan_memory
 from fastgrad_compiler.passes.step import derive_step
 from fastgrad_compiler.planning.plan import Assignment, plan_attention
 
@@ -55,6 +56,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("training", derive_training),
     Pass("loss", fuse_loss),
     Pass("fuse", fuse_rows),
+    Pass("memory", plan_memory),
 )
 
 
@@ -64,11 +66,13 @@ def run(
     until: str | None = None,
     target: str = "auto",
     assignment: Assignment | None = None,
+    dims: Mapping[str, int] | None = None,
     validate: bool = True,
 ) -> tuple[Stage, ...]:
     """All stages, the elaborated program first, up to the pass `until` (None: the last), for a target.
 
-    `assignment` is what calibration decided of attentions (`plan_attention`). With `validate`, what an exact pass
+    `assignment` is what calibration decided of attentions (`plan_attention`), `dims` sizes for which memory is planned
+    in place of declared limits (`plan_memory`). With `validate`, what an exact pass
     changed is run on small random inputs before and after it.
 
     Raises TfgError where a pass finds the user's program wanting, CompilerBug where a pass leaves an invalid one, or
@@ -82,7 +86,7 @@ def run(
         if stages[-1].name == until:
             break
         started = time.perf_counter()
-        given = _arguments(step, target, assignment)
+        given = _arguments(step, target, assignment, dims)
         before, program = program, step.run(program, **given)
         seconds = time.perf_counter() - started
         verify(program, after=step.name)
@@ -95,10 +99,14 @@ def run(
     return tuple(stages)
 
 
-def _arguments(step: Pass, target: str, assignment: Assignment | None) -> dict[str, object]:
+def _arguments(
+    step: Pass, target: str, assignment: Assignment | None, dims: Mapping[str, int] | None
+) -> dict[str, object]:
     """What a pass is told beside the program."""
     if step.run is plan_attention:
         return {"target": target, "assignment": assignment}
+    if step.run is plan_memory:
+        return {"dims": dims}
     return {"target": target} if step.run is fuse_rows else {}
 
 

@@ -88,6 +88,8 @@ CODES: dict[str, str] = {
     "FG310": "no polynomial meets the limits",
     "FG311": "rule for a polynomial of the model's own",
     "FG312": "budget that cannot be met under its rules",
+    "FG313": "size that a limit of memory needs",
+    "FG314": "memory that no plan keeps to",
     # FG4xx: values from outside, files of a run
     "FG411": "text cannot be read",
     "FG412": "text is too short",

@@ -31,6 +31,7 @@ HELPERS = frozenset(
         "masked_softmax",
         "normalize_rows",
         "padding_mask",
+        "recomputed",
         "rotary",
         "shift",
         "sinusoid",

@@ -40,6 +40,7 @@ _COUNT = _Key(False, "an int of at least 1", lambda value: values.is_int(value) 
 WHOLE: dict[str, _Key] = {
     "output": _LIMIT,
     "gradient": _LIMIT,
+    "memory": _LIMIT,
     "near": _COUNT,
     "trust": _one_of(*TRUST),
     "on_violation": _one_of(*ON_VIOLATION),

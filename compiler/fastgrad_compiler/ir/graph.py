@@ -229,13 +229,15 @@ ON_VIOLATION = (
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of one model; None where the file says nothing. Limits are relative L2 errors.
+    """The budget of one model; None where the file says nothing. `output` and `gradient` limit relative L2
+    errors, `memory` the bytes of the activations of a training step.
 
     `trust` is one of TRUST, `on_violation` one of ON_VIOLATION.
     """
 
     output: float | None = None
     gradient: float | None = None
+    memory: float | None = None
     near: int | None = None
     rules: tuple[BudgetRule, ...] = ()
     trust: str | None = None
@@ -248,11 +250,19 @@ ROLES = ("main", "objective", "gradient", "step", "along", "training")
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a plan of memory is for, sizes of run-time dims, and tokens of a piece where sequences run in pieces."""
+
+    sizes: tuple[tuple[str, int], ...]
+    piece: int | None = None
+
+
+@dataclass(frozen=True)
 class Program:
     """All graphs of a compiled model; `main` runs the model, `objective` the loss, `gradient` the derived backward.
 
     `step` runs the model on the next tokens along the dim `along`, given what it kept of those before. `training` runs
-    the model and the objective, from the inputs of both, without making logits.
+    the model and the objective, from the inputs of both, without making logits. `memory` is set where the budget limits it.
     """
 
     graphs: tuple[Graph, ...]
@@ -264,6 +274,7 @@ class Program:
     training: str | None = None
     dims: tuple[DimInfo, ...] = ()
     budget: Budget | None = None
+    memory: Memory | None = None
     name: str = "model"
 
     @cached_property

@@ -4,6 +4,7 @@
     main gpt
     dim n <= 65536 % 64
     budget { ... }
+    memory(b = 1, n = 65536) % 4096
 
     graph gpt {
         %x = input() : float[b, n, 16]                      # gpt.tfg:14
@@ -23,7 +24,18 @@ import re
 from collections.abc import Iterable, Iterator
 
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import ROLES, Attribute, Bound, Budget, DimInfo, Graph, Node, Program, Type
+from fastgrad_compiler.ir.graph import (
+    ROLES,
+    Attribute,
+    Bound,
+    Budget,
+    DimInfo,
+    Graph,
+    Memory,
+    Node,
+    Program,
+    Type,
+)
 from fastgrad_compiler.ir.text_parser import parse_program
 from fastgrad_grammar.quote import comment, json_text
 from fastgrad_grammar.source import Span
@@ -97,6 +109,8 @@ def _header(program: Program) -> Iterator[str]:
     yield from map(_dim, program.dims)
     if program.budget is not None:
         yield from _budget(program.budget)
+    if program.memory is not None:
+        yield _memory(program.memory)
 
 
 def _dim(dim: DimInfo) -> str:
@@ -108,11 +122,17 @@ def _dim(dim: DimInfo) -> str:
     return _placed(text, dim.span)
 
 
+def _memory(memory: Memory) -> str:
+    sizes = ", ".join(f"{_name(name)} = {size}" for name, size in memory.sizes)
+    return f"memory({sizes})" + ("" if memory.piece is None else f" % {memory.piece}")
+
+
 def _budget(budget: Budget) -> Iterable[str]:
     yield _placed("budget {", budget.span)
     for key, sign in (
         ("output", "<="),
         ("gradient", "<="),
+        ("memory", "<="),
         ("near", "="),
         ("trust", "="),
         ("on_violation", "="),

@@ -20,6 +20,7 @@ from fastgrad_compiler.ir.graph import (
     BudgetRule,
     DimInfo,
     Graph,
+    Memory,
     Node,
     Program,
     TensorType,
@@ -30,8 +31,8 @@ from fastgrad_grammar.source import Source, Span
 _GRAMMAR = Path(__file__).with_name("text.lark")
 _PLACE = re.compile(r"#\s*(?P<path>.+):(?P<line>\d+)\s*")
 _EXPECTED = {
-    "GRAPH": "one of program, main, objective, gradient, step, along, training, dim, budget, graph",
-    "_AT": "output, gradient, near, trust, on_violation or at",
+    "GRAPH": "one of program, main, objective, gradient, step, along, training, dim, budget, memory, graph",
+    "_AT": "output, gradient, memory, near, trust, on_violation or at",
     "_RETURN": "`%`",
     "DTYPE": "float, int or bool",
     "WORD": "a value",
@@ -136,20 +137,21 @@ def _pair(_: object, key: str, value: Attribute, place: Token | None = None) -> 
 class _Build(Transformer[Token, object]):
     """What each rule of the grammar gives, from what the rules within it gave."""
 
-    named = near = setting = attribute = _pair
+    named = near = setting = attribute = size_of = _pair
     nodes = entries = arguments = dims = group = tensors = proof = _several
 
-    def program(self, *items: _Pair | DimInfo | Budget | Graph) -> Program:
+    def program(self, *items: _Pair | DimInfo | Budget | Memory | Graph) -> Program:
         graphs = tuple(item for item in items if isinstance(item, Graph))
         if not graphs:
             raise ValueError("line 1: a program holds at least one graph")
         names = {item.key: str(item.value) for item in items if isinstance(item, _Pair)}
         dims = tuple(item for item in items if isinstance(item, DimInfo))
         budget = next((item for item in reversed(items) if isinstance(item, Budget)), None)
+        memory = next((item for item in items if isinstance(item, Memory)), None)
         main = names.get("main", graphs[0].name)
         name = names.get("program", "model")
         roles = {role: names.get(role) for role in ROLES[1:]}
-        return Program(graphs, main, **roles, dims=dims, budget=budget, name=name)
+        return Program(graphs, main, **roles, dims=dims, budget=budget, memory=memory, name=name)
 
     def dim_info(self, name: str, most: int | None, multiple: int | None, place: Token | None) -> DimInfo:
         return DimInfo(name, most, 1 if multiple is None else multiple, _place(place))
@@ -160,6 +162,10 @@ class _Build(Transformer[Token, object]):
         rules = tuple(entry for entry in entries if isinstance(entry, BudgetRule))
         limits: dict[str, Any] = dict(entry for entry in entries if isinstance(entry, _Pair))
         return Budget(rules=rules, span=_place(place), **limits)
+
+    def memory(self, *parts: _Pair | int | None) -> Memory:
+        *sizes, piece = parts
+        return Memory(tuple(tuple(each) for each in sizes), piece)  # type: ignore[arg-type]  # the rule says so
 
     def limit(self, key: Token, value: float, place: Token | None) -> _Pair:
         return _Pair(str(key), float(value))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 
-from fastgrad_compiler.analysis.activations import ALWAYS, Activations, Decisions, Held
+from fastgrad_compiler.planning.activations import ALWAYS, Activations, Decisions, Held
 from fastgrad_compiler.ir.calls import callees, runs
 from fastgrad_compiler.ir.graph import Graph, Node, Program
 
@@ -161,6 +161,14 @@ class Search:
                 best = min(price, self.activations.flops(callee) / inner) if pays else price
                 yield from self._prices(callee, best, times * count)
         yield price, times * max(own, 0.0)
+
+
+def in_bytes(value: float) -> str:
+    """Bytes for a reader, in the units in which a budget is written: `2.3 GB`."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.0f} bytes"
 
 
 def _is_as_good(one: Held, other: Held) -> bool:

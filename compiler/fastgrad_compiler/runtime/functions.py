@@ -7,14 +7,16 @@ needed, so that a model can move, be compiled and be exported.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from .convolution import depthwise as depthwise
 from .convolution import document_runs
@@ -22,6 +24,17 @@ from .convolution import shift as shift
 from .linear_loss import linear_cross_entropy as linear_cross_entropy
 from .positions import of_angles, places, precision_of, turned, turns
 from .softmax_pairs import Marks, Pairs, is_finite, is_mapped, is_small, select
+
+
+def recomputed(run: Callable[..., Any], *given: Any, when: bool = True, **named: Any) -> Any:
+    """run(*given, **named), whose values are not kept for the backward pass but made again there, where `when`.
+
+    Dropout draws the same numbers again. Where PyTorch cannot do so (torch.func, torch.export) they are kept.
+    """
+    plain = torch.compiler.is_exporting() or torch._C._functorch.peek_interpreter_stack() is not None
+    if not when or plain or not torch.is_grad_enabled():
+        return run(*given, **named)
+    return checkpoint(run, *given, use_reentrant=False, **named)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:

@@ -17,6 +17,7 @@ from fastgrad_compiler.ir.calls import callees, graphs_with, reachable, runs
 from fastgrad_compiler.ir.graph import FUSED, Graph, Node, Program, TensorType, integer
 from fastgrad_compiler.ir.masks import GATED, MASKS
 from fastgrad_compiler.ir.ops import COMPARISONS
+from fastgrad_compiler.planning.cost import EXACT, Way, flops, shape_of
 
 BYTES = {"float": 4, "int": 8, "bool": 1}  # floats are float32
 
@@ -163,9 +164,6 @@ class Activations:
         return POINTWISE * entries
 
     def _attention_flops(self, graph: Graph, node: Node) -> float:
-        # planning's model of time imports this folder's rules
-        from fastgrad_compiler.planning.cost import EXACT, Way, flops, shape_of
-
         q, k, v = (
             [dim.evaluate(self.sizes) for dim in graph[name].tensor.shape] for name in node.inputs[:3]
         )
@@ -305,7 +303,7 @@ class _Count:
         given = [self.graph[name].tensor for name in node.inputs]
         moving = max((self.whole.bytes(x) for x in given if x.dtype == "float"), default=0.0)
         self.peak = max(self.peak, self.own + held.peak + moving)
-        self.again += held.again if again is None else again
+        self.again += held.again + (again or 0.0)  # what is made again within is so twice
         self.own += held.own if again is None else 0.0
         for place, name in enumerate(node.inputs):
             if again is not None or place in held.inputs:
