@@ -54,19 +54,23 @@ def compile(
     validate: bool = True,
     include: Iterable[str | Path] = (),
     force: bool = False,
+    dims: Mapping[str, int] | None = None,
 ) -> Compiled:
     """Compile a `.tfg` file, or source text, to a Compiled; with `out`, also write its files there (`Compiled.write`).
 
     A string with a line break is source text; any other is a path. `params` override the file's; `model` picks one of
-    several; `include` names folders, besides the file's own, from which it may `use` files. With `validate`, each pass
+    several; `dims` are sizes of run-time dims for which a budget of memory is planned, in place of their declared limits
+    (docs/memory.md); `include` names folders, besides the file's own, from which it may `use` files. With `validate`, each pass
     is tested on small random inputs (docs/architecture.md). Raises TfgError with every diagnostic that was found,
     and CompilerBug if a pass changed what the model computes.
     """
     check_target(target)
     is_text = isinstance(spec, str) and "\n" in spec
     source = Source("<text>", str(spec), included(include)) if is_text else read_source(spec, include=include)
-    stages = run(elaborate(source, model=model, params=params), target=target, validate=validate)
-    compiled = Compiled(source, target, stages, dict(sorted((params or {}).items())), validate=validate)
+    program, given = elaborate(source, model=model, params=params), dict(dims or {})
+    stages = run(program, target=target, validate=validate, dims=given)
+    overrides = dict(sorted((params or {}).items()))
+    compiled = Compiled(source, target, stages, overrides, validate=validate, dims=given)
     if out is not None:
         compiled.write(out, force=force)
     return compiled
@@ -78,7 +82,7 @@ class Compiled:
 
     `stages` holds the program as elaborated and after each pass; `params` are those that override the file's.
     If the plan rests on a calibration, `calibration` is calibration.json and `assignment` what it decided; `validate`
-    says whether passes are tested.
+    says whether passes are tested; `dims` are sizes for which memory is planned.
     """
 
     source: Source
@@ -88,6 +92,7 @@ class Compiled:
     calibration: Calibration | None = None
     validate: bool = True
     assignment: Assignment | None = None
+    dims: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def program(self) -> Program:
@@ -111,7 +116,11 @@ class Compiled:
     def with_decisions(self, assignment: Assignment, calibration: Calibration | None = None) -> Compiled:
         """The same model planned anew, by what was decided of its attentions and what that rests on."""
         stages = run(
-            self.stages[0].program, target=self.target, assignment=assignment, validate=self.validate
+            self.stages[0].program,
+            target=self.target,
+            assignment=assignment,
+            dims=self.dims,
+            validate=self.validate,
         )
         return replace(self, stages=stages, assignment=assignment, calibration=calibration)
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from fastgrad_compiler.analysis.means import problem
 from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.runtime.in_turn import Given, loss_in_pieces
 from fastgrad_compiler.runtime.pieces import serving
 from fastgrad_dsl.distributed.context import mean_over_tokens
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
@@ -37,13 +39,43 @@ class Objective:
     def of(self, model: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """The objective of a model's results, by its method `loss` where it has one, which makes no logits.
 
-        What wraps the model, and hooks of its own, see a forward pass: then the results are made.
+        What wraps the model, and hooks of its own, see a forward pass: then the results are made. Where the budget's
+        `memory` asks for it, the sequence runs in pieces, one after the other, which gives the same numbers up to
+        rounding.
         """
+        if (tokens := self._tokens_of_a_piece(inputs)) is not None:
+            return self._in_pieces(model, inputs, targets, tokens)
         if serving() is None and hasattr(type(model), "loss") and not _is_watched(model):
             value: Tensor = model.loss(*inputs, *targets)  # type: ignore[operator]  # of the class that was generated
             return value
         results = model(*inputs)
         return self(*(results if isinstance(results, tuple) else (results,)), *targets)
+
+    def _tokens_of_a_piece(self, inputs: Sequence[Tensor]) -> int | None:
+        """None where the sequence runs as a whole: no pieces were planned, or it is no longer than one."""
+        memory = self.program.memory
+        if memory is None or memory.piece is None or serving() is not None:
+            return None
+        longest = max(x.shape[axis] for x, axis in self._placed(inputs, self.program.main) if axis is not None)
+        return memory.piece if longest > memory.piece else None
+
+    def _in_pieces(
+        self, model: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Tensor], tokens: int
+    ) -> Tensor:
+        placed = self._placed(inputs, self.program.main)
+        results = len(self.program[self.program.main].outputs)
+        others = self._placed(targets, str(self.program.objective), results)
+        with torch.compiler.set_stance("force_eager"):  # what was compiled runs whole sequences
+            return loss_in_pieces(model, self.function, placed, others, tokens)
+
+    def _placed(self, tensors: Sequence[Tensor], graph: str, first: int = 0) -> list[Given]:
+        """With the axis of each along the tokens, None where it has none; from the input `first` of a graph on."""
+        along, nodes = self.program.along, self.program[graph].inputs[first:]
+        axes = (
+            next((axis for axis, dim in enumerate(node.tensor.shape) if along in dim.names), None)
+            for node in nodes
+        )
+        return list(zip(tensors, axes, strict=True))
 
     @cached_property
     def _problem(self) -> Diagnostic | None:
