@@ -17,7 +17,7 @@ PIP_INSTALL := $(PIP) install $(if $(CI),-qq --progress-bar off) -c constraints.
 WORKERS     ?= 2
 PYTEST      := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup demo test test-all attack lint fmt bench clean
+.PHONY: help setup demo docs test test-all attack lint fmt bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,11 +32,14 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (only when pyproject.toml or constraints.txt changed)"
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) hatchling editables
-	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@$(PIP_INSTALL) --no-build-isolation -e '.[dev,docs]'
 	@rm -f $(UNFINISHED) && touch $@
 
 demo: setup ## Train examples/gpt.tfg and softmax attention on a novel for as long; loss, time and recall
 	$(BIN)/python examples/demo.py
+
+docs: setup ## Build the documentation as a static site in build/docs
+	$(BIN)/python -W ignore -m website.build
 
 test: setup ## Run the tests (PYTEST_ARGS="..." for more options, WORKERS=0 for one process)
 	$(PYTEST) $(PYTEST_ARGS)
