@@ -18,7 +18,7 @@ and initial weights. [How to read it](report.md); <a href="sample-report-page.ht
 
 <iframe class="report" title="The report of examples/bounded.tfg" src="sample-report-page.html"></iframe>
 """
-TOKENS = 2048
+TOKENS = 1024  # the least power of two that polynomials serve here
 
 
 def write_figures(pages: Path) -> None:

@@ -13,14 +13,14 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 HARNESS = """<!DOCTYPE html><body style="margin:0">
-<iframe id="frame" style="border:0;width:{width}px;height:2000px" srcdoc="{page}"></iframe>
+<iframe id="frame" style="border:0;width:{width}px;height:2000px" {page}></iframe>
 <pre id="result"></pre>
 <script>
 const frame = document.getElementById("frame");
-frame.addEventListener("load", () => {{
+frame.addEventListener("load", () => setTimeout(() => {{
   const find = (window, document) => {{ {script} }};
   document.getElementById("result").textContent = JSON.stringify(find(frame.contentWindow, frame.contentDocument));
-}});
+}}, {wait}));
 </script>
 </body>"""
 
@@ -46,12 +46,28 @@ def load(
     page: str, script: str, folder: Path, *, width: int = 1200, dark: bool = False
 ) -> tuple[Any, list[str]]:
     """What `evaluate` returns, and what was written to the console; AssertionError where the browser fails."""
+    return _load(f'srcdoc="{html.escape(page)}"', script, folder, width, dark)
+
+
+def load_file(
+    page: Path, script: str, folder: Path, *, width: int = 1200, dark: bool = False, query: str = ""
+) -> Any:
+    """As `evaluate`, of a page that lies beside what it loads; the browser resolves no name of a host."""
+    found, console = _load(f'src="{html.escape(page.as_uri() + query)}"', script, folder, width, dark, wait=1000)
+    assert not console, console
+    return found
+
+
+def _load(
+    source: str, script: str, folder: Path, width: int, dark: bool, wait: int = 0
+) -> tuple[Any, list[str]]:
     file = folder / "harness.html"
-    file.write_text(HARNESS.format(width=width, page=html.escape(page), script=script), encoding="utf-8")
+    file.write_text(HARNESS.format(width=width, page=source, script=script, wait=wait), encoding="utf-8")
     chromium = find_chromium()
     assert chromium is not None
     command = [
         chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions",
+        "--allow-file-access-from-files", "--host-resolver-rules=MAP * ~NOTFOUND",
         f"--user-data-dir={folder / 'profile'}", "--window-size=1400,2000", "--enable-logging=stderr",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=5000", "--dump-dom",
         file.as_uri(),
