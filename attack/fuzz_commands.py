@@ -29,6 +29,7 @@ _CALLS = {
     "compile": "tiny.tfg --target torch -o out",
     "advise": "tiny.tfg",
     "stages": "tiny.tfg",
+    "graph": "tiny.tfg -o tiny.svg",
     "report": "tiny.tfg --dim n=16",
     "train": "tiny.tfg --target torch --text text.txt --steps 1 --seq 8 --sample 1",
     "generate": "tiny.tfg --target torch --weights weights.safetensors --prompt a --tokens 2",

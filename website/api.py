@@ -31,7 +31,9 @@ def _public(module: ModuleType) -> list[str]:
     if named is not None:
         return sorted(named)
     functions = inspect.getmembers(module, inspect.isfunction)
-    return [name for name, each in functions if each.__module__ == module.__name__ and not name.startswith("_")]
+    return [
+        name for name, each in functions if each.__module__ == module.__name__ and not name.startswith("_")
+    ]
 
 
 def _entry(module: ModuleType, name: str) -> str:

@@ -53,5 +53,7 @@ def _guess_languages(app: Sphinx, doctree: nodes.document) -> None:
             block["language"] = language_of(block.astext())
 
 
-def _read_docstring(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+def _read_docstring(
+    app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
     lines[:] = as_markdown_code(lines)

@@ -10,8 +10,12 @@ from fastgrad_grammar.layout import lex
 from fastgrad_grammar.source import Source
 
 _SHELL = re.compile(r"^(?:fastgrad|make|pip|python|torchrun|\.venv/bin/\w+) ", re.MULTILINE)
-_TFG = re.compile(r"^\s*(?:block|model|param|dim|use|weight|buffer|budget|repeat) |std\.\w+\(|^\s*\w+ = .*;", re.MULTILINE)
-_PIPE = re.compile(r"\|(?=(?:[^`]*`[^`]*`)*[^`]*$)")  # outside of backticks; elsewhere it would name a substitution
+_TFG = re.compile(
+    r"^\s*(?:block|model|param|dim|use|weight|buffer|budget|repeat) |std\.\w+\(|^\s*\w+ = .*;", re.MULTILINE
+)
+_PIPE = re.compile(
+    r"\|(?=(?:[^`]*`[^`]*`)*[^`]*$)"
+)  # outside of backticks; elsewhere it would name a substitution
 _PYTHON = re.compile(r"^(?:import|from) |\bfg\.|\btorch\.", re.MULTILINE)
 
 

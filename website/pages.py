@@ -18,10 +18,27 @@ ROOT = Path(__file__).parent.parent
 GROUPS: dict[str, tuple[str, ...]] = {
     "Start": ("tutorial", "which-attention", "from-pytorch", "from-transformers"),
     "Use": (
-        *("training", "generation", "calibration", "report", "guards", "checkpoints", "distributed", "pytorch"),
+        *(
+            "training",
+            "generation",
+            "calibration",
+            "report",
+            "guards",
+            "checkpoints",
+            "distributed",
+            "pytorch",
+        ),
         *("targets", "editors", "notebooks"),
     ),
-    "Reference": ("language", "operations", "standard-library", "library-source", "examples", "errors", "api"),
+    "Reference": (
+        "language",
+        "operations",
+        "standard-library",
+        "library-source",
+        "examples",
+        "errors",
+        "api",
+    ),
     "Results": ("performance", "quality", "benchmark", "sample-report"),
     "Foundations": ("mathematics", "theory", "trust", "security", "architecture", "contributing"),
 }
@@ -29,7 +46,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 DATA = (".svg", ".json")  # beside the pages: plots, and the numbers that pages are made of
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]+)?(#[^)\s]*)?(?=\))")
-_FENCE = re.compile(r"^(?:```.*?^```|(?: {4}[^\n]*\n)+)", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^(?:```.*?^```|(?: {4}[^\n]*\n)+)|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
 
 def sources() -> dict[str, str]:
@@ -93,7 +110,9 @@ def _one_title(text: str) -> str:
     first, rest = text.split("\n", 1)
     if not re.search(r"^# ", _FENCE.sub("", rest), re.MULTILINE):
         return text
-    return first + "\n" + _outside_code(rest, lambda prose: re.sub(r"^(#+ )", r"#\1", prose, flags=re.MULTILINE))
+    return (
+        first + "\n" + _outside_code(rest, lambda prose: re.sub(r"^(#+ )", r"#\1", prose, flags=re.MULTILINE))
+    )
 
 
 def _tables_of_contents() -> str:

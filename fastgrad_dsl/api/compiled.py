@@ -23,6 +23,7 @@ from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.models.batches import ENTRY_BYTES, check_memory, dims_of, tokens_of, weight_entries
 from fastgrad_dsl.models.plan_document import plan_document
 from fastgrad_dsl.report.document import build_report
+from fastgrad_dsl.report.notebook import compiled_html
 from fastgrad_dsl.report.page import render_html
 from fastgrad_dsl.storage.build_folder import write_build
 from fastgrad_dsl.storage.import_record import record_for_build
@@ -266,6 +267,10 @@ class Compiled:
         from fastgrad_dsl.models.certify import certify
 
         return certify(self.program, model, self.target)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdict, the plan, and the picture of the model."""
+        return compiled_html(self.report(), self.program)
 
     @cached_property
     def _package(self) -> ModuleType:

@@ -222,9 +222,9 @@ def stages(
     include: Include = None,
 ) -> None:
     """Print the program as each pass leaves it."""
-    from fastgrad_compiler.ir.text import print_program
     from fastgrad_compiler.passes.step import with_step
     from fastgrad_compiler.pipeline import PASSES
+    from fastgrad_dsl.commands.stages import print_stage
 
     names = ["elaborate", *(p.name for p in PASSES)]
     if after is not None and after not in names:
@@ -234,7 +234,23 @@ def stages(
         found = (*found[:-1], replace(found[-1], program=with_step(found[-2].program, along)))
     for stage in found:
         if after in (None, stage.name):
-            print(f"# after {stage.name} ({1000 * stage.seconds:.1f} ms)\n\n{print_program(stage.program)}")
+            print_stage(stage)
+
+
+@app.command()
+def graph(
+    file: File,
+    out: Annotated[Path, _path("The SVG file to write.", "--out", "-o")],
+    model: Model = None,
+    set_: Set = None,
+    include: Include = None,
+) -> None:
+    """Draw a model: blocks as boxes, attentions in the colour of what was decided for them."""
+    try_file(out)
+
+    from fastgrad_dsl.commands.graph import write_graph
+
+    write_graph(_stages(file, model, set_, include, until="plan")[-1].program, out)
 
 
 @app.command()

@@ -14,7 +14,8 @@ from pygments.lexer import RegexLexer, bygroups
 
 from fastgrad_grammar.build import TENSOR_TYPES, VALUE_TYPES
 from fastgrad_grammar.grammar import load_grammar
-from fastgrad_grammar.layout import ITEM_KEYWORDS, OPERATORS, STATEMENT_KEYWORDS
+from fastgrad_grammar.layout import ITEM_KEYWORDS, OPERATORS
+from fastgrad_grammar.quote import html
 
 NAME = "fastgrad"
 LANGUAGE = "tfg"
@@ -103,6 +104,57 @@ class TfgLexer(RegexLexer):
             (r"[()\[\]{};:,.]", token.Punctuation),
         ]
     }
+
+
+class ProgramLexer(RegexLexer):
+    """The text of a program as `fastgrad stages` prints it (docs/architecture.md)."""
+
+    name = f"{NAME} program"
+    aliases: ClassVar = ["tfg-program"]
+
+    tokens: ClassVar = {
+        "root": [
+            (r"#[^\n]*", token.Comment.Single),
+            (r"\s+", token.Whitespace),
+            (r'"(?:\\.|[^"\\\n])*"', token.String.Double),
+            (r"%[\w.]+", token.Name.Variable),
+            (r"-?(?:inf|nan)\b|-?[0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?", token.Number),
+            (r"\b(?:program|main|objective|gradient|step|along|dim|budget|graph|block|return|where|by|in|norm|at)\b(?!\()",
+             token.Keyword),
+            (r"\b(?:true|false|none)\b", token.Keyword.Constant),
+            (_any(types()), token.Keyword.Type),
+            (r"[A-Za-z_][\w.]*(?=\()", token.Name.Function),
+            (r"[A-Za-z_@][\w.@]*", token.Name),
+            (r"[^\w\s]", token.Punctuation),
+        ]
+    }  # fmt: skip
+
+
+COLOURS = {
+    token.Comment: "#6e7781",
+    token.String: "#0a7d4f",
+    token.Number: "#0969da",
+    token.Keyword: "#cf222e",
+    token.Name.Function: "#8250df",
+    token.Name.Variable: "#953800",
+}
+"""Of tokens in a notebook, on white and on black."""
+
+
+def coloured(text: str, lexer: RegexLexer) -> str:
+    """A text as HTML, its tokens in colour and all of it quoted; for a notebook."""
+    from markupsafe import Markup
+
+    def written(kind: object, value: str) -> Markup:
+        colour = next((shade for parent, shade in COLOURS.items() if kind in parent), None)
+        return (
+            html(value)
+            if colour is None
+            else Markup('<span style="color:{}">{}</span>').format(colour, html(value))
+        )
+
+    pieces = (written(kind, value) for kind, value in lexer.get_tokens(text))
+    return str(Markup('<pre style="overflow-x:auto">{}</pre>').format(Markup("").join(pieces)))
 
 
 def textmate() -> dict[str, object]:

@@ -53,7 +53,9 @@ def load_file(
     page: Path, script: str, folder: Path, *, width: int = 1200, dark: bool = False, query: str = ""
 ) -> Any:
     """As `evaluate`, of a page that lies beside what it loads; the browser resolves no name of a host."""
-    found, console = _load(f'src="{html.escape(page.as_uri() + query)}"', script, folder, width, dark, wait=1000)
+    found, console = _load(
+        f'src="{html.escape(page.as_uri() + query)}"', script, folder, width, dark, wait=1000
+    )
     assert not console, console
     return found
 
