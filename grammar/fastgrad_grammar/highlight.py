@@ -5,6 +5,7 @@ Both are made from the terminals of tfg.lark, so that a new keyword or operator 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import ClassVar
@@ -194,3 +195,12 @@ def textmate() -> dict[str, object]:
         "fileTypes": [LANGUAGE],
         "patterns": [*patterns[:1], declared, *patterns[1:]],
     }
+
+
+def textmate_text() -> str:
+    """The file that editors/vscode holds; `python -m fastgrad_grammar.highlight` prints it."""
+    return json.dumps(textmate(), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    print(textmate_text(), end="")
