@@ -17,7 +17,7 @@ PIP_INSTALL := $(PIP) install $(if $(CI),-qq --progress-bar off) -c constraints.
 WORKERS     ?= 2
 PYTEST      := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup demo docs test test-all attack lint fmt bench clean
+.PHONY: help setup demo docs vscode test test-all attack lint fmt bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ demo: setup ## Train examples/gpt.tfg and softmax attention on a novel for as lo
 
 docs: setup ## Build the documentation as a static site in build/docs
 	$(BIN)/python -W ignore -m website.build
+
+vscode: ## Test and build the extension for VS Code with npm: editors/vscode/fastgrad.vsix
+	cd editors/vscode && npm ci && npm test && npm run package
 
 test: setup ## Run the tests (PYTEST_ARGS="..." for more options, WORKERS=0 for one process)
 	$(PYTEST) $(PYTEST_ARGS)
@@ -81,5 +84,5 @@ $(PEERS)/.complete: $(STAMP) benchmarks/requirements.txt
 	@touch $@
 
 clean: ## Remove the environment, generated files and caches
-	rm -rf $(VENV) $(UNFINISHED) $(PEERS) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(UNFINISHED) $(PEERS) build dist runs editors/vscode/node_modules editors/vscode/dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -271,12 +271,24 @@ def report(
     dim: Dim = None,
     seed: Seed = 0,
     measure: Annotated[bool, Option(help="Run the model, or show only what is known without data.")] = True,
+    serve: Annotated[
+        bool,
+        Option("--serve", help="Show what is known without data on a local page that follows the .tfg file."),
+    ] = False,
+    port: Annotated[int, Option(min=0, max=65535, help="Of --serve; 0 takes any that is free.")] = 0,
     wide: Wide = False,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
 ) -> None:
     """Show the error of each attention and of the whole model: bounds, estimates and measurements."""
+    if serve:
+        from fastgrad_dsl.commands.serve import ServeRequest, check_alone
+        from fastgrad_dsl.commands.serve import serve as serve_report
+
+        check_alone(json=json_, html=html, text=text, weights=weights, dim=dim)
+        serve_report(ServeRequest(where, _params(set_), model, include or ()), port)
+        return
     try_files(json=json_, html=html)
 
     from fastgrad_dsl.api.report import ReportRequest, make_report

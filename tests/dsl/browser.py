@@ -60,24 +60,36 @@ def load_file(
     return found
 
 
+def load_url(address: str, folder: Path) -> str:
+    """The page of a server of this machine after its scripts ran, as text; AssertionError as of `evaluate`."""
+    text, console = _browse(address, folder, dark=False)
+    assert not console, console
+    return text
+
+
 def _load(
     source: str, script: str, folder: Path, width: int, dark: bool, wait: int = 0
 ) -> tuple[Any, list[str]]:
     file = folder / "harness.html"
     file.write_text(HARNESS.format(width=width, page=source, script=script, wait=wait), encoding="utf-8")
+    text, console = _browse(file.as_uri(), folder, dark)
+    found = re.search(r'<pre id="result">(.*?)</pre>', text, re.DOTALL)
+    assert found is not None, text[:1000]
+    assert found[1], "the page was not loaded"
+    return json.loads(html.unescape(found[1])), console
+
+
+def _browse(address: str, folder: Path, dark: bool) -> tuple[str, list[str]]:
+    """The text of a page once it is settled, and the lines of the console."""
     chromium = find_chromium()
     assert chromium is not None
     command = [
         chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-extensions",
-        "--allow-file-access-from-files", "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--allow-file-access-from-files", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         f"--user-data-dir={folder / 'profile'}", "--window-size=1400,2000", "--enable-logging=stderr",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--virtual-time-budget=5000", "--dump-dom",
-        file.as_uri(),
+        address,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found is not None, done.stdout[:1000]
-    assert found[1], "the page was not loaded"
-    return json.loads(html.unescape(found[1])), console
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -42,11 +42,15 @@ def test_types_colours_and_the_package(tmp_path: Path) -> None:
         done = npm(tmp_path, *command)
         assert done.returncode == 0, done.stdout + done.stderr
     with zipfile.ZipFile(tmp_path / "fastgrad.vsix") as archive:
-        held = {name.removeprefix("extension/") for name in archive.namelist() if name.startswith("extension/")}
+        held = {
+            name.removeprefix("extension/") for name in archive.namelist() if name.startswith("extension/")
+        }
     assert held == {
         "package.json", "readme.md", "language-configuration.json", "syntaxes/tfg.tmLanguage.json", "dist/extension.js",
     }  # fmt: skip
 
 
 def npm(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["npm", *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=500)
+    return subprocess.run(
+        ["npm", *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=500
+    )
