@@ -201,7 +201,7 @@ def test_what_is_refused(
     for more, said in (
         (["--json", "a.json"], "it takes no --json"),
         (["--text", "a.txt"], "it takes no --text"),
-        (["--port", "65536"], "65536"),
+        (["--port", "65536"], "65535"),
     ):
         monkeypatch.setattr(sys, "argv", ["fastgrad", "report", str(file), "--serve", *more])
         with pytest.raises(SystemExit) as ended:

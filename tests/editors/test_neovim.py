@@ -16,7 +16,8 @@ pytest.importorskip("pygls", reason="the extra `lsp` is not installed")
 SCRIPT = """
 local found = {}
 vim.cmd("edit model.tfg")
-local client = vim.lsp.start_client({ name = "fastgrad", cmd = vim.fn.json_decode(vim.env.SERVER), root_dir = vim.fn.getcwd() })
+local server = vim.fn.json_decode(vim.env.SERVER)
+local client = vim.lsp.start_client({ name = "fastgrad", cmd = server, root_dir = vim.fn.getcwd() })
 vim.lsp.buf_attach_client(0, client)
 vim.wait(60000, function() return #vim.diagnostic.get(0) > 0 end, 50)
 found.codes = vim.tbl_map(function(each) return each.code end, vim.diagnostic.get(0))
