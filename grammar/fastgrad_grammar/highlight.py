@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pygments import token
 from pygments.lexer import RegexLexer, bygroups
@@ -17,6 +17,10 @@ from fastgrad_grammar.build import TENSOR_TYPES, VALUE_TYPES
 from fastgrad_grammar.grammar import load_grammar
 from fastgrad_grammar.layout import ITEM_KEYWORDS, OPERATORS
 from fastgrad_grammar.quote import html
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from pygments.token import _TokenType
 
 NAME = "fastgrad"
 LANGUAGE = "tfg"
@@ -139,20 +143,18 @@ COLOURS = {
     token.Name.Function: "#8250df",
     token.Name.Variable: "#953800",
 }
-"""Of tokens in a notebook, on white and on black."""
+"""Of tokens in a notebook."""
 
 
 def coloured(text: str, lexer: RegexLexer) -> str:
     """A text as HTML, its tokens in colour and all of it quoted; for a notebook."""
     from markupsafe import Markup
 
-    def written(kind: object, value: str) -> Markup:
+    span = Markup('<span style="color:{}">{}</span>')
+
+    def written(kind: _TokenType, value: str) -> Markup:
         colour = next((shade for parent, shade in COLOURS.items() if kind in parent), None)
-        return (
-            html(value)
-            if colour is None
-            else Markup('<span style="color:{}">{}</span>').format(colour, html(value))
-        )
+        return html(value) if colour is None else span.format(colour, html(value))
 
     pieces = (written(kind, value) for kind, value in lexer.get_tokens(text))
     return str(Markup('<pre style="overflow-x:auto">{}</pre>').format(Markup("").join(pieces)))

@@ -29,6 +29,7 @@ ALL = ("check", "compile", "advise", "stages", "report", "train", "generate", "t
 
 SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/commands/advise.py": {"--wide": ("advise",)},
+    "fastgrad_dsl/commands/serve.py": dict.fromkeys(("--serve", "--port"), ("report",)),
     "fastgrad_dsl/commands/bench.py": dict.fromkeys(("--n", "--heads", "--degree", "--d"), ("bench",)),
     "fastgrad_dsl/storage/build_manifest.py": {"--force": ("compile", "train")},
     "fastgrad_dsl/storage/staged.py": {"--force": ("import", "export")},
