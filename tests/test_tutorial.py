@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import typer
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from fastgrad_dsl.commands import cli
@@ -131,7 +131,7 @@ def lines_of_commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "line"), lines_of_commands())
 def test_a_command_of_a_page_exists(page: str, line: str) -> None:
     group = get_command(cli.app)
-    assert isinstance(group, typer.main.TyperGroup)
+    assert isinstance(group, TyperGroup)
     name, *arguments = shlex.split(line, comments=True)[1:]
     command = group.commands.get(name)
     assert command is not None, line

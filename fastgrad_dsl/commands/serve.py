@@ -17,6 +17,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import cast
 from urllib.parse import urlsplit
 
 from fastgrad_compiler.frontend import elaborate
@@ -167,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer by path; 403 to a request for another host, 404 to any other path."""
-        port = self.server.server_address[1]
+        port = cast("ThreadingHTTPServer", self.server).server_port
         if self.headers.get_all("Host") not in ([f"{LOOPBACK}:{port}"], [f"localhost:{port}"]):
             self._send(HTTPStatus.FORBIDDEN, "text/plain", "this server is for this machine alone\n")
             return

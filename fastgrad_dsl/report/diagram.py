@@ -6,7 +6,7 @@ lie in rows by their longest way from the input; a line that skips a row runs at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -157,35 +157,24 @@ class _Drawing:
         if stands_alone(self.program, name):
             inside = next(entry for (graph, _), entry in self.entries.items() if graph == name)
             return _leaf((title, decided(inside)), _kind(inside))
+        return self._inside(name, title)
+
+    def _inside(self, name: str, title: str) -> Box:
+        """A graph, drawn open where an attention is inside and it is not too large."""
         if name not in self.open:
             return _leaf((title,), "block")
         if self.sizes[name] > LARGEST:
             return _leaf((title, f"{self.sizes[name]:,} boxes inside, not drawn"), "block")
-        return self.graph(called, (title,))
+        return self.graph(self.program[name], (title,))
 
     def _repeated(self, node: Node) -> Box:
-        bodies = [(self.program[name], times) for name, times in runs(node)]
-        boxes = []
-        for body, times in bodies:
-            title = f"{times} times" if times > 1 else "once"
-            is_open = body.name in self.open and self.sizes[body.name] <= LARGEST
-            boxes.append(
-                self.graph(body, (title,))
-                if is_open
-                else _leaf(
-                    (
-                        title,
-                        "no attention"
-                        if body.name not in self.open
-                        else f"{self.sizes[body.name]:,} boxes inside, not drawn",
-                    ),
-                    "block",
-                )
-            )
+        boxes = [self._inside(name, f"{times} times" if times > 1 else "once") for name, times in runs(node)]
         if len(boxes) == 1:
             return boxes[0]
         wide = max(box.width for box in boxes)
-        y, placed, wires = PADDING + LINE, [], []
+        placed: list[Box] = []
+        wires: list[tuple[tuple[float, float], ...]] = []
+        y = PADDING + LINE
         for box in boxes:
             if placed:
                 wires.append(((PADDING + wide / 2, y - GAP), (PADDING + wide / 2, y)))
@@ -197,7 +186,7 @@ class _Drawing:
 class _Flow:
     """Which of the nodes of a graph are shown, what each reads of the others, and in which row it stands."""
 
-    def __init__(self, graph: Graph, is_box: object) -> None:
+    def __init__(self, graph: Graph, is_box: Callable[[Node], bool]) -> None:
         self.shown: list[Node] = []
         self.reads: dict[str, tuple[str, ...]] = {}
         self.rows: dict[str, int] = {IN: 0}
@@ -206,16 +195,14 @@ class _Flow:
             read = tuple(dict.fromkeys(name for each in node.inputs for name in origins.get(each, ())))
             if node.op == "input":
                 origins[node.name] = (IN,)
-            elif is_box(node) or len(read) > 1:  # type: ignore[operator]
+            elif is_box(node) or len(read) > 1:
                 self.shown.append(node)
                 self.reads[node.name] = read
                 self.rows[node.name] = 1 + max((self.rows[name] for name in read), default=0)
                 origins[node.name] = (node.name,)
             else:
                 origins[node.name] = read
-        self.results = tuple(
-            dict.fromkeys(name for each in graph.outputs for name in origins.get(each.partition(":")[0], ()))
-        )
+        self.results = tuple(dict.fromkeys(name for each in graph.outputs for name in origins.get(each, ())))
         self.last = 1 + max(self.rows.values())
 
 
@@ -238,7 +225,9 @@ def _wires(
     """The lines between boxes, and how many lanes those take that skip a row."""
     wires: list[tuple[tuple[float, float], ...]] = []
     lanes: list[int] = []  # the row below which each lane is free
-    links = [(source, name) for name, read in flow.reads.items() for source in read]
+    links: list[tuple[str, str | None]] = [
+        (source, name) for name, read in flow.reads.items() for source in read
+    ]
     links += [(source, None) for source in flow.results]
     for source, target in sorted(links, key=lambda link: flow.rows[link[0]]):
         first = flow.rows[source]

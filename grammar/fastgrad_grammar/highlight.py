@@ -153,7 +153,7 @@ def coloured(text: str, lexer: RegexLexer) -> str:
     span = Markup('<span style="color:{}">{}</span>')
 
     def written(kind: _TokenType, value: str) -> Markup:
-        colour = next((shade for parent, shade in COLOURS.items() if kind in parent), None)
+        colour = next((shade for parent, shade in COLOURS.items() if parent in kind.split()), None)
         return html(value) if colour is None else span.format(colour, html(value))
 
     pieces = (written(kind, value) for kind, value in lexer.get_tokens(text))

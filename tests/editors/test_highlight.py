@@ -69,5 +69,5 @@ def test_patterns_are_of_this_language() -> None:
 
 def test_the_lexer_is_registered() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (found,) = project["entry-points"]["pygments.lexers"].items()
-    assert EntryPoint(*found, "pygments.lexers").load() is TfgLexer
+    ((name, value),) = project["entry-points"]["pygments.lexers"].items()
+    assert EntryPoint(name, value, "pygments.lexers").load() is TfgLexer

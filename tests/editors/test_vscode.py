@@ -33,7 +33,7 @@ def test_the_extension_has_the_version_and_the_command_of_the_project() -> None:
 def test_types_colours_and_the_package(tmp_path: Path) -> None:
     for name in (*KEPT, *MORE):
         copy = shutil.copytree if (FOLDER / name).is_dir() else shutil.copy
-        copy(FOLDER / name, tmp_path / name)  # type: ignore[operator]
+        copy(FOLDER / name, tmp_path / name)
     installed = npm(tmp_path, "ci", "--prefer-offline")
     if re.search(r"ENOTFOUND|ECONNREFUSED|ETIMEDOUT|EAI_AGAIN", installed.stderr):
         pytest.skip("npm reaches no registry")
