@@ -25,6 +25,18 @@ frame.addEventListener("load", () => setTimeout(() => {{
 </body>"""
 
 
+MANY = """<!DOCTYPE html><body style="margin:0">{frames}
+<pre id="result"></pre>
+<script>
+window.addEventListener("load", () => setTimeout(() => {{
+  const find = (window, document) => {{ {script} }};
+  const found = [...document.querySelectorAll("iframe")].map(each => find(each.contentWindow, each.contentDocument));
+  document.getElementById("result").textContent = JSON.stringify(found);
+}}, 1000));
+</script>
+</body>"""
+
+
 def find_chromium() -> str | None:
     """The command of a Chromium: that of CHROMIUM, else the first on the path."""
     names = (os.environ["CHROMIUM"],) if os.environ.get("CHROMIUM") else NAMES
@@ -58,6 +70,19 @@ def load_file(
     )
     assert not console, console
     return found
+
+
+def load_files(pages: list[Path], script: str, folder: Path, *, width: int = 1200) -> list[Any]:
+    """As `load_file`, of many pages in one browser."""
+    frame = '<iframe style="border:0;width:{}px;height:2000px" src="{}"></iframe>'
+    frames = "".join(frame.format(width, html.escape(page.as_uri())) for page in pages)
+    file = folder / "harness.html"
+    file.write_text(MANY.format(frames=frames, script=script), encoding="utf-8")
+    text, console = _browse(file.as_uri(), folder, dark=False)
+    assert not console, console
+    found = re.search(r'<pre id="result">(.+?)</pre>', text, re.DOTALL)
+    assert found is not None, "the pages were not loaded"
+    return list(json.loads(html.unescape(found[1])))
 
 
 def load_url(address: str, folder: Path) -> str:

@@ -16,7 +16,7 @@ import pytest
 import fastgrad_dsl as fg
 from fastgrad_compiler.frontend.modules import standard_library
 from fastgrad_grammar.codes import CODES
-from tests.dsl.browser import find_chromium, load_file
+from tests.dsl.browser import find_chromium, load_file, load_files
 
 pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
 pytest.importorskip("furo", reason="the extra `docs` is not installed")
@@ -184,10 +184,9 @@ class TestInABrowser:
 
     @pytest.mark.parametrize("width", [1300, 390])
     def test_pages_fit_and_write_no_error(self, site: Path, tmp_path: Path, width: int) -> None:
-        found: dict[str, Any] = {}
-        for page in pages(site):
-            found[page.name] = load_file(page, LOOK, tmp_path, width=width)
-            assert found[page.name]["overflow"] <= 0, (page.name, found[page.name])
+        shown = load_files(pages(site), LOOK, tmp_path, width=width)
+        found: dict[str, Any] = dict(zip((page.name for page in pages(site)), shown, strict=True))
+        assert {name: each["overflow"] for name, each in found.items() if each["overflow"] > 0} == {}
         assert found["tutorial.html"]["copies"] > 5
         assert len({each["title"] for each in found.values()}) == len(found)
 
