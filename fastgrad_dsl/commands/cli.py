@@ -6,8 +6,9 @@ PyTorch is imported only by the commands that run a model.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 from typer import Option
@@ -54,7 +55,7 @@ def _options(
     """Options of the command itself."""
 
 
-for _name, _command in {
+_COMMANDS: dict[str, Callable[..., Any]] = {
     "check": check,
     "compile": compile_,
     "advise": advise,
@@ -68,7 +69,8 @@ for _name, _command in {
     "lsp": lsp,
     "import": import_,
     "export": export,
-}.items():
+}
+for _name, _command in _COMMANDS.items():
     app.command(name=_name)(_command)
 
 
