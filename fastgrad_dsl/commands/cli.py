@@ -57,6 +57,13 @@ def _positive(value: float) -> float:
     return value
 
 
+def _seconds(value: float) -> float:
+    """A time to wait."""
+    if not 1.0 <= value <= MANY / 1000:
+        raise typer.BadParameter(f"{value} is not a number of seconds from 1 to {MANY // 1000}")
+    return value
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(f"fastgrad {__version__}")
@@ -305,15 +312,34 @@ def train(
         bool, Option("--calibrate", help="Plan from measurements on the text before training.")
     ] = False,
     sample: Annotated[int, Option(min=0, max=LARGEST, help="Tokens of text to generate at the end.")] = 200,
+    accumulate: Annotated[
+        int, Option(min=1, max=MANY, help="Run a batch in K equal parts after each other.", metavar="K")
+    ] = 1,
+    nproc: Annotated[
+        int | None, Option(min=1, max=MANY, help="Train on N processes, with the weights in parts.", metavar="N")
+    ] = None,
+    data: Annotated[
+        int | None, Option(min=1, max=MANY, help="Divide the sequences of a batch among D processes.", metavar="D")
+    ] = None,
+    context: Annotated[
+        int | None, Option(min=1, max=MANY, help="Divide every sequence among C processes.", metavar="C")
+    ] = None,
+    restarts: Annotated[
+        int, Option(min=0, max=MANY, help="Times to start all processes again after one is lost.")
+    ] = 3,
+    timeout: Annotated[
+        float, Option(callback=_seconds, help="Seconds in which every process has to answer the others.")
+    ] = 600.0,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
     target: Target = "auto",
-) -> None:
+) -> int:
     """Train a language model on a text file; loss is printed and logged as JSON lines.
 
     The run's folder holds the compiled model, the spec, the weights and a checkpoint. Ctrl-C or SIGTERM saves a
-    checkpoint and stops; the same command with --resume continues from there, with more --steps if you like.
+    checkpoint and stops; the same command with --resume continues from there, with more --steps if you like, and on
+    another number of processes.
     """
     if resume and force:
         raise TfgError.of("FG416", "--resume continues a run and --force replaces it: give one")
@@ -322,17 +348,18 @@ def train(
         try_folder(folder)
 
     import fastgrad_dsl as fg
-    from fastgrad_dsl.commands.train import TrainRequest, train_language_model
+    from fastgrad_dsl.commands.train import TrainRequest, run_train
     from fastgrad_dsl.training.loop import Options
+    from fastgrad_dsl.training.parallel import Parallel
 
     compiled = fg.compile(file, params=_params(set_), model=model, target=target, include=include or ())
     options = Options(
         steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
-        validate_every=every, checkpoint_every=every,
+        validate_every=every, checkpoint_every=every, accumulate=accumulate,
     )  # fmt: skip
-    train_language_model(
-        compiled, TrainRequest(text, folder, options, resume, sample, calibrate, force, tokenizer)
-    )
+    parallel = Parallel(nproc, data, context, restarts, timeout)
+    request = TrainRequest(text, folder, options, resume, sample, calibrate, force, tokenizer, parallel)
+    return run_train(compiled, request, rank_main)
 
 
 @app.command()
@@ -557,6 +584,15 @@ def export(
     from fastgrad_dsl.commands.checkpoint import run_export
 
     run_export(where, weights, out, force=force)
+
+
+def rank_main(arguments: list[str]) -> int:
+    """Run a command line as one of several processes; the exit status."""
+    sys.argv = ["fastgrad", *arguments]
+    try:
+        return run_command(_parse_and_run)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
 
 
 def main() -> None:
