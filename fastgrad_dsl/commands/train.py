@@ -31,7 +31,16 @@ from fastgrad_dsl.models.tokenizer import Tokenizer, check_size, load_tokenizer
 from fastgrad_dsl.storage.weights import load_weights
 from fastgrad_dsl.training.budget_watch import BudgetWatch
 from fastgrad_dsl.training.checkpoint import RunPlan
-from fastgrad_dsl.training.folder import CHECKPOINT, LOG, SHARDED, claimed, identity, publish, spec_files
+from fastgrad_dsl.training.folder import (
+    CHECKPOINT,
+    LOG,
+    SHARDED,
+    claimed,
+    identity,
+    publish,
+    sharded_steps,
+    spec_files,
+)
 from fastgrad_dsl.training.launch import launch
 from fastgrad_dsl.training.log import Event
 from fastgrad_dsl.training.loop import Context, Loss, Options, is_finished, train
@@ -141,16 +150,20 @@ def _train_here(compiled: Compiled, request: TrainRequest, ranks: Ranks) -> nn.M
             except (Stopped, StopAsked) as stopped:
                 said = "stopped before the first step"
                 if isinstance(stopped, Stopped):
-                    place = f"the checkpoint in {request.folder} holds step {stopped.step}"
+                    place = f"{_saved(request.folder)} holds step {stopped.step}"
                     said = f"stopped: {place}; the same command with --resume goes on"
                 if ranks.leads:
                     console_of_lines(error=True).print(said, soft_wrap=True)
                 raise SystemExit(128 + (stop.signal or 0)) from None
-    saved = CHECKPOINT if (request.folder / CHECKPOINT).exists() else SHARDED
-    console.print(f"log: {request.folder / LOG}\ncheckpoint: {request.folder / saved}", highlight=False)
+    console.print(f"log: {request.folder / LOG}\ncheckpoint: {_saved(request.folder)}", highlight=False)
     if request.sample and ranks.leads and model is not None:
         print_sample(console, model, compiled.program, data, options.tokens, request.sample)
     return model
+
+
+def _saved(folder: Path) -> Path:
+    """Where the checkpoint is."""
+    return folder / SHARDED if sharded_steps(folder) else folder / CHECKPOINT
 
 
 def _after_restart(request: TrainRequest, ranks: Ranks) -> TrainRequest:
@@ -158,6 +171,10 @@ def _after_restart(request: TrainRequest, ranks: Ranks) -> TrainRequest:
     if not ranks.claimed_before:
         return request
     (resume, *_) = ranks.objects(has_checkpoint(request.folder))
+    if ranks.leads:
+        whence = f"from {_saved(request.folder)}" if resume else "from the beginning"
+        said = f"a process was lost: all {ranks.count} are started again, {whence}"
+        console_of_lines(error=True).print(said, soft_wrap=True)
     return replace(request, resume=resume, force=request.force or not resume)
 
 

@@ -22,7 +22,8 @@ def launch(count: int, restarts: int, work: Callable[[list[str]], int]) -> int:
 
     A process that ends otherwise ends all of them, and they begin anew, `restarts` times at most. TfgError FG504 then.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):  # what they say is said below
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -30,6 +30,7 @@ from fastgrad_grammar.render import render
 
 T = TypeVar("T")
 RANK, WORLD_SIZE, RESTARTS = "RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"  # set by torchrun
+CLAIMED = "fastgrad/claimed"
 LOST = 70  # exit status of a process that lost another one: the agent starts all of them again
 GRACE = 5.0  # seconds in which those who lost another one say that they are there
 OF_GROUPS = ("gloo", "Connection closed by peer", "Connection reset by peer", "ProcessGroup")
@@ -238,25 +239,24 @@ def is_rank() -> bool:
 
 def join(mesh: Mesh, timeout: float, signals: Stop) -> Ranks:
     """Meet the other processes that torchrun started, as many as the mesh has."""
-    store, rank, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
-    store.set_timeout(timedelta(seconds=timeout))
+    lasting, rank, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+    lasting.set_timeout(timedelta(seconds=timeout))
+    restarts = int(os.environ.get(RESTARTS, "0"))
+    store = dist.PrefixStore(f"fastgrad/{restarts}", lasting)  # the agent's store outlives a restart
     store.set(f"who/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=mesh.count, timeout=timedelta(seconds=timeout)
     )
     line = init_device_mesh("cpu", (mesh.count,), mesh_dim_names=("all",))
     both = init_device_mesh("cpu", (mesh.data, mesh.context), mesh_dim_names=("data", "context"))
-    lasting = store.underlying_store if isinstance(store, dist.PrefixStore) else store
-    claimed = int(os.environ.get(RESTARTS, "0")) > 0 and lasting.check(["fastgrad/claimed"])
+    claimed = restarts > 0 and lasting.check([CLAIMED])
     return Ranks(mesh, rank, timeout, (line, both), store, claimed, signals)
 
 
 def mark_claimed(ranks: Ranks) -> None:
     """Remember, beyond a restart of all processes, that the run's folder is this run's."""
     if ranks.store is not None:
-        store = ranks.store
-        lasting = store.underlying_store if isinstance(store, dist.PrefixStore) else store
-        lasting.set("fastgrad/claimed", "")
+        ranks.store.underlying_store.set(CLAIMED, "")
 
 
 def leave() -> None:

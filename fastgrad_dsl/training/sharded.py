@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -75,7 +76,9 @@ class ShardedCheckpoint(Checkpoint):
                 made = torch.empty(kind.size, dtype=kind.properties.dtype)
                 alike = like is not None and like.shape == made.shape and like.dtype == made.dtype
                 targets[name] = torch.empty_like(like) if alike and like is not None else made
-            dcp.load(targets, storage_reader=reader, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it assumes a single process
+                dcp.load(targets, storage_reader=reader, no_dist=True)
         except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             raise broken(self.path, " ".join(str(error).split())[:300]) from None
         found = {_shared(name, own): tensor for name, tensor in targets.items()}
