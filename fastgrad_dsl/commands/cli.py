@@ -316,10 +316,12 @@ def train(
         int, Option(min=1, max=MANY, help="Run a batch in K equal parts after each other.", metavar="K")
     ] = 1,
     nproc: Annotated[
-        int | None, Option(min=1, max=MANY, help="Train on N processes, with the weights in parts.", metavar="N")
+        int | None,
+        Option(min=1, max=MANY, help="Train on N processes, with the weights in parts.", metavar="N"),
     ] = None,
     data: Annotated[
-        int | None, Option(min=1, max=MANY, help="Divide the sequences of a batch among D processes.", metavar="D")
+        int | None,
+        Option(min=1, max=MANY, help="Divide the sequences of a batch among D processes.", metavar="D"),
     ] = None,
     context: Annotated[
         int | None, Option(min=1, max=MANY, help="Divide every sequence among C processes.", metavar="C")

@@ -36,9 +36,7 @@ class TextData:
 
     def places(self, tokens: int, batch: int, generator: torch.Generator) -> list[int]:
         """Where `batch` random windows of `tokens` and their targets begin in what there is to train on."""
-        starts: list[int] = torch.randint(
-            self.train.numel() - tokens, (batch,), generator=generator
-        ).tolist()
+        starts: list[int] = torch.randint(self.train.numel() - tokens, (batch,), generator=generator).tolist()
         return starts
 
     def windows(self, places: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,9 @@ def _check_free(folder: Path) -> None:
     known = {*_FILES, MODEL, SPEC, TOKENIZER} if (folder / MODEL / MANIFEST).is_file() else {*_FILES}
     known |= {SHARDED} if _holds_only_sharded(folder) else set()
     sharded = {SHARDED} if sharded_steps(folder) else set()
-    run = {CHECKPOINT} & there or sharded or {name for name in {LOG} & there if (folder / name).lstat().st_size}
+    run = (
+        {CHECKPOINT} & there or sharded or {name for name in {LOG} & there if (folder / name).lstat().st_size}
+    )
     if run or there - known:
         raise _occupied(folder, run, sorted(there - known))
 

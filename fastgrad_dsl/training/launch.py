@@ -46,7 +46,9 @@ def launch(count: int, restarts: int, work: Callable[[list[str]], int]) -> int:
 
 def _failed(error: ChildFailedError, restarts: int) -> TfgError:
     """Of all that failed the one that was not merely left by another."""
-    failures = sorted(error.failures.items(), key=lambda found: (found[1].exitcode == LOST, found[1].timestamp))
+    failures = sorted(
+        error.failures.items(), key=lambda found: (found[1].exitcode == LOST, found[1].timestamp)
+    )
     rank, failure = failures[0]
     code = failure.exitcode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"

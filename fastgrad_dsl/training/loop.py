@@ -46,9 +46,9 @@ LEAST_RATE = 0.1  # the cosine ends at this share of the peak learning rate
 class Options:
     """How to train. `seconds` (None: no limit) replaces `steps` as what the schedule runs over.
 
-    steps, tokens (sequence length), batch (sequences per step), accumulate (parts of a batch that are run one after
-    another), warmup, validate_every, validation_batches and checkpoint_every are counts; learning_rate is the peak of AdamW's; clip bounds the gradient's norm; `exact`: the
-    softmax model is trained.
+    steps, tokens (sequence length), batch (sequences per step), accumulate (equal parts of a batch that are run one
+    after another), warmup, validate_every, validation_batches and checkpoint_every are counts; learning_rate is the
+    peak of AdamW's; clip bounds the gradient's norm; `exact`: the softmax model is trained.
     """
 
     steps: int = 1000
@@ -351,7 +351,9 @@ class _Run:
 
     def _save_sharded(self, writer: ShardedWriter, states: States, progress: Progress) -> None:
         """Parts of the checkpoint by each process; the weights are whole in one file, too."""
-        weights = {name: gathered(weight, keep=self.ranks.leads) for name, weight in self.model.state_dict().items()}
+        weights = {
+            name: gathered(weight, keep=self.ranks.leads) for name, weight in self.model.state_dict().items()
+        }
 
         def write() -> None:
             with writing(self.folder / WEIGHTS, kept=self._kept):

@@ -58,7 +58,9 @@ def check_batch(options: Options, mesh: Mesh) -> None:
         message = f"--data {mesh.data}: a batch of {options.batch} sequences has no {parts} equal parts"
         raise TfgError.of("FG503", message, "give a --batch that they divide")
     if mesh.context > options.tokens:
-        message = f"--context {mesh.context}: sequences of {options.tokens} tokens are too short for so many pieces"
+        message = (
+            f"--context {mesh.context}: sequences of {options.tokens} tokens are too short for so many pieces"
+        )
         raise TfgError.of("FG503", message, "give a longer --seq")
 
 
@@ -83,5 +85,7 @@ def check_machine(program: Program, mesh: Mesh) -> None:
     """TfgError FG503 where so many processes, or the weights with what training keeps, are more than the memory."""
     size = mesh.count * PROCESS_BYTES + COPIES * ENTRY_BYTES * weight_entries(program)
     if size > memory_bytes():
-        message = f"{mesh.count} processes take {size:,} bytes at least, and the machine has {memory_bytes():,}"
+        message = (
+            f"{mesh.count} processes take {size:,} bytes at least, and the machine has {memory_bytes():,}"
+        )
         raise TfgError.of("FG503", message, "give a smaller mesh")

@@ -94,7 +94,7 @@ class Ranks:
         return places[first : first + size]
 
     def own_rows(self, rows: int) -> tuple[slice, float]:
-        """Rows of a batch of any size, and the weight of their mean in that of all; one without weight where none is left."""
+        """This process's rows of a batch, and the weight of their mean in that of all; one of weight 0 where none is left."""
         size, rest = divmod(rows, self.mesh.data)
         first = self._data_rank * size + min(self._data_rank, rest)
         mine = size + (self._data_rank < rest)
@@ -228,7 +228,11 @@ class Ranks:
     def _named(self, rank: int) -> str:
         known = self.store.check([f"who/{rank}"])
         who = f" ({self.store.get(f'who/{rank}').decode()})" if known else ""
-        step = f" in step {self.store.get(f'step/{rank}').decode()}" if self.store.check([f"step/{rank}"]) else ""
+        step = (
+            f" in step {self.store.get(f'step/{rank}').decode()}"
+            if self.store.check([f"step/{rank}"])
+            else ""
+        )
         return f"rank {rank}{who}{step}"
 
 

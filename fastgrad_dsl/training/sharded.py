@@ -79,7 +79,15 @@ class ShardedCheckpoint(Checkpoint):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it assumes a single process
                 dcp.load(targets, storage_reader=reader, no_dist=True)
-        except (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            RuntimeError,
+        ) as error:
             raise broken(self.path, " ".join(str(error).split())[:300]) from None
         found = {_shared(name, own): tensor for name, tensor in targets.items()}
         steps = {name: step.view(()) for name, step in found.items() if _is_count(name) and step.numel() == 1}

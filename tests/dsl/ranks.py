@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -225,12 +224,7 @@ def _replicated(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def _sharded(model: Any, mesh: DeviceMesh) -> nn.Module:
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-        register_fsdp_forward_method(layer, "step")
-    fully_shard(model, mesh=mesh)
-    whole: nn.Module = model
-    return whole
+    return fg.distributed.shard_model(model, mesh)
 
 
 SHORT = """dim b

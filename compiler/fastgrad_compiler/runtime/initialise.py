@@ -169,9 +169,7 @@ def _copy(tensor: Tensor, whole: Tensor) -> None:
 
         assert isinstance(tensor, DTensor)
         # every process has drawn the same, and keeps its part: nothing is sent
-        whole = distribute_tensor(
-            whole.to(tensor.device), mesh, tensor.placements, src_data_rank=None
-        )
+        whole = distribute_tensor(whole.to(tensor.device), mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(whole)
 
 
