@@ -86,6 +86,6 @@ def read_text(path: Path) -> bytes:
         raise TfgError.of("FG411", f"cannot read the text {path}: {reason}") from None
 
 
-def _windows(data: Tensor, starts: list[int], tokens: int) -> tuple[Tensor, Tensor]:
+def _windows(data: Tensor, starts: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
     rows = torch.stack([data[start : start + tokens + 1] for start in starts]).long()
     return rows[:, :-1], rows[:, 1:]

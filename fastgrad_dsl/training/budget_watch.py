@@ -53,8 +53,9 @@ class BudgetState:
         shares = [self.range or 0.0]
         for what in WHATS:
             limit = of(limits, what) if limits else None
-            if limit is not None and of(self, what) is not None:
-                shares.append(of(self, what) / limit)
+            used: float | None = of(self, what)
+            if limit is not None and used is not None:
+                shares.append(used / limit)
         return max(shares)
 
     def line(self, limits: Budget | None) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -223,7 +224,8 @@ class _Run:
             validation_loss(self.model, self.loss, self.data, options, ranks=self.ranks)
 
         if isinstance(checkpoint, ShardedCheckpoint):
-            checkpoint = self.ranks.each(lambda: checkpoint.loaded(self.model, self.ranks))
+            loaded = partial(checkpoint.loaded, self.model, self.ranks)
+            checkpoint = self.ranks.each(loaded)
         checkpoint.restore(self.model, self.optimiser, self.generators, run_once)
         progress = checkpoint.progress
         self.step, self.validated, self.before = progress.step, progress.validated, progress.seconds

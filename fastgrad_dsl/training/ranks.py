@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fastgrad_dsl.distributed.context import context_parallel, shard_sequence
 from fastgrad_dsl.distributed.sharding import shard_model
@@ -94,7 +96,7 @@ class Ranks:
         return places[first : first + size]
 
     def own_rows(self, rows: int) -> tuple[slice, float]:
-        """This process's rows of a batch, and the weight of their mean in that of all; one of weight 0 where none is left."""
+        """Own rows of a batch, and the weight of their mean in that of all; one of weight 0 where none is left."""
         size, rest = divmod(rows, self.mesh.data)
         first = self._data_rank * size + min(self._data_rank, rest)
         mine = size + (self._data_rank < rest)
@@ -220,9 +222,9 @@ class Ranks:
         who = ", ".join(self._named(each) for each in missing)
         if waited:
             message = f"no answer within {self.timeout:g} seconds from {who}: it hangs"
-            help_ = ("give a longer --timeout where a step takes that long",)
+            help_: tuple[str, ...] = ("give a longer --timeout where a step takes that long",)
         else:
-            message, help_ = f"lost {who}", ()
+            message, help_ = f"lost {who}", tuple[str, ...]()
         return Diagnostic("FG504", message, help=help_)
 
     def _named(self, rank: int) -> str:
@@ -243,10 +245,10 @@ def is_rank() -> bool:
 
 def join(mesh: Mesh, timeout: float, signals: Stop) -> Ranks:
     """Meet the other processes that torchrun started, as many as the mesh has."""
-    lasting, rank, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+    lasting, rank, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout))))
     lasting.set_timeout(timedelta(seconds=timeout))
     restarts = int(os.environ.get(RESTARTS, "0"))
-    store = dist.PrefixStore(f"fastgrad/{restarts}", lasting)  # the agent's store outlives a restart
+    store = PrefixStore(f"fastgrad/{restarts}", lasting)  # the agent's store outlives a restart
     store.set(f"who/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=mesh.count, timeout=timedelta(seconds=timeout)

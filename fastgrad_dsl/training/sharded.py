@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from fastgrad_dsl.storage.files import write_atomically, writing
 from fastgrad_dsl.training.checkpoint import (
@@ -67,7 +69,7 @@ class ShardedCheckpoint(Checkpoint):
         own = f"rank.{ranks.rank if same else 0}."
         likes = _likes(model)
         try:
-            reader = dcp.HuggingFaceStorageReader(str(self.path))
+            reader = HuggingFaceStorageReader(str(self.path))
             targets: dict[str, Tensor] = {}
             for name, kind in reader.read_metadata().state_dict_metadata.items():
                 if not isinstance(kind, TensorStorageMetadata) or not _is_wanted(name, own, same):
@@ -78,7 +80,7 @@ class ShardedCheckpoint(Checkpoint):
                 targets[name] = torch.empty_like(like) if alike and like is not None else made
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it assumes a single process
-                dcp.load(targets, storage_reader=reader, no_dist=True)
+                load(targets, storage_reader=reader, no_dist=True)
         except (
             OSError,
             SafetensorError,
@@ -148,8 +150,8 @@ class ShardedWriter:
         # a copy, since training goes on; a single number has no parts that a file could name
         kept = {key: t.view(1) if _is_count(key) else t.clone() for key, t in tensors.items()}
         self.ranks.first(lambda: self._begin(hidden, progress))
-        writer = dcp.HuggingFaceStorageWriter(str(hidden), save_distributed=True)
-        pending = dcp.async_save(kept, storage_writer=writer, process_group=self.group)
+        writer = HuggingFaceStorageWriter(str(hidden), save_distributed=True)
+        pending = async_save(kept, storage_writer=writer, process_group=self.group)
         assert isinstance(pending, Future)
         if self.ranks.leads:
             pending.add_done_callback(lambda done: self._finished(done, hidden, final))

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -304,8 +305,8 @@ def test_rows_are_divided_without_overlap(data: int) -> None:
             seen += list(range(rows))[own] if weight else []
         assert seen == list(range(rows))
         assert sum(weights) == pytest.approx(1.0)
-    own = [each for rank in range(data) for each in Ranks(Mesh(data, 1), rank).own(list(range(6)))]
-    assert own == list(range(6))
+    found = [each for rank in range(data) for each in Ranks(Mesh(data, 1), rank).own(list(range(6)))]
+    assert found == list(range(6))
 
 
 def test_guards_of_all_ranks_count_together() -> None:
@@ -359,9 +360,7 @@ def test_meshes_that_do_not_fit() -> None:
     root = SPEC.replace("= cross_entropy(logits, targets)", "= sqrt(cross_entropy(logits, targets))")
     rooted = fg.compile(root, target="torch", validate=False)
     for mesh, accumulate in ((Mesh(1, 2), 1), (Mesh(2, 1), 1), (Mesh(), 2)):
-        said = refused(
-            lambda mesh=mesh, k=accumulate: check_model(rooted, replace(options, accumulate=k), mesh)
-        )
+        said = refused(partial(check_model, rooted, replace(options, accumulate=accumulate), mesh))
         assert said.startswith("FG501 no value in pieces along")
     check_model(rooted, options, Mesh())
 
