@@ -14,10 +14,10 @@ TEMPLATE = """use std
 dim b
 dim n
 block one(x: float[b, n, d]) -> float[b, n, d] {{
-    weight up: float[d, 6] = xavier
-    weight down: float[6, d] = xavier
-    weight bias: float[6] = zeros
-    weight last: float[d] = zeros
+    weight up: float[d, 6] = xavier()
+    weight down: float[6, d] = xavier()
+    weight bias: float[6] = zeros()
+    weight last: float[d] = zeros()
     {body}
 }}
 model m(x: float[b, n, 8]) -> float[b, n, 8] {{
@@ -48,9 +48,9 @@ WHOLE = {
 @pytest.mark.parametrize("body", DIVISIBLE)
 def test_blocks_that_are_divided(body: str) -> None:
     if "up2" in body:
-        body = f"weight up2: float[d, 6] = xavier\n    {body}"
+        body = f"weight up2: float[d, 6] = xavier()\n    {body}"
     (parts,) = blocks(body).values()
-    assert parts.dims == DIVISIBLE[body.removeprefix("weight up2: float[d, 6] = xavier\n    ")]
+    assert parts.dims == DIVISIBLE[body.removeprefix("weight up2: float[d, 6] = xavier()\n    ")]
     assert parts.units == (3 if "split_heads" in body else 6)
 
 
@@ -64,9 +64,9 @@ def test_blocks_that_stay_whole(why: str) -> None:
     [
         ("gpt", "layers.5.mixer.attention", 8),
         ("gpt", "layers.0.swiglu", 1024),
-        ("bert", "layers.0.attention", 4),
+        ("bert", "layers.0.attention", 32),
         ("llama", "layers.0.attention", 4),
-        ("spelled_out", "layers.0", 256),
+        ("spelled_out", "layers.0", 4),
     ],
 )
 def test_blocks_of_examples(name: str, path: str, units: int) -> None:
