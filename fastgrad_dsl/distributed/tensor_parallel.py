@@ -17,7 +17,7 @@ from fastgrad_compiler.analysis.widths import Parts
 
 
 # what PyTorch has no rule for: entry by entry, whatever the dim that is in parts; `buffer` is empty on a GPU
-@register_sharding(torch.ops.aten.log_sigmoid_backward.default)
+@register_sharding(torch.ops.aten.log_sigmoid_backward.default)  # type: ignore[untyped-decorator]
 def _log_sigmoid_backward(gradient: Any, x: Any, buffer: Any) -> list[tuple[list[Any], list[Any]]]:
     alike = len(buffer.shape) == len(x.shape)
     parted = [Shard(dim) for dim in range(len(x.shape))]
@@ -25,7 +25,7 @@ def _log_sigmoid_backward(gradient: Any, x: Any, buffer: Any) -> list[tuple[list
 
 
 @dataclass
-class Divided(ParallelStyle):  # type: ignore[misc]  # torch has no types for it
+class Divided(ParallelStyle):
     """A block of which each rank has some heads, or entries of the hidden width; it takes and gives whole tensors.
 
     `parallelize_module` raises ValueError where the ranks cannot have as many each.
