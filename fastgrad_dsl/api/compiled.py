@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastgrad_compiler.analysis.widths import divisible_blocks
 from fastgrad_compiler.attention.table import AttentionEntry, attention_table
 from fastgrad_compiler.codegen.torch import emit_package
 from fastgrad_compiler.frontend import elaborate
@@ -120,7 +121,6 @@ class Compiled:
 
         docs/distributed.md says which they are. Empty where there are none.
         """
-        from fastgrad_compiler.analysis.widths import divisible_blocks
         from fastgrad_dsl.distributed.tensor_parallel import Divided
 
         return {path: Divided(parts) for path, parts in divisible_blocks(self.program).items()}
