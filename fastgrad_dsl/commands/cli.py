@@ -74,6 +74,15 @@ for _name, _command in _COMMANDS.items():
     app.command(name=_name)(_command)
 
 
+def rank_main(arguments: list[str]) -> int:
+    """Run a command line as one of several processes; the exit status."""
+    sys.argv = ["fastgrad", *arguments]
+    try:
+        return run_command(_parse_and_run)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
+
+
 def main() -> None:
     """Run the command line (`failures.py` says what its exit status tells)."""
     sys.exit(run_command(_parse_and_run))
@@ -86,7 +95,7 @@ def _parse_and_run() -> int | None:
         check(Path(sys.argv[2]))
         return 0
     try:
-        status: int | None = app(prog_name="fastgrad", standalone_mode=False)
+        status: int | None = app(prog_name="fastgrad", standalone_mode=False, obj=rank_main)
     except USAGE_ERROR as error:
         error.show()
         return error.exit_code
