@@ -213,7 +213,7 @@ def _served(call: Call, settings: Settings, found: Attached, exactly: _Exactly) 
     if settings.heads is not None and len(settings.heads) != key_heads:
         raise ValueError(f"the settings are for {len(settings.heads)} key heads, and the call has {key_heads}")
     keys = _centred(call, settings)
-    case = _case(call, settings, keys is not call.k)
+    case = case_of(call, settings, keys is not call.k)
     if n < (settings.exact_below if settings.exact_below is not None else case.break_even(1)):
         return exactly(call.q, call.k, call.v)
     found.counts.calls += 1
@@ -254,7 +254,8 @@ def _inverse(order: Sequence[int]) -> list[int]:
     return places
 
 
-def _case(call: Call, settings: Settings, centred: bool) -> Case:
+def case_of(call: Call, settings: Settings, centred: bool) -> Case:
+    """What the choice of a polynomial for a call depends on."""
     n, d = call.q.shape[2:]
     dtype = str(call.q.dtype).removeprefix("torch.")
     return Case(
@@ -336,7 +337,7 @@ def _of_head(settings: Settings, form: Form | None, reach: float, case: Case) ->
         if bound is None or reach > bound:
             return None
         found = least(settings.family, bound, Limits(settings.output, settings.gradient), case)
-    elif form.degree is None or reach > form.bound:
+    elif form.degree is None or reach > form.limit:
         return None
     else:
         found = polynomial_of(form.family, form.degree, form.bound, case.d)

@@ -34,7 +34,7 @@ def register_classes(name: str) -> None:
 
 
 def replace_classes(model: nn.Module) -> int:
-    """Make the attention of a model that exists already one of ours, with the same weights; how many there were."""
+    """Make the attention of a model that exists already one of ours, with the same weights; how many are."""
     ours = {each: class_of(table["sdpa"]) for table in tables() for each in (table["eager"], table["sdpa"])}
     count = 0
     for module in model.modules():
@@ -43,7 +43,7 @@ def replace_classes(model: nn.Module) -> int:
             assert isinstance(dropout, nn.Dropout)
             module.__class__ = ours[type(module)]
             module.dropout_prob = dropout.p  # type: ignore[assignment]
-            count += 1
+        count += type(module) in ours.values()
     return count
 
 

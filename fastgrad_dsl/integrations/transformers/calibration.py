@@ -11,15 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad_compiler.approximation.polynomial import FAMILIES, Family, Polynomial
-from fastgrad_compiler.planning.candidates import MOST_EPS, Policy, polynomials
+from fastgrad_compiler.planning.candidates import fits, highest_degree
 from fastgrad_compiler.reference.attention_torch import polynomial as evaluated
 from fastgrad_dsl.integrations.transformers.attach import NAME, attach
-from fastgrad_dsl.integrations.transformers.attention import Call, mean_key, recording
-from fastgrad_dsl.integrations.transformers.settings import EXACT, Form, Settings
+from fastgrad_dsl.integrations.transformers.attention import Call, case_of, mean_key, recording
+from fastgrad_dsl.integrations.transformers.choice import Case, Limits, least
+from fastgrad_dsl.integrations.transformers.settings import EXACT, Check, Form, Settings
 
 MARGIN = 1.25  # a range that was seen times this is R: new data may go beyond it
 STRETCH = 1.1  # errors are measured with logits so many times as large: new data is not quite like the old
 ENTRIES = 2**19  # of the logits of a call that are looked at: queries are sampled so that it has about as many
+FITTED = (1.0, 0.7, 0.5, 0.35, 0.25)  # shares of a range on which polynomials are fitted: few logits are near its end
+FIRST = 8.0  # times the limit of the model is the first limit of each head: errors of heads partly cancel
+MOST = 0.5  # of a head's error
 TIGHTER = 0.75  # of a limit that was missed, what is aimed at next
 ROUNDS = 7
 
@@ -74,9 +78,8 @@ class Calibrated:
 class _Seen:
     """Of one attention, over all calls; [h] by key head."""
 
-    groups: int
+    case: Case  # of the longest call
     same: bool = True  # whether every query sees the same keys
-    d: int = 0
     logits: Tensor | None = None
     norms: Tensor | None = None
     entropy: list[Tensor] = field(default_factory=list)
@@ -88,33 +91,36 @@ def calibrate(
     batches: Sequence[Batch],
     output: float = 0.01,
     *,
-    check: str = "sample",
+    trust: str = "calibrated",
     families: Sequence[Family] = FAMILIES,
     settings: Settings | None = None,
 ) -> Calibrated:
     """Choose for each head the polynomial of the least degree that keeps the output, and set the model to that.
 
-    A head is given the range that was seen on the batches, times 1.25, and the least degree whose error there on
-    sampled queries is at most a limit, which is `output` at first. Then the whole model is measured; where its error is
-    beyond `output` the limit is tightened, and after seven rounds all is exact. Heads of queries that share a key head
-    go together.
+    Each head gets the least degree whose error is at most a limit, which is eight times `output` at first. Then the whole model is
+    measured; where its error is beyond `output` the limit is tightened, and after seven rounds all is exact. Heads of
+    queries that share a key head go together.
 
     Args:
         model: of Transformers.
         batches: its inputs by name, on its device.
         output: limit of the relative L2 error of the model's first output, of the tokens that are no padding.
-        check: sample: R is of the logits that were seen, and calls are checked as `Settings.check` says. norms: R is of
-            the norms that were seen, so that calls are proved to be within it.
+        trust: calibrated: errors are measured on sampled queries of the batches, a head may serve logits up to 1.25
+            times those seen, and calls are checked by a sample of theirs. certified: errors are certificates, and
+            calls are proved to be within the range, which is 1.25 times what the norms of the batches prove.
         families: of polynomials.
         settings: for all else: near, target, exact_below.
 
     Returns what it found, which is set already.
 
     Raises:
-        ValueError: no batch, or no attention that can be served.
+        ValueError: no batch, an unknown trust, or no attention that can be served.
     """
     if not batches:
         raise ValueError("calibration needs a batch at least")
+    if trust not in ("calibrated", "certified"):
+        raise ValueError(f"trust is calibrated or certified, not {trust!r}")
+    check: Check = "norms" if trust == "certified" else "sample"
     base = replace(settings or Settings(), bound=None, degree=None, beyond="exact", heads=None, check=check)
     attach(model)
     training = model.training
@@ -139,7 +145,7 @@ def _calibrated(
     with recording(errors):
         for batch in batches:
             model(**batch)
-    limit = output
+    limit = min(MOST, FIRST * output)
     for _ in range(ROUNDS):
         heads = {names[m]: errors.heads(m, limit) for m in ranges.found}
         found = _set(model, heads, base)
@@ -220,7 +226,9 @@ class _Ranges:
 
     def record(self, call: Call) -> None:
         """Note a call."""
-        seen = self.found.setdefault(call.module, _Seen(call.groups, d=call.q.shape[-1]))
+        case = case_of(call, self.base, centred=True)
+        seen = self.found.setdefault(call.module, _Seen(case))
+        seen.case = max(seen.case, case, key=lambda each: each.n)
         seen.same = seen.same and call.seen.everyone_alike
         seen.keys.append(mean_key(call.k.double(), call.seen.padding).mean(0)[:, 0])
         rows = _rows(call, call.k, None)
@@ -238,6 +246,7 @@ class _Errors:
     def __init__(self, base: Settings, ranges: _Ranges, families: tuple[Family, ...]) -> None:
         self.base, self.ranges, self.families = base, ranges, families
         self.rows: dict[nn.Module, list[_Rows]] = {}
+        self.known: dict[tuple[nn.Module, int, Polynomial], float] = {}
 
     def record(self, call: Call) -> None:
         """Keep sampled logits, and note ranges."""
@@ -262,29 +271,55 @@ class _Errors:
         sizes, norms = seen.logits.tolist(), seen.norms.tolist()
         found = []
         for head, (size, norm) in enumerate(zip(sizes, norms, strict=True)):
-            bound = MARGIN * (norm if self.base.check == "norms" else size)
-            polynomial, error = self._least(module, head, bound, limit)
+            certified = self.base.check == "norms"
+            reach = MARGIN * (norm if certified else size)
+            polynomial, error = (self._certified if certified else self._measured)(module, head, reach, limit)
             form = EXACT
             if polynomial is not None:
                 taken = None if centre is None else tuple(centre[head, 0].tolist())
-                form = Form(polynomial.degree, polynomial.family, polynomial.bound, taken)
+                form = Form(polynomial.degree, polynomial.family, polynomial.bound, reach, taken)
             found.append(Head(size, norm, entropy[head], form, error))
         return tuple(found)
 
-    def _least(
-        self, module: nn.Module, head: int, bound: float, limit: float
+    def _certified(
+        self, module: nn.Module, head: int, reach: float, limit: float
     ) -> tuple[Polynomial | None, float]:
-        groups, d = self.ranges.found[module].groups, self.ranges.found[module].d
-        policy = Policy(d, proved=False, max_eps=MOST_EPS)
-        heads = slice(head * groups, (head + 1) * groups)
-        best: tuple[Polynomial | None, float] = (None, 0.0)
-        for polynomial in polynomials(bound, policy, self.families) if limit else ():
-            if best[0] is not None and polynomial.degree >= best[0].degree:
-                continue
-            error = _output_error(self.rows[module], heads, polynomial)
-            if error <= limit:
-                best = (polynomial, error)
-        return best
+        """The least degree whose certificate keeps the limit, and its error on the batches."""
+        case = self.ranges.found[module].case
+        limits = Limits(limit, self.base.gradient)
+        found = [least(family, reach, limits, case) for family in self.families] if limit else []
+        best = min((each for each in found if each), key=lambda each: each.degree, default=None)
+        return best, 0.0 if best is None else self._error(module, head, best)
+
+    def _measured(
+        self, module: nn.Module, head: int, reach: float, limit: float
+    ) -> tuple[Polynomial | None, float]:
+        """The least degree with an error within the limit on the batches, and the least error of that degree.
+
+        No weight is negative, whatever the logit.
+        """
+        highest = highest_degree(self.ranges.found[module].case.d)
+        for degree in range(1, highest + 1) if limit else ():
+            tried = [
+                found
+                for family in self.families
+                for share in FITTED
+                for found in fits(family, share * reach, (degree,))
+                if isinstance(found, Polynomial) and found.positive and found.positive_from is None
+            ]
+            errors = [(self._error(module, head, polynomial), polynomial) for polynomial in tried]
+            error, polynomial = min(errors, key=lambda pair: pair[0], default=(inf, None))
+            if polynomial is not None and error <= limit:
+                return polynomial, error
+        return None, 0.0
+
+    def _error(self, module: nn.Module, head: int, polynomial: Polynomial) -> float:
+        key = (module, head, polynomial)
+        if key not in self.known:
+            groups = self.ranges.found[module].case.groups
+            heads = slice(head * groups, (head + 1) * groups)
+            self.known[key] = _output_error(self.rows[module], heads, polynomial)
+        return self.known[key]
 
 
 def _by_key_head(x: Tensor, call: Call, mean: bool = False) -> Tensor:

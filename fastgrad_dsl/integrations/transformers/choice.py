@@ -85,7 +85,8 @@ def step_above(bound: float) -> float | None:
 def polynomial_of(family: Family, degree: int, bound: float, d: int) -> Polynomial | None:
     """A polynomial that is positive on its range and can be afforded; None where there is none."""
     (found,) = fits(family, bound, (degree,))
-    return found if isinstance(found, Polynomial) and Policy(d, proved=True).admit(found) else None
+    affordable = degree <= Policy(d, proved=True).highest_degree
+    return found if isinstance(found, Polynomial) and affordable and found.positive else None
 
 
 @lru_cache(maxsize=4096)

@@ -24,18 +24,28 @@ def _check_polynomial(degree: int | None, family: str, bound: float) -> None:
 
 @dataclass(frozen=True)
 class Form:
-    """What serves a key head and its query heads: a polynomial for logits within `bound`; degree None: exact attention.
+    """What serves a key head and its query heads: a polynomial that is fitted on |s| <= bound; degree None: exact.
 
-    `centre`: what is taken from the head's keys, which softmax does not see; None: see `Settings.centre`.
+    reach: the head is exact in calls with logits beyond it; None: beyond `bound`. More than `bound` where the error was
+    measured, since few logits are that large: then no certificate holds. centre: what is taken from the head's keys,
+    which softmax does not see; None: see `Settings.centre`.
     """
 
     degree: int | None
     family: Family = "balanced"
     bound: float = 0.0
+    reach: float | None = None
     centre: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_polynomial(self.degree, self.family, self.bound)
+        if self.reach is not None and not self.bound <= self.reach < inf:
+            raise ValueError(f"what logits may reach is finite and at least the bound of the fit: not {self.reach}")
+
+    @property
+    def limit(self) -> float:
+        """The sizes of logits up to which it serves."""
+        return self.bound if self.reach is None else self.reach
 
 
 EXACT = Form(None)

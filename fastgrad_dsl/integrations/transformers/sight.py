@@ -65,6 +65,7 @@ def describe(**arguments: Any) -> Description | Tensor | None:
     function = arguments["mask_function"]
     documents = _documents(function)
     whole = queries == keys and not arguments.get("kv_offset")
+    whole = whole and (padding is None or padding.shape[-1] == keys)
     ahead = not arguments.get("allow_is_causal_skip", True) and documents is None
     if not whole or ahead or not _is_known(function, keys):
         dense: Tensor | None = _sdpa_mask(**arguments)
