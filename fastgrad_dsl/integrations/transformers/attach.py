@@ -70,9 +70,9 @@ def _set(module: nn.Module, path: str, settings: Settings) -> None:
 
 def register_if_needed() -> None:
     """Register with the default settings unless it was done."""
-    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if NAME not in AttentionInterface().valid_keys():
+    if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         register()
 
 

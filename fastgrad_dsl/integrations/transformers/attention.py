@@ -118,7 +118,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _RECORDER.reset(token)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -211,16 +211,16 @@ def _say(reason: str) -> None:
 def _served(call: Call, settings: Settings, found: Attached, exactly: _Exactly) -> Tensor:
     n, key_heads = call.q.shape[2], call.k.shape[1]
     if settings.heads is not None and len(settings.heads) != key_heads:
-        raise ValueError(f"the settings are for {len(settings.heads)} key heads, and the call has {key_heads}")
+        raise ValueError(
+            f"the settings are for {len(settings.heads)} key heads, and the call has {key_heads}"
+        )
     keys = _centred(call, settings)
     case = case_of(call, settings, keys is not call.k)
     if n < (settings.exact_below if settings.exact_below is not None else case.break_even(1)):
         return exactly(call.q, call.k, call.v)
     found.counts.calls += 1
-    if settings.beyond == "exact":
-        chosen = _judged(call, keys, settings, case)
-    else:
-        chosen = [_fixed(settings, case)] * key_heads
+    exact = settings.beyond == "exact"
+    chosen = _judged(call, keys, settings, case) if exact else [_fixed(settings, case)] * key_heads
     groups: dict[Polynomial | None, list[int]] = {}
     for head, polynomial in enumerate(chosen):
         groups.setdefault(polynomial, []).append(head)
@@ -351,6 +351,7 @@ def _guard(settings: Settings, polynomial: Polynomial, found: Attached) -> str:
     key = (polynomial.bound, settings.beyond)
     if key not in found.guards:
         path = found.path or "attention"
-        found.guards[key] = Guard(bound=polynomial.bound, source="asserted", policy=settings.beyond, path=path)
+        found.guards[key] = Guard(
+            bound=polynomial.bound, source="asserted", policy=settings.beyond, path=path
+        )
     return found.guards[key].key
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, sqrt
 from typing import Any
@@ -11,17 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad_compiler.approximation.polynomial import FAMILIES, Family, Polynomial
-from fastgrad_compiler.planning.candidates import fits, highest_degree
+from fastgrad_compiler.planning.candidates import highest_degree
 from fastgrad_compiler.reference.attention_torch import polynomial as evaluated
-from fastgrad_dsl.integrations.transformers.attach import NAME, attach
+from fastgrad_dsl.integrations.transformers.attach import attach
 from fastgrad_dsl.integrations.transformers.attention import Call, case_of, mean_key, recording
-from fastgrad_dsl.integrations.transformers.choice import Case, Limits, least
+from fastgrad_dsl.integrations.transformers.choice import Case, Limits, least, polynomial_of, step_above
 from fastgrad_dsl.integrations.transformers.settings import EXACT, Check, Form, Settings
 
 MARGIN = 1.25  # a range that was seen times this is R: new data may go beyond it
 STRETCH = 1.1  # errors are measured with logits so many times as large: new data is not quite like the old
-ENTRIES = 2**19  # of the logits of a call that are looked at: queries are sampled so that it has about as many
-FITTED = (1.0, 0.7, 0.5, 0.35, 0.25)  # shares of a range on which polynomials are fitted: few logits are near its end
+ENTRIES = (
+    2**19
+)  # of the logits of a call that are looked at: queries are sampled so that it has about as many
+FITTED = (
+    1.0,
+    0.7,
+    0.5,
+    0.35,
+    0.25,
+)  # shares of a range on which polynomials are fitted: few logits are near its end
 FIRST = 8.0  # times the limit of the model is the first limit of each head: errors of heads partly cancel
 MOST = 0.5  # of a head's error
 TIGHTER = 0.75  # of a limit that was missed, what is aimed at next
@@ -69,9 +77,11 @@ class Calibrated:
             for number, head in enumerate(heads):
                 form = head.form
                 text = "exact" if form.degree is None else f"{form.family} {form.degree}, R {form.bound:.3g}"
-                line = f"{number:4}  {head.logits:7.3g} {head.norms:6.3g} {head.entropy:8.2f}  {text:16} {head.error:.2g}"
-                lines.append(f"{path} {line}")
-        return "\n".join([*lines, f"model: {self.error:.3g} measured, {self.served:.0%} of heads by polynomials"])
+                sizes = f"{head.logits:7.3g} {head.norms:6.3g} {head.entropy:8.2f}"
+                lines.append(f"{path} {number:4}  {sizes}  {text:16} {head.error:.2g}")
+        return "\n".join(
+            [*lines, f"model: {self.error:.3g} measured, {self.served:.0%} of heads by polynomials"]
+        )
 
 
 @dataclass
@@ -97,9 +107,9 @@ def calibrate(
 ) -> Calibrated:
     """Choose for each head the polynomial of the least degree that keeps the output, and set the model to that.
 
-    Each head gets the least degree whose error is at most a limit, which is eight times `output` at first. Then the whole model is
-    measured; where its error is beyond `output` the limit is tightened, and after seven rounds all is exact. Heads of
-    queries that share a key head go together.
+    Each head gets the least degree whose error is at most a limit, which is eight times `output` at first. Then the
+    whole model is measured; where its error is beyond `output` the limit is tightened, and after seven rounds all is
+    exact. Heads of queries that share a key head go together.
 
     Args:
         model: of Transformers.
@@ -140,7 +150,9 @@ def _calibrated(
     with recording(ranges):
         wanted = [_output(model, batch) for batch in batches]
     if not ranges.found:
-        raise ValueError("the model has no attention that can be served, or it does not use AttentionInterface")
+        raise ValueError(
+            "the model has no attention that can be served, or it does not use AttentionInterface"
+        )
     errors = _Errors(base, ranges, families)
     with recording(errors):
         for batch in batches:
@@ -256,7 +268,9 @@ class _Errors:
         rows = _rows(call, keys, self.base.near)
         self.rows.setdefault(call.module, []).append(rows)
         largest = _by_key_head(rows.logits.masked_fill(~rows.far, 0.0).abs().amax((2, 3)), call)
-        shown = keys if call.seen.padding is None else keys.masked_fill(~call.seen.padding[:, None, :, None], 0.0)
+        shown = (
+            keys if call.seen.padding is None else keys.masked_fill(~call.seen.padding[:, None, :, None], 0.0)
+        )
         queries = call.q.double().norm(dim=-1).amax(2).unflatten(1, (-1, call.groups)).amax(2)
         norms = (queries * shown.norm(dim=-1).amax(2)).amax(0) * abs(call.scale)
         seen.logits = largest if seen.logits is None else torch.maximum(seen.logits, largest)
@@ -277,7 +291,8 @@ class _Errors:
             form = EXACT
             if polynomial is not None:
                 taken = None if centre is None else tuple(centre[head, 0].tolist())
-                form = Form(polynomial.degree, polynomial.family, polynomial.bound, reach, taken)
+                limit_of_head = max(reach, polynomial.bound)
+                form = Form(polynomial.degree, polynomial.family, polynomial.bound, limit_of_head, taken)
             found.append(Head(size, norm, entropy[head], form, error))
         return tuple(found)
 
@@ -285,9 +300,11 @@ class _Errors:
         self, module: nn.Module, head: int, reach: float, limit: float
     ) -> tuple[Polynomial | None, float]:
         """The least degree whose certificate keeps the limit, and its error on the batches."""
-        case = self.ranges.found[module].case
+        case, bound = self.ranges.found[module].case, step_above(reach)
+        if bound is None or not limit:
+            return None, 0.0
         limits = Limits(limit, self.base.gradient)
-        found = [least(family, reach, limits, case) for family in self.families] if limit else []
+        found = [least(family, bound, limits, case) for family in self.families]
         best = min((each for each in found if each), key=lambda each: each.degree, default=None)
         return best, 0.0 if best is None else self._error(module, head, best)
 
@@ -298,15 +315,11 @@ class _Errors:
 
         No weight is negative, whatever the logit.
         """
-        highest = highest_degree(self.ranges.found[module].case.d)
-        for degree in range(1, highest + 1) if limit else ():
-            tried = [
-                found
-                for family in self.families
-                for share in FITTED
-                for found in fits(family, share * reach, (degree,))
-                if isinstance(found, Polynomial) and found.positive and found.positive_from is None
-            ]
+        d = self.ranges.found[module].case.d
+        bounds = dict.fromkeys(step_above(share * reach) for share in FITTED)
+        for degree in range(1, highest_degree(d) + 1) if limit else ():
+            fitted = [polynomial_of(f, degree, b, d) for f in self.families for b in bounds if b is not None]
+            tried = [each for each in fitted if each is not None and each.positive_from is None]
             errors = [(self._error(module, head, polynomial), polynomial) for polynomial in tried]
             error, polynomial = min(errors, key=lambda pair: pair[0], default=(inf, None))
             if polynomial is not None and error <= limit:
@@ -353,4 +366,5 @@ def _output_error(calls: Sequence[_Rows], heads: slice, polynomial: Polynomial) 
 def _output_of(weights: Tensor, rows: _Rows, heads: slice) -> Tensor:
     shown = weights.masked_fill(~rows.visible, 0.0)
     total = shown.sum(-1, keepdim=True)
-    return (shown / torch.where(total == 0, 1.0, total)) @ rows.v[:, heads]
+    found: Tensor = (shown / torch.where(total == 0, 1.0, total)) @ rows.v[:, heads]
+    return found

@@ -57,9 +57,7 @@ class Case:
 
     def break_even(self, degree: int) -> int:
         """Tokens from which on a polynomial of a degree takes no longer than exact attention, by the model of costs."""
-        shape = Shape(
-            n=self.n, m=self.n, d=self.d, dv=self.dv, causal=self.causal, documents=self.documents
-        )
+        shape = Shape(n=self.n, m=self.n, d=self.d, dv=self.dv, causal=self.causal, documents=self.documents)
         return target_break_even(self.target, shape, Way(degree, self.near), on_gpu=self.run.device == "gpu")
 
 

@@ -40,7 +40,9 @@ class Form:
     def __post_init__(self) -> None:
         _check_polynomial(self.degree, self.family, self.bound)
         if self.reach is not None and not self.bound <= self.reach < inf:
-            raise ValueError(f"what logits may reach is finite and at least the bound of the fit: not {self.reach}")
+            raise ValueError(
+                f"what logits may reach is finite and at least the bound of the fit: not {self.reach}"
+            )
 
     @property
     def limit(self) -> float:
@@ -112,4 +114,6 @@ class Settings:
         """What serves a key head; None where it follows from each call."""
         if self.heads is not None:
             return self.heads[head]
-        return None if self.bound is None or self.degree is None else Form(self.degree, self.family, self.bound)
+        return (
+            None if self.bound is None or self.degree is None else Form(self.degree, self.family, self.bound)
+        )

@@ -66,7 +66,8 @@ def describe(**arguments: Any) -> Description | Tensor | None:
     documents = _documents(function)
     whole = queries == keys and not arguments.get("kv_offset")
     whole = whole and (padding is None or padding.shape[-1] == keys)
-    ahead = not arguments.get("allow_is_causal_skip", True) and documents is None
+    packed = any(_name(part) == _PACKED for part in _parts(function))
+    ahead = not (packed or arguments.get("allow_is_causal_skip", True))
     if not whole or ahead or not _is_known(function, keys):
         dense: Tensor | None = _sdpa_mask(**arguments)
         return dense
@@ -126,20 +127,23 @@ def _held(function: MaskFunction) -> dict[str, Any]:
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 
 
-def seen_by(
-    mask: Tensor | Description | None, queries: int, keys: int, causal: bool
-) -> tuple[Seen, str]:
+def seen_by(mask: Tensor | Description | None, queries: int, keys: int, causal: bool) -> tuple[Seen, str]:
     """What the queries of a call see, and why that is not known, empty where it is."""
     if isinstance(mask, Description):
         return mask.seen, ""
     if queries != keys:
-        return Seen(), "new tokens after those of a cache" if causal or mask is not None else "cross-attention"
+        return (
+            Seen(),
+            "new tokens after those of a cache" if causal or mask is not None else "cross-attention",
+        )
     if mask is None:
         return Seen(causal and queries > 1), ""
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return Seen(), "a mask of another kind"
     padding = _row(mask)
-    return (Seen(), "a mask that differs by query or head") if padding is None else (Seen(padding=padding), "")
+    return (
+        (Seen(), "a mask that differs by query or head") if padding is None else (Seen(padding=padding), "")
+    )
 
 
 def _row(mask: Tensor) -> Tensor | None:
