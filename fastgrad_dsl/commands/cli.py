@@ -281,6 +281,38 @@ def report(
 
 
 @app.command()
+def heads(
+    file: File,
+    data: Annotated[
+        str, Option(metavar="DATA", help="A text, a .safetensors file of batches, or `random`, as of `--calibrate`.")
+    ],
+    weights: Weights = None,
+    limit: Annotated[float, Option(callback=_positive, help="Largest relative error of a head's output.")] = 0.05,
+    picture: Annotated[Path | None, _path("Also draw the heads, layers by heads, as SVG.")] = None,
+    dim: Dim = None,
+    seed: Seed = 0,
+    model: Model = None,
+    set_: Set = None,
+    include: Include = None,
+) -> None:
+    """Show what each head of a model with these weights could be: a window, a polynomial, or exact attention."""
+    try_file(picture)
+
+    from fastgrad_dsl.commands.heads import HeadsRequest, make_heads, print_heads
+    from fastgrad_dsl.commands.terminal import progress
+    from fastgrad_dsl.report.head_picture import head_picture
+
+    request = HeadsRequest(
+        file, _params(set_), model, data, weights, _sizes(dim), seed, limit, include or ()
+    )
+    with progress("measuring") as tell:
+        found = make_heads(request, tell)
+    print_heads(found)
+    if picture is not None:
+        write_atomically(picture, head_picture(found))
+
+
+@app.command()
 def train(
     file: File,
     text: Annotated[Path, _path("The text to learn, any file; its bytes are the tokens.")],

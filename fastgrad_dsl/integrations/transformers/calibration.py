@@ -164,7 +164,7 @@ def _calibrated(
         error = max(_error(_output(model, b), exact, b) for b, exact in zip(batches, wanted, strict=True))
         if error <= output:
             return Calibrated(heads, found, error)
-        limit *= min(0.5, TIGHTER * output / error)
+        limit *= TIGHTER * output / error
     heads = {names[m]: errors.heads(m, 0.0) for m in ranges.found}
     return Calibrated(heads, _set(model, heads, base), 0.0)
 
