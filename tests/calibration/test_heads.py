@@ -19,7 +19,10 @@ from fastgrad_dsl.commands.cli import app
 from fastgrad_dsl.report.head_picture import head_picture
 
 TEXT = """
+use std
 param heads = 4
+dim b
+dim n
 
 block attention(x: float[b, n, 16]) -> float[b, n, 16] {
     q = split_heads(std.linear(x; 16, bias = false) as query, heads)
