@@ -41,15 +41,8 @@ def plan_document(
         budget=None
         if budget is None
         else picked(plan.Budget, budget, trust=program.trust, on_violation=program.on_violation),
-        attentions=tuple(
-            _attention(program, entry, target) for entry in attention_table(program) if _is_shown(entry)
-        ),
+        attentions=tuple(_attention(program, entry, target) for entry in attention_table(program)),
     )
-
-
-def _is_shown(entry: AttentionEntry) -> bool:
-    """Not a polynomial of the model's own that no result needs: nothing is decided of it, and it never runs."""
-    return entry.runs or not entry.attention.is_own
 
 
 def _attention(program: Program, entry: AttentionEntry, target: str) -> plan.Attention:

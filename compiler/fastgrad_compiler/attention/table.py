@@ -84,8 +84,12 @@ class AttentionEntry:
 
 
 def attention_table(program: Program) -> tuple[AttentionEntry, ...]:
-    """Every attention of the model, in program order; after `plan` their nodes say what was decided."""
-    return tuple(_entries(program, _holders(program), program[program.main]))
+    """Every attention of the model, in program order; after `plan` their nodes say what was decided.
+
+    Without polynomials of the model's own that no result needs: nothing is decided of them, and they never run.
+    """
+    entries = _entries(program, _holders(program), program[program.main])
+    return tuple(entry for entry in entries if entry.runs or not entry.attention.is_own)
 
 
 def stands_alone(program: Program, graph: str) -> bool:
