@@ -27,6 +27,7 @@ from fastgrad_dsl.calibration.calibrate import STRETCH, Tell
 from fastgrad_dsl.calibration.capture import Call, Subject, capture
 from fastgrad_dsl.calibration.logits import Logits, measure_logits
 from fastgrad_dsl.calibration.samples import Exact, LocalErrors, Sample, exact_rows, polynomial_errors, sample
+from fastgrad_dsl.documents.plan import approximated_of
 
 if TYPE_CHECKING:
     from fastgrad_dsl.api.compiled import Compiled
@@ -133,7 +134,9 @@ def find_heads(
         runs.append(capture(subject, [_cast(x, dtype) for x in batch]))
     found: list[HeadFound] = []
     planned: dict[str, tuple[Decision, ...]] = {}
-    entries = [e for e in attention_table(subject.program) if not (e.attention.is_own or e.attention.unservable)]
+    entries = [
+        e for e in attention_table(subject.program) if not (e.attention.is_own or e.attention.unservable)
+    ]
     for entry in entries:
         tell(entry.path)
         measured = _Measured(entry, [run.calls[entry.full_path] for run in runs], compiled.target)
@@ -148,9 +151,9 @@ def find_heads(
         served.load_state_dict(model.state_dict())
         count = len(apart.plan_document.inputs)
         inputs, targets = batches[-1][:count], batches[-1][count:]
-        entries_served = [each.decision.verdict == "polynomial" for each in apart.plan_document.attentions]
+        approximated = approximated_of(apart.plan_document)
         output, _ = whole_errors(
-            served, tuple(inputs), tuple(targets), apart.loss if targets else None, entries_served
+            served, tuple(inputs), tuple(targets), apart.loss if targets else None, approximated
         )
     groups = {
         entry.path: tuple((_words(each), each.heads or ()) for each in planned[entry.full_path])
@@ -203,7 +206,9 @@ class _Measured:
         return cost.seconds(shape, way) / cost.seconds(self._shape(), EXACT)
 
     def _window(self, width: int) -> list[HeadForm]:
-        errors = [_window_errors(rows, exact, width) for rows, exact in zip(self.rows, self.exact, strict=True)]
+        errors = [
+            _window_errors(rows, exact, width) for rows, exact in zip(self.rows, self.exact, strict=True)
+        ]
         time = self._time(replace(self._shape(), window=width), EXACT)
         return [HeadForm("window", width, error, time) for error in _by_head(errors, self.count)]
 
@@ -237,7 +242,9 @@ class _Measured:
         for key in range(self.key_heads):
             own = range(key * groups, (key + 1) * groups)
             forms = [_polynomial_within(heads[head], limit) for head in own]
-            chosen = None if None in forms else max(forms, key=lambda f: (f.degree, f.bound) if f else (0, 0.0))
+            chosen = (
+                None if None in forms else max(forms, key=lambda f: (f.degree, f.bound) if f else (0, 0.0))
+            )
             by_form.setdefault(chosen, []).extend(own)
         apart = len(by_form) > 1
         return tuple(self._decision(form, tuple(own), apart) for form, own in by_form.items())
@@ -256,7 +263,8 @@ class _Measured:
             None if centre is None else tuple(centre[key] for key in keys),
         )
         mean = centring and self.logits.mean
-        return Decision("least measured error", form, range=served, own_mean=mean, heads=own)
+        why = "least measured error"
+        return Decision(why, form, break_even=1, break_even_gpu=1, range=served, own_mean=mean, heads=own)
 
 
 def _polynomial_within(head: HeadFound, limit: float) -> Polynomial | None:

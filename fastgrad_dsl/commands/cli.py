@@ -284,10 +284,15 @@ def report(
 def heads(
     file: File,
     data: Annotated[
-        str, Option(metavar="DATA", help="A text, a .safetensors file of batches, or `random`, as of `--calibrate`.")
+        str,
+        Option(
+            metavar="DATA", help="A text, a .safetensors file of batches, or `random`, as of `--calibrate`."
+        ),
     ],
     weights: Weights = None,
-    limit: Annotated[float, Option(callback=_positive, help="Largest relative error of a head's output.")] = 0.05,
+    limit: Annotated[
+        float, Option(callback=_positive, help="Largest relative error of a head's output.")
+    ] = 0.05,
     picture: Annotated[Path | None, _path("Also draw the heads, layers by heads, as SVG.")] = None,
     dim: Dim = None,
     seed: Seed = 0,
@@ -302,9 +307,7 @@ def heads(
     from fastgrad_dsl.commands.terminal import progress
     from fastgrad_dsl.report.head_picture import head_picture
 
-    request = HeadsRequest(
-        file, _params(set_), model, data, weights, _sizes(dim), seed, limit, include or ()
-    )
+    request = HeadsRequest(file, _params(set_), model, data, weights, _sizes(dim), seed, limit, include or ())
     with progress("measuring") as tell:
         found = make_heads(request, tell)
     print_heads(found)

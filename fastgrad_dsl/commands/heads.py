@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.calibration.data import named_batches
-from fastgrad_dsl.calibration.heads import DEGREES, HeadFound, HeadForm, Heads, find_heads
+from fastgrad_dsl.calibration.heads import DEGREES, HeadForm, HeadFound, Heads, find_heads
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
 from fastgrad_dsl.models.batches import model_inputs, random_batch, target_inputs
@@ -68,7 +68,10 @@ def print_heads(heads: Heads) -> None:
         say(out, f"{path}: {', '.join(parts)}")
     shares = ", ".join(f"{heads.share(degree):.0%} with degree {degree}" for degree in DEGREES)
     say(out, f"heads with a polynomial of an error of at most {number(heads.limit)}: {shares}")
-    say(out, f"error of the model's output with its heads apart, measured on the last batch: {number(heads.output)}")
+    say(
+        out,
+        f"error of the model's output with its heads apart, measured on the last batch: {number(heads.output)}",
+    )
 
 
 def _row(head: HeadFound, limit: float) -> list[str]:

@@ -36,7 +36,9 @@ def head_picture(heads: Heads) -> str:
 
 
 def _title(heads: Heads) -> str:
-    words = f"The cheapest form of each head with an error of at most {heads.limit:.3g}, {heads.tokens} tokens"
+    words = (
+        f"The cheapest form of each head with an error of at most {heads.limit:.3g}, {heads.tokens} tokens"
+    )
     return element("<title>{}</title>", words) + _text(10, 18, words, "start")
 
 

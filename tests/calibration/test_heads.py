@@ -95,9 +95,11 @@ def test_the_plan_with_heads_apart_is_the_sum_of_its_parts(tmp_path: Path) -> No
         return found
 
     groups = planned(
-        Decision("", two, heads=(0, 3)), Decision("", four, heads=(1,)), Decision("", heads=(2,))
+        Decision("", two, break_even=1, heads=(0, 3)),
+        Decision("", four, break_even=1, heads=(1,)),
+        Decision("", heads=(2,)),
     )
-    wholes = [planned(Decision("", polynomial)) for polynomial in (two, four, None)]
+    wholes = [planned(Decision("", polynomial, break_even=1)) for polynomial in (two, four, None)]
     for heads, whole in zip(((0, 3), (1,), (2,)), wholes, strict=True):
         for head in heads:
             part = slice(4 * head, 4 * head + 4)
@@ -122,7 +124,16 @@ def test_the_cheapest_form_is_affordable_and_within_the_limit() -> None:
 def test_the_command_and_its_picture(tmp_path: Path) -> None:
     made(tmp_path)
     picture = tmp_path / "heads.svg"
-    call = ["heads", str(tmp_path / "mixed.tfg"), "--data", "random", "--dim", "n=24", "--picture", str(picture)]
+    call = [
+        "heads",
+        str(tmp_path / "mixed.tfg"),
+        "--data",
+        "random",
+        "--dim",
+        "n=24",
+        "--picture",
+        str(picture),
+    ]
     result = CliRunner().invoke(app, call)
     assert result.exit_code == 0, result.output
     assert "heads with a polynomial" in result.output
@@ -142,5 +153,7 @@ def test_names_in_the_picture_are_escaped(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", ["0", "-1", "nan"])
 def test_a_limit_that_is_none(limit: str, tmp_path: Path) -> None:
     made(tmp_path)
-    result = CliRunner().invoke(app, ["heads", str(tmp_path / "mixed.tfg"), "--data", "random", "--limit", limit])
+    result = CliRunner().invoke(
+        app, ["heads", str(tmp_path / "mixed.tfg"), "--data", "random", "--limit", limit]
+    )
     assert result.exit_code == 2

@@ -32,7 +32,6 @@ FITTED = (
 )  # shares of a range on which polynomials are fitted: few logits are near its end
 FIRST = 8.0  # times the limit of the model is the first limit of each head: errors of heads partly cancel
 MOST = 0.5  # of a head's error
-TIGHTER = 0.75  # of a limit that was missed, what is aimed at next
 ROUNDS = 7
 
 Batch = Mapping[str, Tensor]
@@ -108,8 +107,8 @@ def calibrate(
     """Choose for each head the polynomial of the least degree that keeps the output, and set the model to that.
 
     Each head gets the least degree whose error is at most a limit, which is eight times `output` at first. Then the
-    whole model is measured; where its error is beyond `output` the limit is tightened, and after seven rounds all is
-    exact. Heads of queries that share a key head go together.
+    whole model is measured; where its error is beyond `output` a smaller limit is sought, by halving in seven rounds,
+    and all is exact where there is none. Heads of queries that share a key head go together.
 
     Args:
         model: of Transformers.
@@ -157,16 +156,26 @@ def _calibrated(
     with recording(errors):
         for batch in batches:
             model(**batch)
-    limit = min(MOST, FIRST * output)
+    low, high = output / FIRST, min(MOST, FIRST * output)
+    limit, best = high, Calibrated({}, {}, inf)
     for _ in range(ROUNDS):
         heads = {names[m]: errors.heads(m, limit) for m in ranges.found}
-        found = _set(model, heads, base)
-        error = max(_error(_output(model, b), exact, b) for b, exact in zip(batches, wanted, strict=True))
-        if error <= output:
-            return Calibrated(heads, found, error)
-        limit *= TIGHTER * output / error
-    heads = {names[m]: errors.heads(m, 0.0) for m in ranges.found}
-    return Calibrated(heads, _set(model, heads, base), 0.0)
+        if heads != best.heads:
+            found = _set(model, heads, base)
+            error = max(_error(_output(model, b), exact, b) for b, exact in zip(batches, wanted, strict=True))
+            if error <= output:
+                best = Calibrated(heads, found, error)
+        if heads != best.heads:
+            high = limit
+        elif limit == high:
+            break
+        else:
+            low = limit
+        limit = sqrt(low * high)
+    if best.error == inf:
+        heads = {names[m]: errors.heads(m, 0.0) for m in ranges.found}
+        best = Calibrated(heads, {}, 0.0)
+    return replace(best, settings=_set(model, best.heads, base))
 
 
 def _set(model: Any, heads: Mapping[str, tuple[Head, ...]], base: Settings) -> dict[str, Settings]:
