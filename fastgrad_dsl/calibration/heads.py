@@ -26,6 +26,7 @@ from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_dsl.calibration.calibrate import STRETCH, Tell
 from fastgrad_dsl.calibration.capture import Call, Subject, capture
 from fastgrad_dsl.calibration.logits import Logits, measure_logits
+from fastgrad_dsl.calibration.replan import silenced
 from fastgrad_dsl.calibration.samples import Exact, LocalErrors, Sample, exact_rows, polynomial_errors, sample
 from fastgrad_dsl.documents.plan import approximated_of
 
@@ -152,9 +153,10 @@ def find_heads(
         count = len(apart.plan_document.inputs)
         inputs, targets = batches[-1][:count], batches[-1][count:]
         approximated = approximated_of(apart.plan_document)
-        output, _ = whole_errors(
-            served, tuple(inputs), tuple(targets), apart.loss if targets else None, approximated
-        )
+        with silenced():  # fits on less than the range of the logits are judged by their errors
+            output, _ = whole_errors(
+                served, tuple(inputs), tuple(targets), apart.loss if targets else None, approximated
+            )
     groups = {
         entry.path: tuple((_words(each), each.heads or ()) for each in planned[entry.full_path])
         for entry in entries

@@ -47,7 +47,8 @@ def _text(x: float, y: float, words: str, anchor: str) -> str:
 
 
 def _cell(head: HeadFound, form: HeadForm, colours: dict[str, str], y: float) -> str:
-    words = f"{head.path}, head {head.head}: {form}, error {form.error:.2g}, logits {head.least:.3g} to {head.largest:.3g}"
+    logits = f"logits {head.least:.3g} to {head.largest:.3g}"
+    words = f"{head.path}, head {head.head}: {form}, error {form.error:.2g}, {logits}"
     template = '<rect x="{}" y="{}" width="{}" height="{}" fill="{}"><title>{}</title></rect>'
     size = CELL - GAP
     return str(element(template, LEFT + head.head * CELL, y, size, size, colours[str(form)], words))
