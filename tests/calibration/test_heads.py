@@ -11,7 +11,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fastgrad_dsl as fg
-from fastgrad_compiler.approximation.polynomial import fit
+from fastgrad_compiler.analysis.ranges import LogitRange
+from fastgrad_compiler.approximation.polynomial import Polynomial, fit
 from fastgrad_compiler.attention.table import attention_table
 from fastgrad_compiler.planning.decision import Decision
 from fastgrad_dsl.api.compiled import Compiled
@@ -95,12 +96,16 @@ def test_the_plan_with_heads_apart_is_the_sum_of_its_parts(tmp_path: Path) -> No
         found: torch.Tensor = served(*batch())
         return found
 
+    def serving(polynomial: Polynomial, *heads: int) -> Decision:
+        known = LogitRange("data", (20.0,) * len(heads), ("measured",))
+        return Decision("", polynomial, break_even=1, range=known, heads=heads if len(heads) < 4 else None)
+
     groups = planned(
-        Decision("", two, break_even=1, heads=(0, 3)),
-        Decision("", four, break_even=1, heads=(1,)),
+        serving(two, 0, 3),
+        serving(four, 1),
         Decision("", heads=(2,)),
     )
-    wholes = [planned(Decision("", polynomial, break_even=1)) for polynomial in (two, four, None)]
+    wholes = [planned(serving(two, *range(4))), planned(serving(four, *range(4))), planned(Decision(""))]
     for heads, whole in zip(((0, 3), (1,), (2,)), wholes, strict=True):
         for head in heads:
             part = slice(4 * head, 4 * head + 4)
