@@ -28,11 +28,11 @@ def head_picture(heads: Heads) -> str:
         y = TOP + CELL * len(paths) + BOTTOM * (place + 0.5)
         square = '<rect x="{}" y="{}" width="12" height="12" fill="{}"/>'
         parts += [element(square, LEFT, y, colour), _text(LEFT + 20, y + 10, name, "start")]
-    head = (
+    opening = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" role="img" font-family="sans-serif"'
         ' font-size="12">'
     )
-    return str(element(head, width, height)) + "".join(parts) + "</svg>\n"
+    return str(element(opening, width, height)) + "".join(parts) + "</svg>\n"
 
 
 def _title(heads: Heads) -> str:

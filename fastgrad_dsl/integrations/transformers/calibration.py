@@ -347,7 +347,8 @@ class _Errors:
 def _by_key_head(x: Tensor, call: Call, mean: bool = False) -> Tensor:
     """[h] of [b, H]."""
     grouped = x.unflatten(1, (-1, call.groups))
-    return grouped.mean((0, 2)) if mean else grouped.amax((0, 2))
+    found: Tensor = grouped.mean((0, 2)) if mean else grouped.amax((0, 2))
+    return found
 
 
 def _entropy(rows: _Rows) -> Tensor:
