@@ -303,9 +303,9 @@ def heads(
     """Show what each head of a model with these weights could be: a window, a polynomial, or exact attention."""
     try_file(picture)
 
+    from fastgrad_dsl.calibration.head_picture import head_picture
     from fastgrad_dsl.commands.heads import HeadsRequest, make_heads, print_heads
     from fastgrad_dsl.commands.terminal import progress
-    from fastgrad_dsl.report.head_picture import head_picture
 
     request = HeadsRequest(file, _params(set_), model, data, weights, _sizes(dim), seed, limit, include or ())
     with progress("measuring") as tell:

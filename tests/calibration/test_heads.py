@@ -16,9 +16,9 @@ from fastgrad_compiler.approximation.polynomial import Polynomial, fit
 from fastgrad_compiler.attention.table import attention_table
 from fastgrad_compiler.planning.decision import Decision
 from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.calibration.head_picture import head_picture
 from fastgrad_dsl.calibration.heads import WHOLE, HeadForm, HeadFound, find_heads
 from fastgrad_dsl.commands.cli import app
-from fastgrad_dsl.report.head_picture import head_picture
 
 TEXT = """
 use std
