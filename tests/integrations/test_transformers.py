@@ -234,10 +234,12 @@ def test_heads_beyond_what_can_be_served_are_exact_and_no_others() -> None:
     assert relative(found, wanted) < 0.01
 
 
-def test_one_logit_beyond_a_bound_is_noticed_by_norms() -> None:
+@pytest.mark.parametrize("degree", [2, None])
+def test_one_logit_beyond_a_bound_is_noticed_by_norms(degree: int | None) -> None:
     q, k, v = tensors()
     q, k = (0.5 * x / x.norm(dim=-1, keepdim=True) for x in (q, k))
-    settings = Settings(bound=0.25 / sqrt(8) * 1.01, degree=2, centre=False, exact_below=0, target="torch")
+    bound = 0.25 / sqrt(8) * 1.01
+    settings = Settings(bound=bound, degree=degree, centre=False, exact_below=0, target="torch")
     module = Attention(settings)
     attention_forward(module, q, k, v, None)
     assert served_by(module) == (4, 0)
