@@ -22,6 +22,7 @@ from fastgrad_dsl.commands.line.checkpoint import export, import_
 from fastgrad_dsl.commands.line.compile import compile_
 from fastgrad_dsl.commands.line.fmt import fmt
 from fastgrad_dsl.commands.line.generate import generate
+from fastgrad_dsl.commands.line.heads import heads
 from fastgrad_dsl.commands.line.lsp import lsp
 from fastgrad_dsl.commands.line.report import report
 from fastgrad_dsl.commands.line.stages import stages
@@ -61,6 +62,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "advise": advise,
     "stages": stages,
     "report": report,
+    "heads": heads,
     "train": train,
     "generate": generate,
     "bench": bench,
