@@ -32,7 +32,7 @@ from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import python_docstring, python_string
 
 STEP_FILES = ("state.py", "step.py", "step_attention.py", "step_sums.py", "step_tokens.py")
-HELPER_FILES = ("convolution.py", "functions.py", "positions.py", "softmax_pairs.py")
+HELPER_FILES = ("convolution.py", "functions.py", "parted.py", "positions.py", "softmax_pairs.py")
 STEP_NAMES = {
     "state": (BASE, STATE, SCOPE),
     "step": ("depthwise_step", "place_of", "rotary_step", "rows_of", "shift_step"),
