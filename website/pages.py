@@ -25,6 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "report",
             "guards",
             "checkpoints",
+        "transformers",
             "distributed",
             "pytorch",
         ),
