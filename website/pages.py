@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "report",
             "guards",
             "checkpoints",
-        "transformers",
+            "transformers",
             "distributed",
             "pytorch",
         ),
