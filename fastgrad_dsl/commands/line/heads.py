@@ -28,9 +28,7 @@ def heads(
     file: File,
     data: Annotated[
         str,
-        Option(
-            metavar="DATA", help="A text, a .safetensors file of batches, or `random`, as of `--calibrate`."
-        ),
+        Option(metavar="DATA", help="A text, a .safetensors file of batches, or the word random."),
     ],
     weights: Weights = None,
     limit: Annotated[
