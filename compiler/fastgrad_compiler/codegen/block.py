@@ -408,7 +408,8 @@ class Block:
             return call(f"{self.module.classes[graph]}()", *arguments)
         member = self._member(str(node["label"]))
         return call(
-            f"{member}.step" if steps else f"{member}.loss" if graph.endswith(LOSS) else member, *arguments
+            f"{member}.step" if steps else f"{member}.loss" if graph.endswith(LOSS) else str(member),
+            *arguments,
         )
 
     def _member(self, label: str) -> Expr:
