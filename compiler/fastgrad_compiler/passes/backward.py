@@ -57,7 +57,7 @@ class Derivation:
 
     def derived(self, graph: Graph) -> Graph:
         """The backward of a graph, which is not kept."""
-        return _differentiate(self, graph, f"{graph.name}.backward")
+        return _differentiate(self, graph, f"{graph.name}.backward", frozenset())
 
     def attention_backward(self, attention: Node, types: tuple[Type | None, ...]) -> str:
         """The name of the graph of this attention's exact backward; equal attentions share one."""
