@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastgrad_compiler.analysis.widths import divisible_blocks
 from fastgrad_compiler.attention.table import AttentionEntry, attention_table
 from fastgrad_compiler.codegen.torch import emit_package
 from fastgrad_compiler.frontend import elaborate
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
+    from torch.distributed.tensor.parallel import ParallelStyle
 
     from fastgrad_dsl.distributed.objective import Objective
     from fastgrad_dsl.documents.calibration import Calibration
@@ -114,6 +116,15 @@ class Compiled:
             self.stages[0].program, target=self.target, assignment=assignment, validate=self.validate
         )
         return replace(self, stages=stages, assignment=assignment, calibration=calibration)
+
+    def tensor_parallel_plan(self) -> dict[str, ParallelStyle]:
+        """By path, the blocks whose heads or hidden width can be in parts, for PyTorch's `parallelize_module`.
+
+        docs/distributed.md says which they are. Empty where there are none.
+        """
+        from fastgrad_dsl.distributed.tensor_parallel import Divided
+
+        return {path: Divided(parts) for path, parts in divisible_blocks(self.program).items()}
 
     @property
     def plan(self) -> tuple[AttentionEntry, ...]:

@@ -22,6 +22,7 @@ from fastgrad_dsl.commands.line.checkpoint import export, import_
 from fastgrad_dsl.commands.line.compile import compile_
 from fastgrad_dsl.commands.line.fmt import fmt
 from fastgrad_dsl.commands.line.generate import generate
+from fastgrad_dsl.commands.line.heads import heads
 from fastgrad_dsl.commands.line.lsp import lsp
 from fastgrad_dsl.commands.line.report import report
 from fastgrad_dsl.commands.line.stages import stages
@@ -61,6 +62,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "advise": advise,
     "stages": stages,
     "report": report,
+    "heads": heads,
     "train": train,
     "generate": generate,
     "bench": bench,
@@ -72,6 +74,15 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
 }
 for _name, _command in _COMMANDS.items():
     app.command(name=_name)(_command)
+
+
+def rank_main(arguments: list[str]) -> int:
+    """Run a command line as one of several processes; the exit status."""
+    sys.argv = ["fastgrad", *arguments]
+    try:
+        return run_command(_parse_and_run)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1
 
 
 def main() -> None:
@@ -86,7 +97,7 @@ def _parse_and_run() -> int | None:
         check(Path(sys.argv[2]))
         return 0
     try:
-        status: int | None = app(prog_name="fastgrad", standalone_mode=False)
+        status: int | None = app(prog_name="fastgrad", standalone_mode=False, obj=rank_main)
     except USAGE_ERROR as error:
         error.show()
         return error.exit_code

@@ -62,6 +62,11 @@ SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     ),
     "fastgrad_dsl/generation/reading.py": {"--save-state": ("generate",)},
     "fastgrad_dsl/training/loop.py": dict.fromkeys(("--rate", "--resume", "--clip"), ("train",)),
+    "fastgrad_dsl/training/launch.py": {"--resume": ("train",)},
+    "fastgrad_dsl/training/parallel.py": dict.fromkeys(
+        ("--accumulate", "--batch", "--context", "--data", "--nproc", "--seq"), ("train",)
+    ),
+    "fastgrad_dsl/training/ranks.py": {"--timeout": ("train",)},
     "fastgrad_dsl/commands/tune.py": {"--dtype": ("tune",)},
     "fastgrad_dsl/bench/tuning.py": {"--dry-run": ("tune",)},
     "compiler/fastgrad_compiler/frontend/modules.py": {"--include": ALL},
