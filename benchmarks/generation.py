@@ -50,7 +50,7 @@ def measure(settings: Settings) -> dict[str, object]:
     return {
         **heading(settings),
         "weights_bytes": sum(x.numel() * x.element_size() for x in made["mixer"].parameters()),
-        "bytes_per_second": _bandwidth(),
+        "bytes_per_second": bandwidth(),
         "products": [{"batch": batch, "seconds": _products(made["mixer"], batch)} for batch in BATCHES],
         "tokens": tokens,
         "prompts": prompts,
@@ -122,7 +122,7 @@ def _products(model: Any, batch: int) -> float:
     return statistics.median(_timed(run, Settings(seconds=6.0)))
 
 
-def _bandwidth() -> float:
+def bandwidth() -> float:
     """Bytes a second that a sum over 256 MiB reads."""
     numbers = torch.ones(2**26)
     return numbers.numel() * 4 / min(_timed(numbers.sum, Settings(seconds=6.0)))

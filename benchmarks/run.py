@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import (
+    anatomy,
     attention,
     budget,
     compiler,
@@ -39,6 +40,7 @@ SECTIONS: dict[str, Callable[[Settings], dict[str, object]]] = {
     "attention": attention.measure,
     "peers": peers.measure,
     "training": training.measure,
+    "anatomy": anatomy.measure,
     "compiler": compiler.measure,
     "budget": budget.measure,
     "curves": curves.measure,

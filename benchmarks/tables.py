@@ -245,6 +245,35 @@ def training(section: Section) -> str:
     )
 
 
+def anatomy(section: Section) -> str:
+    """What a step's time goes to."""
+    parts = section["parts"]
+
+    def of(part: str) -> Callable[[Mapping[str, Any]], str]:
+        def cell(row: Mapping[str, Any]) -> str:
+            floor = row["floors"].get(part)
+            beside = "" if floor is None else f" ({floor:.2f})"
+            return f"{row['seconds'] * row['shares'][part]:.2f}{beside}"
+
+        return cell
+
+    columns: Columns = (
+        ("n", lambda row: f"{row['n']:,}"),
+        ("classes", lambda row: f"{row['classes']:,}"),
+        ("a step", lambda row: f"{row['seconds']:.2f}"),
+        *((said, of(part)) for part, said in parts.items()),
+    )
+    return "\n".join(
+        [
+            heading_of("The anatomy of a step", section),
+            "examples/gpt.tfg, batch 1, forward and backward, in seconds; in brackets the floor: products at the peak, "
+            "all else, operation by operation, at the speed of memory. A step is timed by itself, its parts are shares "
+            "of a profile.\n",
+            table_of(columns, section["rows"], left=0),
+        ]
+    )
+
+
 def _about(entry: Mapping[str, Any]) -> str:
     """A mark before what was extrapolated."""
     return "" if entry["measured"] else "~"
@@ -373,6 +402,7 @@ SECTIONS: dict[str, Callable[[Section], str]] = {
     "attention": attention,
     "peers": peers,
     "training": training,
+    "anatomy": anatomy,
     "compiler": compiler,
     "budget": budget,
     "curves": curves,

@@ -14,6 +14,8 @@ from fastgrad_compiler.ir.shapes import infer_shapes
 from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_compiler.ir.verify import verify
 from fastgrad_compiler.passes.backward import derive_gradient
+from fastgrad_compiler.passes.fuse import fuse_rows
+from fastgrad_compiler.passes.loss import derive_training, fuse_loss
 from fastgrad_compiler.passes.lowrank import rewrite_low_rank
 from fastgrad_compiler.passes.step import derive_step
 from fastgrad_compiler.planning.plan import Assignment, plan_attention
@@ -59,6 +61,9 @@ PASSES: tuple[Pass, ...] = (
     Pass("backward", derive_gradient),
     Pass("lowrank", rewrite_low_rank, exact=False),
     Pass("step", derive_step),
+    Pass("training", derive_training),
+    Pass("loss", fuse_loss),
+    Pass("fuse", fuse_rows),
 )
 
 
@@ -86,7 +91,7 @@ def run(
         if stages[-1].name == until:
             break
         started = time.perf_counter()
-        given = {"target": target, "assignment": assignment} if step.run is plan_attention else {}
+        given = _arguments(step, target, assignment)
         before, program = program, step.run(program, **given)
         seconds = time.perf_counter() - started
         verify(program, after=step.name)
@@ -97,6 +102,13 @@ def run(
             keeps_meaning(before, program, step.name, partial(step.run, **given))
         stages.append(Stage(step.name, program, seconds))
     return tuple(stages)
+
+
+def _arguments(step: Pass, target: str, assignment: Assignment | None) -> dict[str, object]:
+    """What a pass is told beside the program."""
+    if step.run is plan_attention:
+        return {"target": target, "assignment": assignment}
+    return {"target": target} if step.run is fuse_rows else {}
 
 
 def reproduce(before: str, after: str, name: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed.tensor.parallel import ParallelStyle
 
+    from fastgrad_dsl.distributed.objective import Objective
     from fastgrad_dsl.documents.calibration import Calibration
     from fastgrad_dsl.documents.plan import Plan
     from fastgrad_dsl.documents.report import Report
@@ -217,10 +218,11 @@ class Compiled:
         return _with_weights_of(model, self._reference_package.MODEL(None))
 
     @property
-    def loss(self) -> Callable[..., Tensor] | None:
+    def loss(self) -> Objective | None:
         """The objective of the file as a function of tensors, None if it has none.
 
-        Within `distributed.context_parallel` it is that of the tokens of all ranks.
+        `loss.of(model, inputs, targets)` makes no logits where the loss is a cross entropy of a product. Within
+        `distributed.context_parallel` it is that of the tokens of all ranks.
         """
         from fastgrad_dsl.distributed.objective import Objective
 

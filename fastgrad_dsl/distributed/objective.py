@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrad_compiler.ir.graph import Graph, Node, Program
 from fastgrad_compiler.runtime.pieces import serving
 from fastgrad_dsl.distributed.context import mean_over_tokens
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
-MEANS = frozenset(("mean", "cross_entropy", "mse"))
+MEANS = frozenset(("mean", "cross_entropy", "linear_cross_entropy", "mse"))
 LINEAR = frozenset(("add", "sub", "neg", "mean", "sum", "cast", "reshape"))
 
 
@@ -36,10 +36,35 @@ class Objective:
             raise TfgError([self._problem])
         return mean_over_tokens(value, given[0].numel())
 
+    def of(self, model: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """The objective of a model's results, by its method `loss` where it has one, which makes no logits.
+
+        What wraps the model, and hooks of its own, see a forward pass: then the results are made.
+        """
+        if serving() is None and hasattr(type(model), "loss") and not _is_watched(model):
+            value: Tensor = model.loss(*inputs, *targets)  # type: ignore[operator]  # of the class that was generated
+            return value
+        results = model(*inputs)
+        return self(*(results if isinstance(results, tuple) else (results,)), *targets)
+
     @cached_property
     def _problem(self) -> Diagnostic | None:
         name, along = self.program.objective, self.program.along
         return None if name is None or along is None else problem(self.program[name], along)
+
+
+def _is_watched(model: nn.Module) -> bool:
+    """Whether a call of what `loss` runs in place of `forward` does more than that, as with FSDP, or ranks share it."""
+    return any(type(each) is not nn.Parameter for each in model.parameters()) or any(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in vars(module)
+        or module._compiled_call_impl is not None
+        for module in model.modules()
+        if hasattr(type(module), "loss")
+    )
 
 
 def problem(graph: Graph, along: str) -> Diagnostic | None:
@@ -52,7 +77,9 @@ def problem(graph: Graph, along: str) -> Diagnostic | None:
             bad = bool(means.intersection(node.inputs))
             of_tokens.add(node.name)
         elif given:
-            bad = node.op not in MEANS
+            bad = (
+                node.op not in MEANS or node.get("ignored") is not None
+            )  # ranks differ in how many tokens count
             means.add(node.name)
         else:
             bad = not _is_linear(node, means)

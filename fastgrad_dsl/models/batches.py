@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
     from fastgrad_dsl.documents.plan import Plan
 
-ID_OPERATIONS = {"embedding": 1, "cross_entropy": 1, "one_hot": 0}  # op -> which of its inputs holds ids
+ID_OPERATIONS = {
+    "embedding": 1,
+    "cross_entropy": 1,
+    "linear_cross_entropy": 2,
+    "one_hot": 0,
+}  # op -> which of its inputs holds ids
 DOCUMENT_OPERATIONS = ("documents", "shift", "depthwise")  # their int operand has ids of documents
 ENTRY_BYTES = 4  # of the smallest entries that a batch is made of
 BOUNDARIES = 3  # of documents in a random sequence, on average
@@ -151,6 +156,6 @@ def _id_limit(graph: Graph, node: Node, user: Node) -> int | None:
         return None
     if user.op == "embedding":
         return graph[user.inputs[0]].tensor.shape[0].constant
-    if user.op == "cross_entropy":
-        return graph[user.inputs[0]].tensor.shape[-1].constant
+    if user.op in ("cross_entropy", "linear_cross_entropy"):
+        return graph[user.inputs[place - 1]].tensor.shape[-1].constant
     return Dim.of(user["classes"]).constant  # type: ignore[arg-type]  # shapes has checked that it is one

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad_dsl.api.loader import WEIGHTS
+from fastgrad_dsl.distributed.objective import Objective
 from fastgrad_dsl.distributed.sharding import gathered, whole
 from fastgrad_dsl.models.text_data import TextData
 from fastgrad_dsl.storage.files import write_atomically, writing
@@ -100,7 +101,7 @@ def validation_loss(
                 rows, weight = ranks.own_rows(len(batch[0]))
                 inputs, targets = ranks.pieces([each[rows] for each in batch])
                 with ranks.context():
-                    losses.append(loss(model(inputs), targets).item() * weight * ranks.mesh.data)
+                    losses.append(_value(model, loss, inputs, targets).item() * weight * ranks.mesh.data)
     finally:
         model.train(training)
     (mean,) = ranks.mean(sum(losses) / len(losses))
@@ -438,12 +439,19 @@ def accumulated_gradients(
     total = 0.0
     for inputs, targets in parts:
         with ranks.context():
-            value = loss(model(inputs), targets)
+            value = _value(model, loss, inputs, targets)
             scaled = value if options.accumulate == 1 else value / options.accumulate
             (scaled if ranks.mesh.context == 1 else scaled * ranks.mesh.context).backward()
         total += value.item()
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), options.clip))
     return total / options.accumulate, norm.item()
+
+
+def _value(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss of a batch; that of a file need not make the logits."""
+    if isinstance(loss, Objective):
+        return loss.of(model, (inputs,), (targets,))
+    return loss(model(inputs), targets)
 
 
 def update(optimiser: torch.optim.Optimizer, rate: float) -> None:

@@ -47,6 +47,7 @@ NOT_WRITTEN = {
                      "poly_attention_backward"),
                     "stands in gradient graphs only"),
     **dict.fromkeys(("attention", "poly_attention"), "is what recognition makes"),
+    "linear_cross_entropy": "is what the pass `loss` makes",
     "literal": "is what calibration makes",
 }  # fmt: skip
 """Operations of the graph that no text of the generator becomes, and why."""

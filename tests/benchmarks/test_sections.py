@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, generation, generation_table, peers, soak, training
+from benchmarks import anatomy, attention, generation, generation_table, peers, soak, tables, training
 from benchmarks.linear_attention import elu_attention
 from benchmarks.run import SECTIONS, merge
 from benchmarks.settings import ROOT, Settings
@@ -128,6 +128,23 @@ def test_training_extrapolates_a_line_and_a_square() -> None:
     (row,) = training._extrapolations(rows, (10, 20, 40))
     assert row["seconds"] == pytest.approx(3 * 40 + 0.5 * 1600)
     assert (row["n"], row["measured"]) == (40, False)
+
+
+def test_the_anatomy_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anatomy, "peak_flops", lambda threads: 1e11)
+    monkeypatch.setattr(anatomy, "bandwidth", lambda: 1e10)
+    section: Any = anatomy.measure(SETTINGS)
+    for row in section["rows"]:
+        assert set(row["shares"]) == set(section["parts"])
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert min(row["shares"].values()) > 0
+        tokens, width, depth = row["n"], 256, 6
+        weights = depth * width * (2 * 128 + 2 * width + 3 * 4 * width)
+        assert row["flops"] == {"products": 6 * tokens * weights, "loss": 6 * tokens * width * 256}
+        assert row["floors"]["products"] == row["flops"]["products"] / 1e11
+        assert row["rest_bytes"] > 4 * tokens * width * depth * 20
+    documented(set(section) | set(section["rows"][0]))
+    assert "| 64" in tables.anatomy(section)
 
 
 def test_training_models_are_what_they_are_called() -> None:

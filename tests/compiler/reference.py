@@ -222,13 +222,23 @@ def _extreme(better: Callable[[Array, Array], Array]) -> Definition:
     return rule
 
 
-def _cross_entropy(logits: Array, targets: Array) -> Array:
+def _cross_entropy(logits: Array, targets: Array, a: Values) -> Array:
     losses = []
     for place in np.ndindex(targets.shape):
-        row = logits[place]
+        if targets[place] == a.get("ignored"):
+            continue
+        row, share = logits[place], a.get("smoothing", 0.0)
         top = row.max()
-        losses.append(top + math.log(np.exp(row - top).sum()) - row[targets[place]])
+        truth = row[targets[place]]
+        if share:
+            truth = (1 - share) * truth + share * row.mean()
+        losses.append(top + math.log(np.exp(row - top).sum()) - truth)
     return np.asarray(np.mean(losses))
+
+
+def _linear_cross_entropy(xs: Inputs, a: Values) -> Array:
+    x, w, targets, *bias = xs
+    return _cross_entropy(np.einsum("...d,dc->...c", x, w) + sum(bias), targets, a)
 
 
 def _reduce(function: Callable[..., Array]) -> Definition:
@@ -338,7 +348,8 @@ REFERENCE: dict[str, Definition] = {
     "sinusoid": lambda xs, a: _sinusoid(a["length"], a["width"]),
     "alibi": lambda xs, a: _alibi(xs[0]),
     "dropout": lambda xs, a: xs[0],
-    "cross_entropy": lambda xs, a: _cross_entropy(*xs),
+    "cross_entropy": lambda xs, a: _cross_entropy(*xs, a),
+    "linear_cross_entropy": _linear_cross_entropy,
     "mse": lambda xs, a: np.asarray(np.mean((xs[0] - xs[1]) ** 2)),
     "attention": _attention,
 }

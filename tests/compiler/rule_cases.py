@@ -293,6 +293,15 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case((F, IDS), "cross_entropy(%a, %b)", ids=4),
         Case(("float[4]", "int[]"), "cross_entropy(%a, %b)", ids=4),
         Case(("float[b, n]", "int[b]"), "cross_entropy(%a, %b)", ids="n"),
+        Case((F, IDS), "cross_entropy(%a, %b, smoothing = 0.25)", ids=4),
+        Case(("float[b, n]", "int[b]"), "cross_entropy(%a, %b, smoothing = 0.25)", ids="n"),
+        Case((F, IDS), "cross_entropy(%a, %b, ignored = 3, smoothing = 0.5)", ids=4),
+        Case((F, IDS), "cross_entropy(%a, %b, ignored = 5)", ids=4),
+    ),
+    "linear_cross_entropy": (
+        Case((F, "float[4, 7]", IDS), "linear_cross_entropy(%a, %b, %c)", ids=7),
+        Case((F, "float[4, 3]", IDS, "float[3]"), "linear_cross_entropy(%a, %b, %c, %d, smoothing = 0.25)", ids=3),
+        Case((F, "float[4, 3]", IDS, "float[3]"), "linear_cross_entropy(%a, %b, %c, %d, ignored = 5)", ids=3),
     ),
     "mse": (Case((F, F), "mse(%a, %b)"), Case(("float[]", "float[]"), "mse(%a, %b)")),
     "attention": (

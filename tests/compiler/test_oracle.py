@@ -162,7 +162,11 @@ CASES: dict[str, list[Case]] = {
     "depthwise": [case(X, normal(3, 4)), case(X, normal(7, 4), IDS), case(X, normal(2, 4), IDS, reverse=True)],
     "depthwise_weights": [case(X, X, width=7), case(X, normal(2, 3, 5, 4, seed=1), IDS, width=3)],
     "alibi": [case(SCORES), case(normal(8, 4, 6))],
-    "cross_entropy": [case(normal(2, 5, 7), IDS), case(normal(7) * 1e3, np.asarray(4))],
+    "cross_entropy": [case(normal(2, 5, 7), IDS), case(normal(7) * 1e3, np.asarray(4)),
+                      case(normal(2, 5, 7), IDS, smoothing=0.5, ignored=int(IDS[0, 0]))],
+    "linear_cross_entropy": [case(normal(2, 5, 3), normal(3, 7), IDS),
+                             case(normal(2, 5, 3), normal(3, 7), IDS, normal(7, seed=1), smoothing=0.5),
+                             case(normal(2, 5, 3), normal(3, 7), IDS, ignored=int(IDS[0, 0]))],
     "mse": [case(X, X[::-1])],
 }  # fmt: skip
 
@@ -219,6 +223,7 @@ def test_a_clamp_of_ints_gives_ints() -> None:
         ("embedding", (normal(3, 2), np.array([-1])), {}),
         ("one_hot", (np.array([5]),), {"classes": N}),
         ("cross_entropy", (normal(1, 3), np.array([3])), {}),
+        ("cross_entropy", (normal(1, 3), np.array([3])), {"ignored": 4}),
         ("slice", (normal(4),), {"axis": 0, "start": 0, "stop": N}),
         ("select", (normal(4),), {"axis": 0, "index": 4}),
         ("patches", (normal(1, 1, 4, 6),), {"size": 4}),

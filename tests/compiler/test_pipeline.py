@@ -12,7 +12,19 @@ from fastgrad_compiler.ir.text import parse_program
 from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.pipeline import Pass, run
 
-ORDER = ["elaborate", "shapes", "bounds", "attention", "plan", "backward", "lowrank", "step"]
+ORDER = [
+    "elaborate",
+    "shapes",
+    "bounds",
+    "attention",
+    "plan",
+    "backward",
+    "lowrank",
+    "step",
+    "training",
+    "loss",
+    "fuse",
+]
 
 
 def program() -> Program:

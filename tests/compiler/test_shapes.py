@@ -88,6 +88,7 @@ CASES: list[tuple[str, tuple[Type, ...], dict[str, Attribute], Type]] = [
     ("depthwise_weights", (t("b", "n", 4), t("b", "n", 4)), {"width": 3}, t(3, 4)),
     ("sinusoid", (), {"length": N, "width": 8}, t("n", 8)),
     ("cross_entropy", (t("b", "n", 10), ints("b", "n")), {}, t()),
+    ("linear_cross_entropy", (t("b", "n", 10), t(10, 7), ints("b", "n"), t(7)), {}, t()),
     ("mse", (t("b", 4), t("b", 4)), {}, t()),
     ("attention", (t("b", 8, "n", 4), t("b", 2, "m", 4), t("b", 2, "m", 6)), ATTENTION, t("b", 8, "n", 6)),
     (
@@ -157,6 +158,10 @@ REFUSED: list[tuple[str, tuple[Type, ...], dict[str, Attribute], str]] = [
     ("depthwise", (t("b", "n", 4), t(3, 4), t("b", "n")), {}, "FG209"),
     ("depthwise_weights", (t("b", "n", 4), t("b", "m", 4)), {"width": 3}, "FG203"),
     ("cross_entropy", (t("b", "n", 10), ints("b", "m")), {}, "FG203"),
+    ("linear_cross_entropy", (t("b", "n", 10), t(10, 7), ints("b", "m")), {}, "FG203"),
+    ("linear_cross_entropy", (t("b", "n", 10), t(7, 10), ints("b", "n")), {}, "FG203"),
+    ("linear_cross_entropy", (t("b", "n", 10), t(10, 7), ints("b", "n"), t(10)), {}, "FG203"),
+    ("linear_cross_entropy", (t("b", "n", 10), t(10, 7), t("b", "n")), {}, "FG209"),
     ("attention", (t("b", 8, "n", 4), t("b", 3, "m", 4), t("b", 3, "m", 6)), ATTENTION, "FG208"),
     ("attention", (t("b", 8, "n", 4), t("b", 8, "m", 4), t("b", 8, "n", 6)), ATTENTION, "FG203"),
     ("attention", (t("n", 4), t("m", 4), t("m", 6)), ATTENTION, "FG205"),

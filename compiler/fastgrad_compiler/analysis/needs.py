@@ -16,7 +16,16 @@ _MAKING = frozenset({"arange", "fill", "one_hot", "sinusoid"})  # make a tensor 
 _MIXING = frozenset((*ARITHMETIC, "where"))  # ints may stand beside floats
 # what takes ints of any size
 _LOOKING = frozenset(
-    ("embedding", "documents", *COMPARISONS, "shift", "depthwise", "attention", "poly_attention")
+    (
+        "embedding",
+        "documents",
+        *COMPARISONS,
+        "shift",
+        "depthwise",
+        "attention",
+        "poly_attention",
+        "linear_cross_entropy",
+    )
 )
 _SHAPED = {
     "reshape": ("shape",),
@@ -136,7 +145,7 @@ def _needs(program: Program, graph: Graph, found: Mapping[str, Needs]) -> Needs:
             inner = found[callee]
             dims |= set(inner.dims if node.op == "repeat" else inner.extra)
             makes = makes or (inner.makes if node.op == "repeat" or node.get("once") else inner.like)
-    if graph.name == program.main:
+    if graph.name in (program.main, program.training):
         dims |= _checked(program, graph)
     extra = dims - sources(graph.inputs).keys()
     like = makes and not _has_tensor(program, graph)

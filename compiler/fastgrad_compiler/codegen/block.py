@@ -17,6 +17,7 @@ from fastgrad_compiler.codegen.loops import write_repeat
 from fastgrad_compiler.codegen.members import Leaf, Member, Repeated, members
 from fastgrad_compiler.codegen.names import base, member_access, variable
 from fastgrad_compiler.codegen.place import Operands
+from fastgrad_compiler.codegen.row_functions import RowFunction, row_function
 from fastgrad_compiler.codegen.writer import (
     ADD,
     ATOM,
@@ -33,7 +34,7 @@ from fastgrad_compiler.codegen.writer import (
     weight,
 )
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import STEP, Attribute, Graph, Node, Program, TensorType
+from fastgrad_compiler.ir.graph import LOSS, STEP, Attribute, Graph, Node, Program, TensorType
 from fastgrad_compiler.ir.names import unique
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
@@ -52,6 +53,7 @@ class Imports:
     specs: set[str] = field(default_factory=set)  # of those kernels, with `_spec` after their names
     natives: set[str] = field(default_factory=set)  # likewise, with `_native`
     exact_attention: bool = False
+    rows: dict[str, RowFunction] = field(default_factory=dict)  # by kernel
     steps: set[str] = field(default_factory=set)  # of runtime/step.py, step_attention.py and state.py
     backends: Backends = PYTORCH  # of the kernels
 
@@ -176,7 +178,7 @@ class Block:
         return name
 
     def guard(self, node: Node) -> Expr | None:
-        whole = self.graph.name.removesuffix(STEP)
+        whole = self.graph.name.removesuffix(STEP).removesuffix(LOSS)
         label = self.module.guards.get((whole, node.name)) if self.in_class else None
         return attribute(self._member(label), "key") if label is not None else None
 
@@ -394,6 +396,8 @@ class Block:
             if len(value.text) > LONGEST // 2 and not value.is_name:
                 value = self.bind(value, noun(self.graph[name]))
             arguments.append(value)
+        if node.is_fused:
+            return call(row_function(self.module, graph), *arguments)
         steps = graph.endswith(STEP)
         if steps:
             arguments.append(self.state(node["label"]))
@@ -403,7 +407,10 @@ class Block:
         if not self.in_class:
             return call(f"{self.module.classes[graph]}()", *arguments)
         member = self._member(str(node["label"]))
-        return call(f"{member}.step" if steps else str(member), *arguments)
+        return call(
+            f"{member}.step" if steps else f"{member}.loss" if graph.endswith(LOSS) else str(member),
+            *arguments,
+        )
 
     def _member(self, label: str) -> Expr:
         member: Leaf | Repeated = self.members[label]

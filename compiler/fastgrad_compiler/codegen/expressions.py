@@ -22,7 +22,7 @@ from fastgrad_compiler.codegen.writer import (
     tuple_text,
 )
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute, Node, sequence
+from fastgrad_compiler.ir.graph import Attribute, Node, integer, sequence
 from fastgrad_compiler.ir.masks import GATED, MASKS
 
 _NO_TARGET = "-(2**63)"  # in place of -100, the targets that PyTorch leaves out in silence by default
@@ -365,7 +365,21 @@ def _cross_entropy(place: Place, node: Node, operands: Operands) -> Expr:
     logits, targets = operands
     if len(place.type(node.inputs[0]).shape) > 2:
         logits, targets = method(logits, "flatten", 0, -2), method(targets, "flatten")
-    return call("F.cross_entropy", logits, targets, ignore_index=_NO_TARGET)
+    smoothing, ignored = _loss_options(node)
+    left_out = _NO_TARGET if ignored is None else ignored
+    return call("F.cross_entropy", logits, targets, ignore_index=left_out, label_smoothing=smoothing)
+
+
+def _loss_options(node: Node) -> tuple[Expr | None, Expr | None]:
+    """`smoothing` and `ignored` of a loss, where they are set."""
+    smoothing, ignored = node.get("smoothing"), node.get("ignored")
+    share = None if smoothing is None else literal(_number(smoothing))
+    return share, None if ignored is None else literal(integer(ignored))
+
+
+def _linear_cross_entropy(place: Place, node: Node, operands: Operands) -> Expr:
+    smoothing, ignored = _loss_options(node)
+    return call(place.helper("linear_cross_entropy"), *operands, smoothing=smoothing, ignored=ignored)
 
 
 TORCH: dict[str, Rule] = {
@@ -430,6 +444,7 @@ TORCH: dict[str, Rule] = {
     "alibi": _alibi,
     "dropout": _dropout,
     "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
     "mse": _function("F.mse_loss"),
     "attention": emit_attention,
     "poly_attention": emit_attention,

@@ -78,7 +78,7 @@ def members(
         elif node.op == "literal":
             value = call("torch.tensor", nested(node["values"]))
             found[str(node["label"])] = Leaf("buffer", value, persistent=False)
-        elif node.op == "call" and not node.get("once"):
+        elif node.op == "call" and not node.get("once") and not node.is_fused:
             found[str(node["label"])] = Leaf("module", call(classes[str(node["graph"])]))
         elif node.op == "repeat":
             found.update(_repeated(program, node, classes, guards))

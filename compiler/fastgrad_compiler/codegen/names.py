@@ -27,6 +27,7 @@ HELPERS = frozenset(
         "document_mask",
         "entries",
         "entry",
+        "linear_cross_entropy",
         "masked_softmax",
         "normalize_rows",
         "padding_mask",
@@ -39,7 +40,19 @@ HELPERS = frozenset(
     }
 )
 MODULE_NAMES = frozenset(
-    {"F", "Generated", "Guard", "Tensor", "budget_status", "math", "name_guards", "nn", "torch"}
+    {
+        "F",
+        "Generated",
+        "Guard",
+        "Tensor",
+        "budget_status",
+        "math",
+        "name_guards",
+        "nn",
+        "refuse_pieces",
+        "row_kernel",
+        "torch",
+    }
     | {
         "Rule",
         "Scope",
@@ -77,7 +90,7 @@ _OF_MODULE = """
     share_memory state_dict to to_empty train training type xpu zero_grad
 """
 MODULE_ATTRIBUTES = frozenset(_OF_MODULE.split()) | {
-    *("INIT", "STEP", "budget_status", "load_state", "reset_parameters", "start", "step"),
+    *("INIT", "STEP", "budget_status", "load_state", "loss", "reset_parameters", "start", "step"),
 }
 
 

@@ -10,11 +10,13 @@ import re
 from pathlib import Path, PurePath
 
 from fastgrad_compiler.analysis.needs import is_counted, needs
+from fastgrad_compiler.codegen import row_functions
 from fastgrad_compiler.codegen.block import Block, Imports, Module, place_of, source_line
 from fastgrad_compiler.codegen.guards import GUARD, NAME, STATUS, guards_of
 from fastgrad_compiler.codegen.kernel import RUNTIME, RUNTIME_FILES, kernel_files, kernel_name, runtime_files
 from fastgrad_compiler.codegen.members import Leaf, Member, container, leaf_init, members
 from fastgrad_compiler.codegen.names import class_name, member_access, variable
+from fastgrad_compiler.codegen.row_functions import RowFunction
 from fastgrad_compiler.codegen.step import (
     BASE,
     SCOPE,
@@ -26,13 +28,23 @@ from fastgrad_compiler.codegen.step import (
 )
 from fastgrad_compiler.codegen.writer import Writer, call, literal, method, tuple_text
 from fastgrad_compiler.ir.calls import reachable
-from fastgrad_compiler.ir.graph import DimInfo, Graph, Program, step_form
+from fastgrad_compiler.ir.graph import DimInfo, Graph, Program, loss_form, step_form
 from fastgrad_compiler.ir.masks import MASKS
 from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import python_docstring, python_string
 
 STEP_FILES = ("state.py", "step.py", "step_attention.py", "step_sums.py", "step_tokens.py")
-HELPER_FILES = ("convolution.py", "functions.py", "parted.py", "positions.py", "softmax_pairs.py")
+HELPER_FILES = (
+    *(
+        "attention_op.py",
+        "content_name.py",
+        "convolution.py",
+        "functions.py",
+        "linear_loss.py",
+        "operation.py",
+    ),
+    *("parted.py", "positions.py", "softmax_pairs.py"),
+)
 STEP_NAMES = {
     "state": (BASE, STATE, SCOPE),
     "step": ("depthwise_step", "place_of", "rotary_step", "rows_of", "shift_step"),
@@ -64,6 +76,9 @@ def emit_package(
         files |= {name: _runtime(name) for name in HELPER_FILES}
     for spec in imports.kernels:
         files.update(kernel_files(spec, backends))
+    if imports.rows and backends.cpp:
+        files |= {name: _runtime(name) for name in row_functions.RUNTIME_FILES}
+        files |= {f"{each.kernel}.cpp": each.text for each in imports.rows.values()}
     if imports.steps:
         files |= {name: _runtime(name) for name in STEP_FILES}
     if imports.kernels or imports.exact_attention or imports.steps:
@@ -135,6 +150,10 @@ def _siblings(imports: Imports, code: str) -> set[str]:
         siblings.add(f"from .{file} import {', '.join(sorted(names, key=_isort))}")
     base = [] if BASE in imports.steps else ["Generated"]
     siblings.add(f"from .initialise import {', '.join([*base, 'initialise'])}")
+    if re.search(r"\brow_kernel\(", code):
+        siblings.add("from .row_kernel import row_kernel")
+    if re.search(r"\brefuse_pieces\(", code):
+        siblings.add("from .pieces import refuse_pieces")
     return siblings
 
 
@@ -200,7 +219,7 @@ def _classes(program: Program, classes: dict[str, str], imports: Imports, exact:
     texts = _distinct_classes(module, graphs)
     if program.objective is not None:
         texts.append(_objective(module, program[program.objective]))
-    return "\n\n".join(texts)
+    return "\n\n".join([*(_row_function(module, each) for each in imports.rows.values()), *texts])
 
 
 def _distinct_classes(module: Module, graphs: list[Graph]) -> list[str]:
@@ -210,11 +229,12 @@ def _distinct_classes(module: Module, graphs: list[Graph]) -> list[str]:
     for graph in graphs:
         taken = {known for known, _ in found.values()} | ({variable(objective)} if objective else set())
         name = class_name(graph.block, taken)
-        module.classes[graph.name] = module.classes[step_form(graph.name)] = name
+        forms = graph.name, step_form(graph.name), loss_form(graph.name)
+        module.classes.update(dict.fromkeys(forms, name))
         text = _class(module, graph)
         key = text.replace(f"class {name}(", "class (", 1)
         name, _ = found.setdefault(key, (name, text))
-        module.classes[graph.name] = module.classes[step_form(graph.name)] = name
+        module.classes.update(dict.fromkeys(forms, name))
     return [text for _, text in found.values()]
 
 
@@ -241,6 +261,8 @@ def _class(module: Module, graph: Graph) -> str:
             _constructor(module, writer, found, main)
             writer.line()
         _forward(module, graph, writer, found, main)
+        if loss_form(graph.name) in module.program.by_name:
+            _loss(module, module.program[loss_form(graph.name)], writer, found, main)
         if steps:
             (write_model_step if main else write_step)(module, graph, writer, found)
         if main:
@@ -315,7 +337,15 @@ def _status(module: Module, writer: Writer) -> None:
             writer.line("return []")
 
 
-def _forward(module: Module, graph: Graph, writer: Writer, found: dict[str, Member], main: bool) -> None:
+def _loss(module: Module, form: Graph, writer: Writer, found: dict[str, Member], main: bool) -> None:
+    """The method that gives the loss of what `forward` gives."""
+    writer.line()
+    _forward(module, form, writer, found, main, "loss")
+
+
+def _forward(
+    module: Module, graph: Graph, writer: Writer, found: dict[str, Member], main: bool, name: str = "forward"
+) -> None:
     block = Block(module, graph, writer, found)
     needed = module.needs[graph.name]
     arguments = block.bind_inputs()
@@ -327,8 +357,13 @@ def _forward(module: Module, graph: Graph, writer: Writer, found: dict[str, Memb
     outputs = graph.output_type
     count = len(outputs) if isinstance(outputs, tuple) else 1
     result = "Tensor" if count == 1 else f"tuple[{', '.join(['Tensor'] * count)}]"
-    writer.statement("def ", call("forward", *typed), f" -> {result}:")
+    writer.statement("def ", call(name, *typed), f" -> {result}:")
     with writer.indented():
+        if main and name == "loss":
+            writer.docstring(
+                f"`{module.program.objective}` of what `forward` gives, without making all logits."
+            )
+            writer.line("refuse_pieces()")
         if main:
             _checks(module, graph, block, writer)
         else:
@@ -367,6 +402,27 @@ def _check_dim(block: Block, writer: Writer, info: DimInfo) -> None:
     writer.statement(
         "", call(check, literal(info.name), size, literal(place), at_most=info.at_most, multiple_of=multiple)
     )
+
+
+def _row_function(module: Module, function: RowFunction) -> str:
+    """A group of operations on rows as a function, which its kernel serves where there is one."""
+    writer, graph = Writer(), function.body
+    block = Block(module, graph, writer, {}, in_class=False)
+    arguments = block.bind_inputs()
+    if graph.span is not None:
+        writer.comment(f"{place_of(graph.span)}: {source_line(graph.span)}")
+    if module.imports.backends.cpp:
+        width = graph[graph.outputs[0]].tensor.shape[-1]
+        writer.line(f'@row_kernel("{function.kernel}", __spec__, "{function.kinds}", {width})')
+    writer.statement("def ", call(function.name, *(f"{name}: Tensor" for name in arguments)), " -> Tensor:")
+    with writer.indented():
+        needed = module.needs[graph.name]
+        block.name_dims(needed.dims)
+        for node in graph.inputs:
+            block.read_dims(node, needed.dims)
+        block.comments = False  # the one above says it
+        block.write_function()
+    return str(writer)
 
 
 def _objective(module: Module, graph: Graph) -> str:

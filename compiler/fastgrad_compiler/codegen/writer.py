@@ -107,7 +107,7 @@ def weight(operand: Expr) -> int:
 def noun(node: Node) -> str:
     """A name for what a node gives, where the user gave none."""
     if node.op == "call":
-        return str(node["label"])
+        return "fused" if node.is_fused else str(node["label"])
     names = {"matmul": "product", "poly_attention": "attention", "mul": "scaled", "add": "total"}
     return names.get(node.op, node.op)
 

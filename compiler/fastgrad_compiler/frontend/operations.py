@@ -18,7 +18,7 @@ Surface of each operation (docs/language.md lists the same); `;` or `,` may stan
     near_far(local, far; block = w)  polynomial(s; coefficients = (1.0, 1.0, 0.5))  normalize_rows(weights)
     rotary(x, base = 10000.0, stretch = none)  sinusoid(n, d)  alibi(s, heads)  dropout(x, p)
     shift(x, by = 1)  shift(x, ids, by = 1)  depthwise(x, w)  depthwise(x, w, ids)
-    cross_entropy(logits, targets)  mse(a, b)
+    cross_entropy(logits, targets; smoothing = 0.0, ignored = none)  mse(a, b)
 
     fit(balanced, degree = 4, bound = 2.0)  the coefficients of an approximation of exp: compile-time numbers
     rope_llama3(width, base, factor, context, low = 1.0, high = 4.0)  the stretch of a rotary: compile-time numbers
@@ -248,6 +248,13 @@ def _stretched(emit: Emit, a: Arguments, rule: Callable[..., tuple[float, ...]])
     return Several(found)
 
 
+def _cross_entropy(emit: Emit, a: Arguments) -> Tensor:
+    options: dict[str, Attribute] = {"smoothing": a["smoothing"]} if a["smoothing"] else {}
+    if a["ignored"] is not None:
+        options["ignored"] = a["ignored"]
+    return emit.node("cross_entropy", a["logits"], a["targets"], **options)
+
+
 def _given(operand: Tensor | None) -> tuple[Tensor, ...]:
     """An operand that may be left out."""
     return () if operand is None else (operand,)
@@ -320,7 +327,9 @@ _OPERATIONS = (
               lambda emit, a: emit.node("sinusoid", length=a["n"], width=a["d"])),
     Operation("alibi", (SCORES, Parameter("heads", "int", None, least=1)), _alibi),
     Operation("dropout", (X, Parameter("p", "float", least=0, below=1))),
-    Operation("cross_entropy", (Parameter("logits", "tensor"), Parameter("targets", "tensor"))),
+    Operation("cross_entropy", (Parameter("logits", "tensor"), Parameter("targets", "tensor"),
+                                Parameter("smoothing", "float", 0.0, least=0, most=1),
+                                Parameter("ignored", "int", None)), _cross_entropy),
     Operation("mse", _PAIR),
 )  # fmt: skip
 

@@ -73,6 +73,10 @@ class Bound:
         return max(abs(self.low), abs(self.high))
 
 
+STEP, ONCE, LOSS, FUSED = "@step", "@once", "@loss", "@fused"
+"""What stands after the names of graphs that passes derive: no name of a block has the sign."""
+
+
 @dataclass(frozen=True)
 class Node:
     """One operation: `op` is a key of `ops.OPS`; `inputs` name nodes of the same graph, in order.
@@ -110,6 +114,11 @@ class Node:
         return replace(self, name=names.get(self.name, self.name), inputs=inputs)
 
     @property
+    def is_fused(self) -> bool:
+        """Whether it runs a group of operations as one kernel (`passes/fuse.py`): no block of the user's."""
+        return self.op == "call" and FUSED in str(self["graph"])
+
+    @property
     def tensor(self) -> TensorType:
         """The type of a node with one result; TypeError otherwise."""
         if not isinstance(self.type, TensorType):
@@ -120,6 +129,11 @@ class Node:
 def step_form(graph: str) -> str:
     """The name of the step form of a graph, of which a program has one where it differs from the graph."""
     return f"{graph}{STEP}"
+
+
+def loss_form(graph: str) -> str:
+    """The name of the graph that gives the loss of what a graph gives (`passes/loss.py`)."""
+    return f"{graph}{LOSS}"
 
 
 def attributes(**values: Attribute) -> tuple[tuple[str, Attribute], ...]:
@@ -229,8 +243,7 @@ class Budget:
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
-STEP, ONCE = "@step", "@once"  # after the name of a graph: no name of a block has the sign
-ROLES = ("main", "objective", "gradient", "step", "along")
+ROLES = ("main", "objective", "gradient", "step", "along", "training")
 """The fields of a Program that name a graph, or with `along` a dim."""
 
 
@@ -238,7 +251,8 @@ ROLES = ("main", "objective", "gradient", "step", "along")
 class Program:
     """All graphs of a compiled model; `main` runs the model, `objective` the loss, `gradient` the derived backward.
 
-    `step` runs the model on the next tokens along the dim `along`, given what it kept of those before.
+    `step` runs the model on the next tokens along the dim `along`, given what it kept of those before. `training` runs
+    the model and the objective, from the inputs of both, without making logits.
     """
 
     graphs: tuple[Graph, ...]
@@ -247,6 +261,7 @@ class Program:
     gradient: str | None = None
     step: str | None = None
     along: str | None = None
+    training: str | None = None
     dims: tuple[DimInfo, ...] = ()
     budget: Budget | None = None
     name: str = "model"
@@ -261,8 +276,8 @@ class Program:
 
     @property
     def roots(self) -> tuple[str, ...]:
-        """The graphs that users run: `main`, and the objective where there is one."""
-        return (self.main,) if self.objective is None else (self.main, self.objective)
+        """The graphs that users run: `main`, the objective and `training` where there are such."""
+        return tuple(name for name in (self.main, self.objective, self.training) if name is not None)
 
     @cached_property
     def multiples(self) -> Mapping[str, int]:

@@ -122,7 +122,10 @@ _OPS = (
     _op("alibi", 1),  # scores [b, h, n, m] + slopes of h heads * -|i - j|
     # other
     _op("dropout", 1, attributes="p"),
-    _op("cross_entropy", 2),  # mean over all positions; (logits [.., c], targets int[..])
+    # (logits [.., c], targets int[..]), and of x @ w as (x [.., d], w [d, c], targets[, bias [c]]): the mean over all
+    # positions but those of the target `ignored`; the truth is spread over all classes to the share `smoothing`
+    _op("cross_entropy", 2, optional="smoothing ignored"),
+    _op("linear_cross_entropy", 3, 4, optional="smoothing ignored"),
     _op("mse", 2),
     # attention. Inputs q [.., h, n, d], k [.., hk, m, d], v [.., hk, m, dv] and then what `roles` names in order:
     # near_q, near_k (own logits of the near pairs, already scaled), forget (float[b, hk, n], log gates of at most 0,

@@ -136,6 +136,19 @@ def _cross_entropy(site: Site) -> Type:
     return TensorType("float", ())
 
 
+def _linear_cross_entropy(site: Site) -> Type:
+    want_dtype(site, 2, "int", help_="class ids are ints")
+    x, w = want_rank(site, 0, 2), want_rank(site, 1, 2, 2)
+    text = f"linear_cross_entropy of {show(x.shape)} by {show(w.shape)}"
+    want_equal(site, (0, -1), (1, 0), text)
+    want_rank(site, 2, len(x.shape) - 1, len(x.shape) - 1)
+    want_axes(site, 0, 2, range(len(x.shape) - 1), text)
+    if len(site.inputs) > 3:
+        want_rank(site, 3, 1, 1)
+        want_equal(site, (3, 0), (1, 1), text)
+    return TensorType("float", ())
+
+
 def _mse(site: Site) -> Type:
     first = want_float(site, 0)
     rank = len(first.shape)
@@ -156,5 +169,6 @@ MASK_RULES: dict[str, Rule] = {
     "depthwise_weights": _depthwise_weights,
     "sinusoid": lambda site: TensorType("float", (site.dim("length"), site.dim("width"))),
     "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
     "mse": _mse,
 }

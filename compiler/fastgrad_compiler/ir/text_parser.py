@@ -30,7 +30,7 @@ from fastgrad_grammar.source import Source, Span
 _GRAMMAR = Path(__file__).with_name("text.lark")
 _PLACE = re.compile(r"#\s*(?P<path>.+):(?P<line>\d+)\s*")
 _EXPECTED = {
-    "GRAPH": "one of program, main, objective, gradient, step, along, dim, budget, graph",
+    "GRAPH": "one of program, main, objective, gradient, step, along, training, dim, budget, graph",
     "_AT": "output, gradient, near, trust, on_violation or at",
     "_RETURN": "`%`",
     "DTYPE": "float, int or bool",

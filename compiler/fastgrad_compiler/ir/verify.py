@@ -39,7 +39,7 @@ def _places(program: Program) -> Iterator[tuple[str, Node]]:
 def _graph_names(program: Program) -> Findings:
     if len(program.by_name) != len(program.graphs):
         yield program.name, "two graphs have one name"
-    for role in ("main", "objective", "gradient", "step"):
+    for role in ("main", "objective", "gradient", "step", "training"):
         name = getattr(program, role)
         if name is not None and name not in program.by_name:
             yield program.name, f"{role} graph {name} is not there"
@@ -135,7 +135,7 @@ def _labels(program: Program) -> Findings:
     for graph in program.graphs:
         seen: set[object] = set()
         for node in graph.nodes:
-            if node.op not in ("weight", "buffer", "call", "weight_gradient"):
+            if node.op not in ("weight", "buffer", "call", "weight_gradient") or node.is_fused:
                 continue
             # a backward graph runs a callee and its backward under one label, and a weight's gradient has
             # its own
@@ -165,7 +165,7 @@ def _labels_of_repeats(program: Program, graph: Graph) -> Findings:
 
 def _repeated(program: Program, body: str) -> Iterator[str]:
     for node in program[body].nodes:
-        if node.op in ("weight", "buffer", "call"):
+        if node.op in ("weight", "buffer", "call") and not node.is_fused:
             yield str(node["label"])
         elif node.op == "repeat":
             for inner in callees(node):

@@ -55,6 +55,10 @@ class Derivation:
             self._add(key, _differentiate(self, self.program[graph], name, without))
         return self._derived[key]
 
+    def derived(self, graph: Graph) -> Graph:
+        """The backward of a graph, which is not kept."""
+        return _differentiate(self, graph, f"{graph.name}.backward", frozenset())
+
     def attention_backward(self, attention: Node, types: tuple[Type | None, ...]) -> str:
         """The name of the graph of this attention's exact backward; equal attentions share one."""
         key = (attention.attributes, types)
@@ -159,6 +163,7 @@ DECLINED: dict[str, str] = {
     **dict.fromkeys((*COMPARISONS, "logical_not"), "gives truth values"),
     "one_hot": "reads whole numbers",
     "weight_gradient": "receives a gradient",
+    "linear_cross_entropy": "is made when gradients are derived",
     **dict.fromkeys(("poly_attention_backward", "repeat_backward"), "has no second derivative"),
 }
 """Operations through which no cotangent flows, and why."""

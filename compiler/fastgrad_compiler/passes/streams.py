@@ -474,7 +474,7 @@ STREAMS: dict[str, Rule] = {
     "rotary": _rotary,
     **dict.fromkeys(("shift", "depthwise"), _moved),
     **dict.fromkeys(ATTENTION, _attention),
-    **dict.fromkeys(("cross_entropy", "mse"), _losses),
+    **dict.fromkeys(("cross_entropy", "linear_cross_entropy", "mse"), _losses),
 }
 
 DECLINED: dict[str, str] = {

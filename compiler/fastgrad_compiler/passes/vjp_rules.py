@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from fastgrad_compiler.ir.builder import Operand, Value
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import Attribute, Node, integer, number, sequence
+from fastgrad_compiler.ir.graph import Attribute, Node, TensorType, integer, number, sequence
 from fastgrad_compiler.ir.masks import LEAST_LOG_GATE, MASKS
 
 Cotangents: TypeAlias = Sequence[Value | None]
@@ -77,7 +77,7 @@ RULES: dict[str, Callable[..., Value | Cotangents]] = {
     "near_far": lambda g, y, near, far: split_near_far(g, y["block"]),
     "embedding": lambda g, y, w, ids: (g.op("embedding_gradient", ids, rows=_whole(w.shape[0])), None),
     "embedding_gradient": lambda g, y, d, ids: (g.op("embedding", ids), None),
-    "cross_entropy": lambda g, y, logits, targets: (_cross_entropy(g, logits, targets), None),
+    "cross_entropy": lambda g, y, logits, targets: (_cross_entropy(g, y, logits, targets), None),
     "mse": lambda g, y, a, b: _mse(g, a - b),
     "where": lambda g, y, c, a, b: (None, g.only(c), g.only(c.op("logical_not"))),
     "layer_norm": lambda g, y, x, w, b: _layer_norm(g, x, w, y["eps"]),
@@ -257,9 +257,29 @@ def of_gate(g: Value, gate: Value) -> Value:
     return running.reshape(own.shape).only(gate >= LEAST_LOG_GATE)
 
 
-def _cross_entropy(g: Value, logits: Value, targets: Value) -> Value:
+def _cross_entropy(g: Value, y: Value, logits: Value, targets: Value) -> Value:
+    build = g.builder
+    smoothing, ignored = number(y.node.get("smoothing", 0.0)), y.node.get("ignored")
+    if ignored is None:
+        difference = _above_truth(logits, targets, smoothing)
+        return difference * (g / build.count(targets.shape))
+    left_out = build.emit("constant", (), {"value": ignored}, type=TensorType("int", ()))
+    some = build.emit("constant", (), {"value": 0}, type=TensorType("int", ()))  # a class that is there
+    out = targets.op("equal", left_out)
+    counted = out.op("logical_not")
+    difference = _above_truth(logits, build.emit("where", (out, some, targets)), smoothing)
+    ones = counted.op("cast", dtype="float")
+    share = g / ones.sum(tuple(range(-len(targets.shape), 0)))
+    return difference * (ones * share).reshape((*targets.shape, Dim.of(1)))
+
+
+def _above_truth(logits: Value, targets: Value, smoothing: float) -> Value:
+    """softmax of the logits less the truth, of which all classes have the share `smoothing`."""
     truth = targets.op("one_hot", classes=_whole(logits.shape[-1]))
-    return (logits.op("softmax", axis=-1) - truth) * (g / g.builder.count(targets.shape))
+    if smoothing:
+        build = logits.builder
+        truth = truth * (1 - smoothing) + build.constant(smoothing) / build.count(logits.shape[-1:])
+    return logits.op("softmax", axis=-1) - truth
 
 
 def _mask(g: Value, y: Value, xs: Sequence[Value]) -> Cotangents:

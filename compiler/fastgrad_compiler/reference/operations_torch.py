@@ -154,8 +154,21 @@ def _unit(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
 
 def _cross_entropy(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
     logits, targets = inputs
-    chosen = logits.log_softmax(-1).gather(-1, targets[..., None])
+    counted = torch.ones_like(targets, dtype=torch.bool)
+    if node.get("ignored") is not None:
+        counted = targets != integer(node["ignored"])
+    shares = logits.log_softmax(-1)[counted]
+    chosen = shares.gather(-1, targets[counted][..., None])[..., 0]
+    smoothing = number(node.get("smoothing", 0.0))
+    if smoothing:
+        chosen = (1 - smoothing) * chosen + smoothing * shares.mean(-1)
     return -chosen.mean()
+
+
+def _linear_cross_entropy(node: Node, inputs: list[Tensor], env: Env) -> Tensor:
+    x, w, targets, *bias = inputs
+    logits = x @ w
+    return _cross_entropy(node, [logits + bias[0] if bias else logits, targets], env)
 
 
 # ---------------------------------------------------------------- positions and masks
@@ -336,6 +349,7 @@ TORCH: dict[str, Rule] = {
     "alibi": lambda node, inputs, env: inputs[0] + alibi(inputs[0]),
     "dropout": lambda node, inputs, env: inputs[0],
     "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
     "mse": lambda node, inputs, env: (inputs[0] - inputs[1]).square().mean(),
     "attention": attention,
     "poly_attention": poly_attention,

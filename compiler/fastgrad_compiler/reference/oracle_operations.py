@@ -257,10 +257,21 @@ def _normalize_rows(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
 
 def _cross_entropy(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
     logits, targets = inputs
-    _known(targets, logits.shape[-1], "targets")
+    counted = targets != node.get("ignored")
+    _known(np.where(counted, targets, 0), logits.shape[-1], "targets")
     top = logits.max(axis=-1, keepdims=True)
     total = np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]
-    return _mean(total - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0])
+    places = np.where(counted, targets, 0)[..., None]
+    truth = np.take_along_axis(logits, places, axis=-1)[..., 0]
+    smoothing = _number(node.get("smoothing", 0.0))
+    if smoothing:
+        truth = (1 - smoothing) * truth + smoothing * logits.mean(axis=-1)
+    return _mean((total - truth)[counted])
+
+
+def _linear_cross_entropy(node: Node, inputs: list[Array], sizes: Sizes) -> Array:
+    x, w, targets, *bias = inputs
+    return _cross_entropy(node, [sum(bias, np.matmul(x, w)), targets], sizes)
 
 
 # ---------------------------------------------------------------- positions and masks
@@ -377,6 +388,7 @@ MEANING: dict[str, Rule] = {
     "sinusoid": _sinusoid,
     "dropout": _unary(lambda x: x),
     "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
     "mse": lambda node, inputs, sizes: _mean((inputs[0] - inputs[1]) ** 2),
     "attention": lambda node, inputs, sizes: pairs.attention(node, inputs),
     "poly_attention": lambda node, inputs, sizes: pairs.poly_attention(node, inputs),

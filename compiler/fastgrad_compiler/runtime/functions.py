@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .convolution import depthwise as depthwise
 from .convolution import document_runs
 from .convolution import shift as shift
+from .linear_loss import linear_cross_entropy as linear_cross_entropy
 from .parted import is_parted, of_own_heads
 from .positions import of_angles, places, precision_of, turned, turns
 from .softmax_pairs import Marks, Pairs, is_finite, is_mapped, is_small, select

@@ -83,19 +83,20 @@ def _register(
         return out, q.new_empty(rows, dtype=dtype), largest, *more
 
     derivatives = (
-        _define(
+        define(
             f"{name}_backward(Tensor gradient, {GIVEN}, {saved}{attributes}) -> ({gradients})",
             backward,
             _fake_backward,
         ),
-        _define(
-            f"{name}_tangent({TANGENTS}, {GIVEN}, {saved}{attributes}) -> Tensor", tangent, _fake_tangent
-        ),
+        define(f"{name}_tangent({TANGENTS}, {GIVEN}, {saved}{attributes}) -> Tensor", tangent, _fake_tangent),
     )
-    operation = _define(f"{name}({GIVEN}{attributes}) -> ({outputs})", forward, fake_forward)
-    _differentiate(operation, *_rules(*derivatives))
+    operation = define(f"{name}({GIVEN}{attributes}) -> ({outputs})", forward, fake_forward)
+    differentiate(operation, *_rules(*derivatives))
     for derivative in derivatives:
-        _differentiate(derivative, *_refusals(f"{NAMESPACE}::{name}"))
+        differentiate(
+            derivative,
+            *refusals(SECOND_DERIVATIVE.format(name=f"polynomial attention ({NAMESPACE}::{name})")),
+        )
 
 
 def _fake_backward(gradient: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -119,8 +120,16 @@ def _library() -> torch.library.Library:
     return library
 
 
-def _define(schema: str, run: Pass, fake: Callable[..., object]) -> Any:
-    """An operation for all devices, which torch.compile does not look into, without derivatives so far."""
+def define(
+    schema: str,
+    run: Pass,
+    fake: Callable[..., object],
+    batching_rule: Callable[[Operation], Callable[..., object]] | None = None,
+) -> Any:
+    """An operation for all devices, which torch.compile does not look into, without derivatives so far.
+
+    batching_rule(operation) is its rule for vmap; without one, what is mapped joins the batch.
+    """
     library, name = _library(), schema.partition("(")[0]
 
     def kernel(*inputs: Any) -> object:
@@ -132,7 +141,9 @@ def _define(schema: str, run: Pass, fake: Callable[..., object]) -> Any:
     library.impl(name, torch.compiler.disable(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     operation = getattr(getattr(torch.ops, NAMESPACE), name).default
-    torch.library.register_vmap(f"{NAMESPACE}::{name}", _batching_rule(operation), lib=library)
+    torch.library.register_vmap(
+        f"{NAMESPACE}::{name}", (batching_rule or _batching_rule)(operation), lib=library
+    )
     return operation
 
 
@@ -165,7 +176,7 @@ def _batching_rule(operation: Operation) -> Callable[..., object]:
 # ---------------------------------------------------------------- derivatives
 
 
-def _differentiate(operation: Any, setup: Pass, backward: Pass, jvp: Pass) -> None:
+def differentiate(operation: Any, setup: Pass, backward: Pass, jvp: Pass) -> None:
     """Give an operation its derivatives: setup(ctx, inputs, results), backward(ctx, gradient), jvp(ctx, *tangents).
 
     A function's forward turns both modes off, also for the levels of torch.func below: they are turned on again.
@@ -219,8 +230,10 @@ def _rules(backward_operation: Operation, tangent_operation: Operation) -> tuple
     return setup, backward, jvp
 
 
-def _refusals(name: str) -> tuple[Pass, Pass, Pass]:
+def refusals(message: str) -> tuple[Pass, Pass, Pass]:
+    """The rules of an operation without derivatives: RuntimeError with the message where one is asked for."""
+
     def refuse(*_: object) -> object:
-        raise RuntimeError(SECOND_DERIVATIVE.format(name=f"polynomial attention ({name})"))
+        raise RuntimeError(message)
 
     return (lambda ctx, inputs, results: None), refuse, refuse

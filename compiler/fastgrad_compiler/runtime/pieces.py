@@ -33,6 +33,14 @@ def serving() -> Pieces | None:
     return found
 
 
+def refuse_pieces() -> None:
+    """RuntimeError where they have pieces: what runs next is made for whole sequences."""
+    if serving() is not None:
+        raise RuntimeError(
+            "`model.loss` takes whole sequences: in pieces, `compiled.loss(model(inputs), targets)`"
+        )
+
+
 def serve(pieces: Pieces | None) -> None:
     """Set what serves them."""
     vars(torch.ops.fastgrad)[_KEY] = pieces

@@ -143,6 +143,7 @@ _TOTAL: Mapping[str, Rule] = {
     **MEANING,
     "embedding": _wrapped("embedding", 1, lambda node, inputs: len(inputs[0])),
     "cross_entropy": _wrapped("cross_entropy", 1, lambda node, inputs: inputs[0].shape[-1]),
+    "linear_cross_entropy": _wrapped("linear_cross_entropy", 2, lambda node, inputs: inputs[1].shape[-1]),
     "one_hot": _wrapped("one_hot", 0, lambda node, inputs: integer(node["classes"])),
 }
 

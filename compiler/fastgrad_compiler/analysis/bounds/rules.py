@@ -227,7 +227,7 @@ _RULES: dict[str, Rule] = {
     "sinusoid": _range(-1.0, 1.0),
     "alibi": lambda step: Fact(-inf, step.fact.high, (inf,) * step.rank, masked=step.fact.masked),
     "dropout": _dropout,
-    **dict.fromkeys(("cross_entropy", "mse"), _range(0.0, inf)),
+    **dict.fromkeys(("cross_entropy", "linear_cross_entropy", "mse"), _range(0.0, inf)),
     "attention": _attention,
 }
 

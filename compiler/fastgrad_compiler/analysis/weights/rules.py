@@ -258,7 +258,7 @@ DECLINED: dict[str, str] = {
         ("stack", "pad", "patches", "sum_to", "sum", "mean", "amax"),
         "rare before queries and keys: the program serves",
     ),
-    **dict.fromkeys(("cross_entropy", "mse"), "its result has no rows"),
+    **dict.fromkeys(("cross_entropy", "linear_cross_entropy", "mse"), "its result has no rows"),
     "poly_attention": "its weights are positive only while its logits keep their range",
     **dict.fromkeys(
         ("embedding_gradient", "depthwise_weights", "poly_attention_backward", "weight_gradient"),

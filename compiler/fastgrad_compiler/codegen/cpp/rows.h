@@ -1,0 +1,124 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include <omp.h>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+namespace rows {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr long D = WIDTH_OF_ROWS;  // entries of a row
+constexpr long BLOCK = 64;         // rows whose sums are added up before they go into float64
+
+// FASTGRAD_VARIANT: 0 float32, 1 float64, 2 bfloat16 with float32 arithmetic.
+#if FASTGRAD_VARIANT == 1
+using real = double;
+using bits = std::uint64_t;
+#else
+using real = float;
+using bits = std::uint32_t;
+#endif
+#if FASTGRAD_VARIANT == 2
+struct input {
+  std::uint16_t bits;
+};
+#else
+using input = real;
+#endif
+
+inline real number(real x) { return x; }
+inline void put(real value, real& target) { target = value; }
+#if FASTGRAD_VARIANT == 2
+inline real number(input x) {
+  const std::uint32_t whole = static_cast<std::uint32_t>(x.bits) << 16;
+  real value;
+  std::memcpy(&value, &whole, sizeof value);
+  return value;
+}
+// To the nearest, to even where two are as near.
+inline void put(real value, input& target) {
+  std::uint32_t whole;
+  std::memcpy(&whole, &value, sizeof whole);
+  const std::uint32_t rounded = (whole + 0x7fff + ((whole >> 16) & 1)) >> 16;
+  target.bits = static_cast<std::uint16_t>(value == value ? rounded : 0x7fc0);
+}
+#endif
+
+// e^x to rounding: 2^k e^r with |r| <= ln(2) / 2 and a Taylor polynomial of e^r; the bits of k are those of x log2(e)
+// + SHIFT. Without a branch, so that the loop over a row is one of vectors.
+inline real exponential(real x) {
+  constexpr bool DOUBLE = sizeof(real) == 8;
+  constexpr int TERMS = DOUBLE ? 13 : 7, FRACTION = DOUBLE ? 52 : 23;
+  constexpr bits BIAS = DOUBLE ? 1023 : 127;
+  constexpr real HIGH = DOUBLE ? 0x1.62e42feep-1 : 0x1.62e4p-1;
+  constexpr real LOW = DOUBLE ? 1.90821492927058770002e-10 : 1.42860677e-6, SHIFT = DOUBLE ? 0x1.8p52 : 0x1.8p23;
+  constexpr real LEAST = DOUBLE ? -708 : -87, MOST = DOUBLE ? 709 : 88;
+  const real inside = x < LEAST ? LEAST : x > MOST ? MOST : x;
+  const real shifted = inside * real(1.44269504088896340736) + SHIFT;
+  const real k = shifted - SHIFT;
+  const real r = (inside - k * HIGH) - k * LOW;
+  real sum = real(1) / TERMS;
+#pragma GCC unroll 16
+  for (int term = TERMS - 1; term >= 1; --term) sum = (sum * r + real(1)) * (real(1) / term);
+  sum = sum * r + real(1);
+  bits power;
+  std::memcpy(&power, &shifted, sizeof power);
+  power = (power + BIAS) << FRACTION;
+  real scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  const real beyond = x > MOST ? std::numeric_limits<real>::infinity() : real(0);
+  return x < LEAST || x > MOST ? beyond : sum * scale;
+}
+
+inline real sigmoid(real x) { return real(1) / (real(1) + exponential(-x)); }
+
+inline const input* read(const Tensor& x) { return static_cast<const input*>(x.data_ptr()); }
+
+template <typename Element>
+inline Element* write(const Tensor& x) {
+  return static_cast<Element*>(x.data_ptr());
+}
+
+// Sums over all rows, a part of the rows for each thread: `count` of D entries.
+struct Totals {
+  long count, rows, parts;
+  std::vector<double> sums;  // (parts, count, D)
+
+  Totals(long count, long rows, long threads)
+      : count(count), rows(rows), parts(std::max(1L, std::min(rows, threads))), sums(parts * count * D) {}
+
+  template <typename Row>
+  void run(long part, Row each) {
+    std::vector<real> block(count * D);
+    double* const total = sums.data() + part * count * D;
+    const long end = rows * (part + 1) / parts;
+    for (long first = rows * part / parts; first < end; first += BLOCK) {
+      for (long row = first; row < std::min(first + BLOCK, end); ++row) each(row, block.data());
+      for (long i = 0; i < count * D; ++i) total[i] += block[i], block[i] = 0;
+    }
+  }
+
+  double entry(long which, long i) const {
+    double total = 0;
+    for (long part = 0; part < parts; ++part) total += sums[(part * count + which) * D + i];
+    return total;
+  }
+
+  void column(long which, real* to) const {
+    for (long i = 0; i < D; ++i) to[i] = static_cast<real>(entry(which, i));
+  }
+
+  void number(long which, real* to) const {
+    double total = 0;
+    for (long i = 0; i < D; ++i) total += entry(which, i);
+    *to = static_cast<real>(total);
+  }
+};
