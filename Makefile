@@ -17,7 +17,7 @@ PIP_INSTALL := $(PIP) install $(if $(CI),-qq --progress-bar off) -c constraints.
 WORKERS     ?= 2
 PYTEST      := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup demo test test-all attack lint fmt bench clean
+.PHONY: help setup demo docs vscode test test-all attack lint fmt bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,11 +32,17 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (only when pyproject.toml or constraints.txt changed)"
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) hatchling editables
-	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
+	@$(PIP_INSTALL) --no-build-isolation -e '.[dev,docs]'
 	@rm -f $(UNFINISHED) && touch $@
 
 demo: setup ## Train examples/gpt.tfg and softmax attention on a novel for as long; loss, time and recall
 	$(BIN)/python examples/demo.py
+
+docs: setup ## Build the documentation as a static site in build/docs
+	$(BIN)/python -W ignore -m website.build
+
+vscode: ## Test and build the extension for VS Code with npm: editors/vscode/fastgrad.vsix
+	cd editors/vscode && npm ci && npm test && npm run package
 
 test: setup ## Run the tests (PYTEST_ARGS="..." for more options, WORKERS=0 for one process)
 	$(PYTEST) $(PYTEST_ARGS)
@@ -78,5 +84,5 @@ $(PEERS)/.complete: $(STAMP) benchmarks/requirements.txt
 	@touch $@
 
 clean: ## Remove the environment, generated files and caches
-	rm -rf $(VENV) $(UNFINISHED) $(PEERS) build dist runs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(UNFINISHED) $(PEERS) build dist runs editors/vscode/node_modules editors/vscode/dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -29,6 +29,7 @@ _CALLS = {
     "compile": "tiny.tfg --target torch -o out",
     "advise": "tiny.tfg",
     "stages": "tiny.tfg",
+    "graph": "tiny.tfg -o tiny.svg",
     "report": "tiny.tfg --dim n=16",
     "train": "tiny.tfg --target torch --text text.txt --steps 1 --seq 8 --sample 1",
     "generate": "tiny.tfg --target torch --weights weights.safetensors --prompt a --tokens 2",
@@ -61,6 +62,9 @@ ENDLESS = {("train", "--steps"), ("train", "--sample"), ("generate", "--tokens")
 
 MEASURES = "bench"
 """Without options it does all that it can, long lengths too: that takes as long as it takes."""
+
+SERVES = "--serve"
+"""Runs until it is interrupted; tests/dsl/test_serve.py attacks what it answers."""
 
 LARGE = ("2147483647", "2147483648", "9223372036854775807", "1_000")
 
@@ -110,7 +114,8 @@ def options(command: str) -> Iterator[tuple[str, list[str]]]:
     for parameter in typer.main.get_command(cli.app).commands[command].params:  # type: ignore[attr-defined]
         name = "" if parameter.param_type_name == "argument" else parameter.opts[0]
         if getattr(parameter, "is_flag", False):
-            yield from ((flag, []) for flag in (*parameter.opts, *parameter.secondary_opts))
+            flags = (*parameter.opts, *parameter.secondary_opts)
+            yield from ((flag, []) for flag in flags if flag != SERVES)
         else:
             numbers = (each for each in NUMBERS if each not in LARGE or (command, name) not in ENDLESS)
             yield name, [*numbers, *TEXTS, *PATHS]

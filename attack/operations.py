@@ -396,7 +396,8 @@ def _cross_entropy(g: Grower) -> str:
     logits = x.text
     if (x.size(-1) or 0) < IDS or g.rng.random() < 0.3:
         logits = f"{x.text} @ {g.declare('weight', (x.size(-1), IDS), 'normal(std = 1.0)').text}"
-    return f"cross_entropy({logits}, clamp({targets.text}; low = 0, high = {IDS - 1}))"
+    options = g.rng.choice(("", "", "; smoothing = 0.2", "; ignored = -1", "; ignored = -1, smoothing = 0.1"))
+    return f"cross_entropy({logits}, clamp({targets.text}; low = 0, high = {IDS - 1}){options})"
 
 
 RULES: dict[str, Rule] = {

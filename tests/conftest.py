@@ -22,7 +22,7 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ[_variable] = "1"  # whatever the process that started the worker has set for itself
     else:
-        os.environ.setdefault(_variable, "2")
+        os.environ.setdefault(_variable, os.environ.get("OMP_NUM_THREADS", "2"))
 
 # Triton decides when it is imported whether a process interprets kernels or compiles them, and one worker runs the
 # tests of many files. So all of them interpret, those of torch.compile too (Inductor imports triton, but has no

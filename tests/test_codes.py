@@ -50,6 +50,8 @@ WITHOUT_FILE = {
     "FG438": "tests/lsp/test_command.py::test_a_missing_library_is_named",
     "FG501": "tests/compiler/test_step.py::test_what_mixes_tokens_or_sees_later_ones_is_refused_with_its_place",
     "FG502": "tests/compiler/test_step.py::test_a_dim_that_is_not_there_or_not_the_only_one_is_refused",
+    "FG503": "tests/dsl/test_training_ranks.py::test_meshes_that_do_not_fit",
+    "FG504": "tests/dsl/test_training_ranks.py::test_a_process_that_hangs_is_named",
     "FG601": "tests/checkpoints/test_faults.py::test_a_file_of_weights_that_is_cut_or_lies",
     "FG602": "tests/checkpoints/test_faults.py::test_a_setting_that_is_not_supported_is_named",
     "FG603": "tests/checkpoints/test_faults.py::test_tensors_that_do_not_fit",

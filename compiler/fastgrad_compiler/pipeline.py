@@ -11,7 +11,7 @@ from fastgrad_compiler.analysis.bounds.prove import prove_bounds
 from fastgrad_compiler.attention.recognise import recognise_attention
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.shapes import infer_shapes
-from fastgrad_compiler.ir.text import parse_program
+from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_compiler.ir.verify import verify
 from fastgrad_compiler.passes.backward import derive_gradient
 from fastgrad_compiler.passes.fuse import fuse_rows
@@ -41,6 +41,15 @@ class Stage:
     name: str
     program: Program
     seconds: float
+
+    def __str__(self) -> str:
+        return f"# after {self.name} ({1000 * self.seconds:.1f} ms)\n\n{print_program(self.program)}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the program in colours."""
+        from fastgrad_grammar.highlight import ProgramLexer, coloured
+
+        return coloured(str(self), ProgramLexer())
 
 
 SOURCE = "elaborate"  # the name of the stage that the passes start from

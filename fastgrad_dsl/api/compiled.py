@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastgrad_compiler.analysis.widths import divisible_blocks
 from fastgrad_compiler.attention.table import AttentionEntry, attention_table
 from fastgrad_compiler.codegen.torch import emit_package
 from fastgrad_compiler.frontend import elaborate
@@ -23,6 +24,7 @@ from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.models.batches import ENTRY_BYTES, check_memory, dims_of, tokens_of, weight_entries
 from fastgrad_dsl.models.plan_document import plan_document
 from fastgrad_dsl.report.document import build_report
+from fastgrad_dsl.report.notebook import compiled_html
 from fastgrad_dsl.report.page import render_html
 from fastgrad_dsl.storage.build_folder import write_build
 from fastgrad_dsl.storage.import_record import record_for_build
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
+    from torch.distributed.tensor.parallel import ParallelStyle
 
     from fastgrad_dsl.distributed.objective import Objective
     from fastgrad_dsl.documents.calibration import Calibration
@@ -123,6 +126,15 @@ class Compiled:
             validate=self.validate,
         )
         return replace(self, stages=stages, assignment=assignment, calibration=calibration)
+
+    def tensor_parallel_plan(self) -> dict[str, ParallelStyle]:
+        """By path, the blocks whose heads or hidden width can be in parts, for PyTorch's `parallelize_module`.
+
+        docs/distributed.md says which they are. Empty where there are none.
+        """
+        from fastgrad_dsl.distributed.tensor_parallel import Divided
+
+        return {path: Divided(parts) for path, parts in divisible_blocks(self.program).items()}
 
     @property
     def plan(self) -> tuple[AttentionEntry, ...]:
@@ -277,6 +289,10 @@ class Compiled:
         from fastgrad_dsl.models.certify import certify
 
         return certify(self.program, model, self.target)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the verdict, the plan, and the picture of the model."""
+        return compiled_html(self.report(), self.program)
 
     @cached_property
     def _package(self) -> ModuleType:

@@ -81,7 +81,7 @@ def replan(compiled: Compiled, request: Request, tell: Tell = lambda what: None)
 
 
 @contextmanager
-def _silenced() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Without the warnings of guards."""
     before, LOGGER.disabled = LOGGER.disabled, True
     try:
@@ -158,7 +158,7 @@ class _Verified:
         if not any(approximated):
             return _Measured((0.0,), 1), _Measured((0.0,), 1), 0
         count = len(portable.plan_document.inputs)
-        with _silenced():  # what guards find is counted below
+        with silenced():  # what guards find is counted below
             pairs = [(batch[:count], batch[count:]) for batch in _distinct(self.used, self.held_out)]
             errors = [
                 whole_errors(model, inputs, targets, portable.loss if targets else None, approximated)

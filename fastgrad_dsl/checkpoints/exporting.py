@@ -18,7 +18,7 @@ from fastgrad_dsl.documents.origin import Origin
 from fastgrad_dsl.documents.read import parse_json, read_document
 from fastgrad_dsl.storage.import_record import RECORD
 from fastgrad_dsl.storage.staged import Writer, text_writer, write_together
-from fastgrad_dsl.storage.weights import of_model, read_tensors, write_tensors
+from fastgrad_dsl.storage.weights import read_tensors, read_weights, write_tensors
 from fastgrad_grammar.diagnostics import TfgError, nearest
 
 DTYPES: dict[str, torch.dtype] = {
@@ -34,7 +34,9 @@ def export_checkpoint(where: Path, weights: Path, folder: Path, *, force: bool =
     spec's), FG421 and FG604 (outputs).
     """
     origin, kept_path = find_origin(where)
-    data = {name: parse_json(text.encode(), name) for name, text in origin.texts.items()}
+    data = {
+        name: parse_json(text.encode(errors="surrogatepass"), name) for name, text in origin.texts.items()
+    }
     if not isinstance(data.get(CONFIG), dict):
         raise TfgError.of("FG430", f"the record of the import has no {CONFIG}", "import the checkpoint again")
     _check_names(origin, folder)
@@ -44,7 +46,7 @@ def export_checkpoint(where: Path, weights: Path, folder: Path, *, force: bool =
         raise TfgError.of(
             "FG430", "the record of the import contradicts itself", "import the checkpoint again"
         )
-    found = of_model(read_tensors(weights, "FG418", "weights"))
+    found = read_weights(weights, dict.fromkeys(model.shapes, torch.float32))
     _check_weights(weights, found, model)
     kept = _kept(where, places, kept_path)
     writers: dict[Path, Writer] = {

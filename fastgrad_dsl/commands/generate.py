@@ -30,7 +30,6 @@ from fastgrad_grammar.diagnostics import TfgError
 
 FORMAT = "fastgrad-generation-1"
 STDIN = "-"
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class GenerateRequest:
     params: Mapping[str, object] | None = None
     model: str | None = None
     include: Sequence[Path] = ()
-    target: str = AUTO
+    target: str = "auto"
 
 
 class Settings(Document, frozen=True):
@@ -114,7 +113,7 @@ def generate_text(request: GenerateRequest) -> tuple[Generation, bool]:
 
     Raises TfgError: what compiling or loading finds wrong; FG411 or FG437 for the prompt, FG418 for the weights, FG434,
     FG501 or FG502 for a model without a step form, FG435 for the state, FG436 for the tokenizer, FG427 for logits that
-    are not finite, FG416 for an empty stop string, and for options of a .tfg file that are given with a folder.
+    are not finite, FG416 for an empty stop string.
     """
     if "" in request.stops:
         raise TfgError.of("FG416", "--stop: a string to stop at has at least one character")
@@ -192,7 +191,6 @@ def _prompt(given: str) -> bytes:
 def _opened(request: GenerateRequest) -> _Opened:
     where, tokenizer = request.where, request.tokenizer
     if where.is_dir():
-        _check_folder_options(request)
         plan = load_plan(where)
         if request.weights is None and not (where / WEIGHTS).exists():
             raise _without_weights(where)
@@ -216,19 +214,6 @@ def _opened(request: GenerateRequest) -> _Opened:
     if tokens.ids:
         check_size(of_text, tokens.below, plan.model)
     return _Opened(steps, plan, of_text)
-
-
-def _check_folder_options(request: GenerateRequest) -> None:
-    """TfgError FG416 for options that a folder, which is compiled already, does not heed."""
-    given = {
-        "--set": request.params,
-        "--model": request.model is not None,
-        "--include": request.include,
-        "--target": request.target != AUTO,
-    }
-    for option in (option for option, is_given in given.items() if is_given):
-        said = f"{option} is for a .tfg file, and {request.where} is a folder that is compiled already"
-        raise TfgError.of("FG416", said, f"compile the file again with {option}")
 
 
 def _without_weights(where: Path) -> TfgError:

@@ -84,8 +84,8 @@ class Objective:
 
 
 def _is_watched(model: nn.Module) -> bool:
-    """Whether a call of what `loss` runs in place of `forward` does more than that, as with FSDP."""
-    return any(
+    """Whether a call of what `loss` runs in place of `forward` does more than that, as with FSDP, or ranks share it."""
+    return any(type(each) is not nn.Parameter for each in model.parameters()) or any(
         module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_pre_hooks

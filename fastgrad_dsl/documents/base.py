@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -30,6 +30,10 @@ Target = Literal["torch", "cpp", "triton", "auto"]
 Trust = Literal["certified", "calibrated"]
 
 
+SHOWN: dict[type, Callable[[Any], str]] = {}
+"""What draws documents for a notebook, by their type; filled in by the modules that can."""
+
+
 class Document(Struct, frozen=True, forbid_unknown_fields=True):
     """A document or a part of one: its fields are the keys of the JSON, in their order; None is null.
 
@@ -40,6 +44,10 @@ class Document(Struct, frozen=True, forbid_unknown_fields=True):
         if key not in self.__struct_fields__:
             raise KeyError(key)
         return json.loads(json.dumps(to_builtins(getattr(self, key))))
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows; None, for the text, where nothing draws this type."""
+        return next((draw(self) for kind, draw in SHOWN.items() if isinstance(self, kind)), None)
 
     def narrowest(self) -> type[Document]:
         """The class of the same fields, fewer of them None, that the values ask for."""

@@ -91,9 +91,3 @@ def uri_of(path: str) -> str:
     if path.startswith(LIBRARY):
         return (_LIBRARY_FOLDER / path.removeprefix(LIBRARY)).as_uri()
     return Path(path).as_uri()
-
-
-def library_path(path: str) -> str:
-    """What a source of the standard library is called, by the place of its file; other paths as they are."""
-    place = Path(path)
-    return f"{LIBRARY}{place.name}" if place.parent == _LIBRARY_FOLDER.resolve() else path

@@ -11,7 +11,7 @@ from fastgrad_compiler.attention.table import AttentionEntry
 from fastgrad_compiler.frontend import values
 from fastgrad_compiler.frontend.values import Several, Tensor, Value
 from fastgrad_compiler.ir.graph import Bound
-from fastgrad_dsl.report.words import SOURCES, family, folded, number
+from fastgrad_dsl.report.words import SOURCES, decided, folded, number
 from fastgrad_grammar import ast
 from fastgrad_grammar.comments import find_comments
 from fastgrad_grammar.source import Source
@@ -80,23 +80,11 @@ def _escaped(text: str) -> str:
 # ---------------------------------------------------------------- attentions
 
 
-def decision(entry: AttentionEntry) -> str:
-    """What an attention will be, in a few words: `minimax degree 4, rank 70`."""
-    polynomial, window = entry.attention.polynomial, entry.attention.mask.window
-    if polynomial is None:
-        return "exact" if window is None else f"exact, window {window}"
-    near = entry.attention.near
-    parts = [f"{family(polynomial.family)} degree {polynomial.degree}"]
-    parts += [f"rank {entry.rank:,}"] if entry.rank is not None else []
-    parts += [f"near {near}"] if near is not None else []
-    return ", ".join(parts)
-
-
 def decisions(entries: Sequence[AttentionEntry]) -> list[tuple[str, list[AttentionEntry]]]:
     """Equal decisions together, each with its attentions."""
     found: dict[str, list[AttentionEntry]] = {}
     for entry in entries:
-        found.setdefault(decision(entry), []).append(entry)
+        found.setdefault(decided(entry), []).append(entry)
     return list(found.items())
 
 
@@ -110,7 +98,7 @@ def attention_text(entries: Sequence[AttentionEntry]) -> str:
 
 def _attention(entry: AttentionEntry) -> list[str]:
     attention, polynomial, verdict = entry.attention, entry.attention.polynomial, entry.attention.verdict
-    lines = [decision(entry) if verdict is not None else "not decided", ""]
+    lines = [decided(entry) if verdict is not None else "not decided", ""]
     if verdict is not None:
         lines.append(f"* why: {plain(verdict.why)}")
     if polynomial is not None and polynomial.eps is not None and polynomial.eps_prime is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -34,11 +34,20 @@ class TextData:
         found.update(self.validation.numpy().data)
         return found.hexdigest()
 
+    def places(self, tokens: int, batch: int, generator: torch.Generator) -> list[int]:
+        """Where `batch` random windows of `tokens` and their targets begin in what there is to train on."""
+        starts: list[int] = torch.randint(self.train.numel() - tokens, (batch,), generator=generator).tolist()
+        return starts
+
+    def windows(self, places: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
+        """Inputs and next-token targets from these places to train on, int64 [places, tokens] each."""
+        check_memory(f"a batch of {len(places)} times {tokens} tokens", 2 * 8 * len(places) * tokens)
+        return _windows(self.train, places, tokens)
+
     def batch(self, tokens: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs and next-token targets, int64 [batch, tokens] each, from random places to train on."""
         check_memory(f"a batch of {batch} times {tokens} tokens", 2 * 8 * batch * tokens)
-        starts = torch.randint(self.train.numel() - tokens, (batch,), generator=generator)
-        return _windows(self.train, starts.tolist(), tokens)
+        return self.windows(self.places(tokens, batch, generator), tokens)
 
     def validation_batches(self, tokens: int, batch: int, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
         """At most `limit` batches of the held-out part, always the same ones, in order."""
@@ -77,6 +86,6 @@ def read_text(path: Path) -> bytes:
         raise TfgError.of("FG411", f"cannot read the text {path}: {reason}") from None
 
 
-def _windows(data: Tensor, starts: list[int], tokens: int) -> tuple[Tensor, Tensor]:
+def _windows(data: Tensor, starts: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
     rows = torch.stack([data[start : start + tokens + 1] for start in starts]).long()
     return rows[:, :-1], rows[:, 1:]

@@ -80,7 +80,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["hash"] = _hash
+    environment.filters["hash"] = source_hash
     environment.filters["path"] = _path
     return environment.get_template("page.html.j2")
 
@@ -90,7 +90,7 @@ def _path(text: str) -> Markup:
     return quote.html(text).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>"))
 
 
-def _hash(text: str) -> str:
+def source_hash(text: str) -> str:
     """The source of a content security policy that allows an element with this very text."""
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fastgrad_compiler.attention.value import OWN
 
 if TYPE_CHECKING:  # `check` starts without msgspec
+    from fastgrad_compiler.attention.table import AttentionEntry
     from fastgrad_dsl.documents.calibration import Calibration, Verification
     from fastgrad_dsl.documents.plan import Attention
     from fastgrad_dsl.documents.report import Entropy, Report, ServedPace
@@ -156,3 +157,15 @@ def decision(entry: Attention) -> str:
 def family(name: str | None) -> str:
     """Whose polynomial it is."""
     return "own polynomial" if name == OWN else str(name)
+
+
+def decided(entry: AttentionEntry) -> str:
+    """What an attention will be, in a few words: `minimax degree 4, rank 70`."""
+    polynomial, window = entry.attention.polynomial, entry.attention.mask.window
+    if polynomial is None:
+        return "exact" if window is None else f"exact, window {window}"
+    near = entry.attention.near
+    parts = [f"{family(polynomial.family)} degree {polynomial.degree}"]
+    parts += [f"rank {entry.rank:,}"] if entry.rank is not None else []
+    parts += [f"near {near}"] if near is not None else []
+    return ", ".join(parts)

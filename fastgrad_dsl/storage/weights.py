@@ -17,17 +17,8 @@ MODEL = "model."  # before the names of weights in a checkpoint
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a model's weights in place; TfgError FG418 where the file is unreadable or another model's.
-
-    Numbers of another precision are converted, but not those of another kind: whole ones, truth values or complex ones.
-    """
-    tensors = of_model(read_tensors(path, "FG418", "weights"))
-    for name, own in model.state_dict().items():
-        if name in tensors and _kind(tensors[name]) != _kind(own):
-            types = [str(each.dtype).removeprefix("torch.") for each in (tensors[name], own)]
-            raise TfgError.of(
-                "FG418", f"{path}: {name} has the type {types[0]}, and the model's is {types[1]}"
-            )
+    """Load a model's weights in place; TfgError FG418 where the file is unreadable or another model's."""
+    tensors = read_weights(path, {name: own.dtype for name, own in model.state_dict().items()})
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -35,11 +26,25 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise TfgError.of("FG418", f"{path} does not hold this model's weights: {reason}") from None
 
 
-def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
-    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
+def read_weights(path: Path, types: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The weights in a file by path, also in a training checkpoint; TfgError FG418 where it is unreadable.
+
+    Numbers of another precision than `types` says will do, but not those of another kind: whole ones, truth values or
+    complex ones. Names and shapes are for the caller to check.
+    """
+    tensors = _of_model(read_tensors(path, "FG418", "weights"))
+    for name, wanted in types.items():
+        if name in tensors and _kind(tensors[name].dtype) != _kind(wanted):
+            has, own = (str(each).removeprefix("torch.") for each in (tensors[name].dtype, wanted))
+            raise TfgError.of("FG418", f"{path}: {name} has the type {has}, and the model's is {own}")
+    return tensors
 
 
-def of_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    return dtype.is_floating_point, dtype.is_complex, dtype == torch.bool
+
+
+def _of_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A model's weights by path: those of a training checkpoint without what comes before their names."""
     of_checkpoint = {name.removeprefix(MODEL): t for name, t in tensors.items() if name.startswith(MODEL)}
     return of_checkpoint or tensors

@@ -16,6 +16,7 @@ from fastgrad_dsl.models.batches import tokens_of
 from fastgrad_dsl.models.certify import certify
 from fastgrad_dsl.models.measure import whole_errors
 from fastgrad_dsl.report.words import sample
+from fastgrad_dsl.training.ranks import Ranks
 from fastgrad_grammar.diagnostics import TfgError
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class BudgetState:
     """How much of the budget a model uses at some step.
 
     Args:
-        output, gradient: measured relative errors on one held-out batch.
+        output, gradient: measured relative errors on one held-out batch; None in a run on several processes, of which
+            none has the whole of a model and of a sequence.
         tokens: of that batch.
         range: the largest share of its R that the logits of a guarded attention took, or that their proved bound takes;
             None where no attention rests on a range that can be left.
@@ -39,8 +41,8 @@ class BudgetState:
         violations: calls in which a guard found a logit beyond its range, since the last state.
     """
 
-    output: float
-    gradient: float
+    output: float | None
+    gradient: float | None
     tokens: int
     range: float | None
     where: str | None
@@ -51,19 +53,22 @@ class BudgetState:
         shares = [self.range or 0.0]
         for what in WHATS:
             limit = of(limits, what) if limits else None
-            if limit is not None:
-                shares.append(of(self, what) / limit)
+            used: float | None = of(self, what)
+            if limit is not None and used is not None:
+                shares.append(used / limit)
         return max(shares)
 
     def line(self, limits: Budget | None) -> str:
         """One line for people: every number says what it is."""
         parts = []
-        for what in WHATS:
+        for what in WHATS if self.output is not None else ():
             limit = of(limits, what) if limits else None
             parts.append(
                 f"{what} error {of(self, what):.2g}" + (f" of {limit:g}" if limit is not None else "")
             )
         text = f"{', '.join(parts)} (measured on {sample(1, self.tokens)}, held out)"
+        if self.output is None:
+            text = "errors are not measured on several processes"
         if self.range is not None:
             text += f"; logits at {100 * self.range:.0f} % of R in {self.where}"
         if self.violations:
@@ -76,13 +81,14 @@ class BudgetWatch:
     """Looks at a training model on a schedule, and plans anew where its budget is about to break.
 
     `again(compiled, model)` calibrates and plans at the present weights; `held_out` is a batch of inputs and targets;
-    `tell` gets what people should know.
+    `tell` gets what people should know. On several `ranks` all have the same state, and nothing is planned anew.
     """
 
     compiled: Compiled
     held_out: Batch
     again: Callable[[Compiled, nn.Module], Compiled]
     tell: Callable[[str], None]
+    ranks: Ranks = field(default_factory=Ranks)
     states: list[BudgetState] = field(default_factory=list)
 
     def look(self, model: nn.Module) -> tuple[BudgetState, nn.Module]:
@@ -97,6 +103,9 @@ class BudgetWatch:
             return state, model
         if share < CLOSE and not state.violations:
             return state, model
+        if self.ranks.count > 1:
+            self.tell("the budget is about to break: go on in one process, which makes a new plan")
+            return state, model
         try:
             self.compiled = self.again(self.compiled, model)
         except TfgError as error:
@@ -109,10 +118,15 @@ class BudgetWatch:
         return state, self.compiled.adopt(model).train(model.training)
 
     def _state(self, model: nn.Module) -> BudgetState:
+        output: float | None
+        gradient: float | None
         approximated = approximated_of(self.compiled.plan_document)
-        statuses = _counted(model)
-        output = gradient = 0.0
-        if any(approximated):
+        statuses = merged(self.ranks.objects(list(_counted(model))))
+        if self.ranks.count > 1:
+            output = gradient = None
+        else:
+            output = gradient = 0.0
+        if self.ranks.count == 1 and any(approximated):
             inputs, targets = self.held_out[:1], self.held_out[1:]
             output, gradient = whole_errors(model, inputs, targets, self.compiled.loss, approximated)
             _counted(model)
@@ -136,6 +150,7 @@ class BudgetWatch:
     def _proved(self, model: nn.Module) -> dict[str, float]:
         """The share of the planned R that is proved of the present weights, where the plan rests on such a proof."""
         rests = {e.path for e in self.compiled.plan_document.attentions if e.range_source == "weights"}
+        rests = rests if self.ranks.count == 1 else set()  # the weights are in parts
         certificates = certify(self.compiled.program, model, self.compiled.target) if rests else ()
         return {
             each.path: each.range.bound / each.planned
@@ -152,3 +167,16 @@ def _counted(model: nn.Module) -> Sequence[Mapping[str, Any]]:
 
 def _largest(bound: float | Sequence[float]) -> float:
     return bound if isinstance(bound, float | int) else max(bound)
+
+
+def merged(of_ranks: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """What the guards of all ranks counted together, by attention."""
+    return [
+        {
+            **each[0],
+            "calls": sum(status["calls"] for status in each),
+            "violations": sum(status["violations"] for status in each),
+            "largest": max((status["largest"] for status in each), key=lambda value: (value != value, value)),
+        }
+        for each in zip(*of_ranks, strict=True)
+    ]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastgrad_dsl.calibration.pace import MachinePace
 from fastgrad_dsl.calibration.record import PlanRecord
+from fastgrad_dsl.distributed.sharding import laid_out
 from fastgrad_dsl.documents.base import Document, finite
 from fastgrad_dsl.documents.calibration import Calibration
 from fastgrad_dsl.documents.form import built, fields
@@ -113,15 +114,17 @@ class Checkpoint:
 
         Raises TfgError FG414 where it is another model's, FG413 where it is not whole.
         """
+        present = model.state_dict()
         weights = self._of(MODEL)
-        _same_tensors(self.path, weights, model.state_dict())
+        _same_tensors(self.path, weights, present)
+        weights = {name: laid_out(weight, present[name]) for name, weight in weights.items()}
         if self.progress.optimiser != described(optimiser):
             was = " ".join(map(str, self.progress.optimiser.values()))
             raise _mismatch(self.path, [f"the optimiser was {was}"])
         moments = self._moments(model, optimiser)
         states = States(self._of(GENERATORS), self._of(GUARDS))
         if states.generators.keys() != generators.keys():
-            raise _broken(
+            raise broken(
                 self.path, f"it has the states of the generators {', '.join(states.generators) or 'none'}"
             )
         if states.guards:
@@ -129,7 +132,7 @@ class Checkpoint:
         try:
             states.restore(model, generators)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise _broken(self.path, f"the state of a generator or guard is wrong: {error}") from None
+            raise broken(self.path, f"the state of a generator or guard is wrong: {error}") from None
         model.load_state_dict(weights)
         state = optimiser.state_dict()
         state["state"] = moments
@@ -149,14 +152,14 @@ class Checkpoint:
             each = {key: kept.pop(f"{name}.{key}") for key in wanted if f"{name}.{key}" in kept}
             for key, like in wanted.items():
                 if key not in each or not _alike(each[key], like):
-                    raise _broken(
+                    raise broken(
                         self.path, f"the moment {key} of weight {name} is missing, or of another shape"
                     )
             if not 0 < each["step"].item() <= self.progress.step:
-                raise _broken(self.path, f"weight {name} was moved {each['step'].item():g} times")
-            found[index] = each
+                raise broken(self.path, f"weight {name} was moved {each['step'].item():g} times")
+            found[index] = {key: laid_out(each[key], like) for key, like in wanted.items()}
         if kept:
-            raise _broken(self.path, f"it has a moment of no weight: {min(kept)}")
+            raise broken(self.path, f"it has a moment of no weight: {min(kept)}")
         return found
 
 
@@ -168,20 +171,34 @@ def save_checkpoint(
     progress: Progress,
 ) -> None:
     """Everything in one file, atomically. Raises OSError where it cannot be written; the file is then as it was."""
+    tensors = state_tensors(model, optimiser, states)
+    write_atomically(path, save(_contiguous(tensors), {"format": FORMAT, **header_of(progress)}))
+
+
+def state_tensors(model: nn.Module, optimiser: torch.optim.Optimizer, states: States) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by name, not copied."""
     tensors = {MODEL + name: value.detach() for name, value in model.state_dict().items()}
     names = _moment_order(model, optimiser)
     for index, state in optimiser.state_dict()["state"].items():
         tensors |= {f"{MOMENTS}{names[index]}.{key}": torch.as_tensor(value) for key, value in state.items()}
     tensors |= {GENERATORS + name: state for name, state in states.generators.items()}
-    tensors |= {GUARDS + name: counts for name, counts in states.guards.items()}
+    return tensors | {GUARDS + name: counts for name, counts in states.guards.items()}
+
+
+def header_of(progress: Progress) -> dict[str, str]:
+    """Each field of it as strict JSON."""
     values: dict[str, object] = finite(plain(progress))
-    header = {name: json.dumps(value, sort_keys=True, allow_nan=False) for name, value in values.items()}
-    write_atomically(path, save(_contiguous(tensors), {"format": FORMAT, **header}))
+    return {name: json.dumps(value, sort_keys=True, allow_nan=False) for name, value in values.items()}
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """The weights alone, atomically, for `load`. Raises OSError where they cannot be written."""
-    write_atomically(path, save(_contiguous(model.state_dict()), {"format": "pt"}))
+    write_weights(path, model.state_dict())
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """As `save_weights`, of whole tensors by name."""
+    write_atomically(path, save(_contiguous(weights), {"format": "pt"}))
 
 
 def is_finite(model: nn.Module, optimiser: torch.optim.Optimizer) -> bool:
@@ -208,7 +225,7 @@ def idle_weights(model: nn.Module, optimiser: torch.optim.Optimizer) -> list[str
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a file and check all that can be checked without its model; FG413 if it is not a complete checkpoint."""
     if path.exists() and not path.is_file():
-        raise _broken(path, "it is not a regular file")
+        raise broken(path, "it is not a regular file")
     try:
         with safe_open(path, framework="pt") as stream:
             header = stream.metadata() or {}
@@ -224,14 +241,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
         AttributeError,
         RuntimeError,
     ) as error:
-        raise _broken(path, str(error)) from None
+        raise broken(path, str(error)) from None
+    return Checkpoint(path, tensors, progress_of(path, header))
+
+
+def progress_of(path: Path, header: Mapping[str, str]) -> Progress:
+    """What `header_of` wrote. TfgError FG413 where it is anything else."""
     try:
         progress: Progress = built(Progress, {name: _parsed(header, name) for name in fields(Progress)})
     except ValueError as error:
-        raise _broken(path, f"its header: {error}") from None
+        raise broken(path, f"its header: {error}") from None
     if progress.validated > progress.step:
-        raise _broken(path, f"step {progress.validated} is validated, and only {progress.step} are done")
-    return Checkpoint(path, tensors, progress)
+        raise broken(path, f"step {progress.validated} is validated, and only {progress.step} are done")
+    return progress
 
 
 # ---------------------------------------------------------------- the header
@@ -285,7 +307,8 @@ def _shown(values: Mapping[str, Scalar], name: str) -> str:
 # ---------------------------------------------------------------- what is wrong
 
 
-def _broken(path: Path, reason: str) -> TfgError:
+def broken(path: Path, reason: str) -> TfgError:
+    """FG413: a checkpoint that is damaged, or none."""
     return TfgError.of("FG413", f"cannot read the checkpoint {path}: {reason}")
 
 

@@ -4,7 +4,7 @@
     spec/                     the spec under its own name, and the files that it uses
     weights.safetensors       the weights at the last checkpoint
     tokenizer.json            the tokenizer of the text, if it was not read as bytes
-    checkpoint.safetensors    all that training needs to go on
+    checkpoint.safetensors    all that training needs to go on; checkpoint/ where several processes trained
     log.jsonl                 one JSON object for each step and for each validation
 
 One process at a time trains in a folder: it holds a lock, which ends with the process however that ends.
@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EEXIST, ELOOP
 from hashlib import sha256
 from itertools import count
@@ -42,9 +43,11 @@ if TYPE_CHECKING:
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 SPEC, LOCK, TOKENIZER = "spec", ".lock", "tokenizer.json"
+SHARDED = "checkpoint"  # the folder of a checkpoint of several processes
 _FILES = (CHECKPOINT, WEIGHTS, LOG)  # in the order in which a run that is replaced is removed
 _TEMPORARY = re.compile(rf"\.({'|'.join(map(re.escape, (*_FILES, TOKENIZER)))}|{MODEL})\.\w+\.(tmp|new|old)")
 """What `write_atomically` and `write_build` leave where they are killed; they remove it the next time."""
+_SHARDED = re.compile(r"step-(\d{1,16})-(-1|\d{1,16})")  # steps done, and the last that was validated
 _LOCK_TEXT = re.compile(rb"(p|pr|pro|proc|proce|proces|process|process \d*( (o|on|on [^\n]*\n?)?)?)?")
 """The text of a lock, or as much of it as a process wrote before it was killed or the disk was full."""
 _LOCK_BYTES = 1000  # of a lock's text, and more
@@ -73,6 +76,7 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
             _clean(folder)
             if not resume:
                 # the checkpoint first: what is left is not a run, and never a mixture of two
+                remove_sharded(folder)
                 for name in (*_FILES, TOKENIZER):
                     (folder / name).unlink(missing_ok=True)
         yield
@@ -95,13 +99,50 @@ def _check_lock(path: Path) -> None:
 def _check_free(folder: Path) -> None:
     there = {entry.name for entry in folder.iterdir() if not _TEMPORARY.fullmatch(entry.name)} - {LOCK}
     known = {*_FILES, MODEL, SPEC, TOKENIZER} if (folder / MODEL / MANIFEST).is_file() else {*_FILES}
-    run = {CHECKPOINT} & there or {name for name in {LOG} & there if (folder / name).lstat().st_size}
+    known |= {SHARDED} if _holds_only_sharded(folder) else set()
+    sharded = {SHARDED} if sharded_steps(folder) else set()
+    run = (
+        {CHECKPOINT} & there or sharded or {name for name in {LOG} & there if (folder / name).lstat().st_size}
+    )
     if run or there - known:
         raise _occupied(folder, run, sorted(there - known))
 
 
+def sharded_steps(folder: Path) -> list[tuple[int, int]]:
+    """The checkpoints of several processes that are whole: the steps done, and the last one that was validated."""
+    place = folder / SHARDED
+    if place.is_symlink() or not place.is_dir():
+        return []
+    names = [each.name for each in place.iterdir() if each.is_dir()]
+    return [(int(m[1]), int(m[2])) for name in names if (m := _SHARDED.fullmatch(name))]
+
+
+def remove_sharded(folder: Path, *, but: Path | None = None, unfinished: bool = False) -> None:
+    """Remove the checkpoints of several processes; with `unfinished` only what is left of those that are not whole.
+
+    Raises OSError.
+    """
+    place = folder / SHARDED
+    if place.is_symlink() or not place.is_dir():
+        return
+    for each in place.iterdir():
+        ours = _SHARDED.fullmatch(each.name.removeprefix(".")) and not each.is_symlink() and each.is_dir()
+        if ours and each != but and (each.name.startswith(".") or not unfinished):
+            shutil.rmtree(each)
+    with suppress(OSError):  # something is there
+        place.rmdir()
+
+
+def _holds_only_sharded(folder: Path) -> bool:
+    place = folder / SHARDED
+    if place.is_symlink() or not place.is_dir():
+        return False
+    return all(_SHARDED.fullmatch(each.name.removeprefix(".")) for each in place.iterdir())
+
+
 def _clean(folder: Path) -> None:
     """Remove what writers left that were killed."""
+    remove_sharded(folder, unfinished=True)
     for name in (*_FILES, TOKENIZER):
         remove_dead_files(folder, f".{name}.")
     for path, clean in (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fastgrad_dsl.api.loader import WEIGHTS
 from fastgrad_dsl.distributed.objective import Objective
+from fastgrad_dsl.distributed.sharding import gathered, whole
 from fastgrad_dsl.models.text_data import TextData
 from fastgrad_dsl.storage.files import write_atomically, writing
 from fastgrad_dsl.training.budget_watch import BudgetWatch
@@ -25,17 +27,20 @@ from fastgrad_dsl.training.checkpoint import (
     described,
     idle_weights,
     is_finite,
-    read_checkpoint,
     save_checkpoint,
     save_weights,
+    write_weights,
 )
-from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed
+from fastgrad_dsl.training.folder import CHECKPOINT, LOG, claimed, remove_sharded
 from fastgrad_dsl.training.log import Event, kept_lines
+from fastgrad_dsl.training.ranks import Ranks
+from fastgrad_dsl.training.sharded import ShardedCheckpoint, ShardedWriter, latest
 from fastgrad_dsl.training.stopping import Stop, StopAsked, Stopped
 from fastgrad_grammar.diagnostics import TfgError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-MAY_CHANGE = {"steps", "seconds", "validate_every", "validation_batches", "checkpoint_every"}  # on resuming
+MAY_CHANGE = {"steps", "seconds", "validate_every", "validation_batches", "checkpoint_every", "accumulate"}
+"""On resuming."""
 LEAST_RATE = 0.1  # the cosine ends at this share of the peak learning rate
 
 
@@ -43,9 +48,9 @@ LEAST_RATE = 0.1  # the cosine ends at this share of the peak learning rate
 class Options:
     """How to train. `seconds` (None: no limit) replaces `steps` as what the schedule runs over.
 
-    steps, tokens (sequence length), batch (sequences per step), warmup, validate_every, validation_batches and
-    checkpoint_every are counts; learning_rate is the peak of AdamW's; clip bounds the gradient's norm; `exact`: the
-    softmax model is trained.
+    steps, tokens (sequence length), batch (sequences per step), accumulate (equal parts of a batch that are run one
+    after another), warmup, validate_every, validation_batches and checkpoint_every are counts; learning_rate is the
+    peak of AdamW's; clip bounds the gradient's norm; `exact`: the softmax model is trained.
     """
 
     steps: int = 1000
@@ -60,6 +65,7 @@ class Options:
     validate_every: int = 100
     validation_batches: int = 4
     checkpoint_every: int = 100
+    accumulate: int = 1
     seconds: float | None = None
 
     @property
@@ -76,21 +82,30 @@ def learning_rate(options: Options, step: int, done: float) -> float:
 
 
 def validation_loss(
-    model: nn.Module, loss: Loss, data: TextData, options: Options, check: Callable[[], None] = lambda: None
+    model: nn.Module,
+    loss: Loss,
+    data: TextData,
+    options: Options,
+    check: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
 ) -> float:
     """Mean loss over the held-out batches, in nats per token; `check` is called before each of them, and may raise."""
-    training = model.training
+    training, ranks = model.training, ranks or Ranks()
     model.eval()
     losses = []
     try:
         with torch.no_grad():
             sizes = options.tokens, options.batch, options.validation_batches
-            for inputs, targets in data.validation_batches(*sizes):
+            for batch in data.validation_batches(*sizes):
                 check()
-                losses.append(_value(model, loss, inputs, targets).item())
+                rows, weight = ranks.own_rows(len(batch[0]))
+                inputs, targets = ranks.pieces([each[rows] for each in batch])
+                with ranks.context():
+                    losses.append(_value(model, loss, inputs, targets).item() * weight * ranks.mesh.data)
     finally:
         model.train(training)
-    return sum(losses) / len(losses)
+    (mean,) = ranks.mean(sum(losses) / len(losses))
+    return mean
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,7 @@ class Context:
         plan: what the plan rests on, for the checkpoint.
         publish: writes the model of the present plan into the run's folder.
         stop: says when to stop.
+        ranks: the processes of the run, which all call `train` alike.
     """
 
     identity: dict[str, str] = field(default_factory=dict)
@@ -110,6 +126,7 @@ class Context:
     plan: Callable[[], RunPlan | None] = lambda: None
     publish: Callable[[], None] = lambda: None
     stop: Stop = field(default_factory=Stop)
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def train(
@@ -137,7 +154,7 @@ def train(
     """
     whole = context is None
     context = context or Context()
-    if whole and resume and is_finished(read_checkpoint(folder / CHECKPOINT), options, context):
+    if whole and resume and is_finished(latest(folder), options, context):
         return
     with claimed(folder, resume=resume, force=force) if whole else nullcontext():
         run = _Run(model, loss, data, options, folder, context, watch)
@@ -177,9 +194,12 @@ class _Run:
         context: Context,
         watch: BudgetWatch | None,
     ) -> None:
-        self.model, self.loss, self.data, self.options = model, loss, data, options
+        self.loss, self.data, self.options = loss, data, options
         self.folder, self.context, self.watch = folder, context, watch
-        self.optimiser = make_optimiser(model, options)
+        self.ranks = context.ranks
+        self.model = model
+        self.writer = ShardedWriter(folder, self.ranks) if self.ranks.count > 1 else None
+        self.optimiser = make_optimiser(self.model, options)
         self.places = torch.Generator()
         own = {"places": self.places, "dropout": torch.default_generator}
         self.generators = {**own, **context.generators}
@@ -191,26 +211,36 @@ class _Run:
     def begin(self) -> None:
         """A new run from the model's weights."""
         self.places.manual_seed(self.options.seed)
-        torch.manual_seed(self.options.seed)
-        self._write_log("")
-        self.context.publish()
+        torch.manual_seed(self.options.seed + self.ranks.rank)  # of dropout: each process has its own
+        self._first(lambda: self._write_log(""))
+        self._first(self.context.publish)
 
     def resume(self) -> None:
         """Continue from the folder's checkpoint."""
-        checkpoint = read_checkpoint(self.folder / CHECKPOINT)
+        checkpoint = latest(self.folder)
         is_finished(checkpoint, self.options, self.context)
 
         def run_once() -> None:
-            validation_loss(self.model, self.loss, self.data, replace(self.options, validation_batches=1))
+            options = replace(self.options, validation_batches=1)
+            validation_loss(self.model, self.loss, self.data, options, ranks=self.ranks)
 
+        if isinstance(checkpoint, ShardedCheckpoint):
+            loaded = partial(checkpoint.loaded, self.model, self.ranks)
+            checkpoint = self.ranks.each(loaded)
         checkpoint.restore(self.model, self.optimiser, self.generators, run_once)
         progress = checkpoint.progress
         self.step, self.validated, self.before = progress.step, progress.validated, progress.seconds
         self.saved = (self.step, self.validated)
+        self._first(self._cut_log)
+        self._first(self.context.publish)
+
+    def _cut_log(self) -> None:
         with writing(self.folder / LOG, kept=self._kept):
             lines = kept_lines(self.folder / LOG, self.step, self.validated)
         self._write_log(lines)
-        self.context.publish()
+
+    def _first(self, work: Callable[[], object]) -> None:
+        self.ranks.first(work)
 
     @property
     def seconds(self) -> float:
@@ -232,25 +262,41 @@ class _Run:
                 states = self._states()
                 if done >= 1.0:
                     self._save(states)
+                    self._finish_writing()
                     return
             yield self._next_step(done, states)
 
     def _next_step(self, done: float, states: States) -> Event:
         options = self.options
         rate = learning_rate(options, self.step, done)
-        batch = self.data.batch(options.tokens, options.batch, self.places)
-        value, norm = gradients(self.model, self.loss, self.optimiser, batch, options)
+        self.ranks.begins(self.step + 1)
+        places = self.data.places(options.tokens, options.batch, self.places)
+        value, norm = accumulated_gradients(
+            self.model, self.loss, self.optimiser, self._parts(places), options, self.ranks
+        )
+        of_all = self.ranks.gathered(value, self.context.stop.signal or 0)
+        value = sum(each for each, _ in of_all) / len(of_all)
         for what, number in (("loss", value), ("norm of the gradient", norm)):
             if not math.isfinite(number):
                 raise self._not_finite(f"the {what} of step {self.step + 1} is {number}")
-        if self.context.stop.signal is not None:
+        if signal := max(int(signal) for _, signal in of_all):
+            self.context.stop.signal = signal
             self._save(states)
+            self._finish_writing()
             raise Stopped(self.step)
         if self.step % options.checkpoint_every == 0:
             self._save(states)
         update(self.optimiser, rate)
         self.step += 1
         return self._record(Event(self.step, self.seconds, value, None, rate, norm))
+
+    def _parts(self, places: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What this process runs of a batch that begins at these places, one part after another."""
+        size = len(places) // self.options.accumulate
+        for part in range(self.options.accumulate):
+            own = self.ranks.own(places[part * size : (part + 1) * size])
+            inputs, targets = self.ranks.pieces(self.data.windows(own, self.options.tokens))
+            yield inputs, targets
 
     def _validate(self, *, last: bool) -> Iterator[Event]:
         """Where it is due, or the run is done; the budget is looked at only where it is due."""
@@ -260,8 +306,14 @@ class _Run:
         before = self._states()
         state = None
         with torch.random.fork_rng(devices=[]):
-            check = self.context.stop.check
-            held_out = validation_loss(self.model, self.loss, self.data, self.options, check)
+            held_out = validation_loss(
+                self.model,
+                self.loss,
+                self.data,
+                self.options,
+                lambda: self.ranks.check(self.context.stop),
+                self.ranks,
+            )
             if not math.isfinite(held_out):
                 raise self._not_finite(f"the validation loss after step {self.step} is {held_out}")
             if due and self.watch is not None:
@@ -277,7 +329,7 @@ class _Run:
     def _save(self, states: States) -> None:
         if self.saved == (self.step, self.validated):
             return
-        if not is_finite(self.model, self.optimiser):
+        if self.ranks.mean(is_finite(self.model, self.optimiser)) != [1.0]:
             raise self._not_finite(f"a weight or moment after step {self.step} is not finite")
         progress = Progress(
             self.step,
@@ -289,15 +341,40 @@ class _Run:
             tuple(idle_weights(self.model, self.optimiser)),
             self.context.plan(),
         )
+        if self.writer is not None:
+            self._save_sharded(self.writer, states, progress)
+            return
         with writing(self.folder / WEIGHTS, kept=self._kept):
             save_weights(self.folder / WEIGHTS, self.model)
         self.context.publish()
         with writing(self.folder / CHECKPOINT, kept=self._kept):  # the last: with it a step counts as done
             save_checkpoint(self.folder / CHECKPOINT, self.model, self.optimiser, states, progress)
+            remove_sharded(self.folder)
         self.saved = (self.step, self.validated)
+
+    def _save_sharded(self, writer: ShardedWriter, states: States, progress: Progress) -> None:
+        """Parts of the checkpoint by each process; the weights are whole in one file, too."""
+        weights = {
+            name: gathered(weight, keep=self.ranks.leads) for name, weight in self.model.state_dict().items()
+        }
+
+        def write() -> None:
+            with writing(self.folder / WEIGHTS, kept=self._kept):
+                write_weights(self.folder / WEIGHTS, weights)
+            self.context.publish()
+
+        self._first(write)
+        writer.save(self.model, self.optimiser, states, progress)
+        self.saved = (self.step, self.validated)
+
+    def _finish_writing(self) -> None:
+        if self.writer is not None:
+            self.writer.finish()
 
     def _record(self, event: Event) -> Event:
         path = self.folder / LOG
+        if not self.ranks.leads:
+            return event
         with writing(path, kept=self._kept), path.open("a", encoding="utf-8") as log:
             log.write(event.line())
         return event
@@ -342,12 +419,32 @@ def gradients(
     options: Options,
 ) -> tuple[float, float]:
     """One forward and backward pass; loss, and norm of the gradient before it is clipped."""
-    inputs, targets = batch
+    return accumulated_gradients(model, loss, optimiser, [batch], replace(options, accumulate=1), Ranks())
+
+
+def accumulated_gradients(
+    model: nn.Module,
+    loss: Loss,
+    optimiser: torch.optim.Optimizer,
+    parts: Iterable[tuple[Tensor, Tensor]],
+    options: Options,
+    ranks: Ranks,
+) -> tuple[float, float]:
+    """Forward and backward passes of all parts of a batch; the mean of this process's losses, and the norm of all.
+
+    The gradient is that of the mean over all processes: `fully_shard` takes that mean, and a loss of sequences in
+    pieces has on each process the gradient of its own share.
+    """
     optimiser.zero_grad(set_to_none=True)
-    value = _value(model, loss, inputs, targets)
-    value.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-    return value.item(), norm.item()
+    total = 0.0
+    for inputs, targets in parts:
+        with ranks.context():
+            value = _value(model, loss, inputs, targets)
+            scaled = value if options.accumulate == 1 else value / options.accumulate
+            (scaled if ranks.mesh.context == 1 else scaled * ranks.mesh.context).backward()
+        total += value.item()
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), options.clip))
+    return total / options.accumulate, norm.item()
 
 
 def _value(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> Tensor:

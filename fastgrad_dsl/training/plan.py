@@ -82,13 +82,17 @@ def plan_of(compiled: Compiled, pace: MachinePace | None) -> RunPlan:
 
 def resumed_plan(compiled: Compiled, checkpoint: Checkpoint) -> Compiled:
     """The model with the plan of a checkpoint. TfgError FG413 where that is not one of this model."""
-    kept = checkpoint.progress.plan
-    if kept is None or kept.decisions is None:
-        return compiled
     try:
-        planned = with_recorded_plan(compiled, kept.decisions, kept.calibration)
-        _ = planned.files  # which show the calibration
+        return planned_as(compiled, checkpoint.progress.plan)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         message = f"cannot read the checkpoint {checkpoint.path}: its plan is not one of this model: {error}"
         raise TfgError.of("FG413", message) from None
+
+
+def planned_as(compiled: Compiled, plan: RunPlan | None) -> Compiled:
+    """The model with a plan that was kept. Raises ValueError and others where it is not one of this model."""
+    if plan is None or plan.decisions is None:
+        return compiled
+    planned = with_recorded_plan(compiled, plan.decisions, plan.calibration)
+    _ = planned.files  # which show the calibration
     return planned

@@ -39,10 +39,11 @@ class Stop:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
+def stop_on_signals(*, among_others: bool = False) -> Iterator[Stop]:
     """A Stop that the signals of SIGNALS set; each does what it did before once one of them has come.
 
-    Outside of the main thread, which alone gets signals, it is never set.
+    Outside of the main thread, which alone gets signals, it is never set. `among_others`: nothing is said, and further
+    signals change nothing: a terminal and the agent both send one, and the agent ends what does not stop.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -56,6 +57,8 @@ def stop_on_signals() -> Iterator[Stop]:
 
     def heard(number: int, frame: FrameType | None) -> None:
         stop.signal = number
+        if among_others:
+            return
         put_back()
         os.write(
             2, _HEARD % signal.Signals(number).name.encode()

@@ -118,9 +118,11 @@ CODES: dict[str, str] = {
     "FG436": "tokenizer that cannot be used",
     "FG437": "prompt that cannot be used",
     "FG438": "library that is not installed",
-    # FG5xx: the step form
+    # FG5xx: the step form, and several processes
     "FG501": "operation without a step form",
     "FG502": "no dimension to step along",
+    "FG503": "mesh that does not fit",
+    "FG504": "process of a run that was lost",
     # FG6xx: checkpoints of Hugging Face
     "FG601": "checkpoint that cannot be read",
     "FG602": "checkpoint that is not supported",

@@ -16,6 +16,7 @@ from attack.fuzz_files import fuzz_files, readers
 from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.pipeline import run as run_passes
 from fastgrad_dsl.commands import cli
+from fastgrad_dsl.commands.line import stages
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.read import read_source
 
@@ -134,6 +135,6 @@ def test_a_planted_traceback_of_a_command_is_found(tmp_path: Path, monkeypatch: 
     def broken(*_: object, **__: object) -> None:
         raise KeyError("planted")
 
-    monkeypatch.setattr(cli, "read_source", broken)
+    monkeypatch.setattr(stages, "read_source", broken)
     with pytest.raises(Exception, match=r"^status 1, .*KeyError: 'planted'"):
         run(["check", "tiny.tfg"])

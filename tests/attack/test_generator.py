@@ -41,12 +41,13 @@ SIGNS = {
     "[..]",
     "if else",
 }
-TRIES = 40
+TRIES = 24
 NOT_WRITTEN = {
     **dict.fromkeys(("sum_to", "embedding_gradient", "repeat_backward", "weight_gradient", "depthwise_weights",
                      "poly_attention_backward"),
                     "stands in gradient graphs only"),
     **dict.fromkeys(("attention", "poly_attention"), "is what recognition makes"),
+    "linear_cross_entropy": "is what the pass `loss` makes",
     "literal": "is what calibration makes",
 }  # fmt: skip
 """Operations of the graph that no text of the generator becomes, and why."""
@@ -140,7 +141,7 @@ def test_every_spelling_of_attention_comes_about() -> None:
 
 @pytest.fixture(scope="module")
 def grown() -> list[Grown]:
-    return [grow(seed) for seed in range(25)]
+    return [grow(seed) for seed in range(12)]
 
 
 def test_programs_are_well_typed_and_few_statements_are_refused(grown: list[Grown]) -> None:

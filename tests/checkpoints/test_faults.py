@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fastgrad_dsl as fg
 from attack.checkpoints import GPT2, tensors_of, write_folder
@@ -279,6 +281,22 @@ def test_an_export_needs_an_import(tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_an_export_takes_no_weights_of_another_kind(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Rounding them would write a checkpoint that looks sound; another precision is converted."""
+    spec, weights = tmp_path / "model.tfg", tmp_path / "model.safetensors"
+    import_checkpoint(write_folder(tmp_path / "in"), spec)
+    tensors = load_file(weights)
+    name = min(tensors)
+    save_file({**tensors, name: tensors[name].to(dtype)}, weights)
+    with pytest.raises(TfgError, match=rf"FG418.* {re.escape(name)} has the type {str(dtype)[6:]}"):
+        export_checkpoint(spec, weights, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    save_file({**tensors, name: tensors[name].double()}, weights)
+    export_checkpoint(spec, weights, tmp_path / "back")
+    assert (tmp_path / "back" / TENSORS).read_bytes() == (tmp_path / "in" / TENSORS).read_bytes()
+
+
 def test_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -333,6 +351,7 @@ def test_a_build_knows_what_it_was_imported_from(tmp_path: Path) -> None:
         ("texts", {}),
         ("texts", {"config.json": "{"}),
         ("texts", {"config.json": "[]"}),
+        ("texts", {"config.json": "\udcff"}),
         ("texts", {"../config.json": "{}"}),
         ("texts", {"config.json": json.dumps(GPT2), "run.py": ""}),
         ("metadata", {"a/model.safetensors": {}}),

@@ -348,7 +348,7 @@ REFERENCE: dict[str, Definition] = {
     "sinusoid": lambda xs, a: _sinusoid(a["length"], a["width"]),
     "alibi": lambda xs, a: _alibi(xs[0]),
     "dropout": lambda xs, a: xs[0],
-    "cross_entropy": lambda xs, a: _cross_entropy(*xs, a),
+    "cross_entropy": lambda xs, a: _cross_entropy(xs[0], xs[1], a),
     "linear_cross_entropy": _linear_cross_entropy,
     "mse": lambda xs, a: np.asarray(np.mean((xs[0] - xs[1]) ** 2)),
     "attention": _attention,

@@ -294,6 +294,7 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case(("float[4]", "int[]"), "cross_entropy(%a, %b)", ids=4),
         Case(("float[b, n]", "int[b]"), "cross_entropy(%a, %b)", ids="n"),
         Case((F, IDS), "cross_entropy(%a, %b, smoothing = 0.25)", ids=4),
+        Case(("float[b, n]", "int[b]"), "cross_entropy(%a, %b, smoothing = 0.25)", ids="n"),
         Case((F, IDS), "cross_entropy(%a, %b, ignored = 3, smoothing = 0.5)", ids=4),
         Case((F, IDS), "cross_entropy(%a, %b, ignored = 5)", ids=4),
     ),

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from fastgrad_compiler.frontend import elaborate
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.ops import OPS
 from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.passes.backward import DECLINED, VJP, derive_gradient
+from fastgrad_compiler.pipeline import run as run_passes
 from fastgrad_compiler.reference.interpret import run, run_gradient
+from fastgrad_grammar.source import Source
 from tests.compiler.attention_variants import PADDING, VARIANTS, Variant
 from tests.compiler.gradients import assert_gradient, derive, program_of, sample_of
 from tests.initial_weights import initial_weights
@@ -248,12 +251,37 @@ def test_objective_has_a_backward_too(structure: Program) -> None:
 def test_gradient_is_hierarchical(structure: Program) -> None:
     assert structure.gradient == "main.backward"
     names = [graph.name for graph in structure.graphs]
-    assert len(set(names)) == len(names) == 12
+    assert len(set(names)) == len(names) == 13  # `table` is called with both results used, and with one
     assert {"inner.backward", "body.backward", "other.backward", "table.backward", "main.backward"} < set(
         names
     )
     backward = next(node for node in structure["main.backward"].nodes if node.op == "repeat_backward")
     assert backward["backward"] == ("body.backward", "other.backward", "body.backward")
+
+
+def test_what_nothing_depends_on_has_no_cotangent() -> None:
+    """0 times what is infinite is not 0: of an input that a block leaves unread, and of a result that nobody reads."""
+    text = """
+    dim b
+    block part(x: float[b, 4, 4], y: float[b, 4, 4]) -> (float[b, 4, 4], float[b, 4, 4]) {
+        weight w: float[1] = zeros()
+        return (x * 2.0, causal(y) * w)
+    }
+    block unread(x: float[b, 4, 4], y: float[b, 4, 4]) -> float[b, 4, 4] {
+        return x * 3.0
+    }
+    model m(x: float[b, 4, 4]) -> float[b, 4, 4] {
+        weight w: float[1] = zeros()
+        (a, c) = part(x, x) as p
+        return unread(a, causal(x) * w) as u
+    }
+    """
+    program = run_passes(elaborate(Source("m.tfg", text)), until="backward", validate=False)[-1].program
+    x = torch.randn(2, 4, 4, dtype=torch.float64)
+    weights = {path: torch.zeros(1, dtype=torch.float64) for path in ("w", "p.w")}
+    of_inputs, of_weights = run_gradient(program, [x], weights, [torch.ones_like(x)], dtype=torch.float64)
+    torch.testing.assert_close(of_inputs["x"], torch.full_like(x, 6.0))
+    assert all(torch.equal(each, torch.zeros_like(each)) for each in of_weights.values())
 
 
 def test_only_what_a_cotangent_needs_is_computed() -> None:

@@ -16,6 +16,8 @@ from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.pipeline import Pass
 from fastgrad_compiler.reference.interpret import run
+from fastgrad_compiler.runtime.pieces import serve
+from fastgrad_dsl.distributed.objective import problem
 
 FILE = """
 use std
@@ -213,3 +215,22 @@ def test_options_of_a_loss_are_checked() -> None:
     ):
         with pytest.raises(fg.TfgError, match=code):
             fg.compile(text("return x @ w", f"cross_entropy(z, targets; {options})"))
+
+
+def test_pieces_of_a_sequence_are_refused() -> None:
+    compiled = fg.compile(text(*RECOGNISED["a product"]))
+    model: Any = compiled.module()
+    pieces: Any = object()
+    serve(pieces)
+    try:
+        with pytest.raises(RuntimeError, match=r"in pieces, `compiled\.loss"):
+            model.loss(torch.ones(2, 5, 4), torch.zeros(2, 5, dtype=torch.long))
+    finally:
+        serve(None)
+
+
+def test_an_objective_that_leaves_targets_out_is_no_mean_over_ranks() -> None:
+    for objective, refused in ((PLAIN, False), ("cross_entropy(z, targets; ignored = -100)", True)):
+        program = fg.compile(text("return x @ w", objective)).program
+        assert program.objective is not None
+        assert (problem(program[program.objective], "n") is not None) == refused

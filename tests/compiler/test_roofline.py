@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,18 @@ def test_a_last_chunk_ends_with_its_tokens() -> None:
     shape = shape_of(heads=1, n=72, d=16, dv=16, degree=2)
     pairs = schedule.dense_pairs(shape, 64, Tiles(rows=32, keys=16))
     assert pairs == 32 * 32 + 32 * 64 + 32 * 16
+
+
+def test_tiles_are_summed_without_a_loop() -> None:
+    """Of a near field that is longer than all sequences, too: `fastgrad check` hung on it."""
+    draws = random.Random(0)
+    for _ in range(2000):
+        first, step, count, size = (draws.randint(least, 40) for least in (0, 1, 0, 1))
+        expected = sum(-(-(first + i * step) // size) for i in range(count))
+        assert schedule._tiles(first, step, count, size) == expected
+    shape = shape_of(heads=1, n=1 << 40, d=16, dv=16, degree=2, near=1 << 62)
+    pairs = schedule.dense_pairs(shape, 1 << 62, Tiles(rows=32, keys=16))
+    assert (1 << 79) < pairs < (1 << 80)  # half of all
 
 
 def test_bytes_counted_by_hand() -> None:

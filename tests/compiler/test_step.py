@@ -180,22 +180,23 @@ def random_body(seed: int) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(12))
 def test_random_programs(seed: int) -> None:
     assert worst(stepped(random_body(seed)), seed) < TOLERANCE
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(25, 425, 20))
+@pytest.mark.parametrize("first", range(12, 412, 20))
 def test_many_random_programs(first: int) -> None:
     for seed in range(first, first + 20):
         assert worst(stepped(random_body(seed)), seed) < TOLERANCE, seed
 
 
-def test_programs_of_the_attack() -> None:
+@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 24), marks=pytest.mark.slow)], ids=str)
+def test_programs_of_the_attack(seeds: range) -> None:
     """All operations: where a step form is derived, it is right."""
     right = 0
-    for seed in range(24):
+    for seed in seeds:
         program = compiled(grow(seed).text)
         for along in ("n", "m"):
             try:
@@ -208,7 +209,7 @@ def test_programs_of_the_attack() -> None:
                 continue
             assert error < TOLERANCE, (seed, along)
             right += 1
-    assert right >= 8
+    assert right >= len(seeds) // 3
 
 
 # ---------------------------------------------------------------- what it looks like

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -255,10 +256,12 @@ def shares(ranges: dict[str, LogitRange], logits: dict[str, Tensor]) -> dict[str
     }
 
 
-def ascended(program: Program, weights: dict[str, Tensor], ranges: dict[str, LogitRange]) -> Tensor:
+def ascended(
+    program: Program, weights: dict[str, Tensor], ranges: dict[str, LogitRange], enough: float = math.inf
+) -> Tensor:
     """The largest share of R that gradient ascent over the inputs finds, for each head of the last attention.
 
-    Each head has sequences of its own; the second token is the query, the first the key.
+    Each head has sequences of its own; the second token is the query, the first the key. Ends when all have enough.
     """
     path = list(ranges)[-1]
     heads, starts = len(ranges[path].heads), 6
@@ -274,6 +277,8 @@ def ascended(program: Program, weights: dict[str, Tensor], ranges: dict[str, Log
             own.reshape(starts, heads, heads).diagonal(dim1=1, dim2=2) if own.dim() > 1 and heads > 1 else own
         )
         best = torch.maximum(best, own.detach().reshape(-1, heads).amax(0))
+        if best.min() >= enough:
+            break
         ascent.zero_grad()
         own.sum().backward()
         ascent.step()

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.api.loader import package_from_texts
-from fastgrad_dsl.distributed import context_parallel, shard_sequence
+from fastgrad_dsl.distributed import context_parallel, shard_sequence, sharding
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.models import EXAMPLES, SIZES
 
@@ -151,6 +151,7 @@ def _of_models(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {"of a file": _loss_errors(batch, line), "refused": _refused(line, mesh, rank)}
     found["replicated"] = _data_and_context(batch, mesh, _replicated)
     found["sharded"] = _data_and_context(batch, mesh, _sharded)
+    found["tensor parallel"] = _tensor_parallel(mesh["data"], line)
     bounded = _example("bounded").module().double()
     with context_parallel(alone):
         wanted = shard_sequence(bounded(batch[0]), line)
@@ -225,12 +226,54 @@ def _replicated(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def _sharded(model: Any, mesh: DeviceMesh) -> nn.Module:
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-        register_fsdp_forward_method(layer, "step")
-    fully_shard(model, mesh=mesh)
-    whole: nn.Module = model
-    return whole
+    return fg.distributed.shard_model(model, mesh)
+
+
+PARTED = """use std
+dim b
+dim n
+block layer(x: float[b, n, d]) -> float[b, n, d] {
+    x = x + std.attention(std.rms_norm(x); heads = 4, kv_heads = 2, causal = true, rope = 100.0)
+    x = x + std.attention(x; heads = 2, causal = true, gain = 1.0, forget = true)
+    x = x + std.kernel_attention(x; heads = 4, qk_dim = 2, near = 4, causal = true, forget = true)
+    x = x + std.mlp(x; hidden = 16)
+    return x + std.swiglu(x; hidden = 16)
+}
+model m(x: float[b, n, 8]) -> float[b, n, 8] {
+    repeat i in 2 {
+        x = layer(x) as layers
+    }
+    return x
+}
+"""
+
+
+def _tensor_parallel(mesh: DeviceMesh, line: DeviceMesh) -> dict[str, Any]:
+    """Errors of the result and of all gradients with heads and hidden widths in parts, and the share of a rank."""
+    compiled = fg.compile(PARTED, target="torch", validate=False)
+    model, parted = (compiled.module(seed=1).double() for _ in range(2))
+    parted = parallelize_module(parted, mesh, compiled.tensor_parallel_plan())
+    x = torch.randn(2, 40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given = [x.clone().requires_grad_() for _ in range(2)]
+    wanted, out = model(given[0]), parted(given[1])
+    wanted.square().mean().backward()
+    out.square().mean().backward()
+    assert given[0].grad is not None
+    assert given[1].grad is not None
+    errors = [difference(out, wanted), difference(given[1].grad, given[0].grad)]
+    share = 0
+    for name, weight in parted.named_parameters():
+        gradient, like = weight.grad, model.get_parameter(name).grad
+        assert gradient is not None
+        assert like is not None
+        errors.append(difference(sharding.whole(gradient), like))
+        share += (weight.to_local() if isinstance(weight, DTensor) else weight).numel()
+    refused = _said(lambda: parallelize_module(compiled.module(), line, compiled.tensor_parallel_plan()))
+    return {
+        "errors": max(errors),
+        "share": share / sum(p.numel() for p in model.parameters()),
+        "refused": refused,
+    }
 
 
 SHORT = """dim b

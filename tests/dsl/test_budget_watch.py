@@ -103,7 +103,9 @@ def test_a_quiet_budget_keeps_its_plan(batches: list[tuple[torch.Tensor, torch.T
     state, same = watch.look(model)
     assert same is model
     assert watch.compiled is before
+    assert state.output is not None
     assert 0 < state.output <= 0.05
+    assert state.gradient is not None
     assert 0 < state.gradient <= 0.1
     assert "(measured on one batch of 64 tokens, held out)" in lines[0]
 
@@ -127,6 +129,7 @@ def test_growing_logits_bring_a_new_plan(batches: list[tuple[torch.Tensor, torch
     assert "planned anew" in lines[-1]
     after, same = watch.look(changed)
     assert same is changed
+    assert after.output is not None
     assert after.output <= 0.05
     assert not after.violations
 

@@ -164,11 +164,18 @@ HEAVY = {
 }
 
 
-@pytest.mark.parametrize(("options", "more"), [([], {"pydantic"}), (["--set", "depth=2"], set())])
-def test_check_loads_only_what_it_needs(options: list[str], more: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "more", "said"),
+    [
+        ("check examples/bounded.tfg", {"pydantic"}, "model gpt, "),
+        ("check examples/bounded.tfg --set depth=2", set(), "model gpt, "),
+        ("train --help", set(), "--resume"),
+    ],
+)
+def test_what_a_command_does_not_need_is_not_loaded(arguments: str, more: set[str], said: str) -> None:
     """Typer reads options with pydantic, which takes as long to load as half of a check; a plain one does without."""
     code = (
-        f"import sys; sys.argv = ['fastgrad', 'check', 'examples/bounded.tfg', *{options!r}]\n"
+        f"import sys; sys.argv = ['fastgrad', *{arguments.split()!r}]\n"
         "from fastgrad_dsl.commands.cli import main\n"
         "try: main()\n"
         "except SystemExit as stopped: assert not stopped.code\n"
@@ -181,7 +188,7 @@ def test_check_loads_only_what_it_needs(options: list[str], more: set[str]) -> N
         check=False, cwd=ROOT, env={"PYTHONPATH": path}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "model gpt, " in done.stdout
+    assert said in done.stdout
 
 
 @pytest.mark.parametrize("file", ["bad.tfg", "missing.tfg", "tiny.tfg"])
@@ -343,6 +350,16 @@ def test_report_refuses_what_does_not_fit(fastgrad: Run) -> None:
         status, _, err = fastgrad("report", *arguments)
         assert status == 2, arguments
         assert f"[{code}]" in err, arguments
+
+
+def test_report_of_a_folder_refuses_options_that_only_a_file_heeds(fastgrad: Run) -> None:
+    assert fastgrad("compile", "tiny.tfg", "-o", "build", "--target", "torch", "--no-validate")[0] == 0
+    for option in (["--set", "depth=1"], ["--model", "tiny"], ["--include", "."]):
+        status, out, err = fastgrad("report", "build", "--no-measure", *option)
+        assert (status, out) == (2, "")
+        assert f"error[FG416]: {option[0]} is for a .tfg file, and build is a folder" in err
+    assert fastgrad("report", "build", "--no-measure")[0] == 0
+    assert fastgrad("report", "tiny.tfg", "--no-measure", "--model", "tiny", "--include", ".")[0] == 0
 
 
 def test_train_logs_resumes_and_writes_a_sample(fastgrad: Run) -> None:

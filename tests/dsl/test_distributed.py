@@ -180,6 +180,13 @@ def test_with_data_parallel(how: str, ranks: list[tuple[Found, dict[str, Any]]])
         assert found[how] < 1e-11
 
 
+def test_heads_and_hidden_widths_in_parts(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    for _, found in ranks:
+        assert found["tensor parallel"]["errors"] < 1e-11
+        assert 0.5 < found["tensor parallel"]["share"] < 0.52  # norms are whole
+        assert found["tensor parallel"]["refused"] == "2 heads or entries cannot be divided among 4 ranks"
+
+
 def test_a_polynomial_in_place_of_exp(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
     """Whatever the length: one process is exact below the break-even length, and both are within the budget."""
     for _, found in ranks:

@@ -23,6 +23,7 @@ from fastgrad_dsl.storage.files import write_atomically
 from fastgrad_dsl.storage.outputs import rewrite, try_file, try_folder
 from fastgrad_dsl.storage.staged import text_writer, write_together
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
+from tests.grids import wide
 
 ROOT = Path(__file__).parent.parent.parent
 SPEC = """dim b
@@ -182,11 +183,16 @@ def test_a_device_is_written_as_it_is(fastgrad: Run, option: str) -> None:
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
-def test_an_output_may_be_the_standard_output_or_a_pipe(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "target",
+    wide(
+        ("/dev/stdout > printed", "/dev/fd/3 3> printed", ">(cat > printed)"), few=["/dev/stdout > printed"]
+    ),
+)
+def test_an_output_may_be_the_standard_output_or_a_pipe(target: str, tmp_path: Path) -> None:
     (tmp_path / "tiny.tfg").write_text(SPEC)
-    for target in ("/dev/stdout > printed", "/dev/fd/3 3> printed", ">(cat > printed)"):
-        line = f"set -e; rm -f printed; FASTGRAD report tiny.tfg --no-measure --json {target}; sleep 0.2"
-        assert shell(f'{line}; grep -q \'"format": "fastgrad-report\' printed', tmp_path) == (0, "")
+    line = f"set -e; rm -f printed; FASTGRAD report tiny.tfg --no-measure --json {target}; sleep 0.2"
+    assert shell(f'{line}; grep -q \'"format": "fastgrad-report\' printed', tmp_path) == (0, "")
 
 
 def test_a_pipe_without_a_reader_is_not_waited_for(tmp_path: Path) -> None:

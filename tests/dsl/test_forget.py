@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fastgrad_dsl.commands.terminal import print_plan
 from fastgrad_dsl.models.batches import model_inputs, random_batch
 from fastgrad_dsl.models.measure_plan import measure_plan
 from tests.dsl.models import always_polynomial
+from tests.grids import wide
 from tests.native.compilers import NEEDS_COMPILER
 
 SPEC = """
@@ -140,17 +142,22 @@ def agree(found: list[Tensor], wanted: list[Tensor], tolerance: float = 1e-10) -
         assert float((one.double() - other.double()).abs().max()) <= tolerance * size, name
 
 
-@pytest.mark.parametrize("case", MASKED | EXACT | OWN)
-def test_is_the_text_as_it_is_written(case: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "n"),
+    wide(
+        product(MASKED | EXACT | OWN, LENGTHS),
+        few=[*product(MASKED | EXACT | OWN, LENGTHS[:2]), *product(("all", "window", "own"), LENGTHS[2:])],
+    ),
+)
+def test_is_the_text_as_it_is_written(case: str, n: int) -> None:
     """Exact attention, and polynomials of the model's own, whose weights as written may become 0 in a whole row."""
     found = compiled((MASKED | EXACT | OWN)[case])
     (entry,) = found.plan
     assert entry.attention.mask.forget
     least = -5.0 if case in OWN else -math.inf
-    for n in LENGTHS:
-        wanted = of_text(found, n, least)
-        agree(of_module(found, n, least), wanted)
-        agree(of_plan(found, n, least), wanted)
+    wanted = of_text(found, n, least)
+    agree(of_module(found, n, least), wanted)
+    agree(of_plan(found, n, least), wanted)
 
 
 @pytest.mark.parametrize("case", OWN)
@@ -161,8 +168,10 @@ def test_an_own_polynomial_leaves_out_what_a_row_has_in_common(case: str) -> Non
         agree(of_module(found, n), of_plan(found, n))
 
 
-@pytest.mark.parametrize("degree", [1, 2, 3])
-@pytest.mark.parametrize("case", MASKED)
+@pytest.mark.parametrize(
+    ("case", "degree"),
+    wide(product(MASKED, (1, 2, 3)), few=[("causal", 1), ("all", 3), *product(MASKED, (2,))]),
+)
 def test_is_the_polynomial_of_the_plan(case: str, degree: int) -> None:
     found = compiled(MASKED[case], degree)
     (entry,) = found.plan

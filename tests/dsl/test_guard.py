@@ -7,6 +7,7 @@ import pickle
 import re
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.loader import package_from_texts
 from fastgrad_dsl.models.measure import Served, measure_errors
 from tests.dsl.models import small
+from tests.grids import wide
 
 SPEC = """
 param heads = 2
@@ -110,6 +112,7 @@ def status(model: Any, *names: str) -> list[Any]:
 COUNTS = ("calls", "proved", "sampled", "violations")
 OUT = 40.0
 masks = pytest.mark.parametrize("mask", MASKS)
+POLICIES = ("warn", "exact", "clamp", "raise")
 
 
 # ---------------------------------------------------------------- where guards are
@@ -194,8 +197,10 @@ def test_two_models_count_apart() -> None:
 # ---------------------------------------------------------------- policies
 
 
-@masks
-@pytest.mark.parametrize("policy", ["warn", "exact", "clamp", "raise"])
+@pytest.mark.parametrize(
+    ("mask", "policy"),
+    wide(product(MASKS, POLICIES), few=[*product(MASKS, ("exact",)), *product(("causal",), POLICIES)]),
+)
 def test_in_range_the_model_is_as_without_guards(mask: str, policy: str) -> None:
     model, _ = modules(compiled(policy, mask), 1e-3)
     files = dict(compiled(policy, mask).modules)
@@ -271,7 +276,7 @@ def test_lower_precision(policy: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("policy", ["warn", "exact", "clamp", "raise"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_native_target_keeps_the_policies(policy: str) -> None:
     given = inputs("causal", 9)
     model, _ = modules(compiled(policy, "causal", "cpp"), OUT)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -29,6 +30,7 @@ ALL = ("check", "compile", "advise", "stages", "report", "train", "generate", "t
 
 SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/commands/advise.py": {"--wide": ("advise",)},
+    "fastgrad_dsl/commands/serve.py": dict.fromkeys(("--serve", "--port"), ("report",)),
     "fastgrad_dsl/commands/bench.py": dict.fromkeys(("--n", "--heads", "--degree", "--d"), ("bench",)),
     "fastgrad_dsl/storage/build_manifest.py": {"--force": ("compile", "train")},
     "fastgrad_dsl/storage/staged.py": {"--force": ("import", "export")},
@@ -57,21 +59,15 @@ SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/models/text_data.py": {"--seq": ("train",)},
     "fastgrad_dsl/models/tokenizer.py": {"--tokenizer": ("train", "generate")},
     "fastgrad_dsl/commands/generate.py": dict.fromkeys(
-        (
-            "--include",
-            "--load-state",
-            "--model",
-            "--prompt",
-            "--set",
-            "--stop",
-            "--target",
-            "--tokens",
-            "--weights",
-        ),
-        ("generate",),
+        ("--load-state", "--prompt", "--stop", "--tokens", "--weights"), ("generate",)
     ),
     "fastgrad_dsl/generation/reading.py": {"--save-state": ("generate",)},
     "fastgrad_dsl/training/loop.py": dict.fromkeys(("--rate", "--resume", "--clip"), ("train",)),
+    "fastgrad_dsl/training/launch.py": {"--resume": ("train",)},
+    "fastgrad_dsl/training/parallel.py": dict.fromkeys(
+        ("--accumulate", "--batch", "--context", "--data", "--nproc", "--seq"), ("train",)
+    ),
+    "fastgrad_dsl/training/ranks.py": {"--timeout": ("train",)},
     "fastgrad_dsl/commands/tune.py": {"--dtype": ("tune",)},
     "fastgrad_dsl/bench/tuning.py": {"--dry-run": ("tune",)},
     "compiler/fastgrad_compiler/frontend/modules.py": {"--include": ALL},
@@ -80,8 +76,12 @@ SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """By file: the options that its texts name, and the commands that can show them."""
 
+LINE = "fastgrad_dsl.commands.line."
+"""Where options are declared, a module for each command."""
+
 APART = {
-    "fastgrad_dsl/commands/cli.py",  # declares the options
+    "fastgrad_dsl/commands/cli.py",  # --version
+    "fastgrad_dsl/commands/line/options.py",  # declares what several commands have
     "fastgrad_dsl/report/reproduce.py",  # writes whole commands, which are read below
     "fastgrad_dsl/bench/machine.py",  # asks a compiler
     "compiler/fastgrad_compiler/runtime/native.py",  # how g++ is installed
@@ -91,11 +91,14 @@ APART = {
 @cache
 def options() -> dict[str, set[str]]:
     """The options of each command."""
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     return {
-        name: {option for parameter in command.params for option in parameter.opts}
-        for name, command in commands.items()
+        name: {each for option in command.params for each in (*option.opts, *option.secondary_opts)}
+        for name, command in declared().items()
     }
+
+
+def declared() -> dict[str, Any]:
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 def texts() -> Iterator[tuple[str, str]]:
@@ -119,6 +122,12 @@ def test_options_exist_on_the_commands_that_show_them() -> None:
     for file, text in texts():
         if file not in APART and (named := OPTION.findall(text)):
             found.setdefault(file, set()).update(named)
+    own: dict[str, set[str]] = {}
+    for name, command in declared().items():
+        assert command.callback.__module__.startswith(LINE)
+        own.setdefault(f"{command.callback.__module__.replace('.', '/')}.py", set()).update(options()[name])
+    for file, known in own.items():
+        assert found.pop(file, set()) <= known, f"{file} names an option that its commands lack"
     assert found == {file: set(named) for file, named in SHOWN_BY.items()}, "say which commands show it"
     for file, shown in SHOWN_BY.items():
         for option, commands in shown.items():
@@ -140,9 +149,7 @@ def test_commands_that_reproduce_a_report_have_their_options() -> None:
     for given in (None, batch):
         for line in reproduce(plan, given, ["--text a.txt", "--seed 1"], calibration)["commands"]:
             _, command, *words = line.split()
-            assert {word for word in words if word.startswith("--")} <= options()[command] | {
-                "--no-measure"
-            }, line
+            assert {word for word in words if word.startswith("--")} <= options()[command], line
 
 
 @pytest.mark.parametrize("option", ["--seq", "--dim"])

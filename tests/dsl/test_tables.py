@@ -29,6 +29,7 @@ from fastgrad_dsl.documents.calibration import Calibration
 from fastgrad_dsl.documents.report import Report
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, always_polynomial, small
+from tests.grids import wide
 
 TUNE = TuneRequest(EXAMPLES / "bounded.tfg", {}, None, 1, 1024, "float32")
 WIDTHS = (40, 60, 80, 200)
@@ -195,7 +196,7 @@ def numbers(text: str) -> list[str]:
     return sorted(word.strip(",:.") for word in words if re.search(r"\d", word))
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", wide(WIDTHS, few=(40, 80)))
 @pytest.mark.parametrize("name", PRINTED)
 def test_no_number_is_lost_at_any_width(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, fitted = (shown(PRINTED[name], each, monkeypatch) for each in (None, width))

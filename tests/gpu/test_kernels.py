@@ -29,7 +29,7 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 2e-5}
 FIELDS = [(None, None), (32, None), (24, 20)]  # near, near_d
 SMALL = [  # as SHAPES: two tiles of features and of dv, several chunks, the last one cut short
     (9, 20, 2, 75, 61, 1),
-    (5, 24, 3, 50, 90, 2),
+    (5, 24, 3, 40, 50, 2),
 ]
 SHAPES = [  # d, dv, degree, n, m, query heads of a key head
     (16, 64, 2, 75, 61, 1),

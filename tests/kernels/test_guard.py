@@ -535,7 +535,7 @@ def test_export_keeps_the_guard() -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("policy", ["exact", "clamp"])
-@pytest.mark.parametrize("name", ["causal", "near of its own"])
+@pytest.mark.parametrize("name", [pytest.param("causal", marks=pytest.mark.slow), "near of its own"])
 def test_native_kernels_are_guarded_too(name: str, policy: str) -> None:
     spec = SPECS[name]
     inputs = scaled(make_inputs(spec, 21, groups=2), 9.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from fastgrad_compiler.runtime.exact_attention import exact_attention
 from fastgrad_compiler.runtime.functions import softmax_attention
+from tests.grids import wide
 from tests.kernels.inputs import Inputs, run_kernel
 from tests.kernels.leaks import HUGE, KINDS, WINDOWS, attack, check, inputs_of, targets_of, visible_pairs
 
@@ -31,16 +33,20 @@ def run_exact(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
 
 
 FEW = ("causal, padding", "near, documents, causal", "forget, documents")
-FEW_KINDS = [*FEW, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in FEW)]
 
 
-@pytest.mark.parametrize("kind", FEW_KINDS)
+@pytest.mark.parametrize("kind", wide(KINDS, few=FEW))
 def test_polynomial(kind: str) -> None:
     attack(run_kernel, KINDS[kind], torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("kind", FEW_KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    wide(
+        product(KINDS, (torch.float64, torch.bfloat16)),
+        few=[(FEW[0], torch.float64), (FEW[1], torch.bfloat16), (FEW[2], torch.bfloat16)],
+    ),
+)
 def test_other_precisions(kind: str, dtype: torch.dtype) -> None:
     attack(run_kernel, KINDS[kind], dtype, every=False)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 from fastgrad_compiler.runtime.exact_attention import exact_attention
 from fastgrad_compiler.runtime.functions import softmax_attention
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
+from tests.grids import wide
 from tests.kernels.inputs import COEFFICIENTS, run_kernel
 from tests.kernels.inputs import Inputs as KernelInputs
 
@@ -146,11 +148,14 @@ def touched(call: Call, name: str, token: int) -> Tensor:
     return rows
 
 
+@pytest.mark.parametrize("lengths", [(1, 16, 33), pytest.param((2, 7, 15), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("run", "sight"), PATHS)
-def test_rows_that_are_no_numbers_and_what_they_reach(run: str, sight: str, dtype: torch.dtype) -> None:
+def test_rows_that_are_no_numbers_and_what_they_reach(
+    run: str, sight: str, dtype: torch.dtype, lengths: tuple[int, ...]
+) -> None:
     """The finite rest is that of the call without it, bit for bit, in the output; the gradients' NaN are all marked."""
-    for n in (1, 2, 7, 15, 16, 33):
+    for n in lengths:
         call = make(sight, n, dtype)
         clean = of(run, call)
         for token in {n // 2, n - 1}:
@@ -175,23 +180,25 @@ def test_grouped_heads_and_other_lengths_of_keys(run: str, sight: str) -> None:
             check_marks(of(run, attacked(call, name, token, NAN)), call, touched(call, name, token))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "n"),
+    wide(product(DTYPES, (9, 70)), few=[(torch.float32, 70), (torch.float64, 9), (torch.bfloat16, 9)]),
+)
 @pytest.mark.parametrize(("run", "sight"), [path for path in PATHS if path[1]])
-def test_hidden_numbers_that_overflow(run: str, sight: str, dtype: torch.dtype) -> None:
+def test_hidden_numbers_that_overflow(run: str, sight: str, dtype: torch.dtype, n: int) -> None:
     """Rows that do not see the token keep every bit, and so do all gradients of a loss of these rows."""
-    for n in (9, 70):
-        call = make(sight, n, dtype)
-        for token in {n // 2, n - 2}:
-            rows = touched(call, "k", token)
-            kept = ~rows[:, None].expand(call.cotangent.shape[:3])
-            call = replace(call, cotangent=call.cotangent * kept.unsqueeze(-1))
-            clean = of(run, call)
-            for name in "kv":
-                for value in (DTYPES[dtype], -DTYPES[dtype], DTYPES[dtype] * 1e-19):
-                    found = of(run, attacked(call, name, token, value))
-                    assert torch.equal(found[0][kept], clean[0][kept]), (n, token, name, value)
-                    for x, y in zip(found[1:], clean[1:], strict=True):
-                        assert torch.equal(x, y), (n, token, name, value)
+    call = make(sight, n, dtype)
+    for token in {n // 2, n - 2}:
+        rows = touched(call, "k", token)
+        kept = ~rows[:, None].expand(call.cotangent.shape[:3])
+        call = replace(call, cotangent=call.cotangent * kept.unsqueeze(-1))
+        clean = of(run, call)
+        for name in "kv":
+            for value in (DTYPES[dtype], -DTYPES[dtype], DTYPES[dtype] * 1e-19):
+                found = of(run, attacked(call, name, token, value))
+                assert torch.equal(found[0][kept], clean[0][kept]), (token, name, value)
+                for x, y in zip(found[1:], clean[1:], strict=True):
+                    assert torch.equal(x, y), (token, name, value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -26,7 +26,8 @@ model m(x: float[b, n, 24]) -> float[b, n, 24] {
     y = y + std.swiglu(y; hidden = 40) as s
     weight g: float[24] = ones()
     weight t: float[] = ones()
-    z = 0.5 * sigmoid(y) * g + exp(-y * y) / sqrt(1.0 + y * y) - t * rsqrt(2.0 + sum(y * y; axis = -1, keepdim = true))
+    z = 0.5 * sigmoid(y) * g + exp(-y * y) / sqrt(1.0 + y * y)
+    z = z - t * y * rsqrt(2.0 + sum(y * y; axis = -1, keepdim = true))
     return z - mean(z; axis = -1, keepdim = true)
 }
 """

@@ -81,7 +81,7 @@ def test_table(row: tuple[float, ...]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=15, derandomize=True)
 @given(degree=st.integers(0, MAX_DEGREE), bound=st.floats(1e-3, 14.0))
 def test_errors_are_upper_bounds_and_attained(family: Family, degree: int, bound: float) -> None:
     found = fitted(family, degree, bound)

@@ -34,9 +34,8 @@ from fastgrad_compiler.codegen.writer import (
     weight,
 )
 from fastgrad_compiler.ir.dim import Dim
-from fastgrad_compiler.ir.graph import LOSS, STEP, Attribute, Graph, Node, Program, TensorType, integer
+from fastgrad_compiler.ir.graph import LOSS, STEP, Attribute, Graph, Node, Program, TensorType
 from fastgrad_compiler.ir.names import unique
-from fastgrad_compiler.planning.activations import ALWAYS
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.targets import PYTORCH, Backends
 from fastgrad_grammar.quote import comment
@@ -410,11 +409,11 @@ class Block:
         member = self._member(str(node["label"]))
         run = f"{member}.step" if steps else f"{member}.loss" if graph.endswith(LOSS) else str(member)
         again = None if steps else node.get("recompute")
-        return call(run, *arguments) if again is None else self._recomputed(run, arguments, integer(again))
+        return call(run, *arguments) if again is None else self._recomputed(run, arguments, again)
 
-    def _recomputed(self, run: str, arguments: Sequence[object], times: int) -> Expr:
-        """A call whose values are made again, in the first iterations of the loop around it."""
-        when = None if times >= ALWAYS or not self.loops else f"when={self.loops[-1][0]} < {times}"
+    def _recomputed(self, run: str, arguments: Sequence[object], times: Attribute) -> Expr:
+        """A call whose values are made again, always (True) or in the first iterations of the loop around it."""
+        when = None if times is True else f"when={self.loops[-1][0]} < {times}"
         return call(self.helper("recomputed"), run, *arguments, *([] if when is None else [when]))
 
     def _member(self, label: str) -> Expr:

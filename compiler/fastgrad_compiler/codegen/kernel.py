@@ -43,6 +43,7 @@ RUNTIME_FILES: tuple[Path, ...] = tuple(
         "logit_range.py",
         "monomials.py",
         "operation.py",
+        "parted.py",
         "polynomial_attention.py",
         "polynomial_features.py",
         "polynomial_pairs.py",

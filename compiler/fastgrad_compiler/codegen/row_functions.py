@@ -11,7 +11,6 @@ from fastgrad_compiler.codegen.kernel import RUNTIME
 from fastgrad_compiler.codegen.names import variable
 from fastgrad_compiler.ir.graph import Graph, Program
 from fastgrad_compiler.ir.names import unique
-from fastgrad_compiler.passes.fuse import backward_of
 from fastgrad_compiler.runtime.content_name import content_name
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def row_function(module: Module, graph: str) -> str:
 
 
 def _kernel(program: Program, graph: str) -> tuple[str, str, str]:
-    body, backward = program[graph], backward_of(graph, program.by_name)
+    body, backward = program[graph], program[f"{graph}.backward"]
     shape = body[body.outputs[0]].tensor.shape
     text = emit_rows(body, backward)
     letters = "".join(kind[0] for kind in kinds(body, shape, tuple(node.name for node in body.inputs)))

@@ -43,7 +43,7 @@ HELPER_FILES = (
         "linear_loss.py",
         "operation.py",
     ),
-    *("positions.py", "softmax_pairs.py"),
+    *("parted.py", "positions.py", "softmax_pairs.py"),
 )
 STEP_NAMES = {
     "state": (BASE, STATE, SCOPE),

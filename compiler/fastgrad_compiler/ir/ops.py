@@ -64,7 +64,8 @@ _OPS = (
     _op("constant", 0, attributes="value"),  # a scalar; its dtype follows from the value
     _op("fill", 0, attributes="shape value"),  # a float tensor of one value
     _op("literal", 0, attributes="label values"),  # a float tensor of given values, nested tuples; no weight
-    # recompute: in how many first iterations of the repeat around it its values are made again in the backward pass;
+    # recompute: True, or in how many first iterations of the repeat around it its values are made again in the backward
+    # pass;
     # `once`: run by the first call of a step form alone, which keeps the results for the later ones
     _op("call", 0, None, "graph label", "once recompute"),
     # bodies: ((graph, times), ...); inputs: `carried` values, then invariants

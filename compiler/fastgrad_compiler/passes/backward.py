@@ -1,8 +1,9 @@
 """The gradient graph: each graph gets a backward graph by vector-Jacobian products.
 
-The backward of a graph G takes G's inputs and a cotangent for each float result, computes G's values again
+The backward of a graph G takes G's inputs and a cotangent for each float result that is used, computes G's values again
 where they are needed, and gives the cotangents of G's float inputs; a `weight_gradient` node receives the
-cotangent of each weight. A `call` becomes a call of the callee's backward, a `repeat` a `repeat_backward` and
+cotangent of each weight. What no result depends on has no cotangent, rather than one of zeros: 0 times what is infinite
+is not 0. A `call` becomes a call of the callee's backward, a `repeat` a `repeat_backward` and
 an `attention` a call of its backward spelled out: the gradient of a deep model is as small as the model.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from fastgrad_compiler.attention.value import Attention
 from fastgrad_compiler.ir.builder import Builder, Value
@@ -26,7 +27,7 @@ from fastgrad_compiler.passes.vjp_rules import RULES, Cotangents
 def derive_gradient(program: Program) -> Program:
     """The program with a backward, `G.backward`, of each graph G that the model or the objective reaches.
 
-    `gradient` names the one of `main`. Graphs are differentiated once, however often they are called.
+    `gradient` names the one of `main`. Graphs are differentiated once for each choice of results that calls use.
     """
     derivation = Derivation(program)
     gradient = derivation.backward(program.main)
@@ -43,17 +44,20 @@ class Derivation:
         self.graphs: list[Graph] = []
         self._names = UniqueNames(program.by_name)
         self._derived: dict[object, str] = {}
+        self.unreached: dict[str, frozenset[int]] = {}  # by backward graph: inputs that no result depends on
         self._weighted = graphs_with(program, lambda node: node.op == "weight")
 
-    def backward(self, graph: str) -> str:
-        """The name of the backward of `graph`, derived on the first call."""
-        if graph not in self._derived:
-            self._add(graph, _differentiate(self, self.program[graph], self._names.take(f"{graph}.backward")))
-        return self._derived[graph]
+    def backward(self, graph: str, without: frozenset[int] = frozenset()) -> str:
+        """The name of the backward of `graph`, derived on the first call; `without` a cotangent of these results."""
+        key = graph, without
+        if key not in self._derived:
+            name = self._names.take(f"{graph}.backward")
+            self._add(key, _differentiate(self, self.program[graph], name, without))
+        return self._derived[key]
 
     def derived(self, graph: Graph) -> Graph:
         """The backward of a graph, which is not kept."""
-        return _differentiate(self, graph, f"{graph.name}.backward")
+        return _differentiate(self, graph, f"{graph.name}.backward", frozenset())
 
     def attention_backward(self, attention: Node, types: tuple[Type | None, ...]) -> str:
         """The name of the graph of this attention's exact backward; equal attentions share one."""
@@ -74,14 +78,26 @@ class Derivation:
 
 # the rules, keyed by op
 
-Rule: TypeAlias = Callable[[Derivation, Sequence[Value], Value, Sequence[Value]], Cotangents]
-"""From the cotangents of the float results of `y`, `y` and its inputs to the inputs' cotangents."""
+Rule: TypeAlias = Callable[[Derivation, Sequence[Any], Value, Sequence[Value]], Cotangents]
+"""From the cotangents of the float results of `y`, `y` and its inputs to the inputs' cotangents.
+
+Of the results of a call those that are not used have None.
+"""
 
 
-def _call(derivation: Derivation, gs: Sequence[Value], y: Value, xs: Sequence[Value]) -> Cotangents:
+def _call(derivation: Derivation, gs: Sequence[Value | None], y: Value, xs: Sequence[Value]) -> Cotangents:
     label = str(y["label"])
-    values = {"graph": derivation.backward(str(y["graph"])), "label": label}
-    return _spread(y.builder.emit("call", (*xs, *gs), values, name=f"_{label}_backward", type=_types(xs)), xs)
+    given = [g for g in gs if g is not None]
+    graph = derivation.backward(str(y["graph"]), _without(y.node, gs))
+    values = {"graph": graph, "label": label}
+    results = y.builder.emit("call", (*xs, *given), values, name=f"_{label}_backward", type=_types(xs))
+    return _spread(results, xs, derivation.unreached[graph])
+
+
+def _without(node: Node, gs: Sequence[Value | None]) -> frozenset[int]:
+    """The results of a call that have no cotangent."""
+    places = [place for place, member in enumerate(_members(node.type)) if member.dtype == "float"]
+    return frozenset(place for place, g in zip(places, gs, strict=True) if g is None)
 
 
 def _attention(derivation: Derivation, gs: Sequence[Value], y: Value, xs: Sequence[Value]) -> Cotangents:
@@ -101,7 +117,11 @@ def _poly_attention(derivation: Derivation, gs: Sequence[Value], y: Value, xs: S
 def _repeat(derivation: Derivation, gs: Sequence[Value], y: Value, xs: Sequence[Value]) -> Cotangents:
     backward = tuple(derivation.backward(body) for body, _ in runs(y.node))
     values = {"bodies": y["bodies"], "backward": backward, "carried": y["carried"]}
-    return _spread(y.builder.emit("repeat_backward", (*xs, *gs), values, type=_types(xs)), xs)
+    results = y.builder.emit("repeat_backward", (*xs, *gs), values, type=_types(xs))
+    invariant = frozenset.intersection(*(derivation.unreached[name] for name in backward))
+    carried = integer(y["carried"])
+    first = frozenset(place for place in derivation.unreached[backward[0]] if place < carried)
+    return _spread(results, xs, first | frozenset(place for place in invariant if place >= carried))
 
 
 def _types(xs: Sequence[Value]) -> Type:
@@ -110,10 +130,11 @@ def _types(xs: Sequence[Value]) -> Type:
     return types[0] if len(types) == 1 else types
 
 
-def _spread(results: Value, xs: Sequence[Value]) -> Cotangents:
-    """The members of a tuple of cotangents at the places of the float inputs."""
+def _spread(results: Value, xs: Sequence[Value], unreached: frozenset[int] = frozenset()) -> Cotangents:
+    """The members of a tuple of cotangents at the places of the float inputs, but for those that no result reaches."""
     parts = iter(results.builder.parts(results))
-    return [next(parts) if is_float(x.node) else None for x in xs]
+    found = [next(parts) if is_float(x.node) else None for x in xs]
+    return [None if place in unreached else part for place, part in enumerate(found)]
 
 
 def _plain(rule: Callable[..., Value | Cotangents]) -> Rule:
@@ -167,11 +188,14 @@ class Sums:
 
     def of(self, node: Node) -> list[Value]:
         """The cotangent of each float result of `node`, zeros where no use gave one."""
-        return [
-            self._sums.get((node.name, index)) or self._build.fill(member.shape, 0.0)
-            for index, member in enumerate(_members(node.type))
-            if member.dtype == "float"
-        ]
+        shapes = [member.shape for member in _members(node.type) if member.dtype == "float"]
+        given = zip(self.given(node), shapes, strict=True)
+        return [self._build.fill(shape, 0.0) if g is None else g for g, shape in given]
+
+    def given(self, node: Node) -> list[Value | None]:
+        """The cotangent of each float result of `node`, None where no use gave one."""
+        members = enumerate(_members(node.type))
+        return [self._sums.get((node.name, index)) for index, member in members if member.dtype == "float"]
 
     def reach(self, node: Node) -> bool:
         """Whether any use gave one."""
@@ -197,11 +221,11 @@ def _members(type: Type | None) -> tuple[TensorType, ...]:
     return (type,) if isinstance(type, TensorType) else type or ()
 
 
-def _differentiate(derivation: Derivation, graph: Graph, name: str) -> Graph:
+def _differentiate(derivation: Derivation, graph: Graph, name: str, without: frozenset[int]) -> Graph:
     build = Builder(graph.nodes, derivation.program.multiples)
     sums = Sums(build)
-    for output in graph.outputs:
-        if is_float(graph[output]):
+    for place, output in enumerate(graph.outputs):
+        if is_float(graph[output]) and place not in without:
             sums.add(output, 0, build.emit("input", name=f"_d_{output}", type=graph[output].type))
     active = _active(derivation, graph)
     forward = {node.name: Value(build, node) for node in graph.nodes}
@@ -209,11 +233,15 @@ def _differentiate(derivation: Derivation, graph: Graph, name: str) -> Graph:
         if node.name in active and node.op not in LEAVES and sums.reach(node):
             build.span = node.span
             inputs = [forward[source] for source in node.inputs]
-            pulled = _rule(node)(derivation, sums.of(node), forward[node.name], inputs)
+            gs = sums.given(node) if node.op == "call" else sums.of(node)
+            pulled = _rule(node)(derivation, gs, forward[node.name], inputs)
             for x, g in zip(inputs, pulled, strict=True):
                 if g is not None and x.name in active:
                     index = integer(node["index"]) if node.op == "item" else 0
                     sums.add(x.name, index, g if node.op == "item" else g.fit(x.shape))
+    derivation.unreached[name] = frozenset(
+        place for place, node in enumerate(graph.inputs) if is_float(node) and not sums.reach(node)
+    )
     return _finish(graph, name, sums, build)
 
 

@@ -8,7 +8,6 @@ a backward pass computes the rest again. Groups are made for targets with C++ ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from fastgrad_compiler.ir.calls import reachable
@@ -156,8 +155,3 @@ def _with_call(graph: Graph, members: frozenset[str], body: Graph) -> Graph:
     call = replace(graph[result], op="call", inputs=given, attributes=values)
     nodes = (call if node.name == result else node for node in graph.nodes)
     return replace(graph, nodes=tuple(n for n in nodes if n is call or n.name not in members))
-
-
-def backward_of(graph: str, by_name: Mapping[str, Graph]) -> Graph:
-    """The backward graph of a group."""
-    return by_name[f"{graph}.backward"]

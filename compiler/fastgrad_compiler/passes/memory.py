@@ -1,6 +1,6 @@
 """The pass `memory`: calls whose values are made again in the backward pass, so that a step keeps the budget's bytes.
 
-A call that is made again has the attribute `recompute`: in how many of the first iterations of the repeat around it.
+A call that is made again has the attribute `recompute`: True, or in how many first iterations of the repeat around it.
 Where the whole sequence does not fit in any such way, the program has the length of pieces that do (`Memory.piece`).
 What the program computes is the same.
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 from math import ceil, floor, log10
 
 from fastgrad_compiler.ir.graph import LOSS, Graph, Memory, Node, Program
-from fastgrad_compiler.planning.activations import Decisions
+from fastgrad_compiler.planning.activations import ALWAYS, Decisions
 from fastgrad_compiler.planning.memory import Search, in_bytes
 from fastgrad_compiler.planning.pieces import in_pieces, lengths, no_pieces
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError, nearest
@@ -58,7 +58,7 @@ def _marked(graph: Graph, decisions: Decisions) -> Graph:
 
 
 def _with(node: Node, times: int | None) -> Node:
-    return node if times is None or node.op != "call" else node.with_attributes(recompute=times)
+    return node if times is None or node.op != "call" else node.with_attributes(recompute=True if times >= ALWAYS else times)
 
 
 # ---------------------------------------------------------------- sizes

@@ -258,26 +258,27 @@ def of_gate(g: Value, gate: Value) -> Value:
 
 
 def _cross_entropy(g: Value, y: Value, logits: Value, targets: Value) -> Value:
-    build, classes = g.builder, _whole(logits.shape[-1])
+    build = g.builder
     smoothing, ignored = number(y.node.get("smoothing", 0.0)), y.node.get("ignored")
     if ignored is None:
-        difference = _above_truth(logits, targets, classes, smoothing)
+        difference = _above_truth(logits, targets, smoothing)
         return difference * (g / build.count(targets.shape))
     left_out = build.emit("constant", (), {"value": ignored}, type=TensorType("int", ()))
     some = build.emit("constant", (), {"value": 0}, type=TensorType("int", ()))  # a class that is there
     out = targets.op("equal", left_out)
     counted = out.op("logical_not")
-    difference = _above_truth(logits, build.emit("where", (out, some, targets)), classes, smoothing)
+    difference = _above_truth(logits, build.emit("where", (out, some, targets)), smoothing)
     ones = counted.op("cast", dtype="float")
     share = g / ones.sum(tuple(range(-len(targets.shape), 0)))
     return difference * (ones * share).reshape((*targets.shape, Dim.of(1)))
 
 
-def _above_truth(logits: Value, targets: Value, classes: int, smoothing: float) -> Value:
+def _above_truth(logits: Value, targets: Value, smoothing: float) -> Value:
     """softmax of the logits less the truth, of which all classes have the share `smoothing`."""
-    truth = targets.op("one_hot", classes=classes)
+    truth = targets.op("one_hot", classes=_whole(logits.shape[-1]))
     if smoothing:
-        truth = truth * (1 - smoothing) + smoothing / classes
+        build = logits.builder
+        truth = truth * (1 - smoothing) + build.constant(smoothing) / build.count(logits.shape[-1:])
     return logits.op("softmax", axis=-1) - truth
 
 

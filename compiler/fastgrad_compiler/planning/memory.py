@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from math import ceil, inf
 
 from fastgrad_compiler.planning.activations import ALWAYS, Activations, Decisions, Held
-from fastgrad_compiler.ir.calls import callees, runs
-from fastgrad_compiler.ir.graph import Graph, Node, Program
+from fastgrad_compiler.ir.calls import callees, reachable, runs
+from fastgrad_compiler.ir.graph import Graph, Node, Program, integer
 
 ALIKE = 0.03  # options whose bytes differ by less than this share count as one
 MOST_COUNTS = 32  # of numbers of iterations of one repeat that are tried
@@ -161,6 +161,18 @@ class Search:
                 best = min(price, self.activations.flops(callee) / inner) if pays else price
                 yield from self._prices(callee, best, times * count)
         yield price, times * max(own, 0.0)
+
+
+def recomputed(program: Program) -> Decisions:
+    """The decisions that the calls of a program carry, of graphs that a training step runs."""
+    run = reachable(program.by_name, [program.training or program.main])
+    marked = (
+        ((graph.name, node.name), node["recompute"])
+        for graph in run
+        for node in graph.nodes
+        if node.get("recompute") is not None
+    )
+    return {place: ALWAYS if times is True else integer(times) for place, times in marked}
 
 
 def in_bytes(value: float) -> str:

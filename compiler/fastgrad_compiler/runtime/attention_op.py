@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .parted import is_parted, of_own_heads
+
 NAMESPACE = "fastgrad"
 WORK_BYTES = (
     20 * 2**20
@@ -68,6 +70,8 @@ def call_attention(
     operation: Callable[..., tuple[Tensor, ...]], inputs: Inputs, *attributes: object
 ) -> Tensor:
     """Flatten the leading dimensions to one batch, run the operation and give `out` its leading dimensions back."""
+    if is_parted(inputs.q):
+        return of_own_heads(lambda *own: call_attention(operation, Inputs(*own), *attributes), inputs)
     leading = inputs.q.shape[:-3]
     inner = (*(3 for _ in inputs[:5]), 2, 1, 1)
     given = [None if x is None else _one_batch(x, own) for x, own in zip(inputs, inner, strict=True)]

@@ -22,6 +22,7 @@ from .convolution import depthwise as depthwise
 from .convolution import document_runs
 from .convolution import shift as shift
 from .linear_loss import linear_cross_entropy as linear_cross_entropy
+from .parted import is_parted, of_own_heads
 from .positions import of_angles, places, precision_of, turned, turns
 from .softmax_pairs import Marks, Pairs, is_finite, is_mapped, is_small, select
 
@@ -84,6 +85,8 @@ def rotary(
 
     stretch: what the angles of each pair are divided by, one number for all pairs or one for each.
     """
+    if is_parted(x):
+        return of_own_heads(lambda own: rotary(own, base, stretch=stretch, inverse=inverse), (x,))
     return turned(x, *turns(x, base, 0, stretch), inverse=inverse)
 
 
@@ -123,6 +126,14 @@ def softmax_attention(
                 q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
             )
 
+    if is_parted(q):
+
+        def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return softmax_attention(
+                q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+
+        return of_own_heads(own, (q, k, v))
     if torch.compiler.is_compiling() or q.device.type != "cpu" or is_mapped():
         return attend(q, k, v)
     groups = q.shape[-3] // k.shape[-3] if enable_gqa else 1

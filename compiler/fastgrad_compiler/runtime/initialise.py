@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Self
 
@@ -80,6 +80,10 @@ class Generated(nn.Module):
         finally:
             del self.__dict__["forward"]
 
+    def blocks(self) -> list[nn.Module]:
+        """The blocks that the model repeats, in order; those within another are parts of that one."""
+        return list(_repeated(self, within=False))
+
     def reset_parameters(self, seed: int = 0) -> None:
         """Give every tensor the value that it has in a model made with `seed`."""
         initialise(self, seed)
@@ -93,6 +97,17 @@ class Generated(nn.Module):
         _restore_constants(self)
         _visit(self, torch.Generator(device="cpu").manual_seed(0), None, _blank)
         return self
+
+
+def _repeated(module: nn.Module, *, within: bool) -> Iterator[nn.Module]:
+    """What lists below a module hold; `within`: the module is a list, or in one."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _repeated(child, within=True)
+        elif within:
+            yield child
+        else:
+            yield from _repeated(child, within=False)
 
 
 def initialise(model: nn.Module, seed: int = 0) -> None:
@@ -153,7 +168,8 @@ def _copy(tensor: Tensor, whole: Tensor) -> None:
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         assert isinstance(tensor, DTensor)
-        whole = distribute_tensor(whole.to(tensor.device), mesh, tensor.placements)
+        # every process has drawn the same, and keeps its part: nothing is sent
+        whole = distribute_tensor(whole.to(tensor.device), mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(whole)
 
 

@@ -243,14 +243,37 @@ def _visited(shape: Shape, start: int, chunk: int, own: int, other: int, tiles: 
     """Pairs of the tiles of one chunk, which begins at token `start`."""
     limit = min(start + chunk, own)
     low, high = max(0, start - shape.near), min(start + chunk + shape.near, other)
-    tokens = range(start, limit, tiles.rows)
+    count = -(-(limit - start) // tiles.rows)
     if not shape.causal:
-        met = [high - low] * len(tokens)
+        met = count * -(-max(0, high - low) // tiles.keys)
     elif of_keys:
-        met = [high - first for first in tokens]
+        count = min(count, -(-max(0, high - start) // tiles.rows))  # the others come after all that see them
+        met = _tiles(high - start - (count - 1) * tiles.rows, tiles.rows, count, tiles.keys)
     else:
-        met = [min(first + tiles.rows, limit) - low for first in tokens]
-    return tiles.rows * tiles.keys * sum(-(-max(0, keys) // tiles.keys) for keys in met)
+        met = _tiles(start + tiles.rows - low, tiles.rows, count - 1, tiles.keys) + -(
+            -(limit - low) // tiles.keys
+        )
+    return tiles.rows * tiles.keys * met
+
+
+def _tiles(first: int, step: int, count: int, size: int) -> int:
+    """Tiles of `size` keys that cover `first` keys, `step` more of them, and so on: the sum of `count` such numbers.
+
+    By Euclid's algorithm: in sum over i < n of floor((a i + b) / m) whole multiples are taken out, then i and the
+    quotient change places.
+    """
+    total, n, m, a, b = 0, count, size, step, first + size - 1
+    sign = 1
+    while n > 0:
+        total += sign * (n * (n - 1) // 2 * (a // m) + n * (b // m))
+        a, b = a % m, b % m
+        top = (a * (n - 1) + b) // m
+        if top == 0:
+            break
+        # pairs (i, j) with j < top, less those with i too small to reach j + 1
+        total += sign * n * top
+        n, m, a, b, sign = top, a, m, m - b + a - 1, -sign
+    return total
 
 
 def _repeats(shared: int, tiles: int, cache: int) -> int:

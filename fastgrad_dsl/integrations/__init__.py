@@ -1,0 +1,1 @@
+"""fastgrad inside other libraries; each is imported when it is used."""
