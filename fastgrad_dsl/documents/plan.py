@@ -58,9 +58,41 @@ class Budget(Document, frozen=True):
 
     output: Part | None
     gradient: Part | None
+    memory: Part | None
     near: Size | None
     trust: Trust
     on_violation: Literal["exact", "warn", "raise"]
+
+
+class MemoryPoint(Document, frozen=True):
+    """A way to run a training step: bytes at its peak, time over that of one that keeps all; both are estimates.
+
+    `piece`: tokens of a piece where sequences run in pieces.
+    """
+
+    bytes: Part
+    time: Annotated[float, Meta(ge=1)]
+    piece: Size | None
+    chosen: bool
+
+
+class Memory(Document, frozen=True):
+    """How a training step keeps to the budget's bytes; all numbers but `limit` and `sizes` are estimates.
+
+    `sizes`: of run-time dims, that it is planned for; `unlimited`: bytes of a step that keeps all; `gap`: a bound, by
+    the model of bytes and flops, of how much faster another plan may be that fits, None in pieces; `recomputed`: the
+    calls that are made again, by graph and node: in how many first iterations of the repeat around them.
+    """
+
+    limit: Part
+    sizes: dict[str, Size]
+    piece: Size | None
+    bytes: Part
+    unlimited: Part
+    time: Annotated[float, Meta(ge=1)]
+    gap: Part | None
+    recomputed: dict[str, Size]
+    points: tuple[MemoryPoint, ...]
 
 
 class Work(Document, frozen=True):
@@ -215,7 +247,7 @@ _KINDS = Meta(
 class Plan(Document, frozen=True):
     """What a compiled model takes, its budget, and what was decided of each attention. See docs/report.md."""
 
-    format: Literal["fastgrad-plan-4"]
+    format: Literal["fastgrad-plan-5"]
     model: str
     source: str
     target: Target
@@ -224,6 +256,7 @@ class Plan(Document, frozen=True):
     inputs: tuple[TensorEntry, ...]
     targets: tuple[TensorEntry, ...]
     budget: Budget | None
+    memory: Memory | None
     attentions: tuple[Annotated[Attention, _KINDS], ...]
 
     def faults(self) -> Iterator[tuple[Place, str]]:

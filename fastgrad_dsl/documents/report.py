@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from fastgrad_dsl.documents.base import Count, Document, Part, Size
 from fastgrad_dsl.documents.calibration import Calibration, PaceKind, Positive, UsedCalibration
-from fastgrad_dsl.documents.plan import Attention, Budget, Dim
+from fastgrad_dsl.documents.plan import Attention, Budget, Dim, Memory
 
 Paths = Annotated[tuple[str, ...], Meta(min_length=1)]
 Kind = Literal["bound", "estimate", "measured"]
@@ -359,13 +359,14 @@ class Warned(Document, frozen=True):
 class Report(Document, frozen=True):
     """The error-budget report of a compiled model. See docs/report.md."""
 
-    format: Literal["fastgrad-report-5"]
+    format: Literal["fastgrad-report-6"]
     model: str
     source: str
     target: str
     params: dict[str, str]
     dims: tuple[Dim, ...]
     budget: Budget | None
+    memory: Memory | None
     versions: Versions
     reproduce: Reproduce
     batch: Batch | None

@@ -11,7 +11,7 @@ MOST_PIECES = 4  # points of shorter pieces than the planned ones
 
 
 def memory_document(program: Program) -> Memory | None:
-    """None where the budget does not limit memory."""
+    """The plan of memory; None where the budget does not limit it."""
     if program.memory is None or program.budget is None or program.budget.memory is None:
         return None
     sizes, piece, limit = dict(program.memory.sizes), program.memory.piece, program.budget.memory

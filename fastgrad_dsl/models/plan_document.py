@@ -19,6 +19,7 @@ from fastgrad_dsl.documents import plan
 from fastgrad_dsl.documents.base import finite, narrowed, picked
 from fastgrad_dsl.documents.form import format_of
 from fastgrad_dsl.models.attention_rounding import entry_rounding, rounding_document
+from fastgrad_dsl.models.memory import memory_document
 from fastgrad_dsl.models.batches import Input, model_inputs, target_inputs
 
 OF_POLYNOMIAL = ("family", "degree", "coefficients", "eps", "eps_prime", "positive_from", "precision")
@@ -41,6 +42,7 @@ def plan_document(
         budget=None
         if budget is None
         else picked(plan.Budget, budget, trust=program.trust, on_violation=program.on_violation),
+        memory=memory_document(program),
         attentions=tuple(_attention(program, entry, target) for entry in attention_table(program)),
     )
 

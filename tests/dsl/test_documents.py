@@ -119,7 +119,7 @@ def test_a_document_is_read_by_key_as_its_json() -> None:
         ("attentions/0/path", LAST, f'plan.json: /attentions/1/path: "{LAST}" comes twice'),
         ("target", "cuda", 'plan.json: /target: expected one of torch, cpp, triton, auto, found "cuda"'),
         ("params/a~1b", 1, "plan.json: /params/a~1b: expected of type string, found 1"),
-        ("format", "fastgrad-plan-2", 'plan.json: /format: expected "fastgrad-plan-4", found "fastgrad-plan-2"'),
+        ("format", "fastgrad-plan-2", 'plan.json: /format: expected "fastgrad-plan-5", found "fastgrad-plan-2"'),
         ("inputs", 10**4, "plan.json: /inputs: expected of type array, found 10000"),
     ],
 )  # fmt: skip
@@ -146,10 +146,10 @@ def test_a_value_that_does_not_fit_is_named_with_its_place(place: str, value: ob
         (b'{"a": {"b": 1, "b": 2}}', 'plan.json: /a: found the key "b" twice'),
         (b'{"a":' * 100 + b"1" + b"}" * 100, f"plan.json: /{'/'.join('a' * 8)}: nested more than 64 deep"),
         (b"[" * 100_000, "plan.json: nested more than 64 deep"),
-        (b"[]", 'plan.json: /format: expected "fastgrad-plan-4"'),
-        (b"{}", 'plan.json: /format: expected "fastgrad-plan-4"'),
-        (b'{"format": "fastgrad-plan-4"}', 'plan.json: the key "model" is missing'),
-        (b'{"format": [1]}', 'plan.json: /format: expected "fastgrad-plan-4", found [1]'),
+        (b"[]", 'plan.json: /format: expected "fastgrad-plan-5"'),
+        (b"{}", 'plan.json: /format: expected "fastgrad-plan-5"'),
+        (b'{"format": "fastgrad-plan-5"}', 'plan.json: the key "model" is missing'),
+        (b'{"format": [1]}', 'plan.json: /format: expected "fastgrad-plan-5", found [1]'),
     ],
 )  # fmt: skip
 def test_a_text_that_is_no_document_is_named_with_its_place(content: bytes, said: str) -> None:

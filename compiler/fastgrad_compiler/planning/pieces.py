@@ -12,7 +12,7 @@ from math import ceil, lcm, prod
 
 from fastgrad_compiler.analysis.means import problem
 from fastgrad_compiler.attention.value import ATTENTION, Attention
-from fastgrad_compiler.ir.calls import runs
+from fastgrad_compiler.ir.calls import reachable, runs
 from fastgrad_compiler.ir.graph import Graph, Node, Program, integer
 from fastgrad_compiler.planning.activations import BYTES, Activations
 from fastgrad_compiler.runtime.monomials import rank
@@ -35,6 +35,14 @@ def no_pieces(program: Program) -> str | None:
         return "the model has no step form, which `fastgrad stages --along` tells the reason of"
     if program.objective is None:
         return "the file has no objective"
+    guarded = any(
+        Attention.of(node).is_guarded
+        for graph in reachable(program.by_name, [program.step])
+        for node in graph.nodes
+        if node.op in ATTENTION
+    )
+    if guarded and program.on_violation in ("exact", "clamp"):
+        return f"with on_violation = {program.on_violation} a guard may change attentions whose keys are in many pieces"
     found = problem(program[program.objective], program.along)
     return None if found is None else found.message
 
