@@ -113,7 +113,7 @@ class Activations:
     def __init__(self, program: Program, sizes: Mapping[str, int]) -> None:
         self.program, self.sizes = program, sizes
         self.trained = graphs_with(program, lambda node: node.op == "weight")
-        self._reach = {
+        self.reach = {
             name: frozenset(graph.name for graph in reachable(program.by_name, [name]))
             for name in program.by_name
         }
@@ -122,7 +122,7 @@ class Activations:
 
     def held(self, name: str, decisions: Decisions, iteration: int = 0) -> Held:
         """What a graph holds; iteration: of the repeat of which it is the body."""
-        relevant = {place: times for place, times in decisions.items() if place[0] in self._reach[name]}
+        relevant = {place: times for place, times in decisions.items() if place[0] in self.reach[name]}
         own = frozenset(node for (graph, node), times in relevant.items() if graph == name and iteration < times)
         key = name, own, frozenset(relevant.items())
         if key not in self._known and FUSED in name:

@@ -115,10 +115,13 @@ class Search:
 
     def _of_body(self, body: Graph, ends: Sequence[int]) -> Iterator[Decisions]:
         sites = [node for node in body.nodes if node.op == "call" and self._pays(node)]
+        own = {(body.name, node.name) for node in sites}
         step = ceil(len(ends) / MOST_COUNTS)
+        inner = frozenset(graph for node in sites for graph in self.activations.reach[str(node["graph"])])
         for decided in self._of(body.name):
             yield decided
-            if sites and not any((body.name, node.name) in decided for node in sites):
+            # what is made again within what is made again would run a third time
+            if sites and not any(graph in inner or (graph, node) in own for graph, node in decided):
                 for end in ends[step - 1 : -1 : step]:
                     yield {**decided, **{(body.name, node.name): end for node in sites}}
         if sites:
