@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastgrad_compiler.runtime.guard import BudgetViolation as BudgetViolation
+    from fastgrad_compiler.runtime.in_turn import loss_in_pieces as loss_in_pieces
     from fastgrad_compiler.runtime.initialise import initialise as initialise
     from fastgrad_dsl import distributed as distributed
     from fastgrad_dsl import functional as functional
@@ -45,6 +46,7 @@ _HOMES = {
     "initialise": "fastgrad_compiler.runtime.initialise",
     "load": "fastgrad_dsl.api.loader",
     "load_tokenizer": "fastgrad_dsl.models.tokenizer",
+    "loss_in_pieces": "fastgrad_compiler.runtime.in_turn",
     "log_budget": "fastgrad_dsl.training.budget_log",
     "read_prompt": "fastgrad_dsl.generation.generate",
 }

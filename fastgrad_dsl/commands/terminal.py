@@ -13,6 +13,7 @@ from rich.text import Text
 from fastgrad_compiler.attention.table import Lengths, attention_table
 from fastgrad_compiler.attention.unserved import unserved_gates
 from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.planning.memory import in_bytes
 from fastgrad_compiler.planning.selectivity import averages
 from fastgrad_dsl.commands.tables import print_table, say
 from fastgrad_dsl.documents.pairs import WHATS, of
@@ -83,6 +84,25 @@ def print_plan(program: Program, file: str) -> None:
         place = f"  ({gate.node.span.short_place})" if gate.node.span else ""
         say(out, f"{gate.node.op}  as it is written, on all pairs{place}", indent=2, style="bold")
         say(out, f"no attention's forget gate: {gate.why}", indent=6)
+
+
+def print_memory(program: Program) -> None:
+    """What a training step is expected to hold, and what is made again for it; nothing without a limit."""
+    from fastgrad_dsl.models.memory import memory_document  # loads what `check` does without
+
+    document = memory_document(program)
+    if document is None:
+        return
+    at = ", ".join(f"{name} = {size:,}" for name, size in document.sizes.items())
+    said = f"memory of a training step at {at}: {in_bytes(document.bytes)} (estimate), limit {in_bytes(document.limit)}"
+    if document.piece is not None:
+        how = f"the sequence runs in pieces of {document.piece:,} tokens"
+    elif document.recomputed:
+        how = f"made again in the backward pass: {', '.join(document.recomputed)}"
+    else:
+        how = "everything is kept"
+    time = "" if document.time == 1 else f", {document.time:.2f} times the time (estimate)"
+    say(console(), f"{said}; {how}{time}")
 
 
 def print_calibration(document: Calibration) -> None:

@@ -103,6 +103,14 @@ def _begun(compiled: Compiled, request: TrainRequest) -> tuple[Loss, TextData]:
     return loss, load_text(request.text, options.tokens, tokenizer=tokenizer)
 
 
+def sizes_of_text(program: Program, batch: int, tokens: int) -> dict[str, int]:
+    """The sizes of the run-time dims of a language model's input, for which its memory is planned."""
+    named = {dim.name for dim in program.dims}
+    shapes = [node.tensor.shape for node in program[program.main].inputs if node.type is not None]
+    pairs = zip(shapes[0], (batch, tokens), strict=False) if len(shapes) == 1 else ()
+    return {str(dim): size for dim, size in pairs if str(dim) in named}
+
+
 def train_language_model(compiled: Compiled, request: TrainRequest) -> nn.Module | None:
     """Train, showing losses as they come, and return the trained module; None where another process leads.
 

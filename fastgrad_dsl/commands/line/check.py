@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from fastgrad_dsl.commands.line.options import File, Include, Model, Set
+from fastgrad_dsl.commands.line.options import File, Include, Model, PlannedDim, Set, sizes_of
 from fastgrad_dsl.commands.line.stages import program_stages
 
 
-def check(file: File, model: Model = None, set_: Set = None, include: Include = None) -> None:
-    """Check a file: report every error, or show how each attention will be computed."""
-    from fastgrad_dsl.commands.terminal import print_plan
+def check(
+    file: File, model: Model = None, set_: Set = None, include: Include = None, dim: PlannedDim = None
+) -> None:
+    """Check a file: report every error, or show how each attention will be computed, and what a step holds."""
+    from fastgrad_dsl.commands.terminal import print_memory, print_plan
 
-    stages = program_stages(file, model, set_, include, until="plan")
-    print_plan(stages[-1].program, str(file))
+    sizes = sizes_of(dim)
+    program = program_stages(file, model, set_, include, until="plan")[-1].program
+    print_plan(program, str(file))
+    if program.budget is not None and program.budget.memory is not None:
+        print_memory(program_stages(file, model, set_, include, until=None, dims=sizes)[-1].program)

@@ -65,12 +65,18 @@ def compile_(
     import fastgrad_dsl as fg
     from fastgrad_dsl.api.native_build import build_kernels
     from fastgrad_dsl.calibration.data import RANDOM, calibrated
-    from fastgrad_dsl.commands.terminal import print_calibration, print_plan, progress
+    from fastgrad_dsl.commands.terminal import print_calibration, print_memory, print_plan, progress
     from fastgrad_dsl.storage.build_manifest import check_folder
 
     check_folder(out, force=force)  # before anything that takes time
     compiled = fg.compile(
-        file, params=params_of(set_), model=model, target=target, validate=validate, include=include or ()
+        file,
+        params=params_of(set_),
+        model=model,
+        target=target,
+        validate=validate,
+        include=include or (),
+        dims=sizes_of(dim),
     )
     budget = compiled.program.budget
     if calibrate is None and budget is not None and budget.trust == "calibrated":
@@ -80,6 +86,7 @@ def compile_(
             compiled = calibrated(compiled, calibrate, tell, dims=sizes_of(dim), weights=weights, seed=seed)
     compiled.write(out, force=force)
     print_plan(compiled.program, str(file))
+    print_memory(compiled.program)
     if compiled.calibration is not None:
         print_calibration(compiled.calibration)
     print(f"written to {terminal(str(out))}/ (model.py, plan.json, report.html, report.json, stages/)")

@@ -48,6 +48,14 @@ Dim = Annotated[
     list[str] | None,
     Option("--dim", metavar="NAME=SIZE", help="Size of a run-time dim of the batches; can be repeated."),
 ]
+PlannedDim = Annotated[
+    list[str] | None,
+    Option(
+        "--dim",
+        metavar="NAME=SIZE",
+        help="Size of a run-time dim that memory is planned for, in place of its limit; can be repeated.",
+    ),
+]
 Weights = Annotated[Path | None, path_option("A .safetensors file with the model's weights.")]
 Seed = Annotated[int, Option(min=0, max=LARGEST, help="Seed of initial weights and random batches.")]
 Wide = Annotated[bool, Option("--wide", help="Show every column of the tables.")]

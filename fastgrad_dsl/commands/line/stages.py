@@ -44,7 +44,12 @@ def stages(
 
 
 def program_stages(
-    file: Path, model: str | None, set_: list[str] | None, include: list[Path] | None, until: str | None
+    file: Path,
+    model: str | None,
+    set_: list[str] | None,
+    include: list[Path] | None,
+    until: str | None,
+    dims: dict[str, int] | None = None,
 ) -> tuple[Stage, ...]:
     """The stages of a file from its text to the pass `until`; no output of them is written, so nothing is compared."""
     from fastgrad_compiler.frontend import elaborate
@@ -53,4 +58,4 @@ def program_stages(
     program: Program = elaborate(
         read_source(file, include=include or ()), model=model, params=params_of(set_)
     )
-    return run(program, until=until, validate=False)
+    return run(program, until=until, validate=False, dims=dims)

@@ -22,6 +22,7 @@ from fastgrad_dsl.commands.line.options import (
 )
 from fastgrad_dsl.storage.outputs import try_folder
 from fastgrad_grammar.diagnostics import TfgError
+from fastgrad_grammar.read import read_source
 
 
 def _seconds(value: float) -> float:
@@ -94,11 +95,21 @@ def train(
         try_folder(folder)
 
     import fastgrad_dsl as fg
-    from fastgrad_dsl.commands.train import TrainRequest, run_train
+    from fastgrad_compiler.frontend import elaborate
+    from fastgrad_dsl.commands.train import TrainRequest, run_train, sizes_of_text
     from fastgrad_dsl.training.loop import Options
     from fastgrad_dsl.training.parallel import Parallel
 
-    compiled = fg.compile(file, params=params_of(set_), model=model, target=target, include=include or ())
+    params = params_of(set_)
+    program = elaborate(read_source(file, include=include or ()), model=model, params=params)
+    compiled = fg.compile(
+        file,
+        params=params,
+        model=model,
+        target=target,
+        include=include or (),
+        dims=sizes_of_text(program, batch, seq),
+    )
     options = Options(
         steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
         validate_every=every, checkpoint_every=every, accumulate=accumulate,
