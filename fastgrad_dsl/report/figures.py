@@ -10,8 +10,10 @@ from typing import Literal
 
 from markupsafe import Markup
 
+from fastgrad_compiler.planning.memory import in_bytes
 from fastgrad_dsl.documents.calibration import Histogram
 from fastgrad_dsl.documents.pairs import What, of
+from fastgrad_dsl.documents.plan import Memory
 from fastgrad_dsl.documents.report import Candidates, Cost, Curve, Point, Waterfall
 from fastgrad_dsl.plots.svg import (
     BOTTOM,
@@ -133,6 +135,31 @@ def pareto(place: int, what: What, document: Candidates) -> Markup:
         description += f" Chosen: {chosen.name}, error {number(of(chosen, what))} ({document.error_kind})."
     title = f"Candidates: error of the {what} against time"
     return figure(f"pareto-{place}-{what}", title, description, bottom + BOTTOM, parts)
+
+
+def memory(document: Memory) -> Markup:
+    """Time of a training step against its memory, of all plans that no other beats, and the limit."""
+    points, top, bottom = document.points, TOP + 16, TOP + 16 + PANEL
+    x_axis = Axis(1.0, 1.02 * max(max(p.time for p in points), 1.1), LEFT, WIDTH - RIGHT)
+    y_axis = logarithmic([*(p.bytes for p in points), document.limit], bottom, top)
+    parts = left_axis(y_axis, LEFT, WIDTH - RIGHT, "bytes at the peak (estimate)")
+    parts += bottom_axis(x_axis, bottom, top, "time of a step (estimate); 1 keeps all; lower left is better")
+    y = y_axis.at(document.limit)
+    parts.append(line([(LEFT, y), (WIDTH - RIGHT, y)], 5, dashed=True))
+    dot = '<circle cx="{:.1f}" cy="{:.1f}" r="3.5" fill="{}"><title>{}</title></circle>'
+    for point in points:
+        x, y = x_axis.at(point.time), y_axis.at(point.bytes)
+        name = "some values made again" if point.piece is None else f"pieces of {point.piece:,} tokens"
+        parts.append(element(dot, x, y, COLOURS[0 if point.piece is None else 2], name))
+        if point.chosen:
+            parts.append(element('<circle class="chosen" cx="{:.1f}" cy="{:.1f}" r="8"/>', x, y))
+    keys = [(0, "values made again", False), (2, "pieces", False), (5, "limit", True)]
+    parts += key(2, TOP, keys)
+    description = (
+        f"{len(points)} plans; lower left is better. Chosen: {in_bytes(document.bytes)}, "
+        f"{document.time:.2f} times the time of a step that keeps all (estimates)."
+    )
+    return figure("memory", "Time of a training step against its memory", description, bottom + BOTTOM, parts)
 
 
 def cost(place: int, what: Literal["forward", "total"], document: Cost) -> Markup:

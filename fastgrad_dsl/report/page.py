@@ -46,6 +46,7 @@ def render_html(report: Report) -> str:
         ],
         heads=heads,
         head_data=[head._asdict() for head in heads],
+        memory=None if report.memory is None else figures.memory(report.memory),
         curves=[
             figures.curve(place, document, next((h.path for h in heads if h.curve == place), None))
             for place, document in enumerate(report.curves)
