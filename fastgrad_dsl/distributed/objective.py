@@ -56,7 +56,9 @@ class Objective:
         memory = self.program.memory
         if memory is None or memory.piece is None or serving() is not None:
             return None
-        longest = max(x.shape[axis] for x, axis in self._placed(inputs, self.program.main) if axis is not None)
+        longest = max(
+            x.shape[axis] for x, axis in self._placed(inputs, self.program.main) if axis is not None
+        )
         return memory.piece if longest > memory.piece else None
 
     def _in_pieces(

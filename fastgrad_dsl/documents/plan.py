@@ -76,7 +76,7 @@ class MemoryPoint(Document, frozen=True):
     chosen: bool
 
 
-class Memory(Document, frozen=True):
+class StepMemory(Document, frozen=True):
     """How a training step keeps to the budget's bytes; all numbers but `limit` and `sizes` are estimates.
 
     `sizes`: of run-time dims, that it is planned for; `unlimited`: bytes of a step that keeps all; `gap`: a bound, by
@@ -256,7 +256,7 @@ class Plan(Document, frozen=True):
     inputs: tuple[TensorEntry, ...]
     targets: tuple[TensorEntry, ...]
     budget: Budget | None
-    memory: Memory | None
+    memory: StepMemory | None
     attentions: tuple[Annotated[Attention, _KINDS], ...]
 
     def faults(self) -> Iterator[tuple[Place, str]]:

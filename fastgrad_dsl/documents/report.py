@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from fastgrad_dsl.documents.base import Count, Document, Part, Size
 from fastgrad_dsl.documents.calibration import Calibration, PaceKind, Positive, UsedCalibration
-from fastgrad_dsl.documents.plan import Attention, Budget, Dim, Memory
+from fastgrad_dsl.documents.plan import Attention, Budget, Dim, StepMemory
 
 Paths = Annotated[tuple[str, ...], Meta(min_length=1)]
 Kind = Literal["bound", "estimate", "measured"]
@@ -366,7 +366,7 @@ class Report(Document, frozen=True):
     params: dict[str, str]
     dims: tuple[Dim, ...]
     budget: Budget | None
-    memory: Memory | None
+    memory: StepMemory | None
     versions: Versions
     reproduce: Reproduce
     batch: Batch | None

@@ -5,12 +5,12 @@ from __future__ import annotations
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.planning.memory import Search, recomputed
 from fastgrad_compiler.planning.pieces import in_pieces, lengths, no_pieces
-from fastgrad_dsl.documents.plan import Memory, MemoryPoint
+from fastgrad_dsl.documents.plan import MemoryPoint, StepMemory
 
 MOST_PIECES = 4  # points of shorter pieces than the planned ones
 
 
-def memory_document(program: Program) -> Memory | None:
+def memory_document(program: Program) -> StepMemory | None:
     """The plan of memory; None where the budget does not limit it."""
     if program.memory is None or program.budget is None or program.budget.memory is None:
         return None
@@ -24,7 +24,9 @@ def memory_document(program: Program) -> Memory | None:
     twice = search.time(search.forward)
     if no_pieces(program) is None:
         found = [in_pieces(program, sizes, tokens) for tokens in lengths(program, sizes)]
-        points += [MemoryPoint(bytes=each.peak, time=twice, piece=each.tokens, chosen=False) for each in found]
+        points += [
+            MemoryPoint(bytes=each.peak, time=twice, piece=each.tokens, chosen=False) for each in found
+        ]
     if piece is None:
         held = search.held(decided)
         peak, again = held.peak, held.again
@@ -35,7 +37,7 @@ def memory_document(program: Program) -> Memory | None:
     rest = [point for point in points if (point.bytes, point.time) != (peak, time)]
     chosen = MemoryPoint(bytes=peak, time=time, piece=piece, chosen=True)
     again_calls = {f"{graph}.{node}": times for (graph, node), times in decided.items()}
-    return Memory(
+    return StepMemory(
         limit=limit, sizes=sizes, piece=piece, bytes=peak, unlimited=search.held({}).peak, time=time, gap=gap,
         recomputed=again_calls, points=tuple(sorted([*rest, chosen], key=lambda point: (point.time, point.bytes))),
     )  # fmt: skip

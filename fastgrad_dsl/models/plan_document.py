@@ -19,8 +19,8 @@ from fastgrad_dsl.documents import plan
 from fastgrad_dsl.documents.base import finite, narrowed, picked
 from fastgrad_dsl.documents.form import format_of
 from fastgrad_dsl.models.attention_rounding import entry_rounding, rounding_document
-from fastgrad_dsl.models.memory import memory_document
 from fastgrad_dsl.models.batches import Input, model_inputs, target_inputs
+from fastgrad_dsl.models.memory import memory_document
 
 OF_POLYNOMIAL = ("family", "degree", "coefficients", "eps", "eps_prime", "positive_from", "precision")
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from fastgrad_compiler.planning.memory import in_bytes
 from fastgrad_dsl.documents.calibration import Histogram
 from fastgrad_dsl.documents.pairs import What, of
-from fastgrad_dsl.documents.plan import Memory
+from fastgrad_dsl.documents.plan import StepMemory
 from fastgrad_dsl.documents.report import Candidates, Cost, Curve, Point, Waterfall
 from fastgrad_dsl.plots.svg import (
     BOTTOM,
@@ -137,7 +137,7 @@ def pareto(place: int, what: What, document: Candidates) -> Markup:
     return figure(f"pareto-{place}-{what}", title, description, bottom + BOTTOM, parts)
 
 
-def memory(document: Memory) -> Markup:
+def memory(document: StepMemory) -> Markup:
     """Time of a training step against its memory, of all plans that no other beats, and the limit."""
     points, top, bottom = document.points, TOP + 16, TOP + 16 + PANEL
     x_axis = Axis(1.0, 1.02 * max(max(p.time for p in points), 1.1), LEFT, WIDTH - RIGHT)

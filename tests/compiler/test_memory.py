@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from math import inf
 
 import pytest
@@ -48,10 +48,14 @@ ATTEND = """block attend(x: float[b, n, d]) -> float[b, n, d] {
 """
 
 
-def planned(text: str, memory: float | None = None, dims: dict[str, int] | None = None, target: str = "torch") -> Program:
+def planned(
+    text: str, memory: float | None = None, dims: dict[str, int] | None = None, target: str = "torch"
+) -> Program:
     """The program after the last pass, under a budget of so many bytes."""
     budget = "" if memory is None else f"\nbudget {{\n    memory <= {memory!r}\n}}\n"
-    return run(elaborate(Source("<text>", text + budget, ())), target=target, dims=dims, validate=False)[-1].program
+    return run(elaborate(Source("<text>", text + budget, ())), target=target, dims=dims, validate=False)[
+        -1
+    ].program
 
 
 def test_every_operation_has_a_rule() -> None:
@@ -65,7 +69,7 @@ def test_plan_is_the_first_that_fits() -> None:
     options = search.options()
     assert len(options) > 5
     assert options[0].held.again == 0
-    for before, option in zip(options, options[1:], strict=False):
+    for before, option in pairwise(options):
         assert option.held.again >= before.held.again
         assert option.held.peak < before.held.peak
         program = planned(DEEP, memory=option.held.peak)
@@ -78,7 +82,9 @@ def test_plan_is_the_first_that_fits() -> None:
 
 def test_the_bound_holds_of_every_plan() -> None:
     """All decisions on the calls of a small model, none of which beats the bound; the search is near the best."""
-    text = DEEP.replace("repeat i in 4 { x = layer(x) as layers }", "repeat i in 2 { x = layer(x) as layers }")
+    text = DEEP.replace(
+        "repeat i in 4 { x = layer(x) as layers }", "repeat i in 2 { x = layer(x) as layers }"
+    )
     program = planned(text)
     search = Search(program, {"b": 1, "n": 512})
     sites = [
@@ -91,13 +97,16 @@ def test_the_bound_holds_of_every_plan() -> None:
     assert len(sites) == 4
     counts = [(0, 1, ALWAYS) if graph == "m.i" else (0, ALWAYS) for graph, _ in sites]
     decided = [
-        {site: times for site, times in zip(sites, chosen, strict=True) if times} for chosen in product(*counts)
+        {site: times for site, times in zip(sites, chosen, strict=True) if times}
+        for chosen in product(*counts)
     ]
     every = [search.held(each) for each in decided]
     for held in every:
         assert held.again >= search.least_again(held.peak) * (1 - 1e-12)
     once = [search.held(each) for each in decided if len({graph == "m.i" for graph, _ in each}) < 2]
-    for limit in sorted({held.peak for held in once}):  # the search makes nothing again within what is made again
+    for limit in sorted(
+        {held.peak for held in once}
+    ):  # the search makes nothing again within what is made again
         best = min(held.again for held in once if held.peak <= limit)
         found = min((o.held.again for o in search.options() if o.held.peak <= limit * 1.0001), default=inf)
         assert search.time(found) <= 1.03 * search.time(best)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastgrad_dsl as fg
 from fastgrad_compiler.runtime.in_turn import Given, loss_in_pieces
-from tests.dsl.test_distributed import NEAR, ATTENDING, PIECES, TOKENS, source
+from tests.dsl.test_distributed import ATTENDING, NEAR, PIECES, TOKENS, source
 
 N = 13
 
@@ -19,7 +19,9 @@ def mean(out: Tensor, upstream: Tensor) -> Tensor:
     return (out * upstream).mean()
 
 
-def gradients(model: torch.nn.Module, given: dict[str, Tensor], loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+def gradients(
+    model: torch.nn.Module, given: dict[str, Tensor], loss: Callable[[], Tensor]
+) -> dict[str, Tensor]:
     """The loss, and its gradients of weights and float inputs."""
     model.zero_grad()
     for x in given.values():
@@ -31,7 +33,9 @@ def gradients(model: torch.nn.Module, given: dict[str, Tensor], loss: Callable[[
     return {"loss": value.detach(), **found}
 
 
-def both(body: str, tokens: int, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def both(
+    body: str, tokens: int, dtype: torch.dtype = torch.float64
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the whole and pieces of so many tokens give."""
     compiled = fg.compile(source(body), target="torch", validate=False)
     generator = torch.Generator().manual_seed(len(body))
@@ -63,7 +67,11 @@ def test_without_gradients() -> None:
     compiled = fg.compile(source(ATTENDING.format(f"causal({NEAR})")), target="torch")
     model = compiled.module(seed=0, dtype=torch.float64)
     x, upstream = torch.randn(2, 2, N, 4, dtype=torch.float64)
-    others = (torch.zeros(2, N, dtype=torch.int64), torch.ones(2, N, dtype=torch.bool), torch.zeros(2, 5, 4).double())
+    others = (
+        torch.zeros(2, N, dtype=torch.int64),
+        torch.ones(2, N, dtype=torch.bool),
+        torch.zeros(2, 5, 4).double(),
+    )
     with torch.no_grad():
         expected = mean(model(x, *others), upstream)
         given: list[Given] = [(x, 1), (others[0], 1), (others[1], 1), (others[2], None)]
@@ -74,7 +82,9 @@ def test_without_gradients() -> None:
 def test_dropout_is_drawn_once() -> None:
     """Each piece draws its own numbers, and the same ones when it is run again."""
     text = "dim b\ndim n\nmodel m(x: float[b, n, 4]) -> float[b, n, 4] {\n    weight w: float[4, 4] = normal(std = 1.0)\n"
-    model = fg.compile(text + "    y = shift(x @ w; by = 1)\n    return dropout(y; p = 0.5)\n}\n").module(seed=0)
+    model = fg.compile(text + "    y = shift(x @ w; by = 1)\n    return dropout(y; p = 0.5)\n}\n").module(
+        seed=0
+    )
     model.double().train()
     x = torch.ones(1, 64, 4, dtype=torch.float64)
     loss_in_pieces(model, lambda out: out.mean(), [(x, 1)], [], 8).backward()
@@ -92,7 +102,9 @@ def test_dropout_is_drawn_once() -> None:
     loss_in_pieces(model, lambda out: out.mean(), [(x, 1)], [], 8).backward()
     assert gradient is not None
     assert state is not None
-    assert next(model.parameters()).grad[0, 0].item() == pytest.approx((values[0] - values[1]) / 2e-3, rel=1e-6)
+    assert next(model.parameters()).grad[0, 0].item() == pytest.approx(
+        (values[0] - values[1]) / 2e-3, rel=1e-6
+    )
 
 
 def test_refused() -> None:
@@ -103,7 +115,9 @@ def test_refused() -> None:
         loss_in_pieces(model, mean, [(x, 1)], [], 0)
     with pytest.raises(ValueError, match="tokens of one length"):
         loss_in_pieces(model, mean, [(x, 1)], [(torch.zeros(1, 5, 4), 1)], 2)
-    both_ways = "dim b\ndim n\nmodel m(x: float[b, n, 4]) -> float[b, n, 4] {\n    return softmax(x @ x.T) @ x\n}\n"
+    both_ways = (
+        "dim b\ndim n\nmodel m(x: float[b, n, 4]) -> float[b, n, 4] {\n    return softmax(x @ x.T) @ x\n}\n"
+    )
     whole = fg.compile(both_ways, target="torch").module(seed=0)
     with pytest.raises(TypeError, match="no step form"):
         loss_in_pieces(whole, lambda out: out.mean(), [(x, 1)], [], 2)

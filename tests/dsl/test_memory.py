@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def test_pieces_are_the_whole() -> None:
 def test_nothing_else_changes() -> None:
     """Results, without gradients and under torch.func, and code that was written and loaded."""
     compiled = limited(SMALL, next(some_limits(64)), 64)
-    model, tokens, targets = of_small(compiled, 64)
+    model, tokens, _ = of_small(compiled, 64)
     plain = limited(SMALL, 1e12, 64).adopt(model).eval()
     model.eval()
     assert torch.equal(model(tokens), plain(tokens))

@@ -262,7 +262,8 @@ class Program:
     """All graphs of a compiled model; `main` runs the model, `objective` the loss, `gradient` the derived backward.
 
     `step` runs the model on the next tokens along the dim `along`, given what it kept of those before. `training` runs
-    the model and the objective, from the inputs of both, without making logits. `memory` is set where the budget limits it.
+    the model and the objective, from the inputs of both, without making logits. `memory` is set where the
+    budget limits it.
     """
 
     graphs: tuple[Graph, ...]

@@ -58,7 +58,11 @@ def _marked(graph: Graph, decisions: Decisions) -> Graph:
 
 
 def _with(node: Node, times: int | None) -> Node:
-    return node if times is None or node.op != "call" else node.with_attributes(recompute=True if times >= ALWAYS else times)
+    return (
+        node
+        if times is None or node.op != "call"
+        else node.with_attributes(recompute=True if times >= ALWAYS else times)
+    )
 
 
 # ---------------------------------------------------------------- sizes
@@ -105,11 +109,17 @@ def _refusal(program: Program, sizes: Mapping[str, int], least: float, reason: s
     budget = program.budget
     assert budget is not None
     at = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-    message = f"a training step of {program.name} at {at} takes {in_bytes(least)} at least (an estimate), over "
+    message = (
+        f"a training step of {program.name} at {at} takes {in_bytes(least)} at least (an estimate), over "
+    )
     help_ = [f"a larger budget: memory <= {_rounded_up(least):.2g}"]
-    longest = max((name for name in sizes if not is_batch(program, name)), key=lambda name: sizes[name], default=None)
+    longest = max(
+        (name for name in sizes if not is_batch(program, name)), key=lambda name: sizes[name], default=None
+    )
     if longest is not None:
-        help_.append(f"fewer tokens: a lower limit of dim {longest}, or --dim {longest}={max(sizes[longest] // 2, 1)}")
+        help_.append(
+            f"fewer tokens: a lower limit of dim {longest}, or --dim {longest}={max(sizes[longest] // 2, 1)}"
+        )
     if reason is not None:
         help_.append(f"the sequence cannot run in pieces, which would hold less: {reason}")
     return Diagnostic(

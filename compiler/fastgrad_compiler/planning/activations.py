@@ -60,9 +60,11 @@ KEEPS: dict[str, Keeps] = {
 """Of the operations of a model."""
 
 NOTHING_KEPT = frozenset(
-    ("input", "weight", "buffer", "constant", "fill", "literal", "arange", "sinusoid", "one_hot")
-    + ("add", "sub", "neg", "sum", "mean", "concat", "stack", "pad", "patches", "merge_heads", "repeat_heads")
-    + ("sum_to", "rotary", "shift", "alibi", "logical_not", *COMPARISONS)
+    (
+        *("input", "weight", "buffer", "constant", "fill", "literal", "arange", "sinusoid", "one_hot"),
+        *("add", "sub", "neg", "sum", "mean", "concat", "stack", "pad", "patches", "merge_heads"),
+        *("repeat_heads", "sum_to", "rotary", "shift", "alibi", "logical_not", *COMPARISONS),
+    )
 )
 """Sums, what only moves entries, and what has no gradient."""
 
@@ -123,7 +125,9 @@ class Activations:
     def held(self, name: str, decisions: Decisions, iteration: int = 0) -> Held:
         """What a graph holds; iteration: of the repeat of which it is the body."""
         relevant = {place: times for place, times in decisions.items() if place[0] in self.reach[name]}
-        own = frozenset(node for (graph, node), times in relevant.items() if graph == name and iteration < times)
+        own = frozenset(
+            node for (graph, node), times in relevant.items() if graph == name and iteration < times
+        )
         key = name, own, frozenset(relevant.items())
         if key not in self._known and FUSED in name:
             self._known[key] = self._of_kernel(self.program[name])
@@ -152,7 +156,9 @@ class Activations:
     def _flops_of(self, graph: Graph, node: Node) -> float:
         if inner := runs(node):
             return sum(times * self.flops(callee) for callee, times in inner)
-        if node.op in ("input", "weight", "buffer", "constant", "literal", *VIEWS) or isinstance(node.type, tuple):
+        if node.op in ("input", "weight", "buffer", "constant", "literal", *VIEWS) or isinstance(
+            node.type, tuple
+        ):
             return 0.0
         entries = sizes_of(node.tensor.shape, self.sizes)
         if node.op == "matmul":
@@ -165,9 +171,7 @@ class Activations:
         return POINTWISE * entries
 
     def _attention_flops(self, graph: Graph, node: Node) -> float:
-        q, k, v = (
-            [dim.evaluate(self.sizes) for dim in graph[name].tensor.shape] for name in node.inputs[:3]
-        )
+        q, k, v = ([dim.evaluate(self.sizes) for dim in graph[name].tensor.shape] for name in node.inputs[:3])
         attention = Attention.of(node)
         shape = shape_of(attention, q[-2], k[-2], q[-1], v[-1])
         polynomial = attention.polynomial
@@ -183,9 +187,7 @@ POINTWISE = 20.0  # flops that a machine could do while it reads and writes a nu
 class _Count:
     """The values of one graph, as they are kept one after the other."""
 
-    def __init__(
-        self, whole: Activations, graph: Graph, again: frozenset[str], decisions: Decisions
-    ) -> None:
+    def __init__(self, whole: Activations, graph: Graph, again: frozenset[str], decisions: Decisions) -> None:
         self.whole, self.graph, self.made_again, self.decisions = whole, graph, again, decisions
         self.root: dict[str, str] = {}
         self.kept: set[str] = set()  # what is held: of the graph's own values, in `own`
@@ -281,7 +283,9 @@ class _Count:
             for start, count in self._stretches(body, first, times):
                 held = self.whole.held(body, self.decisions, start)
                 # what an iteration was given is what the one before gave
-                moved = sum(self.whole.bytes(graph.inputs[place].tensor) for place in held.inputs if place < carried)
+                moved = sum(
+                    self.whole.bytes(graph.inputs[place].tensor) for place in held.inputs if place < carried
+                )
                 if start == 0:
                     self._run(node, held, None)
                     count, start = count - 1, 1

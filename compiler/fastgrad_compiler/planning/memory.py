@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 
-from fastgrad_compiler.planning.activations import ALWAYS, Activations, Decisions, Held
 from fastgrad_compiler.ir.calls import callees, reachable, runs
 from fastgrad_compiler.ir.graph import Graph, Node, Program, integer
+from fastgrad_compiler.planning.activations import ALWAYS, Activations, Decisions, Held
 
 ALIKE = 0.03  # options whose bytes differ by less than this share count as one
 MOST_COUNTS = 32  # of numbers of iterations of one repeat that are tried

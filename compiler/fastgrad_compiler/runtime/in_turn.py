@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from .piece_run import PieceRun
 from .pieces import Layout, served
@@ -22,7 +22,11 @@ Given = tuple[Tensor, "int | None"]
 
 
 def loss_in_pieces(
-    model: nn.Module, loss: Callable[..., Tensor], inputs: Sequence[Given], others: Sequence[Given], tokens: int
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    inputs: Sequence[Given],
+    others: Sequence[Given],
+    tokens: int,
 ) -> Tensor:
     """loss(model(inputs), others) of a generated model, its sequences in pieces of at most so many tokens.
 
@@ -39,7 +43,9 @@ def loss_in_pieces(
         first, last = layout.offset, layout.offset + lengths[rank]
         piece = _Piece(model, loss, layout, _cut(inputs, first, last), _cut(others, first, last))
         if torch.is_grad_enabled():
-            share, left = checkpoint(piece, left, use_reentrant=False)
+            # one that stops early keeps a layer of each piece, by the frames of its exception
+            with set_checkpoint_early_stop(False):
+                share, left = checkpoint(piece, left, use_reentrant=False)
         else:
             share, left = piece(left)
         total = share if total is None else total + share
@@ -139,4 +145,3 @@ class _InTurn(PieceRun):
     def enter(self, tokens: int, batch: int | None, device: torch.device) -> Layout:
         """The layout that is known beforehand."""
         return self.layout
-

@@ -27,8 +27,8 @@ to sums. Three are for a piece of a sequence: what its queries read from such su
     fastgrad::NAME_VARIANT_read_backward(gradient, q, sums, dq, dsums, threads)
     fastgrad::NAME_VARIANT_absorb_backward(dsums, k, v, factor, there, dk, dv, dfactor, threads)
 
-They add to the gradients that they are given, but for `dfactor`, which is written. `found` and `gradient` are contiguous
-and, as the gradients of tokens, in the precision of the arithmetic; sums, their gradients and factors are float64.
+They add to the gradients that they are given, but for `dfactor`, which is written. `found` and `gradient` are
+contiguous and, as the gradients of tokens, in the precision of the arithmetic; sums, their gradients and factors are float64.
 """
 
 from __future__ import annotations
@@ -219,7 +219,9 @@ class NativeAttention:
 
     def of_piece(self, *tokens: Tensor) -> Operations | None:
         """The operations for pieces of sequences that serve such tokens, which may carry gradients, or None."""
-        plain = enabled() and not (torch.compiler.is_compiling() or is_mapped() or forward_ad._current_level >= 0)
+        plain = enabled() and not (
+            torch.compiler.is_compiling() or is_mapped() or forward_ad._current_level >= 0
+        )
         if not plain or any(x.device.type != "cpu" or x.numel() == 0 for x in tokens):
             return None
         dtypes = {x.dtype for x in tokens}

@@ -86,7 +86,5 @@ class _Read(torch.autograd.Function):
         q, sums = ctx.saved_tensors
         dq, dsums = torch.zeros(q.shape, dtype=ctx.work), torch.zeros_like(sums)
         gradient = gradients[0].to(ctx.work).contiguous()
-        ctx.operations.read_backward(
-            gradient, _tokens(q, ctx.work), sums, dq, dsums, torch.get_num_threads()
-        )
+        ctx.operations.read_backward(gradient, _tokens(q, ctx.work), sums, dq, dsums, torch.get_num_threads())
         return None, dq.to(q.dtype), dsums, None

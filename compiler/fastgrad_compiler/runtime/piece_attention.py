@@ -36,7 +36,8 @@ def attention_of_piece(
 ) -> Tensor:
     """[b, H, c, dv]: the attention of the c tokens of a piece; `Inputs` are those of the piece.
 
-    whole: the kernel by a polynomial; native: its `NativeAttention`, or None. Raises ValueError where its guard would have to change what it computes.
+    whole: the kernel by a polynomial; native: its `NativeAttention`, or None. Raises ValueError where its guard would
+    have to change what it computes.
     """
     if rule.coefficients and whole is not None:
         return _by_polynomial(inputs, rule, whole, native, guard, layout)

@@ -67,9 +67,7 @@ class _PieceState(State):
         """Find where the piece begins. ValueError where sequences are longer than declared."""
         layout = self.served.enter(tokens, batch, self.position.device)
         if at_most is not None and sum(layout.lengths) > at_most:
-            raise ValueError(
-                f"{sum(layout.lengths)} tokens, but the model is declared for at most {at_most}"
-            )
+            raise ValueError(f"{sum(layout.lengths)} tokens, but the model is declared for at most {at_most}")
         self.served.layout, self.known = layout, layout.offset
         self.position.fill_(layout.offset)
 
