@@ -64,8 +64,8 @@ def compile(
     A string with a line break is source text; any other is a path. `params` override the file's; `model` picks one of
     several; `dims` are sizes of run-time dims for which a budget of memory is planned, in place of their declared
     limits (docs/memory.md); `include` names folders, besides the file's own, from which it may `use` files. With
-    `validate`, each pass is tested on small random inputs (docs/architecture.md). Raises TfgError with every diagnostic that was found,
-    and CompilerBug if a pass changed what the model computes.
+    `validate`, each pass is tested on small random inputs (docs/architecture.md). Raises TfgError with every diagnostic
+    that was found, and CompilerBug if a pass changed what the model computes.
     """
     check_target(target)
     is_text = isinstance(spec, str) and "\n" in spec

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastgrad_dsl as fg
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.planning.memory import Search, recomputed
+from fastgrad_compiler.planning.pieces import in_pieces
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.models.memory import memory_document
@@ -136,23 +137,20 @@ def test_made_again_is_the_same() -> None:
         assert all(torch.equal(found[key], kept[key]) for key in kept)
 
 
-def in_pieces(n: int) -> Compiled:
-    """SMALL, without dropout, in pieces."""
+def in_pieces_of(tokens: int, n: int = 512) -> Compiled:
+    """SMALL, without dropout, in pieces of so many tokens."""
     text = SMALL.replace("p = 0.25", "p = 0.0")
-    limit = list(some_limits(n))[-1]
-    while True:
-        compiled = limited(text, limit, n)
-        assert compiled.program.memory is not None
-        if compiled.program.memory.piece is not None:
-            return compiled
-        limit *= 0.9
+    program = fg.compile(text, target="torch", validate=False).program
+    compiled = limited(text, in_pieces(program, {"b": 1, "n": n}, tokens).peak, n)
+    assert compiled.program.memory is not None
+    assert compiled.program.memory.piece == tokens
+    return compiled
 
 
 def test_pieces_are_the_whole() -> None:
-    compiled = in_pieces(128)
-    kept = gradients(limited(SMALL.replace("p = 0.25", "p = 0.0"), 1e12, 128), 128)
-    for n in (128, 40, 1):
-        kept = gradients(limited(SMALL.replace("p = 0.25", "p = 0.0"), 1e12, 128), n)
+    compiled, whole = in_pieces_of(64), limited(SMALL.replace("p = 0.25", "p = 0.0"), 1e12, 512)
+    for n in (150, 64, 1):
+        kept = gradients(whole, n)
         found = gradients(compiled, n)
         for key, x in kept.items():
             torch.testing.assert_close(found[key], x, rtol=1e-9, atol=1e-12)
@@ -195,7 +193,7 @@ def test_written_and_loaded(tmp_path: Path) -> None:
 
 
 def test_documents() -> None:
-    for compiled in (limited(SMALL, next(some_limits(64)), 64), in_pieces(128)):
+    for compiled in (limited(SMALL, next(some_limits(64)), 64), in_pieces_of(64)):
         memory = compiled.plan_document.memory
         assert memory is not None
         (chosen,) = (point for point in memory.points if point.chosen)

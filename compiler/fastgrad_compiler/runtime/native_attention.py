@@ -28,7 +28,8 @@ to sums. Three are for a piece of a sequence: what its queries read from such su
     fastgrad::NAME_VARIANT_absorb_backward(dsums, k, v, factor, there, dk, dv, dfactor, threads)
 
 They add to the gradients that they are given, but for `dfactor`, which is written. `found` and `gradient` are
-contiguous and, as the gradients of tokens, in the precision of the arithmetic; sums, their gradients and factors are float64.
+contiguous and, as the gradients of tokens, in the precision of the arithmetic; sums, their gradients and factors are
+float64.
 """
 
 from __future__ import annotations
