@@ -7,6 +7,7 @@ and hands the gradients of what it was given to those before. Nothing is cut off
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -43,7 +44,6 @@ def loss_in_pieces(
         first, last = layout.offset, layout.offset + lengths[rank]
         piece = _Piece(model, loss, layout, _cut(inputs, first, last), _cut(others, first, last))
         if torch.is_grad_enabled():
-            # one that stops early keeps a layer of each piece, by the frames of its exception
             with set_checkpoint_early_stop(False):
                 share, left = checkpoint(piece, left, use_reentrant=False)
         else:
@@ -79,6 +79,7 @@ class _Piece:
     others: tuple[Tensor, ...]
 
     def __call__(self, given: tuple[Held, ...]) -> tuple[Tensor, tuple[Held, ...]]:
+        gc.collect()  # values of the piece that ran before may be held by cycles of references alone
         layout = TurnLayout(self.layout.lengths, self.layout.rank, given)
         with served(_InTurn(layout)):
             results = self.model(*self.inputs)
