@@ -31,6 +31,7 @@ _CALLS = {
     "stages": "tiny.tfg",
     "graph": "tiny.tfg -o tiny.svg",
     "report": "tiny.tfg --dim n=16",
+    "heads": "tiny.tfg --data random --dim n=8",
     "train": "tiny.tfg --target torch --text text.txt --steps 1 --seq 8 --sample 1",
     "generate": "tiny.tfg --target torch --weights weights.safetensors --prompt a --tokens 2",
     "bench": "--quick --n 8 --heads 1 --repeats 1 --target torch",

@@ -17,8 +17,19 @@ MODULES = {
     for package, folder in FOLDERS.items()
     for path in (ROOT / folder / package).rglob("*.py")
 }
-HEAVY = {"torch", "numpy", "scipy", "jinja2", "jsonschema", "markupsafe", "msgspec", "referencing", "rich"}
-ABSENT = {"triton", "tokenizers", "grp", "pwd"}  # not there on every machine
+HEAVY = {
+    "torch",
+    "numpy",
+    "scipy",
+    "jinja2",
+    "jsonschema",
+    "markupsafe",
+    "msgspec",
+    "pygments",
+    "referencing",
+    "rich",
+}
+ABSENT = {"triton", "tokenizers", "transformers", "grp", "pwd"}  # not there on every machine
 SLOW = {"torch.distributed.tensor"}  # half a second more than torch alone
 LINE = "fastgrad_dsl.commands.line."  # each command loads its own half there
 

@@ -29,6 +29,7 @@ from fastgrad_dsl.calibration.logits import Logits, measure_logits
 from fastgrad_dsl.calibration.replan import silenced
 from fastgrad_dsl.calibration.samples import Exact, LocalErrors, Sample, exact_rows, polynomial_errors, sample
 from fastgrad_dsl.documents.plan import approximated_of
+from fastgrad_dsl.models.measure import whole_errors
 
 if TYPE_CHECKING:
     from fastgrad_dsl.api.compiled import Compiled
@@ -124,8 +125,6 @@ def find_heads(
 
     Raises TfgError FG427 where the exact model gives what is not finite.
     """
-    from fastgrad_dsl.models.measure import whole_errors
-
     dtype = compute_dtype(*model.parameters())
     weights = {name: _cast(weight, dtype) for name, weight in model.state_dict().items()}
     subject = Subject(compiled.recognised, weights, compiled.loss)

@@ -228,11 +228,11 @@ def _cross_entropy(logits: Array, targets: Array, a: Values) -> Array:
         if targets[place] == a.get("ignored"):
             continue
         row, share = logits[place], a.get("smoothing", 0.0)
-        top = row.max()
-        truth = row[targets[place]]
+        below = row - row.max()  # logits so large that log 2 is lost beside them count, too
+        truth = below[targets[place]]
         if share:
-            truth = (1 - share) * truth + share * row.mean()
-        losses.append(top + math.log(np.exp(row - top).sum()) - truth)
+            truth = (1 - share) * truth + share * below.mean()
+        losses.append(math.log(np.exp(below).sum()) - truth)
     return np.asarray(np.mean(losses))
 
 

@@ -267,7 +267,7 @@ def test_folded_parts_open_for_print(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_load_without_a_complaint(name: str, tmp_path: Path) -> None:
     page = small(name).files["report.html"]
-    assert evaluate(page, "return document.querySelectorAll('tbody').length;", tmp_path) == len(
+    assert evaluate(page, "return document.querySelectorAll('#attentions tbody').length;", tmp_path) == len(
         small(name).plan
     )
 

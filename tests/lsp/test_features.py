@@ -73,7 +73,10 @@ def labels(editor: Editor, text: str) -> list[str]:
         ),
         ("std.swi¦glu", ["block std.swiglu(x: float[b, n, d]; hidden: int", "the gated feed-forward part"]),
         ("hid¦den = 4", ["hidden: int", "a parameter of `swiglu`"]),
-        ("cross_ent¦ropy", ["cross_entropy(logits, targets)", "means over all positions", "float[]"]),
+        (
+            "cross_ent¦ropy",
+            ["cross_entropy(logits, targets; smoothing = 0.0", "means over all positions", "float[]"],
+        ),
     ],
 )
 def test_hover_tells_types_ranges_and_decisions(editor: Editor, place: str, parts: list[str]) -> None:

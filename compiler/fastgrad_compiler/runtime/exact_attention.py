@@ -324,6 +324,7 @@ FILES = (
     "exact_attention.py",
     "exact_blocks.py",
     "operation.py",
+    "parted.py",
     "selection.py",
     "sight.py",
 )  # what decides how the operation behaves: this file and those that it imports, and so on

@@ -109,7 +109,7 @@ class RowKernel:
                 load(self.name, read_beside(self._spec, f"{self.name}.cpp").decode(), variant)
             except (NativeError, OSError) as error:
                 message = f"rows are computed without native kernels, and slower: {error}"
-                warn_once("native_rows_warning", message, RuntimeWarning)
+                warn_once("native_warning", message, RuntimeWarning)
                 return None
         return _Operations(*(getattr(torch.ops.fastgrad, name).default for name in names))
 
