@@ -96,7 +96,7 @@ def print_memory(program: Program) -> None:
     at = ", ".join(f"{name} = {size:,}" for name, size in document.sizes.items())
     said = f"memory of a training step at {at}: {in_bytes(document.bytes)} (estimate), limit {in_bytes(document.limit)}"
     if document.piece is not None:
-        how = f"the sequence runs in pieces of {document.piece:,} tokens, which take more than the estimate so far"
+        how = f"the sequence runs in pieces of {document.piece:,} tokens"
     elif document.recomputed:
         how = f"made again in the backward pass: {', '.join(document.recomputed)}"
     else:
