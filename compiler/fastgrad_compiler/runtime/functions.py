@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 from .convolution import depthwise as depthwise
 from .convolution import document_runs
@@ -35,10 +35,7 @@ def recomputed(run: Callable[..., Any], *given: Any, when: bool = True, **named:
     plain = torch.compiler.is_exporting() or torch._C._functorch.peek_interpreter_stack() is not None
     if not when or plain or not torch.is_grad_enabled():
         return run(*given, **named)
-    if torch.compiler.is_compiling():
-        return checkpoint(run, *given, use_reentrant=False, **named)
-    with set_checkpoint_early_stop(False):  # one that stops early is held by the frames of its exception
-        return checkpoint(run, *given, use_reentrant=False, **named)
+    return checkpoint(run, *given, use_reentrant=False, **named)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:

@@ -7,13 +7,12 @@ and hands the gradients of what it was given to those before. Nothing is cut off
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 from .piece_run import PieceRun
 from .pieces import Layout, served
@@ -44,8 +43,7 @@ def loss_in_pieces(
         first, last = layout.offset, layout.offset + lengths[rank]
         piece = _Piece(model, loss, layout, _cut(inputs, first, last), _cut(others, first, last))
         if torch.is_grad_enabled():
-            with set_checkpoint_early_stop(False):
-                share, left = checkpoint(piece, left, use_reentrant=False)
+            share, left = checkpoint(piece, left, use_reentrant=False)
         else:
             share, left = piece(left)
         total = share if total is None else total + share
@@ -79,7 +77,6 @@ class _Piece:
     others: tuple[Tensor, ...]
 
     def __call__(self, given: tuple[Held, ...]) -> tuple[Tensor, tuple[Held, ...]]:
-        gc.collect()  # values of the piece that ran before may be held by cycles of references alone
         layout = TurnLayout(self.layout.lengths, self.layout.rank, given)
         with served(_InTurn(layout)):
             results = self.model(*self.inputs)
