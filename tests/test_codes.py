@@ -22,6 +22,8 @@ WITHOUT_FILE = {
     "FG003": "tests/grammar/test_read.py::test_large_file_is_refused",
     "FG312": "tests/calibration/test_refusal.py::test_every_remedy_works",
     "FG411": "tests/dsl/test_training.py::test_a_text_that_is_missing_or_too_short_is_a_diagnostic",
+    "FG313": "tests/compiler/test_memory.py::test_sizes",
+    "FG314": "tests/compiler/test_memory.py::test_every_limit_is_kept_or_refused",
     "FG412": "tests/dsl/test_training.py::test_a_text_that_is_missing_or_too_short_is_a_diagnostic",
     "FG413": "tests/dsl/test_training.py::test_resuming_needs_a_checkpoint_of_the_same_run",
     "FG414": "tests/dsl/test_training.py::test_resuming_needs_a_checkpoint_of_the_same_run",

@@ -24,6 +24,7 @@ ORDER = [
     "training",
     "loss",
     "fuse",
+    "memory",
 ]
 
 

@@ -20,6 +20,7 @@ from fastgrad_compiler.ir.graph import (
     BudgetRule,
     DimInfo,
     Graph,
+    Memory,
     Node,
     Program,
     TensorType,
@@ -98,7 +99,7 @@ def test_places_come_from_spans() -> None:
         ("graph g {\n  %x = f() : float[n] where in [0, 1]\n}", "line 2: expected `,`"),
         ("graph g {\n  return %x\n  %y = f()\n}", "line 3: expected `}` after return"),
         ("dim n <= many\n", "line 1: expected an integer, found `many`"),
-        ("budget {\n  speed <= 3\n}", "line 2: expected output, gradient, near, trust, on_violation or at"),
+        ("budget {\n  speed <= 3\n}", "line 2: expected output, gradient, memory, near, trust, on_violation or at"),
     ],
 )
 def test_a_malformed_text_says_where(text: str, message: str) -> None:
@@ -146,12 +147,18 @@ budgets = st.builds(
     Budget,
     st.one_of(st.none(), numbers),
     st.one_of(st.none(), numbers),
+    st.one_of(st.none(), numbers),
     st.one_of(st.none(), st.integers(1, 99)),
     st.lists(rules, max_size=2).map(tuple),
     st.one_of(st.none(), st.sampled_from(TRUST)),
     st.one_of(st.none(), st.sampled_from(ON_VIOLATION)),
 )
 dim_infos = st.builds(DimInfo, identifiers, st.one_of(st.none(), st.integers(0, 10**6)), st.integers(1, 128))
+memories = st.builds(
+    Memory,
+    st.lists(st.tuples(identifiers, st.integers(1, 10**9)), min_size=1, max_size=2).map(tuple),
+    st.one_of(st.none(), st.integers(1, 10**6)),
+)
 programs = st.builds(
     Program,
     st.lists(graphs, min_size=1, max_size=2).map(tuple),
@@ -159,6 +166,7 @@ programs = st.builds(
     *(st.one_of(st.none(), names) for _ in ROLES[1:]),
     st.lists(dim_infos, max_size=2).map(tuple),
     st.one_of(st.none(), budgets),
+    st.one_of(st.none(), memories),
     names,
 )
 
