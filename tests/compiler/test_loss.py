@@ -16,7 +16,7 @@ from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.pipeline import Pass
 from fastgrad_compiler.reference.interpret import run
-from fastgrad_compiler.runtime.pieces import serve
+from fastgrad_compiler.runtime.pieces import served
 from fastgrad_dsl.distributed.objective import problem
 
 FILE = """
@@ -221,12 +221,8 @@ def test_pieces_of_a_sequence_are_refused() -> None:
     compiled = fg.compile(text(*RECOGNISED["a product"]))
     model: Any = compiled.module()
     pieces: Any = object()
-    serve(pieces)
-    try:
-        with pytest.raises(RuntimeError, match=r"in pieces, `compiled\.loss"):
-            model.loss(torch.ones(2, 5, 4), torch.zeros(2, 5, dtype=torch.long))
-    finally:
-        serve(None)
+    with served(pieces), pytest.raises(RuntimeError, match=r"in pieces, `compiled\.loss"):
+        model.loss(torch.ones(2, 5, 4), torch.zeros(2, 5, dtype=torch.long))
 
 
 def test_an_objective_that_leaves_targets_out_is_no_mean_over_ranks() -> None:

@@ -22,7 +22,7 @@ from fastgrad_dsl.training.loop import Options, train
 from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 from tests.dsl.models import always_polynomial
 
-LIMITS = Budget(output=0.05, gradient=0.1, near=None, trust="calibrated", on_violation="warn")
+LIMITS = Budget(output=0.05, gradient=0.1, memory=None, near=None, trust="calibrated", on_violation="warn")
 SPEC = """use std
 dim b
 dim n <= 65536
