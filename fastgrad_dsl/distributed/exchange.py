@@ -48,10 +48,10 @@ class RankLayout(Layout):
         parts = [sums.flatten(2)] if log_decay is None else [sums.flatten(2), log_decay]
         received = self._earlier(torch.cat(parts, -1))
         if log_decay is None:
-            return received.sum(0).unflatten(-1, sums.shape[2:])
+            return received.sum(0).reshape(sums.shape)
         logs = torch.cat((received[1:, ..., -1:], torch.zeros_like(received[:1, ..., -1:])))
         later = logs.flip(0).cumsum(0).flip(0)  # of the pieces between each one and this one
-        return (received[..., :-1] * later.exp()).sum(0).unflatten(-1, sums.shape[2:])
+        return (received[..., :-1] * later.exp()).sum(0).reshape(sums.shape)
 
     def _earlier(self, x: Tensor) -> Tensor:
         """[p, ..]: the tensors x of the p ranks before this one, all of one shape."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from fastgrad_compiler.analysis.means import problem
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.api.compiled import Compiled
-from fastgrad_dsl.distributed.objective import problem
 from fastgrad_dsl.models.batches import ENTRY_BYTES, memory_bytes, weight_entries
 from fastgrad_dsl.training.loop import Options
 from fastgrad_dsl.training.ranks import WORLD_SIZE, Mesh, is_rank

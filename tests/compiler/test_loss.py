@@ -11,13 +11,13 @@ from torch import Tensor
 
 import fastgrad_dsl as fg
 from fastgrad_compiler import pipeline
+from fastgrad_compiler.analysis.means import problem
 from fastgrad_compiler.ir.graph import Graph, Program, loss_form
 from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_compiler.ir.verify import CompilerBug
 from fastgrad_compiler.pipeline import Pass
 from fastgrad_compiler.reference.interpret import run
 from fastgrad_compiler.runtime.pieces import served
-from fastgrad_dsl.distributed.objective import problem
 
 FILE = """
 use std

@@ -147,7 +147,7 @@ def test_code() -> None:
     assert decided
     code = emit_package(program, source="m.tfg")["model.py"]
     assert len(re.findall(r"\brecomputed\(", code)) >= 1
-    (times,) = {times for (graph, _), times in decided.items() if graph == "m.i"} or {None}
+    times = next((times for (graph, _), times in decided.items() if graph == "m.i"), None)
     if times not in (None, ALWAYS):
         assert f"recomputed(self.layers[i], x, when=i < {times})" in code
     step = code[code.index("def step(") :]

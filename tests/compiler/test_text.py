@@ -99,7 +99,10 @@ def test_places_come_from_spans() -> None:
         ("graph g {\n  %x = f() : float[n] where in [0, 1]\n}", "line 2: expected `,`"),
         ("graph g {\n  return %x\n  %y = f()\n}", "line 3: expected `}` after return"),
         ("dim n <= many\n", "line 1: expected an integer, found `many`"),
-        ("budget {\n  speed <= 3\n}", "line 2: expected output, gradient, memory, near, trust, on_violation or at"),
+        (
+            "budget {\n  speed <= 3\n}",
+            "line 2: expected output, gradient, memory, near, trust, on_violation or at",
+        ),
     ],
 )
 def test_a_malformed_text_says_where(text: str, message: str) -> None:

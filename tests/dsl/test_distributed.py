@@ -211,8 +211,8 @@ REFUSED = {
     "other sequences": "the ranks have pieces of different numbers of sequences: [1, 2, 1, 2]",
     "few tokens": "3 tokens are too few for 4 ranks",
     "within another": "context_parallel is within another one",
-    "exact": "a guard of the policy exact cannot change an attention whose keys are on several ranks",
-    "clamp": "a guard of the policy clamp cannot change an attention whose keys are on several ranks",
+    "exact": "a guard of the policy exact cannot change an attention whose keys are in several pieces",
+    "clamp": "a guard of the policy clamp cannot change an attention whose keys are in several pieces",
     "no mean": "[FG501] no value in pieces along n: an objective is a sum of means over tokens there",
     "two dims": "context_parallel takes one dimension of a mesh",
 }

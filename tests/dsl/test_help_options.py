@@ -29,6 +29,8 @@ COMMAND = re.compile(r"`fastgrad ([a-z]+)")
 ALL = ("check", "compile", "advise", "stages", "report", "train", "generate", "tune")
 
 SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "compiler/fastgrad_compiler/passes/memory.py": {"--dim": ("check", "compile")},
+    "compiler/fastgrad_compiler/planning/pieces.py": {"--along": ("stages",)},
     "fastgrad_dsl/commands/advise.py": {"--wide": ("advise",)},
     "fastgrad_dsl/commands/serve.py": dict.fromkeys(("--serve", "--port"), ("report",)),
     "fastgrad_dsl/commands/bench.py": dict.fromkeys(("--n", "--heads", "--degree", "--d"), ("bench",)),

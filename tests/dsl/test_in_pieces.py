@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastgrad_dsl as fg
+from fastgrad_compiler.runtime import native_sums, piece_attention
 from fastgrad_compiler.runtime.in_turn import Given, loss_in_pieces
+from fastgrad_compiler.runtime.native import enabled
 from tests.dsl.test_distributed import ATTENDING, NEAR, PIECES, TOKENS, source
 
 N = 13
@@ -34,10 +37,10 @@ def gradients(
 
 
 def both(
-    body: str, tokens: int, dtype: torch.dtype = torch.float64
+    body: str, tokens: int, dtype: torch.dtype = torch.float64, target: str = "torch"
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the whole and pieces of so many tokens give."""
-    compiled = fg.compile(source(body), target="torch", validate=False)
+    compiled = fg.compile(source(body), target=target, validate=False)
     generator = torch.Generator().manual_seed(len(body))
     given = {
         "x": torch.randn(2, N, 4, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(),
@@ -61,6 +64,36 @@ def test_pieces_are_the_whole(name: str) -> None:
         for key, expected in whole.items():
             scale = max(expected.abs().max().item(), 1e-3)
             assert (pieces[key] - expected).abs().max().item() < 1e-11 * scale, (tokens, key)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "off"),
+    [
+        ("all", torch.float64, 1e-11),
+        ("grouped heads", torch.float64, 1e-11),
+        ("near gates", torch.float32, 1e-4),
+    ],
+)
+def test_sums_by_native_kernels(
+    name: str, dtype: torch.dtype, off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of earlier keys, what queries read from them, and the gradients of both."""
+    calls: list[str] = []
+    for which in ("sum_up", "read"):
+        function = getattr(native_sums, which)
+
+        def counted(*given: object, which: str = which, function: Any = function) -> Tensor:
+            calls.append(which)
+            found: Tensor = function(*given)
+            return found
+
+        monkeypatch.setattr(piece_attention, f"native_{which}", counted)
+    whole, pieces = both(PIECES[name], 5, dtype, "cpp")
+    if enabled():
+        assert set(calls) == {"sum_up", "read"}
+    for key, expected in whole.items():
+        scale = max(expected.abs().max().item(), 1e-3)
+        assert (pieces[key] - expected).abs().max().item() < off * scale, key
 
 
 def test_without_gradients() -> None:
@@ -89,7 +122,6 @@ def test_dropout_is_drawn_once() -> None:
     model.double().train()
     x = torch.ones(1, 64, 4, dtype=torch.float64)
     loss_in_pieces(model, lambda out: out.mean(), [(x, 1)], [], 8).backward()
-    state = torch.random.get_rng_state()
     (gradient,) = (p.grad for p in model.parameters())
     values = []
     for sign in (1e-3, -1e-3):
@@ -102,10 +134,9 @@ def test_dropout_is_drawn_once() -> None:
     model.zero_grad()
     loss_in_pieces(model, lambda out: out.mean(), [(x, 1)], [], 8).backward()
     assert gradient is not None
-    assert state is not None
-    assert next(model.parameters()).grad[0, 0].item() == pytest.approx(
-        (values[0] - values[1]) / 2e-3, rel=1e-6
-    )
+    again = next(model.parameters()).grad
+    assert again is not None
+    assert again[0, 0].item() == pytest.approx((values[0] - values[1]) / 2e-3, rel=1e-6)
 
 
 def test_refused() -> None:

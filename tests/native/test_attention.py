@@ -104,7 +104,7 @@ def test_both_passes_take_the_threads_that_pytorch_takes(monkeypatch: pytest.Mon
     def operation(*arguments: object) -> None:
         asked.append(arguments[-1])
 
-    monkeypatch.setattr(NativeAttention, "_serve", lambda *_: Operations(operation, operation, None, None))
+    monkeypatch.setattr(NativeAttention, "_serve", lambda *_: Operations(operation, operation, *[None] * 5))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     q, v = torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 4)
     kernel = NativeAttention("attention_x", None, KernelSpec(3, 4, (1.0, 1.0)))

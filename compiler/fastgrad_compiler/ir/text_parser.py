@@ -163,9 +163,9 @@ class _Build(Transformer[Token, object]):
         limits: dict[str, Any] = dict(entry for entry in entries if isinstance(entry, _Pair))
         return Budget(rules=rules, span=_place(place), **limits)
 
-    def memory(self, *parts: _Pair | int | None) -> Memory:
+    def memory(self, *parts: Any) -> Memory:
         *sizes, piece = parts
-        return Memory(tuple(tuple(each) for each in sizes), piece)  # type: ignore[arg-type]  # the rule says so
+        return Memory(tuple((name, size) for name, size in sizes), piece)
 
     def limit(self, key: Token, value: float, place: Token | None) -> _Pair:
         return _Pair(str(key), float(value))

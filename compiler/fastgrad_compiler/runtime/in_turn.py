@@ -37,7 +37,8 @@ def loss_in_pieces(
     what the model computes; TypeError for a model without a step form.
     """
     lengths = _lengths(inputs, others, tokens)
-    total, left = None, ()
+    shares: list[Tensor] = []
+    left: tuple[Held, ...] = ()
     for rank in range(len(lengths)):
         layout = TurnLayout(lengths, rank)
         first, last = layout.offset, layout.offset + lengths[rank]
@@ -46,9 +47,8 @@ def loss_in_pieces(
             share, left = checkpoint(piece, left, use_reentrant=False)
         else:
             share, left = piece(left)
-        total = share if total is None else total + share
-    assert total is not None
-    return total
+        shares.append(share)
+    return torch.stack(shares).sum()
 
 
 def _lengths(inputs: Sequence[Given], others: Sequence[Given], tokens: int) -> tuple[int, ...]:
