@@ -286,6 +286,7 @@ def test_stages_prints_the_program_after_a_pass(fastgrad: Run) -> None:
     _, everything, _ = fastgrad("stages", "tiny.tfg")
     assert [line.split()[2] for line in everything.splitlines() if line.startswith("# after")] == [
         "elaborate", "shapes", "bounds", "attention", "plan", "backward", "lowrank", "step", "training", "loss", "fuse",
+        "memory",
     ]  # fmt: skip
     status, _, err = fastgrad("stages", "tiny.tfg", "--after", "shape")
     assert status == 2
