@@ -22,6 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "training",
             "generation",
             "calibration",
+            "memory",
             "report",
             "guards",
             "checkpoints",

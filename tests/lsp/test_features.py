@@ -250,7 +250,7 @@ def test_completion_in_a_block(editor: Editor, line: str, wanted: list[str], unw
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
-        ("    ¦", ["output", "gradient", "near", "trust", "on_violation", "at"]),
+        ("    ¦", ["output", "gradient", "memory", "near", "trust", "on_violation", "at"]),
         ('    at "¦"', ["layers.*", "layers.0", "layers.1"]),
         ('    at "layers.*" ¦', ["relative", "degree", "near", "family", "exact"]),
         ("    trust = ¦", ["calibrated", "certified"]),
