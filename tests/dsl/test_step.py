@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,19 @@ def gpt() -> Any:
 
 def tokens(n: int, batch: int = 2) -> Tensor:
     return torch.randint(11, (batch, n), generator=torch.Generator().manual_seed(n))
+
+
+def test_a_state_ends_without_the_garbage_collector(gpt: Any) -> None:
+    """What a call has made, and gradients hang on in pieces, is held by no circle of references."""
+    gc.disable()
+    try:
+        state = gpt.start(1)
+        gpt.step(torch.zeros(1, 3, dtype=torch.long), state)
+        gone = weakref.ref(state)
+        del state
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_clone_goes_its_own_way(gpt: Any) -> None:

@@ -40,7 +40,7 @@ def loss_in_pieces(
     shares: list[Tensor] = []
     left: tuple[Held, ...] = ()
     for rank in range(len(lengths)):
-        layout = TurnLayout(lengths, rank)
+        layout = Layout(lengths, rank)
         first, last = layout.offset, layout.offset + lengths[rank]
         piece = _Piece(model, loss, layout, _cut(inputs, first, last), _cut(others, first, last))
         if torch.is_grad_enabled():
@@ -72,7 +72,7 @@ class _Piece:
 
     model: nn.Module
     loss: Callable[..., Tensor]
-    layout: TurnLayout
+    layout: Layout
     inputs: tuple[Tensor, ...]
     others: tuple[Tensor, ...]
 

@@ -38,10 +38,7 @@ class PieceRun:
         state = _PieceState(self, kind, tokens[0].device, _like(model, tokens), _sizes(kind, fixed))
         if any(x.numel() == 0 for x in tokens):
             state.enter(kind.STEP, 0)  # others may wait for this one's length
-        try:
-            *results, _ = kind.step.__wrapped__(model, *tokens, state, *fixed)
-        finally:
-            state.let_go()
+        *results, _ = kind.step.__wrapped__(model, *tokens, state, *fixed)
         return results[0] if len(results) == 1 else tuple(results)
 
     def before(self, x: Tensor, axis: int, count: int) -> Tensor:
@@ -77,11 +74,6 @@ class _PieceState(State):
     def advance(self, tokens: int) -> State:
         """Nothing goes on after a piece."""
         return self
-
-    def let_go(self) -> None:
-        """A state is its own root: without this what a piece has made would stay until the garbage collector runs."""
-        self.made.clear()
-        del self.root, self.pieces, self.served
 
 
 def _like(model: nn.Module, tokens: Sequence[Tensor]) -> torch.dtype:

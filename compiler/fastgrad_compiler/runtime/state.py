@@ -25,7 +25,12 @@ class Scope:
     """The part of a state that belongs to one path: what generated code writes and reads."""
 
     def __init__(self, root: State, prefix: str) -> None:
-        self.root, self.prefix = root, prefix
+        self._root, self.prefix = root, prefix
+
+    @property
+    def root(self) -> State:
+        """The whole state."""
+        return self._root
 
     def at(self, *labels: str | int) -> Scope:
         """The part of a label below, after the indices of the loops around it."""
@@ -98,7 +103,7 @@ class State(Scope):
         capacity: int = 0,
         sizes: Mapping[str, int] | None = None,
     ) -> None:
-        super().__init__(self, "")
+        self.prefix = ""
         self.model, self.position, self.tensors, self.capacity = model, position, tensors, capacity
         self.sizes = dict(sizes or {})  # of the run-time dims of what is the same in every call
         self.starting = False
@@ -106,6 +111,11 @@ class State(Scope):
         self.known: int | None = None
         self.made: dict[Hashable, Any] = {}
         self.pieces: Pieces | None = None  # where this state is that of a piece of a sequence
+
+    @property
+    def root(self) -> State:
+        """Itself, which it does not hold: what a call has made ends with it, without the garbage collector."""
+        return self
 
     # ------------------------------------------------------------ what users ask
 
