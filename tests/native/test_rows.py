@@ -65,7 +65,7 @@ def test_kernels_are_as_near_the_truth_as_pytorch(dtype: torch.dtype) -> None:
         error, usual = ((each.double() - expected).norm() for each in (found, other))
         assert error <= 2 * usual + 4 * torch.finfo(dtype).eps * expected.norm()
     for kernel in kernels(ours).values():
-        assert kernel._operations[dtype] is not None
+        assert kernel._library._found[dtype] is not None
 
 
 def test_threads_strides_and_few_rows() -> None:

@@ -22,13 +22,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from .content_name import read_beside
 from .private_files import (
     cache_folder,
     private_folder,
@@ -43,6 +47,7 @@ try:
 except ImportError:  # not on Windows: processes may then build the same kernel twice
     fcntl = None  # type: ignore[assignment]
 
+T = TypeVar("T")
 VARIANTS = ("float32", "float64", "bfloat16")
 COMPILERS = ("g++", "c++", "clang++")  # g++ first: its OpenMP run-time library is the one that PyTorch brings
 INSTALL = "install g++ (Debian and Ubuntu: apt install g++; macOS: xcode-select --install)"
@@ -82,6 +87,53 @@ def load(name: str, text: str, variant: str) -> None:
         raise NativeError(f"the library {path} cannot be loaded: {reason}") from error
     if not hasattr(torch.ops.fastgrad, f"{name}_{variant}_backward"):
         raise NativeError(f"the library {path} has not the operations of {name}")
+
+
+class Library(Generic[T]):
+    """The operations of a kernel, NAME.cpp beside the module of `spec`: built and loaded when they are first asked for.
+
+    operations: a NamedTuple, whose fields are how the names of operations end; one that the library lacks is None.
+    warn: is told why the library cannot be had.
+    """
+
+    def __init__(
+        self, name: str, spec: ModuleSpec | None, operations: type[T], warn: Callable[[str], None]
+    ) -> None:
+        self.name, self._spec, self._warn = name, spec, warn
+        self._kind: Any = operations
+        self._found: dict[torch.dtype, T | None] = {}
+        self._lock = threading.Lock()
+
+    def of(self, dtype: torch.dtype) -> T | None:
+        """The operations for tensors of a dtype; None where there are none, or they cannot be had."""
+        if dtype not in self._found:
+            with self._lock:
+                if dtype not in self._found:
+                    self._found[dtype] = self._loaded(str(dtype).removeprefix("torch."))
+        return self._found[dtype]
+
+    def _loaded(self, variant: str) -> T | None:
+        if variant not in VARIANTS:
+            return None
+        registered = torch.ops.fastgrad
+        names = [f"{self.name}_{variant}_{which}" for which in self._kind._fields]
+        if not hasattr(registered, names[0]):
+            try:
+                load(self.name, self._text(), variant)
+            except NativeError as error:
+                self._warn(str(error))
+                return None
+        found = (getattr(registered, name, None) for name in names)
+        made: T = self._kind._make(None if each is None else each.default for each in found)
+        return made
+
+    def _text(self) -> str:
+        """NAME.cpp, from where the module came."""
+        try:
+            return read_beside(self._spec, f"{self.name}.cpp").decode()
+        except OSError as error:
+            message = f"{error.filename or error} is missing: compile the model again"
+            raise NativeError(message) from error
 
 
 def build(name: str, text: str, variant: str, announce: Callable[[str], None] | None = None) -> Path:

@@ -27,14 +27,13 @@ to sums. Three are for a piece of a sequence: what its queries read from such su
     fastgrad::NAME_VARIANT_read_backward(gradient, q, sums, dq, dsums, threads)
     fastgrad::NAME_VARIANT_absorb_backward(dsums, k, v, factor, there, dk, dv, dfactor, threads)
 
-They add to the gradients that they are given, but for `dfactor`, which is written. `found` and `gradient` are
+They add to the gradients that they are given, and overwrite `dfactor`. `found` and `gradient` are
 contiguous and, as the gradients of tokens, in the precision of the arithmetic; sums, their gradients and factors are
 float64.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from typing import NamedTuple
@@ -44,12 +43,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
-from .attention_op import NAMESPACE, Inputs, compute_dtype
-from .content_name import read_beside
+from .attention_op import Inputs, compute_dtype
 from .decay import gate_gradient, log_decay, sum_of_later
 from .documents import document_runs
 from .kernel_spec import KernelSpec
-from .native import VARIANTS, NativeError, enabled, load
+from .native import Library, enabled
 from .private_files import warn_once
 from .softmax_pairs import is_mapped
 
@@ -81,9 +79,7 @@ class NativeAttention:
 
     def __init__(self, name: str, spec: ModuleSpec | None, kernel: KernelSpec) -> None:
         self.name, self.kernel = name, kernel
-        self._spec = spec
-        self._operations: dict[torch.dtype, Operations | None] = {}
-        self._lock = threading.Lock()
+        self._library = Library(name, spec, Operations, _warn)
 
     def forward(
         self,
@@ -169,7 +165,7 @@ class NativeAttention:
             if dtype not in (torch.float32, torch.float64):
                 return None
             dtype = torch.float64
-        operations = self._library(dtype)
+        operations = self._library.of(dtype)
         return None if operations is None else operations.step
 
     def step(
@@ -209,7 +205,7 @@ class NativeAttention:
             return False
         half = k.dtype == v.dtype == torch.bfloat16 and work == torch.float32
         dtype = torch.bfloat16 if half else work
-        operations = self._library(dtype)
+        operations = self._library.of(dtype)
         if operations is None or operations.absorb is None:
             return False
         shown = None if there is None else there.expand(k.shape[0], -1).contiguous()
@@ -228,43 +224,14 @@ class NativeAttention:
         dtypes = {x.dtype for x in tokens}
         if self.kernel.precision == "float64":
             dtypes = {torch.float64}
-        operations = self._library(dtypes.pop()) if len(dtypes) == 1 else None
+        operations = self._library.of(dtypes.pop()) if len(dtypes) == 1 else None
         return None if operations is None or operations.read is None else operations
 
     def _serve(self, q: Tensor, k: Tensor, v: Tensor) -> Operations | None:
         """The operations that serve these inputs, None where PyTorch's must."""
         if q.device.type != "cpu" or not enabled() or 0 in (q.numel(), k.numel(), v.numel()):
             return None
-        return self._library(_input_dtype(q, k, v))
-
-    def _library(self, dtype: torch.dtype) -> Operations | None:
-        if dtype not in self._operations:
-            with self._lock:
-                if dtype not in self._operations:
-                    self._operations[dtype] = self._load(str(dtype).removeprefix("torch."))
-        return self._operations[dtype]
-
-    def _load(self, variant: str) -> Operations | None:
-        if variant not in VARIANTS:
-            return None
-        registered = getattr(torch.ops, NAMESPACE)
-        names = [f"{self.name}_{variant}_{which}" for which in Operations._fields]
-        if not hasattr(registered, names[0]):
-            try:
-                load(self.name, self._text(), variant)
-            except NativeError as error:
-                _warn(str(error))
-                return None
-        found = (getattr(registered, name, None) for name in names)
-        return Operations._make(None if operation is None else operation.default for operation in found)
-
-    def _text(self) -> str:
-        """NAME.cpp, from where the module came."""
-        try:
-            return read_beside(self._spec, f"{self.name}.cpp").decode()
-        except OSError as error:
-            message = f"{error.filename or error} is missing: compile the model again"
-            raise NativeError(message) from error
+        return self._library.of(_input_dtype(q, k, v))
 
 
 def _input_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:

@@ -10,7 +10,6 @@ All are contiguous and of the variant's dtype, but the gradients of weights and 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from typing import Any, NamedTuple
@@ -19,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .content_name import read_beside
-from .native import VARIANTS, NativeError, enabled, load
+from .native import Library, enabled
 from .private_files import warn_once
 
 Plain = Callable[..., Tensor]
@@ -44,9 +42,7 @@ class RowKernel:
 
     def __init__(self, name: str, spec: ModuleSpec | None, kinds: str, width: int, plain: Plain) -> None:
         self.name, self.kinds, self.width, self.plain = name, kinds, width, plain
-        self._spec = spec
-        self._operations: dict[torch.dtype, _Operations | None] = {}
-        self._lock = threading.Lock()
+        self._library = Library(name, spec, _Operations, _warn)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The result, rows as those of the inputs."""
@@ -57,7 +53,7 @@ class RowKernel:
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """The result by the kernel, which is there."""
-        operations = self._library(inputs[0].dtype)
+        operations = self._library.of(inputs[0].dtype)
         assert operations is not None
         out = torch.empty_like(self._rows(inputs), memory_format=torch.contiguous_format)
         operations.forward(*(x.contiguous() for x in inputs), out, torch.get_num_threads())
@@ -65,7 +61,7 @@ class RowKernel:
 
     def backward(self, inputs: tuple[Tensor, ...], gradient: Tensor) -> list[Tensor]:
         """The gradients of the inputs."""
-        operations = self._library(inputs[0].dtype)
+        operations = self._library.of(inputs[0].dtype)
         assert operations is not None
         work = torch.float64 if gradient.dtype == torch.float64 else torch.float32
         gradients = [
@@ -91,27 +87,7 @@ class RowKernel:
             plain = type(x) in _TENSORS and x.device.type == "cpu" and not batched(x)
             if not plain or x.dtype != dtype or tuple(x.shape) != wanted[kind] or x.numel() == 0:
                 return None
-        return self._library(dtype)
-
-    def _library(self, dtype: torch.dtype) -> _Operations | None:
-        if dtype not in self._operations:
-            with self._lock:
-                if dtype not in self._operations:
-                    self._operations[dtype] = self._loaded(str(dtype).removeprefix("torch."))
-        return self._operations[dtype]
-
-    def _loaded(self, variant: str) -> _Operations | None:
-        if variant not in VARIANTS:
-            return None
-        names = [f"{self.name}_{variant}_{which}" for which in _Operations._fields]
-        if not hasattr(torch.ops.fastgrad, names[0]):
-            try:
-                load(self.name, read_beside(self._spec, f"{self.name}.cpp").decode(), variant)
-            except (NativeError, OSError) as error:
-                message = f"rows are computed without native kernels, and slower: {error}"
-                warn_once("native_warning", message, RuntimeWarning)
-                return None
-        return _Operations(*(getattr(torch.ops.fastgrad, name).default for name in names))
+        return self._library.of(dtype)
 
     def __deepcopy__(self, memo: object) -> RowKernel:
         return self
@@ -143,3 +119,9 @@ class _Rows(torch.autograd.Function):
             return (None, *(next(found) if wanted else None for wanted in needed))
         gradients = kernel.backward(inputs, gradient)
         return (None, *(g if wanted else None for g, wanted in zip(gradients, needed, strict=True)))
+
+
+def _warn(reason: str) -> None:
+    warn_once(
+        "native_warning", f"rows are computed without native kernels, and slower: {reason}", RuntimeWarning
+    )
