@@ -17,6 +17,7 @@ from fastgrad_grammar.quote import cpp_comment
 # Of each machine: its vector registers, and how many vectors wide a register tile is.
 MACHINES = {"avx512": (32, 2), "avx2": (16, 2), "other": (32, 2)}
 HEADERS = (
+    "numbers",
     "types",
     "tile",
     "features",
@@ -60,6 +61,7 @@ INCLUDES = """\
 #include <memory>
 #include <new>
 #include <optional>
+#include <type_traits>
 
 #include <omp.h>
 

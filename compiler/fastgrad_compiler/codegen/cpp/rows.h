@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include <omp.h>
@@ -18,39 +19,9 @@ using torch::stable::Tensor;
 constexpr long D = WIDTH_OF_ROWS;  // entries of a row
 constexpr long BLOCK = 64;         // rows whose sums are added up before they go into float64
 
-// FASTGRAD_VARIANT: 0 float32, 1 float64, 2 bfloat16 with float32 arithmetic.
-#if FASTGRAD_VARIANT == 1
-using real = double;
-using bits = std::uint64_t;
-#else
-using real = float;
-using bits = std::uint32_t;
-#endif
-#if FASTGRAD_VARIANT == 2
-struct input {
-  std::uint16_t bits;
-};
-#else
-using input = real;
-#endif
+// NUMBERS
 
-inline real number(real x) { return x; }
-inline void put(real value, real& target) { target = value; }
-#if FASTGRAD_VARIANT == 2
-inline real number(input x) {
-  const std::uint32_t whole = static_cast<std::uint32_t>(x.bits) << 16;
-  real value;
-  std::memcpy(&value, &whole, sizeof value);
-  return value;
-}
-// To the nearest, to even where two are as near.
-inline void put(real value, input& target) {
-  std::uint32_t whole;
-  std::memcpy(&whole, &value, sizeof whole);
-  const std::uint32_t rounded = (whole + 0x7fff + ((whole >> 16) & 1)) >> 16;
-  target.bits = static_cast<std::uint16_t>(value == value ? rounded : 0x7fc0);
-}
-#endif
+using bits = std::conditional_t<sizeof(real) == 8, std::uint64_t, std::uint32_t>;
 
 // e^x to rounding: 2^k e^r with |r| <= ln(2) / 2 and a Taylor polynomial of e^r; the bits of k are those of x log2(e)
 // + SHIFT. Without a branch, so that the loop over a row is one of vectors.

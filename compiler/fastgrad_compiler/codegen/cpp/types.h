@@ -1,18 +1,4 @@
-// FASTGRAD_VARIANT: 0 float32, 1 float64, 2 bfloat16 inputs with float32 arithmetic.
-#if FASTGRAD_VARIANT == 1
-using real = double;
-using lane_integer = std::int64_t;
-#else
-using real = float;
-using lane_integer = std::int32_t;
-#endif
-#if FASTGRAD_VARIANT == 2
-struct input {
-  std::uint16_t bits;
-};
-#else
-using input = real;
-#endif
+using lane_integer = std::conditional_t<sizeof(real) == 8, std::int64_t, std::int32_t>;
 
 constexpr int LANES = VECTOR_BYTES / sizeof(real);
 typedef real vector __attribute__((vector_size(VECTOR_BYTES), may_alias));
