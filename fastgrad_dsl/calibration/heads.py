@@ -30,6 +30,7 @@ from fastgrad_dsl.calibration.replan import silenced
 from fastgrad_dsl.calibration.samples import Exact, LocalErrors, Sample, exact_rows, polynomial_errors, sample
 from fastgrad_dsl.documents.plan import approximated_of
 from fastgrad_dsl.models.measure import whole_errors
+from fastgrad_dsl.models.spread import entropy_share
 
 if TYPE_CHECKING:
     from fastgrad_dsl.api.compiled import Compiled
@@ -298,10 +299,4 @@ def _window_errors(rows: Sample, exact: Exact, width: int) -> LocalErrors:
 def _entropy(call: Call) -> Tensor:
     """[H]: the mean entropy of rows of weights, as a share of that of equal ones; rows of one key are left out."""
     rows = sample(call)
-    logits = (rows.logits() + rows.gates).masked_fill(~rows.visible, -inf)
-    weights = torch.softmax(logits, -1).nan_to_num(0.0)
-    entropy = -torch.xlogy(weights, weights).sum(-1)
-    most = rows.visible.sum(-1).double().log().expand(entropy.shape)
-    counted = most > 0
-    shares = torch.where(counted, entropy / most.clamp(min=1e-9), 0.0)
-    return shares.sum((0, 2)) / counted.sum((0, 2)).clamp(min=1)
+    return entropy_share(rows.logits() + rows.gates, rows.visible, (0, 2))

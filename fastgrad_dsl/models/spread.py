@@ -50,6 +50,21 @@ def spread_of(inputs: Inputs, spec: KernelSpec, *, exact: bool) -> Spread | None
     return Spread(entropy / rows, keys / rows, visible / rows) if rows else None
 
 
+def entropy_share(logits: Tensor, visible: Tensor, over: tuple[int, ...]) -> Tensor:
+    """The mean entropy of rows of softmax weights, as a share of that of equal ones: in [0, 1].
+
+    logits [b, H, r, n]; visible: bool, broadcast against them. The mean is over these dimensions of [b, H, r]; rows
+    that see one key or none are left out, and where no row is left it is 0.
+    """
+    weights = torch.softmax(logits.masked_fill(~visible, -math.inf), -1).nan_to_num(0.0)
+    entropy = torch.special.entr(weights).sum(-1)
+    most = visible.sum(-1).double().log().expand(entropy.shape)
+    counted = most > 0
+    shares = torch.where(counted, entropy / most.clamp(min=1e-9), 0.0)
+    found: Tensor = shares.sum(over) / counted.sum(over).clamp(min=1)
+    return found
+
+
 def _instead_of_exp(block: Block, logits: Tensor, spec: KernelSpec) -> Tensor:
     """log p(s) - s of the far pairs that are seen, NaN where p(s) is negative, and 0 of all others."""
     scores = torch.matmul(block.q, block.k.mT).mul_(spec.scale)

@@ -13,23 +13,17 @@ from torch import Tensor, nn
 from fastgrad_compiler.approximation.polynomial import FAMILIES, Family, Polynomial
 from fastgrad_compiler.planning.candidates import highest_degree
 from fastgrad_compiler.reference.attention_torch import polynomial as evaluated
+from fastgrad_dsl.calibration.calibrate import MARGIN, STRETCH
 from fastgrad_dsl.integrations.transformers.attach import attach
 from fastgrad_dsl.integrations.transformers.attention import Call, case_of, mean_key, recording
 from fastgrad_dsl.integrations.transformers.choice import Case, Limits, least, polynomial_of, step_above
 from fastgrad_dsl.integrations.transformers.settings import EXACT, Check, Form, Settings
+from fastgrad_dsl.models.spread import entropy_share
 
-MARGIN = 1.25  # a range that was seen times this is R: new data may go beyond it
-STRETCH = 1.1  # errors are measured with logits so many times as large: new data is not quite like the old
-ENTRIES = (
-    2**19
-)  # of the logits of a call that are looked at: queries are sampled so that it has about as many
-FITTED = (
-    1.0,
-    0.7,
-    0.5,
-    0.35,
-    0.25,
-)  # shares of a range on which polynomials are fitted: few logits are near its end
+ENTRIES = 2**19
+"""Of the logits of a call that are looked at: queries are sampled so that it has about as many."""
+FITTED = (1.0, 0.7, 0.5, 0.35, 0.25)
+"""Shares of a range on which polynomials are fitted: few logits are near its end."""
 FIRST = 8.0  # times the limit of the model is the first limit of each head: errors of heads partly cancel
 MOST = 0.5  # of a head's error
 ROUNDS = 7
@@ -353,12 +347,7 @@ def _by_key_head(x: Tensor, call: Call, mean: bool = False) -> Tensor:
 
 def _entropy(rows: _Rows) -> Tensor:
     """[b, H]: the mean entropy of rows of weights, as a share of that of equal ones; rows of one key are left out."""
-    weights = torch.softmax(rows.logits.masked_fill(~rows.visible, -inf), -1).nan_to_num(0.0)
-    entropy = -torch.xlogy(weights, weights).sum(-1)
-    most = rows.visible.sum(-1).double().clamp(min=1.0).log()
-    counted = (most > 0).expand(entropy.shape)
-    shares = torch.where(counted, entropy / most.clamp(min=1e-9), 0.0)
-    return shares.sum(-1) / counted.sum(-1).clamp(min=1)
+    return entropy_share(rows.logits, rows.visible, (-1,))
 
 
 def _output_error(calls: Sequence[_Rows], heads: slice, polynomial: Polynomial) -> float:
