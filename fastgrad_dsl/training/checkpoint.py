@@ -33,6 +33,8 @@ from fastgrad_grammar.diagnostics import TfgError
 MOMENTS, GENERATORS, GUARDS = "optimiser.", "generator.", "guard."
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
 FORMAT = "fastgrad-checkpoint-2"
+UNREADABLE = (OSError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+"""What reading a file that is no checkpoint may raise."""
 Scalar = int | float | str | bool
 
 
@@ -232,15 +234,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             if header.get("format") != FORMAT:
                 _no_checkpoint(path, header.get("format", ""))
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
-    except (
-        OSError,
-        SafetensorError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
+    except UNREADABLE as error:
         raise broken(path, str(error)) from None
     return Checkpoint(path, tensors, progress_of(path, header))
 

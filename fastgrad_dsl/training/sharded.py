@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -35,6 +34,7 @@ from fastgrad_dsl.training.checkpoint import (
     GENERATORS,
     GUARDS,
     MOMENTS,
+    UNREADABLE,
     Checkpoint,
     Progress,
     States,
@@ -81,15 +81,7 @@ class ShardedCheckpoint(Checkpoint):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it assumes a single process
                 load(targets, storage_reader=reader, no_dist=True)
-        except (
-            OSError,
-            SafetensorError,
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            RuntimeError,
-        ) as error:
+        except UNREADABLE as error:
             raise broken(self.path, " ".join(str(error).split())[:300]) from None
         found = {_shared(name, own): tensor for name, tensor in targets.items()}
         steps = {name: step.view(()) for name, step in found.items() if _is_count(name) and step.numel() == 1}
