@@ -416,19 +416,23 @@ def _row_function(module: Module, function: RowFunction) -> str:
         writer.line(f'@row_kernel("{function.kernel}", __spec__, "{function.kinds}", {width})')
     writer.statement("def ", call(function.name, *(f"{name}: Tensor" for name in arguments)), " -> Tensor:")
     with writer.indented():
-        needed = module.needs[graph.name]
-        block.name_dims(needed.dims)
-        for node in graph.inputs:
-            block.read_dims(node, needed.dims)
-        block.comments = False  # the one above says it
-        block.write_function()
+        _free_body(module, block)
     return str(writer)
+
+
+def _free_body(module: Module, block: Block) -> None:
+    """The statements of a function that stands outside of classes, below a comment with its place."""
+    wanted = module.needs[block.graph.name].dims
+    block.name_dims(wanted)
+    for node in block.graph.inputs:
+        block.read_dims(node, wanted)
+    block.comments = False
+    block.write_function()
 
 
 def _objective(module: Module, graph: Graph) -> str:
     writer = Writer()
     block = Block(module, graph, writer, {}, in_class=False)
-    needed = module.needs[graph.name]
     arguments = block.bind_inputs()
     if graph.span is not None:
         writer.comment(f"{place_of(graph.span)}: {source_line(graph.span)}")
@@ -436,9 +440,5 @@ def _objective(module: Module, graph: Graph) -> str:
     writer.statement("def ", call(function, *(f"{name}: Tensor" for name in arguments)), " -> Tensor:")
     with writer.indented():
         writer.docstring(f"{_signature(graph)}.")
-        block.name_dims(needed.dims)
-        for node in graph.inputs:
-            block.read_dims(node, needed.dims)
-        block.comments = False  # the one above says it
-        block.write_function()
+        _free_body(module, block)
     return str(writer)
