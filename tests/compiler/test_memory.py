@@ -15,9 +15,11 @@ from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.ir.ops import OPS
 from fastgrad_compiler.ir.text import parse_program, print_program
 from fastgrad_compiler.pipeline import run
+from fastgrad_compiler.planning import activations
 from fastgrad_compiler.planning.activations import ALWAYS, DECLINED, KEEPS, NOTHING_KEPT, VIEWS
 from fastgrad_compiler.planning.memory import Search, in_bytes, recomputed
 from fastgrad_compiler.planning.pieces import in_pieces, lengths, no_pieces
+from fastgrad_compiler.runtime import linear_loss
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.source import Source
 
@@ -56,6 +58,10 @@ def planned(
     return run(elaborate(Source("<text>", text + budget, ())), target=target, dims=dims, validate=False)[
         -1
     ].program
+
+
+def test_chunks_of_a_loss_are_those_that_run() -> None:
+    assert activations.LEAST_ENTRIES == linear_loss.LEAST_ENTRIES
 
 
 def test_every_operation_has_a_rule() -> None:

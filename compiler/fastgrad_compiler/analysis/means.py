@@ -19,9 +19,8 @@ def problem(graph: Graph, along: str) -> Diagnostic | None:
             bad = bool(means.intersection(node.inputs))
             of_tokens.add(node.name)
         elif given:
-            bad = (
-                node.op not in MEANS or node.get("ignored") is not None
-            )  # ranks differ in how many tokens count
+            # pieces differ in how many targets are not ignored
+            bad = node.op not in MEANS or node.get("ignored") is not None
             means.add(node.name)
         else:
             bad = not _is_linear(node, means)

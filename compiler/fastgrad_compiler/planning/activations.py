@@ -6,7 +6,7 @@ are there anyway. What the backward pass needs beyond that, for the gradients th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from fastgrad_compiler.attention.value import ATTENTION, Attention
 from fastgrad_compiler.ir.calls import callees, graphs_with, reachable, runs
+from fastgrad_compiler.ir.dim import Dim
 from fastgrad_compiler.ir.graph import FUSED, Graph, Node, Program, TensorType, integer
 from fastgrad_compiler.ir.masks import GATED, MASKS
 from fastgrad_compiler.ir.ops import COMPARISONS
@@ -43,9 +44,9 @@ KEEPS: dict[str, Keeps] = {
     **dict.fromkeys(("exp", "sqrt", "rsqrt", "tanh", "sigmoid", "relu", "softmax"), _OUTPUT),
     **dict.fromkeys(("log", "gelu", "silu", "softplus", "erf", "abs", "clamp", "polynomial"), _INPUT),
     **dict.fromkeys(("amax", "normalize_rows"), Keeps((0,), output=True)),
-    **dict.fromkeys(("cross_entropy",), Keeps((1,), entries=1)),
     **dict.fromkeys((*MASKS, "near_far", "where"), Keeps(entries=0.25)),  # which entries are hidden
     **dict.fromkeys(GATED, Keeps((0, 1), output=True)),
+    "cross_entropy": Keeps((1,), entries=1),
     "log_sigmoid": Keeps((0,), entries=1),
     "rms_norm": Keeps((0,), entries=1, rows=1),
     "layer_norm": Keeps(entries=1, rows=2),
@@ -55,7 +56,6 @@ KEEPS: dict[str, Keeps] = {
     "dropout": Keeps(entries=1),
     "mse": _BOTH,
     "linear_cross_entropy": Keeps((0, 2), entries=1),  # its gradients are formed in the forward pass
-    **dict.fromkeys(ATTENTION, Keeps()),  # all inputs, its output, and numbers of rows: `_keeps`
 }
 """Of the operations of a model."""
 
@@ -70,11 +70,14 @@ NOTHING_KEPT = frozenset(
 
 DECLINED = {
     **dict.fromkeys(("call", "repeat"), "what it runs is counted"),
+    **dict.fromkeys(ATTENTION, "it keeps all inputs, its output, and numbers of rows: `_keeps`"),
     **dict.fromkeys(
-        ("embedding_gradient", "depthwise_weights", "poly_attention_backward", "repeat_backward"),
+        (
+            *("embedding_gradient", "depthwise_weights", "poly_attention_backward", "repeat_backward"),
+            "weight_gradient",
+        ),
         "stands in derived gradients alone",
     ),
-    "weight_gradient": "stands in derived gradients alone",
 }
 """Operations without a rule, and why."""
 
@@ -83,9 +86,9 @@ VIEWS = frozenset(
 )
 
 
-def sizes_of(shape: tuple[object, ...], sizes: Mapping[str, int]) -> int:
-    """The number of entries of a shape of dims at these sizes."""
-    return prod(dim.evaluate(sizes) for dim in shape)  # type: ignore[attr-defined]
+def entries_of(shape: Iterable[Dim], sizes: Mapping[str, int]) -> int:
+    """The number of entries of a shape at these sizes of its dims."""
+    return prod(dim.evaluate(sizes) for dim in shape)
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class Activations:
 
     def bytes(self, type_: TensorType) -> float:
         """Of a tensor."""
-        return sizes_of(type_.shape, self.sizes) * BYTES[type_.dtype]
+        return entries_of(type_.shape, self.sizes) * BYTES[type_.dtype]
 
     def flops(self, name: str) -> float:
         """Of the forward pass of a graph: of products exactly, of attention by its model, of the rest by its bytes."""
@@ -160,13 +163,13 @@ class Activations:
             node.type, tuple
         ):
             return 0.0
-        entries = sizes_of(node.tensor.shape, self.sizes)
+        entries = entries_of(node.tensor.shape, self.sizes)
         if node.op == "matmul":
             return 2.0 * entries * graph[node.inputs[0]].tensor.shape[-1].evaluate(self.sizes)
         if node.op == "linear_cross_entropy":  # its gradients are products too
             x, w = (graph[name].tensor.shape for name in node.inputs[:2])
-            return 6.0 * sizes_of(x, self.sizes) * w[-1].evaluate(self.sizes)
-        if node.op in ("attention", "poly_attention"):
+            return 6.0 * entries_of(x, self.sizes) * w[-1].evaluate(self.sizes)
+        if node.op in ATTENTION:
             return self._attention_flops(graph, node)
         return POINTWISE * entries
 
@@ -250,14 +253,14 @@ class _Count:
         """The gradient of the weight, and in its forward pass the logits of a chunk, twice."""
         weights = self.whole.bytes(self.graph[node.inputs[1]].tensor)
         self.own += weights
-        tokens = sizes_of(self.graph[node.inputs[2]].tensor.shape, self.whole.sizes)
+        tokens = entries_of(self.graph[node.inputs[2]].tensor.shape, self.whole.sizes)
         classes = self.graph[node.inputs[1]].tensor.shape[-1].evaluate(self.whole.sizes)
         chunk = BYTES["float"] * max(2 * (size + weights) / BYTES["float"], LEAST_ENTRIES)
         logits = min(chunk, BYTES["float"] * tokens * classes)
         self.peak = max(self.peak, self.own + 2 * logits, self.own + size + weights)
 
     def _keeps(self, node: Node) -> Keeps:
-        if node.op in ("attention", "poly_attention"):
+        if node.op in ATTENTION:
             rows = 2 if Attention.of(node).near is not None else 1
             return Keeps(tuple(range(len(node.inputs))), output=True, rows=rows)
         return KEEPS.get(node.op, NOTHING)

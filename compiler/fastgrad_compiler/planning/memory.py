@@ -192,7 +192,7 @@ def _is_as_good(one: Held, other: Held) -> bool:
 
 
 def _merged(found: Iterable[Decisions], choices: Sequence[Decisions]) -> Iterator[Decisions]:
-    """Each with each, but for those that say two things of one call."""
+    """Each with each, except those that contradict each other about a call."""
     for decided in found:
         for choice in choices:
             if all(decided.get(place, times) == times for place, times in choice.items()):
