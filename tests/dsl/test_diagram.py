@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,6 +16,7 @@ from fastgrad_dsl.report.diagram import COLOURS, LARGEST, draw
 from fastgrad_grammar.highlight import ProgramLexer, coloured
 from fastgrad_grammar.read import read_source
 from fastgrad_grammar.source import Source
+from tests.html_tags import Tags
 
 ROOT = Path(__file__).parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -106,26 +106,15 @@ def test_a_text_that_grows_without_limit_is_drawn_closed() -> None:
     assert svg.count("<rect") < 4 * LARGEST
 
 
-class _Tags(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        assert not any(name.startswith("on") for name, _ in attrs)
-
-
 def test_notebooks_show_text_from_outside_as_text(tmp_path: Path) -> None:
     path = tmp_path / "<img src=x onerror=alert(1)>.tfg"
     path.write_text((ROOT / "examples/bounded.tfg").read_text())
     compiled = fg.compile(path, params={"depth": 1}, validate=False)
     shown = compiled._repr_html_()
-    assert {"img", "script"}.isdisjoint(_Tags(shown).tags)
-    assert {"table", "svg", "details"} <= _Tags(shown).tags
+    assert {"img", "script"}.isdisjoint(Tags(shown).tags)
+    assert {"table", "svg", "details"} <= Tags(shown).tags
     stage = compiled.stages[3]._repr_html_()
-    assert _Tags(stage).tags == {"pre", "span"}
+    assert Tags(stage).tags == {"pre", "span"}
     assert "&lt;img src=x" in stage
     report = compiled.report()
     assert report._repr_html_() is not None

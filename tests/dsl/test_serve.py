@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from threading import Thread
 
@@ -22,6 +21,7 @@ from fastgrad_dsl.commands.serve import ServeRequest, Watch, open_server
 from fastgrad_dsl.report.watching import CONTENT_POLICY, watching_page
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.browser import find_chromium, load_url
+from tests.html_tags import Tags
 
 SPEC = """use std
 
@@ -176,18 +176,8 @@ def test_only_the_loopback_address_listens(served: tuple[Watch, int]) -> None:
     assert found == [f"0100007F:{port:04X}"]
 
 
-class _Tags(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-
-
 def test_the_name_of_the_file_is_text() -> None:
-    assert _Tags(watching_page("</title><img src=x onerror=alert(1)>.tfg")).tags.isdisjoint({"img"})
+    assert Tags(watching_page("</title><img src=x onerror=alert(1)>.tfg")).tags.isdisjoint({"img"})
 
 
 def test_what_is_refused(
