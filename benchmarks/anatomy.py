@@ -108,7 +108,7 @@ def _part(event: Any) -> str:
 
 
 class _Moved(TorchDispatchMode):
-    """The bytes that operations read and write, but for views, products and those of this project."""
+    """The bytes that operations read and write, except views, products and the operations of this project."""
 
     moved = 0
 

@@ -131,7 +131,7 @@ def _types(xs: Sequence[Value]) -> Type:
 
 
 def _spread(results: Value, xs: Sequence[Value], unreached: frozenset[int] = frozenset()) -> Cotangents:
-    """The members of a tuple of cotangents at the places of the float inputs, but for those that no result reaches."""
+    """The members of a tuple of cotangents at the places of the float inputs; None for those that no result reaches."""
     parts = iter(results.builder.parts(results))
     found = [next(parts) if is_float(x.node) else None for x in xs]
     return [None if place in unreached else part for place, part in enumerate(found)]

@@ -1,4 +1,4 @@
-"""BERT and its relatives, whose attention is not behind Transformers' `AttentionInterface` in releases of version 4.
+"""BERT and its relatives, whose attention does not use Transformers' `AttentionInterface` in releases of version 4.
 
 Each keeps a table of classes by implementation; ours is added there, a subclass of the one for SDPA.
 """
