@@ -23,6 +23,7 @@ HEADERS = (
     "features",
     "problem",
     "decay",
+    "polynomial",
     "pairs",
     "chunk",
     "pair_gradients",
@@ -31,6 +32,7 @@ HEADERS = (
     "forward",
     "backward",
     "step",
+    "absorb",
     "earlier",
     "register",
 )
