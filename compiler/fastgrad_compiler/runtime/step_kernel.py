@@ -10,6 +10,7 @@ results. False where it has done nothing, because an input is not one that a ste
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from .state import SHARED, State
 
 MOST = 16  # sequences; of more, PyTorch's products of matrices are faster
 _DTYPES = {"sums": torch.float64, "log_gate": torch.float64, SHARED: torch.int64}  # else that of the model
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = {Tensor, nn.Parameter}
 
 
 class _Operations(NamedTuple):
@@ -36,7 +37,7 @@ class _Operations(NamedTuple):
 class _Weights(NamedTuple):
     """Where a model keeps its weights, and the blocks on the way, each with what should hold it."""
 
-    places: list[tuple[dict[str, Any], str, int]]
+    places: list[tuple[dict[str, Any], str]]
     blocks: list[tuple[dict[str, Any], str, nn.Module]]
 
 
@@ -61,6 +62,7 @@ class StepKernel:
         self.results, self._drops = results, drops
         self._weights, self._state = list(_expanded(weights)), list(_expanded(state))
         self._library = Library(name, spec, _Operations, _warn)
+        self._sizes: dict[tuple[int, torch.dtype], tuple[list[int], list[torch.dtype]]] = {}
         self._found: WeakKeyDictionary[nn.Module, _Weights] = WeakKeyDictionary()
 
     def __call__(self, model: nn.Module, state: State, *inputs: Tensor) -> list[Tensor] | None:
@@ -71,21 +73,24 @@ class StepKernel:
         if torch.compiler.is_compiling() or inputs[0].shape[1] != 1 or not self._serves(model, state):
             return None
         weights = self._weights_of(model)
-        if weights is None:
-            return None
-        batch, dtype = inputs[0].shape[0], weights[0].dtype
         kept = [state.tensors.get(path) for path, _ in self._state]
-        tensors = [*weights, *self._fitting(kept, batch, dtype), *(x.contiguous() for x in inputs)]
-        if len(tensors) < len(weights) + len(kept) + len(inputs) or batch > MOST:
+        batch = inputs[0].shape[0]
+        if weights is None or any(x is None for x in kept) or batch > MOST:
             return None
-        for x in inputs:
-            if type(x) not in _PLAIN or x.dtype not in (torch.int64, dtype) or not x.is_cpu:
-                return None
+        dtype = weights[0].dtype
+        tensors = [*weights, *kept]
+        if not _fit(tensors, *self._expected(batch, dtype)):
+            return None
+        given = [x.contiguous() for x in inputs]
+        if not all(type(x) in _PLAIN and x.is_cpu and x.dtype in (torch.int64, dtype) for x in given):
+            return None
         operations = self._library.of(dtype)
         if operations is None:
             return None
         results = [torch.empty((batch, *shape), dtype=dtype) for shape in self.results]
-        addresses = torch.tensor([x.data_ptr() for x in (*tensors, *results)])
+        addresses = torch.frombuffer(
+            array("q", [x.data_ptr() for x in (*tensors, *given, *results)]), dtype=torch.int64
+        )
         done = operations.run(addresses, batch, state.known_past, torch.get_num_threads())
         return results if done else None
 
@@ -98,13 +103,16 @@ class StepKernel:
         modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
         return not modes and forward_ad._current_level < 0 and not is_mapped()
 
-    def _fitting(self, kept: list[Tensor | None], batch: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Those of a state that are what the kernel takes."""
-        for (path, count), x in zip(self._state, kept, strict=True):
+    def _expected(self, batch: int, dtype: torch.dtype) -> tuple[list[int], list[torch.dtype]]:
+        """The numbers and dtypes of all weights, and of what a state of so many sequences keeps."""
+        if (batch, dtype) in self._sizes:
+            return self._sizes[batch, dtype]
+        numbers, dtypes = [count for _, count in self._weights], [dtype] * len(self._weights)
+        for path, count in self._state:
             last = path.rpartition(".")[2]
-            numbers = count if last == SHARED else count * batch
-            if x is not None and _fits(x, numbers, _DTYPES.get(last, dtype)):
-                yield x
+            numbers.append(count if last == SHARED else count * batch)
+            dtypes.append(_DTYPES.get(last, dtype))
+        return self._sizes.setdefault((batch, dtype), (numbers, dtypes))
 
     # ------------------------------------------------------------ weights
 
@@ -113,21 +121,24 @@ class StepKernel:
         if model not in self._found:
             self._found[model] = _found(model, self._weights)
         places, blocks = self._found[model]
-        for holder, name, block in blocks:
-            if holder.get(name) is not block or block._forward_hooks or block._forward_pre_hooks:
-                return None
-        weights: list[Tensor] = []
-        for holder, name, count in places:
-            x = holder.get(name)
-            if not isinstance(x, Tensor) or not _fits(x, count, x.dtype if not weights else weights[0].dtype):
-                return None
-            weights.append(x)
-        return weights or None
+        if any(
+            holder.get(name) is not block or block._forward_hooks or block._forward_pre_hooks
+            for holder, name, block in blocks
+        ):
+            return None
+        weights = [holder.get(name) for holder, name in places]
+        return None if any(x is None for x in weights) else weights
 
 
-def _fits(x: Tensor, count: int, dtype: torch.dtype) -> bool:
-    plain = type(x) in _PLAIN and x.is_cpu
-    return plain and x.dtype == dtype and x.numel() == count and x.is_contiguous()
+def _fit(tensors: list[Any], numbers: list[int], dtypes: list[torch.dtype]) -> bool:
+    """Whether they are plain tensors of these sizes and dtypes, as they should lie in memory."""
+    return (
+        _PLAIN.issuperset(map(type, tensors))
+        and [x.dtype for x in tensors] == dtypes
+        and [*map(Tensor.numel, tensors)] == numbers
+        and all(map(Tensor.is_contiguous, tensors))
+        and all([x.is_cpu for x in tensors])
+    )
 
 
 def _expanded(tensors: tuple[Any, ...], *layers: int) -> Iterator[tuple[str, int]]:
@@ -142,19 +153,19 @@ def _expanded(tensors: tuple[Any, ...], *layers: int) -> Iterator[tuple[str, int
 
 def _found(model: nn.Module, weights: list[tuple[str, int]]) -> _Weights:
     """Where weights are; one that is not there is found nowhere."""
-    places: list[tuple[dict[str, Any], str, int]] = []
+    places: list[tuple[dict[str, Any], str]] = []
     blocks: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
-    for path, count in weights:
+    for path, _ in weights:
         block, passed = model, ""
         *labels, last = path.split(".")
         for label in labels:
             passed += f".{label}"
             child = block._modules.get(label)
             if child is None:
-                return _Weights([({}, path, count)], [])
+                return _Weights([({}, path)], [])
             blocks[passed] = (block._modules, label, child)
             block = child
-        places.append((block._parameters if last in block._parameters else block._buffers, last, count))
+        places.append((block._parameters if last in block._parameters else block._buffers, last))
     return _Weights(places, list(blocks.values()))
 
 

@@ -206,29 +206,31 @@ struct Meeting {
   }
 };
 
-// found += W phi(q) of ROWS rows of the sums; with ADD they become decay times themselves plus phi(k) [v, 1].
+// found += W phi(q) of ROWS rows of the sums, which are `apart`; with ADD they become decay times themselves plus
+// phi(k) [v, 1].
 template <int ROWS, bool ADD>
 inline void read_rows(double* __restrict sums, const double* of_query, const double* of_key, const double* __restrict value,
-                      double decay, double* __restrict found) {
+                      double decay, long apart, double* __restrict found) {
   for (int i = 0; i < SUM_COLUMNS; ++i) {
     double sum = found[i];
 #pragma GCC unroll 4
     for (int row = 0; row < ROWS; ++row) {
-      double& entry = sums[row * SUM_COLUMNS + i];
-      sum += of_query[row] * entry;
-      if constexpr (ADD) entry = (FORGET ? decay * entry : entry) + of_key[row] * value[i];
+      double& entry = sums[row * apart * SUM_COLUMNS + i];
+      sum += of_query[row * apart] * entry;
+      if constexpr (ADD) entry = (FORGET ? decay * entry : entry) + of_key[row * apart] * value[i];
     }
     found[i] = sum;
   }
 }
 
+// In four streams, each without gaps: one alone is read at a part of the pace of the memory.
 template <bool ADD, typename Element>
 inline void read_sums(const Meeting<Element>& w, double* sums, double decay, double* found) {
-  long f = 0;
-  for (; f + 4 <= RANK; f += 4)
-    read_rows<4, ADD>(sums + f * SUM_COLUMNS, w.of_query + f, w.of_keys[0] + f, w.rows[0], decay, found);
-  for (; f < RANK; ++f)
-    read_rows<1, ADD>(sums + f * SUM_COLUMNS, w.of_query + f, w.of_keys[0] + f, w.rows[0], decay, found);
+  constexpr long APART = RANK / 4;
+  for (long f = 0; f < APART; ++f)
+    read_rows<4, ADD>(sums + f * SUM_COLUMNS, w.of_query + f, w.of_keys[0] + f, w.rows[0], decay, APART, found);
+  for (long f = 4 * APART; f < RANK; ++f)
+    read_rows<1, ADD>(sums + f * SUM_COLUMNS, w.of_query + f, w.of_keys[0] + f, w.rows[0], decay, 1, found);
 }
 
 template <typename Element>
@@ -328,7 +330,7 @@ inline void next_token(const Next<Element>& s, Meeting<Element>& w, long b, long
 
 template <typename Element>
 inline void step(const Next<Element>& s) {
-  constexpr long LEAST_WORK = 1 << 18;  // numbers of a state that are read for one more thread
+  constexpr long LEAST_WORK = 1 << 15;  // numbers of a state that are read for one more thread
   const long rows = s.batch * s.heads;
   const long work = rows * s.tokens * (RANK * SUM_COLUMNS + RING * (D + DV + NEAR_D));
   const long threads = std::min({s.threads, rows, 1 + work / LEAST_WORK});

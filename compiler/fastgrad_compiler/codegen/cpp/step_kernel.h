@@ -56,40 +56,41 @@ struct Product {
   real* out;
 };
 
-// out (+)= x [rows, COUNT] of the columns [first, last) of COUNT rows of a weight, whose lines all rows of x share.
+// Memory is read at its pace where several streams are read at once, each without gaps.
+constexpr int STREAMS = 8;
+
+// out [rows, columns] (+)= COUNT columns of x [rows, depth] times as many rows of a weight, both `apart` from each other;
+// a line of the weight serves all rows of x.
 template <int COUNT>
-inline void add_rows(const real* x, long rows, long depth, const real* weight, long columns, long first, long last, bool fresh,
-                     real* out) {
-  for (long c = first; c < last; c += LINE) {
+inline void add_rows(const real* x, long rows, long depth, const real* weight, long columns, long apart, bool fresh, real* out) {
+  const long whole = columns / LINE * LINE;
+  for (long c = 0; c < whole; c += LINE) {
     line w[COUNT];
 #pragma GCC unroll 8
-    for (int k = 0; k < COUNT; ++k) w[k] = at(weight + k * columns + c);
+    for (int k = 0; k < COUNT; ++k) w[k] = at(weight + k * apart * columns + c);
     for (long row = 0; row < rows; ++row) {
-      const real* const factor = x + row * depth;
       line& target = at(out + row * columns + c);
       line even = fresh ? line{} : target, odd{};
 #pragma GCC unroll 8
-      for (int k = 0; k < COUNT; ++k) (k % 2 ? odd : even) += factor[k] * w[k];
+      for (int k = 0; k < COUNT; ++k) (k % 2 ? odd : even) += x[row * depth + k * apart] * w[k];
       target = even + odd;
     }
   }
+  for (long row = 0; row < rows; ++row)
+    for (long c = whole; c < columns; ++c) {
+      real sum = fresh ? 0 : out[row * columns + c];
+      for (int k = 0; k < COUNT; ++k) sum += x[row * depth + k * apart] * weight[k * apart * columns + c];
+      out[row * columns + c] = sum;
+    }
 }
 
-// Columns [first, last) of a product; columns beyond the last line of a row are done one by one. Every weight is read
-// once, in several streams.
-inline void columns_of(const real* x, long rows, long depth, const Product& p, long first, long last) {
-  const long whole = std::min(last, p.columns / LINE * LINE);
-  long k = 0;
-  for (; k + 8 <= depth; k += 8)
-    add_rows<8>(x + k, rows, depth, p.weight + k * p.columns, p.columns, first, whole, k == 0, p.out);
-  for (; k < depth; ++k)
-    add_rows<1>(x + k, rows, depth, p.weight + k * p.columns, p.columns, first, whole, k == 0, p.out);
-  for (long row = 0; row < rows; ++row)
-    for (long c = std::max(first, whole); c < last; ++c) {
-      real sum = 0;
-      for (k = 0; k < depth; ++k) sum += x[row * depth + k] * p.weight[k * p.columns + c];
-      p.out[row * p.columns + c] = sum;
-    }
+// The part of a product that the rows [first, last) of the weight make.
+inline void part_of(const real* x, long rows, long depth, const Product& p, long first, long last, real* out) {
+  const long apart = (last - first) / STREAMS;
+  for (long k = first; k < first + apart; ++k)
+    add_rows<STREAMS>(x + k, rows, depth, p.weight + k * p.columns, p.columns, apart, k == first, out);
+  for (long k = first + apart * STREAMS; k < last; ++k)
+    add_rows<1>(x + k, rows, depth, p.weight + k * p.columns, p.columns, 1, k == first, out);
 }
 
 inline real total(line v) {
@@ -99,7 +100,7 @@ inline real total(line v) {
   return sum;
 }
 
-// The same of a weight's transpose: every entry is the product of two rows.
+// The columns [first, last) of a product with a weight's transpose: an entry is the product of two rows.
 inline void dots_of(const real* x, long rows, long depth, const Product& p, long first, long last) {
   const long whole = depth / LINE * LINE;
   for (long c = first; c < last; ++c) {
@@ -120,18 +121,36 @@ inline void dots_of(const real* x, long rows, long depth, const Product& p, long
   }
 }
 
-// Products of rows [rows, depth] with several weights; each thread has a part of the columns of all of them.
+// Products of rows [rows, depth] with several weights, each of which is read once. A thread has a part of each weight that
+// lies without gaps: some of its rows, and the sums of all threads are added up.
 inline void multiply(const Call& call, long rows, long depth, const real* x, std::initializer_list<Product> products) {
-  long numbers = 0;
-  for (const Product& p : products) numbers += depth * p.columns;
-  const int threads = call.threads_for(numbers);
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-  for (int part = 0; part < threads; ++part)
+  long columns = 0;
+  for (const Product& p : products) columns += p.columns;
+  const long threads = std::min<long>(call.threads_for(depth * columns), std::max(1L, depth / (2 * STREAMS)));
+  static thread_local std::vector<real> memory;  // the sums of all threads but the first
+  memory.resize(std::max<std::size_t>(memory.size(), (threads - 1) * rows * columns));
+  real* const sums = memory.data();
+#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
+  for (long thread = 0; thread < threads; ++thread) {
+    real* own = sums + (thread - 1) * rows * columns;
     for (const Product& p : products) {
-      const long lines = p.columns / LINE, rest = part + 1 == threads ? p.columns % LINE : 0;
-      const long first = lines * part / threads * LINE, last = lines * (part + 1) / threads * LINE + rest;
-      (p.transposed ? dots_of : columns_of)(x, rows, depth, p, first, last);
+      if (p.transposed) {
+        dots_of(x, rows, depth, p, p.columns * thread / threads, p.columns * (thread + 1) / threads);
+      } else {
+        part_of(x, rows, depth, p, depth * thread / threads, depth * (thread + 1) / threads, thread == 0 ? p.out : own);
+      }
+      own += rows * p.columns;
     }
+  }
+  for (long thread = 1; thread < threads; ++thread) {
+    const real* own = sums + (thread - 1) * rows * columns;
+    for (const Product& p : products) {
+      if (!p.transposed)
+#pragma omp simd
+        for (long i = 0; i < rows * p.columns; ++i) p.out[i] += own[i];
+      own += rows * p.columns;
+    }
+  }
 }
 
 // ---------------------------------------------------------------- rows
