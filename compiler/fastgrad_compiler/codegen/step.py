@@ -111,7 +111,7 @@ def _write_kernel(kernel: StepKernel, writer: Writer) -> None:
     """The kernel of the whole step, and the tensors that it is given."""
     writer.line(f"KERNEL = {KERNEL}(")
     with writer.indented():
-        writer.line(f'"{kernel_name(kernel)}",')
+        writer.line(f'"{step_kernel_name(kernel)}",')
         writer.line("__spec__,")
         for name in ("weights", "state", "results"):
             writer.tuple(f"{name}=", getattr(kernel, name))
@@ -120,7 +120,7 @@ def _write_kernel(kernel: StepKernel, writer: Writer) -> None:
     writer.line(")")
 
 
-def kernel_name(kernel: StepKernel) -> str:
+def step_kernel_name(kernel: StepKernel) -> str:
     """Of its file and operation: a hash of its content and of the files of `runtime` that it needs."""
     contents = [(RUNTIME / name).read_bytes() for name in KERNEL_FILES]
     return content_name("step", [kernel.text.encode(), *contents])

@@ -24,7 +24,7 @@ from fastgrad_compiler.codegen.step import (
     SCOPE,
     STATE,
     has_step,
-    kernel_name as step_kernel_name,
+    step_kernel_name,
     write_model_step,
     write_step,
     write_step_values,

@@ -190,7 +190,7 @@ class Writer:
         self.line(closing or ")")
 
     def tuple(self, prefix: str, value: object) -> None:
-        """`prefix value,` of tuples in tuples of numbers and strings, one item a line where one line is too short."""
+        """`prefix value,` of tuples in tuples, of strings and numbers, one item a line where it is too long."""
         whole = f"{prefix}{_nested(value)},"
         if not isinstance(value, tuple) or self._fits(whole):
             self.line(whole)
@@ -227,6 +227,8 @@ class Writer:
 def _nested(value: object) -> str:
     if isinstance(value, tuple):
         return tuple_text(map(_nested, value))
+    if isinstance(value, range):
+        return f"range({value.stop})" if value.start == 0 else f"range({value.start}, {value.stop})"
     assert isinstance(value, int | str)
     return str(literal(value))
 

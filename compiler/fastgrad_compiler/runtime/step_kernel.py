@@ -44,9 +44,9 @@ class _Weights(NamedTuple):
 class StepKernel:
     """The kernel NAME.cpp, which lies beside the module of `spec`.
 
-    weights, state: the tensors that it is given, (path, numbers); or (first, last, tensors) of the layers first to
-    last - 1, in whose paths `{}` is the layer. Numbers of the state are those of each sequence, unless its path ends
-    with `shared`. results: the shapes of the results for one sequence. drops: the model has dropout.
+    weights, state: the tensors that it is given, (path, numbers); or (layers, tensors), in whose paths `{}` is the
+    layer. Numbers of the state are those of each sequence, unless its path ends with `shared`. results: the shapes of
+    the results for one sequence. drops: the model has dropout.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class StepKernel:
         if torch.compiler.is_compiling() or inputs[0].shape[1] != 1 or not self._serves(model, state):
             return None
         weights = self._weights_of(model)
-        kept = [state.tensors.get(path) for path, _ in self._state]
+        kept = [state.tensors[path] for path, _ in self._state if path in state.tensors]
         batch = inputs[0].shape[0]
-        if weights is None or any(x is None for x in kept) or batch > MOST:
+        if weights is None or len(kept) < len(self._state) or batch > MOST:
             return None
         dtype = weights[0].dtype
         tensors = [*weights, *kept]
@@ -126,8 +126,8 @@ class StepKernel:
             for holder, name, block in blocks
         ):
             return None
-        weights = [holder.get(name) for holder, name in places]
-        return None if any(x is None for x in weights) else weights
+        weights = [holder[name] for holder, name in places if holder.get(name) is not None]
+        return weights if len(weights) == len(places) else None
 
 
 def _fit(tensors: list[Any], numbers: list[int], dtypes: list[torch.dtype]) -> bool:
@@ -143,12 +143,12 @@ def _fit(tensors: list[Any], numbers: list[int], dtypes: list[torch.dtype]) -> b
 
 def _expanded(tensors: tuple[Any, ...], *layers: int) -> Iterator[tuple[str, int]]:
     """(path, numbers) of each tensor."""
-    for each in tensors:
-        if len(each) == 2:
-            yield each[0].format(*layers), each[1]
+    for what, of in tensors:
+        if isinstance(what, str):
+            yield what.format(*layers), of
         else:
-            for layer in range(each[0], each[1]):
-                yield from _expanded(each[2], *layers, layer)
+            for layer in what:
+                yield from _expanded(of, *layers, layer)
 
 
 def _found(model: nn.Module, weights: list[tuple[str, int]]) -> _Weights:
