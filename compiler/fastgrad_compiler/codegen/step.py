@@ -133,7 +133,9 @@ def _whole_step(module: Module, block: Block, writer: Writer, tokens: Sequence[s
         return
     found = block.allocate("found", FOREVER)
     writer.comment("one token of each sequence, by one kernel where it can be had")
-    writer.line(f"{found} = {call('self.KERNEL', 'self', 'state', *tokens)}")
+    writer.line(
+        f"{found} = {call('self.KERNEL', 'self', 'state', block.dims[str(module.program.along)], *tokens)}"
+    )
     writer.line(f"if {found} is not None:")
     with writer.indented():
         results = ", ".join(f"{found}[{i}]" for i, _ in enumerate(kernel.results))

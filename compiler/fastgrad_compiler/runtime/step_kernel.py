@@ -10,6 +10,7 @@ results. False where it has done nothing, because an input is not one that a ste
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
@@ -23,10 +24,11 @@ from torch.autograd import forward_ad
 from .native import Library, enabled
 from .private_files import warn_once
 from .softmax_pairs import is_mapped
-from .state import SHARED, State
+from .state import SHARED, State, Stepped
 
 MOST = 16  # sequences; of more, PyTorch's products of matrices are faster
 _DTYPES = {"sums": torch.float64, "log_gate": torch.float64, SHARED: torch.int64}  # else that of the model
+_SERVED = (torch.float32, torch.float64)
 _PLAIN = {Tensor, nn.Parameter}
 
 
@@ -65,12 +67,12 @@ class StepKernel:
         self._sizes: dict[tuple[int, torch.dtype], tuple[list[int], list[torch.dtype]]] = {}
         self._found: WeakKeyDictionary[nn.Module, _Weights] = WeakKeyDictionary()
 
-    def __call__(self, model: nn.Module, state: State, *inputs: Tensor) -> list[Tensor] | None:
+    def __call__(self, model: Stepped, state: State, tokens: int, *inputs: Tensor) -> list[Tensor] | None:
         """The results for one token of each sequence, whose state is brought up to date; None where it does not serve.
 
-        state: one that `enter` was called on.
+        state: one that `enter` was called on, for so many tokens.
         """
-        if torch.compiler.is_compiling() or inputs[0].shape[1] != 1 or not self._serves(model, state):
+        if torch.compiler.is_compiling() or tokens != 1 or not self._serves(model, state):
             return None
         weights = self._weights_of(model)
         kept = [state.tensors[path] for path, _ in self._state if path in state.tensors]
@@ -78,18 +80,16 @@ class StepKernel:
         if weights is None or len(kept) < len(self._state) or batch > MOST:
             return None
         dtype = weights[0].dtype
-        tensors = [*weights, *kept]
-        if not _fit(tensors, *self._expected(batch, dtype)):
-            return None
         given = [x.contiguous() for x in inputs]
-        if not all(type(x) in _PLAIN and x.is_cpu and x.dtype in (torch.int64, dtype) for x in given):
+        tensors = [*weights, *kept, *given]
+        if dtype not in _SERVED or not _fit(tensors, *self._expected(model, batch, dtype)):
             return None
         operations = self._library.of(dtype)
         if operations is None:
             return None
         results = [torch.empty((batch, *shape), dtype=dtype) for shape in self.results]
         addresses = torch.frombuffer(
-            array("q", [x.data_ptr() for x in (*tensors, *given, *results)]), dtype=torch.int64
+            array("q", [x.data_ptr() for x in (*tensors, *results)]), dtype=torch.int64
         )
         done = operations.run(addresses, batch, state.known_past, torch.get_num_threads())
         return results if done else None
@@ -103,8 +103,10 @@ class StepKernel:
         modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
         return not modes and forward_ad._current_level < 0 and not is_mapped()
 
-    def _expected(self, batch: int, dtype: torch.dtype) -> tuple[list[int], list[torch.dtype]]:
-        """The numbers and dtypes of all weights, and of what a state of so many sequences keeps."""
+    def _expected(
+        self, model: Stepped, batch: int, dtype: torch.dtype
+    ) -> tuple[list[int], list[torch.dtype]]:
+        """The numbers and dtypes of all weights, of what a state of so many sequences keeps, and of the inputs."""
         if (batch, dtype) in self._sizes:
             return self._sizes[batch, dtype]
         numbers, dtypes = [count for _, count in self._weights], [dtype] * len(self._weights)
@@ -112,19 +114,20 @@ class StepKernel:
             last = path.rpartition(".")[2]
             numbers.append(count if last == SHARED else count * batch)
             dtypes.append(_DTYPES.get(last, dtype))
+        for _, kind, shape in model.TOKENS:
+            numbers.append(batch * math.prod(shape[1:]))
+            dtypes.append(torch.int64 if kind == "int" else dtype)
         return self._sizes.setdefault((batch, dtype), (numbers, dtypes))
 
     # ------------------------------------------------------------ weights
 
     def _weights_of(self, model: nn.Module) -> list[Tensor] | None:
         """The weights as they are now, None where the kernel cannot read them or would pass a block by."""
-        if model not in self._found:
-            self._found[model] = _found(model, self._weights)
-        places, blocks = self._found[model]
-        if any(
-            holder.get(name) is not block or block._forward_hooks or block._forward_pre_hooks
-            for holder, name, block in blocks
-        ):
+        known = self._found.get(model)
+        if known is None or any(holder.get(name) is not block for holder, name, block in known.blocks):
+            known = self._found[model] = _found(model, self._weights)
+        places, blocks = known
+        if any(block._forward_hooks or block._forward_pre_hooks for *_, block in blocks):
             return None
         weights = [holder[name] for holder, name in places if holder.get(name) is not None]
         return weights if len(weights) == len(places) else None
@@ -152,7 +155,8 @@ def _expanded(tensors: tuple[Any, ...], *layers: int) -> Iterator[tuple[str, int
 
 
 def _found(model: nn.Module, weights: list[tuple[str, int]]) -> _Weights:
-    """Where weights are; one that is not there is found nowhere."""
+    """Where weights are; one that is not there, or in a block of another's making, is found nowhere."""
+    ours = (__package__, nn.ModuleList.__module__.rpartition(".")[0])
     places: list[tuple[dict[str, Any], str]] = []
     blocks: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
     for path, _ in weights:
@@ -161,7 +165,7 @@ def _found(model: nn.Module, weights: list[tuple[str, int]]) -> _Weights:
         for label in labels:
             passed += f".{label}"
             child = block._modules.get(label)
-            if child is None:
+            if child is None or type(child).__module__.rpartition(".")[0] not in ours:
                 return _Weights([({}, path)], [])
             blocks[passed] = (block._modules, label, child)
             block = child

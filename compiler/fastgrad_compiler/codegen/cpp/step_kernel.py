@@ -254,7 +254,7 @@ class _Body:
         self.weights: Tensors = ()
         self.state: Tensors = ()
         self.each = self.once = self.most_each = self.most_once = 0
-        self.said = ""
+        self.said = self.above = ""  # of the file: the present statement, and the last one above a line
         self.inlined = {node.name for node in graph.nodes if self._is_inlined(node)}
 
     def function(self) -> _Function:
@@ -288,10 +288,10 @@ class _Body:
 
     def line(self, text: str) -> None:
         """A line, below what it is in the file."""
-        if self.said:
+        if self.said != self.above:
             self.lines.append(f"// {cpp_comment(self.said)}")
         self.lines.append(text)
-        self.said = ""
+        self.above = self.said
 
     def value(self, name: str) -> _Value:
         """A node as an operand, in memory."""
