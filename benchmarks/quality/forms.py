@@ -88,9 +88,10 @@ FORMS: dict[str, Attention] = {
     "1 + s + s^2/2, near": Attention(_own(16, TAYLOR, NEAR, NORMED), 16, 2),
     "1 + s + s^2/2, short convolution": Attention(_own(16, TAYLOR), 16, 2),
     "mixer": Attention(f"{MIXER})", 16, 2),
-    "mixer, forget": Attention(f"{MIXER}, forget = true)", 16, 2),
-    "mixer, no positions": Attention(f"{MIXER}, rope = none)", 16, 2),
-    "mixer, rotary throughout": Attention(_own(16, TAYLOR, NEAR + ROTARY), 16, 2),
+    "mixer without gates": Attention(f"{MIXER}, forget = false)", 16, 2),
+    "mixer without gates or positions": Attention(f"{MIXER}, forget = false, rope = none)", 16, 2),
+    "mixer without gates, rotary throughout": Attention(_own(16, TAYLOR, NEAR + ROTARY), 16, 2),
+    "mixer without gates, of s^2": Attention(f"{MIXER}, forget = false, coefficients = {SQUARE})", 16, 2),
     "mixer of s^2": Attention(f"{MIXER}, coefficients = {SQUARE})", 16, 2),
     "mixer of s^4, d 8": Attention(f"{MIXER}, qk_dim = 8, coefficients = {FOURTH})", 8, 4),
 }

@@ -40,12 +40,13 @@ the rates that were tried, mean and half the range over seeds. Made from [qualit
 * **training**: seconds of one thread of {cpu}.
 
 `mixer` is `std.mixer`: a short convolution, then the polynomial 1 + s + s^2/2 of the scores, and exp of them within
-neighbouring blocks. `bounded` has far logits of limited size, which a polynomial replaces (examples/bounded.tfg).
+neighbouring blocks, both times the gates of a head, which forget within a token in one head and after thousands in
+another. `bounded` has far logits of limited size, which a polynomial replaces (examples/bounded.tfg).
 """
 
 SUMMARY = {  # form: what it is for, and what it costs
     "mixer": ("text, and recall of anything before", "constant a token"),
-    "mixer, forget": ("text alone: what is old fades", "constant a token"),
+    "mixer without gates": ("recall alone, however far", "constant a token"),
     "bounded, gain 1, near, rotary": (
         "a proved error against softmax; the far past as an average", "constant a token"
     ),
