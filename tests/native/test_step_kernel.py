@@ -171,7 +171,7 @@ class Other(nn.Module):
 
 def test_what_is_not_served() -> None:
     """All is as without a kernel: several tokens, many sequences, other dtypes, what must see the operations."""
-    module = compiled("odd").module(dtype=torch.float64).eval()
+    module: Any = compiled("odd").module(dtype=torch.float64).eval()
 
     def served(with_: Any = module, batch: int = 2, tokens: int = 1, native: str = "1") -> bool:
         dtype = next(with_.parameters()).dtype
@@ -212,7 +212,7 @@ def test_what_is_not_served() -> None:
 
 
 def test_weights_are_read_in_every_call() -> None:
-    module = compiled("gpt").module()
+    module: Any = compiled("gpt").module()
     given = inputs("gpt", 1)
     first, _ = steps(module, given, [1] * N)
     module.load_state_dict(compiled("gpt").module(seed=1).state_dict())

@@ -114,7 +114,7 @@ def _write_kernel(kernel: StepKernel, writer: Writer) -> None:
         writer.line(f'"{step_kernel_name(kernel)}",')
         writer.line("__spec__,")
         for name in ("weights", "state", "results"):
-            writer.tuple(f"{name}=", getattr(kernel, name))
+            writer.tuples(f"{name}=", getattr(kernel, name))
         if kernel.drops:
             writer.line("drops=True,")
     writer.line(")")

@@ -189,7 +189,7 @@ class Writer:
             self.line(f"{INDENT}{item},")
         self.line(closing or ")")
 
-    def tuple(self, prefix: str, value: object) -> None:
+    def tuples(self, prefix: str, value: object) -> None:
         """`prefix value,` of tuples in tuples, of strings and numbers, one item a line where it is too long."""
         whole = f"{prefix}{_nested(value)},"
         if not isinstance(value, tuple) or self._fits(whole):
@@ -198,7 +198,7 @@ class Writer:
         self.line(f"{prefix}(")
         with self.indented():
             for item in value:
-                self.tuple("", item)
+                self.tuples("", item)
         self.line("),")
 
     def _broken_call(self, prefix: str, function: str, arguments: tuple[str, ...], suffix: str) -> None:

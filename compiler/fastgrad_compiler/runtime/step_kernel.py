@@ -125,7 +125,10 @@ class StepKernel:
         """The weights as they are now, None where the kernel cannot read them or would pass a block by."""
         known = self._found.get(model)
         if known is None or any(holder.get(name) is not block for holder, name, block in known.blocks):
-            known = self._found[model] = _found(model, self._weights)
+            known = _found(model, self._weights)
+            if known is None:
+                return None
+            self._found[model] = known
         places, blocks = known
         if any(block._forward_hooks or block._forward_pre_hooks for *_, block in blocks):
             return None
@@ -154,8 +157,8 @@ def _expanded(tensors: tuple[Any, ...], *layers: int) -> Iterator[tuple[str, int
                 yield from _expanded(of, *layers, layer)
 
 
-def _found(model: nn.Module, weights: list[tuple[str, int]]) -> _Weights:
-    """Where weights are; one that is not there, or in a block of another's making, is found nowhere."""
+def _found(model: nn.Module, weights: list[tuple[str, int]]) -> _Weights | None:
+    """Where weights are, None where one is not there, or is in a block of another's making."""
     ours = (__package__, nn.ModuleList.__module__.rpartition(".")[0])
     places: list[tuple[dict[str, Any], str]] = []
     blocks: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
@@ -166,7 +169,7 @@ def _found(model: nn.Module, weights: list[tuple[str, int]]) -> _Weights:
             passed += f".{label}"
             child = block._modules.get(label)
             if child is None or type(child).__module__.rpartition(".")[0] not in ours:
-                return _Weights([({}, path)], [])
+                return None
             blocks[passed] = (block._modules, label, child)
             block = child
         places.append((block._parameters if last in block._parameters else block._buffers, last))
