@@ -148,16 +148,18 @@ def test_bytes_do_not_depend_on_the_length(found: list[Found]) -> None:
 
 
 def test_bytes_of_an_attention(found: list[Found]) -> None:
-    """The first of four ranks sends its sums to three, and a halo of two tokens to the next; gradients are the last's.
+    """The first of four ranks sends its sums to two, and a halo of two tokens to the next; gradients are the last's.
 
     Of each of two sequences sums of 15 features by 5 columns and a decay; of a token k, v, the near key, a gate, all in
     float64, and one byte of the mask.
     """
     sums, halo, masks = 2 * 8 * (15 * 5 + 1), 2 * 2 * 8 * (4 + 4 + 4 + 1), 2 * 2
     sent = [found[rank]["near of 32", (8, 8, 8, 8)][2] for rank in range(RANKS)]
-    assert sent[0] == 3 * sums + halo + masks
-    assert sent[-1] == 3 * sums + halo
-    assert sent[1] == sent[2] == 3 * sums + 2 * halo + masks
+    assert sent[0] == 2 * sums + halo + masks
+    assert sent[-1] == 2 * sums + halo
+    assert (
+        sent[1] == sent[2] == (2 + 1) * sums + 2 * halo + masks
+    )  # one way to one rank, the other way to two
 
 
 def test_what_is_within_a_rank_is_sent_nowhere(found: list[Found]) -> None:
