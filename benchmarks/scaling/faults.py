@@ -56,23 +56,10 @@ def lost(run: Run, interval: float, failures: int = FAILURES, seed: int = 0, sha
     """
     drawn = np.random.default_rng(seed).weibull(shape, failures) * run.between / math.gamma(1 + 1 / shape)
     interval = max(interval, run.write)  # the next one waits
-    clock, kept = 0.0, 0.0
-    for until in drawn.tolist():
-        clock += until
-        trained = until - run.restart
-        if trained > 0:
-            kept += interval * _whole(run, interval, trained)
-    return 1 - kept / clock
-
-
-def _whole(run: Run, interval: float, seconds: float) -> int:
-    """Checkpoints that are whole when training that began so many seconds ago is lost.
-
-    They are events at even distances: training, copy, and writing behind the next one's training.
-    """
-    cycle = run.copy + interval
-    first = interval + run.copy + run.write
-    return 0 if seconds < first else 1 + math.floor((seconds - first) / cycle)
+    drawn = np.random.default_rng(seed).weibull(shape, failures) * run.between / math.gamma(1 + 1 / shape)
+    cycle = interval + run.copy  # checkpoints are whole at even distances, the first when it is written
+    whole = np.floor((drawn - run.restart - run.write) / cycle).clip(min=0)
+    return float(1 - interval * whole.sum() / drawn.sum())
 
 
 def best_interval(

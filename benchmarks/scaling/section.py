@@ -24,7 +24,7 @@ FAULT_RANKS = tuple(2**k for k in range(3, 11))
 SAVED_BYTES = 12  # of a weight: itself and two moments, in float32
 FAULT_WEIGHTS = {1.5e9: 8, 70e9: 64}  # the number of weights, and from how many ranks on they fit
 GROUPED = 0.7  # Weibull's shape of failures that come in groups: Schroeder and Gibson 2006 found 0.7 to 0.8
-HERE_RANKS, HERE_LENGTHS, HERE_STEPS = (1, 2, 4), (1024, 2048, 4096, 8192), 5
+HERE_RANKS, HERE_LENGTHS, HERE_STEPS = (1, 2, 4), (512, 1024, 2048, 4096), 5
 
 
 def measure(settings: Settings) -> dict[str, object]:

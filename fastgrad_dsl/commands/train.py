@@ -228,7 +228,7 @@ def _train(
             print_plan(watch.compiled.program, str(compiled.source.path))
             if watch.compiled.calibration is not None:
                 print_calibration(watch.compiled.calibration)
-    model = _module(watch.compiled, seed, ranks)
+    model = _module(watch.compiled, seed, ranks, recompute=request.parallel.recompute)
     context = Context(
         named,
         {"calibration": planner.places},
@@ -265,13 +265,13 @@ def _planned(compiled: Compiled, planner: TextPlanner, seed: int, ranks: Ranks) 
     return planned_as(compiled, found)
 
 
-def _module(compiled: Compiled, seed: int, ranks: Ranks) -> nn.Module:
+def _module(compiled: Compiled, seed: int, ranks: Ranks, *, recompute: bool) -> nn.Module:
     """With its initial weights; on several processes each draws them one by one and keeps its part."""
     if ranks.count == 1:
         return compiled.module(seed=seed)
     with torch.device("meta"):
         model = compiled.module(seed=seed)
-    ranks.sharded(model)
+    ranks.sharded(model, recompute=recompute)
     model.reset_parameters(seed)  # type: ignore[operator]
     return model
 

@@ -79,9 +79,9 @@ class Ranks:
 
     # ------------------------------------------------------------ whose is what
 
-    def sharded(self, model: nn.Module) -> nn.Module:
-        """The model with its weights in parts, in place; as it is in a single process."""
-        return model if self.meshes is None else shard_model(model, self.meshes[0])
+    def sharded(self, model: nn.Module, *, recompute: bool = False) -> nn.Module:
+        """The model with its weights in parts, in place; as it is in a single process. `recompute`: as `shard_model`."""
+        return model if self.meshes is None else shard_model(model, self.meshes[0], recompute=recompute)
 
     def context(self) -> AbstractContextManager[None]:
         """Around forward and backward passes."""

@@ -182,6 +182,14 @@ def test_with_data_parallel(how: str, ranks: list[tuple[Found, dict[str, Any]]])
         assert found[how] < 1e-11
 
 
+def test_blocks_that_run_again(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    """The same gradients, bit for bit, and a layer more keeps its input and its weights instead of all its values."""
+    for _, found in ranks:
+        assert found["made again"]["equal"]
+        layer = found["made again"]["layer"]
+        assert layer[True] < 0.4 * layer[False]
+
+
 def test_heads_and_hidden_widths_in_parts(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
     for _, found in ranks:
         assert found["tensor parallel"]["errors"] < 1e-11
