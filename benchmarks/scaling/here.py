@@ -23,6 +23,7 @@ import fastgrad_dsl as fg
 from benchmarks.scaling.sizes import Decoder
 from benchmarks.settings import ROOT
 from fastgrad_dsl.api.compiled import Compiled
+from fastgrad_dsl.bench.memory import STATUS, peak_of, resident
 from fastgrad_dsl.distributed import context_parallel, shard_model, shard_sequence
 from fastgrad_dsl.distributed.traffic import Traffic, counted
 
@@ -34,7 +35,8 @@ PINGED = 1 << 22  # bytes
 class Taken:
     """Of one process: tokens of the sequence; seconds of a step, and the share of them in collectives; what it sent.
 
-    by: bytes by the name of the collective.
+    by: bytes by the name of the collective. base: bytes of the process when the model is there; peak: by how many the
+    first step raises that, None where it is not known.
     """
 
     rank: int
@@ -42,11 +44,16 @@ class Taken:
     seconds: float
     waiting: float
     by: dict[str, float]
+    base: int
+    peak: int | None
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the processes are to run: sizes, lengths of sequences, and steps at each of them after one to warm up."""
+    """What the processes are to run: sizes, lengths of sequences, and steps at each of them after one to warm up.
+
+    Without such steps the first one counts.
+    """
 
     decoder: Decoder
     lengths: Sequence[int]
@@ -93,7 +100,8 @@ def _steps(compiled: Compiled, model: nn.Module, mesh: Any, n: int, request: Req
     text = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(n))
     pieces = shard_sequence((text[:, :-1], text[:, 1:]), mesh)
     found: list[tuple[float, Traffic]] = []
-    for _ in range(1 + request.steps):
+
+    def step() -> None:
         model.zero_grad()
         dist.barrier()
         started = time.perf_counter()
@@ -101,10 +109,15 @@ def _steps(compiled: Compiled, model: nn.Module, mesh: Any, n: int, request: Req
             assert compiled.loss is not None
             compiled.loss(model(pieces[0]), pieces[1]).backward()
         found.append((time.perf_counter() - started, traffic))
-    steps = found[1:]  # the first one warms up, and is the first that is sent where weights are laid out
+
+    base = resident() if STATUS.exists() else 0
+    peak = peak_of(step)
+    for _ in range(request.steps):
+        step()
+    steps = found[1:] or found
     seconds = median(each for each, _ in steps)
     waiting = median(traffic.seconds / each for each, traffic in steps)
-    return Taken(rank, n, seconds, waiting, steps[-1][1].bytes)
+    return Taken(rank, n, seconds, waiting, steps[-1][1].bytes, base, peak)
 
 
 def _bandwidth(rank: int, ranks: int) -> float:

@@ -56,6 +56,7 @@ def page(section: Section) -> str:
         _largest(section),
         _break_even(section),
         _here(section["here"]),
+        _memory(section["memory"]),
         _faults(section),
     ]
     return "\n".join(parts)
@@ -247,6 +248,25 @@ def _here(here: Mapping[str, Any]) -> str:
         "Other work was done on the same two cores, so only the shape means something: time in proportion to the "
         "length, and no gain from more processes than cores. Processes wait for each other more than the bytes take: "
         "on shared cores the slowest one sets the pace.\n"
+    )
+
+
+def _memory(rows: Rows) -> str:
+    at = {(row["ranks"], row["n"]): row for row in rows if row["peak_bytes"] is not None}
+    shown, shares = [], []
+    for (ranks, n), row in at.items():
+        whole = row["base_bytes"] + row["peak_bytes"]
+        shown.append([f"{n:,}", f"{ranks}", _size(row["base_bytes"]), _size(row["peak_bytes"]), _size(whole)])
+        if ranks == 4 and (1, n) in at:
+            alone = at[1, n]
+            over = row["peak_bytes"] / alone["peak_bytes"]
+            all_ = whole / (alone["base_bytes"] + alone["peak_bytes"])
+            shares.append(f"{over:.0%} over the base and {all_:.0%} with it at {n:,} tokens")
+    return (
+        "Memory of a process, for a model of width 96 and depth 4 (float32, 4 heads, near 64), the first step: `base` "
+        "is the resident set when PyTorch is imported and the model is there, `peak` by how much the step raises it.\n\n"
+        f"{table(['tokens', 'processes', 'base', 'peak over it', 'together'], shown, left=0)}\n"
+        f"Each of four processes takes of what one takes: {'; '.join(shares)}.\n"
     )
 
 

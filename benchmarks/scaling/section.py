@@ -24,6 +24,8 @@ FAULT_RANKS = tuple(2**k for k in range(3, 11))
 SAVED_BYTES = 12  # of a weight: itself and two moments, in float32
 FAULT_WEIGHTS = {1.5e9: 8, 70e9: 64}  # the number of weights, and from how many ranks on they fit
 GROUPED = 0.7  # Weibull's shape of failures that come in groups: Schroeder and Gibson 2006 found 0.7 to 0.8
+WIDER = Decoder(layers=4, width=96, heads=4, hidden=384, vocab=256)
+MEMORY_LENGTHS = (16_384, 65_536)
 HERE_RANKS, HERE_LENGTHS, HERE_STEPS = (1, 2, 4), (512, 1024, 2048, 4096), 5
 
 
@@ -48,6 +50,8 @@ def measure(settings: Settings) -> dict[str, object]:
     say("what a few processes here send and take")
     lengths, steps = ((64, 128), 1) if settings.quick else (HERE_LENGTHS, HERE_STEPS)
     found["here"] = _here(Request(SMALL, lengths, steps), HERE_RANKS)
+    longer = (256,) if settings.quick else MEMORY_LENGTHS
+    found["memory"] = [row for n in longer for row in _memory(n)]
     return found
 
 
@@ -144,6 +148,15 @@ def _intervals() -> Iterator[dict[str, object]]:
 
 
 # ---------------------------------------------------------------- here
+
+
+def _memory(n: int) -> Iterator[dict[str, object]]:
+    """The most memory of a process, over what it has before the first step, with all tokens and with a quarter."""
+    for ranks in (1, 4):
+        found, _ = taken(ranks, Request(WIDER, (n,), 0))
+        peaks = [each.peak for each in found if each.peak is not None]
+        row = {"ranks": ranks, "n": n, "base_bytes": max(each.base for each in found)}
+        yield {**row, "peak_bytes": max(peaks, default=None), "seconds": max(each.seconds for each in found)}
 
 
 def _here(request: Request, ranks: Sequence[int]) -> dict[str, object]:

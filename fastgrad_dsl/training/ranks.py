@@ -221,7 +221,7 @@ class Ranks:
             return Diagnostic("FG504", message)
         who = ", ".join(self._named(each) for each in missing)
         if waited:
-            message = f"no answer within {self.timeout:g} seconds from {who}: it hangs"
+            message = f"no answer within {self.timeout:g} seconds from {who}: it hangs, or the network to it is cut"
             help_: tuple[str, ...] = ("give a longer --timeout where a step takes that long",)
         else:
             message, help_ = f"lost {who}", tuple[str, ...]()

@@ -182,6 +182,10 @@ def test_the_section_and_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
         "rows": [row],
     }
     monkeypatch.setattr(section, "_here", lambda request, ranks: made)
+    both = [
+        {"n": 256, "ranks": r, "base_bytes": 9, "peak_bytes": p, "seconds": 1.0} for r, p in ((1, 8), (4, 2))
+    ]
+    monkeypatch.setattr(section, "_memory", lambda n: both)
     monkeypatch.setattr(section, "best_interval", lambda run, shape=1.0: (run.young, 0.01))
     monkeypatch.setattr(section, "heading", lambda settings: {})
     found: Any = section.measure(Settings(quick=True))
@@ -194,8 +198,11 @@ def test_the_section_and_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
         found,
         *(found[name][0] for name in ("cells", "largest", "break_even", "faults", "intervals", "constants")),
     ]
-    missing = {key for each in (*rows, found["here"], row) for key in each if f"{key}" not in documented}
+    missing = {
+        key for each in (*rows, found["here"], row, both[0]) for key in each if f"{key}" not in documented
+    }
     assert not missing
+    assert "25% over the base and 65% with it at 256 tokens" in text
     assert set(page.figures(found)) == {page.FIGURE, page.FAULTS}
 
 
