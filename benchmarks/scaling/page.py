@@ -263,8 +263,8 @@ def _memory(rows: Rows) -> str:
             all_ = whole / (alone["base_bytes"] + alone["peak_bytes"])
             shares.append(f"{over:.0%} over the base and {all_:.0%} with it at {n:,} tokens")
     return (
-        "Memory of a process, for a model of width 96 and depth 4 (float32, 4 heads, near 64), the first step: `base` "
-        "is the resident set when PyTorch is imported and the model is there, `peak` by how much the step raises it.\n\n"
+        "Memory of a process, for a model of width 96, depth 4 (float32, 4 heads, near 64), the first step: "
+        "`base` is the resident set when PyTorch is imported and the model is there, `peak` how much the step adds.\n\n"
         f"{table(['tokens', 'processes', 'base', 'peak over it', 'together'], shown, left=0)}\n"
         f"Each of four processes takes of what one takes: {'; '.join(shares)}.\n"
     )

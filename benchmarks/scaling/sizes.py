@@ -100,6 +100,25 @@ def sent(decoder: Decoder, lengths: tuple[int, ...], place: int, itemsize: int =
     return Sent(states, halos, gathered + scattered, numbers)
 
 
+def exchanged_by_all(decoder: Decoder, lengths: tuple[int, ...], itemsize: int) -> int:
+    """States and halos that all ranks send together: whatever one asks for is sent to it, and its gradient back."""
+    if len(lengths) == 1:
+        return 0
+    asked = [
+        2 * sum(first - _start(first, width, blocks) for first in accumulate(lengths[:-1], initial=0))
+        for width, blocks in ((decoder.near, True), (decoder.convolution - 1, False))
+    ]
+    near = decoder.heads * (2 * decoder.d + decoder.dv)
+    halos = itemsize * decoder.batch * decoder.layers * (near * asked[0] + decoder.width * asked[1])
+    sums = 2 * sum(len(lengths) - 2**k for k in range(rounds(len(lengths))))
+    return halos + decoder.layers * decoder.state_bytes * sums
+
+
+def _start(first: int, width: int, blocks: bool) -> int:
+    """From where on the piece that begins at a place needs tokens."""
+    return max(0, (first // width - 1) * width if blocks else first - width)
+
+
 def _rounds(place: int, ranks: int, way: int) -> int:
     """Sums that a rank sends by recursive doubling: forward to later ranks, backward (-1) to earlier ones."""
     return sum(0 <= place + way * 2**k < ranks for k in range(rounds(ranks)))
@@ -117,7 +136,7 @@ def halo_tokens(lengths: tuple[int, ...], place: int, width: int, *, blocks: boo
     without blocks the tokens before the piece.
     """
     offsets = tuple(accumulate(lengths, initial=0))
-    starts = [max(0, (each // width - 1) * width if blocks else each - width) for each in offsets]
+    starts = [_start(each, width, blocks) for each in offsets]
     first, last = offsets[place], offsets[place + 1]
     later = takewhile(lambda each: starts[each] < last, range(place + 1, len(lengths)))
     given = sum(max(0, last - max(first, starts[each])) for each in later)

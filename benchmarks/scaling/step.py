@@ -30,7 +30,7 @@ from benchmarks.scaling.constants import (
     NVLINK,
     NVLINK_LATENCY,
 )
-from benchmarks.scaling.sizes import Decoder, rounds, sent
+from benchmarks.scaling.sizes import Decoder, exchanged_by_all, rounds
 from fastgrad_compiler.planning.roofline import best, flash_time, shape_of
 from fastgrad_compiler.runtime.triton_schedule import Shape
 
@@ -173,18 +173,12 @@ def bytes_per_token(way: str, decoder: Decoder, ranks: int, n: int) -> float:
         return 0.0
     tokens = n / ranks
     if way == OURS:
-        return 1.5 * _sent_by_all(decoder, ranks, n) / n  # forward twice, backward once
+        lengths = tuple((n + each) // ranks for each in range(ranks))
+        return 1.5 * exchanged_by_all(decoder, lengths, HALF) / n  # forward twice, backward once
     row = HALF * decoder.batch * decoder.width * decoder.layers
     if way == RING:
         return ranks * row * 2 * tokens * (2 * (ranks - 1) + 2 * (ranks - 1) + 1) / n
     return ranks * 12 * row * tokens * (ranks - 1) / ranks / n
-
-
-@cache
-def _sent_by_all(decoder: Decoder, ranks: int, n: int) -> int:
-    lengths = tuple((n + each) // ranks for each in range(ranks))
-    found = (sent(decoder, lengths, place, HALF) for place in range(ranks))
-    return sum(each.states + each.halos for each in found)
 
 
 # ---------------------------------------------------------------- memory

@@ -12,7 +12,7 @@ from benchmarks.scaling import page, section
 from benchmarks.scaling.constants import CONSTANTS, FAILURES, MEMORY
 from benchmarks.scaling.faults import Run, best_interval, lost
 from benchmarks.scaling.here import SMALL, Request, Taken, compiled_of, taken
-from benchmarks.scaling.sizes import Decoder, halo_tokens, rounds, sent
+from benchmarks.scaling.sizes import Decoder, exchanged_by_all, halo_tokens, rounds, sent
 from benchmarks.scaling.step import OURS, RING, ULYSSES, WAYS, bytes_per_token, largest, memory, step
 from benchmarks.settings import ROOT, Settings
 
@@ -67,6 +67,12 @@ def test_halos_of_short_pieces_come_from_several_ranks() -> None:
     given = [halo_tokens((1,) * 4, rank, 2) - asked[rank] for rank in range(4)]
     assert sum(given) == sum(asked)
     assert given == [3, 2, 1, 0]
+
+
+def test_all_together() -> None:
+    for lengths in ((7,), (50, 51), (1, 1, 1), (20, 3, 40, 1, 9), (300,) * 8):
+        each = [sent(SMALL, lengths, place, 2) for place in range(len(lengths))]
+        assert exchanged_by_all(SMALL, lengths, 2) == sum(one.states + one.halos for one in each)
 
 
 def test_without_others_nothing_is_sent() -> None:
