@@ -21,26 +21,22 @@ SIMULATED = "**Simulated.**"
 Section = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 
-INTRODUCTION = """\
-# Many ranks, on paper
-
-What [several ranks](distributed.md) of one machine do, at a size that this project has never run at: H100 nodes of
-eight, from 1 to 1,024 ranks, one sequence of 10^4 to 10^8 tokens in pieces on all of them. {model} Three numbers are
-measured, and said to be: the bytes and the time of a few processes [here](#measured-here). Made from
-[performance.json](performance.json) by `python -m benchmarks.run --section scaling` and
-`python -m benchmarks.document`; the formulas are in `benchmarks/scaling/`.
-
-Beside **ours** (attention by a polynomial, of which ranks exchange sums of features, [distributed](distributed.md)):
-
-* **ring attention** (arXiv 2310.01889): keys and values go round all ranks while each works on those that it has. It is
-  counted with causal work in equal parts (arXiv 2311.09431), which flatters it.
-* **Ulysses** (arXiv 2309.14509): all-to-all exchanges give each rank some heads of the whole sequence, and back. It
-  cannot have more ranks than heads, and is missing beyond.
-
-Both are softmax attention on FlashAttention, by the same rules as ours: every unit and every link at its peak.
-
-![{title}](scaling.svg)
-"""
+INTRODUCTION = (
+    "# Many ranks, on paper\n\n"
+    "What [several ranks](distributed.md) of one machine do, at a size that this project has never run at: H100 nodes "
+    "of eight, from 1 to 1,024 ranks, one sequence of 10^4 to 10^8 tokens in pieces on all of them. {model} What is "
+    "measured are bytes, time and memory of a few processes [here](#measured-here). Made from "
+    "[performance.json](performance.json) by `python -m benchmarks.run --section scaling` and "
+    "`python -m benchmarks.document`; the formulas are in `benchmarks/scaling/`.\n\n"
+    "Beside **ours** (attention by a polynomial, of which ranks exchange sums of features, "
+    "[distributed](distributed.md)):\n\n"
+    "* **ring attention** (arXiv 2310.01889): keys and values go round all ranks while each works on those it has. It "
+    "is counted with causal work in equal parts (arXiv 2311.09431), which flatters it.\n"
+    "* **Ulysses** (arXiv 2309.14509): all-to-all exchanges give each rank some heads of the whole sequence, and back. "
+    "It cannot have more ranks than heads, and is missing beyond.\n\n"
+    "Both are softmax attention on FlashAttention, by the same rules as ours: every unit and link at its peak.\n\n"
+    "![{title}](scaling.svg)\n"
+)
 
 
 def page(section: Section) -> str:
@@ -72,6 +68,7 @@ def figures(section: Section) -> dict[str, str]:
 
 def _losses(section: Section) -> str:
     slower, more, tighter = [], [], []
+    weights = section["decoder"]["weights"]
     for place, cells in _by_place(section).items():
         ours = cells[OURS]
         for way, other in cells.items():
@@ -88,13 +85,44 @@ def _losses(section: Section) -> str:
         f"* **time of a step**: {_told(slower, 'slower')}",
         f"* **bytes sent**: {_told(more, 'more')}",
         f"* **memory**: {_told(tighter, 'more')}",
+        f"* **higher degrees**: {_of_degrees(section['break_even'])}",
         "",
         "A state is as large as the keys and values of some hundred tokens, and is sent once for each doubling of the "
-        "ranks: where a rank has few tokens, all-to-alls of these tokens are less. Where weights decide (the shortest "
-        "sequences on many ranks), nothing that attention does matters. Higher degrees lose more, as the table of "
-        "[break-even lengths](#from-where-on-ours-is-ahead) shows.\n",
+        "ranks: where a rank has few tokens, all-to-alls of these tokens are less. On the shortest sequences weights "
+        "decide, and nothing that attention does matters: ours leads there since its keys are narrower, which leaves "
+        f"{1 - weights[OURS] / weights[RING]:.0%} fewer weights.\n",
+        "The model has all kernels at their peaks, and real ones are not. How many times slower than by the model the "
+        "attention of ours may be, with the others at their peaks, before the better of them is as fast: where that is "
+        "a small number, ours may lose on a real machine.\n",
+        _margins(section),
     ]
     return "\n".join(told)
+
+
+def _of_degrees(rows: Rows) -> str:
+    told = []
+    for degree in sorted({row["degree"] for row in rows} - {2}):
+        worst = max(
+            (row for row in rows if row["degree"] == degree), key=lambda row: row["n_time"] or float("inf")
+        )
+        below = "at any length" if worst["n_time"] is None else f"below {worst['n_time']:,} tokens"
+        told.append(f"with degree {degree} a step of ours takes longer {below} on {worst['ranks']:,} ranks")
+    return (
+        f"{'; '.join(told)}: the worst numbers of ranks, of all [from here on](#from-where-on-ours-is-ahead)."
+    )
+
+
+def _margins(section: Section) -> str:
+    places, rows = _by_place(section), []
+    for ranks in SHOWN_RANKS:
+        row = [f"{ranks:,}"]
+        for n in SHOWN_LENGTHS:
+            cells = places[ranks, n]
+            ours, best = cells[OURS], min(cell["seconds"] for way, cell in cells.items() if way != OURS)
+            margin = 1 + (best - ours["seconds"]) / ours["attention"]
+            row.append(f"{margin:,.0f}" if margin >= 10 else f"{margin:.1f}")
+        rows.append(row)
+    return table(["ranks", *(f"{n:,}" for n in SHOWN_LENGTHS)], rows, left=0)
 
 
 def _told(found: Sequence[tuple[int, int, str, float]], how: str) -> str:
@@ -239,16 +267,25 @@ def _here(here: Mapping[str, Any]) -> str:
         f"{decoder['near']}, float32, on 1, 2 and 4 processes of this machine with weights in parts on all of them, "
         f"without making blocks again; medians of {here['steps']} steps, the slowest process. Bytes are what the "
         "collectives of all processes send in a step: `model` is the formulas of `benchmarks/scaling/sizes.py`, "
-        "`counted` adds up the tensors that they were given. They agree **exactly**, which a test asserts, and what "
-        "attention sends does not depend on the length.\n\n"
+        "`counted` adds up the tensors that they were given. They agree **exactly**, which a test asserts, and at "
+        "these lengths attention sends the same, at any of them.\n\n"
         f"{table(heading, rows, left=0)}\n"
         "Time by the model: what one process takes (fitted: "
         f"{1e3 * here['fixed_s']:.0f} ms and {1e6 * here['token_s']:.0f} µs a token), divided by the processes that "
         f"have a core of their own, and the bytes at {_size(here['bandwidth'])}/s, as measured between two processes. "
-        "Other work was done on the same two cores, so only the shape means something: time in proportion to the "
-        "length, and no gain from more processes than cores. Processes wait for each other more than the bytes take: "
-        "on shared cores the slowest one sets the pace.\n"
+        "Other work was done on the same two cores, several times as much as they can do, so that times are longer and "
+        f"only their shape means something. From the shortest to the longest sequence they grow: {_growth(here)}. "
+        "Processes wait for each other far more than the bytes take: on shared cores the slowest one sets the pace.\n"
     )
+
+
+def _growth(here: Mapping[str, Any]) -> str:
+    told = []
+    for ranks in sorted({row["ranks"] for row in here["rows"]}):
+        rows = sorted((row for row in here["rows"] if row["ranks"] == ranks), key=lambda row: int(row["n"]))
+        measured, modelled = (rows[-1][key] / rows[0][key] for key in ("measured_s", "modelled_s"))
+        told.append(f"{measured:.1f} times ({modelled:.1f} by the model) with {ranks}")
+    return ", ".join(told)
 
 
 def _memory(rows: Rows) -> str:
@@ -288,6 +325,7 @@ def _faults(section: Section) -> str:
         for row in section["faults"]
         if row["ranks"] in (8, 64, 256, 1024)
     ]
+    most = max(section["faults"], key=lambda row: row["ranks"])
     heading = [
         *(
             "weights",
@@ -313,12 +351,12 @@ def _faults(section: Section) -> str:
         "The simulation agrees with Daly's expectation, which a test asserts.\n"
         "* `written behind`: training stops for the copy alone, and what is being written is not there yet when a rank "
         "fails, as with `torch.distributed.checkpoint.async_save`, which `fastgrad train` uses. The formulas know "
-        "nothing of the writing: they give an interval shorter than it where copies are quick, and no checkpoint can "
-        "begin before the last one is written.\n"
+        "nothing of the writing, which is short beside the interval here, so that Young's is still near the best.\n"
         "* `in groups`: the same mean time between failures by Weibull's distribution of shape 0.7 (Schroeder and "
         "Gibson 2006 found 0.7 to 0.8), with a best interval of its own.\n"
-        "* The optimum is flat: twice or half the best interval loses a quarter more of what it loses. At these rates "
-        "beginning again costs more than the checkpoints, so a shorter restart saves more than a better interval.\n"
+        "* The optimum is flat: of what checkpoints and work done twice cost, twice or half the best interval costs a "
+        f"quarter more. Beginning again costs {100 * most['restart'] / most['between']:.2f} % on {most['ranks']:,} "
+        "ranks, whatever the interval: where checkpoints are written behind, that is most of what is lost.\n"
     )
 
 
@@ -363,8 +401,9 @@ def _figure(section: Section) -> str:
         for way in WAYS
         if any(cell["way"] == way and cell["ranks"] == count for cell in cells)
     ]
+    megabytes = [{**cell, "megabytes": cell["bytes_per_token"] / 1e6} for cell in cells]
     sent = [
-        Series(way, _pairs(cells, "ranks", "bytes_per_token", way=way, n=10**6), COLOURS[way], True, True)
+        Series(way, _pairs(megabytes, "ranks", "megabytes", way=way, n=10**6), COLOURS[way], True, True)
         for way in WAYS
     ]
     longest = [
@@ -373,9 +412,7 @@ def _figure(section: Section) -> str:
     ]
     panels = [
         Panel("time of a step (model)", "tokens of the sequence", "seconds (lower is better)", tuple(steps)),
-        Panel(
-            "sent at 1,000,000 tokens (model)", "ranks", "bytes for a token (lower is better)", tuple(sent)
-        ),
+        Panel("sent at 1,000,000 tokens (model)", "ranks", "MB for a token (lower is better)", tuple(sent)),
         Panel("longest sequence in a minute (model)", "ranks", "tokens (higher is better)", tuple(longest)),
     ]
     told = "; ".join(

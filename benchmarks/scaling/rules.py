@@ -8,7 +8,7 @@ _RULES = (
     ("a message", "latency + bytes / bandwidth", "Hockney 1994"),
     (
         "between two ranks",
-        "NVLink where all ranks are in one node; otherwise the network, which some of them need",
+        "NVLink where all ranks are in one node; otherwise the network, which some of them need, by one link each",
         "-",
     ),
     (
@@ -68,18 +68,17 @@ _RULES = (
         "`benchmarks/scaling/step.py`",
     ),
 )
-_HEAD = """\
-## The rules
-
-One sequence, P ranks, t = n / P tokens on each, N weights in parts on all ranks; bfloat16, sums of features in float64;
-each block is made again in the backward pass. In this table d is the width of the model.
-"""
-_LEFT_OUT = """\
-Left out are logits and their memory, the optimiser's step, launches, and all that keeps real kernels and networks from
-their peaks: FlashAttention reaches half to three quarters of it by its papers. A step here is a lower limit for all
-three alike. And a polynomial computes **another function** than softmax: what that costs in quality is a matter of
-[quality](quality.md), not of this page.
-"""
+_HEAD = (
+    "## The rules\n\n"
+    "One sequence, P ranks, t = n / P tokens on each, N weights in parts on all ranks; bfloat16, sums of features in "
+    "float64; each block is made again in the backward pass. In this table d is the width of the model.\n"
+)
+_LEFT_OUT = (
+    "Left out are logits and their memory, the optimiser's step, launches, and all that keeps real kernels and "
+    "networks from their peaks: FlashAttention reaches half to three quarters of it by its papers. A step here is a lower "
+    "limit for all three alike. And a polynomial computes **another function** than softmax: what that costs in quality is a "
+    "matter of [quality](quality.md), not of this page.\n"
+)
 
 
 def rules() -> str:

@@ -110,7 +110,7 @@ def exchanged_by_all(decoder: Decoder, lengths: tuple[int, ...], itemsize: int) 
     ]
     near = decoder.heads * (2 * decoder.d + decoder.dv)
     halos = itemsize * decoder.batch * decoder.layers * (near * asked[0] + decoder.width * asked[1])
-    sums = 2 * sum(len(lengths) - 2**k for k in range(rounds(len(lengths))))
+    sums = 2 * sum(len(lengths) - (1 << k) for k in range(rounds(len(lengths))))
     return halos + decoder.layers * decoder.state_bytes * sums
 
 
@@ -121,7 +121,7 @@ def _start(first: int, width: int, blocks: bool) -> int:
 
 def _rounds(place: int, ranks: int, way: int) -> int:
     """Sums that a rank sends by recursive doubling: forward to later ranks, backward (-1) to earlier ones."""
-    return sum(0 <= place + way * 2**k < ranks for k in range(rounds(ranks)))
+    return sum(0 <= place + way * (1 << k) < ranks for k in range(rounds(ranks)))
 
 
 def rounds(ranks: int) -> int:

@@ -212,11 +212,15 @@ def test_the_section_and_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(page.figures(found)) == {page.FIGURE, page.FAULTS}
 
 
-def test_what_ours_loses_is_told() -> None:
+def test_what_ours_loses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss in the numbers is a loss on the page."""
     ours = {"way": OURS, "ranks": 8, "n": 10**4, "seconds": 2.0, "bytes_per_token": 3.0, "memory": 1.0}
     other = {**ours, "way": RING, "seconds": 1.0, "bytes_per_token": 1.0, "memory": 2.0}
-    told = page._losses({"cells": [ours, other]})
+    degrees = [{"degree": 3, "ranks": ranks, "n_time": n} for ranks, n in ((8, 64), (16, 128), (32, 1))]
+    monkeypatch.setattr(page, "_margins", lambda section: "")
+    decoder = {"weights": {OURS: 9, RING: 10}}
+    told = page._losses({"cells": [ours, other], "decoder": decoder, "break_even": degrees})
+    assert "with degree 3 a step of ours takes longer below 128 tokens on 16 ranks" in told
     assert (
         "ours loses 1: 10,000 tokens on 8 ranks against ring attention. The worst is 2 times slower" in told
     )
