@@ -75,9 +75,9 @@ _HEAD = (
 )
 _LEFT_OUT = (
     "Left out are logits and their memory, the optimiser's step, launches, and all that keeps real kernels and "
-    "networks from their peaks: FlashAttention reaches half to three quarters of it by its papers. A step here is a lower "
-    "limit for all three alike. And a polynomial computes **another function** than softmax: what that costs in quality is a "
-    "matter of [quality](quality.md), not of this page.\n"
+    "networks from their peaks: FlashAttention reaches half to three quarters of it by its papers. A step here is a "
+    "lower limit for all three alike. And a polynomial computes **another function** than softmax: what that costs in "
+    "quality is a matter of [quality](quality.md), not of this page.\n"
 )
 
 
