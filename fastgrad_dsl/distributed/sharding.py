@@ -67,7 +67,9 @@ def _made_again(run: Callable[..., Any]) -> Callable[..., Any]:
             with _laid_out_as(pieces, layout):
                 return run(*given)
 
-        with set_checkpoint_early_stop(False):  # all ranks make all exchanges again, whatever each of them needs
+        with set_checkpoint_early_stop(
+            False
+        ):  # all ranks make all exchanges again, whatever each of them needs
             return checkpoint(again, *given, use_reentrant=False)
 
     return kept

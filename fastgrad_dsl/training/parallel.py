@@ -42,7 +42,9 @@ class Parallel:
         mesh = self._mesh()
         if self.recompute and mesh.count == 1:
             message = "--recompute is for several processes"
-            raise TfgError.of("FG416", message, "in one, `memory` in the file's budget says what is made again")
+            raise TfgError.of(
+                "FG416", message, "in one, `memory` in the file's budget says what is made again"
+            )
         return mesh
 
     def _mesh(self) -> Mesh:

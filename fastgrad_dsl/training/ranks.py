@@ -80,7 +80,7 @@ class Ranks:
     # ------------------------------------------------------------ whose is what
 
     def sharded(self, model: nn.Module, *, recompute: bool = False) -> nn.Module:
-        """The model with its weights in parts, in place; as it is in a single process. `recompute`: as `shard_model`."""
+        """The model with its weights in parts, in place; as it is in one process. `recompute`: as `shard_model`."""
         return model if self.meshes is None else shard_model(model, self.meshes[0], recompute=recompute)
 
     def context(self) -> AbstractContextManager[None]:
@@ -221,7 +221,9 @@ class Ranks:
             return Diagnostic("FG504", message)
         who = ", ".join(self._named(each) for each in missing)
         if waited:
-            message = f"no answer within {self.timeout:g} seconds from {who}: it hangs, or the network to it is cut"
+            message = (
+                f"no answer within {self.timeout:g} seconds from {who}: it hangs, or the network to it is cut"
+            )
             help_: tuple[str, ...] = ("give a longer --timeout where a step takes that long",)
         else:
             message, help_ = f"lost {who}", tuple[str, ...]()
