@@ -28,6 +28,12 @@ MATRIX = Constant(
     "data sheet H100 SXM: 1,979 Tflop/s with sparsity, half",
 )
 VECTOR = Constant("vector units", GPU.vector, "flop/s", "data sheet H100 SXM")
+DOUBLE = Constant(
+    "matrix products in float64, products in float32",
+    GPU.vector,
+    "flop/s",
+    "data sheet H100 SXM: 67 Tflop/s, both",
+)
 BANDWIDTH = Constant("GPU memory, bandwidth", GPU.bandwidth, "byte/s", "data sheet H100 SXM")
 MEMORY = Constant("GPU memory", 80e9, "byte", "data sheet H100 SXM")
 NODE = Constant("GPUs of a node", 8, "", "data sheet DGX H100")
@@ -58,6 +64,6 @@ STORAGE = Constant(
 RESTART = Constant("from a failure to training again", 300.0, "s", "assumed: nothing is published")
 
 CONSTANTS = (
-    *(MATRIX, VECTOR, BANDWIDTH, MEMORY, NODE, NVLINK, NETWORK, NVLINK_LATENCY, NETWORK_LATENCY),
+    *(MATRIX, VECTOR, DOUBLE, BANDWIDTH, MEMORY, NODE, NVLINK, NETWORK, NVLINK_LATENCY, NETWORK_LATENCY),
     *(HOST_LINK, FAILURES, STORAGE, RESTART),
 )

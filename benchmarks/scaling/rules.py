@@ -29,19 +29,24 @@ _RULES = (
     ),
     (
         "attention, ours",
-        "the kernels of [performance](performance.md#the-triton-kernels-on-paper) on t tokens; own sums, and reading "
-        "those of earlier ranks, 2 R dv + E flops a token and head each",
+        "the kernels of [performance](performance.md#the-triton-kernels-on-paper) on t tokens",
         "`runtime/triton_schedule.py`",
     ),
     (
-        "its sums",
-        "ceil(log2 P) messages of 8 H r (dv + 1) bytes, one after another, forward twice and backward once; nothing "
-        "overlaps them",
+        "its own sums, and reading those of earlier ranks",
+        "PyTorch's operations: r features a token and head, written and read in float32 for the sums and in float64 "
+        "for reading, and 2 r (dv + 1) flops; max(memory, flops), backward twice that",
+        "`runtime/piece_attention.py`",
+    ),
+    (
+        "what it sends of them",
+        "ceil(log2 P) messages of 8 H (r (dv + 1) + 1) bytes, one after another, forward twice and backward once; "
+        "nothing overlaps them",
         "Hillis and Steele 1986; `distributed/exchange.py`",
     ),
     (
         "its halo",
-        "w tokens of k, rotary k and v, and 3 of the convolution, to the next rank; nothing overlaps it",
+        "w tokens of k, rotary k, v and gates, and 3 of the convolution, to the next rank; nothing overlaps it",
         "`distributed/exchange.py`",
     ),
     (

@@ -38,14 +38,19 @@ class Decoder:
 
     @property
     def state_bytes(self) -> int:
-        """Of the sums of one attention: r (dv + 1) numbers for each head of each sequence."""
-        return self.batch * self.heads * rank(self.d, self.degree) * (self.dv + 1) * SUM_BYTES
+        """Of the sums of one attention: for each head of each sequence r (dv + 1), and what its gates leave."""
+        return self.batch * self.heads * (rank(self.d, self.degree) * (self.dv + 1) + 1) * SUM_BYTES
+
+    @property
+    def near_numbers(self) -> int:
+        """What a token of a near field has for others: k, its rotary form, v and a gate, of each head."""
+        return self.heads * (2 * self.d + self.dv + 1)
 
     def layer_weights(self, *, softmax: bool) -> int:
         """Weights of a layer: of its mixer or softmax attention, of swiglu and of two norms."""
         keys = self.heads * (self.dv if softmax else self.d)
-        convolution = 0 if softmax else self.convolution
-        return self.width * (2 * keys + 2 * self.width + convolution + 3 * self.hidden + 2)
+        own = 0 if softmax else self.width * (self.convolution + self.heads) + self.heads  # with gates
+        return self.width * (2 * keys + 2 * self.width + 3 * self.hidden + 2) + own
 
     def weights(self, *, softmax: bool) -> int:
         """All of them."""
@@ -86,9 +91,8 @@ def sent(decoder: Decoder, lengths: tuple[int, ...], place: int, itemsize: int =
         return Sent(0, 0, 0, 0)
     ranks = len(lengths)
     states = decoder.layers * decoder.state_bytes * (_rounds(place, ranks, 1) + _rounds(place, ranks, -1))
-    near = decoder.heads * (2 * decoder.d + decoder.dv)  # k, its rotary form, and v
     halos = itemsize * decoder.batch * decoder.layers * (
-        near * halo_tokens(lengths, place, decoder.near)
+        decoder.near_numbers * halo_tokens(lengths, place, decoder.near)
         + decoder.width * halo_tokens(lengths, place, decoder.convolution - 1, blocks=False)
     )  # fmt: skip
     layers, root = decoder.layers * decoder.layer_weights(softmax=False), decoder.root_weights
@@ -108,8 +112,12 @@ def exchanged_by_all(decoder: Decoder, lengths: tuple[int, ...], itemsize: int) 
         2 * sum(first - _start(first, width, blocks) for first in accumulate(lengths[:-1], initial=0))
         for width, blocks in ((decoder.near, True), (decoder.convolution - 1, False))
     ]
-    near = decoder.heads * (2 * decoder.d + decoder.dv)
-    halos = itemsize * decoder.batch * decoder.layers * (near * asked[0] + decoder.width * asked[1])
+    halos = (
+        itemsize
+        * decoder.batch
+        * decoder.layers
+        * (decoder.near_numbers * asked[0] + decoder.width * asked[1])
+    )
     sums = 2 * sum(len(lengths) - (1 << k) for k in range(rounds(len(lengths))))
     return halos + decoder.layers * decoder.state_bytes * sums
 

@@ -17,10 +17,12 @@ limits for all three alike. Sources of the formulas:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from benchmarks.scaling.constants import (
+    BANDWIDTH,
+    DOUBLE,
     GPU,
     MATRIX,
     MEMORY,
@@ -32,13 +34,14 @@ from benchmarks.scaling.constants import (
 )
 from benchmarks.scaling.sizes import Decoder, exchanged_by_all, rounds
 from fastgrad_compiler.planning.roofline import best, flash_time, shape_of
+from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.runtime.triton_schedule import Shape
 
 OURS, RING, ULYSSES = "ours", "ring attention", "Ulysses"
 WAYS = (OURS, RING, ULYSSES)
-HALF, SINGLE = 2, 4  # bytes of a number
+HALF, SINGLE, DOUBLE_BYTES = 2, 4, 8  # bytes of a number
 KEPT_WEIGHTS = 16  # bytes of a weight: itself, its gradient and two moments, in float32
-MESSAGES = 4  # of halos: k, its rotary form, v, and the convolution's
+MESSAGES = 5  # of halos: k, its rotary form, v, a gate, and the convolution's
 # numbers of a token that a block keeps for its backward pass, over the width: norms, residual, convolution, attention's
 # result and its gradient, and four of the hidden width; q, k and v beside
 BLOCK_WIDTHS, BLOCK_HIDDEN = 6, 4
@@ -138,15 +141,23 @@ def _ours(decoder: Decoder, ranks: int, tokens: int) -> _Passes:
         heads=decoder.heads * decoder.batch, n=tokens, d=decoder.d, dv=decoder.dv, degree=decoder.degree,
         near=decoder.near, near_d=decoder.d,
     )  # fmt: skip
-    kernel = best(GPU, shape)
-    joined = shape.heads * tokens * (shape.main + shape.selections) / MATRIX.value if ranks > 1 else 0.0
+    kernel = best(GPU, replace(shape, forget=True))
+    summed, read = (
+        _joined(decoder, tokens, itemsize) if ranks > 1 else 0.0 for itemsize in (SINGLE, DOUBLE_BYTES)
+    )
     scan = sum(message(ranks, decoder.state_bytes, 2**k) for k in range(rounds(ranks)))
-    halo = decoder.near * decoder.heads * (2 * decoder.d + decoder.dv) + decoder.convolution * decoder.width
+    halo = decoder.near * decoder.near_numbers + (decoder.convolution - 1) * decoder.width
     size = HALF * decoder.batch * halo
     halos = message(ranks, size) + (MESSAGES - 1) * message(ranks, 0)
-    forward = kernel.forward + 2 * joined  # the own sums, and what is read of those before
-    backward = kernel.total + 6 * joined
+    forward = kernel.forward + summed + read
+    backward = kernel.total + 3 * (summed + read)
     return _Passes(forward, backward, scan + halos, 2 * (scan + halos))
+
+
+def _joined(decoder: Decoder, tokens: int, itemsize: int) -> float:
+    """The own sums, or reading those of earlier ranks: no kernels yet, but features in memory and a product of them."""
+    features = decoder.heads * decoder.batch * tokens * rank(decoder.d, decoder.degree)
+    return max(2 * features * (decoder.dv + 1) / DOUBLE.value, 2 * features * itemsize / BANDWIDTH.value)
 
 
 def _ring(decoder: Decoder, ranks: int, tokens: int) -> _Passes:
