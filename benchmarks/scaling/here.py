@@ -28,15 +28,15 @@ from fastgrad_dsl.distributed import context_parallel, shard_model, shard_sequen
 from fastgrad_dsl.distributed.traffic import Traffic, counted
 
 SMALL = Decoder(layers=2, width=64, heads=4, hidden=256, vocab=256, near=16)
-PINGED = 1 << 22  # bytes
+PINGED, PINGS = 1 << 22, 21  # bytes, and how often
 
 
 @dataclass(frozen=True)
 class Taken:
     """Of one process: tokens of the sequence; seconds of a step, and the share of them in collectives; what it sent.
 
-    by: bytes by the name of the collective. base: bytes of the process when the model is there; peak: by how many the
-    first step raises that, None where it is not known.
+    by: bytes by the name of the collective, of which there are so many calls. base: bytes of the process when the model
+    is there; peak: by how many the first step raises that, None where it is not known.
     """
 
     rank: int
@@ -44,6 +44,7 @@ class Taken:
     seconds: float
     waiting: float
     by: dict[str, float]
+    calls: int
     base: int
     peak: int | None
 
@@ -73,8 +74,16 @@ def compiled_of(decoder: Decoder) -> Compiled:
     return fg.compile(ROOT / "examples" / "gpt.tfg", params=params, target="torch", validate=False)
 
 
-def taken(ranks: int, request: Request) -> tuple[list[Taken], float]:
-    """What each of so many processes took and sent at each length, and the bytes a second from one to another."""
+@dataclass(frozen=True)
+class Wire:
+    """From one process to another: seconds of a collective that sends next to nothing, and bytes a second."""
+
+    latency: float = 0.0
+    bandwidth: float = float("inf")
+
+
+def taken(ranks: int, request: Request) -> tuple[list[Taken], Wire]:
+    """What each of so many processes took and sent at each length, and what is between them."""
     with tempfile.TemporaryDirectory() as folder:
         begin: Any = torch.multiprocessing.spawn  # type: ignore[attr-defined]  # exported without saying so
         begin(_begin, (ranks, request, folder), nprocs=ranks)
@@ -90,7 +99,7 @@ def _begin(rank: int, ranks: int, request: Request, folder: str) -> None:
     compiled = compiled_of(request.decoder)
     model = shard_model(compiled.module(seed=0), mesh)
     found = [_steps(compiled, model, mesh, n, request, rank) for n in request.lengths]
-    torch.save((found, _bandwidth(rank, ranks)), Path(folder) / f"{rank}.pt")
+    torch.save((found, _wire(rank, ranks)), Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -117,25 +126,31 @@ def _steps(compiled: Compiled, model: nn.Module, mesh: Any, n: int, request: Req
     steps = found[1:] or found
     seconds = median(each for each, _ in steps)
     waiting = median(traffic.seconds / each for each, traffic in steps)
-    return Taken(rank, n, seconds, waiting, steps[-1][1].bytes, base, peak)
+    return Taken(rank, n, seconds, waiting, steps[-1][1].bytes, steps[-1][1].calls, base, peak)
 
 
-def _bandwidth(rank: int, ranks: int) -> float:
-    """Bytes a second from the first process to the second; infinity where there is only one."""
+def _wire(rank: int, ranks: int) -> Wire:
+    """Measured between the first process and the second, while the others take part; nothing where there is one."""
     if ranks == 1:
-        return float("inf")
-    sizes = [0] * ranks
-    sent, given = list(sizes), list(sizes)
+        return Wire()
+    short, long = (_sending(rank, ranks, size) for size in (1, PINGED))
+    return Wire(short / 2, PINGED / max(long - short, 1e-9))
+
+
+def _sending(rank: int, ranks: int, size: int) -> float:
+    """The median of the seconds of two collectives: one that sends so many bytes, and one that says they are there."""
+    sent, given = [0] * ranks, [0] * ranks
     if rank == 0:
-        sent[1] = PINGED
+        sent[1] = size
     if rank == 1:
-        given[0] = PINGED
+        given[0] = size
     x, out = torch.zeros(sum(sent), dtype=torch.uint8), torch.zeros(sum(given), dtype=torch.uint8)
+    nothing = torch.zeros(1)
     times = []
-    for _ in range(5):
-        dist.barrier()
+    for _ in range(PINGS):
+        dist.all_reduce(nothing)
         started = time.perf_counter()
         dist.all_to_all_single(out, x, given, sent)
-        dist.barrier()
+        dist.all_reduce(nothing)
         times.append(time.perf_counter() - started)
-    return PINGED / median(times)
+    return median(times)

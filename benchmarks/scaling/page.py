@@ -131,10 +131,8 @@ def _told(found: Sequence[tuple[int, int, str, float]], how: str) -> str:
     worst = max(found, key=lambda each: each[-1])
     places = "; ".join(f"{n:,} tokens on {ranks:,} ranks against {way}" for ranks, n, way, _ in found[:8])
     rest = f"; and {len(found) - 8} more" if len(found) > 8 else ""
-    return (
-        f"ours loses {len(found)}: {places}{rest}. The worst is {worst[-1]:.2g} times {how}, at {worst[1]:,} tokens on "
-        f"{worst[0]:,} ranks."
-    )
+    by = f"{worst[-1] - 1:.1%} {how}"
+    return f"ours loses {len(found)}: {places}{rest}. The worst is {by}, at {worst[1]:,} tokens on {worst[0]:,} ranks."
 
 
 def _by_place(section: Section) -> dict[tuple[int, int], dict[str, Mapping[str, Any]]]:
@@ -251,14 +249,27 @@ def _here(here: Mapping[str, Any]) -> str:
             f"{row['modelled_bytes']:,.0f}",
             f"{row['counted_bytes']:,.0f}",
             f"{row['exchanged_bytes']:,}",
+            f"{row['calls']}",
             f"{row['modelled_s']:.3f}",
             f"{row['measured_s']:.3f}",
             f"{row['waiting']:.0%}" if row["ranks"] > 1 else "-",
         ]
         for row in here["rows"]
     ]
+    wires = ", ".join(
+        f"{each['ranks']} processes {1e3 * each['latency']:.1f} ms each and {_size(each['bandwidth'])}/s"
+        for each in here["wires"]
+    )
     heading = [
-        *("processes", "tokens", "bytes, model", "bytes, counted", "of it states and halos", "s, model"),
+        *(
+            "processes",
+            "tokens",
+            "bytes, model",
+            "bytes, counted",
+            "of it states and halos",
+            "collectives of each",
+            "s, model",
+        ),
         *("s, measured", "in communication"),
     ]
     return (
@@ -272,10 +283,10 @@ def _here(here: Mapping[str, Any]) -> str:
         f"{table(heading, rows, left=0)}\n"
         "Time by the model: what one process takes (fitted: "
         f"{1e3 * here['fixed_s']:.0f} ms and {1e6 * here['token_s']:.0f} µs a token), divided by the processes that "
-        f"have a core of their own, and the bytes at {_size(here['bandwidth'])}/s, as measured between two processes. "
-        "Other work was done on the same two cores, several times as much as they can do, so that times are longer and "
-        f"only their shape means something. From the shortest to the longest sequence they grow: {_growth(here)}. "
-        "Processes wait for each other far more than the bytes take: on shared cores the slowest one sets the pace.\n"
+        f"have a core of their own; and the collectives of a step with what is measured between processes: {wires}. "
+        "Other work was done on the same two cores, several times as much as they can do: times are longer, and only "
+        f"their shape means something. From the shortest to the longest sequence they grow: {_growth(here)}. Most of "
+        "the time in communication is waiting for the slowest process.\n"
     )
 
 

@@ -162,15 +162,14 @@ def _memory(n: int) -> Iterator[dict[str, object]]:
 def _here(request: Request, ranks: Sequence[int]) -> dict[str, object]:
     """Bytes by the model and as counted, of all ranks together; seconds by the model and as measured.
 
-    The model of this machine: seconds = fixed + tokens / (pace x processes that run at once) + bytes / bandwidth, where
-    fixed and pace are fitted to one process, and the bandwidth is that of two.
+    The model of this machine: seconds = fixed + pace x tokens / processes that run at once + calls x latency + bytes /
+    bandwidth. The first two are fitted to one process, the last two measured between as many as there are.
     """
     found = {count: taken(count, request) for count in ranks}
     one = {each.n: each.seconds for each in found[1][0]}
     slope, fixed = linear_regression(list(one), list(one.values()))
-    bandwidth = min(found[count][1] for count in ranks)
     rows = []
-    for count, (steps, _) in found.items():
+    for count, (steps, wire) in found.items():
         for n in request.lengths:
             own = [each for each in steps if each.n == n]
             lengths = tuple(n // count + (rank < n % count) for rank in range(count))
@@ -183,7 +182,11 @@ def _here(request: Request, ranks: Sequence[int]) -> dict[str, object]:
                     "modelled_bytes": sum(each.total for each in modelled),
                     "counted_bytes": sum(sum(each.by.values()) for each in own),
                     "exchanged_bytes": sum(each.states + each.halos for each in modelled),
-                    "modelled_s": fixed + slope * n / min(count, os.cpu_count() or 1) + most / bandwidth,
+                    "modelled_s": fixed
+                    + slope * n / min(count, os.cpu_count() or 1)
+                    + own[0].calls * wire.latency
+                    + most / wire.bandwidth,
+                    "calls": own[0].calls,
                     "measured_s": max(each.seconds for each in own),
                     "waiting": sum(each.waiting for each in own) / count,
                 }
@@ -193,6 +196,6 @@ def _here(request: Request, ranks: Sequence[int]) -> dict[str, object]:
         "steps": request.steps,
         "fixed_s": fixed,
         "token_s": slope,
-        "bandwidth": bandwidth,
+        "wires": [{"ranks": count, **asdict(wire)} for count, (_, wire) in found.items() if count > 1],
         "rows": rows,
     }

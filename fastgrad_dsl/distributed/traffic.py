@@ -21,9 +21,10 @@ from torch.distributed import _functional_collectives as functional
 
 @dataclass
 class Traffic:
-    """Of one process: seconds in collectives; bytes that it sends to others at least, by the name of the collective."""
+    """Of one process: collectives, and seconds in them; bytes that it sends to others at least, by their names."""
 
     seconds: float = 0.0
+    calls: int = 0
     bytes: dict[str, float] = field(default_factory=dict)
 
 
@@ -71,8 +72,10 @@ def counted() -> Iterator[Traffic]:
                 return inner(*given, **named)
             if name in _SENT:
                 tensors = [*given, *(named[each] for each in _TENSORS if each in named)]
-                sent = _SENT[name](tensors, dist.get_world_size(named.get("group")))
+                groups = (each for each in (*given, *named.values()) if isinstance(each, dist.ProcessGroup))
+                sent = _SENT[name](tensors, dist.get_world_size(next(groups, None)))
                 traffic.bytes[name] = traffic.bytes.get(name, 0.0) + sent
+                traffic.calls += 1
             inside, started = True, time.perf_counter()
             try:
                 return inner(*given, **named)

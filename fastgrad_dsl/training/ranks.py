@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -189,9 +190,13 @@ class Ranks:
                     known = isinstance(error, TfgError | OSError | MemoryError)
                     self.store.set(f"left/{self.rank}", str(2 if known else 1))
                 raise
+            leaving = threading.Timer(2 * GRACE, os._exit, [LOST])  # the store may be out of reach, too
+            leaving.daemon = True
+            leaving.start()
             status = self._lost(str(error))
             sys.stderr.flush()
             if status is not None:
+                leaving.cancel()
                 raise SystemExit(status) from None
             os._exit(LOST)  # threads that wait for the lost process would keep this one
 

@@ -58,10 +58,19 @@ def begin(place: Path, hosts: tuple[Host, Host], out: str, *more: str) -> list[s
 
 
 def end(begun: list[subprocess.Popen[str]]) -> None:
+    """Agents, and the processes that they started, each of which is in a group of its own."""
     for each in begun:
+        for worker in workers_of(each):
+            os.kill(worker, signal.SIGKILL)
         if each.poll() is None:
             os.killpg(each.pid, signal.SIGKILL)
         each.wait()
+
+
+def workers_of(agent: subprocess.Popen[str]) -> list[int]:
+    """`ip netns exec` becomes the agent, and so its children are the ranks."""
+    found = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+    return [int(each) for each in found.read_text().split()] if found.exists() else []
 
 
 @pytest.mark.parametrize(("latency", "loss"), [(0.005, 0.0), (0.005, 0.02)])
@@ -87,17 +96,24 @@ def test_a_cut_link_is_told(place: Path) -> None:
         begun = begin(place, (one, other), "cut", "--steps", "100000", "--timeout", str(TIMEOUT))
         try:
             wait_for(lambda: len(losses(place / "cut")) >= 3, begun, 400)
+            (worker,) = workers_of(begun[1])
             link.cut = True
             cut = time.monotonic()
             said = place / "cut-0.txt"
             wait_for(lambda: "error[FG504]" in said.read_text(), [], 60)
             took = time.monotonic() - cut
+            wait_for(lambda: not is_running(worker), [], 60)  # nor does the one that is cut off hang
         finally:
             end(begun)
     assert f"no answer within {TIMEOUT} seconds from rank 1 (process " in said.read_text()
     assert (
         took < 2 * TIMEOUT + 10
     )  # a rank may be in an exchange that began before; then those left have 5 seconds
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def wait_for(condition: object, begun: list[subprocess.Popen[str]], seconds: float) -> None:
