@@ -256,9 +256,10 @@ def _here(here: Mapping[str, Any]) -> str:
         ]
         for row in here["rows"]
     ]
-    wires = ", ".join(
-        f"{each['ranks']} processes {1e3 * each['latency']:.1f} ms each and {_size(each['bandwidth'])}/s"
-        for each in here["wires"]
+    latencies = " and ".join(
+        f"{1e3 * each['latency']:.1f} ms each with {each['ranks']}"
+        for each in here["latencies"]
+        if each["ranks"] > 1
     )
     heading = [
         *(
@@ -283,7 +284,8 @@ def _here(here: Mapping[str, Any]) -> str:
         f"{table(heading, rows, left=0)}\n"
         "Time by the model: what one process takes (fitted: "
         f"{1e3 * here['fixed_s']:.0f} ms and {1e6 * here['token_s']:.0f} µs a token), divided by the processes that "
-        f"have a core of their own; and the collectives of a step with what is measured between processes: {wires}. "
+        f"have a core of their own; the collectives of a step, {latencies}; and the bytes at "
+        f"{_size(here['bandwidth'])}/s, both measured. "
         "Other work was done on the same two cores, several times as much as they can do: times are longer, and only "
         f"their shape means something. From the shortest to the longest sequence they grow: {_growth(here)}. Most of "
         "the time in communication is waiting for the slowest process.\n"

@@ -163,11 +163,12 @@ def _here(request: Request, ranks: Sequence[int]) -> dict[str, object]:
     """Bytes by the model and as counted, of all ranks together; seconds by the model and as measured.
 
     The model of this machine: seconds = fixed + pace x tokens / processes that run at once + calls x latency + bytes /
-    bandwidth. The first two are fitted to one process, the last two measured between as many as there are.
+    bandwidth. The first two are fitted to one process, the others measured: between as many as there are, and two.
     """
     found = {count: taken(count, request) for count in ranks}
     one = {each.n: each.seconds for each in found[1][0]}
     slope, fixed = linear_regression(list(one), list(one.values()))
+    bandwidth = found[2][1].bandwidth  # more processes than cores hide it
     rows = []
     for count, (steps, wire) in found.items():
         for n in request.lengths:
@@ -185,7 +186,7 @@ def _here(request: Request, ranks: Sequence[int]) -> dict[str, object]:
                     "modelled_s": fixed
                     + slope * n / min(count, os.cpu_count() or 1)
                     + own[0].calls * wire.latency
-                    + most / wire.bandwidth,
+                    + most / bandwidth,
                     "calls": own[0].calls,
                     "measured_s": max(each.seconds for each in own),
                     "waiting": sum(each.waiting for each in own) / count,
@@ -196,6 +197,7 @@ def _here(request: Request, ranks: Sequence[int]) -> dict[str, object]:
         "steps": request.steps,
         "fixed_s": fixed,
         "token_s": slope,
-        "wires": [{"ranks": count, **asdict(wire)} for count, (_, wire) in found.items() if count > 1],
+        "bandwidth": bandwidth,
+        "latencies": [{"ranks": count, "latency": wire.latency} for count, (_, wire) in found.items()],
         "rows": rows,
     }
