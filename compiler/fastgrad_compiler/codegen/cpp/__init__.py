@@ -64,6 +64,9 @@ INCLUDES = """\
 #include <type_traits>
 
 #include <omp.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
