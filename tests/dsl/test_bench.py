@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgrad_compiler.approximation.kernel_tiles import token_chunks
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_dsl.bench import memory, peak
 from fastgrad_dsl.bench.cells import Cell, extrapolated
 from fastgrad_dsl.bench.contenders import Contender, exact, make_inputs
@@ -175,6 +177,13 @@ def test_flops_are_those_of_the_mathematics() -> None:
     document = Cell(contender, n, timing).document(1e9)
     assert document["peak_share_forward"] == pytest.approx(work.forward / 2e9)
     assert document["peak_share_total"] == pytest.approx(work.total / 5e9)
+
+
+@pytest.mark.parametrize(("degree", "tokens"), [(2, 64), (3, 64), (4, 32)])
+def test_the_chunk_that_is_counted_is_that_of_the_kernel(degree: int, tokens: int) -> None:
+    """Rank 4,845 has chunks of half the tokens: its features would leave the cache next to a core."""
+    spec = KernelSpec(16, 64, (1.0,) * (degree + 1), causal=True)
+    assert Contender(8, 16, 64, degree).chunk == token_chunks(spec)[2] == tokens
 
 
 @pytest.mark.skipif(not memory.CLEAR.exists(), reason="the high-water mark is known on Linux only")

@@ -184,7 +184,7 @@ def test_source_is_bounded() -> None:
 
 
 def test_large_outputs_ask_for_large_pages() -> None:
-    """A fault for each 4 KB of a fresh output is a fifth of the time. Seen in what Linux says of the process's memory."""
+    """A fault for each 4 KB of a fresh output is a fifth of the time. Seen in what Linux says of the memory."""
     if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
         pytest.skip("no large pages on this system")
     inputs = make_inputs(specification("causal"), 8000, heads=1)
