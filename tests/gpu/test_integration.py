@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,8 +26,10 @@ from fastgrad_compiler.runtime import triton_attention, triton_kernels, triton_t
 from fastgrad_compiler.runtime.triton_attention import Launches, TritonAttention
 from fastgrad_compiler.runtime.triton_kernels import cannot_build, refusal
 from fastgrad_compiler.targets import BACKENDS, PYTORCH
+from fastgrad_dsl.api.compiled import Compiled
 from tests.dsl.models import EXAMPLES, INPUTS, SIZES, always_polynomial, disturbed
 from tests.gpu.interpreter import install, launches
+from tests.grids import wide
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_dense, worst_error
 
 install()
@@ -80,8 +83,11 @@ def test_operations_run_on_triton(spec: KernelSpec) -> None:
     assert worst_error(found, run_dense(spec, inputs.to(torch.float64))) < SINGLE
 
 
-@SPECS
-@pytest.mark.parametrize("other", ["forward", "backward"])
+SAVED = [(NEAR, "forward"), (NEAR, "backward"), (CROSS, "forward"), (FORGET, "backward")]
+EVERY = [(spec, other) for spec in (CAUSAL, NEAR, CROSS, FORGET) for other in ("forward", "backward")]
+
+
+@pytest.mark.parametrize(("spec", "other"), wide(EVERY, few=SAVED))
 def test_each_pass_takes_what_the_other_targets_saved(
     spec: KernelSpec, other: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,16 +225,21 @@ def test_launches_wait_for_nothing_and_allocate_by_shape(spec: KernelSpec, tmp_p
 # ---------------------------------------------------------------- models
 
 
+@cache
+def shallow(name: str, target: str) -> Compiled:
+    """An example of one layer with two heads, or as many as it needs."""
+    heads = {} if name == "llama" else {"heads": 2}
+    params = {**SIZES[name], **heads, "depth": 1}
+    return fg.compile(EXAMPLES / f"{name}.tfg", params=params, target=target, validate=False)
+
+
 @pytest.mark.parametrize(
     "name",
     ["bounded", pytest.param("llama", marks=SLOW), pytest.param("encoder_decoder", marks=SLOW), "bert"],
 )
 def test_a_model_equals_that_of_pytorch(name: str) -> None:
     """Near fields, grouped queries, cross attention, padding."""
-    params = {**SIZES[name], "depth": 1}
-    plain, compiled = (
-        fg.compile(EXAMPLES / f"{name}.tfg", params=params, target=target) for target in ("torch", "triton")
-    )
+    plain, compiled = (shallow(name, target) for target in ("torch", "triton"))
     weights = disturbed(plain.module(seed=1))
     results = []
     for one in (plain, compiled):
@@ -242,7 +253,7 @@ def test_a_model_equals_that_of_pytorch(name: str) -> None:
 
 
 def test_files_and_plan_of_a_model() -> None:
-    compiled = fg.compile(EXAMPLES / "bounded.tfg", params=SIZES["bounded"], target="triton")
+    compiled = shallow("bounded", "triton")
     kernels = {entry["kernel"] for entry in compiled.plan_document["attentions"]} - {None}
     assert kernels
     assert compiled.plan_document["target"] == "triton"
@@ -250,8 +261,7 @@ def test_files_and_plan_of_a_model() -> None:
         assert {f"{kernel}.py", f"{kernel}_triton.py"} <= compiled.files.keys()
     assert {"triton_attention.py", "triton_tables.py", "private_files.py"} <= compiled.files.keys()
     assert not [name for name in compiled.files if name.endswith(".cpp") or name == "native_attention.py"]
-    plain = fg.compile(EXAMPLES / "bounded.tfg", params=SIZES["bounded"], target="torch")
-    assert not [name for name in plain.files if "triton" in name]
+    assert not [name for name in shallow("bounded", "torch").files if "triton" in name]
 
 
 @pytest.mark.parametrize(
@@ -269,35 +279,34 @@ def test_names_differ_by_target() -> None:
     assert len({kernel_name(CAUSAL, backends) for backends in BACKENDS.values()}) == len(BACKENDS)
 
 
-LOADED = {
-    "from texts": "import fastgrad_dsl as fg; model = fg.load(folder, seed=5)",
-    "in place": "sys.path.insert(0, folder.removesuffix('/gpt')); from gpt import MODEL; model = MODEL(seed=5)",
-}
-SAVE = """
+WRITTEN = """
 import sys, torch
+import fastgrad_dsl as fg
 folder, tokens = sys.argv[1:]
-{load}
-torch.save(model(torch.load(tokens)), tokens)
+inputs = torch.load(tokens)
+outputs = [fg.load(folder, seed=5)(inputs)]
+sys.path.insert(0, folder.removesuffix("/gpt"))
+from gpt import MODEL
+outputs.append(MODEL(seed=5)(inputs))
+torch.save(outputs, tokens)
 print(*(module.__file__ for name, module in sys.modules.items() if ".attention_" in name and name.endswith("_triton")))
 """
 
 
-@pytest.mark.parametrize("how", LOADED)
-def test_a_written_model_runs_in_another_process(how: str, tmp_path: Path) -> None:
-    """Kernels are where the folder is, or where its texts were written to: in the cache."""
-    params = {**SIZES["bounded"], "depth": 1}
-    fg.compile(EXAMPLES / "bounded.tfg", params=params, target="triton", out=tmp_path / "gpt")
+def test_a_written_model_runs_in_another_process(tmp_path: Path) -> None:
+    """Kernels are where their texts were written to, in the cache, or where the folder is."""
+    shallow("bounded", "triton").write(tmp_path / "gpt")
     model = tmp_path / "gpt" / "model.py"
     model.write_text(model.read_text().replace("exact_below=", "exact_below=0 * "))
     tokens = INPUTS["bounded"][0]
     torch.save(tokens, tmp_path / "tokens.pt")
-    code = SAVE.format(load=LOADED[how])
-    result = in_another_process(code, str(tmp_path / "gpt"), str(tmp_path / "tokens.pt"))
+    result = in_another_process(WRITTEN, str(tmp_path / "gpt"), str(tmp_path / "tokens.pt"))
     assert (result.returncode, result.stderr) == (0, "")
-    assert Path(result.stdout.strip()).parent == tmp_path / ("gpt" if how == "in place" else "cache")
-    plain = fg.compile(EXAMPLES / "bounded.tfg", params=params, target="torch")
+    assert [Path(path).parent.name for path in result.stdout.split()] == ["cache", "gpt"]
+    plain = shallow("bounded", "torch")
     expected = always_polynomial(plain, plain.module(seed=5))(tokens)
-    torch.testing.assert_close(torch.load(tmp_path / "tokens.pt"), expected)
+    for found in torch.load(tmp_path / "tokens.pt"):
+        torch.testing.assert_close(found, expected)
 
 
 # ---------------------------------------------------------------- where it cannot run
