@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,10 +89,24 @@ def as_shipped(native: None) -> None:
 
 
 def _quick_compiler(folder: Path, gcc: str) -> Path:
-    """g++ that optimises less than it is asked to."""
-    path = folder / "g++-quick"
-    text = f'#!/bin/sh\nexec "{gcc}" "$@" -O1\n'
+    """g++ that optimises less than it is asked to, and has read PyTorch's headers before."""
+    import torch
+
+    from fastgrad_compiler.runtime.native import FLAGS, OPENMP_FLAGS, OPTIONAL_FLAGS
+
+    path, header = folder / "g++-quick", folder / "torch.h"
+    flags = [*FLAGS, *OPTIONAL_FLAGS, *OPENMP_FLAGS, f"-I{Path(torch.__file__).parent / 'include'}"]
+    text = f"""#!/bin/sh
+# PyTorch {torch.__version__}, {flags}
+case " $* " in *" -c "*) set -- -include "{header}" "$@";; esac
+exec "{gcc}" "$@" -O1
+"""
     if not path.exists() or path.read_text() != text:
+        header.write_text("#include <torch/csrc/stable/library.h>\n#include <torch/csrc/stable/tensor.h>\n")
+        made = header.with_name(f"{os.getpid()}.gch")
+        command = [gcc, *flags, "-O1", "-x", "c++-header", str(header), "-o", str(made)]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            made.replace(header.with_name(f"{header.name}.gch"))
         made = path.with_name(f"{path.name}.{os.getpid()}")
         made.write_text(text)
         made.chmod(0o755)
