@@ -129,6 +129,7 @@ CODES: dict[str, str] = {
     "FG603": "tensors that do not fit the checkpoint's model",
     "FG604": "file that holds something else",
     "FG605": "model that was not imported",
+    "FG606": "attention that cannot be converted",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",
