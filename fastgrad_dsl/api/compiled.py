@@ -70,9 +70,7 @@ def compile(
     check_target(target)
     is_text = isinstance(spec, str) and "\n" in spec
     source = Source("<text>", str(spec), included(include)) if is_text else read_source(spec, include=include)
-    compiled = compile_source(
-        source, params=params, model=model, target=target, validate=validate, dims=dims
-    )
+    compiled = compile_source(source, params=params, model=model, target=target, validate=validate, dims=dims)
     if out is not None:
         compiled.write(out, force=force)
     return compiled

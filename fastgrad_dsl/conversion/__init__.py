@@ -1,1 +1,1 @@
-"""Conversion of softmax attention to attention in linear time: a changed spec, attention transfer, a short fine-tuning."""
+"""Conversion of softmax attention to attention in linear time: a changed spec, attention transfer, tuning."""

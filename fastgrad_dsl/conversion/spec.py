@@ -65,7 +65,9 @@ def convert_spec(compiled: Compiled, form: Form, patterns: Sequence[str] = ()) -
     for pattern in patterns:
         if not any(matches(pattern, entry.full_path) for entry in entries):
             shown = ", ".join(entry.path for entry in entries[:8])
-            raise TfgError.of("FG302", f'--at "{pattern}" matches no attention', f"the attentions are {shown}")
+            raise TfgError.of(
+                "FG302", f'--at "{pattern}" matches no attention', f"the attentions are {shown}"
+            )
     planned = {entry.full_path: entry for entry in attention_table(compiled.program)}
     chosen, left = list[AttentionEntry](), list[Left]()
     for entry in entries:
@@ -78,11 +80,17 @@ def convert_spec(compiled: Compiled, form: Form, patterns: Sequence[str] = ()) -
             left.append(Left(entry.path, reason))
     if not chosen:
         reasons = sorted({f"{each.path}: {each.reason}" for each in left})[:4]
-        raise TfgError.of("FG606", f"no attention of model {compiled.program.name} is to be converted", *reasons)
+        raise TfgError.of(
+            "FG606", f"no attention of model {compiled.program.name} is to be converted", *reasons
+        )
     text = _changed(compiled.source, entries, {entry.full_path for entry in chosen}, form)
     source = replace(compiled.source, text=text)
     made = compile_source(
-        source, params=compiled.params, model=compiled.program.name, target=compiled.target, dims=compiled.dims
+        source,
+        params=compiled.params,
+        model=compiled.program.name,
+        target=compiled.target,
+        dims=compiled.dims,
     )
     return ConvertedSpec(made, tuple(chosen), tuple(left))
 
@@ -196,7 +204,9 @@ class _Change:
     def convert(self, call: ast.Call, condition: str | None) -> None:
         """Give a call its near field and its maps, where the condition holds; without maps it reads no near field."""
         far = str(self.form.far_dim) if condition is None else f"{self.form.far_dim} if {condition} else none"
-        wanted = {name: text for name, text in {NEAR: str(self.form.near), FAR: far}.items() if _takes(call, name)}
+        wanted = {
+            name: text for name, text in {NEAR: str(self.form.near), FAR: far}.items() if _takes(call, name)
+        }
         for argument in call.arguments:
             if argument.name is not None and argument.name.text in wanted:
                 span = argument.value.span
@@ -291,5 +301,6 @@ def _decides(verdicts: Mapping[Occurrence, bool], level: int) -> bool:
 
 def _around(root: ast.Node, kind: type[_Node], span: Span) -> list[_Node]:
     """The nodes of a kind that a place lies in, the outermost first."""
-    return [each for each in _nodes(root, kind) if each.span.start <= span.start and span.end <= each.span.end]
-
+    return [
+        each for each in _nodes(root, kind) if each.span.start <= span.start and span.end <= each.span.end
+    ]
