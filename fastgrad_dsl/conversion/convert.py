@@ -25,7 +25,7 @@ from fastgrad_dsl.api.loader import WEIGHTS
 from fastgrad_dsl.conversion.adapters import adapted, add_adapters, merge_adapters
 from fastgrad_dsl.conversion.document import FORMAT, Conversion, LeftAttention, Measured
 from fastgrad_dsl.conversion.inputs import Inputs, Texts, encoder_inputs, load_texts
-from fastgrad_dsl.conversion.objective import AttentionTransfer, Distillation, sites_of
+from fastgrad_dsl.conversion.objective import AttentionTransfer, Distillation, relative_error, sites_of
 from fastgrad_dsl.conversion.spec import ConvertedSpec, Form, convert_spec
 from fastgrad_dsl.documents.read import read_document
 from fastgrad_dsl.documents.write import to_json
@@ -46,7 +46,7 @@ from fastgrad_grammar.diagnostics import TfgError
 TRANSFER, TUNING, REPORT = "transfer", "tuning", "conversion.json"
 LONGER = 4  # times the length of training, at which the report looks too
 VALIDATION_BATCHES = 8
-COMPARED = 512  # texts whose similarities are compared, at most
+COMPARED, ROWS = 512, 16  # texts whose similarities are compared, at most, and how many at a time
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ class _Work:
         self.sites = sites_of(self.model, self.spec.converted)
         self.texts = spec_files(self.spec.compiled.source)
         self.transfer = AttentionTransfer(self.sites, self.task.inputs)
+        self.wanted: dict[int, Tensor] = {}  # the original's vectors of held-out texts
         self.started = time.monotonic()
 
     # ------------------------------------------------------------ phases
@@ -300,12 +301,15 @@ class _Work:
 
     def numbers(self) -> list[tuple[str, int, float]]:
         """What is known of the model as it is: (what, tokens, value)."""
-        found = [(self.task.what, tokens, self.value(self.task.loss, tokens)) for tokens in self.lengths]
+        found: list[tuple[str, int, float]] = []
+        for tokens in self.lengths:
+            if self.embeds:
+                error, correlation = self.compared(tokens)
+                found += [(self.task.what, tokens, error), ("rank correlation", tokens, correlation)]
+            else:
+                found.append((self.task.what, tokens, self.value(self.task.loss, tokens)))
         tokens = self.request.transfer.tokens
         found.append(("attention error", tokens, self.value(self.transfer, tokens)))
-        if self.embeds:
-            for tokens in self.lengths:
-                found.append(("rank correlation", tokens, self.correlation(tokens)))
         for what, tokens, value in found:
             if not math.isfinite(value):
                 raise TfgError.of(
@@ -347,22 +351,34 @@ class _Work:
         program = self.request.compiled.program
         outputs = program[program.main].outputs
         types = [program[program.main][name].type for name in outputs]
-        return isinstance(self.task.data, Texts) and len(types) == 1 and len(types[0].shape) == 2  # type: ignore[union-attr, arg-type]
+        return isinstance(self.task.data, Texts) and len(types) == 1 and len(types[0].shape) == 2  # type: ignore[union-attr]
 
-    @torch.no_grad()
-    def correlation(self, tokens: int) -> float:
-        """Spearman's, of the cosine similarities of all pairs of held-out texts with those of the original."""
+    def compared(self, tokens: int) -> tuple[float, float]:
+        """The error of the held-out texts' vectors, and Spearman's correlation of the cosine similarities of all pairs.
+
+        Both against the original's.
+        """
         from scipy.stats import spearmanr
 
-        vectors = []
-        for model in (self.original, self.model):
-            batches = cast(Texts, self.task.data).validation_batches(tokens, 32, COMPARED // 32)
-            made = [model(*self.task.inputs.unpacked(packed)) for packed, _ in batches]
-            unit = nn.functional.normalize(torch.cat(made).double(), dim=-1)
-            rows, columns = torch.triu_indices(len(unit), len(unit), 1)
-            vectors.append((unit @ unit.T)[rows, columns])
-        found: Any = spearmanr(vectors[0].numpy(), vectors[1].numpy())
-        return float(found.statistic)
+        if tokens not in self.wanted:
+            self.wanted[tokens] = self.vectors(self.original, tokens)
+        wanted, given = self.wanted[tokens], self.vectors(self.model.eval(), tokens)
+        rows, columns = torch.triu_indices(len(given), len(given), 1)
+        pairs = []
+        for vectors in (wanted, given):
+            unit = nn.functional.normalize(vectors.double(), dim=-1)
+            pairs.append((unit @ unit.T)[rows, columns].numpy())
+        found: Any = spearmanr(*pairs)
+        return relative_error(given, wanted, None).item(), float(found.statistic)
+
+    @torch.no_grad()
+    def vectors(self, model: nn.Module, tokens: int) -> Tensor:
+        """What a model gives for the held-out texts, of which it takes so many tokens."""
+        made = []
+        for packed, _ in cast(Texts, self.task.data).validation_batches(tokens, ROWS, COMPARED // ROWS):
+            self.stop.check()
+            made.append(model(*self.task.inputs.unpacked(packed)))
+        return torch.cat(made)
 
 
 def _task(request: Request, original: nn.Module) -> _Task:

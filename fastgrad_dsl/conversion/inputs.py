@@ -130,6 +130,4 @@ def _encoded(line: bytes, tokenizer: Tokenizer, name: str) -> Tensor:
     if not isinstance(tokenizer, FileTokenizer):
         return tokenizer.encode(line, name).to(torch.int32)
     tokenizer.encode(line, name)  # says what is wrong with the text
-    found = tokenizer.rules.encode(line.decode(), add_special_tokens=True)
-    shown = [token for token, there in zip(found.ids, found.attention_mask, strict=True) if there]
-    return torch.tensor(shown, dtype=torch.int32)
+    return torch.tensor(tokenizer.rules.encode(line.decode()).ids, dtype=torch.int32)
