@@ -55,12 +55,16 @@ class AttentionTransfer:
 
     def of(self, model: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """The loss of a batch; `targets` are not read."""
+        return self.errors(model, inputs[0]).mean()
+
+    def errors(self, model: nn.Module, batch: Tensor) -> Tensor:
+        """|y - t|^2 / |t|^2 of each attention on a batch, [sites]."""
         errors: list[Tensor] = []
         with ExitStack() as watched:
             for site in self.sites:
                 watched.enter_context(_watched(block_at(model, site.path), site, errors))
-            model(*self.inputs.unpacked(inputs[0]))
-        return torch.stack(errors).mean()
+            model(*self.inputs.unpacked(batch))
+        return torch.stack(errors)
 
 
 @contextmanager

@@ -261,8 +261,8 @@ class _Run:
         """Train to the end."""
         self.model.train()
         while True:
-            total = self.options.seconds
-            done = self.step / max(1, self.options.steps) if total is None else self.seconds / total
+            total, steps = self.options.seconds, self.options.steps
+            done = (self.step / steps if steps else 1.0) if total is None else self.seconds / total
             states = self._states()
             try:
                 yield from self._validate(last=done >= 1.0)

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 import fastgrad_dsl as fg
 from fastgrad_dsl.conversion.convert import Request
 from fastgrad_dsl.conversion.spec import Form
-from fastgrad_dsl.training.loop import Options
+from fastgrad_dsl.models.text_data import load_text
+from fastgrad_dsl.training.loop import Options, train
 
 DECODER = """use std
 dim b
@@ -76,29 +77,38 @@ def encoder_texts(folder: Path, lines: int = 60) -> Path:
     generator = torch.Generator().manual_seed(1)
     texts = []
     for _ in range(lines):
-        start, size = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((0, 40), (10, 90)))
+        start, size = (
+            int(torch.randint(low, high, (), generator=generator)) for low, high in ((0, 40), (10, 90))
+        )
         texts.append((LETTERS * 4)[start : start + size])
     path.write_text("\n".join(texts) + "\n\n")
     return path
 
 
-def trained(spec: str, folder: Path, *, scale: float = 1.0) -> tuple[fg.Compiled, Path]:
-    """A compiled spec, and a file with weights of attention that is sharper than at first by `scale`."""
+def original(spec: str, folder: Path, data: Path, steps: int = 0) -> tuple[fg.Compiled, Path]:
+    """A compiled spec, and a file with its weights, whose attention is sharper than at first, or trained on a text."""
     (folder / "model.tfg").write_text(spec)
     compiled = fg.compile(folder / "model.tfg", target="torch", validate=False)
     model = compiled.module(seed=1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith((".wq", ".wk")):
-                weight.mul_(scale)
+                weight.mul_(2.0)
+    if steps:
+        training = options(
+            steps=steps, learning_rate=1e-2, validate_every=steps, checkpoint_every=steps, batch=4
+        )
+        assert compiled.loss is not None
+        for _ in train(model, compiled.loss, load_text(data, 48), training, folder / "original"):
+            pass
     save_file(dict(model.state_dict()), folder / "weights.safetensors")
     return compiled, folder / "weights.safetensors"
 
 
-def request(folder: Path, spec: str = DECODER, **changed: Any) -> Request:
-    """A conversion of a small model into folder/out."""
-    compiled, weights = trained(spec, folder, scale=2.0)
-    data = decoder_text(folder) if spec is DECODER else encoder_texts(folder)
+def request(folder: Path, spec: str = DECODER, trained: int = 0, **changed: Any) -> Request:
+    """A conversion of a small model, which was trained for so many steps, into folder/out."""
+    data = encoder_texts(folder) if spec is ENCODER else decoder_text(folder)
+    compiled, weights = original(spec, folder, data, trained)
     settings: dict[str, Any] = {
         "transfer": options(),
         "tuning": options(learning_rate=1e-3),

@@ -45,7 +45,10 @@ def test_one_call_changes_and_the_rest_of_the_text_stays() -> None:
     ]
     assert text == format_source(text)
     assert set(decisions(spec).values()) == {"polynomial"}
-    assert [entry.path for entry in spec.converted] == ["layers.0.attention.attend", "layers.1.attention.attend"]
+    assert [entry.path for entry in spec.converted] == [
+        "layers.0.attention.attend",
+        "layers.1.attention.attend",
+    ]
 
 
 def test_weights_keep_their_paths_and_shapes() -> None:
@@ -60,7 +63,10 @@ def test_weights_keep_their_paths_and_shapes() -> None:
 
 def test_some_turns_of_a_repeat() -> None:
     spec = converted(DECODER, ["layers.1"])
-    assert decisions(spec) == {"layers.0.attention.attend": "exact", "layers.1.attention.attend": "polynomial"}
+    assert decisions(spec) == {
+        "layers.0.attention.attend": "exact",
+        "layers.1.attention.attend": "polynomial",
+    }
     text = spec.compiled.source.text
     assert "block layer(x: float[b, n, d]; heads: int, linear: bool)" in text
     assert "x = layer(x; heads = 2, linear = i >= 1) as layers" in text
