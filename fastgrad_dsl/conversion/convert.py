@@ -35,7 +35,7 @@ from fastgrad_dsl.models.tokenizer import Tokenizer, load_tokenizer
 from fastgrad_dsl.storage.files import write_atomically, writing
 from fastgrad_dsl.storage.weights import load_weights, read_tensors
 from fastgrad_dsl.training.checkpoint import broken, save_weights
-from fastgrad_dsl.training.folder import claimed, identity, publish, spec_files
+from fastgrad_dsl.training.folder import claimed, model_identity, publish, spec_files
 from fastgrad_dsl.training.language import language_model_loss, token_limit
 from fastgrad_dsl.training.log import Event
 from fastgrad_dsl.training.loop import Context, Loss, Options, is_finished, train, validation_loss
@@ -239,9 +239,8 @@ class _Work:
 
     def identity(self, phase: str) -> dict[str, str]:
         """What a resumed conversion must share with the one that was begun."""
-        request, data = self.request, cast(TextData, self.task.data)
-        own = identity(self.spec.compiled, self.texts, data, exact=False, calibrate=False)
-        own = {key: value for key, value in own.items() if key not in ("--exact", "--calibrate")}
+        request = self.request
+        own = model_identity(self.spec.compiled, self.texts, self.task.data)
         tensors = read_tensors(request.weights, "FG418", "weights")
         return {
             **own,

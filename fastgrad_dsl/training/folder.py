@@ -22,7 +22,7 @@ from errno import EEXIST, ELOOP
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -39,6 +39,7 @@ from fastgrad_grammar.diagnostics import TfgError
 if TYPE_CHECKING:
     from fastgrad_dsl.api.compiled import Compiled
     from fastgrad_dsl.models.text_data import TextData
+    from fastgrad_dsl.models.tokenizer import Tokenizer
     from fastgrad_grammar.source import Source
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
@@ -242,6 +243,20 @@ def _used(module: Module, seen: set[str]) -> Iterator[Source]:
             yield from _used(each, seen)
 
 
+class RunData(Protocol):
+    """What a run learns: a text, or several."""
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of its tokens."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What made them."""
+        ...
+
+
 def identity(
     compiled: Compiled, texts: Mapping[str, str], data: TextData, *, exact: bool, calibrate: bool
 ) -> dict[str, str]:
@@ -249,6 +264,15 @@ def identity(
 
     `texts` are the `spec_files`, `data` is the text to learn.
     """
+    asked = {
+        "--exact": "given" if exact else "not given",
+        "--calibrate": "given" if calibrate else "not given",
+    }
+    return {**model_identity(compiled, texts, data), **asked}
+
+
+def model_identity(compiled: Compiled, texts: Mapping[str, str], data: RunData) -> dict[str, str]:
+    """What runs of one model on one text share, by what a person calls it."""
     main, *used = texts.items()
     params = ", ".join(f"{name}={value}" for name, value in sorted(compiled.params.items()))
     tokenizer = data.tokenizer.source
@@ -260,8 +284,6 @@ def identity(
         "--set": params or "nothing",
         "--model": compiled.program.name,
         "--target": compiled.target,
-        "--exact": "given" if exact else "not given",
-        "--calibrate": "given" if calibrate else "not given",
     }
 
 
