@@ -54,9 +54,8 @@ def test_a_decoder(tmp_path: Path) -> None:
     made.load_state_dict(load_file(tmp_path / "out" / "weights.safetensors"))
     torch.testing.assert_close(model(tokens), made(tokens))
     assert [int(token) for token in fg.generate(model, [1, 2, 3], tokens=2)]
-    assert all(
-        entry.decision == "polynomial" for entry in fg.compile(tmp_path / "out" / "spec" / "model.tfg").plan
-    )
+    plan = fg.compile(tmp_path / "out" / "spec" / "model.tfg").plan
+    assert [entry.attention.is_own for entry in plan] == [True, True]
 
 
 def test_transfer_moves_the_attentions_own_weights_alone(tmp_path: Path) -> None:
@@ -246,10 +245,9 @@ def test_the_command(
     from fastgrad_dsl.commands import cli
 
     asked = request(tmp_path)
-    line = f"convert {tmp_path}/model.tfg --weights {asked.weights} --data {asked.data} -o {tmp_path}/out --target torch"
-    line += (
-        f" --seq 48 --batch 2 --near 4 --far-dim 4 --transfer-steps 3 --steps 2 --json {tmp_path}/report.json"
-    )
+    line = f"convert {tmp_path}/model.tfg --weights {asked.weights} --data {asked.data} -o {tmp_path}/out"
+    line += " --target torch --seq 48 --batch 2 --near 4 --far-dim 4 --transfer-steps 3 --steps 2"
+    line += f" --json {tmp_path}/report.json"
     monkeypatch.setattr("sys.argv", ["fastgrad", *line.split()])
     with pytest.raises(SystemExit) as ended:
         cli.main()
