@@ -123,7 +123,7 @@ CODES: dict[str, str] = {
     "FG502": "no dimension to step along",
     "FG503": "mesh that does not fit",
     "FG504": "process of a run that was lost",
-    # FG6xx: checkpoints of Hugging Face
+    # FG6xx: checkpoints of Hugging Face, and conversion
     "FG601": "checkpoint that cannot be read",
     "FG602": "checkpoint that is not supported",
     "FG603": "tensors that do not fit the checkpoint's model",
