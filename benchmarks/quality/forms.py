@@ -80,14 +80,18 @@ FORMS: dict[str, Attention] = {
     "softmax, short convolution, forget": Attention(_softmax(", forget = true", CONVOLVED)),
     "window of 32, short convolution": Attention(_softmax(", window = 32", CONVOLVED), window=32),
     "bounded, gain 1, near, rotary": Attention(_bounded(16, 1.0, ROTARY, NORMED), 16, 2),
+    "bounded, gain 1, near, rotary, exact": Attention(_bounded(16, 1.0, ROTARY, NORMED)),
+    "bounded, gain 1, near, rotary, degree 1": Attention(_bounded(16, 1.0, ROTARY, NORMED), 16, 1),
+    "bounded, gain 1, near, rotary, degree 3": Attention(_bounded(16, 1.0, ROTARY, NORMED), 16, 3),
     "bounded, gain 1, near, short convolution": Attention(_bounded(16, 1.0), 16, 2),
     "bounded, gain 2, d 8, near, short convolution": Attention(_bounded(8, 2.0), 8, 4),
     "1 + s + s^2/2, near": Attention(_own(16, TAYLOR, NEAR, NORMED), 16, 2),
     "1 + s + s^2/2, short convolution": Attention(_own(16, TAYLOR), 16, 2),
     "mixer": Attention(f"{MIXER})", 16, 2),
-    "mixer, forget": Attention(f"{MIXER}, forget = true)", 16, 2),
-    "mixer, no positions": Attention(f"{MIXER}, rope = none)", 16, 2),
-    "mixer, rotary throughout": Attention(_own(16, TAYLOR, NEAR + ROTARY), 16, 2),
+    "mixer without gates": Attention(f"{MIXER}, forget = false)", 16, 2),
+    "mixer without gates or positions": Attention(f"{MIXER}, forget = false, rope = none)", 16, 2),
+    "mixer without gates, rotary throughout": Attention(_own(16, TAYLOR, NEAR + ROTARY), 16, 2),
+    "mixer without gates, of s^2": Attention(f"{MIXER}, forget = false, coefficients = {SQUARE})", 16, 2),
     "mixer of s^2": Attention(f"{MIXER}, coefficients = {SQUARE})", 16, 2),
     "mixer of s^4, d 8": Attention(f"{MIXER}, qk_dim = 8, coefficients = {FOURTH})", 8, 4),
 }
@@ -120,7 +124,11 @@ def text(
         LAYER.format(mixer=form.call.format(heads=heads, near=near), i=i, hidden=hidden or 2 * width)
         for i, form in enumerate(forms)
     ]
-    planned = [f'    at "mixers_{i}" degree = {f.degree}' for i, f in enumerate(forms) if "gain" in f.call]
+    planned = [
+        f'    at "mixers_{i}" {f"degree = {f.degree}" if f.degree else "exact"}'
+        for i, f in enumerate(forms)
+        if "gain" in f.call
+    ]
     budget = "\n".join(["", "budget {", *planned, "}", ""]) if planned else ""
     return SPEC.format(
         longest=longest,

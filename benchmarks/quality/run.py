@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 import fastgrad_dsl as fg
 from benchmarks.quality import page
 from benchmarks.quality.forms import NAMES, layers, text
-from benchmarks.quality.tasks import IGNORED, Task, oracle_loss
+from benchmarks.quality.tasks import IGNORED, TEXTS, Task, oracle_loss
 from benchmarks.settings import ROOT, say
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.storage.files import write_atomically
@@ -59,8 +59,9 @@ SETTINGS: dict[str, Setting] = {
     "copying": Setting(Task("copying", 128, 32, 64), lengths=(128, 256, 512)),
     "needle": Setting(Task("needle", 256, 0, 64), batch=64, lengths=(256, 1024, 2048)),
     **{
-        f"language of {n:,} bytes": Setting(Task("language", n, 0, 256), 4, 128, 4, 64, batch=1, steps=steps)
-        for n, steps in ((2048, 300), (8192, 100))
+        f"{name} of {n:,} bytes": Setting(Task(name, n, 0, 256), 4, 128, 4, 64, batch=1, steps=steps)
+        for name in TEXTS
+        for n, steps in ((2048, 300), (4096, 200), (8192, 100))
     },
 }
 QUICK = {
@@ -152,7 +153,7 @@ def assess(model: nn.Module, setting: Setting, n: int, batches: int = TEST_BATCH
         found.append(torch.stack(loss_of(logits, targets)))
         if setting.task.name == "markov":
             oracle += oracle_loss(tokens, targets) / batches
-        if setting.task.name == "language":
+        if setting.task.name in TEXTS:
             quarters += by_quarters(logits, targets) / batches
     loss, accuracy = torch.stack(found).mean(0).tolist()
     return (

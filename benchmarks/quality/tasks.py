@@ -1,4 +1,4 @@
-"""Synthetic tasks whose answers lie earlier in the same sequence, and a novel. Each gives tokens and targets, int64
+"""Synthetic tasks whose answers lie earlier in the same sequence, and two texts. Each gives tokens and targets, int64
 [batch, n].
 
 A target of IGNORED is not scored. Everything follows from the generator.
@@ -6,9 +6,13 @@ A target of IGNORED is not scored. Everything follows from the generator.
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 from torch import Generator, Tensor
@@ -21,7 +25,8 @@ GAP_POWER = (
     0.01  # how far a query lies from its pair: the share of the paths with gap g falls as g^(power - 1)
 )
 STATES = 12  # of a Markov chain
-TEXT = ROOT / "examples" / "data" / "emma.txt"
+NOVEL = ROOT / "examples" / "data" / "emma.txt"
+VERSES = ("bible", "-f", "gen1:1-rev22:21")  # the command that prints them, one a line, after its place
 HELD_OUT_SEED = 1_000_000
 
 Batch = tuple[Tensor, Tensor]
@@ -42,8 +47,8 @@ class Task:
 
     def held_out(self, batches: int, count: int, n: int) -> Iterator[Batch]:
         """Sequences that no run trains on, always the same: of text, one after another, from its last tenth."""
-        if self.name == "language":
-            yield from _novel(n).validation_batches(n, 1, batches)
+        if self.name in TEXTS:
+            yield from TEXTS[self.name](n).validation_batches(n, 1, batches)
         else:
             generator = torch.Generator().manual_seed(HELD_OUT_SEED)
             for _ in range(batches):
@@ -133,19 +138,33 @@ def needle(task: Task, count: int, n: int, generator: Generator) -> Batch:
 
 
 def language(task: Task, count: int, n: int, generator: Generator) -> Batch:
-    """Bytes from anywhere in the first nine tenths of a novel: the next one is to be foretold."""
-    return _novel(n).batch(n, count, generator)
+    """Bytes from anywhere in the first nine tenths of a text: the next one is to be foretold."""
+    return TEXTS[task.name](n).batch(n, count, generator)
 
 
 @cache
-def _novel(n: int) -> TextData:
-    return load_text(TEXT, n)
+def novel(n: int) -> TextData:
+    """The novel that the examples train on, of 0.9 MB."""
+    return load_text(NOVEL, n)
 
 
+@cache
+def scripture(n: int) -> TextData:
+    """The King James Version, of 4 MB, as Debian's package `bible-kjv` prints it, without the places of verses."""
+    if shutil.which(VERSES[0]) is None:
+        raise SystemExit("scripture needs the command `bible` of Debian's package bible-kjv")
+    printed = subprocess.run(VERSES, check=True, capture_output=True, stdin=subprocess.DEVNULL).stdout
+    with NamedTemporaryFile() as file:
+        file.write(b"\n".join(verse.partition(b" ")[2] for verse in printed.splitlines()))
+        file.flush()
+        return load_text(Path(file.name), n)
+
+
+TEXTS: dict[str, Callable[[int], TextData]] = {"language": novel, "scripture": scripture}
 MAKERS: dict[str, Callable[[Task, int, int, Generator], Batch]] = {
     "recall": recall,
     "markov": markov,
     "copying": copying,
     "needle": needle,
-    "language": language,
+    **dict.fromkeys(TEXTS, language),
 }

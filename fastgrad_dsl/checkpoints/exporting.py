@@ -34,9 +34,7 @@ def export_checkpoint(where: Path, weights: Path, folder: Path, *, force: bool =
     spec's), FG421 and FG604 (outputs).
     """
     origin, kept_path = find_origin(where)
-    data = {
-        name: parse_json(text.encode(errors="surrogatepass"), name) for name, text in origin.texts.items()
-    }
+    data = {name: parse_json(text.encode(), name) for name, text in origin.texts.items()}
     if not isinstance(data.get(CONFIG), dict):
         raise TfgError.of("FG430", f"the record of the import has no {CONFIG}", "import the checkpoint again")
     _check_names(origin, folder)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from lsprotocol import types
 
 from fastgrad_compiler.frontend.budgets import RULES, WHOLE
+from fastgrad_compiler.frontend.initialisers import INITIALISERS
 from fastgrad_compiler.frontend.operations import NAMES
 from fastgrad_dsl.lsp.callee import blocks_of, callees, of_block
 from fastgrad_dsl.lsp.cursor import Cursor, cursor_at
@@ -19,7 +20,6 @@ from fastgrad_grammar.source import Source
 _Kind = types.CompletionItemKind
 _ITEMS = ("use", "param", "dim", "block", "model", "objective", "budget")
 _STATEMENTS = ("weight", "buffer", "repeat", "if", "return")
-_INITIALISERS = ("normal", "trunc_normal", "xavier", "zeros", "ones", "constant")
 _KINDS = {
     "param": _Kind.Constant,
     "dim": _Kind.TypeParameter,
@@ -128,7 +128,7 @@ def _expression(
     if not cursor.before and cursor.body is not None:
         yield from _words(_STATEMENTS)
     if cursor.before[:1] in (("WEIGHT",), ("BUFFER",)) and cursor.before[-1:] == ("ASSIGN",):
-        yield from _words(_INITIALISERS, _Kind.Function)
+        yield from _words(INITIALISERS, _Kind.Function)
     yield from _names(view, position)
     yield from _blocks(view, None, views)
     for name in view.used:

@@ -155,7 +155,7 @@ class Builder(ExpressionBuilder):
         call = value if isinstance(value, ast.Call) else None
         if value is not None and call is None:
             message = f"the initialiser of `{self.name(name).text}` is not a call"
-            label = "expected normal, trunc_normal, xavier, zeros or ones"
+            label = "expected normal, trunc_normal, xavier, linspace, zeros, ones or constant"
             help_ = "write, for instance, = zeros() or = normal(std = 0.02)"
             self.error("FG114", message, value.span, label, help_=(help_,))
         return ast.Weight(self.span(tree), self.name(name), self.tensor_type(kind), call)

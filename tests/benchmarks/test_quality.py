@@ -128,9 +128,12 @@ def test_losses_of_text_are_drawn_against_seconds(tmp_path: Path) -> None:
         for seed in (0, 1)
     ]
     found = page.render({"runs": runs_})
-    assert "| mixer | 2.110 ± 0.010 | 2.000 ± 0.000 | 0.003 | 2 | 2 KB | 9 s |" in found[page.PAGE]
-    assert "(quality-2048.svg)" in found[page.PAGE]
-    assert "mixer 2.100 after 9 s" in found["docs/quality-2048.svg"]
+    assert (
+        "| mixer | 2.110 ± 0.010 | 2.000 ± 0.000 | 1.000 ± 0.000 | 0.003 | 2 | 2 KB | 9 s |"
+        in found[page.PAGE]
+    )
+    assert "(quality-language-2048.svg)" in found[page.PAGE]
+    assert "mixer 2.100 after 9 s" in found["docs/quality-language-2048.svg"]
 
 
 @pytest.mark.slow

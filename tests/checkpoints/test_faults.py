@@ -352,6 +352,7 @@ def test_a_build_knows_what_it_was_imported_from(tmp_path: Path) -> None:
         ("texts", {"config.json": "{"}),
         ("texts", {"config.json": "[]"}),
         ("texts", {"config.json": "\udcff"}),
+        ("metadata", {"model.safetensors": {"format": "\udcff"}}),
         ("texts", {"../config.json": "{}"}),
         ("texts", {"config.json": json.dumps(GPT2), "run.py": ""}),
         ("metadata", {"a/model.safetensors": {}}),

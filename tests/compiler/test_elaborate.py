@@ -236,6 +236,7 @@ def test_compile_time_numbers_fold() -> None:
         (" = normal(std = 0.5)", ("normal", 0.0, 0.5)),
         (" = trunc_normal(1, 2)", ("trunc_normal", 1.0, 2.0)),
         (" = xavier(gain = 2)", ("xavier", 2.0)),
+        (" = linspace(8, 2)", ("linspace", 8.0, 2.0)),
         (" = constant(3)", ("constant", 3.0)),
         (" = zeros()", ("zeros",)),
     ],

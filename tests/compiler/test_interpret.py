@@ -171,6 +171,11 @@ def test_initialisers() -> None:
     assert (initialise.trunc_normal_(w, 1.0, 0.5, generator=generator) - 1).abs().max() <= 1
     limit = 2 * (6 / 800) ** 0.5
     assert 0.99 * limit < initialise.xavier_(w, 2.0, generator=generator).abs().max() <= limit
+    assert torch.equal(
+        initialise.linspace_(w, 8.0, 2.0)[:, [0, -1]], torch.tensor([[8.0, 2.0]]).expand(300, 2)
+    )
+    assert torch.allclose(w.diff(), torch.full((), -6 / 499), atol=1e-5)
+    assert initialise.linspace_(torch.empty(1), 8.0, 2.0) == 8
     assert initialise.ones_(w).sum() == 150_000
     assert not initialise.zeros_(w).any()
     assert (initialise.constant_(w, 0.5) == 0.5).all()

@@ -3,6 +3,7 @@
     normal(mean = 0.0, std = 0.02)        ("normal", mean, std)
     trunc_normal(mean = 0.0, std = 0.02)  ("trunc_normal", mean, std), cut at two standard deviations
     xavier(gain = 1.0)                    ("xavier", gain), uniform; fan-in and fan-out are the last two dims
+    linspace(first, last)                 ("linspace", first, last), evenly spaced along the last dim
     zeros()  ones()  constant(value)      ("zeros",) ("ones",) ("constant", value)
 
 A weight without one takes xavier() from two dims on, else zeros(); a buffer zeros().
@@ -22,11 +23,12 @@ INITIALISERS: dict[str, tuple[tuple[str, float | None], ...]] = {
     "normal": (("mean", 0.0), ("std", 0.02)),
     "trunc_normal": (("mean", 0.0), ("std", 0.02)),
     "xavier": (("gain", 1.0),),
+    "linspace": (("first", None), ("last", None)),
     "zeros": (),
     "ones": (),
     "constant": (("value", None),),
 }
-_RANDOM = ("normal", "trunc_normal", "xavier")
+_FRACTIONS = ("normal", "trunc_normal", "xavier", "linspace")
 
 Init = tuple[str | float, ...]
 
@@ -53,12 +55,15 @@ def initialiser(scope: Scope, statement: ast.Weight | ast.Buffer, kind: TensorTy
 
 
 def _applies(scope: Scope, init: ast.Call, name: str, kind: TensorType) -> None:
-    if name in _RANDOM and kind.dtype != "float":
-        raise scope.report("FG230", f"{name} fills float tensors, not {kind}", init.span, "random numbers",
+    if name in _FRACTIONS and kind.dtype != "float":
+        raise scope.report("FG230", f"{name} fills float tensors, not {kind}", init.span, "numbers that are not whole",
                            help_=("use zeros(), ones() or constant(value)",))  # fmt: skip
     if name == "xavier" and len(kind.shape) < 2:
         raise scope.report("FG230", f"xavier needs two dimensions, not {kind}", init.span, "no fan-in and fan-out",
                            help_=("use zeros(), ones() or normal(std = 0.02)",))  # fmt: skip
+    if name == "linspace" and not kind.shape:
+        raise scope.report("FG230", f"linspace needs a dimension, not {kind}", init.span, "one number",
+                           help_=("use constant(value)",))  # fmt: skip
 
 
 def _number(scope: Scope, expr: ast.Expr, what: str) -> float:

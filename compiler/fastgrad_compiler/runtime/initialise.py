@@ -39,6 +39,12 @@ def xavier_(tensor: Tensor, gain: float = 1.0, *, generator: Generator | None = 
 
 
 @torch.no_grad()
+def linspace_(tensor: Tensor, first: float, last: float, *, generator: Generator | None = None) -> Tensor:
+    """Evenly spaced from `first` to `last` along the last dim, which has `first` alone where it is of size 1."""
+    return tensor.copy_(torch.linspace(first, last, tensor.shape[-1], device=tensor.device))
+
+
+@torch.no_grad()
 def zeros_(tensor: Tensor, *, generator: Generator | None = None) -> Tensor:
     """Zeros."""
     return tensor.zero_()
@@ -60,6 +66,7 @@ INITIALISERS: dict[str, Callable[..., Tensor]] = {
     "normal": normal_,
     "trunc_normal": trunc_normal_,
     "xavier": xavier_,
+    "linspace": linspace_,
     "zeros": zeros_,
     "ones": ones_,
     "constant": constant_,
