@@ -10,8 +10,8 @@ from rich.console import Console
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console as console_of_lines
 from fastgrad_dsl.commands.train import show
-from fastgrad_dsl.conversion.convert import TRANSFER, Request, convert
 from fastgrad_dsl.conversion.document import Conversion
+from fastgrad_dsl.conversion.run import TRANSFER, Request, convert
 from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.report.words import counted
 from fastgrad_dsl.storage.files import write_atomically

@@ -14,9 +14,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastgrad_dsl.conversion.convert import Request as Request
-    from fastgrad_dsl.conversion.convert import convert as convert
     from fastgrad_dsl.conversion.document import Conversion as Conversion
+    from fastgrad_dsl.conversion.run import Request as Request
+    from fastgrad_dsl.conversion.run import convert as convert
     from fastgrad_dsl.conversion.spec import Form as Form
     from fastgrad_dsl.training.loop import Options as Options
 
@@ -24,8 +24,8 @@ _HOMES = {
     "Conversion": "fastgrad_dsl.conversion.document",
     "Form": "fastgrad_dsl.conversion.spec",
     "Options": "fastgrad_dsl.training.loop",
-    "Request": "fastgrad_dsl.conversion.convert",
-    "convert": "fastgrad_dsl.conversion.convert",
+    "Request": "fastgrad_dsl.conversion.run",
+    "convert": "fastgrad_dsl.conversion.run",
 }
 __all__ = sorted(_HOMES)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.conversion.convert import Request
+from fastgrad_dsl.conversion.run import Request
 from fastgrad_dsl.conversion.spec import Form
 from fastgrad_dsl.models.text_data import load_text
 from fastgrad_dsl.training.loop import Options, train

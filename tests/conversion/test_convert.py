@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastgrad_dsl as fg
-from fastgrad_dsl.conversion.convert import Request, Silent, convert
 from fastgrad_dsl.conversion.document import Conversion
+from fastgrad_dsl.conversion.run import Request, Silent, convert
 from fastgrad_dsl.conversion.spec import Form
 from fastgrad_dsl.documents.read import read_document
 from fastgrad_dsl.training.log import Event
@@ -259,3 +259,11 @@ def test_the_command(
     row = report["measured"][0]
     assert f"{row['original']:.4f}" in said
     assert f"{row['tuned']:.4f}" in said
+
+
+def test_the_names_of_the_package_are_what_they_say() -> None:
+    from fastgrad_dsl import conversion
+
+    for name in conversion.__all__:
+        assert getattr(conversion, name) is getattr(conversion, name)
+        assert callable(getattr(conversion, name))

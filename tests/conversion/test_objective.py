@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgrad_dsl.conversion.convert import _Work
 from fastgrad_dsl.conversion.inputs import Inputs, Texts
 from fastgrad_dsl.conversion.objective import Distillation, exact_attention, relative_error
+from fastgrad_dsl.conversion.run import _Work
 from fastgrad_dsl.training.stopping import Stop
 from tests.conversion.models import DECODER, ENCODER, request
 

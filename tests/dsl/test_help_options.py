@@ -38,7 +38,7 @@ SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/storage/staged.py": {"--force": ("import", "export")},
     "fastgrad_dsl/calibration/data.py": {"--dim": ("compile", "advise")},
     "fastgrad_dsl/training/checkpoint.py": {"--out": ("train", "convert")},
-    "fastgrad_dsl/conversion/convert.py": dict.fromkeys(
+    "fastgrad_dsl/conversion/run.py": dict.fromkeys(
         ("--weights", "--near", "--far-dim", "--at", "--adapters", "--transfer-steps"), ("convert",)
     ),
     "fastgrad_dsl/conversion/spec.py": {"--at": ("convert",)},

@@ -76,7 +76,7 @@ def convert(
 
     import fastgrad_dsl as fg
     from fastgrad_dsl.commands.convert import run_convert
-    from fastgrad_dsl.conversion.convert import Request
+    from fastgrad_dsl.conversion.run import Request
     from fastgrad_dsl.conversion.spec import Form
     from fastgrad_dsl.training.loop import Options
 
