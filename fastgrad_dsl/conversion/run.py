@@ -363,7 +363,7 @@ class _Work:
             self.wanted[tokens] = self.vectors(self.original, tokens)
         wanted, given = self.wanted[tokens], self.vectors(self.model.eval(), tokens)
         rows, columns = torch.triu_indices(len(given), len(given), 1)
-        pairs = []
+        pairs: list[Any] = []
         for vectors in (wanted, given):
             unit = nn.functional.normalize(vectors.double(), dim=-1)
             pairs.append((unit @ unit.T)[rows, columns].numpy())

@@ -24,8 +24,9 @@ def module(call: str, signature: str = SIGNATURE) -> torch.nn.Module:
     return model
 
 
-def dense(model: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, shown: Tensor, near: int | None) -> Tensor:
+def dense(model: torch.nn.Module, given: list[Tensor], shown: Tensor, near: int | None) -> Tensor:
     """The formula of docs/standard-library.md."""
+    q, k, v = given
     w = {name.removeprefix("y."): value for name, value in model.named_parameters()}
     n, e = q.shape[-2:]
     far_q, far_k = q @ w["map_q"] + w["bias_q"], k @ w["map_k"] + w["bias_k"]
@@ -57,7 +58,7 @@ def test_results_and_gradients(near: int | None, causal: bool) -> None:
     model = module(f"std.attend(q, k, v; causal = {str(causal).lower()}, far_dim = 3{asked})")
     given = qkv(17)
     shown = torch.ones(17, 17).tril().bool() if causal else torch.ones(17, 17).bool()
-    found, wanted = model(*given), dense(model, *given, shown, near)
+    found, wanted = model(*given), dense(model, given, shown, near)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     leaves = [*given, *model.parameters()]
     direction = torch.randn(found.shape, dtype=torch.float64)
@@ -74,7 +75,7 @@ def test_padding() -> None:
     given = qkv(11)
     mask = torch.arange(11) < torch.tensor([[11], [4]])
     found = model(*given, mask)
-    torch.testing.assert_close(found, dense(model, *given, mask[:, None, None], 2), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found, dense(model, given, mask[:, None, None], 2), rtol=1e-9, atol=1e-9)
 
 
 def test_the_shift_turns_neighbours_up_against_all_others() -> None:
