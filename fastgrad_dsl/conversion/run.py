@@ -7,14 +7,12 @@ OUT/conversion.json                             the report
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import msgspec
 import torch
@@ -24,8 +22,9 @@ from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.loader import WEIGHTS
 from fastgrad_dsl.conversion.adapters import adapted, add_adapters, merge_adapters
 from fastgrad_dsl.conversion.document import FORMAT, Conversion, LeftAttention, Measured
-from fastgrad_dsl.conversion.inputs import Inputs, Texts, encoder_inputs, load_texts
-from fastgrad_dsl.conversion.objective import AttentionTransfer, Distillation, relative_error, sites_of
+from fastgrad_dsl.conversion.inputs import Inputs, encoder_inputs, load_texts
+from fastgrad_dsl.conversion.measure import HeldOut, Task
+from fastgrad_dsl.conversion.objective import AttentionTransfer, Distillation, sites_of
 from fastgrad_dsl.conversion.spec import ConvertedSpec, Form, convert_spec
 from fastgrad_dsl.documents.read import read_document
 from fastgrad_dsl.documents.write import to_json
@@ -38,15 +37,12 @@ from fastgrad_dsl.training.checkpoint import broken, save_weights
 from fastgrad_dsl.training.folder import claimed, model_identity, publish, spec_files
 from fastgrad_dsl.training.language import language_model_loss, token_limit
 from fastgrad_dsl.training.log import Event
-from fastgrad_dsl.training.loop import Context, Loss, Options, is_finished, train, validation_loss
+from fastgrad_dsl.training.loop import Context, Loss, Options, is_finished, train
 from fastgrad_dsl.training.sharded import has_checkpoint, latest
 from fastgrad_dsl.training.stopping import Stop
 from fastgrad_grammar.diagnostics import TfgError
 
 TRANSFER, TUNING, REPORT = "transfer", "tuning", "conversion.json"
-LONGER = 4  # times the length of training, at which the report looks too
-VALIDATION_BATCHES = 8
-COMPARED, ROWS = 512, 16  # texts whose similarities are compared, at most, and how many at a time
 
 
 @dataclass(frozen=True)
@@ -112,16 +108,6 @@ def convert(request: Request, shown: Shown | None = None, stop: Stop | None = No
         return work.run()
 
 
-@dataclass
-class _Task:
-    """What a model is for: its data, its loss, and what both phases make of it."""
-
-    data: TextData | Texts
-    inputs: Inputs
-    loss: Loss
-    what: str
-
-
 class _Work:
     """One conversion."""
 
@@ -136,7 +122,15 @@ class _Work:
         self.sites = sites_of(self.model, self.spec.converted)
         self.texts = spec_files(self.spec.compiled.source)
         self.transfer = AttentionTransfer(self.sites, self.task.inputs)
-        self.wanted: dict[int, Tensor] = {}  # the original's vectors of held-out texts
+        self.held_out = HeldOut(
+            self.task,
+            self.original,
+            request.compiled.program,
+            request.tuning,
+            self.transfer,
+            self.stop,
+            shown.say,
+        )
         self.started = time.monotonic()
 
     # ------------------------------------------------------------ phases
@@ -288,8 +282,8 @@ class _Work:
         """The report with the numbers of the model as it is now, under the names of these phases."""
         old = {(each.what, each.tokens): each for each in report.measured}
         found = []
-        for what, tokens, value in self.numbers():
-            each = old.get((what, tokens)) or Measured(what, tokens, self.of_original(what, tokens))  # type: ignore[arg-type]
+        for what, tokens, value in self.held_out.numbers(self.model):
+            each = old.get((what, tokens)) or Measured(what, tokens, self.held_out.of_original(what, tokens))  # type: ignore[arg-type]
             each = msgspec.structs.replace(each, **{phases[-1]: value})
             found.append(each)
             for name in phases:
@@ -298,89 +292,8 @@ class _Work:
         self.started = time.monotonic()
         return msgspec.structs.replace(report, measured=tuple(found), seconds=seconds)
 
-    def numbers(self) -> list[tuple[str, int, float]]:
-        """What is known of the model as it is: (what, tokens, value)."""
-        found: list[tuple[str, int, float]] = []
-        for tokens in self.lengths:
-            if self.embeds:
-                error, correlation = self.compared(tokens)
-                found += [(self.task.what, tokens, error), ("rank correlation", tokens, correlation)]
-            else:
-                found.append((self.task.what, tokens, self.value(self.task.loss, tokens)))
-        tokens = self.request.transfer.tokens
-        found.append(("attention error", tokens, self.value(self.transfer, tokens)))
-        for what, tokens, value in found:
-            if not math.isfinite(value):
-                raise TfgError.of(
-                    "FG433", f"the {what} at {tokens} tokens is {value}: the conversion is stopped"
-                )
-        return found
 
-    def of_original(self, what: str, tokens: int) -> float | None:
-        """A number of the original; what compares with it is known."""
-        known = {"output error": 0.0, "attention error": 0.0, "rank correlation": 1.0}
-        return known.get(what) if what in known else self.value(self.task.loss, tokens, self.original)
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """That of training, and a longer one where model and text allow it."""
-        tokens, longer = self.request.tuning.tokens, LONGER * self.request.tuning.tokens
-        data, limit = self.task.data, token_limit(self.request.compiled.program)
-        held_out = data.longest if isinstance(data, Texts) else data.validation.numel() - 1
-        needed = tokens + 1 if isinstance(data, Texts) else longer
-        fits = held_out >= needed and (limit is None or longer <= limit)
-        if not fits:
-            self.shown.say(
-                f"nothing is measured at {longer} tokens: the model or the held-out text is shorter"
-            )
-        return [tokens, longer] if fits else [tokens]
-
-    def value(self, loss: Loss, tokens: int, model: nn.Module | None = None) -> float:
-        """A loss on held-out text; at a greater length on as many tokens."""
-        options = self.request.tuning
-        times = 1 if isinstance(self.task.data, Texts) else max(1, tokens // options.tokens)
-        batches = max(1, VALIDATION_BATCHES // times)
-        options = replace(options, tokens=tokens, validation_batches=batches)
-        data = cast(TextData, self.task.data)
-        return validation_loss(model or self.model, loss, data, options, self.stop.check)
-
-    @cached_property
-    def embeds(self) -> bool:
-        """Whether the model gives one vector for each text, and nothing else."""
-        program = self.request.compiled.program
-        outputs = program[program.main].outputs
-        types = [program[program.main][name].type for name in outputs]
-        return isinstance(self.task.data, Texts) and len(types) == 1 and len(types[0].shape) == 2  # type: ignore[union-attr]
-
-    def compared(self, tokens: int) -> tuple[float, float]:
-        """The error of the held-out texts' vectors, and Spearman's correlation of the cosine similarities of all pairs.
-
-        Both against the original's.
-        """
-        from scipy.stats import spearmanr
-
-        if tokens not in self.wanted:
-            self.wanted[tokens] = self.vectors(self.original, tokens)
-        wanted, given = self.wanted[tokens], self.vectors(self.model.eval(), tokens)
-        rows, columns = torch.triu_indices(len(given), len(given), 1)
-        pairs: list[Any] = []
-        for vectors in (wanted, given):
-            unit = nn.functional.normalize(vectors.double(), dim=-1)
-            pairs.append((unit @ unit.T)[rows, columns].numpy())
-        found: Any = spearmanr(*pairs)
-        return relative_error(given, wanted, None).item(), float(found.statistic)
-
-    @torch.no_grad()
-    def vectors(self, model: nn.Module, tokens: int) -> Tensor:
-        """What a model gives for the held-out texts, of which it takes so many tokens."""
-        made = []
-        for packed, _ in cast(Texts, self.task.data).validation_batches(tokens, ROWS, COMPARED // ROWS):
-            self.stop.check()
-            made.append(model(*self.task.inputs.unpacked(packed)))
-        return torch.cat(made)
-
-
-def _task(request: Request, original: nn.Module) -> _Task:
+def _task(request: Request, original: nn.Module) -> Task:
     """A language model learns from its loss, an encoder from what the original gives."""
     compiled, tokens = request.compiled, request.tuning.tokens
     tokenizer: Tokenizer = BYTES if request.tokenizer is None else load_tokenizer(request.tokenizer)
@@ -397,8 +310,8 @@ def _task(request: Request, original: nn.Module) -> _Task:
             ) from None
         known = model_inputs(compiled.program)[0].below
         texts = load_texts(request.data, inputs, tokenizer, known, compiled.program.name)
-        return _Task(texts, inputs, Distillation(original, inputs), "output error")
-    return _Task(load_text(request.data, tokens, tokenizer=tokenizer), Inputs(), loss, "loss")
+        return Task(texts, inputs, Distillation(original, inputs), "output error")
+    return Task(load_text(request.data, tokens, tokenizer=tokenizer), Inputs(), loss, "loss")
 
 
 def _take_weights(model: nn.Module, original: nn.Module) -> tuple[str, ...]:
