@@ -104,12 +104,15 @@ def processes_of(pid: int) -> list[int]:
     return sorted(found)
 
 
-def losses(folder: Path) -> list[Line]:
+def events(folder: Path) -> list[dict]:
     if not (folder / "log.jsonl").exists():
         return []
     lines = (folder / "log.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines if line.endswith("}")]
-    return [(e["step"], e["loss"], e["gradient_norm"]) for e in events if "loss" in e]
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def losses(folder: Path) -> list[Line]:
+    return [(e["step"], e["loss"], e["gradient_norm"]) for e in events(folder) if "loss" in e]
 
 
 def close(found: list[Line], wanted: list[Line]) -> bool:
@@ -128,6 +131,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert (status, err) == (0, "")
     assert out.count("step      8  loss") == 1  # of two processes one prints
+    shares = [event["waiting"] for event in events(place / "whole") if "loss" in event]
+    assert len(shares) == STEPS
+    assert all(0 < share < 1 for share in shares)
+    assert f"\nin communication: {sum(shares) / STEPS:.0%} of the time of steps" in out
     return place
 
 
@@ -143,6 +150,7 @@ def test_two_processes_give_what_one_gives(two: Path, monkeypatch: pytest.Monkey
     single(two, monkeypatch, "--steps", str(STEPS), "-o", "alone")
     assert close(losses(two / "whole"), losses(two / "alone"))
     assert losses(two / "whole") != losses(two / "alone")  # it did run in pieces
+    assert all("waiting" not in event for event in events(two / "alone"))
     found, wanted = (load_file(two / name / "weights.safetensors") for name in ("whole", "alone"))
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
@@ -170,6 +178,24 @@ def test_going_on_in_one_process(two: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copytree(two / "alone", two / "alone on")
     single(two, monkeypatch, "--steps", str(STEPS + 2), "-o", "alone on", "--resume")
     assert close(losses(two / "on"), losses(two / "alone on"))
+
+
+@pytest.mark.slow
+def test_blocks_that_run_again(two: Path) -> None:
+    options = (
+        *OPTIONS,
+        "--steps",
+        str(STEPS),
+        "-o",
+        "again",
+        "--nproc",
+        "2",
+        "--context",
+        "2",
+        "--recompute",
+    )
+    assert run(two, *options)[0] == 0
+    assert losses(two / "again") == losses(two / "whole")
 
 
 @pytest.mark.slow
@@ -319,6 +345,7 @@ def test_meshes() -> None:
     assert Parallel(4, 2, 2).mesh() == Parallel(4, 2).mesh() == Parallel(None, 2, 2).mesh() == Mesh(2, 2)
     assert Parallel(4).mesh() == Mesh(4, 1)
     assert Parallel().mesh() == Mesh(1, 1)
+    assert refused(Parallel(recompute=True).mesh) == "FG416 --recompute is for several processes"
 
 
 def refused(work: Callable[[], object]) -> str:
