@@ -185,6 +185,7 @@ def test_the_section_and_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
         "fixed_s": 0.0,
         "token_s": 0.0,
         "bandwidth": 1e9,
+        "latencies": [{"ranks": 2, "latency": 1.0}],
         "rows": [row],
     }
     monkeypatch.setattr(section, "_here", lambda request, ranks: made)
