@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, replace
 from typing import Any
@@ -173,6 +174,16 @@ def test_the_best_interval() -> None:
 
 
 # ---------------------------------------------------------------- the page
+
+
+def test_the_committed_numbers_are_those_of_the_model() -> None:
+    document = json.loads((ROOT / "docs" / "performance.json").read_text(encoding="utf-8"))
+    found = document["sections"]["scaling"]
+    assert found["constants"] == [asdict(each) for each in CONSTANTS]
+    assert found["cells"] == list(section._cells(DECODER))
+    assert found["largest"] == [row for ranks in section.RANKS for row in section._largest(DECODER, ranks)]
+    for row in found["here"]["rows"]:
+        assert row["counted_bytes"] == pytest.approx(row["modelled_bytes"], rel=1e-12)
 
 
 def test_the_section_and_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
