@@ -10,7 +10,7 @@ from fastgrad_compiler.planning.candidates import MAX_RANK
 from fastgrad_dsl.bench.cells import Cell, extrapolated
 from fastgrad_dsl.bench.contenders import Contender
 from fastgrad_dsl.bench.memory import attention_peaks
-from fastgrad_dsl.bench.peak import peak_flops
+from fastgrad_dsl.bench.peak import highest, peak_flops
 from fastgrad_dsl.bench.timing import slope, time_together
 
 HEADS, DV = 8, 64
@@ -74,9 +74,8 @@ def measure(settings: Settings, grid: Grid | None = None) -> dict[str, object]:
         for d in dict.fromkeys(c.d for c in polynomials):
             here = [c for c, lengths in polynomials.items() if c.d == d and n in lengths]
             cells += _together(here, n, d == grid.exact_d, grid, settings, cells)
-    peaks.append(peak_flops(settings.threads))
-    known = [peak for peak in peaks if peak is not None]
-    peak = max(known, default=None)
+        peaks.append(peak_flops(settings.threads))
+    peak = highest(peaks)
     return {
         **heading(settings),
         "shape": {"batch": 1, "heads": HEADS, "dv": DV, "dtype": "float32", "causal": True},

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.curves_figure import TITLE as CURVES_TITLE
 from benchmarks.curves_figure import final
+from fastgrad_dsl.bench.peak import error_of_shares
 
 Section = Mapping[str, Any]
 MEBIBYTE = 2**20
@@ -150,10 +151,12 @@ def _shares(section: Section) -> str:
         ("forward", lambda c: f"{c['peak_share_forward']:.0%}"),
         ("forward and backward", lambda c: f"{c['peak_share_total']:.0%}"),
     )
+    error = error_of_shares(c[key] for c in cells for key in ("peak_share_forward", "peak_share_total"))
     return (
         f"Share of the peak of multiply-adds, {peak:,.0f} GFLOP/s (measured in the same run by a loop that touches "
         f"only registers), at n = {SHARE_AT:,}; flops by [mathematics.md](mathematics.md), section 4:\n\n"
         + table_of(columns, cells)
+        + (f"\n\n{error[0].upper()}{error[1:]}." if error else "")
     )
 
 

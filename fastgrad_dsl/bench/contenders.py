@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 
-from fastgrad_compiler.approximation.kernel_tiles import CHUNK
+from fastgrad_compiler.approximation.kernel_tiles import CHUNK, tokens_at_a_time
 from fastgrad_compiler.approximation.polynomial import Family
 from fastgrad_compiler.planning.cost import Flops, Shape, Way, flops
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec, choose_chunk
@@ -79,7 +79,7 @@ class Contender:
         if self.degree is None:
             return None
         if BACKENDS[self.target].cpp:
-            return CHUNK
+            return tokens_at_a_time(rank(self.d, self.degree))
         coefficients = (1.0,) * (self.degree + 1)
         return choose_chunk(KernelSpec(self.d, self.dv, coefficients, causal=True, near=self.near))
 

@@ -15,7 +15,7 @@ from fastgrad_dsl.bench.cells import Cell, extrapolated
 from fastgrad_dsl.bench.contenders import Contender, make_inputs
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.memory import attention_peaks
-from fastgrad_dsl.bench.peak import peak_flops
+from fastgrad_dsl.bench.peak import error_of_shares, highest, peak_flops
 from fastgrad_dsl.bench.timing import time_together
 from fastgrad_dsl.commands.tables import Column, print_table, say
 from fastgrad_dsl.commands.terminal import console
@@ -80,7 +80,7 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
     threads = torch.get_num_threads()
     lengths = request.lengths or (QUICK_LENGTHS if request.quick else LENGTHS)
     progress("the peak of the machine")
-    peak = peak_flops(threads)
+    peaks = [peak_flops(threads)]
     cells: list[Cell] = []
     exact_cell: Cell | None = None
     for n in sorted(set(lengths)):
@@ -89,6 +89,8 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
         cells += found
         measured = [cell for cell in found if cell.degree is None and cell.measured]
         exact_cell = measured[0] if measured else exact_cell
+        peaks.append(peak_flops(threads))
+    peak = highest(peaks)
     memory = []
     for n in [] if request.quick else sorted(set(lengths)):
         progress(f"memory at n = {n:,}")
@@ -181,11 +183,13 @@ def print_bench(document: dict[str, Any]) -> None:
             ]
         )
     print_table(out, COLUMNS, rows)
-    error = section["output_error"]
+    output_error = section["output_error"]
     notes = "medians of interleaved passes; lower is better; peak memory beyond inputs, outputs and gradients"
     say(out, notes, style="dim")
+    if error := error_of_shares(cell["peak_share_total"] for cell in cells):
+        say(out, error, style="yellow")
     say(
         out,
-        f"relative error of the output against float64 softmax, logits within 1, n = {error['n']:,}: "
-        f"{error['relative_l2']:.2g} (measured)",
+        f"relative error of the output against float64 softmax, logits within 1, n = {output_error['n']:,}: "
+        f"{output_error['relative_l2']:.2g} (measured)",
     )

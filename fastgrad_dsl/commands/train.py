@@ -228,7 +228,7 @@ def _train(
             print_plan(watch.compiled.program, str(compiled.source.path))
             if watch.compiled.calibration is not None:
                 print_calibration(watch.compiled.calibration)
-    model = _module(watch.compiled, seed, ranks)
+    model = _module(watch.compiled, seed, ranks, recompute=request.parallel.recompute)
     context = Context(
         named,
         {"calibration": planner.places},
@@ -265,13 +265,13 @@ def _planned(compiled: Compiled, planner: TextPlanner, seed: int, ranks: Ranks) 
     return planned_as(compiled, found)
 
 
-def _module(compiled: Compiled, seed: int, ranks: Ranks) -> nn.Module:
+def _module(compiled: Compiled, seed: int, ranks: Ranks, *, recompute: bool) -> nn.Module:
     """With its initial weights; on several processes each draws them one by one and keeps its part."""
     if ranks.count == 1:
         return compiled.module(seed=seed)
     with torch.device("meta"):
         model = compiled.module(seed=seed)
-    ranks.sharded(model)
+    ranks.sharded(model, recompute=recompute)
     model.reset_parameters(seed)  # type: ignore[operator]
     return model
 
@@ -297,12 +297,19 @@ def run(
         TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
         console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip
+    waiting: list[float] = []
     with bar, closing(events):
         task = bar.add_task("training", total=total, loss="")
         for event in events:
+            waiting += [] if event.waiting is None else [event.waiting]
             bar.update(task, completed=event.step, loss=_loss_text(event))
             if _is_printed(event, options):
                 console.print(_line(event, data.tokenizer.unit), highlight=False)
+    if waiting:
+        share = f"{sum(waiting) / len(waiting):.0%}"
+        console.print(
+            f"in communication: {share} of the time of steps, the mean of all processes", highlight=False
+        )
 
 
 def print_sample(
@@ -384,7 +391,8 @@ def _line(event: Event, unit: str) -> str:
     if event.validation_loss is not None:
         held_out = f"validation loss {event.validation_loss:.4f} nats per {unit}"
         return f"step {event.step:6d}  {held_out}  {event.seconds:7.1f} s"
+    shared = "" if event.waiting is None else f"  in communication {event.waiting:.0%}"
     return (
         f"step {event.step:6d}  loss {event.loss:.4f}  rate {event.learning_rate:.2e}"
-        f"  gradient norm {event.gradient_norm:.2f}  {event.seconds:7.1f} s"
+        f"  gradient norm {event.gradient_norm:.2f}  {event.seconds:7.1f} s{shared}"
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastgrad_dsl.api.loader import WEIGHTS
 from fastgrad_dsl.distributed.objective import Objective
 from fastgrad_dsl.distributed.sharding import gathered, whole
+from fastgrad_dsl.distributed.traffic import Traffic, counted
 from fastgrad_dsl.models.text_data import TextData
 from fastgrad_dsl.storage.files import write_atomically, writing
 from fastgrad_dsl.training.budget_watch import BudgetWatch
@@ -271,15 +272,18 @@ class _Run:
         rate = learning_rate(options, self.step, done)
         self.ranks.begins(self.step + 1)
         places = self.data.places(options.tokens, options.batch, self.places)
-        value, norm = accumulated_gradients(
-            self.model, self.loss, self.optimiser, self._parts(places), options, self.ranks
-        )
-        of_all = self.ranks.gathered(value, self.context.stop.signal or 0)
-        value = sum(each for each, _ in of_all) / len(of_all)
+        started = time.monotonic()
+        with counted() if self.ranks.count > 1 else nullcontext(Traffic()) as traffic:
+            value, norm = accumulated_gradients(
+                self.model, self.loss, self.optimiser, self._parts(places), options, self.ranks
+            )
+        own = traffic.seconds / max(time.monotonic() - started, 1e-9)
+        of_all = self.ranks.gathered(value, self.context.stop.signal or 0, own)
+        value, _, waiting = (sum(each) / len(of_all) for each in zip(*of_all, strict=True))
         for what, number in (("loss", value), ("norm of the gradient", norm)):
             if not math.isfinite(number):
                 raise self._not_finite(f"the {what} of step {self.step + 1} is {number}")
-        if signal := max(int(signal) for _, signal in of_all):
+        if signal := max(int(signal) for _, signal, _ in of_all):
             self.context.stop.signal = signal
             self._save(states)
             self._finish_writing()
@@ -288,7 +292,8 @@ class _Run:
             self._save(states)
         update(self.optimiser, rate)
         self.step += 1
-        return self._record(Event(self.step, self.seconds, value, None, rate, norm))
+        shared = waiting if self.ranks.count > 1 else None
+        return self._record(Event(self.step, self.seconds, value, None, rate, norm, shared))
 
     def _parts(self, places: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """What this process runs of a batch that begins at these places, one part after another."""

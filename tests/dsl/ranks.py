@@ -24,6 +24,7 @@ from fastgrad_dsl.api.loader import package_from_texts
 from fastgrad_dsl.distributed import context_parallel, shard_sequence, sharding
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.models import EXAMPLES, SIZES
+from tests.dsl.test_memory import Peak
 
 RANKS = 4
 
@@ -152,6 +153,7 @@ def _of_models(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {"of a file": _loss_errors(batch, line), "refused": _refused(line, mesh, rank)}
     found["replicated"] = _data_and_context(batch, mesh, _replicated)
     found["sharded"] = _data_and_context(batch, mesh, _sharded)
+    found["made again"] = _made_again(batch, line)
     found["tensor parallel"] = _tensor_parallel(mesh["data"], line)
     bounded = _example("bounded").module().double()
     with context_parallel(alone):
@@ -229,6 +231,35 @@ def _replicated(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 def _sharded(model: Any, mesh: DeviceMesh) -> nn.Module:
     return fg.distributed.shard_model(model, mesh)
+
+
+def _made_again(batch: tuple[Tensor, Tensor], mesh: DeviceMesh) -> dict[str, Any]:
+    """With weights in parts over all ranks, which share the sequences too: whether gradients are alike, and bytes.
+
+    Bytes that each layer more adds to what is kept; and another model with other pieces runs before the backward pass.
+    """
+    gradients: dict[bool, dict[str, Tensor]] = {}
+    kept: dict[tuple[bool, int], int] = {}
+    other = _example("gpt", vocab=11).module().double()
+    for recompute in (False, True):
+        for depth in (1, 2):
+            compiled = _example("gpt", vocab=11, depth=depth)
+            model = sharding.shard_model(compiled.module().double(), mesh, recompute=recompute)
+            with context_parallel(mesh):
+                x, y = shard_sequence(batch, mesh)
+                with Peak() as counted:
+                    loss = compiled.loss(model(x), y)
+                kept[recompute, depth] = counted.now
+                other(x[:, :3])
+                loss.backward()
+            gradients[recompute] = {
+                name: sharding.whole(p.grad) for name, p in model.named_parameters() if p.grad is not None
+            }
+    pairs = zip(gradients[False].values(), gradients[True].values(), strict=True)
+    return {
+        "equal": all(torch.equal(*pair) for pair in pairs),
+        "layer": {recompute: kept[recompute, 2] - kept[recompute, 1] for recompute in (False, True)},
+    }
 
 
 PARTED = """use std

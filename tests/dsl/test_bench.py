@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -14,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgrad_compiler.approximation.kernel_tiles import token_chunks
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_dsl.bench import memory, peak
 from fastgrad_dsl.bench.cells import Cell, extrapolated
 from fastgrad_dsl.bench.contenders import Contender, exact, make_inputs
@@ -175,6 +179,13 @@ def test_flops_are_those_of_the_mathematics() -> None:
     assert document["peak_share_total"] == pytest.approx(work.total / 5e9)
 
 
+@pytest.mark.parametrize(("degree", "tokens"), [(2, 64), (3, 64), (4, 32)])
+def test_the_chunk_that_is_counted_is_that_of_the_kernel(degree: int, tokens: int) -> None:
+    """Rank 4,845 has chunks of half the tokens: its features would leave the cache next to a core."""
+    spec = KernelSpec(16, 64, (1.0,) * (degree + 1), causal=True)
+    assert Contender(8, 16, 64, degree).chunk == token_chunks(spec)[2] == tokens
+
+
 @pytest.mark.skipif(not memory.CLEAR.exists(), reason="the high-water mark is known on Linux only")
 def test_peak_of_sees_what_was_freed() -> None:
     torch.ones(64 * 2**20)  # an earlier and higher peak
@@ -201,6 +212,67 @@ def test_peak_is_measured_where_there_is_a_compiler() -> None:
     found = peak.peak_flops(1)
     assert found is not None
     assert 1e8 < found < 1e13
+
+
+@pytest.mark.skipif(peak.compiler_command() is None, reason="the loop needs a C++ compiler")
+def test_peak_is_of_processor_time() -> None:
+    """A thread beside it that takes half of the processor, or more, does not make the peak lower by half."""
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("threads cannot be bound to one processor here")
+    alone = peak.peak_flops(1)
+    processors = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(processors)})
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        beside = peak.peak_flops(1)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+        os.sched_setaffinity(0, processors)
+    assert alone is not None
+    assert beside is not None
+    assert beside > 0.6 * alone
+
+
+def test_the_peak_is_the_largest_of_several_between_the_passes(
+    bench: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([2e15, 3e15, 1e15])
+    monkeypatch.setattr(command, "peak_flops", lambda threads: next(found))
+    options = [
+        "--quick",
+        "--n",
+        "32",
+        "--n",
+        "64",
+        "--heads",
+        "1",
+        "--d",
+        "4",
+        "--dv",
+        "8",
+        "--target",
+        "torch",
+    ]
+    _, out, _ = bench(*options, "--json", "bench.json")
+    assert json.loads(Path("bench.json").read_text())["sections"]["attention"]["peak_flops"] == 3e15
+    assert next(found, None) is None
+    assert "error of the measurement" not in out
+
+
+def test_a_share_above_the_peak_is_said_to_be_an_error(bench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "peak_flops", lambda threads: 1.0)
+    options = ["--quick", "--n", "32", "--heads", "1", "--d", "4", "--dv", "8", "--target", "torch"]
+    _, out, _ = bench(*options)
+    assert "of the peak is an error of the measurement" in " ".join(out.split())
+
+
+def test_highest_of_peaks_and_what_is_said_of_shares() -> None:
+    assert peak.highest([None, 2.0, 3.0, 1.0]) == 3.0
+    assert peak.highest([None, None]) is None
+    assert peak.error_of_shares([None, 0.5, 1.0]) == ""
+    assert peak.error_of_shares([None, 0.5, 1.034]).startswith("103% of the peak is an error")
 
 
 def test_peak_is_unknown_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

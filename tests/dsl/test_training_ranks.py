@@ -104,12 +104,15 @@ def processes_of(pid: int) -> list[int]:
     return sorted(found)
 
 
-def losses(folder: Path) -> list[Line]:
+def events(folder: Path) -> list[dict]:
     if not (folder / "log.jsonl").exists():
         return []
     lines = (folder / "log.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines if line.endswith("}")]
-    return [(e["step"], e["loss"], e["gradient_norm"]) for e in events if "loss" in e]
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def losses(folder: Path) -> list[Line]:
+    return [(e["step"], e["loss"], e["gradient_norm"]) for e in events(folder) if "loss" in e]
 
 
 def close(found: list[Line], wanted: list[Line]) -> bool:
@@ -131,7 +134,17 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert status == 0
     assert "a process was lost: all 2 are started again" in err
     assert out.count("step      8  loss") == 1  # of two processes one prints
-    return (place / "run").rename(place / "whole").parent
+    (place / "run").rename(place / "whole")
+    assert all(0 < share < 1 for share in shares(place / "whole"))
+    assert "\nin communication: " in out  # since they were started again
+    return place
+
+
+def shares(folder: Path) -> list[float]:
+    """Of the time of each step, what is spent in communication."""
+    found = [event["waiting"] for event in events(folder) if "loss" in event]
+    assert len(found) == STEPS
+    return found
 
 
 def single(place: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -147,6 +160,7 @@ def test_two_processes_give_what_one_gives(two: Path, monkeypatch: pytest.Monkey
     single(two, monkeypatch, "--steps", str(STEPS), "-o", "alone")
     assert close(losses(two / "whole"), losses(two / "alone"))
     assert losses(two / "whole") != losses(two / "alone")  # it did run in pieces
+    assert all("waiting" not in event for event in events(two / "alone"))
     found, wanted = (load_file(two / name / "weights.safetensors") for name in ("whole", "alone"))
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
@@ -156,8 +170,9 @@ def test_two_processes_give_what_one_gives(two: Path, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_a_process_that_is_killed_changes_nothing(two: Path) -> None:
     """Losses and weights are those of a run that is left alone, bit for bit."""
-    status, _, err = run(two, *OPTIONS, *TWO, "-o", "left")
+    status, out, err = run(two, *OPTIONS, *TWO, "-o", "left")
     assert (status, err) == (0, "")
+    assert f"\nin communication: {sum(shares(two / 'left')) / STEPS:.0%} of the time of steps" in out
     assert losses(two / "left") == losses(two / "whole")
     found, wanted = (load_file(two / name / "weights.safetensors") for name in ("left", "whole"))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -173,6 +188,24 @@ def test_going_on_in_one_process(two: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copytree(two / "alone", two / "alone on")
     single(two, monkeypatch, "--steps", str(STEPS + 2), "-o", "alone on", "--resume")
     assert close(losses(two / "on"), losses(two / "alone on"))
+
+
+@pytest.mark.slow
+def test_blocks_that_run_again(two: Path) -> None:
+    options = (
+        *OPTIONS,
+        "--steps",
+        str(STEPS),
+        "-o",
+        "again",
+        "--nproc",
+        "2",
+        "--context",
+        "2",
+        "--recompute",
+    )
+    assert run(two, *options)[0] == 0
+    assert losses(two / "again") == losses(two / "whole")
 
 
 @pytest.mark.slow
@@ -322,6 +355,7 @@ def test_meshes() -> None:
     assert Parallel(4, 2, 2).mesh() == Parallel(4, 2).mesh() == Parallel(None, 2, 2).mesh() == Mesh(2, 2)
     assert Parallel(4).mesh() == Mesh(4, 1)
     assert Parallel().mesh() == Mesh(1, 1)
+    assert refused(Parallel(recompute=True).mesh) == "FG416 --recompute is for several processes"
 
 
 def refused(work: Callable[[], object]) -> str:

@@ -14,13 +14,19 @@ from fastgrad_compiler.runtime.triton_schedule import (
 from fastgrad_compiler.runtime.triton_tables import padded_rank
 
 CHUNK = 64  # tokens at a time: scores, features and values of a chunk stay in the caches next to a core
+LARGEST_RANK_OF_CHUNK = 4096  # the features of 64 tokens are 1 MiB then: more leave the cache next to a core
 LEAST_BLOCK = 16  # a near field of smaller blocks is handled several blocks at a time
 LARGEST_RANK = 2**20  # of features whose table takes a second or two to make
 
 
+def tokens_at_a_time(rank: int) -> int:
+    """Tokens in a chunk of a C++ kernel without a near field."""
+    return CHUNK if rank <= LARGEST_RANK_OF_CHUNK else CHUNK // 2
+
+
 def token_chunks(spec: KernelSpec) -> tuple[int, int, int]:
     """Tokens in a block, chunks in a block, most tokens in a chunk; chunks never cross a near field's blocks."""
-    chunk = spec.chunk or CHUNK
+    chunk = spec.chunk or tokens_at_a_time(spec.rank)
     if spec.near is None:
         return chunk, 1, chunk
     if spec.near < LEAST_BLOCK:

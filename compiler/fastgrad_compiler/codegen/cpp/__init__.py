@@ -14,8 +14,7 @@ from fastgrad_compiler.codegen.titles import kernel_title, near_formulas
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec, folded_coefficients
 from fastgrad_grammar.quote import cpp_comment
 
-# Of each machine: its vector registers, and how many vectors wide a register tile is.
-MACHINES = {"avx512": (32, 2), "avx2": (16, 2), "other": (32, 2)}
+REGISTERS = {"avx512": 32, "avx2": 16, "other": 32}  # vector registers of each machine
 HEADERS = (
     "numbers",
     "types",
@@ -64,6 +63,9 @@ INCLUDES = """\
 #include <type_traits>
 
 #include <omp.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -112,7 +114,7 @@ def _constants(spec: KernelSpec) -> str:
     causal, padding, documents, forget = (
         str(flag).lower() for flag in (spec.causal, spec.padding, spec.documents, spec.forget)
     )
-    avx512, avx2, other = (_tile_constants(r, *MACHINES[name]) for name in ("avx512", "avx2", "other"))
+    avx512, avx2, other = (_tile_constants(r, REGISTERS[name]) for name in ("avx512", "avx2", "other"))
     return f"""\
 // ---------------------------------------------------------------- the specification
 
@@ -138,12 +140,13 @@ constexpr int VECTOR_BYTES = 16, {other}
 """
 
 
-def _tile_constants(r: int, registers: int, columns: int) -> str:
-    """Sizes of register tiles: columns, and rows; for features as many as waste fewest, for tokens a power of two."""
-    most = (registers - columns - 1) // columns
+def _tile_constants(r: int, registers: int) -> str:
+    """How many rows a register tile has: of features, with two vectors of columns, as many as waste fewest; of tokens,
+    a power of two."""
+    most = (registers - 3) // 2
     least = min(4, most)
     features = min(
         range(least, most + 1), key=lambda rows: (-(-r // rows) * rows * (1 + 0.02 * (most - rows)), -rows)
     )
-    return f"""MOST_VECTORS = {columns};
+    return f"""REGISTERS = {registers};
 constexpr int FEATURE_ROWS = {features}, TOKEN_ROWS = {8 if most >= 8 else 4};"""

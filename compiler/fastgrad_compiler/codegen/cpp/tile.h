@@ -43,10 +43,13 @@ inline void tile(long depth, Factor a, const real* b, long b_row, real* c, long 
     }
 }
 
+// How many vectors wide a tile of some rows may be: its sums, a row of b and a factor stay in registers.
+constexpr int most_vectors(int rows) { return std::clamp((REGISTERS - 1) / (rows + 1), 1, 4); }
+
 // The columns [from, WIDTH) of ROWS rows, in panels of nearly equal width; columns before `from` may be written too.
 template <int ROWS, int WIDTH, Into INTO, int START = 0>
 inline void row_of_tiles(long depth, Factor a, const real* b, real* c, const real* weight, int from) {
-  constexpr int LEFT = (WIDTH - START) / LANES, PANELS = (LEFT + MOST_VECTORS - 1) / MOST_VECTORS;
+  constexpr int LEFT = (WIDTH - START) / LANES, MOST = most_vectors(ROWS), PANELS = (LEFT + MOST - 1) / MOST;
   if constexpr (LEFT > 0) {
     constexpr int VECTORS = (LEFT + PANELS - 1) / PANELS, END = START + VECTORS * LANES;
     if (from < END) tile<ROWS, VECTORS, INTO>(depth, a, b + START, WIDTH, c + START, WIDTH, weight);
