@@ -293,7 +293,8 @@ KERNEL_OPTIONS = [
 
 def test_the_mixer_is_a_convolution_and_a_polynomial_with_gates_and_positions_nearby() -> None:
     program = library_model(X, "x; heads = 4, qk_dim = 6, near = 2", "mixer")
-    attention = "kernel_attention(short_conv(x); heads = 4, qk_dim = 6, causal = true, near = 2, near_rope = 1e4, forget = true)"
+    options = "heads = 4, qk_dim = 6, causal = true, near = 2, near_rope = 1e4, forget = true"
+    attention = f"kernel_attention(short_conv(x); {options})"
     parts = elaborate(
         Source(
             "parts",
