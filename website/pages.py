@@ -26,6 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "report",
             "guards",
             "checkpoints",
+            "conversion",
             "transformers",
             "distributed",
             "pytorch",

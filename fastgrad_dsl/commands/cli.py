@@ -22,6 +22,7 @@ from fastgrad_dsl.commands.line.bench import bench
 from fastgrad_dsl.commands.line.check import check
 from fastgrad_dsl.commands.line.checkpoint import export, import_
 from fastgrad_dsl.commands.line.compile import compile_
+from fastgrad_dsl.commands.line.convert import convert
 from fastgrad_dsl.commands.line.fmt import fmt
 from fastgrad_dsl.commands.line.generate import generate
 from fastgrad_dsl.commands.line.graph import graph
@@ -68,6 +69,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "report": report,
     "heads": heads,
     "train": train,
+    "convert": convert,
     "generate": generate,
     "bench": bench,
     "tune": tune,

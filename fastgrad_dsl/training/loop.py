@@ -9,12 +9,12 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from fastgrad_dsl.api.loader import WEIGHTS
-from fastgrad_dsl.distributed.objective import Objective
 from fastgrad_dsl.distributed.sharding import gathered, whole
 from fastgrad_dsl.distributed.traffic import Traffic, counted
 from fastgrad_dsl.models.text_data import TextData
@@ -39,7 +39,17 @@ from fastgrad_dsl.training.sharded import ShardedCheckpoint, ShardedWriter, late
 from fastgrad_dsl.training.stopping import Stop, StopAsked, Stopped
 from fastgrad_grammar.diagnostics import TfgError
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+
+@runtime_checkable
+class BatchLoss(Protocol):
+    """A loss that runs the model itself, as an `Objective` does."""
+
+    def of(self, model: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """The loss of a batch, a scalar."""
+        ...
+
+
+Loss = Callable[[Tensor, Tensor], Tensor] | BatchLoss
 MAY_CHANGE = {"steps", "seconds", "validate_every", "validation_batches", "checkpoint_every", "accumulate"}
 """On resuming."""
 LEAST_RATE = 0.1  # the cosine ends at this share of the peak learning rate
@@ -252,8 +262,8 @@ class _Run:
         """Train to the end."""
         self.model.train()
         while True:
-            total = self.options.seconds
-            done = self.step / max(1, self.options.steps) if total is None else self.seconds / total
+            total, steps = self.options.seconds, self.options.steps
+            done = (self.step / steps if steps else 1.0) if total is None else self.seconds / total
             states = self._states()
             try:
                 yield from self._validate(last=done >= 1.0)
@@ -454,7 +464,7 @@ def accumulated_gradients(
 
 def _value(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> Tensor:
     """The loss of a batch; that of a file need not make the logits."""
-    if isinstance(loss, Objective):
+    if isinstance(loss, BatchLoss):
         return loss.of(model, (inputs,), (targets,))
     return loss(model(inputs), targets)
 

@@ -118,7 +118,7 @@ def test_all_that_the_code_has_is_there(site: Path) -> None:
     for code, title in CODES.items():
         assert any(each.startswith(f"{code.lower()}-") for each in errors), (code, title)
     api = read(site / "api.html").ids
-    modules = {"distributed", "functional", "training", "__version__"}
+    modules = {"conversion", "distributed", "functional", "training", "__version__"}
     assert {f"fastgrad_dsl.{name}" for name in fg.__all__ if name not in modules} <= api
     assert {"fastgrad_dsl.functional.polynomial_attention", "fastgrad_dsl.training.train"} <= api
 
