@@ -33,6 +33,8 @@ _CALLS = {
     "report": "tiny.tfg --dim n=16",
     "heads": "tiny.tfg --data random --dim n=8",
     "train": "tiny.tfg --target torch --text text.txt --steps 1 --seq 8 --sample 1",
+    "convert": "soft.tfg --weights soft.safetensors --data text.txt --target torch --seq 8 --transfer-steps 1 "
+    "--steps 1 --near 2 --far-dim 2 -o converted",
     "generate": "tiny.tfg --target torch --weights weights.safetensors --prompt a --tokens 2",
     "bench": "--quick --n 8 --heads 1 --repeats 1 --target torch",
     "tune": "tiny.tfg --dry-run",
@@ -58,7 +60,10 @@ PATHS = (
     "tiny.tfg", "broken.safetensors", "build", "hollow",
 )  # fmt: skip
 FRAME = re.compile(r'/(fastgrad_\w+/.*?", line \d+)')
-ENDLESS = {("train", "--steps"), ("train", "--sample"), ("generate", "--tokens")}
+ENDLESS = {
+    ("train", "--steps"), ("train", "--sample"), ("generate", "--tokens"), ("convert", "--steps"),
+    ("convert", "--transfer-steps"),
+}  # fmt: skip
 """Options that ask for as much work as their number says: only numbers that are refused, or small ones, are tried."""
 
 MEASURES = "bench"
@@ -161,6 +166,8 @@ def prepare(folder: Path, build: bool = True) -> None:
     folder.mkdir()
     for name in ("tiny.tfg", "\udcff.tfg", "it's.tfg"):
         (folder / name).write_text(SPEC, encoding="utf-8")
+    soft = SPEC[: SPEC.index("budget")].replace(", gain = 1.0", "")
+    (folder / "soft.tfg").write_text(soft, encoding="utf-8")
     (folder / "text.txt").write_bytes(bytes(range(256)) * 4)
     (folder / "taken").write_text("a file")
     (folder / "empty").write_bytes(b"")
@@ -173,8 +180,9 @@ def prepare(folder: Path, build: bool = True) -> None:
     write_folder(folder / "checkpoint")
     if build:
         import_checkpoint(folder / "checkpoint", folder / "known.tfg")
-        weights = fg.compile(folder / "tiny.tfg", target="torch", validate=False).module().state_dict()
-        (folder / "weights.safetensors").write_bytes(save(weights))
+        for spec, file in (("tiny.tfg", "weights.safetensors"), ("soft.tfg", "soft.safetensors")):
+            weights = fg.compile(folder / spec, target="torch", validate=False).module().state_dict()
+            (folder / file).write_bytes(save(weights))
         with contextlib.chdir(folder):
             run(["compile", *SOUND["compile"][:-1], "build"])
 

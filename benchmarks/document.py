@@ -1,4 +1,4 @@
-"""docs/performance.md, its plots and a region of README.md, made from docs/performance.json.
+"""docs/performance.md, docs/scaling.md, plots and a region of README.md, made from docs/performance.json.
 
 python -m benchmarks.document [--json FILE] [--root FOLDER]
 """
@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks import figures, generation_table, gpu_tables, soak, tables
 from benchmarks.curves_figure import curves_figure
 from benchmarks.headlines import HEADLINES
+from benchmarks.scaling import page as scaling
 from benchmarks.settings import ROOT
 from fastgrad_dsl.storage.files import write_atomically
 
@@ -63,6 +64,9 @@ def render(document: Document, readme: str) -> dict[str, str]:
     }
     if "curves" in document["sections"]:
         made[CURVES] = curves_figure(document["sections"]["curves"])
+    if "scaling" in document["sections"]:
+        section = document["sections"]["scaling"]
+        made |= {scaling.PAGE: wrapped(scaling.page(section)), **scaling.figures(section)}
     return made
 
 
@@ -70,7 +74,8 @@ def page(document: Document) -> str:
     """docs/performance.md."""
     parts = [INTRODUCTION, f"![{figures.TITLE}](performance.svg)\n"]
     for name, section in document["sections"].items():
-        parts.append(WRITERS[name](section))
+        if name in WRITERS:
+            parts.append(WRITERS[name](section))
     return wrapped("\n".join(parts))
 
 

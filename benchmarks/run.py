@@ -32,6 +32,7 @@ from benchmarks import (
     soak,
     training,
 )
+from benchmarks.scaling import section as scaling
 from benchmarks.settings import ROOT, Settings, say
 from fastgrad_dsl.storage.files import write_atomically
 
@@ -49,6 +50,7 @@ SECTIONS: dict[str, Callable[[Settings], dict[str, object]]] = {
     "soak": soak.measure,
     "gpu_model": gpu_model.measure,
     "gpu": gpu.measure,
+    "scaling": scaling.measure,
 }
 USUAL = (
     "attention",
@@ -67,7 +69,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--section", action="append", choices=SECTIONS, help="all but curves, demo, soak and gpu by default"
+        "--section", action="append", choices=SECTIONS, help="by default the usual ones: docs/benchmark.md"
     )
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "performance.json")
     parser.add_argument("--target", default="auto", help="of the polynomial attention")

@@ -28,9 +28,10 @@ from fastgrad_dsl.api.loader import WEIGHTS
 from fastgrad_dsl.bench.memory import peak_of
 from fastgrad_dsl.commands.tables import Column, print_table
 from fastgrad_dsl.commands.terminal import print_plan
-from fastgrad_dsl.commands.train import TrainRequest, language_model_loss, print_sample, run
+from fastgrad_dsl.commands.train import TrainRequest, print_sample, run
 from fastgrad_dsl.models.text_data import TextData, load_text
 from fastgrad_dsl.training.folder import LOG
+from fastgrad_dsl.training.language import language_model_loss
 from fastgrad_dsl.training.loop import Loss, Options
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # relative: generated files name the spec as it was given

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastgrad_compiler.runtime.guard import BudgetViolation as BudgetViolation
     from fastgrad_compiler.runtime.in_turn import loss_in_pieces as loss_in_pieces
     from fastgrad_compiler.runtime.initialise import initialise as initialise
+    from fastgrad_dsl import conversion as conversion
     from fastgrad_dsl import distributed as distributed
     from fastgrad_dsl import functional as functional
     from fastgrad_dsl.api.compiled import Compiled as Compiled
@@ -50,7 +51,7 @@ _HOMES = {
     "log_budget": "fastgrad_dsl.training.budget_log",
     "read_prompt": "fastgrad_dsl.generation.generate",
 }
-_MODULES = ("distributed", "functional")
+_MODULES = ("conversion", "distributed", "functional")
 __all__ = sorted([*_HOMES, *_MODULES, "__version__"])
 
 

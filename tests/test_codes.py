@@ -59,6 +59,7 @@ WITHOUT_FILE = {
     "FG603": "tests/checkpoints/test_faults.py::test_tensors_that_do_not_fit",
     "FG604": "tests/checkpoints/test_faults.py::test_other_files_are_kept",
     "FG605": "tests/checkpoints/test_faults.py::test_an_export_needs_an_import",
+    "FG606": "tests/conversion/test_spec.py::test_refusals",
 }
 """Codes that no text file in golden/errors can show, and the test that shows each."""
 

@@ -13,7 +13,7 @@ INTRODUCTION = """# Python
 What `import fastgrad_dsl as fg` offers, from the docstrings. A model that `fg.compile` or `fg.load` gives is a
 `torch.nn.Module`; [pytorch](pytorch.md) says what PyTorch may do with it.
 """
-MODULES = ("functional", "distributed", "training")
+MODULES = ("functional", "distributed", "training", "conversion")
 
 
 def api_page() -> str:

@@ -26,6 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "report",
             "guards",
             "checkpoints",
+            "conversion",
             "transformers",
             "distributed",
             "pytorch",
@@ -41,7 +42,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "errors",
         "api",
     ),
-    "Results": ("performance", "quality", "benchmark", "sample-report"),
+    "Results": ("performance", "scaling", "quality", "benchmark", "sample-report"),
     "Foundations": ("mathematics", "theory", "trust", "security", "architecture", "contributing"),
 }
 """The pages in the order of the side bar; a test asserts that it has each page of docs/."""

@@ -70,13 +70,26 @@ def compile(
     check_target(target)
     is_text = isinstance(spec, str) and "\n" in spec
     source = Source("<text>", str(spec), included(include)) if is_text else read_source(spec, include=include)
-    program, given = elaborate(source, model=model, params=params), dict(dims or {})
-    stages = run(program, target=target, validate=validate, dims=given)
-    overrides = dict(sorted((params or {}).items()))
-    compiled = Compiled(source, target, stages, overrides, validate=validate, dims=given)
+    compiled = compile_source(source, params=params, model=model, target=target, validate=validate, dims=dims)
     if out is not None:
         compiled.write(out, force=force)
     return compiled
+
+
+def compile_source(
+    source: Source,
+    *,
+    params: Mapping[str, object] | None = None,
+    model: str | None = None,
+    target: str = "auto",
+    validate: bool = True,
+    dims: Mapping[str, int] | None = None,
+) -> Compiled:
+    """`compile` of a text that was read, or changed since; raises as that does."""
+    program, given = elaborate(source, model=model, params=params), dict(dims or {})
+    stages = run(program, target=target, validate=validate, dims=given)
+    overrides = dict(sorted((params or {}).items()))
+    return Compiled(source, target, stages, overrides, validate=validate, dims=given)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ PyTorch is imported only by the commands that run a model.
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -20,6 +22,7 @@ from fastgrad_dsl.commands.line.bench import bench
 from fastgrad_dsl.commands.line.check import check
 from fastgrad_dsl.commands.line.checkpoint import export, import_
 from fastgrad_dsl.commands.line.compile import compile_
+from fastgrad_dsl.commands.line.convert import convert
 from fastgrad_dsl.commands.line.fmt import fmt
 from fastgrad_dsl.commands.line.generate import generate
 from fastgrad_dsl.commands.line.graph import graph
@@ -66,6 +69,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "report": report,
     "heads": heads,
     "train": train,
+    "convert": convert,
     "generate": generate,
     "bench": bench,
     "tune": tune,
@@ -78,13 +82,25 @@ for _name, _command in _COMMANDS.items():
     app.command(name=_name)(_command)
 
 
+SIGNALLED = 128  # and a signal's number: the status of what it stopped
+UNREAD = 3.0  # seconds in which an agent that goes on takes a status
+
+
 def rank_main(arguments: list[str]) -> int:
-    """Run a command line as one of several processes; the exit status."""
+    """Run a command line as one of several processes; the exit status.
+
+    The agent takes it and ends the process; but where a signal stopped the agent, too, it waits for the process to end.
+    """
     sys.argv = ["fastgrad", *arguments]
     try:
-        return run_command(_parse_and_run)
+        status = run_command(_parse_and_run)
     except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else 1
+        status = ended.code if isinstance(ended.code, int) else 1
+    if status > SIGNALLED:
+        leaving = threading.Timer(UNREAD, os._exit, [status])
+        leaving.daemon = True
+        leaving.start()
+    return status
 
 
 def main() -> None:

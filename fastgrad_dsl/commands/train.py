@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from fastgrad_compiler.ir.graph import Program, TensorType
+from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.api.loader import WEIGHTS
 from fastgrad_dsl.commands.failures import WRONG_INPUT
@@ -25,9 +25,8 @@ from fastgrad_dsl.generation.generate import generate
 from fastgrad_dsl.generation.rerun import rerun
 from fastgrad_dsl.generation.sampling import Sampling
 from fastgrad_dsl.generation.step_form import has_steps
-from fastgrad_dsl.models.batches import model_inputs
 from fastgrad_dsl.models.text_data import BYTES, TextData, load_text
-from fastgrad_dsl.models.tokenizer import Tokenizer, check_size, load_tokenizer
+from fastgrad_dsl.models.tokenizer import load_tokenizer
 from fastgrad_dsl.storage.weights import load_weights
 from fastgrad_dsl.training.budget_watch import BudgetWatch
 from fastgrad_dsl.training.checkpoint import RunPlan
@@ -41,6 +40,7 @@ from fastgrad_dsl.training.folder import (
     sharded_steps,
     spec_files,
 )
+from fastgrad_dsl.training.language import language_model_loss, token_limit
 from fastgrad_dsl.training.launch import launch
 from fastgrad_dsl.training.log import Event
 from fastgrad_dsl.training.loop import Context, Loss, Options, is_finished, train
@@ -228,7 +228,7 @@ def _train(
             print_plan(watch.compiled.program, str(compiled.source.path))
             if watch.compiled.calibration is not None:
                 print_calibration(watch.compiled.calibration)
-    model = _module(watch.compiled, seed, ranks)
+    model = _module(watch.compiled, seed, ranks, recompute=request.parallel.recompute)
     context = Context(
         named,
         {"calibration": planner.places},
@@ -265,13 +265,13 @@ def _planned(compiled: Compiled, planner: TextPlanner, seed: int, ranks: Ranks) 
     return planned_as(compiled, found)
 
 
-def _module(compiled: Compiled, seed: int, ranks: Ranks) -> nn.Module:
+def _module(compiled: Compiled, seed: int, ranks: Ranks, *, recompute: bool) -> nn.Module:
     """With its initial weights; on several processes each draws them one by one and keeps its part."""
     if ranks.count == 1:
         return compiled.module(seed=seed)
     with torch.device("meta"):
         model = compiled.module(seed=seed)
-    ranks.sharded(model)
+    ranks.sharded(model, recompute=recompute)
     model.reset_parameters(seed)  # type: ignore[operator]
     return model
 
@@ -292,24 +292,38 @@ def run(
     options, folder, resume = request.options, request.folder, request.resume
     how = {"resume": resume, "force": request.force}
     events = train(model, loss, data, options, folder, **how, watch=watch, context=context)
+    show(console, events, options, lambda event: _line(event, data.tokenizer.unit))
+
+
+def show(
+    console: Console, events: Generator[Event, None, None], options: Options, line: Callable[[Event], str]
+) -> None:
+    """Run to the end with a progress bar; some of the events are printed on lines of their own."""
     total = options.steps if options.seconds is None else None
     bar = Progress(
         TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
         console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip
+    waiting: list[float] = []
     with bar, closing(events):
         task = bar.add_task("training", total=total, loss="")
         for event in events:
+            waiting += [] if event.waiting is None else [event.waiting]
             bar.update(task, completed=event.step, loss=_loss_text(event))
             if _is_printed(event, options):
-                console.print(_line(event, data.tokenizer.unit), highlight=False)
+                console.print(line(event), highlight=False)
+    if waiting:
+        share = f"{sum(waiting) / len(waiting):.0%}"
+        console.print(
+            f"in communication: {share} of the time of steps, the mean of all processes", highlight=False
+        )
 
 
 def print_sample(
     console: Console, model: nn.Module, program: Program, data: TextData, window: int, length: int
 ) -> None:
     """A continuation of the held-out text's beginning, by the step form where the model has one for as many tokens."""
-    prompt, limit = data.validation[:PROMPT_TOKENS].tolist(), _token_limit(program)
+    prompt, limit = data.validation[:PROMPT_TOKENS].tolist(), token_limit(program)
     if has_steps(model) and (limit is None or len(prompt) + length <= limit):
         drawn = generate(model, prompt, tokens=length, sampling=SAMPLING, tokenizer=data.tokenizer)
         written = [int(token) for token in drawn]
@@ -322,50 +336,6 @@ def print_sample(
     begun, rest = ("".join(map(stream.push, tokens)) for tokens in (prompt, written))
     console.print("\nsample (the model's own text follows >>>):")
     console.print(f"{begun} >>> {rest}{stream.finish()}", markup=False, highlight=False)
-
-
-def language_model_loss(compiled: Compiled, tokens: int, tokenizer: Tokenizer = BYTES) -> Loss:
-    """The objective of a spec that maps int[b, n] to float[b, n, vocab], with a class for each of the tokenizer's ids.
-
-    TfgError FG415 for any other spec, FG436 where a tokenizer has more ids.
-    """
-    program = compiled.program
-    graph = program[program.main]
-    problem = _not_a_language_model(program, tokenizer)
-    if problem is None and compiled.loss is not None:
-        limit = _token_limit(program)
-        if limit is None or tokens <= limit:
-            return compiled.loss
-        problem = f"its sequences have at most {limit} tokens, not {tokens}"
-    raise TfgError.of(
-        "FG415",
-        f"model {program.name} cannot be trained on text: {problem or 'the file has no objective'}",
-        "a language model takes int[b, n], gives float[b, n, vocab] and has an objective(logits, targets)",
-        span=graph.span,
-    )
-
-
-def _not_a_language_model(program: Program, tokenizer: Tokenizer) -> str | None:
-    inputs, result = program[program.main].inputs, program[program.main].output_type
-    if len(inputs) != 1 or inputs[0].tensor.dtype != "int" or len(inputs[0].tensor.shape) != 2:
-        return "it does not take one int[b, n] of tokens"
-    given = inputs[0].tensor.shape
-    if not isinstance(result, TensorType) or result.shape[:2] != given or len(result.shape) != 3:
-        return "it does not give float[b, n, vocab] for its tokens"
-    (tokens,), known = model_inputs(program), result.shape[2].constant
-    if known is None:
-        return f"it has {result.shape[2]} classes, which is not one number"
-    known = min(known, tokens.below) if tokens.ids else known
-    if tokenizer.source is None and known < tokenizer.size:
-        return f"it has {known} classes, fewer than the {tokenizer.size} values of a byte"
-    check_size(tokenizer, known, program.name)
-    return None
-
-
-def _token_limit(program: Program) -> int | None:
-    dim = program[program.main].inputs[0].tensor.shape[1]
-    limits = [info.at_most for info in program.dims if dim.names == {info.name} and info.at_most is not None]
-    return dim.constant if dim.constant is not None else min(limits, default=None)
 
 
 def _is_printed(event: Event, options: Options) -> bool:
@@ -384,7 +354,8 @@ def _line(event: Event, unit: str) -> str:
     if event.validation_loss is not None:
         held_out = f"validation loss {event.validation_loss:.4f} nats per {unit}"
         return f"step {event.step:6d}  {held_out}  {event.seconds:7.1f} s"
+    shared = "" if event.waiting is None else f"  in communication {event.waiting:.0%}"
     return (
         f"step {event.step:6d}  loss {event.loss:.4f}  rate {event.learning_rate:.2e}"
-        f"  gradient norm {event.gradient_norm:.2f}  {event.seconds:7.1f} s"
+        f"  gradient norm {event.gradient_norm:.2f}  {event.seconds:7.1f} s{shared}"
     )

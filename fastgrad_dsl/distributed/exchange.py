@@ -44,19 +44,35 @@ class RankLayout(Layout):
         return found.movedim(0, axis)
 
     def earlier_sum(self, sums: Tensor, log_decay: Tensor | None) -> Tensor:
-        """As the base class says: every earlier rank sends its own sums and its decay."""
-        parts = [sums.flatten(2)] if log_decay is None else [sums.flatten(2), log_decay]
-        received = self._earlier(torch.cat(parts, -1))
-        if log_decay is None:
-            return received.sum(0).reshape(sums.shape)
-        logs = torch.cat((received[1:, ..., -1:], torch.zeros_like(received[:1, ..., -1:])))
-        later = logs.flip(0).cumsum(0).flip(0)  # of the pieces between each one and this one
-        return (received[..., :-1] * later.exp()).sum(0).reshape(sums.shape)
+        """As the base class says, by recursive doubling (Hillis and Steele 1986): log2(ranks) rounds, rounded up.
 
-    def _earlier(self, x: Tensor) -> Tensor:
-        """[p, ..]: the tensors x of the p ranks before this one, all of one shape."""
-        ranks = RankLayout((1,) * len(self.lengths), self.rank, self.group)
-        return ranks.tokens_from(x.unsqueeze(0), 0, (0,) * len(self.lengths))
+        In the round of a distance D a rank is sent one sum, that of the D ranks up to the one D before it.
+        """
+        before, left, distance = torch.zeros_like(sums), None, 1
+        if log_decay is not None:
+            left = torch.zeros_like(log_decay)  # of what is before those that `before` is the sum of
+        while distance < len(self.lengths):
+            with_own = sums + (before if log_decay is None else before * log_decay.exp().unsqueeze(-1))
+            if log_decay is None or left is None:
+                before = before + self._from(distance, with_own)
+            else:
+                own_left = left + log_decay
+                found = self._from(distance, torch.cat((with_own.flatten(2), own_left), -1))
+                earlier = found[..., :-1].unflatten(-1, sums.shape[2:])
+                before = before + left.exp().unsqueeze(-1) * earlier
+                left = left + found[..., -1:]
+            distance *= 2
+        return before
+
+    def _from(self, distance: int, x: Tensor) -> Tensor:
+        """The tensor x of the rank so far before this one; zeros where there is none."""
+        sent, given = ([0] * len(self.lengths) for _ in range(2))
+        if self.rank + distance < len(self.lengths):
+            sent[self.rank + distance] = 1
+        if self.rank >= distance:
+            given[self.rank - distance] = 1
+        rows = x.unsqueeze(0)[: sum(sent)]
+        return _exchange(rows, sent, given, self.group).sum(0)
 
 
 def _exchange(rows: Tensor, sent: list[int], given: list[int], group: Any) -> Tensor:

@@ -183,6 +183,8 @@ def load_tokenizer(path: str | Path) -> FileTokenizer:
     library = _library()
     try:
         rules: tokenizers.Tokenizer = library.Tokenizer.from_str(source.decode())
+        rules.no_truncation()  # which a file may ask for: texts are whole
+        rules.no_padding()
         largest = max(rules.get_vocab(with_added_tokens=True).values(), default=-1)
     except Exception as error:  # the library has no class for what it refuses
         raise _unusable(path, str(error).strip() or type(error).__name__) from None

@@ -16,13 +16,13 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from errno import EEXIST, ELOOP
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -39,6 +39,7 @@ from fastgrad_grammar.diagnostics import TfgError
 if TYPE_CHECKING:
     from fastgrad_dsl.api.compiled import Compiled
     from fastgrad_dsl.models.text_data import TextData
+    from fastgrad_dsl.models.tokenizer import Tokenizer
     from fastgrad_grammar.source import Source
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
@@ -54,8 +55,12 @@ _LOCK_BYTES = 1000  # of a lock's text, and more
 
 
 @contextmanager
-def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
+def claimed(
+    folder: Path, *, resume: bool, force: bool, parts: Sequence[str] = (), record: str | None = None
+) -> Iterator[None]:
     """The folder for this process alone, without what killed processes left, and to begin in unless `resume`.
+
+    parts: folders in it that hold runs of their own. record: the file that says what these are.
 
     Raises TfgError: FG431 where another run, or files that belong to no run, are there and `force` is not given; FG432
     where another process trains in it; FG421 where it cannot be written. What was there is unchanged then.
@@ -72,13 +77,19 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
         with writing(folder):
             (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
             if not resume and not force:
-                _check_free(folder)
-            _clean(folder)
-            if not resume:
-                # the checkpoint first: what is left is not a run, and never a mixture of two
-                remove_sharded(folder)
-                for name in (*_FILES, TOKENIZER):
-                    (folder / name).unlink(missing_ok=True)
+                _check_free(folder, {*parts, *([record] if record else [])})
+            _refuse_links(folder / part for part in parts)
+            for place in (*(folder / part for part in parts), folder):
+                _clean(place)
+                if not resume:
+                    # the checkpoint first: what is left is not a run, and never a mixture of two
+                    remove_sharded(place)
+                    for name in (*_FILES, TOKENIZER):
+                        (place / name).unlink(missing_ok=True)
+            if record is not None:
+                remove_dead_files(folder, f".{record}.")
+                if not resume:
+                    (folder / record).unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -96,7 +107,7 @@ def _check_lock(path: Path) -> None:
         raise OSError(EEXIST, f"{path} is not the lock of a run", str(path))
 
 
-def _check_free(folder: Path) -> None:
+def _check_free(folder: Path, others: set[str]) -> None:
     there = {entry.name for entry in folder.iterdir() if not _TEMPORARY.fullmatch(entry.name)} - {LOCK}
     known = {*_FILES, MODEL, SPEC, TOKENIZER} if (folder / MODEL / MANIFEST).is_file() else {*_FILES}
     known |= {SHARDED} if _holds_only_sharded(folder) else set()
@@ -104,6 +115,8 @@ def _check_free(folder: Path) -> None:
     run = (
         {CHECKPOINT} & there or sharded or {name for name in {LOG} & there if (folder / name).lstat().st_size}
     )
+    run |= others & there
+    known |= others
     if run or there - known:
         raise _occupied(folder, run, sorted(there - known))
 
@@ -169,22 +182,22 @@ def publish(
     """
     if not _holds(folder / MODEL, compiled.files):
         with writing(folder / MODEL):
-            _refuse_links(folder / MODEL)
+            _refuse_links([folder / MODEL])
         compiled.write(folder / MODEL, force=force)
     if not _holds(folder / SPEC, texts):
         with writing(folder / SPEC):
             for name, text in texts.items():
-                _refuse_links(folder / SPEC, Path(name).parts[:-1])
+                inside = Path(SPEC, name).parents
+                _refuse_links(folder / each for each in inside if each != Path("."))
                 write_atomically(folder / SPEC / name, text)
     if tokenizer is not None and not _holds(folder, {TOKENIZER: tokenizer}):
         with writing(folder / TOKENIZER):
             write_atomically(folder / TOKENIZER, tokenizer)
 
 
-def _refuse_links(place: Path, parts: Iterable[str] = ()) -> None:
-    """OSError where a folder on the way is a link: it may lead out of the run's folder."""
-    for part in ("", *parts):
-        place = place / part
+def _refuse_links(places: Iterable[Path]) -> None:
+    """OSError where one of these folders is a link: it may lead out of the run's folder."""
+    for place in places:
         if place.is_symlink():
             raise OSError(ELOOP, f"{place} is a link", str(place))
 
@@ -230,6 +243,20 @@ def _used(module: Module, seen: set[str]) -> Iterator[Source]:
             yield from _used(each, seen)
 
 
+class RunData(Protocol):
+    """What a run learns: a text, or several."""
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of its tokens."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What made them."""
+        ...
+
+
 def identity(
     compiled: Compiled, texts: Mapping[str, str], data: TextData, *, exact: bool, calibrate: bool
 ) -> dict[str, str]:
@@ -237,6 +264,15 @@ def identity(
 
     `texts` are the `spec_files`, `data` is the text to learn.
     """
+    asked = {
+        "--exact": "given" if exact else "not given",
+        "--calibrate": "given" if calibrate else "not given",
+    }
+    return {**model_identity(compiled, texts, data), **asked}
+
+
+def model_identity(compiled: Compiled, texts: Mapping[str, str], data: RunData) -> dict[str, str]:
+    """What runs of one model on one text share, by what a person calls it."""
     main, *used = texts.items()
     params = ", ".join(f"{name}={value}" for name, value in sorted(compiled.params.items()))
     tokenizer = data.tokenizer.source
@@ -248,8 +284,6 @@ def identity(
         "--set": params or "nothing",
         "--model": compiled.program.name,
         "--target": compiled.target,
-        "--exact": "given" if exact else "not given",
-        "--calibrate": "given" if calibrate else "not given",
     }
 
 

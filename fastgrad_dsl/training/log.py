@@ -12,7 +12,10 @@ from fastgrad_dsl.training.budget_watch import BudgetState
 
 @dataclass(frozen=True)
 class Event:
-    """One line of the log: a step's loss and rate, or a validation loss; losses in nats per token."""
+    """One line of the log: a step's loss and rate, or a validation loss; losses in nats per token.
+
+    waiting: with several processes the share of a step's passes in which they wait for each other, the mean of all.
+    """
 
     step: int
     seconds: float
@@ -20,6 +23,7 @@ class Event:
     validation_loss: float | None = None
     learning_rate: float | None = None
     gradient_norm: float | None = None
+    waiting: float | None = None
     budget: BudgetState | None = None
 
     def line(self) -> str:

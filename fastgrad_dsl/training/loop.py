@@ -9,13 +9,14 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from fastgrad_dsl.api.loader import WEIGHTS
-from fastgrad_dsl.distributed.objective import Objective
 from fastgrad_dsl.distributed.sharding import gathered, whole
+from fastgrad_dsl.distributed.traffic import Traffic, counted
 from fastgrad_dsl.models.text_data import TextData
 from fastgrad_dsl.storage.files import write_atomically, writing
 from fastgrad_dsl.training.budget_watch import BudgetWatch
@@ -38,7 +39,17 @@ from fastgrad_dsl.training.sharded import ShardedCheckpoint, ShardedWriter, late
 from fastgrad_dsl.training.stopping import Stop, StopAsked, Stopped
 from fastgrad_grammar.diagnostics import TfgError
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+
+@runtime_checkable
+class BatchLoss(Protocol):
+    """A loss that runs the model itself, as an `Objective` does."""
+
+    def of(self, model: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """The loss of a batch, a scalar."""
+        ...
+
+
+Loss = Callable[[Tensor, Tensor], Tensor] | BatchLoss
 MAY_CHANGE = {"steps", "seconds", "validate_every", "validation_batches", "checkpoint_every", "accumulate"}
 """On resuming."""
 LEAST_RATE = 0.1  # the cosine ends at this share of the peak learning rate
@@ -251,8 +262,8 @@ class _Run:
         """Train to the end."""
         self.model.train()
         while True:
-            total = self.options.seconds
-            done = self.step / max(1, self.options.steps) if total is None else self.seconds / total
+            total, steps = self.options.seconds, self.options.steps
+            done = (self.step / steps if steps else 1.0) if total is None else self.seconds / total
             states = self._states()
             try:
                 yield from self._validate(last=done >= 1.0)
@@ -271,15 +282,18 @@ class _Run:
         rate = learning_rate(options, self.step, done)
         self.ranks.begins(self.step + 1)
         places = self.data.places(options.tokens, options.batch, self.places)
-        value, norm = accumulated_gradients(
-            self.model, self.loss, self.optimiser, self._parts(places), options, self.ranks
-        )
-        of_all = self.ranks.gathered(value, self.context.stop.signal or 0)
-        value = sum(each for each, _ in of_all) / len(of_all)
+        started = time.monotonic()
+        with counted() if self.ranks.count > 1 else nullcontext(Traffic()) as traffic:
+            value, norm = accumulated_gradients(
+                self.model, self.loss, self.optimiser, self._parts(places), options, self.ranks
+            )
+        own = traffic.seconds / max(time.monotonic() - started, 1e-9)
+        of_all = self.ranks.gathered(value, self.context.stop.signal or 0, own)
+        value, _, waiting = (sum(each) / len(of_all) for each in zip(*of_all, strict=True))
         for what, number in (("loss", value), ("norm of the gradient", norm)):
             if not math.isfinite(number):
                 raise self._not_finite(f"the {what} of step {self.step + 1} is {number}")
-        if signal := max(int(signal) for _, signal in of_all):
+        if signal := max(int(signal) for _, signal, _ in of_all):
             self.context.stop.signal = signal
             self._save(states)
             self._finish_writing()
@@ -288,7 +302,8 @@ class _Run:
             self._save(states)
         update(self.optimiser, rate)
         self.step += 1
-        return self._record(Event(self.step, self.seconds, value, None, rate, norm))
+        shared = waiting if self.ranks.count > 1 else None
+        return self._record(Event(self.step, self.seconds, value, None, rate, norm, shared))
 
     def _parts(self, places: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """What this process runs of a batch that begins at these places, one part after another."""
@@ -449,7 +464,7 @@ def accumulated_gradients(
 
 def _value(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> Tensor:
     """The loss of a batch; that of a file need not make the logits."""
-    if isinstance(loss, Objective):
+    if isinstance(loss, BatchLoss):
         return loss.of(model, (inputs,), (targets,))
     return loss(model(inputs), targets)
 

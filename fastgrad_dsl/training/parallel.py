@@ -24,6 +24,7 @@ class Parallel:
     """The processes that a command line asks for, with a number left out where the others say it.
 
     restarts: how often all are started again where one is lost; timeout: seconds in which each has to answer.
+    recompute: blocks run again in the backward pass.
     """
 
     nproc: int | None = None
@@ -31,9 +32,22 @@ class Parallel:
     context: int | None = None
     restarts: int = 3
     timeout: float = 600.0
+    recompute: bool = False
 
     def mesh(self) -> Mesh:
-        """The mesh. TfgError FG503 where the numbers do not agree with each other, or with what torchrun started."""
+        """The mesh. TfgError FG503 where the numbers do not agree with each other, or with what torchrun started.
+
+        FG416 for one process that is to run blocks again.
+        """
+        mesh = self._mesh()
+        if self.recompute and mesh.count == 1:
+            message = "--recompute is for several processes"
+            raise TfgError.of(
+                "FG416", message, "in one, `memory` in the file's budget says what is made again"
+            )
+        return mesh
+
+    def _mesh(self) -> Mesh:
         count = self.nproc or (int(os.environ[WORLD_SIZE]) if is_rank() else None)
         if count is None:
             return Mesh(self.data or 1, self.context or 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -79,9 +80,9 @@ class Ranks:
 
     # ------------------------------------------------------------ whose is what
 
-    def sharded(self, model: nn.Module) -> nn.Module:
-        """The model with its weights in parts, in place; as it is in a single process."""
-        return model if self.meshes is None else shard_model(model, self.meshes[0])
+    def sharded(self, model: nn.Module, *, recompute: bool = False) -> nn.Module:
+        """The model with its weights in parts, in place; as it is in one process. `recompute`: as `shard_model`."""
+        return model if self.meshes is None else shard_model(model, self.meshes[0], recompute=recompute)
 
     def context(self) -> AbstractContextManager[None]:
         """Around forward and backward passes."""
@@ -189,9 +190,13 @@ class Ranks:
                     known = isinstance(error, TfgError | OSError | MemoryError)
                     self.store.set(f"left/{self.rank}", str(2 if known else 1))
                 raise
+            leaving = threading.Timer(2 * GRACE, os._exit, [LOST])  # the store may be out of reach, too
+            leaving.daemon = True
+            leaving.start()
             status = self._lost(str(error))
             sys.stderr.flush()
             if status is not None:
+                leaving.cancel()
                 raise SystemExit(status) from None
             os._exit(LOST)  # threads that wait for the lost process would keep this one
 
@@ -221,7 +226,9 @@ class Ranks:
             return Diagnostic("FG504", message)
         who = ", ".join(self._named(each) for each in missing)
         if waited:
-            message = f"no answer within {self.timeout:g} seconds from {who}: it hangs"
+            message = (
+                f"no answer within {self.timeout:g} seconds from {who}: it hangs, or the network to it is cut"
+            )
             help_: tuple[str, ...] = ("give a longer --timeout where a step takes that long",)
         else:
             message, help_ = f"lost {who}", tuple[str, ...]()

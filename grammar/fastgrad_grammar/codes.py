@@ -123,12 +123,13 @@ CODES: dict[str, str] = {
     "FG502": "no dimension to step along",
     "FG503": "mesh that does not fit",
     "FG504": "process of a run that was lost",
-    # FG6xx: checkpoints of Hugging Face
+    # FG6xx: checkpoints of Hugging Face, and conversion
     "FG601": "checkpoint that cannot be read",
     "FG602": "checkpoint that is not supported",
     "FG603": "tensors that do not fit the checkpoint's model",
     "FG604": "file that holds something else",
     "FG605": "model that was not imported",
+    "FG606": "attention that cannot be converted",
     # FG40x: the model and the params that the caller sets
     "FG401": "unknown param from outside",
     "FG402": "value of the wrong type from outside",

@@ -170,7 +170,7 @@ def test_a_deep_model_is_walked_layer_by_layer() -> None:
     assert len(ranges) == 24
     assert all(len(found.heads) == 16 and not math.isinf(found.bound) for found in ranges.values())
     widest = max(ranges, key=lambda path: ranges[path].bound)
-    assert widest == "layers.7.attend._attention"
+    assert widest == "layers.7.attend.y"
 
 
 # ---------------------------------------------------------------- tables

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from torch import Tensor
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.api.loader import package_from_texts
+from fastgrad_dsl.distributed import exchange as exchanges
 from tests.dsl.ranks import RANKS, Case, run_cases, spawn
 
 N = 13
@@ -148,16 +152,58 @@ def test_bytes_do_not_depend_on_the_length(found: list[Found]) -> None:
 
 
 def test_bytes_of_an_attention(found: list[Found]) -> None:
-    """The first of four ranks sends its sums to three, and a halo of two tokens to the next; gradients are the last's.
+    """The first of four ranks sends its sums to two, and a halo of two tokens to the next; gradients are the last's.
 
     Of each of two sequences sums of 15 features by 5 columns and a decay; of a token k, v, the near key, a gate, all in
     float64, and one byte of the mask.
     """
     sums, halo, masks = 2 * 8 * (15 * 5 + 1), 2 * 2 * 8 * (4 + 4 + 4 + 1), 2 * 2
     sent = [found[rank]["near of 32", (8, 8, 8, 8)][2] for rank in range(RANKS)]
-    assert sent[0] == 3 * sums + halo + masks
-    assert sent[-1] == 3 * sums + halo
-    assert sent[1] == sent[2] == 3 * sums + 2 * halo + masks
+    assert sent[0] == 2 * sums + halo + masks
+    assert sent[-1] == 2 * sums + halo
+    assert (
+        sent[1] == sent[2] == (2 + 1) * sums + 2 * halo + masks
+    )  # one way to one rank, the other way to two
+
+
+@pytest.mark.parametrize("gates", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 16])
+def test_sums_of_many_ranks(count: int, gates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads in place of processes: all earlier sums, each decayed by what is between, in log2 rounds, rounded up."""
+    generator = torch.Generator().manual_seed(count)
+    sums = torch.randn(count, 2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    logs = -torch.rand(count, 2, 3, 1, generator=generator, dtype=torch.float64)
+    logs[count // 2, :, 0] = -torch.inf  # a document begins
+    barrier, here = threading.Barrier(count), threading.local()
+    rows: list[tuple[Tensor, list[int]]] = [(sums[0], [])] * count
+    rounds = [0] * count
+
+    def exchange(own: Tensor, sent: list[int], given: list[int], group: object) -> Tensor:
+        rows[here.rank] = own, sent
+        rounds[here.rank] += sum(sent)
+        barrier.wait(60)
+        found = [own[:0]]
+        for source, size in enumerate(given):
+            packed, splits = rows[source]
+            found.append(packed.split(splits)[here.rank])
+            assert len(found[-1]) == size
+        barrier.wait(60)
+        return torch.cat(found)
+
+    def run(rank: int) -> Tensor:
+        here.rank = rank
+        layout = exchanges.RankLayout((1,) * count, rank, None)
+        return layout.earlier_sum(sums[rank], logs[rank] if gates else None)
+
+    monkeypatch.setattr(exchanges, "_exchange", exchange)
+    with ThreadPoolExecutor(count) as threads:
+        found = list(threads.map(run, range(count)))
+    wanted = torch.zeros_like(sums[0])
+    for rank in range(count):
+        torch.testing.assert_close(found[rank], wanted, rtol=1e-12, atol=1e-12)
+        decayed = wanted * logs[rank].exp().unsqueeze(-1) if gates else wanted
+        wanted = decayed + sums[rank]
+    assert max(rounds) == math.ceil(math.log2(count))
 
 
 def test_what_is_within_a_rank_is_sent_nowhere(found: list[Found]) -> None:
@@ -178,6 +224,14 @@ def test_with_data_parallel(how: str, ranks: list[tuple[Found, dict[str, Any]]])
     """Two by two processes give the gradients of one, with weights that are on each or in parts."""
     for _, found in ranks:
         assert found[how] < 1e-11
+
+
+def test_blocks_that_run_again(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    """The same gradients, bit for bit, and a layer more keeps its input and its weights instead of all its values."""
+    for _, found in ranks:
+        assert found["made again"]["equal"]
+        layer = found["made again"]["layer"]
+        assert layer[True] < 0.4 * layer[False]
 
 
 def test_heads_and_hidden_widths_in_parts(ranks: list[tuple[Found, dict[str, Any]]]) -> None:

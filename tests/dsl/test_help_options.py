@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("fastgrad_dsl", "compiler/fastgrad_compiler", "grammar/fastgrad_grammar")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 COMMAND = re.compile(r"`fastgrad ([a-z]+)")
-ALL = ("check", "compile", "advise", "stages", "report", "train", "generate", "tune")
+ALL = ("check", "compile", "advise", "stages", "report", "train", "convert", "generate", "tune")
 
 SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "compiler/fastgrad_compiler/passes/memory.py": {"--dim": ("check", "compile")},
@@ -37,34 +37,32 @@ SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/storage/build_manifest.py": {"--force": ("compile", "train")},
     "fastgrad_dsl/storage/staged.py": {"--force": ("import", "export")},
     "fastgrad_dsl/calibration/data.py": {"--dim": ("compile", "advise")},
-    "fastgrad_dsl/training/checkpoint.py": {"--out": ("train",)},
+    "fastgrad_dsl/training/checkpoint.py": {"--out": ("train", "convert")},
+    "fastgrad_dsl/conversion/run.py": dict.fromkeys(
+        ("--weights", "--near", "--far-dim", "--at", "--adapters", "--transfer-steps"), ("convert",)
+    ),
+    "fastgrad_dsl/conversion/spec.py": {"--at": ("convert",)},
+    "fastgrad_dsl/commands/convert.py": {"--resume": ("convert",)},
     "fastgrad_dsl/commands/train.py": dict.fromkeys(("--rate", "--resume", "--steps", "--clip"), ("train",)),
     "fastgrad_dsl/api/native_build.py": {"--target": ("compile",)},
     "fastgrad_dsl/report/cautions.py": {"--dim": ("report",)},
     "fastgrad_dsl/api/report.py": dict.fromkeys(("--dim", "--seed"), ("report",)),
     "fastgrad_dsl/models/sizes.py": {"--dim": ("report",)},
     "fastgrad_dsl/commands/report_table.py": {"--wide": ("report",)},
-    "fastgrad_dsl/training/folder.py": dict.fromkeys(
-        (
-            "--target",
-            "--exact",
-            "--resume",
-            "--force",
-            "--out",
-            "--calibrate",
-            "--set",
-            "--model",
-            "--tokenizer",
+    "fastgrad_dsl/training/folder.py": {
+        **dict.fromkeys(("--exact", "--calibrate"), ("train",)),
+        **dict.fromkeys(
+            ("--target", "--resume", "--force", "--out", "--set", "--model", "--tokenizer"),
+            ("train", "convert"),
         ),
-        ("train",),
-    ),
-    "fastgrad_dsl/models/text_data.py": {"--seq": ("train",)},
-    "fastgrad_dsl/models/tokenizer.py": {"--tokenizer": ("train", "generate")},
+    },
+    "fastgrad_dsl/models/text_data.py": {"--seq": ("train", "convert")},
+    "fastgrad_dsl/models/tokenizer.py": {"--tokenizer": ("train", "generate", "convert")},
     "fastgrad_dsl/commands/generate.py": dict.fromkeys(
         ("--load-state", "--prompt", "--stop", "--tokens", "--weights"), ("generate",)
     ),
     "fastgrad_dsl/generation/reading.py": {"--save-state": ("generate",)},
-    "fastgrad_dsl/training/loop.py": dict.fromkeys(("--rate", "--resume", "--clip"), ("train",)),
+    "fastgrad_dsl/training/loop.py": dict.fromkeys(("--rate", "--resume", "--clip"), ("train", "convert")),
     "fastgrad_dsl/training/launch.py": {"--resume": ("train",)},
     "fastgrad_dsl/training/parallel.py": dict.fromkeys(
         ("--accumulate", "--batch", "--context", "--data", "--nproc", "--seq"), ("train",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -104,12 +105,15 @@ def processes_of(pid: int) -> list[int]:
     return sorted(found)
 
 
-def losses(folder: Path) -> list[Line]:
+def events(folder: Path) -> list[dict]:
     if not (folder / "log.jsonl").exists():
         return []
     lines = (folder / "log.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines if line.endswith("}")]
-    return [(e["step"], e["loss"], e["gradient_norm"]) for e in events if "loss" in e]
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def losses(folder: Path) -> list[Line]:
+    return [(e["step"], e["loss"], e["gradient_norm"]) for e in events(folder) if "loss" in e]
 
 
 def close(found: list[Line], wanted: list[Line]) -> bool:
@@ -118,17 +122,24 @@ def close(found: list[Line], wanted: list[Line]) -> bool:
     return all(a[0] == b[0] and abs(a[1] / b[1] - 1) < 1e-6 and abs(a[2] / b[2] - 1) < 1e-5 for a, b in pairs)
 
 
+TWO = ("--steps", str(STEPS), "--nproc", "2", "--context", "2")
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run on two processes, each with half of every sequence."""
+    """A folder with a run on two processes, each with half of every sequence, one of which is killed in between."""
     place = tmp_path_factory.mktemp("two")
     write(place)
-    status, out, err = run(
-        place, *OPTIONS, "--steps", str(STEPS), "-o", "whole", "--nproc", "2", "--context", "2"
-    )
-    assert (status, err) == (0, "")
+    options = (*OPTIONS, *TWO, "-o", "run")
+    status, out, err = run_until(place, 5, lambda _, ranks: os.kill(ranks[-1], signal.SIGKILL), *options)
+    assert status == 0
+    assert "a process was lost: all 2 are started again" in err
     assert out.count("step      8  loss") == 1  # of two processes one prints
-    return place
+    shares = [event["waiting"] for event in events(place / "run") if "loss" in event]
+    assert len(shares) >= STEPS
+    assert all(0 < share < 1 for share in shares)
+    assert re.search(r"\nin communication: \d+% of the time of steps", out)
+    return (place / "run").rename(place / "whole").parent
 
 
 def single(place: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -140,23 +151,24 @@ def single(place: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Non
 
 
 def test_two_processes_give_what_one_gives(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one of them was lost, and all were started again from the last checkpoint."""
     single(two, monkeypatch, "--steps", str(STEPS), "-o", "alone")
     assert close(losses(two / "whole"), losses(two / "alone"))
     assert losses(two / "whole") != losses(two / "alone")  # it did run in pieces
+    assert all("waiting" not in event for event in events(two / "alone"))
     found, wanted = (load_file(two / name / "weights.safetensors") for name in ("whole", "alone"))
     assert found.keys() == wanted.keys()
     for name, weight in wanted.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_changes_nothing(two: Path) -> None:
-    """All start again from the last checkpoint, and losses and weights are those of a run that was left alone."""
-    options = (*OPTIONS, "--steps", str(STEPS), "-o", "run", "--nproc", "2", "--context", "2")
-    status, _, err = run_until(two, 5, lambda _, ranks: os.kill(ranks[-1], signal.SIGKILL), *options)
-    assert status == 0
-    assert "a process was lost: all 2 are started again" in err
-    assert losses(two / "run") == losses(two / "whole")
-    found, wanted = (load_file(two / name / "weights.safetensors") for name in ("run", "whole"))
+    """Losses and weights are those of a run that is left alone, bit for bit."""
+    status, _, err = run(two, *OPTIONS, *TWO, "-o", "left")
+    assert (status, err) == (0, "")
+    assert losses(two / "left") == losses(two / "whole")
+    found, wanted = (load_file(two / name / "weights.safetensors") for name in ("left", "whole"))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
@@ -170,6 +182,24 @@ def test_going_on_in_one_process(two: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.copytree(two / "alone", two / "alone on")
     single(two, monkeypatch, "--steps", str(STEPS + 2), "-o", "alone on", "--resume")
     assert close(losses(two / "on"), losses(two / "alone on"))
+
+
+@pytest.mark.slow
+def test_blocks_that_run_again(two: Path) -> None:
+    options = (
+        *OPTIONS,
+        "--steps",
+        str(STEPS),
+        "-o",
+        "again",
+        "--nproc",
+        "2",
+        "--context",
+        "2",
+        "--recompute",
+    )
+    assert run(two, *options)[0] == 0
+    assert losses(two / "again") == losses(two / "whole")
 
 
 @pytest.mark.slow
@@ -319,6 +349,7 @@ def test_meshes() -> None:
     assert Parallel(4, 2, 2).mesh() == Parallel(4, 2).mesh() == Parallel(None, 2, 2).mesh() == Mesh(2, 2)
     assert Parallel(4).mesh() == Mesh(4, 1)
     assert Parallel().mesh() == Mesh(1, 1)
+    assert refused(Parallel(recompute=True).mesh) == "FG416 --recompute is for several processes"
 
 
 def refused(work: Callable[[], object]) -> str:

@@ -37,8 +37,8 @@ class AttentionEntry:
     `full_path` is its calls' labels and its own name; `path` is what users are shown, the calls' labels
     alone where the called graph holds no other attention. `d`, `dv` are the widths of queries and values,
     None where known at run time only; `queries` and `keys` the two lengths; `heads` and `key_heads` 1 where known at
-    run time only; `calls` are the places of the enclosing calls, outermost first. `runs`: whether a result of the
-    model needs it.
+    run time only; `calls` are the places of the enclosing calls, outermost first, and `turns` the indices of the
+    repeats that each stands in. `runs`: whether a result of the model needs it.
     """
 
     path: str
@@ -52,6 +52,7 @@ class AttentionEntry:
     heads: int = 1
     key_heads: int = 1
     calls: tuple[Span, ...] = field(default=(), compare=False, repr=False)
+    turns: tuple[tuple[int, ...], ...] = field(default=(), compare=False, repr=False)
     runs: bool = True
 
     @cached_property
@@ -121,16 +122,16 @@ def _entries(
     holders: _Holders,
     graph: Graph,
     place: Place = ROOT,
-    calls: tuple[Span, ...] = (),
+    calls: tuple[tuple[Span, tuple[int, ...]], ...] = (),
     runs: bool = True,
 ) -> Iterator[AttentionEntry]:
-    """Of a graph that runs at a place, inside the calls at these spans."""
+    """Of a graph that runs at a place, inside the calls at these spans and turns."""
     nodes = holders[graph.name]
     alone = len(nodes) == 1 and bool(place.scope) and not place.indices
     for node in nodes:
         needed = runs and node.name in graph.alive
         if node.op == "call":
-            inside = (*calls, node.span) if node.span else calls
+            inside = (*calls, (node.span, place.indices)) if node.span else calls
             called = program[str(node["graph"])]
             yield from _entries(program, holders, called, place.called(node), inside, needed)
         elif node.op == "repeat":
@@ -150,7 +151,8 @@ def _entries(
                 keys=key[-2],
                 heads=query[-3].constant or 1,
                 key_heads=key[-3].constant or 1,
-                calls=calls,
+                calls=tuple(span for span, _ in calls),
+                turns=tuple(turns for _, turns in calls),
                 runs=needed,
             )
 

@@ -77,6 +77,9 @@ def train(
     timeout: Annotated[
         float, Option(callback=_seconds, help="Seconds in which every process has to answer the others.")
     ] = 600.0,
+    recompute: Annotated[
+        bool, Option("--recompute", help="With several processes, run each block again in the backward pass.")
+    ] = False,
     model: Model = None,
     set_: Set = None,
     include: Include = None,
@@ -114,6 +117,6 @@ def train(
         steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
         validate_every=every, checkpoint_every=every, accumulate=accumulate,
     )  # fmt: skip
-    parallel = Parallel(nproc, data, context, restarts, timeout)
+    parallel = Parallel(nproc, data, context, restarts, timeout, recompute)
     request = TrainRequest(text, folder, options, resume, sample, calibrate, force, tokenizer, parallel)
     return run_train(compiled, request, called.obj)

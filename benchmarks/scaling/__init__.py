@@ -1,0 +1,1 @@
+"""Many ranks on paper: a model of a training step, faults at scale, and what a few processes here send and take."""

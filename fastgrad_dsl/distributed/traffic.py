@@ -1,0 +1,96 @@
+"""How long a process waits for others in collectives of torch.distributed, and how many bytes it sends them.
+
+Gloo counts neither, and PyTorch's profiler takes too long to be on in every step. So the functions themselves are
+wrapped while something is counted. On a GPU they return before anything is sent: seconds are those of CPUs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _functional_collectives as functional
+
+
+@dataclass
+class Traffic:
+    """Of one process: collectives, and seconds in them; bytes that it sends to others at least, by their names."""
+
+    seconds: float = 0.0
+    calls: int = 0
+    bytes: dict[str, float] = field(default_factory=dict)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# the least that a rank must send of its input: to all others, or each part but its own to its rank, or both of these
+_SENT: dict[str, Callable[[list[Any], int], float]] = {
+    "all_to_all_single": lambda given, ranks: _size(given[1]),
+    "all_gather": lambda given, ranks: (ranks - 1) * _size(given[1]),
+    "all_reduce": lambda given, ranks: 2 * (ranks - 1) / ranks * _size(given[0]),
+    **dict.fromkeys(
+        ("all_gather_single", "all_gather_into_tensor"), lambda given, ranks: (ranks - 1) * _size(given[1])
+    ),
+    **dict.fromkeys(
+        ("reduce_scatter_single", "reduce_scatter_tensor"),
+        lambda given, ranks: (ranks - 1) / ranks * _size(given[1]),
+    ),
+}
+_TENSORS = (
+    "output_tensor",
+    "output",
+    "tensor_list",
+    "tensor",
+    "input_tensor",
+    "input",
+)  # by name, in this order
+
+
+@contextmanager
+def counted() -> Iterator[Traffic]:
+    """Within it what this thread does is counted; not what others do, such as one that writes a checkpoint.
+
+    `all_to_all_single` counts the whole input: what is sent here has no part of a rank's own.
+    """
+    traffic, thread = Traffic(), threading.get_ident()
+    inside = False
+
+    def wrapped(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(inner)
+        def run(*given: Any, **named: Any) -> Any:
+            nonlocal inside
+            if inside or threading.get_ident() != thread:
+                return inner(*given, **named)
+            if name in _SENT:
+                tensors = [*given, *(named[each] for each in _TENSORS if each in named)]
+                groups = (each for each in (*given, *named.values()) if isinstance(each, dist.ProcessGroup))
+                sent = _SENT[name](tensors, dist.get_world_size(next(groups, None)))
+                traffic.bytes[name] = traffic.bytes.get(name, 0.0) + sent
+                traffic.calls += 1
+            inside, started = True, time.perf_counter()
+            try:
+                return inner(*given, **named)
+            finally:
+                inside = False
+                traffic.seconds += time.perf_counter() - started
+
+        return run
+
+    places = [(dist, name) for name in _SENT if hasattr(dist, name)] + [(functional, "wait_tensor")]
+    before = [(module, name, getattr(module, name)) for module, name in places]
+    for module, name, inner in before:
+        setattr(module, name, wrapped(name, inner))
+    try:
+        yield traffic
+    finally:
+        for module, name, inner in before:
+            setattr(module, name, inner)
