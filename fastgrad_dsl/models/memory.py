@@ -7,8 +7,6 @@ from fastgrad_compiler.planning.memory import Search, recomputed
 from fastgrad_compiler.planning.pieces import in_pieces, lengths, no_pieces
 from fastgrad_dsl.documents.plan import MemoryPoint, StepMemory
 
-MOST_PIECES = 4  # points of shorter pieces than the planned ones
-
 
 def memory_document(program: Program) -> StepMemory | None:
     """The plan of memory; None where the budget does not limit it."""

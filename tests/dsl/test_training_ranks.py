@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -121,21 +122,24 @@ def close(found: list[Line], wanted: list[Line]) -> bool:
     return all(a[0] == b[0] and abs(a[1] / b[1] - 1) < 1e-6 and abs(a[2] / b[2] - 1) < 1e-5 for a, b in pairs)
 
 
+TWO = ("--steps", str(STEPS), "--nproc", "2", "--context", "2")
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run on two processes, each with half of every sequence."""
+    """A folder with a run on two processes, each with half of every sequence, one of which is killed in between."""
     place = tmp_path_factory.mktemp("two")
     write(place)
-    status, out, err = run(
-        place, *OPTIONS, "--steps", str(STEPS), "-o", "whole", "--nproc", "2", "--context", "2"
-    )
-    assert (status, err) == (0, "")
+    options = (*OPTIONS, *TWO, "-o", "run")
+    status, out, err = run_until(place, 5, lambda _, ranks: os.kill(ranks[-1], signal.SIGKILL), *options)
+    assert status == 0
+    assert "a process was lost: all 2 are started again" in err
     assert out.count("step      8  loss") == 1  # of two processes one prints
-    shares = [event["waiting"] for event in events(place / "whole") if "loss" in event]
-    assert len(shares) == STEPS
+    shares = [event["waiting"] for event in events(place / "run") if "loss" in event]
+    assert len(shares) >= STEPS
     assert all(0 < share < 1 for share in shares)
-    assert f"\nin communication: {sum(shares) / STEPS:.0%} of the time of steps" in out
-    return place
+    assert re.search(r"\nin communication: \d+% of the time of steps", out)
+    return (place / "run").rename(place / "whole").parent
 
 
 def single(place: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -147,6 +151,7 @@ def single(place: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Non
 
 
 def test_two_processes_give_what_one_gives(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one of them was lost, and all were started again from the last checkpoint."""
     single(two, monkeypatch, "--steps", str(STEPS), "-o", "alone")
     assert close(losses(two / "whole"), losses(two / "alone"))
     assert losses(two / "whole") != losses(two / "alone")  # it did run in pieces
@@ -157,14 +162,13 @@ def test_two_processes_give_what_one_gives(two: Path, monkeypatch: pytest.Monkey
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_changes_nothing(two: Path) -> None:
-    """All start again from the last checkpoint, and losses and weights are those of a run that was left alone."""
-    options = (*OPTIONS, "--steps", str(STEPS), "-o", "run", "--nproc", "2", "--context", "2")
-    status, _, err = run_until(two, 5, lambda _, ranks: os.kill(ranks[-1], signal.SIGKILL), *options)
-    assert status == 0
-    assert "a process was lost: all 2 are started again" in err
-    assert losses(two / "run") == losses(two / "whole")
-    found, wanted = (load_file(two / name / "weights.safetensors") for name in ("run", "whole"))
+    """Losses and weights are those of a run that is left alone, bit for bit."""
+    status, _, err = run(two, *OPTIONS, *TWO, "-o", "left")
+    assert (status, err) == (0, "")
+    assert losses(two / "left") == losses(two / "whole")
+    found, wanted = (load_file(two / name / "weights.safetensors") for name in ("left", "whole"))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 

@@ -293,15 +293,10 @@ KERNEL_OPTIONS = [
 
 def test_the_mixer_is_a_convolution_and_a_polynomial_with_gates_and_positions_nearby() -> None:
     program = library_model(X, "x; heads = 4, qk_dim = 6, near = 2", "mixer")
-    attention = "kernel_attention(short_conv(x); heads = 4, qk_dim = 6, causal = true, near = 2, near_rope = 1e4, forget = true)"
-    parts = elaborate(
-        Source(
-            "parts",
-            f"use std\ndim b\ndim n\nmodel m({X}) -> float[b, n, 24] {{ return std.{attention} }}".replace(
-                "(short", "(std.short"
-            ),
-        )
-    )
+    options = "heads = 4, qk_dim = 6, causal = true, near = 2, near_rope = 1e4, forget = true"
+    attention = f"kernel_attention(std.short_conv(x); {options})"
+    model = f"use std\ndim b\ndim n\nmodel m({X}) -> float[b, n, 24] {{ return std.{attention} }}"
+    parts = elaborate(Source("parts", model))
     weights, x = initial_weights(program, 0, torch.float64), example(X, torch.Generator().manual_seed(0))
     same = dict(zip(initial_weights(parts), weights.values(), strict=True))
     torch.testing.assert_close(run(program, [x], weights), run(parts, [x], same), rtol=0, atol=0)

@@ -19,10 +19,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
@@ -43,6 +45,8 @@ class Launch:
 
 
 _records: list[list[Launch]] = []
+_patched: set[str] = set()
+"""Modules of the language that the launch in progress has replaced the functions of."""
 _installed = False
 
 
@@ -64,6 +68,8 @@ def install() -> None:
     arithmetic.install()
     sanitizer.install()
     interpreter.GridExecutor.__call__ = _launch(interpreter.GridExecutor.__call__)
+    interpreter._patch_lang = _patch_once(interpreter._patch_lang)
+    interpreter._get_np_dtype = _known_types(interpreter._get_np_dtype)
     _installed = True
 
 
@@ -81,6 +87,7 @@ def launches() -> Iterator[list[Launch]]:
 def _launch(original: Any) -> Any:
     def launch(self: Any, *arguments: Any, **options: Any) -> None:
         sanitizer.reset(_names(self.arg_names, arguments, options))
+        _patched.clear()
         try:
             with np.errstate(all="ignore"):  # a lane that is masked off may well overflow
                 original(self, *arguments, **options)
@@ -91,6 +98,37 @@ def _launch(original: Any) -> Any:
             record.append(done)
 
     return launch
+
+
+def _known_types(original: Any) -> Any:
+    """The interpreter makes a table of all types whenever it looks one up."""
+    known = cache(original)
+
+    def look_up(given: Any) -> Any:
+        element = given.scalar
+        return original(element) if element.is_ptr() else known(element)
+
+    return look_up
+
+
+def _patch_once(original: Any) -> Any:
+    """Each call of a device function replaces the same functions of the language again: once a launch is enough."""
+
+    def patch(function: Any) -> Any:
+        modules = _languages(function)
+        if modules <= _patched:
+            return interpreter._LangPatchScope()
+        _patched.update(modules)
+        return original(function)
+
+    return patch
+
+
+@cache
+def _languages(function: Any) -> frozenset[str]:
+    """Which modules of the language a function sees."""
+    seen = function.__globals__.values()
+    return frozenset(module.__name__ for module in (tl, tl.core) if any(value is module for value in seen))
 
 
 def _names(

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.ahead import Ahead, Resources
-from benchmarks.launches import jobs, load_kernels, write_kernels
+from benchmarks.launches import jobs, write_kernels
 from fastgrad_compiler.approximation.kernel_tiles import is_fused
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.runtime.triton_attention import Launches
 from tests.gpu import test_kernels
 from tests.gpu.interpreter import install
-from tests.gpu.test_kernels import FIELDS, TOLERANCE, check, poisoned
+from tests.gpu.test_kernels import FIELDS, TOLERANCE, check, kernels_of, poisoned
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, worst_error
 
 __all__ = ["poisoned"]
@@ -43,9 +43,9 @@ CASES = [  # padding, near and near_d, fused, query heads of a key head, type: e
 ]
 
 
-def run(spec: KernelSpec, inputs: Inputs, folder: Path, **options: Any) -> list[Tensor]:
+def run(spec: KernelSpec, inputs: Inputs, **options: Any) -> list[Tensor]:
     """Output and the gradients of all inputs."""
-    return test_kernels.run(spec, inputs, folder, **{"tiles": TILES, **options})
+    return test_kernels.run(spec, inputs, **{"tiles": TILES, **options})
 
 
 def with_gates(inputs: Inputs, gates: Tensor) -> Inputs:
@@ -71,19 +71,14 @@ def rounded(spec: KernelSpec, inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 @pytest.mark.parametrize(("padding", "field", "fused", "groups", "dtype"), CASES, ids=str)
 def test_kernels_agree_with_the_dense_reference(
-    padding: bool,
-    field: tuple[int | None, int | None],
-    fused: bool,
-    groups: int,
-    dtype: torch.dtype,
-    tmp_path: Path,
+    padding: bool, field: tuple[int | None, int | None], fused: bool, groups: int, dtype: torch.dtype
 ) -> None:
     near, near_d = field
     spec = replace(PLAIN, padding=padding, near=near, near_d=near_d)
     assert is_fused(spec) == (near is None)
     inputs = mixed(make_inputs(spec, 75, groups=groups, heads=1, batch=2 if padding else 1))
     inputs = rounded(spec, inputs, dtype)
-    found = run(spec, inputs, tmp_path, fused=fused)
+    found = run(spec, inputs, fused=fused)
     assert found[-1].dtype == torch.float32
     check(spec, inputs, dtype, found)
 
@@ -104,27 +99,25 @@ def test_kernels_agree_with_the_dense_reference(
         ),
     ],
 )
-def test_widths_degrees_and_lengths(
-    d: int, dv: int, degree: int, near: int | None, n: int, tmp_path: Path
-) -> None:
+def test_widths_degrees_and_lengths(d: int, dv: int, degree: int, near: int | None, n: int) -> None:
     spec = KernelSpec(d, dv, COEFFICIENTS[degree], causal=True, near=near, forget=True)
     inputs = rounded(spec, make_inputs(spec, n, heads=2, batch=1), torch.float32)
-    check(spec, inputs, torch.float32, run(spec, inputs, tmp_path))
+    check(spec, inputs, torch.float32, run(spec, inputs))
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
     "value", [0.0, -math.inf, *(pytest.param(value, marks=SLOW) for value in (-1e-4, -80.0))]
 )
-def test_all_gates_alike(value: float, fused: bool, tmp_path: Path) -> None:
+def test_all_gates_alike(value: float, fused: bool) -> None:
     inputs = make_inputs(PLAIN, 37, heads=1, batch=1)
     inputs = rounded(PLAIN, with_gates(inputs, torch.full_like(inputs.tensors[-1], value)), torch.float32)
-    found = run(PLAIN, inputs, tmp_path, fused=fused)
+    found = run(PLAIN, inputs, fused=fused)
     check(PLAIN, inputs, torch.float32, found)
     out, dq, dk, dv, dlog_gate = found
     if value == 0.0:  # a factor of 1 changes no bit
         plain = replace(PLAIN, forget=False)
-        without = run(plain, replace(inputs, tensors=inputs.tensors[:-1]), tmp_path, fused=fused)
+        without = run(plain, replace(inputs, tensors=inputs.tensors[:-1]), fused=fused)
         assert all(torch.equal(a, b) for a, b in zip((out, dq, dk, dv), without, strict=True))
     elif value == -math.inf:  # a query sees itself alone
         assert torch.allclose(out, inputs.tensors[2].detach(), atol=1e-6)
@@ -132,33 +125,33 @@ def test_all_gates_alike(value: float, fused: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", [PLAIN, pytest.param(NEAR, marks=SLOW)], ids=["plain", "near"])
-def test_sums_are_rounded_after_their_differences_are_taken(spec: KernelSpec, tmp_path: Path) -> None:
+def test_sums_are_rounded_after_their_differences_are_taken(spec: KernelSpec) -> None:
     """After 30 gates of -1000 the running sum has an error of 2e-3 as one float32 number."""
     inputs = make_inputs(spec, 70, heads=1, batch=1)
     gates = torch.full_like(inputs.tensors[-1], -0.01)
     gates[..., 1:31] = -math.inf
     gates[..., 31:] -= 0.1 * torch.rand(39, generator=torch.Generator().manual_seed(1))
     inputs = rounded(spec, with_gates(inputs, gates), torch.float32)
-    check(spec, inputs, torch.float32, run(spec, inputs, tmp_path))
+    check(spec, inputs, torch.float32, run(spec, inputs))
 
 
 @pytest.mark.parametrize("near", [None, pytest.param(16, marks=SLOW)])
-def test_the_result_does_not_depend_on_the_schedule(near: int | None, tmp_path: Path) -> None:
+def test_the_result_does_not_depend_on_the_schedule(near: int | None) -> None:
     spec = replace(PLAIN, near=near, padding=True)
     inputs = rounded(spec, mixed(make_inputs(spec, 70, heads=1, batch=1)), torch.float32)
-    first = run(spec, inputs, tmp_path)
+    first = run(spec, inputs)
     others = [
-        run(spec, inputs, tmp_path, chunk=64, tiles=(16, 32, 64, 4, 1)),
-        run(spec, inputs, tmp_path, chunk=256, tiles=(64, 64, 16, 4, 1)),
+        run(spec, inputs, chunk=64, tiles=(16, 32, 64, 4, 1)),
+        run(spec, inputs, chunk=256, tiles=(64, 64, 16, 4, 1)),
     ]
     if near is None:
-        others.append(run(spec, inputs, tmp_path, fused=True, tiles=(16, 16, 64, 4, 1)))
+        others.append(run(spec, inputs, fused=True, tiles=(16, 16, 64, 4, 1)))
     for other in others:
         assert worst_error(other, [x.double() for x in first]) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("size", [300.0, -300.0])
-def test_logits_that_no_exp_could_hold(size: float, tmp_path: Path) -> None:
+def test_logits_that_no_exp_could_hold(size: float) -> None:
     """Rows whose near logits are all about -300 and whose far keys are forgotten are not 0 / 0."""
     inputs = mixed(make_inputs(NEAR, 75, heads=1, batch=1))
     near_q, near_k = (x.detach() for x in inputs.tensors[3:5])
@@ -169,25 +162,25 @@ def test_logits_that_no_exp_could_hold(size: float, tmp_path: Path) -> None:
     gates = inputs.tensors[-1].detach().clone()
     gates[..., 48:50] = -math.inf
     inputs = with_gates(inputs, gates)
-    found = run(NEAR, inputs, tmp_path)
+    found = run(NEAR, inputs)
     assert all(torch.isfinite(x).all() for x in found)
     assert found[0][0, 0, 60].any()
 
 
-def test_views_with_strides_and_gates_of_another_type(tmp_path: Path) -> None:
+def test_views_with_strides_and_gates_of_another_type() -> None:
     inputs = rounded(PLAIN, make_inputs(PLAIN, 40, heads=2, batch=2), torch.bfloat16)
     gates = inputs.tensors[-1].detach().to(torch.bfloat16)
-    expected = run(PLAIN, with_gates(inputs, gates.float()), tmp_path)
-    found = run(PLAIN, with_gates(inputs, gates.mT.contiguous().mT), tmp_path)
+    expected = run(PLAIN, with_gates(inputs, gates.float()))
+    found = run(PLAIN, with_gates(inputs, gates.mT.contiguous().mT))
     assert found[-1].dtype == torch.bfloat16
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(found, expected, strict=True))
 
 
-def test_the_sums_are_two_numbers_to_the_last_bits(tmp_path: Path) -> None:
+def test_the_sums_are_two_numbers_to_the_last_bits() -> None:
     """What is passed to the kernels, [b, h, 2, n] float32, adds up to the float64 sums."""
     inputs = rounded(PLAIN, mixed(make_inputs(PLAIN, 500)), torch.float32)
     *given, _ = (x if x is None else x.detach() for x in inputs.arguments)
-    call = Launches(load_kernels(write_kernels(PLAIN, tmp_path, "kernels")), PLAIN, *given)  # type: ignore[arg-type]
+    call = Launches(kernels_of(PLAIN), PLAIN, *given)  # type: ignore[arg-type]
     sums = call.sums
     assert sums is not None
     gates = inputs.tensors[-1].detach().double().clamp(min=-1000.0)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from fastgrad_compiler.codegen.triton.configurations import FUSED_KERNELS, KERNE
 from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_compiler.runtime.triton_attention import Launches
 from tests.gpu.interpreter import Launch, install, launches
+from tests.grids import wide
 from tests.kernels.inputs import COEFFICIENTS, Inputs, make_inputs, run_dense, worst_error
 
 install()
@@ -41,6 +45,7 @@ SHAPES = [  # d, dv, degree, n, m, query heads of a key head
 ]
 TILES = (32, 16, 32, 4, 1)
 SLOW = pytest.mark.slow
+FOLDER = TemporaryDirectory()
 PAIRS = [  # causal, padding, field, shape: any two values of any two of them occur together
     (True, True, FIELDS[0], SMALL[0]),
     (False, False, FIELDS[0], SMALL[1]),
@@ -70,17 +75,22 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Launches, "interprets_bfloat16", True)  # as install() makes it
 
 
+@cache
+def kernels_of(spec: KernelSpec) -> ModuleType:
+    """Emitted once: the interpreter rewrites the text of a module, function by function, and keeps that."""
+    return load_kernels(write_kernels(spec, Path(mkdtemp(dir=FOLDER.name)), "kernels"))
+
+
 def run(
     spec: KernelSpec,
     inputs: Inputs,
-    folder: Path,
     *,
     chunk: int = 32,
     fused: bool = False,
     tiles: tuple[int, ...] = TILES,
 ) -> list[Tensor]:
     """Output and the gradients of all inputs."""
-    kernels = load_kernels(write_kernels(spec, folder, "kernels"))
+    kernels = kernels_of(spec)
     for types in kernels.CONFIGS.values():
         for configurations in types.values():
             configurations.update(dict.fromkeys((*KERNELS, *FUSED_KERNELS), tiles))
@@ -104,12 +114,11 @@ def test_kernels_agree_with_the_dense_reference(
     field: tuple[int | None, int | None],
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    tmp_path: Path,
 ) -> None:
     d, dv, degree, n, m, groups = shape
     spec = KernelSpec(d, dv, COEFFICIENTS[degree], causal, padding, *field, scale=0.7)
     inputs = make_inputs(spec, n, n if causal else m, groups=groups, heads=1, batch=2 if padding else 1)
-    check(spec, inputs, dtype, run(spec, inputs.to(dtype), tmp_path))
+    check(spec, inputs, dtype, run(spec, inputs.to(dtype)))
 
 
 ROUNDED = {
@@ -133,10 +142,10 @@ OTHERS = {
     ],
     ids=str,
 )
-def test_each_type_is_as_exact_as_its_rounding(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_each_type_is_as_exact_as_its_rounding(name: str, dtype: torch.dtype) -> None:
     spec = ROUNDED[name]
     inputs = make_inputs(spec, 60, groups=2, heads=1, batch=1)
-    check(spec, inputs, dtype, run(spec, inputs.to(dtype), tmp_path))
+    check(spec, inputs, dtype, run(spec, inputs.to(dtype)))
 
 
 @pytest.mark.parametrize(
@@ -156,45 +165,53 @@ def test_each_type_is_as_exact_as_its_rounding(name: str, dtype: torch.dtype, tm
     ],
 )
 def test_fused_kernels_agree_with_the_dense_reference(
-    d: int, dv: int, padding: bool, groups: int, dtype: torch.dtype, tmp_path: Path
+    d: int, dv: int, padding: bool, groups: int, dtype: torch.dtype
 ) -> None:
     spec = KernelSpec(d, dv, COEFFICIENTS[2], causal=True, padding=padding, scale=0.7)
     assert is_fused(spec)
     for n in (1, 85):
         inputs = make_inputs(spec, n, groups=groups, heads=1)
         with launches() as ran:
-            found = run(spec, inputs.to(dtype), tmp_path, fused=True)
+            found = run(spec, inputs.to(dtype), fused=True)
         check(spec, inputs, dtype, found)
         names = [launch.kernel for launch in ran]
         expected = ["fused_forward_kernel", "delta_kernel", "fused_query_gradient_kernel"]
         assert names == [*expected, "fused_key_gradient_kernel"]
 
 
-@pytest.mark.parametrize("near", [None, pytest.param(8, marks=SLOW), 40])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 70), (70, 2), (33, 33)])
-def test_short_and_odd_sequences(causal: bool, near: int | None, n: int, m: int, tmp_path: Path) -> None:
+ODD = [  # causal, near, n, m
+    *((False, None, *lengths) for lengths in ((2, 70), (70, 2))),
+    *((False, 40, *lengths) for lengths in ((1, 1), (70, 2))),
+    *((True, None, *lengths) for lengths in ((1, 1), (33, 33))),
+    *((True, 40, *lengths) for lengths in ((2, 70), (33, 33))),
+]
+LENGTHS = ((1, 1), (2, 70), (70, 2), (33, 33))
+EVERY = [(*each[:2], *each[2]) for each in itertools.product((False, True), (None, 8, 40), LENGTHS)]
+
+
+@pytest.mark.parametrize(("causal", "near", "n", "m"), wide(EVERY, few=ODD), ids=str)
+def test_short_and_odd_sequences(causal: bool, near: int | None, n: int, m: int) -> None:
     spec = KernelSpec(6, 9, COEFFICIENTS[2], causal=causal, near=near)
     inputs = make_inputs(spec, n, n if causal else m, heads=1, batch=1)
-    check(spec, inputs, torch.float32, run(spec, inputs.to(torch.float32), tmp_path))
+    check(spec, inputs, torch.float32, run(spec, inputs.to(torch.float32)))
 
 
 @pytest.mark.parametrize("near", [None, 16])
-def test_the_result_does_not_depend_on_the_schedule(near: int | None, tmp_path: Path) -> None:
+def test_the_result_does_not_depend_on_the_schedule(near: int | None) -> None:
     spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True, near=near)
     inputs = make_inputs(spec, 75, heads=1, batch=1).to(torch.float32)
-    first = run(spec, inputs, tmp_path)
+    first = run(spec, inputs)
     others = [
-        run(spec, inputs, tmp_path, chunk=64, tiles=(16, 32, 64, 4, 1)),
-        run(spec, inputs, tmp_path, chunk=256, tiles=(64, 64, 16, 4, 1)),
+        run(spec, inputs, chunk=64, tiles=(16, 32, 64, 4, 1)),
+        run(spec, inputs, chunk=256, tiles=(64, 64, 16, 4, 1)),
     ]
     if near is None:
-        others.append(run(spec, inputs, tmp_path, fused=True))
+        others.append(run(spec, inputs, fused=True))
     for other in others:
         assert worst_error(other, [x.double() for x in first]) < TOLERANCE[torch.float32]
 
 
-def test_logits_that_no_exp_could_hold(tmp_path: Path) -> None:
+def test_logits_that_no_exp_could_hold() -> None:
     spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True, near=16, near_d=4)
     for size in (300.0, -300.0):
         inputs = make_inputs(spec, 60, heads=1, batch=1)
@@ -202,35 +219,33 @@ def test_logits_that_no_exp_could_hold(tmp_path: Path) -> None:
         near_k = inputs.tensors[4].detach().abs()
         tensors = (*inputs.tensors[:3], near_q.requires_grad_(), near_k.requires_grad_())
         inputs = replace(inputs, tensors=tensors).to(torch.float32).to(torch.float64)
-        found = run(spec, inputs.to(torch.float32), tmp_path)
+        found = run(spec, inputs.to(torch.float32))
         assert all(torch.isfinite(x).all() for x in found)
         assert worst_error(found[:1], run_dense(spec, inputs)[:1]) < 1e-3
 
 
-def test_an_interpreter_as_it_comes_is_not_trusted_with_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_interpreter_as_it_comes_is_not_trusted_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Launches, "interprets_bfloat16", False)
     spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True)
     inputs = make_inputs(spec, 40, heads=1, batch=1).to(torch.bfloat16)
-    out, *_ = run(spec, inputs, tmp_path)
+    out, *_ = run(spec, inputs)
     exact = run_dense(spec, inputs.to(torch.float64))[0]
     assert torch.equal(out, exact.to(torch.bfloat16))
 
 
-def test_views_with_strides_are_read_as_they_are(tmp_path: Path) -> None:
+def test_views_with_strides_are_read_as_they_are() -> None:
     spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True)
     inputs = make_inputs(spec, 20, heads=2, batch=2).to(torch.float32)
     strided = tuple(x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs.tensors)
-    found = run(spec, replace(inputs, tensors=strided), tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(found, run(spec, inputs, tmp_path), strict=True))
+    found = run(spec, replace(inputs, tensors=strided))
+    assert all(torch.equal(a, b) for a, b in zip(found, run(spec, inputs), strict=True))
 
 
-def test_the_launches_of_the_parallel_schedule(tmp_path: Path) -> None:
+def test_the_launches_of_the_parallel_schedule() -> None:
     spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True)
     inputs = make_inputs(spec, 70, heads=1, batch=2).to(torch.float32)
     with launches() as ran:
-        run(spec, inputs, tmp_path)
+        run(spec, inputs)
     rows, chunks, features = 2, 3, 2  # 70 tokens in chunks of 32, 64 features in tiles of 32
     states = [
         Launch("state_kernel", (rows * chunks * features, 1, 1)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -51,9 +50,9 @@ SCHEDULES = [
     ],
 )
 @pytest.mark.parametrize(("kind", "fused"), SCHEDULES)
-def test_kernels(kind: str, fused: bool, value: float, names: str, tmp_path: Path) -> None:
+def test_kernels(kind: str, fused: bool, value: float, names: str) -> None:
     spec = replace(SPECS[kind], d=4) if fused else SPECS[kind]
-    attack(spec, fused, value, names, tmp_path)
+    attack(spec, fused, value, names)
 
 
 @pytest.mark.parametrize(
@@ -65,16 +64,16 @@ def test_kernels(kind: str, fused: bool, value: float, names: str, tmp_path: Pat
     ],
 )
 @pytest.mark.parametrize("names", ["g", pytest.param("qkvg", marks=pytest.mark.slow)])
-def test_gates(kind: str, fused: bool, names: str, tmp_path: Path) -> None:
+def test_gates(kind: str, fused: bool, names: str) -> None:
     spec = replace(GATES[kind], d=4) if fused else GATES[kind]
-    attack(spec, fused, float("nan"), names, tmp_path)
+    attack(spec, fused, float("nan"), names)
 
 
-def attack(spec: KernelSpec, fused: bool, value: float, names: str, folder: Path) -> None:
+def attack(spec: KernelSpec, fused: bool, value: float, names: str) -> None:
     """Numbers in hidden tokens, and in one that earlier queries do not see."""
 
     def run_kernels(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
-        return run(spec, inputs, folder, fused=fused)
+        return run(spec, inputs, fused=fused)
 
     inputs = make_inputs(spec, LENGTH, batch=1, heads=1, groups=2).to(torch.float32)
     if spec.padding:

@@ -39,7 +39,6 @@ SPILLING_A_LITTLE = [
     "sm_100 bfloat16 d64 dv64 degree2 query_gradient_kernel",
     "sm_100 bfloat16 d8 dv64 degree2 fused_query_gradient_kernel",
     "sm_80 bfloat16 d64 dv128 degree2 forward_kernel",
-    "sm_80 bfloat16 d64 dv128 degree2 query_gradient_kernel",
     "sm_80 bfloat16 d64 dv128 degree4 forward_kernel",
     "sm_80 bfloat16 d64 dv24 degree2 near128 query_gradient_kernel",
     "sm_80 bfloat16 d64 dv64 degree2 key_gradient_kernel",

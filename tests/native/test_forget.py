@@ -128,6 +128,7 @@ def test_extreme_gates(name: str, gate: float | None) -> None:
     assert worst_error(run_native(spec, inputs), run_reference(spec, inputs)) < DOUBLE
 
 
+@pytest.mark.usefixtures("as_shipped")
 @pytest.mark.parametrize("name", ["causal", *(pytest.param(name, marks=SLOW) for name in ("near", "window"))])
 def test_float32(name: str) -> None:
     """Gates like those above, and sums so great that float32 would round the last gates away."""

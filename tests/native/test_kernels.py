@@ -116,6 +116,13 @@ def test_float32_and_bfloat16(name: str) -> None:
     )  # 8 bits, of sums of 300 terms
 
 
+@pytest.mark.usefixtures("as_shipped")
+def test_float32_built_as_for_users() -> None:
+    spec = replace(specification("causal, near"), scale=0.9)
+    inputs = make_inputs(spec, 301, groups=2)
+    assert worst_error(run_native(spec, inputs.to(torch.float32)), run_dense(spec, inputs)) < SINGLE
+
+
 def test_float32_computed_in_float64() -> None:
     """Rounding rules at R = 8: keys near the negatives of the queries, and the C++ kernel of the variant float64."""
     p = fit("balanced", 14, 8.0)

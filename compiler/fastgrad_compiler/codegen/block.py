@@ -10,6 +10,7 @@ from pathlib import PurePath
 
 from fastgrad_compiler.analysis.needs import Needs, Source, Step, sources, weight_path
 from fastgrad_compiler.codegen.attention_kernels import kernel_spec
+from fastgrad_compiler.codegen.cpp.step_kernel import StepKernel
 from fastgrad_compiler.codegen.expressions import TORCH
 from fastgrad_compiler.codegen.guards import Guards
 from fastgrad_compiler.codegen.liveness import FOREVER, Statements
@@ -55,6 +56,7 @@ class Imports:
     exact_attention: bool = False
     rows: dict[str, RowFunction] = field(default_factory=dict)  # by kernel
     steps: set[str] = field(default_factory=set)  # of runtime/step.py, step_attention.py and state.py
+    step_kernel: StepKernel | None = None  # of the model's whole step
     backends: Backends = PYTORCH  # of the kernels
 
 

@@ -58,6 +58,7 @@ MODULE_NAMES = frozenset(
         "Rule",
         "Scope",
         "State",
+        "StepKernel",
         "Stepped",
         "attention_step",
         "depthwise_step",
@@ -91,7 +92,7 @@ _OF_MODULE = """
     share_memory state_dict to to_empty train training type xpu zero_grad
 """
 MODULE_ATTRIBUTES = frozenset(_OF_MODULE.split()) | {
-    *("INIT", "STEP", "budget_status", "load_state", "loss", "reset_parameters", "start", "step"),
+    *("INIT", "KERNEL", "STEP", "budget_status", "load_state", "loss", "reset_parameters", "start", "step"),
 }
 
 

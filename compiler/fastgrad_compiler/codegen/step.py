@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastgrad_compiler.codegen.block import Block, Module, place_of
+from fastgrad_compiler.codegen.cpp.step_kernel import StepKernel, emit_step
+from fastgrad_compiler.codegen.kernel import RUNTIME
+from fastgrad_compiler.codegen.liveness import FOREVER
 from fastgrad_compiler.codegen.members import Member
 from fastgrad_compiler.codegen.names import variable
 from fastgrad_compiler.codegen.writer import LINE_LENGTH, Expr, Writer, call, literal, noun, tuple_text
@@ -17,6 +20,8 @@ from fastgrad_compiler.runtime.content_name import content_name
 
 REMARKS = frozenset(("asserted", "proof", "source", "why"))
 BASE, STATE, SCOPE = "Stepped", "State", "Scope"  # of runtime/state.py
+KERNEL = "StepKernel"  # of runtime/step_kernel.py
+KERNEL_FILES = ("content_name.py", "native.py", "private_files.py", "softmax_pairs.py", "step_kernel.py")
 
 
 def has_step(module: Module, graph: Graph) -> bool:
@@ -51,6 +56,8 @@ def write_step_values(module: Module, graph: Graph, writer: Writer) -> None:
     """What the base class reads: a hash of the step form, and the inputs: name, dtype and shape, a token's extent 1."""
     module.imports.steps |= {BASE, STATE}
     tokens, fixed = _inputs(module, graph)
+    if module.imports.backends.cpp:
+        module.imports.step_kernel = emit_step(module.program, module.exact, module.guards)
     writer.statement("STEP = ", literal(_digest(module)))
     for name, nodes in (("TOKENS", tokens), ("FIXED", fixed)):
         along = module.program.along if nodes is tokens else None
@@ -59,6 +66,8 @@ def write_step_values(module: Module, graph: Graph, writer: Writer) -> None:
             writer.names(
                 f"{name}: ClassVar[tuple[object, ...]] = ", entries, "(", ",)" if len(entries) == 1 else ")"
             )
+    if module.imports.step_kernel is not None:
+        _write_kernel(module.imports.step_kernel, writer)
     writer.line()
 
 
@@ -82,6 +91,7 @@ def write_model_step(module: Module, graph: Graph, writer: Writer, found: dict[s
             f"The results for the next tokens, and the state, which is brought up to date in place.{said}"
         )
         _enter(module, block, writer, tokens, needed.dims)
+        _whole_step(module, block, writer, [names[node.name] for node in tokens])
         block.fixed = [names[node.name] for node in fixed]
         if needed.makes and block.template is None:
             writer.line("like = state.like")
@@ -95,6 +105,41 @@ def write_model_step(module: Module, graph: Graph, writer: Writer, found: dict[s
                 value if value.is_name else block.bind(value, noun(form[name])) for name, value in named
             ]
         writer.line(f"return {', '.join(map(str, results))}, {end}")
+
+
+def _write_kernel(kernel: StepKernel, writer: Writer) -> None:
+    """The kernel of the whole step, and the tensors that it is given."""
+    writer.line(f"KERNEL = {KERNEL}(")
+    with writer.indented():
+        writer.line(f'"{step_kernel_name(kernel)}",')
+        writer.line("__spec__,")
+        for name in ("weights", "state", "results"):
+            writer.tuples(f"{name}=", getattr(kernel, name))
+        if kernel.drops:
+            writer.line("drops=True,")
+    writer.line(")")
+
+
+def step_kernel_name(kernel: StepKernel) -> str:
+    """Of its file and operation: a hash of its content and of the files of `runtime` that it needs."""
+    contents = [(RUNTIME / name).read_bytes() for name in KERNEL_FILES]
+    return content_name("step", [kernel.text.encode(), *contents])
+
+
+def _whole_step(module: Module, block: Block, writer: Writer, tokens: Sequence[str]) -> None:
+    """The call of the kernel of the whole step, where the model has one."""
+    kernel = module.imports.step_kernel
+    if kernel is None:
+        return
+    found = block.allocate("found", FOREVER)
+    writer.comment("one token of each sequence, by one kernel where it can be had")
+    writer.line(
+        f"{found} = {call('self.KERNEL', 'self', 'state', block.dims[str(module.program.along)], *tokens)}"
+    )
+    writer.line(f"if {found} is not None:")
+    with writer.indented():
+        results = ", ".join(f"{found}[{i}]" for i, _ in enumerate(kernel.results))
+        writer.line(f"return {results}, state.advance(1)")
 
 
 def _inputs(module: Module, graph: Graph) -> tuple[list[Node], list[Node]]:

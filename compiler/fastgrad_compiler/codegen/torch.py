@@ -19,9 +19,12 @@ from fastgrad_compiler.codegen.names import class_name, member_access, variable
 from fastgrad_compiler.codegen.row_functions import RowFunction
 from fastgrad_compiler.codegen.step import (
     BASE,
+    KERNEL,
+    KERNEL_FILES,
     SCOPE,
     STATE,
     has_step,
+    step_kernel_name,
     write_model_step,
     write_step,
     write_step_values,
@@ -81,6 +84,9 @@ def emit_package(
         files |= {f"{each.kernel}.cpp": each.text for each in imports.rows.values()}
     if imports.steps:
         files |= {name: _runtime(name) for name in STEP_FILES}
+    if imports.step_kernel is not None:
+        files |= {name: _runtime(name) for name in KERNEL_FILES}
+        files[f"{step_kernel_name(imports.step_kernel)}.cpp"] = imports.step_kernel.text
     if imports.kernels or imports.exact_attention or imports.steps:
         files.update({path.name: _runtime(path.name) for path in RUNTIME_FILES})
     files.update({path.name: _runtime(path.name) for path in runtime_files(imports.kernels, backends)})
@@ -152,6 +158,8 @@ def _siblings(imports: Imports, code: str) -> set[str]:
     siblings.add(f"from .initialise import {', '.join([*base, 'initialise'])}")
     if re.search(r"\brow_kernel\(", code):
         siblings.add("from .row_kernel import row_kernel")
+    if imports.step_kernel is not None:
+        siblings.add(f"from .step_kernel import {KERNEL}")
     if re.search(r"\brefuse_pieces\(", code):
         siblings.add("from .pieces import refuse_pieces")
     return siblings

@@ -189,6 +189,18 @@ class Writer:
             self.line(f"{INDENT}{item},")
         self.line(closing or ")")
 
+    def tuples(self, prefix: str, value: object) -> None:
+        """`prefix value,` of tuples in tuples, of strings and numbers, one item a line where it is too long."""
+        whole = f"{prefix}{_nested(value)},"
+        if not isinstance(value, tuple) or self._fits(whole):
+            self.line(whole)
+            return
+        self.line(f"{prefix}(")
+        with self.indented():
+            for item in value:
+                self.tuples("", item)
+        self.line("),")
+
     def _broken_call(self, prefix: str, function: str, arguments: tuple[str, ...], suffix: str) -> None:
         self.line(f"{prefix}{function}(")
         joined = INDENT + ", ".join(arguments)
@@ -210,6 +222,15 @@ class Writer:
 
     def __str__(self) -> str:
         return "\n".join(self.lines) + "\n"
+
+
+def _nested(value: object) -> str:
+    if isinstance(value, tuple):
+        return tuple_text(map(_nested, value))
+    if isinstance(value, range):
+        return f"range({value.stop})" if value.start == 0 else f"range({value.start}, {value.stop})"
+    assert isinstance(value, int | str)
+    return str(literal(value))
 
 
 _GENERATOR = re.compile(r"(.*) (for _ in range\(\d+\))")

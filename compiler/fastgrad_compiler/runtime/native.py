@@ -74,8 +74,9 @@ def enabled() -> bool:
     return os.environ.get("FASTGRAD_NATIVE", "1") != "0"
 
 
-def load(name: str, text: str, variant: str) -> None:
-    """Build the kernel if the cache has none, and register its operations, fastgrad::NAME_VARIANT_...
+def load(name: str, text: str, variant: str, operation: str = "backward") -> None:
+    """Build the kernel if the cache has none, and register its operations, fastgrad::NAME_VARIANT_.., of which one is
+    `operation`.
 
     Raises NativeError where that cannot be done.
     """
@@ -85,7 +86,7 @@ def load(name: str, text: str, variant: str) -> None:
     except OSError as error:
         reason = str(error.__cause__ or error)
         raise NativeError(f"the library {path} cannot be loaded: {reason}") from error
-    if not hasattr(torch.ops.fastgrad, f"{name}_{variant}_backward"):
+    if not hasattr(torch.ops.fastgrad, f"{name}_{variant}_{operation}"):
         raise NativeError(f"the library {path} has not the operations of {name}")
 
 
@@ -119,7 +120,7 @@ class Library(Generic[T]):
         names = [f"{self.name}_{variant}_{which}" for which in self._kind._fields]
         if not hasattr(registered, names[0]):
             try:
-                load(self.name, self._text(), variant)
+                load(self.name, self._text(), variant, self._kind._fields[0])
             except NativeError as error:
                 self._warn(str(error))
                 return None

@@ -6,6 +6,7 @@ OpenMP and torch's stable ABI. Vectors are the compiler's, so that one text serv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ HEADERS = (
     "features",
     "problem",
     "decay",
+    "polynomial",
     "pairs",
     "chunk",
     "pair_gradients",
@@ -30,9 +32,11 @@ HEADERS = (
     "forward",
     "backward",
     "step",
+    "absorb",
     "earlier",
     "register",
 )
+OF_STEPS = ("numbers", "types", "tile", "features", "problem", "decay", "polynomial", "step", "next")
 
 
 @cache
@@ -44,7 +48,16 @@ def emit_cpp(spec: KernelSpec) -> str:
 @cache
 def headers() -> str:
     """The part of a kernel that is the same for all."""
-    return "\n".join((Path(__file__).parent / f"{name}.h").read_text(encoding="utf-8") for name in HEADERS)
+    return _texts(HEADERS)
+
+
+def attention_of_steps(spec: KernelSpec) -> str:
+    """What the kernel of a model's step has of an attention: its constants, and `next` for one token."""
+    return f"{_constants(spec)}\n{_texts(OF_STEPS)}"
+
+
+def _texts(names: Sequence[str]) -> str:
+    return "\n".join((Path(__file__).parent / f"{name}.h").read_text(encoding="utf-8") for name in names)
 
 
 LAYOUT = """\

@@ -36,10 +36,11 @@ EXPRESSIONS: dict[str, str] = {
 def emit_rows(body: Graph, backward: Graph) -> str:
     """The C++ source of both kernels; deterministic, and the same for groups that compute the same."""
     shape = body[body.outputs[0]].tensor.shape
-    header, numbers = (
-        (Path(__file__).parent / f"{name}.h").read_text(encoding="utf-8") for name in ("rows", "numbers")
+    header, *numbers = (
+        (Path(__file__).parent / f"{name}.h").read_text(encoding="utf-8")
+        for name in ("rows", "numbers", "scalars")
     )
-    header = header.replace("// NUMBERS\n", numbers).replace("WIDTH_OF_ROWS", str(shape[-1]))
+    header = header.replace("// NUMBERS\n", "\n".join(numbers)).replace("WIDTH_OF_ROWS", str(shape[-1]))
     kernels = [
         _Kernel(name, _lowered(graph), shape) for name, graph in (("forward", body), ("backward", backward))
     ]

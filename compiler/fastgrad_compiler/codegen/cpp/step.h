@@ -206,29 +206,31 @@ struct Meeting {
   }
 };
 
-// found += W phi(q) of ROWS rows of the sums; with ADD they become decay times themselves plus phi(k) [v, 1].
+// found += W phi(q) of ROWS rows of the sums, which are `apart`; with ADD they become decay times themselves plus
+// phi(k) [v, 1].
 template <int ROWS, bool ADD>
 inline void read_rows(double* __restrict sums, const double* of_query, const double* of_key, const double* __restrict value,
-                      double decay, double* __restrict found) {
+                      double decay, long apart, double* __restrict found) {
   for (int i = 0; i < SUM_COLUMNS; ++i) {
     double sum = found[i];
 #pragma GCC unroll 4
     for (int row = 0; row < ROWS; ++row) {
-      double& entry = sums[row * SUM_COLUMNS + i];
-      sum += of_query[row] * entry;
-      if constexpr (ADD) entry = (FORGET ? decay * entry : entry) + of_key[row] * value[i];
+      double& entry = sums[row * apart * SUM_COLUMNS + i];
+      sum += of_query[row * apart] * entry;
+      if constexpr (ADD) entry = (FORGET ? decay * entry : entry) + of_key[row * apart] * value[i];
     }
     found[i] = sum;
   }
 }
 
+// In four streams, each without gaps: one alone is read at a part of the pace of the memory.
 template <bool ADD, typename Element>
 inline void read_sums(const Meeting<Element>& w, double* sums, double decay, double* found) {
-  long f = 0;
-  for (; f + 4 <= RANK; f += 4)
-    read_rows<4, ADD>(sums + f * SUM_COLUMNS, w.of_query + f, w.of_keys[0] + f, w.rows[0], decay, found);
-  for (; f < RANK; ++f)
-    read_rows<1, ADD>(sums + f * SUM_COLUMNS, w.of_query + f, w.of_keys[0] + f, w.rows[0], decay, found);
+  constexpr long APART = RANK / 4;
+  for (long f = 0; f < APART; ++f)
+    read_rows<4, ADD>(sums + f * SUM_COLUMNS, w.of_query + f, w.of_keys[0] + f, w.rows[0], decay, APART, found);
+  for (long f = 4 * APART; f < RANK; ++f)
+    read_rows<1, ADD>(sums + f * SUM_COLUMNS, w.of_query + f, w.of_keys[0] + f, w.rows[0], decay, 1, found);
 }
 
 template <typename Element>
@@ -328,7 +330,7 @@ inline void next_token(const Next<Element>& s, Meeting<Element>& w, long b, long
 
 template <typename Element>
 inline void step(const Next<Element>& s) {
-  constexpr long LEAST_WORK = 1 << 18;  // numbers of a state that are read for one more thread
+  constexpr long LEAST_WORK = 1 << 15;  // numbers of a state that are read for one more thread
   const long rows = s.batch * s.heads;
   const long work = rows * s.tokens * (RANK * SUM_COLUMNS + RING * (D + DV + NEAR_D));
   const long threads = std::min({s.threads, rows, 1 + work / LEAST_WORK});
@@ -345,86 +347,4 @@ inline void step(const Next<Element>& s) {
       if constexpr (DOCUMENTS) s.document[b] = s.runs[token];
     }
   if constexpr (NEAR > 0) *s.summed = s.summed_at(s.past + s.tokens - 1);
-}
-
-// ---------------------------------------------------------------- many keys at once
-
-// The sums of keys that the polynomial is to meet, in the variant's precision for some chunks at a time.
-struct Absorbed {
-  long batch, heads, keys;
-  Heads<const input> k, v;
-  const double* factor;  // [batch, heads, keys], or null
-  const bool* there;     // [batch, keys], or null
-  double* sums;          // as in `Next`
-  long threads;
-};
-
-struct Absorbing {
-  static constexpr long AT_ONCE = 512;  // tokens
-  real *k, *phi, *values, *ones, *part, *extra;
-
-  static constexpr long SIZE =
-      round_up(CHUNK * (COLUMNS + FEATURES + VALUES + 1L) + FEATURES * (VALUES + 1L) + 6 * 32, 32);  // with what `Arena` rounds up
-
-  explicit Absorbing(Arena memory)
-      : k(memory.take(CHUNK * COLUMNS)), phi(memory.take(FEATURES * CHUNK)), values(memory.take(CHUNK * VALUES)),
-        ones(memory.take(CHUNK)), part(memory.take(FEATURES * VALUES)), extra(memory.take(FEATURES)) {
-    std::fill_n(phi, FEATURES * CHUNK, real(0));
-  }
-
-  void load(const Absorbed& a, long b, long h, long first, int count) {
-    attention::load<D, COLUMNS>(a.k.rows(b, h), first, count, k, count);
-    attention::load<DV, VALUES>(a.v.rows(b, h), first, count, values, count);
-    for (int t = 0; t < CHUNK; ++t) {
-      ones[t] = t < count;
-      if (t >= count) continue;
-      if (a.there != nullptr && !a.there[b * a.keys + first + t]) {
-        ones[t] = 0;
-        std::fill_n(k + t * COLUMNS, COLUMNS, real(0));
-        std::fill_n(values + t * VALUES, VALUES, real(0));
-      } else if (a.factor != nullptr) {
-        ones[t] = static_cast<real>(a.factor[(b * a.heads + h) * a.keys + first + t]);
-        for (int i = 0; i < DV; ++i) values[t * VALUES + i] *= ones[t];
-      }
-    }
-    transpose<D, COLUMNS>(k, phi + CHUNK);
-    features(phi);
-  }
-
-  void sum(int count) {
-    product<FEATURE_ROWS, VALUES, Into::add>(FEATURES, count, {phi, CHUNK, 1}, values, part);
-    for (long f = 0; f < RANK; ++f) {
-      vector sum{};
-      for (int t = 0; t < CHUNK; t += LANES) sum += at(ones + t) * at(phi + f * CHUNK + t);
-      extra[f] += total(sum);
-    }
-  }
-
-  void run(const Absorbed& a, long b, long h) {
-    double* sums = a.sums + (b * a.heads + h) * RANK * SUM_COLUMNS;
-    for (long start = 0; start < a.keys; start += AT_ONCE) {
-      std::fill_n(part, FEATURES * VALUES, real(0));
-      std::fill_n(extra, FEATURES, real(0));
-      for (long first = start; first < std::min(start + AT_ONCE, a.keys); first += TILE) {
-        const int count = static_cast<int>(std::min({first + TILE, start + AT_ONCE, a.keys}) - first);
-        load(a, b, h, first, count);
-        sum(count);
-      }
-      for (long f = 0; f < RANK; ++f) {
-        for (int i = 0; i < DV; ++i) sums[f * SUM_COLUMNS + i] += part[f * VALUES + i];
-        sums[f * SUM_COLUMNS + DV] += extra[f];
-      }
-    }
-  }
-};
-
-inline void absorb(const Absorbed& a) {
-  const long rows = a.batch * a.heads, threads = std::min(a.threads, rows);
-  const Memory memory(threads * Absorbing::SIZE);
-#pragma omp parallel num_threads(static_cast<int>(threads))
-  {
-    Absorbing work(Arena{memory.start + omp_get_thread_num() * Absorbing::SIZE});
-#pragma omp for schedule(dynamic, 1)
-    for (long row = 0; row < rows; ++row) work.run(a, row / a.heads, row % a.heads);
-  }
 }
