@@ -62,7 +62,7 @@ def _node_claims(program: Program) -> Iterator[Claim]:
             continue
         for what, limit, reach in (
             ("above", bound.high, _highest),
-            ("below", -bound.low, _lowest),
+            ("below", -bound.low, lambda x: _highest(-x.double())),
             ("norm", bound.norm, _longest),
         ):
             if limit < inf:
@@ -76,10 +76,6 @@ def _reached(reach: Callable[[Tensor], Tensor], name: str, values: Mapping[str, 
 def _highest(x: Tensor) -> Tensor:
     x = x.double()
     return torch.where(x.isfinite(), x, -inf).max() if x.numel() else torch.tensor(-inf)
-
-
-def _lowest(x: Tensor) -> Tensor:
-    return _highest(-x.double())
 
 
 def _longest(x: Tensor) -> Tensor:

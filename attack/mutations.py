@@ -129,14 +129,10 @@ def _is_number(token: str) -> bool:
     return token[:1].isdigit()
 
 
-def _is_sign(token: str) -> bool:
-    return token in SIGNS
-
-
 _KINDS: tuple[tuple[Callable[[str], bool], tuple[str, ...]], ...] = (
     (_is_number, NUMBERS),
     (_is_number, NUMBERS),
-    (_is_sign, SIGNS),
+    (SIGNS.__contains__, SIGNS),
     (str.isidentifier, ()),
     (str.isidentifier, OPERATIONS),
 )

@@ -32,7 +32,7 @@ from fastgrad_dsl.commands.train import TrainRequest, print_sample, run
 from fastgrad_dsl.models.text_data import TextData, load_text
 from fastgrad_dsl.training.folder import LOG
 from fastgrad_dsl.training.language import language_model_loss
-from fastgrad_dsl.training.loop import Loss, Options
+from fastgrad_dsl.training.loop import Loss, Options, batch_loss
 
 HERE = Path(os.path.relpath(Path(__file__).parent))  # relative: generated files name the spec as it was given
 SPEC = HERE / "gpt.tfg"
@@ -165,7 +165,7 @@ def _timed_step(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -
     """Seconds of a forward and a backward pass."""
     model.zero_grad(set_to_none=True)
     started = time.perf_counter()
-    loss(model(inputs), targets).backward()
+    batch_loss(model, loss, inputs, targets).backward()
     return time.perf_counter() - started
 
 

@@ -94,8 +94,8 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
     memory = []
     for n in [] if request.quick else sorted(set(lengths)):
         progress(f"memory at n = {n:,}")
-        peaks = attention_peaks(request.polynomial, n, threads)
-        memory.append({"contender": asdict(request.polynomial), "n": n, **peaks})
+        used = attention_peaks(request.polynomial, n, threads)
+        memory.append({"contender": asdict(request.polynomial), "n": n, **used})
     section = {
         "machine": describe_machine(threads),
         "peak_flops": peak,

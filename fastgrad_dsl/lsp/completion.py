@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from lsprotocol import types
 
@@ -65,7 +65,7 @@ def _candidates(
 
 
 def _words(
-    words: tuple[str, ...], kind: types.CompletionItemKind = _Kind.Keyword
+    words: Iterable[str], kind: types.CompletionItemKind = _Kind.Keyword
 ) -> Iterator[types.CompletionItem]:
     return (types.CompletionItem(word, kind=kind) for word in words)
 

@@ -112,7 +112,7 @@ def validation_loss(
                 rows, weight = ranks.own_rows(len(batch[0]))
                 inputs, targets = ranks.pieces([each[rows] for each in batch])
                 with ranks.context():
-                    losses.append(_value(model, loss, inputs, targets).item() * weight * ranks.mesh.data)
+                    losses.append(batch_loss(model, loss, inputs, targets).item() * weight * ranks.mesh.data)
     finally:
         model.train(training)
     (mean,) = ranks.mean(sum(losses) / len(losses))
@@ -454,7 +454,7 @@ def accumulated_gradients(
     total = 0.0
     for inputs, targets in parts:
         with ranks.context():
-            value = _value(model, loss, inputs, targets)
+            value = batch_loss(model, loss, inputs, targets)
             scaled = value if options.accumulate == 1 else value / options.accumulate
             (scaled if ranks.mesh.context == 1 else scaled * ranks.mesh.context).backward()
         total += value.item()
@@ -462,7 +462,7 @@ def accumulated_gradients(
     return total / options.accumulate, norm.item()
 
 
-def _value(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> Tensor:
+def batch_loss(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> Tensor:
     """The loss of a batch; that of a file need not make the logits."""
     if isinstance(loss, BatchLoss):
         return loss.of(model, (inputs,), (targets,))

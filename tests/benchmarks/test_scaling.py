@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, replace
 from typing import Any
@@ -175,6 +176,16 @@ def test_the_best_interval() -> None:
 # ---------------------------------------------------------------- the page
 
 
+def test_the_committed_numbers_are_those_of_the_model() -> None:
+    document = json.loads((ROOT / "docs" / "performance.json").read_text(encoding="utf-8"))
+    found = document["sections"]["scaling"]
+    assert found["constants"] == [asdict(each) for each in CONSTANTS]
+    assert found["cells"] == list(section._cells(DECODER))
+    assert found["largest"] == [row for ranks in section.RANKS for row in section._largest(DECODER, ranks)]
+    for row in found["here"]["rows"]:
+        assert row["counted_bytes"] == pytest.approx(row["modelled_bytes"], rel=1e-12)
+
+
 def test_the_section_and_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of the model and the simulation, with what is measured here made up, and every key documented."""
     row = {"n": 64, "modelled_bytes": 1.0, "counted_bytes": 1.0, "exchanged_bytes": 1, "modelled_s": 1.0}
@@ -185,6 +196,7 @@ def test_the_section_and_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
         "fixed_s": 0.0,
         "token_s": 0.0,
         "bandwidth": 1e9,
+        "latencies": [{"ranks": 2, "latency": 1.0}],
         "rows": [row],
     }
     monkeypatch.setattr(section, "_here", lambda request, ranks: made)

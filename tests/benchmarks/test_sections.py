@@ -139,7 +139,8 @@ def test_the_anatomy_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum(row["shares"].values()) == pytest.approx(1)
         assert min(row["shares"].values()) > 0
         tokens, width, depth = row["n"], 256, 6
-        weights = depth * width * (2 * 128 + 2 * width + 3 * 4 * width)
+        gates = 8  # one for each key head
+        weights = depth * width * (2 * 128 + 2 * width + gates + 3 * 4 * width)
         assert row["flops"] == {"products": 6 * tokens * weights, "loss": 6 * tokens * width * 256}
         assert row["floors"]["products"] == row["flops"]["products"] / 1e11
         assert row["rest_bytes"] > 4 * tokens * width * depth * 20

@@ -14,8 +14,8 @@ from fastgrad_grammar.read import read_source
 SPEC = "model tiny(x: float[2]) -> float[2] {{\n    return {factor} * x\n}}\n"
 
 
-def claim(folder: Path, **how: bool) -> None:
-    with claimed(folder, **{"resume": False, "force": False, **how}):
+def claim(folder: Path, *, resume: bool = False, force: bool = False) -> None:
+    with claimed(folder, resume=resume, force=force):
         pass
 
 

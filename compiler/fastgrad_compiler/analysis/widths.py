@@ -17,6 +17,7 @@ from fastgrad_compiler.ir.ops import ARITHMETIC, FUNCTIONS
 
 _ENTRYWISE = frozenset((*FUNCTIONS, "neg", "abs", "clamp", "cast"))
 _HEADS, _HIDDEN = -3, -1  # axes
+_AXES = {"near_q": _HEADS, "near_k": _HEADS, "forget": -2}  # of heads, by the role of an operand
 
 
 @dataclass(frozen=True)
@@ -200,10 +201,6 @@ def _by_head(node: Node, given: list[_Divided | None]) -> bool:
     assert isinstance(roles, tuple)
     if node.get("alibi") or node.get("window") or isinstance(node.get("bound"), tuple):
         return False
-    wanted = [_HEADS] * 3 + [_axis_of(str(role)) for role in roles]
+    wanted = [_HEADS] * 3 + [_AXES.get(str(role)) for role in roles]
     axes = [None if value is None else value.axis for value in given]
     return axes == wanted
-
-
-def _axis_of(role: str) -> int | None:
-    return {"near_q": _HEADS, "near_k": _HEADS, "forget": -2}.get(role)

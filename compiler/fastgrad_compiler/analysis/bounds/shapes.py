@@ -87,10 +87,6 @@ def _select(step: Step) -> Fact:
     return replace(fact, norms=tuple(norms))
 
 
-def _broadcast(step: Step) -> Fact:
-    return replace(step.fact, norms=spread(step.fact, step.shapes[0], step.shape))
-
-
 SHAPES: dict[str, Rule] = {
     "reshape": _reshape,
     "permute": _permute,
@@ -103,6 +99,6 @@ SHAPES: dict[str, Rule] = {
     "select": _select,
     "pad": lambda step: replace(step.fact, low=min(step.fact.low, 0.0), high=max(step.fact.high, 0.0)),
     "patches": lambda step: replace(step.fact, norms=(inf,) * step.rank),
-    "broadcast_to": _broadcast,
+    "broadcast_to": lambda step: replace(step.fact, norms=spread(step.fact, step.shapes[0], step.shape)),
     "embedding": lambda step: replace(step.fact, norms=(*(inf,) * (step.rank - 1), step.fact.norms[-1])),
 }
