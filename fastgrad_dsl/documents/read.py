@@ -131,15 +131,6 @@ def _faults(tree: Any) -> Iterator[tuple[Place, str]]:
         elif isinstance(value, dict | list):
             items = value.items() if isinstance(value, dict) else enumerate(value)
             waiting += [((*place, key), item) for key, item in items]
-            if isinstance(value, dict) and any(map(_halved, value)):
-                yield place, "a key with half of a surrogate pair"
-        elif isinstance(value, str) and _halved(value):
-            yield place, "found half of a surrogate pair"
-
-
-def _halved(text: str) -> bool:
-    """Whether a text has a surrogate alone, which JSON can say and no file can hold."""
-    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 # ---------------------------------------------------------------- what is said

@@ -146,8 +146,6 @@ def test_a_value_that_does_not_fit_is_named_with_its_place(place: str, value: ob
         (b'{"a": {"b": 1, "b": 2}}', 'plan.json: /a: found the key "b" twice'),
         (b'{"a":' * 100 + b"1" + b"}" * 100, f"plan.json: /{'/'.join('a' * 8)}: nested more than 64 deep"),
         (b"[" * 100_000, "plan.json: nested more than 64 deep"),
-        (b'{"a": ["\\ud800"]}', "plan.json: /a/0: found half of a surrogate pair"),
-        (b'{"a": {"\\udfff": 1}}', "plan.json: /a: a key with half of a surrogate pair"),
         (b"[]", 'plan.json: /format: expected "fastgrad-plan-5"'),
         (b"{}", 'plan.json: /format: expected "fastgrad-plan-5"'),
         (b'{"format": "fastgrad-plan-5"}', 'plan.json: the key "model" is missing'),
