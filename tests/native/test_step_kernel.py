@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastgrad_dsl as fg
@@ -203,6 +204,21 @@ def test_what_is_not_served() -> None:
     assert not served()
     module.table = table
     assert served()
+    layers = module.layers
+    layers[0], layers[2] = layers[2], layers[0]  # blocks of the model, of other classes
+    assert not served()
+    layers[0], layers[2] = layers[2], layers[0]
+    everywhere = register_module_forward_hook(lambda *each: seen.append(each))
+    assert not served()
+    everywhere.remove()
+    state = module.start(2)
+    layers[1].parts[0].step = mock.Mock(wraps=layers[1].parts[0].step)
+    with counted(module) as found:
+        steps(module, inputs("odd", 2, torch.float64), [1], state)
+    assert layers[1].parts[0].step.called
+    assert found == [False]
+    del layers[1].parts[0].step
+    assert served()
     other = module.layers[2]
     module.layers[2] = Other(other)
     assert not served()
@@ -222,6 +238,65 @@ def test_weights_are_read_in_every_call() -> None:
     wanted, _ = steps(module, given, [1] * N)
     assert all(served[1:])  # the first is that of `start`
     assert differ(found, wanted) < 1e-5 < differ(found, first)
+
+
+def test_blocks_without_weights_are_looked_at() -> None:
+    spec = ODD.replace("y = std.layer_norm(x) as norm", "y = std.layer_norm(half(x) as half) as norm")
+    spec = spec.replace(
+        "block mix", "block half(x: float[b, n, d]) -> float[b, n, d] {\n return 0.5 * x\n}\n\nblock mix"
+    )
+    module = disturbed(fg.compile(spec, target="cpp").module(dtype=torch.float64)).eval()
+    given = inputs("odd", 2, torch.float64)
+    with counted(module) as served:
+        steps(module, given, [1])
+    assert served[-1]
+    module.layers[0].half = nn.Identity()
+    wanted, _ = steps(module, given, [1] * 3)
+    with counted(module) as served:
+        found, _ = steps(module, given, [1] * 3)
+    assert differ(found, wanted) == 0.0
+    assert not any(served)
+
+
+def test_weights_that_a_block_holds_anew_are_read() -> None:
+    module, given = (
+        fg.compile(ODD, target="cpp").module(dtype=torch.float64).eval(),
+        inputs("odd", 2, torch.float64),
+    )
+    with counted(module) as served:
+        steps(module, given, [1])
+        for block in module.modules():
+            block._parameters = {name: nn.Parameter(1.5 * x) for name, x in block._parameters.items()}
+        found, _ = steps(module, given, [1] * 3)
+    wanted, _ = steps(module, given, [1] * 3)
+    assert served[-3:] == [True] * 3
+    assert differ(found, wanted) < 1e-13
+
+
+def test_no_memory_is_touched_that_is_not_there() -> None:
+    """A state before its first token, weights whose memory was given back, and graphs that keep addresses."""
+    module: Any = fg.compile(ODD, target="cpp").module(dtype=torch.float64).eval().requires_grad_(False)
+    tokens, more = (x[:, :1] for x in inputs("odd", 2, torch.float64))
+    with counted(module) as served:
+        state = module.start(2)
+        state.position.fill_(-1)
+        with pytest.raises(ValueError, match="position is -1"):
+            module.step(tokens, more, state)
+
+        fresh = module.start(2)
+
+        def step(tokens: Tensor) -> Tensor:
+            found: Tensor = module.step(tokens, more, fresh.clone())[0]
+            return found
+
+        traced = torch.jit.trace(step, (tokens,), check_trace=False)
+        torch.testing.assert_close(traced(tokens.flip(0)), step(tokens.flip(0)))
+        assert served == [False, False, False, True]
+        state = module.start(2)
+        module.table.untyped_storage().resize_(0)
+        kernel: Any = type(module).KERNEL
+        state.enter(module.STEP, 1, batch=2)
+        assert kernel(module, state, 1, tokens, more) is None
 
 
 def test_states_branch_and_are_taken_apart() -> None:
@@ -284,6 +359,97 @@ def test_models_with_other_operations_have_none(name: str) -> None:
 def test_only_targets_with_cpp_have_one() -> None:
     assert "KERNEL" not in compiled("gpt", "torch").modules["model.py"]
     assert not any(file.startswith("step_kernel") for file in compiled("gpt", "torch").modules)
+
+
+NAMES = """
+use std
+
+dim b
+dim n
+
+block f1(x: float[b, n, 8]) -> float[b, n, 8] {
+    weight out: float[8] = ones()
+    return unit(x * out)
+}
+
+block f(x: float[b, n, 8]) -> (float[b, n, 8], float[b, n, 8]) {
+    weight w: float[8] = ones()
+    return (unit(x * w), unit(x))
+}
+
+model m(out: float[b, n, 8]) -> float[b, n, 8] {
+    x1 = std.kernel_attention(out; heads = 2, qk_dim = 4, causal = true) as attention
+    f1_1 = unit(f1(x1) as one + out)
+    (x2, x) = f(f1_1) as two
+    f2 = unit(x2 + f1_1)
+    x2_0 = unit(f2 + x)
+    x1 = unit(x2_0 + x2 * x1)
+    x = unit(x1 * f2)
+    x1 = unit(x + x2_0)
+    x = unit(x1 * x)
+    x1 = unit(x - f2)
+    x = unit(x1 * x)
+    (next_x, x_0) = f(x1 + x) as three
+    repeat i in 2 {
+        x = f1(x + next_x) as four
+        x1 = f1(x1 + x_0) as five
+    }
+    return x * x1
+}
+"""
+OUTPUTS = """
+use std
+
+dim b
+dim n
+
+block part(x: float[b, n, 8]) -> (float[b, n, 8], {type}) {{
+    weight w: float[12, 8] = normal(std = 0.5)
+    return (x * sum(w; axis = 0), {given})
+}}
+
+model m(tokens: int[b, n]) -> (float[b, n, 12], {also}) {{
+    weight table: float[11, 8] = normal(std = 0.5)
+    weight last: float[8, 12] = normal(std = 0.5)
+    x = embedding(table, tokens)
+    (x, y) = part(std.kernel_attention(x; heads = 2, qk_dim = 4, causal = true) as attention) as parts
+    return ({result})
+}}
+"""
+
+
+def test_names_of_a_spec_do_not_meet() -> None:
+    module = disturbed(fg.compile(NAMES, target="cpp").module(dtype=torch.float64)).eval()
+    given = [torch.randn(2, 4, 8, dtype=torch.float64)]
+    wanted, _ = steps(module, given, [1] * 4)
+    with counted(module) as served:
+        found, _ = steps(module, given, [1] * 4)
+    assert sum(served) == 4
+    assert differ(found, wanted) < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("type", "given", "also", "result"),
+    [
+        ("float[8, 12]", "w.T", "float[b, n, 12]", "x @ y, x @ last"),  # in memory it is the other way round
+        ("float[]", "0.5", "float[b, n, 8]", "x @ last * y, x"),  # it is not in memory
+        ("float[12, 8]", "w", "int[b, n]", "x @ (last + y.T), tokens"),
+    ],
+    ids=["transpose", "constant", "integers"],
+)
+def test_results_that_no_kernel_writes(type: str, given: str, also: str, result: str) -> None:
+    spec = OUTPUTS.format(type=type, given=given, also=also, result=result)
+    assert emit_step(fg.compile(spec, target="cpp").program, False, ()) is None
+
+
+def test_long_expressions() -> None:
+    spec = "use std\ndim b\ndim n\nmodel m(x: float[b, n, 8]) -> float[b, n, 8] {\n"
+    spec += "x = std.kernel_attention(x; heads = 2, qk_dim = 4, causal = true) as attention\n"
+    kernel = emit_step(
+        fg.compile(spec + "x = x * 0.99 + x\n" * 700 + "return x\n}", target="cpp").program, False, ()
+    )
+    assert kernel is not None
+    assert max(map(len, kernel.text.splitlines())) < 3000
 
 
 def test_golden(golden: Golden) -> None:

@@ -21,7 +21,7 @@ from fastgrad_compiler.runtime.content_name import content_name
 REMARKS = frozenset(("asserted", "proof", "source", "why"))
 BASE, STATE, SCOPE = "Stepped", "State", "Scope"  # of runtime/state.py
 KERNEL = "StepKernel"  # of runtime/step_kernel.py
-KERNEL_FILES = ("content_name.py", "native.py", "private_files.py", "softmax_pairs.py", "step_kernel.py")
+KERNEL_FILES = ("content_name.py", "native.py", "private_files.py", "step_kernel.py")
 
 
 def has_step(module: Module, graph: Graph) -> bool:

@@ -171,8 +171,8 @@ class State(Scope):
     def enter(self, model: str, tokens: int, *, batch: int | None = None, at_most: int | None = None) -> None:
         """Begin a call for some tokens.
 
-        ValueError where the state is another model's, or of another batch size; RuntimeError where the call before
-        ended with an error, and may have brought a part of the state up to date.
+        ValueError where the state is another model's, of another batch size, or before its first token; RuntimeError
+        where the call before ended with an error, and may have brought a part of the state up to date.
         """
         if self.entered:
             raise RuntimeError(
@@ -187,6 +187,8 @@ class State(Scope):
             self.known = None
             return
         self.known = int(self.position)
+        if self.known < 0:
+            raise ValueError(f"the state's position is {self.known}: a state has seen no token or more")
         if at_most is not None and self.known + tokens > at_most:
             raise ValueError(f"{self.known + tokens} tokens, but the model is declared for at most {at_most}")
         self.entered = not self.starting

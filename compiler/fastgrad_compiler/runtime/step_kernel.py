@@ -20,10 +20,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as hooks
 
 from .native import Library, enabled
 from .private_files import warn_once
-from .softmax_pairs import is_mapped
 from .state import SHARED, State, Stepped
 
 MOST = 16  # sequences; of more, PyTorch's products of matrices are faster
@@ -37,10 +37,10 @@ class _Operations(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """Where a model keeps its weights, and the blocks on the way, each with what should hold it."""
+    """A model's weights, each by its block and name, and all its blocks, each by what should hold it and its label."""
 
-    places: list[tuple[dict[str, Any], str]]
-    blocks: list[tuple[dict[str, Any], str, nn.Module]]
+    places: list[tuple[nn.Module, str]]
+    blocks: list[tuple[nn.Module, str, nn.Module]]
 
 
 class StepKernel:
@@ -66,6 +66,7 @@ class StepKernel:
         self._library = Library(name, spec, _Operations, _warn)
         self._sizes: dict[tuple[int, torch.dtype], tuple[list[int], list[torch.dtype]]] = {}
         self._found: WeakKeyDictionary[nn.Module, _Weights] = WeakKeyDictionary()
+        self._kinds: dict[str, type[nn.Module]] = {}  # of the blocks of a new model, by path
 
     def __call__(self, model: Stepped, state: State, tokens: int, *inputs: Tensor) -> list[Tensor] | None:
         """The results for one token of each sequence, whose state is brought up to date; None where it does not serve.
@@ -82,15 +83,19 @@ class StepKernel:
         dtype = weights[0].dtype
         given = [x.contiguous() for x in inputs]
         tensors = [*weights, *kept, *given]
-        if dtype not in _SERVED or not _fit(tensors, *self._expected(model, batch, dtype)):
+        if dtype not in _SERVED:
+            return None
+        numbers, dtypes = self._expected(model, batch, dtype)
+        if not _fit(tensors, numbers, dtypes):
             return None
         operations = self._library.of(dtype)
         if operations is None:
             return None
         results = [torch.empty((batch, *shape), dtype=dtype) for shape in self.results]
-        addresses = torch.frombuffer(
-            array("q", [x.data_ptr() for x in (*tensors, *results)]), dtype=torch.int64
-        )
+        pointers = array("q", [x.data_ptr() for x in (*tensors, *results)])
+        if any(count and not pointer for count, pointer in zip(numbers, pointers, strict=False)):
+            return None  # its memory was given back
+        addresses = torch.frombuffer(pointers, dtype=torch.int64)
         done = operations.run(addresses, batch, state.known_past, torch.get_num_threads())
         return results if done else None
 
@@ -101,7 +106,10 @@ class StepKernel:
         if (self._drops and model.training) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
         modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-        return not modes and forward_ad._current_level < 0 and not is_mapped()
+        if modes or hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+            return False
+        traced = torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack()
+        return not traced and forward_ad._current_level < 0
 
     def _expected(
         self, model: Stepped, batch: int, dtype: torch.dtype
@@ -124,15 +132,17 @@ class StepKernel:
     def _weights_of(self, model: nn.Module) -> list[Tensor] | None:
         """The weights as they are now, None where the kernel cannot read them or would pass a block by."""
         known = self._found.get(model)
-        if known is None or any(holder.get(name) is not block for holder, name, block in known.blocks):
-            known = _found(model, self._weights)
+        if known is None or any(of._modules.get(label) is not block for of, label, block in known.blocks):
+            self._kinds = self._kinds or _kinds_of_new(model)
+            known = _found(model, self._weights, self._kinds)
             if known is None:
                 return None
             self._found[model] = known
         places, blocks = known
-        if any(block._forward_hooks or block._forward_pre_hooks for *_, block in blocks):
+        if any(map(_is_changed, [block for *_, block in blocks])):
             return None
-        weights = [holder[name] for holder, name in places if holder.get(name) is not None]
+        found = [block._parameters.get(name, block._buffers.get(name)) for block, name in places]
+        weights = [weight for weight in found if weight is not None]
         return weights if len(weights) == len(places) else None
 
 
@@ -157,23 +167,36 @@ def _expanded(tensors: tuple[Any, ...], *layers: int) -> Iterator[tuple[str, int
                 yield from _expanded(of, *layers, layer)
 
 
-def _found(model: nn.Module, weights: list[tuple[str, int]]) -> _Weights | None:
-    """Where weights are, None where one is not there, or is in a block of another's making."""
-    ours = (__package__, nn.ModuleList.__module__.rpartition(".")[0])
-    places: list[tuple[dict[str, Any], str]] = []
-    blocks: dict[str, tuple[dict[str, Any], str, nn.Module]] = {}
-    for path, _ in weights:
-        block, passed = model, ""
-        *labels, last = path.split(".")
-        for label in labels:
-            passed += f".{label}"
-            child = block._modules.get(label)
-            if child is None or type(child).__module__.rpartition(".")[0] not in ours:
-                return None
-            blocks[passed] = (block._modules, label, child)
-            block = child
-        places.append((block._parameters if last in block._parameters else block._buffers, last))
-    return _Weights(places, list(blocks.values()))
+def _kinds_of_new(model: nn.Module) -> dict[str, type[nn.Module]]:
+    """The classes of the blocks of a new model of the class that has a kernel, by path."""
+    made: Any = next(kind for kind in type(model).__mro__ if "KERNEL" in vars(kind))
+    with torch.device("meta"):
+        return {path: type(block) for path, block in made(None).named_modules() if path}
+
+
+def _found(
+    model: nn.Module, weights: list[tuple[str, int]], kinds: dict[str, type[nn.Module]]
+) -> _Weights | None:
+    """Where weights are, None where one is not there, or where a block is not of the kind of a new model's."""
+    blocks = {"": model}
+    held: list[tuple[nn.Module, str, nn.Module]] = []
+    for path, kind in kinds.items():
+        of, _, label = path.rpartition(".")
+        block = blocks[of]._modules.get(label)
+        if type(block) is not kind:
+            return None
+        blocks[path] = block
+        held.append((blocks[of], label, block))
+    places = [path.rpartition(".") for path, _ in weights]
+    if any(of not in blocks for of, *_ in places):
+        return None
+    return _Weights([(blocks[of], name) for of, _, name in places], held)
+
+
+def _is_changed(block: nn.Module) -> bool:
+    """Whether a user has given this block hooks, or other methods than its class has."""
+    own = block.__dict__
+    return bool(block._forward_hooks or block._forward_pre_hooks or "forward" in own or "step" in own)
 
 
 def _warn(reason: str) -> None:

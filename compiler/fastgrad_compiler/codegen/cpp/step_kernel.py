@@ -43,6 +43,9 @@ ELEMENTWISE: Mapping[str, str] = {
     "tanh": "std::tanh({})",
 }
 
+DEEPEST = 32
+"""Operations within each other that one expression computes."""
+
 
 @dataclass(frozen=True)
 class StepKernel:
@@ -170,7 +173,7 @@ class _Emitter:
             raise _Unserved
         for graph in reachable(self.program.by_name, [self.main.name]):
             self.functions[graph.name] = _Body(
-                self, graph, f"{_stem(graph.name)}{len(self.functions)}"
+                self, graph, f"{_numbered(graph.name, len(self.functions))}_step"
             ).function()
         main = self.functions[self.main.name]
         spaces = [(name, attention_of_steps(spec)) for spec, name in self.attentions.items()]
@@ -255,7 +258,7 @@ class _Body:
         self.state: Tensors = ()
         self.each = self.once = self.most_each = self.most_once = 0
         self.said = self.above = ""  # of the file: the present statement, and the last one above a line
-        self.inlined = {node.name for node in graph.nodes if self._is_inlined(node)}
+        self.inlined = self._inlined()
 
     def function(self) -> _Function:
         graph, parameters = self.graph, ["Call& call", "Part part"]
@@ -264,14 +267,16 @@ class _Body:
             self.values[node.name] = value
             parameters.append(f"const {_element(node.tensor)}* {value.text}")
         for i, _ in enumerate(graph.outputs):
-            parameters.append(f"real* out{i}")
+            parameters.append(f"real* out_{i}")
         for place, node in enumerate(graph.nodes):
             if node.op != "input" and node.name in graph.alive:
                 self.write(node, place)
         for i, name in enumerate(graph.outputs):
-            value = self.values[name]
-            if value.text != f"out{i}":
-                self.line(f"std::copy_n({value.text}, {value.numbers}, out{i});")
+            value = self.value(name)
+            if graph[name].tensor.dtype != "float":
+                raise _Unserved
+            if value.text != f"out_{i}":
+                self.line(f"std::copy_n({value.text}, {value.numbers}, out_{i});")
         head = f"// {cpp_comment(graph.block or graph.name)}\n"
         body = "".join(f"  {line}\n" for line in self.lines)
         text = f"{head}inline void {self.name}({', '.join(parameters)}) {{\n  const Scratch scratch(call);\n{body}}}\n"
@@ -303,7 +308,7 @@ class _Body:
     def target(self, node: Node, place: int) -> _Value:
         """Memory for a node's result: that of the result of the graph, where it is one."""
         if node.name in self.graph.outputs:
-            value = self.declared(node, f"out{self.graph.outputs.index(node.name)}")
+            value = self.declared(node, f"out_{self.graph.outputs.index(node.name)}")
         else:
             value = self.declared(node, self.variable(node, place))
             self.memory(value)
@@ -356,6 +361,15 @@ class _Body:
         else:
             OPERATIONS[node.op](self, node, place)
 
+    def _inlined(self) -> set[str]:
+        """The nodes that are, in expressions of at most DEEPEST operations within each other."""
+        depths: dict[str, int] = {}
+        for node in self.graph.nodes:
+            depth = 1 + max((depths.get(name, 0) for name in node.inputs), default=0)
+            if self._is_inlined(node) and depth < DEEPEST:
+                depths[node.name] = depth
+        return set(depths)
+
     def _is_inlined(self, node: Node) -> bool:
         """Whether an entry of a node is computed where its one reader needs it."""
         users = self.graph.users[node.name]
@@ -393,7 +407,7 @@ class _Body:
 
     def variable(self, node: Node, place: int) -> str:
         """A name that no word of C++ and no other value has."""
-        return f"{_stem(node.name)}{place}"
+        return _numbered(node.name, place)
 
     def _run(self, graph: str, indices: str, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         """A call of another graph's function, whose tensors come next; see `_reads`."""
@@ -447,14 +461,14 @@ class _Body:
         found = []
         for i, type_ in enumerate(node.type or ()):
             batch, shape = self.emitter.shape(type_)
-            value = _Value(f"{_stem(node.name)}{place}_{i}", batch, shape)
+            value = _Value(f"{self.variable(node, place)}_{i}th", batch, shape)
             self.memory(value)
             found.append(value)
         self.several[node.name] = found
         return found
 
     def _other(self, value: _Value) -> str:
-        name = f"next_{value.text}"
+        name = f"{value.text}_next"
         self.memory(_Value(name, value.batch, value.shape))
         return name
 
@@ -719,10 +733,12 @@ def _element(type_: TensorType) -> str:
     return "real" if type_.dtype == "float" else "std::int64_t"
 
 
-def _stem(name: str) -> str:
-    """What a name becomes in C++, before the number that keeps it apart from all others."""
+def _numbered(name: str, number: int) -> str:
+    """What a name becomes in C++: with a number, by which it differs from all that have another one."""
     words = re.sub(r"[^A-Za-z0-9]+", "_", name.partition("@")[0].rpartition(".")[2])
-    return re.sub(r"_\d+$", "", words).strip("_") or "x"
+    stem = re.sub(r"_\d+$", "", words).strip("_")
+    stem = stem if stem[:1].isalpha() else f"x{stem}"
+    return f"{stem}_{number}" if stem[-1].isdigit() else f"{stem}{number}"
 
 
 def _lines(numbers: int) -> int:
