@@ -118,7 +118,7 @@ def test_the_tutorial(place: Path) -> None:
 def lines_of_commands() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+        text = re.sub(r"\\\n *", "", page.read_text(encoding="utf-8"))  # commands on several lines
         for line in re.findall(
             r"^(?:    |\$ |    \$ )?(fastgrad [a-z]+ .*|fastgrad [a-z]+)$", text, re.MULTILINE
         ):

@@ -1,6 +1,7 @@
 """Conversion of softmax attention to attention in linear time: a changed spec, attention transfer, tuning.
 
-    from fastgrad_dsl.conversion import Form, Options, Request, convert
+    from fastgrad_dsl.conversion import Form, Request, convert
+    from fastgrad_dsl.training import Options
 
     request = Request(fg.compile("model.tfg"), weights, text, folder, Options(steps=200), Options(steps=200))
     report = convert(request)
@@ -18,12 +19,10 @@ if TYPE_CHECKING:
     from fastgrad_dsl.conversion.run import Request as Request
     from fastgrad_dsl.conversion.run import convert as convert
     from fastgrad_dsl.conversion.spec import Form as Form
-    from fastgrad_dsl.training.loop import Options as Options
 
 _HOMES = {
     "Conversion": "fastgrad_dsl.conversion.document",
     "Form": "fastgrad_dsl.conversion.spec",
-    "Options": "fastgrad_dsl.training.loop",
     "Request": "fastgrad_dsl.conversion.run",
     "convert": "fastgrad_dsl.conversion.run",
 }
