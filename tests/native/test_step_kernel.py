@@ -245,7 +245,7 @@ def test_blocks_without_weights_are_looked_at() -> None:
     spec = spec.replace(
         "block mix", "block half(x: float[b, n, d]) -> float[b, n, d] {\n return 0.5 * x\n}\n\nblock mix"
     )
-    module = disturbed(fg.compile(spec, target="cpp").module(dtype=torch.float64)).eval()
+    module: Any = disturbed(fg.compile(spec, target="cpp").module(dtype=torch.float64)).eval()
     given = inputs("odd", 2, torch.float64)
     with counted(module) as served:
         steps(module, given, [1])
@@ -266,7 +266,9 @@ def test_weights_that_a_block_holds_anew_are_read() -> None:
     with counted(module) as served:
         steps(module, given, [1])
         for block in module.modules():
-            block._parameters = {name: nn.Parameter(1.5 * x) for name, x in block._parameters.items()}
+            block._parameters = {
+                name: nn.Parameter(1.5 * x.detach()) for name, x in block.named_parameters(recurse=False)
+            }
         found, _ = steps(module, given, [1] * 3)
     wanted, _ = steps(module, given, [1] * 3)
     assert served[-3:] == [True] * 3
