@@ -59,9 +59,9 @@ SHOWN = ("recall of 32 pairs", "copying", "language of 2,048 bytes")
 FALLS_SHORT = """
 ## What falls short
 
-* **Copying** is what the mixer learns slowly, with or without gates, probably since a polynomial of degree 2 tells one key
-  from many less sharply than exp does. With softmax in every second layer it is learned as with softmax alone. No form
-  that was tried copies at lengths well beyond those of its training.
+* **Copying** is what the mixer learns slowly, with or without gates, probably since a polynomial of degree 2 tells one
+  key from many less sharply than exp does. With softmax in every second layer it is learned as with softmax alone. No
+  form that was tried copies at lengths well beyond those of its training.
 * **More context** lowers the loss of the mixer less than that of softmax with the same convolution (the column fall):
   heads that forget quickly make the beginning of a sequence as good as its end. Its loss is lower everywhere.
 * **One seed and one rate** is what most rows have: differences of a few per cent may be chance.
