@@ -43,7 +43,7 @@ class Run:
         return self.young * (1 + x / 3 + x * x / 9) - self.copy
 
     def lost_by_formula(self, interval: float) -> float:
-        """The share of time lost with failures of a Poisson process and no writing behind: Daly 2006, equation (13)."""
+        """The share of time lost with failures of a Poisson process, if checkpoints stop training: Daly 2006, (13)."""
         longer = math.expm1((interval + self.copy) / self.between)
         return 1 - interval / (self.between * math.exp(self.restart / self.between) * longer)
 
@@ -54,7 +54,6 @@ def lost(run: Run, interval: float, failures: int = FAILURES, seed: int = 0, sha
     shape: of Weibull's distribution of the time between failures; 1 is a Poisson process, below 1 failures come in
     groups. A failure while all begin again begins that anew.
     """
-    drawn = np.random.default_rng(seed).weibull(shape, failures) * run.between / math.gamma(1 + 1 / shape)
     interval = max(interval, run.write)  # the next one waits
     drawn = np.random.default_rng(seed).weibull(shape, failures) * run.between / math.gamma(1 + 1 / shape)
     cycle = interval + run.copy  # checkpoints are whole at even distances, the first when it is written

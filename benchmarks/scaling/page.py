@@ -326,7 +326,7 @@ def _faults(section: Section) -> str:
             f"{row['weights'] / 1e9:g} billion",
             f"{row['ranks']:,}",
             f"{row['between'] / 3600:,.0f} h",
-            "stops training" if row["blocks"] else "written behind",
+            "stops training" if row["blocks"] else "in the background",
             _seconds(row["copy"]),
             _seconds(row["write"]) if row["write"] else "-",
             _seconds(row["interval"]),
@@ -362,14 +362,14 @@ def _faults(section: Section) -> str:
         f"{table(heading, rows, left=4)}\n"
         "* `stops training`: nothing goes on until the checkpoint is written, as Young (1974) and Daly (2006) have it. "
         "The simulation agrees with Daly's expectation, which a test asserts.\n"
-        "* `written behind`: training stops for the copy alone, and what is being written is not there yet when a rank "
+        "* `in the background`: training stops for the copy alone, and what is being written is not there yet when a rank "
         "fails, as with `torch.distributed.checkpoint.async_save`, which `fastgrad train` uses. The formulas know "
         "nothing of the writing, which is short beside the interval here, so that Young's is still near the best.\n"
         "* `in groups`: the same mean time between failures by Weibull's distribution of shape 0.7 (Schroeder and "
         "Gibson 2006 found 0.7 to 0.8), with a best interval of its own.\n"
         "* The optimum is flat: of what checkpoints and work done twice cost, twice or half the best interval costs a "
         f"quarter more. Beginning again costs {100 * most['restart'] / most['between']:.2f} % on {most['ranks']:,} "
-        "ranks, whatever the interval: where checkpoints are written behind, that is most of what is lost.\n"
+        "ranks, whatever the interval: where checkpoints are written in the background, that is most of what is lost.\n"
     )
 
 
@@ -437,7 +437,7 @@ def _figure(section: Section) -> str:
 
 
 def _faults_figure(section: Section) -> str:
-    names = {True: "stops training", False: "written behind"}
+    names = {True: "stops training", False: "in the background"}
     weights = max(row["weights"] for row in section["faults"])
     tried = [
         Series(

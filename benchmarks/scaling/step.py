@@ -81,7 +81,7 @@ def step(way: str, decoder: Decoder, ranks: int, n: int) -> Step | None:
 
 
 def message(ranks: int, size: float, distance: int = 1) -> float:
-    """Seconds of a message of every rank to the one so far behind it: some of them are in another node."""
+    """Seconds of a message of every rank to the one so many places after it: some of them are in another node."""
     if ranks == 1:
         return 0.0
     if ranks <= NODE.value and distance < NODE.value:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Shift:
-    """From an earlier text to a later one: what is before the stretch that differs stays, what is behind it moves."""
+    """From an earlier text to a later one: what is before the stretch that differs stays, what is after it moves."""
 
     old: str
     new: str

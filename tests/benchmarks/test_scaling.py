@@ -136,7 +136,7 @@ def test_simulated_faults_are_what_daly_expects(interval: float) -> None:
 
 
 def test_each_event_by_hand() -> None:
-    """The same as a clock that goes from one event to the next, with writing behind."""
+    """The same as a clock that goes from one event to the next, with writing in the background."""
     run, interval = Run(between=5000.0, copy=7.0, write=90.0, restart=60.0), 200.0
     assert lost(run, interval, failures=300) == pytest.approx(_by_events(run, interval, 300), abs=1e-12)
     assert lost(run, 50.0, failures=300) == pytest.approx(_by_events(run, 90.0, 300), abs=1e-12)
@@ -167,9 +167,9 @@ def test_the_best_interval() -> None:
     interval, share = best_interval(run)
     assert 0.5 < interval / run.daly < 2
     assert share <= lost(run, run.daly) * 1.02
-    behind = section.run_of(70e9, 1024, blocks=False)
-    assert behind.copy + behind.write == pytest.approx(run.copy)
-    assert best_interval(behind)[1] < share
+    background = section.run_of(70e9, 1024, blocks=False)
+    assert background.copy + background.write == pytest.approx(run.copy)
+    assert best_interval(background)[1] < share
     assert 1 / FAILURES.value / 16_384 / 3600 == pytest.approx(54 * 24 / 419)
 
 
