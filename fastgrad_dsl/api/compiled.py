@@ -319,19 +319,20 @@ class Compiled:
 def _with_weights_of(model: nn.Module, other: nn.Module) -> nn.Module:
     """`other` with the parameters and buffers of `model` in place of its own."""
     for name, parameter in model.named_parameters():
-        owner, key = _owner(other, name)
+        owner, key = owner_of(other, name)
         setattr(owner, key, parameter)
     kept = other.state_dict()
     for name, buffer in model.named_buffers():
         if name not in kept:
             continue  # a constant of the program, which `other` has itself
-        owner, key = _owner(other, name)
+        owner, key = owner_of(other, name)
         owner.register_buffer(key, buffer)
     return other.train(model.training)
 
 
-def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The block that holds the tensor at a path, and the tensor's name in it."""
     *parents, key = path.split(".")
     for name in parents:
-        module = module._modules[name]  # type: ignore[assignment]  # get_submodule takes a label like `half` for a method
-    return module, key
+        model = model._modules[name]  # type: ignore[assignment]  # get_submodule takes a label like `half` for a method
+    return model, key

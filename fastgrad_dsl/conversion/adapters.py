@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from fastgrad_compiler.ir.flatten import flatten
 from fastgrad_compiler.ir.graph import Program
-from fastgrad_dsl.conversion.objective import block_at
+from fastgrad_dsl.api.compiled import owner_of
 
 
 class LowRank(nn.Module):
@@ -42,7 +42,7 @@ def add_adapters(model: nn.Module, paths: tuple[str, ...], rank: int, seed: int)
     """Give the weights at these paths adapters, in place; they themselves get no gradient."""
     generator = torch.Generator().manual_seed(seed)
     for path in paths:
-        block, name = _owner(model, path)
+        block, name = owner_of(model, path)
         weight = block.get_parameter(name)
         parametrize.register_parametrization(block, name, LowRank(weight.detach(), rank, generator))
         block.parametrizations[name].original.requires_grad_(False)  # type: ignore[index, union-attr]
@@ -51,9 +51,4 @@ def add_adapters(model: nn.Module, paths: tuple[str, ...], rank: int, seed: int)
 def merge_adapters(model: nn.Module, paths: tuple[str, ...]) -> None:
     """Make each weight what it is with its adapter, in place, as if there had been none."""
     for path in paths:
-        parametrize.remove_parametrizations(*_owner(model, path), leave_parametrized=True)
-
-
-def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    block, _, name = path.rpartition(".")
-    return (block_at(model, block) if block else model), name
+        parametrize.remove_parametrizations(*owner_of(model, path), leave_parametrized=True)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from fastgrad_dsl.documents.base import Count, Document, Part, Size
 
+What = Literal["loss", "output error", "attention error", "rank correlation"]
 FORMAT: Literal["fastgrad-conversion-1"] = "fastgrad-conversion-1"
 
 
@@ -16,7 +17,7 @@ class Measured(Document, frozen=True):
     correlation (Spearman's) of the similarities of texts with the original's. None: not measured yet.
     """
 
-    what: Literal["loss", "output error", "attention error", "rank correlation"]
+    what: What
     tokens: Size
     original: float | None
     before: float | None = None

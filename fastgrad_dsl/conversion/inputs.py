@@ -127,7 +127,6 @@ def load_texts(path: Path, inputs: Inputs, tokenizer: Tokenizer, vocabulary: int
 
 
 def _encoded(line: bytes, tokenizer: Tokenizer, name: str) -> Tensor:
-    if not isinstance(tokenizer, FileTokenizer):
-        return tokenizer.encode(line, name).to(torch.int32)
-    tokenizer.encode(line, name)  # says what is wrong with the text
-    return torch.tensor(tokenizer.rules.encode(line.decode()).ids, dtype=torch.int32)
+    if isinstance(tokenizer, FileTokenizer):
+        return tokenizer.encode(line, name, special=True)
+    return tokenizer.encode(line, name).to(torch.int32)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.ir.graph import Program, TensorType
+from fastgrad_dsl.conversion.document import What
 from fastgrad_dsl.conversion.inputs import Inputs, Texts
 from fastgrad_dsl.conversion.objective import AttentionTransfer, relative_error
 from fastgrad_dsl.models.text_data import TextData
@@ -32,7 +33,7 @@ class Task:
     data: TextData | Texts
     inputs: Inputs
     loss: Loss
-    what: str
+    what: What
 
 
 @dataclass
@@ -51,9 +52,9 @@ class HeldOut:
     say: Callable[[str], None]
     wanted: dict[int, Tensor] = field(default_factory=dict)
 
-    def numbers(self, model: nn.Module) -> list[tuple[str, int, float]]:
+    def numbers(self, model: nn.Module) -> list[tuple[What, int, float]]:
         """What is known of a model as it is: (what, tokens, value). TfgError FG433 where one is not finite."""
-        found: list[tuple[str, int, float]] = []
+        found: list[tuple[What, int, float]] = []
         for tokens in self.lengths:
             if self.embeds:
                 error, correlation = self.compared(model, tokens)
@@ -69,10 +70,11 @@ class HeldOut:
                 )
         return found
 
-    def of_original(self, what: str, tokens: int) -> float | None:
+    def of_original(self, what: What, tokens: int) -> float:
         """A number of the original; what compares with it is known."""
-        known = {"output error": 0.0, "attention error": 0.0, "rank correlation": 1.0}
-        return known.get(what) if what in known else self.value(self.task.loss, tokens, self.original)
+        if what == "loss":
+            return self.value(self.task.loss, tokens, self.original)
+        return 1.0 if what == "rank correlation" else 0.0
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -91,16 +93,13 @@ class HeldOut:
         times = 1 if isinstance(self.task.data, Texts) else max(1, tokens // self.options.tokens)
         batches = max(1, BATCHES // times)
         options = replace(self.options, tokens=tokens, validation_batches=batches)
-        data = cast(TextData, self.task.data)
-        return validation_loss(model, loss, data, options, self.stop.check)
+        return validation_loss(model, loss, self.task.data, options, self.stop.check)
 
     @cached_property
     def embeds(self) -> bool:
         """Whether the model gives one vector for each text, and nothing else."""
-        program = self.program
-        outputs = program[program.main].outputs
-        types = [program[program.main][name].type for name in outputs]
-        return isinstance(self.task.data, Texts) and len(types) == 1 and len(types[0].shape) == 2  # type: ignore[union-attr]
+        result = self.program[self.program.main].output_type
+        return isinstance(self.task.data, Texts) and isinstance(result, TensorType) and len(result.shape) == 2
 
     def compared(self, model: nn.Module, tokens: int) -> tuple[float, float]:
         """The error of the held-out texts' vectors, and Spearman's correlation of the cosine similarities of all pairs.
@@ -124,7 +123,7 @@ class HeldOut:
     def vectors(self, model: nn.Module, tokens: int) -> Tensor:
         """What a model gives for the held-out texts, of which it takes so many tokens."""
         made = []
-        for packed, _ in cast(Texts, self.task.data).validation_batches(tokens, ROWS, COMPARED // ROWS):
+        for packed, _ in self.task.data.validation_batches(tokens, ROWS, COMPARED // ROWS):
             self.stop.check()
             made.append(model(*self.task.inputs.unpacked(packed)))
         return torch.cat(made)

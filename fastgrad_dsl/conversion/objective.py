@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgrad_compiler.attention.table import AttentionEntry
-from fastgrad_compiler.runtime.functions import softmax_attention
+from fastgrad_compiler.runtime import exact_attention as attention
+from fastgrad_dsl.api.compiled import owner_of
 from fastgrad_dsl.conversion.inputs import Inputs
 
 MAP = ".map_q"
@@ -62,7 +63,8 @@ class AttentionTransfer:
         errors: list[Tensor] = []
         with ExitStack() as watched:
             for site in self.sites:
-                watched.enter_context(_watched(block_at(model, site.path), site, errors))
+                block, _ = owner_of(model, f"{site.path}{MAP}")
+                watched.enter_context(_watched(block, site, errors))
             model(*self.inputs.unpacked(batch))
         return torch.stack(errors)
 
@@ -90,15 +92,9 @@ def _watched(block: Any, site: Site, errors: list[Tensor]) -> Iterator[None]:
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(e)) v of q [b, h, n, e], k [b, g, m, e] and v [b, g, m, c], as [b, n, h c].
 
-    mask, bool [b, m]: which keys are there; a row that sees none is 0. No score matrix is kept.
+    mask, bool [b, m]: which keys are there; a row that sees none is 0. Memory is linear in the length.
     """
-    shown = None if mask is None else mask[:, None, None, :]
-    if shown is not None and causal:
-        places = torch.arange(k.shape[-2], device=q.device)
-        shown = shown & (places[: q.shape[-2], None] >= places)
-    grouped = q.shape[-3] != k.shape[-3]
-    y = softmax_attention(q, k, v, attn_mask=shown, is_causal=causal and mask is None, enable_gqa=grouped)
-    y = y if mask is None else y.masked_fill(~mask.any(-1)[:, None, None, None], 0.0)
+    y = attention.exact_attention(q, k, v, mask=mask, causal=causal)
     return y.transpose(-3, -2).flatten(-2)
 
 
@@ -133,11 +129,3 @@ def relative_error(y: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
         shown = mask.unsqueeze(-1)
         difference, target = difference.masked_fill(~shown, 0.0), target.masked_fill(~shown, 0.0)
     return difference.square().sum() / target.square().sum().clamp_min(1e-30)
-
-
-def block_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path; labels may be the names of methods."""
-    found: nn.Module = model
-    for name in path.split("."):
-        found = found._modules[name]  # type: ignore[assignment]
-    return found

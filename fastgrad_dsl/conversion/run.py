@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import msgspec
 import torch
@@ -29,13 +30,13 @@ from fastgrad_dsl.conversion.spec import ConvertedSpec, Form, convert_spec
 from fastgrad_dsl.documents.read import read_document
 from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.models.batches import model_inputs
-from fastgrad_dsl.models.text_data import BYTES, TextData, load_text
+from fastgrad_dsl.models.text_data import BYTES, load_text
 from fastgrad_dsl.models.tokenizer import Tokenizer, load_tokenizer
 from fastgrad_dsl.storage.files import write_atomically, writing
 from fastgrad_dsl.storage.weights import load_weights, read_tensors
 from fastgrad_dsl.training.checkpoint import broken, save_weights
 from fastgrad_dsl.training.folder import claimed, model_identity, publish, spec_files
-from fastgrad_dsl.training.language import language_model_loss, token_limit
+from fastgrad_dsl.training.language import language_model_loss, not_a_language_model, token_limit
 from fastgrad_dsl.training.log import Event
 from fastgrad_dsl.training.loop import Context, Loss, Options, is_finished, train
 from fastgrad_dsl.training.sharded import has_checkpoint, latest
@@ -140,7 +141,7 @@ class _Work:
         folder = self.request.folder
         report = self.recorded() if self.request.resume else self.begun()
         self.publish()
-        if (report.measured and report.measured[0].before is None) or not report.measured:
+        if not report.measured or report.measured[0].before is None:
             report = self.measured(report, "original", "before")
             self.keep(report)
         self.phase(TRANSFER, self.request.transfer, self.transfer, trained=self.new)
@@ -207,10 +208,8 @@ class _Work:
         wanted = set(trained)
         for path, weight in self.model.named_parameters():
             weight.requires_grad_(path in wanted)
-        data = cast(TextData, self.task.data)
-        events = train(
-            self.model, loss, data, options, place, resume=has_checkpoint(place), context=self.context(name)
-        )
+        resume, context = has_checkpoint(place), self.context(name)
+        events = train(self.model, loss, self.task.data, options, place, resume=resume, context=context)
         self.shown.phase(name, options, events)
 
     def tune(self) -> None:
@@ -231,14 +230,18 @@ class _Work:
         """What a phase depends on."""
         return Context(self.identity(phase), stop=self.stop)
 
+    @cached_property
+    def digest(self) -> str:
+        """Of the original's weights."""
+        return _digest_of(read_tensors(self.request.weights, "FG418", "weights"))
+
     def identity(self, phase: str) -> dict[str, str]:
         """What a resumed conversion must share with the one that was begun."""
         request = self.request
         own = model_identity(self.spec.compiled, self.texts, self.task.data)
-        tensors = read_tensors(request.weights, "FG418", "weights")
         return {
             **own,
-            "--weights": _digest_of(tensors),
+            "--weights": self.digest,
             "--near": str(request.form.near),
             "--far-dim": str(request.form.far_dim),
             "--at": ", ".join(request.patterns) or "not given",
@@ -283,7 +286,7 @@ class _Work:
         old = {(each.what, each.tokens): each for each in report.measured}
         found = []
         for what, tokens, value in self.held_out.numbers(self.model):
-            each = old.get((what, tokens)) or Measured(what, tokens, self.held_out.of_original(what, tokens))  # type: ignore[arg-type]
+            each = old.get((what, tokens)) or Measured(what, tokens, self.held_out.of_original(what, tokens))
             each = msgspec.structs.replace(each, **{phases[-1]: value})
             found.append(each)
             for name in phases:
@@ -297,21 +300,16 @@ def _task(request: Request, original: nn.Module) -> Task:
     """A language model learns from its loss, an encoder from what the original gives."""
     compiled, tokens = request.compiled, request.tuning.tokens
     tokenizer: Tokenizer = BYTES if request.tokenizer is None else load_tokenizer(request.tokenizer)
-    inputs = encoder_inputs(compiled.program)
-    try:
+    inputs, program = encoder_inputs(compiled.program), compiled.program
+    is_of_text = compiled.loss is not None and not_a_language_model(program, tokenizer) is None
+    if inputs is None or is_of_text:
         loss = language_model_loss(compiled, tokens, tokenizer)
-    except TfgError as error:
-        if inputs is None or error.diagnostics[0].code != "FG415" or "sequences have at most" in str(error):
-            raise
-        limit = token_limit(compiled.program)
-        if limit is not None and tokens > limit:
-            raise TfgError.of(
-                "FG415", f"texts of model {compiled.program.name} have at most {limit} tokens, not {tokens}"
-            ) from None
-        known = model_inputs(compiled.program)[0].below
-        texts = load_texts(request.data, inputs, tokenizer, known, compiled.program.name)
-        return Task(texts, inputs, Distillation(original, inputs), "output error")
-    return Task(load_text(request.data, tokens, tokenizer=tokenizer), Inputs(), loss, "loss")
+        return Task(load_text(request.data, tokens, tokenizer=tokenizer), Inputs(), loss, "loss")
+    limit = token_limit(program)
+    if limit is not None and tokens > limit:
+        raise TfgError.of("FG415", f"texts of model {program.name} have at most {limit} tokens, not {tokens}")
+    texts = load_texts(request.data, inputs, tokenizer, model_inputs(program)[0].below, program.name)
+    return Task(texts, inputs, Distillation(original, inputs), "output error")
 
 
 def _take_weights(model: nn.Module, original: nn.Module) -> tuple[str, ...]:

@@ -115,15 +115,18 @@ class FileTokenizer:
     size: int
     unit: str = "token"
 
-    def encode(self, text: bytes, name: str) -> Tensor:
-        """int32 [tokens]; TfgError FG411 if the text is not UTF-8, FG436 if the tokenizer has no tokens for it."""
+    def encode(self, text: bytes, name: str, *, special: bool = False) -> Tensor:
+        """int32 [tokens], with the special tokens that the file puts around a text where `special`.
+
+        TfgError FG411 if the text is not UTF-8, FG436 if the tokenizer has no tokens for it.
+        """
         try:
             characters = text.decode()
         except UnicodeDecodeError as error:
             said = f"{name} is not UTF-8 text: byte 0x{text[error.start]:02x} at offset {error.start}"
             raise TfgError.of("FG411", said) from None
         try:
-            found = self.rules.encode(characters, add_special_tokens=False).ids
+            found = self.rules.encode(characters, add_special_tokens=special).ids
         except Exception as error:  # the library has no class for what it refuses
             raise _unusable(self.path, f"it does not encode {name}: {error}") from None
         return torch.tensor(found, dtype=torch.int32)

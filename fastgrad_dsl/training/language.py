@@ -18,7 +18,7 @@ def language_model_loss(compiled: Compiled, tokens: int, tokenizer: Tokenizer = 
     """
     program = compiled.program
     graph = program[program.main]
-    problem = _not_a_language_model(program, tokenizer)
+    problem = not_a_language_model(program, tokenizer)
     if problem is None and compiled.loss is not None:
         limit = token_limit(program)
         if limit is None or tokens <= limit:
@@ -32,7 +32,8 @@ def language_model_loss(compiled: Compiled, tokens: int, tokenizer: Tokenizer = 
     )
 
 
-def _not_a_language_model(program: Program, tokenizer: Tokenizer) -> str | None:
+def not_a_language_model(program: Program, tokenizer: Tokenizer) -> str | None:
+    """Why a model does not learn a text, None where it may; TfgError FG436 where a tokenizer has more ids."""
     inputs, result = program[program.main].inputs, program[program.main].output_type
     if len(inputs) != 1 or inputs[0].tensor.dtype != "int" or len(inputs[0].tensor.shape) != 2:
         return "it does not take one int[b, n] of tokens"

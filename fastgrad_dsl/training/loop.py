@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from fastgrad_dsl.api.loader import WEIGHTS
 from fastgrad_dsl.distributed.sharding import gathered, whole
 from fastgrad_dsl.distributed.traffic import Traffic, counted
-from fastgrad_dsl.models.text_data import TextData
 from fastgrad_dsl.storage.files import write_atomically, writing
 from fastgrad_dsl.training.budget_watch import BudgetWatch
 from fastgrad_dsl.training.checkpoint import (
@@ -46,6 +45,22 @@ class BatchLoss(Protocol):
 
     def of(self, model: nn.Module, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """The loss of a batch, a scalar."""
+        ...
+
+
+class Data(Protocol):
+    """What is learned: batches of inputs and targets."""
+
+    def places(self, tokens: int, batch: int, generator: torch.Generator) -> list[int]:
+        """Where the sequences of a random batch are."""
+        ...
+
+    def windows(self, places: Sequence[int], tokens: int) -> tuple[Tensor, Tensor]:
+        """The sequences at these places."""
+        ...
+
+    def validation_batches(self, tokens: int, batch: int, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """At most `limit` batches of what is held out, always the same ones, in order."""
         ...
 
 
@@ -95,7 +110,7 @@ def learning_rate(options: Options, step: int, done: float) -> float:
 def validation_loss(
     model: nn.Module,
     loss: Loss,
-    data: TextData,
+    data: Data,
     options: Options,
     check: Callable[[], None] = lambda: None,
     ranks: Ranks | None = None,
@@ -143,7 +158,7 @@ class Context:
 def train(
     model: nn.Module,
     loss: Loss,
-    data: TextData,
+    data: Data,
     options: Options,
     folder: Path,
     *,
@@ -199,7 +214,7 @@ class _Run:
         self,
         model: nn.Module,
         loss: Loss,
-        data: TextData,
+        data: Data,
         options: Options,
         folder: Path,
         context: Context,

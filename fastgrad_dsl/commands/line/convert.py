@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,13 @@ from typer import Option
 from fastgrad_dsl.commands.line.options import (
     LARGEST,
     MANY,
+    Batch,
+    Clip,
+    Every,
     File,
     Include,
     Model,
+    Seq,
     Set,
     Target,
     Tokenizer,
@@ -38,8 +43,8 @@ def convert(
         int, Option(min=1, max=1024, help="Width of the learned maps of q and k beyond it.")
     ] = 16,
     tokenizer: Tokenizer = None,
-    seq: Annotated[int, Option(min=1, max=MANY, help="Tokens per sequence.")] = 1024,
-    batch: Annotated[int, Option(min=1, max=MANY, help="Sequences per step.")] = 1,
+    seq: Seq = 1024,
+    batch: Batch = 1,
     transfer_steps: Annotated[
         int, Option(min=0, max=LARGEST, help="Steps in which attentions learn softmax's results.")
     ] = 200,
@@ -52,9 +57,9 @@ def convert(
         int | None,
         Option(min=1, max=MANY, help="Tune low-rank changes of the matrices instead.", metavar="RANK"),
     ] = None,
-    clip: Annotated[float, Option(min=0.0, callback=finite, help="Largest norm of the gradient.")] = 1.0,
+    clip: Clip = 1.0,
     seed: Annotated[int, Option(min=0, max=LARGEST, help="Seed of the new weights and of the batches.")] = 0,
-    every: Annotated[int, Option(min=1, max=MANY, help="Steps between validations and checkpoints.")] = 100,
+    every: Every = 100,
     resume: Annotated[bool, Option("--resume", help="Continue from the checkpoints in the folder.")] = False,
     force: Annotated[bool, Option("--force", help="Replace the conversion that is in the folder.")] = False,
     json_: Annotated[Path | None, path_option("Also write the report as JSON.", "--json")] = None,
@@ -85,10 +90,7 @@ def convert(
         steps=steps, tokens=seq, batch=batch, learning_rate=rate, weight_decay=0.0, clip=clip, seed=seed,
         validate_every=every, checkpoint_every=every,
     )  # fmt: skip
-    transfer = Options(
-        steps=transfer_steps, tokens=seq, batch=batch, learning_rate=transfer_rate, weight_decay=0.0, clip=clip,
-        seed=seed, validate_every=every, checkpoint_every=every,
-    )  # fmt: skip
+    transfer = replace(tuning, steps=transfer_steps, learning_rate=transfer_rate)
     request = Request(
         compiled, weights, data, out, transfer, tuning, Form(near, far_dim), tuple(at or ()), adapters, tokenizer,
         resume, force,

@@ -58,6 +58,10 @@ PlannedDim = Annotated[
 ]
 Weights = Annotated[Path | None, path_option("A .safetensors file with the model's weights.")]
 Seed = Annotated[int, Option(min=0, max=LARGEST, help="Seed of initial weights and random batches.")]
+Seq = Annotated[int, Option(min=1, max=MANY, help="Tokens per sequence.")]
+Batch = Annotated[int, Option(min=1, max=MANY, help="Sequences per step.")]
+Clip = Annotated[float, Option(min=0.0, callback=finite, help="Largest norm of the gradient.")]
+Every = Annotated[int, Option(min=1, max=MANY, help="Steps between validations and checkpoints.")]
 Wide = Annotated[bool, Option("--wide", help="Show every column of the tables.")]
 Tokenizer = Annotated[
     Path | None, path_option("A tokenizer.json, whose tokens take the place of bytes.", metavar="FILE")

@@ -10,9 +10,13 @@ from typer import BadParameter, Context, Option
 from fastgrad_dsl.commands.line.options import (
     LARGEST,
     MANY,
+    Batch,
+    Clip,
+    Every,
     File,
     Include,
     Model,
+    Seq,
     Set,
     Target,
     Tokenizer,
@@ -38,10 +42,10 @@ def train(
     text: Annotated[Path, path_option("The text to learn, any file; its bytes are the tokens.")],
     tokenizer: Tokenizer = None,
     steps: Annotated[int, Option(min=0, max=LARGEST, help="Number of optimiser steps.")] = 1000,
-    seq: Annotated[int, Option(min=1, max=MANY, help="Tokens per sequence.")] = 1024,
-    batch: Annotated[int, Option(min=1, max=MANY, help="Sequences per step.")] = 1,
+    seq: Seq = 1024,
+    batch: Batch = 1,
     rate: Annotated[float, Option(min=0.0, callback=finite, help="Peak learning rate.")] = 1e-3,
-    clip: Annotated[float, Option(min=0.0, callback=finite, help="Largest norm of the gradient.")] = 1.0,
+    clip: Clip = 1.0,
     seed: Annotated[int, Option(min=0, max=LARGEST, help="Seed of the weights and of the batches.")] = 0,
     out: Annotated[
         Path | None,
@@ -51,7 +55,7 @@ def train(
         bool, Option("--resume", help="Continue from the checkpoint in the run's folder.")
     ] = False,
     force: Annotated[bool, Option("--force", help="Replace the run that is in the folder.")] = False,
-    every: Annotated[int, Option(min=1, max=MANY, help="Steps between validations and checkpoints.")] = 100,
+    every: Every = 100,
     exact: Annotated[bool, Option("--exact", help="Train with exact softmax attention instead.")] = False,
     calibrate: Annotated[
         bool, Option("--calibrate", help="Plan from measurements on the text before training.")

@@ -6,12 +6,12 @@ from typing import Annotated
 
 from typer import Option
 
-from fastgrad_dsl.commands.line.options import MANY, File, Include, Model, Set, params_of
+from fastgrad_dsl.commands.line.options import MANY, File, Include, Model, Seq, Set, params_of
 
 
 def tune(
     file: File,
-    seq: Annotated[int, Option(min=1, max=MANY, help="Tokens per sequence.")] = 8192,
+    seq: Seq = 8192,
     batch: Annotated[int, Option(min=1, max=MANY, help="Sequences per batch.")] = 1,
     dtype: Annotated[str, Option(help="Type of the inputs: float32, float16 or bfloat16.")] = "bfloat16",
     dry_run: Annotated[
