@@ -56,6 +56,11 @@ def attention_of_steps(spec: KernelSpec) -> str:
     return f"{_constants(spec)}\n{_texts(OF_STEPS)}"
 
 
+def with_numbers(name: str) -> str:
+    """A header whose line `// NUMBERS` stands for those of types and of functions of one number."""
+    return _texts((name,)).replace("// NUMBERS\n", _texts(("numbers", "scalars")))
+
+
 def _texts(names: Sequence[str]) -> str:
     return "\n".join((Path(__file__).parent / f"{name}.h").read_text(encoding="utf-8") for name in names)
 

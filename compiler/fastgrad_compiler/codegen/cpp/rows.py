@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
+from fastgrad_compiler.codegen.cpp import with_numbers
 from fastgrad_compiler.codegen.writer import literal
 from fastgrad_compiler.ir.builder import Builder, Value
 from fastgrad_compiler.ir.graph import Graph, Node, number
@@ -36,11 +36,7 @@ EXPRESSIONS: dict[str, str] = {
 def emit_rows(body: Graph, backward: Graph) -> str:
     """The C++ source of both kernels; deterministic, and the same for groups that compute the same."""
     shape = body[body.outputs[0]].tensor.shape
-    header, *numbers = (
-        (Path(__file__).parent / f"{name}.h").read_text(encoding="utf-8")
-        for name in ("rows", "numbers", "scalars")
-    )
-    header = header.replace("// NUMBERS\n", "\n".join(numbers)).replace("WIDTH_OF_ROWS", str(shape[-1]))
+    header = with_numbers("rows").replace("WIDTH_OF_ROWS", str(shape[-1]))
     kernels = [
         _Kernel(name, _lowered(graph), shape) for name, graph in (("forward", body), ("backward", backward))
     ]

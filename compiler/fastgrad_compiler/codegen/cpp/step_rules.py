@@ -1,0 +1,240 @@
+"""What the operations of a step become in its kernel: a call of a function of step_kernel.h, or nothing but a name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from fastgrad_compiler.attention.kernel import spec_of
+from fastgrad_compiler.attention.value import Attention
+from fastgrad_compiler.codegen.cpp.step_body import Body, Rule, Unserved, Value, times
+from fastgrad_compiler.ir.graph import STEP, Node, integer, number, sequence
+from fastgrad_compiler.ir.masks import FORGET
+from fastgrad_grammar.quote import cpp_comment
+
+
+def _weight(body: Body, node: Node, place: int) -> None:
+    value = body.declared(node, "")
+    if node.tensor.dtype != "float" or value.batch:
+        raise Unserved
+    read = body.weight(str(node["label"]), value.count)
+    name = body.variable(node, place)
+    body.line(f"const real* const {name} = {read};  // {cpp_comment(str(node['label']))}")
+    body.values[node.name] = body.declared(node, name)
+
+
+def _constant(body: Body, node: Node, place: int) -> None:
+    value = node["value"]
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise Unserved
+    body.values[node.name] = Value(repr(float(value)), False, (), is_number=True)
+
+
+def _view(body: Body, node: Node, place: int) -> None:
+    body.view(node, body.value(node.inputs[0]))
+
+
+def _heads(body: Body, node: Node, place: int) -> None:
+    """The axis of tokens, of one, and that of heads are exchanged."""
+    of, shape = body.value(node.inputs[0]), body.declared(node, "").shape
+    tokens = of.shape[-2] if node.op == "split_heads" else shape[-2]
+    if tokens != 1:
+        raise Unserved
+    body.view(node, of)
+
+
+def _permute(body: Body, node: Node, place: int) -> None:
+    of = body.value(node.inputs[0])
+    shape = (0, *of.shape) if of.batch else of.shape
+    axes = [integer(axis) % len(shape) for axis in sequence(node["axes"])]
+    moved = [axis for axis in axes if shape[axis] != 1]
+    if moved == sorted(moved):
+        body.view(node, of)
+    elif axes == [1, 0] and not of.batch:
+        made = body.declared(node, of.text)
+        body.values[node.name] = Value(made.text, False, made.shape, transposed=True)
+    else:
+        raise Unserved
+
+
+def _dropout(body: Body, node: Node, place: int) -> None:
+    body.shared.drops = True
+    _view(body, node, place)
+
+
+def _item(body: Body, node: Node, place: int) -> None:
+    body.values[node.name] = body.several[node.inputs[0]][integer(node["index"])]
+
+
+def _embedding(body: Body, node: Node, place: int) -> None:
+    table, ids = (body.value(name) for name in node.inputs)
+    if body.graph.name != body.shared.main.name or body.graph[node.inputs[1]].op != "input":
+        raise Unserved  # ids are looked at before anything is done
+    target = body.target(node, place)
+    numbers = times("call.batch", ids.count)
+    body.line(f"embed({numbers}, {target.width}, {table.text}, {ids.text}, {target.text});")
+
+
+def _matmul(body: Body, node: Node, place: int) -> None:
+    """A product with a weight, and others that read the same rows beside it."""
+    x, place_of = body.value(node.inputs[0]), {each.name: i for i, each in enumerate(body.graph.nodes)}
+    rows, depth, products = x.rows, x.width, []
+    for user in body.graph.users[node.inputs[0]]:
+        if user.op != "matmul" or user.inputs[0] != node.inputs[0] or user.name not in body.graph.alive:
+            continue
+        weight = body.values.get(user.inputs[1])
+        if weight is None and user is not node and body.graph[user.inputs[1]].op == "weight":
+            body.write(body.graph[user.inputs[1]], place_of[user.inputs[1]])
+            weight = body.values[user.inputs[1]]
+        if weight is None or user.name in body.values:
+            continue
+        if weight.batch or weight.is_number or len(weight.shape) != 2:
+            raise Unserved
+        target = body.target(user, place_of[user.name])
+        transposed = str(weight.transposed).lower()
+        products.append(f"{{{weight.text}, {target.width}, {transposed}, {target.text}}}")
+    body.line(f"multiply(call, {rows}, {depth}, {x.text}, {{{', '.join(products)}}});")
+
+
+def _norm(body: Body, node: Node, place: int) -> None:
+    x, *weights = (body.value(name) for name in node.inputs)
+    eps = [f"real({number(node['eps'])!r})"] if node.op != "unit" else []
+    target = body.target(node, place)
+    given = [x.rows, str(x.width), *(each.text for each in (x, *weights)), *eps, target.text]
+    body.line(f"{node.op}({', '.join(given)});")
+
+
+def _reduce(body: Body, node: Node, place: int) -> None:
+    x = body.value(node.inputs[0])
+    rank = len(x.shape) + x.batch
+    if [integer(axis) % rank for axis in sequence(node["axes"])] != [rank - 1] or not x.shape:
+        raise Unserved
+    target, divisor = body.target(node, place), x.width if node.op == "mean" else 1
+    body.line(f"reduce({x.rows}, {x.width}, {x.text}, {divisor}, {target.text});")
+
+
+def _fill(body: Body, node: Node, place: int) -> None:
+    target = body.target(node, place)
+    value = number(node["value"])
+    if target.batch or not math.isfinite(value):
+        raise Unserved
+    body.line(f"std::fill_n({target.text}, {target.count}, real({value!r}));")
+
+
+def _pad(body: Body, node: Node, place: int) -> None:
+    """Zeros around a value that is no token's."""
+    x, target = body.value(node.inputs[0]), body.target(node, place)
+    if target.batch or node.tensor.dtype != "float":
+        raise Unserved
+    axis = integer(node["axis"]) % len(x.shape)
+    inner = math.prod(x.shape[axis + 1 :])
+    body.line(f"std::fill_n({target.text}, {target.count}, real(0));")
+    for outer in range(math.prod(x.shape[:axis])):
+        at = (outer * target.shape[axis] + integer(node["before"])) * inner
+        size = x.shape[axis] * inner
+        body.line(f"std::copy_n({x.text} + {outer * size}, {size}, {target.text} + {at});")
+
+
+def _slice(body: Body, node: Node, place: int) -> None:
+    """The row of a table of positions that is this token's."""
+    x, start = body.value(node.inputs[0]), node["start"]
+    if (
+        not node.get("past")
+        or x.batch
+        or integer(node["axis"]) % len(x.shape) != 0
+        or not isinstance(start, int)
+    ):
+        raise Unserved
+    if body.graph.name != body.shared.main.name:
+        raise Unserved
+    body.shared.limit(x.shape[0] - start)
+    row = math.prod(x.shape[1:])
+    body.values[node.name] = body.declared(node, f"({x.text} + (call.past + {start}) * {row})")
+
+
+def _rotary(body: Body, node: Node, place: int) -> None:
+    x = body.value(node.inputs[0])
+    if not node.get("past"):
+        raise Unserved
+    given = node.get("stretch")
+    stretch = () if given is None else tuple(map(number, sequence(given)))
+    turns = body.shared.angles(x.width, number(node["base"]), stretch)
+    target, sign = body.target(node, place), -1 if node.get("inverse") else 1
+    body.line(f"rotary({x.rows}, {x.width}, call.turns[{turns}], {sign}, {x.text}, {target.text});")
+
+
+def _recent(body: Body, node: Node, place: int) -> None:
+    """Of the last tokens, without documents."""
+    x, *weights = (body.value(name) for name in node.inputs)
+    before = integer(node["by"]) if node.op == "shift" else body.value(node.inputs[1]).shape[0] - 1
+    documents = len(node.inputs) > (1 if node.op == "shift" else 2)
+    if node.get("state") is None or documents or not x.batch or x.shape[-2] != 1:
+        raise Unserved
+    if before == 0:
+        raise Unserved
+    target = body.target(node, place)
+    recent = body.kept(f"{node['state']}{{}}.recent", before * x.count)
+    given = [x.rows, str(x.width), str(before), x.text, *(each.text for each in weights), recent, target.text]
+    body.line(f"{node.op}({', '.join(given)});")
+
+
+def _attention(body: Body, node: Node, place: int) -> None:
+    """Causal, by a polynomial, of one token to all before it."""
+    attention, shared = Attention.of(node), body.shared
+    watched = (body.graph.name.removesuffix(STEP), node.name) in shared.guarded
+    if node.get("state") is None or watched or (shared.exact and not attention.is_own):
+        raise Unserved
+    given = attention.by_role([body.value(name) for name in node.inputs])
+    spec = spec_of(attention, *(given[role].width if role in given else 0 for role in ("q", "v", "near_q")))
+    if spec.padding or spec.documents or not spec.causal or spec.precision != "float32":
+        raise Unserved
+    heads, query_heads = given["k"].shape[0], given["q"].shape[0]
+    target = body.target(node, place)
+    label, ring = f"{node['state']}{{}}", 2 * (spec.near or 0)
+    near, forgets = bool(spec.near), spec.forget
+    kept = [
+        body.kept(f"{label}.k", heads * ring * spec.d),
+        body.kept(f"{label}.v", heads * ring * spec.dv),
+        body.kept(f"{label}.near_k", heads * ring * spec.near_d) if spec.near_d else "nullptr",
+        body.kept(f"{label}.log_gate", heads * ring, "double") if forgets and near else "nullptr",
+        body.kept(f"{label}.summed.shared", 1, "std::int64_t") if near else "nullptr",
+        body.kept(f"{label}.sums", heads * spec.rank * (spec.dv + 1), "double"),
+    ]
+    tokens = [
+        given[role].text if role in given else "nullptr"
+        for role in ("q", "k", "v", "near_q", "near_k", FORGET)
+    ]
+    sizes = ["call.batch", str(heads), str(query_heads // heads), "call.past", "call.threads"]
+    name = shared.attention(spec)
+    body.line(f"{name}::next({', '.join([*sizes, *tokens])}, {{{', '.join(kept)}}}, {target.text});")
+
+
+RULES: Mapping[str, Rule] = {
+    "weight": _weight,
+    "literal": _weight,
+    "constant": _constant,
+    "call": Body.run,
+    "repeat": Body.repeat,
+    "item": _item,
+    "assume_bound": _view,
+    "reshape": _view,
+    "split_heads": _heads,
+    "merge_heads": _heads,
+    "permute": _permute,
+    "dropout": _dropout,
+    "embedding": _embedding,
+    "matmul": _matmul,
+    "rms_norm": _norm,
+    "layer_norm": _norm,
+    "unit": _norm,
+    "sum": _reduce,
+    "mean": _reduce,
+    "fill": _fill,
+    "pad": _pad,
+    "slice": _slice,
+    "rotary": _rotary,
+    "shift": _recent,
+    "depthwise": _recent,
+    "poly_attention": _attention,
+}
+"""What a kernel may compute beside ELEMENTWISE."""
