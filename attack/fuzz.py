@@ -32,7 +32,7 @@ from fastgrad_grammar.read import read_source
 from fastgrad_grammar.render import render
 
 SECONDS = 10.0  # of processor time: the machine may be busy
-WAITING = 60.0
+WAITING = 600.0  # of the clock: a compiler may be waited for
 MEMORY = 8 << 30  # bytes of address space: a case that wants more is a finding, and not the machine's end
 STRIDE = 10_000_019  # between the cases of two seeds
 EVERY = 60.0  # seconds between two lines about where a run stands
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     option("--files", type=int, default=0, help="how many mutated documents and safetensors files")
     option("--commands", action="store_true", help="every command with the extremes of its options")
     option("--pairs", type=int, default=0, help="with --commands: calls with two options at once")
-    option("--first", type=int, default=0, help="the number of the first spec, and of the first file")
+    option("--first", type=int, default=0, help="the number of the first spec, file and command")
     option("--seed", type=int, default=0)
     option("--out", type=Path, default=ROOT / "build" / "fuzz", help="the folder for findings")
     given = parser.parse_args(arguments)
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.commands:
             from attack.fuzz_commands import fuzz_commands
 
-            fuzz_commands(fuzz, given.pairs, folder)
+            fuzz_commands(fuzz, given.first, given.pairs, folder)
     print("\n".join(fuzz.lines()))
     return 1 if fuzz.findings else 0
 

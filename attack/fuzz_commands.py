@@ -75,10 +75,11 @@ SERVES = "--serve"
 LARGE = ("2147483647", "2147483648", "9223372036854775807", "1_000")
 
 
-def fuzz_commands(fuzz: Fuzz, pairs: int, folder: Path) -> None:
+def fuzz_commands(fuzz: Fuzz, first: int, pairs: int, folder: Path) -> None:
     """Each option of each command with each value; then so many pairs of options, drawn."""
     prepare(folder / "sound")
-    for number, arguments in enumerate(itertools.chain(single(), drawn(fuzz.seed, pairs))):
+    calls = enumerate(itertools.chain(single(), drawn(fuzz.seed, pairs)))
+    for number, arguments in itertools.islice(calls, first, None):
         place = folder / "place"
         copy(folder / "sound", place)
         with contextlib.chdir(place):
