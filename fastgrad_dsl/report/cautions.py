@@ -39,7 +39,7 @@ def warnings(
 ) -> tuple[Warned, ...]:
     """The warnings of a report, the gravest first."""
     return (
-        *_budget(headline),
+        *_budget(headline, calibration is not None),
         *_broken(attentions),
         *_ranges(attentions, budget),
         *_vacuous(attentions),
@@ -71,9 +71,11 @@ def notes(plan: Plan, errors: ModelErrors | None, undeclared: Sequence[str]) -> 
     return tuple(found)
 
 
-def _budget(headline: Headline) -> Iterator[Warned]:
+def _budget(headline: Headline, calibrated: bool) -> Iterator[Warned]:
     if headline.verdict.state in ("missed", "unlikely"):
-        yield Warned("budget", headline.verdict.text, ())
+        again = "calibrate again, on more data and with the weights that are used"
+        first = "plan by what is measured (`fastgrad compile --calibrate DATA`), or set lower limits"
+        yield Warned("budget", f"to meet the budget, {again if calibrated else first}", ())
 
 
 def _broken(attentions: Attentions) -> Iterator[Warned]:

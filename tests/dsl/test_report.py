@@ -126,7 +126,8 @@ def test_headline_by_what_is_known() -> None:
     missed = replace(calibration, verification=replace(calibration.verification, gradient=9.0))
     report = compiled.report(calibration=missed)
     assert report["headline"]["verdict"]["state"] == "missed"
-    assert report["warnings"][0]["kind"] == "budget"
+    again = "to meet the budget, calibrate again, on more data and with the weights that are used"
+    assert report["warnings"][0] == {"kind": "budget", "text": again, "attentions": []}
     verdict = fg.compile(text("return softmax(x @ x.T) @ x")).report()["headline"]["verdict"]
     assert verdict == {"state": "exact", "text": "Nothing is approximated: every attention is exact."}
     said = "No approximation error at all: every attention runs as the file defines it."
