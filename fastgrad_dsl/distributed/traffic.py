@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -55,6 +55,12 @@ _TENSORS = (
 )  # by name, in this order
 
 
+def _group(given: Sequence[Any]) -> Any:
+    """The group among the arguments of a collective, which may be one dimension of a mesh; None for all processes."""
+    found = (each[0].get_group(each[1]) if isinstance(each, tuple) else each for each in given)
+    return next((each for each in found if isinstance(each, dist.ProcessGroup)), None)
+
+
 @contextmanager
 def counted() -> Iterator[Traffic]:
     """Within it what this thread does is counted; not what others do, such as one that writes a checkpoint.
@@ -72,8 +78,7 @@ def counted() -> Iterator[Traffic]:
                 return inner(*given, **named)
             if name in _SENT:
                 tensors = [*given, *(named[each] for each in _TENSORS if each in named)]
-                groups = (each for each in (*given, *named.values()) if isinstance(each, dist.ProcessGroup))
-                sent = _SENT[name](tensors, dist.get_world_size(next(groups, None)))
+                sent = _SENT[name](tensors, dist.get_world_size(_group((*given, *named.values()))))
                 traffic.bytes[name] = traffic.bytes.get(name, 0.0) + sent
                 traffic.calls += 1
             inside, started = True, time.perf_counter()
@@ -85,7 +90,8 @@ def counted() -> Iterator[Traffic]:
 
         return run
 
-    places = [(dist, name) for name in _SENT if hasattr(dist, name)] + [(functional, "wait_tensor")]
+    places = [(dist, name) for name in _SENT if hasattr(dist, name)]
+    places += [(functional, "all_reduce"), (functional, "wait_tensor")]  # of DTensors
     before = [(module, name, getattr(module, name)) for module, name in places]
     for module, name, inner in before:
         setattr(module, name, wrapped(name, inner))

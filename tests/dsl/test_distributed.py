@@ -14,6 +14,7 @@ from torch import Tensor
 import fastgrad_dsl as fg
 from fastgrad_dsl.api.loader import package_from_texts
 from fastgrad_dsl.distributed import exchange as exchanges
+from fastgrad_dsl.training.ranks import Mesh
 from tests.dsl.ranks import RANKS, Case, run_cases, spawn
 
 N = 13
@@ -235,10 +236,21 @@ def test_blocks_that_run_again(ranks: list[tuple[Found, dict[str, Any]]]) -> Non
 
 
 def test_heads_and_hidden_widths_in_parts(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    """Each of five blocks of two layers sums up its result and its input's gradient; halves of two ranks are sent."""
     for _, found in ranks:
         assert found["tensor parallel"]["errors"] < 1e-11
+        assert found["tensor parallel"]["sent"] == 2 * 2 * 5
         assert 0.5 < found["tensor parallel"]["share"] < 0.52  # norms are whole
         assert found["tensor parallel"]["refused"] == "2 heads or entries cannot be divided among 4 ranks"
+
+
+@pytest.mark.parametrize("mesh", [Mesh(1, 2, 2), Mesh(2, 1, 2)])
+def test_training_with_heads_in_parts(mesh: Mesh, ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    """And the rest of the weights in parts over pieces of sequences, or over sequences; whole ones stay alike."""
+    for _, found in ranks:
+        errors = found["trained"][mesh]
+        assert max(errors.values()) < 1e-11
+        assert errors["copies"] == 0.0
 
 
 def test_a_polynomial_in_place_of_exp(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
