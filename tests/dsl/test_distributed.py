@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgrad_dsl as fg
+from fastgrad_compiler.runtime.piece_run import PieceRun
+from fastgrad_compiler.runtime.pieces import Layout, served
 from fastgrad_dsl.api.loader import package_from_texts
 from fastgrad_dsl.distributed import exchange as exchanges
 from fastgrad_dsl.training.ranks import Mesh
@@ -167,9 +170,10 @@ def test_bytes_of_an_attention(found: list[Found]) -> None:
     )  # one way to one rank, the other way to two
 
 
+@pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("gates", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 16])
-def test_sums_of_many_ranks(count: int, gates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_many_ranks(count: int, gates: bool, later: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads in place of processes: all earlier sums, each decayed by what is between, in log2 rounds, rounded up."""
     generator = torch.Generator().manual_seed(count)
     sums = torch.randn(count, 2, 3, 4, 5, generator=generator, dtype=torch.float64)
@@ -194,17 +198,62 @@ def test_sums_of_many_ranks(count: int, gates: bool, monkeypatch: pytest.MonkeyP
     def run(rank: int) -> Tensor:
         here.rank = rank
         layout = exchanges.RankLayout((1,) * count, rank, None)
-        return layout.earlier_sum(sums[rank], logs[rank] if gates else None)
+        return layout.sum_of_others(sums[rank], logs[rank] if gates else None, later=later)
 
     monkeypatch.setattr(exchanges, "_exchange", exchange)
     with ThreadPoolExecutor(count) as threads:
         found = list(threads.map(run, range(count)))
     wanted = torch.zeros_like(sums[0])
-    for rank in range(count):
+    for rank in reversed(range(count)) if later else range(count):
         torch.testing.assert_close(found[rank], wanted, rtol=1e-12, atol=1e-12)
         decayed = wanted * logs[rank].exp().unsqueeze(-1) if gates else wanted
         wanted = decayed + sums[rank]
     assert max(rounds) == math.ceil(math.log2(count))
+
+
+def test_sums_are_sent_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are begun before they can arrive, and waited for when they are needed."""
+    may_arrive = threading.Event()
+
+    def exchange(own: Tensor, sent: list[int], given: list[int], group: object) -> Tensor:
+        assert may_arrive.wait(10)
+        return torch.full((sum(given), *own.shape[1:]), 3.0)
+
+    monkeypatch.setattr(exchanges, "_exchange", exchange)
+    end = exchanges.RankLayout((1, 1), 1, None).begin_sum(torch.ones(1, 1, 2, 2), None)
+    may_arrive.set()
+    assert torch.equal(end(), torch.full((1, 1, 2, 2), 3.0))
+
+
+def test_a_kernel_runs_while_sums_are_sent() -> None:
+    """In both passes."""
+    seen: list[str] = []
+
+    class Recorded(exchanges.RankLayout):
+        def begin_sum(self, sums: Tensor, log_decay: Tensor | None, *, later: bool = False) -> Any:
+            seen.append("begins")
+            end = super().begin_sum(sums, log_decay, later=later)
+
+            def ended() -> Tensor:
+                seen.append("ends")
+                return end()
+
+            return ended
+
+    class Alone(PieceRun):
+        def enter(self, tokens: int, batch: int | None, device: torch.device) -> Layout:
+            return Recorded((tokens,), 0, None)
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.extend(["kernel"] if func.namespace == "fastgrad" else [])
+            return func(*args, **(kwargs or {}))
+
+    compiled = fg.compile(source(PIECES["near gates"]), target="torch", validate=False)
+    x, ids = torch.randn(1, 4, 4), torch.zeros(1, 4, dtype=torch.int64)
+    with served(Alone()), Operations():
+        compiled.module()(x, ids, ids == 0, x).sum().backward()
+    assert seen == ["begins", "kernel", "ends"] * 2
 
 
 def test_what_is_within_a_rank_is_sent_nowhere(found: list[Found]) -> None:
