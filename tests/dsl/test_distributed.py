@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from fastgrad_dsl.api.loader import package_from_texts
 from fastgrad_dsl.distributed import exchange as exchanges
 from fastgrad_dsl.training.ranks import Mesh
 from tests.dsl.ranks import RANKS, Case, run_cases, spawn
+from tests.dsl.test_memory import Peak
 
 N = 13
 TOKENS = ("x", "ids", "keys")
@@ -211,6 +213,35 @@ def test_sums_of_many_ranks(count: int, gates: bool, later: bool, monkeypatch: p
     assert max(rounds) == math.ceil(math.log2(count))
 
 
+class Alone(PieceRun):
+    """One of the ranks of a layout, without the others."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.alone = layout
+
+    def enter(self, tokens: int, batch: int | None, device: torch.device) -> Layout:
+        return self.alone
+
+
+def test_a_piece_keeps_what_the_whole_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the backward pass, of as many tokens: what is read of sums, in float64, is made again, and takes more."""
+
+    def nothing(own: Tensor, sent: list[int], given: list[int], group: object) -> Tensor:
+        return own.new_zeros((sum(given), *own.shape[1:]))
+
+    monkeypatch.setattr(exchanges, "_exchange", nothing)
+    model = fg.compile(source(PIECES["grouped heads"]), target="torch", validate=False).module()
+    x, ids = torch.randn(2, 512, 4), torch.zeros(2, 512, dtype=torch.int64)
+    kept = []
+    for pieces in (nullcontext(), served(Alone(exchanges.RankLayout((512,) * 3, 1, None)))):
+        with pieces, Peak() as counted:
+            out = model(x, ids, ids == 0, x)
+            kept.append(counted.now)
+            out.sum().backward()
+    sequences, heads, width = 2, 2, 2
+    assert kept[1] - kept[0] < sequences * 512 * heads * (width + 1) * 8
+
+
 def test_sums_are_sent_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are begun before they can arrive, and waited for when they are needed."""
     may_arrive = threading.Event()
@@ -240,10 +271,6 @@ def test_a_kernel_runs_while_sums_are_sent() -> None:
 
             return ended
 
-    class Alone(PieceRun):
-        def enter(self, tokens: int, batch: int | None, device: torch.device) -> Layout:
-            return Recorded((tokens,), 0, None)
-
     class Operations(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             seen.extend(["kernel"] if func.namespace == "fastgrad" else [])
@@ -251,7 +278,7 @@ def test_a_kernel_runs_while_sums_are_sent() -> None:
 
     compiled = fg.compile(source(PIECES["near gates"]), target="torch", validate=False)
     x, ids = torch.randn(1, 4, 4), torch.zeros(1, 4, dtype=torch.int64)
-    with served(Alone()), Operations():
+    with served(Alone(Recorded((4,), 0, None))), Operations():
         compiled.module()(x, ids, ids == 0, x).sum().backward()
     assert seen == ["begins", "kernel", "ends"] * 2
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .attention_op import WORK_BYTES, Inputs
+from .attention_op import WORK_BYTES, Inputs, compute_dtype
 from .documents import document_runs
 from .exact_attention import exact_attention
 from .functions import softmax_attention
@@ -138,17 +138,13 @@ def _by_polynomial(
     sums, *found = _Kernel.apply(module.OPERATION, guard, *sent, *extended)  # type: ignore[no-untyped-call]
     if not layout.SENDS:
         sums = layout.earlier_sum(own, log_decay)
-    c, work = inputs.q.shape[2], work_dtype(inputs.q, rule)
-    rows = grouped(inputs.q, inputs.k)
+    ahead = extended.q.shape[2] - inputs.q.shape[2]
+    rows = grouped(extended.q, inputs.k)[..., ahead:, :]
     if not layout.rank:
-        far = sums[:, :, None, :1].expand(*rows.shape[:-1], -1)  # zeros, whose gradients others wait for
-    elif operations is not None:
-        far = native_read(operations, inputs.q, sums, work).unflatten(1, rows.shape[1:3])
+        zeros = sums[:, :, None, :1].to(compute_dtype(rows))  # whose gradients others wait for
+        far = zeros.expand(*rows.shape[:-1], -1)
     else:
-        far = _read(rows.to(work), sums, rule)
-    if factor is not None:
-        far = far * factor[:, :, None, -c:, None]
-    ahead = extended.q.shape[2] - c
+        far = _read(rows, sums, None if factor is None else factor[..., ahead:], rule, operations)
     before = F.pad(far, (0, 0, ahead, 0)).flatten(1, 2)
     out: Tensor = _Joined.apply(before, *found)  # type: ignore[no-untyped-call]
     return out[:, :, ahead:]
@@ -240,18 +236,31 @@ def _sum_up(k: Tensor, v: Tensor, there: Tensor | None, factor: Tensor | None, r
     return total
 
 
-def _read(rows: Tensor, sums: Tensor, rule: Rule) -> Tensor:
-    """float64 [b, h, G, c, dv + 1]: what queries [b, h, G, c, d] read. Their features are made again, too."""
-    parts = rows.split(_block(rows.flatten(1, 2), sums.shape[2]), 3)
+def _read(rows: Tensor, sums: Tensor, factor: Tensor | None, rule: Rule, operations: Any) -> Tensor:
+    """[b, h, G, c, dv + 1]: what queries [b, h, G, c, d] read, times a factor of each token. All is made again, too."""
+    work, kept = work_dtype(rows, rule), compute_dtype(rows)
+
+    def part(rows: Tensor, sums: Tensor, factor: Tensor | None) -> Tensor:
+        if operations is None:
+            found = read(rows.to(work), sums, rule)
+        else:
+            found = native_read(operations, rows.flatten(1, 2), sums, work).unflatten(1, rows.shape[1:3])
+        return (found if factor is None else found * factor[:, :, None, :, None]).to(kept)
+
+    if operations is not None and factor is None:  # which keeps nothing else
+        return part(rows, sums, None)
+    size = _block(rows.flatten(1, 2), sums.shape[2])
+    parts = rows.split(size, 3)
+    factors = [None] * len(parts) if factor is None else factor.split(size, -1)
+    pairs = zip(parts, factors, strict=True)
     return torch.cat(
-        [checkpoint(read, part, sums, rule, use_reentrant=False, preserve_rng_state=False) for part in parts],
-        3,
+        [checkpoint(part, x, sums, f, use_reentrant=False, preserve_rng_state=False) for x, f in pairs], 3
     )
 
 
 def _block(x: Tensor, rank: int) -> int:
-    """Tokens whose features, float64 [b, h, t, rank], take no more than WORK_BYTES."""
-    return max(1, WORK_BYTES // (8 * rank * x.shape[0] * x.shape[1]))
+    """Tokens whose features, four times float64 [b, h, t, rank], take no more than WORK_BYTES."""
+    return max(1, WORK_BYTES // (4 * 8 * rank * x.shape[0] * x.shape[1]))
 
 
 class _Kernel(torch.autograd.Function):
@@ -290,7 +299,7 @@ class _Kernel(torch.autograd.Function):
         of_decay = None
         if (
             later is not None and log_decay is not None
-        ):  # of what is left of the earlier sums for later pieces
+        ):  # the earlier sums that are left count for later pieces
             of_decay = (later * earlier).sum((-2, -1)).unsqueeze(-1) * log_decay.exp()
         return None, None, None, later, of_decay, *floats, None, None
 
