@@ -271,7 +271,7 @@ def _module(compiled: Compiled, seed: int, ranks: Ranks, *, recompute: bool) -> 
         return compiled.module(seed=seed)
     with torch.device("meta"):
         model = compiled.module(seed=seed)
-    ranks.sharded(model, recompute=recompute)
+    ranks.sharded(model, compiled.tensor_parallel_plan(), recompute=recompute)
     model.reset_parameters(seed)  # type: ignore[operator]
     return model
 

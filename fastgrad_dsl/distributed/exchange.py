@@ -7,9 +7,11 @@ same operations in the same order, and autograd runs their backward passes in th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -17,12 +19,15 @@ from torch import Tensor
 
 from fastgrad_compiler.runtime.pieces import Layout
 
+_SENDING = ThreadPoolExecutor(1, "fastgrad-exchange")
+
 
 @dataclass
 class RankLayout(Layout):
     """Each rank of a group holds a piece."""
 
     group: Any
+    SENDS: ClassVar[bool] = True
 
     def tokens_from(self, x: Tensor, axis: int, starts: Sequence[int]) -> Tensor:
         """As the base class says."""
@@ -43,36 +48,53 @@ class RankLayout(Layout):
         found = _exchange(packed, [max(0, last - first) for first, last in asked], given, self.group)
         return found.movedim(0, axis)
 
-    def earlier_sum(self, sums: Tensor, log_decay: Tensor | None) -> Tensor:
-        """As the base class says, by recursive doubling (Hillis and Steele 1986): log2(ranks) rounds, rounded up.
+    def begin_sum(
+        self, sums: Tensor, log_decay: Tensor | None, *, later: bool = False
+    ) -> Callable[[], Tensor]:
+        """As the base class says; on a CPU a thread sends them, whatever this one does meanwhile."""
+        if sums.device.type != "cpu":
+            found = self.sum_of_others(sums, log_decay, later=later)
+            return lambda: found
+        sent = _SENDING.submit(copy_context().run, self.sum_of_others, sums, log_decay, later=later)
+        return lambda: ended(sent)
 
-        In the round of a distance D a rank is sent one sum, that of the D ranks up to the one D before it.
+    @torch.no_grad()
+    def sum_of_others(self, sums: Tensor, log_decay: Tensor | None, *, later: bool) -> Tensor:
+        """The sums of all earlier ranks, or of all later ones, as `Layout.earlier_sum` has them.
+
+        By recursive doubling (Hillis and Steele 1986): log2(ranks) rounds, rounded up. In the round of a distance D a
+        rank is sent one sum, that of the D ranks up to the one D before it.
         """
         before, left, distance = torch.zeros_like(sums), None, 1
         if log_decay is not None:
             left = torch.zeros_like(log_decay)  # of what is before those that `before` is the sum of
         while distance < len(self.lengths):
+            sender = self.rank + (distance if later else -distance)
             with_own = sums + (before if log_decay is None else before * log_decay.exp().unsqueeze(-1))
             if log_decay is None or left is None:
-                before = before + self._from(distance, with_own)
+                before = before + self._from(sender, with_own)
             else:
                 own_left = left + log_decay
-                found = self._from(distance, torch.cat((with_own.flatten(2), own_left), -1))
+                found = self._from(sender, torch.cat((with_own.flatten(2), own_left), -1))
                 earlier = found[..., :-1].unflatten(-1, sums.shape[2:])
                 before = before + left.exp().unsqueeze(-1) * earlier
                 left = left + found[..., -1:]
             distance *= 2
         return before
 
-    def _from(self, distance: int, x: Tensor) -> Tensor:
-        """The tensor x of the rank so far before this one; zeros where there is none."""
+    def _from(self, sender: int, x: Tensor) -> Tensor:
+        """The tensor x of another rank, where all are sent those of ranks so far away; zeros where there is none."""
         sent, given = ([0] * len(self.lengths) for _ in range(2))
-        if self.rank + distance < len(self.lengths):
-            sent[self.rank + distance] = 1
-        if self.rank >= distance:
-            given[self.rank - distance] = 1
+        for sizes, rank in ((given, sender), (sent, 2 * self.rank - sender)):
+            if 0 <= rank < len(self.lengths):
+                sizes[rank] = 1
         rows = x.unsqueeze(0)[: sum(sent)]
         return _exchange(rows, sent, given, self.group).sum(0)
+
+
+def ended(sent: Future[Tensor]) -> Tensor:
+    """What a thread was sent, when it is there."""
+    return sent.result()
 
 
 def _exchange(rows: Tensor, sent: list[int], given: list[int], group: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -43,13 +44,16 @@ class Divided(ParallelStyle):
                 placements = [Replicate() if dim is None else Shard(dim)]
                 parted = distribute_tensor(weight.detach(), device_mesh, placements, src_data_rank=None)
                 child.register_parameter(name, nn.Parameter(parted, requires_grad=weight.requires_grad))
-        module.forward = _whole(module.forward, device_mesh)
+        for name in ("forward", "step"):
+            if hasattr(module, name):
+                setattr(module, name, _whole(getattr(module, name), device_mesh))
         return module
 
 
 def _whole(forward: Callable[..., Any], mesh: DeviceMesh) -> Callable[..., Any]:
     """A forward of whole tensors, whose parts are on the ranks of a mesh."""
 
+    @wraps(forward)
     def run(*given: Any) -> Any:
         inputs = [_entering(x, mesh) for x in given]
         found = forward(*inputs)
@@ -59,7 +63,7 @@ def _whole(forward: Callable[..., Any], mesh: DeviceMesh) -> Callable[..., Any]:
 
 
 def _entering(x: Any, mesh: DeviceMesh) -> Any:
-    if not isinstance(x, Tensor) or not x.is_floating_point() or isinstance(x, DTensor):
+    if not isinstance(x, Tensor) or isinstance(x, DTensor):
         return x
     return DTensor.from_local(x, mesh, [Replicate()], run_check=False)
 
@@ -68,4 +72,4 @@ def _leaving(x: Tensor) -> Tensor:
     if not isinstance(x, DTensor):
         return x
     found: Tensor = x.redistribute(placements=[Replicate()]).to_local()
-    return found
+    return found.clone()  # no view, of which FSDP warns, nor a tensor that is still being sent

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -17,6 +18,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
+
+from fastgrad_dsl.distributed import exchange
+
+_COUNTING: ContextVar[Traffic | None] = ContextVar("_COUNTING", default=None)
 
 
 @dataclass
@@ -55,42 +60,49 @@ _TENSORS = (
 )  # by name, in this order
 
 
+def _group(given: Sequence[Any]) -> Any:
+    """The group among the arguments of a collective, which may be one dimension of a mesh; None for all processes."""
+    found = (each[0].get_group(each[1]) if isinstance(each, tuple) else each for each in given)
+    return next((each for each in found if isinstance(each, dist.ProcessGroup)), None)
+
+
 @contextmanager
 def counted() -> Iterator[Traffic]:
-    """Within it what this thread does is counted; not what others do, such as one that writes a checkpoint.
+    """Within it what this thread does is counted, and the bytes that another sends for it, whose result it waits for.
 
+    What other threads do, such as one that writes a checkpoint, is not.
     `all_to_all_single` counts the whole input: what is sent here has no part of a rank's own.
     """
     traffic, thread = Traffic(), threading.get_ident()
-    inside = False
 
     def wrapped(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(inner)
         def run(*given: Any, **named: Any) -> Any:
-            nonlocal inside
-            if inside or threading.get_ident() != thread:
+            if _COUNTING.get() is not traffic:
                 return inner(*given, **named)
             if name in _SENT:
                 tensors = [*given, *(named[each] for each in _TENSORS if each in named)]
-                groups = (each for each in (*given, *named.values()) if isinstance(each, dist.ProcessGroup))
-                sent = _SENT[name](tensors, dist.get_world_size(next(groups, None)))
+                sent = _SENT[name](tensors, dist.get_world_size(_group((*given, *named.values()))))
                 traffic.bytes[name] = traffic.bytes.get(name, 0.0) + sent
                 traffic.calls += 1
-            inside, started = True, time.perf_counter()
+            token, started = _COUNTING.set(None), time.perf_counter()  # once, whatever it calls
             try:
                 return inner(*given, **named)
             finally:
-                inside = False
-                traffic.seconds += time.perf_counter() - started
+                _COUNTING.reset(token)
+                traffic.seconds += time.perf_counter() - started if threading.get_ident() == thread else 0.0
 
         return run
 
-    places = [(dist, name) for name in _SENT if hasattr(dist, name)] + [(functional, "wait_tensor")]
+    places = [(dist, name) for name in _SENT if hasattr(dist, name)]
+    places += [(functional, "all_reduce"), (functional, "wait_tensor"), (exchange, "ended")]
     before = [(module, name, getattr(module, name)) for module, name in places]
     for module, name, inner in before:
         setattr(module, name, wrapped(name, inner))
+    token = _COUNTING.set(traffic)
     try:
         yield traffic
     finally:
+        _COUNTING.reset(token)
         for module, name, inner in before:
             setattr(module, name, inner)

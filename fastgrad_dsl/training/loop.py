@@ -13,6 +13,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastgrad_dsl.api.loader import WEIGHTS
 from fastgrad_dsl.distributed.sharding import gathered, whole
@@ -237,7 +239,8 @@ class _Run:
     def begin(self) -> None:
         """A new run from the model's weights."""
         self.places.manual_seed(self.options.seed)
-        torch.manual_seed(self.options.seed + self.ranks.rank)  # of dropout: each process has its own
+        # of dropout: each part of a batch has its own
+        torch.manual_seed(self.options.seed + self.ranks.of_batch)
         self._first(lambda: self._write_log(""))
         self._first(self.context.publish)
 
@@ -473,8 +476,23 @@ def accumulated_gradients(
             scaled = value if options.accumulate == 1 else value / options.accumulate
             (scaled if ranks.mesh.context == 1 else scaled * ranks.mesh.context).backward()
         total += value.item()
-    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), options.clip))
-    return total / options.accumulate, norm.item()
+    return total / options.accumulate, clip_gradients(model, options.clip)
+
+
+def clip_gradients(model: nn.Module, limit: float) -> float:
+    """The norm of all gradients together, which are scaled down in place where that is beyond the limit.
+
+    PyTorch's functions take weights that are in parts alike.
+    """
+    groups: dict[object, list[nn.Parameter]] = {}
+    for weight in model.parameters():
+        parts = (weight.device_mesh, weight.placements) if isinstance(weight, DTensor) else None
+        groups.setdefault(parts, []).append(weight)
+    gradients = [[weight.grad for weight in group if weight.grad is not None] for group in groups.values()]
+    norm = get_total_norm([whole(get_total_norm(each)) for each in gradients])
+    for group in groups.values():
+        clip_grads_with_norm_(group, limit, norm)
+    return norm.item()
 
 
 def batch_loss(model: nn.Module, loss: Loss, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ import os
 from dataclasses import dataclass
 
 from fastgrad_compiler.analysis.means import problem
+from fastgrad_compiler.analysis.widths import divisible_blocks
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.models.batches import ENTRY_BYTES, memory_bytes, weight_entries
 from fastgrad_dsl.training.loop import Options
 from fastgrad_dsl.training.ranks import WORLD_SIZE, Mesh, is_rank
-from fastgrad_grammar.diagnostics import TfgError
+from fastgrad_grammar.diagnostics import Diagnostic, TfgError
 
 PROCESS_BYTES = 200 * 2**20
 """Of a process that has done nothing but import PyTorch, less than measured."""
@@ -30,6 +31,7 @@ class Parallel:
     nproc: int | None = None
     data: int | None = None
     context: int | None = None
+    tensor: int | None = None
     restarts: int = 3
     timeout: float = 600.0
     recompute: bool = False
@@ -49,13 +51,15 @@ class Parallel:
 
     def _mesh(self) -> Mesh:
         count = self.nproc or (int(os.environ[WORLD_SIZE]) if is_rank() else None)
+        tensor = self.tensor or 1
         if count is None:
-            return Mesh(self.data or 1, self.context or 1)
-        data = self.data or max(1, count // (self.context or 1))
-        mesh = Mesh(data, self.context or max(1, count // data))
+            return Mesh(self.data or 1, self.context or 1, tensor)
+        data = self.data or max(1, count // (tensor * (self.context or 1)))
+        mesh = Mesh(data, self.context or max(1, count // (tensor * data)), tensor)
         started = int(os.environ[WORLD_SIZE]) if is_rank() else count
         if not mesh.count == count == started:
             size = f"--data {mesh.data} --context {mesh.context}"
+            size += f" --tensor {tensor}" if tensor > 1 else ""
             there = count if mesh.count != count else started
             message = f"a mesh of {size} has {mesh.count} processes, and there are {there}"
             raise TfgError.of("FG503", message, f"give --nproc {mesh.count}, or another mesh")
@@ -86,6 +90,8 @@ def check_model(compiled: Compiled, options: Options, mesh: Mesh) -> None:
         if program.on_violation in CHANGING and not options.exact:
             message = f"--context {mesh.context}: on_violation = {program.on_violation} needs whole sequences"
             raise TfgError.of("FG503", message, "take the policy warn or raise")
+    if mesh.tensor > 1:
+        _check_parts(compiled, mesh.tensor)
     along = [program.along] if mesh.context > 1 and program.along is not None else []
     if mesh.data > 1 or options.accumulate > 1:
         along += sorted(program[program.main].inputs[0].tensor.shape[0].names)
@@ -93,6 +99,28 @@ def check_model(compiled: Compiled, options: Options, mesh: Mesh) -> None:
         found = problem(program[program.objective], dim) if program.objective is not None else None
         if found is not None:
             raise TfgError([found])
+
+
+def _check_parts(compiled: Compiled, tensor: int) -> None:
+    """TfgError FG503 where no block can be divided, or one that can has no so many equal parts."""
+    program = compiled.program
+    if program.on_violation == "exact":
+        message = f"--tensor {tensor}: on_violation = exact needs all heads of an attention"
+        raise TfgError.of("FG503", message, "take the policy warn, clamp or raise")
+    blocks = divisible_blocks(program)
+    if not blocks:
+        message = f"--tensor {tensor}: no block of {program.main} has heads or a hidden width to divide"
+        raise TfgError.of("FG503", message, "docs/distributed.md says which blocks have")
+    uneven = [
+        Diagnostic(
+            "FG503",
+            f"--tensor {tensor}: {path} has {parts.units} heads or hidden entries, in no so many equal parts",
+        )
+        for path, parts in blocks.items()
+        if parts.units % tensor
+    ]
+    if uneven:
+        raise TfgError(uneven)
 
 
 def check_machine(program: Program, mesh: Mesh) -> None:

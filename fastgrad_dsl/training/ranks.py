@@ -1,20 +1,22 @@
 """The processes of a training run: which part of a batch is whose, and what all of them decide alike.
 
 A run in one process is a mesh of one. On several, PyTorch's elastic agent starts the processes and restarts them,
-`fully_shard` has the weights in parts on all of them, and each dimension of the mesh divides a batch: `data` its
-sequences, `context` every sequence.
+and each dimension of the mesh divides the work: `data` the sequences of a batch, `context` every sequence, `tensor`
+heads and hidden widths. Ranks count along the last first. `fully_shard` has the weights of a place of `tensor` in parts
+on all ranks of that place.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from fastgrad_dsl.distributed.context import context_parallel, shard_sequence
 from fastgrad_dsl.distributed.sharding import shard_model
@@ -41,23 +44,25 @@ OF_GROUPS = ("gloo", "Connection closed by peer", "Connection reset by peer", "P
 
 @dataclass(frozen=True)
 class Mesh:
-    """How many parts the sequences of a batch have (data), and each sequence (context)."""
+    """In how many parts are a batch, by its sequences; each sequence; and heads and hidden widths."""
 
     data: int = 1
     context: int = 1
+    tensor: int = 1
 
     @property
     def count(self) -> int:
         """The processes of it."""
-        return self.data * self.context
+        return self.data * self.context * self.tensor
 
 
 @dataclass
 class Ranks:
     """The processes of a run, as one of them sees them; by default a single one.
 
-    rank: its number. meshes: of all ranks in one dimension, over which weights are in parts, and of both. timeout:
-    seconds in which every process has to answer. claimed_before: this is a restart of a run that had its folder.
+    rank: its number. meshes: of weights, whose dimensions are "all" that work with the same ones and "tensor", and of
+    all three dimensions. timeout: seconds in which every process has to answer. claimed_before: this is a restart of a
+    run that had its folder.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -80,9 +85,19 @@ class Ranks:
 
     # ------------------------------------------------------------ whose is what
 
-    def sharded(self, model: nn.Module, *, recompute: bool = False) -> nn.Module:
-        """The model with its weights in parts, in place; as it is in one process. `recompute`: as `shard_model`."""
-        return model if self.meshes is None else shard_model(model, self.meshes[0], recompute=recompute)
+    def sharded(
+        self, model: nn.Module, plan: Mapping[str, ParallelStyle], *, recompute: bool = False
+    ) -> nn.Module:
+        """The model with its weights in parts, in place; as it is in one process.
+
+        plan: the blocks that `tensor` divides. `recompute`: as `shard_model`.
+        """
+        if self.meshes is None:
+            return model
+        weights, _ = self.meshes
+        if self.mesh.tensor > 1:
+            parallelize_module(model, weights["tensor"], dict(plan))
+        return shard_model(model, weights["all"], recompute=recompute)
 
     def context(self) -> AbstractContextManager[None]:
         """Around forward and backward passes."""
@@ -111,8 +126,13 @@ class Ranks:
         return pieces
 
     @property
+    def of_batch(self) -> int:
+        """Which part of a batch is this process's: the number of those that have an earlier one."""
+        return self.rank // self.mesh.tensor
+
+    @property
     def _data_rank(self) -> int:
-        return self.rank // self.mesh.context
+        return self.of_batch // self.mesh.context
 
     # ------------------------------------------------------------ what all do alike
 
@@ -260,10 +280,19 @@ def join(mesh: Mesh, timeout: float, signals: Stop) -> Ranks:
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=mesh.count, timeout=timedelta(seconds=timeout)
     )
-    line = init_device_mesh("cpu", (mesh.count,), mesh_dim_names=("all",))
-    both = init_device_mesh("cpu", (mesh.data, mesh.context), mesh_dim_names=("data", "context"))
     claimed = restarts > 0 and lasting.check([CLAIMED])
-    return Ranks(mesh, rank, timeout, (line, both), store, claimed, signals)
+    return Ranks(mesh, rank, timeout, meshes_of(mesh), store, claimed, signals)
+
+
+def meshes_of(mesh: Mesh) -> tuple[DeviceMesh, DeviceMesh]:
+    """`Ranks.meshes`, where all processes are there."""
+    if mesh.tensor > 1:  # PyTorch warns of whatever is summed up or gathered along both dimensions
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    sizes = asdict(mesh)
+    weights = init_device_mesh(
+        "cpu", (mesh.data * mesh.context, mesh.tensor), mesh_dim_names=("all", "tensor")
+    )
+    return weights, init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 def mark_claimed(ranks: Ranks) -> None:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,9 @@ def latest(folder: Path) -> Checkpoint:
 def _read(path: Path) -> ShardedCheckpoint:
     try:
         header = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
-        mesh = Mesh(*(int(header["mesh"][name]) for name in ("data", "context")))
-        if header["format"] != FORMAT or min(mesh.data, mesh.context) < 1:
+        sizes = {"tensor": 1, **header["mesh"]}  # which runs before it had not
+        mesh = Mesh(*(int(sizes[each.name]) for each in fields(Mesh)))
+        if header["format"] != FORMAT or min(asdict(mesh).values()) < 1:
             raise ValueError("it is of another format")
         texts = {name: json.dumps(value) for name, value in header["progress"].items()}
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -170,10 +171,9 @@ class ShardedWriter:
             if hidden.exists():
                 shutil.rmtree(hidden)
             hidden.mkdir(parents=True)
-            mesh = {"data": self.ranks.mesh.data, "context": self.ranks.mesh.context}
             values = {name: json.loads(text) for name, text in header_of(progress).items()}
-            text = json.dumps({"format": FORMAT, "mesh": mesh, "progress": values}, indent=2)
-            write_atomically(hidden / PROGRESS, f"{text}\n")
+            found = {"format": FORMAT, "mesh": asdict(self.ranks.mesh), "progress": values}
+            write_atomically(hidden / PROGRESS, f"{json.dumps(found, indent=2)}\n")
 
     def _finished(self, done: Future[Any], hidden: Path, final: Path) -> None:
         """All parts are written: give the folder its name, and remove what it replaces."""

@@ -34,6 +34,10 @@ DIVISIBLE = {
     "return silu(x @ up) @ down": {"up": 1, "down": 0},
     "return gelu(x @ up + bias) @ down + last": {"up": 1, "bias": 0, "down": 0},
     "return (2.0 * tanh(x @ up) * (x @ up2)) @ down": {"up": 1, "up2": 1, "down": 0},
+    "x = x - mean(x; axis = -1, keepdim = true)\n    return relu(std.layer_norm(x) @ up) @ down": {
+        "up": 1,
+        "down": 0,
+    },
     "h = split_heads(x @ up, 3)\n    return merge_heads(softmax(h @ h.T) @ h) @ down": {"up": 1, "down": 0},
 }
 WHOLE = {
@@ -42,6 +46,9 @@ WHOLE = {
     "weights used twice": "return silu(x @ up) @ down @ up @ down",
     "a mean": "h = x @ up\n    return (h - mean(h; axis = -1, keepdim = true)) @ down",
     "no rows": "return x + last",
+    "what DTensors do not have, after": "return dropout(silu(x @ up) @ down; p = 0.1)",
+    "what DTensors do not have, before": "return silu((x + sinusoid(n, d)) @ up) @ down",
+    "tokens of other ranks": "return silu(shift(x) @ up) @ down",
 }
 
 

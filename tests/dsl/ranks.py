@@ -21,7 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.api.loader import package_from_texts
-from fastgrad_dsl.distributed import context_parallel, shard_sequence, sharding
+from fastgrad_dsl.distributed import context_parallel, mean_over_tokens, shard_sequence, sharding
+from fastgrad_dsl.distributed.traffic import counted
+from fastgrad_dsl.training import Options
+from fastgrad_dsl.training.loop import accumulated_gradients, make_optimiser, update
+from fastgrad_dsl.training.ranks import Mesh, Ranks, meshes_of
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.models import EXAMPLES, SIZES
 from tests.dsl.test_memory import Peak
@@ -155,6 +159,7 @@ def _of_models(rank: int) -> dict[str, Any]:
     found["sharded"] = _data_and_context(batch, mesh, _sharded)
     found["made again"] = _made_again(batch, line)
     found["tensor parallel"] = _tensor_parallel(mesh["data"], line)
+    found["trained"] = {each: _trained(each, rank) for each in (Mesh(1, 2, 2), Mesh(2, 1, 2))}
     bounded = _example("bounded").module().double()
     with context_parallel(alone):
         wanted = shard_sequence(bounded(batch[0]), line)
@@ -288,9 +293,11 @@ def _tensor_parallel(mesh: DeviceMesh, line: DeviceMesh) -> dict[str, Any]:
     parted = parallelize_module(parted, mesh, compiled.tensor_parallel_plan())
     x = torch.randn(2, 40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     given = [x.clone().requires_grad_() for _ in range(2)]
-    wanted, out = model(given[0]), parted(given[1])
+    wanted = model(given[0])
     wanted.square().mean().backward()
-    out.square().mean().backward()
+    with counted() as traffic:
+        out = parted(given[1])
+        out.square().mean().backward()
     assert given[0].grad is not None
     assert given[1].grad is not None
     errors = [difference(out, wanted), difference(given[1].grad, given[0].grad)]
@@ -306,7 +313,46 @@ def _tensor_parallel(mesh: DeviceMesh, line: DeviceMesh) -> dict[str, Any]:
         "errors": max(errors),
         "share": share / sum(p.numel() for p in model.parameters()),
         "refused": refused,
+        "sent": traffic.bytes["all_reduce"] / (x.numel() * x.element_size()),
     }
+
+
+def _trained(size: Mesh, rank: int) -> dict[str, float]:
+    """Errors of three steps with weights in parts of both kinds: of losses, norms that are clipped, and weights.
+
+    And how far weights that are whole are from each other.
+    """
+    compiled = fg.compile(PARTED, target="torch", validate=False)
+    options = Options(clip=0.01, learning_rate=0.01)
+    given = torch.randn(2, 4, 24, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def loss(out: Tensor, targets: Tensor) -> Tensor:
+        return mean_over_tokens((out - targets).square().mean(), out.numel())
+
+    def steps(model: nn.Module, ranks: Ranks) -> Tensor:
+        optimiser, found = make_optimiser(model, options), []
+        for _ in range(3):
+            rows, _ = ranks.own_rows(4)
+            x, y = ranks.pieces([each[rows] for each in given])
+            value, norm = accumulated_gradients(model, loss, optimiser, [(x, y)], options, ranks)
+            update(optimiser, 0.01)
+            found.append([*ranks.mean(value), norm])
+        return torch.tensor(found, dtype=torch.float64)
+
+    model, parted = (compiled.module(seed=1).double() for _ in range(2))
+    ranks = Ranks(size, rank, meshes=meshes_of(size))
+    ranks.sharded(parted, compiled.tensor_parallel_plan())
+    wanted, found = steps(model, Ranks()), steps(parted, ranks)
+    assert wanted[:, 1].min() > options.clip
+    errors = {"losses": difference(found[:, 0], wanted[:, 0]), "norms": difference(found[:, 1], wanted[:, 1])}
+    errors["weights"] = errors["copies"] = 0.0
+    for name, weight in parted.named_parameters():
+        together = sharding.whole(weight.detach())
+        errors["weights"] = max(errors["weights"], difference(together, model.get_parameter(name)))
+        copies = [torch.empty_like(together) for _ in range(RANKS)]
+        dist.all_gather(copies, together)
+        errors["copies"] = max(errors["copies"], *(difference(each, together) for each in copies))
+    return errors
 
 
 SHORT = """dim b

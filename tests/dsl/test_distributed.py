@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgrad_dsl as fg
+from fastgrad_compiler.runtime.piece_run import PieceRun
+from fastgrad_compiler.runtime.pieces import Layout, served
 from fastgrad_dsl.api.loader import package_from_texts
 from fastgrad_dsl.distributed import exchange as exchanges
+from fastgrad_dsl.training.ranks import Mesh
 from tests.dsl.ranks import RANKS, Case, run_cases, spawn
+from tests.dsl.test_memory import Peak
 
 N = 13
 TOKENS = ("x", "ids", "keys")
@@ -166,9 +172,10 @@ def test_bytes_of_an_attention(found: list[Found]) -> None:
     )  # one way to one rank, the other way to two
 
 
+@pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("gates", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 16])
-def test_sums_of_many_ranks(count: int, gates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_many_ranks(count: int, gates: bool, later: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads in place of processes: all earlier sums, each decayed by what is between, in log2 rounds, rounded up."""
     generator = torch.Generator().manual_seed(count)
     sums = torch.randn(count, 2, 3, 4, 5, generator=generator, dtype=torch.float64)
@@ -193,17 +200,87 @@ def test_sums_of_many_ranks(count: int, gates: bool, monkeypatch: pytest.MonkeyP
     def run(rank: int) -> Tensor:
         here.rank = rank
         layout = exchanges.RankLayout((1,) * count, rank, None)
-        return layout.earlier_sum(sums[rank], logs[rank] if gates else None)
+        return layout.sum_of_others(sums[rank], logs[rank] if gates else None, later=later)
 
     monkeypatch.setattr(exchanges, "_exchange", exchange)
     with ThreadPoolExecutor(count) as threads:
         found = list(threads.map(run, range(count)))
     wanted = torch.zeros_like(sums[0])
-    for rank in range(count):
+    for rank in reversed(range(count)) if later else range(count):
         torch.testing.assert_close(found[rank], wanted, rtol=1e-12, atol=1e-12)
         decayed = wanted * logs[rank].exp().unsqueeze(-1) if gates else wanted
         wanted = decayed + sums[rank]
     assert max(rounds) == math.ceil(math.log2(count))
+
+
+class Alone(PieceRun):
+    """One of the ranks of a layout, without the others."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.alone = layout
+
+    def enter(self, tokens: int, batch: int | None, device: torch.device) -> Layout:
+        return self.alone
+
+
+def test_a_piece_keeps_what_the_whole_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the backward pass, of as many tokens: what is read of sums, in float64, is made again, and takes more."""
+
+    def nothing(own: Tensor, sent: list[int], given: list[int], group: object) -> Tensor:
+        return own.new_zeros((sum(given), *own.shape[1:]))
+
+    monkeypatch.setattr(exchanges, "_exchange", nothing)
+    model = fg.compile(source(PIECES["grouped heads"]), target="torch", validate=False).module()
+    x, ids = torch.randn(2, 512, 4), torch.zeros(2, 512, dtype=torch.int64)
+    kept = []
+    for pieces in (nullcontext(), served(Alone(exchanges.RankLayout((512,) * 3, 1, None)))):
+        with pieces, Peak() as counted:
+            out = model(x, ids, ids == 0, x)
+            kept.append(counted.now)
+            out.sum().backward()
+    sequences, heads, width = 2, 2, 2
+    assert kept[1] - kept[0] < sequences * 512 * heads * (width + 1) * 8
+
+
+def test_sums_are_sent_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are begun before they can arrive, and waited for when they are needed."""
+    may_arrive = threading.Event()
+
+    def exchange(own: Tensor, sent: list[int], given: list[int], group: object) -> Tensor:
+        assert may_arrive.wait(10)
+        return torch.full((sum(given), *own.shape[1:]), 3.0)
+
+    monkeypatch.setattr(exchanges, "_exchange", exchange)
+    end = exchanges.RankLayout((1, 1), 1, None).begin_sum(torch.ones(1, 1, 2, 2), None)
+    may_arrive.set()
+    assert torch.equal(end(), torch.full((1, 1, 2, 2), 3.0))
+
+
+def test_a_kernel_runs_while_sums_are_sent() -> None:
+    """In both passes."""
+    seen: list[str] = []
+
+    class Recorded(exchanges.RankLayout):
+        def begin_sum(self, sums: Tensor, log_decay: Tensor | None, *, later: bool = False) -> Any:
+            seen.append("begins")
+            end = super().begin_sum(sums, log_decay, later=later)
+
+            def ended() -> Tensor:
+                seen.append("ends")
+                return end()
+
+            return ended
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.extend(["kernel"] if func.namespace == "fastgrad" else [])
+            return func(*args, **(kwargs or {}))
+
+    compiled = fg.compile(source(PIECES["near gates"]), target="torch", validate=False)
+    x, ids = torch.randn(1, 4, 4), torch.zeros(1, 4, dtype=torch.int64)
+    with served(Alone(Recorded((4,), 0, None))), Operations():
+        compiled.module()(x, ids, ids == 0, x).sum().backward()
+    assert seen == ["begins", "kernel", "ends"] * 2
 
 
 def test_what_is_within_a_rank_is_sent_nowhere(found: list[Found]) -> None:
@@ -235,10 +312,21 @@ def test_blocks_that_run_again(ranks: list[tuple[Found, dict[str, Any]]]) -> Non
 
 
 def test_heads_and_hidden_widths_in_parts(ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    """Each of five blocks of two layers sums up its result and its input's gradient; halves of two ranks are sent."""
     for _, found in ranks:
         assert found["tensor parallel"]["errors"] < 1e-11
+        assert found["tensor parallel"]["sent"] == 2 * 2 * 5
         assert 0.5 < found["tensor parallel"]["share"] < 0.52  # norms are whole
         assert found["tensor parallel"]["refused"] == "2 heads or entries cannot be divided among 4 ranks"
+
+
+@pytest.mark.parametrize("mesh", [Mesh(1, 2, 2), Mesh(2, 1, 2)])
+def test_training_with_heads_in_parts(mesh: Mesh, ranks: list[tuple[Found, dict[str, Any]]]) -> None:
+    """And the rest of the weights in parts over pieces of sequences, or over sequences; whole ones stay alike."""
+    for _, found in ranks:
+        errors = found["trained"][mesh]
+        assert max(errors.values()) < 1e-11
+        assert errors["copies"] == 0.0
 
 
 def test_a_polynomial_in_place_of_exp(ranks: list[tuple[Found, dict[str, Any]]]) -> None:

@@ -65,7 +65,8 @@ SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/training/loop.py": dict.fromkeys(("--rate", "--resume", "--clip"), ("train", "convert")),
     "fastgrad_dsl/training/launch.py": {"--resume": ("train",)},
     "fastgrad_dsl/training/parallel.py": dict.fromkeys(
-        ("--accumulate", "--batch", "--context", "--data", "--nproc", "--recompute", "--seq"), ("train",)
+        ("--accumulate", "--batch", "--context", "--data", "--nproc", "--recompute", "--seq", "--tensor"),
+        ("train",),
     ),
     "fastgrad_dsl/training/ranks.py": {"--timeout": ("train",)},
     "fastgrad_dsl/commands/tune.py": {"--dtype": ("tune",)},

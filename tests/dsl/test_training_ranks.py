@@ -203,7 +203,16 @@ def test_blocks_that_run_again(two: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [("--data", "4"), ("--data", "2", "--context", "2"), ("--context", "3")])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        ("--data", "4"),
+        ("--data", "2", "--context", "2"),
+        ("--context", "3"),
+        ("--context", "2", "--tensor", "2"),
+        ("--tensor", "2", "--recompute"),
+    ],
+)
 def test_every_mesh(two: Path, mesh: tuple[str, ...]) -> None:
     """Begun on it, and gone on from what two processes saved."""
     name = "".join(mesh)
@@ -217,6 +226,10 @@ def test_every_mesh(two: Path, mesh: tuple[str, ...]) -> None:
         assert (status, err) == (0, "")
     found = [losses(two / f"{name} {source}")[-1:] for source in (name, "whole")]
     assert close(*found)
+    weights, wanted = (load_file(two / each / "weights.safetensors") for each in (name, "whole"))
+    assert weights.keys() == wanted.keys()
+    for key, weight in wanted.items():
+        torch.testing.assert_close(weights[key], weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -348,6 +361,8 @@ def test_guards_of_all_ranks_count_together() -> None:
 def test_meshes() -> None:
     assert Parallel(4, 2, 2).mesh() == Parallel(4, 2).mesh() == Parallel(None, 2, 2).mesh() == Mesh(2, 2)
     assert Parallel(4).mesh() == Mesh(4, 1)
+    assert Parallel(8, tensor=2).mesh() == Parallel(8, 4, tensor=2).mesh() == Mesh(4, 1, 2)
+    assert Parallel(8, context=2, tensor=2).mesh() == Parallel(None, 2, 2, 2).mesh() == Mesh(2, 2, 2)
     assert Parallel().mesh() == Mesh(1, 1)
     assert refused(Parallel(recompute=True).mesh) == "FG416 --recompute is for several processes"
 
@@ -366,6 +381,8 @@ def test_meshes_that_do_not_fit() -> None:
         refused(Parallel(4, 3).mesh)
         == "FG503 a mesh of --data 3 --context 1 has 3 processes, and there are 4"
     )
+    said = refused(Parallel(4, tensor=3).mesh)
+    assert said == "FG503 a mesh of --data 1 --context 1 --tensor 3 has 3 processes, and there are 4"
     said = refused(lambda: check_batch(options, Mesh(3, 1)))
     assert said == "FG503 --data 3: a batch of 4 sequences has no 3 equal parts"
     said = refused(lambda: check_batch(replace(options, accumulate=2), Mesh(4, 1)))
@@ -374,6 +391,12 @@ def test_meshes_that_do_not_fit() -> None:
     assert said == "FG416 --accumulate 3: a batch of 4 has no so many equal parts"
     said = refused(lambda: check_batch(options, Mesh(1, 9)))
     assert said == "FG503 --context 9: sequences of 8 tokens are too short for so many pieces"
+    said = refused(lambda: check_model(compiled, options, Mesh(1, 1, 3)))
+    assert said == "; ".join(
+        f"FG503 --tensor 3: layers.{i}.mixer.attention has 2 heads or hidden entries, in no so many equal parts"
+        for i in range(2)
+    )
+    check_model(compiled, options, Mesh(1, 1, 2))
     said = refused(lambda: check_machine(compiled.program, Mesh(10**6, 1)))
     assert said.startswith("FG503 1000000 processes take 20")
     changing = SPEC.replace(
@@ -385,6 +408,11 @@ def test_meshes_that_do_not_fit() -> None:
     said = refused(lambda: check_model(clamping, options, Mesh(1, 2)))
     assert said == "FG503 --context 2: on_violation = clamp needs whole sequences"
     check_model(clamping, options, Mesh(2, 1))
+    said = refused(lambda: check_model(clamping, options, Mesh(1, 1, 2)))
+    assert said == "FG503 --tensor 2: no block of tiny has heads or a hidden width to divide"
+    acting = fg.compile(f"{SPEC}\nbudget {{\n    on_violation = exact\n}}\n", target="torch", validate=False)
+    said = refused(lambda: check_model(acting, options, Mesh(1, 1, 2)))
+    assert said == "FG503 --tensor 2: on_violation = exact needs all heads of an attention"
     mixing = SPEC.replace("return std.rms_norm(x)", "return (x - mean(x; axis = 1, keepdim = true))")
     mixed = fg.compile(mixing, target="torch", validate=False)
     assert refused(lambda: check_model(mixed, options, Mesh(1, 2))).startswith("FG501 no step form along n")

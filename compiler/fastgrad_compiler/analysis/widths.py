@@ -16,6 +16,22 @@ from fastgrad_compiler.ir.graph import Graph, Node, Program, integer
 from fastgrad_compiler.ir.ops import ARITHMETIC, FUNCTIONS
 
 _ENTRYWISE = frozenset((*FUNCTIONS, "neg", "abs", "clamp", "cast"))
+_SERVED = _ENTRYWISE.union(
+    ARITHMETIC,
+    (
+        "weight",
+        "constant",
+        "matmul",
+        "attention",
+        "poly_attention",
+        "rotary",
+        "unit",
+        "rms_norm",
+        "layer_norm",
+    ),
+    ("split_heads", "merge_heads", "permute", "slice", "concat", "sum", "mean"),
+)
+"""What a block may do to values that are whole: PyTorch's DTensors, as which it runs, have it in every form."""
 _HEADS, _HIDDEN = -3, -1  # axes
 _AXES = {"near_q": _HEADS, "near_k": _HEADS, "forget": -2}  # of heads, by the role of an operand
 
@@ -68,6 +84,8 @@ def divisible_blocks(program: Program) -> dict[str, Parts]:
 
 def _parts(graph: Graph, path: str) -> Parts | None:
     block = _Block(graph, path)
+    if not all(node.op in _SERVED for node in block.nodes):
+        return None
     whole: frozenset[str] = frozenset()
     while True:
         try:

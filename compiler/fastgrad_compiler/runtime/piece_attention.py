@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .attention_op import WORK_BYTES, Inputs
+from .attention_op import WORK_BYTES, Inputs, compute_dtype
 from .documents import document_runs
 from .exact_attention import exact_attention
 from .functions import softmax_attention
@@ -132,30 +132,31 @@ def _by_polynomial(
     starts = tuple(max(0, (place // width - 1) * width) if width else place for place in layout.offsets)
     extended = _extended(inputs, starts[:-1], layout)
     operations = None if native is None else native.of_piece(inputs.q, inputs.k, inputs.v)
-    sums, factor = _earlier_sums(extended, starts, rule, operations, layout)
-    c, work = inputs.q.shape[2], work_dtype(inputs.q, rule)
-    rows = grouped(inputs.q, inputs.k)
-    if not layout.rank:
-        found = sums[:, :, None, :1].expand(*rows.shape[:-1], -1)  # zeros, whose gradients others wait for
-    elif operations is not None:
-        found = native_read(operations, inputs.q, sums, work).unflatten(1, rows.shape[1:3])
-    else:
-        found = _read(rows.to(work), sums, rule)
-    if factor is not None:
-        found = found * factor[:, :, None, -c:, None]
+    own, log_decay, factor = _own_sums(extended, starts, rule, operations, layout)
     module: Any = sys.modules[whole.__module__]
-    ahead = extended.q.shape[2] - c
-    before = F.pad(found, (0, 0, ahead, 0)).flatten(1, 2)
-    out: Tensor = _Joined.apply(module.OPERATION, guard, before, *extended)  # type: ignore[no-untyped-call]
+    sent = (layout, own, log_decay) if layout.SENDS else (None, None, None)
+    sums, *found = _Kernel.apply(module.OPERATION, guard, *sent, *extended)  # type: ignore[no-untyped-call]
+    if not layout.SENDS:
+        sums = layout.earlier_sum(own, log_decay)
+    ahead = extended.q.shape[2] - inputs.q.shape[2]
+    rows = grouped(extended.q, inputs.k)[..., ahead:, :]
+    if not layout.rank:
+        zeros = sums[:, :, None, :1].to(compute_dtype(rows))  # whose gradients others wait for
+        far = zeros.expand(*rows.shape[:-1], -1)
+    else:
+        far = _read(rows, sums, None if factor is None else factor[..., ahead:], rule, operations)
+    before = F.pad(far, (0, 0, ahead, 0)).flatten(1, 2)
+    out: Tensor = _Joined.apply(before, *found)  # type: ignore[no-untyped-call]
     return out[:, :, ahead:]
 
 
-def _earlier_sums(
+def _own_sums(
     extended: Inputs, starts: tuple[int, ...], rule: Rule, operations: Any, layout: Layout
-) -> tuple[Tensor, Tensor | None]:
-    """The sums of all keys before the start of this piece, and by which factor each token sees them.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sums of the keys of this piece for later ones, and what tells how earlier ones count.
 
-    float64 [b, h, r, dv + 1], of the document of the token before the start and decayed to it; [b, h or 1, t].
+    float64 [b, h, r, dv + 1], of the last document and decayed to its end; the logarithm of what is left there of sums
+    before the piece, [b, h, 1]; and by which factor each token sees these, [b, h or 1, t].
     """
     k, v, log_gate, mask = extended.k, extended.v, extended.log_gate, extended.mask
     count = 0 if layout.rank == len(layout.lengths) - 1 else starts[layout.rank + 1] - starts[layout.rank]
@@ -173,8 +174,8 @@ def _earlier_sums(
     else:
         sums = _sum_up(*given, rule)
     if gates is None and runs is None:
-        return layout.earlier_sum(sums, None), None
-    return layout.earlier_sum(sums, _log_decay(k, gates, runs, count)), _factor(gates, runs, mask)
+        return sums, None, None
+    return sums, _log_decay(k, gates, runs, count), _factor(gates, runs, mask)
 
 
 def _runs(extended: Inputs, starts: tuple[int, ...], layout: Layout) -> Tensor | None:
@@ -235,18 +236,72 @@ def _sum_up(k: Tensor, v: Tensor, there: Tensor | None, factor: Tensor | None, r
     return total
 
 
-def _read(rows: Tensor, sums: Tensor, rule: Rule) -> Tensor:
-    """float64 [b, h, G, c, dv + 1]: what queries [b, h, G, c, d] read. Their features are made again, too."""
-    parts = rows.split(_block(rows.flatten(1, 2), sums.shape[2]), 3)
+def _read(rows: Tensor, sums: Tensor, factor: Tensor | None, rule: Rule, operations: Any) -> Tensor:
+    """[b, h, G, c, dv + 1]: what queries [b, h, G, c, d] read, times a factor of each token. All is made again, too."""
+    work, kept = work_dtype(rows, rule), compute_dtype(rows)
+
+    def part(rows: Tensor, sums: Tensor, factor: Tensor | None) -> Tensor:
+        if operations is None:
+            found = read(rows.to(work), sums, rule)
+        else:
+            found = native_read(operations, rows.flatten(1, 2), sums, work).unflatten(1, rows.shape[1:3])
+        return (found if factor is None else found * factor[:, :, None, :, None]).to(kept)
+
+    if operations is not None and factor is None:  # which keeps nothing else
+        return part(rows, sums, None)
+    size = _block(rows.flatten(1, 2), sums.shape[2])
+    parts = rows.split(size, 3)
+    factors = [None] * len(parts) if factor is None else factor.split(size, -1)
+    pairs = zip(parts, factors, strict=True)
     return torch.cat(
-        [checkpoint(read, part, sums, rule, use_reentrant=False, preserve_rng_state=False) for part in parts],
-        3,
+        [checkpoint(part, x, sums, f, use_reentrant=False, preserve_rng_state=False) for x, f in pairs], 3
     )
 
 
 def _block(x: Tensor, rank: int) -> int:
-    """Tokens whose features, float64 [b, h, t, rank], take no more than WORK_BYTES."""
-    return max(1, WORK_BYTES // (8 * rank * x.shape[0] * x.shape[1]))
+    """Tokens whose features, four times float64 [b, h, t, rank], take no more than WORK_BYTES."""
+    return max(1, WORK_BYTES // (4 * 8 * rank * x.shape[0] * x.shape[1]))
+
+
+class _Kernel(torch.autograd.Function):
+    """A kernel's own pairs, while sums are on their way: of earlier pieces, and back of the gradients of later ones.
+
+    It gives the earlier sums (None without a layout that sends), what the kernel gives, and one tensor more that takes
+    no memory: in place of gradients `_Joined` hands back to all these what the kernel's backward pass asks for.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        operation: Any,
+        guard: str,
+        layout: Layout | None,
+        sums: Tensor | None,
+        log_decay: Tensor | None,
+        *inputs: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        end = None if layout is None or sums is None else layout.begin_sum(sums, log_decay)
+        own, denominator, maximum, *flag = operation(*inputs, 0, guard)
+        earlier = None if end is None else end()
+        ctx.save_for_backward(*inputs, *flag, log_decay, earlier)
+        ctx.operation, ctx.guard, ctx.layout = operation, guard, layout
+        return earlier, own, denominator, maximum, own.new_zeros(()).expand_as(own)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        of_earlier, gradient, total, maximum, out = gradients
+        *inputs, flag, log_decay, earlier = ctx.saved_tensors
+        end = None if ctx.layout is None else ctx.layout.begin_sum(of_earlier, log_decay, later=True)
+        derivative = getattr(torch.ops.fastgrad, f"{ctx.operation._opname}_backward").default
+        found = derivative(gradient, *inputs, out, total, maximum, flag, 0, ctx.guard)
+        floats = (None if x is None else g for x, g in zip(inputs, found, strict=False))
+        later = None if end is None else end()
+        of_decay = None
+        if (
+            later is not None and log_decay is not None
+        ):  # the earlier sums that are left count for later pieces
+            of_decay = (later * earlier).sum((-2, -1)).unsqueeze(-1) * log_decay.exp()
+        return None, None, None, later, of_decay, *floats, None, None
 
 
 class _Joined(torch.autograd.Function):
@@ -257,8 +312,9 @@ class _Joined(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, operation: Any, guard: str, before: Tensor, *inputs: Tensor | None) -> Tensor:
-        own, denominator, maximum, *flag = operation(*inputs, 0, guard)
+    def forward(
+        ctx: Any, before: Tensor, own: Tensor, denominator: Tensor, maximum: Tensor, _: Tensor
+    ) -> Tensor:
         far, kept = before.to(denominator.dtype), denominator
         shift = torch.ones_like(denominator)  # e^-m of the far keys
         if maximum.numel():
@@ -269,18 +325,14 @@ class _Joined(torch.autograd.Function):
         scale = torch.where(total == 0, 0.0, total.reciprocal())
         rows = own.to(far.dtype) * (kept * scale).unsqueeze(-1)
         out: Tensor = (rows + far[..., :-1] * (shift * scale).unsqueeze(-1)).to(own.dtype)
-        ctx.save_for_backward(*inputs, out, total, maximum, shift * scale, *flag)
-        ctx.operation, ctx.guard, ctx.dtype = operation, guard, before.dtype
+        ctx.save_for_backward(out, total, maximum, shift * scale)
+        ctx.dtype = before.dtype
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        *inputs, out, total, maximum, scale, flag = ctx.saved_tensors
-        derivative = getattr(torch.ops.fastgrad, f"{ctx.operation._opname}_backward").default
-        found = derivative(gradient, *inputs, out, total, maximum, flag, 0, ctx.guard)
+        out, total, maximum, scale = ctx.saved_tensors
         upstream = gradient.to(scale.dtype) * scale.unsqueeze(-1)
         delta = -(upstream * out).sum(-1, keepdim=True)
-        before = torch.cat((upstream, delta), -1).to(ctx.dtype)
-        floats = (None if x is None else g for x, g in zip(inputs, found, strict=False))
-        return None, None, before, *floats, None, None
+        return torch.cat((upstream, delta), -1).to(ctx.dtype), gradient, total, maximum, out

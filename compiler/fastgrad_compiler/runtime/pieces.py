@@ -6,11 +6,11 @@ that state for what earlier pieces hold. The packages of a process, each with it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class Layout:
 
     lengths: tuple[int, ...]
     rank: int
+    SENDS: ClassVar[bool] = False  # whether other processes have the other pieces
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -53,6 +54,15 @@ class Layout:
         """The sums of all earlier pieces; sums: [b, h, r, c] of this one.
 
         log_decay, [b, h, 1]: the logarithm of what is left after this piece of sums before it; None: all of them.
+        """
+        raise NotImplementedError
+
+    def begin_sum(
+        self, sums: Tensor, log_decay: Tensor | None, *, later: bool = False
+    ) -> Callable[[], Tensor]:
+        """Begin to send sums: a function that waits for those of all earlier pieces, or of all later ones.
+
+        In place of `earlier_sum` where `SENDS`; without gradients.
         """
         raise NotImplementedError
 

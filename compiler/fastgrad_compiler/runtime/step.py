@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .convolution import depthwise, shift
+from .parted import is_parted, of_own_heads
 from .positions import turned, turns
 from .state import Scope
 
@@ -37,6 +38,12 @@ def rotary_step(
     state: Scope,
 ) -> Tensor:
     """`rotary` of new tokens x [.., c, d]; what turns them is found once in a call."""
+    if is_parted(x):
+
+        def turn(own: Tensor) -> Tensor:
+            return rotary_step(own, base, stretch=stretch, inverse=inverse, state=state)
+
+        return of_own_heads(turn, (x,))
     kind = (base, stretch, x.shape[-2:], x.dtype, x.device)
     cos, sin = state.once(("turns", *kind), lambda: turns(x, base, state.past, stretch))
     if x.shape[-2] > 1 or state.known_past is None:

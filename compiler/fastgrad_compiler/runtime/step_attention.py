@@ -23,6 +23,7 @@ from torch import Tensor
 from .attention_op import Inputs
 from .exact_attention import exact_attention
 from .guard import guard_of
+from .parted import is_parted, of_own_heads
 from .state import SHARED, Scope
 from .step_sums import absorb, read, sums_shape
 from .step_tokens import (
@@ -78,7 +79,11 @@ def attention_step(
     """
     inputs, count = Inputs(q, k, v, near_q, near_k, log_gate, mask, documents), q.shape[2]
     if (pieces := state.root.pieces) is not None:
-        return pieces.attention(inputs, rule, whole, native, guard)
+
+        def own(*given: Any) -> Tensor:
+            return pieces.attention(Inputs(*given), rule, whole, native, guard)
+
+        return of_own_heads(own, inputs) if is_parted(q) else own(*inputs)
     if log_gate is not None:
         inputs = inputs._replace(log_gate=_effective(log_gate, mask, state))
     if native is not None and not guard and (found := _natively(native, inputs, state)) is not None:

@@ -75,6 +75,10 @@ def train(
     context: Annotated[
         int | None, Option(min=1, max=MANY, help="Divide every sequence among C processes.", metavar="C")
     ] = None,
+    tensor: Annotated[
+        int | None,
+        Option(min=1, max=MANY, help="Divide heads and hidden widths among T processes.", metavar="T"),
+    ] = None,
     restarts: Annotated[
         int, Option(min=0, max=MANY, help="Times to start all processes again after one is lost.")
     ] = 3,
@@ -121,6 +125,6 @@ def train(
         steps=steps, tokens=seq, batch=batch, learning_rate=rate, clip=clip, seed=seed, exact=exact,
         validate_every=every, checkpoint_every=every, accumulate=accumulate,
     )  # fmt: skip
-    parallel = Parallel(nproc, data, context, restarts, timeout, recompute)
+    parallel = Parallel(nproc, data, context, tensor, restarts, timeout, recompute)
     request = TrainRequest(text, folder, options, resume, sample, calibrate, force, tokenizer, parallel)
     return run_train(compiled, request, called.obj)
