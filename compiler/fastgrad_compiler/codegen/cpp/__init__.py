@@ -56,6 +56,11 @@ def attention_of_steps(spec: KernelSpec) -> str:
     return f"{_constants(spec)}\n{_texts(OF_STEPS)}"
 
 
+def softmax_of_steps() -> str:
+    """What the kernel of a model's step has for attention by softmax."""
+    return _texts(("step_softmax",))
+
+
 def with_numbers(name: str) -> str:
     """A header whose line `// NUMBERS` stands for those of types and of functions of one number."""
     return _texts((name,)).replace("// NUMBERS\n", _texts(("numbers", "scalars")))

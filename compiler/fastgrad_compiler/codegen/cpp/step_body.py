@@ -104,6 +104,7 @@ class Shared:
         self.batch = tokens[0]
         self.functions: dict[str, Function] = {}
         self.attentions: dict[KernelSpec, str] = {}
+        self.softmax = False  # whether there is one
         self.turns: list[tuple[int, float, tuple[float, ...]]] = []
         self.most_tokens: int | None = None
         self.drops = False
@@ -393,9 +394,7 @@ def _place(value: Value, like: Value) -> str:
 
 
 def element_type(type_: TensorType) -> str:
-    if type_.dtype == "bool":
-        raise Unserved
-    return "real" if type_.dtype == "float" else "std::int64_t"
+    return {"float": "real", "bool": "bool"}.get(type_.dtype, "std::int64_t")
 
 
 def numbered(name: str, number: int) -> str:

@@ -12,10 +12,10 @@ typedef real line __attribute__((vector_size(64), aligned(sizeof(real)), may_ali
 inline line& at(real* memory) { return *reinterpret_cast<line*>(memory); }
 inline const line& at(const real* memory) { return *reinterpret_cast<const line*>(memory); }
 
-// A call: its sequences, how many tokens came before, the angles at this place, and memory for what stands between
-// operations.
+// A call: its sequences, how many tokens came before, for how many caches have room, the angles at this place, and memory
+// for what stands between operations.
 struct Call {
-  long batch, past, threads;
+  long batch, past, room, threads;
   const real* turns[TURNS > 0 ? TURNS : 1];
   real* free;
 
@@ -100,25 +100,25 @@ inline real total(line v) {
   return sum;
 }
 
+inline real dot(long width, const real* a, const real* b) {
+  const long whole = width / LINE * LINE;
+  line even{}, odd{};
+  long i = 0;
+  for (; i + 2 * LINE <= whole; i += 2 * LINE) {
+    even += at(a + i) * at(b + i);
+    odd += at(a + i + LINE) * at(b + i + LINE);
+  }
+  if (i < whole) even += at(a + i) * at(b + i);
+  real sum = total(even + odd);
+  for (i = whole; i < width; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
 // The columns [first, last) of a product with a weight's transpose: an entry is the product of two rows.
 inline void dots_of(const real* x, long rows, long depth, const Product& p, long first, long last) {
-  const long whole = depth / LINE * LINE;
-  for (long c = first; c < last; ++c) {
-    const real* const weight = p.weight + c * depth;
-    for (long row = 0; row < rows; ++row) {
-      const real* const other = x + row * depth;
-      line even{}, odd{};
-      long k = 0;
-      for (; k + 2 * LINE <= whole; k += 2 * LINE) {
-        even += at(weight + k) * at(other + k);
-        odd += at(weight + k + LINE) * at(other + k + LINE);
-      }
-      if (k < whole) even += at(weight + k) * at(other + k);
-      real sum = total(even + odd);
-      for (k = whole; k < depth; ++k) sum += weight[k] * other[k];
-      p.out[row * p.columns + c] = sum;
-    }
-  }
+  for (long c = first; c < last; ++c)
+    for (long row = 0; row < rows; ++row)
+      p.out[row * p.columns + c] = dot(depth, p.weight + c * depth, x + row * depth);
 }
 
 // Products of rows [rows, depth] with several weights, each of which is read once. A thread has a part of each weight that

@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from fastgrad_compiler.codegen.cpp import attention_of_steps, with_numbers
+from fastgrad_compiler.codegen.cpp import attention_of_steps, softmax_of_steps, with_numbers
 from fastgrad_compiler.codegen.cpp.step_body import (
     Body,
     Function,
@@ -33,8 +33,8 @@ from fastgrad_grammar.quote import cpp_comment
 class StepKernel:
     """The source, the tensors that it is given the addresses of, weights and what the state keeps, and its results.
 
-    Numbers of a tensor of the state are those of each sequence, unless its path ends with `shared`. results: their
-    shapes for one sequence. drops: a model in training has dropout, and no kernel.
+    Numbers of a tensor of the state are those of each sequence, unless its path ends with `shared`; below 0 those of
+    one token of a cache. results: their shapes for one sequence. drops: a model in training has dropout, and no kernel.
     """
 
     text: str
@@ -64,6 +64,8 @@ def _kernel(shared: Shared) -> StepKernel:
         ).function()
     main = shared.functions[shared.main.name]
     spaces = [(name, attention_of_steps(spec)) for spec, name in shared.attentions.items()]
+    if shared.softmax:
+        spaces.append(("step", softmax_of_steps()))
     bodies = [function.text for function in shared.functions.values()]
     spaces.append(("step", "\n".join([*bodies, _entry(shared, main)])))
     text = "".join(
@@ -90,7 +92,8 @@ def _entry(shared: Shared, main: Function) -> str:
     lines = [
         "// addresses: of weights, of the state, of inputs and of results. False where nothing was done,",
         "// because an input is not one that a step could serve.",
-        "bool run(const Tensor addresses, std::int64_t batch, std::int64_t past, std::int64_t threads) {",
+        "bool run(const Tensor addresses, std::int64_t batch, std::int64_t past, std::int64_t room,",
+        "         std::int64_t threads) {",
         "  const auto* const given = static_cast<const std::int64_t*>(addresses.data_ptr());",
         f"  const Part part{{given, given + {count(main.weights)}}};",
         f"  const std::int64_t* const inputs = given + {count(main.weights) + count(main.state)};",
@@ -116,7 +119,7 @@ def _entry(shared: Shared, main: Function) -> str:
         "  static thread_local std::vector<real> memory;",
         f"  memory.resize(std::max<std::size_t>(memory.size(), batch * {main.each} + {once} + LINE));",
         "  const auto start = (reinterpret_cast<std::uintptr_t>(memory.data()) + 63) / 64 * 64;",
-        "  Call call{batch, past, std::max<std::int64_t>(1, threads), {}, reinterpret_cast<real*>(start)};",
+        "  Call call{batch, past, room, std::max<std::int64_t>(1, threads), {}, reinterpret_cast<real*>(start)};",
         *turns,
     ]
     arguments = [f"in{place}" for place, _ in enumerate(inputs)]
@@ -152,7 +155,8 @@ _REGISTRATION = """
 #define FASTGRAD_TEXT(name) FASTGRAD_TEXT_OF(name)
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastgrad, library) {
-  library.def(FASTGRAD_TEXT(FASTGRAD_KERNEL) "_run(Tensor addresses, int batch, int past, int threads) -> bool");
+  library.def(FASTGRAD_TEXT(FASTGRAD_KERNEL)
+              "_run(Tensor addresses, int batch, int past, int room, int threads) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgrad, CPU, library) {

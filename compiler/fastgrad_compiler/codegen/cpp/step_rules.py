@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from fastgrad_compiler.attention.kernel import spec_of
-from fastgrad_compiler.attention.value import Attention
+from fastgrad_compiler.codegen.cpp.step_attention import attention
 from fastgrad_compiler.codegen.cpp.step_body import Body, Rule, Unserved, Value, times
-from fastgrad_compiler.ir.graph import STEP, Node, integer, number, sequence
-from fastgrad_compiler.ir.masks import FORGET
+from fastgrad_compiler.ir.graph import Node, integer, number, sequence
 from fastgrad_grammar.quote import cpp_comment
 
 
@@ -178,37 +176,6 @@ def _recent(body: Body, node: Node, place: int) -> None:
     body.line(f"{node.op}({', '.join(given)});")
 
 
-def _attention(body: Body, node: Node, place: int) -> None:
-    """Causal, by a polynomial, of one token to all before it."""
-    attention, shared = Attention.of(node), body.shared
-    watched = (body.graph.name.removesuffix(STEP), node.name) in shared.guarded
-    if node.get("state") is None or watched or (shared.exact and not attention.is_own):
-        raise Unserved
-    given = attention.by_role([body.value(name) for name in node.inputs])
-    spec = spec_of(attention, *(given[role].width if role in given else 0 for role in ("q", "v", "near_q")))
-    if spec.padding or spec.documents or not spec.causal or spec.precision != "float32":
-        raise Unserved
-    heads, query_heads = given["k"].shape[0], given["q"].shape[0]
-    target = body.target(node, place)
-    label, ring = f"{node['state']}{{}}", 2 * (spec.near or 0)
-    near, forgets = bool(spec.near), spec.forget
-    kept = [
-        body.kept(f"{label}.k", heads * ring * spec.d),
-        body.kept(f"{label}.v", heads * ring * spec.dv),
-        body.kept(f"{label}.near_k", heads * ring * spec.near_d) if spec.near_d else "nullptr",
-        body.kept(f"{label}.log_gate", heads * ring, "double") if forgets and near else "nullptr",
-        body.kept(f"{label}.summed.shared", 1, "std::int64_t") if near else "nullptr",
-        body.kept(f"{label}.sums", heads * spec.rank * (spec.dv + 1), "double"),
-    ]
-    tokens = [
-        given[role].text if role in given else "nullptr"
-        for role in ("q", "k", "v", "near_q", "near_k", FORGET)
-    ]
-    sizes = ["call.batch", str(heads), str(query_heads // heads), "call.past", "call.threads"]
-    name = shared.attention(spec)
-    body.line(f"{name}::next({', '.join([*sizes, *tokens])}, {{{', '.join(kept)}}}, {target.text});")
-
-
 RULES: Mapping[str, Rule] = {
     "weight": _weight,
     "literal": _weight,
@@ -235,6 +202,7 @@ RULES: Mapping[str, Rule] = {
     "rotary": _rotary,
     "shift": _recent,
     "depthwise": _recent,
-    "poly_attention": _attention,
+    "attention": attention,
+    "poly_attention": attention,
 }
 """What a kernel may compute beside ELEMENTWISE."""
