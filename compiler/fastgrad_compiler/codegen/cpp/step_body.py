@@ -81,6 +81,7 @@ class Function:
     state: Tensors
     each: int  # numbers of each sequence
     once: int
+    rows: tuple[tuple[int, int], ...]  # inputs by place that are rows of a table, and how many it has
 
 
 class Shared:
@@ -149,6 +150,7 @@ class Body:
         self.weights: Tensors = ()
         self.state: Tensors = ()
         self.each = self.once = self.most_each = self.most_once = 0
+        self.rows: list[tuple[int, int]] = []
         self.said = self.above = ""  # of the file: the present statement, and the last one above a line
         self.inlined = self._inlined()
 
@@ -179,6 +181,7 @@ class Body:
             self.state,
             self.each + self.most_each,
             self.once + self.most_once,
+            tuple(self.rows),
         )
 
     # ------------------------------------------------------------ what rules ask
@@ -228,6 +231,13 @@ class Body:
     def kept(self, path: str, numbers: int, element: str = "real") -> str:
         self.state += (Kept(path, numbers),)
         return f"part.kept<{element}>({count(self.state) - 1})"
+
+    def is_row(self, name: str, rows: int) -> None:
+        """An input has rows of a table, which is looked at before anything is done."""
+        places = [place for place, node in enumerate(self.graph.inputs) if node.name == name]
+        if not places:
+            raise Unserved
+        self.rows.append((places[0], rows))
 
     def expression(self, name: str, like: Value, flat: bool) -> str:
         """A node as an entry `i` of row `row` of a value, by its computation where it is inlined."""
@@ -319,6 +329,8 @@ class Body:
         if node.get("once"):
             raise Unserved
         inputs = [self.value(name).text for name in node.inputs]
+        for at, rows in function.rows:
+            self.is_row(node.inputs[at], rows)
         self._run(graph, "", inputs, [value.text for value in self.results(node, place)])
         if not node.is_fused:
             self.weights += called(function.weights, str(node["label"]))
@@ -337,6 +349,8 @@ class Body:
         now, first = [value.text for value in results], 0
         for body, times in runs(node):
             function = self.shared.functions[body]
+            if function.rows:
+                raise Unserved
             self.line(f"for (long i = 0; i < {times}; ++i) {{")
             self._run(body, "i", [*now, *fixed], others)
             for value, one, other in zip(results, now, others, strict=True):
@@ -348,10 +362,13 @@ class Body:
 
     def results(self, node: Node, place: int) -> list[Value]:
         """Memory for the results of a node that runs graphs."""
+        types = (node.type,) if isinstance(node.type, TensorType) else node.type or ()
+        if any(type_.dtype != "float" for type_ in types):
+            raise Unserved
         if isinstance(node.type, TensorType):
             return [self.target(node, place)]
         found = []
-        for i, type_ in enumerate(node.type or ()):
+        for i, type_ in enumerate(types):
             batch, shape = self.shared.shape(type_)
             value = Value(f"{self.variable(node, place)}_{i}th", batch, shape)
             self.memory(value)

@@ -104,12 +104,9 @@ def _entry(shared: Shared, main: Function) -> str:
         ]
     if shared.most_tokens is not None:
         lines += [f"  if (past >= {shared.most_tokens}) return false;"]
-    for place, node in enumerate(inputs):
-        for user in shared.main.users[node.name]:
-            if user.op == "embedding":
-                numbers = math.prod(shared.shape(node.tensor)[1])
-                rows = shared.main[user.inputs[0]].tensor.shape[0]
-                lines += [f"  if (!within(in{place}, {times('batch', numbers)}, {rows})) return false;"]
+    for place, rows in dict.fromkeys(main.rows):
+        numbers = math.prod(shared.shape(inputs[place].tensor)[1])
+        lines += [f"  if (!within(in{place}, {times('batch', numbers)}, {rows})) return false;"]
     turns = [
         f"  call.turns[{i}] = turns(call, {width}, {base!r}, {{{', '.join(map(repr, stretch))}}});"
         for i, (width, base, stretch) in enumerate(shared.turns)
