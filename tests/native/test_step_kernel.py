@@ -191,6 +191,37 @@ def test_what_is_not_served() -> None:
     assert not served(compiled("odd").module(dtype=torch.bfloat16).eval())
 
 
+RECENT = """
+dim b
+dim n
+model m(x: float[b, n, 38], ids: int[b, n]) -> (float[b, n, 38], float[b, n, 38], float[b, n, 38]) {
+    weight w: float[4, 38] = normal(std = 0.5)
+    return (depthwise(x, w, ids), shift(x, ids; by = 3), merge_heads(shift(split_heads(x, 2), ids; by = 1)))
+}
+"""
+
+
+def test_what_is_recent_in_documents() -> None:
+    module: Any = disturbed(fg.compile(RECENT, target="cpp").module(dtype=torch.float64)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for batch in (1, 3):
+        x = torch.randn(batch, N, 38, generator=generator, dtype=torch.float64)
+        ids = (torch.rand(batch, N, generator=generator) < 0.3).cumsum(1)
+        given = [
+            x.masked_fill((ids == 1).unsqueeze(-1), torch.nan),
+            ids,
+        ]  # another document, whatever it holds
+        wanted, state = steps(module, given, [1] * N)
+        with counted(module) as served:
+            found, kept = steps(module, given, [2, 1, 5, *[1] * (N - 8)])
+        assert served.count(True) == N - 7
+        assert all(map(torch.equal, map(torch.isnan, found), map(torch.isnan, wanted)))
+        assert differ(list(map(torch.nan_to_num, found)), list(map(torch.nan_to_num, wanted))) < 1e-13
+        assert all(
+            torch.equal(kept.tensors[path].nan_to_num(), x.nan_to_num()) for path, x in state.tensors.items()
+        )
+
+
 def test_weights_are_read_in_every_call() -> None:
     module: Any = compiled("gpt").module()
     given = inputs("gpt", 1)

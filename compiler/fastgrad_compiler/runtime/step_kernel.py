@@ -30,7 +30,7 @@ from .state import SHARED, State, Stepped
 MOST = 16  # sequences; of more, PyTorch's products of matrices are faster
 _DTYPES = {  # of what a state keeps, by the last part of its path; else that of the model
     **dict.fromkeys(("sums", "log_gate"), torch.float64),
-    **dict.fromkeys((SHARED, "run", "document", "id"), torch.int64),
+    **dict.fromkeys((SHARED, "run", "document", "id", "documents"), torch.int64),
     "seen": torch.bool,
 }
 _OF_INPUTS = {"int": torch.int64, "bool": torch.bool}

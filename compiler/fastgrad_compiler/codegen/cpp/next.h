@@ -4,13 +4,15 @@
 struct Kept {
   real *k, *v, *near_k;
   double* log_gate;
-  std::int64_t* summed;
+  bool* seen;
+  std::int64_t *run, *document, *summed;
   double* sums;
 };
 
 // The attention out [batch, heads * groups, DV] of tokens that are contiguous, and as they are kept.
 inline void next(long batch, long heads, long groups, long past, long threads, const real* q, const real* k, const real* v,
-                 const real* near_q, const real* near_k, const real* log_gate, const Kept& kept, real* out) {
+                 const real* near_q, const real* near_k, const real* log_gate, const bool* mask, const std::int64_t* run,
+                 const Kept& kept, real* out) {
   const auto token = [](auto* x, long heads, long width) { return Heads<std::remove_reference_t<decltype(*x)>>{x, heads * width, width, width}; };
   const auto ring = [=](real* x, long width) { return Heads<real>{x, heads * RING * width, RING * width, width}; };
   std::vector<double> gates;
@@ -23,6 +25,7 @@ inline void next(long batch, long heads, long groups, long past, long threads, c
     s.near_q = token(near_q, heads * groups, NEAR_D), s.near_k = token(near_k, heads, NEAR_D);
     s.ring_near_k = ring(kept.near_k, NEAR_D);
   }
+  s.mask = mask, s.runs = run, s.ring_seen = kept.seen, s.ring_run = kept.run, s.document = kept.document;
   s.log_gate = gates.data(), s.ring_gates = kept.log_gate, s.summed = kept.summed, s.sums = kept.sums;
   s.out = token(out, heads * groups, DV);
   step(s);

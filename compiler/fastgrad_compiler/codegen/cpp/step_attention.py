@@ -24,51 +24,63 @@ def attention(body: Body, node: Node, place: int) -> None:
 
 
 def _polynomial(body: Body, node: Node, given: dict[str, Value], target: str) -> str:
-    value = Attention.of(node)
+    value, label = Attention.of(node), f"{node['state']}{{}}"
     spec = spec_of(value, *(given[role].width if role in given else 0 for role in ("q", "v", "near_q")))
-    if spec.padding or spec.documents or spec.precision != "float32":
+    if spec.precision != "float32":
         raise Unserved
-    heads, query_heads = given["k"].shape[0], given["q"].shape[0]
-    label, ring = f"{node['state']}{{}}", 2 * (spec.near or 0)
-    near, forgets = bool(spec.near), spec.forget
-    kept = [
-        body.kept(f"{label}.k", heads * ring * spec.d),
-        body.kept(f"{label}.v", heads * ring * spec.dv),
-        body.kept(f"{label}.near_k", heads * ring * spec.near_d) if spec.near_d else NULL,
-        body.kept(f"{label}.log_gate", heads * ring, "double") if forgets and near else NULL,
-        body.kept(f"{label}.summed.shared", 1, "std::int64_t") if near else NULL,
+    heads, query_heads, ring = given["k"].shape[0], given["q"].shape[0], 2 * (spec.near or 0)
+    near_d = spec.near_d or 0
+    kept = _tokens_kept(body, value, label, ring, heads, (spec.d, spec.dv, near_d))
+    token = _token(body, given, label, kept[-1], target)
+    kept += [
+        body.kept(f"{label}.summed.shared", 1, "std::int64_t") if spec.near else NULL,
         body.kept(f"{label}.sums", heads * spec.rank * (spec.dv + 1), "double"),
     ]
-    tokens = _texts(given, "q", "k", "v", "near_q", "near_k", FORGET)
     sizes = ["call.batch", str(heads), str(query_heads // heads), "call.past", "call.threads"]
-    name = body.shared.attention(spec)
-    return f"{name}::next({', '.join([*sizes, *tokens])}, {{{', '.join(kept)}}}, {target});"
+    arguments = ", ".join([*sizes, *token])
+    return f"{body.shared.attention(spec)}::next({arguments}, {{{', '.join(kept)}}}, {target});"
 
 
 def _softmax(body: Body, node: Node, given: dict[str, Value], target: str) -> str:
     value, label = Attention.of(node), f"{node['state']}{{}}"
-    mask, near = value.mask, value.near if value.own_near else None
-    if mask.padding and mask.forget:
-        raise Unserved  # hidden tokens hand on their gates
-    (heads, _, d), dv = given["k"].shape, given["v"].width
-    near_d, slots = given["near_k"].width if near else 0, OF_CACHE if mask.window is None else mask.window - 1
-    kept = [
-        body.kept(f"{label}.k", heads * slots * d),
-        body.kept(f"{label}.v", heads * slots * dv),
-        body.kept(f"{label}.near_k", heads * slots * near_d) if near else NULL,
-        body.kept(f"{label}.log_gate", heads * slots, "double") if mask.forget else NULL,
-        body.kept(f"{label}.seen", slots, "bool") if mask.padding else NULL,
-        body.kept(f"{label}.run", slots, "std::int64_t") if mask.documents else NULL,
-    ]
-    for name in ("document", "id"):
-        kept.append(body.kept(f"{label}.{name}", 1, "std::int64_t") if mask.documents else NULL)
+    (heads, _, d), dv, window = given["k"].shape, given["v"].width, value.mask.window
+    near_d, slots = given["near_k"].width if value.own_near else 0, OF_CACHE if window is None else window - 1
+    kept = _tokens_kept(body, value, label, slots, heads, (d, dv, near_d))
     body.shared.softmax = True
     groups, alibi = given["q"].shape[0] // heads, str(value.alibi).lower()
-    sizes = [heads, groups, d, dv, repr(float(value.scale)), near or 0, near_d, alibi]
-    tokens = _texts(given, "q", "k", "v", "near_q", "near_k", FORGET, "padding", "documents")
-    structs = ", ".join(f"{{{', '.join(map(str, each))}}}" for each in (sizes, tokens, kept))
+    near = value.near if value.own_near else 0
+    sizes = map(str, (heads, groups, d, dv, repr(float(value.scale)), near, near_d, alibi))
+    token = _token(body, given, label, kept[-1], target)
+    structs = ", ".join(f"{{{', '.join(each)}}}" for each in (sizes, token, kept))
     return f"attend(call, {structs}, {'call.room' if slots == OF_CACHE else slots}, {target});"
 
 
-def _texts(given: dict[str, Value], *roles: str) -> list[str]:
-    return [given[role].text if role in given else NULL for role in roles]
+def _tokens_kept(
+    body: Body, value: Attention, label: str, slots: int, heads: int, widths: tuple[int, int, int]
+) -> list[str]:
+    """What is kept of each token in its slot: k, v, near_k, log_gate, seen and run; and the last one's document."""
+    mask = value.mask
+    if mask.padding and mask.forget:
+        raise Unserved  # hidden tokens hand on their gates
+    rows = [
+        body.kept(f"{label}.{name}", heads * slots * width) if width else NULL
+        for name, width in zip(("k", "v", "near_k"), widths, strict=True)
+    ]
+    others = [
+        body.kept(f"{label}.log_gate", heads * slots, "double") if mask.forget else NULL,
+        body.kept(f"{label}.seen", slots, "bool") if mask.padding else NULL,
+        body.kept(f"{label}.run", slots, "std::int64_t") if mask.documents else NULL,
+        body.kept(f"{label}.document", 1, "std::int64_t") if mask.documents else NULL,
+    ]
+    return [*rows, *others]
+
+
+def _token(body: Body, given: dict[str, Value], label: str, document: str, target: str) -> list[str]:
+    """The new token's operands, and the number of its document after that of the last one."""
+    roles = ("q", "k", "v", "near_q", "near_k", FORGET, "padding")
+    found = [given[role].text if role in given else NULL for role in roles]
+    if "documents" not in given:
+        return [*found, NULL]
+    last = f"{document}, {body.kept(f'{label}.id', 1, 'std::int64_t')}"
+    body.line(f"const auto {target}_run = run_of(call.batch, {given['documents'].text}, {last});")
+    return [*found, f"{target}_run.data()"]

@@ -239,24 +239,49 @@ inline void keep(long before, long width, const real* x, real* recent) {
   std::copy_n(x, width, recent + (before - 1) * width);
 }
 
-// The token that came `by` tokens before.
-inline void shift(long rows, long width, long by, const real* x, real* recent, real* out) {
+// The token that came `by` tokens before; seen: see `seen_of`, of `each` rows.
+inline void shift(long rows, long width, long by, const real* x, real* recent, const long* seen, long each, real* out) {
   for (long row = 0; row < rows; ++row, x += width, out += width, recent += by * width) {
     std::copy_n(recent, width, out);
+    if (seen && seen[row / each] < by) std::fill_n(out, width, real(0));
     keep(by, width, x, recent);
   }
 }
 
 // The sum over k of w_k times the token k before, for w [before + 1, width].
-inline void depthwise(long rows, long width, long before, const real* x, const real* w, real* recent, real* out) {
+inline void depthwise(long rows, long width, long before, const real* x, const real* w, real* recent, const long* seen,
+                      long each, real* out) {
   for (long row = 0; row < rows; ++row, x += width, out += width, recent += before * width) {
+    const long last = seen ? seen[row / each] : before;
 #pragma omp simd
     for (long i = 0; i < width; ++i) out[i] = x[i] * w[i];
-    for (long k = 1; k <= before; ++k)
+    for (long k = 1; k <= last; ++k)
 #pragma omp simd
       for (long i = 0; i < width; ++i) out[i] += recent[(before - k) * width + i] * w[k * width + i];
     keep(before, width, x, recent);
   }
+}
+
+// How many of the last tokens of each sequence, whose ids [batch, before] are kept, are of the document of its new one.
+inline std::vector<long> seen_of(long batch, long before, const std::int64_t* ids, std::int64_t* kept) {
+  std::vector<long> seen(batch);
+  for (long b = 0; b < batch; ++b, kept += before) {
+    while (seen[b] < before && kept[before - 1 - seen[b]] == ids[b]) ++seen[b];
+    std::copy(kept + 1, kept + before, kept);
+    kept[before - 1] = ids[b];
+  }
+  return seen;
+}
+
+// The number of the document of each sequence's new token, of the number and the id of the last token's.
+inline std::vector<std::int64_t> run_of(long batch, const std::int64_t* ids, const std::int64_t* document,
+                                        std::int64_t* id) {
+  std::vector<std::int64_t> runs(batch);
+  for (long b = 0; b < batch; ++b) {
+    runs[b] = document[b] + (ids[b] != id[b]);
+    id[b] = ids[b];
+  }
+  return runs;
 }
 
 }  // namespace

@@ -161,17 +161,32 @@ def _rotary(body: Body, node: Node, place: int) -> None:
 
 
 def _recent(body: Body, node: Node, place: int) -> None:
-    """Of the last tokens, without documents."""
-    x, *weights = (body.value(name) for name in node.inputs)
-    before = integer(node["by"]) if node.op == "shift" else body.value(node.inputs[1]).shape[0] - 1
-    documents = len(node.inputs) > (1 if node.op == "shift" else 2)
-    if node.get("state") is None or documents or not x.batch or x.shape[-2] != 1:
+    """Of the last tokens, those of the same document where there are documents."""
+    x, *others = (body.value(name) for name in node.inputs)
+    weights, ids = (others[:1], others[1:]) if node.op == "depthwise" else ([], others)
+    before = integer(node["by"]) if node.op == "shift" else weights[0].shape[0] - 1
+    if node.get("state") is None or not x.batch or x.shape[-2] != 1 or before == 0:
         raise Unserved
-    if before == 0:
-        raise Unserved
-    target = body.target(node, place)
-    recent = body.kept(f"{node['state']}{{}}.recent", before * x.count)
-    given = [x.rows, str(x.width), str(before), x.text, *(each.text for each in weights), recent, target.text]
+    target, label = body.target(node, place), f"{node['state']}{{}}"
+    recent, seen = body.kept(f"{label}.recent", before * x.count), "nullptr"
+    if ids:
+        documents = body.kept(f"{label}.documents", before, "std::int64_t")
+        body.line(
+            f"const auto {target.text}_seen = seen_of(call.batch, {before}, {ids[0].text}, {documents});"
+        )
+        seen = f"{target.text}_seen.data()"
+    rows, each = x.rows, str(x.count // x.width)
+    given = [
+        rows,
+        str(x.width),
+        str(before),
+        x.text,
+        *(w.text for w in weights),
+        recent,
+        seen,
+        each,
+        target.text,
+    ]
     body.line(f"{node.op}({', '.join(given)});")
 
 

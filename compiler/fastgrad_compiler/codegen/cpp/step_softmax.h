@@ -12,7 +12,7 @@ struct Pairs {
 struct Token {
   const real *q, *k, *v, *near_q, *near_k, *log_gate;
   const bool* mask;
-  const std::int64_t* ids;
+  const std::int64_t* run;  // the number of its document
 };
 
 // What is kept of earlier ones (runtime/step_attention.py): token i in slot i % slots.
@@ -20,7 +20,7 @@ struct Earlier {
   real *k, *v, *near_k;  // [batch, heads, slots, width]
   double* log_gate;      // [batch, heads, slots], the sum of the gates after each token
   bool* seen;            // [batch, slots]
-  std::int64_t *run, *document, *id;  // [batch, slots], and [batch]: the number and the id of the last token's document
+  std::int64_t *run, *document;  // [batch, slots], and of the last token [batch]
 };
 
 // Some of the keys that a token sees.
@@ -38,7 +38,6 @@ struct Head {
   const Pairs& pairs;
   const Token& token;
   const Earlier& kept;
-  const std::int64_t* runs;  // [batch], the number of the document of each sequence's token
   long slots, b, row;
 
   long count() const { return std::min(call.past, slots); }
@@ -55,7 +54,7 @@ struct Head {
     for (long slot = first; slot < last; ++slot) {
       const bool self = slot == count();
       if (token.mask && !(self ? token.mask[b] : kept.seen[b * slots + slot])) continue;
-      if (token.ids && !self && kept.run[b * slots + slot] != runs[b]) continue;
+      if (token.run && !self && kept.run[b * slots + slot] != token.run[b]) continue;
       const long at = row * slots + slot, i = keys.count++;
       const long distance = self ? 0 : 1 + (call.past - 1 - slot) % slots;
       const bool near = pairs.near && call.past / pairs.near - (call.past - distance) / pairs.near <= 1;
@@ -143,22 +142,17 @@ inline void attend_head(const Head& head, real* out) {
 inline void attend(const Call& call, const Pairs& pairs, const Token& token, const Earlier& kept, long slots,
                    real* out) {
   const long rows = call.batch * pairs.heads;
-  std::vector<std::int64_t> runs(token.ids ? call.batch : 0);
-  for (long b = 0; b < static_cast<long>(runs.size()); ++b) {
-    runs[b] = kept.document[b] + (token.ids[b] != kept.id[b]);
-    kept.id[b] = token.ids[b];
-  }
   const long work = rows * std::min(call.past, slots) * (pairs.d + pairs.dv);
   const int threads = static_cast<int>(std::min<long>(rows, call.threads_for(work)));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (long row = 0; row < rows; ++row) {
-    const Head head{call, pairs, token, kept, runs.data(), slots, row / pairs.heads, row};
+    const Head head{call, pairs, token, kept, slots, row / pairs.heads, row};
     attend_head(head, out + row * pairs.groups * pairs.dv);
     head.keep();
   }
   for (long b = 0; b < call.batch; ++b) {
     if (token.mask && slots > 0) kept.seen[b * slots + call.past % slots] = token.mask[b];
-    if (token.ids && slots > 0) kept.run[b * slots + call.past % slots] = runs[b];
-    if (token.ids) kept.document[b] = runs[b];
+    if (token.run && slots > 0) kept.run[b * slots + call.past % slots] = token.run[b];
+    if (token.run) kept.document[b] = token.run[b];
   }
 }
