@@ -84,18 +84,18 @@ def inputs(batch: int, dtype: torch.dtype = torch.float64, n: int = N) -> list[T
     return [x, mask, ids]
 
 
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.05}
 WIDE = {"e": 37, "c": 50}
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype"), [({}, torch.float64), (WIDE, torch.float64), (WIDE, torch.float32)], ids=str
+    ("sizes", "dtype"),
+    [({}, torch.float64), (WIDE, torch.float32), (WIDE, torch.bfloat16)],
+    ids=str,
 )
 def test_attention_by_the_kernel_is_that_of_pytorch(sizes: dict[str, int], dtype: torch.dtype) -> None:
     """From the first token, after a prompt, by turns, and after several tokens in between; the states too."""
-    module, tolerance = (
-        model(*WEIGHTS, **sizes, dtype=dtype),
-        {torch.float64: 1e-13, torch.float32: 1e-5}[dtype],
-    )
+    module, tolerance = model(*WEIGHTS, **sizes, dtype=dtype), TOLERANCE[dtype]
     before = torch.get_num_threads()
     for batch, threads in ((1, 1), (3, 3)):
         given = inputs(batch, dtype)

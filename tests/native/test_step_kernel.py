@@ -125,6 +125,31 @@ def test_steps_by_the_kernel_are_those_of_pytorch(name: str, dtype: torch.dtype)
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("name", ["gpt", "odd", "llama"])
+def test_bfloat16(name: str) -> None:
+    """Weights and states are bfloat16; sums, and what stands between operations, are float32."""
+    module: Any = compiled(name).module(dtype=torch.bfloat16).eval()
+    exact: Any = compiled(name).module(dtype=torch.float64).eval()
+    exact.load_state_dict(module.state_dict())
+    for batch in (1, 3):
+        given = inputs(name, batch, torch.bfloat16)
+        wanted, _ = steps(exact, [x.double() if x.is_floating_point() else x for x in given], [1] * N)
+        _, state = steps(module, given, [1] * N)
+        for split, turns in (
+            ([1] * N, None),
+            ([7, *[1] * 13], None),
+            ([1] * N, itertools.cycle([True, False])),
+        ):
+            with counted(module, turns) as served:
+                found, kept = steps(module, given, split)
+            assert sum(served) == (N // 2 if turns is not None else split.count(1))
+            assert [x.dtype for x in found] == [torch.bfloat16] * len(found)
+            assert differ(found, wanted) < 4 * torch.finfo(torch.bfloat16).eps
+            assert {p: x.dtype for p, x in kept.tensors.items()} == {
+                p: x.dtype for p, x in state.tensors.items()
+            }
+
+
 class Other(nn.Module):
     """A block of the user's with the weights of one of the model's."""
 
@@ -188,7 +213,7 @@ def test_what_is_not_served() -> None:
     assert not served()
     module.layers[2] = other
     assert served()
-    assert not served(compiled("odd").module(dtype=torch.bfloat16).eval())
+    assert not served(compiled("odd").module(dtype=torch.float16).eval())
 
 
 RECENT = """

@@ -34,7 +34,7 @@ _DTYPES = {  # of what a state keeps, by the last part of its path; else that of
     "seen": torch.bool,
 }
 _OF_INPUTS = {"int": torch.int64, "bool": torch.bool}
-_SERVED = (torch.float32, torch.float64)
+_SERVED = (torch.float32, torch.float64, torch.bfloat16)
 _PLAIN = {Tensor, nn.Parameter}
 
 

@@ -36,7 +36,18 @@ HEADERS = (
     "earlier",
     "register",
 )
-OF_STEPS = ("numbers", "types", "tile", "features", "problem", "decay", "polynomial", "step", "next")
+OF_STEPS = (
+    "numbers",
+    "types",
+    "tile",
+    "features",
+    "problem",
+    "decay",
+    "polynomial",
+    "step",
+    "stored",
+    "next",
+)
 
 
 @cache
@@ -61,9 +72,9 @@ def softmax_of_steps() -> str:
     return _texts(("step_softmax",))
 
 
-def with_numbers(name: str) -> str:
-    """A header whose line `// NUMBERS` stands for those of types and of functions of one number."""
-    return _texts((name,)).replace("// NUMBERS\n", _texts(("numbers", "scalars")))
+def with_numbers(name: str, *others: str) -> str:
+    """A header whose line `// NUMBERS` stands for those of types and of functions of one number, and for others."""
+    return _texts((name,)).replace("// NUMBERS\n", _texts(("numbers", "scalars", *others)))
 
 
 def _texts(names: Sequence[str]) -> str:

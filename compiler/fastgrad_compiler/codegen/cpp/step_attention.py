@@ -30,7 +30,8 @@ def _polynomial(body: Body, node: Node, given: dict[str, Value], target: str) ->
         raise Unserved
     heads, query_heads, ring = given["k"].shape[0], given["q"].shape[0], 2 * (spec.near or 0)
     near_d = spec.near_d or 0
-    kept = _tokens_kept(body, value, label, ring, heads, (spec.d, spec.dv, near_d))
+    space = body.shared.attention(spec)
+    kept = _tokens_kept(body, value, label, ring, heads, (spec.d, spec.dv, near_d), space)
     token = _token(body, given, label, kept[-1], target)
     kept += [
         body.kept(f"{label}.summed.shared", 1, "std::int64_t") if spec.near else NULL,
@@ -38,14 +39,14 @@ def _polynomial(body: Body, node: Node, given: dict[str, Value], target: str) ->
     ]
     sizes = ["call.batch", str(heads), str(query_heads // heads), "call.past", "call.threads"]
     arguments = ", ".join([*sizes, *token])
-    return f"{body.shared.attention(spec)}::next({arguments}, {{{', '.join(kept)}}}, {target});"
+    return f"{space}::next({arguments}, {{{', '.join(kept)}}}, {target});"
 
 
 def _softmax(body: Body, node: Node, given: dict[str, Value], target: str) -> str:
     value, label = Attention.of(node), f"{node['state']}{{}}"
     (heads, _, d), dv, window = given["k"].shape, given["v"].width, value.mask.window
     near_d, slots = given["near_k"].width if value.own_near else 0, OF_CACHE if window is None else window - 1
-    kept = _tokens_kept(body, value, label, slots, heads, (d, dv, near_d))
+    kept = _tokens_kept(body, value, label, slots, heads, (d, dv, near_d), "step")
     body.shared.softmax = True
     groups, alibi = given["q"].shape[0] // heads, str(value.alibi).lower()
     near = value.near if value.own_near else 0
@@ -56,14 +57,14 @@ def _softmax(body: Body, node: Node, given: dict[str, Value], target: str) -> st
 
 
 def _tokens_kept(
-    body: Body, value: Attention, label: str, slots: int, heads: int, widths: tuple[int, int, int]
+    body: Body, value: Attention, label: str, slots: int, heads: int, widths: tuple[int, int, int], space: str
 ) -> list[str]:
     """What is kept of each token in its slot: k, v, near_k, log_gate, seen and run; and the last one's document."""
     mask = value.mask
     if mask.padding and mask.forget:
         raise Unserved  # hidden tokens hand on their gates
     rows = [
-        body.kept(f"{label}.{name}", heads * slots * width) if width else NULL
+        body.kept(f"{label}.{name}", heads * slots * width, f"{space}::input") if width else NULL
         for name, width in zip(("k", "v", "near_k"), widths, strict=True)
     ]
     others = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from fastgrad_compiler.codegen.cpp.rows import EXPRESSIONS
@@ -42,13 +42,22 @@ class Unserved(Exception):
 
 @dataclass(frozen=True)
 class Value:
-    """A pointer to numbers, of each sequence or of all; a constant; or the transpose of a pointer's matrix."""
+    """A pointer to numbers, of each sequence or of all; a constant; or the transpose of a pointer's matrix.
+
+    stored: the numbers are a weight's, as the model holds it.
+    """
 
     text: str
     batch: bool
     shape: tuple[int, ...]
     is_number: bool = False
     transposed: bool = False
+    stored: bool = False
+
+    @property
+    def element(self) -> str:
+        """The type of its numbers."""
+        return "input" if self.stored else "real"
 
     @property
     def count(self) -> int:
@@ -123,6 +132,11 @@ class Shared:
             raise Unserved
         return batch, tuple(size for size in rest if size is not None)
 
+    def declared(self, type_: TensorType, text: str) -> Value:
+        """A value of a type."""
+        batch, shape = self.shape(type_)
+        return Value(text, batch, shape)
+
     def angles(self, width: int, base: float, stretch: tuple[float, ...]) -> int:
         """The place of the angles that `rotary` turns by among those of a call."""
         key = (width, base, stretch)
@@ -194,6 +208,15 @@ class Body:
         self.above = self.said
 
     def value(self, name: str) -> Value:
+        """A node as an operand, in memory, of the type `real`."""
+        value = self.operand(name)
+        if value.stored:
+            wide = f"wide_{len(self.lines)}_real"
+            self.line(f"const Wide {wide}({value.text}, {value.numbers});")
+            value = self.values[name] = replace(value, text=f"{wide}.data", stored=False)
+        return value
+
+    def operand(self, name: str) -> Value:
         """A node as an operand, in memory."""
         value = self.values[name]
         if value.is_number or value.transposed:
@@ -220,7 +243,7 @@ class Body:
 
     def view(self, node: Node, of: Value) -> None:
         """The same numbers in the same order."""
-        self.values[node.name] = self.declared(node, of.text)
+        self.values[node.name] = replace(self.declared(node, of.text), stored=of.stored)
         if self.values[node.name].count != of.count or self.values[node.name].batch != of.batch:
             raise Unserved
 
@@ -228,7 +251,7 @@ class Body:
         self.weights += (Kept(f"{label}{{}}", numbers),)
         return f"part.weight({count(self.weights) - 1})"
 
-    def kept(self, path: str, numbers: int, element: str = "real") -> str:
+    def kept(self, path: str, numbers: int, element: str) -> str:
         self.state += (Kept(path, numbers),)
         return f"part.kept<{element}>({count(self.state) - 1})"
 
@@ -247,7 +270,8 @@ class Body:
         value = self.values[name]
         if value.is_number:
             return f"real({value.text})"
-        return f"{self.value(name).text}[{f'row * {like.count} + i' if flat else _place(value, like)}]"
+        entry = f"{self.operand(name).text}[{f'row * {like.count} + i' if flat else _place(value, like)}]"
+        return f"number({entry})" if value.stored else entry
 
     # ------------------------------------------------------------ nodes
 
@@ -304,8 +328,7 @@ class Body:
         return list(found)
 
     def declared(self, node: Node, text: str) -> Value:
-        batch, shape = self.shared.shape(node.tensor)
-        return Value(text, batch, shape)
+        return self.shared.declared(node.tensor, text)
 
     def variable(self, node: Node, place: int) -> str:
         """A name that no word of C++ and no other value has."""

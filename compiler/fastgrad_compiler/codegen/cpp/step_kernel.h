@@ -11,6 +11,18 @@ typedef real line __attribute__((vector_size(64), aligned(sizeof(real)), may_ali
 
 inline line& at(real* memory) { return *reinterpret_cast<line*>(memory); }
 inline const line& at(const real* memory) { return *reinterpret_cast<const line*>(memory); }
+#if FASTGRAD_VARIANT == 2
+inline line at(const input* memory) {
+  typedef std::uint16_t halves __attribute__((vector_size(32)));
+  typedef std::uint32_t words __attribute__((vector_size(64)));
+  halves bits;
+  std::memcpy(&bits, memory, sizeof bits);
+  const words whole = __builtin_convertvector(bits, words) << 16;
+  line found;
+  std::memcpy(&found, &whole, sizeof found);
+  return found;
+}
+#endif
 
 // A call: its sequences, how many tokens came before, for how many caches have room, the angles at this place, and memory
 // for what stands between operations.
@@ -40,7 +52,7 @@ struct Scratch {
 struct Part {
   const std::int64_t *weights, *state;
 
-  const real* weight(long place) const { return reinterpret_cast<const real*>(weights[place]); }
+  const input* weight(long place) const { return reinterpret_cast<const input*>(weights[place]); }
   template <typename Element>
   Element* kept(long place) const { return reinterpret_cast<Element*>(state[place]); }
   Part from(long weight, long kept) const { return {weights + weight, state + kept}; }
@@ -49,8 +61,9 @@ struct Part {
 // ---------------------------------------------------------------- products with weights
 
 // A weight, [depth, columns], or its transpose [columns, depth] as it lies in memory, and where the product goes.
+template <typename Element>
 struct Product {
-  const real* weight;
+  const Element* weight;
   long columns;
   bool transposed;
   real* out;
@@ -61,8 +74,9 @@ constexpr int STREAMS = 8;
 
 // out [rows, columns] (+)= COUNT columns of x [rows, depth] times as many rows of a weight, both `apart` from each other;
 // a line of the weight serves all rows of x.
-template <int COUNT>
-inline void add_rows(const real* x, long rows, long depth, const real* weight, long columns, long apart, bool fresh, real* out) {
+template <int COUNT, typename Element>
+inline void add_rows(const real* x, long rows, long depth, const Element* weight, long columns, long apart, bool fresh,
+                     real* out) {
   const long whole = columns / LINE * LINE;
   for (long c = 0; c < whole; c += LINE) {
     line w[COUNT];
@@ -79,13 +93,14 @@ inline void add_rows(const real* x, long rows, long depth, const real* weight, l
   for (long row = 0; row < rows; ++row)
     for (long c = whole; c < columns; ++c) {
       real sum = fresh ? 0 : out[row * columns + c];
-      for (int k = 0; k < COUNT; ++k) sum += x[row * depth + k * apart] * weight[k * apart * columns + c];
+      for (int k = 0; k < COUNT; ++k) sum += x[row * depth + k * apart] * number(weight[k * apart * columns + c]);
       out[row * columns + c] = sum;
     }
 }
 
 // The part of a product that the rows [first, last) of the weight make.
-inline void part_of(const real* x, long rows, long depth, const Product& p, long first, long last, real* out) {
+template <typename Element>
+inline void part_of(const real* x, long rows, long depth, const Product<Element>& p, long first, long last, real* out) {
   const long apart = (last - first) / STREAMS;
   for (long k = first; k < first + apart; ++k)
     add_rows<STREAMS>(x + k, rows, depth, p.weight + k * p.columns, p.columns, apart, k == first, out);
@@ -100,7 +115,8 @@ inline real total(line v) {
   return sum;
 }
 
-inline real dot(long width, const real* a, const real* b) {
+template <typename Element>
+inline real dot(long width, const Element* a, const real* b) {
   const long whole = width / LINE * LINE;
   line even{}, odd{};
   long i = 0;
@@ -110,12 +126,13 @@ inline real dot(long width, const real* a, const real* b) {
   }
   if (i < whole) even += at(a + i) * at(b + i);
   real sum = total(even + odd);
-  for (i = whole; i < width; ++i) sum += a[i] * b[i];
+  for (i = whole; i < width; ++i) sum += number(a[i]) * b[i];
   return sum;
 }
 
 // The columns [first, last) of a product with a weight's transpose: an entry is the product of two rows.
-inline void dots_of(const real* x, long rows, long depth, const Product& p, long first, long last) {
+template <typename Element>
+inline void dots_of(const real* x, long rows, long depth, const Product<Element>& p, long first, long last) {
   for (long c = first; c < last; ++c)
     for (long row = 0; row < rows; ++row)
       p.out[row * p.columns + c] = dot(depth, p.weight + c * depth, x + row * depth);
@@ -123,9 +140,11 @@ inline void dots_of(const real* x, long rows, long depth, const Product& p, long
 
 // Products of rows [rows, depth] with several weights, each of which is read once. A thread has a part of each weight that
 // lies without gaps: some of its rows, and the sums of all threads are added up.
-inline void multiply(const Call& call, long rows, long depth, const real* x, std::initializer_list<Product> products) {
+template <typename Element>
+inline void multiply(const Call& call, long rows, long depth, const real* x,
+                     std::initializer_list<Product<Element>> products) {
   long columns = 0;
-  for (const Product& p : products) columns += p.columns;
+  for (const auto& p : products) columns += p.columns;
   const long threads = std::min<long>(call.threads_for(depth * columns), std::max(1L, depth / (2 * STREAMS)));
   static thread_local std::vector<real> memory;  // the sums of all threads but the first
   memory.resize(std::max<std::size_t>(memory.size(), (threads - 1) * rows * columns));
@@ -133,7 +152,7 @@ inline void multiply(const Call& call, long rows, long depth, const real* x, std
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
   for (long thread = 0; thread < threads; ++thread) {
     real* own = sums + (thread - 1) * rows * columns;
-    for (const Product& p : products) {
+    for (const auto& p : products) {
       if (p.transposed) {
         dots_of(x, rows, depth, p, p.columns * thread / threads, p.columns * (thread + 1) / threads);
       } else {
@@ -144,7 +163,7 @@ inline void multiply(const Call& call, long rows, long depth, const real* x, std
   }
   for (long thread = 1; thread < threads; ++thread) {
     const real* own = sums + (thread - 1) * rows * columns;
-    for (const Product& p : products) {
+    for (const auto& p : products) {
       if (!p.transposed)
 #pragma omp simd
         for (long i = 0; i < rows * p.columns; ++i) p.out[i] += own[i];
@@ -155,8 +174,10 @@ inline void multiply(const Call& call, long rows, long depth, const real* x, std
 
 // ---------------------------------------------------------------- rows
 
-inline void embed(long rows, long width, const real* table, const std::int64_t* ids, real* out) {
-  for (long row = 0; row < rows; ++row) std::copy_n(table + ids[row] * width, width, out + row * width);
+template <typename Element>
+inline void embed(long rows, long width, const Element* table, const std::int64_t* ids, real* out) {
+  for (long row = 0; row < rows; ++row)
+    for (long i = 0; i < width; ++i) out[row * width + i] = number(table[ids[row] * width + i]);
 }
 
 // Whether all ids are those of rows of a table.
@@ -172,23 +193,25 @@ inline real sum(long width, Value value) {
   return sum;
 }
 
-inline void rms_norm(long rows, long width, const real* x, const real* w, real eps, real* out) {
+template <typename W>
+inline void rms_norm(long rows, long width, const real* x, const W* w, real eps, real* out) {
   for (long row = 0; row < rows; ++row, x += width, out += width) {
     const real scale = real(1) / std::sqrt(sum(width, [=](long i) { return x[i] * x[i]; }) / width + eps);
 #pragma omp simd
-    for (long i = 0; i < width; ++i) out[i] = x[i] * scale * w[i];
+    for (long i = 0; i < width; ++i) out[i] = x[i] * scale * number(w[i]);
   }
 }
 
 // Of rows from which their rounded mean is taken before, so that rows of nearly equal entries are not too long.
-inline void layer_norm(long rows, long width, const real* x, const real* w, const real* b, real eps, real* out) {
+template <typename W, typename B>
+inline void layer_norm(long rows, long width, const real* x, const W* w, const B* b, real eps, real* out) {
   for (long row = 0; row < rows; ++row, x += width, out += width) {
     const real first = sum(width, [=](long i) { return x[i]; }) / width;
     const real rest = sum(width, [=](long i) { return x[i] - first; }) / width;
     const auto centred = [=](long i) { return (x[i] - first) - rest; };
     const real scale = real(1) / std::sqrt(sum(width, [=](long i) { return centred(i) * centred(i); }) / width + eps);
 #pragma omp simd
-    for (long i = 0; i < width; ++i) out[i] = centred(i) * scale * w[i] + b[i];
+    for (long i = 0; i < width; ++i) out[i] = centred(i) * scale * number(w[i]) + number(b[i]);
   }
 }
 
@@ -234,30 +257,31 @@ inline void rotary(long rows, long width, const real* turns, real sign, const re
 }
 
 // x after the `before` tokens of each row [before, width] that are kept, the last of which it becomes.
-inline void keep(long before, long width, const real* x, real* recent) {
+inline void keep(long before, long width, const real* x, input* recent) {
   std::copy(recent + width, recent + before * width, recent);
-  std::copy_n(x, width, recent + (before - 1) * width);
+  for (long i = 0; i < width; ++i) put(x[i], recent[(before - 1) * width + i]);
 }
 
 // The token that came `by` tokens before; seen: see `seen_of`, of `each` rows.
-inline void shift(long rows, long width, long by, const real* x, real* recent, const long* seen, long each, real* out) {
+inline void shift(long rows, long width, long by, const real* x, input* recent, const long* seen, long each, real* out) {
   for (long row = 0; row < rows; ++row, x += width, out += width, recent += by * width) {
-    std::copy_n(recent, width, out);
-    if (seen && seen[row / each] < by) std::fill_n(out, width, real(0));
+    const bool sees = !seen || seen[row / each] >= by;
+    for (long i = 0; i < width; ++i) out[i] = sees ? number(recent[i]) : 0;
     keep(by, width, x, recent);
   }
 }
 
 // The sum over k of w_k times the token k before, for w [before + 1, width].
-inline void depthwise(long rows, long width, long before, const real* x, const real* w, real* recent, const long* seen,
-                      long each, real* out) {
+template <typename Element>
+inline void depthwise(long rows, long width, long before, const real* x, const Element* w, input* recent,
+                      const long* seen, long each, real* out) {
   for (long row = 0; row < rows; ++row, x += width, out += width, recent += before * width) {
     const long last = seen ? seen[row / each] : before;
 #pragma omp simd
-    for (long i = 0; i < width; ++i) out[i] = x[i] * w[i];
+    for (long i = 0; i < width; ++i) out[i] = x[i] * number(w[i]);
     for (long k = 1; k <= last; ++k)
 #pragma omp simd
-      for (long i = 0; i < width; ++i) out[i] += recent[(before - k) * width + i] * w[k * width + i];
+      for (long i = 0; i < width; ++i) out[i] += number(recent[(before - k) * width + i]) * number(w[k * width + i]);
     keep(before, width, x, recent);
   }
 }

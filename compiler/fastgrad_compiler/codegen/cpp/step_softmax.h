@@ -17,9 +17,9 @@ struct Token {
 
 // What is kept of earlier ones (runtime/step_attention.py): token i in slot i % slots.
 struct Earlier {
-  real *k, *v, *near_k;  // [batch, heads, slots, width]
-  double* log_gate;      // [batch, heads, slots], the sum of the gates after each token
-  bool* seen;            // [batch, slots]
+  input *k, *v, *near_k;  // [batch, heads, slots, width]
+  double* log_gate;       // [batch, heads, slots], the sum of the gates after each token
+  bool* seen;             // [batch, slots]
   std::int64_t *run, *document;  // [batch, slots], and of the last token [batch]
 };
 
@@ -27,7 +27,7 @@ struct Earlier {
 struct Keys {
   static constexpr long MOST = 64;
   long count = 0;
-  const real *k[MOST], *v[MOST], *near_k[MOST];  // near_k: null where a pair is not near
+  const input *k[MOST], *v[MOST], *near_k[MOST];  // near_k: null where a pair is not near
   double gates[MOST];
   long distance[MOST];
 };
@@ -37,6 +37,7 @@ struct Head {
   const Call& call;
   const Pairs& pairs;
   const Token& token;
+  const input *k, *v, *near_k;  // of the token, as they are kept
   const Earlier& kept;
   long slots, b, row;
 
@@ -58,9 +59,9 @@ struct Head {
       const long at = row * slots + slot, i = keys.count++;
       const long distance = self ? 0 : 1 + (call.past - 1 - slot) % slots;
       const bool near = pairs.near && call.past / pairs.near - (call.past - distance) / pairs.near <= 1;
-      keys.k[i] = self ? token.k + row * pairs.d : kept.k + at * pairs.d;
-      keys.v[i] = self ? token.v + row * pairs.dv : kept.v + at * pairs.dv;
-      keys.near_k[i] = !near ? nullptr : self ? token.near_k + row * pairs.near_d : kept.near_k + at * pairs.near_d;
+      keys.k[i] = self ? k + row * pairs.d : kept.k + at * pairs.d;
+      keys.v[i] = self ? v + row * pairs.dv : kept.v + at * pairs.dv;
+      keys.near_k[i] = !near ? nullptr : self ? near_k + row * pairs.near_d : kept.near_k + at * pairs.near_d;
       keys.gates[i] = self || !token.log_gate ? 0 : std::min(kept.log_gate[at] + own, 0.0);
       keys.distance[i] = distance;
     }
@@ -84,12 +85,12 @@ struct Head {
     if (slots == 0) return;
     const bool shown = !token.mask || token.mask[b];
     const long at = row * slots + call.past % slots;
-    const auto store = [&](const real* from, real* to, long width) {
-      for (long i = 0; i < width; ++i) to[at * width + i] = shown ? from[row * width + i] : 0;
+    const auto store = [&](const input* from, input* to, long width) {
+      for (long i = 0; i < width; ++i) to[at * width + i] = shown ? from[row * width + i] : input{};
     };
-    store(token.k, kept.k, pairs.d);
-    store(token.v, kept.v, pairs.dv);
-    if (pairs.near) store(token.near_k, kept.near_k, pairs.near_d);
+    store(k, kept.k, pairs.d);
+    store(v, kept.v, pairs.dv);
+    if (pairs.near) store(near_k, kept.near_k, pairs.near_d);
     if (token.log_gate) kept.log_gate[at] = 0;
   }
 };
@@ -100,14 +101,14 @@ inline void add_values(const Keys& keys, const real* weights, long width, real c
     for (long i = 0; i < width; ++i) sums[i] *= change;
   long key = 0;
   for (; key + 4 <= keys.count; key += 4) {
-    const real *a = keys.v[key], *b = keys.v[key + 1], *c = keys.v[key + 2], *d = keys.v[key + 3];
+    const input *a = keys.v[key], *b = keys.v[key + 1], *c = keys.v[key + 2], *d = keys.v[key + 3];
     const real* const w = weights + key;
 #pragma omp simd
-    for (long i = 0; i < width; ++i) sums[i] += (w[0] * a[i] + w[1] * b[i]) + (w[2] * c[i] + w[3] * d[i]);
+    for (long i = 0; i < width; ++i) sums[i] += (w[0] * number(a[i]) + w[1] * number(b[i])) + (w[2] * number(c[i]) + w[3] * number(d[i]));
   }
   for (; key < keys.count; ++key)
 #pragma omp simd
-    for (long i = 0; i < width; ++i) sums[i] += weights[key] * keys.v[key][i];
+    for (long i = 0; i < width; ++i) sums[i] += weights[key] * number(keys.v[key][i]);
 }
 
 // out [groups, dv]: the means of the values by softmax of the scores, 0 where a token sees nothing. Weights are in
@@ -142,11 +143,12 @@ inline void attend_head(const Head& head, real* out) {
 inline void attend(const Call& call, const Pairs& pairs, const Token& token, const Earlier& kept, long slots,
                    real* out) {
   const long rows = call.batch * pairs.heads;
+  const Stored k(token.k, rows * pairs.d), v(token.v, rows * pairs.dv), near_k(token.near_k, rows * pairs.near_d);
   const long work = rows * std::min(call.past, slots) * (pairs.d + pairs.dv);
   const int threads = static_cast<int>(std::min<long>(rows, call.threads_for(work)));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (long row = 0; row < rows; ++row) {
-    const Head head{call, pairs, token, kept, slots, row / pairs.heads, row};
+    const Head head{call, pairs, token, k.data, v.data, near_k.data, kept, slots, row / pairs.heads, row};
     attend_head(head, out + row * pairs.groups * pairs.dv);
     head.keep();
   }
