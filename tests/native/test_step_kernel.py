@@ -351,6 +351,17 @@ def test_what_pytorch_refuses_is_refused_in_its_words() -> None:
             steps(module, [tokens, more], [1], state)
 
 
+def test_a_model_without_weights() -> None:
+    spec = "dim b\ndim n\nmodel m(x: float[b, n, 8]) -> float[b, n, 8] {\n return x - shift(x; by = 1)\n}"
+    module: Any = fg.compile(spec, target="cpp").module()
+    for dtype in (torch.float32, torch.float64):  # that of the state, and another one
+        x = torch.randn(2, 5, 8, dtype=dtype)
+        with counted(module) as served:
+            found, _ = steps(module, [x], [1] * 5)
+        assert served == [False, *[dtype == torch.float32] * 5]
+        assert differ(found, [x - torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]]) < 1e-6
+
+
 def test_ids_are_looked_at_where_a_block_reads_its_table() -> None:
     module = model("llama", torch.float64)
     with counted(module) as served:

@@ -88,18 +88,18 @@ class StepKernel:
         batch = inputs[0].shape[0]
         if weights is None or len(kept) < len(self._state) or batch > MOST:
             return None
-        dtype = weights[0].dtype
         given = [x.contiguous() for x in inputs]
         tensors = [*weights, *kept, *given]
+        dtype = next((x.dtype for x in (*weights, *given) if x.is_floating_point()), None)
         if dtype not in _SERVED:
             return None
         numbers, dtypes = self._expected(model, batch, dtype)
         counts = [count for _, count in self._state]
-        caches = (
+        caches = [
             x.numel() // max(-count * batch, 1) for x, count in zip(kept, counts, strict=True) if count < 0
-        )
-        room = next(caches, past + 1)  # that of the first cache, which all others should have
-        if past >= room:
+        ]
+        room = caches[0] if caches else 0  # that of the first cache, which all others should have
+        if caches and past >= room:
             return None
         numbers = [count if count >= 0 else -count * room for count in numbers]
         if not _fit(tensors, numbers, dtypes):

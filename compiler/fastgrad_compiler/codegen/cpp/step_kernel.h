@@ -108,10 +108,17 @@ inline void part_of(const real* x, long rows, long depth, const Product<Element>
     add_rows<1>(x + k, rows, depth, p.weight + k * p.columns, p.columns, 1, k == first, out);
 }
 
-inline real total(line v) {
+inline real total(line v) {  // by halves: one by one, sums would wait for each other
+  typedef real half __attribute__((vector_size(32)));
+  typedef real quarter __attribute__((vector_size(16)));
+  half halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  const half both = halves[0] + halves[1];
+  quarter quarters[2];
+  std::memcpy(quarters, &both, sizeof both);
+  const quarter last = quarters[0] + quarters[1];
   real sum = 0;
-#pragma GCC unroll 16
-  for (int i = 0; i < LINE; ++i) sum += v[i];
+  for (std::size_t i = 0; i < 16 / sizeof(real); ++i) sum += last[i];
   return sum;
 }
 

@@ -18,8 +18,8 @@ struct Token {
 // What is kept of earlier ones (runtime/step_attention.py): token i in slot i % slots.
 struct Earlier {
   input *k, *v, *near_k;  // [batch, heads, slots, width]
-  double* log_gate;       // [batch, heads, slots], the sum of the gates after each token
-  bool* seen;             // [batch, slots]
+  double* log_gate;  // [batch, heads, slots], the sum of the gates after each token
+  bool* seen;        // [batch, slots]
   std::int64_t *run, *document;  // [batch, slots], and of the last token [batch]
 };
 
@@ -29,7 +29,7 @@ struct Keys {
   long count = 0;
   const input *k[MOST], *v[MOST], *near_k[MOST];  // near_k: null where a pair is not near
   double gates[MOST];
-  long distance[MOST];
+  long distance[MOST];  // where slopes or a near field ask for it
 };
 
 // One head of keys of one sequence.
@@ -57,7 +57,8 @@ struct Head {
       if (token.mask && !(self ? token.mask[b] : kept.seen[b * slots + slot])) continue;
       if (token.run && !self && kept.run[b * slots + slot] != token.run[b]) continue;
       const long at = row * slots + slot, i = keys.count++;
-      const long distance = self ? 0 : 1 + (call.past - 1 - slot) % slots;
+      const bool placed = pairs.near || pairs.alibi;
+      const long distance = self || !placed ? 0 : 1 + (call.past - 1 - slot) % slots;
       const bool near = pairs.near && call.past / pairs.near - (call.past - distance) / pairs.near <= 1;
       keys.k[i] = self ? k + row * pairs.d : kept.k + at * pairs.d;
       keys.v[i] = self ? v + row * pairs.dv : kept.v + at * pairs.dv;
@@ -104,7 +105,8 @@ inline void add_values(const Keys& keys, const real* weights, long width, real c
     const input *a = keys.v[key], *b = keys.v[key + 1], *c = keys.v[key + 2], *d = keys.v[key + 3];
     const real* const w = weights + key;
 #pragma omp simd
-    for (long i = 0; i < width; ++i) sums[i] += (w[0] * number(a[i]) + w[1] * number(b[i])) + (w[2] * number(c[i]) + w[3] * number(d[i]));
+    for (long i = 0; i < width; ++i)
+      sums[i] += (w[0] * number(a[i]) + w[1] * number(b[i])) + (w[2] * number(c[i]) + w[3] * number(d[i]));
   }
   for (; key < keys.count; ++key)
 #pragma omp simd
