@@ -73,6 +73,24 @@ def test_a_model_in_steps_is_the_whole(name: str) -> None:
         assert difference(found, meant) < (1e-3 if name == "encoder_decoder" else 1e-12)
 
 
+@pytest.mark.parametrize("scores", ["alibi(s)", "near_far(2.0 * s, s; 3)"])
+def test_a_window_has_slopes_and_a_near_field(scores: str) -> None:
+    text = f"""
+dim b
+dim n
+model m(x: float[b, n, 6]) -> float[b, n, 6] {{
+    weight w: float[6, 6] = xavier()
+    q = split_heads(x @ w, 2)
+    s = q @ q.T
+    return merge_heads(softmax(window(causal({scores}); 5)) @ q)
+}}
+"""
+    model: Any = fg.compile(text, target="torch").module(dtype=torch.float64)
+    x = torch.randn(2, N, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for split in SPLITS:
+        assert difference(in_steps(model, [x], [], split), model(x)) < 1e-12
+
+
 STD_MODELS = {
     "gpt": "std.gpt(tokens; vocab = 17, context = 64, width = 16, heads = 2, depth = 2)",
     "llama": "std.llama(tokens; vocab = 17, width = 16, heads = 2, depth = 2)",
@@ -206,9 +224,9 @@ def test_it_is_a_pytree_that_moves(gpt: Any) -> None:
     moved = state.to(dtype=torch.float64)
     kinds = {path.rpartition(".")[2]: x.dtype for path, x in moved.tensors.items()}
     assert kinds["k"] == kinds["sums"] == torch.float64
-    assert {
-        x.dtype for path, x in state.to(dtype=torch.bfloat16).tensors.items() if path.endswith("sums")
-    } == {torch.float64}
+    narrow = {path.rpartition(".")[2]: x.dtype for path, x in state.to(dtype=torch.bfloat16).tensors.items()}
+    assert narrow["sums"] == narrow["log_gate"] == torch.float64
+    assert narrow["k"] == torch.bfloat16
 
 
 def test_memory_does_not_grow_with_tokens(gpt: Any) -> None:

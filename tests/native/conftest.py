@@ -17,3 +17,9 @@ def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Builder:
     for name in ("CXX", "FASTGRAD_CACHE", "FASTGRAD_NATIVE", "FASTGRAD_QUIET"):
         monkeypatch.setenv(name, made.environment[name])
     return made
+
+
+@pytest.fixture
+def alone(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel but that of a step, within `counted`: nothing else is built."""
+    monkeypatch.setenv("FASTGRAD_NATIVE", "0")

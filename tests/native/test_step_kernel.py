@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -25,6 +22,7 @@ from tests.conftest import Golden
 from tests.dsl.models import EXAMPLES, SIZES, disturbed
 from tests.kernels.test_golden import GOLDEN
 from tests.native.compilers import NEEDS_COMPILER
+from tests.native.steps import counted, differ, steps
 
 pytestmark = [NEEDS_COMPILER, pytest.mark.usefixtures("alone")]
 
@@ -73,12 +71,6 @@ model odd(tokens: int[b, n], more: float[b, n, 36]) -> (float[b, n, 11], float[b
 N = 20
 
 
-@pytest.fixture
-def alone(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No kernel but that of a step, within `counted`: nothing else is built."""
-    monkeypatch.setenv("FASTGRAD_NATIVE", "0")
-
-
 @cache
 def compiled(name: str, target: str = "cpp") -> Compiled:
     if name == "odd":
@@ -98,43 +90,15 @@ def inputs(name: str, batch: int, dtype: torch.dtype = torch.float32) -> list[Te
     return [tokens, more] if name == "odd" else [tokens]
 
 
-@contextmanager
-def counted(module: Any, turns: Iterator[bool] | None = None, native: str = "1") -> Iterator[list[bool]]:
-    """Whether the kernel served each step; turns: those in which it is asked, all by default."""
-    served: list[bool] = []
-
-    def kernel(*given: Any) -> Any:
-        asked = turns is None or next(turns)
-        with mock.patch.dict(os.environ, FASTGRAD_NATIVE=native):
-            found = type_kernel(*given) if asked else None
-        served.append(found is not None)
-        return found
-
-    type_kernel = type(module).KERNEL
-    with mock.patch.object(type(module), "KERNEL", staticmethod(kernel)):
-        yield served
-
-
-def steps(module: Any, given: list[Tensor], split: list[int], state: Any = None) -> tuple[list[Tensor], Any]:
-    """The results of calls on so many tokens each, and the state after them."""
-    state = module.start(given[0].shape[0]) if state is None else state
-    first, found = int(state.position), []
-    for count in split:
-        *results, state = module.step(*(x[:, first : first + count] for x in given), state)
-        found.append(results)
-        first += count
-    return [torch.cat(parts, 1) for parts in zip(*found, strict=True)], state
-
-
-def differ(found: list[Tensor], wanted: list[Tensor]) -> float:
-    return max(
-        float((a.double() - b.double()).abs().max() / (1 + b.double().abs().max()))
-        for a, b in zip(found, wanted, strict=True)
-    )
-
-
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("gpt", torch.float32), ("bounded", torch.float64), ("odd", torch.float64)]
+    ("name", "dtype"),
+    [
+        ("gpt", torch.float32),
+        ("bounded", torch.float64),
+        ("odd", torch.float64),
+        ("based", torch.float32),
+        ("llama", torch.float64),
+    ],
 )
 def test_steps_by_the_kernel_are_those_of_pytorch(name: str, dtype: torch.dtype) -> None:
     """From the first token, after a prompt, and by turns; the states too."""
@@ -159,6 +123,31 @@ def test_steps_by_the_kernel_are_those_of_pytorch(name: str, dtype: torch.dtype)
                 paths = [path for path in kept.tensors if not path.endswith(("sums", "summed.shared"))]
                 assert differ([kept.tensors[p] for p in paths], [state.tensors[p] for p in paths]) < tolerance
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["gpt", "odd", "llama"])
+def test_bfloat16(name: str) -> None:
+    """Weights and states are bfloat16; sums, and what stands between operations, are float32."""
+    module: Any = compiled(name).module(dtype=torch.bfloat16).eval()
+    exact: Any = compiled(name).module(dtype=torch.float64).eval()
+    exact.load_state_dict(module.state_dict())
+    for batch in (1, 3):
+        given = inputs(name, batch, torch.bfloat16)
+        wanted, _ = steps(exact, [x.double() if x.is_floating_point() else x for x in given], [1] * N)
+        _, state = steps(module, given, [1] * N)
+        for split, turns in (
+            ([1] * N, None),
+            ([7, *[1] * 13], None),
+            ([1] * N, itertools.cycle([True, False])),
+        ):
+            with counted(module, turns) as served:
+                found, kept = steps(module, given, split)
+            assert sum(served) == (N // 2 if turns is not None else split.count(1))
+            assert [x.dtype for x in found] == [torch.bfloat16] * len(found)
+            assert differ(found, wanted) < 4 * torch.finfo(torch.bfloat16).eps
+            assert {p: x.dtype for p, x in kept.tensors.items()} == {
+                p: x.dtype for p, x in state.tensors.items()
+            }
 
 
 class Other(nn.Module):
@@ -224,7 +213,38 @@ def test_what_is_not_served() -> None:
     assert not served()
     module.layers[2] = other
     assert served()
-    assert not served(compiled("odd").module(dtype=torch.bfloat16).eval())
+    assert not served(compiled("odd").module(dtype=torch.float16).eval())
+
+
+RECENT = """
+dim b
+dim n
+model m(x: float[b, n, 38], ids: int[b, n]) -> (float[b, n, 38], float[b, n, 38], float[b, n, 38]) {
+    weight w: float[4, 38] = normal(std = 0.5)
+    return (depthwise(x, w, ids), shift(x, ids; by = 3), merge_heads(shift(split_heads(x, 2), ids; by = 1)))
+}
+"""
+
+
+def test_what_is_recent_in_documents() -> None:
+    module: Any = disturbed(fg.compile(RECENT, target="cpp").module(dtype=torch.float64)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for batch in (1, 3):
+        x = torch.randn(batch, N, 38, generator=generator, dtype=torch.float64)
+        ids = (torch.rand(batch, N, generator=generator) < 0.3).cumsum(1)
+        given = [
+            x.masked_fill((ids == 1).unsqueeze(-1), torch.nan),
+            ids,
+        ]  # another document, whatever it holds
+        wanted, state = steps(module, given, [1] * N)
+        with counted(module) as served:
+            found, kept = steps(module, given, [2, 1, 5, *[1] * (N - 8)])
+        assert served.count(True) == N - 7
+        assert all(map(torch.equal, map(torch.isnan, found), map(torch.isnan, wanted)))
+        assert differ(list(map(torch.nan_to_num, found)), list(map(torch.nan_to_num, wanted))) < 1e-13
+        assert all(
+            torch.equal(kept.tensors[path].nan_to_num(), x.nan_to_num()) for path, x in state.tensors.items()
+        )
 
 
 def test_weights_are_read_in_every_call() -> None:
@@ -298,7 +318,8 @@ def test_no_memory_is_touched_that_is_not_there() -> None:
         module.table.untyped_storage().resize_(0)
         kernel: Any = type(module).KERNEL
         state.enter(module.STEP, 1, batch=2)
-        assert kernel(module, state, 1, tokens, more) is None
+        with torch.no_grad():
+            assert kernel(module, state, 1, tokens, more) is None
 
 
 def test_states_branch_and_are_taken_apart() -> None:
@@ -330,6 +351,48 @@ def test_what_pytorch_refuses_is_refused_in_its_words() -> None:
             steps(module, [tokens, more], [1], state)
 
 
+def test_a_model_without_weights() -> None:
+    spec = "dim b\ndim n\nmodel m(x: float[b, n, 8]) -> float[b, n, 8] {\n return x - shift(x; by = 1)\n}"
+    module: Any = fg.compile(spec, target="cpp").module()
+    for dtype in (torch.float32, torch.float64):  # that of the state, and another one
+        x = torch.randn(2, 5, 8, dtype=dtype)
+        with counted(module) as served:
+            found, _ = steps(module, [x], [1] * 5)
+        assert served == [False, *[dtype == torch.float32] * 5]
+        assert differ(found, [x - torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]]) < 1e-6
+
+
+def test_ids_are_looked_at_where_a_block_reads_its_table() -> None:
+    module = model("llama", torch.float64)
+    with counted(module) as served:
+        for bad in (11, -1):
+            with pytest.raises(IndexError, match="index out of range"):
+                module.step(torch.full((1, 1), bad), module.start(1))
+        assert not any(served)
+
+
+REPEATED = """
+dim b
+dim n
+block f(x: float[b, n, 8], ids: int[b, n]) -> float[b, n, 8] {
+    weight table: float[11, 8] = normal(std = 0.5)
+    return shift(x; by = 1) + embedding(table, ids)
+}
+model m(x: float[b, n, 8], ids: int[b, n]) -> float[b, n, 8] {
+    repeat i in 2 {
+        x = f(x, ids) as layers
+    }
+    return x
+}
+"""
+
+
+def test_tables_of_repeated_blocks_are_left_to_pytorch() -> None:
+    program = fg.compile(REPEATED, target="cpp").program
+    assert program.step is not None
+    assert emit_step(program, False, ()) is None
+
+
 def test_generated_text_is_the_same() -> None:
     module = model("gpt")
 
@@ -352,7 +415,7 @@ def test_graphs_have_the_step_as_it_is_written() -> None:
     assert differ([found], [wanted]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "spelled_out", "based", "encoder_decoder"])
+@pytest.mark.parametrize("name", ["spelled_out", "encoder_decoder"])
 def test_models_with_other_operations_have_none(name: str) -> None:
     assert emit_step(compiled(name).program, False, ()) is None
     assert "KERNEL" not in compiled(name).modules["model.py"]

@@ -16,7 +16,7 @@ from torch.utils import _pytree
 from .initialise import Generated
 from .pieces import Pieces
 
-SUMS = "sums"  # the last part of the path of what is kept in float64 whatever the model's dtype
+FLOAT64 = ("sums", "log_gate", "pending")  # last parts of the paths of what is so whatever the model's dtype
 LIKE = "like.kept.shared"
 SHARED = "shared"  # the last part of the path of what has no batch axis
 
@@ -151,10 +151,10 @@ class State(Scope):
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
-        """On another device, or for a model of another dtype; sums stay in float64."""
+        """On another device, or for a model of another dtype; sums, also those of gates, stay in float64."""
 
         def moved(path: str, x: Tensor) -> Tensor:
-            keeps = path.endswith(SUMS) or not x.is_floating_point()
+            keeps = path.endswith(FLOAT64) or not x.is_floating_point()
             return x.to(device=device, dtype=None if keeps else dtype)
 
         found = self._mapped(moved)

@@ -233,7 +233,9 @@ class Kept:
         if self.rule.ring is None:
             self.add(new)
             return self._exact(q, near_q, new, self._cache(new))
-        out = self._attend(q, near_q, new, new.after(self._earlier(new)))
+        keys = new.after(self._earlier(new))
+        weighed = self._softmax if self.sums is None else self._attend
+        out = weighed(q, near_q, new, keys)
         self.add(new)
         return out
 
@@ -315,7 +317,8 @@ class Kept:
     # ------------------------------------------------------------ weights
 
     def _attend(self, q: Tensor, near_q: Tensor | None, new: Tokens, keys: Tokens) -> Tensor:
-        """By a polynomial with its sums, or within a window: [b, H, c, dv]."""
+        """By a polynomial with its sums: [b, H, c, dv]."""
+        assert self.sums is not None
         work = work_dtype(q, self.rule)
         rows = grouped(q, new.k).to(work)
         visible = self._visible(new, keys)
@@ -326,10 +329,6 @@ class Kept:
             rows = self._watched(rows, new, keys, visible if near is None else visible & ~near)
         scores = self.rule.scale * (rows @ keys.k.to(work).mT.unsqueeze(2))
         gates = gates_of(new, keys)
-        if self.sums is None:
-            return softmax_of(scores, gates, visible, finite_values(keys.v.to(work), visible, new)).to(
-                new.v.dtype
-            )
         top = torch.zeros((), dtype=work, device=q.device)
         weights = powers(self.rule.coefficients, scores)
         damping = None if gates is None else gates.to(work).exp()
@@ -396,16 +395,21 @@ class Kept:
                 scale=rule.scale,
                 enable_gqa=q.shape[1] != keys.k.shape[1],
             )
-        work = work_dtype(q, rule)
+        return self._softmax(q, near_q, new, keys, of_cache=True)
+
+    def _softmax(
+        self, q: Tensor, near_q: Tensor | None, new: Tokens, keys: Tokens, of_cache: bool = False
+    ) -> Tensor:
+        """By softmax of the scores of some keys: [b, H, c, dv]; of_cache: see `gates_of`."""
+        visible, rule, work = self._visible(new, keys), self.rule, work_dtype(q, self.rule)
         scores = rule.scale * (grouped(q, new.k).to(work) @ keys.k.to(work).mT.unsqueeze(2))
         if rule.near and near_q is not None and keys.near_k is not None:
             local = grouped(near_q, new.k).to(work) @ keys.near_k.to(work).mT.unsqueeze(2)
-            near = self._near(new, keys)
-            scores = torch.where(near, local, scores)
+            scores = torch.where(self._near(new, keys), local, scores)
         if rule.alibi:
             scores = scores - slopes(q, new.k) * (new.places[:, None] - keys.places)
         values = finite_values(keys.v.to(work), visible, new)
-        return softmax_of(scores, gates_of(new, keys, of_cache=True), visible, values).to(new.v.dtype)
+        return softmax_of(scores, gates_of(new, keys, of_cache), visible, values).to(new.v.dtype)
 
     def _near(self, new: Tokens, keys: Tokens) -> Tensor:
         """bool [c, t]: which keys stand in a new token's block of the near field, or the one before."""

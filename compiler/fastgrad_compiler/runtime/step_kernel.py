@@ -2,10 +2,11 @@
 
 The library of a model and a variant (see `native`) registers
 
-    fastgrad::NAME_VARIANT_run(addresses, batch, past, threads) -> bool
+    fastgrad::NAME_VARIANT_run(addresses, batch, past, room, threads) -> bool
 
 addresses: int64, of the weights, of the tensors of the state, which it brings up to date, of the inputs and of the
-results. False where it has done nothing, because an input is not one that a step could serve.
+results. room: the tokens for which caches have room, more than `past`. False where it has done nothing, because an
+input is not one that a step could serve.
 """
 
 from __future__ import annotations
@@ -27,8 +28,13 @@ from .private_files import warn_once
 from .state import SHARED, State, Stepped
 
 MOST = 16  # sequences; of more, PyTorch's products of matrices are faster
-_DTYPES = {"sums": torch.float64, "log_gate": torch.float64, SHARED: torch.int64}  # else that of the model
-_SERVED = (torch.float32, torch.float64)
+_DTYPES = {  # of what a state keeps, by the last part of its path; else that of the model
+    **dict.fromkeys(("sums", "log_gate"), torch.float64),
+    **dict.fromkeys((SHARED, "run", "document", "id", "documents"), torch.int64),
+    "seen": torch.bool,
+}
+_OF_INPUTS = {"int": torch.int64, "bool": torch.bool}
+_SERVED = (torch.float32, torch.float64, torch.bfloat16)
 _PLAIN = {Tensor, nn.Parameter}
 
 
@@ -47,8 +53,9 @@ class StepKernel:
     """The kernel NAME.cpp, which lies beside the module of `spec`.
 
     weights, state: the tensors that it is given, (path, numbers); or (layers, tensors), in whose paths `{}` is the
-    layer. Numbers of the state are those of each sequence, unless its path ends with `shared`. results: the shapes of
-    the results for one sequence. drops: the model has dropout.
+    layer. Numbers of the state are those of each sequence, unless its path ends with `shared`; below 0 those of one
+    token of a cache, which a call without the kernel makes larger. results: the shapes of the results for one sequence.
+    drops: the model has dropout.
     """
 
     def __init__(
@@ -73,19 +80,28 @@ class StepKernel:
 
         state: one that `enter` was called on, for so many tokens.
         """
-        if torch.compiler.is_compiling() or tokens != 1 or not self._serves(model, state):
+        past = state.known_past
+        if torch.compiler.is_compiling() or past is None or tokens != 1 or not self._serves(model, state):
             return None
         weights = self._weights_of(model)
         kept = [state.tensors[path] for path, _ in self._state if path in state.tensors]
         batch = inputs[0].shape[0]
         if weights is None or len(kept) < len(self._state) or batch > MOST:
             return None
-        dtype = weights[0].dtype
         given = [x.contiguous() for x in inputs]
         tensors = [*weights, *kept, *given]
+        dtype = next((x.dtype for x in (*weights, *given) if x.is_floating_point()), None)
         if dtype not in _SERVED:
             return None
         numbers, dtypes = self._expected(model, batch, dtype)
+        counts = [count for _, count in self._state]
+        caches = [
+            x.numel() // max(-count * batch, 1) for x, count in zip(kept, counts, strict=True) if count < 0
+        ]
+        room = caches[0] if caches else 0  # that of the first cache, which all others should have
+        if caches and past >= room:
+            return None
+        numbers = [count if count >= 0 else -count * room for count in numbers]
         if not _fit(tensors, numbers, dtypes):
             return None
         operations = self._library.of(dtype)
@@ -96,12 +112,12 @@ class StepKernel:
         if any(count and not pointer for count, pointer in zip(numbers, pointers, strict=False)):
             return None  # its memory was given back
         addresses = torch.frombuffer(pointers, dtype=torch.int64)
-        done = operations.run(addresses, batch, state.known_past, torch.get_num_threads())
+        done = operations.run(addresses, batch, past, room, torch.get_num_threads())
         return results if done else None
 
     def _serves(self, model: nn.Module, state: State) -> bool:
         """Whether nothing is at work that must see the operations of a step."""
-        if state.known is None or state.starting or state.pieces is not None or not enabled():
+        if state.starting or state.pieces is not None or not enabled():
             return False
         if (self._drops and model.training) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return False
@@ -114,7 +130,10 @@ class StepKernel:
     def _expected(
         self, model: Stepped, batch: int, dtype: torch.dtype
     ) -> tuple[list[int], list[torch.dtype]]:
-        """The numbers and dtypes of all weights, of what a state of so many sequences keeps, and of the inputs."""
+        """The numbers and dtypes of all weights, of what a state of so many sequences keeps, and of the inputs.
+
+        Numbers below 0 are those of one token of a cache.
+        """
         if (batch, dtype) in self._sizes:
             return self._sizes[batch, dtype]
         numbers, dtypes = [count for _, count in self._weights], [dtype] * len(self._weights)
@@ -124,7 +143,7 @@ class StepKernel:
             dtypes.append(_DTYPES.get(last, dtype))
         for _, kind, shape in model.TOKENS:
             numbers.append(batch * math.prod(shape[1:]))
-            dtypes.append(torch.int64 if kind == "int" else dtype)
+            dtypes.append(_OF_INPUTS.get(kind, dtype))
         return self._sizes.setdefault((batch, dtype), (numbers, dtypes))
 
     # ------------------------------------------------------------ weights

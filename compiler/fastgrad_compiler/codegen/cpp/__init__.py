@@ -36,7 +36,18 @@ HEADERS = (
     "earlier",
     "register",
 )
-OF_STEPS = ("numbers", "types", "tile", "features", "problem", "decay", "polynomial", "step", "next")
+OF_STEPS = (
+    "numbers",
+    "types",
+    "tile",
+    "features",
+    "problem",
+    "decay",
+    "polynomial",
+    "step",
+    "stored",
+    "next",
+)
 
 
 @cache
@@ -56,9 +67,14 @@ def attention_of_steps(spec: KernelSpec) -> str:
     return f"{_constants(spec)}\n{_texts(OF_STEPS)}"
 
 
-def with_numbers(name: str) -> str:
-    """A header whose line `// NUMBERS` stands for those of types and of functions of one number."""
-    return _texts((name,)).replace("// NUMBERS\n", _texts(("numbers", "scalars")))
+def softmax_of_steps() -> str:
+    """What the kernel of a model's step has for attention by softmax."""
+    return _texts(("step_softmax",))
+
+
+def with_numbers(name: str, *others: str) -> str:
+    """A header whose line `// NUMBERS` stands for those of types and of functions of one number, and for others."""
+    return _texts((name,)).replace("// NUMBERS\n", _texts(("numbers", "scalars", *others)))
 
 
 def _texts(names: Sequence[str]) -> str:

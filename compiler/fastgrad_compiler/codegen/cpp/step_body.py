@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from fastgrad_compiler.codegen.cpp.rows import EXPRESSIONS
@@ -42,13 +42,22 @@ class Unserved(Exception):
 
 @dataclass(frozen=True)
 class Value:
-    """A pointer to numbers, of each sequence or of all; a constant; or the transpose of a pointer's matrix."""
+    """A pointer to numbers, of each sequence or of all; a constant; or the transpose of a pointer's matrix.
+
+    stored: the numbers are a weight's, as the model holds it.
+    """
 
     text: str
     batch: bool
     shape: tuple[int, ...]
     is_number: bool = False
     transposed: bool = False
+    stored: bool = False
+
+    @property
+    def element(self) -> str:
+        """The type of its numbers."""
+        return "input" if self.stored else "real"
 
     @property
     def count(self) -> int:
@@ -81,6 +90,7 @@ class Function:
     state: Tensors
     each: int  # numbers of each sequence
     once: int
+    rows: tuple[tuple[int, int], ...]  # inputs by place that are rows of a table, and how many it has
 
 
 class Shared:
@@ -104,6 +114,7 @@ class Shared:
         self.batch = tokens[0]
         self.functions: dict[str, Function] = {}
         self.attentions: dict[KernelSpec, str] = {}
+        self.softmax = False  # whether there is one
         self.turns: list[tuple[int, float, tuple[float, ...]]] = []
         self.most_tokens: int | None = None
         self.drops = False
@@ -120,6 +131,11 @@ class Shared:
         if None in rest or 0 in rest:
             raise Unserved
         return batch, tuple(size for size in rest if size is not None)
+
+    def declared(self, type_: TensorType, text: str) -> Value:
+        """A value of a type."""
+        batch, shape = self.shape(type_)
+        return Value(text, batch, shape)
 
     def angles(self, width: int, base: float, stretch: tuple[float, ...]) -> int:
         """The place of the angles that `rotary` turns by among those of a call."""
@@ -148,6 +164,7 @@ class Body:
         self.weights: Tensors = ()
         self.state: Tensors = ()
         self.each = self.once = self.most_each = self.most_once = 0
+        self.rows: list[tuple[int, int]] = []
         self.said = self.above = ""  # of the file: the present statement, and the last one above a line
         self.inlined = self._inlined()
 
@@ -178,6 +195,7 @@ class Body:
             self.state,
             self.each + self.most_each,
             self.once + self.most_once,
+            tuple(self.rows),
         )
 
     # ------------------------------------------------------------ what rules ask
@@ -190,6 +208,15 @@ class Body:
         self.above = self.said
 
     def value(self, name: str) -> Value:
+        """A node as an operand, in memory, of the type `real`."""
+        value = self.operand(name)
+        if value.stored:
+            wide = f"wide_{len(self.lines)}_real"
+            self.line(f"const Wide {wide}({value.text}, {value.numbers});")
+            value = self.values[name] = replace(value, text=f"{wide}.data", stored=False)
+        return value
+
+    def operand(self, name: str) -> Value:
         """A node as an operand, in memory."""
         value = self.values[name]
         if value.is_number or value.transposed:
@@ -216,7 +243,7 @@ class Body:
 
     def view(self, node: Node, of: Value) -> None:
         """The same numbers in the same order."""
-        self.values[node.name] = self.declared(node, of.text)
+        self.values[node.name] = replace(self.declared(node, of.text), stored=of.stored)
         if self.values[node.name].count != of.count or self.values[node.name].batch != of.batch:
             raise Unserved
 
@@ -224,9 +251,16 @@ class Body:
         self.weights += (Kept(f"{label}{{}}", numbers),)
         return f"part.weight({count(self.weights) - 1})"
 
-    def kept(self, path: str, numbers: int, element: str = "real") -> str:
+    def kept(self, path: str, numbers: int, element: str) -> str:
         self.state += (Kept(path, numbers),)
         return f"part.kept<{element}>({count(self.state) - 1})"
+
+    def is_row(self, name: str, rows: int) -> None:
+        """An input has rows of a table, which is looked at before anything is done."""
+        places = [place for place, node in enumerate(self.graph.inputs) if node.name == name]
+        if not places:
+            raise Unserved
+        self.rows.append((places[0], rows))
 
     def expression(self, name: str, like: Value, flat: bool) -> str:
         """A node as an entry `i` of row `row` of a value, by its computation where it is inlined."""
@@ -236,7 +270,8 @@ class Body:
         value = self.values[name]
         if value.is_number:
             return f"real({value.text})"
-        return f"{self.value(name).text}[{f'row * {like.count} + i' if flat else _place(value, like)}]"
+        entry = f"{self.operand(name).text}[{f'row * {like.count} + i' if flat else _place(value, like)}]"
+        return f"number({entry})" if value.stored else entry
 
     # ------------------------------------------------------------ nodes
 
@@ -293,8 +328,7 @@ class Body:
         return list(found)
 
     def declared(self, node: Node, text: str) -> Value:
-        batch, shape = self.shared.shape(node.tensor)
-        return Value(text, batch, shape)
+        return self.shared.declared(node.tensor, text)
 
     def variable(self, node: Node, place: int) -> str:
         """A name that no word of C++ and no other value has."""
@@ -318,6 +352,8 @@ class Body:
         if node.get("once"):
             raise Unserved
         inputs = [self.value(name).text for name in node.inputs]
+        for at, rows in function.rows:
+            self.is_row(node.inputs[at], rows)
         self._run(graph, "", inputs, [value.text for value in self.results(node, place)])
         if not node.is_fused:
             self.weights += called(function.weights, str(node["label"]))
@@ -336,6 +372,8 @@ class Body:
         now, first = [value.text for value in results], 0
         for body, times in runs(node):
             function = self.shared.functions[body]
+            if function.rows:
+                raise Unserved
             self.line(f"for (long i = 0; i < {times}; ++i) {{")
             self._run(body, "i", [*now, *fixed], others)
             for value, one, other in zip(results, now, others, strict=True):
@@ -347,10 +385,13 @@ class Body:
 
     def results(self, node: Node, place: int) -> list[Value]:
         """Memory for the results of a node that runs graphs."""
+        types = (node.type,) if isinstance(node.type, TensorType) else node.type or ()
+        if any(type_.dtype != "float" for type_ in types):
+            raise Unserved
         if isinstance(node.type, TensorType):
             return [self.target(node, place)]
         found = []
-        for i, type_ in enumerate(node.type or ()):
+        for i, type_ in enumerate(types):
             batch, shape = self.shared.shape(type_)
             value = Value(f"{self.variable(node, place)}_{i}th", batch, shape)
             self.memory(value)
@@ -393,9 +434,7 @@ def _place(value: Value, like: Value) -> str:
 
 
 def element_type(type_: TensorType) -> str:
-    if type_.dtype == "bool":
-        raise Unserved
-    return "real" if type_.dtype == "float" else "std::int64_t"
+    return {"float": "real", "bool": "bool"}.get(type_.dtype, "std::int64_t")
 
 
 def numbered(name: str, number: int) -> str:

@@ -11,11 +11,23 @@ typedef real line __attribute__((vector_size(64), aligned(sizeof(real)), may_ali
 
 inline line& at(real* memory) { return *reinterpret_cast<line*>(memory); }
 inline const line& at(const real* memory) { return *reinterpret_cast<const line*>(memory); }
+#if FASTGRAD_VARIANT == 2
+inline line at(const input* memory) {
+  typedef std::uint16_t halves __attribute__((vector_size(32)));
+  typedef std::uint32_t words __attribute__((vector_size(64)));
+  halves bits;
+  std::memcpy(&bits, memory, sizeof bits);
+  const words whole = __builtin_convertvector(bits, words) << 16;
+  line found;
+  std::memcpy(&found, &whole, sizeof found);
+  return found;
+}
+#endif
 
-// A call: its sequences, how many tokens came before, the angles at this place, and memory for what stands between
-// operations.
+// A call: its sequences, how many tokens came before, for how many caches have room, the angles at this place, and memory
+// for what stands between operations.
 struct Call {
-  long batch, past, threads;
+  long batch, past, room, threads;
   const real* turns[TURNS > 0 ? TURNS : 1];
   real* free;
 
@@ -40,7 +52,7 @@ struct Scratch {
 struct Part {
   const std::int64_t *weights, *state;
 
-  const real* weight(long place) const { return reinterpret_cast<const real*>(weights[place]); }
+  const input* weight(long place) const { return reinterpret_cast<const input*>(weights[place]); }
   template <typename Element>
   Element* kept(long place) const { return reinterpret_cast<Element*>(state[place]); }
   Part from(long weight, long kept) const { return {weights + weight, state + kept}; }
@@ -49,8 +61,9 @@ struct Part {
 // ---------------------------------------------------------------- products with weights
 
 // A weight, [depth, columns], or its transpose [columns, depth] as it lies in memory, and where the product goes.
+template <typename Element>
 struct Product {
-  const real* weight;
+  const Element* weight;
   long columns;
   bool transposed;
   real* out;
@@ -61,8 +74,9 @@ constexpr int STREAMS = 8;
 
 // out [rows, columns] (+)= COUNT columns of x [rows, depth] times as many rows of a weight, both `apart` from each other;
 // a line of the weight serves all rows of x.
-template <int COUNT>
-inline void add_rows(const real* x, long rows, long depth, const real* weight, long columns, long apart, bool fresh, real* out) {
+template <int COUNT, typename Element>
+inline void add_rows(const real* x, long rows, long depth, const Element* weight, long columns, long apart, bool fresh,
+                     real* out) {
   const long whole = columns / LINE * LINE;
   for (long c = 0; c < whole; c += LINE) {
     line w[COUNT];
@@ -79,13 +93,14 @@ inline void add_rows(const real* x, long rows, long depth, const real* weight, l
   for (long row = 0; row < rows; ++row)
     for (long c = whole; c < columns; ++c) {
       real sum = fresh ? 0 : out[row * columns + c];
-      for (int k = 0; k < COUNT; ++k) sum += x[row * depth + k * apart] * weight[k * apart * columns + c];
+      for (int k = 0; k < COUNT; ++k) sum += x[row * depth + k * apart] * number(weight[k * apart * columns + c]);
       out[row * columns + c] = sum;
     }
 }
 
 // The part of a product that the rows [first, last) of the weight make.
-inline void part_of(const real* x, long rows, long depth, const Product& p, long first, long last, real* out) {
+template <typename Element>
+inline void part_of(const real* x, long rows, long depth, const Product<Element>& p, long first, long last, real* out) {
   const long apart = (last - first) / STREAMS;
   for (long k = first; k < first + apart; ++k)
     add_rows<STREAMS>(x + k, rows, depth, p.weight + k * p.columns, p.columns, apart, k == first, out);
@@ -93,39 +108,50 @@ inline void part_of(const real* x, long rows, long depth, const Product& p, long
     add_rows<1>(x + k, rows, depth, p.weight + k * p.columns, p.columns, 1, k == first, out);
 }
 
-inline real total(line v) {
+inline real total(line v) {  // by halves: one by one, sums would wait for each other
+  typedef real half __attribute__((vector_size(32)));
+  typedef real quarter __attribute__((vector_size(16)));
+  half halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  const half both = halves[0] + halves[1];
+  quarter quarters[2];
+  std::memcpy(quarters, &both, sizeof both);
+  const quarter last = quarters[0] + quarters[1];
   real sum = 0;
-#pragma GCC unroll 16
-  for (int i = 0; i < LINE; ++i) sum += v[i];
+  for (std::size_t i = 0; i < 16 / sizeof(real); ++i) sum += last[i];
+  return sum;
+}
+
+template <typename Element>
+inline real dot(long width, const Element* a, const real* b) {
+  const long whole = width / LINE * LINE;
+  line even{}, odd{};
+  long i = 0;
+  for (; i + 2 * LINE <= whole; i += 2 * LINE) {
+    even += at(a + i) * at(b + i);
+    odd += at(a + i + LINE) * at(b + i + LINE);
+  }
+  if (i < whole) even += at(a + i) * at(b + i);
+  real sum = total(even + odd);
+  for (i = whole; i < width; ++i) sum += number(a[i]) * b[i];
   return sum;
 }
 
 // The columns [first, last) of a product with a weight's transpose: an entry is the product of two rows.
-inline void dots_of(const real* x, long rows, long depth, const Product& p, long first, long last) {
-  const long whole = depth / LINE * LINE;
-  for (long c = first; c < last; ++c) {
-    const real* const weight = p.weight + c * depth;
-    for (long row = 0; row < rows; ++row) {
-      const real* const other = x + row * depth;
-      line even{}, odd{};
-      long k = 0;
-      for (; k + 2 * LINE <= whole; k += 2 * LINE) {
-        even += at(weight + k) * at(other + k);
-        odd += at(weight + k + LINE) * at(other + k + LINE);
-      }
-      if (k < whole) even += at(weight + k) * at(other + k);
-      real sum = total(even + odd);
-      for (k = whole; k < depth; ++k) sum += weight[k] * other[k];
-      p.out[row * p.columns + c] = sum;
-    }
-  }
+template <typename Element>
+inline void dots_of(const real* x, long rows, long depth, const Product<Element>& p, long first, long last) {
+  for (long c = first; c < last; ++c)
+    for (long row = 0; row < rows; ++row)
+      p.out[row * p.columns + c] = dot(depth, p.weight + c * depth, x + row * depth);
 }
 
 // Products of rows [rows, depth] with several weights, each of which is read once. A thread has a part of each weight that
 // lies without gaps: some of its rows, and the sums of all threads are added up.
-inline void multiply(const Call& call, long rows, long depth, const real* x, std::initializer_list<Product> products) {
+template <typename Element>
+inline void multiply(const Call& call, long rows, long depth, const real* x,
+                     std::initializer_list<Product<Element>> products) {
   long columns = 0;
-  for (const Product& p : products) columns += p.columns;
+  for (const auto& p : products) columns += p.columns;
   const long threads = std::min<long>(call.threads_for(depth * columns), std::max(1L, depth / (2 * STREAMS)));
   static thread_local std::vector<real> memory;  // the sums of all threads but the first
   memory.resize(std::max<std::size_t>(memory.size(), (threads - 1) * rows * columns));
@@ -133,7 +159,7 @@ inline void multiply(const Call& call, long rows, long depth, const real* x, std
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
   for (long thread = 0; thread < threads; ++thread) {
     real* own = sums + (thread - 1) * rows * columns;
-    for (const Product& p : products) {
+    for (const auto& p : products) {
       if (p.transposed) {
         dots_of(x, rows, depth, p, p.columns * thread / threads, p.columns * (thread + 1) / threads);
       } else {
@@ -144,7 +170,7 @@ inline void multiply(const Call& call, long rows, long depth, const real* x, std
   }
   for (long thread = 1; thread < threads; ++thread) {
     const real* own = sums + (thread - 1) * rows * columns;
-    for (const Product& p : products) {
+    for (const auto& p : products) {
       if (!p.transposed)
 #pragma omp simd
         for (long i = 0; i < rows * p.columns; ++i) p.out[i] += own[i];
@@ -155,8 +181,10 @@ inline void multiply(const Call& call, long rows, long depth, const real* x, std
 
 // ---------------------------------------------------------------- rows
 
-inline void embed(long rows, long width, const real* table, const std::int64_t* ids, real* out) {
-  for (long row = 0; row < rows; ++row) std::copy_n(table + ids[row] * width, width, out + row * width);
+template <typename Element>
+inline void embed(long rows, long width, const Element* table, const std::int64_t* ids, real* out) {
+  for (long row = 0; row < rows; ++row)
+    for (long i = 0; i < width; ++i) out[row * width + i] = number(table[ids[row] * width + i]);
 }
 
 // Whether all ids are those of rows of a table.
@@ -172,23 +200,25 @@ inline real sum(long width, Value value) {
   return sum;
 }
 
-inline void rms_norm(long rows, long width, const real* x, const real* w, real eps, real* out) {
+template <typename W>
+inline void rms_norm(long rows, long width, const real* x, const W* w, real eps, real* out) {
   for (long row = 0; row < rows; ++row, x += width, out += width) {
     const real scale = real(1) / std::sqrt(sum(width, [=](long i) { return x[i] * x[i]; }) / width + eps);
 #pragma omp simd
-    for (long i = 0; i < width; ++i) out[i] = x[i] * scale * w[i];
+    for (long i = 0; i < width; ++i) out[i] = x[i] * scale * number(w[i]);
   }
 }
 
 // Of rows from which their rounded mean is taken before, so that rows of nearly equal entries are not too long.
-inline void layer_norm(long rows, long width, const real* x, const real* w, const real* b, real eps, real* out) {
+template <typename W, typename B>
+inline void layer_norm(long rows, long width, const real* x, const W* w, const B* b, real eps, real* out) {
   for (long row = 0; row < rows; ++row, x += width, out += width) {
     const real first = sum(width, [=](long i) { return x[i]; }) / width;
     const real rest = sum(width, [=](long i) { return x[i] - first; }) / width;
     const auto centred = [=](long i) { return (x[i] - first) - rest; };
     const real scale = real(1) / std::sqrt(sum(width, [=](long i) { return centred(i) * centred(i); }) / width + eps);
 #pragma omp simd
-    for (long i = 0; i < width; ++i) out[i] = centred(i) * scale * w[i] + b[i];
+    for (long i = 0; i < width; ++i) out[i] = centred(i) * scale * number(w[i]) + number(b[i]);
   }
 }
 
@@ -234,29 +264,55 @@ inline void rotary(long rows, long width, const real* turns, real sign, const re
 }
 
 // x after the `before` tokens of each row [before, width] that are kept, the last of which it becomes.
-inline void keep(long before, long width, const real* x, real* recent) {
+inline void keep(long before, long width, const real* x, input* recent) {
   std::copy(recent + width, recent + before * width, recent);
-  std::copy_n(x, width, recent + (before - 1) * width);
+  for (long i = 0; i < width; ++i) put(x[i], recent[(before - 1) * width + i]);
 }
 
-// The token that came `by` tokens before.
-inline void shift(long rows, long width, long by, const real* x, real* recent, real* out) {
+// The token that came `by` tokens before; seen: see `seen_of`, of `each` rows.
+inline void shift(long rows, long width, long by, const real* x, input* recent, const long* seen, long each, real* out) {
   for (long row = 0; row < rows; ++row, x += width, out += width, recent += by * width) {
-    std::copy_n(recent, width, out);
+    const bool sees = !seen || seen[row / each] >= by;
+    for (long i = 0; i < width; ++i) out[i] = sees ? number(recent[i]) : 0;
     keep(by, width, x, recent);
   }
 }
 
 // The sum over k of w_k times the token k before, for w [before + 1, width].
-inline void depthwise(long rows, long width, long before, const real* x, const real* w, real* recent, real* out) {
+template <typename Element>
+inline void depthwise(long rows, long width, long before, const real* x, const Element* w, input* recent,
+                      const long* seen, long each, real* out) {
   for (long row = 0; row < rows; ++row, x += width, out += width, recent += before * width) {
+    const long last = seen ? seen[row / each] : before;
 #pragma omp simd
-    for (long i = 0; i < width; ++i) out[i] = x[i] * w[i];
-    for (long k = 1; k <= before; ++k)
+    for (long i = 0; i < width; ++i) out[i] = x[i] * number(w[i]);
+    for (long k = 1; k <= last; ++k)
 #pragma omp simd
-      for (long i = 0; i < width; ++i) out[i] += recent[(before - k) * width + i] * w[k * width + i];
+      for (long i = 0; i < width; ++i) out[i] += number(recent[(before - k) * width + i]) * number(w[k * width + i]);
     keep(before, width, x, recent);
   }
+}
+
+// How many of the last tokens of each sequence, whose ids [batch, before] are kept, are of the document of its new one.
+inline std::vector<long> seen_of(long batch, long before, const std::int64_t* ids, std::int64_t* kept) {
+  std::vector<long> seen(batch);
+  for (long b = 0; b < batch; ++b, kept += before) {
+    while (seen[b] < before && kept[before - 1 - seen[b]] == ids[b]) ++seen[b];
+    std::copy(kept + 1, kept + before, kept);
+    kept[before - 1] = ids[b];
+  }
+  return seen;
+}
+
+// The number of the document of each sequence's new token, of the number and the id of the last token's.
+inline std::vector<std::int64_t> run_of(long batch, const std::int64_t* ids, const std::int64_t* document,
+                                        std::int64_t* id) {
+  std::vector<std::int64_t> runs(batch);
+  for (long b = 0; b < batch; ++b) {
+    runs[b] = document[b] + (ids[b] != id[b]);
+    id[b] = ids[b];
+  }
+  return runs;
 }
 
 }  // namespace

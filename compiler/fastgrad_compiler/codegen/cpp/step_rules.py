@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
-from fastgrad_compiler.attention.kernel import spec_of
-from fastgrad_compiler.attention.value import Attention
+from fastgrad_compiler.codegen.cpp.step_attention import attention
 from fastgrad_compiler.codegen.cpp.step_body import Body, Rule, Unserved, Value, times
-from fastgrad_compiler.ir.graph import STEP, Node, integer, number, sequence
-from fastgrad_compiler.ir.masks import FORGET
+from fastgrad_compiler.ir.graph import Node, integer, number, sequence
 from fastgrad_grammar.quote import cpp_comment
 
 
@@ -19,8 +18,8 @@ def _weight(body: Body, node: Node, place: int) -> None:
         raise Unserved
     read = body.weight(str(node["label"]), value.count)
     name = body.variable(node, place)
-    body.line(f"const real* const {name} = {read};  // {cpp_comment(str(node['label']))}")
-    body.values[node.name] = body.declared(node, name)
+    body.line(f"const input* const {name} = {read};  // {cpp_comment(str(node['label']))}")
+    body.values[node.name] = replace(value, text=name, stored=True)
 
 
 def _constant(body: Body, node: Node, place: int) -> None:
@@ -31,12 +30,12 @@ def _constant(body: Body, node: Node, place: int) -> None:
 
 
 def _view(body: Body, node: Node, place: int) -> None:
-    body.view(node, body.value(node.inputs[0]))
+    body.view(node, body.operand(node.inputs[0]))
 
 
 def _heads(body: Body, node: Node, place: int) -> None:
     """The axis of tokens, of one, and that of heads are exchanged."""
-    of, shape = body.value(node.inputs[0]), body.declared(node, "").shape
+    of, shape = body.operand(node.inputs[0]), body.declared(node, "").shape
     tokens = of.shape[-2] if node.op == "split_heads" else shape[-2]
     if tokens != 1:
         raise Unserved
@@ -44,7 +43,7 @@ def _heads(body: Body, node: Node, place: int) -> None:
 
 
 def _permute(body: Body, node: Node, place: int) -> None:
-    of = body.value(node.inputs[0])
+    of = body.operand(node.inputs[0])
     shape = (0, *of.shape) if of.batch else of.shape
     axes = [integer(axis) % len(shape) for axis in sequence(node["axes"])]
     moved = [axis for axis in axes if shape[axis] != 1]
@@ -52,7 +51,7 @@ def _permute(body: Body, node: Node, place: int) -> None:
         body.view(node, of)
     elif axes == [1, 0] and not of.batch:
         made = body.declared(node, of.text)
-        body.values[node.name] = Value(made.text, False, made.shape, transposed=True)
+        body.values[node.name] = replace(made, transposed=True, stored=of.stored)
     else:
         raise Unserved
 
@@ -67,9 +66,8 @@ def _item(body: Body, node: Node, place: int) -> None:
 
 
 def _embedding(body: Body, node: Node, place: int) -> None:
-    table, ids = (body.value(name) for name in node.inputs)
-    if body.graph.name != body.shared.main.name or body.graph[node.inputs[1]].op != "input":
-        raise Unserved  # ids are looked at before anything is done
+    table, ids = (body.operand(name) for name in node.inputs)
+    body.is_row(node.inputs[1], table.shape[0])
     target = body.target(node, place)
     numbers = times("call.batch", ids.count)
     body.line(f"embed({numbers}, {target.width}, {table.text}, {ids.text}, {target.text});")
@@ -78,7 +76,7 @@ def _embedding(body: Body, node: Node, place: int) -> None:
 def _matmul(body: Body, node: Node, place: int) -> None:
     """A product with a weight, and others that read the same rows beside it."""
     x, place_of = body.value(node.inputs[0]), {each.name: i for i, each in enumerate(body.graph.nodes)}
-    rows, depth, products = x.rows, x.width, []
+    products: dict[str, list[str]] = {}
     for user in body.graph.users[node.inputs[0]]:
         if user.op != "matmul" or user.inputs[0] != node.inputs[0] or user.name not in body.graph.alive:
             continue
@@ -92,12 +90,14 @@ def _matmul(body: Body, node: Node, place: int) -> None:
             raise Unserved
         target = body.target(user, place_of[user.name])
         transposed = str(weight.transposed).lower()
-        products.append(f"{{{weight.text}, {target.width}, {transposed}, {target.text}}}")
-    body.line(f"multiply(call, {rows}, {depth}, {x.text}, {{{', '.join(products)}}});")
+        product = f"{{{weight.text}, {target.width}, {transposed}, {target.text}}}"
+        products.setdefault(weight.element, []).append(product)
+    for element, those in products.items():
+        body.line(f"multiply<{element}>(call, {x.rows}, {x.width}, {x.text}, {{{', '.join(those)}}});")
 
 
 def _norm(body: Body, node: Node, place: int) -> None:
-    x, *weights = (body.value(name) for name in node.inputs)
+    x, *weights = body.value(node.inputs[0]), *map(body.operand, node.inputs[1:])
     eps = [f"real({number(node['eps'])!r})"] if node.op != "unit" else []
     target = body.target(node, place)
     given = [x.rows, str(x.width), *(each.text for each in (x, *weights)), *eps, target.text]
@@ -137,7 +137,7 @@ def _pad(body: Body, node: Node, place: int) -> None:
 
 def _slice(body: Body, node: Node, place: int) -> None:
     """The row of a table of positions that is this token's."""
-    x, start = body.value(node.inputs[0]), node["start"]
+    x, start = body.operand(node.inputs[0]), node["start"]
     if (
         not node.get("past")
         or x.batch
@@ -149,7 +149,8 @@ def _slice(body: Body, node: Node, place: int) -> None:
         raise Unserved
     body.shared.limit(x.shape[0] - start)
     row = math.prod(x.shape[1:])
-    body.values[node.name] = body.declared(node, f"({x.text} + (call.past + {start}) * {row})")
+    place_of = f"({x.text} + (call.past + {start}) * {row})"
+    body.values[node.name] = replace(x, text=place_of, shape=body.declared(node, "").shape)
 
 
 def _rotary(body: Body, node: Node, place: int) -> None:
@@ -164,49 +165,33 @@ def _rotary(body: Body, node: Node, place: int) -> None:
 
 
 def _recent(body: Body, node: Node, place: int) -> None:
-    """Of the last tokens, without documents."""
-    x, *weights = (body.value(name) for name in node.inputs)
-    before = integer(node["by"]) if node.op == "shift" else body.value(node.inputs[1]).shape[0] - 1
-    documents = len(node.inputs) > (1 if node.op == "shift" else 2)
-    if node.get("state") is None or documents or not x.batch or x.shape[-2] != 1:
+    """Of the last tokens, those of the same document where there are documents."""
+    x, *others = body.value(node.inputs[0]), *map(body.operand, node.inputs[1:])
+    weights, ids = (others[:1], others[1:]) if node.op == "depthwise" else ([], others)
+    before = integer(node["by"]) if node.op == "shift" else weights[0].shape[0] - 1
+    if node.get("state") is None or not x.batch or x.shape[-2] != 1 or before == 0:
         raise Unserved
-    if before == 0:
-        raise Unserved
-    target = body.target(node, place)
-    recent = body.kept(f"{node['state']}{{}}.recent", before * x.count)
-    given = [x.rows, str(x.width), str(before), x.text, *(each.text for each in weights), recent, target.text]
+    target, label = body.target(node, place), f"{node['state']}{{}}"
+    recent, seen = body.kept(f"{label}.recent", before * x.count, "input"), "nullptr"
+    if ids:
+        documents = body.kept(f"{label}.documents", before, "std::int64_t")
+        body.line(
+            f"const auto {target.text}_seen = seen_of(call.batch, {before}, {ids[0].text}, {documents});"
+        )
+        seen = f"{target.text}_seen.data()"
+    rows, each = x.rows, str(x.count // x.width)
+    given = [
+        rows,
+        str(x.width),
+        str(before),
+        x.text,
+        *(w.text for w in weights),
+        recent,
+        seen,
+        each,
+        target.text,
+    ]
     body.line(f"{node.op}({', '.join(given)});")
-
-
-def _attention(body: Body, node: Node, place: int) -> None:
-    """Causal, by a polynomial, of one token to all before it."""
-    attention, shared = Attention.of(node), body.shared
-    watched = (body.graph.name.removesuffix(STEP), node.name) in shared.guarded
-    if node.get("state") is None or watched or (shared.exact and not attention.is_own):
-        raise Unserved
-    given = attention.by_role([body.value(name) for name in node.inputs])
-    spec = spec_of(attention, *(given[role].width if role in given else 0 for role in ("q", "v", "near_q")))
-    if spec.padding or spec.documents or not spec.causal or spec.precision != "float32":
-        raise Unserved
-    heads, query_heads = given["k"].shape[0], given["q"].shape[0]
-    target = body.target(node, place)
-    label, ring = f"{node['state']}{{}}", 2 * (spec.near or 0)
-    near, forgets = bool(spec.near), spec.forget
-    kept = [
-        body.kept(f"{label}.k", heads * ring * spec.d),
-        body.kept(f"{label}.v", heads * ring * spec.dv),
-        body.kept(f"{label}.near_k", heads * ring * spec.near_d) if spec.near_d else "nullptr",
-        body.kept(f"{label}.log_gate", heads * ring, "double") if forgets and near else "nullptr",
-        body.kept(f"{label}.summed.shared", 1, "std::int64_t") if near else "nullptr",
-        body.kept(f"{label}.sums", heads * spec.rank * (spec.dv + 1), "double"),
-    ]
-    tokens = [
-        given[role].text if role in given else "nullptr"
-        for role in ("q", "k", "v", "near_q", "near_k", FORGET)
-    ]
-    sizes = ["call.batch", str(heads), str(query_heads // heads), "call.past", "call.threads"]
-    name = shared.attention(spec)
-    body.line(f"{name}::next({', '.join([*sizes, *tokens])}, {{{', '.join(kept)}}}, {target.text});")
 
 
 RULES: Mapping[str, Rule] = {
@@ -235,6 +220,7 @@ RULES: Mapping[str, Rule] = {
     "rotary": _rotary,
     "shift": _recent,
     "depthwise": _recent,
-    "poly_attention": _attention,
+    "attention": attention,
+    "poly_attention": attention,
 }
 """What a kernel may compute beside ELEMENTWISE."""

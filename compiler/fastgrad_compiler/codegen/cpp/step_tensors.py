@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
+OF_CACHE = -1
+"""Times the numbers of one token: of a cache of all tokens, with as much room as a state has."""
+
 
 class Kept(NamedTuple):
-    """A tensor. While a graph is written, `{}` in its path is where the iterations of loops around would stand."""
+    """A tensor; numbers below 0: a cache.
+
+    While a graph is written, `{}` in its path is where the iterations of loops around would stand.
+    """
 
     path: str
     numbers: int
