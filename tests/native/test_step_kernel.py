@@ -510,9 +510,8 @@ def test_results_that_no_kernel_writes(type: str, given: str, also: str, result:
 def test_long_expressions() -> None:
     spec = "use std\ndim b\ndim n\nmodel m(x: float[b, n, 8]) -> float[b, n, 8] {\n"
     spec += "x = std.kernel_attention(x; heads = 2, qk_dim = 4, causal = true) as attention\n"
-    kernel = emit_step(
-        fg.compile(spec + "x = x * 0.99 + x\n" * 700 + "return x\n}", target="cpp").program, False, ()
-    )
+    spec += "x = x * 0.99 + x\n" * 550 + "return x\n}"
+    kernel = emit_step(fg.compile(spec, target="cpp", validate=False).program, False, ())
     assert kernel is not None
     assert max(map(len, kernel.text.splitlines())) < 3000
 

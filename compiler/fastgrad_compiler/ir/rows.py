@@ -27,7 +27,6 @@ def kind_of(type_: TensorType, shape: Shape) -> Kind | None:
     return kinds.get(type_.shape) if type_.dtype == "float" else None
 
 
-def row_shape(types: Iterable[TensorType], wanted: Shape | None = None) -> Shape | None:
-    """The shape of the rows among some tensors: the first with two axes or more and a width; else the wanted one."""
-    whole = (each.shape for each in types if len(each.shape) > 1 and each.shape[-1] != Dim.of(1))
-    return next(whole, wanted)
+def row_shape(types: Iterable[TensorType]) -> Shape | None:
+    """The shape of the rows among some tensors: the first with two axes or more and a width."""
+    return next((each.shape for each in types if len(each.shape) > 1 and each.shape[-1] != Dim.of(1)), None)

@@ -52,31 +52,27 @@ def _fused(graph: Graph, groups: list[Graph], program: Program) -> Graph:
 
 def _groups(graph: Graph) -> list[frozenset[str]]:
     """The names of each group's nodes: as many as may run at one time, of one row shape."""
-    found: list[frozenset[str]] = []
+    found: list[tuple[Shape, frozenset[str]]] = []
     for node in graph.nodes:
         shape = _shape(graph, node)
         if shape is None:
             continue
         merged = frozenset((node.name,))
-        for group in list(found):
-            near = not group.isdisjoint(node.inputs)
-            alike = all(_shape(graph, graph[name], shape) == shape for name in group)
-            if near and alike and _is_convex(graph, merged | group):
+        for each in list(found):
+            alike, group = each[0] == shape, each[1]
+            if alike and not group.isdisjoint(node.inputs) and _is_convex(graph, merged | group):
                 merged |= group
-                found.remove(group)
-        found.append(merged)
-    return found
+                found.remove(each)
+        found.append((shape, merged))
+    return [group for _, group in found]
 
 
-def _shape(graph: Graph, node: Node, wanted: Shape | None = None) -> Shape | None:
-    """The shape of the rows that a node works on, None where a kernel does not do what it does.
-
-    A number of each row may be of rows of the shape that is wanted.
-    """
+def _shape(graph: Graph, node: Node) -> Shape | None:
+    """The shape of the rows that a node works on, None where a kernel does not do what it does."""
     if node.op not in (*ELEMENTWISE, *REDUCTIONS, *NORMS) or not isinstance(node.type, TensorType):
         return None
     operands = [graph[name].tensor for name in node.inputs]
-    shape = row_shape([node.type, *operands], wanted)
+    shape = row_shape([node.type, *operands])
     width = None if shape is None else shape[-1].constant
     if shape is None or width is None or not LEAST_WIDTH <= width <= MOST_WIDTH:
         return None
@@ -92,7 +88,7 @@ def _is_convex(graph: Graph, members: frozenset[str]) -> bool:
         if node.name in members:
             if not after.isdisjoint(node.inputs):
                 return False
-        elif not (after | members).isdisjoint(node.inputs):
+        elif not (after.isdisjoint(node.inputs) and members.isdisjoint(node.inputs)):
             after.add(node.name)
     return True
 
