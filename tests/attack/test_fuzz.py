@@ -75,7 +75,7 @@ def test_mutated_specs(tmp_path: Path) -> None:
 def test_mutated_files(tmp_path: Path) -> None:
     fuzz = Fuzz(5, tmp_path / "out")
     kinds = readers(tmp_path)
-    fuzz_files(fuzz, 0, 12 * len(kinds), kinds)
+    fuzz_files(fuzz, 0, 6 * len(kinds), kinds)
     assert not fuzz.findings
     for kind in kinds:
         assert any(each.startswith(f"{kind.name}: ") for each in fuzz.outcomes)

@@ -21,7 +21,9 @@ LENGTHS = (64, 203)  # the second is not divided by the ranks, nor by blocks
 DECODER = Decoder()
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(
+    scope="module", params=[2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 4))]
+)
 def steps(request: pytest.FixtureRequest) -> tuple[int, list[Taken]]:
     """What that many processes sent."""
     return request.param, taken(request.param, Request(SMALL, LENGTHS, 1))[0]

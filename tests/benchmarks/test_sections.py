@@ -78,6 +78,7 @@ def test_elu_attention_is_its_definition() -> None:
         torch.testing.assert_close(elu_attention(inputs.q, inputs.k, inputs.v, chunk=chunk), expected)
 
 
+@pytest.mark.slow
 def test_peers_are_measured_or_named_with_the_reason() -> None:
     section: Any = peers.measure(SETTINGS, n=512)
     everyone = [(peer.name, peer.setting) for peer in peers.peers("torch")]
@@ -130,6 +131,7 @@ def test_training_extrapolates_a_line_and_a_square() -> None:
     assert (row["n"], row["measured"]) == (40, False)
 
 
+@pytest.mark.slow
 def test_the_anatomy_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anatomy, "peak_flops", lambda threads: 1e11)
     monkeypatch.setattr(anatomy, "bandwidth", lambda: 1e10)
@@ -189,6 +191,7 @@ def test_generation_measures_tokens_and_prompts(monkeypatch: pytest.MonkeyPatch)
     assert "| 16 | 512 |" in generation_table.generation({**section, "quick": True})
 
 
+@pytest.mark.slow
 def test_a_soak_compares_with_float64() -> None:
     section: Any = soak.measure(SETTINGS)
     assert [point["tokens"] for point in section["points"]] == [1024, 2048, 4096]

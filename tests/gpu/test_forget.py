@@ -135,7 +135,8 @@ def test_sums_are_rounded_after_their_differences_are_taken(spec: KernelSpec) ->
     check(spec, inputs, torch.float32, run(spec, inputs))
 
 
-@pytest.mark.parametrize("near", [None, pytest.param(16, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("near", [None, 16])
 def test_the_result_does_not_depend_on_the_schedule(near: int | None) -> None:
     spec = replace(PLAIN, near=near, padding=True)
     inputs = rounded(spec, mixed(make_inputs(spec, 70, heads=1, batch=1)), torch.float32)
@@ -150,7 +151,7 @@ def test_the_result_does_not_depend_on_the_schedule(near: int | None) -> None:
         assert worst_error(other, [x.double() for x in first]) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("size", [300.0, -300.0])
+@pytest.mark.parametrize("size", [-300.0, pytest.param(300.0, marks=SLOW)])
 def test_logits_that_no_exp_could_hold(size: float) -> None:
     """Rows whose near logits are all about -300 and whose far keys are forgotten are not 0 / 0."""
     inputs = mixed(make_inputs(NEAR, 75, heads=1, batch=1))
@@ -190,6 +191,7 @@ def test_the_sums_are_two_numbers_to_the_last_bits() -> None:
     assert (sums.double().sum(-2) - expected).abs().max() <= 2.0**-47 * expected.abs().max()
 
 
+@SLOW
 def test_compiled_for_a_gpu_they_spill_nothing(tmp_path: Path) -> None:
     spec = KernelSpec(16, 64, COEFFICIENTS[2], causal=True, forget=True)
     launches = jobs(spec, write_kernels(spec, tmp_path, "kernels"), torch.bfloat16, "sm_90")

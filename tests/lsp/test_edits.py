@@ -134,6 +134,7 @@ def test_many_random_edits(editor: Editor, path: Any) -> None:
     attack(editor, path.read_text(encoding="utf-8"), seed=2, count=10_000 // len(EXAMPLES))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow(editor: Editor) -> None:
     """After a first round, a second one of the same length leaves no more behind than a few texts."""
 

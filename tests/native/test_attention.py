@@ -226,7 +226,9 @@ torch.save(out, sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
+@pytest.mark.parametrize(
+    "packed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["folder", "archive"]
+)
 def test_a_generated_package_stands_alone(packed: bool, tmp_path: Path) -> None:
     """In a folder, in an archive, and loaded here from memory."""
     compiled = fg.compile(EXAMPLES / "bounded.tfg", params=SIZES["bounded"], out=tmp_path / "gpt")
