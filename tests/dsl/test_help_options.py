@@ -45,7 +45,7 @@ SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "fastgrad_dsl/commands/convert.py": {"--resume": ("convert",)},
     "fastgrad_dsl/commands/train.py": dict.fromkeys(("--rate", "--resume", "--steps", "--clip"), ("train",)),
     "fastgrad_dsl/api/native_build.py": {"--target": ("compile",)},
-    "fastgrad_dsl/report/cautions.py": {"--dim": ("report",)},
+    "fastgrad_dsl/report/cautions.py": {"--dim": ("report",), "--calibrate": ("compile",)},
     "fastgrad_dsl/api/report.py": dict.fromkeys(("--dim", "--seed"), ("report",)),
     "fastgrad_dsl/models/sizes.py": {"--dim": ("report",)},
     "fastgrad_dsl/commands/report_table.py": {"--wide": ("report",)},
