@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SHORT_CALL = 2048  # tokens that are read in one call whatever their logits take
 LARGEST_LOGITS = 1 << 28  # entries of the logits of a call
+LONG_CACHE = 1 << 10  # tokens: longer than a cache that no length is asked for
+MOST_TOKENS = 1 << 53  # all numbers of tokens up to it are floats
 LOGITS, SEEN = "next.logits", "next.seen"
 """Names in a file besides those of the model's state."""
 
@@ -116,7 +118,7 @@ def load_reading(model: StepModel, path: Path) -> Reading:
             and seen.shape == logits.shape
             and seen.dtype == torch.bool
         )
-        if not fits or int(state.position) < 0 or not _alike(state, model.start(logits.shape[0])):
+        if not fits or not _is_sound(state, model, logits.shape[0]):
             raise ValueError(f"{path} has tensors that are not those of the model's state")
     except OSError as error:
         raise TfgError.of("FG435", f"cannot read the state {path}: {error.strerror or error}") from None
@@ -127,14 +129,17 @@ def load_reading(model: StepModel, path: Path) -> Reading:
     return Reading(state, logits, seen)
 
 
-def _alike(state: State, fresh: State) -> bool:
-    """Whether a state has the tensors of a fresh one, but for the length of caches."""
-    if state.tensors.keys() != fresh.tensors.keys():
+def _is_sound(state: State, model: StepModel, rows: int) -> bool:
+    """Whether a state has the tensors of a fresh one, and caches that hold all its tokens."""
+    position = int(state.position)
+    fresh, longer = (model.start(rows, capacity=capacity).tensors for capacity in (0, LONG_CACHE))
+    if not 0 <= position <= MOST_TOKENS or state.tensors.keys() != fresh.keys():
         return False
-    pairs = [(state.tensors[path], tensor) for path, tensor in fresh.tensors.items()]
-    return all(
-        one.dtype == other.dtype
-        and one.ndim == other.ndim
-        and sum(a != b for a, b in zip(one.shape, other.shape, strict=True)) <= 1
-        for one, other in pairs
-    )
+    for path, found in state.tensors.items():
+        one, other = fresh[path], longer[path]
+        if (found.dtype, found.ndim) != (one.dtype, one.ndim):
+            return False
+        for size, a, b in zip(found.shape, one.shape, other.shape, strict=True):
+            if (size != a) if a == b else (size < position):
+                return False
+    return True

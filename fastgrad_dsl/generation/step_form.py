@@ -26,7 +26,7 @@ class StepModel(Protocol):
         """As those of nn.Module."""
         ...
 
-    def start(self, batch_size: int) -> State:
+    def start(self, batch_size: int, *, capacity: int = 0) -> State:
         """The state before the first token."""
         ...
 

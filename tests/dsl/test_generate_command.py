@@ -326,6 +326,10 @@ def test_a_state_of_another_model_or_a_damaged_one(fastgrad: Run) -> None:
             save_file({**{key: x for key, x in tensors.items() if key != name}, **other}, "s", about)
             with pytest.raises(fg.TfgError, match=r"^\[FG435\] s "):
                 load_reading(model, Path("s"))
+    for position in (-1, 65, 2**40, 2**63 - 1):  # the caches hold 64 tokens
+        save_file({**tensors, "position": torch.tensor(position)}, "s", about)
+        with pytest.raises(fg.TfgError, match=r"^\[FG435\] s has tensors that are not those"):
+            load_reading(model, Path("s"))
 
 
 def test_weights_that_are_not_finite_are_a_diagnostic(fastgrad: Run) -> None:

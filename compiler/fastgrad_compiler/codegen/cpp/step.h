@@ -247,9 +247,10 @@ inline void add_keys(Meeting<Element>& w, double* __restrict sums, int count) {
 // Adds the keys of the ring before `place` that its sums are to hold, and do not yet.
 template <typename Element>
 inline void move_sums(const Next<Element>& s, Meeting<Element>& w, long b, long h, long place, double* sums) {
-  const long from = place == s.past ? std::max<long>(*s.summed, 0) : s.summed_at(place - 1), to = s.summed_at(place);
+  const long first = place == s.past ? std::max<long>({*s.summed, s.past - RING, 0}) : s.summed_at(place - 1);
+  const long end = s.summed_at(place);
   int count = 0;
-  for (long key = from; key < to; ++key) {
+  for (long key = first; key < end; ++key) {
     if (!s.sees(b, place, key)) continue;
     const long slot = key % std::max(RING, 1L);
     const double factor = FORGET ? std::exp(s.ring_gates[(b * s.heads + h) * RING + slot]) : 1;
