@@ -69,7 +69,7 @@ class Parallel:
 def check_batch(options: Options, mesh: Mesh) -> None:
     """TfgError FG503 where a batch or its sequences have no equal parts for all, FG416 where --accumulate has none."""
     if options.batch % options.accumulate:
-        message = f"--accumulate {options.accumulate}: a batch of {options.batch} has no so many equal parts"
+        message = f"--accumulate {options.accumulate} does not divide a batch of {options.batch}"
         raise TfgError.of("FG416", message, "give a --batch that it divides")
     if options.batch % (options.accumulate * mesh.data):
         parts = f"{options.accumulate} times {mesh.data}" if options.accumulate > 1 else str(mesh.data)
@@ -102,19 +102,19 @@ def check_model(compiled: Compiled, options: Options, mesh: Mesh) -> None:
 
 
 def _check_parts(compiled: Compiled, tensor: int) -> None:
-    """TfgError FG503 where no block can be divided, or one that can has no so many equal parts."""
+    """TfgError FG503 where no block can be divided, or the parts of one would not be equal."""
     program = compiled.program
     if program.on_violation == "exact":
         message = f"--tensor {tensor}: on_violation = exact needs all heads of an attention"
         raise TfgError.of("FG503", message, "take the policy warn, clamp or raise")
     blocks = divisible_blocks(program)
     if not blocks:
-        message = f"--tensor {tensor}: no block of {program.main} has heads or a hidden width to divide"
+        message = f"--tensor {tensor}: no block of {program.main} has heads or a hidden width that can be divided"
         raise TfgError.of("FG503", message, "docs/distributed.md says which blocks have")
     uneven = [
         Diagnostic(
             "FG503",
-            f"--tensor {tensor}: {path} has {parts.units} heads or hidden entries, in no so many equal parts",
+            f"--tensor {tensor} does not divide the {parts.units} heads or hidden entries of {path}",
         )
         for path, parts in blocks.items()
         if parts.units % tensor

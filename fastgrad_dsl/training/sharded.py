@@ -105,7 +105,7 @@ def latest(folder: Path) -> Checkpoint:
 def _read(path: Path) -> ShardedCheckpoint:
     try:
         header = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
-        sizes = {"tensor": 1, **header["mesh"]}  # which runs before it had not
+        sizes = {"tensor": 1, **header["mesh"]}  # checkpoints without it are older than --tensor
         mesh = Mesh(*(int(sizes[each.name]) for each in fields(Mesh)))
         if header["format"] != FORMAT or min(asdict(mesh).values()) < 1:
             raise ValueError("it is of another format")
