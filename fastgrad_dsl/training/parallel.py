@@ -69,7 +69,7 @@ class Parallel:
 def check_batch(options: Options, mesh: Mesh) -> None:
     """TfgError FG503 where a batch or its sequences have no equal parts for all, FG416 where --accumulate has none."""
     if options.batch % options.accumulate:
-        message = f"--accumulate {options.accumulate}: a batch of {options.batch} has no so many equal parts"
+        message = f"--accumulate {options.accumulate}: a batch of {options.batch} cannot be divided by it"
         raise TfgError.of("FG416", message, "give a --batch that it divides")
     if options.batch % (options.accumulate * mesh.data):
         parts = f"{options.accumulate} times {mesh.data}" if options.accumulate > 1 else str(mesh.data)
@@ -102,7 +102,7 @@ def check_model(compiled: Compiled, options: Options, mesh: Mesh) -> None:
 
 
 def _check_parts(compiled: Compiled, tensor: int) -> None:
-    """TfgError FG503 where no block can be divided, or one that can has no so many equal parts."""
+    """TfgError FG503 where no block can be divided, or one that can cannot be divided into equal parts."""
     program = compiled.program
     if program.on_violation == "exact":
         message = f"--tensor {tensor}: on_violation = exact needs all heads of an attention"
@@ -114,7 +114,7 @@ def _check_parts(compiled: Compiled, tensor: int) -> None:
     uneven = [
         Diagnostic(
             "FG503",
-            f"--tensor {tensor}: {path} has {parts.units} heads or hidden entries, in no so many equal parts",
+            f"--tensor {tensor}: the {parts.units} heads or hidden entries of {path} cannot be divided by {tensor}",
         )
         for path, parts in blocks.items()
         if parts.units % tensor

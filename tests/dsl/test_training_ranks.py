@@ -388,12 +388,12 @@ def test_meshes_that_do_not_fit() -> None:
     said = refused(lambda: check_batch(replace(options, accumulate=2), Mesh(4, 1)))
     assert said == "FG503 --data 4: a batch of 4 sequences has no 2 times 4 equal parts"
     said = refused(lambda: check_batch(replace(options, accumulate=3), Mesh()))
-    assert said == "FG416 --accumulate 3: a batch of 4 has no so many equal parts"
+    assert said == "FG416 --accumulate 3: a batch of 4 cannot be divided by it"
     said = refused(lambda: check_batch(options, Mesh(1, 9)))
     assert said == "FG503 --context 9: sequences of 8 tokens are too short for so many pieces"
     said = refused(lambda: check_model(compiled, options, Mesh(1, 1, 3)))
     assert said == "; ".join(
-        f"FG503 --tensor 3: layers.{i}.mixer.attention has 2 heads or hidden entries, in no so many equal parts"
+        f"FG503 --tensor 3: the 2 heads or hidden entries of layers.{i}.mixer.attention cannot be divided by 3"
         for i in range(2)
     )
     check_model(compiled, options, Mesh(1, 1, 2))

@@ -405,13 +405,17 @@ def _moved(site: Site) -> Placed:
 def _mask(site: Site) -> Placed:
     """A mask on scores that are not part of an attention: one that asks for no place."""
     if site.place is not None and (site.node.op != "padding" or site.place.axis == -1):
-        raise site.fail("each token meets every other, and this is no attention that the compiler knows")
+        raise site.fail(
+            "every token meets every other one, and the compiler does not recognise this as attention"
+        )
     return _together(site)
 
 
 def _pairs(site: Site) -> Placed:
     if any(site.places):
-        raise site.fail("each token meets every other, and this is no attention that the compiler knows")
+        raise site.fail(
+            "every token meets every other one, and the compiler does not recognise this as attention"
+        )
     return None
 
 
