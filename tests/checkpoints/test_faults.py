@@ -49,7 +49,7 @@ def refusal(folder: Path, tmp_path: Path) -> str:
         ("n_embd", 4.0, "n_embd is 4.0"),
         ("n_embd", True, "n_embd is true"),
         ("n_embd", -4, "n_embd"),
-        ("n_embd", 5, "no multiple of n_head"),
+        ("n_embd", 5, "not a multiple of n_head"),
         ("layer_norm_epsilon", "1e-5", "layer_norm_epsilon"),
         ("scale_attn_weights", False, "scale_attn_weights is false, expected true"),
         ("quantization_config", {"bits": 4}, "quantization_config"),

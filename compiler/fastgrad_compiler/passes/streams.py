@@ -153,7 +153,7 @@ def _placed(site: Site) -> tuple[Placed, ...]:
     placed = STREAMS[node.op](site)
     axes = site.look.axes(node.tensor)
     if len(axes) > 1:
-        raise site.fail("each token meets every other")
+        raise site.fail("every token meets every other one")
     if axes != ([] if placed is None else [placed.axis]):
         raise site.fail("the tokens are not along an axis")
     return (placed,)
@@ -231,7 +231,7 @@ def _matmul(site: Site) -> Placed:
     if (left is not None and left.axis == -1) or (right is not None and right.axis == -2):
         raise site.fail("the product sums over tokens")
     if left is not None and right is not None and (left != right or left.axis > -3):
-        raise site.fail("each token meets every other")
+        raise site.fail("every token meets every other one")
     return left or right
 
 
