@@ -92,8 +92,8 @@ def _losses(section: Section) -> str:
         "decide, and attention does not matter: ours leads there because its keys are narrower, so that it has "
         f"{1 - weights[OURS] / weights[RING]:.0%} fewer weights.\n",
         "The model has all kernels at their peaks, and real ones are not. The table shows how many times slower than "
-        "in the model our attention may be, with the others at their peaks, before the better of them is as fast: if that "
-        "number is small, ours may lose on a real machine.\n",
+        "in the model our attention may be, with the others at their peaks, before the better of them is as fast: if "
+        "that number is small, ours may lose on a real machine.\n",
         _margins(section),
     ]
     return "\n".join(told)
@@ -363,8 +363,8 @@ def _faults(section: Section) -> str:
         "* `stops training`: training waits until the checkpoint is written, as Young (1974) and Daly (2006) assume. "
         "The simulation agrees with Daly's expectation, which a test asserts.\n"
         "* `in the background`: training stops only for the copy, and a checkpoint that is still being written is lost "
-        "when a rank fails, as with `torch.distributed.checkpoint.async_save`, which `fastgrad train` uses. The formulas "
-        "ignore the writing, which is short compared with the interval here, so Young's is still near the best.\n"
+        "when a rank fails, as with `torch.distributed.checkpoint.async_save`, which `fastgrad train` uses. The "
+        "formulas ignore the writing, which is short compared with the interval here, so Young's is still near the best.\n"
         "* `in groups`: the same mean time between failures by Weibull's distribution of shape 0.7 (Schroeder and "
         "Gibson 2006 found 0.7 to 0.8), with a best interval of its own.\n"
         "* The optimum is flat: with twice or half the best interval, checkpoints and repeated work cost a "
