@@ -18,7 +18,8 @@ def machine_line(section: Section) -> str:
     """Processor, threads and versions, as a phrase."""
     machine = section["machine"]
     vectors = f" ({machine['vectors']})" if machine["vectors"] else ""
-    return f"{machine['cpu']}{vectors}, {machine['threads']} threads, PyTorch {machine['torch']}, float32"
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    return f"{machine['cpu']}{vectors}, {threads}, PyTorch {machine['torch']}, float32"
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -27,17 +27,19 @@ the rates that were tried, mean and half the range over seeds. Made from [qualit
 
     python -m benchmarks.quality.run
 
-* **recall**: pairs of keys and values, then every key once again, at which its value is asked for (multi-query
-  associative recall, arXiv 2312.04927); the share of values that are foretold.
+* **recall**: pairs of keys and values, then every key once again, after which its value must follow (multi-query
+  associative recall, arXiv 2312.04927); the share of values that are predicted.
 * **chains**: a new random Markov chain of 12 states in each sequence; cross entropy above that of the Bayes prediction.
-* **copying**, **needle**: what is far is to be written again; the share of tokens that are foretold, at the length of
+* **copying**, **needle**: tokens far back must be repeated; the share of tokens that are predicted, at the length of
   training and at longer ones.
 * **language**, **scripture**: bytes of the novel that the examples train on (0.9 MB), and of the King James Version
-  (4 MB); cross entropy on the last tenth, of the whole and of the last quarter of a sequence, which has the most to
-  look back on, and how much lower that is than in the first quarter (fall).
-* **state**: bytes that a layer keeps to go on, for the length of training, in float32 (the mean of all layers): the
-  sums of a polynomial, or keys and values.
+  (4 MB); cross entropy on the last tenth, over the whole sequence and over its last quarter, which has the most to look
+  back on, and how much lower the latter is than over the first quarter (fall).
+* **state**: bytes that a layer keeps to generate further tokens, at the length of training, in float32 (the mean of all
+  layers): the sums of a polynomial, or keys and values.
 * **training**: seconds of one thread of {cpu}.
+
+Tasks without a table below have not been run.
 
 `mixer` is `std.mixer`: a short convolution, then the polynomial 1 + s + s^2/2 of the scores, and exp of them within
 neighbouring blocks, both times the gates of a head, which forget within a token in one head and after thousands in
@@ -59,12 +61,12 @@ SHOWN = ("recall of 32 pairs", "copying", "language of 2,048 bytes")
 FALLS_SHORT = """
 ## What falls short
 
-* **Copying** is what the mixer learns slowly, with or without gates, probably since a polynomial of degree 2 tells one
-  key from many less sharply than exp does. With softmax in every second layer it is learned as with softmax alone. No
-  form that was tried copies at lengths well beyond those of its training.
+* **Copying**: the mixer learns it slowly, with or without gates, probably because a polynomial of degree 2 tells one
+  key from many less sharply than exp does. With softmax in every second layer it is learned as well as with softmax
+  alone. No form that was tried copies at lengths well beyond those of its training.
 * **More context** lowers the loss of the mixer less than that of softmax with the same convolution (the column fall):
-  heads that forget quickly make the beginning of a sequence as good as its end. Its loss is lower everywhere.
-* **One seed and one rate** is what most rows have: differences of a few per cent may be chance.
+  heads that forget quickly predict the beginning of a sequence as well as its end. The mixer's loss is lower in both.
+* **One seed and one rate** are all that most rows have: differences of a few per cent may be chance.
 """
 
 Document = Mapping[str, Any]

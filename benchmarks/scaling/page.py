@@ -23,17 +23,17 @@ Rows = Sequence[Mapping[str, Any]]
 
 INTRODUCTION = (
     "# Many ranks, on paper\n\n"
-    "What [several ranks](distributed.md) of one machine do, at a size that this project has never run at: H100 nodes "
-    "of eight, from 1 to 1,024 ranks, one sequence of 10^4 to 10^8 tokens in pieces on all of them. {model} What is "
-    "measured are bytes, time and memory of a few processes [here](#measured-here). Made from "
+    "[Several ranks](distributed.md) at a size that this project has never run at: H100 nodes "
+    "of eight, from 1 to 1,024 ranks, one sequence of 10^4 to 10^8 tokens in pieces on all of them. {model} Only "
+    "bytes, time and memory of a few processes are measured, [below](#measured-here). Made from "
     "[performance.json](performance.json) by `python -m benchmarks.run --section scaling` and "
     "`python -m benchmarks.document`; the formulas are in `benchmarks/scaling/`.\n\n"
-    "Beside **ours** (attention by a polynomial, of which ranks exchange sums of features, "
-    "[distributed](distributed.md)):\n\n"
+    "**Ours** (attention by a polynomial, of which ranks exchange sums of features, "
+    "[distributed](distributed.md)) is compared with:\n\n"
     "* **ring attention** (arXiv 2310.01889): keys and values go round all ranks while each works on those it has. It "
-    "is counted with causal work in equal parts (arXiv 2311.09431), which flatters it.\n"
+    "is counted with causal work divided equally (arXiv 2311.09431), which flatters it.\n"
     "* **Ulysses** (arXiv 2309.14509): all-to-all exchanges give each rank some heads of the whole sequence, and back. "
-    "It cannot have more ranks than heads, and is missing beyond.\n\n"
+    "It cannot have more ranks than heads, and has no numbers beyond.\n\n"
     "Both are softmax attention on FlashAttention, by the same rules as ours: every unit and link at its peak.\n\n"
     "![{title}](scaling.svg)\n"
 )
@@ -88,12 +88,12 @@ def _losses(section: Section) -> str:
         f"* **higher degrees**: {_of_degrees(section['break_even'])}",
         "",
         "A state is as large as the keys and values of some hundred tokens, and is sent once for each doubling of the "
-        "ranks: where a rank has few tokens, all-to-alls of these tokens are less. On the shortest sequences weights "
-        "decide, and nothing that attention does matters: ours leads there since its keys are narrower, which leaves "
+        "ranks: if a rank has few tokens, all-to-alls of these tokens are smaller. On the shortest sequences weights "
+        "decide, and attention does not matter: ours leads there because its keys are narrower, so that it has "
         f"{1 - weights[OURS] / weights[RING]:.0%} fewer weights.\n",
-        "The model has all kernels at their peaks, and real ones are not. How many times slower than by the model the "
-        "attention of ours may be, with the others at their peaks, before the better of them is as fast: where that is "
-        "a small number, ours may lose on a real machine.\n",
+        "The model has all kernels at their peaks, and real ones are not. The table shows how many times slower than "
+        "in the model our attention may be, with the others at their peaks, before the better of them is as fast: if "
+        "that number is small, ours may lose on a real machine.\n",
         _margins(section),
     ]
     return "\n".join(told)
@@ -167,7 +167,7 @@ def _decoder(decoder: Mapping[str, Any]) -> str:
 def _times(section: Section) -> str:
     head = (
         "## The time of a step\n\n"
-        f"{MODEL} Seconds of forward and backward pass; in brackets the share in which sending is waited for. The "
+        f"{MODEL} Seconds of forward and backward pass; in brackets the share spent waiting for data to be sent. The "
         "shortest is bold; `x`: it does not fit into the memory of a rank.\n"
     )
     limit = next(each["value"] for each in section["constants"] if each["name"] == "GPU memory")
@@ -218,8 +218,8 @@ def _largest(section: Section) -> str:
     heading = ["ranks", *WAYS, *(f"{way}, a minute" for way in WAYS)]
     return (
         "## The longest sequence\n\n"
-        f"{MODEL} The most tokens that fit into the memory of all ranks, and those of them whose step takes no more "
-        "than a minute. Memory is not what tells the three apart: all keep each token's activations once. Time is.\n\n"
+        f"{MODEL} The most tokens that fit into the memory of all ranks, and the most whose step also takes no more "
+        "than a minute. The three differ in time, not in memory: all keep each token's activations once.\n\n"
         f"{table(heading, rows, left=0)}"
     )
 
@@ -276,18 +276,18 @@ def _here(here: Mapping[str, Any]) -> str:
     return (
         "## Measured here\n\n"
         f"gpt.tfg with {decoder['layers']} layers of width {decoder['width']}, {decoder['heads']} heads, near "
-        f"{decoder['near']}, float32, on 1, 2 and 4 processes of this machine with weights in parts on all of them, "
-        f"without making blocks again; medians of {here['steps']} steps, the slowest process. Bytes are what the "
+        f"{decoder['near']}, float32, on 1, 2 and 4 processes of this machine with weights sharded over all of them, "
+        f"without recomputing blocks; medians of {here['steps']} steps, the slowest process. Bytes are what the "
         "collectives of all processes send in a step: `model` is the formulas of `benchmarks/scaling/sizes.py`, "
-        "`counted` adds up the tensors that they were given. They agree **exactly**, which a test asserts, and at "
-        "these lengths attention sends the same, at any of them.\n\n"
+        "`counted` adds up the tensors that they were given. They agree **exactly**, which a test asserts. At all of "
+        "these lengths attention sends the same number of bytes.\n\n"
         f"{table(heading, rows, left=0)}\n"
         "Time by the model: what one process takes (fitted: "
         f"{1e3 * here['fixed_s']:.0f} ms and {1e6 * here['token_s']:.0f} µs a token), divided by the processes that "
         f"have a core of their own; the collectives of a step, {latencies}; and the bytes at "
         f"{_size(here['bandwidth'])}/s, both measured. "
-        "Other work was done on the same two cores, several times as much as they can do: times are longer, and only "
-        f"their shape means something. From the shortest to the longest sequence they grow: {_growth(here)}. Most of "
+        "Other work ran on the same two cores, several times as much as they can do: times are longer, and only "
+        f"their ratios mean something. From the shortest to the longest sequence they grow: {_growth(here)}. Most of "
         "the time in communication is waiting for the slowest process.\n"
     )
 
@@ -314,9 +314,9 @@ def _memory(rows: Rows) -> str:
             shares.append(f"{over:.0%} over the base and {all_:.0%} with it at {n:,} tokens")
     return (
         "Memory of a process, for a model of width 96, depth 4 (float32, 4 heads, near 64), the first step: "
-        "`base` is the resident set when PyTorch is imported and the model is there, `peak` how much the step adds.\n\n"
+        "`base` is the resident set after PyTorch is imported and the model is made, `peak` is what the step adds.\n\n"
         f"{table(['tokens', 'processes', 'base', 'peak over it', 'together'], shown, left=0)}\n"
-        f"Each of four processes takes of what one takes: {'; '.join(shares)}.\n"
+        f"The share that each of four processes takes of what one takes: {'; '.join(shares)}.\n"
     )
 
 
@@ -354,21 +354,22 @@ def _faults(section: Section) -> str:
     ]
     return (
         "## Failures\n\n"
-        f"{SIMULATED} Any failure ends all ranks; they begin again from the last checkpoint that is whole. Failures "
-        "come at the rate of the training of Llama 3, per GPU; a checkpoint is 12 bytes a weight, copied to the host "
-        "and then written at a GPU's share of that run's storage; beginning again takes five minutes, which is an "
+        f"{SIMULATED} Any failure ends all ranks; they restart from the last complete checkpoint. Failures "
+        "come at the rate per GPU of the training of Llama 3; a checkpoint is 12 bytes per weight, copied to the host "
+        "and then written at a GPU's share of that run's storage; a restart takes five minutes, which is an "
         "assumption. 20,000 failures each, event by event (`benchmarks/scaling/faults.py`).\n\n"
         f"![{FAULTS_TITLE}](scaling-faults.svg)\n\n"
         f"{table(heading, rows, left=4)}\n"
-        "* `stops training`: nothing goes on until the checkpoint is written, as Young (1974) and Daly (2006) have it. "
+        "* `stops training`: training waits until the checkpoint is written, as Young (1974) and Daly (2006) assume. "
         "The simulation agrees with Daly's expectation, which a test asserts.\n"
-        "* `in the background`: training stops for the copy alone, and what is being written is not there yet when a "
-        "rank fails, as with `torch.distributed.checkpoint.async_save`, which `fastgrad train` uses. The formulas know "
-        "nothing of the writing, which is short beside the interval here, so that Young's is still near the best.\n"
+        "* `in the background`: training stops only for the copy, and a checkpoint that is still being written is lost "
+        "when a rank fails, as with `torch.distributed.checkpoint.async_save`, which `fastgrad train` uses. The "
+        "formulas ignore the writing, which is short compared with the interval here, so Young's is still near the "
+        "best.\n"
         "* `in groups`: the same mean time between failures by Weibull's distribution of shape 0.7 (Schroeder and "
         "Gibson 2006 found 0.7 to 0.8), with a best interval of its own.\n"
-        "* The optimum is flat: of what checkpoints and work done twice cost, twice or half the best interval costs a "
-        f"quarter more. Beginning again costs {100 * most['restart'] / most['between']:.2f} % on {most['ranks']:,} "
+        "* The optimum is flat: with twice or half the best interval, checkpoints and repeated work cost a "
+        f"quarter more. Restarts cost {100 * most['restart'] / most['between']:.2f} % on {most['ranks']:,} "
         "ranks, whatever the interval: where checkpoints are written in the background, that is most of what is lost.\n"
     )
 

@@ -76,13 +76,13 @@ _RULES = (
 _HEAD = (
     "## The rules\n\n"
     "One sequence, P ranks, t = n / P tokens on each, N weights in parts on all ranks; bfloat16, sums of features in "
-    "float64; each block is made again in the backward pass. In this table d is the width of the model.\n"
+    "float64; each block is recomputed in the backward pass. In this table d is the width of the model.\n"
 )
 _LEFT_OUT = (
     "Left out are logits and their memory, the optimiser's step, launches, and all that keeps real kernels and "
-    "networks from their peaks: FlashAttention reaches half to three quarters of it by its papers. A step here is a "
-    "lower limit for all three alike. And a polynomial computes **another function** than softmax: what that costs in "
-    "quality is a matter of [quality](quality.md), not of this page.\n"
+    "networks from their peaks: FlashAttention reaches half to three quarters of its peak, according to its papers. A "
+    "step here is a lower limit for all three alike. Also, a polynomial computes **another function** than softmax: "
+    "[quality](quality.md), not this page, says what that costs.\n"
 )
 
 

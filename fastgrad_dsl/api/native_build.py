@@ -28,7 +28,7 @@ def build_kernels(files: Mapping[str, str], tell: Callable[[str], None]) -> Diag
     for kernel in built:
         if isinstance(error := kernel.exception(), native.NativeError):
             message = f"native kernels cannot be built: {error}"
-            help_ = ("the model runs all the same, as with --target torch",)
+            help_ = ("the model still runs, as with --target torch",)
             return Diagnostic("FG422", message, help=help_, severity="warning")
         kernel.result()
     return None

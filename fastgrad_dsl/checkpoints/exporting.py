@@ -62,7 +62,7 @@ def _check_names(origin: Origin, folder: Path) -> None:
     strange = [name for name in weights if not is_weights(name)]
     strange += [name for name in origin.texts if name not in TEXTS and not is_pooling(name)]
     if strange:
-        said = f"the record of the import names {shown(strange[0])}, which is no file of a checkpoint"
+        said = f"the record of the import names {shown(strange[0])}, which is not a file of a checkpoint"
         raise TfgError.of("FG430", said, "import the checkpoint again")
     for name in origin.texts:
         above = (folder / name).parent

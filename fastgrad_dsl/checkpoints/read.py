@@ -67,7 +67,9 @@ class Checkpoint:
 def read_folder(folder: Path) -> Checkpoint:
     """Read all of a checkpoint but its numbers. Raises TfgError FG601 for all that is wrong with the files."""
     if not folder.is_dir():
-        raise _unreadable(folder, "it is no folder", "name a folder with config.json and model.safetensors")
+        raise _unreadable(
+            folder, "it is not a folder", "name a folder with config.json and model.safetensors"
+        )
     texts: dict[str, str] = {}
     data: dict[str, Any] = {}
     alone = os.path.lexists(folder / WEIGHTS)
@@ -144,9 +146,7 @@ def _shards(path: Path, index: Any) -> Mapping[str, set[str]]:
     files: dict[str, set[str]] = {}
     for tensor, file in named.items():
         if not is_weights(file):
-            said = (
-                f"{shown(tensor)} is said to be in {shown(file)}, which is no safetensors file of the folder"
-            )
+            said = f"{shown(tensor)} is said to be in {shown(file)}, which is not a safetensors file of the folder"
             raise _unreadable(path, said)
         files.setdefault(file, set()).add(tensor)
     return files
@@ -165,7 +165,7 @@ def _check_file(folder: Path, name: str) -> None:
             help_ = "copy the folder without links, as `cp -rL` does"
             raise _unreadable(path, "it is a link, which may lead anywhere", help_)
     if not stat.S_ISREG(mode):
-        raise _unreadable(path, "it is no regular file")
+        raise _unreadable(path, "it is not a regular file")
 
 
 def _header(folder: Path, name: str) -> tuple[Mapping[str, str], dict[str, TensorEntry]]:

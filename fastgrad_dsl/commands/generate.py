@@ -1,4 +1,4 @@
-"""`fastgrad generate`: a trained model goes on with a prompt, and its text is shown while it comes."""
+"""`fastgrad generate`: a trained model continues a prompt, and its text is shown as it is generated."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def print_plan(program: Program, file: str) -> None:
     for gate in unserved_gates(program):
         place = f"  ({gate.node.span.short_place})" if gate.node.span else ""
         say(out, f"{gate.node.op}  as it is written, on all pairs{place}", indent=2, style="bold")
-        say(out, f"no attention's forget gate: {gate.why}", indent=6)
+        say(out, f"this gate belongs to no attention: {gate.why}", indent=6)
 
 
 def print_memory(program: Program) -> None:
@@ -98,7 +98,7 @@ def print_memory(program: Program) -> None:
     if document.piece is not None:
         how = f"the sequence runs in pieces of {document.piece:,} tokens"
     elif document.recomputed:
-        how = f"made again in the backward pass: {', '.join(document.recomputed)}"
+        how = f"recomputed in the backward pass: {', '.join(document.recomputed)}"
     else:
         how = "everything is kept"
     time = "" if document.time == 1 else f", {document.time:.2f} times the time (estimate)"

@@ -196,7 +196,7 @@ def _finished(
     model = resumed_plan(compiled, checkpoint).module(seed=request.options.seed)
     load_weights(model, checkpoint.path if checkpoint.path.is_file() else request.folder / WEIGHTS)
     steps = checkpoint.progress.step
-    said = f"the run has done its {steps} steps; more --steps go on with it"
+    said = f"the run has done its {steps} steps; give more --steps to continue it"
     console.print(f"{request.folder}: {said}", highlight=False)
     return model
 

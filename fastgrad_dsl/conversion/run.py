@@ -177,7 +177,7 @@ class _Work:
         """The report of the conversion that is resumed. TfgError FG413 where there is none, FG414 of another one."""
         path = self.request.folder / REPORT
         if not path.exists():
-            raise broken(path, "there is no conversion to go on with")
+            raise broken(path, "there is no conversion to continue")
         report = read_document(path, Conversion)
         for name in (TRANSFER, TUNING):
             if has_checkpoint(self.request.folder / name):

@@ -55,7 +55,7 @@ def _renamable(view: View, position: types.Position) -> Occurrence:
         word = view.lines.text[slice(*place)] if place is not None else ""
         if word in NAMES:
             raise Refused(f"{word} is an operation of the language")
-        raise Refused(f"{word} is no name that the file gives" if word else "there is no name here")
+        raise Refused(f"{word} is not a name that the file gives" if word else "there is no name here")
     if found.symbol.path == STD:
         raise Refused(f"{found.symbol.name} is declared in the standard library")
     if found.kind == "use" and view.used.get(found.symbol.name) == STD:
@@ -65,7 +65,7 @@ def _renamable(view: View, position: types.Position) -> Occurrence:
 
 def _check_name(name: str) -> None:
     if _NAME.fullmatch(name) is None:
-        raise Refused(f"{name!r} is no name: letters, digits and _, a letter or _ first")
+        raise Refused(f"{name!r} is not a name: letters, digits and _, a letter or _ first")
     if name in RESERVED:
         raise Refused(f"{name} is a reserved word")
 

@@ -74,7 +74,7 @@ def notes(plan: Plan, errors: ModelErrors | None, undeclared: Sequence[str]) -> 
 def _budget(headline: Headline, calibrated: bool) -> Iterator[Warned]:
     if headline.verdict.state in ("missed", "unlikely"):
         again = "calibrate again, on more data and with the weights that are used"
-        first = "plan by what is measured (`fastgrad compile --calibrate DATA`), or set lower limits"
+        first = "plan by what is measured (`fastgrad compile --calibrate DATA`), or plan for smaller limits"
         yield Warned("budget", f"to meet the budget, {again if calibrated else first}", ())
 
 

@@ -303,7 +303,7 @@ def _in_use(folder: Path) -> TfgError:
 def _occupied(folder: Path, run: set[str], foreign: list[str]) -> TfgError:
     if run:
         message, anew = f"{folder} holds a run already", "begin anew in it, which removes that run"
-        ways = (f"give --resume to go on with it, --force to {anew}, or another folder with --out",)
+        ways = (f"give --resume to continue it, --force to {anew}, or another folder with --out",)
     else:
         message = f"{folder} holds other files than a run's: {', '.join(foreign[:3])}"
         ways = ("give another folder with --out, or --force to train in this one beside them",)

@@ -109,7 +109,9 @@ def _check_parts(compiled: Compiled, tensor: int) -> None:
         raise TfgError.of("FG503", message, "take the policy warn, clamp or raise")
     blocks = divisible_blocks(program)
     if not blocks:
-        message = f"--tensor {tensor}: no block of {program.main} has heads or a hidden width that can be divided"
+        message = (
+            f"--tensor {tensor}: no block of {program.main} has heads or a hidden width that can be divided"
+        )
         raise TfgError.of("FG503", message, "docs/distributed.md says which blocks have")
     uneven = [
         Diagnostic(

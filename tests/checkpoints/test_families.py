@@ -81,7 +81,7 @@ def test_each_weight_of_a_spec_has_one_place(name: str, architecture: str, tmp_p
         ({"rope_theta": 1e999}, "rope_theta"),
         ({"mlp_bias": True}, "mlp_bias is true, expected false"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"'),
-        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads"),
         ({"head_dim": 3}, "the width of a head is odd"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"architectures": ["LlamaModel"]}, "expected one of LlamaForCausalLM"),

@@ -49,7 +49,7 @@ def refusal(folder: Path, tmp_path: Path) -> str:
         ("n_embd", 4.0, "n_embd is 4.0"),
         ("n_embd", True, "n_embd is true"),
         ("n_embd", -4, "n_embd"),
-        ("n_embd", 5, "no multiple of n_head"),
+        ("n_embd", 5, "not a multiple of n_head"),
         ("layer_norm_epsilon", "1e-5", "layer_norm_epsilon"),
         ("scale_attn_weights", False, "scale_attn_weights is false, expected true"),
         ("quantization_config", {"bits": 4}, "quantization_config"),
@@ -196,7 +196,7 @@ def test_an_index_leads_nowhere_else(name: object, tmp_path: Path) -> None:
     (folder / f"{TENSORS}.index.json").write_text(json.dumps({"weight_map": {FIRST: name}}))
     found = refusal(folder, tmp_path)
     assert found.startswith("FG601: ")
-    assert "no safetensors file of the folder" in found
+    assert "not a safetensors file of the folder" in found
 
 
 @pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])
@@ -234,14 +234,14 @@ def test_pipes_and_folders_are_not_opened(name: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in")
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    assert "it is no regular file" in refusal(folder, tmp_path)
+    assert "it is not a regular file" in refusal(folder, tmp_path)
     (folder / name).unlink()
     (folder / name).mkdir()
-    assert "it is no regular file" in refusal(folder, tmp_path)
+    assert "it is not a regular file" in refusal(folder, tmp_path)
 
 
 def test_folders_that_are_no_checkpoints(tmp_path: Path) -> None:
-    assert "it is no folder" in refusal(tmp_path / "none", tmp_path)
+    assert "it is not a folder" in refusal(tmp_path / "none", tmp_path)
     (tmp_path / "empty").mkdir()
     assert "config.json: no such file" in refusal(tmp_path / "empty", tmp_path)
     folder = write_folder(tmp_path / "in")

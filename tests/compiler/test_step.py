@@ -250,7 +250,7 @@ REFUSED = {
     "return softmax(window(x @ x.T; width = 2)) @ x": "it sees later tokens: it is not causal",
     "return x @ (x.T @ x)": "the product sums over tokens",
     "return reshape(reshape(x, (b, 4, n)) * 2.0, (b, n, 4))": "it puts entries of several tokens together",
-    "return tanh(causal(x @ x.T)) @ x": "each token meets every other",
+    "return tanh(causal(x @ x.T)) @ x": "every token meets every other one",
     "return x + x[:, 0:1]": "it takes tokens out",
     "return x + unsqueeze(x[:, 0]; axis = 1)": "it takes one token out",
     "return concat(x[:, 0:1], x[:, :n - 1]; axis = 1)": "it takes tokens out",

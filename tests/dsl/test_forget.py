@@ -291,7 +291,9 @@ def test_a_gate_that_is_no_attentions_is_told(capsys: pytest.CaptureFixture[str]
     head, gate, why = capsys.readouterr().out.splitlines()
     assert head == "m.tfg: model m, 0 attentions"
     assert gate == "  forget  as it is written, on all pairs  (<text>:20)"
-    assert why.startswith("      no attention's forget gate: nothing proves that f (<text>:9) is at most 0")
+    assert why.startswith(
+        "      this gate belongs to no attention: nothing proves that f (<text>:9) is at most 0"
+    )
     print_plan(compiled(MASKED["causal"]).program, "m.tfg")
     assert "forget" not in capsys.readouterr().out
 

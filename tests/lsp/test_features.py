@@ -199,12 +199,12 @@ def test_every_name_of_an_example_can_be_renamed_and_back(editor: Editor, path: 
     [
         ("std.swi¦glu", "other", "standard library"),
         ("soft¦max(causal", "other", "an operation of the language"),
-        ("¦use std", "other", "no name that the file gives"),
+        ("¦use std", "other", "not a name that the file gives"),
         ("sco¦res = 1.5", "q", "has a meaning in the block already"),
         ("param dep¦th", "heads", "has a meaning here already"),
         ("block lay¦er", "softmax", "has a meaning as an operation already"),
         ("sco¦res = 1.5", "repeat", "a reserved word"),
-        ("sco¦res = 1.5", "a b", "is no name"),
+        ("sco¦res = 1.5", "a b", "is not a name"),
     ],
 )
 def test_what_cannot_be_renamed_is_refused(editor: Editor, place: str, new: str, reason: str) -> None:

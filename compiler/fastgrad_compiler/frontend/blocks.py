@@ -117,7 +117,7 @@ def _from(origin: Origin | None) -> str:
 
 def _check_callable(scope: Scope, call: ast.Call, block: ast.BlockDecl, shown: str) -> None:
     if block.is_model:
-        raise scope.report("FG240", f"{shown} is a model, only blocks can be called", call.function.span, "a model",
+        raise scope.report("FG240", f"{shown} is a model; only blocks can be called", call.function.span, "a model",
                            notes=(Note("declared here", block.name.span),),
                            help_=("make it a block, and a model that calls it",))  # fmt: skip
     opened = scope.state.open

@@ -53,7 +53,7 @@ def call_operation(scope: Scope, call: ast.Call) -> Value:
     """The value of a call of an operation: folded where every argument is a compile-time number."""
     name = call.function.text
     if call.label is not None:
-        raise scope.report("FG228", f"`as {call.label.text}` labels a call of a block, {name} is an operation",
+        raise scope.report("FG228", f"`as {call.label.text}` labels a call of a block; {name} is an operation",
                            call.label.span, "an operation has no path")  # fmt: skip
     cache: dict[int, Value] = {}
     if name in FUNCTIONS:  # an axis can be a dim's name: keywords are looked at later

@@ -152,7 +152,7 @@ def _declared(scope: Scope, expr: ast.Expr) -> None:
 
 def _model_graph(scope: Scope, block: ast.BlockDecl) -> str | None:
     for value in block.values:
-        scope.report("FG240", f"a model takes tensors only, `{value.name.text}` is a compile-time value", value.span,
+        scope.report("FG240", f"a model takes tensors only; `{value.name.text}` is a compile-time value", value.span,
                      "nothing sets it", help_=("make it a param of the file",))  # fmt: skip
     builder = Builder()
     arguments = _tensors(scope, block.tensors, builder)

@@ -180,7 +180,7 @@ def truth(value: Scalar) -> bool:
 
 
 def _undecided(what: object) -> ValueProblem:
-    return ValueProblem("FG212", f"{what} is known at run time only, a condition is decided at compile time")
+    return ValueProblem("FG212", f"{what} is known at run time only; a condition is decided at compile time")
 
 
 def binary(op: str, left: Scalar, right: Scalar, multiples: Mapping[str, int]) -> Scalar:

@@ -153,7 +153,7 @@ def _placed(site: Site) -> tuple[Placed, ...]:
     placed = STREAMS[node.op](site)
     axes = site.look.axes(node.tensor)
     if len(axes) > 1:
-        raise site.fail("each token meets every other")
+        raise site.fail("every token meets every other one")
     if axes != ([] if placed is None else [placed.axis]):
         raise site.fail("the tokens are not along an axis")
     return (placed,)
@@ -231,7 +231,7 @@ def _matmul(site: Site) -> Placed:
     if (left is not None and left.axis == -1) or (right is not None and right.axis == -2):
         raise site.fail("the product sums over tokens")
     if left is not None and right is not None and (left != right or left.axis > -3):
-        raise site.fail("each token meets every other")
+        raise site.fail("every token meets every other one")
     return left or right
 
 
@@ -405,13 +405,17 @@ def _moved(site: Site) -> Placed:
 def _mask(site: Site) -> Placed:
     """A mask on scores that are not part of an attention: one that asks for no place."""
     if site.place is not None and (site.node.op != "padding" or site.place.axis == -1):
-        raise site.fail("each token meets every other, and this is no attention that the compiler knows")
+        raise site.fail(
+            "every token meets every other one, and the compiler does not recognise this as attention"
+        )
     return _together(site)
 
 
 def _pairs(site: Site) -> Placed:
     if any(site.places):
-        raise site.fail("each token meets every other, and this is no attention that the compiler knows")
+        raise site.fail(
+            "every token meets every other one, and the compiler does not recognise this as attention"
+        )
     return None
 
 

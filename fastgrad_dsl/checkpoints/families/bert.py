@@ -73,7 +73,7 @@ def _family(kind: Kind) -> Family:
 
 def _check(config: Config) -> None:
     if config.integer("hidden_size") % config.integer("num_attention_heads"):
-        raise refused("hidden_size is no multiple of num_attention_heads")
+        raise refused("hidden_size is not a multiple of num_attention_heads")
     places = config.integer("max_position_embeddings")
     if "pad_token_id" in config.values and config.integer("pad_token_id") + 1 >= places:
         raise refused("pad_token_id leaves no places: max_position_embeddings is too small")

@@ -133,9 +133,9 @@ def width_of(config: Config) -> int:
 def _check(kind: Kind, config: Config) -> None:
     heads = config.integer("num_attention_heads")
     if heads % config.either("num_key_value_heads", heads):
-        raise refused("num_attention_heads is no multiple of num_key_value_heads")
+        raise refused("num_attention_heads is not a multiple of num_key_value_heads")
     if config.values.get("head_dim") is None and config.integer("hidden_size") % heads:
-        raise refused("hidden_size is no multiple of num_attention_heads")
+        raise refused("hidden_size is not a multiple of num_attention_heads")
     if width_of(config) % 2:
         raise refused("the width of a head is odd, and rotary positions turn pairs")
     kind.check(config)

@@ -24,7 +24,7 @@ FIELDS = (
 
 def _check(config: Config) -> None:
     if config.integer("n_embd") % config.integer("n_head"):
-        raise refused("n_embd is no multiple of n_head")
+        raise refused("n_embd is not a multiple of n_head")
 
 
 def _spec(config: Config) -> str:

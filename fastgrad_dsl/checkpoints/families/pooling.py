@@ -34,7 +34,7 @@ def pooling_of(others: Mapping[str, Any]) -> Pooling | None:
     if modules is None:
         return None
     if not isinstance(modules, list) or not all(isinstance(each, dict) for each in modules):
-        raise _refused(MODULES, "it is no list of modules")
+        raise _refused(MODULES, "it is not a list of modules")
     kinds = [str(each.get("type")).removeprefix(_PACKAGE) for each in modules]
     paths = [each.get("path") for each in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):

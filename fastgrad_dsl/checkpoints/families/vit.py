@@ -31,7 +31,7 @@ FIELDS = (
 def _check(config: Config) -> None:
     for name, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
         if config.integer(name) % config.integer(part):
-            raise refused(f"{name} is no multiple of {part}")
+            raise refused(f"{name} is not a multiple of {part}")
     labels = config.values["id2label"]
     if labels is not None and not (isinstance(labels, dict) and labels):
         raise refused(f"id2label is {shown(labels)}, expected an object")

@@ -41,7 +41,7 @@ def advise(
     target: Target = "auto",
     wide: Wide = False,
 ) -> None:
-    """Show what would make the budget feasible or cheaper for each attention, and its price in time and error."""
+    """Show what would make the budget feasible or cheaper, and what each change costs in time and error."""
     try_file(json_)
 
     from fastgrad_dsl.commands.advise import AdviceRequest, make_advice, print_advice

@@ -9,7 +9,7 @@ from fastgrad_dsl.commands.line.stages import program_stages
 def check(
     file: File, model: Model = None, set_: Set = None, include: Include = None, dim: PlannedDim = None
 ) -> None:
-    """Check a file: report every error, or show how each attention will be computed, and what a step holds."""
+    """Check a file: report every error, or show how each attention will be computed and the memory of a step."""
     from fastgrad_dsl.commands.terminal import print_memory, print_plan
 
     sizes = sizes_of(dim)

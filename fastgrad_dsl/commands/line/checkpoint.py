@@ -31,7 +31,9 @@ def export(
     where: Annotated[
         Path,
         Argument(
-            metavar="DIR_OR_FILE", help="An imported .tfg file, or a folder compiled from it.", readable=False
+            metavar="DIR_OR_FILE",
+            help="An imported .tfg file, or a folder compiled from one.",
+            readable=False,
         ),
     ],
     weights: Annotated[Path, path_option("A .safetensors file with the model's weights.", "--weights")],

@@ -40,22 +40,27 @@ def convert(
     ] = None,
     near: Annotated[int, Option(min=1, max=MANY, help="Tokens in a block of the near field.")] = 64,
     far_dim: Annotated[
-        int, Option(min=1, max=1024, help="Width of the learned maps of q and k beyond it.")
+        int, Option(min=1, max=1024, help="Width of the learned maps of q and k beyond the near field.")
     ] = 16,
     tokenizer: Tokenizer = None,
     seq: Seq = 1024,
     batch: Batch = 1,
     transfer_steps: Annotated[
-        int, Option(min=0, max=LARGEST, help="Steps in which attentions learn softmax's results.")
+        int, Option(min=0, max=LARGEST, help="Steps in which the attentions learn the results of softmax.")
     ] = 200,
     transfer_rate: Annotated[
-        float, Option(min=0.0, callback=finite, help="Their peak learning rate.")
+        float, Option(min=0.0, callback=finite, help="Peak learning rate of the transfer.")
     ] = 3e-2,
     steps: Annotated[int, Option(min=0, max=LARGEST, help="Steps in which the whole model is tuned.")] = 200,
-    rate: Annotated[float, Option(min=0.0, callback=finite, help="Its peak learning rate.")] = 3e-4,
+    rate: Annotated[float, Option(min=0.0, callback=finite, help="Peak learning rate of the tuning.")] = 3e-4,
     adapters: Annotated[
         int | None,
-        Option(min=1, max=MANY, help="Tune low-rank changes of the matrices instead.", metavar="RANK"),
+        Option(
+            min=1,
+            max=MANY,
+            help="Tune low-rank changes of the matrices instead of all weights.",
+            metavar="RANK",
+        ),
     ] = None,
     clip: Clip = 1.0,
     seed: Annotated[int, Option(min=0, max=LARGEST, help="Seed of the new weights and of the batches.")] = 0,
@@ -68,7 +73,7 @@ def convert(
     include: Include = None,
     target: Target = "auto",
 ) -> None:
-    """Make attention linear in the length: a changed spec, attention transfer, then a short tuning.
+    """Make the attention of a model linear in the length: change the spec, transfer attention, then tune.
 
     Each attention becomes exact among neighbours and a polynomial of learned maps beyond, and learns what softmax gave;
     then the model is tuned, an encoder on its own earlier results. Ctrl-C or SIGTERM saves a checkpoint and stops; the

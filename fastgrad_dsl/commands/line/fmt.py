@@ -1,4 +1,4 @@
-"""`fastgrad fmt`: .tfg files in the one format."""
+"""`fastgrad fmt`: .tfg files in their standard format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fastgrad generate`: a trained model goes on with a prompt."""
+"""`fastgrad generate`: a trained model continues a prompt."""
 
 from __future__ import annotations
 
@@ -37,18 +37,24 @@ def generate(
         ),
     ],
     prompt: Annotated[
-        str, Option(metavar="TEXT", help="What to go on with; @FILE reads a file, - the standard input.")
+        str, Option(metavar="TEXT", help="The text to continue; @FILE reads a file, - the standard input.")
     ] = "",
-    tokens: Annotated[int, Option(min=0, max=MANY, help="Most tokens to write.")] = 200,
+    tokens: Annotated[int, Option(min=0, max=MANY, help="Largest number of tokens to write.")] = 200,
     weights: Weights = None,
     tokenizer: Tokenizer = None,
     temperature: Annotated[
-        float, Option(min=0.0, callback=finite, help="Divides the logits; 0 takes the most likely token.")
+        float,
+        Option(min=0.0, callback=finite, help="Divides the logits; 0 always takes the most likely token."),
     ] = 1.0,
     top_k: Annotated[int | None, Option(min=1, max=MANY, help="Draw from the K most likely tokens.")] = None,
     top_p: Annotated[
         float,
-        Option(min=0.0, max=1.0, callback=finite, help="Draw from the most likely tokens of this share."),
+        Option(
+            min=0.0,
+            max=1.0,
+            callback=finite,
+            help="Draw from the fewest most likely tokens with this total probability.",
+        ),
     ] = 1.0,
     min_p: Annotated[
         float,
@@ -56,20 +62,22 @@ def generate(
             min=0.0,
             max=1.0,
             callback=finite,
-            help="Draw only tokens that have this share of the most likely one's probability.",
+            help="Draw only tokens at least this many times as likely as the most likely one.",
         ),
     ] = 0.0,
     repetition_penalty: Annotated[
-        float, Option(callback=positive, help="Above 1, tokens that the text has already are less likely.")
+        float, Option(callback=positive, help="Above 1, tokens that the text already has are less likely.")
     ] = 1.0,
     seed: Annotated[int, Option(min=0, max=LARGEST, help="Seed of the first sample.")] = 0,
     stop: Annotated[
-        list[str] | None, Option(metavar="STRING", help="End the text before this; can be repeated.")
+        list[str] | None, Option(metavar="STRING", help="End the text before this string; can be repeated.")
     ] = None,
-    samples: Annotated[int, Option(min=1, max=1024, help="Continuations, written together.")] = 1,
+    samples: Annotated[
+        int, Option(min=1, max=1024, help="Number of continuations, generated as one batch.")
+    ] = 1,
     save_state: Annotated[Path | None, path_option("Save the state after the prompt to this file.")] = None,
     load_state: Annotated[
-        Path | None, path_option("Go on after the state of this file, then the prompt if there is one.")
+        Path | None, path_option("Continue from the state in this file; a prompt comes after it.")
     ] = None,
     json_: Annotated[
         Path | None, path_option("Also write texts, counts and settings as JSON.", "--json")
@@ -79,7 +87,7 @@ def generate(
     include: Include = None,
     target: Target = "auto",
 ) -> int:
-    """Go on with a prompt by a trained model, token by token from its state; the text is printed while it comes.
+    """Continue a prompt with a trained model, token by token from its state; the text is printed as it is generated.
 
     Ctrl-C ends the text where it is.
     """

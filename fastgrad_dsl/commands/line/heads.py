@@ -32,7 +32,7 @@ def heads(
     ],
     weights: Weights = None,
     limit: Annotated[
-        float, Option(callback=positive, help="Largest relative error of a head's output.")
+        float, Option(callback=positive, help="Largest relative error allowed for a head's output.")
     ] = 0.05,
     picture: Annotated[Path | None, path_option("Also draw the heads, layers by heads, as SVG.")] = None,
     dim: Dim = None,

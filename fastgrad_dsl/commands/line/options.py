@@ -46,7 +46,7 @@ Include = Annotated[
 ]
 Dim = Annotated[
     list[str] | None,
-    Option("--dim", metavar="NAME=SIZE", help="Size of a run-time dim of the batches; can be repeated."),
+    Option("--dim", metavar="NAME=SIZE", help="Size of a run-time dim; can be repeated."),
 ]
 PlannedDim = Annotated[
     list[str] | None,
@@ -64,7 +64,7 @@ Clip = Annotated[float, Option(min=0.0, callback=finite, help="Largest norm of t
 Every = Annotated[int, Option(min=1, max=MANY, help="Steps between validations and checkpoints.")]
 Wide = Annotated[bool, Option("--wide", help="Show every column of the tables.")]
 Tokenizer = Annotated[
-    Path | None, path_option("A tokenizer.json, whose tokens take the place of bytes.", metavar="FILE")
+    Path | None, path_option("A tokenizer.json; without it, bytes are the tokens.", metavar="FILE")
 ]
 Target = Annotated[
     str, Option(help="torch, cpp (C++ on a CPU), triton (on a GPU) or auto (chooses by device).")

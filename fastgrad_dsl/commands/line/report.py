@@ -45,7 +45,7 @@ def report(
         bool,
         Option("--serve", help="Show what is known without data on a local page that follows the .tfg file."),
     ] = False,
-    port: Annotated[int, Option(min=0, max=65535, help="Of --serve; 0 takes any that is free.")] = 0,
+    port: Annotated[int, Option(min=0, max=65535, help="The port of --serve; 0 takes any that is free.")] = 0,
     wide: Wide = False,
     model: Model = None,
     set_: Set = None,

@@ -21,7 +21,11 @@ def stages(
     file: File,
     after: Annotated[str | None, Option(help="Show only the program after this pass.")] = None,
     along: Annotated[
-        str | None, Option(metavar="DIM", help="The dim of the step form; an error says why there is none.")
+        str | None,
+        Option(
+            metavar="DIM",
+            help="The dim along which to derive the step form; an error says why there is none.",
+        ),
     ] = None,
     model: Model = None,
     set_: Set = None,

@@ -39,7 +39,10 @@ def _seconds(value: float) -> float:
 def train(
     called: Context,
     file: File,
-    text: Annotated[Path, path_option("The text to learn, any file; its bytes are the tokens.")],
+    text: Annotated[
+        Path,
+        path_option("The text to learn, any file; its bytes are the tokens unless --tokenizer is given."),
+    ],
     tokenizer: Tokenizer = None,
     steps: Annotated[int, Option(min=0, max=LARGEST, help="Number of optimiser steps.")] = 1000,
     seq: Seq = 1024,
@@ -62,11 +65,13 @@ def train(
     ] = False,
     sample: Annotated[int, Option(min=0, max=LARGEST, help="Tokens of text to generate at the end.")] = 200,
     accumulate: Annotated[
-        int, Option(min=1, max=MANY, help="Run a batch in K equal parts after each other.", metavar="K")
+        int, Option(min=1, max=MANY, help="Run a batch in K equal parts, one after another.", metavar="K")
     ] = 1,
     nproc: Annotated[
         int | None,
-        Option(min=1, max=MANY, help="Train on N processes, with the weights in parts.", metavar="N"),
+        Option(
+            min=1, max=MANY, help="Train on N processes, with the weights divided among them.", metavar="N"
+        ),
     ] = None,
     data: Annotated[
         int | None,
@@ -80,10 +85,10 @@ def train(
         Option(min=1, max=MANY, help="Divide heads and hidden widths among T processes.", metavar="T"),
     ] = None,
     restarts: Annotated[
-        int, Option(min=0, max=MANY, help="Times to start all processes again after one is lost.")
+        int, Option(min=0, max=MANY, help="How often to start all processes again after one is lost.")
     ] = 3,
     timeout: Annotated[
-        float, Option(callback=_seconds, help="Seconds in which every process has to answer the others.")
+        float, Option(callback=_seconds, help="Seconds within which every process must answer the others.")
     ] = 600.0,
     recompute: Annotated[
         bool, Option("--recompute", help="With several processes, run each block again in the backward pass.")
