@@ -52,7 +52,7 @@ class Request:
 
     compiled, weights: the original. data: a text for a language model; for an encoder a file with a text in each line.
     patterns: of the paths of the attentions to convert, all of them without any. transfer, tuning: the options of each
-    phase. adapters: the rank of those that are tuned in place of all weights.
+    phase; what is measured has the length of the transfer. adapters: the rank of those that are tuned in place of all weights.
     """
 
     compiled: Compiled
@@ -127,7 +127,7 @@ class _Work:
             self.task,
             self.original,
             request.compiled.program,
-            request.tuning,
+            request.transfer,
             self.transfer,
             self.stop,
             shown.say,
@@ -298,7 +298,7 @@ class _Work:
 
 def _task(request: Request, original: nn.Module) -> Task:
     """A language model learns from its loss, an encoder from what the original gives."""
-    compiled, tokens = request.compiled, request.tuning.tokens
+    compiled, tokens = request.compiled, max(request.transfer.tokens, request.tuning.tokens)
     tokenizer: Tokenizer = BYTES if request.tokenizer is None else load_tokenizer(request.tokenizer)
     inputs, program = encoder_inputs(compiled.program), compiled.program
     is_of_text = compiled.loss is not None and not_a_language_model(program, tokenizer) is None

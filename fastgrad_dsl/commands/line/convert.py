@@ -53,6 +53,15 @@ def convert(
     ] = 3e-2,
     steps: Annotated[int, Option(min=0, max=LARGEST, help="Steps in which the whole model is tuned.")] = 200,
     rate: Annotated[float, Option(min=0.0, callback=finite, help="Peak learning rate of the tuning.")] = 3e-4,
+    tuning_seq: Annotated[
+        int | None,
+        Option(
+            min=1,
+            max=MANY,
+            help="Tokens per sequence of the tuning, if not --seq; a step has as many tokens.",
+            metavar="TOKENS",
+        ),
+    ] = None,
     adapters: Annotated[
         int | None,
         Option(
@@ -91,11 +100,14 @@ def convert(
     from fastgrad_dsl.training.loop import Options
 
     compiled = fg.compile(file, params=params_of(set_), model=model, target=target, include=include or ())
-    tuning = Options(
-        steps=steps, tokens=seq, batch=batch, learning_rate=rate, weight_decay=0.0, clip=clip, seed=seed,
-        validate_every=every, checkpoint_every=every,
+    transfer = Options(
+        steps=transfer_steps, tokens=seq, batch=batch, learning_rate=transfer_rate, weight_decay=0.0, clip=clip,
+        seed=seed, validate_every=every, checkpoint_every=every,
     )  # fmt: skip
-    transfer = replace(tuning, steps=transfer_steps, learning_rate=transfer_rate)
+    length = tuning_seq or seq
+    tuning = replace(
+        transfer, steps=steps, learning_rate=rate, tokens=length, batch=max(1, batch * seq // length)
+    )
     request = Request(
         compiled, weights, data, out, transfer, tuning, Form(near, far_dim), tuple(at or ()), adapters, tokenizer,
         resume, force,
