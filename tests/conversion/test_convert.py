@@ -62,7 +62,11 @@ def test_tuning_on_longer_sequences(tmp_path: Path) -> None:
     asked = request(tmp_path, tuning=options(steps=2, tokens=96, batch=1))
     report = convert(asked)
     assert report.tuning_tokens == 2 * 96
-    assert set(numbers(report)) == {("attention error", 48), ("loss", 48), ("loss", 192)}  # those of the transfer
+    assert set(numbers(report)) == {
+        ("attention error", 48),
+        ("loss", 48),
+        ("loss", 192),
+    }  # those of the transfer
 
 
 def test_transfer_moves_the_attentions_own_weights_alone(tmp_path: Path) -> None:
@@ -262,7 +266,9 @@ def test_the_command(
 
     asked = request(tmp_path)
     line = f"convert {tmp_path}/model.tfg --weights {asked.weights} --data {asked.data} -o {tmp_path}/out"
-    line += " --target torch --seq 48 --batch 2 --near 4 --far-dim 4 --transfer-steps 3 --steps 2 --tuning-seq 96"
+    line += (
+        " --target torch --seq 48 --batch 2 --near 4 --far-dim 4 --transfer-steps 3 --steps 2 --tuning-seq 96"
+    )
     line += f" --json {tmp_path}/report.json"
     monkeypatch.setattr("sys.argv", ["fastgrad", *line.split()])
     with pytest.raises(SystemExit) as ended:

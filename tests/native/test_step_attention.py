@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastgrad_dsl as fg
 from fastgrad_compiler.codegen.cpp.step_kernel import emit_step
+from fastgrad_compiler.runtime.step_kernel import LONGEST_CACHE
 from tests.dsl.models import disturbed
 from tests.native.compilers import NEEDS_COMPILER
 from tests.native.steps import counted, differ, steps
@@ -144,6 +145,18 @@ def test_room_that_is_asked_for(capacity: int) -> None:
         found, _ = steps(module, given, [1] * N, module.start(2, capacity=capacity))
     assert served[1:] == [True] * capacity + [False] * (N - capacity)
     assert differ(found, wanted) < 1e-13
+
+
+def test_long_caches_are_left_to_pytorch() -> None:
+    module, given = model(*WEIGHTS), [x[:, :1] for x in inputs(2)]
+    state = module.start(2, capacity=LONGEST_CACHE + 2)
+    with torch.no_grad(), counted(module):
+        kernel: Any = type(module).KERNEL
+        for position, serves in ((LONGEST_CACHE - 1, True), (LONGEST_CACHE, False)):
+            state.position.fill_(position)
+            state.enter(module.STEP, 1, batch=2)
+            assert (kernel(module, state, 1, *given) is not None) == serves
+            state.entered = False
 
 
 def _shorter(path: str) -> Any:

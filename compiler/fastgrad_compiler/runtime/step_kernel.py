@@ -27,6 +27,7 @@ from .native import Library, enabled
 from .private_files import warn_once
 from .state import SHARED, State, Stepped
 
+LONGEST_CACHE = 8192  # tokens: PyTorch reads the keys and values of more faster, except in bfloat16
 MOST = 16  # sequences; of more, PyTorch's products of matrices are faster
 _DTYPES = {  # of what a state keeps, by the last part of its path; else that of the model
     **dict.fromkeys(("sums", "log_gate"), torch.float64),
@@ -99,7 +100,7 @@ class StepKernel:
             x.numel() // max(-count * batch, 1) for x, count in zip(kept, counts, strict=True) if count < 0
         ]
         room = caches[0] if caches else 0  # that of the first cache, which all others should have
-        if caches and past >= room:
+        if caches and past >= (room if dtype == torch.bfloat16 else min(room, LONGEST_CACHE)):
             return None
         numbers = [count if count >= 0 else -count * room for count in numbers]
         if not _fit(tensors, numbers, dtypes):
