@@ -28,7 +28,7 @@ PROMPTS, QUICK_PROMPTS = (16_384, 65_536), (256,)
 MOST_STATE = 5e9  # bytes of a cache that is measured; a copy of it fits into memory too
 TURNS = 3  # of all contenders at one context; a median is of all tokens of all turns
 MODELS: Mapping[str, Mapping[str, object]] = {"mixer": {}, "softmax": {"softmax": True}}
-"""Of params; softmax runs on PyTorch's scaled_dot_product_attention, and so does a token on its cache."""
+"""Of params; softmax runs on PyTorch's scaled_dot_product_attention, as does a token whose cache is long."""
 
 
 def measure(settings: Settings) -> dict[str, object]:
