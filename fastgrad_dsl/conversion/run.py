@@ -52,7 +52,8 @@ class Request:
 
     compiled, weights: the original. data: a text for a language model; for an encoder a file with a text in each line.
     patterns: of the paths of the attentions to convert, all of them without any. transfer, tuning: the options of each
-    phase; what is measured has the length of the transfer. adapters: the rank of those that are tuned in place of all weights.
+    phase; what is measured has the length of the transfer. adapters: the rank of those that are tuned in place of all
+    weights.
     """
 
     compiled: Compiled
