@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.curves_figure import STYLE
+from benchmarks.document import wrapped
 from benchmarks.quality.tasks import TEXTS
 from benchmarks.tables import table
 from fastgrad_dsl.plots.panels import Panel, Series
@@ -176,8 +177,12 @@ def _tried(runs: Sequence[Run], task: str) -> str:
     said = [", ".join(f"{rate:g}" for rate in kind) for kind in kinds]
     if len(kinds) == 1:
         return f"Rates tried: {said[0]}."
-    names = [", ".join(form for form, found in rates.items() if tuple(found) == kind) for kind in kinds]
-    return f"Rates tried: {'; '.join(f'{rate} ({name})' for rate, name in zip(said, names, strict=True))}."
+    names = [
+        ", ".join(f"*{form}*" for form, found in rates.items() if tuple(found) == kind) for kind in kinds
+    ]
+    return wrapped(
+        f"Rates tried: {'; '.join(f'{rate} ({name})' for rate, name in zip(said, names, strict=True))}."
+    )
 
 
 def _row(task: str, form: str, runs: Sequence[Run]) -> list[str]:
