@@ -1,7 +1,7 @@
 """One graph of a step as a C++ function: its statements, the memory that it takes, and the tensors that it reads.
 
 With one token a sequence, values are contiguous [batch, ..]: whatever only moves the axis of tokens moves nothing.
-What each operation becomes is a rule of `step_rules.py`, but for what works entry by entry, which one expression does.
+Operations that work entry by entry become C++ expressions here; `step_rules.py` has a rule for each of the others.
 """
 
 from __future__ import annotations
