@@ -71,6 +71,8 @@ class StepKernel:
     ) -> None:
         self.results, self._drops = results, drops
         self._weights, self._state = list(_expanded(weights)), list(_expanded(state))
+        caches = ((place, -count) for place, (_, count) in enumerate(self._state) if count < 0)
+        self._cache = next(caches, None)  # the place of the first one, and its numbers of one token
         self._library = Library(name, spec, _Operations, _warn)
         self._sizes: dict[tuple[int, torch.dtype], tuple[list[int], list[torch.dtype]]] = {}
         self._found: WeakKeyDictionary[nn.Module, _Weights] = WeakKeyDictionary()
@@ -95,14 +97,13 @@ class StepKernel:
         if dtype not in _SERVED:
             return None
         numbers, dtypes = self._expected(model, batch, dtype)
-        counts = [count for _, count in self._state]
-        caches = [
-            x.numel() // max(-count * batch, 1) for x, count in zip(kept, counts, strict=True) if count < 0
-        ]
-        room = caches[0] if caches else 0  # that of the first cache, which all others should have
-        if caches and past >= (room if dtype == torch.bfloat16 else min(room, LONGEST_CACHE)):
-            return None
-        numbers = [count if count >= 0 else -count * room for count in numbers]
+        room = 0
+        if self._cache is not None:
+            place, each = self._cache
+            room = kept[place].numel() // max(each * batch, 1)  # which all other caches should have
+            if past >= (room if dtype == torch.bfloat16 else min(room, LONGEST_CACHE)):
+                return None
+            numbers = [count if count >= 0 else -count * room for count in numbers]
         if not _fit(tensors, numbers, dtypes):
             return None
         operations = self._library.of(dtype)
