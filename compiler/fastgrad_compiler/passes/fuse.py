@@ -58,11 +58,11 @@ def _groups(graph: Graph) -> list[frozenset[str]]:
         if shape is None:
             continue
         merged = frozenset((node.name,))
-        for each in list(found):
-            alike, group = each[0] == shape, each[1]
-            if alike and not group.isdisjoint(node.inputs) and _is_convex(graph, merged | group):
+        for other, group in list(found):
+            near = other == shape and not group.isdisjoint(node.inputs)
+            if near and _is_convex(graph, merged | group):
                 merged |= group
-                found.remove(each)
+                found.remove((other, group))
         found.append((shape, merged))
     return [group for _, group in found]
 

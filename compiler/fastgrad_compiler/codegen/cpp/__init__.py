@@ -16,14 +16,9 @@ from fastgrad_compiler.runtime.kernel_spec import KernelSpec, folded_coefficient
 from fastgrad_grammar.quote import cpp_comment
 
 REGISTERS = {"avx512": 32, "avx2": 16, "other": 32}  # vector registers of each machine
+_SHARED = ("numbers", "types", "tile", "features", "problem", "decay", "polynomial")
 HEADERS = (
-    "numbers",
-    "types",
-    "tile",
-    "features",
-    "problem",
-    "decay",
-    "polynomial",
+    *_SHARED,
     "pairs",
     "chunk",
     "pair_gradients",
@@ -36,18 +31,7 @@ HEADERS = (
     "earlier",
     "register",
 )
-OF_STEPS = (
-    "numbers",
-    "types",
-    "tile",
-    "features",
-    "problem",
-    "decay",
-    "polynomial",
-    "step",
-    "stored",
-    "next",
-)
+OF_STEPS = (*_SHARED, "step", "stored", "next")
 
 
 @cache
