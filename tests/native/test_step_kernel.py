@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -90,6 +91,19 @@ def inputs(name: str, batch: int, dtype: torch.dtype = torch.float32) -> list[Te
     return [tokens, more] if name == "odd" else [tokens]
 
 
+def served_in_each_way(module: Any, given: list[Tensor]) -> Iterator[tuple[bool, list[Tensor], Any]]:
+    """From the first token, after a prompt, and by turns: whether it is the first of these, results, and state."""
+    for split, turns in (
+        ([1] * N, None),
+        ([7, *[1] * 13], None),
+        ([1] * N, itertools.cycle([True, False])),
+    ):
+        with counted(module, turns) as served:
+            found, kept = steps(module, given, split)
+        assert sum(served) == (N // 2 if turns is not None else split.count(1))
+        yield turns is None and split == [1] * N, found, kept
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -108,16 +122,9 @@ def test_steps_by_the_kernel_are_those_of_pytorch(name: str, dtype: torch.dtype)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         wanted, state = steps(module, given, [1] * N)
-        for split, turns in (
-            ([1] * N, None),
-            ([7, *[1] * 13], None),
-            ([1] * N, itertools.cycle([True, False])),
-        ):
-            with counted(module, turns) as served:
-                found, kept = steps(module, given, split)
-            assert sum(served) == (N // 2 if turns is not None else split.count(1))
+        for plain, found, kept in served_in_each_way(module, given):
             assert differ(found, wanted) < tolerance
-            if split == [1] * N and turns is None:
+            if plain:
                 assert kept.tensors.keys() == state.tensors.keys()
                 # native kernels add a block of the ring to the sums, PyTorch's operations a token
                 paths = [path for path in kept.tensors if not path.endswith(("sums", "summed.shared"))]
@@ -135,14 +142,7 @@ def test_bfloat16(name: str) -> None:
         given = inputs(name, batch, torch.bfloat16)
         wanted, _ = steps(exact, [x.double() if x.is_floating_point() else x for x in given], [1] * N)
         _, state = steps(module, given, [1] * N)
-        for split, turns in (
-            ([1] * N, None),
-            ([7, *[1] * 13], None),
-            ([1] * N, itertools.cycle([True, False])),
-        ):
-            with counted(module, turns) as served:
-                found, kept = steps(module, given, split)
-            assert sum(served) == (N // 2 if turns is not None else split.count(1))
+        for _, found, kept in served_in_each_way(module, given):
             assert [x.dtype for x in found] == [torch.bfloat16] * len(found)
             assert differ(found, wanted) < 4 * torch.finfo(torch.bfloat16).eps
             assert {p: x.dtype for p, x in kept.tensors.items()} == {
