@@ -1,13 +1,13 @@
 """What the emitted Triton kernels use on each architecture, compiled ahead of time: makes a golden file.
 
-python -m benchmarks.resources [TYPE ...]: a quarter of an hour on two cores; with arguments only inputs of those types.
-tests/gpu/test_resources.py compares with it.
+python -m benchmarks.resources [--missing]: an hour on two cores; with --missing only cases that the file lacks, and
+those that it no longer needs are dropped. tests/gpu/test_resources.py compares with it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -28,17 +28,14 @@ from fastgrad_compiler.runtime.kernel_spec import KernelSpec
 from fastgrad_dsl.storage.files import write_atomically
 
 COEFFICIENTS = (1.0, 1.0, 0.5, 0.2, 0.05)
-TARGETS = {
-    "bfloat16": ("sm_80", "sm_90", "sm_100", "gfx942"),
-    "float32": ("sm_80", "gfx942"),
-    "float16": ("sm_90",),
-}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Wide heads, odd widths, padding, near fields and each type of inputs, on one architecture each.
 GRID = (
-    (KernelSpec(64, 128, COEFFICIENTS, causal=True), ("bfloat16", "float32")),
-    (KernelSpec(12, 20, COEFFICIENTS[:4], near=24, near_d=20, padding=True), ("bfloat16", "float16")),
-    (KernelSpec(32, 128, COEFFICIENTS[:4]), ("bfloat16", "float32")),
-    (KernelSpec(9, 33, COEFFICIENTS[:2], causal=True), ("float16", "float32")),
-    (KernelSpec(64, 24, COEFFICIENTS[:3], causal=True, near=128), ("bfloat16", "float16")),
+    (KernelSpec(64, 128, COEFFICIENTS, causal=True), "float32", "sm_80"),
+    (KernelSpec(12, 20, COEFFICIENTS[:4], near=24, near_d=20, padding=True), "float16", "sm_90"),
+    (KernelSpec(32, 128, COEFFICIENTS[:4]), "bfloat16", "gfx942"),
+    (KernelSpec(9, 33, COEFFICIENTS[:2], causal=True), "float32", "gfx942"),
+    (KernelSpec(64, 24, COEFFICIENTS[:3], causal=True, near=128), "bfloat16", "sm_100"),
 )
 
 Entry = dict[str, object]
@@ -59,17 +56,21 @@ class Case:
         s = self.spec
         parts = [f"d{s.d} dv{s.dv} degree{s.degree}", "" if s.causal else "unmasked", "padding" * s.padding]
         parts += [f"near{s.near}" if s.near else "", f"near_d{s.near_d}" if s.near_d else ""]
+        parts += ["forget" * s.forget]
         return " ".join(filter(None, parts))
 
 
 def cases() -> tuple[Case, ...]:
-    """Those of the model's page, of the examples, and a sample of all that there may be."""
-    wanted = [
-        *((KernelSpec(d, dv, COEFFICIENTS[: g + 1], causal=True), ("bfloat16",)) for d, dv, g in CASES),
-        *((spec, ("bfloat16", "float32")) for spec in specifications_of_examples()),
-        *GRID,
-    ]
-    every = (Case(spec, dtype, t) for spec, dtypes in wanted for dtype in dtypes for t in TARGETS[dtype])
+    """Those of the model's page on every architecture, of the examples on one, and a sample of others."""
+    every = (
+        *(
+            Case(KernelSpec(d, dv, COEFFICIENTS[: degree + 1], causal=True), "bfloat16", target)
+            for d, dv, degree in CASES
+            for target in TARGETS
+        ),
+        *(Case(spec, "bfloat16", "sm_80") for spec in specifications_of_examples()),
+        *(Case(*entry) for entry in GRID),
+    )
     return tuple({(case.label, case.dtype, case.target): case for case in every}.values())
 
 
@@ -131,20 +132,18 @@ def spilling() -> Iterator[tuple[Case, str]]:
 
 
 def main() -> None:
-    """Write the golden file, or its part for some types."""
-    types = sys.argv[1:] or list(TARGETS)
-    golden: Golden = json.loads(RESOURCES.read_text(encoding="utf-8")) if RESOURCES.exists() else {}
-    for target in golden.values():
-        for dtype in types:
-            target.pop(dtype, None)
+    """Write the golden file, or the cases that it lacks."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--missing", action="store_true", help="only cases that the golden file lacks")
+    old: Golden = json.loads(RESOURCES.read_text(encoding="utf-8")) if parser.parse_args().missing else {}
+    golden: Golden = {}
     for case in cases():
-        if case.dtype in types:
-            kernels = compile_cases((case,))[case]
-            for name, found in kernels.items():
-                if found["spills"] or found["scalar_dots"] or not found["fits"]:
-                    print(f"{case.target} {case.dtype} {case.label} {name}: {found}", flush=True)
-            golden.setdefault(case.target, {}).setdefault(case.dtype, {})[case.label] = kernels
-            write_atomically(RESOURCES, json.dumps(golden, indent=1, sort_keys=True) + "\n")
+        kernels = old.get(case.target, {}).get(case.dtype, {}).get(case.label) or compile_cases((case,))[case]
+        for name, found in kernels.items():
+            if found["spills"] or found["scalar_dots"] or not found["fits"]:
+                print(f"{case.target} {case.dtype} {case.label} {name}: {found}", flush=True)
+        golden.setdefault(case.target, {}).setdefault(case.dtype, {})[case.label] = kernels
+    write_atomically(RESOURCES, json.dumps(golden, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
