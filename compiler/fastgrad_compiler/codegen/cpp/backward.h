@@ -34,9 +34,8 @@ inline void finish_queries(const Problem& p, Work& w, Row row, long segment, lon
   const int count = static_cast<int>(last - first);
   if constexpr (SEPARATE) std::fill_n(w.near_dx, NEAR_D * CHUNK, real(0));
   if constexpr (!TOTAL && !FUSED) local_gradients(p, w, row, segment, first, last, halo);
-  clear_rows(p.dq.rows(row.b, head), first, last, D, w.ahead);
-  add_transposed<D>(w.dx, p.dq.rows(row.b, head), first, count);
-  if constexpr (SEPARATE) add_transposed<NEAR_D>(w.near_dx, p.dnear_q.rows(row.b, head), first, count);
+  put_transposed<D, Put::store>(w.dx, p.dq.rows(row.b, head), first, count);
+  if constexpr (SEPARATE) put_transposed<NEAR_D>(w.near_dx, p.dnear_q.rows(row.b, head), first, count);
 }
 
 // Of the queries: what far keys before their window give, and the window.
@@ -46,7 +45,7 @@ inline void query_gradients_left(const Problem& p, const Pool& pool, const Share
     const int count = static_cast<int>(chunk_last(chunk, p.queries) - first);
     for (long g = 0; g < p.groups; ++g) {
       w.load_queries(p, row.b, row.h, g, first, count);
-      w.load_cotangent(p, row.b, row.h, g, first, count);
+      w.load_cotangent<true>(p, row.b, row.h, g, first, count);
       far_gradient(p, w, row, chunk, keys);
       finish_queries(p, w, row, segment, g, chunk, halo);
     }
@@ -60,9 +59,9 @@ inline void query_gradients_right(const Problem& p, const Pool& pool, const Shar
     const int count = static_cast<int>(chunk_last(chunk, p.queries) - first);
     for (long g = 0; g < p.groups; ++g) {
       w.load_queries(p, row.b, row.h, g, first, count);
-      w.load_cotangent(p, row.b, row.h, g, first, count);
+      w.load_cotangent<false>(p, row.b, row.h, g, first, count);
       far_gradient(p, w, row, chunk, keys);
-      add_transposed<D>(w.dx, p.dq.rows(row.b, row.h * p.groups + g), first, count);
+      put_transposed<D>(w.dx, p.dq.rows(row.b, row.h * p.groups + g), first, count);
     }
   });
 }
@@ -75,7 +74,7 @@ inline void backward_banded(const Problem& p, const Pool& pool, const Halo& halo
       const int count = static_cast<int>(chunk_last(chunk, p.queries) - first);
       for (long g = 0; g < p.groups; ++g) {
         w.load_queries(p, row.b, row.h, g, first, count);
-        w.load_cotangent(p, row.b, row.h, g, first, count);
+        w.load_cotangent<true>(p, row.b, row.h, g, first, count);
         std::fill_n(w.dx, D * CHUNK, real(0));
         finish_queries(p, w, row, segment, g, chunk, halo);
       }

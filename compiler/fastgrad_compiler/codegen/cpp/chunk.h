@@ -36,21 +36,25 @@ struct Work {
     }
   }
 
-  // cotangent (CHUNK, VALUES) = dO / D and delta (CHUNK) = -(dO . O) / D; 0 for a query that sees nothing.
+  // cotangent (CHUNK, VALUES) = dO / D and delta (CHUNK) = -(dO . O) / D; 0 for a query that sees nothing. FIRST: for the
+  // first time; after that O is not needed any more.
+  template <bool FIRST>
   void load_cotangent(const Problem& p, long b, long h, long g, long first, int count) {
     const long head = h * p.groups + g, saved = p.saved(b, h, g) + first;
     load<DV, VALUES>(p.gradient.rows(b, head), first, count, cotangent, ahead);
-    load<DV, VALUES>({p.out.data + b * p.out.batch + head * p.out.head, p.out.token}, first, count, rows, ahead);
+    if constexpr (FIRST)
+      load<DV, VALUES>({p.out.data + b * p.out.batch + head * p.out.head, p.out.token}, first, count, rows, ahead);
     std::fill_n(delta, CHUNK, real(0));
     for (int t = 0; t < count; ++t) {
       const real inverse = p.denominator[saved + t] == 0 ? 0 : 1 / p.denominator[saved + t];
       vector sum{};
       for (int i = 0; i < VALUES; i += LANES) {
         vector& u = at(cotangent + t * VALUES + i);
-        sum += u * at(rows + t * VALUES + i);
+        if constexpr (FIRST) sum += u * at(rows + t * VALUES + i);
         u *= inverse;
       }
-      delta[t] = -total(sum) * inverse;
+      if constexpr (FIRST) p.deltas[saved + t] = -total(sum) * inverse;
+      delta[t] = p.deltas[saved + t];
     }
     if constexpr (EXPONENTIAL)
       for (int t = 0; t < CHUNK; ++t) level[t] = t < count ? p.maximum[saved + t] : 0;

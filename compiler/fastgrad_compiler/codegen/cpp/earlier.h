@@ -72,7 +72,7 @@ struct Passing {
     sums.upstream(transposed, last, dphi);
     std::fill_n(dx, D * CHUNK, real(0));
     pull(phi, dphi, dx);
-    add_transposed<D>(dx, to, first, count);
+    put_transposed<D>(dx, to, first, count);
   }
 };
 

@@ -72,16 +72,33 @@ inline void decay_values(const Problem& p, Work& w, Row row, long first, int cou
   }
 }
 
+struct Values {
+  real *rows, *ones;  // (CHUNK, VALUES), (CHUNK): as of `load_values`
+};
+
+// Features of the keys [first, first + count), in w.phi, and their values. FUSED: the pairs of a chunk have the same keys,
+// and are met just before or just after.
+inline Values load_keys(const Problem& p, Work& w, Row row, long first, int count) {
+  if constexpr (FUSED && !FORGET) {
+    w.pairs.load_keys(p, row.b, row.h, first, first + count, w.ahead);
+    std::copy_n(w.pairs.kx, D * CHUNK, w.x);
+    features(w.phi);
+    return {w.pairs.values, w.pairs.ones};
+  }
+  load<D, COLUMNS>(p.k.rows(row.b, row.h), first, count, w.k, w.ahead);
+  transpose<D, COLUMNS>(w.k, w.x);
+  features(w.phi);
+  load_values(p, row.b, p.v.rows(row.b, row.h), first, count, w.far, w.far_delta, w.ahead);
+  return {w.far, w.far_delta};
+}
+
 // The state of the keys [start, stop), added.
 inline void absorb_keys(const Problem& p, Work& w, Row row, State& state, long start, long stop) {
   for (long first = start; first < stop; first += CHUNK) {
     const int count = static_cast<int>(std::min<long>(CHUNK, stop - first));
-    load<D, COLUMNS>(p.k.rows(row.b, row.h), first, count, w.k, w.ahead);
-    transpose<D, COLUMNS>(w.k, w.x);
-    features(w.phi);
-    load_values(p, row.b, p.v.rows(row.b, row.h), first, count, w.far, w.far_delta, w.ahead);
+    const Values v = load_keys(p, w, row, first, count);
     if constexpr (FORGET) decay_values(p, w, row, first, count, stop);
-    state.absorb(w.phi, w.far, w.far_delta, count);
+    state.absorb(w.phi, v.rows, v.ones, count);
   }
 }
 
@@ -149,7 +166,7 @@ inline bool absorb_queries(const Problem& p, Work& w, Row row, long chunk, State
     if (!empty) state.scale(decay_between(p, row.b, row.h, edge, edge_of<SIDE>(p, chunk + 1)));
   for (long g = 0; g < p.groups; ++g) {
     w.load_queries(p, row.b, row.h, g, first, count);
-    w.load_cotangent(p, row.b, row.h, g, first, count);
+    w.load_cotangent<false>(p, row.b, row.h, g, first, count);
     also(g);
     if (from >= to) continue;
     features(w.phi);
@@ -181,23 +198,20 @@ inline void decay_key_gradients(const Problem& p, Work& w, Row row, long first, 
 inline void key_gradients(const Problem& p, Work& w, Row row, const State& state, long start, long stop) {
   for (long first = start; first < stop; first += CHUNK) {
     const int count = static_cast<int>(std::min<long>(CHUNK, stop - first));
-    load<D, COLUMNS>(p.k.rows(row.b, row.h), first, count, w.k, w.ahead);
-    transpose<D, COLUMNS>(w.k, w.x);
-    features(w.phi);
-    load_values(p, row.b, p.v.rows(row.b, row.h), first, count, w.far, w.far_delta, w.ahead);
+    const Values v = load_keys(p, w, row, first, count);
     if constexpr (FORGET) decay_values(p, w, row, first, count, stop);
     std::fill_n(w.rows, CHUNK * VALUES, real(0));
     if constexpr (FORGET) std::fill_n(w.column, CHUNK, real(0));
     state.read(w.phi, w.rows, FORGET ? w.column : nullptr, count);
     if constexpr (PADDING)
       for (int t = 0; t < count; ++t)
-        if (w.far_delta[t] == 0) std::fill_n(w.rows + t * VALUES, VALUES, real(0));
+        if (v.ones[t] == 0) std::fill_n(w.rows + t * VALUES, VALUES, real(0));
     if constexpr (FORGET) decay_key_gradients(p, w, row, first, count);
     add_rows<DV, VALUES>(w.rows, p.dv.rows(row.b, row.h), first, count);
-    transpose<DV, VALUES>(w.far, w.transposed);
-    state.upstream(w.transposed, w.far_delta, w.dphi);
+    transpose<DV, VALUES>(v.rows, w.transposed);
+    state.upstream(w.transposed, v.ones, w.dphi);
     std::fill_n(w.dx, D * CHUNK, real(0));
     pull(w.phi, w.dphi, w.dx);
-    add_transposed<D>(w.dx, p.dk.rows(row.b, row.h), first, count);
+    put_transposed<D>(w.dx, p.dk.rows(row.b, row.h), first, count);
   }
 }

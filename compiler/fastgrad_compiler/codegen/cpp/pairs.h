@@ -50,7 +50,7 @@ struct Reach {
 
 // The keys [start, stop) of a window, and the products with the queries of a chunk that come from them.
 struct Pairs {
-  long start = 0, stop = 0;
+  long start = 0, stop = 0, b = -1, h = -1;
   bool diagonal = false;  // the keys are the queries, and see no later ones
   real *k, *kx, *values, *ones;  // (CHUNK, COLUMNS), (D, CHUNK), (CHUNK, VALUES), (CHUNK)
   real *scores, *weights;        // (CHUNK keys, CHUNK queries)
@@ -71,21 +71,26 @@ struct Pairs {
   int count() const { return static_cast<int>(stop - start); }
 
   // x (D, CHUNK) and near_x (NEAR_D, CHUNK): the queries [first, ..) of the chunk.
-  void load(const Problem& p, long b, long h, long from, long to, long first, const real* x, const real* near_x) {
-    start = from;
-    stop = to;
+  void load(const Problem& p, long batch, long head, long from, long to, long first, const real* x, const real* near_x) {
+    load_keys(p, batch, head, from, to, 0);
     diagonal = CAUSAL && start == first;
-    load_values(p, b, p.v.rows(b, h), start, count(), values, ones, 0);
+    if constexpr (SCORED) by_key(D, {kx, 1, CHUNK}, x, scores);
+    if constexpr (SEPARATE) by_key(NEAR_D, {near_kx, 1, CHUNK}, near_x, local);
+  }
+
+  // Loads the keys, unless they were the last to be loaded.
+  void load_keys(const Problem& p, long batch, long head, long from, long to, long ahead) {
+    if (b == batch && h == head && start == from && stop == to) return;
+    b = batch, h = head, start = from, stop = to;
+    load_values(p, b, p.v.rows(b, h), start, count(), values, ones, ahead);
     if constexpr (FORGET) decay.load_keys(p, b, h, start, count());
     if constexpr (SCORED) {
-      attention::load<D, COLUMNS>(p.k.rows(b, h), start, count(), k, 0);
+      attention::load<D, COLUMNS>(p.k.rows(b, h), start, count(), k, ahead);
       transpose<D, COLUMNS>(k, kx);
-      by_key(D, {kx, 1, CHUNK}, x, scores);
     }
     if constexpr (SEPARATE) {
       attention::load<NEAR_D, NEAR_COLUMNS>(p.near_k.rows(b, h), start, count(), near_k, 0);
       transpose<NEAR_D, NEAR_COLUMNS>(near_k, near_kx);
-      by_key(NEAR_D, {near_kx, 1, CHUNK}, near_x, local);
     }
   }
 

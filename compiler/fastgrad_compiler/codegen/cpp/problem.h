@@ -30,6 +30,7 @@ struct Problem {
   Heads<const input> gradient;
   Heads<real> dq, dk, dv, dnear_q, dnear_k;
   double* dlog_decay;  // FORGET: as log_decay
+  real* deltas;        // as denominator: what the first sweep of a backward pass finds out, see `Work::load_cotangent`
   long threads, segments;  // parts of the sequence that are done at the same time
 
   const double* sums(long b, long h) const { return log_decay + (b * heads + h) * keys; }
@@ -51,35 +52,64 @@ inline void load(Rows<const input> from, long first, int count, real* to, long a
   std::fill(to + count * WIDTH, to + CHUNK * WIDTH, real(0));
 }
 
+typedef real four __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
+
+inline four& four_at(real* memory) { return *reinterpret_cast<four*>(memory); }
+inline const four& four_at(const real* memory) { return *reinterpret_cast<const four*>(memory); }
+
+// The transpose of four rows of four numbers, `stride` apart.
+struct Square {
+  four rows[4];
+
+  Square(const real* corner, long stride) {
+    const four a = four_at(corner), b = four_at(corner + stride);
+    const four c = four_at(corner + 2 * stride), d = four_at(corner + 3 * stride);
+    const four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    const four AB = __builtin_shufflevector(a, b, 2, 6, 3, 7), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    rows[0] = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+    rows[1] = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    rows[2] = __builtin_shufflevector(AB, CD, 0, 1, 4, 5);
+    rows[3] = __builtin_shufflevector(AB, CD, 2, 3, 6, 7);
+  }
+};
+
 // to (COUNT, CHUNK) from the first COUNT columns of (CHUNK, WIDTH), in squares of four.
 template <int COUNT, int WIDTH>
 inline void transpose(const real* from, real* to) {
-  typedef real four __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
   constexpr int SQUARES = COUNT / 4 * 4;
   for (int t = 0; t < CHUNK; t += 4) {
     for (int i = 0; i < SQUARES; i += 4) {
-      const real* corner = from + t * WIDTH + i;
-      const four a = *reinterpret_cast<const four*>(corner), b = *reinterpret_cast<const four*>(corner + WIDTH);
-      const four c = *reinterpret_cast<const four*>(corner + 2 * WIDTH), d = *reinterpret_cast<const four*>(corner + 3 * WIDTH);
-      const four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-      const four AB = __builtin_shufflevector(a, b, 2, 6, 3, 7), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-      *reinterpret_cast<four*>(to + i * CHUNK + t) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-      *reinterpret_cast<four*>(to + (i + 1) * CHUNK + t) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-      *reinterpret_cast<four*>(to + (i + 2) * CHUNK + t) = __builtin_shufflevector(AB, CD, 0, 1, 4, 5);
-      *reinterpret_cast<four*>(to + (i + 3) * CHUNK + t) = __builtin_shufflevector(AB, CD, 2, 3, 6, 7);
+      const Square square(from + t * WIDTH + i, WIDTH);
+      for (int k = 0; k < 4; ++k) four_at(to + (i + k) * CHUNK + t) = square.rows[k];
     }
     for (int i = SQUARES; i < COUNT; ++i)
       for (int s = t; s < t + 4; ++s) to[i * CHUNK + s] = from[s * WIDTH + i];
   }
 }
 
-// rows [first, first + count) += the transpose of (COUNT, CHUNK).
-template <int COUNT>
-inline void add_transposed(const real* from, Rows<real> to, long first, int count) {
-  for (int t = 0; t < count; ++t) {
-    real* row = to[first + t];
-    for (int i = 0; i < COUNT; ++i) row[i] += from[i * CHUNK + t];
-  }
+// What is put into rows replaces what is there, or is added to it.
+enum class Put { store, add };
+
+template <Put PUT>
+inline void put_number(real number, real& target) {
+  target = PUT == Put::store ? number : target + number;
+}
+
+// rows [first, first + count) (+)= the transpose of (COUNT, CHUNK), in squares of four.
+template <int COUNT, Put PUT = Put::add>
+inline void put_transposed(const real* from, Rows<real> to, long first, int count) {
+  constexpr int SQUARES = COUNT / 4 * 4;
+  const int whole = count / 4 * 4;
+  for (int t = 0; t < whole; t += 4)
+    for (int i = 0; i < SQUARES; i += 4) {
+      const Square square(from + i * CHUNK + t, CHUNK);
+      for (int k = 0; k < 4; ++k) {
+        four& target = four_at(to[first + t + k] + i);
+        target = PUT == Put::store ? square.rows[k] : target + square.rows[k];
+      }
+    }
+  for (int t = 0; t < count; ++t)
+    for (int i = t < whole ? SQUARES : 0; i < COUNT; ++i) put_number<PUT>(from[i * CHUNK + t], to[first + t][i]);
 }
 
 // rows [first, first + count) += the first COUNT columns of (CHUNK, WIDTH).

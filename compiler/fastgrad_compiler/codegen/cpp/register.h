@@ -69,6 +69,8 @@ void attention_backward(const Tensor gradient, const Tensor q, const Tensor k, c
   p.dv = heads<real>(dv);
   if (SEPARATE) p.dnear_q = heads<real>(*dnear_q), p.dnear_k = heads<real>(*dnear_k);
   if (FORGET) p.dlog_decay = static_cast<double*>(dlog_decay->data_ptr());
+  const Memory deltas(p.batch * p.heads * p.groups * p.queries);
+  p.deltas = deltas.start;
   backward(p);
 }
 

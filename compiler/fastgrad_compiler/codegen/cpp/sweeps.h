@@ -216,7 +216,7 @@ inline void keys_from_the_right(const Problem& p, Work& w, const Carries& carrie
       if constexpr (FUSED) {
         std::fill_n(w.dx, D * CHUNK, real(0));
         local_gradients(p, w, row, segment, edge, last, Halo{nullptr});
-        add_transposed<D>(w.dx, p.dq.rows(row.b, row.h * p.groups + g), edge, static_cast<int>(last - edge));
+        put_transposed<D>(w.dx, p.dq.rows(row.b, row.h * p.groups + g), edge, static_cast<int>(last - edge));
       }
     });
   }

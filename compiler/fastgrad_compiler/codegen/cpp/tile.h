@@ -13,6 +13,16 @@ struct Factor {
   long row, step;
 };
 
+// Keeps a vector in a register: compilers would read one that serves several rows from memory again for each of them,
+// and a core does as many loads in a cycle as multiply-adds.
+inline void keep([[maybe_unused]] vector& x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#endif
+}
+
 // c(i, :) (+)= [weight(i)] sum over k < depth of a(i, k) b(k, :), for ROWS rows and VECTORS vectors of columns.
 template <int ROWS, int VECTORS, Into INTO>
 inline void tile(long depth, Factor a, const real* b, long b_row, real* c, long c_row, const real* weight) {
@@ -21,10 +31,14 @@ inline void tile(long depth, Factor a, const real* b, long b_row, real* c, long 
   for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) sum[i][j] = vector{};
+#pragma GCC unroll 4
   for (long k = 0; k < depth; ++k) {
     vector column[VECTORS];
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) column[j] = at(b + k * b_row + j * LANES);
+    for (int j = 0; j < VECTORS; ++j) {
+      column[j] = at(b + k * b_row + j * LANES);
+      keep(column[j]);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
       const real factor = a.data[i * a.row + k * a.step];
