@@ -59,11 +59,12 @@ def _table(attentions: Sequence[ReportedAttention]) -> Markup:
     if not rows:
         return Markup("")
     lines = [_row("th", HEADINGS), *(_row("td", (folded(paths), *cells)) for cells, paths in rows.items())]
-    return Markup('<table style="text-align:left">{}</table>').format(Markup("").join(lines))
+    shape = Markup('<div style="overflow-x:auto"><table style="text-align:left">{}</table></div>')
+    return shape.format(Markup("").join(lines))
 
 
 def _row(kind: str, cells: Sequence[str]) -> Markup:
-    shape = Markup('<{0} style="text-align:left">{1}</{0}>')
+    shape = Markup('<{0} style="text-align:left;padding:.2em 1em .2em 0">{1}</{0}>')
     return Markup("<tr>{}</tr>").format(
         Markup("").join(shape.format(Markup(kind), element("{}", cell)) for cell in cells)
     )
