@@ -16,7 +16,7 @@ from website.shown_errors import with_examples
 ROOT = Path(__file__).parent.parent
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Start": ("tutorial", "which-attention", "from-pytorch", "from-transformers"),
+    "Start": ("tutorial", "first-sessions", "which-attention", "from-pytorch", "from-transformers"),
     "Use": (
         *(
             "training",
