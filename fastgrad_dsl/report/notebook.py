@@ -12,7 +12,7 @@ from markupsafe import Markup
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.documents.base import SHOWN
 from fastgrad_dsl.documents.pairs import WHATS, of
-from fastgrad_dsl.documents.report import Errors, Kind, Report, ReportedAttention, Use
+from fastgrad_dsl.documents.report import NOTHING, Errors, Kind, Report, ReportedAttention, Use
 from fastgrad_dsl.plots.svg import element
 from fastgrad_dsl.report.diagram import draw
 from fastgrad_dsl.report.words import decision, folded, number
@@ -76,6 +76,8 @@ def _cells(entry: ReportedAttention) -> tuple[str, ...]:
 
 
 def _best(errors: Errors) -> str:
+    if errors == NOTHING:
+        return "0 (bound)"  # of what is exact; nothing needs to have been measured
     return next(
         (f"{number(value)} ({kind})" for kind in KINDS if (value := errors.of(kind)) is not None), "-"
     )
