@@ -22,13 +22,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import fastgrad_dsl as fg
-from benchmarks.quality.run import SETTINGS, assess, train
+from benchmarks.quality.run import SETTINGS, assess, model_of, train
 from fastgrad_dsl.api.compiled import Compiled
-from fastgrad_dsl.api.loader import WEIGHTS
 from fastgrad_dsl.bench.memory import peak_of
 from fastgrad_dsl.commands.tables import Column, print_table
 from fastgrad_dsl.commands.terminal import print_plan
-from fastgrad_dsl.commands.train import TrainRequest, print_sample, run
+from fastgrad_dsl.commands.train import TrainRequest, train_language_model
 from fastgrad_dsl.models.text_data import TextData, load_text
 from fastgrad_dsl.training.folder import LOG
 from fastgrad_dsl.training.language import language_model_loss
@@ -41,11 +40,12 @@ TEXT = HERE / "data" / "emma.txt"
 MEBIBYTE = 2**20
 TIMED_STEPS = 3
 RECALL = SETTINGS["recall of 32 pairs"]
-RECALLED = {
-    "depth": RECALL.layers, "d_model": RECALL.width, "heads": RECALL.heads, "near": RECALL.near,
-    "vocab": RECALL.task.vocabulary,
-}  # fmt: skip
+FORMS = {"gpt": "mixer", "softmax": "softmax, short convolution"}  # of attention, as docs/quality.md has them
 RATE = 5e-3  # of learning to recall
+SAMPLE = 200  # bytes
+BEGINNING = """\
+Six phases, each with the time it takes on two cores with nothing else to do; the first text of a trained model comes
+after about two minutes. Ctrl-C ends the demonstration at any phase."""
 
 
 @dataclass(frozen=True)
@@ -70,30 +70,27 @@ def main() -> None:
         print(json.dumps(_one_step(options.step, options.tokens)))
         return
     console = Console()
-    build = Path(options.out)
-    console.rule("1. the compiled model")
+    console.print(BEGINNING, highlight=False, soft_wrap=True)
+    build, limit = Path(options.out), f"{60 * options.minutes:g} s"
+    _phase(console, 1, "compile examples/gpt.tfg to PyTorch", "a few seconds")
     compiled = {name: fg.compile(SPEC, params=params) for name, params in MODELS.items()}
     compiled["gpt"].write(build)
     print_plan(compiled["gpt"].program, str(SPEC))
     data = load_text(TEXT, options.tokens)
     trained = {}
     for number, name in enumerate(MODELS, 2):
-        console.rule(f"{number}. {name}: {options.minutes:g} minutes at {options.tokens} tokens")
-        trained[name] = _trained(console, compiled[name], data, options, Path(f"runs/demo-{name}"))
-    console.rule("4. side by side")
+        what = f"train {name} on a novel, {options.tokens} bytes at a time"
+        _phase(console, number, what, limit if number > 2 else f"{limit}, and half a minute for kernels once")
+        trained[name] = _trained(compiled[name], data, options, Path(f"runs/demo-{name}"), number == 2)
+    _phase(console, 4, "compare a training step of both", "half a minute")
     rows = _side_by_side(trained, data, options.tokens)
     _print_rows(console, rows)
-    console.rule("5. what a model of two layers learns to recall")
-    recalled = {} if options.no_recall else _recalled(console)
-    console.rule("6. what gpt writes")
-    one = trained["gpt"]
-    print_sample(console, one.model, one.compiled.program, data, options.tokens, 200)
-    console.rule("files")
-    for what, path in (
-        ("generated code", build / "model.py"), ("report", build / "report.html"),
-        ("weights", one.folder / WEIGHTS), ("losses", one.folder / LOG),
-    ):  # fmt: skip
-        console.print(f"{what:16s} {path}", highlight=False)
+    recalled = {}
+    if not options.no_recall:
+        _phase(console, 5, "learn to recall 32 pairs, two layers each", "one to two minutes for each model")
+        recalled = _recalled(console)
+    _phase(console, 6, "what to do next", "")
+    _print_next(console, build, trained["gpt"].folder)
     if options.json:
         found = {"minutes": options.minutes, "tokens": options.tokens, "models": rows, "recall": recalled}
         Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
@@ -110,17 +107,42 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _phase(console: Console, number: int, what: str, takes: str) -> None:
+    console.rule(f"{number}. {what}")
+    if takes:
+        console.print(f"takes {takes}", highlight=False, style="dim")
+
+
+def _print_next(console: Console, build: Path, run: Path) -> None:
+    """Commands that go on from here, and files to look at."""
+    fastgrad = os.path.relpath(Path(sys.executable).with_name("fastgrad"))
+    for what, command in (
+        ("let it write", f'{fastgrad} generate {run} --prompt "She had always"'),
+        ("train on a text of yours", f"{fastgrad} train {SPEC} --text FILE"),
+        ("see how an attention will run", f"{fastgrad} check {HERE / 'bounded.tfg'}"),
+        ("open the report in a browser", str(build / "report.html")),
+        ("read the generated code", str(build / "model.py")),
+        ("write a model yourself", str(HERE.parent / "docs" / "tutorial.md")),
+    ):
+        console.print(f"{what:30s} {command}", highlight=False, soft_wrap=True)
+
+
 def _trained(
-    console: Console, compiled: Compiled, data: TextData, options: argparse.Namespace, folder: Path
+    compiled: Compiled, data: TextData, options: argparse.Namespace, folder: Path, writes: bool
 ) -> Trained:
+    """Trained for the minutes of the options; one that `writes` prints a sample then."""
     training = Options(
         tokens=options.tokens, seconds=60 * options.minutes, validate_every=25, validation_batches=2, warmup=10,
         checkpoint_every=50, learning_rate=2e-3,
     )  # fmt: skip
-    loss, model = language_model_loss(compiled, training.tokens), compiled.module(seed=0)
-    first = next(data.validation_batches(options.tokens, 1, 1))
-    _timed_step(model, loss, *first)  # builds kernels, not on the clock
-    run(console, model, loss, data, TrainRequest(TEXT, folder, training, force=True))
+    loss, first = (
+        language_model_loss(compiled, training.tokens),
+        data.validation_batches(options.tokens, 1, 1),
+    )
+    _timed_step(compiled.module(seed=0), loss, *next(first))  # builds kernels, not on the clock
+    request = TrainRequest(TEXT, folder, training, sample=SAMPLE if writes else 0, force=True)
+    model = train_language_model(compiled, request)
+    assert model is not None  # this is the only process
     return Trained(compiled, model, loss, folder)
 
 
@@ -182,15 +204,15 @@ def _one_step(which: str, tokens: int) -> dict[str, int | None]:
 
 
 def _recalled(console: Console) -> dict[str, dict[str, float]]:
-    """Multi-query associative recall: 32 pairs, each asked for once, up to 250 tokens later."""
+    """Multi-query associative recall: 32 pairs, each asked for once, at most 250 tokens later, by small models."""
     found, threads = {}, torch.get_num_threads()
     torch.set_num_threads(1)  # such small models gain nothing from more
-    for name, params in MODELS.items():
-        model = fg.compile(SPEC, params={**RECALLED, **params}).module(seed=0)
+    for name, form in FORMS.items():
+        model = model_of(RECALL, form, seed=0)
         *_, (_, seconds, _) = train(model, RECALL, RATE, seed=0)
         accuracy = assess(model, RECALL, RECALL.task.n)["accuracy"]
         console.print(
-            f"{name} recalls {accuracy:.0%} of {RECALL.task.size} pairs after {RECALL.steps} steps,"
+            f"the attention of {name} recalls {accuracy:.0%} of {RECALL.task.size} pairs after {RECALL.steps} steps,"
             f" {seconds:.0f} s of one thread (measured)",
             highlight=False,
         )

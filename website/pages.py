@@ -16,7 +16,7 @@ from website.shown_errors import with_examples
 ROOT = Path(__file__).parent.parent
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Start": ("tutorial", "which-attention", "from-pytorch", "from-transformers"),
+    "Start": ("tutorial", "first-sessions", "which-attention", "from-pytorch", "from-transformers"),
     "Use": (
         *(
             "training",
@@ -31,7 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
             "distributed",
             "pytorch",
         ),
-        *("targets", "editors", "notebooks"),
+        *("targets", "editors", "notebooks", "notebook-report", "notebook-degrees"),
     ),
     "Reference": (
         "language",
@@ -47,6 +47,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """The pages in the order of the side bar; a test asserts that it has each page of docs/."""
 
+NOTEBOOKS = ROOT / "examples" / "notebooks"
 DATA = (".svg", ".json")  # beside the pages: plots, and the numbers that pages are made of
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]+)?(#[^)\s]*)?(?=\))")
 _FENCE = re.compile(r"^(?:```.*?^```|(?: {4}[^\n]*\n)+)|`[^`\n]*`", re.MULTILINE | re.DOTALL)
@@ -76,6 +77,9 @@ def write_pages(folder: Path) -> None:
     (pages / "examples.md").write_text(_examples(), encoding="utf-8")
     (pages / "api.md").write_text(api_page(), encoding="utf-8")
     write_figures(pages)
+    for file in NOTEBOOKS.glob("*.ipynb"):
+        shutil.copy(file, pages / f"notebook-{file.name}")
+    shutil.copy(ROOT / "examples" / "bounded.tfg", folder)  # the notebooks find it in the folder above theirs
 
 
 def linked(path: str, text: str) -> str:
@@ -93,6 +97,8 @@ def _target(page: str, file: str) -> str:
     whole = posixpath.normpath(posixpath.join(posixpath.dirname(page), file))
     if whole in sources():
         return f"{sources()[whole]}.md"
+    if whole.startswith("examples/notebooks/") and (ROOT / whole).is_file():
+        return f"notebook-{posixpath.basename(whole)}"
     if whole == "examples" or whole.startswith("examples/"):
         return "examples.md"
     if whole.startswith("docs/") and whole.endswith(DATA):

@@ -22,6 +22,7 @@ from fastgrad_compiler.attention.table import AttentionEntry, attention_table
 from fastgrad_compiler.attention.value import Range
 from fastgrad_compiler.ir.graph import Budget, Program
 from fastgrad_compiler.planning.candidates import MOST_EPS, Policy, polynomials
+from fastgrad_compiler.planning.decision import LEFT_EXACT
 from fastgrad_compiler.planning.settings import Settings, settings_of
 from fastgrad_dsl.calibration.candidates import Candidate, whole_errors
 from fastgrad_dsl.calibration.capture import Call, Errors, Probe, Subject, capture, probe
@@ -133,7 +134,7 @@ def _attention(
     if mask:
         return replace(found, obstacle=f"a polynomial cannot serve the mask `{mask}`")
     if settings.exact is not None:
-        return replace(found, obstacle="the budget leaves it exact")
+        return replace(found, obstacle=LEFT_EXACT)
     limits = (budget.output, budget.gradient, settings.relative, settings.asked)
     if all(limit is None for limit in limits):
         reason = "no budget asks for an approximation: it sets neither a limit nor a degree"

@@ -174,7 +174,10 @@ def _print_options(out: Console, advice: Sequence[Advice], length: int, shown: l
     """What could be done, feasible changes first, the fastest of them first."""
     best = cheapest(advice)
     made: list[Shown] = [
-        (Column("change", is_number=False), lambda a: a.change + (" (cheapest)" if a == best else "")),
+        (
+            Column("change", is_number=False),
+            lambda a: a.change + (" (cheapest without training)" if a == best else ""),
+        ),
         (Column(f"time at\nn = {length:,}"), lambda a: f"{a.time:.2g}"),
         *shown,
     ]

@@ -13,6 +13,7 @@ from rich.text import Text
 from fastgrad_compiler.attention.table import Lengths, attention_table
 from fastgrad_compiler.attention.unserved import unserved_gates
 from fastgrad_compiler.ir.graph import Program
+from fastgrad_compiler.planning.decision import LEFT_EXACT
 from fastgrad_compiler.planning.memory import in_bytes
 from fastgrad_compiler.planning.selectivity import averages
 from fastgrad_dsl.commands.tables import print_table, say
@@ -84,6 +85,15 @@ def print_plan(program: Program, file: str) -> None:
         place = f"  ({gate.node.span.short_place})" if gate.node.span else ""
         say(out, f"{gate.node.op}  as it is written, on all pairs{place}", indent=2, style="bold")
         say(out, f"this gate belongs to no attention: {gate.why}", indent=6)
+
+
+def print_way_on(program: Program, file: str) -> None:
+    """Where attention stays exact that a polynomial could serve, and nobody asked for that: the command that helps."""
+    exact = [entry.attention for entry in attention_table(program) if not entry.attention.is_polynomial]
+    asked = [each for each in exact if each.verdict is not None and each.verdict.why == LEFT_EXACT]
+    if any(not each.unservable for each in exact if each not in asked):
+        said = "what would make exact attention faster, and what it would cost:"
+        say(console(), f"{said} fastgrad advise {file}", indent=2)
 
 
 def print_memory(program: Program) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from fastgrad_compiler.ir.graph import Program
@@ -299,17 +299,19 @@ def show(
     console: Console, events: Generator[Event, None, None], options: Options, line: Callable[[Event], str]
 ) -> None:
     """Run to the end with a progress bar; some of the events are printed on lines of their own."""
-    total = options.steps if options.seconds is None else None
+    timed = options.seconds is not None
+    total, steps = (options.seconds, "") if timed else (options.steps, f"/{options.steps}")
     bar = Progress(
-        TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
+        TextColumn("step {task.fields[step]}" + steps), BarColumn(), TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip
     waiting: list[float] = []
     with bar, closing(events):
-        task = bar.add_task("training", total=total, loss="")
+        task = bar.add_task("training", total=total, step=0, loss="")
         for event in events:
             waiting += [] if event.waiting is None else [event.waiting]
-            bar.update(task, completed=event.step, loss=_loss_text(event))
+            done = event.seconds if timed else event.step
+            bar.update(task, completed=done, step=event.step, loss=_loss_text(event))
             if _is_printed(event, options):
                 console.print(line(event), highlight=False)
     if waiting:

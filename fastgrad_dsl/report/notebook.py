@@ -12,7 +12,7 @@ from markupsafe import Markup
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_dsl.documents.base import SHOWN
 from fastgrad_dsl.documents.pairs import WHATS, of
-from fastgrad_dsl.documents.report import Errors, Kind, Report, ReportedAttention, Use
+from fastgrad_dsl.documents.report import NOTHING, Errors, Kind, Report, ReportedAttention, Use
 from fastgrad_dsl.plots.svg import element
 from fastgrad_dsl.report.diagram import draw
 from fastgrad_dsl.report.words import decision, folded, number
@@ -59,11 +59,12 @@ def _table(attentions: Sequence[ReportedAttention]) -> Markup:
     if not rows:
         return Markup("")
     lines = [_row("th", HEADINGS), *(_row("td", (folded(paths), *cells)) for cells, paths in rows.items())]
-    return Markup('<table style="text-align:left">{}</table>').format(Markup("").join(lines))
+    shape = Markup('<div style="overflow-x:auto"><table style="text-align:left">{}</table></div>')
+    return shape.format(Markup("").join(lines))
 
 
 def _row(kind: str, cells: Sequence[str]) -> Markup:
-    shape = Markup('<{0} style="text-align:left">{1}</{0}>')
+    shape = Markup('<{0} style="text-align:left;padding:.2em 1em .2em 0">{1}</{0}>')
     return Markup("<tr>{}</tr>").format(
         Markup("").join(shape.format(Markup(kind), element("{}", cell)) for cell in cells)
     )
@@ -75,6 +76,8 @@ def _cells(entry: ReportedAttention) -> tuple[str, ...]:
 
 
 def _best(errors: Errors) -> str:
+    if errors == NOTHING:
+        return "0 (bound)"  # of what is exact; nothing needs to have been measured
     return next(
         (f"{number(value)} ({kind})" for kind in KINDS if (value := errors.of(kind)) is not None), "-"
     )

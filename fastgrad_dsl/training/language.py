@@ -24,12 +24,14 @@ def language_model_loss(compiled: Compiled, tokens: int, tokenizer: Tokenizer = 
         if limit is None or tokens <= limit:
             return compiled.loss
         problem = f"its sequences have at most {limit} tokens, not {tokens}"
-    raise TfgError.of(
-        "FG415",
-        f"model {program.name} cannot be trained on text: {problem or 'the file has no objective'}",
-        "a language model takes int[b, n], gives float[b, n, vocab] and has an objective(logits, targets)",
-        span=graph.span,
-    )
+    help_ = "a language model takes int[b, n], gives float[b, n, vocab] and has an objective(logits, targets)"
+    if problem is None:
+        problem = "the file has no objective"
+        batch, result = graph.inputs[0].tensor.shape, graph.output_type
+        shapes = f"logits: {result}, targets: int[{', '.join(map(str, batch))}]"
+        help_ = f"add to the file: objective loss({shapes}) = cross_entropy(logits, targets)"
+    said = f"model {program.name} cannot be trained on text: {problem}"
+    raise TfgError.of("FG415", said, help_, span=graph.span)
 
 
 def not_a_language_model(program: Program, tokenizer: Tokenizer) -> str | None:

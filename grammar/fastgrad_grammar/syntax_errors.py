@@ -40,6 +40,12 @@ _FOREIGN = {
     **dict.fromkeys(("with", "assert", "print"), ""),
     "pass": "an empty body is `{ }`",
 }
+_UNITS = {
+    "%": 0.01,
+    **{f"{prefix}B": 1000.0**power for power, prefix in enumerate(("k", "M", "G", "T"), 1)},
+    "KB": 1000.0,
+    **{f"{prefix}iB": 1024.0**power for power, prefix in enumerate(("K", "M", "G", "T"), 1)},
+}
 _COMPOUND = frozenset({"PLUS", "MINUS", "STAR", "SLASH", "FLOOR", "PERCENT", "MATMUL"})
 
 
@@ -194,6 +200,18 @@ def _number_and_point(case: Situation) -> Diagnostic | None:
             span = case.layout.span(pair[0]).to(case.layout.span(pair[1]))
             help_ = f"write {zero.format(span.text)}"
             return Diagnostic("FG120", f"malformed number `{span.text}`", span, help=(help_,))
+    return None
+
+
+def _unit(case: Situation) -> Diagnostic | None:
+    """`output <= 1%` and `memory <= 10 MB`."""
+    tokens = case.layout.tokens[case.start : case.index + 1]
+    if "AT_MOST" not in [token.type for token in tokens[1:2]] and case.head != "AT":
+        return None  # no entry of a budget
+    for sign, number, unit in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        if sign.type == "AT_MOST" and number.type in ("INT", "FLOAT") and str(unit) in _UNITS:
+            at, help_ = case.layout.span(unit), f"write {float(number) * _UNITS[unit]:g}"
+            return Diagnostic("FG101", f"unexpected `{unit}`", at, "numbers have no units", help=(help_,))
     return None
 
 
@@ -376,6 +394,7 @@ _RULES: tuple[Callable[[Situation], Diagnostic | None], ...] = (
     _misspelt_keyword,
     _foreign_operator,
     _number_and_point,
+    _unit,
     _attribute,
     _keyword_as_name,
     _keyword_statement_name,

@@ -121,6 +121,17 @@ def test_notebooks_show_text_from_outside_as_text(tmp_path: Path) -> None:
     assert report.headline._repr_html_() is None  # a part shows itself as the text that it is
 
 
+def test_nothing_is_called_measured_that_was_not(tmp_path: Path) -> None:
+    path = tmp_path / "exact.tfg"
+    path.write_text(
+        "use std\ndim b\ndim n <= 64\n"
+        "model m(x: float[b, n, 16]) -> float[b, n, 16] {\n    return std.attention(x; heads = 2)\n}\n"
+    )
+    shown = fg.compile(path, validate=False)._repr_html_()
+    assert shown.count("0 (bound)") == 2  # an exact attention's output and gradient
+    assert "measured" not in shown
+
+
 def test_colours_change_no_letter() -> None:
     text = str(fg.compile(ROOT / "examples/based.tfg", validate=False).stages[-1])
     shown = coloured(text, ProgramLexer())

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
+from fastgrad_dsl.commands.train import show
 from fastgrad_dsl.generation.rerun import rerun
 from fastgrad_dsl.generation.sampling import Sampling
 from fastgrad_dsl.models.text_data import TextData, load_text
 from fastgrad_dsl.training.folder import CHECKPOINT, LOG
+from fastgrad_dsl.training.log import Event
 from fastgrad_dsl.training.loop import Options, learning_rate, train
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.training_model import TEXT, Bigram, loss
@@ -129,3 +135,18 @@ class Counter(nn.Module):
 def test_sampling_continues_the_prompt_within_the_window() -> None:
     written = rerun(Counter(), b"abc", 12, Sampling(), window=8, multiple=4, size=256)
     assert bytes(written) == b"defghijklmno"
+
+
+def test_the_bar_of_a_run_with_a_limit_of_time() -> None:
+    """It fills with the seconds, since nobody knows how many steps there will be."""
+    printed = io.StringIO()
+    console = Console(file=printed, force_terminal=True, width=60, legacy_windows=False, color_system=None)
+
+    def events() -> Generator[Event, None, None]:
+        yield Event(step=1, seconds=5.0, loss=5.0)
+        yield Event(step=2, seconds=10.0, loss=4.0)
+
+    show(console, events(), Options(seconds=10.0), lambda event: f"line of {event.step}")
+    assert re.search(r"step 2 ━+ loss 4\.0000 0:00:00", printed.getvalue()), printed.getvalue()
+    assert "/?" not in printed.getvalue()
+    assert "line of 1" in printed.getvalue()

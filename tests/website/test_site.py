@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections import defaultdict
 from functools import cache
 from html.parser import HTMLParser
@@ -20,6 +22,7 @@ from tests.dsl.browser import find_chromium, load_file, load_files
 
 pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
 pytest.importorskip("furo", reason="the extra `docs` is not installed")
+pytest.importorskip("myst_nb", reason="the extra `docs` is not installed")
 
 from website import figures
 from website.build import build
@@ -36,6 +39,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "TOKENS", 64)  # what the report measures has tests of its own
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # for the notebooks' processes
         assert build(out) == 0  # a warning is an error
     return out
 
@@ -148,6 +152,18 @@ def test_languages_of_code() -> None:
     assert as_markdown_code(["A |s|, `a|b`.", "", "    x = 1", "    y", "", "    z"]) == [
         "A \\|s\\|, `a|b`.", "", ".. code-block:: text", "", "    x = 1", "    y", "", "    z",
     ]  # fmt: skip
+
+
+def test_notebooks_are_pages_with_their_outputs(site: Path) -> None:
+    for file in (Path(__file__).parents[2] / "examples" / "notebooks").glob("*.ipynb"):
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        page = (site / f"notebook-{file.stem}.html").read_text(encoding="utf-8")
+        assert f"notebook-{file.stem}.html" in read(site / "notebooks.html").links
+        assert page.count("cell_input") == sum(cell["cell_type"] == "code" for cell in cells)
+        assert "cell_output" in page
+    report = (site / "notebook-report.html").read_text(encoding="utf-8")
+    assert "measured on one batch of 1,024 tokens" in report
+    assert "balanced degree 2, rank 153, near 64</text>" in report  # in the picture
 
 
 def test_the_search_knows_the_pages(site: Path) -> None:

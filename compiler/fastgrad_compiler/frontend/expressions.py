@@ -98,6 +98,8 @@ def reported(scope: Scope, span: Span, context: str = "") -> Iterator[None]:
 
 # ---------------------------------------------------------------- names
 
+OF_PYTHON = ("True", "False", "None")  # here in small letters
+
 
 def look_up(scope: Scope, name: str, span: Span) -> Value:
     """What a name stands for here; FG201 and FG225 where it is not visible.
@@ -123,6 +125,8 @@ def _unknown(scope: Scope, name: str, span: Span) -> Abort:
     if name in scope.hidden:
         return _invisible(scope, name, scope.hidden[name], "bound here", span)
     hint = did_you_mean(name, [*scope.names, *scope.file.names])
+    if name in OF_PYTHON:
+        hint = f"did you mean {name.lower()}?"
     if hint is None and (name in NAMES or name in scope.module.blocks):
         hint = f"call it: {name}(...)"
     if hint is None and name in scope.file.hidden:

@@ -215,13 +215,14 @@ class Refusal:
 
 
 Outcome: TypeAlias = Decision | Refusal
+LEFT_EXACT = "the budget leaves it exact"  # because a rule says so
 
 
 def decide(case: Case) -> Outcome:
     """The decision for a case whose rules have valid values."""
     settings = case.settings
     if settings.exact is not None:
-        return Decision("the budget leaves it exact")
+        return Decision(LEFT_EXACT)
     if settings.degree is None and not case.caps.given:
         return Decision("no budget asks for an approximation: it sets neither a limit nor a degree")
     blocked = _blocked(case)

@@ -68,7 +68,8 @@ def _unbounded(case: Case) -> list[str]:
     word = [] if case.certified else ["or assert a limit that you know: assume_bound(scores, R)"]
     return [
         "limit the logits: gain * (unit(q) @ unit(k).T) never exceeds the gain; std.attention(gain = 1.0) does it",
-        "limit only distant ones: near_far(q @ k.T, gain * (unit(q) @ unit(k).T); 64)",
+        "limit only distant ones: near_far(q @ k.T, gain * (unit(q) @ unit(k).T); 64); "
+        "std.attention(gain = 1.0, near = 64) does it",
         *word,
     ]
 
