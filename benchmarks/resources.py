@@ -137,13 +137,15 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="only cases that the golden file lacks")
     old: Golden = json.loads(RESOURCES.read_text(encoding="utf-8")) if parser.parse_args().missing else {}
     golden: Golden = {}
-    for case in cases():
+    for case in sorted(
+        cases(), key=lambda case: case.label not in old.get(case.target, {}).get(case.dtype, {})
+    ):
         kernels = old.get(case.target, {}).get(case.dtype, {}).get(case.label) or compile_cases((case,))[case]
         for name, found in kernels.items():
             if found["spills"] or found["scalar_dots"] or not found["fits"]:
                 print(f"{case.target} {case.dtype} {case.label} {name}: {found}", flush=True)
         golden.setdefault(case.target, {}).setdefault(case.dtype, {})[case.label] = kernels
-    write_atomically(RESOURCES, json.dumps(golden, indent=1, sort_keys=True) + "\n")
+        write_atomically(RESOURCES, json.dumps(golden, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

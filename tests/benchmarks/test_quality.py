@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.quality import page, run
 from benchmarks.quality.forms import FORMS, NAMES, layers, text
-from benchmarks.quality.run import QUICK, SETTINGS, measure, measured, rate_at, runs
+from benchmarks.quality.run import QUICK, SETTINGS, measure, measured, rate_at, runs, task_at
 from benchmarks.quality.tasks import IGNORED, STATES, Task, chains, oracle_loss
 
 GENERATOR = torch.Generator
@@ -141,3 +141,11 @@ def test_the_mixer_recalls() -> None:
     """32 pairs, 600 steps: about a minute of one processor. A far field that can only average recalls a twentieth."""
     setting = SETTINGS["recall of 32 pairs"]
     assert measured(setting, "mixer", 5e-3, seed=0)["tests"][0]["accuracy"] > 0.95
+
+
+def test_training_in_stages_ends_with_the_task_itself() -> None:
+    setting = SETTINGS["recall of 64 pairs"]
+    sizes = [(task.n, task.size) for task in (task_at(step, setting) for step in range(setting.steps))]
+    third = setting.steps // 3
+    assert sizes == [(128, 16)] * third + [(256, 32)] * third + [(512, 64)] * third
+    assert task_at(0, SETTINGS["chains"]) == SETTINGS["chains"].task
