@@ -68,7 +68,8 @@ FALLS_SHORT = """
   key from many less sharply than exp does. With softmax in every second layer it is learned as well as with softmax
   alone. No form that was tried copies at lengths well beyond those of its training.
 * **Gates help softmax, too**: with the same gates and convolution its loss is lower than the mixer's at equal steps.
-  Its seconds are those of this product's exact attention with gates, which has no fused kernel.
+  Its seconds were measured before exact attention with gates had a kernel, which is several times
+  faster (docs/targets.md).
 * **More context** lowers the loss of the mixer less than that of softmax with the same convolution (the column fall):
   heads that forget quickly predict the beginning of a sequence as well as its end. The mixer's loss is lower in both.
 * **One seed and one rate** are all that most rows have: differences of a few per cent may be chance.

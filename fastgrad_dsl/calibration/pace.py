@@ -69,15 +69,16 @@ class MachinePace(Document, frozen=True):
     def seconds(self, shape: Shape, way: Way) -> float:
         """Of one attention, forward and backward, of a batch of one (an estimate).
 
-        Exact attention is fused, or in blocks where it has a near field with logits of its own, documents, forget gates
-        or a window, and a polynomial on all pairs is in blocks.
+        Exact attention is fused, by PyTorch or by a native kernel, which is as fast; or in blocks: with a near field
+        that has logits of its own and, without native kernels, with documents, forget gates or a window. A polynomial
+        on all pairs is in blocks.
         """
         work = shape.heads * flops(shape, way).total
         if way.degree is not None and not way.dense:
             gated = GATED if shape.forget and not BACKENDS[self.target].cpp else 1.0
             return gated * self.polynomial.seconds(work) / (DOUBLE if way.precision == "float64" else 1.0)
-        masked = shape.near is not None or shape.documents or shape.forget or shape.window is not None
-        in_blocks = way.dense or masked
+        masked = shape.documents or shape.forget or shape.window is not None
+        in_blocks = way.dense or shape.near is not None or (masked and not BACKENDS[self.target].cpp)
         return (self.blocks if in_blocks else self.fused).seconds(work)
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, kernel_name, load_kernel
+from fastgrad_compiler.runtime.kernel_spec import EVERY_TOKEN
 from tests import dense
 from tests.grids import wide
 from tests.kernels.inputs import COEFFICIENTS, CPP, Inputs, make_inputs, run_dense, worst_error
@@ -20,11 +21,12 @@ pytestmark = pytest.mark.usefixtures("native")
 SLOW = pytest.mark.slow
 INFINITE = float("inf")
 
-# d, dv, degree, and what else the kernel is made for; degree 0: softmax within a window.
+# d, dv, degree, and what else the kernel is made for; degree 0: softmax.
 SPECS = {
     "causal": (8, 17, 2, {}),
     "near": (5, 12, 4, {"near": 4, "near_d": 9, "padding": True, "documents": True, "chunk": 16}),
     "window": (7, 20, 0, {"window": 40, "padding": True, "documents": True}),
+    "every token": (7, 20, 0, {"window": EVERY_TOKEN, "padding": True, "documents": True}),
 }
 MORE = {
     "one": (1, 1, 1, {}),
@@ -37,6 +39,7 @@ MORE = {
     "small blocks": (6, 6, 2, {"near": 7}),
     "narrow window": (3, 5, 0, {"window": 1}),
     "wide window": (3, 5, 0, {"window": 1000, "padding": True}),
+    "every token, no other mask": (3, 5, 0, {"window": EVERY_TOKEN}),
 }
 MANY = [*SPECS, *(pytest.param(name, marks=SLOW) for name in MORE)]
 

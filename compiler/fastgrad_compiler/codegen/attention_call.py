@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastgrad_compiler.attention.value import Attention
-from fastgrad_compiler.codegen.attention_kernels import has_window_kernel
+from fastgrad_compiler.codegen.attention_kernels import has_softmax_kernel
 from fastgrad_compiler.codegen.place import Operands, Place
 from fastgrad_compiler.codegen.writer import COMPARE, Expr, binary, call, index, literal, method
 from fastgrad_compiler.ir.dim import Dim
@@ -30,7 +30,7 @@ def emit_attention(place: Place, node: Node, operands: Operands) -> Expr:
         return _of_memory(place, node, given)
     if node.op == "poly_attention" and (attention.is_own or not place.exact):
         return _polynomial(place, node, given)
-    if has_window_kernel(attention, place.backends):
+    if has_softmax_kernel(attention, place.backends):
         return call(place.kernel(node), *_floats(given), **_masks(given))
     mask = attention.mask
     banded = attention.own_near or mask.window is not None or mask.documents or mask.forget

@@ -1,4 +1,4 @@
-"""Which kernel serves an attention: one with a polynomial, or one within a window."""
+"""Which kernel serves an attention: one with a polynomial, or one by softmax."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ def kernel_spec(graph: Graph, node: Node) -> KernelSpec:
     return spec_of(attention, sizes["q"], sizes["v"], sizes.get("near_q", 0))
 
 
-def has_window_kernel(attention: Attention, backends: Backends) -> bool:
-    """Whether a kernel serves an attention within a window; PyTorch does otherwise."""
-    return attention.mask.window is not None and backends.cpp and not (attention.near or attention.alibi)
+def has_softmax_kernel(attention: Attention, backends: Backends) -> bool:
+    """Whether a kernel serves an exact attention: where masks or gates keep it from PyTorch's fused one."""
+    mask = attention.mask
+    unfused = mask.window is not None or mask.documents or mask.forget
+    return unfused and backends.cpp and not (attention.near or attention.alibi)
 
 
 def kernel_module(graph: Graph, node: Node, backends: Backends) -> str | None:
     """The generated module, without its suffix, that serves an attention; None where PyTorch does."""
-    if node.op == "poly_attention" or has_window_kernel(Attention.of(node), backends):
+    if node.op == "poly_attention" or has_softmax_kernel(Attention.of(node), backends):
         return kernel_name(kernel_spec(graph, node), backends)
     return None

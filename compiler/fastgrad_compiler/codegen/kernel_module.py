@@ -47,7 +47,8 @@ def _docstring(writer: Writer, spec: KernelSpec, unserved: bool) -> None:
 
 
 def _window_formulas(spec: KernelSpec) -> Iterator[str]:
-    yield "The weight of a pair is exp(scale q.k) where |i - j| < window, 0 elsewhere (window_attention.py)."
+    within = " where |i - j| < window, 0 elsewhere" if spec.reach else ""
+    yield f"The weight of a pair is exp(scale q.k){within} (window_attention.py)."
     if spec.forget:
         yield "It is times e^(G_i - G_j), G the running sum of log_gate (decay.py)."
 

@@ -9,7 +9,7 @@ def kernel_title(spec: KernelSpec) -> str:
     """One line that says what a kernel computes."""
     parts = [f"Polynomial attention, degree {spec.degree}"]
     if spec.window is not None:
-        parts = [f"Softmax attention within {spec.window} tokens"]
+        parts = ["Softmax attention" + (f" within {spec.reach} tokens" if spec.reach else "")]
     if spec.causal:
         parts.append("causal")
     if spec.forget:

@@ -14,6 +14,9 @@ from .monomials import rank
 SMALLEST_NEAR_CHUNK = 32
 
 
+EVERY_TOKEN = 2**30  # as a window: more than any sequence has
+
+
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
     """What an attention kernel depends on.
@@ -26,6 +29,7 @@ class KernelSpec:
         padding: a key padding mask is an input.
         near: block size w; pairs whose blocks of w tokens are the same or touch weigh exp(t) instead of p(s).
         window: softmax of the pairs with |i - j| < window instead, exactly; then there is no polynomial.
+            EVERY_TOKEN: of all pairs that the masks leave.
         forget: gates are an input; they scale the weight of a pair by the product of those after the key, up to the
             query's own. Causal only.
         own: the polynomial is the model's own, so that it weighs pairs in calls shorter than `exact_below` too, which
@@ -78,6 +82,11 @@ class KernelSpec:
             raise ValueError("forget gates are of causal attention: give `causal` too")
         if self.near_d is not None and self.near is None:
             raise ValueError("near_d is the width of a near field's queries and keys: give `near` too")
+
+    @property
+    def reach(self) -> int:
+        """The window, 0 where there is none or all pairs are within."""
+        return 0 if self.window in (None, EVERY_TOKEN) else self.window
 
     @property
     def degree(self) -> int:

@@ -1,4 +1,4 @@
-"""Softmax attention within a window as an operation: the weight of a pair is exp(scale q.k) where |i - j| < window."""
+"""Softmax attention as an operation, within a window or of all pairs: a pair that is seen weighs exp(scale q.k)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def register_window(name: str, spec: KernelSpec, *, native: Backend | None = Non
     It takes the inputs of `attention_op.Inputs`. native: serves it on a CPU.
     """
     assert spec.window is not None
-    sight = Sight(spec.causal, spec.window)
+    sight = Sight(spec.causal, spec.reach)
     passes = selective(partial(forward, spec, native), partial(backward, spec, native), sight, maximum=True)
     moved = selective_tangent(partial(tangent, spec), sight)
     return register_attention(name, "", *passes, moved, maximum=True)
@@ -62,7 +62,7 @@ def tangent(
 
 def _attributes(spec: KernelSpec) -> tuple[float, bool, int, int]:
     """scale, causal, near and window of exact attention."""
-    return spec.scale, spec.causal, 0, spec.window or 0
+    return spec.scale, spec.causal, 0, spec.reach
 
 
 def _logsumexp(denominator: Tensor, maximum: Tensor) -> Tensor:

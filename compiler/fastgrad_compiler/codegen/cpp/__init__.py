@@ -111,7 +111,7 @@ def _comment(spec: KernelSpec) -> str:
 
 def _formulas(spec: KernelSpec) -> list[str]:
     if spec.window is not None:
-        lines = [f"weight of a pair: exp(SCALE q.k), within {spec.window} tokens"]
+        lines = ["weight of a pair: exp(SCALE q.k)" + (f", within {spec.reach} tokens" if spec.reach else "")]
     else:
         lines = ["p(s) = sum over j of COEFFICIENTS[j] s^j, s = q.k"]
         lines += near_formulas(spec, "SCALE q.k") or ["weight of a pair: p(s)"]

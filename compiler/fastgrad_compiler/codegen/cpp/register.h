@@ -39,10 +39,11 @@ inline Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const 
   p.denominator = static_cast<real*>(denominator.data_ptr());
   p.maximum = static_cast<real*>(maximum.data_ptr());
   p.threads = std::max<std::int64_t>(1, threads);
-  // Fewer rows than threads: each row is cut into segments, of four chunks at least.
+  // Fewer rows than threads: each row is cut into segments, of four chunks at least; but not where every key is in the
+  // window, since each segment keeps the gradients of keys within the window beside it.
   const long rows = p.batch * p.heads;
   const long wanted = (p.threads + rows - 1) / rows;
-  p.segments = rows >= p.threads ? 1 : std::min(wanted, std::max(1L, chunk_count(p.queries) / 4));
+  p.segments = rows >= p.threads || WINDOW >= EVERY_TOKEN ? 1 : std::min(wanted, std::max(1L, chunk_count(p.queries) / 4));
   return p;
 }
 

@@ -13,6 +13,7 @@ constexpr long NEAR_BLOCK = NEAR > 0 ? NEAR : 1;  // to divide by
 constexpr real SCALE = LOGIT_SCALE;
 
 // What follows from the specification.
+constexpr long EVERY_TOKEN = 1L << 30;            // a window of all tokens
 constexpr bool BANDED = WINDOW > 0;               // softmax within a window: there are no states
 constexpr bool EXPONENTIAL = BANDED || NEAR > 0;  // pairs that are met one by one weigh exp(t), most of them
 constexpr bool TOTAL = !(EXPONENTIAL || CAUSAL || DOCUMENTS);  // one state of all keys serves all queries
