@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -77,21 +78,30 @@ def _wide(name: str) -> bool:
     return dtype == "bfloat16" and int(dv.removeprefix("dv")) >= 32
 
 
+Key = tuple[str, str, str]
+"""The target, the type and the label of a case."""
+
+
+@cache
+def cases_by_key() -> dict[Key, Case]:
+    return {(case.target, case.dtype, case.label): case for case in cases()}
+
+
+KEYS: list[Key] = [
+    (target, dtype, label) for target, of in GOLDEN.items() for dtype, ls in of.items() for label in ls
+]
+QUICK = ("sm_90", "bfloat16", "d8 dv64 degree2")
+
+
 def test_the_golden_file_is_of_these_cases() -> None:
-    listed = {(t, dtype, label) for t, types in GOLDEN.items() for dtype, ls in types.items() for label in ls}
-    assert listed == {(case.target, case.dtype, case.label) for case in cases()}
-
-
-def chosen(case: Case) -> bool:
-    return case.label == "d8 dv64 degree2" and case.target == "sm_90"
+    assert set(KEYS) == set(cases_by_key())
 
 
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=[] if chosen(case) else pytest.mark.slow, id=str(i))
-        for i, case in enumerate(cases())
-    ],
+    "key",
+    [pytest.param(key, marks=[] if key == QUICK else pytest.mark.slow, id=" ".join(key)) for key in KEYS],
 )
-def test_compiling_ahead_of_time_gives_the_golden_file(case: Case) -> None:
-    assert compile_cases((case,))[case] == GOLDEN[case.target][case.dtype][case.label]
+def test_compiling_ahead_of_time_gives_the_golden_file(key: Key) -> None:
+    target, dtype, label = key
+    case = cases_by_key()[key]
+    assert compile_cases((case,))[case] == GOLDEN[target][dtype][label]
