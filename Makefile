@@ -16,7 +16,10 @@ PIP         := $(BIN)/python -m pip --disable-pip-version-check
 # Python compiles a module when it is first imported: pip would compile all of them, which takes two minutes.
 PIP_INSTALL := $(PIP) install --no-compile $(if $(CI),-qq --progress-bar off) -c constraints.txt
 WORKERS     ?= 2
-PYTEST      := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST      := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Tests start some hundred processes, which would each compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo docs vscode test test-all attack lint fmt bench clean
 

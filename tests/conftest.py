@@ -25,6 +25,9 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     else:
         os.environ.setdefault(_variable, os.environ.get("OMP_NUM_THREADS", "2"))
 
+# Threads that wait take no processor time: the other worker, or another process of the test, may need it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Triton decides when it is imported whether a process interprets kernels or compiles them, and one worker runs the
 # tests of many files. So all of them interpret, those of torch.compile too (Inductor imports triton, but has no
 # kernel for it on a CPU), and tests that compile kernels do so through benchmarks.ahead, in processes whose
@@ -47,6 +50,30 @@ settings.register_profile(
 )
 settings.load_profile("deterministic")
 
+LONGEST = (
+    "native/test_step_kernel.py",
+    "conversion/test_convert.py",
+    "native/test_attention.py",
+    "dsl/test_compiled.py",
+    "native/test_kernels.py",
+    "kernels/test_torch_features.py",
+    "native/test_step_attention.py",
+    "native/test_step.py",
+    "native/test_forget.py",
+    "calibration/test_refusal.py",
+    "calibration/test_budgets.py",
+    "native/test_load.py",
+    "native/test_rows.py",
+    "dsl/test_budget_watch.py",
+    "dsl/test_distributed.py",
+    "dsl/test_training_ranks.py",
+    "dsl/test_training_run.py",
+    "dsl/test_training_faults.py",
+    "dsl/test_short_conv.py",
+    "examples/test_stand_alone.py",
+)
+"""Files that take longest, in the order in which they begin: the first two are for two workers, one without builds."""
+
 Golden = Callable[[Path, str], None]
 """`golden(path, text)`: fail with a diff unless the file at `path` holds exactly `text`."""
 
@@ -62,6 +89,17 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             "--update-golden is refused under CI: golden files are updated and reviewed by hand"
         )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest begin, so that no worker waits for one at the end (the order is that of xdist)."""
+    items.sort(
+        key=lambda item: LONGEST.index(name) if (name := _name(item.path)) in LONGEST else len(LONGEST)
+    )
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
 
 
 @pytest.fixture

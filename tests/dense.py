@@ -82,14 +82,14 @@ def hidden_pairs(
 
 
 def _boundary_between(documents: Tensor) -> Tensor:
-    """True where the ids change anywhere between tokens i and j: [.., n, n], pair by pair."""
-    n = documents.shape[-1]
-    pairs = [
-        (documents[..., i:j] != documents[..., i + 1 : j + 1]).any(-1)
-        for a in range(n)
-        for i, j in (sorted((a, b)) for b in range(n))
+    """True where the ids change anywhere between tokens i and j: [.., n, n], row by row."""
+    changed = (documents[..., 1:] != documents[..., :-1]).long()
+    here = torch.zeros_like(documents[..., :1])
+    rows = [
+        torch.cat([changed[..., :i].flip(-1).cumsum(-1).flip(-1), here, changed[..., i:].cumsum(-1)], -1)
+        for i in range(documents.shape[-1])
     ]
-    return torch.stack(pairs, -1).unflatten(-1, (n, n))
+    return torch.stack(rows, -2) > 0
 
 
 def _attend(

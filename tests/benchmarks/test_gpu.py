@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ GRID = gpu.Grid(
     checked_n=40,
     errors_n=48,
 )
+SMALL = replace(GRID, cases={torch.float32: (Case(8, 16, 2),)})
 DOCUMENTED = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
 LIBRARY = {"Based, degree 2", "Based, degree 2, quadratic", "retention"}
 
@@ -65,8 +67,15 @@ def documented(keys: set[str]) -> None:
     assert not missing
 
 
+@cache
 def measured() -> Any:
+    """The section as it is where nothing goes wrong."""
     return gpu.measure(SETTINGS, GRID, SETUP)
+
+
+@cache
+def modelled() -> Any:
+    return gpu_model.measure(SETTINGS)
 
 
 def test_the_section_has_every_contender_at_every_length() -> None:
@@ -126,7 +135,7 @@ def test_wrong_results_stop_before_anything_is_timed(
     monkeypatch.setattr(gpu, "polynomial_attention", wrong)
     monkeypatch.setattr(gpu, "_together", timed)
     with pytest.raises(SystemExit) as ended:
-        measured()
+        gpu.measure(SETTINGS, GRID, SETUP)
     assert ended.value.code == 1
     assert "wrong" in capsys.readouterr().err
 
@@ -158,7 +167,7 @@ def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:
 def test_what_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """0.5 s at 32 tokens is 1 s at 64 for a polynomial, and 2 s for SDPA."""
     monkeypatch.setattr(gpu, "LONGEST", 1.5)
-    section = measured()
+    section: Any = gpu.measure(SETTINGS, SMALL, SETUP)
     names = {c["name"] for c in section["cells"] if c["n"] == 64}
     assert "degree 2" in names
     assert "SDPA" not in names
@@ -174,7 +183,7 @@ def test_one_that_fails_is_named_and_not_tried_at_longer_lengths(monkeypatch: py
         return [replace(c, run=broken) if c.name == "SDPA" else c for c in contestants(*arguments)]
 
     monkeypatch.setattr(gpu, "contestants", with_a_broken_one)
-    section = measured()
+    section: Any = gpu.measure(SETTINGS, SMALL, SETUP)
     reasons = [s["reason"] for s in section["skipped"] if s["name"] == "SDPA" and s["dtype"] == "float32"]
     assert reasons == ["OutOfMemoryError: out of memory", "a shorter length was left out"]
     assert "SDPA" not in {e["name"] for e in section["errors"]}
@@ -202,7 +211,7 @@ def test_the_page_shows_what_was_measured() -> None:
 def test_the_committed_model_is_what_the_model_says_now() -> None:
     """Otherwise: `python -m benchmarks.run --section gpu_model` and `python -m benchmarks.document`."""
     committed = json.loads((ROOT / "docs" / "performance.json").read_text(encoding="utf-8"))["sections"]
-    now: Any = gpu_model.measure(SETTINGS)
+    now = modelled()
     for key in ("shape", "devices", "kernels", "times", "break_even", "fused_from"):
         assert committed["gpu_model"][key] == json.loads(json.dumps(now[key])), key
         documented({key} if key == "shape" else set(now[key][0]))
@@ -210,7 +219,7 @@ def test_the_committed_model_is_what_the_model_says_now() -> None:
 
 
 def test_every_table_of_the_model_says_that_it_is_one() -> None:
-    page = gpu_tables.gpu_model(gpu_model.measure(SETTINGS))
+    page = gpu_tables.gpu_model(modelled())
     blocks = page.split("\n\n")
     tables = [index for index, block in enumerate(blocks) if block.startswith("|")]
     assert len(tables) == 5
@@ -218,7 +227,7 @@ def test_every_table_of_the_model_says_that_it_is_one() -> None:
 
 
 def test_kernels_that_leave_multiprocessors_idle_are_marked() -> None:
-    page = gpu_tables.gpu_model(gpu_model.measure(SETTINGS))
+    page = gpu_tables.gpu_model(modelled())
     row = next(line for line in page.splitlines() if "fused_forward_kernel" in line)
     assert re.search(r"\| 8 \| [\d,]+ \w+\* \| [\d,]+ \w+\* \| [\d,]+ \w+\* \|", row)
     assert "*" not in next(line for line in page.splitlines() if "| forward_kernel" in line)

@@ -22,6 +22,7 @@ from fastgrad_compiler.planning.pieces import in_pieces, lengths, no_pieces
 from fastgrad_compiler.runtime import linear_loss
 from fastgrad_grammar.diagnostics import TfgError
 from fastgrad_grammar.source import Source
+from tests.grids import wide
 
 DEEP = """
 use std
@@ -160,7 +161,7 @@ def test_code() -> None:
     assert "recomputed" not in step.partition("def forward")[0]
 
 
-@pytest.mark.parametrize("spec", ["plain", "once", "twice", "encoder"])
+@pytest.mark.parametrize("spec", wide(("plain", "once", "twice", "encoder"), few=["twice"]))
 def test_every_limit_is_kept_or_refused(spec: str) -> None:
     """By the model, of programs of several forms; and the refusal names what the next larger budget is."""
     body = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def _decision(
     )  # fmt: skip
 
 
-def _compiled(decisions: Sequence[Decision], *, keys: int = 4, causal: bool = False) -> Compiled:
+@cache
+def _compiled(decisions: tuple[Decision, ...], *, keys: int = 4, causal: bool = False) -> Compiled:
     source = Source("<text>", SPEC.format(keys=keys, causal=str(causal).lower()))
     stages: tuple[Stage, ...] = run(elaborate(source), until="attention")
     first = attention_table(stages[-1].program)[0]
@@ -55,20 +57,20 @@ def _compiled(decisions: Sequence[Decision], *, keys: int = 4, causal: bool = Fa
 
 
 GROUPS = [
-    [_decision((0, 1, 2, 3)), _decision((4, 5, 6, 7), degree=None)],
-    [_decision((0, 1, 4, 5), keys=2), _decision((2, 3, 6, 7))],
-    [_decision((6, 7)), _decision((0, 1, 2, 3, 4, 5), keys=3)],
-    [_decision(None, keys=4)],
-    [_decision(None, own_mean=True)],
+    (_decision((0, 1, 2, 3)), _decision((4, 5, 6, 7), degree=None)),
+    (_decision((0, 1, 4, 5), keys=2), _decision((2, 3, 6, 7))),
+    (_decision((6, 7)), _decision((0, 1, 2, 3, 4, 5), keys=3)),
+    (_decision(None, keys=4),),
+    (_decision(None, own_mean=True),),
 ]
 
 
 @pytest.mark.parametrize("decisions", GROUPS)
-def test_the_same_attention(decisions: list[Decision]) -> None:
+def test_the_same_attention(decisions: tuple[Decision, ...]) -> None:
     """At degree 16 the polynomial is exact to some 1e-5; what is taken apart must be put together in order."""
     compiled = _compiled(decisions)
     model = compiled.module(seed=0, dtype=torch.float64)
-    exact = _compiled([Decision("exact")]).module(seed=0, dtype=torch.float64)
+    exact = _compiled((Decision("exact"),)).module(seed=0, dtype=torch.float64)
     assert model.state_dict().keys() == exact.state_dict().keys()
     x = torch.randn(2, 13, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(x), exact(x), rtol=1e-4, atol=1e-5)
@@ -79,7 +81,7 @@ def test_the_same_attention(decisions: list[Decision]) -> None:
 
 
 @pytest.mark.parametrize("decisions", GROUPS)
-def test_the_gradient_graph_follows(decisions: list[Decision]) -> None:
+def test_the_gradient_graph_follows(decisions: tuple[Decision, ...]) -> None:
     compiled = _compiled(decisions)
     model = compiled.module(seed=0, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)

@@ -24,6 +24,7 @@ from fastgrad_dsl.training.loop import Options
 from fastgrad_dsl.training.stopping import Stop, Stopped
 from fastgrad_grammar.diagnostics import TfgError
 from tests.conversion.models import ENCODER, encoder_texts, numbers, options, request
+from tests.grids import wide
 
 
 def equal(one: Path, other: Path) -> bool:
@@ -141,8 +142,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Request:
     return asked
 
 
-@pytest.mark.parametrize(("phase", "step"), [("transfer", 6), ("tuning", 5)])
-@pytest.mark.parametrize("how", ["stopped", "killed"])
+@pytest.mark.parametrize(
+    ("how", "phase", "step"),
+    wide(
+        [(how, *when) for how in ("stopped", "killed") for when in (("transfer", 6), ("tuning", 5))],
+        few=[("killed", "transfer", 6), ("stopped", "tuning", 5)],
+    ),
+)
 def test_a_resumed_conversion_is_an_undisturbed_one(
     how: str, phase: str, step: int, undisturbed: Request, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_depth_changes_only_constants() -> None:
     assert len(texts) == 1
 
 
+@pytest.mark.slow  # test_same_files.py compares processes with different seeds
 def test_files_do_not_depend_on_the_hash_seed() -> None:
     script = (
         "import fastgrad_dsl as fg, hashlib; files = fg.compile('llama.tfg').files; "
@@ -320,6 +322,7 @@ CASES: dict[str, str] = {
 }
 
 
+@cache
 def compile_case(name: str) -> Compiled:
     return fg.compile(CASES[name])
 

@@ -22,6 +22,7 @@ from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.models.memory import memory_document
 from fastgrad_dsl.report.page import render_html
 from tests.compiler.test_memory import DEEP
+from tests.grids import wide
 
 SMALL = """
 use std
@@ -100,7 +101,7 @@ def gradients(compiled: Compiled, n: int, dtype: torch.dtype = torch.float64) ->
     return {"loss": value.detach(), **found}
 
 
-@pytest.mark.parametrize("share", [2.0, 0.8, 0.6, 0.45])
+@pytest.mark.parametrize("share", wide((2.0, 0.8, 0.6, 0.45), few=(2.0, 0.45)))
 def test_peak_is_as_expected(share: float) -> None:
     text = DEEP.replace("float[b, n, 16]", "float[b, n, 32]")
     n = 2048

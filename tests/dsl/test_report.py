@@ -46,6 +46,7 @@ def measured(name: str) -> Report:
     return compiled.report(model, INPUTS[name], calibration=calibration_of(compiled.plan_document))
 
 
+@cache
 def asserted(bound: float, budget: str, unit: str = "") -> Compiled:
     more = f"budget {{\n{budget}\n}}\n"
     return fg.compile(text(ATTEND.format(unit=unit, bound=bound), more=more))

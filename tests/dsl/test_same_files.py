@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from difflib import unified_diff
 from functools import cache
 from importlib import import_module
@@ -20,6 +21,7 @@ import pytest
 
 import fastgrad_compiler
 from tests.dsl.models import EXAMPLES, NAMES
+from tests.grids import wide
 
 # What no example has: numbers computed at compile time, bounds through many functions, scales that are no powers of
 # two, wide ranges, high degrees, all families. glibc's variants of exp, log, tanh and pow differ at these arguments.
@@ -77,6 +79,8 @@ json.dump(found, sys.stdout)
 """
 
 Environment = dict[str, str]
+FEW = ("bounded", "spelled_out")  # kernels of all backends, and attention that is recognised
+SOME_OR_ALL = pytest.mark.parametrize("names", [FEW, pytest.param(NAMES, marks=pytest.mark.slow)], ids=len)
 
 
 def dispatched() -> list[str]:
@@ -106,9 +110,9 @@ def machines() -> dict[str, Environment]:
     }
 
 
-def compiled(environment: Environment, seed: int) -> dict[str, str]:
-    """Every file of every example and the text of refusals, made by a process of its own."""
-    accepted = {name: str(EXAMPLES / f"{name}.tfg") for name in NAMES} | {"spec": SPEC}
+def compiled(environment: Environment, seed: int, names: Iterable[str]) -> dict[str, str]:
+    """Every file of these examples and the text of refusals, made by a process of its own."""
+    accepted = {name: str(EXAMPLES / f"{name}.tfg") for name in names} | {"spec": SPEC}
     kept = {name: value for name, value in os.environ.items() if name not in KNOBS}
     root = Path(fastgrad_compiler.__file__).parents[2]
     paths = os.pathsep.join(str(root / folder) for folder in ("", "compiler", "grammar"))
@@ -132,9 +136,9 @@ MACHINES: dict[str, Environment] = {"this machine": {}, **machines()}
 
 
 @cache
-def compiled_on(machine: str) -> dict[str, str]:
+def compiled_on(machine: str, names: tuple[str, ...]) -> dict[str, str]:
     """What a machine compiles, each with another seed of hashes."""
-    return compiled(MACHINES[machine], list(MACHINES).index(machine))
+    return compiled(MACHINES[machine], list(MACHINES).index(machine), names)
 
 
 def differences(here: dict[str, str], there: dict[str, str]) -> list[str]:
@@ -148,18 +152,17 @@ def differences(here: dict[str, str], there: dict[str, str]) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize(
-    "machine",  # SSE lacks all that the others lack
-    [pytest.param(name, marks=[] if name == "SSE" else pytest.mark.slow) for name in machines()],
-)
-def test_files_are_the_same(machine: str) -> None:
-    assert differences(compiled_on("this machine"), compiled_on(machine)) == []
+@SOME_OR_ALL
+@pytest.mark.parametrize("machine", wide(machines(), few=["SSE"]))  # which lacks all that the others lack
+def test_files_are_the_same(machine: str, names: tuple[str, ...]) -> None:
+    assert differences(compiled_on("this machine", names), compiled_on(machine, names)) == []
 
 
-def test_what_is_compared() -> None:
+@SOME_OR_ALL
+def test_what_is_compared(names: tuple[str, ...]) -> None:
     """The comparison says something: files of every kind, kernels of several polynomials, and both refusals."""
-    here = compiled_on("this machine")
-    for name in (*NAMES, "spec"):
+    here = compiled_on("this machine", names)
+    for name in (*names, "spec"):
         for file in ("model.py", "plan.json", "report.json", "report.html", "stages/06-lowrank.txt"):
             assert f"{name}/{file}" in here
     assert "|s| <=" in here["refused"]

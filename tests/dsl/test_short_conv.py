@@ -15,6 +15,7 @@ from fastgrad_compiler.reference.interpret import run, run_gradient
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.models.batches import model_inputs, random_batch
 from tests.dsl.models import always_polynomial, disturbed
+from tests.grids import wide
 
 SPEC = """
 use std
@@ -141,7 +142,7 @@ def test_any_width_from_one_on_will_do(width: int) -> None:
     torch.testing.assert_close(module(x), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", wide(KINDS, few=["packed"]))
 def test_what_pytorch_does_to_modules(kind: str) -> None:
     module, given = model(kind, torch.float32), inputs(19)
     expected = module(*given)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import weakref
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ N = 13
 SPLITS = ([1] * N, [N], [4, 1, 1, 7])
 
 
+@cache
 def compiled(name: str, **more: Any) -> Compiled:
     return fg.compile(EXAMPLES / f"{name}.tfg", params={**SIZES[name], **more}, target="torch")
 

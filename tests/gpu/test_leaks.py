@@ -32,7 +32,14 @@ GATES = {
     "forget, padding": replace(CAUSAL, padding=True, forget=True),
     "forget, near": replace(CAUSAL, near=24, padding=True, near_d=8, forget=True),
 }
-REST = [("causal", False), ("wide, causal, padding", False), ("causal", True)]  # less of what others have too
+REST = [  # less of what others have too
+    ("causal", False),
+    ("padding", False),
+    ("causal, padding", False),
+    ("wide, causal, padding", False),
+    ("near, causal", False),
+    ("causal", True),
+]
 SCHEDULES = [
     pytest.param(*each, marks=[pytest.mark.slow] if each in REST else [])
     for each in [(kind, False) for kind in SPECS] + [(kind, True) for kind in FUSED]
@@ -58,7 +65,7 @@ def test_kernels(kind: str, fused: bool, value: float, names: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "fused"),
     [
-        ("forget, padding", False),
+        pytest.param("forget, padding", False, marks=pytest.mark.slow),
         ("forget, padding", True),
         pytest.param("forget, near", False, marks=pytest.mark.slow),
     ],

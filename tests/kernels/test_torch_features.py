@@ -109,7 +109,7 @@ def load_and_name(spec: KernelSpec) -> str:
 @SPECS
 @pytest.mark.parametrize("exact_below", [0, 100])
 def test_gradcheck(spec: KernelSpec, exact_below: int) -> None:
-    inputs = make_inputs(spec, 11, batch=1)
+    inputs = make_inputs(spec, 11, batch=1, heads=1)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Tensor:
         masks = {"mask": inputs.mask, "documents": inputs.documents}

@@ -131,8 +131,9 @@ def test_extreme_gates(name: str, gate: float | None) -> None:
     assert worst_error(run_native(spec, inputs), run_reference(spec, inputs)) < DOUBLE
 
 
-@pytest.mark.usefixtures("as_shipped")
-@pytest.mark.parametrize("name", ["causal", *(pytest.param(name, marks=SLOW) for name in ("near", "window"))])
+@pytest.mark.parametrize(
+    "name", ["causal", *(pytest.param(name, marks=SLOW, id=f"{name}, as shipped") for name in SPECS)]
+)
 def test_float32(name: str) -> None:
     """Gates like those above, and sums so great that float32 would round the last gates away."""
     spec, n = specification(name), 301
@@ -166,7 +167,7 @@ def test_rounded_outputs_leave_no_trace_in_the_gradients_of_gates() -> None:
     assert error < 2e-2, error
 
 
-@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("groups", wide([1, 3], few=[3]))
 def test_nothing_hidden_leaks(groups: int) -> None:
     attack(run_native, specification("near"), torch.float64, groups, every=groups == 1)
 

@@ -13,6 +13,7 @@ from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.codegen.cpp import emit_cpp
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
 from tests import dense
+from tests.grids import wide
 from tests.kernels.inputs import COEFFICIENTS, CPP, Inputs, make_inputs, run_dense, run_kernel, worst_error
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -79,13 +80,10 @@ def test_cross_attention(name: str, n: int, m: int) -> None:
         assert worst_error(run_native(spec, inputs, threads), run_dense(spec, inputs)) < DOUBLE
 
 
-WIDTHS = [(1, False), (40, True)]
-OTHERS = [(1, True), (40, False), *((width, causal) for width in (64, 1000) for causal in (False, True))]
+WINDOWS = [(width, causal) for width in (1, 40, 64, 1000) for causal in (False, True)]
 
 
-@pytest.mark.parametrize(
-    ("window", "causal"), [*WIDTHS, *(pytest.param(*each, marks=SLOW) for each in OTHERS)]
-)
+@pytest.mark.parametrize(("window", "causal"), wide(WINDOWS, few=[(40, False)]))  # causal: test_forget.py
 def test_window(window: int, causal: bool) -> None:
     spec = KernelSpec(7, 20, (), causal=causal, window=window, scale=3.0, documents=True, padding=True)
     for n, threads in ((1, 1), (301, 2), (517, 16)):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastgrad_dsl as fg
 from fastgrad_dsl.api.compiled import Compiled
+from tests.grids import wide
 from tests.native.compilers import NEEDS_COMPILER
 
 SPEC = """
@@ -52,7 +53,9 @@ def results(model: torch.nn.Module, x: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *model.parameters()])]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", wide((torch.float64, torch.float32, torch.bfloat16), few=(torch.float64, torch.bfloat16))
+)
 def test_kernels_are_as_near_the_truth_as_pytorch(dtype: torch.dtype) -> None:
     ours, theirs = (compiled(target).module(dtype=dtype) for target in ("cpp", "torch"))
     truth = compiled("torch").module(dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -89,14 +90,24 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 0.05}
 WIDE = {"e": 37, "c": 50}
 
 
+SOME = ("documents", "window with gates", "padded polynomial", "near in documents")
+
+
 @pytest.mark.parametrize(
-    ("sizes", "dtype"),
-    [({}, torch.float64), (WIDE, torch.float32), (WIDE, torch.bfloat16)],
-    ids=str,
+    ("names", "sizes", "dtype"),
+    [
+        pytest.param(WEIGHTS, {}, torch.float64, id="all"),
+        pytest.param(SOME, WIDE, torch.float32, id="some in float32"),
+        pytest.param(SOME, WIDE, torch.bfloat16, id="some in bfloat16"),
+        pytest.param(WEIGHTS, WIDE, torch.float32, id="all in float32", marks=pytest.mark.slow),
+        pytest.param(WEIGHTS, WIDE, torch.bfloat16, id="all in bfloat16", marks=pytest.mark.slow),
+    ],
 )
-def test_attention_by_the_kernel_is_that_of_pytorch(sizes: dict[str, int], dtype: torch.dtype) -> None:
+def test_attention_by_the_kernel_is_that_of_pytorch(
+    names: Iterable[str], sizes: dict[str, int], dtype: torch.dtype
+) -> None:
     """From the first token, after a prompt, by turns, and after several tokens in between; the states too."""
-    module, tolerance = model(*WEIGHTS, **sizes, dtype=dtype), TOLERANCE[dtype]
+    module, tolerance = model(*names, **sizes, dtype=dtype), TOLERANCE[dtype]
     before = torch.get_num_threads()
     for batch, threads in ((1, 1), (3, 3)):
         given = inputs(batch, dtype)

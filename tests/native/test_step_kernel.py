@@ -21,6 +21,7 @@ from fastgrad_compiler.codegen.cpp.step_kernel import emit_step
 from fastgrad_dsl.api.compiled import Compiled
 from tests.conftest import Golden
 from tests.dsl.models import EXAMPLES, SIZES, disturbed
+from tests.grids import wide
 from tests.kernels.test_golden import GOLDEN
 from tests.native.compilers import NEEDS_COMPILER
 from tests.native.steps import counted, differ, steps
@@ -106,13 +107,16 @@ def served_in_each_way(module: Any, given: list[Tensor]) -> Iterator[tuple[bool,
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        ("gpt", torch.float32),
-        ("bounded", torch.float64),
-        ("odd", torch.float64),
-        ("based", torch.float32),
-        ("llama", torch.float64),
-    ],
+    wide(
+        [
+            ("gpt", torch.float32),
+            ("bounded", torch.float64),
+            ("odd", torch.float64),
+            ("based", torch.float32),
+            ("llama", torch.float64),
+        ],
+        few=[("gpt", torch.float32), ("odd", torch.float64), ("llama", torch.float64)],
+    ),
 )
 def test_steps_by_the_kernel_are_those_of_pytorch(name: str, dtype: torch.dtype) -> None:
     """From the first token, after a prompt, and by turns; the states too."""
@@ -132,7 +136,7 @@ def test_steps_by_the_kernel_are_those_of_pytorch(name: str, dtype: torch.dtype)
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["gpt", "odd", "llama"])
+@pytest.mark.parametrize("name", wide(("gpt", "odd", "llama"), few=["odd"]))
 def test_bfloat16(name: str) -> None:
     """Weights and states are bfloat16; sums, and what stands between operations, are float32."""
     module: Any = compiled(name).module(dtype=torch.bfloat16).eval()

@@ -9,6 +9,8 @@ from typing import TypeAlias
 from fastgrad_compiler.ir.graph import Graph, Node, Program
 
 Runs: TypeAlias = tuple[tuple[str, int], ...]
+RUNNING = frozenset({"call", "repeat", "repeat_backward"})
+"""The operations that run graphs."""
 
 
 def runs(node: Node) -> Runs:
@@ -46,6 +48,8 @@ def backward_of(repeat: Node) -> dict[str, str]:
 
 def callees(node: Node) -> tuple[str, ...]:
     """The graphs that a node runs, each once, in order; the backward ones after the others."""
+    if node.op not in RUNNING:
+        return ()
     return tuple(dict.fromkeys((*(graph for graph, _ in runs(node)), *backward_of(node).values())))
 
 

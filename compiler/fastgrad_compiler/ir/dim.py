@@ -109,10 +109,11 @@ class Dim:
 
     def evaluate(self, values: Mapping[str, int]) -> int:
         """The integer at these values; ValueError where a name is missing or the result is not whole."""
-        result = self.substitute(values)
-        if result.names or any(c.denominator != 1 for _, c in result.terms):
+        known = self.names <= values.keys()
+        found = sum(factor * prod(values[name] for name in names) for names, factor in self.terms if known)
+        if not known or found.denominator != 1:
             raise ValueError(f"dim {self} has no whole value at {dict(values)}")
-        return result.constant or 0
+        return int(found)
 
     def __str__(self) -> str:
         """`4*n + m`, `n/64`, `b*n`, `256`."""

@@ -71,7 +71,7 @@ def _infer_graph(program: Program, graph: Graph, done: Mapping[str, Graph]) -> G
         except ShapeError as error:
             message = f"{graph.name}.{node.name}: {error.message}"
             raise ShapeError(error.code, message, error.blame, error.help) from None
-        nodes.append(replace(node, type=types[node.name]))
+        nodes.append(node if node.type is types[node.name] else replace(node, type=types[node.name]))
     return replace(graph, nodes=tuple(nodes))
 
 

@@ -8,6 +8,7 @@ What has no rule, a derivative of a derivative, raises in either mode.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -138,13 +139,27 @@ def define(
             return run(*inputs)
 
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, torch.compiler.disable(kernel), "CompositeExplicitAutograd")
+    library.impl(name, _out_of_sight(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     operation = getattr(getattr(torch.ops, NAMESPACE), name).default
     torch.library.register_vmap(
         f"{NAMESPACE}::{name}", (batching_rule or _batching_rule)(operation), lib=library
     )
     return operation
+
+
+def _out_of_sight(kernel: Pass) -> Pass:
+    """torch.compiler.disable(kernel) where Dynamo is loaded; that takes seconds, and nothing is compiled without it."""
+    disabled: list[Pass] = []
+
+    def run(*inputs: Any) -> object:
+        if "torch._dynamo" not in sys.modules:
+            return kernel(*inputs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(kernel))
+        return disabled[0](*inputs)
+
+    return run
 
 
 def _batching_rule(operation: Operation) -> Callable[..., object]:
