@@ -12,6 +12,7 @@ import torch
 from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.codegen.cpp import emit_cpp
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
+from fastgrad_compiler.runtime.kernel_spec import EVERY_TOKEN
 from tests import dense
 from tests.grids import wide
 from tests.kernels.inputs import COEFFICIENTS, CPP, Inputs, make_inputs, run_dense, run_kernel, worst_error
@@ -80,10 +81,12 @@ def test_cross_attention(name: str, n: int, m: int) -> None:
         assert worst_error(run_native(spec, inputs, threads), run_dense(spec, inputs)) < DOUBLE
 
 
-WINDOWS = [(width, causal) for width in (1, 40, 64, 1000) for causal in (False, True)]
+WINDOWS = [(width, causal) for width in (1, 40, 64, 1000, EVERY_TOKEN) for causal in (False, True)]
 
 
-@pytest.mark.parametrize(("window", "causal"), wide(WINDOWS, few=[(40, False)]))  # causal: test_forget.py
+@pytest.mark.parametrize(
+    ("window", "causal"), wide(WINDOWS, few=[(40, False), (EVERY_TOKEN, False)])
+)  # causal: test_forget.py
 def test_window(window: int, causal: bool) -> None:
     spec = KernelSpec(7, 20, (), causal=causal, window=window, scale=3.0, documents=True, padding=True)
     for n, threads in ((1, 1), (301, 2), (517, 16)):
