@@ -28,24 +28,16 @@ def entries() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 # float32 by tf32x3 with wide heads: no candidate fits the registers of an A100; docs/targets.md says so.
-SPILLING = [
-    f"sm_80 float32 {label} {kernel}_gradient_kernel"
-    for label in ("d32 dv128 degree3 unmasked", "d64 dv128 degree4")
-    for kernel in ("key", "query")
-]
+SPILLING = [f"sm_80 float32 d64 dv128 degree4 {kernel}_gradient_kernel" for kernel in ("key", "query")]
 # A few words since rows that are not finite are selected before products. Tiles without spills would be far smaller:
 # which of the two is faster, a GPU has to say.
 SPILLING_A_LITTLE = [
-    "gfx942 bfloat16 d12 dv20 degree3 unmasked padding near24 near_d20 forward_kernel",
+    "sm_100 bfloat16 d64 dv24 degree2 near128 query_gradient_kernel",
     "sm_100 bfloat16 d64 dv64 degree2 query_gradient_kernel",
     "sm_100 bfloat16 d8 dv64 degree2 fused_query_gradient_kernel",
     "sm_80 bfloat16 d64 dv128 degree2 forward_kernel",
-    "sm_80 bfloat16 d64 dv128 degree4 forward_kernel",
-    "sm_80 bfloat16 d64 dv24 degree2 near128 query_gradient_kernel",
     "sm_80 bfloat16 d64 dv64 degree2 key_gradient_kernel",
-    "sm_80 float32 d8 dv8 degree4 near64 near_d8 key_gradient_kernel",
     "sm_90 bfloat16 d64 dv128 degree2 key_gradient_kernel",
-    "sm_90 bfloat16 d64 dv128 degree4 key_gradient_kernel",
     "sm_90 float16 d12 dv20 degree3 unmasked padding near24 near_d20 query_gradient_kernel",
 ]
 LITTLE = 25  # words of four bytes a thread
