@@ -133,11 +133,11 @@ def test_a_pace_is_read_as_it_was_kept_or_refused() -> None:
 
 @pytest.mark.parametrize("target", ["torch", "cpp"])
 def test_forget_gates_take_time(target: str) -> None:
-    """With them exact attention has no fused kernel, and what PyTorch does of a polynomial takes longer."""
+    """With them exact attention has no fused kernel but a native one, and PyTorch's polynomials take longer."""
     cost, shape = default_pace(target), Shape(n=4096, m=4096, d=16, dv=64, heads=8)
     gated = replace(shape, forget=True)
     assert cost.seconds(gated, EXACT) == cost.seconds(replace(shape, documents=True), EXACT)
-    assert cost.seconds(gated, EXACT) > 2 * cost.seconds(shape, EXACT)
+    assert (cost.seconds(gated, EXACT) > 2 * cost.seconds(shape, EXACT)) == (target == "torch")
     slower = cost.seconds(gated, Way(2)) / cost.seconds(shape, Way(2))
     assert slower == pytest.approx(1.3 if target == "torch" else 1.0)
 
