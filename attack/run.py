@@ -95,8 +95,6 @@ def main(arguments: list[str] | None = None) -> int:
     option("--out", type=Path, default=REGRESSIONS, help="the folder for findings")
     given = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(1_000_000) if given.seed is None else given.seed
-    logging.getLogger("fastgrad").setLevel(logging.ERROR)  # a guard's warning is what is looked for
-    warnings.filterwarnings("ignore")
     print(f"attack with seed {seed}: {given.minutes:g} minutes, checks {given.checks}", flush=True)
     attack = Attack(seed, given.checks)
     deadline = time.process_time() + 60.0 * given.minutes
@@ -113,4 +111,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("fastgrad").setLevel(logging.ERROR)  # a guard's warning is what is looked for
+    warnings.filterwarnings("ignore")
     sys.exit(main())

@@ -7,7 +7,6 @@ read in the diff before they are committed; under `CI` it is an error: no build 
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import shutil
 import subprocess
@@ -101,17 +100,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _name(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
-
-
-@pytest.fixture(autouse=True)
-def logging_as_at_first() -> None:
-    """Messages of this project are heard, whatever a library that an earlier test has used did to logging."""
-    logging.disable(logging.NOTSET)
-    logging.getLogger().setLevel(logging.WARNING)
-    for name in ("fastgrad", "fastgrad.budget", "fastgrad.transformers"):
-        logger = logging.getLogger(name)
-        logger.disabled, logger.propagate = False, True
-        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
