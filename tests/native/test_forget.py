@@ -25,6 +25,7 @@ INFINITE = float("inf")
 SPECS = {
     "causal": (8, 17, 2, {}),
     "near": (5, 12, 4, {"near": 4, "near_d": 9, "padding": True, "documents": True, "chunk": 16}),
+    "blocks of a chunk": (6, 6, 2, {"near": 64, "padding": True}),
     "window": (7, 20, 0, {"window": 40, "padding": True, "documents": True}),
     "every token": (7, 20, 0, {"window": EVERY_TOKEN, "padding": True, "documents": True}),
 }
@@ -33,7 +34,6 @@ MORE = {
     "high": (4, 20, 10, {}),
     "padding, documents": (16, 64, 2, {"padding": True, "documents": True}),
     "padding": (6, 9, 3, {"padding": True, "chunk": 16}),
-    "blocks of a chunk": (6, 6, 2, {"near": 64, "padding": True}),
     "blocks of some chunks": (6, 6, 2, {"near": 100, "near_d": 2}),
     "blocks of a chunk, documents": (6, 6, 2, {"near": 33, "near_d": 3, "documents": True}),
     "small blocks": (6, 6, 2, {"near": 7}),

@@ -73,6 +73,7 @@ struct Pairs {
   // x (D, CHUNK) and near_x (NEAR_D, CHUNK): the queries [first, ..) of the chunk.
   void load(const Problem& p, long batch, long head, long from, long to, long first, const real* x, const real* near_x) {
     load_keys(p, batch, head, from, to, 0);
+    if constexpr (FORGET) decay.load_keys(p, b, h, start, count());  // a state of other keys may have used its place
     diagonal = CAUSAL && start == first;
     if constexpr (SCORED) by_key(D, {kx, 1, CHUNK}, x, scores);
     if constexpr (SEPARATE) by_key(NEAR_D, {near_kx, 1, CHUNK}, near_x, local);
@@ -83,7 +84,6 @@ struct Pairs {
     if (b == batch && h == head && start == from && stop == to) return;
     b = batch, h = head, start = from, stop = to;
     load_values(p, b, p.v.rows(b, h), start, count(), values, ones, ahead);
-    if constexpr (FORGET) decay.load_keys(p, b, h, start, count());
     if constexpr (SCORED) {
       attention::load<D, COLUMNS>(p.k.rows(b, h), start, count(), k, ahead);
       transpose<D, COLUMNS>(k, kx);
