@@ -131,6 +131,14 @@ def test_extreme_gates(name: str, gate: float | None) -> None:
     assert worst_error(run_native(spec, inputs), run_reference(spec, inputs)) < DOUBLE
 
 
+def test_a_document_that_vanishes_before_the_last_one() -> None:
+    """In one chunk: its factors are 0, those of the last document are not, and no tokens follow to fill the chunk."""
+    spec, n = replace(specification("causal"), documents=True), 22
+    inputs = with_gates(make_inputs(spec, n), torch.tensor(-80.0))
+    inputs = replace(inputs, documents=(torch.arange(n) >= 18).expand(2, n).long())
+    assert worst_error(run_native(spec, inputs), run_reference(spec, inputs)) < DOUBLE
+
+
 @pytest.mark.parametrize(
     "name", ["causal", *(pytest.param(name, marks=SLOW, id=f"{name}, as shipped") for name in SPECS)]
 )

@@ -84,6 +84,7 @@ struct Decay {
       return sums[token] - origin;
     });
     queries.exponentiate(factors);
+    std::fill(factors + count, factors + CHUNK, real(0));  // none meets the infinite inverse of another document's key
     for (int t = 0; t < CHUNK; t += LANES) {
       at(inverses + t) = real(1) / at(factors + t);
       mild[t / LANES] = *std::min_element(factors + t, factors + t + LANES) >= MILD;
