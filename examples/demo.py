@@ -80,9 +80,9 @@ def main() -> None:
     trained = {}
     for number, name in enumerate(MODELS, 2):
         what = f"train {name} on a novel, {options.tokens} bytes at a time"
-        _phase(console, number, what, limit if number > 2 else f"{limit}, and half a minute for kernels once")
+        _phase(console, number, what, limit if number > 2 else f"{limit}, and 20 seconds for kernels once")
         trained[name] = _trained(compiled[name], data, options, Path(f"runs/demo-{name}"), number == 2)
-    _phase(console, 4, "compare a training step of both", "half a minute")
+    _phase(console, 4, "compare a training step of both", "less than a minute")
     rows = _side_by_side(trained, data, options.tokens)
     _print_rows(console, rows)
     recalled = {}

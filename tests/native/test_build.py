@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 import time
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from fastgrad_compiler.runtime import native, private_files
 from fastgrad_compiler.runtime.native import NativeError, build
@@ -64,6 +66,32 @@ def test_processes_that_start_at_once_compile_once(builder: Builder) -> None:
     outputs = [process.communicate() for process in processes]
     assert len({out for out, _ in outputs}) == 1, outputs
     assert len(builder.compilations) == 1
+
+
+class Operations(NamedTuple):
+    forward: object
+
+
+def test_kernels_of_a_model_are_built_at_the_same_time(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each compilation waits for another one to begin."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    log = builder.folder / "compilations"
+    builder.write_compiler(f'while [ "$(wc -l < "{log}")" -lt 2 ]; do sleep 0.05; done')
+    loader, file = SourceFileLoader("model.code", ""), str(builder.folder / "model.py")
+    specs = [ModuleSpec(name, loader, origin=file) for name in ("model.code", "model.more", "other.code")]
+    for name in "abc":
+        (builder.folder / f"{name}.cpp").write_text(TEXT)
+    told: list[str] = []
+    first, *others = [
+        native.Library(name, spec, Operations, told.append) for name, spec in zip("abc", specs, strict=True)
+    ]
+    assert first.of(torch.float32) is None
+    assert "has not the operations" in told[0]
+    assert {line.split("KERNEL=")[1][0] for line in builder.compilations} == {"a", "b"}
+    assert [library.of(torch.float32) for library in others] == [None, None]
+    assert len(builder.compilations) == len(builder.libraries()) == 3
 
 
 def test_a_lock_dies_with_its_process(builder: Builder) -> None:

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
@@ -94,16 +95,26 @@ class Library(Generic[T]):
     """The operations of a kernel, NAME.cpp beside the module of `spec`: built and loaded when they are first asked for.
 
     operations: a NamedTuple, whose fields are how the names of operations end; one that the library lacks is None.
-    warn: is told why the library cannot be had.
+    warn: is told why the library cannot be had. together: it is built when another of the same model is, at the same
+    time.
     """
 
     def __init__(
-        self, name: str, spec: ModuleSpec | None, operations: type[T], warn: Callable[[str], None]
+        self,
+        name: str,
+        spec: ModuleSpec | None,
+        operations: type[T],
+        warn: Callable[[str], None],
+        *,
+        together: bool = True,
     ) -> None:
         self.name, self._spec, self._warn = name, spec, warn
+        if together:
+            _together[self] = None
         self._kind: Any = operations
         self._found: dict[torch.dtype, T | None] = {}
         self._lock = threading.Lock()
+        self._begun: set[str] = set()
 
     def of(self, dtype: torch.dtype) -> T | None:
         """The operations for tensors of a dtype; None where there are none, or they cannot be had."""
@@ -120,6 +131,7 @@ class Library(Generic[T]):
         names = [f"{self.name}_{variant}_{which}" for which in self._kind._fields]
         if not hasattr(registered, names[0]):
             try:
+                self._build_together(variant)
                 load(self.name, self._text(), variant, self._kind._fields[0])
             except NativeError as error:
                 self._warn(str(error))
@@ -128,6 +140,22 @@ class Library(Generic[T]):
         made: T = self._kind._make(None if each is None else each.default for each in found)
         return made
 
+    def _build_together(self, variant: str) -> None:
+        """Begin to build this library and others of its model, this one first, on as many processors as there are."""
+        package = self._spec.parent if self._spec else None
+        with _lock:
+            model = [each for each in _together if package and each._spec and each._spec.parent == package]
+            queue = [
+                each
+                for each in sorted(model, key=lambda each: each is not self)
+                if variant not in each._begun
+            ]
+            for each in queue:
+                each._begun.add(variant)
+        if len(queue) > 1 and cache_folder() is not None:
+            for _ in range(min(len(queue), os.cpu_count() or 1)):
+                threading.Thread(target=_build_each, args=(queue, variant), daemon=True).start()
+
     def _text(self) -> str:
         """NAME.cpp, from where the module came."""
         try:
@@ -135,6 +163,22 @@ class Library(Generic[T]):
         except OSError as error:
             message = f"{error.filename or error} is missing: compile the model again"
             raise NativeError(message) from error
+
+
+_together: weakref.WeakKeyDictionary[Library[Any], None] = weakref.WeakKeyDictionary()  # in order
+_lock = threading.Lock()
+
+
+def _build_each(queue: list[Library[Any]], variant: str) -> None:
+    """Build what is left in the queue; what fails is tried, and told of, again when it is asked for."""
+    while True:
+        try:
+            library = queue.pop(0)
+            build(library.name, library._text(), variant)
+        except IndexError:
+            return
+        except NativeError:
+            pass
 
 
 def build(name: str, text: str, variant: str, announce: Callable[[str], None] | None = None) -> Path:

@@ -73,7 +73,7 @@ class StepKernel:
         self._weights, self._state = list(_expanded(weights)), list(_expanded(state))
         caches = ((place, -count) for place, (_, count) in enumerate(self._state) if count < 0)
         self._cache = next(caches, None)  # the place of the first one, and its numbers of one token
-        self._library = Library(name, spec, _Operations, _warn)
+        self._library = Library(name, spec, _Operations, _warn, together=False)  # no training asks for it
         self._sizes: dict[tuple[int, torch.dtype], tuple[list[int], list[torch.dtype]]] = {}
         self._found: WeakKeyDictionary[nn.Module, _Weights] = WeakKeyDictionary()
         self._kinds: dict[str, type[nn.Module]] = {}  # of the blocks of a new model, by path
