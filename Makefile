@@ -51,7 +51,7 @@ vscode: ## Test and build the extension for VS Code with npm: editors/vscode/fas
 test: setup ## Run the tests (PYTEST_ARGS="..." for more options, WORKERS=0 for one process)
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-all: setup ## Run the tests and the wide grids marked slow
+test-all: setup ## Run all tests: those marked medium, which take seconds each, and the wide grids marked slow, too
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
 
 attack: setup ## Attack every claim with random programs, for an hour of processor time (MINUTES=30 SEED=7 CHECKS=abcde)

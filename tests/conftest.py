@@ -74,6 +74,8 @@ LONGEST = (
 )
 """Files that take longest, in the order in which they begin: the first two are for two workers, one without builds."""
 
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
 Golden = Callable[[Path, str], None]
 """`golden(path, text)`: fail with a diff unless the file at `path` holds exactly `text`."""
 
@@ -91,11 +93,28 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest begin, so that no worker waits for one at the end (the order is that of xdist)."""
+    _sample(items)
     items.sort(
         key=lambda item: LONGEST.index(name) if (name := _name(item.path)) in LONGEST else len(LONGEST)
     )
+
+
+def _sample(items: list[pytest.Item]) -> None:
+    """Mark `medium` all but n cases of each test that is `sampled(n)`: those that lie where the multiples of the golden
+    ratio fall, which are spread evenly over every stretch of the grid and in step with no argument."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for grid in cases.values():
+        marker = grid[0].get_closest_marker("sampled")
+        assert marker is not None
+        order = sorted(range(len(grid)), key=lambda place: place * GOLDEN_RATIO % 1)
+        for place in order[marker.args[0] :]:
+            grid[place].add_marker("medium")
 
 
 def _name(path: Path) -> str:

@@ -61,6 +61,7 @@ def test_the_wheel_holds_exactly_the_files_of_the_packages(wheel: Path) -> None:
     assert len(licences) == 1
 
 
+@pytest.mark.medium
 def test_the_installed_packages_do_not_need_the_checkout(site: Path, tmp_path: Path) -> None:
     program = "\n".join(f"import {name}; print({name}.__file__)" for name in PACKAGES)
     output = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=str(site))

@@ -14,6 +14,7 @@ from tests.grids import wide
 REGRESSIONS = Path(__file__).parent / "regressions"
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("seed", wide(range(1, 7), few=(1, 2)))
 def test_nothing_is_found_in_a_few_programs(seed: int) -> None:
     attack = Attack(seed, ALL)
@@ -25,6 +26,7 @@ def test_nothing_is_found_in_a_few_programs(seed: int) -> None:
     assert attack.done["a"] > 0
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("path", sorted(REGRESSIONS.glob("*.tfg")), ids=lambda path: path.stem)
 def test_what_was_found_stays_mended(path: Path) -> None:
     check, case = read(path)

@@ -54,6 +54,7 @@ def _case(text: str, seed: int = 5, **sizes: int) -> Case:
     return Case(text, sizes or {"b": 2, "n": 7}, seed)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("text", [PLAIN, GUARDED], ids=["plain", "guarded"])
 def test_nothing_is_found_where_nothing_is_wrong(check: str, text: str) -> None:
@@ -108,6 +109,7 @@ def test_a_false_bound_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is claimed" in found.message
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("reader", ["exp({} + 1.0)", "exp(max({}, -2.0))", "tanh({} / 2.0)", "sigmoid({})"])
 def test_a_rule_that_forgets_what_a_mask_hides_is_found(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of visible scores these have a range away from what a hidden one becomes."""

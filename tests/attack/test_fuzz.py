@@ -64,6 +64,7 @@ def test_what_was_found_once(tmp_path: Path, name: str) -> None:
             run_passes(elaborate(read_source(path)), until="plan", validate=False)
 
 
+@pytest.mark.medium
 def test_mutated_specs(tmp_path: Path) -> None:
     fuzz = Fuzz(5, tmp_path / "out")
     fuzz_specs(fuzz, 0, 200, tmp_path)
@@ -71,6 +72,7 @@ def test_mutated_specs(tmp_path: Path) -> None:
     assert {"spec: planned", "spec: refused as text", "spec: refused as program"} <= set(fuzz.outcomes)
 
 
+@pytest.mark.medium
 @pytest.mark.filterwarnings("ignore::fastgrad_compiler.runtime.triton_tuned.TunedWarning")
 def test_mutated_files(tmp_path: Path) -> None:
     fuzz = Fuzz(5, tmp_path / "out")

@@ -125,6 +125,7 @@ def test_documents_are_told_apart_or_not(name: str) -> None:
     assert {True, False} <= set(given)
 
 
+@pytest.mark.medium
 def test_every_spelling_of_attention_comes_about() -> None:
     tables: dict[str, Iterable[str]] = {"rows": ROWS, "gain": GAINS, "scores": SCORES, "weights": WEIGHTED}
     wanted = {f"{kind}: {name}" for kind, table in tables.items() for name in table}
@@ -144,6 +145,7 @@ def grown() -> list[Grown]:
     return [grow(seed) for seed in range(12)]
 
 
+@pytest.mark.medium
 def test_programs_are_well_typed_and_few_statements_are_refused(grown: list[Grown]) -> None:
     for program in grown:
         elaborate(Source("<attack>", program.text))

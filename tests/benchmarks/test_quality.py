@@ -75,6 +75,7 @@ def test_state_bytes() -> None:
     assert FORMS["1 + s + s^2/2, near"].state_bytes(100, 2, 64, 16) == 4 * 2 * (153 * 33 + 32 * 48)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("form", NAMES)
 def test_forms_are_models(form: str) -> None:
     import fastgrad_dsl as fg

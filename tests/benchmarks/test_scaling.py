@@ -29,6 +29,7 @@ def steps(request: pytest.FixtureRequest) -> tuple[int, list[Taken]]:
     return request.param, taken(request.param, Request(SMALL, LENGTHS, 1))[0]
 
 
+@pytest.mark.medium
 def test_bytes_are_those_that_processes_send(steps: tuple[int, list[Taken]]) -> None:
     """Exactly, of each rank, by what is sent."""
     ranks, found = steps

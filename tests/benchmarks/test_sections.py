@@ -150,6 +150,7 @@ def test_the_anatomy_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| 64" in tables.anatomy(section)
 
 
+@pytest.mark.medium
 def test_training_models_are_what_they_are_called() -> None:
     """SDPA runs the model without its near field, with the same weights by name."""
     tokens = torch.randint(256, (1, 160), generator=torch.Generator().manual_seed(0))

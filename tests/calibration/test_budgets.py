@@ -49,6 +49,7 @@ def _planned(seed: int, trust: str) -> Compiled:
     return compiled.calibrate(compiled.module(seed=0), batches, measured_pace=False)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("trust", ["certified", "calibrated"])
 @pytest.mark.parametrize("seed", wide((*SEEDS, *GATED), few=FEW))
 def test_measured_errors_stay_within_the_budget(seed: int, trust: str) -> None:
@@ -81,6 +82,7 @@ def test_the_random_specs_are_worth_the_trouble(seeds: Sequence[int]) -> None:
     assert all("forget" in entry.roles for entries in gated for entry in entries)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("n", "dtype"),
     wide(
@@ -105,6 +107,7 @@ def test_any_dtype_and_length(dtype: torch.dtype, n: int) -> None:
     assert adopted.state_dict().keys() == model.state_dict().keys()
 
 
+@pytest.mark.medium
 def test_a_near_field_without_far_pairs_says_nothing() -> None:
     """A sequence within the model's near field has no pair that a polynomial would serve."""
     spec = """use std

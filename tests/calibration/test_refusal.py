@@ -54,6 +54,7 @@ def _with_limits(budget: str, text: str) -> str:
     return budget
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("trust", wide(("calibrated", "certified"), few=["calibrated"]))
 def test_every_remedy_works(trust: str) -> None:
     budget = f"{TIGHT}\n    trust = {trust}"
@@ -113,6 +114,7 @@ def test_a_relative_cap_holds() -> None:
     assert float(str(caps[0])) <= 1e-3 < float(str(caps[1]))
 
 
+@pytest.mark.medium
 def test_the_ranges_of_untrained_and_trained_weights_differ() -> None:
     """Without a gain R is measured, and grows with the weights that it is measured at."""
     text = SPEC.format(budget="output <= 0.05\n    gradient <= 0.2").replace(", gain = 2.0", "")

@@ -92,6 +92,7 @@ def case_of(name: str, folder: Path) -> Case:
     return saved(config, f"{kind.removesuffix('Text')}ForCausalLM", folder)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of(name, tmp_path / "saved")
@@ -105,6 +106,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert max(errors) < TOLERANCE[dtype]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "qwen3", "olmo2", "gemma", "gemma2", "gemma3"])
 def test_the_way_back_is_exact(name: str, tmp_path: Path) -> None:
     check_round_trip(case_of(name, tmp_path / "saved"))

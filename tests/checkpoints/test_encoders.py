@@ -54,6 +54,7 @@ def case_of(
     return saved(config, f"{kind}{model}", folder, made)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "settings", [{}, {"hidden_act": "gelu_new", "layer_norm_eps": 1e-3}], ids=["", "set"]
 )
@@ -112,6 +113,7 @@ def _pooled(folder: Path, mode: str, normalise: bool) -> None:
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({**config, mode: True}))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("mode", ["pooling_mode_mean_tokens", "pooling_mode_cls_token"])
 def test_sentence_embeddings(mode: str, normalise: bool, tmp_path: Path) -> None:

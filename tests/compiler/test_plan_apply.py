@@ -65,6 +65,7 @@ GROUPS = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("decisions", GROUPS)
 def test_the_same_attention(decisions: tuple[Decision, ...]) -> None:
     """At degree 16 the polynomial is exact to some 1e-5; what is taken apart must be put together in order."""

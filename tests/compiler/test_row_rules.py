@@ -179,6 +179,7 @@ def cases_of(op: str) -> list[Case]:
     return [*floats, *MORE.get(op, ())]
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("count", [15, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", sorted(ROWS))
 def test_no_row_leaves_the_set_of_its_rule(op: str, count: int) -> None:
@@ -197,6 +198,7 @@ def narrowed(claim: Rows) -> Rows:
     return replace(claim, terms=terms)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("op", sorted(ROWS))
 def test_a_rule_that_claims_too_much_is_found(op: str) -> None:
     """Each rule with its balls at a third of their radius."""

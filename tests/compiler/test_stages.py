@@ -141,6 +141,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
+@pytest.mark.sampled(1)
 @all_examples
 def test_a_pass_before_lowrank_changes_no_result(case: Example) -> None:
     expected = output(case, "elaborate")
@@ -157,6 +158,7 @@ def test_the_gradient_graph_is_the_gradient_of_its_stage(case: Example, stage: s
         assert torch.allclose(got[path], g, rtol=1e-8, atol=1e-10), path
 
 
+@pytest.mark.medium
 @all_examples
 def test_every_stage_survives_its_text(case: Example) -> None:
     for program in stages(case).values():

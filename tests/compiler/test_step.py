@@ -98,6 +98,7 @@ def test_every_operation_has_a_rule_or_is_declined() -> None:
 # ---------------------------------------------------------------- equal to the whole
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", sorted(set(SIZES) - {"bert", "vit"}))
 def test_examples(name: str) -> None:
     source = read_source(EXAMPLES / f"{name}.tfg")
@@ -158,6 +159,7 @@ def stepped(body: str) -> Program:
     return program
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", PIECES)
 def test_pieces(name: str) -> None:
     assert worst(stepped(PIECES[name])) < TOLERANCE
@@ -180,6 +182,7 @@ def random_body(seed: int) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("seed", range(12))
 def test_random_programs(seed: int) -> None:
     assert worst(stepped(random_body(seed)), seed) < TOLERANCE
@@ -192,6 +195,7 @@ def test_many_random_programs(first: int) -> None:
         assert worst(stepped(random_body(seed)), seed) < TOLERANCE, seed
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 24), marks=pytest.mark.slow)], ids=str)
 def test_programs_of_the_attack(seeds: range) -> None:
     """All operations: where a step form is derived, it is right."""

@@ -174,6 +174,7 @@ programs = st.builds(
 )
 
 
+@pytest.mark.medium
 @given(programs)
 def test_round_trip(program: Program) -> None:
     text = print_program(program)

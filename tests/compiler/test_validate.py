@@ -163,6 +163,7 @@ def test_a_jump_behind_attention_does_not_amplify_rounding(end: str) -> None:
         assert differences(before, after, seed) == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_attention_of_an_example_is_compared(path: Path) -> None:
     """Each graph that recognition changed, on six runs, and on one that is longer than a near field or window."""

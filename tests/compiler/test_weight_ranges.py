@@ -42,6 +42,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.tfg"))
 SIZES: dict[str, object] = {"depth": 2, "height": 32, "width": 32, "patch": 8}
 
 
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize("size", [0.3, 1.0, 4.0])
 @pytest.mark.parametrize("name", SPECS)
 def test_no_logit_leaves_its_range(name: str, size: float) -> None:
@@ -83,6 +84,7 @@ def test_dropout_scales_what_it_leaves_in_training() -> None:
     assert dropped.bound >= 4 * kept.bound
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("is_long", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SPECS)
 def test_an_ascent_comes_near_the_range_and_not_beyond(name: str, is_long: bool) -> None:
@@ -105,6 +107,7 @@ def example(path: Path) -> Program:
     return run(elaborate(read_source(str(path)), params=params), until="attention")[-1].program
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("size", [1.0, pytest.param(3.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_no_logit_of_an_example_leaves_its_range(path: Path, size: float) -> None:

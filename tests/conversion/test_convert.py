@@ -32,6 +32,7 @@ def equal(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.medium
 def test_a_decoder(tmp_path: Path) -> None:
     asked = request(
         tmp_path,
@@ -59,6 +60,7 @@ def test_a_decoder(tmp_path: Path) -> None:
     assert [entry.attention.is_own for entry in plan] == [True, True]
 
 
+@pytest.mark.medium
 def test_tuning_on_longer_sequences(tmp_path: Path) -> None:
     asked = request(tmp_path, tuning=options(steps=2, tokens=96, batch=1))
     report = convert(asked)
@@ -79,6 +81,7 @@ def test_transfer_moves_the_attentions_own_weights_alone(tmp_path: Path) -> None
     assert {name.rpartition(".")[0] for name in new} == {"layers.1.attention.attend"}
 
 
+@pytest.mark.medium
 def test_adapters_are_merged_and_change_what_they_are_of(tmp_path: Path) -> None:
     asked = request(tmp_path, adapters=2)
     convert(asked)
@@ -92,6 +95,7 @@ def test_adapters_are_merged_and_change_what_they_are_of(tmp_path: Path) -> None
     assert fg.load(asked.folder) is not None
 
 
+@pytest.mark.medium
 def test_an_encoder_learns_its_own_results(tmp_path: Path) -> None:
     asked = request(
         tmp_path, ENCODER, transfer=options(steps=40), tuning=options(steps=60, learning_rate=3e-3)
@@ -142,6 +146,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Request:
     return asked
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("how", "phase", "step"),
     wide(
@@ -199,6 +204,7 @@ def test_what_a_folder_is_refused_for(undisturbed: Request, tmp_path: Path) -> N
     assert not list(outside.iterdir())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "changed",
     [

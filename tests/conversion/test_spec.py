@@ -93,6 +93,7 @@ def test_a_text_that_was_not_formatted_keeps_its_form() -> None:
     assert found.replace(", near = 8, far_dim = 4", "") == text
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "call",
     [

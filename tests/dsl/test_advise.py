@@ -130,6 +130,7 @@ def test_the_command_with_measured_candidates(tmp_path: Path) -> None:
     assert "chosen" in result.stdout
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("options", ["", ", gain = 2.0"])
 def test_advice_for_a_budget_that_is_refused(options: str, tmp_path: Path) -> None:
     """Where a rule keeps the budget from being met, candidates of other degrees are measured all the same."""

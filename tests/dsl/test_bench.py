@@ -198,6 +198,7 @@ def test_peak_of_sees_what_was_freed() -> None:
     assert 60 * 2**20 < found < 80 * 2**20
 
 
+@pytest.mark.medium
 def test_memory_of_a_pass_in_a_process_of_its_own() -> None:
     peaks = memory.attention_peaks(Contender(8, 16, 64), 2048, 1)
     if memory.CLEAR.exists():

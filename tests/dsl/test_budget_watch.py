@@ -95,6 +95,7 @@ def _watch(
     return watch, planned.adopt(compiled.module(seed=0))
 
 
+@pytest.mark.medium
 def test_a_quiet_budget_keeps_its_plan(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     lines: list[str] = []
     watch, model = _watch(batches, lines)
@@ -134,6 +135,7 @@ def test_growing_logits_bring_a_new_plan(batches: list[tuple[torch.Tensor, torch
     assert not after.violations
 
 
+@pytest.mark.medium
 def test_a_range_proved_from_weights_is_watched_as_they_grow(
     batches: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> None:

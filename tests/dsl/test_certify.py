@@ -60,6 +60,7 @@ def exceeding(
     return max(share.max().item() for share in shares)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "gpt"])  # all its polynomials are its own
 def test_logits_of_an_example_are_within_what_is_certified(name: str, dtype: torch.dtype) -> None:

@@ -255,6 +255,7 @@ def test_targets_that_are_not_there_are_refused(fastgrad: Run) -> None:
     assert not Path("build").exists()
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("native")
 def test_cpp_kernels_are_built_ahead_or_a_warning_says_why_not(
     fastgrad: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -341,6 +341,7 @@ def arguments(compiled: Compiled) -> list[Tensor]:
     return found
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", CASES)
 def test_construct(name: str) -> None:
     compiled = compile_case(name)

@@ -31,6 +31,7 @@ def stage(name: str, after: str) -> Program:
     return next(s.program for s in small(name).stages if s.name == after)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_interpreter(name: str) -> None:
     compiled = small(name)
@@ -134,6 +135,7 @@ def kernels(name: str) -> nn.Module:
     return always_polynomial(small(name), disturbed(small(name).module()))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["bounded", "bert"])
 def test_torch_compile_in_one_graph(name: str) -> None:
     """Of one layer: tracing takes seconds for each."""

@@ -134,6 +134,7 @@ def found(ranks: list[tuple[Found, dict[str, Any]]]) -> list[Found]:
     return [cases for cases, _ in ranks]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", PIECES)
 def test_pieces_are_the_whole(name: str, found: list[Found]) -> None:
     for lengths in EVEN + RAGGED:

@@ -168,6 +168,7 @@ def test_an_own_polynomial_leaves_out_what_a_row_has_in_common(case: str) -> Non
         agree(of_module(found, n), of_plan(found, n))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("case", "degree"),
     wide(product(MASKED, (1, 2, 3)), few=[("causal", 1), ("all", 3), *product(MASKED, (2,))]),
@@ -190,6 +191,7 @@ def test_gates_that_are_no_attentions_run_as_they_are_written(case: str) -> None
         agree(of_plan(found, n), wanted)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("case", MASKED)
 @pytest.mark.parametrize("degree", [0, 2])
 def test_in_bfloat16(case: str, degree: int) -> None:
@@ -216,6 +218,7 @@ def test_on_the_target_cpp(degree: int) -> None:
 # ---------------------------------------------------------------- certificates
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", ["causal", "all"])
 @pytest.mark.parametrize("degree", [1, 2, 4])
 def test_errors_stay_below_their_bounds(case: str, degree: int) -> None:

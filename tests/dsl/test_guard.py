@@ -197,6 +197,7 @@ def test_two_models_count_apart() -> None:
 # ---------------------------------------------------------------- policies
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("mask", "policy"),
     wide(product(MASKS, POLICIES), few=[*product(MASKS, ("exact",)), *product(("causal",), POLICIES)]),
@@ -253,6 +254,7 @@ def test_raise_names_the_path(mask: str) -> None:
     assert status(model, "violations") == [(1,), (0,)]
 
 
+@pytest.mark.sampled(2)
 @masks
 def test_clamp_has_its_gradient(mask: str) -> None:
     model, _ = modules(compiled("clamp", mask), OUT)
@@ -275,6 +277,7 @@ def test_lower_precision(policy: str, dtype: torch.dtype) -> None:
     assert status(model, "violations") == [(1,), (1,)]
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_native_target_keeps_the_policies(policy: str) -> None:
@@ -289,6 +292,7 @@ def test_the_native_target_keeps_the_policies(policy: str) -> None:
     assert status(model, *COUNTS) == status(plain, *COUNTS) == [(1, 0, 1, 1)] * 2
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("policy", ["exact", "clamp"])
 def test_torch_compile_in_one_graph(policy: str) -> None:
     model, _ = modules(compiled(policy, "causal"), OUT)

@@ -105,6 +105,7 @@ def plain_trees() -> dict[str, str]:
         return {file: tree(text) for file, text in compiled(Path(folder), PLAIN).modules.items()}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_a_file_name_changes_strings_and_comments_only(name: str, tmp_path: Path) -> None:
     made = compiled(tmp_path, name, comment=name.replace("\n", " ").replace("\r", " ").replace("\udcff", ""))
@@ -124,6 +125,7 @@ def test_a_file_name_changes_strings_and_comments_only(name: str, tmp_path: Path
     assert print_program(parse_program(printed)) == printed
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_the_commands_obey_no_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

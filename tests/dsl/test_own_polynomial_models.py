@@ -169,6 +169,7 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> lis
     return [result, *torch.autograd.grad(result, [x for x in given if x.requires_grad], cotangent)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_module_and_reference_are_the_dense_function(case: Case) -> None:
     compiled = fg.compile(case.spec)

@@ -118,6 +118,7 @@ def error(found: list[Tensor], expected: list[Array]) -> float:
 LENGTHS = [(n, length) for n in (1, 2, 37, 300) for length in ([0], [1, n, n + 9], [-3, n // 2, n - 1])]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("degree", "target"), WAYS)
 def test_matches_dense_numpy(degree: int, target: str) -> None:
     case = compiled("prefix(s, length)", degree, target)

@@ -145,6 +145,7 @@ torch.save((found, guarded.budget_status()), sys.argv[4])
 """
 
 
+@pytest.mark.medium
 def test_pickles_are_read_by_a_new_process(tmp_path: Path) -> None:
     """By pickle and torch.save; a guarded model counts anew, by the same range and policy."""
     compiled, model, (tokens,) = small("bounded"), kernels("bounded"), INPUTS["bounded"]

@@ -56,6 +56,7 @@ def kinds(report: Report) -> list[str]:
     return [warning["kind"] for warning in report["warnings"]]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_reports_are_valid(name: str) -> None:
     for report in (small(name).report(), measured(name)):

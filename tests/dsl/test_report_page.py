@@ -165,6 +165,7 @@ def test_a_page_of_many_layers_is_small() -> None:
 # ---------------------------------------------------------------- in a browser
 
 
+@pytest.mark.sampled(2)
 @browser
 @pytest.mark.parametrize("name", PAGES)
 def test_no_page_is_wider_than_a_phone(name: str, tmp_path: Path) -> None:
@@ -263,6 +264,7 @@ def test_folded_parts_open_for_print(tmp_path: Path) -> None:
     assert evaluate(render_html(report("measured")), script, tmp_path) == [False, True]
 
 
+@pytest.mark.medium
 @browser
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_load_without_a_complaint(name: str, tmp_path: Path) -> None:
@@ -356,6 +358,7 @@ def test_a_hostile_document_runs_nothing_and_looks_as_it_should(tmp_path: Path) 
     assert evaluate(page, script, tmp_path) == [True, "600", True, 1]
 
 
+@pytest.mark.sampled(2)
 @browser
 @pytest.mark.parametrize(
     "body",

@@ -25,6 +25,7 @@ def spec(gain: float, rule: str = "") -> str:
     return SPEC.replace("GAIN", str(gain)).replace("RULE", rule)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("gain", "precision"), [(0.5, "float32"), (2.0, "float32"), (8.0, "float64"), (12.0, "float64")]
 )

@@ -152,6 +152,7 @@ def differences(here: dict[str, str], there: dict[str, str]) -> list[str]:
     return lines
 
 
+@pytest.mark.medium
 @SOME_OR_ALL
 @pytest.mark.parametrize("machine", wide(machines(), few=["SSE"]))  # which lacks all that the others lack
 def test_files_are_the_same(machine: str, names: tuple[str, ...]) -> None:

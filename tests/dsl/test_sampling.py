@@ -66,6 +66,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["random", "equal", "ties", "hidden", "large"])
 def test_probabilities_are_those_of_the_definition(kind: str) -> None:
     logits = rows(kind)

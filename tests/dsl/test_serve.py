@@ -126,6 +126,7 @@ def test_a_used_file_is_followed_even_if_it_comes_later(file: Path) -> None:
     assert "error[FG" in watch.state.errors
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "host",
     ["", "evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "127.0.0.1:{port}.evil.example"],

@@ -142,6 +142,7 @@ def test_any_width_from_one_on_will_do(width: int) -> None:
     torch.testing.assert_close(module(x), expected)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", wide(KINDS, few=["packed"]))
 def test_what_pytorch_does_to_modules(kind: str) -> None:
     module, given = model(kind, torch.float32), inputs(19)

@@ -57,6 +57,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / (1.0 + expected.abs().max()))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_model_in_steps_is_the_whole(name: str) -> None:
     """Polynomials and exact attention, float64: what the text means, whatever break-even lengths say."""
@@ -292,6 +293,7 @@ class Step(nn.Module):
         return self.model.step(given, state)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("exact", [False, True])
 def test_torch_compile(exact: bool) -> None:
     spec = compiled("based")
@@ -318,6 +320,7 @@ def test_torch_export() -> None:
     assert difference(torch.cat(found, 1), wanted) < 1e-5
 
 
+@pytest.mark.medium
 def test_generated_files_need_torch_alone(tmp_path: Path) -> None:
     compiled("gpt").write(tmp_path / "build")
     script = (

@@ -196,6 +196,7 @@ def numbers(text: str) -> list[str]:
     return sorted(word.strip(",:.") for word in words if re.search(r"\d", word))
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("width", wide(WIDTHS, few=(40, 80)))
 @pytest.mark.parametrize("name", PRINTED)
 def test_no_number_is_lost_at_any_width(name: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,6 +207,7 @@ with failing(Faults(folder, at, None, real=True)):
 """
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("share", [0.6, pytest.param(0.3, marks=SLOW), pytest.param(0.9, marks=SLOW)])
 def test_a_process_that_ends_within_an_operation(
     tmp_path: Path, data: TextData, compiled: Compiled, whole: dict[str, Tensor], share: float

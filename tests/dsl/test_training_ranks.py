@@ -150,6 +150,7 @@ def single(place: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Non
     assert ended.value.code == 0
 
 
+@pytest.mark.medium
 def test_two_processes_give_what_one_gives(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After one of them was lost, and all were started again from the last checkpoint."""
     single(two, monkeypatch, "--steps", str(STEPS), "-o", "alone")

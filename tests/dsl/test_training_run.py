@@ -260,6 +260,7 @@ def _signals_of_a_terminal() -> Iterator[None]:
     signal.signal(signal.SIGHUP, hang_up)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
@@ -310,6 +311,7 @@ def calibrated(fastgrad: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...
     return options
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "step", [4, pytest.param(5, marks=pytest.mark.slow)]
 )  # before and after a checkpoint
@@ -324,6 +326,7 @@ def test_a_calibrated_run_that_is_killed_goes_on_bit_for_bit(
     same_run("run", "whole")
 
 
+@pytest.mark.medium
 def test_gates_and_short_convolutions_are_planned_trained_and_resumed(
     fastgrad: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +379,7 @@ def test_a_signal_within_a_validation(
     same_run("run", "whole")
 
 
+@pytest.mark.medium
 def test_killed_for_good(fastgrad: Run, place: Path) -> None:
     """A process that is killed by the system, and what it leaves."""
     options = (*OPTIONS, "--steps", "40")
@@ -440,6 +444,7 @@ OTHERS: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("what", OTHERS)
 def test_another_run_is_refused_by_what_differs(fastgrad: Run, what: str) -> None:
     Path("other.txt").write_bytes(bytes(range(32, 126)) * 40)

@@ -177,6 +177,7 @@ def test_the_fastest_is_kept_and_launched(
         assert launches.row(choice.kernel) == choice.table
 
 
+@pytest.mark.medium
 def test_a_candidate_with_other_results_or_none_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, for the first kernel of a search, which both passes launch."""
     monkeypatch.setattr(tuning, "ROUNDS", 1)

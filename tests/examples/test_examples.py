@@ -57,6 +57,7 @@ def test_all_examples_are_here() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.tfg")} == set(NAMES)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_through_its_kernels(name: str) -> None:
     model = always_polynomial(compiled(name), compiled(name).module(seed=1))
@@ -102,6 +103,7 @@ EXPECTED: dict[str, dict[str, tuple[object, ...]]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_at_its_own_size_each_attention_is_what_the_file_says(name: str) -> None:
     plan = fg.compile(EXAMPLES / f"{name}.tfg").plan

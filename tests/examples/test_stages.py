@@ -91,6 +91,7 @@ def test_flat_programs_compute_the_same(name: str) -> None:
     )
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("stage", ["backward", "lowrank"])
 @pytest.mark.parametrize("name", SIZES)
 def test_derived_gradients_are_those_of_autograd(name: str, stage: str) -> None:

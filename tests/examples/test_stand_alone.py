@@ -41,6 +41,7 @@ torch.save(outputs, "outputs.pt")
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_generated_files_import_torch_and_each_other(name: str) -> None:
     texts = fg.compile(EXAMPLES / f"{name}.tfg", params=SIZES[name]).modules
@@ -65,6 +66,7 @@ def test_generated_files_import_torch_and_each_other(name: str) -> None:
 FEW = ("gpt", "encoder_decoder")  # the step forms of all, and attention across
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("names", [FEW, pytest.param(NAMES, marks=pytest.mark.slow)], ids=len)
 def test_folders_need_torch_alone(names: tuple[str, ...], tmp_path: Path) -> None:
     for name in names:

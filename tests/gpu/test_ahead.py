@@ -38,6 +38,7 @@ def compiled(results: list[Result]) -> list[Resources]:
     return [result for result in results if isinstance(result, Resources)]
 
 
+@pytest.mark.medium
 def test_products_of_halves_use_matrix_instructions(ahead: Ahead) -> None:
     for resources in compiled(ahead.map(dot(target, "bf16*", "ieee") for target in ARCHITECTURES)):
         assert resources.fits
@@ -48,6 +49,7 @@ def test_products_of_halves_use_matrix_instructions(ahead: Ahead) -> None:
         assert resources.shared > 0
 
 
+@pytest.mark.medium
 def test_exact_products_of_float32_are_scalar_on_nvidia(ahead: Ahead) -> None:
     for target, resources in zip(
         ARCHITECTURES, compiled(ahead.map(dot(t, "fp32*", "ieee") for t in ARCHITECTURES)), strict=True
@@ -56,6 +58,7 @@ def test_exact_products_of_float32_are_scalar_on_nvidia(ahead: Ahead) -> None:
         assert (resources.matrix_instructions == 0) == (target in NVIDIA)
 
 
+@pytest.mark.medium
 def test_split_products_are_as_many_matrix_products_as_their_parts(ahead: Ahead) -> None:
     jobs = [
         dot("sm_80", "fp32*", "tf32x3"),
@@ -68,6 +71,7 @@ def test_split_products_are_as_many_matrix_products_as_their_parts(ahead: Ahead)
     assert results[2].matrix_instructions > 0
 
 
+@pytest.mark.medium
 def test_a_kernel_with_too_many_values_spills(ahead: Ahead) -> None:
     pointers: dict[str, Argument] = {"x": "fp32*", "out": "fp32*", "n": 4}
     jobs = [
@@ -79,6 +83,7 @@ def test_a_kernel_with_too_many_values_spills(ahead: Ahead) -> None:
     assert large.stack >= 4
 
 
+@pytest.mark.medium
 def test_width_of_loads(ahead: Ahead) -> None:
     """Four neighbours are one load where n is divisible by 16, so that a mask never parts them."""
     line = 1 + KERNELS.read_text().split("\n").index(
@@ -122,6 +127,7 @@ def test_a_job_that_takes_too_long_is_a_failure(tmp_path: Path) -> None:
     assert "status -9" in result.error
 
 
+@pytest.mark.medium
 def test_a_job_that_ends_its_process_is_a_failure_and_the_next_one_compiles(tmp_path: Path) -> None:
     ends = tmp_path / "ends.py"
     ends.write_text("import os\nprint('a last word', flush=True)\nos._exit(3)\n")

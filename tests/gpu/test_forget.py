@@ -69,6 +69,7 @@ def rounded(spec: KernelSpec, inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return with_gates(given, inputs.tensors[-1].float())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("padding", "field", "fused", "groups", "dtype"), CASES, ids=str)
 def test_kernels_agree_with_the_dense_reference(
     padding: bool, field: tuple[int | None, int | None], fused: bool, groups: int, dtype: torch.dtype
@@ -83,6 +84,7 @@ def test_kernels_agree_with_the_dense_reference(
     check(spec, inputs, dtype, found)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("d", "dv", "degree", "near", "n"),
     [
@@ -105,6 +107,7 @@ def test_widths_degrees_and_lengths(d: int, dv: int, degree: int, near: int | No
     check(spec, inputs, torch.float32, run(spec, inputs))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
     "value", [0.0, -math.inf, *(pytest.param(value, marks=SLOW) for value in (-1e-4, -80.0))]
@@ -151,6 +154,7 @@ def test_the_result_does_not_depend_on_the_schedule(near: int | None) -> None:
         assert worst_error(other, [x.double() for x in first]) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("size", [-300.0, pytest.param(300.0, marks=SLOW)])
 def test_logits_that_no_exp_could_hold(size: float) -> None:
     """Rows whose near logits are all about -300 and whose far keys are forgotten are not 0 / 0."""
@@ -168,6 +172,7 @@ def test_logits_that_no_exp_could_hold(size: float) -> None:
     assert found[0][0, 0, 60].any()
 
 
+@pytest.mark.medium
 def test_views_with_strides_and_gates_of_another_type() -> None:
     inputs = rounded(PLAIN, make_inputs(PLAIN, 40, heads=2, batch=2), torch.bfloat16)
     gates = inputs.tensors[-1].detach().to(torch.bfloat16)

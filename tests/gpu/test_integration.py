@@ -74,6 +74,7 @@ def module_of(spec: KernelSpec) -> Any:
     return sys.modules[load_kernel(spec, TRITON).__module__]
 
 
+@pytest.mark.medium
 @SPECS
 def test_operations_run_on_triton(spec: KernelSpec) -> None:
     inputs = sample(spec)
@@ -87,6 +88,7 @@ SAVED = [(NEAR, "forward"), (NEAR, "backward"), (CROSS, "forward"), (FORGET, "ba
 EVERY = [(spec, other) for spec in (CAUSAL, NEAR, CROSS, FORGET) for other in ("forward", "backward")]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("spec", "other"), wide(EVERY, few=SAVED))
 def test_each_pass_takes_what_the_other_targets_saved(
     spec: KernelSpec, other: str, monkeypatch: pytest.MonkeyPatch
@@ -125,6 +127,7 @@ def test_inputs_without_elements_are_for_pytorch(shape: tuple[int, ...]) -> None
     assert load_kernel(spec, TRITON)(q, q, v).shape == v.shape
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "spec",
     [
@@ -158,6 +161,7 @@ class Layer(nn.Module):
         return self.attend(unit(q, dim=-1), unit(k, dim=-1), v).transpose(-2, -3).flatten(-2)
 
 
+@pytest.mark.medium
 def test_compile_and_export() -> None:
     layer = Layer()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -233,6 +237,7 @@ def shallow(name: str, target: str) -> Compiled:
     return fg.compile(EXAMPLES / f"{name}.tfg", params=params, target=target, validate=False)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "name",
     ["bounded", pytest.param("llama", marks=SLOW), pytest.param("encoder_decoder", marks=SLOW), "bert"],
@@ -299,6 +304,7 @@ for how in ("from texts", "in place"):
 """
 
 
+@pytest.mark.medium
 def test_a_written_model_runs_in_another_process(tmp_path: Path) -> None:
     """Kernels are where the texts of a folder were written to, in the cache, or where the folder is."""
     shallow("bounded", "triton").write(tmp_path / "gpt")
@@ -370,6 +376,7 @@ TAKES_OVER: list[tuple[str, str, torch.dtype, dict[str, str], str | None]] = [
 ]
 
 
+@pytest.mark.medium
 def test_pytorch_takes_over_with_one_warning_or_none_where_triton_is_not_wanted() -> None:
     cases = [case[:-1] for case in TAKES_OVER]
     result = in_another_process(FALLBACK.replace("CASES", repr(cases)), TRITON_INTERPRET="1")

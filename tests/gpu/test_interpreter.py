@@ -239,6 +239,7 @@ def test_atomic_operations(kernel: Any) -> None:
         kernel[(2,)](normal(2), torch.zeros(1))
 
 
+@pytest.mark.medium
 def test_a_process_that_compiles_is_refused() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = "from tests.gpu.interpreter import install; install()"

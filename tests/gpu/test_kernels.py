@@ -107,6 +107,7 @@ def check(spec: KernelSpec, inputs: Inputs, dtype: torch.dtype, found: list[Tens
     assert worst_error(found, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("causal", "padding", "field", "shape", "dtype"), GRID, ids=str)
 def test_kernels_agree_with_the_dense_reference(
     causal: bool,
@@ -134,6 +135,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -148,6 +150,7 @@ def test_each_type_is_as_exact_as_its_rounding(name: str, dtype: torch.dtype) ->
     check(spec, inputs, dtype, run(spec, inputs.to(dtype)))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("d", "dv", "padding", "groups", "dtype"),
     [
@@ -189,6 +192,7 @@ LENGTHS = ((1, 1), (2, 70), (70, 2), (33, 33))
 EVERY = [(*each[:2], *each[2]) for each in itertools.product((False, True), (None, 8, 40), LENGTHS)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("causal", "near", "n", "m"), wide(EVERY, few=ODD), ids=str)
 def test_short_and_odd_sequences(causal: bool, near: int | None, n: int, m: int) -> None:
     spec = KernelSpec(6, 9, COEFFICIENTS[2], causal=causal, near=near)
@@ -196,6 +200,7 @@ def test_short_and_odd_sequences(causal: bool, near: int | None, n: int, m: int)
     check(spec, inputs, torch.float32, run(spec, inputs.to(torch.float32)))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("near", [None, 16])
 def test_the_result_does_not_depend_on_the_schedule(near: int | None) -> None:
     spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True, near=near)
@@ -211,6 +216,7 @@ def test_the_result_does_not_depend_on_the_schedule(near: int | None) -> None:
         assert worst_error(other, [x.double() for x in first]) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.medium
 def test_logits_that_no_exp_could_hold() -> None:
     spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True, near=16, near_d=4)
     for size in (300.0, -300.0):
@@ -233,6 +239,7 @@ def test_an_interpreter_as_it_comes_is_not_trusted_with_bfloat16(monkeypatch: py
     assert torch.equal(out, exact.to(torch.bfloat16))
 
 
+@pytest.mark.medium
 def test_views_with_strides_are_read_as_they_are() -> None:
     spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True)
     inputs = make_inputs(spec, 20, heads=2, batch=2).to(torch.float32)
@@ -241,6 +248,7 @@ def test_views_with_strides_are_read_as_they_are() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, run(spec, inputs), strict=True))
 
 
+@pytest.mark.medium
 def test_the_launches_of_the_parallel_schedule() -> None:
     spec = KernelSpec(8, 16, COEFFICIENTS[2], causal=True)
     inputs = make_inputs(spec, 70, heads=1, batch=2).to(torch.float32)

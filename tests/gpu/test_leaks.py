@@ -46,6 +46,7 @@ SCHEDULES = [
 ]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("value", "names"),
     [

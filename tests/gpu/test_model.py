@@ -80,6 +80,7 @@ CASES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("case", wide(CASES, few=["cross", "near", "gates, fused"]))
 def test_flops_and_programs_are_those_of_the_launches(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

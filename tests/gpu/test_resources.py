@@ -85,10 +85,12 @@ KEYS: list[Key] = [
 QUICK = ("sm_90", "bfloat16", "d8 dv64 degree2")
 
 
+@pytest.mark.medium
 def test_the_golden_file_is_of_these_cases() -> None:
     assert set(KEYS) == set(cases_by_key())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "key",
     [pytest.param(key, marks=[] if key == QUICK else pytest.mark.slow, id=" ".join(key)) for key in KEYS],

@@ -37,6 +37,7 @@ def check(text: str) -> str:
     return formatted
 
 
+@pytest.mark.medium
 @settings(max_examples=50)
 @given(programs())
 def test_random_programs_keep_their_tree_and_their_comments(text: str) -> None:
@@ -159,6 +160,7 @@ def test_carriage_returns_become_line_ends() -> None:
     assert format_source("param a=1\r\n# c\r\n") == "param a = 1\n# c\n"
 
 
+@pytest.mark.medium
 def test_large_texts_take_linear_time() -> None:
     line = "    x = f(x, 1, k = 2)  # comment\n"
     text = f"block f2(x: float[b]) -> float[b] {{\n{line * 1500}}}\n"

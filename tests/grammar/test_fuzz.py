@@ -56,6 +56,7 @@ def attack(text: str) -> list[str]:
     return []
 
 
+@pytest.mark.medium
 @settings(max_examples=200)
 @given(st.text(st.characters()))
 def test_random_characters(text: str) -> None:
@@ -81,6 +82,7 @@ def test_token_soups(tokens: list[str], blank: str) -> None:
     attack(blank.join(tokens))
 
 
+@pytest.mark.medium
 @settings(max_examples=40)
 @given(programs())
 def test_well_formed_texts_without_a_meaning(text: str) -> None:
@@ -141,6 +143,7 @@ def test_nesting_of_5000(head: str, opening: str) -> None:
     assert attack(head + opening * 5000 + "1" + ends * 5000 + "\n}\n")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "chain",
     ["x + ", "x @ ", "-", "not ", "x if c else ", "f(x).T.T @ "],
@@ -167,12 +170,14 @@ def test_else_if_chain_of_10_000() -> None:
     )
 
 
+@pytest.mark.medium
 def test_10_000_statements_are_no_error_of_the_syntax() -> None:
     lines = "    x = x + x\n" * 10_000
     text = f"dim b\nmodel f(x: float[b]) -> float[b] {{\n{lines}    return x\n}}\n"
     assert not [code for code in attack(text) if code < "FG2"]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "unit",
     ["\n", "#", "(", "x", '"', "é", "\x00", "param a = 1\n", "a b\n", "}\n", "“", "x = (\n", "block "],

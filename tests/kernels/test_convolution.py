@@ -198,6 +198,7 @@ def gradients(model: Callable[..., Tensor], w: Tensor, x: Tensor, ids: Tensor) -
     return [y, *torch.autograd.grad(y.square().sum(), (x, w))]
 
 
+@pytest.mark.medium
 def test_compiled_in_one_graph() -> None:
     model = Both()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -43,6 +43,7 @@ def run(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
     return run_kernel(spec, inputs, exact_below=LONGER)
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("masks", MASKS, ids=named)
 @pytest.mark.parametrize(("near", "near_d"), FIELDS)
 def test_matches_the_dense_reference(masks: dict[str, Any], near: int | None, near_d: int | None) -> None:
@@ -164,6 +165,7 @@ def test_large_near_logits_do_not_overflow(near: int) -> None:
     assert worst_error(found, run_dense(spec, inputs)) < 1e-3  # as of states: rounded logits of 300
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("masks", MASKS, ids=named)
 @pytest.mark.parametrize(("near", "near_d"), [(None, None), (4, None), (4, 2)])
 def test_tangents(
@@ -181,6 +183,7 @@ def test_tangents(
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "kind",
     [

@@ -130,6 +130,7 @@ def test_large_near_logits(causal: bool, near: int, dtype: torch.dtype) -> None:
     assert worst_error(found, run_dense(spec, inputs)) < tolerance
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("near", [None, 6])
 def test_schedule_does_not_matter(causal: bool, near: int | None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ def both(inputs: Inputs, options: dict[str, Any]) -> tuple[list[Tensor], list[Te
     return results[0], results[1]
 
 
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize(
     ("window", "documents"), [(1, False), (2, True), (5, False), (30, True), (200, False), (None, True)]
 )
@@ -117,6 +118,7 @@ def work(n: int, documents: Tensor | None, window: int, causal: bool) -> Product
     return record
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kind", ["window", "documents"])
 def test_linear_work_and_flat_memory(kind: str, causal: bool) -> None:

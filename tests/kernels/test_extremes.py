@@ -75,6 +75,7 @@ def test_a_careful_pass_has_the_same_bits(kind: str, monkeypatch: pytest.MonkeyP
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["causal, padding", "near, documents", "window, causal"])
 def test_nothing_leaks_where_nothing_is_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_reads", lambda _: False)
@@ -90,6 +91,7 @@ SIZES = [(2, 0, 0), (0, 5, 5), (2, 0, 4), (2, 3, 0), (1, 1, 1)]  # batch, querie
 CROSS = {kind for kind, spec in EVERY.items() if not (spec.causal or spec.documents)}
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("target", ["torch", "exact"])
 @pytest.mark.parametrize(
     ("kind", "batch", "n", "m"),

@@ -65,6 +65,7 @@ def errors(spec: KernelSpec, inputs: Inputs) -> tuple[float, float]:
 # ---------------------------------------------------------------- values and gradients
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("masks", "field"),
     [pytest.param(*each, marks=[] if each in PAIRS else [SLOW]) for each in itertools.product(MASKS, FIELDS)],
@@ -108,6 +109,7 @@ def test_the_chunk_does_not_matter(kind: str) -> None:
         assert worst_error(run_kernel(replace(spec, chunk=chunk), inputs), expected) < DOUBLE
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_rows_are_worked_in_groups(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = KINDS[kind]
@@ -120,6 +122,7 @@ def test_many_rows_are_worked_in_groups(kind: str, monkeypatch: pytest.MonkeyPat
         assert worst_error(run_kernel(spec, inputs, exact_below=1000), expected[1]) < DOUBLE
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["causal", "near"])
 def test_gradcheck(kind: str) -> None:
     spec = replace(KINDS[kind], chunk=2)
@@ -174,6 +177,7 @@ def test_arithmetic_in_float64_takes_gates_along() -> None:
     assert worst_error(found, run_kernel(spec, inputs.to(torch.float64))) < 4 * 2.0**-24
 
 
+@pytest.mark.medium
 def test_a_gate_that_hardly_forgets_over_a_long_sequence() -> None:
     """e^-1e-4 a token, 100,000 tokens: with gates that are added up one by one in float32 all is off by 4e-4 here."""
     spec = KernelSpec(2, 2, COEFFICIENTS[2], causal=True, forget=True)
@@ -219,6 +223,7 @@ STRONG = [
 GATES = (-80.0, -1000.0, -1e30, -torch.inf)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("gate", "dtype"),
     [

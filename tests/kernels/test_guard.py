@@ -108,6 +108,7 @@ def test_few_queries_are_sampled_whole(spec: KernelSpec, n: int) -> None:
     assert (norm_bound(rows, pairs) >= expected - 1e-12).all()
 
 
+@pytest.mark.sampled(2)
 @specs
 def test_the_largest_query_of_many_is_in_the_sample(spec: KernelSpec) -> None:
     inputs = make_inputs(spec, 97)
@@ -159,6 +160,7 @@ def test_nan_is_beyond_every_range() -> None:
 # ---------------------------------------------------------------- in range
 
 
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("policy", ["warn", "exact", "clamp", "raise"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @specs
@@ -278,6 +280,7 @@ def test_clamped_logits_are_within_the_range(spec: KernelSpec, dtype: torch.dtyp
     assert far_logits(spec, inside).abs().max() <= 0.5 * (1 + 1e-6)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["plain", "causal", "causal documents"])
 def test_gradcheck_of_clamp(name: str) -> None:
     spec = SPECS[name]
@@ -533,6 +536,7 @@ def test_export_keeps_the_guard() -> None:
     assert counts(layer.guard) == (2, 0, 2, 2)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("policy", ["exact", "clamp"])
 @pytest.mark.parametrize("name", [pytest.param("causal", marks=pytest.mark.slow), "near of its own"])

@@ -62,6 +62,7 @@ def outcome(run: Callable[..., Tensor], inputs: Inputs) -> list[Tensor]:
 # ---------------------------------------------------------------- what a graph keeps
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("policy", ["warn", "exact", "clamp"])
 def test_a_gradient_needs_no_guard(policy: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +97,7 @@ def test_a_pass_is_its_own_calls_whatever_the_order() -> None:
         assert worst_error([outs[place], *found], expected) < 1e-12
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("policy", ["warn", "exact", "clamp"])
 def test_a_pass_that_is_run_again_is_the_same_function(policy: str, reentrant: bool) -> None:
@@ -136,6 +138,7 @@ def test_equal_inputs_are_served_alike() -> None:
 IN_RANGE_OR_NOT = [*((policy, 1e-3) for policy in POLICIES), ("warn", 9.0), ("exact", 9.0), ("clamp", 9.0)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("policy", "factor"), IN_RANGE_OR_NOT)
 def test_opcheck(policy: str, factor: float) -> None:
     inputs, key = inputs_of(20, factor), Guard(bound=0.5, source="data", policy=policy).key
@@ -224,6 +227,7 @@ def test_ranges_are_of_the_attentions_heads() -> None:
         load_kernel(SPEC)(*inputs_of().tensors, guard=key)
 
 
+@pytest.mark.medium
 def test_a_key_without_its_guard_still_guards(caplog: pytest.LogCaptureFixture) -> None:
     inputs = inputs_of()
     keys = {policy: Guard(bound=0.5, source="data", policy=policy, path="a.b").key for policy in POLICIES}
@@ -262,6 +266,7 @@ assert all(layer.guard.status()["calls"] == 0 for layer in others)
 """
 
 
+@pytest.mark.medium
 def test_an_exported_program_brings_its_guard_along(tmp_path: Path) -> None:
     """In a process where other models were made first; and in this one, when the model is gone."""
     inputs = tuple(x.detach() for x in inputs_of(20).tensors)

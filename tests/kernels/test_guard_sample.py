@@ -178,6 +178,7 @@ def test_calls_take_turns(spec: KernelSpec, n: int) -> None:
     assert status["largest"] == pytest.approx(largest, rel=1e-12)
 
 
+@pytest.mark.sampled(3)
 @specs
 def test_what_is_counted_is_a_bound(spec: KernelSpec) -> None:
     """largest <= the truth <= at_most <= norms; a call that is neither unsettled nor a violation is in range."""

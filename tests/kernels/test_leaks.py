@@ -35,11 +35,13 @@ def run_exact(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
 FEW = ("causal, padding", "near, documents, causal", "forget, documents")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", wide(KINDS, few=FEW))
 def test_polynomial(kind: str) -> None:
     attack(run_kernel, KINDS[kind], torch.float32)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     wide(
@@ -51,11 +53,13 @@ def test_other_precisions(kind: str, dtype: torch.dtype) -> None:
     attack(run_kernel, KINDS[kind], dtype, every=False)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["causal, padding", "near, documents, causal"])
 def test_grouped_heads(kind: str) -> None:
     attack(run_kernel, KINDS[kind], torch.float32, groups=2)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "dtype", [DTYPES[0], *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])]
 )
@@ -72,11 +76,13 @@ def run_window(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", WINDOWS)
 def test_window_kernels(kind: str) -> None:
     attack(run_window, WINDOWS[kind], torch.float32, every=False)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["causal", "padding", "near, documents", "forget, padding"])
 def test_exact_below_the_break_even(kind: str) -> None:
     attack(run_exact_below, KINDS[kind], torch.float32)

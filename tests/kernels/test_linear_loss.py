@@ -206,6 +206,7 @@ def test_second_derivatives_are_refused() -> None:
         )
 
 
+@pytest.mark.medium
 def test_torch_compile_in_one_graph_and_export() -> None:
     inputs = drawn()
     x, w, targets = (inputs[name] for name in ("x", "w", "targets"))

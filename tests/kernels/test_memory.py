@@ -51,6 +51,7 @@ def largest(forward: Any, backward: Any, inputs: Inputs, *attributes: object) ->
     return record
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "spec",
     [
@@ -93,6 +94,7 @@ def test_nothing_of_exact_attention_is_quadratic() -> None:
     assert record.elements <= n * n / 8
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "spec",
     [

@@ -148,6 +148,7 @@ def touched(call: Call, name: str, token: int) -> Tensor:
     return rows
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("lengths", [(1, 16, 33), pytest.param((2, 7, 15), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("run", "sight"), PATHS)
@@ -180,6 +181,7 @@ def test_grouped_heads_and_other_lengths_of_keys(run: str, sight: str) -> None:
             check_marks(of(run, attacked(call, name, token, NAN)), call, touched(call, name, token))
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(
     ("dtype", "n"),
     wide(product(DTYPES, (9, 70)), few=[(torch.float32, 70), (torch.float64, 9), (torch.bfloat16, 9)]),
@@ -201,6 +203,7 @@ def test_hidden_numbers_that_overflow(run: str, sight: str, dtype: torch.dtype, 
                     assert torch.equal(x, y), (token, name, value)
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("sight", ["", "causal", "mask", "causal, mask"])

@@ -192,6 +192,7 @@ def planned(bound: float, degree: int, dtype: str, **options: object) -> Iterato
 FAST = ((0.5, 3), (1.0, 4), (2.0, 6), (4.0, 8), (4.0, 12), (8.0, 14), (12.0, 18))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bound", "degree"), FAST)
 def test_no_kernel_leaves_its_bound_with_rounding(bound: float, degree: int, dtype: str) -> None:
@@ -203,6 +204,7 @@ def test_no_kernel_leaves_its_bound_with_rounding(bound: float, degree: int, dty
         assert (worst > 0).all(), "nothing was off"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options",
     [

@@ -59,6 +59,7 @@ def ranges_of(n: int, m: int, causal: bool, window: int, documents: list[list[in
     return Sight(causal, window).ranges(n, m, ids, CPU)
 
 
+@pytest.mark.sampled(30)
 @all_cases
 def test_a_query_sees_an_interval_of_keys(
     n: int, m: int, causal: bool, window: int, documents: list[list[int]] | None
@@ -75,6 +76,7 @@ def test_a_query_sees_an_interval_of_keys(
     assert (ranges.first <= ranges.behind).all()
 
 
+@pytest.mark.sampled(30)
 @all_cases
 def test_a_key_is_seen_by_an_interval_of_queries(
     n: int, m: int, causal: bool, window: int, documents: list[list[int]] | None
@@ -86,6 +88,7 @@ def test_a_key_is_seen_by_an_interval_of_queries(
     assert torch.equal(all_of(keys.transposed()), all_of(ranges))
 
 
+@pytest.mark.sampled(30)
 @all_cases
 def test_hidden_pairs_of_blocks(
     n: int, m: int, causal: bool, window: int, documents: list[list[int]] | None
@@ -104,6 +107,7 @@ def test_hidden_pairs_of_blocks(
     assert torch.equal(ranges.hidden_from(apart), torch.stack(rows)[:, None])
 
 
+@pytest.mark.sampled(30)
 @all_cases
 def test_bands_hold_what_their_queries_see(
     n: int, m: int, causal: bool, window: int, documents: list[list[int]] | None
@@ -128,6 +132,7 @@ def check_band(band: Band, rows: Tensor) -> None:
     assert int(rows.all(0).sum()) == band.whole[1] - band.whole[0]
 
 
+@pytest.mark.sampled(30)
 @all_cases
 def test_what_ranges_hold(
     n: int, m: int, causal: bool, window: int, documents: list[list[int]] | None

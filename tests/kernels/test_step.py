@@ -69,6 +69,7 @@ def polynomial_rule(spec: KernelSpec) -> Rule:
     return Rule(spec.scale, coefficients=spec.coefficients, near=spec.near or 0, precision=spec.precision)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("forget", [False, True])
 @pytest.mark.parametrize(("padding", "documents"), MASKS)
 @pytest.mark.parametrize(("near", "near_d"), FIELDS)
@@ -93,6 +94,7 @@ def test_degrees(degree: int) -> None:
     assert worst_error([found], [run_dense(spec, inputs)[0]]) < DOUBLE
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("forget", [False, True])
 @pytest.mark.parametrize(("padding", "documents"), MASKS)
 @pytest.mark.parametrize("window", [None, 1, 2, 9, 100])

@@ -33,6 +33,7 @@ def laid(x: Tensor, order: tuple[int, ...]) -> Tensor:
     return x.detach().permute(order).contiguous().permute(back)
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize(("run", "sight"), PATHS)
 @pytest.mark.parametrize("n", [1, 4, 37])
 def test_any_order_in_memory(run: str, sight: str, n: int) -> None:

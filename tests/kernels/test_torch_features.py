@@ -50,6 +50,7 @@ class Layer(nn.Module):
         return out.transpose(-2, -3).flatten(-2)
 
 
+@pytest.mark.medium
 @SPECS
 @pytest.mark.parametrize("exact_below", [0, 100])
 def test_opcheck(spec: KernelSpec, exact_below: int) -> None:
@@ -57,6 +58,7 @@ def test_opcheck(spec: KernelSpec, exact_below: int) -> None:
     torch.library.opcheck(operation, (*make_inputs(spec, 9).arguments, exact_below, ""))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("exact_below", [0, 100])
 def test_opcheck_of_transposed_inputs(exact_below: int) -> None:
     """Heads split from a projection arrive as [B, n, H, d].transpose(1, 2); the results are contiguous all the same."""
@@ -94,6 +96,7 @@ def test_exact_below_is_decided_by_device() -> None:
     assert [arguments[-2] for arguments in kept.met] == [5, 5, 5, 9]
 
 
+@pytest.mark.medium
 def test_opcheck_of_exact_attention() -> None:
     operation: Any = EXACT
     for spec, window in ((NEAR, 0), (PACKED, 3), (FORGET, 3)):
@@ -106,6 +109,7 @@ def load_and_name(spec: KernelSpec) -> str:
     return kernel_name(spec)
 
 
+@pytest.mark.medium
 @SPECS
 @pytest.mark.parametrize("exact_below", [0, 100])
 def test_gradcheck(spec: KernelSpec, exact_below: int) -> None:
@@ -118,6 +122,7 @@ def test_gradcheck(spec: KernelSpec, exact_below: int) -> None:
     assert torch.autograd.gradcheck(attend, inputs.tensors)
 
 
+@pytest.mark.medium
 def test_gradcheck_of_exact_attention() -> None:
     inputs = make_inputs(NEAR, 11, batch=1)
 
@@ -133,6 +138,7 @@ def test_second_derivatives_are_declined() -> None:
         torch.autograd.gradgradcheck(load_kernel(CAUSAL), inputs.tensors)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("exact_below", [0, 100])
 def test_compile_without_graph_breaks(exact_below: int) -> None:
     layer = Layer(exact_below)
@@ -147,6 +153,7 @@ def test_compile_without_graph_breaks(exact_below: int) -> None:
         torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("exact_below", [0, 100])
 def test_compile_with_documents_without_graph_breaks(exact_below: int) -> None:
     spec = KernelSpec(3, 4, COEFFICIENTS[2], causal=True, documents=True)
@@ -174,6 +181,7 @@ def test_compile_with_inductor() -> None:
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("exact_below", [0, 16])
 def test_export_with_dynamic_length(exact_below: int) -> None:
     """Which way a length goes is decided at run time, not when the model is exported."""

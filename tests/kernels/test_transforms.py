@@ -87,6 +87,7 @@ def random_like(tensors: tuple[Tensor, ...], seed: int = 7) -> tuple[Tensor, ...
     return tuple(torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x.dtype) for x in tensors)
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("n", [1, 41])
 @pytest.mark.parametrize("exact", [False, True], ids=["polynomial", "exact"])
 @pytest.mark.parametrize("name", SPECS)
@@ -181,6 +182,7 @@ def test_tangents_in_other_precisions(dtype: torch.dtype, precision: str) -> Non
     assert error < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "name",
     ["causal near", *(pytest.param(name, marks=pytest.mark.slow) for name in ("causal", "packed", "window"))],
@@ -398,6 +400,7 @@ def test_ensembles() -> None:
     torch.testing.assert_close(found, torch.stack([layer(x) for layer in layers]))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
 def test_transforms_are_compiled(transform: str) -> None:
     """torch.compile of a transform gives what it gives eagerly: no tangent is lost on the way."""

@@ -27,6 +27,7 @@ MASKS = list(itertools.product((False, True), repeat=2))  # causal, padding
 FIELDS = [(None, None), (8, None), (5, None), (3, 3), (16, 3), (64, 2)]  # near, near_d
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(("near", "near_d"), FIELDS)
 @pytest.mark.parametrize(("causal", "padding"), MASKS)
 @pytest.mark.parametrize(
@@ -107,6 +108,7 @@ def test_low_precision_does_not_accumulate_in_low_precision() -> None:
     assert torch.equal(load_kernel(spec)(q, k, ones), torch.ones(2, 2, 4, 2, dtype=torch.bfloat16))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("near", "near_d"), [(None, None), (6, None), (6, 3), (32, 3)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_chunk_does_not_matter(causal: bool, near: int | None, near_d: int | None) -> None:

@@ -67,6 +67,7 @@ async def changed(client: LanguageClient, path: Path, version: int, text: str) -
     return await told(client, path.as_uri(), version)
 
 
+@pytest.mark.medium
 @pytest.mark.asyncio
 async def test_every_example(client: LanguageClient) -> None:
     """No errors until it is broken, and every request has an answer."""

@@ -124,6 +124,7 @@ def attack(editor: Editor, start: str, seed: int, count: int) -> None:
     assert editor.shown() == []
 
 
+@pytest.mark.medium
 def test_random_edits(editor: Editor) -> None:
     attack(editor, SPEC, seed=1, count=100)
 

@@ -163,6 +163,7 @@ def test_renaming_a_block_and_its_parameter_reaches_other_files(editor: Editor) 
         assert editor.codes() == editor.codes("parts.tfg") == []
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "path",
     wide(EXAMPLES, few=[path for path in EXAMPLES if path.stem in ("bounded", "vit")]),

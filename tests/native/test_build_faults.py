@@ -28,6 +28,7 @@ REASONS = (
 )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("kind", "stride"), [*((kind, 31) for kind in KINDS), *WIDE])
 def test_a_library_is_whole_or_not_there(
     builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stride: int

@@ -92,6 +92,7 @@ def run_reference(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
     return gradients(out, inputs)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", MANY)
 def test_matches_dense_reference(name: str) -> None:
     spec = specification(name)
@@ -139,6 +140,7 @@ def test_a_document_that_vanishes_before_the_last_one() -> None:
     assert worst_error(run_native(spec, inputs), run_reference(spec, inputs)) < DOUBLE
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "name", ["causal", *(pytest.param(name, marks=SLOW, id=f"{name}, as shipped") for name in SPECS)]
 )

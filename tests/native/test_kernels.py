@@ -63,6 +63,7 @@ def run_native(spec: KernelSpec, inputs: Inputs, threads: int = 2) -> list[torch
         torch.set_num_threads(before)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", [*SPECS, *(pytest.param(name, marks=SLOW) for name in MORE)])
 def test_matches_dense_reference(name: str) -> None:
     spec = specification(name)
@@ -84,6 +85,7 @@ def test_cross_attention(name: str, n: int, m: int) -> None:
 WINDOWS = [(width, causal) for width in (1, 40, 64, 1000, EVERY_TOKEN) for causal in (False, True)]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("window", "causal"), wide(WINDOWS, few=[(40, False), (EVERY_TOKEN, False)])
 )  # causal: test_forget.py
@@ -117,6 +119,7 @@ def test_float32_and_bfloat16(name: str) -> None:
     )  # 8 bits, of sums of 300 terms
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("as_shipped")
 def test_float32_built_as_for_users() -> None:
     spec = replace(specification("causal, near"), scale=0.9)
@@ -124,6 +127,7 @@ def test_float32_built_as_for_users() -> None:
     assert worst_error(run_native(spec, inputs.to(torch.float32)), run_dense(spec, inputs)) < SINGLE
 
 
+@pytest.mark.medium
 def test_float32_computed_in_float64() -> None:
     """Rounding rules at R = 8: keys near the negatives of the queries, and the C++ kernel of the variant float64."""
     p = fit("balanced", 14, 8.0)

@@ -50,6 +50,7 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     attack(run_native, KINDS["causal, padding"], dtype, every=False)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "kind", ["window, documents", *(pytest.param(k, marks=pytest.mark.slow) for k in WINDOWS)]
 )

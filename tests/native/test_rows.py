@@ -53,6 +53,7 @@ def results(model: torch.nn.Module, x: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *model.parameters()])]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "dtype", wide((torch.float64, torch.float32, torch.bfloat16), few=(torch.float64, torch.bfloat16))
 )

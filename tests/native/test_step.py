@@ -64,6 +64,7 @@ class Counted:
         return done
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", SPECS)
 def test_matches_the_dense_reference(name: str, batch: int) -> None:
@@ -91,6 +92,7 @@ def test_any_number_of_threads(threads: int) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "dtype", "tolerance"),
     [("near", torch.float32, SINGLE), pytest.param("all", torch.bfloat16, 3e-2, marks=pytest.mark.slow)],
@@ -107,6 +109,7 @@ def test_float32_and_bfloat16_are_near_float64(name: str, dtype: torch.dtype, to
         assert native.served + native.absorbed > 20
 
 
+@pytest.mark.medium
 def test_arithmetic_in_float64_of_tokens_in_float32() -> None:
     spec = specification("all", precision="float64")
     inputs = make_inputs(spec, N).to(torch.float32)

@@ -77,6 +77,7 @@ def restore(builder: Builder) -> None:
         os.chown(builder.folder, 0, -1)
 
 
+@pytest.mark.sampled(2)
 @NEEDS_COMPILER
 @pytest.mark.parametrize(
     "how",

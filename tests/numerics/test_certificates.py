@@ -229,6 +229,7 @@ def attack(measure: Callable[[], dict[str, Tensor]], free: list[Tensor], target:
     return reached[0], max(reached)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("family", "degree", "bound", "rows", "target"), attacks(["weights", "output", "values", "scores"])
 )
@@ -272,6 +273,7 @@ def query_and_key_ratios(
     return {"queries": (query_error / (query_bound + 1e-12)).max(), "keys": key_error / (key_bound + 1e-12)}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("family", "degree", "bound", "rows", "target"), attacks(["queries", "keys"]))
 def test_no_violation_of_query_and_key_gradients_under_gradient_ascent(
     family: Family, degree: int, bound: float, rows: str, target: str

@@ -80,6 +80,7 @@ def test_table(row: tuple[float, ...]) -> None:
         assert (found.eps, found.eps_prime) == pytest.approx(published, rel=0.05), family
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(degree=st.integers(0, MAX_DEGREE), bound=st.floats(1e-3, 14.0))
@@ -273,6 +274,7 @@ def test_bad_arguments(call: Callable[[], Polynomial], message: str) -> None:
         call()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("bound", [1e-6, 0.3, 8.0, 18.3])
 def test_every_degree_is_fitted_or_refused(bound: float) -> None:
     """And what is not is near the optimum: the exchange itself fails nowhere."""

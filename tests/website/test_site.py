@@ -72,6 +72,7 @@ def pages(site: Path) -> list[Path]:
     return sorted(path for path in site.glob("*.html") if path.name not in NOT_PAGES)
 
 
+@pytest.mark.medium
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     for page in pages(site):
         for loaded in read(page).loads:
