@@ -26,6 +26,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -141,20 +142,21 @@ class Library(Generic[T]):
         return made
 
     def _build_together(self, variant: str) -> None:
-        """Begin to build this library and others of its model, this one first, on as many processors as there are."""
+        """Build this library and the others of its model, on as many processors as there are; what fails is told of
+        when it is asked for."""
         package = self._spec.parent if self._spec else None
         with _lock:
             model = [each for each in _together if package and each._spec and each._spec.parent == package]
-            queue = [
-                each
-                for each in sorted(model, key=lambda each: each is not self)
-                if variant not in each._begun
-            ]
-            for each in queue:
+            left = [each for each in model if variant not in each._begun]
+            for each in left:
                 each._begun.add(variant)
-        if len(queue) > 1 and cache_folder() is not None:
-            for _ in range(min(len(queue), os.cpu_count() or 1)):
-                threading.Thread(target=_build_each, args=(queue, variant), daemon=True).start()
+        if len(left) > 1 and cache_folder() is not None:
+            with ThreadPoolExecutor(min(len(left), os.cpu_count() or 1)) as workers:
+                for each in left:
+                    workers.submit(each._build, variant)
+
+    def _build(self, variant: str) -> Path:
+        return build(self.name, self._text(), variant)
 
     def _text(self) -> str:
         """NAME.cpp, from where the module came."""
@@ -167,18 +169,6 @@ class Library(Generic[T]):
 
 _together: weakref.WeakKeyDictionary[Library[Any], None] = weakref.WeakKeyDictionary()  # in order
 _lock = threading.Lock()
-
-
-def _build_each(queue: list[Library[Any]], variant: str) -> None:
-    """Build what is left in the queue; what fails is tried, and told of, again when it is asked for."""
-    while True:
-        try:
-            library = queue.pop(0)
-            build(library.name, library._text(), variant)
-        except IndexError:
-            return
-        except NativeError:
-            pass
 
 
 def build(name: str, text: str, variant: str, announce: Callable[[str], None] | None = None) -> Path:
