@@ -22,6 +22,8 @@ from fastgrad_dsl.training.ranks import Mesh
 from tests.dsl.ranks import RANKS, Case, run_cases, spawn
 from tests.dsl.test_memory import Peak
 
+pytestmark = pytest.mark.medium
+
 N = 13
 TOKENS = ("x", "ids", "keys")
 EVEN = ((7, 6), (5, 4, 4), (4, 3, 3, 3))
@@ -134,7 +136,6 @@ def found(ranks: list[tuple[Found, dict[str, Any]]]) -> list[Found]:
     return [cases for cases, _ in ranks]
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("name", PIECES)
 def test_pieces_are_the_whole(name: str, found: list[Found]) -> None:
     for lengths in EVEN + RAGGED:

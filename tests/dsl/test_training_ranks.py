@@ -31,6 +31,8 @@ from fastgrad_dsl.training.sharded import latest
 from fastgrad_grammar.diagnostics import TfgError
 from tests.dsl.training_model import Bigram, loss, text_data
 
+pytestmark = pytest.mark.medium
+
 SPEC = """use std
 dim b
 dim n <= 65536
@@ -150,7 +152,6 @@ def single(place: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Non
     assert ended.value.code == 0
 
 
-@pytest.mark.medium
 def test_two_processes_give_what_one_gives(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After one of them was lost, and all were started again from the last checkpoint."""
     single(two, monkeypatch, "--steps", str(STEPS), "-o", "alone")

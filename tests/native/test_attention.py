@@ -23,7 +23,7 @@ from tests.kernels.inputs import CPP, Inputs, make_inputs, worst_error
 from tests.native.compilers import NEEDS_COMPILER
 from tests.native.test_kernels import specification
 
-pytestmark = [NEEDS_COMPILER, pytest.mark.usefixtures("native")]
+pytestmark = [NEEDS_COMPILER, pytest.mark.usefixtures("native"), pytest.mark.medium]
 
 CAUSAL, NEAR, UNMASKED = map(specification, ("causal", "causal, near", "unmasked"))
 SPECS = pytest.mark.parametrize("spec", [CAUSAL, NEAR, UNMASKED], ids=["causal", "near", "unmasked"])
@@ -51,7 +51,6 @@ KINDS = [
 ]
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize(("spec", "dtype"), KINDS)
 def test_values_and_dtypes_are_those_of_the_torch_target(spec: KernelSpec, dtype: torch.dtype) -> None:
     inputs = make_inputs(spec, 37, groups=2).to(dtype)
@@ -128,7 +127,6 @@ def test_exact_below_the_break_even_length() -> None:
     assert worst_error(run(NEAR, inputs, True, 11), expected) > 1e-4
 
 
-@pytest.mark.sampled(1)
 @SPECS
 @pytest.mark.parametrize("exact_below", [0, 100])
 def test_opcheck(spec: KernelSpec, exact_below: int) -> None:
@@ -139,7 +137,6 @@ def test_opcheck(spec: KernelSpec, exact_below: int) -> None:
     assert exact_below or served(spec, "float64")
 
 
-@pytest.mark.sampled(1)
 @SPECS
 def test_gradcheck(spec: KernelSpec) -> None:
     inputs = make_inputs(spec, 5 if spec is CAUSAL else 9, batch=1, heads=1)
@@ -229,7 +226,6 @@ torch.save(out, sys.argv[2])
 """
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize(
     "packed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["folder", "archive"]
 )

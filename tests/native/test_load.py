@@ -9,6 +9,8 @@ import pytest
 
 from tests.native.compilers import NEEDS_COMPILER, Builder
 
+pytestmark = pytest.mark.medium
+
 OPERATIONS = (Path(__file__).parent / "operations.cpp").read_text(encoding="utf-8")
 ATTENTION = """
 import os, sys, warnings
@@ -29,7 +31,6 @@ def native_operations():
 """
 
 
-@pytest.mark.medium
 @NEEDS_COMPILER
 def test_threads_are_those_of_pytorch(builder: Builder) -> None:
     code = f"""
@@ -80,7 +81,6 @@ for environment in {[environment for environment, _ in FAILING.values()]!r}:
 """
 
 
-@pytest.mark.medium
 def test_without_a_compiler_there_is_one_warning_and_the_same_results(builder: Builder) -> None:
     """Whichever kernels ask for it, in both passes, from copies of the runtime in several packages."""
     builder.write_compiler('echo "kernel.cpp:7:1: error: the compiler is on fire" >&2; exit 1')
@@ -93,7 +93,6 @@ def test_without_a_compiler_there_is_one_warning_and_the_same_results(builder: B
         assert expected in told, found
 
 
-@pytest.mark.medium
 @NEEDS_COMPILER
 def test_both_targets_of_one_kernel_live_in_one_process_and_none_where_switched_off(builder: Builder) -> None:
     code = f"""{ATTENTION}

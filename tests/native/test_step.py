@@ -20,7 +20,7 @@ from fastgrad_compiler.runtime.step_tokens import Rule
 from tests.kernels.inputs import COEFFICIENTS, CPP, Inputs, make_inputs, run_dense, worst_error
 from tests.kernels.test_step import DOUBLE, SPLITS, N, steps
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.medium]
 
 SINGLE = 1e-5
 # name: d, dv, degree, and what else the kernel is made for. One library each.
@@ -64,7 +64,6 @@ class Counted:
         return done
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", SPECS)
 def test_matches_the_dense_reference(name: str, batch: int) -> None:
@@ -92,7 +91,6 @@ def test_any_number_of_threads(threads: int) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "dtype", "tolerance"),
     [("near", torch.float32, SINGLE), pytest.param("all", torch.bfloat16, 3e-2, marks=pytest.mark.slow)],
@@ -109,7 +107,6 @@ def test_float32_and_bfloat16_are_near_float64(name: str, dtype: torch.dtype, to
         assert native.served + native.absorbed > 20
 
 
-@pytest.mark.medium
 def test_arithmetic_in_float64_of_tokens_in_float32() -> None:
     spec = specification("all", precision="float64")
     inputs = make_inputs(spec, N).to(torch.float32)

@@ -18,7 +18,7 @@ from tests.dsl.models import disturbed
 from tests.native.compilers import NEEDS_COMPILER
 from tests.native.steps import counted, differ, steps
 
-pytestmark = [NEEDS_COMPILER, pytest.mark.usefixtures("alone")]
+pytestmark = [NEEDS_COMPILER, pytest.mark.usefixtures("alone"), pytest.mark.medium]
 
 POWERS = "polynomial(s; (1.0, 1.0, 0.5))"
 WEIGHTS = {
@@ -93,7 +93,6 @@ WIDE = {"e": 37, "c": 50}
 SOME = ("documents", "window with gates", "padded polynomial", "near in documents")
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize(
     ("names", "sizes", "dtype"),
     [
@@ -133,7 +132,6 @@ def test_attention_by_the_kernel_is_that_of_pytorch(
         torch.set_num_threads(before)
 
 
-@pytest.mark.medium
 def test_states_branch_and_are_taken_apart() -> None:
     module, given = model(*WEIGHTS), inputs(3)
     whole, _ = steps(module, given, [1] * N)
@@ -149,7 +147,6 @@ def test_states_branch_and_are_taken_apart() -> None:
     assert differ(alone, [x[1:2, 60:] for x in whole]) < 1e-13
 
 
-@pytest.mark.sampled(1)
 @pytest.mark.parametrize("capacity", [N - 1, N])
 def test_room_that_is_asked_for(capacity: int) -> None:
     """The last token that has room is served by the kernel, and the next one is not."""

@@ -26,7 +26,7 @@ from tests.kernels.test_golden import GOLDEN
 from tests.native.compilers import NEEDS_COMPILER
 from tests.native.steps import counted, differ, steps
 
-pytestmark = [NEEDS_COMPILER, pytest.mark.usefixtures("alone")]
+pytestmark = [NEEDS_COMPILER, pytest.mark.usefixtures("alone"), pytest.mark.medium]
 
 ODD = """
 use std
@@ -105,7 +105,6 @@ def served_in_each_way(module: Any, given: list[Tensor]) -> Iterator[tuple[bool,
         yield turns is None and split == [1] * N, found, kept
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "dtype"),
     wide(
@@ -137,7 +136,6 @@ def test_steps_by_the_kernel_are_those_of_pytorch(name: str, dtype: torch.dtype)
         torch.set_num_threads(before)
 
 
-@pytest.mark.medium
 @pytest.mark.parametrize("name", wide(("gpt", "odd", "llama"), few=["odd"]))
 def test_bfloat16(name: str) -> None:
     """Weights and states are bfloat16; sums, and what stands between operations, are float32."""
@@ -266,7 +264,6 @@ def test_weights_are_read_in_every_call() -> None:
     assert differ(found, wanted) < 1e-5 < differ(found, first)
 
 
-@pytest.mark.medium
 def test_blocks_without_weights_are_looked_at() -> None:
     spec = ODD.replace("y = std.layer_norm(x) as norm", "y = std.layer_norm(half(x) as half) as norm")
     spec = spec.replace(
@@ -490,7 +487,6 @@ model m(tokens: int[b, n]) -> (float[b, n, 12], {also}) {{
 """
 
 
-@pytest.mark.medium
 def test_names_of_a_spec_do_not_meet() -> None:
     module = disturbed(fg.compile(NAMES, target="cpp").module(dtype=torch.float64)).eval()
     given = [torch.randn(2, 4, 8, dtype=torch.float64)]
@@ -515,7 +511,6 @@ def test_results_that_no_kernel_writes(type: str, given: str, also: str, result:
     assert emit_step(fg.compile(spec, target="cpp").program, False, ()) is None
 
 
-@pytest.mark.medium
 def test_long_expressions() -> None:
     spec = "use std\ndim b\ndim n\nmodel m(x: float[b, n, 8]) -> float[b, n, 8] {\n"
     spec += "x = std.kernel_attention(x; heads = 2, qk_dim = 4, causal = true) as attention\n"
