@@ -46,6 +46,7 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.medium
 def test_the_wheel_holds_exactly_the_files_of_the_packages(wheel: Path) -> None:
     expected = {
         f"{name}/{path.relative_to(folder).as_posix()}"
@@ -68,6 +69,7 @@ def test_the_installed_packages_do_not_need_the_checkout(site: Path, tmp_path: P
     assert [Path(line).parent for line in output.splitlines()] == [site / name for name in PACKAGES]
 
 
+@pytest.mark.medium
 def test_one_version_in_the_tree_the_wheel_and_the_command(wheel: Path, site: Path, tmp_path: Path) -> None:
     program = "import fastgrad_dsl as fg; print(fg.__version__)"
     source = os.pathsep.join(str(folder.parent) for folder in PACKAGES.values())

@@ -118,6 +118,7 @@ def test_a_guide(place: Path, name: str) -> None:
     follow(name)
 
 
+@pytest.mark.medium
 def test_first_sessions(place: Path) -> None:
     follow("first-sessions", whole=True)
     assert (place / "poem.html").is_file()

@@ -216,6 +216,7 @@ def test_a_finding_is_kept_in_a_file_and_read_again(tmp_path: Path, monkeypatch:
         read(path)
 
 
+@pytest.mark.medium
 def test_a_run_ends_with_a_status_and_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,7 @@ def _cheap() -> Iterator[list[str]]:
                 yield with_value(command, name, value)
 
 
+@pytest.mark.medium
 def test_commands_with_extremes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(tmp_path / "sound", build=False)
     copy(tmp_path / "sound", tmp_path / "place")
@@ -110,6 +111,7 @@ def test_commands_with_extremes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert ended == {"status 0", "status 2"}
 
 
+@pytest.mark.medium
 def test_a_planted_exception_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise KeyError("planted")

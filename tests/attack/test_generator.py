@@ -153,6 +153,7 @@ def test_programs_are_well_typed_and_few_statements_are_refused(grown: list[Grow
     assert refused < 0.05 * sum(program.tried for program in grown)
 
 
+@pytest.mark.medium
 def test_programs_hold_blocks_repeats_branches_and_budgets(grown: list[Grown]) -> None:
     used = sum((program.used for program in grown), Counter[str]())
     assert all(used[name] for name in ("block", "repeat", "if", "std"))

@@ -152,6 +152,7 @@ def test_a_target_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str
     assert "unknown target none" in capsys.readouterr().err
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *filter(None, sys.path))))}

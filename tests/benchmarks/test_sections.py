@@ -176,6 +176,7 @@ def test_merge_keeps_the_other_sections_in_order(tmp_path: Path) -> None:
     assert list(document["sections"]) == [name for name in SECTIONS if name in document["sections"]]
 
 
+@pytest.mark.medium
 def test_generation_measures_tokens_and_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"depth": 1, "d_model": 32, "heads": 2, "near": 4}
     models = {"mixer": small, "softmax": {**small, "softmax": True}}

@@ -66,6 +66,7 @@ def test_measured_errors_stay_within_the_budget(seed: int, trust: str) -> None:
             assert entry["range_source"] in (None, "program", "weights")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("seeds", wide((FEW, SEEDS, GATED), few=[FEW]), ids=str)
 def test_the_random_specs_are_worth_the_trouble(seeds: Sequence[int]) -> None:
     """Most of them are served by polynomials: a plan that leaves all exact keeps any budget."""

@@ -57,6 +57,7 @@ def read_plan(record: object) -> PlanRecord:
     return found
 
 
+@pytest.mark.medium
 def test_a_recorded_plan_is_the_same(planned: Compiled) -> None:
     assert any(entry.node.op == "poly_attention" for entry in planned.plan)
     fresh = fg.compile(SPEC, target="torch")
@@ -78,6 +79,7 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str |
 WRONG: tuple[Any, ...] = (None, "x", -1, 1.5, True, 10**400, 1e308, [], {}, [[0]], {"x": 1}, 2**63, "")
 
 
+@pytest.mark.medium
 def test_a_false_record_is_refused_or_a_plan(planned: Compiled) -> None:
     """Every value of a record in turn made each of WRONG, or removed."""
     record = record_of(planned)

@@ -80,6 +80,7 @@ def test_every_remedy_works(trust: str) -> None:
     assert kept["degree"] == int(degree[1])
 
 
+@pytest.mark.medium
 def test_a_lower_degree_than_the_remedy_is_refused() -> None:
     """The remedy names the least degree that works."""
     tight = f"{TIGHT}\n    trust = calibrated"
@@ -133,6 +134,7 @@ def test_the_ranges_of_untrained_and_trained_weights_differ() -> None:
     assert after["attentions"][0]["heads"][0]["largest"] == pytest.approx(1.69 * first, rel=1e-4)
 
 
+@pytest.mark.medium
 def test_calibrated_plans_are_deterministic() -> None:
     first, second = (
         _planned("output <= 0.02\n    gradient <= 0.1"),

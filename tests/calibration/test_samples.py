@@ -244,6 +244,7 @@ budget {
 """
 
 
+@pytest.mark.medium
 def test_what_padding_holds_decides_nothing() -> None:
     compiled = fg.compile(PADDED, target="torch")
     model = compiled.module()

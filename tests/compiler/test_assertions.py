@@ -97,6 +97,7 @@ def true_of(program: Program, found: dict[str, Tensor]) -> bool:
     )
 
 
+@pytest.mark.medium
 def test_what_is_not_asserted_holds_where_every_word_is_false() -> None:
     counts = Counter[str]()
     for seed in range(PROGRAMS):

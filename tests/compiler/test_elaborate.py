@@ -465,6 +465,7 @@ DOUBLING = "".join(
 MODEL = "dim b\nmodel m(x: float[b]) -> float[b] {{\n    return {}\n}}\n"
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "text",
     [

@@ -117,6 +117,7 @@ def test_random_programs_stay_what_they_are(data: st.DataObject) -> None:
     stays(program_of(text(*lines, f"%z = mul(%{rows[-1]}, %{values[-1]})")))
 
 
+@pytest.mark.medium
 def test_stages_show_the_groups_of_targets_with_kernels() -> None:
     for target, there in (("cpp", True), ("auto", True), ("torch", False), ("triton", False)):
         compiled = fg.compile("examples/gpt.tfg", params={"depth": 1}, target=target)

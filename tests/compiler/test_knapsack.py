@@ -62,6 +62,7 @@ def test_a_zero_budget_leaves_what_is_exact() -> None:
     assert found.places == (1,)
 
 
+@pytest.mark.medium
 def test_many_heads_are_planned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """24 layers of 16 heads, each with 40 options: a proved gap, however slow the machine."""
     monkeypatch.setattr(knapsack, "SECONDS", 300.0)

@@ -420,6 +420,7 @@ def ranges(program: Program, text: Text) -> list[tuple[float, float]]:
     return found
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("programs", [300, pytest.param(2000, marks=pytest.mark.slow)])
 def test_recognition_keeps_the_meaning_of_random_spellings(programs: int) -> None:
     """Where the text gives a number, what is recognised gives the same one; 0 / 0 and inf - inf promise nothing."""

@@ -107,7 +107,7 @@ def example(path: Path) -> Program:
     return run(elaborate(read_source(str(path)), params=params), until="attention")[-1].program
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.medium
 @pytest.mark.parametrize("size", [1.0, pytest.param(3.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_no_logit_of_an_example_leaves_its_range(path: Path, size: float) -> None:

@@ -72,6 +72,7 @@ def test_tuning_on_longer_sequences(tmp_path: Path) -> None:
     }  # those of the transfer
 
 
+@pytest.mark.medium
 def test_transfer_moves_the_attentions_own_weights_alone(tmp_path: Path) -> None:
     asked = request(tmp_path, tuning=options(steps=0), patterns=("layers.1",))
     convert(asked)
@@ -175,6 +176,7 @@ def test_a_resumed_conversion_is_an_undisturbed_one(
     assert report.measured == wanted.measured
 
 
+@pytest.mark.medium
 def test_a_finished_one_is_left_alone(undisturbed: Request) -> None:
     files = {path: path.stat().st_mtime_ns for path in undisturbed.folder.rglob("*") if path.is_file()}
     report = convert(replace(undisturbed, resume=True))
@@ -254,6 +256,7 @@ def test_a_model_of_neither_kind(tmp_path: Path) -> None:
     assert code(asked) == "FG415"
 
 
+@pytest.mark.medium
 def test_numbers_that_are_not_finite(tmp_path: Path) -> None:
     asked = request(tmp_path)
     weights = load_file(asked.weights)

@@ -145,6 +145,7 @@ def test_advice_for_a_budget_that_is_refused(options: str, tmp_path: Path) -> No
     assert {candidate["degree"] for candidate in candidates} - {None, 2}
 
 
+@pytest.mark.medium
 def test_compile_calibrates_on_stored_batches(tmp_path: Path) -> None:
     path, stored = _file(tmp_path, _text("")), tmp_path / "batches.safetensors"
     save_file({f"x.{place}": torch.randn(2, 33, 32) for place in range(3)}, stored)

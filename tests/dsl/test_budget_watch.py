@@ -111,6 +111,7 @@ def test_a_quiet_budget_keeps_its_plan(batches: list[tuple[torch.Tensor, torch.T
     assert "(measured on one batch of 64 tokens, held out)" in lines[0]
 
 
+@pytest.mark.medium
 def test_growing_logits_bring_a_new_plan(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Queries grow until the measured error or a range is close: the watch plans anew with the very same weights."""
     lines: list[str] = []

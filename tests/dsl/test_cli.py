@@ -339,6 +339,7 @@ def test_report_without_measuring_knows_no_measurement(fastgrad: Run) -> None:
     assert report["whole"]["output"] == {"bound": None, "estimate": None, "measured": None}
 
 
+@pytest.mark.medium
 def test_report_refuses_what_does_not_fit(fastgrad: Run) -> None:
     Path("empty").mkdir()
     Path("weights.safetensors").write_bytes(b"nothing")
@@ -365,6 +366,7 @@ def test_report_of_a_folder_refuses_options_that_only_a_file_heeds(fastgrad: Run
     assert fastgrad("report", "tiny.tfg", "--no-measure", "--model", "tiny", "--include", ".")[0] == 0
 
 
+@pytest.mark.medium
 def test_train_logs_resumes_and_writes_a_sample(fastgrad: Run) -> None:
     options = ["train", "tiny.tfg", "--text", "text.txt", "--seq", "24", "--every", "2", "--sample", "8"]
     status, out, _ = fastgrad(*options, "--steps", "4", "-o", "run")

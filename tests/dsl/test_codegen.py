@@ -42,6 +42,7 @@ def test_helpers_are_reserved_names() -> None:
     assert {name for name in public if not name.startswith("_")} | of_others == HELPERS
 
 
+@pytest.mark.medium
 def test_names_of_modules_are_known_without_torch() -> None:
     """Asked of a new process: libraries that other tests import add names to nn.Module."""
     script = "import torch; print(*(name for name in dir(torch.nn.Module()) if not name.startswith('__')))"

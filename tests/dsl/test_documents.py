@@ -277,6 +277,7 @@ def reads_or_refuses(source: random.Random) -> bool:
     return True
 
 
+@pytest.mark.medium
 def test_mutated_documents_are_read_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
     accepted = sum(reads_or_refuses(random.Random(seed)) for seed in range(60))
     assert is_shown(capsys.readouterr().out, "\n")

@@ -86,6 +86,7 @@ def test_a_stream_that_cannot_be_written(tmp_path: Path, line: str, status: int,
     assert (found, err) == (status, expected)
 
 
+@pytest.mark.medium
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     weights = "".join(f"    weight w{i}: float[4, 4] = xavier()\n    x = x @ w{i}\n" for i in range(400))
     (tmp_path / "long.tfg").write_text(SPEC.replace("    return", weights + "    return"))

@@ -207,6 +207,7 @@ def test_in_bfloat16(case: str, degree: int) -> None:
     agree(narrow, wanted, 0.03)
 
 
+@pytest.mark.medium
 @NEEDS_COMPILER
 @pytest.mark.parametrize("degree", [0, 2])
 def test_on_the_target_cpp(degree: int) -> None:

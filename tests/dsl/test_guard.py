@@ -292,7 +292,7 @@ def test_the_native_target_keeps_the_policies(policy: str) -> None:
     assert status(model, *COUNTS) == status(plain, *COUNTS) == [(1, 0, 1, 1)] * 2
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.medium
 @pytest.mark.parametrize("policy", ["exact", "clamp"])
 def test_torch_compile_in_one_graph(policy: str) -> None:
     model, _ = modules(compiled(policy, "causal"), OUT)

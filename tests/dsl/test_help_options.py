@@ -118,6 +118,7 @@ def texts() -> Iterator[tuple[str, str]]:
                 yield file.relative_to(ROOT).as_posix(), node.value
 
 
+@pytest.mark.medium
 def test_options_exist_on_the_commands_that_show_them() -> None:
     found: dict[str, set[str]] = {}
     for file, text in texts():
@@ -136,6 +137,7 @@ def test_options_exist_on_the_commands_that_show_them() -> None:
                 assert option in options()[command], f"{file} names {option}, which {command} lacks"
 
 
+@pytest.mark.medium
 def test_commands_that_are_named_exist() -> None:
     named = {(file, command) for file, text in texts() for command in COMMAND.findall(text)}
     assert named

@@ -151,6 +151,7 @@ def test_the_commands_obey_no_name(
         assert "[red]" not in name or "[red]" in output.out + output.err
 
 
+@pytest.mark.medium
 def test_comments_of_all_kinds_give_packages_that_load(tmp_path: Path) -> None:
     for place, part in enumerate(PARTS):
         comment = part.encode("utf-8", "ignore").decode().replace("\n", " ").replace("\r", " ")

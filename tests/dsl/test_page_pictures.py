@@ -127,7 +127,7 @@ def check(name: str, width: int, folder: Path, *, dark: bool) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.medium
 @pytest.mark.parametrize(("width", "dark"), [(400, True), (1280, False)])
 def test_nothing_is_cut_or_faint(width: int, dark: bool, tmp_path: Path) -> None:
     check("bounded", width, tmp_path, dark=dark)

@@ -205,6 +205,7 @@ def test_what_one_key_can_get() -> None:
         assert fg.compile(spec).report().attentions[0].largest_share is None
 
 
+@pytest.mark.medium
 def test_rows_spread_their_weight_as_measured() -> None:
     """Of what a polynomial serves, the model's own too; the table and the page show it."""
     for name in ("bounded", "gpt", "based"):

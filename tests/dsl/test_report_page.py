@@ -242,6 +242,7 @@ def test_menus_show_the_chosen_head(tmp_path: Path) -> None:
     assert changed
 
 
+@pytest.mark.medium
 @browser
 def test_light_and_dark(tmp_path: Path) -> None:
     script = """

@@ -159,6 +159,7 @@ def test_files_are_the_same(machine: str, names: tuple[str, ...]) -> None:
     assert differences(compiled_on("this machine", names), compiled_on(machine, names)) == []
 
 
+@pytest.mark.medium
 @SOME_OR_ALL
 def test_what_is_compared(names: tuple[str, ...]) -> None:
     """The comparison says something: files of every kind, kernels of several polynomials, and both refusals."""

@@ -308,6 +308,7 @@ def test_torch_compile(exact: bool) -> None:
     assert difference(torch.cat(found, 1), wanted) < 1e-5
 
 
+@pytest.mark.medium
 def test_torch_export() -> None:
     model: Any = compiled("gpt").module()
     state = model.start(2)

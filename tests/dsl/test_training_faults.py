@@ -164,6 +164,7 @@ def test_every_operation_fails_once(
         assert_ends_as(folder, data, compiled, whole)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("first", FIRST)
 @pytest.mark.parametrize("error", [pytest.param(errno.ENOSPC, marks=SLOW), None], ids=["full", "killed"])
 def test_every_operation_of_a_resumed_run_and_of_a_replacement_fails_once(

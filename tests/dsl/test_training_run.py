@@ -412,6 +412,7 @@ def test_a_finished_run_is_left_alone(fastgrad: Run) -> None:
     assert [(path, os.stat(path).st_mtime_ns, os.stat(path).st_ctime_ns) for path in everything] == before
 
 
+@pytest.mark.medium
 def test_more_steps_and_other_validations(fastgrad: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that goes on to more steps does not depend on where it was killed before and after."""
     assert fastgrad(*OPTIONS, "--steps", "3")[0] == 0

@@ -103,7 +103,7 @@ EXPECTED: dict[str, dict[str, tuple[object, ...]]] = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.medium
 @pytest.mark.parametrize("name", NAMES)
 def test_at_its_own_size_each_attention_is_what_the_file_says(name: str) -> None:
     plan = fg.compile(EXAMPLES / f"{name}.tfg").plan

@@ -96,6 +96,7 @@ def test_width_of_loads(ahead: Ahead) -> None:
         assert all(load.bits < 128 for load in narrow.loads)
 
 
+@pytest.mark.medium
 def test_integers_and_absent_pointers_are_specialised_as_in_a_launch(ahead: Ahead) -> None:
     job = Job(
         KERNELS, "optional_kernel", {"x": "bf16*", "bias": "none", "out": "bf16*"}, {"WIDTH": 1024}, "sm_80"

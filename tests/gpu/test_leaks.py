@@ -63,6 +63,7 @@ def test_kernels(kind: str, fused: bool, value: float, names: str) -> None:
     attack(spec, fused, value, names)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("kind", "fused"),
     [

@@ -63,6 +63,7 @@ def test_random_characters(text: str) -> None:
     attack(text)
 
 
+@pytest.mark.medium
 @settings(max_examples=100)
 @given(st.binary(max_size=200))
 def test_random_bytes_in_a_file(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
@@ -158,6 +159,7 @@ def test_comparison_chain_of_10_000() -> None:
     assert attack(f"param p = {'1 < ' * 10_000}x\n") == ["FG115"]
 
 
+@pytest.mark.medium
 def test_postfix_chains_of_10_000() -> None:
     for suffix in (".T", "[0]", " as y"):
         assert attack(f"param p = f(x){suffix * 10_000}\n")

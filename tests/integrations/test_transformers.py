@@ -463,6 +463,7 @@ def test_seen_says_who_sees_what() -> None:
 # ---------------------------------------------------------------- training
 
 
+@pytest.mark.medium
 def test_the_trainer_of_transformers(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="Transformers' Trainer needs accelerate (the extra dev has it)")
     model = made("LlamaForCausalLM", "fastgrad")

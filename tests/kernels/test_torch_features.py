@@ -153,7 +153,7 @@ def test_compile_without_graph_breaks(exact_below: int) -> None:
         torch.testing.assert_close(gradients[1], gradients[0])
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.medium
 @pytest.mark.parametrize("exact_below", [0, 100])
 def test_compile_with_documents_without_graph_breaks(exact_below: int) -> None:
     spec = KernelSpec(3, 4, COEFFICIENTS[2], causal=True, documents=True)

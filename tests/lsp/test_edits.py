@@ -170,6 +170,7 @@ def flat(value: Any) -> Any:
     return repr(value)
 
 
+@pytest.mark.medium
 def test_parsing_item_by_item_is_parsing() -> None:
     """Trees with their places, and every diagnostic."""
     parser, by_items = ItemParser(), 0

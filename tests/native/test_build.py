@@ -60,6 +60,7 @@ def test_names_and_variants_reach_the_text(builder: Builder) -> None:
         build_one(text.replace("{}", str(number), 1).replace("{}", variant), variant)
 
 
+@pytest.mark.medium
 def test_processes_that_start_at_once_compile_once(builder: Builder) -> None:
     builder.write_compiler("sleep 1")
     processes = [builder.start(BUILD) for _ in range(4)]

@@ -102,6 +102,7 @@ def test_matches_dense_reference(name: str) -> None:
         assert worst_error(found, expected) < DOUBLE, (n, threads)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", MANY)
 def test_segments_leave_what_they_keep_to_the_next(name: str) -> None:
     """One row, cut into three segments or more: keys of the first weigh in the last, whose gradients reach them."""
@@ -118,6 +119,7 @@ def test_segments_leave_what_they_keep_to_the_next(name: str) -> None:
 MIXED = torch.tensor([0.0, -1e-4, -1e-4, -80.0, 0.0, -INFINITE, -0.3, -400.0, -1e-4])
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("gate", [0.0, -1e-4, -80.0, -INFINITE, None], ids=str)
 @pytest.mark.parametrize("name", MANY)
 def test_extreme_gates(name: str, gate: float | None) -> None:
@@ -132,6 +134,7 @@ def test_extreme_gates(name: str, gate: float | None) -> None:
     assert worst_error(run_native(spec, inputs), run_reference(spec, inputs)) < DOUBLE
 
 
+@pytest.mark.medium
 def test_a_document_that_vanishes_before_the_last_one() -> None:
     """In one chunk: its factors are 0, those of the last document are not, and no tokens follow to fill the chunk."""
     spec, n = replace(specification("causal"), documents=True), 22
@@ -155,6 +158,7 @@ def test_float32(name: str) -> None:
         assert worst_error(run_native(spec, given.to(torch.float32)), expected) < SINGLE
 
 
+@pytest.mark.medium
 @SLOW
 @pytest.mark.parametrize("name", wide(SPECS, few=["near"]))
 def test_bfloat16(name: str) -> None:
@@ -166,6 +170,7 @@ def test_bfloat16(name: str) -> None:
     assert worst_error(found, expected) < 2e-2  # 8 bits, of sums of 300 terms
 
 
+@pytest.mark.medium
 @SLOW
 def test_rounded_outputs_leave_no_trace_in_the_gradients_of_gates() -> None:
     """bfloat16: what the output's rounding adds as a query is what it adds as a key, however long the sequence."""
@@ -177,11 +182,13 @@ def test_rounded_outputs_leave_no_trace_in_the_gradients_of_gates() -> None:
     assert error < 2e-2, error
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("groups", wide([1, 3], few=[3]))
 def test_nothing_hidden_leaks(groups: int) -> None:
     attack(run_native, specification("near"), torch.float64, groups, every=groups == 1)
 
 
+@pytest.mark.medium
 def test_keys_without_a_gate_in_between_are_as_without_gates() -> None:
     """Gates that forget all at every 50th token: what follows is a sequence of its own."""
     spec = specification("causal")

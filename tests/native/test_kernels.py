@@ -72,6 +72,7 @@ def test_matches_dense_reference(name: str) -> None:
         assert worst_error(run_native(spec, inputs, threads), run_dense(spec, inputs)) < DOUBLE, (n, threads)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "n", "m"), [("unmasked", 130, 77), ("unmasked, near", 60, 301), ("unmasked, near", 301, 60)]
 )
@@ -103,6 +104,7 @@ def test_window(window: int, causal: bool) -> None:
         assert worst_error([found, *gradients[0]], [expected, *gradients[1]]) < DOUBLE
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "name", ["causal, near", *(pytest.param(name, marks=SLOW) for name in ("causal", "unmasked, near"))]
 )
@@ -143,6 +145,7 @@ def test_float32_computed_in_float64() -> None:
     assert worst_error(run_kernel(single, inputs), run_dense(spec, wide)) > 1e-2
 
 
+@pytest.mark.medium
 def test_great_logits_nearby() -> None:
     """Near logits of +-60: exp of them alone would overflow in float32."""
     spec = specification("causal, near")
@@ -151,6 +154,7 @@ def test_great_logits_nearby() -> None:
     assert worst_error(run_native(spec, inputs.to(torch.float32)), run_dense(spec, inputs)) < 1e-3
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["documents", "unmasked documents"])
 def test_documents_of_one_token(name: str) -> None:
     spec = specification(name)
@@ -159,6 +163,7 @@ def test_documents_of_one_token(name: str) -> None:
     assert worst_error(run_native(spec, inputs, 8), run_dense(spec, inputs)) < DOUBLE
 
 
+@pytest.mark.medium
 def test_deterministic() -> None:
     """Bit for bit at the same number of threads, to rounding at another: one row is cut into segments."""
     spec = specification("causal")
@@ -169,6 +174,7 @@ def test_deterministic() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(once, other, strict=True)), "segments were not used"
 
 
+@pytest.mark.medium
 def test_strided_inputs() -> None:
     """Heads that lie side by side in a row, as a projection leaves them."""
     spec = specification("causal")
@@ -178,6 +184,7 @@ def test_strided_inputs() -> None:
     assert worst_error(run_native(spec, strided), run_dense(spec, inputs)) < DOUBLE
 
 
+@pytest.mark.medium
 @pytest.mark.slow
 def test_denominators_of_a_million_tokens() -> None:
     """float32 sums over 1,000,000 keys: the denominators, and outputs, stay within 1e-5 of float64."""
@@ -189,12 +196,14 @@ def test_denominators_of_a_million_tokens() -> None:
     assert (single.double() - double).abs().max() < 1e-5 * v.abs().max()
 
 
+@pytest.mark.medium
 def test_source_is_bounded() -> None:
     """A table of the monomials is made when the library is loaded, not written out."""
     large = KernelSpec(16, 64, tuple(1.0 for _ in range(7)), causal=True)  # rank 74,613
     assert abs(len(emit_cpp(large)) - len(emit_cpp(specification("causal")))) < 500
 
 
+@pytest.mark.medium
 def test_large_outputs_ask_for_large_pages() -> None:
     """A fault for each 4 KB of a fresh output is a fifth of the time. Seen in what Linux says of the memory."""
     if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():

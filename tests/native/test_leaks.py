@@ -24,6 +24,7 @@ def run_window(spec: KernelSpec, inputs: Inputs) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, inputs.tensors, inputs.cotangent)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("causal, near", torch.float32), ("documents", torch.float64)],
@@ -34,16 +35,19 @@ def test_kernels_of_other_tests(name: str, dtype: torch.dtype) -> None:
     attack(run_native, specification(name), dtype, groups=2)
 
 
+@pytest.mark.medium
 def test_bfloat16() -> None:
     attack(run_native, specification("causal, near"), torch.bfloat16, every=False)
 
 
+@pytest.mark.medium
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_polynomial(kind: str) -> None:
     attack(run_native, KINDS[kind], torch.float32, groups=2)
 
 
+@pytest.mark.medium
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions(dtype: torch.dtype) -> None:

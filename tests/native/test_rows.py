@@ -72,6 +72,7 @@ def test_kernels_are_as_near_the_truth_as_pytorch(dtype: torch.dtype) -> None:
         assert kernel._library._found[dtype] is not None
 
 
+@pytest.mark.medium
 def test_threads_strides_and_few_rows() -> None:
     ours, theirs = (compiled(target).module(dtype=torch.float64) for target in ("cpp", "torch"))
     x = torch.randn(24, 5, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

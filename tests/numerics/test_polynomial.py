@@ -146,6 +146,7 @@ def test_minimax_error_alternates(degree: int, bound: float) -> None:
     assert heights == pytest.approx([found.eps] * (degree + 2), rel=1e-3)
 
 
+@pytest.mark.medium
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(degree=st.integers(1, MAX_DEGREE), bound=st.floats(1e-3, 14.0))
 def test_balanced_is_optimal_in_its_derivative_and_near_it_in_value(degree: int, bound: float) -> None:

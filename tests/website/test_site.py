@@ -85,6 +85,7 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
         assert not re.search(r"url\(\s*['\"]?(?:https?:)?//|@import", text), sheet
 
 
+@pytest.mark.medium
 def test_every_link_leads_somewhere(site: Path) -> None:
     """In the site, to the very heading; to elsewhere only where a page of docs/ cites a work."""
     written = "".join((Path(__file__).parents[2] / path).read_text(encoding="utf-8") for path in sources())
@@ -100,6 +101,7 @@ def test_every_link_leads_somewhere(site: Path) -> None:
                 assert unquote(part) in read(target).ids, (page.name, link)
 
 
+@pytest.mark.medium
 def test_a_link_out_of_the_site_is_refused() -> None:
     with pytest.raises(ValueError, match=r"docs/report\.md: \.\./Makefile is no page"):
         linked("docs/report.md", "see [this](../Makefile)")
@@ -108,6 +110,7 @@ def test_a_link_out_of_the_site_is_refused() -> None:
     )
 
 
+@pytest.mark.medium
 def test_every_page_is_in_the_side_bar(site: Path) -> None:
     listed = [name for names in GROUPS.values() for name in names]
     assert set(sources().values()) - {"index"} <= set(listed)
@@ -116,6 +119,7 @@ def test_every_page_is_in_the_side_bar(site: Path) -> None:
         assert f"{name}.html" in read(site / "index.html").links
 
 
+@pytest.mark.medium
 def test_all_that_the_code_has_is_there(site: Path) -> None:
     library = (site / "library-source.html").read_text(encoding="utf-8")
     assert set(standard_library().blocks) <= set(re.findall(r"<h3>std\.(\w+)", library))
@@ -128,6 +132,7 @@ def test_all_that_the_code_has_is_there(site: Path) -> None:
     assert {"fastgrad_dsl.functional.polynomial_attention", "fastgrad_dsl.training.train"} <= api
 
 
+@pytest.mark.medium
 def test_codes_are_shown_with_a_bad_file(site: Path) -> None:
     page = (site / "errors.html").read_text(encoding="utf-8")
     assert page.count("<details>") == len(examples())
@@ -137,12 +142,14 @@ def test_codes_are_shown_with_a_bad_file(site: Path) -> None:
     assert text.split("\n")[0].split(" ")[0] in page
 
 
+@pytest.mark.medium
 def test_code_of_the_language_is_coloured(site: Path) -> None:
     page = (site / "index.html").read_text(encoding="utf-8")
     assert re.search(r'class="kd">model</span>.*?class="nc">gpt</span>', page)
     assert '<div class="highlight-bash' in page
 
 
+@pytest.mark.medium
 def test_languages_of_code() -> None:
     assert language_of("fastgrad check a.tfg\n") == "bash"
     assert language_of("$ fastgrad check a.tfg\nerror") == "console"
@@ -155,6 +162,7 @@ def test_languages_of_code() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.medium
 def test_notebooks_are_pages_with_their_outputs(site: Path) -> None:
     for file in (Path(__file__).parents[2] / "examples" / "notebooks").glob("*.ipynb"):
         cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
@@ -167,6 +175,7 @@ def test_notebooks_are_pages_with_their_outputs(site: Path) -> None:
     assert "balanced degree 2, rank 153, near 64</text>" in report  # in the picture
 
 
+@pytest.mark.medium
 def test_the_search_knows_the_pages(site: Path) -> None:
     text = (site / "searchindex.js").read_text(encoding="utf-8")
     index = json.loads(text[text.index("(") + 1 : text.rindex(")")])

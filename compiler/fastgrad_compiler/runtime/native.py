@@ -292,7 +292,8 @@ def _compile(
 
 def _announce(what: str) -> None:
     if os.environ.get("FASTGRAD_QUIET", "0") == "0":
-        print(f"fastgrad: building {what}, once for this machine", file=sys.stderr, flush=True)
+        sys.stderr.write(f"fastgrad: building {what}, once for this machine\n")  # a line at once: others build, too
+        sys.stderr.flush()
 
 
 def _check(compiler: Compiler, result: subprocess.CompletedProcess[str]) -> None:
