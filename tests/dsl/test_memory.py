@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastgrad_dsl as fg
 from fastgrad_compiler.ir.graph import Program
 from fastgrad_compiler.planning.memory import Search, recomputed
+from fastgrad_compiler.runtime import in_turn
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.models.memory import memory_document
@@ -154,6 +155,14 @@ def test_pieces_are_the_whole() -> None:
         found = gradients(compiled, n)
         for key, x in kept.items():
             torch.testing.assert_close(found[key], x, rtol=1e-9, atol=1e-12)
+
+
+def test_pieces_give_back_what_the_allocator_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each run of each: what a piece leaves for later ones would keep its freed memory from the system."""
+    asked: list[int] = []
+    monkeypatch.setattr(in_turn, "_TRIM", asked.append)
+    gradients(in_pieces_of(64), 150)
+    assert asked == [0] * (2 * 3)
 
 
 def test_nothing_else_changes() -> None:
