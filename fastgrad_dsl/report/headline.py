@@ -25,7 +25,7 @@ from fastgrad_dsl.documents.report import (
     Waterfalls,
     WholeErrors,
 )
-from fastgrad_dsl.report.words import NO_ERROR, number, percent, sample, verified_on
+from fastgrad_dsl.report.words import NO_ERROR, number, of_budget, sample, verified_on
 
 EFFECTS = "how far the model moves when this attention alone is made exact"
 CALIBRATED = "what the calibration expects of each attention"
@@ -211,5 +211,5 @@ def _words(each: Use) -> str:
     said = f"({each.kind}, {each.basis})"
     if each.share is None:
         return f"{number(each.value)} {said}; no limit is set"
-    used_up = f"{percent(each.share)} of the budget used: {number(each.value)} of {each.limit:g}"
+    used_up = f"{of_budget(each.share)}: {number(each.value)} of {each.limit:g}"
     return f"{used_up} {said}"

@@ -48,8 +48,13 @@ def bound(value: float | None) -> str:
 def percent(share: float) -> str:
     """A share, as in `4.2 %`; what is over 1000 % is written as a multiple."""
     if share >= 10:
-        return f"{share:.3g} times"
+        return f"{share:,.0f} times" if share < 1e6 else f"{share:.3g} times"
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
+def of_budget(share: float) -> str:
+    """The use of a budget, as in `4.2 % of the budget used` and `31 times the budget used`."""
+    return f"{percent(share)} {'the' if share >= 10 else 'of the'} budget used"
 
 
 def factor(value: float) -> str:

@@ -24,7 +24,7 @@ from fastgrad_dsl.documents.write import to_json
 from fastgrad_dsl.report.document import build_report
 from fastgrad_dsl.report.entries import head_numbers
 from fastgrad_dsl.report.page import render_html
-from fastgrad_dsl.report.words import percent, size
+from fastgrad_dsl.report.words import of_budget, percent, size
 from tests.dsl.calibrations import calibration_of
 from tests.dsl.models import EXAMPLES, INPUTS, NAMES, always_polynomial, small, text
 from tests.dsl.schemas import validator
@@ -420,7 +420,16 @@ def test_commands_that_reproduce_a_calibration() -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert [percent(share) for share in (0.0042, 0.5, 2.5, 34.0)] == ["0.42 %", "50 %", "250 %", "34 times"]
+    assert [percent(share) for share in (0.0042, 0.5, 2.5, 2718.3)] == [
+        "0.42 %",
+        "50 %",
+        "250 %",
+        "2,718 times",
+    ]
+    assert [of_budget(share) for share in (0.5, 34.0)] == [
+        "50 % of the budget used",
+        "34 times the budget used",
+    ]
     assert [size(count) for count in (512, 2048, 3 * 2**30, 2**40)] == [
         "512 bytes",
         "2 KiB",
