@@ -94,6 +94,7 @@ def test_there_is_a_rule_for_every_operation_and_sign() -> None:
     assert set(RULES) == set(NAMES) | SIGNS
 
 
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_writes_what_is_well_typed(name: str) -> None:
     texts, _ = _written(name)
@@ -165,6 +166,7 @@ def test_a_seed_gives_a_program() -> None:
     assert grow(3).text == grow(3).text
 
 
+@pytest.mark.medium
 def test_every_operation_of_the_graph_is_written(grown: list[Grown]) -> None:
     programs = [elaborate(Source("<attack>", program.text)) for program in grown]
     found = {node.op for program in programs for graph in program.graphs for node in graph.nodes}

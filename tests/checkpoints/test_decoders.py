@@ -134,6 +134,7 @@ def test_weights_of_another_dtype_are_converted_back(tmp_path: Path) -> None:
         assert torch.equal(now, was), key
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["llama, yarn", "mistral", "gemma2, no caps", "gemma3"])
 def test_imported_models_run_token_by_token(name: str, tmp_path: Path) -> None:
     case = case_of(name, tmp_path / "saved")

@@ -143,6 +143,7 @@ def test_every_op_has_a_rule_or_is_declined() -> None:
     assert CASES.keys() | ELSEWHERE == VJP.keys()
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, id=f"{op}-{i}") for op, cases in CASES.items() for i, case in enumerate(cases)],

@@ -278,6 +278,7 @@ def attack_all(op: str, count: int = 20) -> None:
         attack(case, count)
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("count", [8, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", sorted(set(CASES) & set(BOUND)))
 def test_no_result_leaves_what_a_rule_claims(op: str, count: int) -> None:

@@ -164,6 +164,7 @@ def test_bound_of_an_operation(body: str, node: str, expected: tuple[float, floa
         assert found.norm == pytest.approx(norm, rel=1e-9)
 
 
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize(("body", "node", "expected"), CASES.values(), ids=CASES.keys())
 def test_no_tensor_leaves_its_bound(
     body: str, node: str, expected: tuple[float, float, float] | None

@@ -218,6 +218,7 @@ def drawn(case: Case, sizes: dict[str, int], rng: np.random.Generator, *, edges:
     return found
 
 
+@pytest.mark.sampled(60)
 @pytest.mark.parametrize("edges", [False, True], ids=["normal", "edges"])
 @pytest.mark.parametrize("op", sorted(set(RULE_CASES) & set(REFERENCE)))
 def test_an_operation_is_what_its_specification_says(op: str, edges: bool) -> None:

@@ -175,6 +175,7 @@ def test_every_meaning_is_compared() -> None:
     assert set(CASES) == set(MEANING) - {"attention", "poly_attention"}  # below
 
 
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize("op", CASES)
 def test_an_operation_is_torchs(op: str) -> None:
     for inputs, values in CASES[op]:
@@ -256,6 +257,7 @@ def by_torch(program: Program, inputs: dict[str, Array], weights: dict[str, Tens
     return [t.numpy() for t in (result if isinstance(result, tuple) else (result,))]
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 @pytest.mark.parametrize("coefficients", [None, (1.0, 1.0, 0.5)], ids=["softmax", "polynomial"])
 def test_attention_in_every_form(variant: Variant, coefficients: tuple[float, ...] | None) -> None:

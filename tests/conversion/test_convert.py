@@ -192,6 +192,7 @@ def code(asked: Request) -> str:
     return raised.value.diagnostics[0].code
 
 
+@pytest.mark.medium
 def test_what_a_folder_is_refused_for(undisturbed: Request, tmp_path: Path) -> None:
     assert code(undisturbed) == "FG431"
     (tmp_path / "other").mkdir()

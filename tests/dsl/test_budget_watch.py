@@ -154,6 +154,7 @@ def test_a_range_proved_from_weights_is_watched_as_they_grow(
     assert state.range == pytest.approx(1.2 / MARGIN, abs=0.01)
 
 
+@pytest.mark.medium
 def test_a_verdict_of_exact_outlives_a_look(
     batches: list[tuple[torch.Tensor, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

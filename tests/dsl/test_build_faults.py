@@ -53,6 +53,7 @@ def each(stride: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("kind", "stride"), [*((kind, stride) for kind in KINDS), *wide])
 
 
+@pytest.mark.sampled(4)
 @each(41)
 def test_a_build_is_replaced_whole_or_not_at_all(old: Path, tmp_path: Path, kind: str, stride: int) -> None:
     folder = tmp_path / "place" / "build"
@@ -81,6 +82,7 @@ def test_a_build_is_replaced_whole_or_not_at_all(old: Path, tmp_path: Path, kind
     assert failed >= (5 if stride == 1 else 1) or "killed" in kind
 
 
+@pytest.mark.sampled(2)
 @each(7)
 def test_a_first_build_is_whole_or_not_there(tmp_path: Path, kind: str, stride: int) -> None:
     folder = tmp_path / "place" / "build"

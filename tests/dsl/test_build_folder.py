@@ -327,6 +327,7 @@ def test_a_folder_that_was_renamed_away_is_put_back(folder: Path) -> None:
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.medium
 def test_the_command_refuses_before_it_compiles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,6 +56,7 @@ def both(
     return whole, pieces
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", PIECES)
 def test_pieces_are_the_whole(name: str) -> None:
     for tokens in (5, 12):

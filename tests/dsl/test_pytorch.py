@@ -59,6 +59,7 @@ def kernels(name: str) -> Any:
 # ---------------------------------------------------------------- torch.func
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["bounded", "bert", "based", "spelled_out"])
 def test_tangents_of_models(name: str) -> None:
     """In the direction of the gradient the tangent of the loss is the gradient's square, in both kinds of attention."""

@@ -74,6 +74,7 @@ def test_the_schema_refuses_what_is_missing_or_unknown() -> None:
         assert not VALIDATOR.is_valid(broken)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["bounded", "based"])
 def test_files_of_a_compile_are_the_same_twice(name: str) -> None:
     first, second = (fg.compile(small(name).source.text, target="torch").files for _ in range(2))
@@ -354,6 +355,7 @@ def test_a_report_shows_all_files_of_a_kernel(tmp_path: Path) -> None:
         assert report["attentions"][0]["code"] == list(report["code"])
 
 
+@pytest.mark.medium
 def test_warnings_say_what_a_number_rests_on() -> None:
     wide = asserted(3.0, 'at "*" degree = 4').report()
     assert "asserted" in kinds(wide)

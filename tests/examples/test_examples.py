@@ -69,6 +69,7 @@ def test_trains_through_its_kernels(name: str) -> None:
     assert all(later < sooner for sooner, later in pairwise(losses)), losses
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_exactly_with_the_same_weights(name: str) -> None:
     model = compiled(name).module(seed=1)

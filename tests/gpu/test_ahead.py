@@ -108,6 +108,7 @@ def test_integers_and_absent_pointers_are_specialised_as_in_a_launch(ahead: Ahea
     assert len(with_bias.loads) > 1
 
 
+@pytest.mark.medium
 def test_a_kernel_that_does_not_compile_is_a_failure_and_the_next_one_compiles(ahead: Ahead) -> None:
     rejected, missing, accepted = ahead.map(
         [dot("gfx942", "fp32*", "tf32x3"), Job(KERNELS, "no_kernel", {}, {}, "sm_80"), add("sm_80", 64)]

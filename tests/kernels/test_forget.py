@@ -135,6 +135,7 @@ def test_gradcheck(kind: str) -> None:
     assert torch.autograd.gradcheck(attend, inputs.tensors, check_forward_ad=True)
 
 
+@pytest.mark.medium
 def test_compile_without_graph_breaks() -> None:
     attend = load_kernel(FORGET)
 

@@ -514,6 +514,7 @@ class Layer(torch.nn.Module):
         return self.attend(q, k, v, guard=self.guard.key)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("policy", ["exact", "clamp"])
 def test_compile_without_graph_breaks(policy: str) -> None:
     layer = Layer(policy)

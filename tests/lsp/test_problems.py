@@ -34,6 +34,7 @@ LONG = {"fg241_too_large"}
 FILES = sorted(ERRORS.glob("*.tfg"))
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize(
     "path",
     wide(FILES, few=[path for path in FILES if path.stem not in LONG]),
