@@ -95,6 +95,26 @@ def test_kernels_of_a_model_are_built_at_the_same_time(
     assert len(builder.compilations) == len(builder.libraries()) == 3
 
 
+def test_what_is_not_built_together_is_built_alone(builder: Builder) -> None:
+    loader, file = SourceFileLoader("package.code", ""), str(builder.folder / "model.py")
+    told: list[str] = []
+    kernels = [
+        native.Library(
+            name,
+            ModuleSpec("package.code", loader, origin=file),
+            Operations,
+            told.append,
+            together=name != "c",
+        )
+        for name in "abc"
+    ]
+    for name in "abc":
+        (builder.folder / f"{name}.cpp").write_text(TEXT)
+    assert kernels[2].of(torch.float32) is None
+    assert "has not the operations" in told[0]
+    assert len(builder.compilations) == 1
+
+
 def test_a_lock_dies_with_its_process(builder: Builder) -> None:
     """And nothing that a killed build leaves behind is taken for a library."""
     builder.write_compiler('case " $* " in *" -c "*) echo > "$0.started"; exec sleep 60;; esac')

@@ -144,7 +144,7 @@ class Library(Generic[T]):
     def _build_together(self, variant: str) -> None:
         """Build this library and the others of its model, on as many processors as there are; what fails is told of
         when it is asked for."""
-        package = self._spec.parent if self._spec else None
+        package = self._spec.parent if self._spec and self in _together else None
         with _lock:
             model = [each for each in _together if package and each._spec and each._spec.parent == package]
             left = [each for each in model if variant not in each._begun]
