@@ -292,7 +292,9 @@ def _compile(
 
 def _announce(what: str) -> None:
     if os.environ.get("FASTGRAD_QUIET", "0") == "0":
-        sys.stderr.write(f"fastgrad: building {what}, once for this machine\n")  # a line at once: others build, too
+        sys.stderr.write(
+            f"fastgrad: building {what}, once for this machine\n"
+        )  # a line at once: others build, too
         sys.stderr.flush()
 
 
