@@ -111,11 +111,11 @@ class Library(Generic[T]):
     ) -> None:
         self.name, self._spec, self._warn = name, spec, warn
         if together:
-            _together[self] = None
+            with _lock:
+                _together[self] = None
         self._kind: Any = operations
         self._found: dict[torch.dtype, T | None] = {}
         self._lock = threading.Lock()
-        self._begun: set[str] = set()
 
     def of(self, dtype: torch.dtype) -> T | None:
         """The operations for tensors of a dtype; None where there are none, or they cannot be had."""
@@ -142,17 +142,17 @@ class Library(Generic[T]):
         return made
 
     def _build_together(self, variant: str) -> None:
-        """Build this library and the others of its model, on as many processors as there are; what fails is told of
-        when it is asked for."""
+        """Build this library and the others of its model, once, on as many processors as there are; what fails is told
+        of when it is asked for."""
         package = self._spec.parent if self._spec and self in _together else None
         with _lock:
-            model = [each for each in _together if package and each._spec and each._spec.parent == package]
-            left = [each for each in model if variant not in each._begun]
-            for each in left:
-                each._begun.add(variant)
-        if len(left) > 1 and cache_folder() is not None:
-            with ThreadPoolExecutor(min(len(left), os.cpu_count() or 1)) as workers:
-                for each in left:
+            if not package or (package, variant) in _begun:
+                return
+            _begun.add((package, variant))
+            model = [each for each in _together if each._spec and each._spec.parent == package]
+        if len(model) > 1 and cache_folder() is not None:
+            with ThreadPoolExecutor(os.cpu_count() or 1) as workers:
+                for each in model:
                     workers.submit(each._build, variant)
 
     def _build(self, variant: str) -> Path:
@@ -168,6 +168,7 @@ class Library(Generic[T]):
 
 
 _together: weakref.WeakKeyDictionary[Library[Any], None] = weakref.WeakKeyDictionary()  # in order
+_begun: set[tuple[str, str]] = set()  # packages and variants
 _lock = threading.Lock()
 
 
@@ -292,9 +293,8 @@ def _compile(
 
 def _announce(what: str) -> None:
     if os.environ.get("FASTGRAD_QUIET", "0") == "0":
-        sys.stderr.write(
-            f"fastgrad: building {what}, once for this machine\n"
-        )  # a line at once: others build, too
+        # in one call, since others build at the same time: `print` writes the end of a line by itself
+        sys.stderr.write(f"fastgrad: building {what}, once for this machine\n")
         sys.stderr.flush()
 
 
