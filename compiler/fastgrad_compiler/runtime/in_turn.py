@@ -79,7 +79,7 @@ class _Piece:
     others: tuple[Tensor, ...]
 
     def __call__(self, given: tuple[Held, ...]) -> tuple[Tensor, tuple[Held, ...]]:
-        _give_back()
+        give_back()
         layout = TurnLayout(self.layout.lengths, self.layout.rank, given)
         with served(_InTurn(layout)):
             results = self.model(*self.inputs)
@@ -88,7 +88,7 @@ class _Piece:
         return share, tuple(layout.left)
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return to the system what the allocator holds unused, which it does not do by itself where what pieces leave lies
     in between: a process would hold two to three times the bytes of its tensors."""
     if _TRIM is not None:
