@@ -422,10 +422,11 @@ def test_commands_that_reproduce_a_calibration() -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert [percent(share) for share in (0.0042, 0.5, 2.5, 2718.3)] == [
+    assert [percent(share) for share in (0.0042, 0.5, 2.5, 34.0, 2718.3)] == [
         "0.42 %",
         "50 %",
         "250 %",
+        "34 times",
         "2,718 times",
     ]
     assert [of_budget(share) for share in (0.5, 34.0)] == [
