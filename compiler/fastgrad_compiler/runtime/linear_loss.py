@@ -60,7 +60,7 @@ def linear_cross_entropy(
         x, w, bias = _autocast(x), _autocast(w), None if bias is None else _autocast(bias)
     rows, ids = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     wanted = [_needs_gradient(t) for t in (rows, w, bias)]
-    loss, *_ = _operation()(rows, w, ids, bias, smoothing, ignored, wanted[0], wanted[1] or wanted[2])
+    loss, *_ = OPERATION(rows, w, ids, bias, smoothing, ignored, wanted[0], wanted[1] or wanted[2])
     return loss if wide else loss.to(x.dtype)
 
 
@@ -84,18 +84,6 @@ def _needs_gradient(x: Tensor | None) -> bool:
 
 
 # ---------------------------------------------------------------- the operation
-
-
-def _operation() -> Operation:
-    """`fastgrad::linear_loss_HASH`, registered by the first call of a process."""
-    global _REGISTERED
-    if _REGISTERED is None:
-        files = [read_beside(__spec__, file) for file in ("linear_loss.py", "operation.py")]
-        _REGISTERED = _registered(content_name("linear_loss", files))
-    return _REGISTERED
-
-
-_REGISTERED: Operation | None = None
 
 
 def _registered(name: str) -> Operation:
@@ -288,3 +276,8 @@ def _loop(operation: Operation) -> Callable[..., object]:
         return found, (0,) * len(found)
 
     return rule
+
+
+OPERATION = _registered(
+    content_name("linear_loss", [read_beside(__spec__, file) for file in ("linear_loss.py", "operation.py")])
+)  # `fastgrad::linear_loss_HASH`, known before anything is traced
