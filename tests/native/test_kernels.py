@@ -12,7 +12,7 @@ import torch
 from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.codegen.cpp import emit_cpp
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
-from fastgrad_compiler.runtime.kernel_spec import EVERY_TOKEN
+from fastgrad_compiler.runtime.kernel_spec import EVERY_TOKEN, rounds_operands
 from tests import dense
 from tests.grids import wide
 from tests.kernels.inputs import COEFFICIENTS, CPP, Inputs, make_inputs, run_dense, run_kernel, worst_error
@@ -106,7 +106,7 @@ def test_window(window: int, causal: bool) -> None:
 
 @pytest.mark.medium
 @pytest.mark.parametrize(
-    "name", ["causal, near", *(pytest.param(name, marks=SLOW) for name in ("causal", "unmasked, near"))]
+    "name", ["causal", *(pytest.param(name, marks=SLOW) for name in ("causal, near", "unmasked, near"))]
 )
 def test_float32_and_bfloat16(name: str) -> None:
     spec = specification(name)
@@ -119,6 +119,47 @@ def test_float32_and_bfloat16(name: str) -> None:
     assert (
         worst_error(found, run_dense(spec, rounded.to(torch.float64))) < 2e-2
     )  # 8 bits, of sums of 300 terms
+
+
+EVEN = {
+    "squares": (16, 70, 2, {"causal": True}),
+    "squares, documents": (7, 17, 2, {"causal": True, "documents": True, "padding": True}),
+    "unmasked squares": (9, 33, 2, {}),
+    "fourth powers, near": (3, 8, 4, {"near": 20, "causal": True}),
+}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["squares", *(pytest.param(name, marks=SLOW) for name in [*EVEN][1:])])
+def test_products_of_bfloat16(name: str) -> None:
+    """Polynomials whose operands may be rounded where a processor has such products: any length, any threads."""
+    d, dv, degree, options = EVEN[name]
+    coefficients = tuple(1.0 if power == degree else 0.3 * (power == 0) for power in range(degree + 1))
+    spec = KernelSpec(d, dv, coefficients, scale=0.8, **options)  # type: ignore[arg-type]
+    assert rounds_operands(spec)
+    for n, groups, threads in ((1, 1, 1), (63, 2, 1), (301, 1, 2), (1003, 1, 16)):
+        rounded = make_inputs(spec, n, groups=groups).to(torch.bfloat16)
+        expected = run_dense(spec, rounded.to(torch.float64))
+        for found, exact in zip(run_native(spec, rounded, threads), expected, strict=True):
+            if exact.norm() > 1e-9:  # of one key, queries and keys have no gradient
+                assert (found.double() - exact).norm() <= 0.008 * exact.norm(), n
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize(("degree", "most"), [(2, 0.01), (3, 0.003)])
+def test_weights_near_zero_in_bfloat16(degree: int, most: float) -> None:
+    """Keys opposite to the queries: only where weights are sums of like terms may operands be rounded."""
+    p = fit("balanced", degree, 1.0)
+    spec = KernelSpec(16, 20, p.coefficients, causal=True)
+    assert rounds_operands(spec) == (degree == 2)
+    made = make_inputs(spec, 300)
+    opposite = torch.full((16,), 0.245, dtype=torch.float64)
+    q, k = (sign * opposite + 0.0 * x for sign, x in zip((1.0, -1.0), made.tensors, strict=False))
+    tensors = tuple(x.detach().requires_grad_() for x in (q, k, made.tensors[2]))
+    rounded = replace(made, tensors=tensors).to(torch.bfloat16)
+    expected = run_dense(spec, rounded.to(torch.float64))
+    out, *_ = run_native(spec, rounded)
+    assert (out.double() - expected[0]).norm() <= most * expected[0].norm()
 
 
 @pytest.mark.medium

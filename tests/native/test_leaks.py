@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgrad_compiler.codegen.kernel import KernelSpec, load_kernel
+from tests.grids import wide
 from tests.kernels.inputs import CPP, Inputs, run_kernel
 from tests.kernels.leaks import KINDS, WINDOWS, attack
 from tests.native.test_kernels import specification
@@ -36,8 +37,9 @@ def test_kernels_of_other_tests(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.medium
-def test_bfloat16() -> None:
-    attack(run_native, specification("causal, near"), torch.bfloat16, every=False)
+@pytest.mark.parametrize("name", wide(["causal", "causal, near", "documents"], few=["causal"]))
+def test_bfloat16(name: str) -> None:
+    attack(run_native, specification(name), torch.bfloat16, every=False)
 
 
 @pytest.mark.medium

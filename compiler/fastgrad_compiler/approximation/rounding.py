@@ -13,14 +13,14 @@ of a term of degree j; sums that a library makes count as if in the worst order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, inf, prod
 
 from fastgrad_compiler.approximation.elementary import exp
 from fastgrad_compiler.approximation.kernel_tiles import has_triton, is_fused, token_chunks
 from fastgrad_compiler.ir.masks import LEAST_LOG_GATE
-from fastgrad_compiler.runtime.kernel_spec import KernelSpec, choose_chunk
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec, choose_chunk, rounds_operands
 from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_compiler.runtime.triton_schedule import CHUNKS
 from fastgrad_compiler.targets import Backends
@@ -41,6 +41,10 @@ _VECTOR = 32
 _GPU_UNIT = 4 * UNITS["float32"]  # of a matrix instruction, which may cut sums off where others round
 _LEAST_ROWS = 16  # tokens of a step of a fused kernel
 _PASSES = 3  # instructions that make one product of float32 numbers out of tf32 ones
+_OPERANDS = (
+    4,
+    6,
+)  # roundings on the way to a weight and to its slope: features, states, values or u~, gradients
 _SEGMENTS = 1.25  # of the chunks: the C++ kernels cut a row of four chunks or more for a thread
 # units of roundoff in e^x that come of x, for near weights and gates: |x| is below that
 _EXPONENTS = {"float64": 1024, "float32": 128}
@@ -73,7 +77,8 @@ EXACT = Rounding(0.0, 0.0, 0.0, 0.0)
 class Run:
     """Where and in which dtype a model runs: device is "cpu" or "gpu", dtype a key of UNITS, that of q, k and v.
 
-    On a CPU arithmetic is float32, or float64 for float64, whatever the dtype. On a GPU whose kernels Triton serves,
+    On a CPU arithmetic is float32, or float64 for float64, whatever the dtype; but C++ kernels may round the operands
+    of products to bfloat16 where inputs are (`rounds_operands`). On a GPU whose kernels Triton serves,
     the operands of products are bfloat16 or tf32 where inputs are bfloat16 or float16; float32 inputs have the
     accuracy of `torch.get_float32_matmul_precision() == "highest"`, which is a premise on a CPU as well.
     """
@@ -129,12 +134,13 @@ def rounding(
     Infinite where there is no bound.
     """
     arithmetic = _arithmetic(spec, sizes, run)
-    served = [_torch(spec, sizes)]
+    served = [(arithmetic, _torch(spec, sizes))]
     if run.device == "cpu" and backends.cpp:
-        served.append(_cpp(spec, sizes))
+        served.append(_cpp(spec, sizes, run))
     if run.device == "gpu" and is_triton(spec, backends) and run.dtype != "float64":
-        arithmetic, served = _gpu_arithmetic(run), [_triton(spec, sizes, run)]
-    found = [_amplified(spec.coefficients, bound, max(reach, bound), arithmetic, each) for each in served]
+        arithmetic = _gpu_arithmetic(run)
+        served = [(arithmetic, _triton(spec, sizes, run))]
+    found = [_amplified(spec.coefficients, bound, max(reach, bound), *each) for each in served]
     # a kernel in float64 keeps denominators in float32 for its backward pass
     saved = 4 * UNITS["float32"] if spec.precision == "float64" and run.dtype != "float64" else 0.0
     vanished = _vanished(spec, sizes, bound, max(reach, bound)) if spec.forget else (0.0, 0.0)
@@ -262,15 +268,22 @@ def _torch(spec: KernelSpec, sizes: Sizes) -> _Ways:
     return _Ways((common, common + spec.dv), _power(spec), operands=_gates(spec))
 
 
-def _cpp(spec: KernelSpec, sizes: Sizes) -> _Ways:
-    """Sums over a chunk in registers, states and rows take one addition a chunk; a part of the features at a time."""
+def _cpp(spec: KernelSpec, sizes: Sizes, run: Run) -> tuple[_Arithmetic, _Ways]:
+    """Sums over a chunk in registers, states and rows take one addition a chunk; a part of the features at a time.
+
+    bfloat16 inputs may be met by a processor's own products of bfloat16.
+    """
     block, pieces, tile = token_chunks(spec)
     r, window = rank(spec.d, spec.degree), _window(spec, max(block, tile))
     least = min(tile, block // pieces)
     chunks = ceil(_SEGMENTS * sizes.groups * (max(sizes.queries, sizes.keys) / least + 2)) + 2
     common = _fixed(spec, window) + tile + chunks * _of_state(spec) + window
     features = min(r, _FEATURES) + ceil(r / _FEATURES)
-    return _Ways((common + features, common + r + spec.dv), _power(spec), operands=_gates(spec))
+    arithmetic, rounded = _arithmetic(spec, sizes, run), _gates(spec)
+    if run.dtype == "bfloat16" and rounds_operands(spec):
+        arithmetic = replace(arithmetic, operand=max(UNITS["bfloat16"], arithmetic.operand))
+        rounded = (rounded[0] + _OPERANDS[0], rounded[1] + _OPERANDS[1])
+    return arithmetic, _Ways((common + features, common + r + spec.dv), _power(spec), operands=rounded)
 
 
 def _triton(spec: KernelSpec, sizes: Sizes, run: Run) -> _Ways:
@@ -287,7 +300,7 @@ def _triton(spec: KernelSpec, sizes: Sizes, run: Run) -> _Ways:
     window = _window(spec, max(chunks))
     common = _fixed(spec, window) + most + _summed(rank(spec.d, spec.degree)) + _summed(window)
     power = 0 if run.dtype == "bfloat16" else 2  # factors that are chosen by a product, and scores
-    return _Ways((common, common + _summed(spec.dv)), _power(spec), operands=(4, 6), operand_power=power)
+    return _Ways((common, common + _summed(spec.dv)), _power(spec), operands=_OPERANDS, operand_power=power)
 
 
 def _sums_of_gates(sizes: Sizes) -> int:

@@ -12,7 +12,7 @@ from functools import cache
 from .monomials import rank
 
 SMALLEST_NEAR_CHUNK = 32
-
+MOST_AMPLIFIED = 16.0  # how many times as large the terms of a weight may be where operands are rounded
 
 EVERY_TOKEN = 2**30  # as a window: more than any sequence has
 
@@ -112,6 +112,26 @@ class KernelSpec:
     def total(self) -> bool:
         """Whether one state of all keys serves all queries, which meet none one by one."""
         return not (self.causal or self.near is not None or self.documents or self.window is not None)
+
+
+def rounds_operands(spec: KernelSpec) -> bool:
+    """Whether products may round their operands to bfloat16 where the inputs are, and the processor multiplies such.
+
+    A weight p(s) is a sum of terms whose sizes add up to P(|s|), P with the sizes of the coefficients. Operands that
+    are off by 2^-8 put it off by some 2^-8 P(|s|) / p(s), which is 1 for even powers, and at most
+    (2 sqrt(c_0 c_2) + c_1) / (2 sqrt(c_0 c_2) - c_1) for degree 2, whatever s is. Beyond that no rounding is allowed.
+    """
+    if spec.precision != "float32":
+        return False
+    if min(spec.coefficients, default=0.0) < 0:
+        return False
+    if not any(spec.coefficients[1::2]):
+        return True
+    if spec.degree != 2:
+        return False
+    constant, slope, curvature = spec.coefficients
+    even = 2 * (constant * curvature) ** 0.5
+    return even + slope <= MOST_AMPLIFIED * (even - slope)
 
 
 def choose_chunk(spec: KernelSpec) -> int:

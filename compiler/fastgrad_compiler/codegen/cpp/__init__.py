@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastgrad_compiler.approximation.kernel_tiles import token_chunks
 from fastgrad_compiler.codegen.titles import kernel_title, near_formulas
-from fastgrad_compiler.runtime.kernel_spec import KernelSpec, folded_coefficients
+from fastgrad_compiler.runtime.kernel_spec import KernelSpec, folded_coefficients, rounds_operands
 from fastgrad_grammar.quote import cpp_comment
 
 REGISTERS = {"avx512": 32, "avx2": 16, "other": 32}  # vector registers of each machine
@@ -84,6 +84,9 @@ INCLUDES = """\
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -129,9 +132,8 @@ def _constants(spec: KernelSpec) -> str:
     coefficients = folded_coefficients(spec) if polynomial else (0.0, 0.0)
     r = spec.rank if polynomial else 1 + spec.d
     numbers = ", ".join(repr(float(c)) for c in coefficients)
-    causal, padding, documents, forget = (
-        str(flag).lower() for flag in (spec.causal, spec.padding, spec.documents, spec.forget)
-    )
+    flags = (spec.causal, spec.padding, spec.documents, spec.forget, rounds_operands(spec))
+    causal, padding, documents, forget, rounded = (str(flag).lower() for flag in flags)
     avx512, avx2, other = (_tile_constants(r, REGISTERS[name]) for name in ("avx512", "avx2", "other"))
     return f"""\
 // ---------------------------------------------------------------- the specification
@@ -142,6 +144,7 @@ constexpr double COEFFICIENTS[DEGREE + 1] = {{{numbers}}};  // the scale is fold
 constexpr double LOGIT_SCALE = {float(spec.scale)};
 constexpr bool CAUSAL = {causal}, PADDING = {padding}, DOCUMENTS = {documents};
 constexpr bool FORGET = {forget};  // gates: weights decay along the sequence; CAUSAL
+constexpr bool ROUNDED = {rounded};  // products of bfloat16 inputs may round their operands to bfloat16
 constexpr long NEAR = {spec.near or 0};  // block size of the near field, 0 without
 constexpr int NEAR_D = {spec.near_d or 0};  // width of separate queries and keys for t, 0 without
 constexpr long WINDOW = {spec.window or 0};  // softmax of the pairs with |i - j| < WINDOW instead; 0 without

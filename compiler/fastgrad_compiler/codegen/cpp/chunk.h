@@ -50,10 +50,10 @@ struct Work {
       vector sum{};
       for (int i = 0; i < VALUES; i += LANES) {
         vector& u = at(cotangent + t * VALUES + i);
+        u = as_factor(inverse * u);
         if constexpr (FIRST) sum += u * at(rows + t * VALUES + i);
-        u *= inverse;
       }
-      if constexpr (FIRST) p.deltas[saved + t] = -total(sum) * inverse;
+      if constexpr (FIRST) p.deltas[saved + t] = -total(sum);
       delta[t] = p.deltas[saved + t];
     }
     if constexpr (EXPONENTIAL)

@@ -96,39 +96,32 @@ struct Pairs {
 
   // square (keys, queries) = a (keys, depth) b (depth, queries); the part above a diagonal is left as it is.
   void by_key(long depth, Factor a, const real* b, real* square) const {
-    for (int j = 0; j < count(); j += TOKEN_ROWS)
-      row_of_tiles<TOKEN_ROWS, CHUNK, Into::store>(depth, {a.data + j * a.row, a.row, a.step}, b, square + j * CHUNK,
-                                                   nullptr, diagonal ? j : 0);
+    product<TOKEN_ROWS, CHUNK, Into::store>(count(), depth, a, b, square, nullptr,
+                                            [&](long j) { return Span{0, depth, diagonal ? j : 0}; });
   }
 
   // rows (queries, VALUES) += square^T (keys, queries) of right (keys, VALUES)
   void to_queries(const real* square, const real* right, real* rows, int queries) const {
-    for (int i = 0; i < queries; i += TOKEN_ROWS) {
-      const long depth = diagonal ? std::min(count(), i + TOKEN_ROWS) : count();
-      row_of_tiles<TOKEN_ROWS, VALUES, Into::add>(depth, {square + i, 1, CHUNK}, right, rows + i * VALUES, nullptr, 0);
-    }
+    product<TOKEN_ROWS, VALUES, Into::add>(queries, count(), {square, 1, CHUNK}, right, rows, nullptr, [&](long i) {
+      return Span{0, diagonal ? std::min<long>(count(), i + TOKEN_ROWS) : count()};
+    });
   }
 
   // rows (keys, WIDTH) = square (keys, queries) of right (queries, WIDTH)
   template <int WIDTH>
   void to_keys(const real* square, const real* right, real* rows, int queries) const {
-    for (int j = 0; j < count(); j += TOKEN_ROWS) {
-      const long skip = diagonal ? j : 0;
-      row_of_tiles<TOKEN_ROWS, WIDTH, Into::store>(queries - skip, {square + j * CHUNK + skip, CHUNK, 1},
-                                                   right + skip * WIDTH, rows + j * WIDTH, nullptr, 0);
-    }
+    product<TOKEN_ROWS, WIDTH, Into::store>(count(), queries, {square, CHUNK, 1}, right, rows, nullptr,
+                                            [&](long j) { return Span{diagonal ? j : 0, queries}; });
   }
 
   // dx (WIDTH, queries) += a (WIDTH, keys) of square (keys, queries)
   template <int WIDTH>
   void to_transposed(const real* a, const real* square, real* dx) const {
     constexpr int WHOLE = WIDTH / TOKEN_ROWS * TOKEN_ROWS;
-    for (int i = 0; i < WHOLE; i += TOKEN_ROWS)
-      row_of_tiles<TOKEN_ROWS, CHUNK, Into::add>(count(), {a + i * CHUNK, CHUNK, 1}, square, dx + i * CHUNK,
-                                                 nullptr, 0);
+    if constexpr (WHOLE > 0) product<TOKEN_ROWS, CHUNK, Into::add>(WHOLE, count(), {a, CHUNK, 1}, square, dx);
     if constexpr (WHOLE < WIDTH)
-      row_of_tiles<WIDTH - WHOLE, CHUNK, Into::add>(count(), {a + WHOLE * CHUNK, CHUNK, 1}, square, dx + WHOLE * CHUNK,
-                                                    nullptr, 0);
+      product<WIDTH - WHOLE, CHUNK, Into::add>(WIDTH - WHOLE, count(), {a + WHOLE * CHUNK, CHUNK, 1}, square,
+                                               dx + WHOLE * CHUNK);
   }
 
   bool hidden(int key) const { return PADDING && ones[key] == 0; }
@@ -176,6 +169,7 @@ inline void add_exponential_pairs(Pairs& pairs, const Reach& reach, bool all, in
         if constexpr (FORGET) far_weight *= pairs.decay.factor(j, i);
         if (!pairs.hidden(j)) weight = far ? far_weight : weight;
       }
+      weight = as_factor(weight);
       sum += weight;
       at(pairs.weights + j * CHUNK + i) = weight;
     }
@@ -198,6 +192,7 @@ inline void add_polynomial_pairs(Pairs& pairs, const Reach& reach, bool all, rea
       if constexpr (FORGET) weight *= pairs.decay.factor(j, i);
       if (!all) weight = reach.sees(pairs.start + j, i) ? weight : vector{};
       if (pairs.hidden(j)) weight = vector{};
+      weight = as_factor(weight);
       sum += weight;
       at(pairs.weights + j * CHUNK + i) = weight;
     }

@@ -143,6 +143,9 @@ _INCLUDES = """\
 #include <vector>
 
 #include <omp.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
