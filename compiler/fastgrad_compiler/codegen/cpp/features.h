@@ -112,18 +112,29 @@ struct State {
     product<FEATURE_ROWS, VALUES, Into::add_weighted>(FEATURES, count, {phi, CHUNK, 1}, rows, values, TABLE.weights);
     vector factor[CHUNK / LANES];
     for (int t = 0; t < CHUNK; t += LANES) factor[t / LANES] = at(column + t);
-    for (long f = 0; f < RANK; ++f) {
+    const auto sum_of = [&](long f) {
       vector sum{};
 #pragma GCC unroll 8
       for (int t = 0; t < CHUNK; t += LANES) sum += factor[t / LANES] * at(phi + f * CHUNK + t);
-      add(f, TABLE.weights[f] * total(sum));
-    }
+      return sum;
+    };
+    long f = 0;
+    if constexpr (LANES >= 4)
+      for (; f + 4 <= RANK; f += 4) {
+        const auto quarters = [&](int k) { return totals<4>(sum_of(f + k)); };
+        const Square sums(quarters(0), quarters(1), quarters(2), quarters(3));
+        const four sum = (sums.rows[0] + sums.rows[2]) + (sums.rows[1] + sums.rows[3]);
+        add(four_at(extra + f), four_at(lost + f), four_at(TABLE.weights + f) * sum);
+      }
+    for (; f < RANK; ++f) add(extra[f], lost[f], TABLE.weights[f] * total(sum_of(f)));
   }
 
-  void add(long f, real value) {
-    const real corrected = value - lost[f], sum = extra[f] + corrected;
-    lost[f] = (sum - extra[f]) - corrected;
-    extra[f] = sum;
+  // sum += value, less what former sums were off by.
+  template <typename Number>
+  static void add(Number& sum, Number& lost, Number value) {
+    const Number corrected = value - lost, longer = sum + corrected;
+    lost = (longer - sum) - corrected;
+    sum = longer;
   }
 
   // += another, times a factor (FORGET); 0 makes that void, whatever is in it
@@ -131,7 +142,7 @@ struct State {
     if (FORGET && factor == 0) return;
     if constexpr (!FORGET) factor = 1;
     for (long k = 0; k < FEATURES * VALUES; k += LANES) at(values + k) += factor * at(other.values + k);
-    for (long f = 0; f < FEATURES; ++f) add(f, factor * other.extra[f]);
+    for (long f = 0; f < FEATURES; ++f) add(extra[f], lost[f], factor * other.extra[f]);
   }
 
   // Times a factor; 0 makes it void, whatever is in it.
@@ -159,11 +170,11 @@ struct State {
 
   // dphi (FEATURES, CHUNK) = W Z [values, extra]^T; transposed (VALUES, CHUNK), column (CHUNK).
   void upstream(const real* transposed, const real* column, real* dphi) const {
-    product<FEATURE_ROWS, CHUNK, Into::store>(FEATURES, DV, {values, VALUES, 1}, transposed, dphi);
     vector factor[CHUNK / LANES];
     for (int t = 0; t < CHUNK; t += LANES) factor[t / LANES] = at(column + t);
-    for (long f = 0; f < RANK; ++f)
+    for (long f = 0; f < FEATURES; ++f)
 #pragma GCC unroll 8
-      for (int t = 0; t < CHUNK; t += LANES) at(dphi + f * CHUNK + t) += extra[f] * factor[t / LANES];
+      for (int t = 0; t < CHUNK; t += LANES) at(dphi + f * CHUNK + t) = extra[f] * factor[t / LANES];
+    product<FEATURE_ROWS, CHUNK, Into::add>(FEATURES, DV, {values, VALUES, 1}, transposed, dphi);
   }
 };

@@ -52,27 +52,6 @@ inline void load(Rows<const input> from, long first, int count, real* to, long a
   std::fill(to + count * WIDTH, to + CHUNK * WIDTH, real(0));
 }
 
-typedef real four __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
-
-inline four& four_at(real* memory) { return *reinterpret_cast<four*>(memory); }
-inline const four& four_at(const real* memory) { return *reinterpret_cast<const four*>(memory); }
-
-// The transpose of four rows of four numbers, `stride` apart.
-struct Square {
-  four rows[4];
-
-  Square(const real* corner, long stride) {
-    const four a = four_at(corner), b = four_at(corner + stride);
-    const four c = four_at(corner + 2 * stride), d = four_at(corner + 3 * stride);
-    const four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-    const four AB = __builtin_shufflevector(a, b, 2, 6, 3, 7), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    rows[0] = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-    rows[1] = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-    rows[2] = __builtin_shufflevector(AB, CD, 0, 1, 4, 5);
-    rows[3] = __builtin_shufflevector(AB, CD, 2, 3, 6, 7);
-  }
-};
-
 // to (COUNT, CHUNK) from the first COUNT columns of (CHUNK, WIDTH), in squares of four.
 template <int COUNT, int WIDTH>
 inline void transpose(const real* from, real* to) {

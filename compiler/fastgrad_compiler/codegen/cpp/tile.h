@@ -181,20 +181,51 @@ __attribute__((noinline)) void product(long rows, long depth, Factor a, const re
   product<ROWS, WIDTH, INTO>(rows, depth, a, b, c, weight, [&](long) { return Span{0, depth}; });
 }
 
+// ---------------------------------------------------------------- sums of lanes, and squares of four numbers
+
+typedef real four __attribute__((vector_size(4 * sizeof(real)), aligned(sizeof(real)), may_alias));
+
+inline four& four_at(real* memory) { return *reinterpret_cast<four*>(memory); }
+inline const four& four_at(const real* memory) { return *reinterpret_cast<const four*>(memory); }
+
+// The transpose of four rows of four numbers.
+struct Square {
+  four rows[4];
+
+  Square(four a, four b, four c, four d) {
+    const four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    const four AB = __builtin_shufflevector(a, b, 2, 6, 3, 7), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    rows[0] = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
+    rows[1] = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    rows[2] = __builtin_shufflevector(AB, CD, 0, 1, 4, 5);
+    rows[3] = __builtin_shufflevector(AB, CD, 2, 3, 6, 7);
+  }
+
+  // Of rows that are `stride` apart.
+  Square(const real* corner, long stride)
+      : Square(four_at(corner), four_at(corner + stride), four_at(corner + 2 * stride), four_at(corner + 3 * stride)) {}
+};
+
 template <int BYTES>
 struct Narrow {
   typedef real type __attribute__((vector_size(BYTES)));
 };
 
-// The sum of all lanes, by halves.
-template <int BYTES = VECTOR_BYTES>
-inline real total(typename Narrow<BYTES>::type v) {
-  typename Narrow<BYTES / 2>::type low, high;
-  std::memcpy(&low, &v, BYTES / 2);
-  std::memcpy(&high, reinterpret_cast<const char*>(&v) + BYTES / 2, BYTES / 2);
-  if constexpr (BYTES == 2 * sizeof(real)) {
-    return low[0] + high[0];
+// The sums of every COUNT-th lane, by halves.
+template <int COUNT, int BYTES = VECTOR_BYTES>
+inline typename Narrow<COUNT * sizeof(real)>::type totals(typename Narrow<BYTES>::type v) {
+  if constexpr (BYTES == COUNT * sizeof(real)) {
+    return v;
   } else {
-    return total<BYTES / 2>(low + high);
+    typename Narrow<BYTES / 2>::type low, high;
+    std::memcpy(&low, &v, BYTES / 2);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + BYTES / 2, BYTES / 2);
+    return totals<COUNT, BYTES / 2>(low + high);
   }
+}
+
+// The sum of all lanes.
+inline real total(vector v) {
+  const auto pair = totals<2>(v);
+  return pair[0] + pair[1];
 }
