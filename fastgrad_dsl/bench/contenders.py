@@ -59,6 +59,7 @@ class Contender:
     near: int | None = None
     target: str = "auto"
     family: Family = "balanced"
+    dtype: str = "float32"
 
     @property
     def name(self) -> str:
@@ -91,7 +92,7 @@ class Contender:
 
     def inputs(self, n: int) -> Inputs:
         """Its inputs at a length."""
-        return make_inputs(n, self.heads, self.d, self.dv)
+        return make_inputs(n, self.heads, self.d, self.dv, dtype=getattr(torch, self.dtype))
 
     def function(self) -> Attention:
         """attention(q, k, v); TfgError FG420 at the first call where the target is not available."""

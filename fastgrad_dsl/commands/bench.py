@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgrad_compiler.approximation.polynomial import fit
 from fastgrad_compiler.planning.candidates import MAX_RANK
 from fastgrad_compiler.runtime.monomials import rank
 from fastgrad_dsl.bench.cells import Cell, extrapolated
-from fastgrad_dsl.bench.contenders import Contender, make_inputs
+from fastgrad_dsl.bench.contenders import Contender, Inputs, results
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.bench.memory import attention_peaks
 from fastgrad_dsl.bench.peak import error_of_shares, highest, peak_flops
@@ -32,6 +33,7 @@ COLUMNS = [
         ("n", "forward\nms", "backward\nms", "total\nms", "faster\nthan SDPA", "of FMA\npeak", "peak\nMiB"),
     ),
 ]
+DTYPES = ("float32", "bfloat16", "float64")
 LONGEST_EXACT = 60.0  # seconds that a pass of exact attention may take; longer ones are extrapolated
 
 
@@ -56,6 +58,9 @@ def check_request(request: BenchRequest) -> None:
     """Raise TfgError FG416 for what cannot be served or does not fit, FG420 for a target that is not available."""
     served, degree = request.polynomial, request.degree
     size, option = rank(served.d, degree), f"--degree {degree}"
+    if served.dtype not in DTYPES:
+        said = f"--dtype {served.dtype} is not one of {', '.join(DTYPES)}"
+        raise TfgError.of("FG416", said, "take one of these")
     if size > MAX_RANK:
         said = f"{option} with --d {served.d} has rank {size:,}, more than {MAX_RANK:,}"
         raise TfgError.of("FG416", said, "take a smaller degree or a smaller d")
@@ -90,7 +95,7 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
         measured = [cell for cell in found if cell.degree is None and cell.measured]
         exact_cell = measured[0] if measured else exact_cell
         peaks.append(peak_flops(threads))
-    peak = highest(peaks)
+    peak = highest(peaks) if request.polynomial.dtype == "float32" else None  # it is one of float32
     memory = []
     for n in [] if request.quick else sorted(set(lengths)):
         progress(f"memory at n = {n:,}")
@@ -124,14 +129,22 @@ def _measure(request: BenchRequest, n: int, before: Cell | None) -> list[Cell]:
 
 
 def _output_error(request: BenchRequest, n: int) -> dict[str, object]:
-    """Relative L2 error of the output against exact attention in float64."""
+    """Relative L2 errors: of the output against exact attention in float64 on the same inputs; and of output and the
+    gradients of q, k and v against the same attention in float64.
+    """
     served = request.polynomial
     inputs = served.inputs(n)
-    precise = make_inputs(n, served.heads, served.d, served.dv, dtype=torch.float64)
+    q, k, v = (x.detach().double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    precise = Inputs(q, k, v, inputs.cotangent.double())
+    found = results(served.function(), inputs)
+    rounded = map(_relative, found, results(replace(served, target="torch").function(), precise))
     with torch.no_grad():
-        found = served.function()(inputs.q, inputs.k, inputs.v)
-        expected = request.exact.function()(precise.q, precise.k, precise.v)
-    return {"n": n, "relative_l2": ((found - expected).norm() / expected.norm()).item()}
+        exact = request.exact.function()(q, k, v)
+    return {"n": n, "relative_l2": _relative(found[0], exact), "rounding": [*rounded]}
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 def plot(document: dict[str, Any]) -> str:
@@ -164,7 +177,7 @@ def print_bench(document: dict[str, Any]) -> None:
     say(
         out,
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}; {shape['heads']} heads, "
-        f"d = {shape['d']}, dv = {shape['dv']}, causal, float32, target {shape['target']}",
+        f"d = {shape['d']}, dv = {shape['dv']}, causal, {shape['dtype']}, target {shape['target']}",
         style="bold",
     )
     peaks = {(entry["n"], entry["contender"]["degree"]): entry["total"] for entry in section["memory"]}
@@ -193,3 +206,6 @@ def print_bench(document: dict[str, Any]) -> None:
         f"relative error of the output against float64 softmax, logits within 1, n = {output_error['n']:,}: "
         f"{output_error['relative_l2']:.2g} (measured)",
     )
+    of_out, *of_gradients = (f"{error:.2g}" for error in output_error["rounding"])
+    say(out, f"rounding, by the same attention in float64: {of_out} of the output,")
+    say(out, f"{', '.join(of_gradients)} of the gradients of q, k, v (measured)")

@@ -65,9 +65,20 @@ def test_bench_prints_a_table_and_writes_json_and_a_plot(bench: Run) -> None:
     assert all(cell["measured"] and cell["repeats"] == 5 and cell["total_s"] > 0 for cell in cells)
     assert section["machine"]["threads"] == 1
     assert 0 < section["output_error"]["relative_l2"] < 0.1
+    assert all(0 < error < 2**-18 for error in section["output_error"]["rounding"])
     svg = Path("bench.svg").read_text()
     assert "extrapolated" not in svg
     assert ElementTree.fromstring(svg).tag.endswith("svg")
+
+
+def test_bench_of_bfloat16(bench: Run) -> None:
+    options = ["--quick", "--n", "32", "--heads", "1", "--d", "4", "--dv", "8", "--target", "torch"]
+    status, out, err = bench(*options, "--dtype", "bfloat16", "--json", "bench.json")
+    assert (status, err) == (0, "")
+    assert "bfloat16, target torch" in out
+    section = json.loads(Path("bench.json").read_text())["sections"]["attention"]
+    assert {(cell["dtype"], cell["peak_share_total"]) for cell in section["cells"]} == {("bfloat16", None)}
+    assert all(2**-12 < error < 2**-6 for error in section["output_error"]["rounding"])
 
 
 def test_bench_extrapolates_a_pass_that_would_take_too_long(
@@ -98,6 +109,7 @@ def test_bench_extrapolates_a_pass_that_would_take_too_long(
         (["--n", "1000000000"], "[FG416]"),
         (["--n", "1000000000000"], "--n"),
         (["--target", "toorch"], "[FG420]"),
+        (["--dtype", "float16"], "[FG416]"),
         (["--nonsense"], "--nonsense"),
     ],
 )

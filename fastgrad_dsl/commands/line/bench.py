@@ -26,6 +26,7 @@ def bench(
     ] = None,
     heads: Annotated[int, Option(min=1, max=MANY, help="Number of heads.")] = 8,
     dv: Annotated[int, Option("--dv", min=1, max=MANY, help="Width of values.")] = 64,
+    dtype: Annotated[str, Option(help="Type of the inputs: float32, bfloat16 or float64.")] = "float32",
     threads: Annotated[
         int | None,
         Option(min=1, max=os.cpu_count(), help="Threads; by default as many as PyTorch uses."),
@@ -45,7 +46,7 @@ def bench(
     from fastgrad_dsl.commands.bench import BenchRequest, plot, print_bench, run_bench
     from fastgrad_dsl.commands.terminal import progress
 
-    polynomial = Contender(heads, d, dv, degree, near, target)
+    polynomial = Contender(heads, d, dv, degree, near, target, dtype=dtype)
     request = BenchRequest(polynomial, degree, tuple(n or ()), threads, repeats, quick)
     with progress("measuring") as tell:
         result = run_bench(request, tell)
