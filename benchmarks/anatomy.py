@@ -1,8 +1,10 @@
 """What a training step of examples/gpt.tfg spends its time on: products, attention, the loss, all else, and floors.
 
 A floor is what the step would take if its products ran at the peak of the machine's multiply-adds, and all else at the
-speed at which memory is read: each operation reading its operands and writing its result once. A kernel that fuses
-operations may be faster than the floor of those operations.
+speed at which memory is read: each operation reading its operands and writing its result once.
+
+Beside it is the step with torch.compile in place of the pass `fuse`: inductor fuses what stands between the products,
+and attention and the loss are the same kernels.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.generation import bandwidth
 from benchmarks.settings import ROOT, Settings, heading, say
+from fastgrad_compiler.passes import fuse
 from fastgrad_dsl.api.compiled import compile as compile_spec
 from fastgrad_dsl.bench.peak import peak_flops
 
@@ -30,6 +34,10 @@ LENGTHS, QUICK_LENGTHS = (4096, 16_384), (64, 128)
 VOCABULARIES, QUICK_VOCABULARIES = (256, 32_000), (256,)
 LONGEST_OF_MANY = 4096  # tokens with more classes than bytes
 PRODUCTS = frozenset(("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"))
+OPERATIONS = {  # of this project, by part; what is fused is part of the rest
+    "attention": ("fastgrad::attention_", "fastgrad::exact_attention_"),
+    "loss": ("fastgrad::linear_loss_",),
+}
 PARTS = {
     "products": "products with weights",
     "attention": "attention",
@@ -52,29 +60,38 @@ def measure(settings: Settings) -> dict[str, object]:
 
 
 def _row(n: int, vocabulary: int, settings: Settings, peak: float | None, speed: float) -> dict[str, object]:
-    compiled = compile_spec(SPEC, params={"vocab": vocabulary}, target=settings.target)
-    model: Any = compiled.module(seed=0)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (1, n + 1), generator=generator)
 
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    def step_of(model: Any, loss: Callable[..., Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            model.zero_grad(set_to_none=True)
+            loss(tokens[:, :-1], tokens[:, 1:]).backward()
 
-    step()  # builds what is built once
-    seconds, shares = [], []
+        step()  # builds what is built once
+        return step
+
+    def model() -> Any:
+        return compile_spec(SPEC, params={"vocab": vocabulary}, target=settings.target).module(seed=0)
+
+    own = model()
+    step = step_of(own, own.loss)
+    with patch.object(fuse, "_groups", lambda graph: ()):
+        unfused = model()
+    peer = step_of(unfused, torch.compile(unfused.loss))
+    seconds, peer_seconds, shares = [], [], []
     for _ in range(1 if settings.quick else 3):
-        started = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(seconds_of(step))
+        peer_seconds.append(seconds_of(peer))
         shares.append(shares_of(step))
     flops, moved = counted(step)
-    width = model.table.shape[1]
+    width = own.table.shape[1]
     loss_flops = 6 * n * width * vocabulary
     return {
         "n": n,
         "classes": vocabulary,
         "seconds": statistics.median(seconds),
+        "inductor_seconds": statistics.median(peer_seconds),
         "shares": {part: statistics.median(share[part] for share in shares) for part in PARTS},
         "flops": {"products": flops, "loss": loss_flops},
         "rest_bytes": moved,
@@ -84,6 +101,13 @@ def _row(n: int, vocabulary: int, settings: Settings, peak: float | None, speed:
             "rest": moved / speed,
         },
     }
+
+
+def seconds_of(step: Callable[[], None]) -> float:
+    """Of one step."""
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
 
 
 def shares_of(step: Callable[[], None]) -> dict[str, float]:
@@ -101,21 +125,20 @@ def _part(event: Any) -> str:
     """That of the outermost operation of this project around an event, or of the event itself."""
     part = "products" if event.name in PRODUCTS else "rest"
     while event is not None:
-        if event.name.startswith("fastgrad::"):
-            part = "loss" if "linear_loss" in event.name else "attention"
+        part = next((own for own, names in OPERATIONS.items() if event.name.startswith(names)), part)
         event = event.cpu_parent
     return part
 
 
 class _Moved(TorchDispatchMode):
-    """The bytes that operations read and write, except views, products and the operations of this project."""
+    """The bytes that operations read and write, except views, products, attention and the loss."""
 
     moved = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name
-        if not (func.is_view or name in PRODUCTS or name.startswith("fastgrad::")):
+        if not (func.is_view or name in PRODUCTS or name.startswith(sum(OPERATIONS.values(), ()))):
             tensors = [x for x in tree_leaves((args, kwargs or {}, result)) if isinstance(x, Tensor)]
             self.moved += sum(x.numel() * x.element_size() for x in tensors)
         return result

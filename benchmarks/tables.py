@@ -266,13 +266,15 @@ def anatomy(section: Section) -> str:
         ("classes", lambda row: f"{row['classes']:,}"),
         ("a step", lambda row: f"{row['seconds']:.2f}"),
         *((said, of(part)) for part, said in parts.items()),
+        ("a step / its products", lambda row: f"{1 / row['shares']['products']:.2f}"),
+        ("with inductor", lambda row: f"{row['inductor_seconds']:.2f}"),
     )
     return "\n".join(
         [
             heading_of("The anatomy of a step", section),
             "examples/gpt.tfg, batch 1, forward and backward, in seconds; in brackets the floor: products at the peak, "
             "all else, operation by operation, at the speed of memory. A step is timed by itself, its parts are shares "
-            "of a profile.\n",
+            "of a profile. With inductor: torch.compile in place of the pass `fuse`, in turns with the step.\n",
             table_of(columns, section["rows"], left=0),
         ]
     )
