@@ -17,9 +17,13 @@ SHARE_AT = 16_384
 def machine_line(section: Section) -> str:
     """Processor, threads and versions, as a phrase."""
     machine = section["machine"]
-    vectors = f" ({machine['vectors']})" if machine["vectors"] else ""
     threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
-    return f"{machine['cpu']}{vectors}, {threads}, PyTorch {machine['torch']}, float32"
+    return f"{processor(machine)}, {threads}, PyTorch {machine['torch']}, float32"
+
+
+def processor(machine: Mapping[str, Any]) -> str:
+    """Its name and its vectors."""
+    return machine["cpu"] + (f" ({machine['vectors']})" if machine["vectors"] else "")
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

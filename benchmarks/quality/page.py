@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,8 @@ the rates that were tried, mean and half the range over seeds. Made from [qualit
   back on, and how much lower the latter is than over the first quarter (fall).
 * **state**: bytes that a layer keeps to generate further tokens, at the length of training, in float32 (the mean of all
   layers): the sums of a polynomial, or keys and values.
-* **training**: seconds of one thread of {cpu}.
+* **training**: seconds of one thread of the processor that is named below a table; those of two processors are not to
+  be compared.
 
 Tasks without a table below have not been run.
 
@@ -139,8 +141,7 @@ def page(document: Document) -> str:
     """docs/quality.md."""
     runs = document["runs"]
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    cpu = document.get("machine", {}).get("cpu", "a processor")
-    parts = [INTRODUCTION.replace("{cpu}", str(cpu))]
+    parts = [INTRODUCTION]
     if any(task.startswith("recall") for task in tasks):
         parts.append("\n![Recall against bytes of state](quality.svg)\n")
     for task in tasks:
@@ -172,21 +173,23 @@ def _summary(runs: Sequence[Run]) -> str:
 
 
 def _tried(runs: Sequence[Run], task: str) -> str:
-    """The rates that were tried, and where they differ, for which forms."""
+    """The rates that were tried and the processors, and for which forms, where they differ."""
+    mine = [run for run in runs if run["task"] == task]
     rates = {
-        form: sorted({run["rate"] for run in runs if (run["task"], run["form"]) == (task, form)})
-        for form in dict.fromkeys(run["form"] for run in runs if run["task"] == task)
+        form: ", ".join(f"{rate:g}" for rate in sorted({run["rate"] for run in mine if run["form"] == form}))
+        for form in dict.fromkeys(run["form"] for run in mine)
     }
-    kinds = list(dict.fromkeys(tuple(found) for found in rates.values()))
-    said = [", ".join(f"{rate:g}" for rate in kind) for kind in kinds]
-    if len(kinds) == 1:
-        return f"Rates tried: {said[0]}."
-    names = [
-        ", ".join(f"*{form}*" for form, found in rates.items() if tuple(found) == kind) for kind in kinds
-    ]
-    return wrapped(
-        f"Rates tried: {'; '.join(f'{rate} ({name})' for rate, name in zip(said, names, strict=True))}."
-    )
+    processors = {form: best(runs, task, form)[0]["processor"] for form in rates}
+    return wrapped(f"Rates tried: {_by_value(rates)}. Trained on {_by_value(processors)}.")
+
+
+def _by_value(said: Mapping[str, str]) -> str:
+    """What is said of all forms, or of which."""
+    values = list(dict.fromkeys(said.values()))
+    if len(values) == 1:
+        return values[0]
+    named = [", ".join(f"*{form}*" for form, found in said.items() if found == value) for value in values]
+    return "; ".join(f"{value} ({names})" for value, names in zip(values, named, strict=True))
 
 
 def _row(task: str, form: str, runs: Sequence[Run]) -> list[str]:
@@ -221,10 +224,15 @@ def figure(document: Document) -> str:
 
 
 def losses_figure(document: Document, task: str) -> str:
-    """Loss on held-out text against seconds of training, a line for each form at its best rate."""
+    """Loss on held-out text against seconds of training, a line for each form at its best rate.
+
+    Seconds of two processors are not to be compared: forms are left out that were not trained on the one of most.
+    """
     runs = document["runs"]
     forms = list(dict.fromkeys(run["form"] for run in runs))
-    curves = {form: mine[0]["curve"] for form in forms if (mine := best(runs, task, form))}
+    found = {form: mine[0] for form in forms if (mine := best(runs, task, form))}
+    (processor, _), *_ = Counter(run["processor"] for run in found.values()).most_common(1)
+    curves = {form: run["curve"] for form, run in found.items() if run["processor"] == processor}
     points = [(seconds, loss) for curve in curves.values() for _, seconds, loss in curve[1:]]
     top = TOP + ROW * len(curves)
     x = Axis(0.0, max(seconds for seconds, _ in points), LEFT, WIDTH - RIGHT)

@@ -28,6 +28,7 @@ from benchmarks.quality import page
 from benchmarks.quality.forms import NAMES, layers, text
 from benchmarks.quality.tasks import IGNORED, TEXTS, Task, oracle_loss
 from benchmarks.settings import ROOT, say
+from benchmarks.tables import processor
 from fastgrad_dsl.bench.machine import describe_machine
 from fastgrad_dsl.storage.files import write_atomically
 
@@ -205,8 +206,9 @@ def measure(
         task, form, rate, seed = key
         found = measured(settings[task], form, rate, seed)
         say(f"{task}, {form}, rate {rate:g}, seed {seed}: {found['seconds']:.0f} s, {found['tests'][-1]}")
-        document["runs"].append({"task": task, "form": form, "rate": rate, "seed": seed, **found})
-        document["machine"] = describe_machine(torch.get_num_threads())
+        machine = describe_machine(torch.get_num_threads())
+        known = {"task": task, "form": form, "rate": rate, "seed": seed, "processor": processor(machine)}
+        document["runs"].append(known | found)
         document["settings"] = {name: asdict(setting) for name, setting in settings.items()}
         write_atomically(path, json.dumps(document, indent=1) + "\n")
     return document

@@ -113,6 +113,7 @@ def test_losses_of_text_are_drawn_against_seconds(tmp_path: Path) -> None:
             "form": form,
             "rate": 0.003,
             "seed": seed,
+            "processor": "another" if form == "window" else "this one",
             "seconds": 9.0,
             "state_bytes": 2048,
             "tests": [
@@ -125,7 +126,7 @@ def test_losses_of_text_are_drawn_against_seconds(tmp_path: Path) -> None:
             ],
             "curve": [[1, 1.0, 4.0], [2, 5.0, 3.0], [3, 9.0, loss]],
         }
-        for form, loss in (("softmax", 2.2), ("mixer", 2.1))
+        for form, loss in (("softmax", 2.2), ("mixer", 2.1), ("window", 2.3))
         for seed in (0, 1)
     ]
     found = page.render({"runs": runs_})
@@ -135,6 +136,9 @@ def test_losses_of_text_are_drawn_against_seconds(tmp_path: Path) -> None:
     )
     assert "(quality-language-2048.svg)" in found[page.PAGE]
     assert "mixer 2.100 after 9 s" in found["docs/quality-language-2048.svg"]
+    assert "window" not in found["docs/quality-language-2048.svg"]  # its seconds are of another processor
+    said = " ".join(found[page.PAGE].split())
+    assert "Trained on this one (*softmax*, *mixer*); another (*window*)." in said
 
 
 @pytest.mark.slow
