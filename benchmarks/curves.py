@@ -13,6 +13,7 @@ from torch import nn
 
 import fastgrad_dsl as fg
 from benchmarks.budget import TEXT, demo_spec
+from benchmarks.curves_causes import CAUSES, local_errors
 from benchmarks.settings import Settings, heading, say
 from fastgrad_dsl.api.compiled import Compiled
 from fastgrad_dsl.commands.terminal import progress
@@ -27,7 +28,7 @@ STEPS, TOKENS, EVERY = 300, 2048, 25
 RATE = 2e-3  # the demonstration's
 HELD_OUT = 8  # batches
 SMALL = {"depth": 2, "d_model": 128, "heads": 4}
-SEEDS, SMALL_STEPS, SMALL_TOKENS, SMALL_HELD_OUT = 8, 200, 1024, 16
+SEEDS, SMALL_STEPS, SMALL_TOKENS, SMALL_HELD_OUT = 6, 200, 1024, 16
 PLANNED = {"planned": None, "planned for training": SCORES}  # limits of scores; the last is the default
 CHANCE = 1e-2  # by which the initial weights of a second exact run are moved, relatively: what chance does to a loss
 
@@ -59,17 +60,20 @@ def _seeds(settings: Settings) -> dict[str, object]:
         validation_batches=SMALL_HELD_OUT, learning_rate=RATE,
     )  # fmt: skip
     data = load_text(TEXT, tokens)
+    local = local_errors(compiled, [data.batch(tokens, 1, torch.Generator().manual_seed(0))])
     losses: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
     for seed in range(seeds):
         say(f"small models, seed {seed}")
         runs = _Runs(compiled, data, replace(options, seed=seed))
-        found = {name: runs.planned(name, scores)[0] for name, scores in PLANNED.items()}
+        found = {name: runs.curve(name, cause.model(SMALL, seed)) for name, cause in CAUSES.items()}
+        found |= {name: runs.planned(name, scores)[0] for name, scores in PLANNED.items()}
         found |= {"exact": runs.exact(), "exact again": runs.exact(CHANCE)}
         for name, curve in found.items():
             losses.setdefault(name, []).append(curve["points"][-1]["validation_loss"])
             seconds[name] = round(seconds.get(name, 0.0) + curve["seconds"], 1)
-    return {"steps": steps, "tokens": tokens, "model": SMALL, "losses": losses, "seconds": seconds}
+    sizes = {"steps": steps, "tokens": tokens, "model": SMALL}
+    return {**sizes, "losses": losses, "seconds": seconds, "local": local}
 
 
 class _Runs:
@@ -86,16 +90,16 @@ class _Runs:
         planned = planner(self.compiled, model)
         watch = BudgetWatch(planned, planner.held_out, planner, say)
         model = planned.adopt(model)
-        curve = self._curve(name, model, watch)
+        curve = self.curve(name, model, watch)
         again = planner(self.compiled, model)
         return curve, {"initial": _summary(planned), "trained": _summary(again)}
 
     def exact(self, moved: float = 0.0) -> dict[str, Any]:
         """The curve of the exact model, from weights times 1 + moved times normal numbers."""
         model = _moved(self.compiled.module(seed=self.options.seed), moved)
-        return self._curve("exact again" if moved else "exact", self.compiled.reference(model))
+        return self.curve("exact again" if moved else "exact", self.compiled.reference(model))
 
-    def _curve(self, name: str, model: nn.Module, watch: BudgetWatch | None = None) -> dict[str, Any]:
+    def curve(self, name: str, model: nn.Module, watch: BudgetWatch | None = None) -> dict[str, Any]:
         """Points of step, training loss and, where measured, validation loss in nats per byte; seconds in all."""
         assert self.compiled.loss is not None
         events: list[Event] = []

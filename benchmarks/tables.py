@@ -378,25 +378,44 @@ def _farthest(curve: Curve, exact: Curve) -> float:
 
 
 def _of_seeds(section: Section) -> list[str]:
-    """Final losses of small models beside the exact ones of the same seeds."""
+    """Final losses of small models from many seeds, and what changes them."""
     found = section["seeds"]
-    losses: Mapping[str, Sequence[float]] = found["losses"]
-    rows = []
-    for name, each in losses.items():
-        shares = [100 * (one / other - 1) for one, other in zip(each, losses["exact"], strict=True)]
-        beside = f"{fmean(shares):+.2f} %", f"{stdev(shares) / sqrt(len(shares)):.2f} %"
-        single = f"{min(shares):+.2f} to {max(shares):+.2f} %"
-        rows.append(
-            [name, f"{fmean(each):.4f}", *beside, single, f"{found['seconds'][name] / len(each):.0f}"]
-        )
     sizes = ", ".join(f"{name} = {size}" for name, size in found["model"].items())
+    columns: Columns = (
+        ("family", lambda entry: entry["family"]),
+        ("degree", lambda entry: str(entry["degree"])),
+        ("its own queries and keys", lambda entry: f"{100 * entry['scores']:.1f} %"),
+        ("all queries, keys and values", lambda entry: f"{100 * entry['gradient']:.1f} %"),
+    )
+    local = sorted(found["local"], key=lambda entry: (entry["degree"], -entry["scores"]))
+    causes = [name for name in found["losses"] if name.startswith("degree")]
+    others = [name for name in found["losses"] if name not in causes]
     return [
         f"One run says little. The same with {sizes}, {found['steps']} steps at {found['tokens']:,} tokens, from "
-        f"{len(losses['exact'])} seeds, each of which draws weights and batches. `planned` keeps the budget; `planned "
-        "for training` is what `fastgrad train --calibrate` plans, whose gradients of queries and keys are off by at "
-        f"most {100 * section['scores']:g} % ([training](training.md#the-budget)):\n",
-        table(["run", "mean loss", "beside exact", "standard error", "single seeds", "seconds"], rows),
+        f"{len(found['losses']['exact'])} seeds, each of which draws weights and batches. `planned` keeps the budget; "
+        "`planned for training` is what `fastgrad train --calibrate` plans, whose gradients of queries and keys are "
+        f"off by at most {100 * section['scores']:g} % ([training](training.md#the-budget)):\n",
+        _losses(found, others, "exact"),
+        "What it is that changes the loss, in steps whose forward and backward passes have different degrees, or with "
+        "an error added to the gradient of each weight; beside degree 3, which stands in for exact attention:\n",
+        _losses(found, causes, "degree 3"),
+        "Relative errors of gradients at initial weights, the largest of the attentions. The first are of the queries "
+        "and keys of the far pairs that a polynomial serves, the second of near pairs too:\n",
+        table_of(columns, local),
     ]
+
+
+def _losses(found: Section, names: Sequence[str], base: str) -> str:
+    """A table of final losses beside those of the same seeds of another run."""
+    rows = []
+    for name in names:
+        each, beside = found["losses"][name], found["losses"][base]
+        shares = [100 * (one / other - 1) for one, other in zip(each, beside, strict=True)]
+        error = f"{stdev(shares) / sqrt(len(shares)):.2f} %"
+        single = f"{min(shares):+.2f} to {max(shares):+.2f} %"
+        seconds = f"{found['seconds'][name] / len(each):.0f}"
+        rows.append([name, f"{fmean(each):.4f}", f"{fmean(shares):+.2f} %", error, single, seconds])
+    return table(["run", "mean loss", f"beside {base}", "standard error", "single seeds", "seconds"], rows)
 
 
 def _found(entry: Mapping[str, Any]) -> tuple[str, str, str]:
