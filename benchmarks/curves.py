@@ -30,7 +30,8 @@ HELD_OUT = 8  # batches
 SMALL = {"depth": 2, "d_model": 128, "heads": 4}
 SEEDS, SMALL_STEPS, SMALL_TOKENS, SMALL_HELD_OUT = 6, 200, 1024, 16
 PLANNED = {"planned": None, "planned for training": SCORES}  # limits of scores; the last is the default
-CHANCE = 1e-2  # by which the initial weights of a second exact run are moved, relatively: what chance does to a loss
+CHANCE = 1e-2  # by which the initial weights of second runs are moved, relatively: what chance does to a loss
+AGAIN = "planned for training, again"
 
 
 def measure(settings: Settings) -> dict[str, object]:
@@ -44,6 +45,7 @@ def measure(settings: Settings) -> dict[str, object]:
     curves, plans = {}, {}
     for name, scores in PLANNED.items():
         curves[name], plans[name] = runs.planned(name, scores)
+    curves[AGAIN], _ = runs.planned(AGAIN, SCORES, CHANCE)
     curves["exact"], curves["exact again"] = runs.exact(), runs.exact(CHANCE)
     limits = runs.compiled.plan_document.budget
     budget = {"output": limits.output, "gradient": limits.gradient} if limits else {}
@@ -82,11 +84,13 @@ class _Runs:
     def __init__(self, compiled: Compiled, data: TextData, options: Options) -> None:
         self.compiled, self.data, self.options = compiled, data, options
 
-    def planned(self, name: str, scores: float | None) -> tuple[dict[str, Any], dict[str, object]]:
+    def planned(
+        self, name: str, scores: float | None, moved: float = 0.0
+    ) -> tuple[dict[str, Any], dict[str, object]]:
         """The curve of `fastgrad train --calibrate` with a limit of scores; plans at initial and trained weights."""
         say(f"{name}: the plan at initial weights")
         planner = TextPlanner(self.data, self.options, Stop(), progress, scores=scores)
-        model = self.compiled.module(seed=self.options.seed)
+        model = _moved(self.compiled.module(seed=self.options.seed), moved)
         planned = planner(self.compiled, model)
         watch = BudgetWatch(planned, planner.held_out, planner, say)
         model = planned.adopt(model)

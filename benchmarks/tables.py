@@ -356,8 +356,8 @@ def curves(section: Section) -> str:
         f"![{CURVES_TITLE}](curves.svg)\n",
         f"bounded.tfg without its pin, {section['steps']} steps at {section['tokens']:,} tokens, with the same "
         "data, seed and initial weights, from which the plans are made. Losses are on held-out text, in nats per "
-        f"byte. `exact again` starts from weights moved by {section.get('chance', 1e-6):g} of themselves: it shows "
-        "the effect of chance alone, which at the end can be small for once.\n",
+        f"byte. Runs again start from weights moved by {section.get('chance', 1e-6):g} of themselves: they show the "
+        "effect of chance alone, which at the end can be small for once.\n",
         table(["run", "final loss", "beside exact", "farthest in the second half", "seconds"], losses),
     ]
     if "seeds" in section:
