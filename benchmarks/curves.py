@@ -1,9 +1,10 @@
-"""Training curves of the planned and of the exact model on the same data and seed, and the plan before and after."""
+"""Training with planned and with exact attention: one pair of curves, and small models from many seeds."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +13,106 @@ from torch import nn
 
 import fastgrad_dsl as fg
 from benchmarks.budget import TEXT, demo_spec
+from benchmarks.curves_causes import CAUSES, local_errors
 from benchmarks.settings import Settings, heading, say
 from fastgrad_dsl.api.compiled import Compiled
-from fastgrad_dsl.calibration.replan import Request, replan
+from fastgrad_dsl.commands.terminal import progress
 from fastgrad_dsl.models.text_data import TextData, load_text
+from fastgrad_dsl.training.budget_watch import BudgetWatch
 from fastgrad_dsl.training.log import Event
 from fastgrad_dsl.training.loop import Options, train
+from fastgrad_dsl.training.plan import SCORES, TextPlanner
+from fastgrad_dsl.training.stopping import Stop
 
 STEPS, TOKENS, EVERY = 300, 2048, 25
 RATE = 2e-3  # the demonstration's
 HELD_OUT = 8  # batches
-BUDGETS = {  # limits of output and gradient; the first are the file's
-    "planned": (0.1, 0.25),
-    "planned tightly": (0.02, 0.05),
-    "planned very tightly": (0.002, 0.005),
-}
-CHANCE = 1e-6  # by which the initial weights of a second exact run are moved, relatively: what chance does to a loss
+SMALL = {"depth": 2, "d_model": 128, "heads": 4}
+SEEDS, SMALL_STEPS, SMALL_TOKENS, SMALL_HELD_OUT = 6, 200, 1024, 16
+PLANNED = {"planned": None, "planned for training": SCORES}  # limits of scores; the last is the default
+CHANCE = 1e-2  # by which the initial weights of second runs are moved, relatively: what chance does to a loss
+AGAIN = "planned for training, again"
 
 
 def measure(settings: Settings) -> dict[str, object]:
     """The section `curves`."""
-    steps, tokens = (4, 64) if settings.quick else (STEPS, TOKENS)
+    steps, tokens = (4, 192) if settings.quick else (STEPS, TOKENS)
     options = Options(
         steps=steps, tokens=tokens, validate_every=2 if settings.quick else EVERY, checkpoint_every=steps,
         validation_batches=HELD_OUT, learning_rate=RATE, seed=0,
     )  # fmt: skip
-    data = load_text(TEXT, tokens)
+    runs = _Runs(fg.compile(demo_spec(), target=settings.target), load_text(TEXT, tokens), options)
     curves, plans = {}, {}
-    for name, (output, gradient) in BUDGETS.items():
-        spec = demo_spec().replace("output <= 0.1", f"output <= {output}")
-        compiled = fg.compile(
-            spec.replace("gradient <= 0.25", f"gradient <= {gradient}"), target=settings.target
-        )
+    for name, scores in PLANNED.items():
+        curves[name], plans[name] = runs.planned(name, scores)
+    curves[AGAIN], _ = runs.planned(AGAIN, SCORES, CHANCE)
+    curves["exact"], curves["exact again"] = runs.exact(), runs.exact(CHANCE)
+    limits = runs.compiled.plan_document.budget
+    budget = {"output": limits.output, "gradient": limits.gradient} if limits else {}
+    told = {"steps": steps, "tokens": tokens, "budget": budget, "scores": SCORES, "chance": CHANCE}
+    return {**heading(settings), **told, "curves": curves, "plans": plans, "seeds": _seeds(settings)}
+
+
+def _seeds(settings: Settings) -> dict[str, object]:
+    """Final losses of small models, by run and seed: which differences are more than chance."""
+    seeds, steps, tokens = (2, 4, 192) if settings.quick else (SEEDS, SMALL_STEPS, SMALL_TOKENS)
+    compiled = fg.compile(demo_spec(), params=SMALL, target=settings.target)
+    options = Options(
+        steps=steps, tokens=tokens, validate_every=max(1, steps // 2), checkpoint_every=steps,
+        validation_batches=SMALL_HELD_OUT, learning_rate=RATE,
+    )  # fmt: skip
+    data = load_text(TEXT, tokens)
+    local = local_errors(compiled, [data.batch(tokens, 1, torch.Generator().manual_seed(0))])
+    losses: dict[str, list[float]] = {}
+    seconds: dict[str, float] = {}
+    for seed in range(seeds):
+        say(f"small models, seed {seed}")
+        runs = _Runs(compiled, data, replace(options, seed=seed))
+        found = {name: runs.curve(name, cause.model(SMALL, seed)) for name, cause in CAUSES.items()}
+        found |= {name: runs.planned(name, scores)[0] for name, scores in PLANNED.items()}
+        found |= {"exact": runs.exact(), "exact again": runs.exact(CHANCE)}
+        for name, curve in found.items():
+            losses.setdefault(name, []).append(curve["points"][-1]["validation_loss"])
+            seconds[name] = round(seconds.get(name, 0.0) + curve["seconds"], 1)
+    sizes = {"steps": steps, "tokens": tokens, "model": SMALL}
+    return {**sizes, "losses": losses, "seconds": seconds, "local": local}
+
+
+class _Runs:
+    """Training runs of one model on the same data and from the same initial weights."""
+
+    def __init__(self, compiled: Compiled, data: TextData, options: Options) -> None:
+        self.compiled, self.data, self.options = compiled, data, options
+
+    def planned(
+        self, name: str, scores: float | None, moved: float = 0.0
+    ) -> tuple[dict[str, Any], dict[str, object]]:
+        """The curve of `fastgrad train --calibrate` with a limit of scores; plans at initial and trained weights."""
         say(f"{name}: the plan at initial weights")
-        planned = _planned(compiled, compiled.module(seed=0), data, tokens)
-        model = planned.adopt(compiled.module(seed=0))
-        curves[name] = _curve(name, planned, model, data, options)
-        say(f"{name}: the plan at trained weights")
-        again = _planned(compiled, model, data, tokens)
-        plans[name] = {"initial": _summary(planned), "trained": _summary(again)}
-    compiled = fg.compile(demo_spec(), target=settings.target)
-    for name, moved in (("exact", 0.0), ("exact again", CHANCE)):
-        model = compiled.module(seed=0)
-        curves[name] = _curve(name, compiled, compiled.reference(_moved(model, moved)), data, options)
-    sizes = {"steps": steps, "tokens": tokens}
-    return {**heading(settings), **sizes, "budgets": BUDGETS, "curves": curves, "plans": plans}
+        planner = TextPlanner(self.data, self.options, Stop(), progress, scores=scores)
+        model = _moved(self.compiled.module(seed=self.options.seed), moved)
+        planned = planner(self.compiled, model)
+        watch = BudgetWatch(planned, planner.held_out, planner, say)
+        model = planned.adopt(model)
+        curve = self.curve(name, model, watch)
+        again = planner(self.compiled, model)
+        return curve, {"initial": _summary(planned), "trained": _summary(again)}
+
+    def exact(self, moved: float = 0.0) -> dict[str, Any]:
+        """The curve of the exact model, from weights times 1 + moved times normal numbers."""
+        model = _moved(self.compiled.module(seed=self.options.seed), moved)
+        return self.curve("exact again" if moved else "exact", self.compiled.reference(model))
+
+    def curve(self, name: str, model: nn.Module, watch: BudgetWatch | None = None) -> dict[str, Any]:
+        """Points of step, training loss and, where measured, validation loss in nats per byte; seconds in all."""
+        assert self.compiled.loss is not None
+        events: list[Event] = []
+        with tempfile.TemporaryDirectory() as folder:
+            for event in train(model, self.compiled.loss, self.data, self.options, Path(folder), watch=watch):
+                events.append(event)
+                if event.validation_loss is not None:
+                    say(f"{name}: step {event.step}, validation loss {event.validation_loss:.4f}")
+        return {"points": [_point(event) for event in events], "seconds": round(events[-1].seconds, 1)}
 
 
 def _moved(model: nn.Module, share: float) -> nn.Module:
@@ -66,26 +122,6 @@ def _moved(model: nn.Module, share: float) -> nn.Module:
         for parameter in model.parameters():
             parameter.mul_(1 + share * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-def _planned(compiled: Compiled, model: nn.Module, data: TextData, tokens: int) -> Compiled:
-    generator = torch.Generator().manual_seed(1)
-    batches = [data.batch(tokens, 1, generator) for _ in range(2)]
-    return replan(compiled, Request(model, [*batches, *data.validation_batches(tokens, 1, 1)]))
-
-
-def _curve(
-    name: str, compiled: Compiled, model: nn.Module, data: TextData, options: Options
-) -> dict[str, object]:
-    """Points of step, training loss and, where it was measured, validation loss in nats per byte; seconds in all."""
-    assert compiled.loss is not None
-    events: list[Event] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for event in train(model, compiled.loss, data, options, Path(folder)):
-            events.append(event)
-            if event.validation_loss is not None:
-                say(f"{name}: step {event.step}, validation loss {event.validation_loss:.4f}")
-    return {"points": [_point(event) for event in events], "seconds": round(events[-1].seconds, 1)}
 
 
 def _point(event: Event) -> dict[str, float]:

@@ -15,7 +15,7 @@ svg { background: #ffffff; color: #1a1a1a; font: 12px sans-serif }
 text { fill: currentColor } .grid { stroke: #d8d8d8; fill: none } .axis { stroke: currentColor; fill: none }
 @media (prefers-color-scheme: dark) { svg { background: #14171a; color: #e6e6e6 } .grid { stroke: #3a3f44 } }
 </style>"""
-NAMES = {"planned": 0, "planned tightly": 2, "planned very tightly": 3, "exact": 4}  # colours
+NAMES = {"planned": 0, "planned for training": 2, "exact": 4}  # colours
 
 Curve = Sequence[Mapping[str, float]]
 

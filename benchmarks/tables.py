@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import sqrt
+from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.curves_figure import TITLE as CURVES_TITLE
-from benchmarks.curves_figure import final
+from benchmarks.curves_figure import Curve, final
 from fastgrad_dsl.bench.peak import error_of_shares
 
 Section = Mapping[str, Any]
@@ -337,14 +339,14 @@ def budget(section: Section) -> str:
 
 
 def curves(section: Section) -> str:
-    """Training runs, and what the planner found before and after."""
-    ends = {name: final(curve["points"]) for name, curve in section["curves"].items()}
+    """Training runs, what the planner found before and after, and the losses from many seeds."""
+    exact = section["curves"]["exact"]["points"]
     losses = [
         [
             name,
-            ", ".join(f"{limit:g}" for limit in section["budgets"].get(name, ())) or "-",
-            f"{ends[name]:.4f}",
-            f"{100 * (ends[name] / ends['exact'] - 1):+.2f} %",
+            f"{final(curve['points']):.4f}",
+            f"{100 * (final(curve['points']) / final(exact) - 1):+.2f} %",
+            f"{100 * _farthest(curve['points'], exact):+.2f} %",
             f"{curve['seconds']:.0f}",
         ]
         for name, curve in section["curves"].items()
@@ -355,18 +357,71 @@ def curves(section: Section) -> str:
         for before, after in zip(plans["initial"], plans["trained"], strict=True)
     ]
     heading = ["run", "attention", "initial plan", "largest logit", "gain"]
-    return "\n".join(
-        [
-            heading_of("Training curves", section),
-            f"![{CURVES_TITLE}](curves.svg)\n",
-            f"bounded.tfg without its pin, {section['steps']} steps at {section['tokens']:,} tokens, with the same "
-            "data, seed and initial weights, from which the plans are made. Losses are on held-out text, in nats per "
-            "byte. `exact again` starts from weights moved by a millionth: it shows the effect of chance alone.\n",
-            table(["run", "limits (output, gradient)", "final loss", "beside exact", "seconds"], losses),
-            "What the planner finds with initial and with trained weights; gains on the output are estimates:\n",
-            table([*heading, "trained plan", "largest logit", "gain"], rows, left=3),
-        ]
+    parts = [
+        heading_of("Training curves", section),
+        f"![{CURVES_TITLE}](curves.svg)\n",
+        f"bounded.tfg without its pin, {section['steps']} steps at {section['tokens']:,} tokens, with the same "
+        "data, seed and initial weights, from which the plans are made. Losses are on held-out text, in nats per "
+        f"byte. Runs again start from weights moved by {section.get('chance', 1e-6):g} of themselves: they show the "
+        "effect of chance alone, which at the end can be small for once.\n",
+        table(["run", "final loss", "beside exact", "farthest in the second half", "seconds"], losses),
+    ]
+    if "seeds" in section:
+        parts += _of_seeds(section)
+    said = (
+        "What the planner finds with initial and with trained weights; gains on the output are estimates:\n"
     )
+    return "\n".join([*parts, said, table([*heading, "trained plan", "largest logit", "gain"], rows, left=3)])
+
+
+def _farthest(curve: Curve, exact: Curve) -> float:
+    """The largest relative difference of held-out losses at the same step, in the second half."""
+    half = max(point["step"] for point in exact) / 2
+    ours, theirs = (
+        {p["step"]: p["validation_loss"] for p in c if "validation_loss" in p} for c in (curve, exact)
+    )
+    return max((ours[step] / theirs[step] - 1 for step in ours if step > half), key=abs)
+
+
+def _of_seeds(section: Section) -> list[str]:
+    """Final losses of small models from many seeds, and what changes them."""
+    found = section["seeds"]
+    sizes = ", ".join(f"{name} = {size}" for name, size in found["model"].items())
+    columns: Columns = (
+        ("family", lambda entry: entry["family"]),
+        ("degree", lambda entry: str(entry["degree"])),
+        ("its own queries and keys", lambda entry: f"{100 * entry['scores']:.1f} %"),
+        ("all queries, keys and values", lambda entry: f"{100 * entry['gradient']:.1f} %"),
+    )
+    local = sorted(found["local"], key=lambda entry: (entry["degree"], -entry["scores"]))
+    causes = [name for name in found["losses"] if name.startswith("degree")]
+    others = [name for name in found["losses"] if name not in causes]
+    return [
+        f"One run says little. The same with {sizes}, {found['steps']} steps at {found['tokens']:,} tokens, from "
+        f"{len(found['losses']['exact'])} seeds, each of which draws weights and batches. `planned` keeps the budget; "
+        "`planned for training` is what `fastgrad train --calibrate` plans, whose gradients of queries and keys are "
+        f"off by at most {100 * section['scores']:g} % ([training](training.md#the-budget)):\n",
+        _losses(found, others, "exact"),
+        "What it is that changes the loss, in steps whose forward and backward passes have different degrees, or with "
+        "an error added to the gradient of each weight; beside degree 3, which stands in for exact attention:\n",
+        _losses(found, causes, "degree 3"),
+        "Relative errors of gradients at initial weights, the largest of the attentions. The first are of the queries "
+        "and keys of the far pairs that a polynomial serves, the second of near pairs too:\n",
+        table_of(columns, local),
+    ]
+
+
+def _losses(found: Section, names: Sequence[str], base: str) -> str:
+    """A table of final losses beside those of the same seeds of another run."""
+    rows = []
+    for name in names:
+        each, beside = found["losses"][name], found["losses"][base]
+        shares = [100 * (one / other - 1) for one, other in zip(each, beside, strict=True)]
+        error = f"{stdev(shares) / sqrt(len(shares)):.2f} %"
+        single = f"{min(shares):+.2f} to {max(shares):+.2f} %"
+        seconds = f"{found['seconds'][name] / len(each):.0f}"
+        rows.append([name, f"{fmean(each):.4f}", f"{fmean(shares):+.2f} %", error, single, seconds])
+    return table(["run", "mean loss", f"beside {base}", "standard error", "single seeds", "seconds"], rows)
 
 
 def _found(entry: Mapping[str, Any]) -> tuple[str, str, str]:

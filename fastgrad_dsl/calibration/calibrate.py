@@ -21,6 +21,7 @@ from fastgrad_compiler.approximation.polynomial import FAMILIES, Family
 from fastgrad_compiler.attention.table import AttentionEntry, attention_table
 from fastgrad_compiler.attention.value import Range
 from fastgrad_compiler.ir.graph import Budget, Program
+from fastgrad_compiler.ir.words import number
 from fastgrad_compiler.planning.candidates import MOST_EPS, Policy, polynomials
 from fastgrad_compiler.planning.decision import LEFT_EXACT
 from fastgrad_compiler.planning.settings import Settings, settings_of
@@ -118,6 +119,24 @@ def calibrate(
     found = probe(subject, batches[0], runs[0], errors, range(probes), tell) if errors else {}
     attentions = [_with_gains(each, found, local) for each in attentions]
     return Calibration(subject.program, tuple(attentions), pace, used)
+
+
+def within(calibration: Calibration, scores: float) -> Calibration:
+    """The calibration without candidates whose gradients of queries and keys are off by more than `scores`.
+
+    An attention with a pinned degree keeps all of them, and one for which a rule asks for a polynomial if no other is
+    left.
+    """
+    return replace(calibration, attentions=tuple(_within(each, scores) for each in calibration.attentions))
+
+
+def _within(each: Attention, scores: float) -> Attention:
+    kept = tuple(candidate for candidate in each.candidates if candidate.scores <= scores)
+    served = any(len(candidate.heads) == each.heads for candidate in kept)
+    if each.settings.degree is not None or (each.settings.asked is not None and not served):
+        return each
+    reason = f"no polynomial that can be afforded has gradients of queries and keys within {number(scores)}"
+    return replace(each, candidates=kept, obstacle=each.obstacle or ("" if kept else reason))
 
 
 # ---------------------------------------------------------------- one attention

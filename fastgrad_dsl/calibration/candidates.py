@@ -39,6 +39,11 @@ class Candidate:
         """Relative L2 error of the gradients of q, k and v of its heads, as one vector."""
         return self.errors.gradient_error(self.heads)
 
+    @property
+    def scores(self) -> float:
+        """Relative L2 error of the gradients of the queries and keys that it takes, of its heads, as one vector."""
+        return self.errors.scores_error(self.heads)
+
 
 def kernel_of(
     call: Call, coefficients: Sequence[float], near: int | None, centre: Tensor | None

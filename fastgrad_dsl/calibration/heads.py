@@ -293,7 +293,7 @@ def _window_errors(rows: Sample, exact: Exact, width: int) -> LocalErrors:
     logits = (exact.logits + rows.gates).masked_fill(~shown, -inf)
     found = torch.softmax(logits, -1).nan_to_num(0.0) @ rows.v
     squares, size = ((x * x).sum((0, 2, 3)) for x in (found - exact.output, exact.output))
-    return LocalErrors(squares, size, torch.zeros_like(squares), torch.zeros_like(squares))
+    return LocalErrors(squares, size, *[torch.zeros_like(squares)] * 4)
 
 
 def _entropy(call: Call) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastgrad_compiler.ir.graph import Budget
 from fastgrad_compiler.runtime.attention_op import compute_dtype
 from fastgrad_compiler.runtime.guard import LOGGER
-from fastgrad_dsl.calibration.calibrate import Calibration, Tell, calibrate
+from fastgrad_dsl.calibration.calibrate import Calibration, Tell, calibrate, within
 from fastgrad_dsl.calibration.capture import Subject
 from fastgrad_dsl.calibration.document import calibration_document
 from fastgrad_dsl.calibration.pace import MachinePace, default_pace, machine_pace
@@ -45,7 +45,8 @@ class Request:
 
     model: None is one with the initial weights of `seed`; batches: None are random ones of the sizes `dims`. A batch is
     the model's inputs, then what its objective takes beyond the results; the last third of several is held out.
-    measured_pace: the micro-benchmark of this machine instead of round figures; pace: what it gave earlier.
+    measured_pace: the micro-benchmark of this machine instead of round figures; pace: what it gave earlier. scores: the
+    largest relative error of the gradients of queries and keys of a polynomial, None is any.
     """
 
     model: nn.Module | None = None
@@ -56,6 +57,7 @@ class Request:
     seed: int = 0
     measured_pace: bool = True
     pace: MachinePace | None = None
+    scores: float | None = None
 
 
 def replan(compiled: Compiled, request: Request, tell: Tell = lambda what: None) -> Compiled:
@@ -77,6 +79,8 @@ def replan(compiled: Compiled, request: Request, tell: Tell = lambda what: None)
     dims = dims_of(compiled.plan_document, used[0])
     what = UsedCalibration(described, request.weights, len(used), dims, request.seed)
     calibration = calibrate(subject, used, what, pace, tell)
+    if request.scores is not None:
+        calibration = within(calibration, request.scores)
     return _Verified(compiled, model, calibration, used, held_out, tell).plan()
 
 

@@ -20,6 +20,7 @@ from fastgrad_compiler.reference.attention_torch import (
 from fastgrad_dsl.calibration.capture import Call
 
 ENTRIES = 2**19  # of a matrix of scores: rows are sampled so that it has about as many
+SCORES = 2  # the first gradients are those of the queries and keys that a polynomial takes
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,16 @@ class LocalErrors:
     """Sums of squares for each query head [H], of what a polynomial changes and of the exact values.
 
     `output`, `gradient`: squared differences; `output_size`, `gradient_size`: of the exact ones. Gradients are those of
-    q, k, v (and of the near pairs' own queries and keys) as one vector, of the sampled rows.
+    q, k, v (and of the near pairs' own queries and keys) as one vector, of the sampled rows. `scores`, `scores_size`:
+    the same of the queries and keys that the polynomial itself takes, which near pairs with logits of their own do not.
     """
 
     output: Tensor
     output_size: Tensor
     gradient: Tensor
     gradient_size: Tensor
+    scores: Tensor
+    scores_size: Tensor
 
     def output_error(self, heads: Sequence[int]) -> float:
         """Relative L2 error of the output of some heads together."""
@@ -42,6 +46,10 @@ class LocalErrors:
     def gradient_error(self, heads: Sequence[int]) -> float:
         """Relative L2 error of the gradients of some heads together."""
         return _share(self.gradient, self.gradient_size, heads)
+
+    def scores_error(self, heads: Sequence[int]) -> float:
+        """Relative L2 error of the gradients of the polynomial's queries and keys, of some heads together."""
+        return _share(self.scores, self.scores_size, heads)
 
     def __add__(self, other: LocalErrors) -> LocalErrors:
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
@@ -194,11 +202,15 @@ def _compare(
     exact: Exact, output: Tensor, gradients: Sequence[Tensor], value_gradient: Tensor
 ) -> LocalErrors:
     pairs = [*zip(gradients, exact.gradients, strict=True), (value_gradient, exact.value_gradient)]
+    differences = torch.stack([_squares(found - wanted) for found, wanted in pairs])
+    sizes = torch.stack([_squares(wanted) for _, wanted in pairs])
     return LocalErrors(
         _squares(output - exact.output),
         _squares(exact.output),
-        torch.stack([_squares(found - wanted) for found, wanted in pairs]).sum(0),
-        torch.stack([_squares(wanted) for _, wanted in pairs]).sum(0),
+        differences.sum(0),
+        sizes.sum(0),
+        differences[:SCORES].sum(0),
+        sizes[:SCORES].sum(0),
     )
 
 

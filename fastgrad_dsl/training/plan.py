@@ -22,6 +22,7 @@ from fastgrad_dsl.training.stopping import Stop
 from fastgrad_grammar.diagnostics import TfgError
 
 CALIBRATION_BATCHES = 2
+SCORES = 0.15  # error of the gradients of queries and keys that training bears (docs/training.md)
 
 
 @dataclass
@@ -29,7 +30,8 @@ class TextPlanner:
     """Plans a model on the text that it learns, at its present weights.
 
     `progress` shows what is being done. The generator of its batches, `places`, and the measured `pace` of the machine
-    are a part of a run's state: with them a resumed run makes the same plans.
+    are a part of a run's state: with them a resumed run makes the same plans. `scores` limits the error of the
+    gradients of queries and keys.
     """
 
     data: TextData
@@ -37,6 +39,7 @@ class TextPlanner:
     stop: Stop
     progress: Callable[[str], AbstractContextManager[Callable[[str], None]]]
     pace: MachinePace | None = None
+    scores: float | None = SCORES
     places: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,7 +63,9 @@ class TextPlanner:
             tell("the pace of this machine")
             self.pace = self.pace or machine_pace(compiled.target)
             batches = [*used, self.held_out]
-            request = Request(model, batches, "the text", "the present weights", pace=self.pace)
+            request = Request(
+                model, batches, "the text", "the present weights", pace=self.pace, scores=self.scores
+            )
             return replan(compiled, request, tell)
 
 

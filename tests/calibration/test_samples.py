@@ -90,6 +90,17 @@ def test_all_rows_give_the_errors_of_the_kernel(case: str, n: int) -> None:
     )  # the scale of q is folded in
 
 
+@pytest.mark.parametrize("case", ["near and far", "forget, near and far"])
+def test_near_pairs_do_not_hide_what_a_polynomial_does_to_its_own_queries(case: str) -> None:
+    """Their logits and gradients are others: docs/training.md, "The budget"."""
+    _, _, run = _subject(CASES[case], 33)
+    (call,) = run.calls.values()
+    rows, polynomial = sample(call), fit("minimax", 1, 1.0)
+    found = polynomial_errors(rows, exact_rows(rows), polynomial.coefficients, near=None)
+    assert found.scores_error(range(4)) > 2 * found.gradient_error(range(4))
+    assert bool((found.scores < found.gradient).all())
+
+
 class _Largest(TorchDispatchMode):
     """The most entries of a tensor that is made."""
 
