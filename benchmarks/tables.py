@@ -8,7 +8,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.curves_figure import TITLE as CURVES_TITLE
-from benchmarks.curves_figure import Curve, final
 from fastgrad_dsl.bench.peak import error_of_shares
 
 Section = Mapping[str, Any]
@@ -25,7 +24,7 @@ def machine_line(section: Section) -> str:
 
 def processor(machine: Mapping[str, Any]) -> str:
     """Its name and its vectors."""
-    return machine["cpu"] + (f" ({machine['vectors']})" if machine["vectors"] else "")
+    return f"{machine['cpu']} ({machine['vectors']})" if machine["vectors"] else str(machine["cpu"])
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -339,76 +338,55 @@ def budget(section: Section) -> str:
 
 
 def curves(section: Section) -> str:
-    """Training runs, what the planner found before and after, and the losses from many seeds."""
-    exact = section["curves"]["exact"]["points"]
-    losses = [
-        [
-            name,
-            f"{final(curve['points']):.4f}",
-            f"{100 * (final(curve['points']) / final(exact) - 1):+.2f} %",
-            f"{100 * _farthest(curve['points'], exact):+.2f} %",
-            f"{curve['seconds']:.0f}",
-        ]
-        for name, curve in section["curves"].items()
-    ]
-    rows = [
-        [name, before["path"], *_found(before), *_found(after)]
-        for name, plans in section["plans"].items()
-        for before, after in zip(plans["initial"], plans["trained"], strict=True)
-    ]
-    heading = ["run", "attention", "initial plan", "largest logit", "gain"]
-    parts = [
-        heading_of("Training curves", section),
-        f"![{CURVES_TITLE}](curves.svg)\n",
-        f"bounded.tfg without its pin, {section['steps']} steps at {section['tokens']:,} tokens, with the same "
-        "data, seed and initial weights, from which the plans are made. Losses are on held-out text, in nats per "
-        f"byte. Runs again start from weights moved by {section.get('chance', 1e-6):g} of themselves: they show the "
-        "effect of chance alone, which at the end can be small for once.\n",
-        table(["run", "final loss", "beside exact", "farthest in the second half", "seconds"], losses),
-    ]
-    if "seeds" in section:
-        parts += _of_seeds(section)
-    said = (
-        "What the planner finds with initial and with trained weights; gains on the output are estimates:\n"
-    )
-    return "\n".join([*parts, said, table([*heading, "trained plan", "largest logit", "gain"], rows, left=3)])
-
-
-def _farthest(curve: Curve, exact: Curve) -> float:
-    """The largest relative difference of held-out losses at the same step, in the second half."""
-    half = max(point["step"] for point in exact) / 2
-    ours, theirs = (
-        {p["step"]: p["validation_loss"] for p in c if "validation_loss" in p} for c in (curve, exact)
-    )
-    return max((ours[step] / theirs[step] - 1 for step in ours if step > half), key=abs)
-
-
-def _of_seeds(section: Section) -> list[str]:
-    """Final losses of small models from many seeds, and what changes them."""
-    found = section["seeds"]
-    sizes = ", ".join(f"{name} = {size}" for name, size in found["model"].items())
+    """Losses of training from many seeds, what changes them, and what the planner found before and after."""
+    sizes = ", ".join(f"{name} = {size}" for name, size in section["model"].items())
     columns: Columns = (
         ("family", lambda entry: entry["family"]),
         ("degree", lambda entry: str(entry["degree"])),
         ("its own queries and keys", lambda entry: f"{100 * entry['scores']:.1f} %"),
         ("all queries, keys and values", lambda entry: f"{100 * entry['gradient']:.1f} %"),
     )
-    local = sorted(found["local"], key=lambda entry: (entry["degree"], -entry["scores"]))
-    causes = [name for name in found["losses"] if name.startswith("degree")]
-    others = [name for name in found["losses"] if name not in causes]
-    return [
-        f"One run says little. The same with {sizes}, {found['steps']} steps at {found['tokens']:,} tokens, from "
-        f"{len(found['losses']['exact'])} seeds, each of which draws weights and batches. `planned` keeps the budget; "
-        "`planned for training` is what `fastgrad train --calibrate` plans, whose gradients of queries and keys are "
-        f"off by at most {100 * section['scores']:g} % ([training](training.md#the-budget)):\n",
-        _losses(found, others, "exact"),
-        "What it is that changes the loss, in steps whose forward and backward passes have different degrees, or with "
-        "an error added to the gradient of each weight; beside degree 3, which stands in for exact attention:\n",
-        _losses(found, causes, "degree 3"),
-        "Relative errors of gradients at initial weights, the largest of the attentions. The first are of the queries "
-        "and keys of the far pairs that a polynomial serves, the second of near pairs too:\n",
-        table_of(columns, local),
+    local = sorted(section["local"], key=lambda entry: (entry["degree"], -entry["scores"]))
+    causes = [name for name in section["losses"] if name.startswith("degree")]
+    others = [name for name in section["losses"] if name not in causes]
+    rows = [
+        [name, before["path"], *_found(before), *_found(after)]
+        for name, plans in section["plans"].items()
+        for before, after in zip(plans["initial"], plans["trained"], strict=True)
     ]
+    plan = [
+        "run",
+        "attention",
+        "initial plan",
+        "largest logit",
+        "gain",
+        "trained plan",
+        "largest logit",
+        "gain",
+    ]
+    return "\n".join(
+        [
+            heading_of("Training curves", section),
+            f"![{CURVES_TITLE}](curves.svg)\n",
+            f"bounded.tfg without its pin, with {sizes}, {section['steps']} steps at {section['tokens']:,} tokens, "
+            f"from {len(section['losses']['exact'])} seeds, each of which draws weights and batches; the plot has the "
+            "first. Losses are on held-out text at the end, in nats per byte. `planned` keeps the budget; `planned for "
+            "training` is what `fastgrad train --calibrate` plans, whose gradients of queries and keys are off by at "
+            f"most {100 * section['scores']:g} % ([training](training.md#the-budget)); `exact again` starts from "
+            f"weights moved by {100 * section['chance']:g} % of themselves, and shows the effect of chance:\n",
+            _losses(section, others, "exact"),
+            "What it is that changes the loss, in steps whose forward and backward passes have different degrees, or "
+            "with an error added to the gradient of each weight; beside degree 3, which stands in for exact "
+            "attention:\n",
+            _losses(section, causes, "degree 3"),
+            "Relative errors of gradients at initial weights, the largest of the attentions. The first are of the "
+            "queries and keys of the far pairs that a polynomial serves, the second of near pairs too:\n",
+            table_of(columns, local),
+            "What the planner finds with initial and with trained weights of the first seed; gains on the output are "
+            "estimates:\n",
+            table(plan, rows, left=3),
+        ]
+    )
 
 
 def _losses(found: Section, names: Sequence[str], base: str) -> str:
@@ -419,9 +397,11 @@ def _losses(found: Section, names: Sequence[str], base: str) -> str:
         shares = [100 * (one / other - 1) for one, other in zip(each, beside, strict=True)]
         error = f"{stdev(shares) / sqrt(len(shares)):.2f} %"
         single = f"{min(shares):+.2f} to {max(shares):+.2f} %"
-        seconds = f"{found['seconds'][name] / len(each):.0f}"
-        rows.append([name, f"{fmean(each):.4f}", f"{fmean(shares):+.2f} %", error, single, seconds])
-    return table(["run", "mean loss", f"beside {base}", "standard error", "single seeds", "seconds"], rows)
+        curve = found["curves"].get(name)
+        seconds = [f"{curve['seconds']:.0f}"] if curve else []
+        rows.append([name, f"{fmean(each):.4f}", f"{fmean(shares):+.2f} %", error, single, *seconds])
+    columns = ["run", "mean loss", f"beside {base}", "standard error", "single seeds"]
+    return table([*columns, *(["seconds of the first"] if base in found["curves"] else [])], rows)
 
 
 def _found(entry: Mapping[str, Any]) -> tuple[str, str, str]:
