@@ -33,7 +33,9 @@ SHOWN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "compiler/fastgrad_compiler/planning/pieces.py": {"--along": ("stages",)},
     "fastgrad_dsl/commands/advise.py": {"--wide": ("advise",)},
     "fastgrad_dsl/commands/serve.py": dict.fromkeys(("--serve", "--port"), ("report",)),
-    "fastgrad_dsl/commands/bench.py": dict.fromkeys(("--n", "--heads", "--degree", "--d"), ("bench",)),
+    "fastgrad_dsl/commands/bench.py": dict.fromkeys(
+        ("--n", "--heads", "--degree", "--d", "--dtype"), ("bench",)
+    ),
     "fastgrad_dsl/storage/build_manifest.py": {"--force": ("compile", "train")},
     "fastgrad_dsl/storage/staged.py": {"--force": ("import", "export")},
     "fastgrad_dsl/calibration/data.py": {"--dim": ("compile", "advise")},
