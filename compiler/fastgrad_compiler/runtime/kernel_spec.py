@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from math import sqrt
 
 from .monomials import rank
 
@@ -130,7 +131,7 @@ def rounds_operands(spec: KernelSpec) -> bool:
     if spec.degree != 2:
         return False
     constant, slope, curvature = spec.coefficients
-    even = 2 * (constant * curvature) ** 0.5
+    even = 2 * sqrt(constant * curvature)
     return even + slope <= MOST_AMPLIFIED * (even - slope)
 
 
