@@ -41,10 +41,8 @@ _VECTOR = 32
 _GPU_UNIT = 4 * UNITS["float32"]  # of a matrix instruction, which may cut sums off where others round
 _LEAST_ROWS = 16  # tokens of a step of a fused kernel
 _PASSES = 3  # instructions that make one product of float32 numbers out of tf32 ones
-_OPERANDS = (
-    4,
-    6,
-)  # roundings on the way to a weight and to its slope: features, states, values or u~, gradients
+# roundings of operands on the way to a weight and to its slope: features, states, values or u~, gradients
+_OPERANDS = (4, 6)
 _SEGMENTS = 1.25  # of the chunks: the C++ kernels cut a row of four chunks or more for a thread
 # units of roundoff in e^x that come of x, for near weights and gates: |x| is below that
 _EXPONENTS = {"float64": 1024, "float32": 128}
@@ -78,9 +76,9 @@ class Run:
     """Where and in which dtype a model runs: device is "cpu" or "gpu", dtype a key of UNITS, that of q, k and v.
 
     On a CPU arithmetic is float32, or float64 for float64, whatever the dtype; but C++ kernels may round the operands
-    of products to bfloat16 where inputs are (`rounds_operands`). On a GPU whose kernels Triton serves,
-    the operands of products are bfloat16 or tf32 where inputs are bfloat16 or float16; float32 inputs have the
-    accuracy of `torch.get_float32_matmul_precision() == "highest"`, which is a premise on a CPU as well.
+    of products to bfloat16 where inputs are (`rounds_operands`). On a GPU whose kernels Triton serves, the operands of
+    products are bfloat16 or tf32 where inputs are bfloat16 or float16; float32 inputs have the accuracy of
+    `torch.get_float32_matmul_precision() == "highest"`, which is a premise on a CPU as well.
     """
 
     device: str = "cpu"

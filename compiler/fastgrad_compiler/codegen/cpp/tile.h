@@ -31,6 +31,7 @@ inline void keep([[maybe_unused]] Vector& x) {
 inline void add_product(vector& sum, real factor, const vector& column) { sum += factor * column; }
 
 #if FASTGRAD_VARIANT == 2 && defined(__AVX512BF16__)
+#define FASTGRAD_COUPLES
 // Two steps of a product, the even one in the low half, rounded to bfloat16: one operation multiplies both and sums them
 // in float32.
 using couple = std::int32_t;
@@ -42,7 +43,7 @@ inline void add_product(vector& sum, couple factor, const lanes& column) {
 
 // A number as products take it, so that everything made of it is made of the same.
 inline vector as_factor(vector x) {
-#if FASTGRAD_VARIANT == 2 && defined(__AVX512BF16__)
+#ifdef FASTGRAD_COUPLES
   if constexpr (ROUNDED) return (vector)_mm512_cvtpbh_ps(_mm512_cvtneps_pbh((__m512)x));
 #endif
   return x;
@@ -101,7 +102,7 @@ struct Span {
   long from, to, column = 0;
 };
 
-#if FASTGRAD_VARIANT == 2 && defined(__AVX512BF16__)
+#ifdef FASTGRAD_COUPLES
 
 constexpr long STEPS_AT_ONCE = 128, COUPLES = STEPS_AT_ONCE / 2;  // of a product: they stay in a near cache
 
@@ -165,7 +166,7 @@ inline void product_of_couples(long rows, long depth, Factor a, const real* b, r
 template <int ROWS, int WIDTH, Into INTO, typename Spans>
 inline void product(long rows, [[maybe_unused]] long depth, Factor a, const real* b, real* c, const real* weight,
                     Spans span) {
-#if FASTGRAD_VARIANT == 2 && defined(__AVX512BF16__)
+#ifdef FASTGRAD_COUPLES
   if constexpr (ROUNDED) return product_of_couples<ROWS, WIDTH, INTO>(rows, depth, a, b, c, weight, span);
 #endif
   for (long i = 0; i < rows; i += ROWS) {
