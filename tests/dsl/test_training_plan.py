@@ -57,12 +57,8 @@ def test_a_plan_for_training_is_tighter_than_the_budget_where_near_pairs_hide_an
 
 
 def test_a_plan_for_training_keeps_what_a_rule_pins(tmp_path: Path) -> None:
-    assert (
-        _degree(
-            _planned(tmp_path, SPEC.replace("gradient <= 0.25", 'gradient <= 0.25\n    at "*" degree = 1'))
-        )
-        == 1
-    )
+    spec = SPEC.replace("gradient <= 0.25", 'gradient <= 0.25\n    at "*" degree = 1')
+    assert _degree(_planned(tmp_path, spec)) == 1
 
 
 def test_a_plan_for_training_is_exact_where_no_polynomial_is_good_enough(tmp_path: Path) -> None:
@@ -70,9 +66,8 @@ def test_a_plan_for_training_is_exact_where_no_polynomial_is_good_enough(tmp_pat
     assert _degree(planned) is None
     assert planned.calibration is not None
     (attention,) = planned.calibration.attentions
-    assert (
-        attention.obstacle == "no polynomial that can be afforded has gradients of queries and keys within 0"
-    )
+    reason = "no polynomial that can be afforded has gradients of queries and keys within 0"
+    assert attention.obstacle == reason
 
 
 @pytest.mark.parametrize("family", ["taylor", "minimax"])

@@ -37,7 +37,9 @@ def test_kernels_of_other_tests(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("name", wide(["causal", "causal, near", "documents"], few=["causal"]))
+@pytest.mark.parametrize(
+    "name", wide(["causal", "causal, near", "documents"], few=["causal", "causal, near"])
+)
 def test_bfloat16(name: str) -> None:
     attack(run_native, specification(name), torch.bfloat16, every=False)
 
